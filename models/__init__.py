@@ -1,0 +1,1 @@
+"""What is learned and its mathematics: backbones, classifier, heads, losses, queues, prior and adjustment arithmetic."""

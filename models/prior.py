@@ -1,0 +1,91 @@
+"""Class prior and logit adjustment: the one place where either is computed.
+
+Imports numpy alone, because the served classifier runs this same file where there is no torch; the functions work on
+torch tensors all the same, through the operators that both libraries share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+MANY_ABOVE = 100
+FEW_BELOW = 20
+
+
+def class_prior(counts: Any, smoothing: float = 0.0) -> np.ndarray:
+    """Frequency of each class in the training split: (n_c + smoothing) / sum(n + smoothing).
+
+    counts: [C] integers, samples per class. smoothing: pseudo-count added to every class, >= 0.
+    Returns p, float64 [C], sums to 1. The official code uses no smoothing, so the default is none.
+    Raises ValueError on a negative count, and on a class without samples unless smoothing > 0 (its log would be -inf).
+    """
+    n = np.asarray(counts, dtype=np.float64)
+    if n.ndim != 1 or n.size == 0:
+        raise ValueError(f"counts has shape {n.shape}; expected one count per class, shape [C]")
+    if not smoothing >= 0 or not np.isfinite(smoothing):
+        raise ValueError(f"smoothing is {smoothing}; expected a finite number >= 0")
+    if not np.all(np.isfinite(n)) or np.any(n < 0):
+        raise ValueError(f"counts has {n[~(n >= 0)][0]}; expected finite numbers >= 0")
+    empty = np.flatnonzero(n + smoothing == 0)
+    if empty.size:
+        raise ValueError(
+            f"class {int(empty[0])} has no training samples ({empty.size} such classes); "
+            "add samples, drop the class, or set prior.smoothing above 0"
+        )
+    smoothed = n + smoothing
+    return smoothed / smoothed.sum()
+
+
+def log_class_prior(counts: Any, smoothing: float = 0.0) -> np.ndarray:
+    """Log of `class_prior`, the η_c of Eq. 4 and Eq. 6: float64 [C]. Raises as `class_prior` does."""
+    return np.log(class_prior(counts, smoothing))
+
+
+def adjust_logits(logits: Any, log_prior: Any, strength: Any) -> Any:
+    """Logit adjustment: logits + strength * log_prior.
+
+    logits: [B,C]; log_prior: [C]; strength: a number, or [B,1] for one value a row. numpy arrays and torch tensors
+    alike. In the loss strength is 1 (Eq. 6) or α (Eq. 10); post hoc it moves an answer from the balanced target prior
+    (0) to the training prior (1).
+    """
+    return logits + strength * log_prior
+
+
+def check_target_prior(prior: Any, classes: int) -> np.ndarray:
+    """A caller's own target prior, checked: float64 [..., classes], each row >= 0 and summing to 1 within 1e-3, made exact.
+
+    Raises ValueError naming what is wrong: shape, a negative or non-finite entry, or the sum.
+    """
+    p = np.asarray(prior, dtype=np.float64)
+    if p.ndim == 0 or p.shape[-1] != classes:
+        raise ValueError(f"target_prior has shape {list(p.shape)}; expected {classes} numbers, one per class")
+    if not np.all(np.isfinite(p)):
+        raise ValueError("target_prior has an entry that is not finite; expected numbers >= 0 that sum to 1")
+    if np.any(p < 0):
+        raise ValueError(f"target_prior has a negative entry ({float(p.min()):g}); expected numbers >= 0 that sum to 1")
+    total = p.sum(axis=-1, keepdims=True)
+    if np.any(np.abs(total - 1) > 1e-3):
+        worst = float(total.flat[int(np.argmax(np.abs(total - 1)))])
+        raise ValueError(f"target_prior sums to {worst:g}; expected a sum of 1")
+    return p / total
+
+
+def log_target_prior(prior: Any) -> np.ndarray:
+    """Log of a checked target prior, float64, with a floor in place of log 0 so that a class given no mass ranks last, not NaN."""
+    return np.log(np.maximum(np.asarray(prior, dtype=np.float64), np.finfo(np.float32).tiny))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis, float64, of finite numpy logits [..., C]."""
+    shifted = np.asarray(logits, dtype=np.float64)
+    shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def shot_group(count: int) -> str:
+    """`many` (> 100 training samples), `few` (< 20) or `medium` (20 to 100 inclusive); gml-facts section 8, as the field counts."""
+    if count > MANY_ABOVE:
+        return "many"
+    return "few" if count < FEW_BELOW else "medium"
