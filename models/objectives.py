@@ -1,0 +1,149 @@
+"""What a training step minimises: the teacher's objective (L_cls) and the student's (all terms of Sec. 3.3).
+
+Each is a module from a batch of views to a dict of named scalar losses whose `loss` entry is the one to descend.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.cosine_classifier import ImageClassifier
+from models.losses import adjusted_cross_entropy, distillation_loss, gml_loss, other_sample_mask
+from models.projection_head import ProjectionHead
+from models.queues import ClassQueues
+
+
+class TeacherObjective(nn.Module):
+    """L_cls alone (Eq. 6), on one view."""
+
+    views = 1
+    log_prior: Tensor
+
+    def __init__(self, model: ImageClassifier, log_prior: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("log_prior", log_prior)
+
+    def forward(self, views: Tensor, target: Tensor, sample_ids: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - same call as the student's
+        """views [1,B,3,H,W], target [B], sample_ids [B] → {loss, classification}, scalars."""
+        _, logits = self.model(views[0])
+        loss = adjusted_cross_entropy(logits, target, self.log_prior)
+        return {"loss": loss, "classification": loss.detach()}
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters without weight decay: none (code fact, section 3)."""
+        return []
+
+
+@dataclass(frozen=True)
+class StudentWeights:
+    """Weights of the student's terms, gml-facts section 5: gamma of L_cls, beta of L_GML + L_tau, alpha of L_KD."""
+
+    gamma: float
+    beta: float
+    alpha: float
+    distillation_temperature: float
+    prior_strength: float
+
+
+class StudentObjective(nn.Module):
+    """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views: classifier, query, key.
+
+    The frozen teacher fills the class-wise queues with its feature of the key view *before* the loss, so a query always
+    meets its own image's key; the whole queue is embedded afresh by the key head at every step. L_tau is L_GML with the
+    similarities detached and the query's own image left out: its only gradient is to log tau_g (code fact, section 5).
+    """
+
+    views = 3
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        teacher: ImageClassifier,
+        log_prior: Tensor,
+        counts: Sequence[int],
+        weights: StudentWeights,
+        *,
+        tau_g: float,
+        train_tau_g: bool,
+        queue_total: int,
+        queue_minimum: int,
+        projection_dim: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.teacher = teacher.requires_grad_(False)
+        self.teacher.eval()
+        self.weights = weights
+        self.register_buffer("log_prior", log_prior)
+        self.query_head = ProjectionHead(model.feature_dim, model.feature_dim, projection_dim)
+        # The key head starts as a copy of the query head; with a teacher of another width the copy is impossible.
+        same_width = teacher.feature_dim == model.feature_dim
+        self.key_head = (
+            copy.deepcopy(self.query_head)
+            if same_width
+            else ProjectionHead(teacher.feature_dim, teacher.feature_dim, projection_dim)
+        )
+        self.log_tau_g = nn.Parameter(torch.tensor(tau_g).log(), requires_grad=train_tau_g)
+        self.queues = ClassQueues(counts, queue_total, queue_minimum, teacher.feature_dim, generator)
+
+    def train(self, mode: bool = True) -> StudentObjective:
+        """Training mode for everything but the frozen teacher, whose batch norm keeps its running statistics."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters without weight decay: log tau_g alone (code fact, section 3)."""
+        return [self.log_tau_g]
+
+    def forward(self, views: Tensor, target: Tensor, sample_ids: Tensor) -> dict[str, Tensor]:
+        """views [3,B,3,H,W] (classifier, query, key), target [B], sample_ids [B] → named scalars, `loss` first."""
+        batch = target.shape[0]
+        classifier_view, query_view, key_view = views
+        # One forward over both halves: they share a batch-norm batch of 2B (section 4).
+        features, logits = self.model(torch.cat([classifier_view, query_view]))
+        teacher_logits = self._remember(classifier_view, key_view, target, sample_ids)
+        similarity = self.query_head(features[batch:]) @ self.key_head(self.queues.features).T
+
+        weights = self.weights
+        logits = logits[:batch]
+        classification = adjusted_cross_entropy(logits, target, self.log_prior)
+        contrast = self._gml(similarity, target, self.log_tau_g.detach().exp(), None)
+        loss = weights.gamma * classification + weights.beta * contrast
+        parts = {"classification": classification, "gml": contrast}
+        if self.log_tau_g.requires_grad:
+            others = other_sample_mask(sample_ids, self.queues.sample_ids)
+            parts["tau"] = self._gml(similarity.detach(), target, self.log_tau_g.exp(), others)
+            loss = loss + weights.beta * parts["tau"]
+            parts["queries_without_keys"] = self._without_keys(others, target)
+        if teacher_logits is not None:
+            parts["distillation"] = distillation_loss(logits, teacher_logits, weights.distillation_temperature)
+            loss = loss + weights.alpha * parts["distillation"]
+        parts["tau_g"] = self.log_tau_g.exp()
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    @torch.no_grad()
+    def _remember(self, classifier_view: Tensor, key_view: Tensor, target: Tensor, sample_ids: Tensor) -> Tensor | None:
+        """Enqueue the teacher's features of the key view; its logits of the classifier view, if distillation asks for them."""
+        batch = target.shape[0]
+        seen = torch.cat([classifier_view, key_view]) if self.weights.alpha else key_view
+        features, logits = self.teacher(seen)
+        self.queues.enqueue(features[-batch:], target, sample_ids)
+        return logits[:batch] if self.weights.alpha else None
+
+    def _gml(self, similarity: Tensor, target: Tensor, tau_g: Tensor, mask: Tensor | None) -> Tensor:
+        strength = self.weights.prior_strength
+        return gml_loss(similarity, self.queues.row_class, target, self.log_prior, tau_g, strength, mask)
+
+    def _without_keys(self, others: Tensor, target: Tensor) -> Tensor:
+        """How many queries of the batch L_tau had to leave out: no key of their class but their own image's."""
+        own_class = self.queues.row_class[None, :] == target[:, None]
+        return (~(others & own_class).any(1)).sum().to(torch.float32)

@@ -1,0 +1,23 @@
+"""The projection head of Eq. 7: from a feature to the unit sphere on which query and contrast features meet."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ProjectionHead(nn.Module):
+    """Linear, BatchNorm, ReLU, Linear, L2 normalisation. Query and key each have one; gradient flows through both."""
+
+    def __init__(self, feature_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(feature_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, out_dim),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [N,D] → unit vectors [N,out_dim]."""
+        return F.normalize(self.layers(features), dim=1)

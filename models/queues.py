@@ -1,0 +1,87 @@
+"""Class-wise queues: the contrast memory of teacher features, one fixed run of rows for each class (Eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def queue_lengths(counts: Sequence[int], total: int, minimum: int) -> list[int]:
+    """Rows of each class in a memory of `total` rows: Eq. 5, rounded so that they sum to `total` exactly.
+
+    The run of class c ends at ceil(minimum*(c+1) + (total - minimum*C) * cumcount_c / N): the ceiling of the
+    *cumulative* Eq. 5, in integers, because floating point ends past the buffer for some splits (gml-facts section 4).
+
+    counts: C integers >= 0; total K; minimum k_m. Raises ValueError when total < minimum*C (the head would be shorter
+    than the tail), when minimum < 1 or when a class would own no row.
+    """
+    n = [int(count) for count in counts]
+    classes, samples = len(n), sum(int(count) for count in counts)
+    if classes == 0 or samples == 0 or min(n) < 0:
+        raise ValueError(f"counts is {n}; expected samples per class, none negative and not all 0")
+    if minimum < 1:
+        raise ValueError(f"queue minimum k_m is {minimum}; expected at least 1, or a rare class owns no row")
+    if total < minimum * classes:
+        raise ValueError(
+            f"queue total K is {total}, below minimum k_m * classes = {minimum} * {classes} = {minimum * classes}; "
+            f"raise the total to at least {minimum * classes} or lower the minimum"
+        )
+    ends, cumulative = [0], 0
+    for position, count in enumerate(n, start=1):
+        cumulative += count
+        ends.append(-(-(minimum * position * samples + (total - minimum * classes) * cumulative) // samples))
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+class ClassQueues(nn.Module):
+    """K teacher features, class-contiguous in label order, written round-robin within each class.
+
+    Buffers: features [K,D] (raw teacher features), sample_ids [K] int64, pointers [C] int64, and the fixed row_class
+    [K], starts [C], lengths [C], all int64. Rows start as unit-norm Gaussian features with unique negative ids, which
+    act as keys of their class until they are overwritten (code fact, section 4).
+    """
+
+    features: Tensor
+    sample_ids: Tensor
+    pointers: Tensor
+    row_class: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    def __init__(
+        self, counts: Sequence[int], total: int, minimum: int, dim: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        lengths = torch.tensor(queue_lengths(counts, total, minimum))
+        initial = nn.functional.normalize(torch.randn(total, dim, generator=generator), dim=1)
+        self.register_buffer("features", initial)
+        self.register_buffer("sample_ids", -torch.arange(1, total + 1))
+        self.register_buffer("pointers", torch.zeros_like(lengths))
+        self.register_buffer("row_class", torch.repeat_interleave(torch.arange(len(lengths)), lengths))
+        self.register_buffer("starts", lengths.cumsum(0) - lengths)
+        self.register_buffer("lengths", lengths)
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor, labels: Tensor, sample_ids: Tensor) -> None:
+        """Store a batch: the k-th sample of a class goes to slot (pointer + k) mod length; past `length` it is dropped.
+
+        features: [B,D]; labels: [B] int64; sample_ids: [B] int64. Shapes are static and nothing is read back to the
+        host: a dropped sample is written as well, but with the content of the kept sample that owns the same slot.
+        """
+        same = labels[:, None] == labels[None, :]
+        rank = torch.tril(same, diagonal=-1).sum(1)
+        length = self.lengths[labels]
+        owner_rank = rank % length
+        owner = (same & (rank[None, :] == owner_rank[:, None])).to(torch.int8).argmax(1)
+        slots = self.starts[labels] + (self.pointers[labels] + owner_rank) % length
+        self.features[slots] = features[owner].to(self.features.dtype)
+        self.sample_ids[slots] = sample_ids[owner]
+        kept = (rank < length).to(self.pointers.dtype)
+        advanced = self.pointers.index_add(0, labels, kept) % self.lengths
+        self.pointers.copy_(advanced)
+
+    def fill(self) -> Tensor:
+        """Share of rows that hold a real sample, scalar in [0, 1]."""
+        return (self.sample_ids >= 0).float().mean()
