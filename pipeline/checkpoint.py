@@ -1,0 +1,61 @@
+"""A trained network on disk: model.safetensors beside a readable config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from models.backbones import UnknownBackboneError
+from models.cosine_classifier import ImageClassifier
+from pipeline.artifacts import write_file, write_json
+from pipeline.errors import ParamsError, StageError
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What rebuilds the network: its backbone, number of classes, tau_s and the image it expects."""
+
+    backbone: str
+    classes: int
+    tau_s: float
+    image_size: int
+    mean: list[float]
+    std: list[float]
+
+
+def build_model(config: ModelConfig, key: str) -> ImageClassifier:
+    """A freshly initialised network. Raises ParamsError, naming the params key, for an unknown backbone."""
+    try:
+        return ImageClassifier(config.backbone, config.classes, config.tau_s)
+    except UnknownBackboneError as error:
+        raise ParamsError(f"{key}: {error}") from None
+
+
+def save_model(model: ImageClassifier, config: ModelConfig, folder: Path) -> None:
+    """Write weights and config into `folder`. Raises OSError with the file's name, on a full disk for one."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Serialised in memory and written by us: safetensors' own writer maps the file, and a full disk is then a signal.
+    write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
+    write_json(folder / CONFIG, asdict(config))
+
+
+def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
+    """Read a network back, in eval mode on the CPU. Raises ParamsError when it is not there, StageError when damaged."""
+    try:
+        config = ModelConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(config, f"{folder / CONFIG}: backbone")
+        model.load_state_dict(safetensors.torch.load((folder / WEIGHTS).read_bytes()))
+    except FileNotFoundError as error:
+        raise ParamsError(f"{error.filename}: no such file; run `dvc repro {stage}` first") from None
+    except (safetensors.SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+        raise StageError(f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`") from None
+    return model.eval(), config

@@ -1,0 +1,78 @@
+"""Images of a split as one uint8 tensor in memory: what training and evaluation read."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from models.preprocess import ImageError, preprocess
+from pipeline.artifacts import SPLIT
+from pipeline.errors import DataError, ParamsError
+from pipeline.params import ImageParams, Params
+from pipeline.sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class Images:
+    """images uint8 [N,3,H,W]; labels int64 [N]; sample_ids: N texts; references: N texts that find the bytes again."""
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: list[str]
+    references: list[str]
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def encoded(self, index: int) -> bytes:
+        """The original bytes of one image."""
+        return self.source.read(self.references[index])
+
+
+def load_images(params: Params, split: str, folder: Path = SPLIT) -> Images:
+    """Decode and resize every image of a split. Raises ParamsError when the split is not made, DataError naming a bad file."""
+    path = folder / f"{split}.parquet"
+    try:
+        table = pyarrow.parquet.read_table(path, columns=["sample_id", "label", "reference"])
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run `dvc repro split` first") from None
+    source = open_source(params.data)
+    references = table.column("reference").to_pylist()
+    size, resize_to = params.image.size, params.image.resize_to
+
+    def load(reference: str) -> np.ndarray:
+        data = source.read(reference)
+        try:
+            return preprocess(data, size, resize_to)
+        except ImageError as error:
+            raise DataError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
+
+    with ThreadPoolExecutor() as pool:
+        arrays = list(pool.map(load, references))
+    stacked = np.stack(arrays) if arrays else np.empty((0, 3, size, size), dtype=np.uint8)
+    labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
+    return Images(torch.from_numpy(stacked), labels, table.column("sample_id").to_pylist(), references, source)
+
+
+def load_classes(folder: Path = SPLIT) -> list[str]:
+    """Class names in label order. Raises ParamsError when the split is not made."""
+    path = folder / "classes.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParamsError(f"{path}: {error.strerror}; run `dvc repro split` first") from None
+
+
+def normalise(images: Tensor, params: ImageParams) -> Tensor:
+    """uint8 [..., 3,H,W] → float32 (x/255 - mean) / std per channel: the network's input."""
+    mean = torch.tensor(params.mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(params.std, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std

@@ -1,0 +1,82 @@
+"""Metrics of a classifier's answers, for one target prior. numpy in, plain numbers out; an empty group is None (n/a)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from models.prior import adjust_logits, softmax
+
+GROUPS = ("many", "medium", "few")
+
+
+def answers(logits: np.ndarray, log_prior: np.ndarray, strength: float) -> np.ndarray:
+    """Probabilities [N,C] of the adjusted logits; strength 0 answers for the balanced prior, 1 for the training prior."""
+    return softmax(adjust_logits(logits, log_prior, strength))
+
+
+def per_class_accuracy(predicted: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
+    """Share of each class's samples that were predicted right; None for a class without samples."""
+    total = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels[predicted == labels], minlength=classes)
+    return [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
+
+
+def mean_of(values: list[float | None]) -> float | None:
+    """Mean of the numbers among the values; None when there is none."""
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else None
+
+
+def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share of samples whose label is among the k most probable classes; k above C counts all."""
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Weighted mean of -log p(label), in nats; p is floored at 1e-12, so one sure mistake does not make it infinite."""
+    p = probabilities[np.arange(len(labels)), labels]
+    return float(np.average(-np.log(np.maximum(p, 1e-12)), weights=weights))
+
+
+def expected_calibration_error(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int, weights: np.ndarray | None = None
+) -> float:
+    """ECE (Naeini 2015, Guo 2017): weighted mean over equal-width confidence bins (a, b] of |accuracy - confidence|."""
+    weights = np.ones(len(labels)) if weights is None else weights
+    confidence = probabilities.max(axis=1)
+    right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(index, weights * (right - confidence), minlength=bins)
+    return float(np.abs(gap).sum() / weights.sum())
+
+
+def evaluate_answers(
+    probabilities: np.ndarray, labels: np.ndarray, groups: list[str], target_prior: np.ndarray, *, bins: int, top_k: int
+) -> dict[str, Any]:
+    """All metrics of one set of answers.
+
+    probabilities [N,C], labels [N], groups: shot group of each class, target_prior [C]. `many`, `medium` and `few` are
+    means of per-class accuracies. `at_target_prior` weighs the samples as if the test set followed the target prior,
+    which is the data that the answers were adjusted for; the other figures take the test set as it is.
+    """
+    classes = len(groups)
+    predicted = probabilities.argmax(axis=1)
+    by_class = per_class_accuracy(predicted, labels, classes)
+    in_group = {group: [by_class[c] for c in range(classes) if groups[c] == group] for group in GROUPS}
+    weights = target_prior[labels] / np.bincount(labels, minlength=classes)[labels]
+    return {
+        "all": float((predicted == labels).mean()),
+        **{group: mean_of(values) for group, values in in_group.items()},
+        "balanced_accuracy": mean_of(by_class),
+        f"top{top_k}": top_k_accuracy(probabilities, labels, top_k),
+        "nll": negative_log_likelihood(probabilities, labels),
+        "ece": expected_calibration_error(probabilities, labels, bins),
+        "at_target_prior": {
+            "all": float(np.average(predicted == labels, weights=weights)),
+            "nll": negative_log_likelihood(probabilities, labels, weights),
+            "ece": expected_calibration_error(probabilities, labels, bins, weights),
+        },
+    }

@@ -1,0 +1,66 @@
+"""The graph that is served: uint8 images and a strength in, adjusted logits and the feature out."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.cosine_classifier import ImageClassifier
+from models.prior import adjust_logits
+
+TRACED_BATCH = 3
+LARGEST_IR = 10
+
+
+class ServedStudent(nn.Module):
+    """A student with its preprocessing and adjustment inside, everything constant folded ahead.
+
+    The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    class_matrix: Tensor
+    log_prior: Tensor
+
+    def __init__(self, model: ImageClassifier, mean: list[float], std: list[float], log_prior: list[float]) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        spread, centre = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * spread))
+        self.register_buffer("shift", -centre / spread)
+        self.register_buffer("class_matrix", F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s)
+        self.register_buffer("log_prior", torch.tensor(log_prior))
+
+    def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """image uint8 [B,3,H,W], strength float32 [B,1] → logits [B,C] = cos/tau_s + strength·log_prior, unit feature [B,D]."""
+        feature = F.normalize(self.backbone(image.float() * self.scale + self.shift), dim=1)
+        return adjust_logits(F.linear(feature, self.class_matrix), self.log_prior, strength), feature
+
+
+def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:
+    """The graph as one ONNX file with a dynamic batch. Opset at most 20 and IR at most 10: older Triton images refuse newer."""
+    # A batch of 1 would be specialised into the graph, so a larger one is traced.
+    example = (torch.zeros(TRACED_BATCH, 3, size, size, dtype=torch.uint8), torch.zeros(TRACED_BATCH, 1))
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        # The exporter deprecates its own internals on every call; nothing in it is for our user.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            served,
+            example,
+            input_names=["image", "strength"],
+            output_names=["logits", "feature"],
+            dynamic_shapes=({0: batch}, {0: batch}),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    graph = program.model_proto
+    graph.ir_version = min(graph.ir_version, LARGEST_IR)
+    return graph.SerializeToString()
+
+

@@ -1,0 +1,238 @@
+"""params.yaml, the recipe of a run, as typed and validated values."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ParamsError
+
+PARAMS_FILE = Path("params.yaml")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys refused, values frozen, no silent conversion of text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TableParams(Section):
+    """Columns and files of the `table` source; paths are relative to data.location. A null split is held out of train."""
+
+    train: str = "train.parquet"
+    validation: str | None = None
+    test: str | None = None
+    image: str | None = "image"
+    path: str | None = None
+    label: str = "label"
+    id: str | None = None
+    class_names: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_the_image(self) -> TableParams:
+        if (self.image is None) == (self.path is None):
+            raise ValueError("set exactly one of image (a column of encoded bytes) and path (a column of file paths)")
+        return self
+
+
+class DataParams(Section):
+    """Where the images come from, how long the tail is made, and what is held out."""
+
+    source: Literal["digits", "folder", "table"]
+    location: str
+    table: TableParams = TableParams()
+    profile: Literal["natural", "exponential", "pareto", "step"]
+    imbalance_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    test_per_class: PositiveInt
+    validation_per_class: Count
+    validation_share: Share
+
+
+class ImageParams(Section):
+    """The network's input: shorter side to resize_to, centre crop of size (pixels), then (x/255 - mean) / std per channel."""
+
+    size: Annotated[int, Field(ge=8, le=1024)]
+    resize_to: Annotated[int, Field(ge=8, le=2048)]
+    mean: Annotated[list[Share], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ImageParams:
+        if self.resize_to < self.size:
+            raise ValueError(f"resize_to is {self.resize_to}, below size {self.size}; the crop would not fit")
+        return self
+
+
+class PriorParams(Section):
+    """Pseudo-count added to every class before the prior is taken; 0 refuses a class without training samples."""
+
+    smoothing: NonNegative
+
+
+class ScheduleParams(Section):
+    """Learning rate by epoch: `cosine` to nearly zero, or `steps` times `factor` at each milestone; linear warm-up first."""
+
+    kind: Literal["cosine", "steps"]
+    warmup_epochs: Count
+    milestones: list[PositiveInt] = []
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_steps(self) -> ScheduleParams:
+        if self.kind == "steps" and self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones is {self.milestones}; expected epochs in rising order")
+        if self.kind == "cosine" and self.milestones:
+            raise ValueError("milestones is set but kind is cosine; expected kind: steps, or no milestones")
+        return self
+
+
+class AugmentParams(Section):
+    """Random changes of each view: zero-padded crop (pixels), horizontal flip, Cutout (side of the hole in pixels)."""
+
+    crop_padding: Count
+    flip: bool
+    cutout: Count
+
+
+class TrainingParams(Section):
+    """What teacher and student training share: network, SGD, schedule, augmentation."""
+
+    backbone: str
+    tau_s: Positive
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)]
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NonNegative
+    schedule: ScheduleParams
+    augment: AugmentParams
+
+
+class StudentParams(TrainingParams):
+    """The student's terms: gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues."""
+
+    gamma: NonNegative
+    beta: NonNegative
+    alpha: NonNegative
+    distillation_temperature: Positive
+    prior_strength: NonNegative
+    tau_g: Positive
+    train_tau_g: bool
+    queue_total: PositiveInt
+    queue_minimum: PositiveInt
+    projection_dim: PositiveInt
+
+
+class EvaluateParams(Section):
+    """Evaluation: bins of the calibration error, k of top-k accuracy, test images kept as samples."""
+
+    ece_bins: Annotated[int, Field(ge=2, le=1000)]
+    top_k: PositiveInt
+    samples: PositiveInt
+
+
+class ExportParams(Section):
+    """ONNX export: opset, largest batch, how far ONNX Runtime's logits may be from PyTorch's (absolute)."""
+
+    opset: Annotated[int, Field(ge=18, le=20)]
+    max_batch_size: Annotated[int, Field(ge=2, le=1024)]
+    tolerance: Positive
+    golden: PositiveInt
+
+
+class ServingParams(Section):
+    """Defaults of the served classifier: adjustment strength when a request names none, answers per image."""
+
+    strength: Annotated[float, Field(allow_inf_nan=False)]
+    top_k: PositiveInt
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    data: DataParams
+    image: ImageParams
+    prior: PriorParams
+    teacher: TrainingParams
+    student: StudentParams
+    evaluate: EvaluateParams
+    export: ExportParams
+    serving: ServingParams
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate a params file. Raises ParamsError naming the file, the key, the value and what is allowed."""
+    return parse_params(read_yaml(path), path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ParamsError otherwise."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParamsError(f"{path}: {error.strerror}; run from the project's root or pass --params FILE") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ParamsError(f"{path}: not readable as YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path}: holds {type(content).__name__}; expected sections such as data: and student:")
+    return content
+
+
+def parse_params(content: dict[str, Any], path: Path) -> Params:
+    """Validate the content of a params file; `path` is for the message alone."""
+    try:
+        return Params.model_validate(_numbers_as_floats(content))
+    except ValidationError as error:
+        raise ParamsError("; ".join(_explain(path, entry) for entry in error.errors()[:3])) from None
+
+
+def _numbers_as_floats(content: Any) -> Any:
+    """Turn YAML's reading of `1e-4` (text: YAML 1.1 wants a dot) into the number that the user meant."""
+    if isinstance(content, dict):
+        return {key: _numbers_as_floats(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_numbers_as_floats(value) for value in content]
+    if isinstance(content, str) and content[:1].isdigit() and "e" in content.lower():
+        try:
+            return float(content)
+        except ValueError:
+            return content
+    return content
+
+
+def _explain(path: Path, entry: Any) -> str:
+    location = [str(part) for part in entry["loc"]]
+    key = ".".join(location)
+    if entry["type"] == "extra_forbidden":
+        siblings = _keys_at(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.5)
+        prefix = ".".join(location[:-1])
+        hint = f"; did you mean {'.'.join(filter(None, [prefix, nearest[0]]))}?" if nearest else f"; known here: {', '.join(siblings)}"
+        return f"{path}: {key} is not a key{hint}"
+    if entry["type"] == "missing":
+        return f"{path}: {key} is missing; add it (see the file's default in the repository)"
+    message = entry["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(entry["input"], dict | BaseModel) else f" is {entry['input']!r};"
+    return f"{path}: {key}{value or ':'} {message[:1].lower()}{message[1:]}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    model: Any = Params
+    for part in location:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field else None
+    return sorted(getattr(model, "model_fields", {}))

@@ -1,0 +1,53 @@
+"""Long-tail profiles: how many images each class keeps, and which."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> list[int]:
+    """Images that each class keeps; class 0 is the head, class C-1 the tail.
+
+    available: images per class. With n = (sum of available) / C images for the head and f = 1/imbalance_factor:
+    `natural` keeps all; `exponential` keeps int(n * f^(c/(C-1))), `step` int(n) in the first half of the classes and
+    int(n*f) in the rest (both the CIFAR-LT rule of Cao et al. 2019, truncated, not rounded); `pareto` keeps
+    int(n * (c+1)^-a) with a such that the last class keeps n*f. Never more than there are. Raises ValueError when a
+    class would keep nothing.
+    """
+    classes = len(available)
+    head = sum(available) / classes
+    tail = 1.0 / imbalance_factor
+    if profile == "natural":
+        return list(available)
+    if profile == "exponential":
+        wanted = [int(head * tail ** (c / (classes - 1.0))) for c in range(classes)]
+    elif profile == "step":
+        wanted = [int(head) if c < classes // 2 else int(head * tail) for c in range(classes)]
+    elif profile == "pareto":
+        exponent = np.log(imbalance_factor) / np.log(classes)
+        # Rounding to 1e-9 keeps the last class at n*f where the power lands a hair below the integer.
+        wanted = [int(round(head * (c + 1) ** -exponent, 9)) for c in range(classes)]
+    else:
+        raise ValueError(f"profile is {profile!r}; expected natural, exponential, pareto or step")
+    sizes = [min(size, there) for size, there in zip(wanted, available, strict=True)]
+    if min(sizes) < 1:
+        raise ValueError(
+            f"profile {profile} with imbalance factor {imbalance_factor:g} leaves class {sizes.index(min(sizes))} without "
+            f"images (head {int(head)}); lower the factor to at most {head:g}"
+        )
+    return sizes
+
+
+def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
+    """Indexes kept of each class, in shuffled order: the sample choice of CIFAR-LT (gml-facts section 1).
+
+    labels: [N] integers. Each class is shuffled whole by one legacy generator, class after class, and its first
+    sizes[c] are kept: so the choice nests, a larger imbalance keeping a subset of a smaller one.
+    """
+    generator = np.random.RandomState(seed)
+    chosen = []
+    for label, size in enumerate(sizes):
+        members = np.flatnonzero(labels == label)
+        generator.shuffle(members)
+        chosen.append(members[:size])
+    return chosen
