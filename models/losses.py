@@ -67,7 +67,7 @@ def gml_loss(
     temperature: tau_g > 0, a number or a scalar tensor (differentiable). mask: [B,K] bool, True keeps the pair.
 
     A query whose own class has no key left under the mask has no likelihood to maximise and is left out of the mean
-    (the official code divides 0/0 there and tau_g is NaN for good; gml-facts 9.1). With no query left the loss is 0.
+    (the official code divides 0/0 there and tau_g is NaN for good). With no query left the loss is 0.
     """
     scores, keys = mixture_log_scores(similarity, row_class, log_prior.shape[0], temperature, mask)
     answerable = keys.gather(1, target[:, None]).squeeze(1) > 0

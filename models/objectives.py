@@ -36,13 +36,13 @@ class TeacherObjective(nn.Module):
         return {"loss": loss, "classification": loss.detach()}
 
     def undecayed(self) -> list[nn.Parameter]:
-        """Parameters without weight decay: none (code fact, section 3)."""
+        """Parameters without weight decay: none (as in the official code)."""
         return []
 
 
 @dataclass(frozen=True)
 class StudentWeights:
-    """Weights of the student's terms, gml-facts section 5: gamma of L_cls, beta of L_GML + L_tau, alpha of L_KD."""
+    """Weights of the student's terms, as the official code has them: gamma of L_cls, beta of L_GML + L_tau, alpha of L_KD."""
 
     gamma: float
     beta: float
@@ -56,7 +56,7 @@ class StudentObjective(nn.Module):
 
     The frozen teacher fills the class-wise queues with its feature of the key view *before* the loss, so a query always
     meets its own image's key; the whole queue is embedded afresh by the key head at every step. L_tau is L_GML with the
-    similarities detached and the query's own image left out: its only gradient is to log tau_g (code fact, section 5).
+    similarities detached and the query's own image left out: its only gradient is to log tau_g (from the official code).
     """
 
     views = 3
@@ -101,14 +101,14 @@ class StudentObjective(nn.Module):
         return self
 
     def undecayed(self) -> list[nn.Parameter]:
-        """Parameters without weight decay: log tau_g alone (code fact, section 3)."""
+        """Parameters without weight decay: log tau_g alone (as in the official code)."""
         return [self.log_tau_g]
 
     def forward(self, views: Tensor, target: Tensor, sample_ids: Tensor) -> dict[str, Tensor]:
         """views [3,B,3,H,W] (classifier, query, key), target [B], sample_ids [B] → named scalars, `loss` first."""
         batch = target.shape[0]
         classifier_view, query_view, key_view = views
-        # One forward over both halves: they share a batch-norm batch of 2B (section 4).
+        # One forward over both halves: they share a batch-norm batch of 2B.
         features, logits = self.model(torch.cat([classifier_view, query_view]))
         teacher_logits = self._remember(classifier_view, key_view, target, sample_ids)
         similarity = self.query_head(features[batch:]) @ self.key_head(self.queues.features).T

@@ -72,7 +72,9 @@ def resize(image: Image.Image, size: int, resize_to: int) -> np.ndarray:
     width, height = image.size
     if min(width, height) != resize_to:
         scale = resize_to / min(width, height)
-        image = image.resize((max(resize_to, round(width * scale)), max(resize_to, round(height * scale))), Image.Resampling.BILINEAR)
+        image = image.resize(
+            (max(resize_to, round(width * scale)), max(resize_to, round(height * scale))), Image.Resampling.BILINEAR
+        )
     if min(image.size) < size:
         raise ImageError(f"would be cropped to {size} pixels after a resize to {resize_to}; expected resize_to >= size")
     left, top = (image.size[0] - size) // 2, (image.size[1] - size) // 2

@@ -73,7 +73,7 @@ def check_target_prior(prior: Any, classes: int) -> np.ndarray:
 
 
 def log_target_prior(prior: Any) -> np.ndarray:
-    """Log of a checked target prior, float64, with a floor in place of log 0 so that a class given no mass ranks last, not NaN."""
+    """Log of a checked target prior, float64. A class given no mass gets a floor instead of -inf: it ranks last, never NaN."""
     return np.log(np.maximum(np.asarray(prior, dtype=np.float64), np.finfo(np.float32).tiny))
 
 
@@ -85,7 +85,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def shot_group(count: int) -> str:
-    """`many` (> 100 training samples), `few` (< 20) or `medium` (20 to 100 inclusive); gml-facts section 8, as the field counts."""
+    """`many` (> 100 training samples), `few` (< 20) or `medium` (20 to 100 inclusive), as the field counts them."""
     if count > MANY_ABOVE:
         return "many"
     return "few" if count < FEW_BELOW else "medium"

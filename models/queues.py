@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ def queue_lengths(counts: Sequence[int], total: int, minimum: int) -> list[int]:
     """Rows of each class in a memory of `total` rows: Eq. 5, rounded so that they sum to `total` exactly.
 
     The run of class c ends at ceil(minimum*(c+1) + (total - minimum*C) * cumcount_c / N): the ceiling of the
-    *cumulative* Eq. 5, in integers, because floating point ends past the buffer for some splits (gml-facts section 4).
+    *cumulative* Eq. 5, in integers, because floating point ends past the buffer for some splits, CIFAR-LT among them.
 
     counts: C integers >= 0; total K; minimum k_m. Raises ValueError when total < minimum*C (the head would be shorter
     than the tail), when minimum < 1 or when a class would own no row.
@@ -32,7 +33,7 @@ def queue_lengths(counts: Sequence[int], total: int, minimum: int) -> list[int]:
     for position, count in enumerate(n, start=1):
         cumulative += count
         ends.append(-(-(minimum * position * samples + (total - minimum * classes) * cumulative) // samples))
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 class ClassQueues(nn.Module):
@@ -40,7 +41,7 @@ class ClassQueues(nn.Module):
 
     Buffers: features [K,D] (raw teacher features), sample_ids [K] int64, pointers [C] int64, and the fixed row_class
     [K], starts [C], lengths [C], all int64. Rows start as unit-norm Gaussian features with unique negative ids, which
-    act as keys of their class until they are overwritten (code fact, section 4).
+    act as keys of their class until they are overwritten (as in the official code).
     """
 
     features: Tensor

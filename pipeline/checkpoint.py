@@ -57,5 +57,7 @@ def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
     except FileNotFoundError as error:
         raise ParamsError(f"{error.filename}: no such file; run `dvc repro {stage}` first") from None
     except (safetensors.SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
-        raise StageError(f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`") from None
+        raise StageError(
+            f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`"
+        ) from None
     return model.eval(), config

@@ -36,7 +36,8 @@ class Result:
 
     def __str__(self) -> str:
         scores = [
-            f"{network} {self.metrics[network]['balanced']['balanced_accuracy']:.1%}" for network in ("teacher", "student")
+            f"{network} {self.metrics[network]['balanced']['balanced_accuracy']:.1%}"
+            for network in ("teacher", "student")
         ]
         return f"balanced accuracy {', '.join(scores)} → {self.output}/report.html"
 
@@ -45,7 +46,9 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     """Evaluate both networks on the test split, the only stage that reads it. Raises DataError when it is empty."""
     prior, test = load_prior(), load_images(params, "test")
     if len(test) == 0:
-        raise DataError("data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split")
+        raise DataError(
+            "data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split"
+        )
     device, labels = choose_device(params.device), test.labels.numpy()
     logits = {}
     for name, folder in (("teacher", TEACHER), ("student", STUDENT)):
@@ -59,9 +62,13 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         classes = _per_class(found, labels, prior)
         write_file(folder / "per_class.csv", _csv(classes))
         predicted = found["student"]["balanced"].argmax(1)
-        pairs = [{"actual": prior.classes[a], "predicted": prior.classes[b]} for a, b in zip(labels, predicted, strict=True)]
+        pairs = [
+            {"actual": prior.classes[a], "predicted": prior.classes[b]} for a, b in zip(labels, predicted, strict=True)
+        ]
         write_file(folder / "confusion.csv", _csv(pairs))
-        pyarrow.parquet.write_table(_predictions(test, found["student"], logits["student"]), folder / "predictions.parquet")
+        pyarrow.parquet.write_table(
+            _predictions(test, found["student"], logits["student"]), folder / "predictions.parquet"
+        )
         samples = _write_samples(folder / "samples", test, chosen, found["student"], prior.classes)
         write_file(folder / "report.html", render_report(metrics, classes, samples, params))
     return Result(metrics, output)

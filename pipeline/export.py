@@ -20,7 +20,17 @@ import torch
 
 from models.cosine_classifier import ImageClassifier
 from models.prior import adjust_logits, softmax
-from pipeline.artifacts import EVALUATION, EXPORT, REPOSITORY, SPLIT, STUDENT, sha256_of_json, whole_folder, write_file, write_json
+from pipeline.artifacts import (
+    EVALUATION,
+    EXPORT,
+    REPOSITORY,
+    SPLIT,
+    STUDENT,
+    sha256_of_json,
+    whole_folder,
+    write_file,
+    write_json,
+)
 from pipeline.checkpoint import load_model
 from pipeline.dataset import Images, load_images, normalise
 from pipeline.errors import ParamsError, StageError
@@ -139,7 +149,9 @@ def golden_answers(session: onnxruntime.InferenceSession, examples: Images, para
         probability = softmax(logits)
         best = np.argsort(-probability, kind="stable")[: params.serving.top_k]
         image = base64.b64encode(examples.encoded(int(index))).decode()
-        golden.append(Golden(image=image, strength=strength, index=best.tolist(), probability=probability[best].tolist()))
+        golden.append(
+            Golden(image=image, strength=strength, index=best.tolist(), probability=probability[best].tolist())
+        )
     return golden
 
 
@@ -181,7 +193,9 @@ def code_revision() -> str:
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

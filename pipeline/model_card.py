@@ -23,8 +23,8 @@ tags:
 An image classifier for {{ prior.classes | length }} classes, trained on data whose largest class has {{ prior.counts | max }}
 samples and whose smallest has {{ prior.counts | min }} ({{ params.data.source }}, profile {{ params.data.profile }}).
 
-- Network: {{ params.student.backbone }} with a cosine classifier, distilled from {{ params.teacher.backbone }} with the GML loss
-  (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels).
+- Network: {{ params.student.backbone }} with a cosine classifier, distilled from {{ params.teacher.backbone }} with the GML
+  loss (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels).
 - Input: RGB, uint8, {{ params.image.size }}x{{ params.image.size }}; normalisation is inside the graph.
 - `strength` 0 answers for a balanced target prior, 1 for the training prior.
 
@@ -33,7 +33,8 @@ samples and whose smallest has {{ prior.counts | min }} ({{ params.data.source }
 | target prior | all | many | medium | few | balanced accuracy | NLL | ECE |
 |---|---|---|---|---|---|---|---|
 {% for name, m in metrics.items() -%}
-| {{ name }} | {{ m["all"] | percent }} | {{ m.many | percent }} | {{ m.medium | percent }} | {{ m.few | percent }} | {{ m.balanced_accuracy | percent }} | {{ "%.3f" % m.nll }} | {{ m.ece | percent }} |
+| {{ name }} | {{ m["all"] | percent }} | {{ m.many | percent }} | {{ m.medium | percent }} | {{ m.few | percent }} \
+| {{ m.balanced_accuracy | percent }} | {{ "%.3f" % m.nll }} | {{ m.ece | percent }} |
 {% endfor %}
 Last epoch, seed {{ params.seed }}, one run. Few means fewer than 20 training samples, many more than 100.
 

@@ -62,5 +62,3 @@ def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:
     graph = program.model_proto
     graph.ir_version = min(graph.ir_version, LARGEST_IR)
     return graph.SerializeToString()
-
-

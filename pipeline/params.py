@@ -221,7 +221,11 @@ def _explain(path: Path, entry: Any) -> str:
         siblings = _keys_at(location[:-1])
         nearest = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.5)
         prefix = ".".join(location[:-1])
-        hint = f"; did you mean {'.'.join(filter(None, [prefix, nearest[0]]))}?" if nearest else f"; known here: {', '.join(siblings)}"
+        hint = (
+            f"; did you mean {'.'.join(filter(None, [prefix, nearest[0]]))}?"
+            if nearest
+            else f"; known here: {', '.join(siblings)}"
+        )
         return f"{path}: {key} is not a key{hint}"
     if entry["type"] == "missing":
         return f"{path}: {key} is missing; add it (see the file's default in the repository)"

@@ -30,7 +30,9 @@ class Prior:
     def __str__(self) -> str:
         sizes = {group: self.groups.count(group) for group in ("many", "medium", "few")}
         groups = ", ".join(f"{number} {group}" for group, number in sizes.items())
-        return f"{len(self.classes)} classes of {max(self.counts):,} to {min(self.counts):,} samples ({groups}) → {PRIOR}"
+        return (
+            f"{len(self.classes)} classes of {max(self.counts):,} to {min(self.counts):,} samples ({groups}) → {PRIOR}"
+        )
 
 
 def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:

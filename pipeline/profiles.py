@@ -39,7 +39,7 @@ def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> 
 
 
 def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
-    """Indexes kept of each class, in shuffled order: the sample choice of CIFAR-LT (gml-facts section 1).
+    """Indexes kept of each class, in shuffled order: the sample choice of CIFAR-LT (Cao et al. 2019).
 
     labels: [N] integers. Each class is shuffled whole by one legacy generator, class after class, and its first
     sizes[c] are kept: so the choice nests, a larger imbalance keeping a subset of a smaller one.

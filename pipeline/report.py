@@ -18,10 +18,15 @@ def render_report(
     metrics: dict[str, Any], classes: list[dict[str, Any]], samples: list[dict[str, Any]], params: Params
 ) -> str:
     """The page as text. metrics: network → target prior → metric; classes: rows of per_class.csv; samples with bytes."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["percent"] = lambda value: "n/a" if value is None else f"{value:.1%}"
     pictures = [
-        {**sample, "uri": f"data:{MEDIA_TYPES[sample['file'].rpartition('.')[2]]};base64,{base64.b64encode(sample['bytes']).decode()}"}
+        {
+            **sample,
+            "uri": _data_uri(sample["file"], sample["bytes"]),
+        }
         for sample in samples
     ]
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -33,3 +38,8 @@ def render_report(
         params=params,
         top=f"top{params.evaluate.top_k}",
     )
+
+
+def _data_uri(name: str, data: bytes) -> str:
+    media_type = MEDIA_TYPES[name.rpartition(".")[2]]
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

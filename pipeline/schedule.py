@@ -10,8 +10,8 @@ from pipeline.params import ScheduleParams
 def learning_rate(schedule: ScheduleParams, base: float, epoch: int, epochs: int) -> float:
     """Learning rate of a 0-based epoch out of `epochs`.
 
-    Warm-up: base * (epoch+1) / warmup_epochs. `cosine`: base/2 * (1 + cos(pi * (e+1) / (E+1))), the official code's form
-    (gml-facts section 6). `steps`: times factor from each milestone's epoch on, as the paper states it.
+    Warm-up: base * (epoch+1) / warmup_epochs. `cosine`: base/2 * (1 + cos(pi * (e+1) / (E+1))), the official
+    code's form. `steps`: times factor from each milestone's epoch on, as the paper states it.
     """
     if epoch < schedule.warmup_epochs:
         return base * (epoch + 1) / schedule.warmup_epochs

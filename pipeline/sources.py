@@ -50,19 +50,20 @@ def open_source(params: DataParams) -> Source:
     if params.source == "digits":
         return DigitsSource()
     if not root.is_dir():
-        raise ParamsError(f"data.location is {params.location!r}, which is not a folder; expected the root of source {params.source}")
+        raise ParamsError(
+            f"data.location is {params.location!r}, which is not a folder; expected the root of source {params.source}"
+        )
     return FolderSource(root) if params.source == "folder" else TableSource(root, params.table)
 
 
 class DigitsSource:
     """scikit-learn's bundled scans of handwritten digits: 1,797 images of 8x8 pixels, 16 grey levels, ten classes."""
 
-    classes = [str(digit) for digit in range(10)]
-
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
 
         scans = load_digits()
+        self.classes = [str(digit) for digit in range(10)]
         self._pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
         self.rows = [Row(str(i), int(label), f"digits/{i}", "train") for i, label in enumerate(scans.target)]
 
@@ -88,14 +89,18 @@ class FolderSource:
             parts = {"train": root}
         self.classes = [entry.name for entry in _folders(parts["train"])]
         if len(self.classes) < 2:
-            raise DataError(f"{parts['train']}: holds {len(self.classes)} class folders; expected at least 2, one per class")
+            raise DataError(
+                f"{parts['train']}: holds {len(self.classes)} class folders; expected at least 2, one per class"
+            )
         self.rows = [row for split, folder in parts.items() for row in self._rows(split, folder)]
 
     def _rows(self, split: str, folder: Path) -> Iterator[Row]:
         number = {name: index for index, name in enumerate(self.classes)}
         for class_folder in _folders(folder):
             if class_folder.name not in number:
-                raise DataError(f"{class_folder}: is a class of {split} that train does not have; add training images or remove it")
+                raise DataError(
+                    f"{class_folder}: is a class of {split} that train does not have; add training images or remove it"
+                )
             files = sorted(path for path in class_folder.rglob("*") if path.is_file() and not path.name.startswith("."))
             for path in files:
                 if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -128,9 +133,15 @@ class TableSource:
     def _labels(self, name: str) -> list[int] | list[str]:
         column = self._column(name, self._params.label)
         if column.null_count:
-            raise DataError(f"{self._root / name}: column {self._params.label!r} has {column.null_count} rows without a label")
-        if not (pa.types.is_integer(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise DataError(f"{self._root / name}: column {self._params.label!r} is {column.type}; expected integers or text")
+            raise DataError(
+                f"{self._root / name}: column {self._params.label!r} has {column.null_count} rows without a label"
+            )
+        if not (
+            pa.types.is_integer(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        ):
+            raise DataError(
+                f"{self._root / name}: column {self._params.label!r} is {column.type}; expected integers or text"
+            )
         return column.to_pylist()
 
     def _class_names(self, labels: dict[str, list]) -> list[str]:
@@ -149,7 +160,9 @@ class TableSource:
             raise DataError(f"{where} skips {missing}; integer labels must be 0..C-1 without a gap")
         names = self._params.class_names or [str(value) for value in known]
         if len(names) != len(known):
-            raise ParamsError(f"data.table.class_names has {len(names)} names for {len(known)} classes; expected one per class")
+            raise ParamsError(
+                f"data.table.class_names has {len(names)} names for {len(known)} classes; expected one per class"
+            )
         return names
 
     def _rows(self, split: str, labels: list, number: dict) -> Iterator[Row]:

@@ -116,7 +116,9 @@ def _hold_out_validation(
     remaining, held = [], []
     for chosen, spare in zip(kept, dropped, strict=True):
         free = generator.permutation(spare)[: params.validation_per_class]
-        wanted = min(params.validation_per_class - len(free), int(params.validation_share * len(chosen)), len(chosen) - 1)
+        wanted = min(
+            params.validation_per_class - len(free), int(params.validation_share * len(chosen)), len(chosen) - 1
+        )
         taken = generator.permutation(chosen)[:wanted] if wanted > 0 else chosen[:0]
         remaining.append(chosen[~np.isin(chosen, taken)])
         held.extend(sorted([*free.tolist(), *taken.tolist()]))

@@ -59,34 +59,30 @@ class Training:
         steps = len(train) // self.params.batch_size
         if steps == 0:
             raise ParamsError(
-                f"{self.name}.batch_size is {self.params.batch_size}, above the {len(train)} training images; lower it to at "
-                f"most {len(train)}"
+                f"{self.name}.batch_size is {self.params.batch_size}, above the {len(train)} training images; "
+                f"lower it to at most {len(train)}"
             )
         self.objective.to(self.device)
         images, labels = train.images.to(self.device), train.labels.to(self.device)
         optimizer = self._optimizer()
         generator = torch.Generator().manual_seed(self.seed)
-        console, history = Console(), []
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
-        ) as progress:  # fmt: skip
+        history: list[dict[str, float]] = []
+        with progress_bar() as progress:
             bar = progress.add_task(self.name, total=steps * self.params.epochs)
             for epoch in range(self.params.epochs):
                 rate = learning_rate(self.params.schedule, self.params.learning_rate, epoch, self.params.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                order = torch.randperm(len(train), generator=generator)[: steps * self.params.batch_size]
                 started = time.perf_counter()
                 sums: dict[str, Tensor] = {}
-                order = torch.randperm(len(train), generator=generator)[: steps * self.params.batch_size]
-                for chosen in order.split(self.params.batch_size):
-                    chosen = chosen.to(self.device)
-                    parts = self._step(optimizer, images[chosen], labels[chosen], chosen, generator)
-                    for name, value in parts.items():
+                for batch in order.split(self.params.batch_size):
+                    chosen = batch.to(self.device)
+                    for name, value in self._step(optimizer, images[chosen], labels[chosen], chosen, generator).items():
                         sums[name] = sums.get(name, 0) + value
                     progress.advance(bar)
-                seconds = time.perf_counter() - started
                 record = {"epoch": epoch + 1, **self._means(sums, steps, epoch), "learning_rate": rate}
+                seconds = time.perf_counter() - started
                 if len(validation):
                     record["validation_accuracy"] = accuracy(self.objective.model, validation, self.image, self.device)
                 record["images_per_second"] = len(order) / seconds
@@ -127,8 +123,21 @@ class Training:
     def _line(self, record: dict[str, float]) -> str:
         parts = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name in ("loss", "tau_g"))
         score = f"  validation {record['validation_accuracy']:.1%}" if "validation_accuracy" in record else ""
-        rate = f"{record['images_per_second']:,.0f} images/s"
-        return f"{self.name}  epoch {record['epoch']}/{self.params.epochs}  {parts}{score}  lr {record['learning_rate']:.4f}  {rate}"
+        epoch = f"{self.name}  epoch {record['epoch']}/{self.params.epochs}"
+        return f"{epoch}  {parts}{score}  lr {record['learning_rate']:.4f}  {record['images_per_second']:,.0f} images/s"
+
+
+def progress_bar() -> Progress:
+    """A bar with steps done and time left, on a terminal; nothing where the output is a file."""
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @torch.inference_mode()
@@ -157,7 +166,9 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ParamsError(f"device is {wanted!r}, but {torch.cuda.device_count()} GPUs are visible; expected auto or cpu")
+        raise ParamsError(
+            f"device is {wanted!r}, but {torch.cuda.device_count()} GPUs are visible; expected auto or cpu"
+        )
     return device
 
 

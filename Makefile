@@ -1,0 +1,69 @@
+# Tailor: `make demo` shows the whole way, `make test` proves it. `make help` lists the rest.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# No tool that Tailor uses reports home.
+export ORT_DISABLE_TELEMETRY := 1
+export DVC_NO_ANALYTICS := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+
+# The local Triton server embeds Python and needs numpy below 2, so the demo wants 3.11 or 3.12.
+# Override with: make demo PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for name in python3 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo "$$name"; break; }; done)
+
+.PHONY: help
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+.PHONY: install
+install: $(VENV)/installed ## set up .venv from the exact versions of constraints.txt
+
+$(VENV)/installed: constraints.txt pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or 3.12 found; install one or pass PYTHON=/path/to/python3.12" >&2; exit 2; fi
+	@[ -x $(VENV)/bin/python ] || "$(PYTHON)" -m venv $(VENV) || \
+		{ echo "make: $(PYTHON) cannot make a virtual environment; install its venv package (python3-venv)" >&2; exit 2; }
+	@echo "installing into $(VENV) (torch brings about 5 GB; a few minutes)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
+		-e '.[pipeline,export,cpu,serve,loadtest,test]'
+	@touch $@
+
+.PHONY: demo
+demo: install ## train, evaluate, export and serve the embedded data, then ask the real server
+	@dvc repro
+	@python -m serving.demo
+
+.PHONY: test
+test: install lint ## the whole test suite
+	@python -m pytest -n 2 --dist loadgroup
+
+.PHONY: test-fast
+test-fast: install lint ## the layer without DVC and Triton
+	@python -m pytest -n 2 -m "not end_to_end"
+
+.PHONY: lint
+lint: install ## style and the arrows between the rooms
+	@ruff check --quiet .
+	@ruff format --check --quiet .
+
+.PHONY: serve
+serve: install ## serve the exported student until Ctrl-C
+	@tailor serve
+
+.PHONY: constraints
+constraints: install ## resolve newer exact versions into constraints.txt
+	@python -m pip install --quiet uv
+	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --quiet \
+		--constraint constraints.in --upgrade -o $(VENV)/constraints.txt
+	@{ echo "# Exact versions that make installs, for Python 3.11 to 3.13. Remade by: make constraints"; \
+		cat $(VENV)/constraints.txt; } > constraints.txt
+
+.PHONY: clean
+clean: ## remove .venv; data, artifacts and DVC's cache stay
+	@rm -rf $(VENV) *.egg-info

@@ -1,0 +1,102 @@
+"""Apply a recipe: merge overlay files into params.yaml, keeping its comments."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import write_file
+from pipeline.errors import ParamsError, StageError
+from pipeline.params import PARAMS_FILE, parse_params, read_yaml
+from pipeline.stage import explain
+
+EPILOG = """\
+examples:
+  python -m pipeline.recipe recipes/cifar10-if100.yaml            write its values into params.yaml, then: dvc repro
+  python -m pipeline.recipe recipes/cifar10-if100.yaml --dry-run  show what would change
+  python -m pipeline.recipe recipes/cifar10-if100.yaml recipes/cifar10-if100-one-epoch.yaml
+`git checkout params.yaml` takes it back.
+"""
+
+
+def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
+    """The text of `target` with the overlays' values, in order, and one line per changed key. Nothing is written.
+
+    Raises ParamsError for an overlay that is not a mapping or gives invalid params, naming file, key and value.
+    """
+    from ruamel.yaml import YAML
+
+    read_yaml(target)  # a file that is not YAML is refused in the same words as everywhere
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 160
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    document = yaml.load(target.read_text(encoding="utf-8"))
+    lines = [line for overlay in overlays for line in _merge(document, read_yaml(overlay), "")]
+    stream = io.StringIO()
+    yaml.dump(document, stream)
+    text = stream.getvalue()
+    parse_params(YAML(typ="safe").load(text), overlays[-1])
+    return text, lines
+
+
+def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
+    lines = []
+    for key, value in changes.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(document.get(key), dict):
+            lines.extend(_merge(document[key], value, f"{name}."))
+        elif document.get(key) != value:
+            lines.append(f"{name}: {document.get(key)} → {value}")
+            document[key] = _flow(value)
+    return lines
+
+
+def _flow(value: Any) -> Any:
+    """A list in the file's own style, on one line; a mapping's lists likewise."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    if isinstance(value, dict):
+        return {key: _flow(entry) for key, entry in value.items()}
+    if not isinstance(value, list):
+        return value
+    sequence = CommentedSeq(value)
+    sequence.fa.set_flow_style()
+    return sequence
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.recipe",
+        description="Write a recipe's values into params.yaml.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "overlay", type=Path, nargs="+", help="files of recipes/: the keys that each changes; later ones win"
+    )
+    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the file to change (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="show the changes, write nothing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    try:
+        text, lines = apply_recipe(options.overlay, options.params)
+        if not options.dry_run:
+            write_file(options.params, text)
+    except (StageError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"recipe: {explain(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, ParamsError) else 1
+    print("\n".join(lines) or f"{options.params} has these values already")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
