@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from serving.errors import ServingError
 
 MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.json"
+STUDENT_NAME = "student.onnx"
+
+# Another ONNX Runtime, or a GPU, rounds differently; a wrong graph, prior or preprocessing is off by far more.
+GOLDEN_TOLERANCE = 2e-3
 
 
-class ManifestError(ValueError):
+class ManifestError(ServingError, ValueError):
     """A manifest that is missing, malformed or does not match its files; the message names the file."""
 
 
 class ImageFormat(BaseModel):
-    """How `models.preprocess.preprocess` makes the network's input: shorter side to resize_to, centre crop of size (pixels)."""
+    """How `models.preprocess` makes the network's input: shorter side to resize_to, centre crop of size (pixels)."""
 
     model_config = ConfigDict(extra="forbid")
     size: int = Field(ge=1)
@@ -36,7 +45,7 @@ class Manifest(BaseModel):
     image: ImageFormat
     feature_dim: int = Field(ge=1)
     tau_s: float = Field(gt=0)
-    strength: float
+    strength: float = Field(allow_inf_nan=False)
     top_k: int = Field(ge=1)
     max_batch_size: int = Field(ge=1)
     files: dict[str, str]
@@ -56,13 +65,45 @@ class Manifest(BaseModel):
 
 
 class Golden(BaseModel):
-    """One golden request and its answer: the encoded image (base64) and what the classifier must say of it at that strength."""
+    """One golden request, an encoded image (base64) at a strength, and what the classifier must say of it."""
 
     model_config = ConfigDict(extra="forbid")
     image: str
-    strength: float
-    index: list[int]
-    probability: list[float]
+    strength: float = Field(allow_inf_nan=False)
+    index: list[int] = Field(min_length=1)
+    probability: list[float] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _answer_is_whole(self) -> Golden:
+        if len(self.index) != len(self.probability):
+            raise ValueError("index and probability differ in length")
+        try:
+            base64.b64decode(self.image, validate=True)
+        except binascii.Error:
+            raise ValueError("image is not base64") from None
+        return self
+
+    def image_bytes(self) -> bytes:
+        """The encoded image."""
+        return base64.b64decode(self.image)
+
+    def difference(self, index: Sequence[int], probability: Sequence[float]) -> str | None:
+        """What an answer gets wrong, in words, or None. Classes whose golden probabilities tie may change places."""
+        if len(index) < len(self.index) or len(probability) < len(self.probability):
+            return f"{len(index)} classes answered, {len(self.index)} expected"
+        for rank, (expected, wanted) in enumerate(zip(self.index, self.probability, strict=True)):
+            if not abs(float(probability[rank]) - wanted) <= GOLDEN_TOLERANCE:
+                return f"probability {float(probability[rank]):.4f} at rank {rank + 1}, {wanted:.4f} expected"
+            if int(index[rank]) != expected and not self._tied(rank):
+                return f"class {int(index[rank])} at rank {rank + 1}, class {expected} expected"
+        return None
+
+    def _tied(self, rank: int) -> bool:
+        """Whether the golden answer has a neighbour as probable; the last rank counts as tied, its next is not known."""
+        near = [r for r in (rank - 1, rank + 1) if 0 <= r < len(self.probability)]
+        if rank + 1 == len(self.probability) and rank > 0:
+            return True
+        return any(abs(self.probability[r] - self.probability[rank]) <= 2 * GOLDEN_TOLERANCE for r in near)
 
 
 def sha256_of(path: Path) -> str:
@@ -74,23 +115,53 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json` of an export folder and check every file's sha256. Raises ManifestError naming the file."""
+def read_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json` of a folder, without its files. Raises ManifestError naming the file and the key."""
     path = folder / MANIFEST_NAME
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}; run `dvc repro` to make it") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ManifestError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; run `dvc repro` to remake it") from None
+        raise ManifestError(f"{path}: {_first(error)}; run `dvc repro` to remake it") from None
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json` of an export folder and check every file's sha256. Raises ManifestError naming the file."""
+    path = folder / MANIFEST_NAME
+    manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         if Path(name).name != name:
             raise ManifestError(f"{path}: files names {name!r}; expected a file beside the manifest")
-        try:
-            found = sha256_of(folder / name)
-        except OSError as error:
-            raise ManifestError(f"{folder / name}: {error.strerror}; it is listed in {path}") from None
-        if found != expected:
-            raise ManifestError(f"{folder / name}: sha256 is {found[:12]}…, the manifest says {expected[:12]}…; export again")
+        check_file(folder / name, expected)
     return manifest
+
+
+def check_file(path: Path, expected: str) -> None:
+    """Compare a file's sha256 with the manifest's. Raises ManifestError naming the file."""
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; the manifest lists it") from None
+    if found != expected:
+        raise ManifestError(f"{path}: sha256 is {found[:12]}…, the manifest says {expected[:12]}…; export again")
+
+
+def load_golden(folder: Path) -> list[Golden]:
+    """Read `golden.json`: a JSON list of at least one `Golden`. Raises ManifestError naming the file and the key."""
+    path = folder / GOLDEN_NAME
+    try:
+        golden = TypeAdapter(list[Golden]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; run `dvc repro` to make it") from None
+    except ValidationError as error:
+        raise ManifestError(f"{path}: {_first(error)}; run `dvc repro` to remake it") from None
+    if not golden:
+        raise ManifestError(f"{path}: holds no golden request; expected at least one; run `dvc repro` to remake it")
+    return golden
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -1,0 +1,138 @@
+"""`python -m serving.demo`: all of serving on sample images, each asked under two priors over both protocols."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from serving.client import Client, Prediction
+from serving.errors import InputError, ServingError
+from serving.server import TritonServer
+
+PRIORS = ("balanced", "train")
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file and its true class."""
+
+    path: Path
+    label: str
+
+
+def run(repository: Path, samples: Path) -> int:
+    """Serve `repository`, ask for every image of `samples`/samples.csv, print a table; returns how many answers differ.
+
+    Raises ServingError when HTTP and gRPC disagree, when no image's answer depends on the prior, or when the server
+    does not start or stop cleanly; InputError for the samples.
+    """
+    images = read_samples(samples)
+    console = Console()
+    server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0)
+    try:
+        server.start()
+        console.print(f"ready {server.http_url} {server.grpc_url}", highlight=False)
+        answers = {}
+        with Client(server.http_url) as http, Client(server.grpc_url) as grpc:
+            for prior in PRIORS:
+                answers[prior] = http.predict([sample.path for sample in images], prior)
+                check_same(images, answers[prior], grpc.predict([sample.path for sample in images], prior))
+    finally:
+        status = server.stop()
+    differing = [a.indexes[0] != b.indexes[0] for a, b in zip(*(answers[prior] for prior in PRIORS), strict=True)]
+    console.print(comparison(images, answers, differing))
+    console.print(f"HTTP and gRPC agree on {len(images)} images; the prior changes the answer for {sum(differing)}")
+    if status != 0:
+        raise ServingError(f"the Triton server ended with status {status}, not 0")
+    console.print("the server was stopped cleanly")
+    if not any(differing):
+        raise ServingError(
+            f"{samples}: no image's answer differs between {' and '.join(PRIORS)}; expected at least one"
+        )
+    return sum(differing)
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The rows of samples.csv (columns file, label). Raises InputError naming the file and line."""
+    path = folder / "samples.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if not {"file", "label"} <= set(reader.fieldnames or ()):
+                raise InputError(f"{path}: has columns {reader.fieldnames}; expected file and label")
+            rows = list(reader)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; run `dvc repro evaluate` or give --samples") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: is not CSV text: {error}") from None
+    for line, row in enumerate(rows, start=2):
+        if not row["file"] or not row["label"]:
+            raise InputError(f"{path}: line {line} lacks a file or a label")
+    if not rows:
+        raise InputError(f"{path}: lists no image; run `dvc repro evaluate`")
+    return [Sample(folder / row["file"], row["label"]) for row in rows]
+
+
+def check_same(images: list[Sample], over_http: list[Prediction], over_grpc: list[Prediction]) -> None:
+    """Raise ServingError naming the first image that the two protocols answer differently."""
+    for sample, one, other in zip(images, over_http, over_grpc, strict=True):
+        gap = max(abs(a - b) for a, b in zip(one.probabilities, other.probabilities, strict=True))
+        if one.indexes != other.indexes or not gap <= TOLERANCE:
+            raise ServingError(f"{sample.path}: HTTP answers {one}, gRPC {other}; expected the same")
+
+
+def comparison(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> Table:
+    """One row per image: truth, the answer under each prior with its probability, and a mark where they differ."""
+    table = Table(title="One model, two target priors")
+    table.add_column("image", overflow="fold")
+    table.add_column("truth", overflow="fold")
+    for prior in PRIORS:
+        table.add_column(prior, overflow="fold")
+    table.add_column("differs", justify="center")
+    for place, sample in enumerate(images):
+        cells = []
+        for prior in PRIORS:
+            answer = answers[prior][place]
+            right = answer.classes[0] == sample.label
+            text = f"{escape(answer.classes[0])} {answer.probabilities[0]:.3f}"
+            cells.append(f"[green]{text}[/]" if right else text)
+        table.add_row(escape(sample.path.name), escape(sample.label), *cells, "≠" if differing[place] else "")
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the arguments and run; returns the exit status, an error being one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.demo",
+        description="Serve the repository on free ports, ask for every sample under two priors, compare, stop.",
+        epilog="example: python -m serving.demo --samples artifacts/evaluation/samples",
+    )
+    parser.add_argument("--repository", type=Path, default=Path("artifacts/repository"), help="default: %(default)s")
+    parser.add_argument(
+        "--samples", type=Path, default=Path("artifacts/evaluation/samples"), help="default: %(default)s"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    try:
+        run(options.repository, options.samples)
+    except ServingError as error:
+        if options.debug:
+            raise
+        print(f"demo: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("demo: interrupted; the server was stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

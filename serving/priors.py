@@ -1,0 +1,128 @@
+"""What a caller may give as the prior of an answer, and what it means to the server."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from models.prior import check_target_prior
+from serving.errors import InputError
+
+Prior = str | float | Path | Sequence[float] | np.ndarray | Mapping[str, float] | None
+
+NAMED = {"balanced": 0.0, "train": 1.0}
+MAX_FILE_BYTES = 16 * 1024 * 1024
+LARGEST = float(np.finfo(np.float32).max)
+EXPECTED = "expected balanced, train, a number, or a file with one number per class"
+
+
+def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | None:
+    """The strength (a number), the target prior as a vector [C] or by class name, or None for the server's default.
+
+    prior: `balanced` (strength 0), `train` (1), a number or its text, a vector, a mapping from class name to
+    probability, or a file holding a JSON list, a JSON object by class name, or one number per line. Raises InputError.
+    A vector is checked as far as it can be without knowing the number of classes; see `vector_of`.
+    """
+    if prior is None:
+        return None
+    if isinstance(prior, numbers.Real):
+        return _strength(float(prior))
+    if isinstance(prior, Mapping):
+        return _by_name(prior, "prior")
+    if isinstance(prior, np.ndarray | list | tuple):
+        return _vector(prior, "prior")
+    if isinstance(prior, str):
+        if prior in NAMED:
+            return NAMED[prior]
+        try:
+            return _strength(float(prior))
+        except ValueError:
+            pass
+    return _read(Path(prior))
+
+
+def vector_of(parsed: np.ndarray | Mapping[str, float], names: Sequence[str] | None, classes: int) -> np.ndarray:
+    """The target prior float32 [C], checked against the server's classes. names are needed for a mapping alone.
+
+    Classes that a mapping leaves out get 0. Raises InputError naming the class, or what is wrong with the numbers.
+    """
+    if isinstance(parsed, Mapping):
+        place = {name: index for index, name in enumerate(names or ())}
+        vector = np.zeros(classes)
+        for name, probability in parsed.items():
+            if name not in place:
+                known = ", ".join(list(place)[:5])
+                raise InputError(f"prior names class {name!r}, which the server does not have; it has {known}, …")
+            vector[place[name]] = probability
+    else:
+        vector = parsed
+    try:
+        return check_target_prior(vector, classes).astype(np.float32)
+    except ValueError as error:
+        raise InputError(f"prior: {error}") from None
+
+
+def _strength(value: float) -> float:
+    if not math.isfinite(value) or abs(value) > LARGEST:
+        raise InputError(f"prior is {value:g}; as a strength, expected a finite number")
+    return value
+
+
+def _vector(values: object, source: str) -> np.ndarray:
+    try:
+        vector = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{source}: holds something that is not a number; expected one number per class") from None
+    if vector.ndim != 1 or vector.size == 0:
+        raise InputError(f"{source}: has shape {list(vector.shape)}; expected one number per class")
+    try:
+        return check_target_prior(vector, len(vector))
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def _by_name(values: Mapping[str, object], source: str) -> dict[str, float]:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{source}: class {name!r} has {value!r}; expected a number")
+    _vector(list(values.values()), source)
+    return {str(name): float(value) for name, value in values.items()}  # type: ignore[arg-type]
+
+
+def _read(path: Path) -> np.ndarray | dict[str, float]:
+    try:
+        if not path.is_file():
+            raise InputError(
+                f"prior is {str(path)!r}, {'no file' if path.exists() else 'and no such file exists'}; {EXPECTED}"
+            )
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: is larger than {MAX_FILE_BYTES} bytes; {EXPECTED}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; {EXPECTED}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not text; {EXPECTED}") from None
+    if text.lstrip()[:1] not in ("[", "{"):
+        return _vector(_lines(text, path), str(path))
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON: {error}; {EXPECTED}") from None
+    return _by_name(content, str(path)) if isinstance(content, dict) else _vector(content, str(path))
+
+
+def _lines(text: str, path: Path) -> list[float]:
+    numbers = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            numbers.append(float(line))
+        except ValueError:
+            raise InputError(f"{path}: line {number} is {line.strip()[:40]!r}; expected a number") from None
+    return numbers

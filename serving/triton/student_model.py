@@ -1,0 +1,91 @@
+"""`student` for Triton's python backend: runs the model.onnx beside it where the onnxruntime backend is missing.
+
+Same signature and same answers as the onnxruntime backend gives for the same file. Runs inside Triton's stub process,
+with numpy and onnxruntime alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+OUTPUTS = ("logits", "feature")
+
+
+class TritonPythonModel:
+    """The stand-in. Triton calls initialize once, execute per batch, finalize at the end."""
+
+    def initialize(self, args):
+        """Check model.onnx against the manifest beside it and load it; raising when they differ fails the load."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        parameters = json.loads(args["model_config"])["parameters"]
+        model = folder / "model.onnx"
+        check_sha256(model, json.loads((folder / "manifest.json").read_bytes())["files"]["student.onnx"])
+        provider = parameters["execution_provider"]["string_value"]
+        if provider not in onnxruntime.get_available_providers():
+            raise pb_utils.TritonModelException(
+                f"{provider} is not in this onnxruntime; install onnxruntime-gpu for it"
+            )
+        options = onnxruntime.SessionOptions()
+        threads = int(parameters["intra_op_thread_count"]["string_value"])
+        # 0 means one per core, counted here: the cores that this process may use, not all that the machine has.
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        self.session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
+
+    def execute(self, requests):
+        """Answer all requests of a batch from one run of the graph; one with an unusable strength fails alone."""
+        responses = [None] * len(requests)
+        good, images, strengths = [], [], []
+        for place, request in enumerate(requests):
+            image = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
+            strength = pb_utils.get_input_tensor_by_name(request, "strength").as_numpy()
+            if np.isfinite(strength).all():
+                good.append(place)
+                images.append(image)
+                strengths.append(strength)
+            else:
+                responses[place] = refusal("strength holds a number that is not finite; expected finite numbers")
+        if good:
+            outputs = self.session.run(OUTPUTS, {"image": concatenate(images), "strength": concatenate(strengths)})
+            ends = np.cumsum([len(image) for image in images])
+            for place, image, end in zip(good, images, ends, strict=True):
+                rows = slice(end - len(image), end)
+                responses[place] = self.answer([output[rows] for output in outputs])
+        return responses
+
+    def answer(self, values):
+        """The response of one request from its rows of the outputs."""
+        if not all(np.isfinite(value).all() for value in values):
+            return refusal(
+                "the answer holds a number that is not finite; expected a smaller strength, or an image that has one"
+            )
+        tensors = [
+            pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in zip(OUTPUTS, values, strict=True)
+        ]
+        return pb_utils.InferenceResponse(tensors)
+
+
+def concatenate(arrays):
+    """The rows of all requests in one array; a single request's are not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def refusal(message):
+    """A response that fails one request because of what it asked."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+
+
+def check_sha256(path, expected):
+    """Raise TritonModelException unless the file has this sha256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    if digest.hexdigest() != expected:
+        raise pb_utils.TritonModelException(f"{path.name}: sha256 is not the one in manifest.json; export again")

@@ -1,0 +1,138 @@
+"""Images of every kind, good and bad, through the client and the real server."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CLASSES, SIZE, TOP_K, Release, encode, picture
+from PIL import Image
+
+from models.preprocess import MAX_BYTES, preprocess
+from serving.client import Client, read_image
+from serving.errors import InputError
+from serving.server import TritonServer
+from serving.transport import Refused, Transport
+
+PIXELS = np.random.default_rng(3).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def rotated_by_exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(Image.fromarray(PIXELS), "JPEG", quality=100, subsampling=0, exif=exif)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(*chunks: bytes) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def header_of_100_megapixels() -> bytes:
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
+    return png(chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 100)))
+
+
+GOOD = {
+    "rgb.png": encode(PIXELS),
+    "rgb.webp": saved(Image.fromarray(PIXELS), "WEBP", lossless=True),
+    "grey.png": encode(PIXELS[..., 0]),
+    "grey16.png": saved(Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257), "PNG"),
+    "cmyk.jpg": saved(Image.fromarray(PIXELS).convert("CMYK"), "JPEG", quality=100),
+    "palette.png": saved(Image.fromarray(PIXELS).quantize(16), "PNG"),
+    "alpha.png": saved(Image.fromarray(PIXELS).convert("RGBA"), "PNG"),
+    "rotated.jpg": rotated_by_exif(),
+    "larger.jpg": saved(Image.fromarray(PIXELS).resize((40, 30)), "JPEG"),
+}
+
+BAD = {
+    "truncated.png": (picture(1)[:80], "is damaged or truncated"),
+    "truncated.jpg": (saved(Image.fromarray(PIXELS), "JPEG")[:400], "is damaged or truncated"),
+    "text.jpg": (b"this is a letter, not a picture", "is not a JPEG, PNG or WebP image"),
+    "empty.jpg": (b"", "is empty (0 bytes)"),
+    "huge.png": (header_of_100_megapixels(), "has 10000x10000 = 100000000 pixels, above the limit"),
+    "animation.gif": (saved(Image.fromarray(PIXELS), "GIF"), "is not a JPEG, PNG or WebP image"),
+    "thread.png": (encode(np.zeros((1, 500, 3), dtype=np.uint8)), "is 500x1"),
+    "odd-header.png": (png(chunk(b"IHDR", b"\0")), "is damaged"),
+}
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", GOOD)
+def test_served_image_is_preprocessed_as_in_training(
+    server: TritonServer, release: Release, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(GOOD[name])
+    expected = release.probabilities([GOOD[name]], np.zeros(len(CLASSES)))[0]
+    best = np.argsort(-expected)[:TOP_K]
+    with Client(server.http_url) as client:
+        answer = client.predict([tmp_path / name], "balanced")[0]
+    assert list(answer.indexes) == best.tolist()
+    np.testing.assert_allclose(answer.probabilities, expected[best], rtol=1e-4, atol=1e-6)
+
+
+def test_colour_grey_depth_and_rotation_are_understood() -> None:
+    plain = preprocess(GOOD["rgb.png"], SIZE, SIZE)
+    grey = preprocess(GOOD["grey.png"], SIZE, SIZE)
+    assert (preprocess(GOOD["rgb.webp"], SIZE, SIZE) == plain).all()
+    assert (grey == PIXELS[..., 0]).all()
+    assert (preprocess(GOOD["grey16.png"], SIZE, SIZE) == grey).all()
+    turned = preprocess(GOOD["rotated.jpg"], SIZE, SIZE).astype(int)
+    upright = np.rot90(plain.astype(int), -1, axes=(1, 2))
+    assert np.abs(turned - upright).mean() < 5 < np.abs(turned - plain).mean()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_file_is_named_with_its_fault_in_one_line(tmp_path: Path, name: str) -> None:
+    data, fault = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        read_image(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert fault in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", BAD)
+def test_server_refuses_what_the_client_would_have(server: TritonServer, name: str) -> None:
+    transport = Transport(server.grpc_url, timeout=30)
+    try:
+        with pytest.raises(Refused, match=r"image (is|has) "):
+            transport.infer("classifier", {"image": np.array([[BAD[name][0]]], dtype=np.object_)}, {"index": 0})
+    finally:
+        transport.close()
+
+
+def test_missing_file_folder_pipe_and_oversized_file_are_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "large.png").open("wb") as stream:
+        stream.truncate(MAX_BYTES + 1)
+    for path, fault in (
+        (tmp_path / "missing.png", "No such file or directory"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe.png", "is not a regular file"),
+        (tmp_path / "large.png", f"has {MAX_BYTES + 1} bytes, above the limit"),
+        ("nul\0byte.png", "Invalid argument"),
+    ):
+        with pytest.raises(InputError, match=fault):
+            read_image(path)
+
+
+def test_bytes_are_named_by_their_place() -> None:
+    with pytest.raises(InputError, match="image 7: is empty"):
+        read_image(b"", 7)

@@ -1,0 +1,258 @@
+"""Starting, guarding and stopping the real server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from conftest import ADMIN_KEY, Release, picture, write_export
+from tritonclient.utils import InferenceServerException
+
+from serving import installation
+from serving.client import Client
+from serving.errors import InputError, ServingError
+from serving.installation import InstallationError, find_installation
+from serving.manifest import ManifestError
+from serving.repository import write_repository
+from serving.server import TritonServer
+
+ANY_PORT = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+
+
+def address(url: str) -> str:
+    return url.partition("://")[2]
+
+
+def shared_memory(prefix: str) -> list[str]:
+    return [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
+
+
+def family(process_id: int) -> list[psutil.Process]:
+    return psutil.Process(process_id).children(recursive=True)
+
+
+@pytest.fixture
+def serving(repository: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`tailor serve` in a process of its own."""
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), *ANY_PORT]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [*command, "--log", str(tmp_path / "triton.log")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+@pytest.mark.end_to_end
+def test_serve_is_ready_answers_and_leaves_nothing_behind_on_sigterm(
+    serving: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    ready, http, grpc = serving.stdout.readline().split()
+    assert (ready, http[:17], grpc[:17]) == ("ready", "http://127.0.0.1:", "grpc://127.0.0.1:")
+    for url in (http, grpc):
+        with Client(url) as client:
+            assert client.predict([picture(1)], "train")[0].version == 1
+    processes = family(serving.pid)
+    assert len(processes) >= 4  # the server and three stubs
+    assert shared_memory(f"tailor_{serving.pid}_")
+    serving.send_signal(signal.SIGTERM)
+    output, errors = serving.communicate(timeout=30)
+    assert serving.returncode == 0
+    assert (output, errors) == ("stopped\n", "")
+    assert not [process for process in processes if process.is_running() and process.status() != "zombie"]
+    assert shared_memory(f"tailor_{serving.pid}_") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["triton.log"]
+    assert "Started HTTPService" in (tmp_path / "triton.log").read_text()
+
+
+@pytest.mark.end_to_end
+def test_killed_serve_takes_its_server_along(serving: subprocess.Popen[str]) -> None:
+    serving.stdout.readline()
+    processes = family(serving.pid)
+    serving.kill()
+    gone, alive = psutil.wait_procs(processes, timeout=20)
+    assert not [process for process in alive if process.status() != "zombie"]
+    assert len(gone) >= 4
+    assert shared_memory(f"tailor_{serving.pid}_") == []
+
+
+@pytest.mark.end_to_end
+def test_ctrl_c_while_starting_ends_with_status_0(serving: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 20
+    while not family(serving.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    serving.send_signal(signal.SIGINT)
+    output, errors = serving.communicate(timeout=30)
+    assert (serving.returncode, errors) == (0, "")
+    assert output.endswith("stopped\n")
+    assert shared_memory(f"tailor_{serving.pid}_") == []
+
+
+@pytest.mark.end_to_end
+def test_serve_ends_with_an_error_when_its_server_dies(serving: subprocess.Popen[str]) -> None:
+    serving.stdout.readline()
+    server = next(process for process in family(serving.pid) if process.name() == "tritonserver")
+    server.kill()
+    _, errors = serving.communicate(timeout=30)
+    assert serving.returncode == 1
+    assert "the Triton server ended by itself with status -9" in errors
+    assert shared_memory(f"tailor_{serving.pid}_") == []
+
+
+@pytest.mark.end_to_end
+def test_two_releases_are_both_served_each_by_its_own_student(release: Release, tmp_path: Path) -> None:
+    newer = Release(tmp_path / "export", write_export(tmp_path / "export", version=2))
+    root = write_repository(release.export_dir, tmp_path / "repository")
+    write_repository(newer.export_dir, tmp_path / "newer")
+    for name in ("student", "classifier"):
+        shutil.move(tmp_path / "newer" / name / "2", root / name / "2")
+    with (
+        TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server,
+        Client(server.http_url) as client,
+    ):
+        assert [found.version for found in server.releases] == [1, 2]
+        for version, known in ((1, release), (2, newer)):
+            answer = client.predict([picture(3)], "balanced", version=version)[0]
+            expected = known.probabilities([picture(3)], 0.0)[0]
+            assert answer.version == version
+            assert answer.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
+        assert client.predict([picture(3)])[0].version == 2
+
+
+@pytest.mark.end_to_end
+def test_loading_models_needs_the_admin_key(server: TritonServer) -> None:
+    http = tritonclient.http.InferenceServerClient(address(server.http_url))
+    grpc = tritonclient.grpc.InferenceServerClient(address(server.grpc_url))
+    try:
+        for client in (http, grpc):
+            for forbidden in (
+                lambda client=client: client.load_model("student"),
+                lambda client=client: client.unload_model("student"),
+                lambda client=client: client.get_inference_statistics(),
+                lambda client=client: client.update_log_settings(settings={"log_verbose_level": 1}),
+            ):
+                with pytest.raises(InferenceServerException):
+                    forbidden()
+        granted = grpc.get_model_repository_index(headers={"triton-grpc-protocol-tailor-admin-key": ADMIN_KEY})
+        assert {model.name for model in granted.models} == {"student", "classifier"}
+    finally:
+        http.close()
+        grpc.close()
+    assert ADMIN_KEY not in server.log.read_text()
+
+
+@pytest.mark.end_to_end
+def test_status_tells_server_models_and_versions(server: TritonServer) -> None:
+    for url in (server.http_url, server.grpc_url):
+        with Client(url) as client:
+            status = client.status()
+        assert status.server_version == "2.51.0"
+        assert [(model.name, model.versions) for model in status.models] == [("student", (1,)), ("classifier", (1,))]
+        assert status.answers
+        assert status.problem is None
+
+
+@pytest.mark.end_to_end
+def test_broken_model_makes_the_start_fail_with_the_log_and_nothing_left(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    (root / "classifier" / "1" / "model.py").write_text("import nowhere_to_be_found\n")
+    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0, log=tmp_path / "log")
+    with pytest.raises(ServingError, match="ended with status 1 while it started") as caught:
+        server.start()
+    assert "nowhere_to_be_found" in (tmp_path / "log").read_text()
+    assert str(caught.value).count("\n") > 1
+    assert server.process_id is None
+    assert shared_memory(server.shm_prefix) == []
+
+
+def test_tampered_graph_is_refused_before_anything_starts(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    path = root / "student" / "1" / "model.onnx"
+    path.write_bytes(path.read_bytes() + b"\0")
+    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0)
+    with pytest.raises(ManifestError, match=r"model\.onnx: sha256 is"):
+        server.start()
+    assert server.process_id is None
+
+
+@pytest.mark.parametrize("option", ["http_port", "grpc_port", "metrics_port"])
+def test_port_in_use_is_named_with_its_option(repository: Path, option: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0} | {option: port}
+        flag = "--" + option.replace("_", "-")
+        with pytest.raises(ServingError, match=f"{flag} {port}: the port is in use on 127.0.0.1"):
+            TritonServer(repository, **ports).start()
+
+
+def test_weak_admin_key_is_refused(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAILOR_ADMIN_KEY", "a,b")
+    with pytest.raises(InputError, match="TAILOR_ADMIN_KEY is not usable"):
+        TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0).start()
+
+
+def test_log_that_cannot_be_written_is_named(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, log=tmp_path / "file" / "log")
+    with pytest.raises(InputError, match="give a log file that can be written"):
+        server.start()
+
+
+def test_environment_of_the_stubs_is_this_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAILOR_ADMIN_KEY", ADMIN_KEY)
+    environment = find_installation().environment
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert environment["ORT_DISABLE_TELEMETRY"] == "1"
+    assert "TAILOR_ADMIN_KEY" not in environment
+
+
+def test_python_without_stubs_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation.sys, "version_info", (3, 13, 0))
+    with pytest.raises(InstallationError, match=r"needs Python 3\.11 or 3\.12, this is 3\.13"):
+        find_installation()
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytriton" else find(name))
+    with pytest.raises(InstallationError, match=r"nvidia-pytriton.* is missing; pip install 'tailor\[serve\]'"):
+        find_installation()
+
+
+def test_numpy_2_is_refused_because_it_breaks_the_stubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "2.3.1")
+    with pytest.raises(
+        InstallationError, match=r"numpy 2\.3\.1 breaks this Triton's Python stubs; pip install 'numpy<2'"
+    ):
+        find_installation()
+
+
+def test_missing_libpython_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f"stub: error while loading shared libraries: libpython3.{sys.version_info[1]}.so.1.0: cannot open"
+    ended = subprocess.CompletedProcess([], 127, "", said)
+    monkeypatch.setattr(installation.subprocess, "run", lambda *_arguments, **_options: ended)
+    with pytest.raises(
+        InstallationError, match=r"libpython3\.\d+\.so\.1\.0 is missing; install it \(Debian: apt install"
+    ):
+        find_installation()

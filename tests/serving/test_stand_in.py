@@ -1,0 +1,222 @@
+"""The two python-backend models as Triton's stub runs them, one batch at a time, with the stub's module faked.
+
+The real server forms its batches as it likes; here a batch holds exactly the requests that a test puts in it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, MAX_BATCH_SIZE, Release, picture
+from google.protobuf import json_format, text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from serving.repository import write_repository
+
+
+@dataclass
+class Tensor:
+    name: str
+    array: np.ndarray
+
+    def as_numpy(self) -> np.ndarray:
+        return self.array
+
+
+class TritonError:
+    INVALID_ARG, INTERNAL = "invalid", "internal"
+
+    def __init__(self, message: str, code: str) -> None:
+        self.text, self.code = message, code
+
+    def message(self) -> str:
+        return self.text
+
+
+@dataclass
+class Response:
+    tensors: list[Tensor] = field(default_factory=list)
+    error: TritonError | None = None
+
+    def has_error(self) -> bool:
+        return self.error is not None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return next(tensor.array for tensor in self.tensors if tensor.name == name)
+
+
+class TritonModelException(Exception):
+    pass
+
+
+def by_name(holder: Any, name: str) -> Tensor | None:
+    return next((tensor for tensor in holder.tensors if tensor.name == name), None)
+
+
+def backend() -> types.ModuleType:
+    module = types.ModuleType("triton_python_backend_utils")
+    module.Tensor, module.TritonError, module.InferenceResponse = Tensor, TritonError, Response
+    module.TritonModelException = TritonModelException
+    module.get_input_tensor_by_name = module.get_output_tensor_by_name = by_name
+    module.PreferredMemory, module.TRITONSERVER_MEMORY_CPU = (lambda *_arguments: None), 0
+    return module
+
+
+def load(repository: Path, name: str, config: str, utilities: types.ModuleType) -> Any:
+    """The model of a repository, initialised as the stub does it."""
+    path = repository / name / "1" / "model.py"
+    spec = importlib.util.spec_from_file_location(f"tried_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "triton_python_backend_utils", utilities)
+        spec.loader.exec_module(module)
+    parsed = text_format.Parse((repository / name / config).read_text(), ModelConfig())
+    model = module.TritonPythonModel()
+    described = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
+    model.initialize(
+        {
+            "model_repository": str(repository / name),
+            "model_version": "1",
+            "model_config": json.dumps({"parameters": {}} | described),
+        }
+    )
+    return model
+
+
+@pytest.fixture
+def student(repository: Path) -> Any:
+    return load(repository, "student", "configs/local.pbtxt", backend())
+
+
+@pytest.fixture
+def calls() -> list[tuple[str, int, int]]:
+    """Model, version and rows of every call that the classifier makes."""
+    return []
+
+
+@pytest.fixture
+def classifier(repository: Path, student: Any, calls: list) -> Any:
+    utilities = backend()
+
+    class InferenceRequest:
+        def __init__(self, model_name: str, model_version: int, inputs: list[Tensor], **_options: object) -> None:
+            calls.append((model_name, model_version, len(inputs[0].array)))
+            self.tensors = inputs
+
+        def exec(self) -> Response:
+            return student.execute([self])[0]
+
+    utilities.InferenceRequest = InferenceRequest
+    return load(repository, "classifier", "config.pbtxt", utilities)
+
+
+def request(images: list[bytes], **inputs: object) -> Response:
+    encoded = Tensor("image", np.array(images, dtype=np.object_).reshape(-1, 1))
+    return Response([encoded, *(Tensor(name, np.asarray(value, dtype=np.float32)) for name, value in inputs.items())])
+
+
+def test_mixed_strengths_of_one_batch_run_the_student_once(classifier: Any, calls: list, release: Release) -> None:
+    log_prior = np.array(release.manifest.log_prior)
+    strengths = [0.0, 1.0, -0.5, 0.3]
+    answers = classifier.execute([request([picture(seed)], strength=[[s]]) for seed, s in enumerate(strengths)])
+    assert calls == [("student", 1, 4)]
+    for seed, (answer, strength) in enumerate(zip(answers, strengths, strict=True)):
+        expected = release.probabilities([picture(seed)], strength * log_prior)[0]
+        np.testing.assert_allclose(answer["probability"][0], np.sort(expected)[::-1][:3], rtol=1e-4)
+
+
+def test_batch_larger_than_the_student_takes_is_cut(classifier: Any, calls: list) -> None:
+    answers = classifier.execute(
+        [request([picture(seed)] * MAX_BATCH_SIZE) for seed in range(2)] + [request([picture(2)])]
+    )
+    assert [rows for _, _, rows in calls] == [MAX_BATCH_SIZE, MAX_BATCH_SIZE, 1]
+    assert [len(answer["index"]) for answer in answers] == [MAX_BATCH_SIZE, MAX_BATCH_SIZE, 1]
+
+
+def test_bad_row_fails_its_request_and_its_mates_are_answered(classifier: Any, release: Release) -> None:
+    uniform = [[0.2] * 5] * 2
+    batch = [
+        request([picture(0)], strength=[[0.0]]),
+        request([b"no image"], strength=[[0.0]]),
+        request([picture(1), b""], target_prior=uniform),
+        request([picture(2)], strength=[[np.nan]]),
+        request([picture(3)], target_prior=[[0.5, 0.5, 0.5, 0, 0]]),
+        request([picture(5)], target_prior=[[0.2] * 5]),
+    ]
+    answers = classifier.execute(batch)
+    assert [answer.error and answer.error.message() for answer in answers] == [
+        None,
+        "image is not a JPEG, PNG or WebP image",
+        "row 1: image is empty (0 bytes); expected a JPEG, PNG or WebP image",
+        "strength is nan; expected a finite number",
+        "target_prior sums to 1.5; expected a sum of 1",
+        None,
+    ]
+    assert {answer.error.code for answer in answers if answer.error} == {TritonError.INVALID_ARG}
+    for place in (0, 5):
+        expected = release.probabilities([picture(place)], np.zeros(len(CLASSES)))[0]
+        np.testing.assert_allclose(answers[place]["probability"][0], np.sort(expected)[::-1][:3], rtol=1e-4)
+
+
+def test_image_that_exhausts_memory_fails_one_request(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = classifier.preprocess.preprocess
+
+    def exhausted(data: bytes, *sizes: int) -> np.ndarray:
+        if data == b"vast":
+            raise MemoryError
+        return whole(data, *sizes)
+
+    monkeypatch.setattr(classifier.preprocess, "preprocess", exhausted)
+    answers = classifier.execute([request([b"vast"]), request([picture(1)])])
+    assert answers[0].error.message() == "image needs more memory than there is; send a smaller one"
+    assert answers[1].error is None
+
+
+def test_batch_of_bad_requests_alone_never_reaches_the_student(classifier: Any, calls: list) -> None:
+    assert all(answer.error for answer in classifier.execute([request([b"x"]), request([b"y"])]))
+    assert calls == []
+
+
+def test_failing_student_is_an_error_and_no_answer(
+    classifier: Any, student: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = TritonError("out of memory", TritonError.INTERNAL)
+    failed = types.SimpleNamespace(has_error=lambda: True, error=lambda: error)
+    monkeypatch.setattr(student, "execute", lambda _requests: [failed])
+    answer = classifier.execute([request([picture(1)])])[0]
+    assert answer.error.message() == "student 1 failed: out of memory"
+    assert answer.error.code == TritonError.INTERNAL
+
+
+def test_student_fails_a_request_whose_strength_is_not_finite_alone(student: Any) -> None:
+    image = Tensor("image", np.full((1, 3, 8, 8), 100, dtype=np.uint8))
+    strengths = (0.0, np.nan, 1.0)
+    batch = [Response([image, Tensor("strength", np.array([[s]], dtype=np.float32))]) for s in strengths]
+    answers = student.execute(batch)
+    assert [answer.has_error() for answer in answers] == [False, True, False]
+    assert "strength" in answers[1].error.message()
+
+
+def test_student_does_not_load_a_tampered_graph(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    path = root / "student" / "1" / "model.onnx"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(TritonModelException, match=r"model\.onnx: sha256 is not the one in manifest\.json"):
+        load(root, "student", "configs/local.pbtxt", backend())
+
+
+def test_student_that_lacks_its_provider_says_what_to_install(release: Release, tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" in pytest.importorskip("onnxruntime").get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    root = write_repository(release.export_dir, tmp_path / "repository", device="gpu")
+    with pytest.raises(TritonModelException, match="install onnxruntime-gpu"):
+        load(root, "student", "configs/local.pbtxt", backend())
