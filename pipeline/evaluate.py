@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 
 from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, whole_folder, write_file, write_json
 from pipeline.checkpoint import load_model
@@ -53,7 +54,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     logits = {}
     for name, folder in (("teacher", TEACHER), ("student", STUDENT)):
         model, _ = load_model(folder, name)
-        logits[name] = outputs(model.to(device), test, params.image, device)[1].numpy()
+        logits[name] = outputs(model.to(device, memory_format=torch.channels_last), test, params.image, device)[1].numpy()
     found = {name: _answers(values, prior) for name, values in logits.items()}
     metrics = {name: _metrics(by_prior, labels, prior, params) for name, by_prior in found.items()}
     chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)

@@ -1,0 +1,138 @@
+"""What a DVC user expects of dvc.yaml, with the true commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("digits")]
+
+STAGES = ["split", "prior", "teacher", "student", "evaluate", "export"]
+OUTS = [
+    "data/split/train.parquet",
+    "data/split/validation.parquet",
+    "data/split/test.parquet",
+    "data/split/classes.json",
+    "artifacts/prior.json",
+    "artifacts/teacher/model.safetensors",
+    "artifacts/teacher/metrics.jsonl",
+    "artifacts/student/model.safetensors",
+    "artifacts/student/config.json",
+    "artifacts/evaluation/metrics.json",
+    "artifacts/evaluation/per_class.csv",
+    "artifacts/evaluation/confusion.csv",
+    "artifacts/evaluation/predictions.parquet",
+    "artifacts/evaluation/report.html",
+    "artifacts/export/student.onnx",
+    "artifacts/export/manifest.json",
+    "artifacts/export/model_card.md",
+    "artifacts/repository/student/1/model.onnx",
+    "artifacts/repository/classifier/1/model.py",
+]
+
+
+def test_one_repro_runs_every_stage_in_order_and_makes_every_artifact(digits):
+    assert digits.stages_run(digits.first) == STAGES
+    assert [name for name in OUTS if not (digits.root / name).is_file()] == []
+
+
+def test_training_prints_one_line_an_epoch(digits):
+    for stage in ("teacher", "student"):
+        lines = [line for line in digits.first.stdout.splitlines() if line.startswith(f"{stage}  epoch")]
+        assert len(lines) == 12 and "epoch 12/12" in lines[-1] and "validation" in lines[-1]
+
+
+def test_a_second_repro_runs_nothing(digits):
+    assert digits.stages_run(digits.run("dvc", "repro")) == []
+
+
+def test_the_manifest_of_the_export_holds_the_sha256_of_every_file(digits):
+    export = digits.root / "artifacts/export"
+    manifest = json.loads((export / "manifest.json").read_text())
+    for name, digest in manifest["files"].items():
+        printed = digits.run("sha256sum", f"artifacts/export/{name}").stdout.split()[0]
+        assert printed == digest
+    assert sorted(manifest["files"]) == sorted(path.name for path in export.iterdir() if path.name != "manifest.json")
+
+
+def test_metrics_plots_and_dag_show_what_a_dvc_user_looks_for(digits):
+    metrics = json.loads(digits.run("dvc", "metrics", "show", "--json").stdout)
+    student = metrics[""]["data"]["artifacts/evaluation/metrics.json"]["data"]["student"]
+    assert {"all", "many", "medium", "few", "balanced_accuracy", "top5", "nll", "ece"} <= set(student["balanced"])
+    assert set(student) == {"balanced", "train"}
+    plots = json.loads(digits.run("dvc", "plots", "show", "--json").stdout)
+    assert not plots.get("errors")
+    digits.run("dvc", "plots", "show")
+    page = (digits.root / "dvc_plots/index.html").read_text()
+    for name in ("loss", "validation_accuracy", "tau_g", "accuracy_by_training_samples", "confusion"):
+        assert name in page
+    dag = digits.run("dvc", "dag", "--dot").stdout
+    assert '"teacher" -> "student"' in dag and '"student" -> "export"' in dag
+
+
+def test_a_students_parameter_retrains_the_student_and_not_the_teacher(digits):
+    teacher = (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns
+    done = digits.run("dvc", "exp", "run", "-S", "student.epochs=1")
+    assert digits.stages_run(done) == ["student", "evaluate", "export"]
+    assert (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns == teacher
+    digits.run("git", "checkout", "params.yaml")
+    # The first run's results come back from DVC's cache without training.
+    assert digits.stages_run(digits.run("dvc", "repro")) == []
+
+
+def test_a_stage_killed_half_way_leaves_no_half_output_and_the_next_repro_finishes(digits):
+    output = digits.root / "artifacts/student"
+    digits.set({"student": {"epochs": 400}})
+    running = subprocess.Popen(
+        ["dvc", "repro", "student"],
+        cwd=digits.root,
+        env=digits.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in running.stdout:
+        if line.startswith("student  epoch 2/"):
+            break
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    time.sleep(0.2)
+    assert not output.exists()  # DVC removes a changed stage's out before it runs; nothing half-written took its place
+    digits.run("git", "checkout", "params.yaml")
+    assert "student" not in digits.stages_run(digits.run("dvc", "repro"))
+    assert (output / "model.safetensors").is_file()
+
+
+def test_a_bad_parameter_stops_before_anything_is_touched(digits):
+    before = (digits.root / "artifacts/student/model.safetensors").stat().st_mtime_ns
+    text = (digits.root / "params.yaml").read_text()
+    (digits.root / "params.yaml").write_text(text.replace("  tau_g: 0.1", "  tau_gg: 0.1"))
+    done = digits.run("python", "-m", "pipeline.student", expect=2)
+    assert done.stderr.count("\n") == 1
+    assert "student.tau_gg is not a key; did you mean student.tau_g?" in done.stderr
+    (digits.root / "params.yaml").write_text(text)
+    assert (digits.root / "artifacts/student/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_queues_that_cannot_hold_every_class_are_refused_before_training(digits):
+    overlay = digits.root / "params-small-queue.yaml"
+    overlay.write_text((digits.root / "params.yaml").read_text().replace("queue_total: 256", "queue_total: 20"))
+    done = digits.run("python", "-m", "pipeline.student", "--params", overlay.name, expect=2)
+    overlay.unlink()
+    assert done.stderr.count("\n") == 1 and "epoch" not in done.stdout
+    assert "student.queue_total is 20" in done.stderr and "at least 30" in done.stderr
+
+
+def test_a_failed_parity_check_fails_the_export_and_leaves_the_old_one(digits):
+    params = digits.root / "params-strict.yaml"
+    params.write_text((digits.root / "params.yaml").read_text().replace("tolerance: 0.0002", "tolerance: 1.0e-12"))
+    before = (digits.root / "artifacts/export/manifest.json").read_bytes()
+    done = digits.run("python", "-m", "pipeline.export", "--params", params.name, expect=1)
+    params.unlink()
+    assert "differs from PyTorch" in done.stderr and "nothing was exported" in done.stderr
+    assert (digits.root / "artifacts/export/manifest.json").read_bytes() == before

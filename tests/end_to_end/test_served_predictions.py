@@ -1,0 +1,122 @@
+"""From images to a served answer: what Triton says of a test image is what the evaluation said of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from models.prior import adjust_logits, softmax
+from serving.client import Client
+from serving.server import TritonServer
+from tests.end_to_end.project import ROOT, SHORT, Project
+
+pytestmark = pytest.mark.end_to_end
+
+PHOTOGRAPHS = Path(os.environ.get("TAILOR_IMAGE_PACKS", ROOT.parent / "shared/data"))
+PACKS = ("cifar10-train.parquet", "cifar10-test.parquet")
+
+
+def serve(project: Project) -> TritonServer:
+    return TritonServer(project.root / "artifacts/repository", http_port=0, grpc_port=0, metrics_port=0)
+
+
+def assert_served_as_evaluated(project: Project, images: list[bytes], logits: np.ndarray, tolerance: float) -> None:
+    """Both protocols and both priors give the classes and probabilities that the logits of predictions.parquet imply."""
+    log_prior = np.array(json.loads((project.root / "artifacts/prior.json").read_text())["log_prior"])
+    expected = {"balanced": softmax(logits), "train": softmax(adjust_logits(logits, log_prior, 1.0))}
+    with serve(project) as server:
+        for url in (server.http_url, server.grpc_url):
+            with Client(url) as client:
+                for prior, probabilities in expected.items():
+                    for answer, row in zip(client.predict(images, prior), probabilities, strict=True):
+                        assert np.allclose(answer.probabilities, row[list(answer.indexes)], rtol=0, atol=tolerance)
+                        assert np.allclose(answer.probabilities, np.sort(row)[::-1][:5], rtol=0, atol=tolerance)
+
+
+@pytest.mark.xdist_group("digits")
+def test_digits_are_served_as_they_were_evaluated(digits):
+    from sklearn.datasets import load_digits
+
+    table = pyarrow.parquet.read_table(digits.root / "artifacts/evaluation/predictions.parquet").to_pylist()[::40]
+    scans = load_digits().images
+    images = []
+    for row in table:
+        stream = io.BytesIO()
+        pixels = np.round(scans[int(row["sample_id"].removeprefix("digits/"))] * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).save(stream, format="PNG")
+        images.append(stream.getvalue())
+    assert_served_as_evaluated(digits, images, np.array([row["logits"] for row in table]), 1e-4)
+
+
+@pytest.mark.xdist_group("digits")
+def test_the_demo_asks_the_served_student_by_both_protocols_and_stops_it(digits):
+    done = digits.run("python", "-m", "serving.demo")
+    assert "HTTP and gRPC agree on 12 images" in done.stdout
+    assert "the server was stopped cleanly" in done.stdout
+    assert "≠" in done.stdout
+
+
+@pytest.mark.xdist_group("photographs")
+@pytest.mark.skipif(
+    not all((PHOTOGRAPHS / name).is_file() for name in PACKS),
+    reason=f"no CIFAR-10 pack: {' and '.join(PACKS)} are not in {PHOTOGRAPHS} (set TAILOR_IMAGE_PACKS to their folder); "
+    "real photographs were NOT trained, exported and served by this run",
+)
+def test_real_photographs_are_trained_exported_and_served(tmp_path):
+    project = Project(tmp_path / "project")
+    recipes = ("recipes/cifar10-if100.yaml", "recipes/cifar10-if100-one-epoch.yaml")
+    project.run("python", "-m", "pipeline.recipe", *recipes)
+    project.set({"data": {"location": str(PHOTOGRAPHS)}})
+    project.commit()
+    done = project.run("dvc", "repro", timeout=1800)
+    assert "12,306 train, 1,000 validation, 10,000 test" in done.stdout
+    counts = json.loads((project.root / "artifacts/prior.json").read_text())["counts"]
+    assert counts == [4900, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    metrics = json.loads((project.root / "artifacts/evaluation/metrics.json").read_text())
+    assert metrics["student"]["balanced"]["few"] is None
+    assert metrics["student"]["balanced"]["all"] > 0.12  # one epoch is no result, but it is not guessing either
+
+    table = pyarrow.parquet.read_table(project.root / "artifacts/evaluation/predictions.parquet").to_pylist()[::400]
+    packed = pyarrow.parquet.read_table(PHOTOGRAPHS / PACKS[1], columns=["name", "image"]).to_pydict()
+    by_name = dict(zip(packed["name"], packed["image"], strict=True))
+    images = [by_name[row["sample_id"]] for row in table]
+    assert_served_as_evaluated(project, images, np.array([row["logits"] for row in table]), 1e-4)
+
+
+@pytest.mark.xdist_group("folder")
+def test_your_own_folder_of_images_becomes_a_served_classifier(tmp_path):
+    project = Project(tmp_path / "my own images")
+    make_folder(project.root / "data/source", per_class=(60, 40, 25))
+    project.set(SHORT)
+    project.set({"data": {"source": "folder", "profile": "natural", "test_per_class": 8, "validation_per_class": 3}})
+    project.set({"student": {"queue_total": 64}, "serving": {"top_k": 2}, "evaluate": {"top_k": 2}})
+    project.commit()
+    project.run("dvc", "repro")
+    assert json.loads((project.root / "data/split/classes.json").read_text()) == ["blue", "green", "red"]
+    image = next((project.root / "data/source/red").glob("*.jpg"))
+    with serve(project) as server:
+        command = [sys.executable, "-m", "serving.commands", "predict", str(image), "--url", server.http_url, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=project.root)
+    answer = json.loads(done.stdout)
+    assert "red" in done.stdout and answer
+
+
+def make_folder(root: Path, per_class: tuple[int, ...]) -> None:
+    """Noisy pictures of one colour a class, as JPEG, PNG, grayscale-free and of many sizes."""
+    generator = np.random.default_rng(0)
+    for channel, (name, count) in enumerate(zip(("red", "green", "blue"), per_class, strict=True)):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            height, width = generator.integers(20, 60, 2)
+            pixels = generator.integers(0, 90, (height, width, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(root / name / f"{number:03d}.{'png' if number % 3 == 0 else 'jpg'}")
