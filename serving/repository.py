@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from models import preprocess, prior
+from serving.atomic import whole_folder
 from serving.errors import ServingError
 from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, check_file, load_golden, load_manifest
 from serving.model_config import (
@@ -45,24 +46,8 @@ def write_repository(export_dir: Path, root: Path, device: Device = "cpu") -> Pa
     _check_names(manifest, export_dir / MANIFEST_NAME)
     root = Path(os.path.abspath(root))  # noqa: PTH100 (a link given as root stays a name, it is not followed)
     _check_replaceable(root)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial, retired = root.with_name(f".{root.name}.partial"), root.with_name(f".{root.name}.old")
-    if retired.exists() and not root.exists():
-        retired.rename(root)  # an earlier run was killed between the two renames below; its old tree is whole
-    for leftover in (partial, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
+    with whole_folder(root) as partial:
         _write_tree(partial, export_dir, manifest, device)
-        if root.exists():
-            root.rename(retired)
-        partial.rename(root)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if retired.exists() and not root.exists():
-            retired.rename(root)
-        raise
-    _sync(root.parent)
-    shutil.rmtree(retired, ignore_errors=True)
     return root
 
 
@@ -92,8 +77,6 @@ def _write_tree(root: Path, export_dir: Path, manifest: Manifest, device: Device
     # The export may have been written anew while it was copied: what counts is what lies in the tree.
     check_file(student / version / "model.onnx", manifest.files[STUDENT_NAME])
     check_file(classifier / version / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
-    for path in sorted(root.rglob("*")):
-        _sync(path)
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:
@@ -115,11 +98,3 @@ def _check_replaceable(root: Path) -> None:
         raise RepositoryError(
             f"{root}: holds files but no {STUDENT}/config.pbtxt; give an empty folder or a repository"
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
