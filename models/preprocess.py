@@ -52,7 +52,8 @@ def decode(data: bytes) -> Image.Image:
         raise ImageError("is not a JPEG, PNG or WebP image") from None
     except Image.DecompressionBombError:
         raise ImageError(f"has more pixels than the limit of {MAX_PIXELS}") from None
-    except Exception:  # Pillow's parsers let out whatever they stumble over: OSError, SyntaxError, ValueError, struct.error
+    except Exception:
+        # Pillow's parsers let out whatever they stumble over: OSError, SyntaxError, ValueError, TypeError, struct.error.
         raise ImageError("is damaged or truncated: its pixels cannot be decoded") from None
 
 

@@ -27,7 +27,7 @@ def class_prior(counts: Any, smoothing: float = 0.0) -> np.ndarray:
     if not smoothing >= 0 or not np.isfinite(smoothing):
         raise ValueError(f"smoothing is {smoothing}; expected a finite number >= 0")
     if not np.all(np.isfinite(n)) or np.any(n < 0):
-        raise ValueError(f"counts has {n[~(n >= 0)][0]}; expected finite numbers >= 0")
+        raise ValueError(f"counts has {n[~np.isfinite(n) | (n < 0)][0]}; expected finite numbers >= 0")
     empty = np.flatnonzero(n + smoothing == 0)
     if empty.size:
         raise ValueError(

@@ -56,7 +56,7 @@ def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
         model.load_state_dict(safetensors.torch.load((folder / WEIGHTS).read_bytes()))
     except FileNotFoundError as error:
         raise ParamsError(f"{error.filename}: no such file; run `dvc repro {stage}` first") from None
-    except (safetensors.SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise StageError(
             f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`"
         ) from None

@@ -54,7 +54,9 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     logits = {}
     for name, folder in (("teacher", TEACHER), ("student", STUDENT)):
         model, _ = load_model(folder, name)
-        logits[name] = outputs(model.to(device, memory_format=torch.channels_last), test, params.image, device)[1].numpy()
+        logits[name] = outputs(model.to(device, memory_format=torch.channels_last), test, params.image, device)[
+            1
+        ].numpy()
     found = {name: _answers(values, prior) for name, values in logits.items()}
     metrics = {name: _metrics(by_prior, labels, prior, params) for name, by_prior in found.items()}
     chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)

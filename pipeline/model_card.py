@@ -43,7 +43,7 @@ Last epoch, seed {{ params.seed }}, one run. Few means fewer than 20 training sa
 | class | training samples | group |
 |---|---|---|
 {% for name in prior.classes -%}
-| {{ name }} | {{ prior.counts[loop.index0] }} | {{ prior.groups[loop.index0] }} |
+| {{ name | cell }} | {{ prior.counts[loop.index0] }} | {{ prior.groups[loop.index0] }} |
 {% endfor %}"""
 
 
@@ -51,4 +51,5 @@ def model_card(params: Params, prior: Prior, metrics: dict[str, Any]) -> str:
     """The card's text. metrics: target prior → metric, of the student on the test split."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
     environment.filters["percent"] = lambda value: "n/a" if value is None else f"{value:.1%}"
+    environment.filters["cell"] = lambda text: " ".join(text.split()).replace("|", "\\|")
     return environment.from_string(CARD).render(params=params, prior=prior, metrics=metrics)

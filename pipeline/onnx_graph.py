@@ -61,4 +61,7 @@ def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:
         )
     graph = program.model_proto
     graph.ir_version = min(graph.ir_version, LARGEST_IR)
+    for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):
+        # Stack traces of the exporting machine: they would leak its paths and make the file differ from machine to machine.
+        del part.metadata_props[:]
     return graph.SerializeToString()

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ParamsError
 
 PARAMS_FILE = Path("params.yaml")
 
+EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def _exponent_form(value: Any) -> Any:
+    """YAML's reading of `1e-4` (text: YAML 1.1 wants a dot) as the number that the user meant."""
+    return float(value) if isinstance(value, str) and EXPONENT_FORM.fullmatch(value) else value
+
+
+Number = Annotated[float, BeforeValidator(_exponent_form)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -52,7 +62,7 @@ class DataParams(Section):
     location: str
     table: TableParams = TableParams()
     profile: Literal["natural", "exponential", "pareto", "step"]
-    imbalance_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    imbalance_factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     test_per_class: PositiveInt
     validation_per_class: Count
@@ -86,7 +96,7 @@ class ScheduleParams(Section):
     kind: Literal["cosine", "steps"]
     warmup_epochs: Count
     milestones: list[PositiveInt] = []
-    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    factor: Annotated[Number, Field(gt=0, lt=1)] = 0.1
 
     @model_validator(mode="after")
     def _milestones_belong_to_steps(self) -> ScheduleParams:
@@ -113,7 +123,7 @@ class TrainingParams(Section):
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)]
+    momentum: Annotated[Number, Field(ge=0, lt=1)]
     weight_decay: NonNegative
     schedule: ScheduleParams
     augment: AugmentParams
@@ -154,7 +164,7 @@ class ExportParams(Section):
 class ServingParams(Section):
     """Defaults of the served classifier: adjustment strength when a request names none, answers per image."""
 
-    strength: Annotated[float, Field(allow_inf_nan=False)]
+    strength: Annotated[Number, Field(allow_inf_nan=False)]
     top_k: PositiveInt
 
 
@@ -178,10 +188,24 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     return parse_params(read_yaml(path), path)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that stands twice; plain YAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node. Raises ConstructorError naming the repeated key and its line."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises ParamsError otherwise."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
     except OSError as error:
         raise ParamsError(f"{path}: {error.strerror}; run from the project's root or pass --params FILE") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -195,23 +219,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_params(content: dict[str, Any], path: Path) -> Params:
     """Validate the content of a params file; `path` is for the message alone."""
     try:
-        return Params.model_validate(_numbers_as_floats(content))
+        return Params.model_validate(content)
     except ValidationError as error:
-        raise ParamsError("; ".join(_explain(path, entry) for entry in error.errors()[:3])) from None
-
-
-def _numbers_as_floats(content: Any) -> Any:
-    """Turn YAML's reading of `1e-4` (text: YAML 1.1 wants a dot) into the number that the user meant."""
-    if isinstance(content, dict):
-        return {key: _numbers_as_floats(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_numbers_as_floats(value) for value in content]
-    if isinstance(content, str) and content[:1].isdigit() and "e" in content.lower():
-        try:
-            return float(content)
-        except ValueError:
-            return content
-    return content
+        # Missing keys last: a misspelt one explains them.
+        entries = sorted(error.errors(), key=lambda entry: entry["type"] == "missing")
+        raise ParamsError("; ".join(_explain(path, entry) for entry in entries[:3])) from None
 
 
 def _explain(path: Path, entry: Any) -> str:

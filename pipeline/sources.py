@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import io
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,8 @@ class FolderSource:
     def __init__(self, root: Path) -> None:
         self._root = root
         folders = {entry.name: entry for entry in _folders(root)}
+        if {"val", "validation"} <= set(folders):
+            raise DataError(f"{root}: has both val/ and validation/; keep one of them")
         parts = {SPLIT_FOLDERS[name]: path for name, path in folders.items() if name in SPLIT_FOLDERS}
         if "train" not in parts:
             parts = {"train": root}
@@ -96,6 +98,11 @@ class FolderSource:
 
     def _rows(self, split: str, folder: Path) -> Iterator[Row]:
         number = {name: index for index, name in enumerate(self.classes)}
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                raise DataError(
+                    f"{path}: lies beside the class folders; move it into the folder of its class or remove it"
+                )
         for class_folder in _folders(folder):
             if class_folder.name not in number:
                 raise DataError(
@@ -123,6 +130,7 @@ class TableSource:
 
     def __init__(self, root: Path, params: TableParams) -> None:
         self._root, self._params = root, params
+        self._lock, self._read = threading.Lock(), dict[str, pa.ChunkedArray]()
         files = {"train": params.train, "validation": params.validation, "test": params.test}
         self._files = {split: name for split, name in files.items() if name is not None}
         labels = {split: self._labels(name) for split, name in self._files.items()}
@@ -167,7 +175,9 @@ class TableSource:
 
     def _rows(self, split: str, labels: list, number: dict) -> Iterator[Row]:
         name = self._files[split]
-        ids = self._column(name, self._params.id).to_pylist() if self._params.id else None
+        # A path says more than a row number when an error names the sample.
+        column = self._params.id or self._params.path
+        ids = self._column(name, column).to_pylist() if column else None
         for index, label in enumerate(labels):
             sample_id = str(ids[index]) if ids else f"{name}#{index}"
             yield Row(f"{name}#{index}", number[label], sample_id, split)
@@ -176,7 +186,9 @@ class TableSource:
         path = self._root / name
         try:
             if path.suffix == ".csv":
-                table = pyarrow.csv.read_csv(path)
+                # An empty cell is a missing value, as in Parquet, and not a label "".
+                empty = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+                table = pyarrow.csv.read_csv(path, convert_options=empty)
             else:
                 table = pyarrow.parquet.read_table(path, columns=None if not column else self._present(path, column))
         except FileNotFoundError:
@@ -192,9 +204,11 @@ class TableSource:
         # A missing column is read as "all", so that the message can list what there is.
         return [column] if column in pyarrow.parquet.read_schema(path).names else None
 
-    @functools.cache  # noqa: B019 - one source lives for one stage
     def _images(self, name: str) -> pa.ChunkedArray:
-        return self._column(name, self._params.image or self._params.path or "")
+        with self._lock:  # the readers are threads, and a file is read once
+            if name not in self._read:
+                self._read[name] = self._column(name, self._params.image or self._params.path or "")
+            return self._read[name]
 
     def read(self, reference: str) -> bytes:
         """Bytes of the image column, or of the file that the path column names (relative to data.location)."""
@@ -202,6 +216,10 @@ class TableSource:
         value = self._images(name)[int(index)].as_py()
         if value is None:
             raise DataError(f"{self._root / name}: row {index} has no image")
+        if not isinstance(value, bytes | str):
+            column = self._params.image or self._params.path
+            found = f"column {column!r} holds {type(value).__name__}"
+            raise DataError(f"{self._root / name}: {found}; expected encoded image bytes or a file path")
         return value if isinstance(value, bytes) else read_image_file(self._root / value)
 
 

@@ -29,7 +29,8 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
     parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
-    # Pillow warns of an image that is refused, in one line, a moment later.
+    # Pillow warns of oddities in an image that is then used, or refused in one line of our own.
+    warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         result = run(load_params(options.params))

@@ -51,7 +51,9 @@ def run(repository: Path, samples: Path) -> int:
     console.print(comparison(images, answers, differing))
     console.print(f"HTTP and gRPC agree on {len(images)} images; the prior changes the answer for {sum(differing)}")
     if not any(differing):
-        console.print("here it moves the probabilities alone: this student is sure of these images, or knows too little yet")
+        console.print(
+            "here it moves the probabilities alone: this student is sure of these images, or knows too little yet"
+        )
     if status != 0:
         raise ServingError(f"the Triton server ended with status {status}, not 0")
     console.print("the server was stopped cleanly")

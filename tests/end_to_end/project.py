@@ -61,7 +61,9 @@ class Project:
             timeout=timeout,
             check=False,
         )
-        assert done.returncode == expect, f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == expect, (
+            f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def stages_run(self, done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -1,0 +1,159 @@
+"""From encoded bytes to the array that the network takes: every kind of picture, upright, at the right place and size."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from models.preprocess import decode, preprocess, resize, to_rgb
+
+RANDOM = np.random.default_rng(0)
+COLOUR = RANDOM.integers(0, 256, (20, 28, 3), dtype=np.uint8)
+GREY = RANDOM.integers(0, 256, (20, 28), dtype=np.uint8)
+WIDE = RANDOM.integers(0, 65536, (20, 28), dtype=np.uint16)
+
+
+def encode(image, form="PNG", **options):
+    stream = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def pixels(data):
+    image = decode(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def oriented(image, orientation, form, **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, form, exif=exif, **options)
+
+
+def test_rgb_png_and_lossless_webp_come_out_pixel_for_pixel():
+    assert np.array_equal(pixels(encode(COLOUR)), COLOUR)
+    assert np.array_equal(pixels(encode(COLOUR, "WEBP", lossless=True)), COLOUR)
+
+
+def test_a_jpeg_comes_out_as_pillow_decodes_it():
+    data = encode(COLOUR, "JPEG", quality=95)
+    assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_grayscale_has_three_equal_channels(form):
+    found = pixels(encode(GREY, form))
+    assert found.shape == (20, 28, 3)
+    assert np.array_equal(found[..., 0], found[..., 1]) and np.array_equal(found[..., 0], found[..., 2])
+    if form == "PNG":
+        assert np.array_equal(found[..., 0], GREY)
+
+
+def test_cmyk_becomes_the_colours_it_prints():
+    image = Image.new("CMYK", (40, 20), (0, 255, 255, 0))
+    image.paste((255, 0, 0, 0), (20, 0, 40, 20))
+    found = pixels(encode(image, "JPEG", quality=100)).astype(int)
+    assert np.abs(found[:, 4:16] - [255, 0, 0]).max() <= 8, "magenta and yellow print red"
+    assert np.abs(found[:, 24:36] - [0, 255, 255]).max() <= 8, "cyan stays cyan"
+
+
+def test_16_bit_grey_keeps_its_high_byte():
+    found = pixels(encode(WIDE))
+    assert np.array_equal(found[..., 0], WIDE // 256) and np.array_equal(found[..., 2], WIDE // 256)
+
+
+def test_32_bit_grey_is_read_on_the_same_scale_and_clipped():
+    found = np.asarray(to_rgb(Image.fromarray(np.array([[-5, 0, 255, 256, 65535, 70000]], dtype=np.int32))))
+    assert found[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "RGBA", "P"])
+def test_bilevel_alpha_and_palette_images_become_rgb(mode):
+    image = Image.fromarray(COLOUR).convert(mode)
+    reference = Image.fromarray(COLOUR).convert(mode).convert("RGB")
+    assert np.array_equal(pixels(encode(image)), np.asarray(reference))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "16-bit"])
+def test_every_exif_orientation_is_turned_upright(kind, orientation):
+    form, image = {"png": ("PNG", COLOUR), "jpeg": ("JPEG", COLOUR), "webp": ("WEBP", COLOUR), "16-bit": ("PNG", WIDE)}[
+        kind
+    ]
+    data = oriented(image, orientation, form)
+    reference = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert decode(data).size == ((20, 28) if orientation >= 5 else (28, 20))
+    expected = np.asarray(reference)
+    if kind == "16-bit":
+        expected = (expected // 256).astype(np.uint8)[..., None].repeat(3, axis=2)
+    assert np.array_equal(pixels(data), expected)
+
+
+def test_an_upright_picture_looks_the_same_however_it_was_stored():
+    stored_sideways = np.rot90(COLOUR)  # counter-clockwise; orientation 6 says: turn clockwise to view
+    assert np.array_equal(pixels(oriented(np.ascontiguousarray(stored_sideways), 6, "PNG")), COLOUR)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_means_nothing_is_ignored(orientation):
+    assert np.array_equal(pixels(oriented(COLOUR, orientation, "PNG")), COLOUR)
+
+
+def test_a_damaged_exif_tag_costs_the_picture_nothing():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 3, 1.5
+    data = bytearray(encode(COLOUR, exif=exif))
+    at = data.index(b"eXIf") + 4
+    # XResolution declared as text: Pillow reads it, and stumbles when it has to write it back.
+    kind = data.index(bytes.fromhex("011a") if data[at : at + 2] == b"MM" else bytes.fromhex("1a01"), at) + 2
+    data[kind : kind + 2] = b"\x00\x02" if data[at : at + 2] == b"MM" else b"\x02\x00"
+    import zlib
+
+    length = int.from_bytes(data[at - 8 : at - 4], "big")
+    data[at + length : at + length + 4] = zlib.crc32(data[at - 4 : at + length]).to_bytes(4, "big")
+    assert np.array_equal(pixels(bytes(data)), COLOUR[::-1, ::-1])
+
+
+def test_32_by_32_pixels_pass_through_untouched():
+    image = RANDOM.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    found = preprocess(encode(image), 32, 32)
+    assert found.dtype == np.uint8 and found.shape == (3, 32, 32) and found.flags.c_contiguous
+    assert np.array_equal(found, image.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("width", "height"), [(28, 20), (20, 28), (21, 21), (100, 20), (20, 31)])
+def test_a_picture_whose_shorter_side_fits_is_only_cropped_in_the_centre(width, height):
+    image = RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    found = resize(Image.fromarray(image), 16, min(width, height)).transpose(1, 2, 0)
+    places = [
+        (top, left)
+        for top in range(height - 15)
+        for left in range(width - 15)
+        if np.array_equal(image[top : top + 16, left : left + 16], found)
+    ]
+    assert len(places) == 1, "the crop is a window of the picture, pixel for pixel"
+    assert abs(places[0][0] - (height - 16) / 2) <= 0.5 and abs(places[0][1] - (width - 16) / 2) <= 0.5
+
+
+@pytest.mark.parametrize(("width", "height"), [(96, 64), (64, 96), (500, 250), (33, 66), (40, 40), (16, 16)])
+def test_the_shorter_side_is_resized_and_the_centre_cropped_as_torchvision_does(width, height):
+    from torchvision.transforms import functional
+
+    # Sizes at which both libraries agree on the longer side; elsewhere torchvision truncates it.
+    image = Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    reference = functional.center_crop(functional.resize(image, 32, antialias=True), 24)
+    assert np.array_equal(resize(image, 24, 32), np.asarray(reference).transpose(2, 0, 1))
+
+
+def test_a_large_picture_is_averaged_and_not_sampled():
+    board = np.indices((256, 256)).sum(axis=0) % 2 * 255
+    found = preprocess(encode(board.astype(np.uint8)), 16, 16)
+    assert np.abs(found.astype(int) - 127).max() <= 2
+
+
+def test_a_tiny_picture_is_enlarged():
+    assert (
+        preprocess(encode(np.full((1, 1, 3), 77, dtype=np.uint8)), 16, 20).tolist() == np.full((3, 16, 16), 77).tolist()
+    )

@@ -1,0 +1,8 @@
+"""Settings of this folder: reproducible property tests, and one thread each, as the tests themselves run in parallel."""
+
+import torch
+from hypothesis import settings
+
+settings.register_profile("pipeline", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("pipeline")
+torch.set_num_threads(1)

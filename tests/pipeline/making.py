@@ -1,0 +1,89 @@
+"""Small real inputs for the tests of this folder: params, encoded images, folders and tables of them."""
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import yaml
+from PIL import Image
+
+from pipeline.params import Params, parse_params
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def content(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The shipped params.yaml as a mapping, with dotted keys set; None as a value is YAML's null."""
+    made = copy.deepcopy(SHIPPED)
+    for key, value in (changes or {}).items():
+        *sections, last = key.split(".")
+        place = made
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return made
+
+
+def params(changes: dict[str, Any] | None = None) -> Params:
+    """The shipped params with dotted keys set, validated."""
+    return parse_params(content(changes), Path("params.yaml"))
+
+
+def data_params(location: Path, source: str = "folder", **changes: Any) -> Params:
+    """Params over a small source: everything kept, two test images and one validation image a class."""
+    settled = {
+        "source": source, "location": str(location), "profile": "natural", "test_per_class": 2,
+        "validation_per_class": 1, "validation_share": 0.5, "seed": 0, **changes,
+    }  # fmt: skip
+    return params({f"data.{key}": value for key, value in settled.items()})
+
+
+def picture(seed: int, size: tuple[int, int] = (16, 16)) -> np.ndarray:
+    """Random pixels uint8 [H,W,3], different for each seed."""
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def encode(pixels: np.ndarray | Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image file."""
+    stream = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def png(seed: int) -> bytes:
+    """A PNG of its own for each seed."""
+    return encode(picture(seed))
+
+
+def write(path: Path, data: bytes) -> Path:
+    """A file, its folders made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def folder(root: Path, sizes: dict[str, int]) -> Path:
+    """A folder of images: so many under each class path, all different."""
+    seed = 0
+    for place, size in sizes.items():
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for number in range(size):
+            write(root / place / f"{number:03d}.png", png(seed := seed + 1))
+    return root
+
+
+def table(path: Path, columns: dict[str, list[Any]]) -> Path:
+    """A Parquet file, or a CSV file by its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        rows = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    else:
+        pyarrow.parquet.write_table(pa.table(columns), path)
+    return path

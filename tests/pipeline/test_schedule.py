@@ -1,0 +1,42 @@
+"""The learning rate by epoch, at the values that are known."""
+
+import math
+
+import pytest
+
+from pipeline.params import ScheduleParams
+from pipeline.schedule import learning_rate
+
+
+def rates(base, epochs, **schedule):
+    made = ScheduleParams(**{"warmup_epochs": 0, **schedule})
+    return [learning_rate(made, base, epoch, epochs) for epoch in range(epochs)]
+
+
+def test_cosine_over_90_epochs_starts_just_below_the_base_and_ends_just_above_zero():
+    found = rates(0.05, 90, kind="cosine")
+    assert found[0] == pytest.approx(0.04999, abs=6e-6) and found[-1] == pytest.approx(1.49e-5, abs=5e-8)
+    assert found == sorted(found, reverse=True)
+    # Half a wave is point-symmetric: an epoch and its mirror image share the base between them.
+    assert [a + b for a, b in zip(found, reversed(found), strict=True)] == pytest.approx([0.05] * 90, rel=1e-12)
+    assert rates(0.05, 91, kind="cosine")[45] == pytest.approx(0.025, rel=1e-12)
+
+
+def test_warm_up_rises_in_equal_steps_to_the_base_and_the_cosine_goes_on_from_there():
+    found = rates(0.1, 10, kind="cosine", warmup_epochs=4)
+    assert found[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert found[4:] == rates(0.1, 10, kind="cosine")[4:]
+
+
+def test_steps_fall_from_their_milestones_on():
+    found = rates(0.1, 200, kind="steps", warmup_epochs=5, milestones=[160, 180])
+    assert found[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert found[159] == 0.1 and found[160] == pytest.approx(0.01) and found[179] == pytest.approx(0.01)
+    assert found[180] == pytest.approx(0.001) and found[199] == pytest.approx(0.001)
+    assert rates(1.0, 4, kind="steps", milestones=[2], factor=0.5) == [1, 1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "steps"])
+def test_a_run_of_one_epoch_has_a_rate(kind):
+    (rate,) = rates(0.1, 1, kind=kind)
+    assert 0 < rate <= 0.1 and math.isfinite(rate)

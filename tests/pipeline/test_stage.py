@@ -1,0 +1,101 @@
+"""A stage's command line: one line and an exit code for what a user can act on, the traceback on request."""
+
+import errno
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+import yaml
+from making import ROOT, content, folder, write
+
+from pipeline.errors import DataError, ParamsError, StageError
+from pipeline.stage import stage_main
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(content()))
+    return path
+
+
+def stage(recipe, error=None, *more):
+    def run(params):
+        if error:
+            raise error
+        return f"seed {params.seed}"
+
+    return stage_main(run, "A stage.", ["--params", str(recipe), *more])
+
+
+def test_a_stage_that_succeeds_says_its_summary(recipe, capsys):
+    assert stage(recipe) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "test_stage: seed 0\n" and printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ParamsError("data.seed is -1; expected more"), 2, "data.seed is -1; expected more"),
+        (DataError("a.png: is empty"), 1, "a.png: is empty"),
+        (StageError("first line\nsecond line"), 1, "first line second line"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "artifacts/x"),
+            1,
+            "artifacts/x: No space left on device; the old output is untouched",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was changed"),
+    ],
+)
+def test_a_stage_that_fails_says_one_line_and_its_exit_code(recipe, capsys, error, code, said):
+    assert stage(recipe, error) == code
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err == f"test_stage: {said}\n"
+
+
+def test_debug_shows_the_traceback(recipe):
+    with pytest.raises(DataError, match="no good"):
+        stage(recipe, DataError("no good"), "--debug")
+
+
+def test_a_mistake_in_the_program_is_not_hidden(recipe):
+    with pytest.raises(ZeroDivisionError):
+        stage(recipe, ZeroDivisionError())
+
+
+def test_an_unusable_recipe_is_misuse(tmp_path, capsys):
+    assert stage(tmp_path / "nowhere.yaml") == 2
+    assert "nowhere.yaml: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_100_megapixel_image_leaves_one_line_and_nothing_else(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    root = folder(tmp_path / "source", {"a": 4, "b": 4})
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))
+    write(
+        root / "a/huge.png", b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
+    settings = {"source": "folder", "location": str(root), "test_per_class": 1, "profile": "natural"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content({f"data.{k}": v for k, v in settings.items()})))
+    command = [sys.executable, "-m", "pipeline.split", "--params", str(tmp_path / "params.yaml")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        "split: a/huge.png: has 10000x10000 = 100000000 pixels, above the limit of 50000000; "
+        "replace the image or remove it\n"
+    )
+    assert not (tmp_path / "data/split").exists()
+
+
+@pytest.mark.parametrize("name", ["split", "prior"])
+def test_help_shows_an_example_that_can_be_typed(name):
+    command = [sys.executable, "-m", f"pipeline.{name}", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"example: python -m pipeline.{name}" in shown

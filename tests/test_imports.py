@@ -1,0 +1,92 @@
+"""Which room may import what: the arrows between the rooms, and what each needs of a machine."""
+
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Everything that a training machine carries; what these need themselves comes with them.
+TRAINING = ["torch", "torchvision", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "rich", "jinja2", "pillow"]
+NEEDS_MORE = {"pipeline.export", "pipeline.flows", "pipeline.recipe"}
+
+# Hides every package that is not among TRAINING or needed by one of them, then imports the modules one after another.
+BARE_MACHINE = """
+import importlib, importlib.abc, importlib.metadata, json, re, sys
+allowed, modules = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+def name_of(text):
+    return re.sub(r"[-_.]+", "-", re.match(r"[\\w.-]+", text)[0]).lower()
+pending, carried = [name_of(name) for name in allowed], set()
+while pending:
+    name = pending.pop()
+    if name in carried:
+        continue
+    carried.add(name)
+    try:
+        needed = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        continue
+    pending += [name_of(text) for text in needed if "extra ==" not in text]
+owners = importlib.metadata.packages_distributions()
+hidden = {top for top, by in owners.items() if not {name_of(name) for name in by} & (carried | {"tailor", "setuptools"})}
+class Bare(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r} on this machine", name=name)
+sys.meta_path.insert(0, Bare())
+failed = {}
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        failed[module] = str(error)
+print(json.dumps({"failed": failed, "hidden": sorted(hidden)}))
+"""
+
+LOADED = """
+import importlib, json, sys
+for module in json.loads(sys.argv[1]):
+    importlib.import_module(module)
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def modules_of(room):
+    """The modules of a room, without what runs only inside Triton."""
+    return [room, *(f"{room}.{entry.name}" for entry in pkgutil.iter_modules([ROOT / room]) if not entry.ispkg)]
+
+
+def fresh(program, *arguments):
+    texts = [json.dumps(argument) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *texts], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_arrows_between_the_rooms_hold():
+    command = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def test_models_and_the_training_stages_import_on_a_machine_that_carries_little_else():
+    modules = [module for room in ("models", "pipeline") for module in modules_of(room) if module not in NEEDS_MORE]
+    found = fresh(BARE_MACHINE, TRAINING, modules)
+    assert found["failed"] == {}
+    # What the other rooms use is installed here, and was hidden.
+    assert {"sklearn", "timm", "onnx", "onnxruntime", "dvc", "prefect", "tritonclient", "typer"} <= set(found["hidden"])
+
+
+@pytest.mark.parametrize(
+    "modules", [["models.prior", "models.preprocess"], modules_of("serving")], ids=["shared", "serving"]
+)
+def test_serving_never_loads_torch_nor_the_pipeline(modules):
+    loaded = fresh(LOADED, modules)
+    assert {"torch", "torchvision", "timm", "pipeline", "dvc"}.isdisjoint(loaded)
+    assert modules[-1] in loaded
