@@ -32,22 +32,43 @@ def build_backbone(name: str) -> Backbone:
     name: `resnet20|32|44|56|110` (CIFAR), `torchvision/<model>` or `timm/<model>`. Raises UnknownBackboneError with the
     nearest valid name.
     """
+    check_backbone(name)
     library, _, model = name.rpartition("/")
-    if library == "" and model in BLOCKS_PER_STAGE:
-        return Backbone(CifarResNet(BLOCKS_PER_STAGE[model]), CifarResNet.feature_dim)
     if library == "torchvision":
-        return _torchvision_backbone(name, model)
+        return _torchvision_backbone(model)
     if library == "timm":
-        return _timm_backbone(name, model)
-    raise _unknown(name, list(BLOCKS_PER_STAGE), "a CIFAR ResNet, torchvision/<model> or timm/<model>")
+        return _timm_backbone(model)
+    return Backbone(CifarResNet(BLOCKS_PER_STAGE[model]), CifarResNet.feature_dim)
 
 
-def _torchvision_backbone(name: str, model: str) -> Backbone:
+def check_backbone(name: str) -> None:
+    """Raise UnknownBackboneError unless `build_backbone` knows the name; nothing is built."""
+    library = name.rpartition("/")[0]
+    if library == "torchvision":
+        import torchvision
+
+        known = torchvision.models.list_models(module=torchvision.models)
+        kind = "a torchvision classification model"
+    elif library == "timm":
+        try:
+            import timm
+        except ModuleNotFoundError:
+            raise UnknownBackboneError(
+                f"backbone {name!r} needs timm, which is not installed; pip install timm"
+            ) from None
+        known, kind = timm.list_models(), "a timm model"
+    else:
+        known, kind = list(BLOCKS_PER_STAGE), "a CIFAR ResNet, torchvision/<model> or timm/<model>"
+    valid = [f"{library}/{entry}" if library in ("torchvision", "timm") else entry for entry in known]
+    if name not in valid:
+        nearest = difflib.get_close_matches(name, valid, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UnknownBackboneError(f"backbone {name!r} is unknown; expected {kind}{hint}")
+
+
+def _torchvision_backbone(model: str) -> Backbone:
     import torchvision
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if model not in known:
-        raise _unknown(name, [f"torchvision/{entry}" for entry in known], "a torchvision classification model")
     network = torchvision.models.get_model(model, weights=None)
     # Every torchvision classifier ends in one linear layer; without it the network yields the pooled feature.
     path, head = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
@@ -56,19 +77,8 @@ def _torchvision_backbone(name: str, model: str) -> Backbone:
     return Backbone(network, head.in_features)
 
 
-def _timm_backbone(name: str, model: str) -> Backbone:
-    try:
-        import timm
-    except ModuleNotFoundError:
-        raise UnknownBackboneError(f"backbone {name!r} needs timm, which is not installed; pip install timm") from None
-    known = timm.list_models()
-    if model not in known:
-        raise _unknown(name, [f"timm/{entry}" for entry in known], "a timm model")
+def _timm_backbone(model: str) -> Backbone:
+    import timm
+
     network = timm.create_model(model, pretrained=False, num_classes=0)
     return Backbone(network, getattr(network, "head_hidden_size", None) or network.num_features)
-
-
-def _unknown(name: str, known: list[str], expected: str) -> UnknownBackboneError:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return UnknownBackboneError(f"backbone {name!r} is unknown; expected {expected}{hint}")

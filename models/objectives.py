@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.contrast_losses import ContrastLosses, KeyRuns, contrast_losses
 from models.cosine_classifier import ImageClassifier
-from models.losses import adjusted_cross_entropy, distillation_loss, gml_loss, other_sample_mask
+from models.losses import adjusted_cross_entropy, distillation_loss
 from models.projection_head import ProjectionHead
 from models.queues import ClassQueues
+from models.ranks import gather_batch
 
 
 class TeacherObjective(nn.Module):
@@ -60,6 +62,8 @@ class StudentObjective(nn.Module):
     """
 
     views = 3
+    # The CUDA kernels of models.gml_kernel have never run on a GPU: set this once `benchmarks.gml_loss` vouches for them.
+    fused_contrast = False
     log_prior: Tensor
 
     def __init__(
@@ -93,6 +97,7 @@ class StudentObjective(nn.Module):
         )
         self.log_tau_g = nn.Parameter(torch.tensor(tau_g).log(), requires_grad=train_tau_g)
         self.queues = ClassQueues(counts, queue_total, queue_minimum, teacher.feature_dim, generator)
+        self._longest_run = int(self.queues.lengths.max())
 
     def train(self, mode: bool = True) -> StudentObjective:
         """Training mode for everything but the frozen teacher, whose batch norm keeps its running statistics."""
@@ -116,14 +121,13 @@ class StudentObjective(nn.Module):
         weights = self.weights
         logits = logits[:batch]
         classification = adjusted_cross_entropy(logits, target, self.log_prior)
-        contrast = self._gml(similarity, target, self.log_tau_g.detach().exp(), None)
-        loss = weights.gamma * classification + weights.beta * contrast
-        parts = {"classification": classification, "gml": contrast}
+        contrast = self._contrast(similarity, target, sample_ids)
+        loss = weights.gamma * classification + weights.beta * contrast.gml
+        parts = {"classification": classification, "gml": contrast.gml}
         if self.log_tau_g.requires_grad:
-            others = other_sample_mask(sample_ids, self.queues.sample_ids)
-            parts["tau"] = self._gml(similarity.detach(), target, self.log_tau_g.exp(), others)
-            loss = loss + weights.beta * parts["tau"]
-            parts["queries_without_keys"] = self._without_keys(others, target)
+            parts["tau"] = contrast.tau
+            loss = loss + weights.beta * contrast.tau
+            parts["queries_without_keys"] = contrast.queries_without_keys
         if teacher_logits is not None:
             parts["distillation"] = distillation_loss(logits, teacher_logits, weights.distillation_temperature)
             loss = loss + weights.alpha * parts["distillation"]
@@ -136,14 +140,20 @@ class StudentObjective(nn.Module):
         batch = target.shape[0]
         seen = torch.cat([classifier_view, key_view]) if self.weights.alpha else key_view
         features, logits = self.teacher(seen)
-        self.queues.enqueue(features[-batch:], target, sample_ids)
+        # Every rank stores the whole batch, in rank order, so that the queues stay equal without being sent.
+        self.queues.enqueue(gather_batch(features[-batch:]), gather_batch(target), gather_batch(sample_ids))
         return logits[:batch] if self.weights.alpha else None
 
-    def _gml(self, similarity: Tensor, target: Tensor, tau_g: Tensor, mask: Tensor | None) -> Tensor:
-        strength = self.weights.prior_strength
-        return gml_loss(similarity, self.queues.row_class, target, self.log_prior, tau_g, strength, mask)
-
-    def _without_keys(self, others: Tensor, target: Tensor) -> Tensor:
-        """How many queries of the batch L_tau had to leave out: no key of their class but their own image's."""
-        own_class = self.queues.row_class[None, :] == target[:, None]
-        return (~(others & own_class).any(1)).sum().to(torch.float32)
+    def _contrast(self, similarity: Tensor, target: Tensor, sample_ids: Tensor) -> ContrastLosses:
+        queues = self.queues
+        return contrast_losses(
+            similarity,
+            KeyRuns(queues.row_class, queues.starts, queues.lengths, self._longest_run),
+            target,
+            self.log_prior,
+            self.log_tau_g.exp(),
+            self.weights.prior_strength,
+            query_ids=sample_ids,
+            key_ids=queues.sample_ids,
+            fused=self.fused_contrast,
+        )

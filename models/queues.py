@@ -26,7 +26,7 @@ def queue_lengths(counts: Sequence[int], total: int, minimum: int) -> list[int]:
         raise ValueError(f"queue minimum k_m is {minimum}; expected at least 1, or a rare class owns no row")
     if total < minimum * classes:
         raise ValueError(
-            f"queue total K is {total}, below minimum k_m * classes = {minimum} * {classes} = {minimum * classes}; "
+            f"queue total K is {total}, below minimum k_m * classes = {minimum} * {classes}; "
             f"raise the total to at least {minimum * classes} or lower the minimum"
         )
     ends, cumulative = [0], 0

@@ -19,6 +19,17 @@ EXPORT = Path("artifacts/export")
 REPOSITORY = Path("artifacts/repository")
 
 
+def unfinished(output: Path) -> Path:
+    """Where the run that makes `output` keeps its state until it has finished."""
+    return output.with_name(f".{output.name}.unfinished")
+
+
+def sha256_of_file(path: Path) -> str:
+    """sha256 of a file's content as hexadecimal text."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_json(path: Path, content: Any) -> None:
     """`write_file` of indented JSON; refuses NaN and infinity, which are not JSON."""
     write_file(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ from models.backbones import UnknownBackboneError
 from models.cosine_classifier import ImageClassifier
 from pipeline.artifacts import write_file, write_json
 from pipeline.errors import ParamsError, StageError
+from pipeline.params import ImageParams
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -45,6 +46,16 @@ def save_model(model: ImageClassifier, config: ModelConfig, folder: Path) -> Non
     # Serialised in memory and written by us: safetensors' own writer maps the file, and a full disk is then a signal.
     write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
     write_json(folder / CONFIG, asdict(config))
+
+
+def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
+    """Raise ParamsError when a network was trained for other images than params.image describes."""
+    trained = {"size": config.image_size, "mean": config.mean, "std": config.std}
+    for key, value in trained.items():
+        if getattr(image, key) != value:
+            raise ParamsError(
+                f"image.{key} is {getattr(image, key)}, but {folder} was trained with {value}; run `dvc repro` to train again"
+            )
 
 
 def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:

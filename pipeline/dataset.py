@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import torch
 from torch import Tensor
 
 from models.preprocess import ImageError, preprocess
 from pipeline.artifacts import SPLIT
-from pipeline.errors import DataError, ParamsError
+from pipeline.errors import DataError
 from pipeline.params import ImageParams, Params
 from pipeline.sources import Source, open_source
+from pipeline.splits import read_split
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,7 @@ class Images:
 
 def load_images(params: Params, split: str, folder: Path = SPLIT) -> Images:
     """Decode and resize every image of a split. Raises ParamsError when the split is not made, DataError naming a bad file."""
-    path = folder / f"{split}.parquet"
-    try:
-        table = pyarrow.parquet.read_table(path, columns=["sample_id", "label", "reference"])
-    except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; run `dvc repro split` first") from None
+    table = read_split(split, ["sample_id", "label", "reference"], folder)
     source = open_source(params.data)
     references = table.column("reference").to_pylist()
     size, resize_to = params.image.size, params.image.resize_to
@@ -60,15 +55,6 @@ def load_images(params: Params, split: str, folder: Path = SPLIT) -> Images:
     stacked = np.stack(arrays) if arrays else np.empty((0, 3, size, size), dtype=np.uint8)
     labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
     return Images(torch.from_numpy(stacked), labels, table.column("sample_id").to_pylist(), references, source)
-
-
-def load_classes(folder: Path = SPLIT) -> list[str]:
-    """Class names in label order. Raises ParamsError when the split is not made."""
-    path = folder / "classes.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ParamsError(f"{path}: {error.strerror}; run `dvc repro split` first") from None
 
 
 def normalise(images: Tensor, params: ImageParams) -> Tensor:

@@ -14,16 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
+from models.cosine_classifier import ImageClassifier
 from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, whole_folder, write_file, write_json
-from pipeline.checkpoint import load_model
+from pipeline.checkpoint import check_image, load_model
 from pipeline.dataset import Images, load_images
 from pipeline.errors import DataError
+from pipeline.inference import outputs
 from pipeline.metrics import answers, evaluate_answers, per_class_accuracy
 from pipeline.params import Params
 from pipeline.prior import Prior, load_prior
+from pipeline.ranks import choose_device
 from pipeline.report import render_report
 from pipeline.stage import stage_main
-from pipeline.training import choose_device, outputs
 
 TARGET_PRIORS = {"balanced": 0.0, "train": 1.0}
 
@@ -53,10 +55,9 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     device, labels = choose_device(params.device), test.labels.numpy()
     logits = {}
     for name, folder in (("teacher", TEACHER), ("student", STUDENT)):
-        model, _ = load_model(folder, name)
-        logits[name] = outputs(model.to(device, memory_format=torch.channels_last), test, params.image, device)[
-            1
-        ].numpy()
+        model, config = load_model(folder, name)
+        check_image(config, params.image, folder)
+        logits[name] = _logits(model, test, params, device)
     found = {name: _answers(values, prior) for name, values in logits.items()}
     metrics = {name: _metrics(by_prior, labels, prior, params) for name, by_prior in found.items()}
     chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)
@@ -75,6 +76,11 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         samples = _write_samples(folder / "samples", test, chosen, found["student"], prior.classes)
         write_file(folder / "report.html", render_report(metrics, classes, samples, params))
     return Result(metrics, output)
+
+
+def _logits(model: ImageClassifier, test: Images, params: Params, device: torch.device) -> np.ndarray:
+    model = model.to(device, memory_format=torch.channels_last)
+    return outputs(model, test.images, params.image, device)[1].numpy()
 
 
 def choose_samples(found: dict[str, np.ndarray], wanted: int, seed: int) -> list[int]:

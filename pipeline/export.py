@@ -31,9 +31,9 @@ from pipeline.artifacts import (
     write_file,
     write_json,
 )
-from pipeline.checkpoint import load_model
+from pipeline.checkpoint import check_image, load_model
 from pipeline.dataset import Images, load_images, normalise
-from pipeline.errors import ParamsError, StageError
+from pipeline.errors import StageError
 from pipeline.model_card import model_card
 from pipeline.onnx_graph import ServedStudent, to_onnx
 from pipeline.params import ImageParams, Params
@@ -67,18 +67,17 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     """Export, check against PyTorch, write export folder and model repository. Raises StageError when the check fails."""
     prior = load_prior()
     model, config = load_model(STUDENT, "student")
-    image = params.image.model_copy(update={"size": config.image_size, "mean": config.mean, "std": config.std})
+    check_image(config, params.image, STUDENT)
+    image = params.image
     held_out = load_images(params, "validation")
     examples = held_out if len(held_out) else load_images(params, "train")
-    if params.serving.top_k > len(prior.classes):
-        raise ParamsError(f"serving.top_k is {params.serving.top_k}, above the {len(prior.classes)} classes")
     served = ServedStudent(model, image.mean, image.std, prior.log_prior).eval()
     with whole_folder(output) as folder:
         path = folder / ONNX_NAME
         write_file(path, to_onnx(served, image.size, params.export.opset))
         session = open_session(path)
         difference = check_parity(session, model, examples, image, prior, params)
-        golden = golden_answers(session, examples, params)
+        golden = golden_answers(session, examples, params, top_k(params, prior))
         write_json(folder / GOLDEN_NAME, [answer.model_dump() for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
         write_file(folder / CARD_NAME, model_card(params, prior, metrics))
@@ -137,20 +136,25 @@ def check_parity(
     return largest
 
 
-def golden_answers(session: onnxruntime.InferenceSession, examples: Images, params: Params) -> list[Golden]:
+def top_k(params: Params, prior: Prior) -> int:
+    """Answers per image: serving.top_k, or all classes where there are fewer."""
+    return min(params.serving.top_k, len(prior.classes))
+
+
+def golden_answers(session: onnxruntime.InferenceSession, examples: Images, params: Params, best: int) -> list[Golden]:
     """Requests whose answers are known: validation images at strength 0 and 1 in turn, answered by ONNX Runtime."""
     generator = np.random.default_rng(params.data.seed)
     chosen = generator.permutation(len(examples))[: params.export.golden]
     golden = []
-    for number, index in enumerate(chosen):
+    for number, example in enumerate(chosen):
         strength = float(number % 2)
-        pixels = examples.images[index : index + 1].numpy()
+        pixels = examples.images[example : example + 1].numpy()
         logits = session.run(["logits"], {"image": pixels, "strength": np.array([[strength]], dtype=np.float32)})[0][0]
         probability = softmax(logits)
-        best = np.argsort(-probability, kind="stable")[: params.serving.top_k]
-        image = base64.b64encode(examples.encoded(int(index))).decode()
+        index = np.argsort(-probability, kind="stable")[:best]
+        image = base64.b64encode(examples.encoded(int(example))).decode()
         golden.append(
-            Golden(image=image, strength=strength, index=best.tolist(), probability=probability[best].tolist())
+            Golden(image=image, strength=strength, index=index.tolist(), probability=probability[index].tolist())
         )
     return golden
 
@@ -168,7 +172,7 @@ def build_manifest(
         feature_dim=model.feature_dim,
         tau_s=model.tau_s,
         strength=params.serving.strength,
-        top_k=params.serving.top_k,
+        top_k=top_k(params, prior),
         max_batch_size=params.export.max_batch_size,
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
         params_sha256=sha256_of_json(params.model_dump(mode="json")),

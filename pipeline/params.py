@@ -108,11 +108,38 @@ class ScheduleParams(Section):
 
 
 class AugmentParams(Section):
-    """Random changes of each view: zero-padded crop (pixels), horizontal flip, Cutout (side of the hole in pixels)."""
+    """Random changes of each view, in this order: crop, flip, policy, Cutout; then the mix of the classifier view.
 
+    `crop: pad` adds crop_padding black pixels on each side, `crop: resized` enlarges a box of crop_scale of the area.
+    `contrast_policy` is that of the query and key views. randaugment, simaugment and stacked (both, with grey and
+    blur before RandAugment) begin with colour jitter of strength `jitter`. simaugment always crops `resized`, and
+    has no Cutout.
+    """
+
+    crop: Literal["pad", "resized"] = "pad"
     crop_padding: Count
+    crop_scale: Annotated[list[Annotated[Number, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] = [0.08, 1.0]
     flip: bool
+    policy: Literal["none", "autoaugment", "randaugment", "simaugment", "stacked"] = "none"
+    contrast_policy: Literal["same", "none", "autoaugment", "randaugment", "simaugment", "stacked"] = "same"
+    jitter: Share = 0.4
     cutout: Count
+    mix: Literal["none", "cutmix", "mixup"] = "none"
+    mix_alpha: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _scale_rises(self) -> AugmentParams:
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale is {self.crop_scale}; expected the smaller share of the area first")
+        return self
+
+    @model_validator(mode="after")
+    def _some_view_takes_cutout(self) -> AugmentParams:
+        if self.cutout and self.policy == "simaugment" and self.contrast_policy in ("same", "simaugment"):
+            raise ValueError(
+                f"cutout is {self.cutout}, but every view is simaugment, which has no Cutout; set cutout: 0"
+            )
+        return self
 
 
 class TrainingParams(Section):

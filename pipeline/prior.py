@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 
 from models.prior import class_prior, shot_group
 from pipeline.artifacts import PRIOR, SPLIT, write_json
-from pipeline.errors import DataError, ParamsError
+from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.params import Params
+from pipeline.splits import load_classes, read_split
 from pipeline.stage import stage_main
 
 
@@ -37,8 +37,8 @@ class Prior:
 
 def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:
     """Count the training labels and write counts, p, log_prior and groups. Raises DataError on a class without samples."""
-    classes = json.loads((split / "classes.json").read_text(encoding="utf-8"))
-    labels = pyarrow.parquet.read_table(split / "train.parquet", columns=["label"]).column("label").to_numpy()
+    classes = load_classes(split)
+    labels = read_split("train", ["label"], split).column("label").to_numpy()
     counts = np.bincount(labels, minlength=len(classes)).tolist()
     empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if empty and params.prior.smoothing == 0:
@@ -53,11 +53,13 @@ def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:
 
 
 def load_prior(path: Path = PRIOR) -> Prior:
-    """Read prior.json. Raises ParamsError when the stage has not run."""
+    """Read prior.json. Raises ParamsError when the stage has not run, StageError when the file is damaged."""
     try:
         return Prior(**json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ParamsError(f"{path}: {error.strerror}; run `dvc repro prior` first") from None
+    except (ValueError, TypeError) as error:
+        raise StageError(f"{path}: damaged ({error}); run `dvc repro -f prior`") from None
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ class Source(Protocol):
         """Encoded bytes of one image. Raises DataError naming the file."""
         ...
 
+    def place(self, row: Row) -> str:
+        """Where a user finds the image, for messages."""
+        ...
+
 
 def open_source(params: DataParams) -> Source:
     """The source that params.yaml names. Raises DataError or ParamsError naming what is missing."""
@@ -66,6 +70,10 @@ class DigitsSource:
         self.classes = [str(digit) for digit in range(10)]
         self._pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
         self.rows = [Row(str(i), int(label), f"digits/{i}", "train") for i, label in enumerate(scans.target)]
+
+    def place(self, row: Row) -> str:
+        """The scan's number."""
+        return row.sample_id
 
     def read(self, reference: str) -> bytes:
         """The scan as a PNG file."""
@@ -108,7 +116,11 @@ class FolderSource:
                 raise DataError(
                     f"{class_folder}: is a class of {split} that train does not have; add training images or remove it"
                 )
-            files = sorted(path for path in class_folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+            files = sorted(
+                path
+                for path in class_folder.rglob("*")
+                if (path.is_symlink() or path.is_file()) and not path.name.startswith(".")
+            )
             for path in files:
                 if path.suffix.lower() not in IMAGE_SUFFIXES:
                     raise DataError(f"{path}: is not a .jpg, .jpeg, .png or .webp file; remove it or convert it")
@@ -116,6 +128,10 @@ class FolderSource:
                 yield Row(reference, number[class_folder.name], reference, split)
             if not files and split == "train":
                 raise DataError(f"{class_folder}: class without training images; add some or remove the folder")
+
+    def place(self, row: Row) -> str:
+        """The file's path."""
+        return str(self._root / row.reference)
 
     def read(self, reference: str) -> bytes:
         """The file's bytes."""
@@ -164,6 +180,8 @@ class TableSource:
                     "add training images of that class or remove its rows"
                 )
         if isinstance(known[0], int) and known != list(range(len(known))):
+            if known[0] < 0:
+                raise DataError(f"{where} has the label {known[0]}; integer labels must be 0..C-1 without a gap")
             missing = next(i for i, value in enumerate([*known, None]) if value != i)
             raise DataError(f"{where} skips {missing}; integer labels must be 0..C-1 without a gap")
         names = self._params.class_names or [str(value) for value in known]
@@ -210,12 +228,19 @@ class TableSource:
                 self._read[name] = self._column(name, self._params.image or self._params.path or "")
             return self._read[name]
 
+    def place(self, row: Row) -> str:
+        """The image's path where the table has one, else the table's path and row; with the row's id if it has one."""
+        if self._params.path:
+            return str(self._root / row.sample_id)
+        place = f"{self._root}/{row.reference}"
+        return place if row.sample_id == row.reference else f"{place} ({row.sample_id})"
+
     def read(self, reference: str) -> bytes:
         """Bytes of the image column, or of the file that the path column names (relative to data.location)."""
         name, _, index = reference.rpartition("#")
         value = self._images(name)[int(index)].as_py()
         if value is None:
-            raise DataError(f"{self._root / name}: row {index} has no image")
+            raise DataError(f"{self._root / name}: row {index} has no image; remove the row or give it one")
         if not isinstance(value, bytes | str):
             column = self._params.image or self._params.path
             found = f"column {column!r} holds {type(value).__name__}"

@@ -49,8 +49,10 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     Raises DataError for an unusable image, for one image under two labels and for a class too small to hold out from.
     """
     source = open_source(params.data)
+    hashes = hash_images(source)
+    check_labels(source, hashes)
     assigned = assign(source.rows, source.classes, params.data)
-    hashes = check_images(source, [row for rows in assigned.values() for row in rows])
+    check_images(source, [row for rows in assigned.values() for row in rows])
     shared = find_duplicates(assigned, hashes, source.classes)
     with whole_folder(output) as folder:
         for split, rows in assigned.items():
@@ -125,45 +127,57 @@ def _hold_out_validation(
     return remaining, held
 
 
-def check_images(source: Source, rows: list[Row]) -> dict[str, str]:
-    """sha256 of each image by reference, after decoding it once. Raises DataError naming the first file that fails."""
+def hash_images(source: Source) -> dict[str, str]:
+    """sha256 of every image of the source, by reference. Raises DataError naming a file that cannot be read."""
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda row: hashlib.sha256(source.read(row.reference)).hexdigest(), source.rows)
+        return {row.reference: digest for row, digest in zip(source.rows, digests, strict=True)}
 
-    def check(row: Row) -> str:
-        data = source.read(row.reference)
+
+def check_labels(source: Source, hashes: dict[str, str]) -> None:
+    """Raise DataError when an image lies under two labels: no classifier can learn both, nor be tested on both.
+
+    Looked at before anything is held out, so that it does not depend on a seed. Splits that the source itself brings
+    are compared apart: published data sets hold such pairs, and `find_duplicates` reports them.
+    """
+    first: dict[tuple[str, str], Row] = {}
+    for row in source.rows:
+        other = first.setdefault((row.split, hashes[row.reference]), row)
+        if other.label != row.label:
+            raise DataError(
+                f"{source.place(row)} and {source.place(other)} are the same image, labelled {source.classes[row.label]!r} "
+                f"and {source.classes[other.label]!r}; keep one of them"
+            )
+
+
+def check_images(source: Source, rows: list[Row]) -> None:
+    """Decode each image once. Raises DataError naming the first one that fails."""
+
+    def check(row: Row) -> None:
         try:
-            decode(data)
+            decode(source.read(row.reference))
         except ImageError as error:
-            raise DataError(f"{row.sample_id}: {error}; replace the image or remove it") from None
-        return hashlib.sha256(data).hexdigest()
+            raise DataError(f"{source.place(row)}: {error}; replace the image or remove it") from None
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip((row.reference for row in rows), pool.map(check, rows), strict=True))
+        for _ in pool.map(check, rows):
+            pass
 
 
 def find_duplicates(
     assigned: dict[str, list[Row]], hashes: dict[str, str], classes: list[str]
 ) -> list[tuple[str, str, str, str]]:
-    """Byte-identical images found in more than one split, as (sha256, split, sample id, class).
-
-    Raises DataError when one split holds an image under two labels: no classifier can learn both.
-    """
+    """Byte-identical images found in more than one split, as (sha256, split, sample id, class)."""
     places: dict[str, list[tuple[str, Row]]] = defaultdict(list)
     for split, rows in assigned.items():
         for row in rows:
             places[hashes[row.reference]].append((split, row))
-    shared = []
-    for digest, found in sorted(places.items()):
-        by_split: dict[str, Row] = {}
-        for split, row in found:
-            other = by_split.setdefault(split, row)
-            if other.label != row.label:
-                raise DataError(
-                    f"{row.sample_id} and {other.sample_id} are the same image, labelled {classes[row.label]!r} and "
-                    f"{classes[other.label]!r}; keep one of them"
-                )
-        if len(by_split) > 1:
-            shared.extend((digest, split, row.sample_id, classes[row.label]) for split, row in found)
-    return shared
+    return [
+        (digest, split, row.sample_id, classes[row.label])
+        for digest, found in sorted(places.items())
+        if len({split for split, _ in found}) > 1
+        for split, row in found
+    ]
 
 
 def _as_csv(header: list[str], rows: list[tuple[str, ...]]) -> str:

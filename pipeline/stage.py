@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,14 +36,15 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
     try:
         result = run(load_params(options.params))
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing was changed", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except (StageError, OSError) as error:
         if options.debug:
             raise
         print(f"{name}: {explain(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, StageError) else 1
-    print(f"{name}: {result}")
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes by here, one speaks
+        print(f"{name}: {result}")
     return 0
 
 
@@ -50,5 +52,5 @@ def explain(error: Exception) -> str:
     """An error in one line; an operating-system error with its file and cause."""
     if isinstance(error, OSError) and error.strerror:
         where = error.filename if error.filename else "a file of the stage"
-        return f"{where}: {error.strerror}; the old output is untouched"
+        return f"{where}: {error.strerror}"
     return " ".join(str(error).split())

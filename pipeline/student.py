@@ -8,56 +8,56 @@ from pathlib import Path
 import torch
 
 from models.objectives import StudentObjective, StudentWeights
-from pipeline.artifacts import STUDENT, TEACHER
-from pipeline.checkpoint import build_model, load_model
+from pipeline.artifacts import SPLIT, STUDENT, TEACHER
+from pipeline.checkpoint import WEIGHTS, build_model, check_image, load_model
 from pipeline.dataset import load_images
-from pipeline.errors import ParamsError
 from pipeline.params import Params
 from pipeline.prior import Prior, load_prior
+from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
-from pipeline.teacher import Result, model_config, save_run
-from pipeline.training import Training, choose_device
+from pipeline.training import Training
+from pipeline.training_run import Result, check_recipe, model_config, run_folder, save_run
 
 
 def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Result:
-    """Train the student on three views with gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, last epoch kept.
-
-    Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
+    """Train the student on three views with gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, last epoch kept. An interrupted
+    run goes on where it was. Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
     """
     prior = load_prior()
+    check_recipe(params, prior)
     config = model_config(params.student, params, len(prior.classes))
-    objective = build_objective(params, prior, teacher)
-    training = Training("student", objective, params.student, params.image, params.seed, choose_device(params.device))
-    history = training.run(load_images(params, "train"), load_images(params, "validation"))
-    return save_run(training, config, history, output)
+    with joined_ranks(params.device) as device:
+        objective = build_objective(params, prior, teacher)
+        folder = run_folder(params.student, params, output, SPLIT / "train.parquet", teacher / WEIGHTS)
+        training = Training("student", objective, params.student, params.image, params.seed, device, folder)
+        history = training.run(load_images(params, "train"), load_images(params, "validation"))
+        return save_run(training, config, history, output)
 
 
 def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjective:
     """The student's objective, freshly initialised from params.seed."""
     student = params.student
     config = model_config(student, params, len(prior.classes))
-    frozen, _ = load_model(teacher, "teacher")
+    frozen, trained = load_model(teacher, "teacher")
+    check_image(trained, params.image, teacher)
     weights = StudentWeights(
         student.gamma, student.beta, student.alpha, student.distillation_temperature, student.prior_strength
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         model = build_model(config, "student.backbone")
-        try:
-            return StudentObjective(
-                model,
-                frozen,
-                torch.tensor(prior.log_prior),
-                prior.counts,
-                weights,
-                tau_g=student.tau_g,
-                train_tau_g=student.train_tau_g,
-                queue_total=student.queue_total,
-                queue_minimum=student.queue_minimum,
-                projection_dim=student.projection_dim,
-            )
-        except ValueError as error:
-            raise ParamsError(f"student.queue_total is {student.queue_total}: {error}") from None
+        return StudentObjective(
+            model,
+            frozen,
+            torch.tensor(prior.log_prior),
+            prior.counts,
+            weights,
+            tau_g=student.tau_g,
+            train_tau_g=student.train_tau_g,
+            queue_total=student.queue_total,
+            queue_minimum=student.queue_minimum,
+            projection_dim=student.projection_dim,
+        )
 
 
 if __name__ == "__main__":

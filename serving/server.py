@@ -206,7 +206,10 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _admin_key() -> str:
-    """The secret for loading models and the like: the user's, or a new one that nobody is told."""
+    """The secret for loading models and the like: the user's, or a new one.
+
+    Triton takes it on its command line alone, so other local users can read it with ps; it is in no log.
+    """
     key = os.environ.get(ADMIN_KEY_VARIABLE)
     if key is None:
         return secrets.token_urlsafe(32)

@@ -125,7 +125,7 @@ def test_queues_that_cannot_hold_every_class_are_refused_before_training(digits)
     done = digits.run("python", "-m", "pipeline.student", "--params", overlay.name, expect=2)
     overlay.unlink()
     assert done.stderr.count("\n") == 1 and "epoch" not in done.stdout
-    assert "student.queue_total is 20" in done.stderr and "at least 30" in done.stderr
+    assert "queue total K is 20" in done.stderr and "at least 30" in done.stderr
 
 
 def test_a_failed_parity_check_fails_the_export_and_leaves_the_old_one(digits):

@@ -77,7 +77,7 @@ def test_lengths_of_the_long_tailed_cifar_sets():
         ([0, 0], 4, 1, "none negative and not all 0"),
         ([3, -1], 4, 1, "none negative and not all 0"),
         ([3, 1], 4, 0, "k_m is 0; expected at least 1"),
-        ([3, 1, 1], 5, 2, "K is 5, below minimum k_m * classes = 2 * 3 = 6; raise the total to at least 6"),
+        ([3, 1, 1], 5, 2, "K is 5, below minimum k_m * classes = 2 * 3; raise the total to at least 6"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused_with_what_would_do(counts, total, minimum, said):

@@ -8,8 +8,9 @@ import torch
 from making import data_params, encode, folder, params, picture, table, write
 
 from pipeline import split
-from pipeline.dataset import load_classes, load_images, normalise
+from pipeline.dataset import load_images, normalise
 from pipeline.errors import DataError, ParamsError
+from pipeline.splits import load_classes
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""Where a view is cut from its image: padded crop or resized crop, with the flip, and the hole of Cutout.
+
+Draws are CPU tensors, float64 or int64, one row an image; what applies them takes the same tensors on the images' device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RATIO = (3 / 4, 4 / 3)  # of a resized crop's width to its height (Szegedy et al. 2015)
+ATTEMPTS = 10
+WEIGHT_BITS = 22  # of Pillow's resize
+
+
+def padded_crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padding: int) -> Tensor:
+    """uint8 [B,3,H,W] with `padding` black pixels on each side, cropped H x W at top, left int64 [V,B]: uint8 [V,B,3,H,W].
+
+    Where `flipped` (bool [V,B]) the crop is mirrored left to right.
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images, (padding,) * 4) if padding else images
+    rows = top[..., None] + torch.arange(height, device=images.device)
+    columns = left[..., None] + _columns(width, flipped)
+    place = (rows[..., None] * padded.shape[3] + columns[..., None, :]).flatten(2)
+    views = place.shape[0]
+    found = padded.flatten(2).expand(views, -1, -1, -1).gather(3, place[:, :, None].expand(-1, -1, 3, -1))
+    return found.view(views, *images.shape)
+
+
+def resized_crop(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
+    """uint8 [B,3,H,W] → uint8 [V,B,3,H,W]: box (top, left, height, width) int64 [V,B,4] enlarged to H x W, bilinearly.
+
+    Columns first, then rows, each rounded to grey levels by Pillow's fixed point; pixels outside the box play no part.
+    A box is never larger than the image, so that there is nothing to smooth before. Where `flipped`, mirrored.
+    """
+    height, width = images.shape[2:]
+    views = box.shape[0]
+    top, left, tall, wide = box.unbind(-1)
+    image = images.expand(views, -1, -1, -1, -1)
+    image = _enlarged(image, 4, left, wide, _columns(width, flipped))
+    rows = torch.arange(height, device=images.device).expand(*box.shape[:2], -1)
+    return _enlarged(image, 3, top, tall, rows)
+
+
+def _enlarged(image: Tensor, axis: int, start: Tensor, length: Tensor, position: Tensor) -> Tensor:
+    # image [V,B,3,H,W] along one axis: output position [V,B,S] from start .. start + length, both [V,B].
+    size = position.shape[-1]
+    place = (position + 0.5).double() * (length.double() / size)[..., None] - 0.5
+    before = place.floor()
+    share = ((place - before) * (1 << WEIGHT_BITS) + 0.5).to(torch.int32)
+    before = before.long()
+    last = length[..., None] - 1
+    shape = (*position.shape[:2], 1, 1, size) if axis == 4 else (*position.shape[:2], 1, size, 1)
+
+    def pixels(offset: int) -> Tensor:
+        index = start[..., None] + (before + offset).clamp(min=0).minimum(last)
+        return image.gather(axis, index.view(shape).expand(image.shape)).to(torch.int32)
+
+    share = share.view(shape)
+    total = pixels(0) * ((1 << WEIGHT_BITS) - share) + pixels(1) * share
+    return ((total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS).to(torch.uint8)
+
+
+def _columns(width: int, flipped: Tensor) -> Tensor:
+    column = torch.arange(width, device=flipped.device)
+    return torch.where(flipped[..., None], width - 1 - column, column)
+
+
+def draw_boxes(count: int, height: int, width: int, scale: list[float], generator: torch.Generator) -> Tensor:
+    """int64 [count,4] (top, left, height, width) of random resized crops, drawn as torchvision's RandomResizedCrop does.
+
+    Area uniform in `scale` of the image, ratio log-uniform in 3/4 .. 4/3, the first of ten attempts that fits, or the
+    largest centred box of an allowed ratio; then a uniform place.
+    """
+    chance = torch.rand(2, count, ATTEMPTS, dtype=torch.float64, generator=generator)
+    place = torch.rand(2, count, dtype=torch.float64, generator=generator)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * chance[0])
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    ratio = torch.exp(low + (high - low) * chance[1])
+    wide, tall = torch.round(torch.sqrt(area * ratio)).long(), torch.round(torch.sqrt(area / ratio)).long()
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    first = fits.long().argmax(1, keepdim=True)  # argmax gives the first of equals
+    found = fits.any(1)
+    largest_wide = min(width, round(height * RATIO[1]))
+    largest_tall = min(height, round(width / RATIO[0]))
+    wide = torch.where(found, wide.gather(1, first).squeeze(1), largest_wide)
+    tall = torch.where(found, tall.gather(1, first).squeeze(1), largest_tall)
+    top = torch.where(found, (place[0] * (height - tall + 1)).long(), (height - largest_tall) // 2)
+    left = torch.where(found, (place[1] * (width - wide + 1)).long(), (width - largest_wide) // 2)
+    return torch.stack([top, left, tall, wide], 1)
+
+
+def cutout(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+    """uint8 [N,3,H,W] with a black square of `side` pixels around row, column int64 [N], clipped at the borders."""
+    height, width = images.shape[2:]
+
+    def inside(length: int, centre: Tensor) -> Tensor:
+        distance = torch.arange(length, device=images.device) - (centre[:, None] - side // 2)
+        return (distance >= 0) & (distance < side)
+
+    hole = inside(height, row)[:, :, None] & inside(width, column)[:, None, :]
+    return images * (~hole)[:, None].to(torch.uint8)

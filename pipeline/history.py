@@ -1,0 +1,47 @@
+"""What training shows: a line an epoch and a bar while it runs, metrics.jsonl and history.csv afterwards."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+History = list[dict[str, float]]
+
+
+def progress_bar(quiet: bool = False) -> Progress:
+    """A bar with steps done and time left, on a terminal; nothing where the output is a file, or `quiet`."""
+    console = Console(quiet=quiet)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+
+
+def epoch_line(name: str, record: dict[str, float], epochs: int) -> str:
+    """One epoch in one line of text."""
+    parts = "  ".join(f"{key} {value:.4f}" for key, value in record.items() if key in ("loss", "tau_g"))
+    score = f"  validation {record['validation_accuracy']:.1%}" if "validation_accuracy" in record else ""
+    speed = f"lr {record['learning_rate']:.4f}  {record['images_per_second']:,.0f} images/s"
+    return f"{name}  epoch {record['epoch']}/{epochs}  {parts}{score}  {speed}"
+
+
+def as_jsonl(history: History) -> str:
+    """History as JSON lines, one record an epoch."""
+    return "".join(json.dumps(record) + "\n" for record in history)
+
+
+def as_csv(history: History) -> str:
+    """History as CSV, which DVC can plot."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return stream.getvalue()

@@ -1,0 +1,41 @@
+"""A trained network's answers for a split."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.cosine_classifier import ImageClassifier
+from models.ranks import rank, rank_count
+from pipeline.dataset import Images, normalise
+from pipeline.params import ImageParams
+
+EVALUATION_BATCH = 512
+
+
+@torch.inference_mode()
+def outputs(model: ImageClassifier, images: Tensor, image: ImageParams, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features [N,D] and logits [N,C] (cosine / tau_s, no prior) of uint8 images [N,3,H,W], float32 on the CPU, eval mode."""
+    was_training = model.training
+    model.eval()
+    features, logits = [], []
+    for batch in images.split(EVALUATION_BATCH):
+        feature, logit = model(normalise(batch.to(device), image))
+        features.append(feature.float().cpu())
+        logits.append(logit.float().cpu())
+    model.train(was_training)
+    return torch.cat(features), torch.cat(logits)
+
+
+def accuracy(model: ImageClassifier, data: Images, image: ImageParams, device: torch.device) -> float:
+    """Share of a split that the balanced answer (the unadjusted logits) gets right; every image is asked by one rank, once."""
+    mine = slice(rank(), None, rank_count())
+    right = torch.zeros(1, dtype=torch.float64)
+    if len(data.labels[mine]):
+        _, logits = outputs(model, data.images[mine], image, device)
+        right += (logits.argmax(1) == data.labels[mine]).sum()
+    if rank_count() > 1:
+        right = right.to(device)
+        dist.all_reduce(right)
+    return right.item() / len(data)

@@ -1,0 +1,75 @@
+"""What the two training stages share around the engine: checks before, state while, files after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.backbones import UnknownBackboneError, check_backbone
+from models.queues import queue_lengths
+from models.ranks import rank
+from pipeline.artifacts import sha256_of_file, sha256_of_json, unfinished, whole_folder, write_file
+from pipeline.checkpoint import ModelConfig, save_model
+from pipeline.errors import ParamsError
+from pipeline.history import History, as_csv, as_jsonl
+from pipeline.params import Params, TrainingParams
+from pipeline.prior import Prior
+from pipeline.resume import RunFolder
+from pipeline.training import Training
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last epoch of a training stage."""
+
+    last: dict[str, float]
+    output: Path
+
+    def __str__(self) -> str:
+        score = f", validation {self.last['validation_accuracy']:.1%}" if "validation_accuracy" in self.last else ""
+        return f"{self.last['epoch']} epochs, loss {self.last['loss']:.4f}{score} → {self.output}"
+
+
+def model_config(section: TrainingParams, params: Params, classes: int) -> ModelConfig:
+    """The config of a network trained by a params section."""
+    image = params.image
+    return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std)
+
+
+def run_folder(section: TrainingParams, params: Params, output: Path, *inputs: Path) -> RunFolder:
+    """Where an unfinished run of `output` keeps its state; another recipe, seed, library or input file starts anew."""
+    depends = {
+        "section": section.model_dump(mode="json"),
+        "image": params.image.model_dump(mode="json"),
+        "seed": params.seed,
+        "torch": torch.__version__,
+        "inputs": [sha256_of_file(path) for path in inputs],
+    }
+    return RunFolder(unfinished(output), sha256_of_json(depends))
+
+
+def save_run(training: Training, config: ModelConfig, history: History, output: Path) -> Result:
+    """Write network, config and history as one whole folder, by rank 0; what the run kept to go on is then dropped."""
+    if rank() == 0:
+        with whole_folder(output) as folder:
+            save_model(training.objective.model, config, folder)
+            write_file(folder / "metrics.jsonl", as_jsonl(history))
+            write_file(folder / "history.csv", as_csv(history))
+        if training.run_folder:
+            training.run_folder.clear()
+    return Result(history[-1], output)
+
+
+def check_recipe(params: Params, prior: Prior) -> None:
+    """Raise ParamsError for what would only fail after the teacher has been trained: a backbone's name, the queues' size."""
+    for key, name in (("teacher.backbone", params.teacher.backbone), ("student.backbone", params.student.backbone)):
+        try:
+            check_backbone(name)
+        except UnknownBackboneError as error:
+            raise ParamsError(f"{key}: {error}") from None
+    try:
+        queue_lengths(prior.counts, params.student.queue_total, params.student.queue_minimum)
+    except ValueError as error:
+        raise ParamsError(f"student.queue_total, student.queue_minimum: {error}") from None

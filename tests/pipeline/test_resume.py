@@ -1,0 +1,95 @@
+"""A run that is cut off goes on where it was and ends with the same bits as one that never stopped."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from small_training import made_images, made_training
+
+from pipeline.resume import RunFolder, Snapshot
+from pipeline.training import Training, trained_state
+
+
+class PowerCut(Exception):
+    """The end of a run at an arbitrary step."""
+
+
+def cut_off(training: Training, after: int) -> None:
+    """Let the run die once `after` more steps have been done."""
+    step, done = training._step, []
+
+    def counted(chosen):
+        if len(done) == after:
+            raise PowerCut
+        done.append(1)
+        return step(chosen)
+
+    training._step = counted
+    with pytest.raises(PowerCut):
+        training.run(made_images(40), made_images(9, seed=1))
+
+
+def result(training: Training) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    history = training.run(made_images(40), made_images(9, seed=1))
+    return trained_state(training.objective), [
+        {k: v for k, v in r.items() if k != "images_per_second"} for r in history
+    ]
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 60.0], ids=["every step", "every epoch"])
+def test_a_run_cut_off_many_times_ends_as_one_that_was_not(stage, checkpoint_seconds, tmp_path):
+    expected, expected_history = result(made_training(stage, epochs=4))
+    draw = random.Random(f"{stage} {checkpoint_seconds}")
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    for _ in range(4):
+        # At one checkpoint an epoch a run must get past an epoch (5 steps) to get anywhere at all.
+        longest = 4 if checkpoint_seconds == 0 else 5
+        cut_off(
+            made_training(stage, run_folder=folder, checkpoint_seconds=checkpoint_seconds, epochs=4),
+            draw.randint(0, longest),
+        )
+    found, history = result(made_training(stage, run_folder=folder, checkpoint_seconds=checkpoint_seconds, epochs=4))
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert history == expected_history
+
+
+def test_a_run_goes_on_rather_than_starting_again(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    cut_off(made_training(run_folder=folder, checkpoint_seconds=0.0), after=7)
+    made_training(run_folder=folder).run(made_images(40), made_images(9))
+    assert "teacher  goes on at step 8 of 10" in capsys.readouterr().out
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path):
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    made_training(run_folder=folder, epochs=5).run(made_images(24), made_images(3))
+    assert len(list(folder.folder.iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    for step in (1, 2):
+        folder.save(step, Snapshot({"x": torch.tensor([step])}, {"epoch": step}))
+    newest = max(folder.folder.iterdir())
+    (newest / "tensors.safetensors").write_bytes((newest / "tensors.safetensors").read_bytes()[:20])
+    assert folder.load() == Snapshot({"x": torch.tensor([1])}, {"epoch": 1})
+    (newest / "state.json").unlink()
+    assert folder.load().state == {"epoch": 1}
+
+
+def test_the_checkpoints_of_another_run_are_not_taken_for_its_own(tmp_path):
+    RunFolder(tmp_path, "one").save(1, Snapshot({"x": torch.tensor([1])}, {}))
+    assert RunFolder(tmp_path, "other").load() is None
+    assert RunFolder(tmp_path, "one").load() is None  # the other run has taken the place
+
+
+def test_a_finished_stage_leaves_no_state_behind(tmp_path):
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    folder.save(1, Snapshot({}, {}))
+    folder.clear()
+    assert not folder.folder.exists()
+    folder.clear()
