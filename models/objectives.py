@@ -8,34 +8,57 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.contrast_losses import ContrastLosses, KeyRuns, contrast_losses
 from models.cosine_classifier import ImageClassifier
-from models.losses import adjusted_cross_entropy, distillation_loss
+from models.losses import adjusted_cross_entropy, distillation_loss, mixed_cross_entropy
+from models.precision import without_autocast
 from models.projection_head import ProjectionHead
 from models.queues import ClassQueues
 from models.ranks import gather_batch
 
 
+class Mixed(NamedTuple):
+    """What the classifier view was mixed with (CutMix, Mixup): the partners' labels int64 [B], the share float [B] of its own."""
+
+    target: Tensor
+    share: Tensor
+
+
 class TeacherObjective(nn.Module):
-    """L_cls alone (Eq. 6), on one view."""
+    """L_cls alone, on one view: Eq. 6, or plain cross-entropy where `adjustment`, the strength in the loss, is 0."""
 
     views = 1
     log_prior: Tensor
 
-    def __init__(self, model: ImageClassifier, log_prior: Tensor) -> None:
+    def __init__(self, model: ImageClassifier, log_prior: Tensor, adjustment: float = 1.0) -> None:
         super().__init__()
         self.model = model
+        self.adjustment = adjustment
         self.register_buffer("log_prior", log_prior)
 
-    def forward(self, views: Tensor, target: Tensor, sample_ids: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - same call as the student's
+    def forward(
+        self,
+        views: Tensor,
+        target: Tensor,
+        sample_ids: Tensor,  # noqa: ARG002 - same call as the student's
+        mixed: Mixed | None = None,
+    ) -> dict[str, Tensor]:
         """views [1,B,3,H,W], target [B], sample_ids [B] → {loss, classification}, scalars."""
         _, logits = self.model(views[0])
-        loss = adjusted_cross_entropy(logits, target, self.log_prior)
+        loss = classification_loss(logits, target, self.log_prior, self.adjustment, mixed)
         return {"loss": loss, "classification": loss.detach()}
+
+    def after_step(self) -> None:
+        """What follows the optimiser's step: nothing."""
+
+    def observations(self) -> dict[str, float]:
+        """What is worth a look after an epoch besides the loss: nothing."""
+        return {}
 
     def undecayed(self) -> list[nn.Parameter]:
         """Parameters without weight decay: none (as in the official code)."""
@@ -51,6 +74,7 @@ class StudentWeights:
     alpha: float
     distillation_temperature: float
     prior_strength: float
+    adjustment: float = 1.0
 
 
 class StudentObjective(nn.Module):
@@ -109,18 +133,29 @@ class StudentObjective(nn.Module):
         """Parameters without weight decay: log tau_g alone (as in the official code)."""
         return [self.log_tau_g]
 
-    def forward(self, views: Tensor, target: Tensor, sample_ids: Tensor) -> dict[str, Tensor]:
+    def after_step(self) -> None:
+        """What follows the optimiser's step: nothing."""
+
+    def observations(self) -> dict[str, float]:
+        """Worth a look after an epoch: the share of the queues that holds features of training images."""
+        return {"queue_fill": (self.queues.sample_ids >= 0).double().mean().item()}
+
+    def forward(
+        self, views: Tensor, target: Tensor, sample_ids: Tensor, mixed: Mixed | None = None
+    ) -> dict[str, Tensor]:
         """views [3,B,3,H,W] (classifier, query, key), target [B], sample_ids [B] → named scalars, `loss` first."""
         batch = target.shape[0]
         classifier_view, query_view, key_view = views
         # One forward over both halves: they share a batch-norm batch of 2B.
         features, logits = self.model(torch.cat([classifier_view, query_view]))
         teacher_logits = self._remember(classifier_view, key_view, target, sample_ids)
-        similarity = self.query_head(features[batch:]) @ self.key_head(self.queues.features).T
+        queries, keys = self.query_head(features[batch:]), self.key_head(self.queues.features)
+        with without_autocast(queries):
+            similarity = queries @ keys.T
 
         weights = self.weights
         logits = logits[:batch]
-        classification = adjusted_cross_entropy(logits, target, self.log_prior)
+        classification = classification_loss(logits, target, self.log_prior, weights.adjustment, mixed)
         contrast = self._contrast(similarity, target, sample_ids)
         loss = weights.gamma * classification + weights.beta * contrast.gml
         parts = {"classification": classification, "gml": contrast.gml}
@@ -157,3 +192,12 @@ class StudentObjective(nn.Module):
             key_ids=queues.sample_ids,
             fused=self.fused_contrast,
         )
+
+
+def classification_loss(
+    logits: Tensor, target: Tensor, log_prior: Tensor, adjustment: float, mixed: Mixed | None
+) -> Tensor:
+    """L_cls of plain or mixed images."""
+    if mixed is None:
+        return adjusted_cross_entropy(logits, target, log_prior, adjustment)
+    return mixed_cross_entropy(logits, target, mixed.target, mixed.share, log_prior, adjustment)

@@ -17,6 +17,9 @@ STUDENT = Path("artifacts/student")
 EVALUATION = Path("artifacts/evaluation")
 EXPORT = Path("artifacts/export")
 REPOSITORY = Path("artifacts/repository")
+FAILURES = Path("artifacts/failures")
+TENSORBOARD = Path("artifacts/tensorboard")
+SEEDS = Path("artifacts/seeds")
 
 
 def unfinished(output: Path) -> Path:

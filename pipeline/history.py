@@ -20,6 +20,7 @@ def progress_bar(quiet: bool = False) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)

@@ -143,10 +143,16 @@ class AugmentParams(Section):
 
 
 class TrainingParams(Section):
-    """What teacher and student training share: network, SGD, schedule, augmentation."""
+    """What teacher and student training share: network, SGD, schedule, augmentation.
+
+    adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. ema_decay: of the average of
+    weights that is evaluated and kept instead of the last step's; 0 for none.
+    """
 
     backbone: str
     tau_s: Positive
+    adjustment: NonNegative = 1.0
+    ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Positive
@@ -169,6 +175,22 @@ class StudentParams(TrainingParams):
     queue_total: PositiveInt
     queue_minimum: PositiveInt
     projection_dim: PositiveInt
+
+
+class EngineParams(Section):
+    """How training runs. Nothing here changes the recipe; `precision` changes rounding, the rest not even that.
+
+    precision: of the networks' convolutions and products; auto is bfloat16 on CUDA and float32 on the CPU. capture: a step
+    as one CUDA graph, checked against the plain step before it is used. checkpoint_seconds: longest time between two
+    checkpoints. tensorboard: event files under artifacts/tensorboard/ as well. side_by_side: how many of `seeds` train
+    at once on the device; auto is one on the CPU, all on a GPU.
+    """
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    capture: bool = True
+    checkpoint_seconds: NonNegative = 60.0
+    tensorboard: bool = False
+    side_by_side: PositiveInt | Literal["auto"] = "auto"
 
 
 class EvaluateParams(Section):
@@ -200,6 +222,7 @@ class Params(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    engine: EngineParams = EngineParams()
     data: DataParams
     image: ImageParams
     prior: PriorParams

@@ -15,8 +15,7 @@ from pipeline.params import Params
 from pipeline.prior import Prior, load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
-from pipeline.training import Training
-from pipeline.training_run import Result, check_recipe, model_config, run_folder, save_run
+from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run
 
 
 def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Result:
@@ -29,7 +28,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     with joined_ranks(params.device) as device:
         objective = build_objective(params, prior, teacher)
         folder = run_folder(params.student, params, output, SPLIT / "train.parquet", teacher / WEIGHTS)
-        training = Training("student", objective, params.student, params.image, params.seed, device, folder)
+        training = make_training("student", objective, params, device, folder)
         history = training.run(load_images(params, "train"), load_images(params, "validation"))
         return save_run(training, config, history, output)
 
@@ -41,7 +40,12 @@ def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjec
     frozen, trained = load_model(teacher, "teacher")
     check_image(trained, params.image, teacher)
     weights = StudentWeights(
-        student.gamma, student.beta, student.alpha, student.distillation_temperature, student.prior_strength
+        student.gamma,
+        student.beta,
+        student.alpha,
+        student.distillation_temperature,
+        student.prior_strength,
+        student.adjustment,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)

@@ -7,7 +7,7 @@ import torch
 from models.cosine_classifier import ImageClassifier
 from models.objectives import StudentObjective, StudentWeights, TeacherObjective
 from pipeline.dataset import Images
-from pipeline.params import AugmentParams, ImageParams, ScheduleParams, TrainingParams
+from pipeline.params import AugmentParams, EngineParams, ImageParams, ScheduleParams, TrainingParams
 from pipeline.training import Training
 
 IMAGE = ImageParams(size=8, resize_to=8, mean=[0.5] * 3, std=[0.25] * 3)
@@ -60,4 +60,5 @@ def made_training(
 ) -> Training:
     """A run of a stage, not yet started."""
     objective = made_objective(stage, seed)
-    return Training(stage, objective, training_params(**changes), IMAGE, seed, CPU, run_folder, checkpoint_seconds)
+    engine = EngineParams(checkpoint_seconds=checkpoint_seconds)
+    return Training(stage, objective, training_params(**changes), IMAGE, seed, CPU, run_folder, engine)

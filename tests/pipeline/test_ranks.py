@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from models.ranks import SharedBatchNorm, gather_batch, mean_over_ranks
 from pipeline.errors import ParamsError
 from pipeline.inference import accuracy
 from pipeline.ranks import joined_ranks
+from pipeline.step import Step
 
 RANKS = 2
 pytestmark = pytest.mark.end_to_end
@@ -47,15 +49,16 @@ def ten_steps(stage: str) -> dict:
     for network in (training.objective.model, getattr(training.objective, "teacher", None)):
         if network is not None:
             network.register_forward_pre_hook(lambda _, arguments: (arguments[0].double(), *arguments[1:]))
-    losses, step = [], training._step
+    losses = []
 
-    def kept(chosen):
-        parts = step(chosen)
-        losses.append({name: mean_over_ranks(value).item() for name, value in parts.items()})
-        return parts
+    class KeptStep(Step):
+        def __call__(self, inputs):
+            parts = super().__call__(inputs)
+            losses.append({name: mean_over_ranks(value).item() for name, value in parts.items()})
+            return parts
 
-    training._step = kept
-    training.run(made_images(40), made_images(9, seed=1))
+    with patch("pipeline.training.Step", KeptStep):
+        training.run(made_images(40), made_images(9, seed=1))
     queues = training.objective.queues.state_dict() if stage == "student" else {}
     return {"losses": losses, "queues": queues, "state": dict(training.objective.model.state_dict())}
 
