@@ -96,10 +96,9 @@ class Training:
     def _prepare(self, train: Images) -> None:
         # The layout that convolution kernels prefer, on CPU and GPU alike; the arithmetic is the same.
         self.objective.to(self.device, memory_format=torch.channels_last)
-        synchronise_batch_norm(self.objective.model, self.device)
+        for module in self.objective.batch_modules():
+            synchronise_batch_norm(module, self.device)
         if rank_count() > 1:
-            if hasattr(self.objective, "query_head"):
-                synchronise_batch_norm(self.objective.query_head, self.device)
             self._step_module: nn.Module = shared_gradients(self.objective)
         else:
             self._step_module = self.objective
@@ -157,6 +156,7 @@ class Training:
         gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         parts["gradient_norm"] = nn.utils.get_total_norm(gradients)
         self._optimizer.step()
+        self.objective.after_step()
         return {name: value.detach() for name, value in parts.items()}
 
     def _means(self, steps: int) -> dict[str, float]:
