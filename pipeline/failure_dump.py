@@ -14,7 +14,9 @@ from pipeline.step import Step
 from pipeline.watch import Failure, Watch
 
 
-def dump_failure(folder: Path, failure: Failure, watch: Watch, step: Step, train: Images, facts: dict[str, Any]) -> None:
+def dump_failure(
+    folder: Path, failure: Failure, watch: Watch, step: Step, train: Images, facts: dict[str, Any]
+) -> None:
     """Write `folder` whole, in place of an older one.
 
     failure.json: step, terms, facts, the parts of the steps before, the sample ids of the batch. tensors.safetensors: the

@@ -48,7 +48,7 @@ class Training:
     device: torch.device
     run_folder: RunFolder | None = None
     engine: EngineParams = field(default_factory=EngineParams)
-    on_epoch: Callable[[History], None] = lambda history: None
+    on_epoch: Callable[[History], None] | None = None
     best: Best | None = None
 
     @property
@@ -97,11 +97,8 @@ class Training:
     def _prepare(self, train: Images) -> None:
         # The layout that convolution kernels prefer, on CPU and GPU alike; the arithmetic is the same.
         self.objective.to(self.device, memory_format=torch.channels_last)
-        synchronise_batch_norm(self.objective.model, self.device)
-        for head in ("query_head", "key_head"):
-            # Every rank embeds the same queues, so key_head's statistics are common as they are.
-            if head == "query_head" and hasattr(self.objective, head):
-                synchronise_batch_norm(self.objective.query_head, self.device)
+        for module in self.objective.batch_modules():
+            synchronise_batch_norm(module, self.device)
         precision = precision_of(self.engine, self.device)
         self._step = Step(self.objective, self.params, self.image, train, self.device, precision)
         self._train = train
@@ -159,7 +156,8 @@ class Training:
         record["memory_mib"] = peak_memory_mib(self.device)
         self._at = Position(epoch=at.epoch + 1, history=[*at.history, record])
         self._save(steps, rate)
-        self.on_epoch(self._at.history)
+        if self.on_epoch:
+            self.on_epoch(self._at.history)
         return record
 
     def _keep_best(self, record: dict[str, float]) -> None:

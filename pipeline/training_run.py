@@ -29,7 +29,6 @@ from pipeline.resume import RunFolder
 from pipeline.tensorboard import write_scalars
 from pipeline.training import Training
 
-
 BEST = "best"
 
 

@@ -37,6 +37,8 @@ def test_the_shipped_file_loads_and_is_frozen():
 TOO_LOW = {
     "seed": -1, "data.imbalance_factor": 0.99, "data.seed": -1, "data.test_per_class": 0, "data.validation_per_class": -1,
     "data.validation_share": -0.01, "image.size": 7, "image.resize_to": 7, "prior.smoothing": -0.1,
+    "engine.checkpoint_seconds": -1, "teacher.adjustment": -0.1, "student.adjustment": -0.1,
+    "teacher.ema_decay": -0.1, "student.ema_decay": -0.1,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,
     "teacher.momentum": -0.1, "teacher.weight_decay": -0.1, "teacher.schedule.warmup_epochs": -1,
     "teacher.schedule.factor": 0.0, "teacher.augment.crop_padding": -1, "teacher.augment.cutout": -1,
@@ -52,6 +54,7 @@ TOO_LOW = {
 }  # fmt: skip
 TOO_HIGH = {
     "seed": 2**63, "data.seed": 2**32, "data.validation_share": 1.01, "image.size": 1025, "image.resize_to": 2049,
+    "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
     "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
 }  # fmt: skip
@@ -148,7 +151,7 @@ def test_a_misspelt_key_comes_before_the_keys_that_it_leaves_missing(tmp_path):
     made = content()
     made["student"] = {f"{key}_": value for key, value in made["student"].items()}
     assert refusal(tmp_path, yaml.safe_dump(made)).startswith(
-        "student.alpha_ is not a key; did you mean student.alpha?"
+        "student.adjustment_ is not a key; did you mean student.adjustment?"
     )
 
 

@@ -46,7 +46,8 @@ def ten_steps(stage: str) -> dict:
     """
     training = made_training(stage, epochs=2)
     training.objective.double()
-    for network in (training.objective.model, getattr(training.objective, "teacher", None)):
+    for name in ("model", "teacher", "momentum_encoder"):
+        network = getattr(training.objective, name, None)
         if network is not None:
             network.register_forward_pre_hook(lambda _, arguments: (arguments[0].double(), *arguments[1:]))
     losses = []
@@ -59,11 +60,11 @@ def ten_steps(stage: str) -> dict:
 
     with patch("pipeline.training.Step", KeptStep):
         training.run(made_images(40), made_images(9, seed=1))
-    queues = training.objective.queues.state_dict() if stage == "student" else {}
+    queues = training.objective.queues.state_dict() if stage != "teacher" else {}
     return {"losses": losses, "queues": queues, "state": dict(training.objective.model.state_dict())}
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum"])
 def test_ten_steps_on_two_ranks_give_the_losses_and_queues_of_one(stage, tmp_path):
     alone = ten_steps(stage)
     first, second = in_ranks(ten_steps, tmp_path, stage)
