@@ -19,6 +19,7 @@ from pipeline.params import ImageParams
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+BEST = "best"  # folder of the network of the best epoch on validation, beside the last epoch's
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     engine: EngineParams = EngineParams()
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = []
     data: DataParams
     image: ImageParams
     prior: PriorParams

@@ -13,6 +13,7 @@ from models.queues import queue_lengths
 from models.ranks import rank
 from pipeline.artifacts import (
     TENSORBOARD,
+    as_csv,
     sha256_of_file,
     sha256_of_json,
     unfinished,
@@ -20,16 +21,14 @@ from pipeline.artifacts import (
     write_file,
     write_json,
 )
-from pipeline.checkpoint import ModelConfig, save_model
+from pipeline.checkpoint import BEST, ModelConfig, save_model
 from pipeline.errors import ParamsError
-from pipeline.history import History, as_csv, as_jsonl
+from pipeline.history import History, as_jsonl
 from pipeline.params import Params, TrainingParams
 from pipeline.prior import Prior
 from pipeline.resume import RunFolder
 from pipeline.tensorboard import write_scalars
 from pipeline.training import Training
-
-BEST = "best"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from small_training import CPU, IMAGE, made_images, made_training
 
+from pipeline.artifacts import as_csv
 from pipeline.errors import ParamsError, StageError
-from pipeline.history import as_csv, as_jsonl
+from pipeline.history import as_jsonl
 from pipeline.inference import accuracy, outputs
 from pipeline.params import EngineParams
 from pipeline.ranks import choose_device
