@@ -38,7 +38,7 @@ def result(training: Training) -> tuple[dict[str, torch.Tensor], list[dict[str, 
     ]
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum"])
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 60.0], ids=["every step", "every epoch"])
 def test_a_run_cut_off_many_times_ends_as_one_that_was_not(stage, checkpoint_seconds, tmp_path):
     expected, expected_history = result(made_training(stage, epochs=4))
