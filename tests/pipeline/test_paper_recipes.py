@@ -6,6 +6,7 @@ tau_g and whether it is trained, K, k_m, gamma, beta, alpha, backbone, classifie
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,7 @@ def rows(table: str) -> dict[str, list[str]]:
 TRAINING_ROWS, METHOD_ROWS, TEACHER_ROWS = rows(TRAINING), rows(METHOD), rows(TEACHER)
 
 
+@functools.cache
 def applied(*names: str, target: Path = ROOT / "params.yaml") -> Params:
     text, _ = apply_recipe([RECIPES / f"{name}.yaml" for name in names], target)
     return parse_params(yaml.safe_load(text), target)
@@ -193,7 +195,6 @@ def test_a_recipe_leaves_nothing_of_the_one_before_it(name, earlier, tmp_path):
     text, _ = apply_recipe([RECIPES / f"{overlay}.yaml" for overlay in (earlier, *variants)], target)
     target.write_text(text)
     expected, found = (flat(applied(name, target=path).model_dump()) for path in (ROOT / "params.yaml", target))
-    assert {key for key in expected if found[key] != expected[key]} <= {"data.seed", "student.augment.contrast_policy"}
     assert found == expected
 
 
