@@ -384,3 +384,26 @@ def test_the_momentum_encoder_is_state_that_a_resumed_run_gets_back():
         descend(one)
     assert any(name.startswith("momentum_encoder.") for name in objective.state_dict())
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in objective.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "switches"),
+    [
+        ({}, {}),
+        ({"alpha": 0.0}, {"contrast_encoder": "momentum"}),
+        ({}, {"contrast_encoder": "momentum", "train_tau_g": False}),
+        ({"beta": 0.0}, {}),
+        ({"gamma": 0.0}, {}),
+        ({"beta": 0.0, "alpha": 0.0}, {}),
+    ],
+)
+def test_a_step_has_static_shapes_and_reads_nothing_back_to_the_host(weights, switches):
+    # On the meta device there are shapes and no values: whatever asks for a value, or for a shape that hangs on one, fails.
+    objective = student(weights=weights, **switches).to("meta")
+    meta = [tensor.to("meta") for tensor in (views(objective.views), TARGET, IDS)]
+    parts = objective(*meta)
+    parts["loss"].backward()
+    objective.after_step()
+    assert all(part.shape == () and part.is_meta for part in parts.values())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        parts["loss"].item()
