@@ -1,12 +1,12 @@
 """Test accuracy of the methods side by side: same data, network, epochs and seeds, last epoch, mean ± sample std.
 
-    python -m benchmarks.accuracy recipes/cifar10-if100.yaml                    # the paper's size: for a GPU
-    python -m benchmarks.accuracy recipes/cifar10-if100.yaml recipes/cifar10-if100-cpu.yaml --seeds 0 1 2
+    python -m benchmarks.accuracy recipes/cifar10-parquet-if100.yaml --data DIR    # the paper's size: for a GPU
+    python -m benchmarks.accuracy recipes/cifar10-parquet-if100-cpu.yaml --data DIR --plus recipes/variants/plus-short.yaml
 
 Methods, all with params.student's network, schedule and augmentation:
 - cross-entropy: L_cls without the logit adjustment. balanced softmax: L_cls of Eq. 6 alone.
 - gml: the student of the recipe, with the recipe's teacher.
-- gml + <switch>: one switch of recipes/plus.yaml alone. plus: all of them.
+- gml + <switch>: one switch of the plus recipe alone. plus: all of them.
 
 Every finished run is kept under --work and not repeated, so an interrupted comparison goes on. The accuracies are for the
 balanced target prior; many, medium and few are means over the classes of a group. The test split is read once a run,
@@ -39,7 +39,7 @@ from pipeline.prior import load_prior
 from pipeline.ranks import choose_device
 from pipeline.recipe import apply_recipe
 
-PLUS = Path("recipes/plus.yaml")
+PLUS = Path("recipes/variants/plus.yaml")
 COLUMNS = ("all", "many", "medium", "few")
 
 
