@@ -51,6 +51,7 @@ test-fast: install lint ## the layer without DVC and Triton
 lint: install ## style and the arrows between the rooms
 	@ruff check --quiet .
 	@ruff format --check --quiet .
+	@lint-imports --no-cache --no-logo
 
 .PHONY: serve
 serve: install ## serve the exported student until Ctrl-C

@@ -105,8 +105,10 @@ def test_your_own_folder_of_images_becomes_a_served_classifier(tmp_path):
     with serve(project) as server:
         command = [sys.executable, "-m", "serving.commands", "predict", str(image), "--url", server.http_url, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=project.root)
-    answer = json.loads(done.stdout)
-    assert "red" in done.stdout and answer
+    (answer,) = json.loads(done.stdout)
+    best, second = answer["predictions"]
+    assert best["class"] == "red" and second["class"] in ("blue", "green")
+    assert best["probability"] > second["probability"]
 
 
 def make_folder(root: Path, per_class: tuple[int, ...]) -> None:
