@@ -66,9 +66,7 @@ def test_further_seeds_train_side_by_side_and_their_spread_is_that_of_their_metr
     assert {row["seed"] for row in rows} == {"0", "1", "2"}
     assert {row["network"] for row in rows} == {"teacher", "student", "student_best_epoch"}
     for network in ("teacher", "student", "student_best_epoch"):
-        values = [
-            float(row["nll"]) for row in rows if row["network"] == network and row["target_prior"] == "balanced"
-        ]
+        values = [float(row["nll"]) for row in rows if row["network"] == network and row["target_prior"] == "balanced"]
         found = told[network]["balanced"]["nll"]
         assert found["mean"] == pytest.approx(statistics.mean(values))
         assert found["std"] == pytest.approx(statistics.stdev(values)) and found["std"] > 0
