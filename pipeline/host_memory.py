@@ -6,7 +6,8 @@ import ctypes
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST = 2**30
+LARGEST_FROM_HEAP = 2**30  # bytes: larger blocks than any activation are mapped as ever
+NEVER = -1
 
 
 def keep_freed_memory() -> bool:
@@ -19,4 +20,4 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     # Both are set, because setting either ends glibc's own adjustment of both.
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
