@@ -23,6 +23,7 @@ PLUMBING = {
     "pipeline.errors",
     "pipeline.failure_dump",
     "pipeline.history",
+    "pipeline.host_memory",
     "pipeline.params",
     "pipeline.ranks",
     "pipeline.resume",
