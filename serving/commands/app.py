@@ -12,7 +12,9 @@ import typer
 from PIL import Image
 
 from serving.commands.predict import predict, status
+from serving.commands.repository import repository
 from serving.commands.serve import serve
+from serving.commands.versions import promote, rollback, versions
 from serving.errors import ServingError
 
 # typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
@@ -27,6 +29,10 @@ app = typer.Typer(
 )
 # In the order of --help.
 app.command(epilog="Example: tailor serve --repository artifacts/repository --http-port 9000")(serve)
+app.command(epilog="Example: tailor repository --device gpu --tensorrt fp16 --output artifacts/repository")(repository)
+app.command(epilog="Example: tailor promote artifacts/export --keep 5")(promote)
+app.command(epilog="Example: tailor rollback, or: tailor rollback 3")(rollback)
+app.command(epilog="Example: tailor versions --json")(versions)
 app.command(epilog="Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")(predict)
 app.command(epilog="Example: tailor status --url grpc://127.0.0.1:8001 --json")(status)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -13,11 +12,11 @@ from typing import Annotated
 import typer
 
 from serving.commands.options import REPOSITORY, Debug, RepositoryOption
-from serving.errors import ServingError
-from serving.server import TritonServer
+from serving.example import curl_example
+from serving.server import GRACE, TritonServer
+from serving.supervisor import Supervisor
 
 LOOPBACK = ("127.0.0.1", "localhost")
-CANARY_EVERY = 30.0  # seconds between the golden requests of a running server
 
 
 class Stopped(SystemExit):
@@ -30,17 +29,21 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 for any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port; 0 for any free one.")] = 8002,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    log: Annotated[Path | None, typer.Option(help="Server log; triton.log beside the repository if not given.")] = None,
+    log: Annotated[Path | None, typer.Option(help="File to keep the server's log in as well.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not forward the server's log to standard error.")] = False,
+    grace: Annotated[
+        int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is told to end.")
+    ] = GRACE,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Run the Triton server in the foreground until SIGTERM or Ctrl-C.
 
-    Prints one line `ready http://... grpc://...` once the golden requests have been answered as they should be.
+    Prints one line `ready http://... grpc://...` once the golden requests have been answered as they should be, and an
+    example of a request. Starts the server again when it dies, and loads a model again whose process died. To load new
+    versions meanwhile, use `tailor promote`; its key is TAILOR_ADMIN_KEY, where that is set.
     """
-    # Beside the repository there may be nothing at all; then the error is the missing repository, not the log.
-    if log is None and repository.is_dir():
-        log = repository.absolute().parent / "triton.log"
-    server = TritonServer(repository, host, http_port, grpc_port, metrics_port, log)
+    forward = None if quiet else sys.stderr
+    server = TritonServer(repository, host, http_port, grpc_port, metrics_port, log, forward=forward, grace=grace)
     stopping = threading.Event()
 
     def stop_once(_number: int, _frame: FrameType | None) -> None:
@@ -53,38 +56,23 @@ def serve(
         signal.signal(number, stop_once)
     try:
         with server:
-            print(f"ready {server.http_url} {server.grpc_url}", flush=True)
-            if host not in LOOPBACK:
-                print(
-                    f"tailor: --host {host}: this Triton release can be killed by one hostile request; "
-                    "let nobody but a gateway with size, time and connection limits reach it",
-                    file=sys.stderr,
-                )
-            _watch(server, stopping)
+            _announce(server)
+            Supervisor(server, _report).run(stopping)
     except Stopped:
         pass
     print("stopped", flush=True)
 
 
-def _watch(server: TritonServer, stopping: threading.Event) -> None:
-    """Wait until serving shall stop, asking the golden requests from time to time; ServingError if the server fails.
+def _announce(server: TritonServer) -> None:
+    print(f"ready {server.http_url} {server.grpc_url}")
+    print(f"metrics {server.metrics_url}")
+    print(f"\nask it about an image, from a shell:\n\n{curl_example(server.http_url, server.example)}\n", flush=True)
+    if server.host not in LOOPBACK:
+        _report(
+            f"--host {server.host}: this Triton release can be killed by one hostile request; "
+            "let nobody but a gateway with size, time and connection limits reach it"
+        )
 
-    A stub that died is never restarted and its model stays "ready", so the answers are what is watched. One failure may
-    be a server under load; the second in a row ends the serving, for whoever supervises this process to start it again.
-    """
-    failed, asked = False, time.monotonic()
-    # The event is looked at as well: an exception from a signal handler is lost where Python ignores exceptions.
-    while not stopping.is_set():
-        if (ended := server.wait(1.0)) is not None:
-            raise ServingError(f"the Triton server ended by itself with status {ended}:\n{server.log_tail()}")
-        if time.monotonic() - asked < CANARY_EVERY:
-            continue
-        try:
-            server.canary()
-            failed = False
-        except ServingError as error:
-            if failed:
-                raise
-            failed = True
-            print(f"tailor: {error}; asking once more", file=sys.stderr)
-        asked = time.monotonic()
+
+def _report(line: str) -> None:
+    print(f"tailor: {line}", file=sys.stderr, flush=True)
