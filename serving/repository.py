@@ -85,10 +85,19 @@ def load_export(export_dir: Path) -> Manifest:
     return manifest
 
 
+def _keep_bytecode_out(folder: Path) -> None:
+    """Put a file where Python's stubs would write __pycache__, which they then do without.
+
+    Triton would take the new folder for a change of the model, and load every version anew at the next load call.
+    """
+    (folder / "__pycache__").touch()
+
+
 def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
     shutil.copyfile(Path(__file__).with_name("triton") / "student_model.py", folder / "model.py")
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _keep_bytecode_out(folder)
     # The export may have been written anew while it was copied: what counts is what lies in the tree.
     check_file(folder / "model.onnx", manifest.files[STUDENT_NAME])
 
@@ -99,6 +108,7 @@ def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest) -> Non
         shutil.copyfile(Path(module.__file__), folder / Path(module.__file__).name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)
+    _keep_bytecode_out(folder)
     check_file(folder / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
 
 

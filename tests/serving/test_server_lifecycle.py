@@ -138,7 +138,7 @@ def test_killed_serve_leaves_no_process_and_no_shared_memory(
 
 @pytest.mark.end_to_end
 def test_next_start_clears_what_serve_and_watchdog_left_when_both_were_killed(
-    serving: subprocess.Popen[str], repository: Path, tmp_path: Path
+    serving: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     serving.stdout.readline()
     processes = family(serving.pid)
@@ -192,7 +192,7 @@ def test_server_that_is_killed_is_started_again_on_the_same_ports(serving: subpr
 
 
 @pytest.mark.end_to_end
-def test_log_is_forwarded_to_standard_error(repository: Path, tmp_path: Path) -> None:
+def test_log_is_forwarded_to_standard_error(repository: Path) -> None:
     command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), *ANY_PORT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("ready")
@@ -243,6 +243,13 @@ def test_loading_models_needs_the_admin_key(server: TritonServer) -> None:
         http.close()
         grpc.close()
     assert ADMIN_KEY not in server.log.read_text()
+
+
+@pytest.mark.end_to_end
+def test_serving_changes_nothing_in_the_repository(server: TritonServer) -> None:
+    version = server.repository / "classifier" / "1"
+    assert {path.name for path in version.iterdir() if path.is_dir()} == set()
+    assert not (version / "__pycache__").read_bytes()
 
 
 @pytest.mark.end_to_end
