@@ -156,9 +156,7 @@ class Supervisor:
         while not stopping.is_set():
             if self._restarts >= self.patience.restarts:
                 self.server.stop()
-                raise ServingError(
-                    f"{fault}; given up after {self._restarts} restarts" + (f":\n{tail}" if tail else "")
-                )
+                raise GivenUp(f"{fault}; given up after {self._restarts} restarts" + (f":\n{tail}" if tail else ""))
             delay = self._delay()
             self._restarts += 1
             self.report(f"{fault}; starting it again in {delay:g} s ({self._restarts} of {self.patience.restarts})")
