@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from serving.client import Prediction, Status
+from serving.promotion import VersionState
 
 
 def as_mapping(image: Path, answer: Prediction, top: int | None) -> dict[str, object]:
@@ -43,4 +45,19 @@ def status_table(found: Status) -> Table:
     for model in found.models:
         state = "not loaded" if not model.versions else "answers" if found.answers else "does not answer"
         table.add_row(model.name, ", ".join(map(str, model.versions)), state)
+    return table
+
+
+def versions_table(found: Sequence[VersionState], repository: str) -> Table:
+    """A table of a repository's releases: state, age, and the test accuracy that their manifests report."""
+    table = Table(title=f"releases in {repository}")
+    for heading in ("version", "state", "published", "balanced accuracy", "few", "code"):
+        table.add_column(heading)
+    for state in reversed(found):
+        manifest = state.release.manifest
+        scores = manifest.metrics.get("balanced")
+        scores = scores if isinstance(scores, dict) else {}
+        shown = [f"{scores[name]:.3f}" if isinstance(scores.get(name), float) else "" for name in ("all", "few")]
+        published = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.published))
+        table.add_row(str(state.version), state.state, published, *shown, escape(manifest.code_revision[:12]))
     return table

@@ -55,8 +55,13 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def modules_of(room):
-    """The modules of a room, without what runs only inside Triton."""
-    return [room, *(f"{room}.{entry.name}" for entry in pkgutil.iter_modules([ROOT / room]) if not entry.ispkg)]
+    """The modules of a room and of the rooms inside it, without what runs only inside Triton and what runs on import."""
+    modules = [room]
+    for entry in pkgutil.iter_modules([ROOT / room.replace(".", "/")]):
+        name = f"{room}.{entry.name}"
+        if name != "serving.triton" and entry.name != "__main__":
+            modules += modules_of(name) if entry.ispkg else [name]
+    return modules
 
 
 def fresh(program, *arguments):
