@@ -21,7 +21,15 @@ from serving.repository import LOCAL_CONFIG, RepositoryError
 
 NEEDED = {
     STUDENT: ("model.onnx", "model.py", "manifest.json"),
-    CLASSIFIER: ("model.py", "prior.py", "preprocess.py", "manifest.json", "golden.json"),
+    CLASSIFIER: (
+        "model.py",
+        "prior.py",
+        "preprocess.py",
+        "metrics.py",
+        "access_log.py",
+        "manifest.json",
+        "golden.json",
+    ),
 }
 
 

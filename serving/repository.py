@@ -67,6 +67,8 @@ def _write_tree(root: Path, export_dir: Path, manifest: Manifest, device: Device
         student / version / "model.py": sources / "student_model.py",
         student / version / MANIFEST_NAME: export_dir / MANIFEST_NAME,
         classifier / version / "model.py": sources / "classifier_model.py",
+        classifier / version / "metrics.py": sources / "metrics.py",
+        classifier / version / "access_log.py": sources / "access_log.py",
         classifier / version / "prior.py": Path(prior.__file__),
         classifier / version / "preprocess.py": Path(preprocess.__file__),
         classifier / version / MANIFEST_NAME: export_dir / MANIFEST_NAME,
