@@ -91,15 +91,17 @@ class TritonPythonModel:
 
     def read(self, request):
         """What a request asks, as `Asked`. Raises Refused naming the input, and the row where the request has several."""
-        encoded = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()[:, 0]
-        strength = pb_utils.get_input_tensor_by_name(request, "strength")
-        target = pb_utils.get_input_tensor_by_name(request, "target_prior")
-        rows = len(encoded)
+        encoded = read_input(request, "image", (1,))
+        if encoded is None:
+            raise Refused("image_missing", "image is missing; send one encoded image a row")
+        encoded, rows = encoded[:, 0], len(encoded)
+        strength = read_input(request, "strength", (1,), rows)
+        target = read_input(request, "target_prior", None, rows)
         if target is not None and strength is not None:
             raise Refused("both", "strength and target_prior exclude each other; send one of them")
         if target is not None:
             # The small inputs first: a request that is refused for them costs no decoding.
-            checked = [self.read_prior(p, row, rows) for row, p in enumerate(target.as_numpy())]
+            checked = [self.read_prior(p, row, rows) for row, p in enumerate(target)]
             return Asked(
                 self.read_images(encoded), self.prior.log_target_prior(np.stack(checked)), 1.0, Counter(own=rows)
             )
@@ -107,7 +109,7 @@ class TritonPythonModel:
             return Asked(
                 self.read_images(encoded), self.log_prior, self.strength, Counter({kind_of(self.strength): rows})
             )
-        strength = strength.as_numpy().astype(np.float64)
+        strength = strength.astype(np.float64)
         for row, value in enumerate(strength[:, 0]):
             if not np.isfinite(value):
                 raise Refused("strength", f"{named(row, rows)}strength is {value:g}; expected a finite number")
@@ -200,10 +202,29 @@ class TritonPythonModel:
 
     def log(self, request, started, asked, outcome):
         """A line of the access log; of a request that was refused only its size is known."""
-        encoded = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()[:, 0]
+        image = pb_utils.get_input_tensor_by_name(request, "image")
+        encoded = [] if image is None else image.as_numpy().reshape(-1)
         prior = None if asked is None else asked.priors.most_common(1)[0][0] if len(asked.priors) == 1 else "mixed"
         size = sum(len(data) for data in encoded)
         self.access_log.write(request.request_id(), started, len(encoded), size, prior, outcome)
+
+
+def read_input(request, name, shape, rows=None):
+    """An input's array [rows, *shape], or None when it is absent. Raises Refused for an array of another shape.
+
+    Triton checks the shapes too, but its product of huge sides overflows and lets some pass; and where an input is
+    optional it does not count whether a required one is there.
+    """
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    array = tensor.as_numpy()
+    wrong = array.ndim < 2 or not len(array) or (shape is not None and array.shape[1:] != shape)
+    if wrong or (rows is not None and len(array) != rows):
+        count = "n" if rows is None else rows
+        expected = f"[{count}, {', '.join(map(str, shape or ['classes']))}]"
+        raise Refused(f"{name}_shape", f"{name} has shape {list(array.shape)}; expected {expected}")
+    return array
 
 
 def named(row, rows):

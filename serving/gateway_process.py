@@ -1,0 +1,171 @@
+"""nginx as the gateway: checked, started, waited for, stopped; and the command `tailor gateway`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+from serving.atomic import write_file
+from serving.errors import ServingError
+from serving.gateway import Gateway
+from serving.ports import choose_ports
+from serving.process import POLL, end_process, start_process
+
+START_TIMEOUT = 20.0  # seconds
+TAIL_LINES = 6
+PACKAGES = "nginx-light libnginx-mod-http-lua lua-cjson"
+# Debian's nginx lies in /usr/sbin, which is on no plain user's PATH.
+PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+
+
+class GatewayProcess:
+    """nginx with the configuration of a Gateway, in a session of its own. A context manager, or start and stop.
+
+    log: what nginx prints (None: kept only while it runs). start leaves nothing running when it raises.
+    """
+
+    def __init__(self, gateway: Gateway, log: Path | None = None) -> None:
+        self.gateway = gateway
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+
+    @property
+    def http_url(self) -> str:
+        """Address for HTTP clients."""
+        return f"http{'s' if self.gateway.certificate else ''}://{self.gateway.host}:{self.gateway.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """Address for gRPC clients."""
+        return f"grpc{'s' if self.gateway.certificate else ''}://{self.gateway.host}:{self.gateway.grpc_port}"
+
+    @property
+    def process_id(self) -> int | None:
+        """nginx's process id; None when it does not run."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> GatewayProcess:
+        """Check the configuration and start nginx. Raises ServingError: nginx missing, its complaint, a port in use."""
+        if self._process:
+            raise ServingError("this gateway runs already; stop it first")
+        nginx = find_nginx(self.gateway)
+        # nginx would try for seconds, and meanwhile whoever has the port would answer for it.
+        choose_ports(str(self.gateway.host), {"http_port": self.gateway.http_port, "grpc_port": self.gateway.grpc_port})
+        self._folder = Path(tempfile.mkdtemp(prefix="tailor-gateway-", dir="/tmp"))
+        # Workers that dropped root's rights go through it to the folders that nginx makes for them.
+        self._folder.chmod(0o711)
+        try:
+            config = write_config(self.gateway, self._folder)
+            check_config(nginx, config)
+            log = self.log or self._folder / "nginx.log"
+            command = [nginx, "-p", str(self._folder), "-c", str(config), "-e", "stderr"]
+            self._process = start_process(command, dict(os.environ), self._folder, log)
+            self._await_ports(log)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for nginx to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self) -> int | None:
+        """Let running requests finish, then end nginx and remove its folder. Safe to call twice. Returns its exit status."""
+        process, self._process = self._process, None
+        status = None
+        if process:
+            process.send_signal(signal.SIGQUIT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self.gateway.shutdown_seconds + 2)
+            status = end_process(process, patience=5.0)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        return status
+
+    def __enter__(self) -> GatewayProcess:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _await_ports(self, log: Path) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        for port in (self.gateway.http_port, self.gateway.grpc_port):
+            while not _listens(str(self.gateway.host), port):
+                status = self.wait(POLL)
+                if status is not None:
+                    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+                    raise ServingError(f"nginx ended with status {status} while it started:\n" + "\n".join(lines))
+                if time.monotonic() > deadline:
+                    raise ServingError(f"nginx does not listen on port {port} after {START_TIMEOUT:.0f} s")
+
+
+def find_nginx(gateway: Gateway) -> str:
+    """The nginx program. Raises ServingError saying how to get it, or its module for Lua."""
+    nginx = shutil.which("nginx", path=PLACES)
+    if nginx is None or not (gateway.modules / "ngx_http_lua_module.so").is_file():
+        what = "nginx" if nginx is None else f"{gateway.modules}/ngx_http_lua_module.so"
+        raise ServingError(f"{what} is missing; install it (Debian: apt install {PACKAGES})")
+    return nginx
+
+
+def check_config(nginx: str, config: Path) -> None:
+    """Let nginx read a configuration. Raises ServingError with the first line of its complaint."""
+    ended = subprocess.run(
+        [nginx, "-t", "-q", "-p", str(config.parent), "-c", str(config), "-e", "stderr"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise ServingError(f"nginx refuses the configuration: {ended.stderr.strip().splitlines()[0]}")
+
+
+def write_config(gateway: Gateway, folder: Path) -> Path:
+    """Write nginx.conf and gateway.lua into a folder, which nginx also keeps its own files in; the path of nginx.conf."""
+    config = folder / "nginx.conf"
+    write_file(config, gateway.render(folder))
+    write_file(folder / "gateway.lua", Path(__file__).with_name("gateway.lua").read_bytes())
+    # nginx's workers read it after they dropped root's rights.
+    (folder / "gateway.lua").chmod(0o644)
+    return config
+
+
+def run_gateway(gateway: Gateway, log: Path | None = None) -> int:
+    """Run the gateway in the foreground until SIGTERM or Ctrl-C; the exit status. Raises ServingError when nginx ends."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise SystemExit
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with contextlib.suppress(SystemExit), GatewayProcess(gateway, log) as running:
+        print(f"ready {running.http_url} {running.grpc_url}", flush=True)
+        status = running.wait()
+        raise ServingError(f"nginx ended by itself with status {status}")
+    print("stopped", flush=True)
+    return 0
+
+
+def _listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, port)) == 0
