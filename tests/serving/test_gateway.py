@@ -125,7 +125,7 @@ def test_port_in_use_fails_the_start_and_leaves_nothing(server: TritonServer) ->
         other.bind(("127.0.0.1", 0))
         other.listen()
         with (
-            pytest.raises(ServingError, match="http_port .*: the port is in use on 127.0.0.1"),
+            pytest.raises(ServingError, match=r"http_port .*: the port is in use on 127.0.0.1"),
             running_gateway(server, http_port=other.getsockname()[1]),
         ):
             pass
