@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -42,6 +43,7 @@ class TritonServer:
     """One Triton server on a model repository, in a process group of its own.
 
     A port of 0 means any free one. `log` collects what the server and its stubs print (None: kept only while it runs).
+    `options` are further ones of Triton's own (see server_options).
     Use it as a context manager, or call start and stop. start leaves nothing running when it raises.
     """
 
@@ -54,12 +56,14 @@ class TritonServer:
         metrics_port: int = 8002,
         log: Path | None = None,
         start_timeout: float = 300.0,
+        options: Sequence[str] = (),
     ) -> None:
         self.repository = repository
         self.host = host
         self.ports = {"--http-port": http_port, "--grpc-port": grpc_port, "--metrics-port": metrics_port}
         self.log = log
         self.start_timeout = start_timeout
+        self.options = options
         self.releases: list[Release] = []
         self.shm_prefix = f"tailor_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: subprocess.Popen[bytes] | None = None
@@ -180,6 +184,7 @@ class TritonServer:
             *(f"{option}={port}" for option, port in self.ports.items()),
             f"--http-restricted-api={RESTRICTED}:{ADMIN_HEADER}={key}",
             f"--grpc-restricted-protocol={RESTRICTED}:{ADMIN_HEADER}={key}",
+            *self.options,
         ]
 
     def _await_http(self) -> None:
