@@ -1,4 +1,4 @@
-"""What can be switched on in a Triton server beyond its defaults, as its command-line options: traces, TLS for gRPC."""
+"""What can be switched on in a Triton server beyond its defaults, as its command-line options: latencies, traces, TLS."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from serving.errors import InputError
+
+# Quantiles of the last minute for the metrics: what the dashboard and the alert on latency read.
+LATENCY_OPTIONS = (
+    "--metrics-config=summary_latencies=true",
+    "--metrics-config=summary_quantiles=0.5:0.05,0.95:0.01,0.99:0.001",
+)
 
 
 def trace_options(url: str, every: int = 100, service: str = "tailor") -> list[str]:

@@ -76,6 +76,7 @@ class TritonPythonModel:
                 answers = self.answers(asked)
             except StudentFailed as failed:
                 answers = {place: failure(str(failed), pb_utils.TritonError.INTERNAL) for place in asked}
+                self.metrics.failed(len(asked))
                 outcomes = ["student" if place in asked else outcome for place, outcome in enumerate(outcomes)]
             for place, answer in answers.items():
                 responses[place] = answer

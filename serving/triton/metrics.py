@@ -19,7 +19,9 @@ CONFIDENCE_EDGES = np.arange(1, 11) / 10
 FAMILIES = {
     "tailor_images_total": "Images answered, by the class prior that was asked for: balanced, train, number or own",
     "tailor_top_class_total": "Images answered, by their most probable class and its shot group in training",
+    # Triton itself counts a request as a success whatever the model's response says.
     "tailor_refused_total": "Requests refused by the classifier, by reason",
+    "tailor_failed_total": "Requests that the student did not answer",
     # A histogram in all but its type: Triton takes one observation a call, counters take what a whole batch adds.
     "tailor_confidence_bucket": "Images answered, by the probability of their most probable class, cumulative over le",
     "tailor_confidence_sum": "Sum of the probabilities of the most probable classes",
@@ -70,6 +72,11 @@ class Metrics:
         """Count a refused request."""
         with self.lock:
             self._add("tailor_refused_total", 1, reason=reason)
+
+    def failed(self, requests):
+        """Count requests that the student did not answer."""
+        with self.lock:
+            self._add("tailor_failed_total", requests)
 
     def access_log_lost(self):
         """Count a line that the access log could not write."""

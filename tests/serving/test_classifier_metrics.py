@@ -78,6 +78,15 @@ def test_refusals_are_counted_by_reason(classifier: Any) -> None:  # noqa: F811
     }
 
 
+def test_requests_that_the_student_fails_are_counted_apart(classifier: Any, student: Any) -> None:  # noqa: F811
+    error = types.SimpleNamespace(message=lambda: "out of memory")
+    failed = types.SimpleNamespace(has_error=lambda: True, error=lambda: error)
+    student.execute = lambda _requests: [failed]
+    classifier.execute([request([picture(1)]), request([picture(2)]), request([b""])])
+    assert counted(classifier.metrics, "tailor_failed_total") == {(): 2}
+    assert counted(classifier.metrics, "tailor_images_total") == {}
+
+
 def test_confidence_is_cumulative_as_a_histogram_is() -> None:
     metrics = imported("metrics").Metrics(1, ["a", "b"], ["many", "few"], [0, 1])
     metrics.answered({"balanced": 3}, np.array([0, 1, 1]), np.array([0.05, 0.1, 0.95]))
