@@ -24,6 +24,7 @@ from rich.console import Console
 from serving.client import DEFAULT_URLS, Client
 from serving.display import as_mapping, prediction_table, status_table
 from serving.errors import InputError, ServingError
+from serving.gateway_command import gateway
 from serving.server import TritonServer
 
 # typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
@@ -160,6 +161,11 @@ def status(
         Console().print(status_table(found))
     if found.problem:
         raise ServingError(found.problem)
+
+
+app.command(epilog="Example: tailor gateway --http-port 8443 --grpc-port 8444 --certificate tls.crt --key tls.key")(
+    gateway
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

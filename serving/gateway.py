@@ -111,10 +111,15 @@ class Gateway(BaseModel):
             ),
         ]
 
-    def render(self, folder: Path) -> str:
-        """The nginx.conf. folder: where gateway.lua lies, nginx's pid and the bodies that it buffers. Raises InputError."""
-        if not PLAIN_PATH.fullmatch(str(folder)):
-            raise InputError(f"{folder}: has a character that nginx would read; give a plain absolute path")
+    def render(self, folder: Path, runtime: Path | None = None) -> str:
+        """The nginx.conf. Raises InputError for a path that nginx would read.
+
+        folder: where gateway.lua lies. runtime: where nginx keeps its pid and the bodies that it buffers; folder if not
+        given.
+        """
+        for path in (folder, runtime or folder):
+            if not PLAIN_PATH.fullmatch(str(path)):
+                raise InputError(f"{path}: has a character that nginx would read; give a plain absolute path")
         environment = Environment(
             loader=PackageLoader("serving", "."),
             undefined=StrictUndefined,
@@ -126,6 +131,7 @@ class Gateway(BaseModel):
         return environment.get_template("gateway.conf.jinja").render(
             gateway=self,
             folder=folder,
+            runtime=runtime or folder,
             errors=self.refusals(),
             admin_header=ADMIN_HEADER,
             admin_grpc_header=f"triton-grpc-protocol-{ADMIN_HEADER}",

@@ -1,4 +1,4 @@
-"""nginx as the gateway: checked, started, waited for, stopped; and the command `tailor gateway`."""
+"""nginx as the gateway: checked, started, waited for, stopped."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class GatewayProcess:
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
+        self._log_path: Path | None = None
 
     @property
     def http_url(self) -> str:
@@ -66,10 +67,10 @@ class GatewayProcess:
         try:
             config = write_config(self.gateway, self._folder)
             check_config(nginx, config)
-            log = self.log or self._folder / "nginx.log"
+            self._log_path = self.log or self._folder / "nginx.log"
             command = [nginx, "-p", str(self._folder), "-c", str(config), "-e", "stderr"]
-            self._process = start_process(command, dict(os.environ), self._folder, log)
-            self._await_ports(log)
+            self._process = start_process(command, dict(os.environ), self._folder, self._log_path)
+            self._await_ports()
         except BaseException:
             self.stop()
             raise
@@ -106,14 +107,20 @@ class GatewayProcess:
     ) -> None:
         self.stop()
 
-    def _await_ports(self, log: Path) -> None:
+    def log_tail(self) -> str:
+        """The last lines that nginx printed, empty when there are none."""
+        if self._log_path is None or not self._log_path.is_file():
+            return ""
+        lines = self._log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(f"  {line[:400]}" for line in lines[-TAIL_LINES:])
+
+    def _await_ports(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         for port in (self.gateway.http_port, self.gateway.grpc_port):
             while not _listens(str(self.gateway.host), port):
                 status = self.wait(POLL)
                 if status is not None:
-                    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
-                    raise ServingError(f"nginx ended with status {status} while it started:\n" + "\n".join(lines))
+                    raise ServingError(f"nginx ended with status {status} while it started:\n{self.log_tail()}")
                 if time.monotonic() > deadline:
                     raise ServingError(f"nginx does not listen on port {port} after {START_TIMEOUT:.0f} s")
 
@@ -139,30 +146,14 @@ def check_config(nginx: str, config: Path) -> None:
         raise ServingError(f"nginx refuses the configuration: {ended.stderr.strip().splitlines()[0]}")
 
 
-def write_config(gateway: Gateway, folder: Path) -> Path:
-    """Write nginx.conf and gateway.lua into a folder, which nginx also keeps its own files in; the path of nginx.conf."""
+def write_config(gateway: Gateway, folder: Path, runtime: Path | None = None) -> Path:
+    """Write nginx.conf and gateway.lua into a folder; the path of nginx.conf. For `runtime` see Gateway.render."""
     config = folder / "nginx.conf"
-    write_file(config, gateway.render(folder))
+    write_file(config, gateway.render(folder, runtime))
     write_file(folder / "gateway.lua", Path(__file__).with_name("gateway.lua").read_bytes())
     # nginx's workers read it after they dropped root's rights.
     (folder / "gateway.lua").chmod(0o644)
     return config
-
-
-def run_gateway(gateway: Gateway, log: Path | None = None) -> int:
-    """Run the gateway in the foreground until SIGTERM or Ctrl-C; the exit status. Raises ServingError when nginx ends."""
-
-    def stop(_number: int, _frame: object) -> None:
-        raise SystemExit
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    with contextlib.suppress(SystemExit), GatewayProcess(gateway, log) as running:
-        print(f"ready {running.http_url} {running.grpc_url}", flush=True)
-        status = running.wait()
-        raise ServingError(f"nginx ended by itself with status {status}")
-    print("stopped", flush=True)
-    return 0
 
 
 def _listens(host: str, port: int) -> bool:

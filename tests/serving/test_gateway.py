@@ -8,8 +8,10 @@ import json
 import select
 import socket
 import ssl
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -31,6 +33,7 @@ from serving.client import Client
 from serving.errors import InputError, ServingError
 from serving.gateway import Gateway, read_gateway
 from serving.gateway_process import GatewayProcess, check_config, find_nginx, write_config
+from serving.ports import choose_ports
 from serving.server import ADMIN_HEADER, TritonServer
 
 FINITE = {"timeout": 20}
@@ -130,6 +133,57 @@ def test_port_in_use_fails_the_start_and_leaves_nothing(server: TritonServer) ->
         ):
             pass
     assert not [process for process in psutil.Process().children(recursive=True) if process.name() == "nginx"]
+
+
+def test_command_writes_the_configuration_for_an_nginx_elsewhere(
+    tailor: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    ended = tailor("gateway", "--write", "gateway", "--runtime-folder", "/tmp", "--upstream-http", "server:8000")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    written = Path(ended.stdout.strip())
+    assert written == tmp_path / "gateway" / "nginx.conf"
+    assert (written.parent / "gateway.lua").read_text() == Path(gateway_process.__file__).with_name(
+        "gateway.lua"
+    ).read_text()
+    assert "server server:8000 " in written.read_text()
+    assert "pid /tmp/nginx.pid;" in written.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "host is 0.0.0.0 without TLS; give certificate and key"),
+        (["--http-port", "0"], "http_port is 0"),
+        (["--trusted-proxy", "everyone"], "trusted_proxies.0 is everyone"),
+        (["--body-mib", "0"], "body_bytes is 0"),
+    ],
+)
+def test_command_refuses_misuse_in_one_line(
+    tailor: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], message: str
+) -> None:
+    ended = tailor("gateway", *arguments)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert message in ended.stderr
+
+
+@pytest.mark.end_to_end
+def test_command_runs_until_sigterm_and_leaves_nothing(server: TritonServer) -> None:
+    require_nginx()
+    ports = choose_ports("127.0.0.1", {"--http-port": 0, "--grpc-port": 0})
+    upstream = ["--upstream-http", server.http_url[7:], "--upstream-grpc", server.grpc_url[7:], "--workers", "1"]
+    command = [sys.executable, "-m", "serving.commands", "gateway", *upstream]
+    command += [text for option, port in ports.items() for text in (option, str(port))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ready, url, _ = process.stdout.readline().split()
+    assert ready == "ready"
+    with Client(url) as client:
+        assert client.predict([picture(1)])[0].version == 1
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.terminate()
+    assert process.communicate(timeout=30) == ("stopped\n", "")
+    assert process.returncode == 0
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.end_to_end

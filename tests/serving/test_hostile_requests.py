@@ -53,7 +53,9 @@ def own_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def gateway(own_server: TritonServer) -> Iterator[GatewayProcess]:
-    with running_gateway(own_server, header_seconds=2, body_seconds=2) as running:
+    # All callers here share one address, so the bound on one address would hit the good ones too.
+    limits = {"connections": 2000, "connections_per_address": 1500}
+    with running_gateway(own_server, header_seconds=2, body_seconds=2, **limits) as running:
         yield running
 
 
