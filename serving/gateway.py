@@ -114,7 +114,7 @@ class Gateway(BaseModel):
     def render(self, folder: Path, runtime: Path | None = None) -> str:
         """The nginx.conf. Raises InputError for a path that nginx would read.
 
-        folder: where gateway.lua lies. runtime: where nginx keeps its pid and the bodies that it buffers; folder if not
+        folder: where the Lua lies. runtime: where nginx keeps its pid and the bodies that it buffers; folder if not
         given.
         """
         for path in (folder, runtime or folder):

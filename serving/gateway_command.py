@@ -44,7 +44,7 @@ def gateway(
     workers: Annotated[int, typer.Option(help="nginx's processes; 0 for one per core.")] = DEFAULT.workers,
     write: Annotated[
         Path | None,
-        typer.Option(help="Only write nginx.conf and gateway.lua into this folder, for an nginx elsewhere."),
+        typer.Option(help="Only write nginx.conf and its Lua into this folder, for an nginx elsewhere."),
     ] = None,
     runtime_folder: Annotated[
         Path | None, typer.Option(help="With --write: where that nginx keeps its pid and buffered bodies.")

@@ -147,12 +147,13 @@ def check_config(nginx: str, config: Path) -> None:
 
 
 def write_config(gateway: Gateway, folder: Path, runtime: Path | None = None) -> Path:
-    """Write nginx.conf and gateway.lua into a folder; the path of nginx.conf. For `runtime` see Gateway.render."""
+    """Write nginx.conf and the Lua that it names into a folder; nginx.conf's path. For `runtime` see Gateway.render."""
     config = folder / "nginx.conf"
     write_file(config, gateway.render(folder, runtime))
-    write_file(folder / "gateway.lua", Path(__file__).with_name("gateway.lua").read_bytes())
-    # nginx's workers read it after they dropped root's rights.
-    (folder / "gateway.lua").chmod(0o644)
+    for source in sorted(Path(__file__).with_name("gateway_lua").glob("*.lua")):
+        write_file(folder / source.name, source.read_bytes())
+        # nginx's workers read it after they dropped root's rights.
+        (folder / source.name).chmod(0o644)
     return config
 
 

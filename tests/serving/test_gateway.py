@@ -109,7 +109,7 @@ def test_nginx_accepts_the_configuration_as_it_is_written(tmp_path: Path, full: 
     gateway = read_gateway(**values)
     config = write_config(gateway, tmp_path)
     check_config(find_nginx(gateway), config)
-    assert (tmp_path / "gateway.lua").is_file()
+    assert {path.name for path in tmp_path.glob("*.lua")} == {"body.lua", "grpc.lua", "http.lua"}
 
 
 def test_missing_nginx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,11 @@
 -- What the gateway reads of an inference over HTTP before Triton does: the JSON part of the binary form.
 -- Triton 24.10 ends itself over data written as JSON (a shape beyond memory, brackets in brackets), so none passes.
+local body = require("body")
 local cjson = require("cjson.safe").new()
 cjson.decode_max_depth(8)
 cjson.decode_invalid_numbers(false)
 
 local LONGEST_HEAD = 16384
-local MOST_TENSORS = 8
-local LONGEST_NAME = 100
-local LARGEST_SIDE = 2147483647
 local LENGTH_HEADER = "Inference-Header-Content-Length"
 
 local function refuse(message)
@@ -15,10 +13,6 @@ local function refuse(message)
     ngx.header["Content-Type"] = "application/json"
     ngx.print(cjson.encode({ error = message }))
     return ngx.exit(400)
-end
-
-local function whole(value, least, most)
-    return type(value) == "number" and value % 1 == 0 and value >= least and value <= most
 end
 
 -- The length of a list; nil for anything else.
@@ -33,51 +27,41 @@ local function count(value)
     return keys == #value and keys or nil
 end
 
--- The first `length` bytes of the body, which nginx keeps in memory or in a file.
-local function read_head(length)
-    local data = ngx.req.get_body_data()
-    if data then
-        return data:sub(1, length)
-    end
-    local path = ngx.req.get_body_file()
-    local file = path and io.open(path, "rb")
-    if not file then
-        return ""
-    end
-    local head = file:read(length)
-    file:close()
-    return head or ""
-end
-
--- Why an entry of `inputs` does not pass, or nil and its bytes in the body.
-local function check_input(input)
+-- Why an entry of `inputs`, whose data begin at offset, does not pass; or nil and the size of its data.
+local function check_input(input, source, offset)
     local name = type(input) == "table" and input.name
-    if type(name) ~= "string" or name == "" or #name > LONGEST_NAME then
+    if type(name) ~= "string" or name == "" or #name > body.LONGEST_NAME then
         return "an input has no usable name"
     end
     local where = "input '" .. name .. "': "
     if type(input.datatype) ~= "string" or input.datatype == "" then
         return where .. "datatype is missing"
     end
-    local rank = count(input.shape)
-    if not rank or rank > MOST_TENSORS then
-        return where .. "shape is no list of at most " .. MOST_TENSORS .. " numbers"
+    if not count(input.shape) then
+        return where .. "shape is no list of numbers"
     end
-    for _, side in ipairs(input.shape) do
-        if not whole(side, 1, LARGEST_SIDE) then
-            return where .. "shape has a number that is not whole, below 1 or too large"
-        end
+    local fault, elements = body.check_shape(input.shape)
+    if fault then
+        return where .. fault
     end
     local parameters = input.parameters
-    if type(parameters) ~= "table" or not whole(parameters.binary_data_size, 0, LARGEST_SIDE) then
+    if type(parameters) ~= "table" or not body.whole(parameters.binary_data_size, 0, body.LARGEST_SIDE) then
         return where .. "parameters.binary_data_size is missing; send tensors in the binary form"
     end
     for key in pairs(parameters) do
         if key ~= "binary_data_size" then
-            return where .. "parameter '" .. tostring(key):sub(1, LONGEST_NAME) .. "' is not accepted here"
+            return where .. "parameter '" .. tostring(key):sub(1, body.LONGEST_NAME) .. "' is not accepted here"
         end
     end
-    return nil, parameters.binary_data_size
+    local size = parameters.binary_data_size
+    if offset + size > source.size then
+        return where .. "binary_data_size is beyond the body"
+    end
+    fault = input.datatype == "BYTES" and body.check_strings(source, offset, size, elements)
+    if fault then
+        return where .. fault
+    end
+    return nil, size
 end
 
 local function check_output(output)
@@ -85,14 +69,15 @@ local function check_output(output)
         return "an output has no usable name"
     end
     for key, value in pairs(output.parameters or {}) do
-        if not (key == "binary_data" and type(value) == "boolean" or key == "classification" and whole(value, 0, 1e6)) then
-            return "output '" .. output.name:sub(1, LONGEST_NAME) .. "': parameter '" .. tostring(key) .. "' is not accepted here"
+        if not (key == "binary_data" and type(value) == "boolean" or key == "classification" and body.whole(value, 0, 1e6)) then
+            return "output '" .. output.name:sub(1, body.LONGEST_NAME) .. "': parameter '" .. tostring(key) .. "' is not accepted here"
         end
     end
 end
 
--- Why the JSON part does not pass, or nil. `rest` is the number of bytes behind it.
-local function check(head, rest)
+-- Why the JSON part, the first `length` bytes, or a tensor behind it does not pass; or nil.
+local function check(source, length)
+    local head = source.read(0, length)
     -- Decoders differ over a key that comes twice, so what must not be there is looked for in the text, and no escape may
     -- hide it.
     if head:find("\\", 1, true) then
@@ -106,24 +91,24 @@ local function check(head, rest)
         return "the JSON part is not JSON, or not an object"
     end
     local inputs = count(asked.inputs)
-    if not inputs or inputs == 0 or inputs > MOST_TENSORS then
-        return "inputs is no list of 1 to " .. MOST_TENSORS .. " tensors"
+    if not inputs or inputs == 0 or inputs > body.MOST_TENSORS then
+        return "inputs is no list of 1 to " .. body.MOST_TENSORS .. " tensors"
     end
-    local bytes = 0
+    local offset = length
     for _, input in ipairs(asked.inputs) do
-        local fault, size = check_input(input)
+        local fault, size = check_input(input, source, offset)
         if fault then
             return fault
         end
-        bytes = bytes + size
+        offset = offset + size
     end
-    if bytes ~= rest then
-        return "binary_data_size of all inputs is " .. bytes .. " bytes, the body has " .. rest
+    if offset ~= source.size then
+        return "binary_data_size of all inputs leaves " .. source.size - offset .. " bytes of the body over"
     end
     if asked.outputs ~= nil then
         local outputs = count(asked.outputs)
-        if not outputs or outputs > MOST_TENSORS then
-            return "outputs is no list of at most " .. MOST_TENSORS .. " tensors"
+        if not outputs or outputs > body.MOST_TENSORS then
+            return "outputs is no list of at most " .. body.MOST_TENSORS .. " tensors"
         end
         for _, output in ipairs(asked.outputs) do
             local fault = check_output(output)
@@ -137,7 +122,7 @@ local function check(head, rest)
     end
     for key, value in pairs(asked.parameters or {}) do
         if key ~= "binary_data_output" or type(value) ~= "boolean" then
-            return "parameter '" .. tostring(key):sub(1, LONGEST_NAME) .. "' is not accepted here"
+            return "parameter '" .. tostring(key):sub(1, body.LONGEST_NAME) .. "' is not accepted here"
         end
     end
 end
@@ -154,8 +139,9 @@ local size = tonumber(ngx.var.content_length) or 0
 if length > size then
     return refuse(LENGTH_HEADER .. " is " .. length .. ", above the " .. size .. " bytes of the body")
 end
-ngx.req.read_body()
-local fault = check(read_head(length), size - length)
+local source = body.open()
+local fault = check(source, length)
+source.close()
 if fault then
     return refuse(fault)
 end
