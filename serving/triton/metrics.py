@@ -48,6 +48,11 @@ class Metrics:
         }
         self.metrics = {}
         self.counts = Counter()
+        # A counter that is there before its first event has a rate when that event comes.
+        for prior in ("balanced", "train", "number", "own"):
+            self._add("tailor_images_total", 0, prior=prior)
+        for name in ("tailor_failed_total", "tailor_access_log_lost_total"):
+            self._add(name, 0)
         self.lock = threading.Lock()
         self.flushing = threading.Lock()
         self.closed = threading.Event()

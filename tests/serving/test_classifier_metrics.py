@@ -84,7 +84,7 @@ def test_requests_that_the_student_fails_are_counted_apart(classifier: Any, stud
     student.execute = lambda _requests: [failed]
     classifier.execute([request([picture(1)]), request([picture(2)]), request([b""])])
     assert counted(classifier.metrics, "tailor_failed_total") == {(): 2}
-    assert counted(classifier.metrics, "tailor_images_total") == {}
+    assert sum(counted(classifier.metrics, "tailor_images_total").values()) == 0
 
 
 def test_confidence_is_cumulative_as_a_histogram_is() -> None:

@@ -1,4 +1,4 @@
-"""The files that others' machines read: images, manifests, units, dashboards, alerts; each by its own checker where it is here."""
+"""The files that others' machines read: images, manifests, units, alerts; each by its own checker."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ADMIN_KEY, picture
@@ -22,6 +24,7 @@ from serving.client import Client
 from serving.installation import find_installation
 from serving.server import TritonServer
 from serving.server_options import LATENCY_OPTIONS
+from serving.transport import Refused, Transport
 
 ROOT = Path(__file__).parents[2]
 DEPLOY, OBSERVABILITY = ROOT / "serving" / "deploy", ROOT / "serving" / "observability"
@@ -74,6 +77,11 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)
 
 
+def families(port: int) -> set[str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        return set(re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.MULTILINE))
+
+
 @pytest.mark.end_to_end
 def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repository: Path, tmp_path: Path) -> None:
     """The container's own entry point with the local server in NGC's place; then what it shows against what is asked."""
@@ -113,8 +121,14 @@ def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repos
             assert client.predict([picture(1)], "train")[0].version == 1
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{url}/v2/logging", timeout=5)
-        with urllib.request.urlopen(f"http://127.0.0.1:{numbers['--metrics-port']}/metrics", timeout=5) as answer:
-            shown = set(re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.MULTILINE))
+        transport = Transport(url, timeout=10)
+        with pytest.raises(Refused, match="image is not"):
+            transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
+        transport.close()
+        deadline = time.monotonic() + 10
+        while "tailor_refused_total" not in (shown := families(numbers["--metrics-port"])):
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.2)
     finally:
         process.terminate()
         process.communicate(timeout=30)
@@ -202,7 +216,8 @@ def test_compose_publishes_on_loopback_alone_and_drops_rights() -> None:
 
 def test_compose_passes_its_schema() -> None:
     compose = pytest.importorskip("compose_spec", reason="package compose-spec").PyCompose
-    compose.from_yaml((ROOT / "compose.yaml").read_text()).validate()
+    content = yaml.safe_load((ROOT / "compose.yaml").read_text())  # which merges the anchors, as Docker does
+    compose.from_yaml(json.dumps(content)).validate()
 
 
 @pytest.mark.parametrize("name", ["tailor.service", "tailor-gateway.service"])
