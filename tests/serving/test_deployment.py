@@ -216,7 +216,9 @@ def test_compose_publishes_on_loopback_alone_and_drops_rights() -> None:
 
 def test_compose_passes_its_schema() -> None:
     compose = pytest.importorskip("compose_spec", reason="package compose-spec").PyCompose
-    content = yaml.safe_load((ROOT / "compose.yaml").read_text())  # which merges the anchors, as Docker does
+    # Docker fills in variables and merges anchors before it looks at the schema.
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "compose.yaml").read_text())
+    content = yaml.safe_load(re.sub(r"\$\{\w+:\?[^}]*\}", "given", text))
     compose.from_yaml(json.dumps(content)).validate()
 
 
