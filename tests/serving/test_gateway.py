@@ -142,9 +142,8 @@ def test_command_writes_the_configuration_for_an_nginx_elsewhere(
     assert (ended.returncode, ended.stderr) == (0, "")
     written = Path(ended.stdout.strip())
     assert written == tmp_path / "gateway" / "nginx.conf"
-    assert (written.parent / "gateway.lua").read_text() == Path(gateway_process.__file__).with_name(
-        "gateway.lua"
-    ).read_text()
+    source = Path(gateway_process.__file__).with_name("gateway_lua") / "http.lua"
+    assert (written.parent / "http.lua").read_text() == source.read_text()
     assert "server server:8000 " in written.read_text()
     assert "pid /tmp/nginx.pid;" in written.read_text()
 

@@ -24,7 +24,11 @@ def parse(path: Path) -> ModelConfig:
 
 
 def snapshot(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): sha256_of(path) for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(root)): sha256_of(path)
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
 
 
 def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
