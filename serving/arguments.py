@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from serving.errors import InputError
@@ -21,9 +21,18 @@ STUB_START_TIMEOUT = 120  # seconds for one model's stub to load
 
 
 def triton_arguments(
-    installation: Installation, runtime: Path, prefix: str, host: str, ports: Mapping[str, int], key: str, grace: int
+    installation: Installation,
+    runtime: Path,
+    prefix: str,
+    host: str,
+    ports: Mapping[str, int],
+    key: str,
+    grace: int,
+    options: Sequence[str] = (),
 ) -> list[str]:
-    """The command line. runtime: holds the links `backends` and `repository`; ports by option; grace: seconds on SIGTERM."""
+    """The command line. runtime: holds the links `backends` and `repository`; ports by option; grace: seconds on SIGTERM;
+    options: further ones of Triton's own (see server_options).
+    """
     return [
         str(installation.server),
         f"--model-repository={runtime / 'repository'}",
@@ -44,6 +53,7 @@ def triton_arguments(
         *(f"{option}={port}" for option, port in ports.items()),
         f"--http-restricted-api={RESTRICTED}:{ADMIN_HEADER}={key}",
         f"--grpc-restricted-protocol={RESTRICTED}:{ADMIN_HEADER}={key}",
+        *options,
     ]
 
 

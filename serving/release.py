@@ -14,7 +14,15 @@ from serving.version_policy import CONFIG_NAME, read_config, served_versions, ve
 
 NEEDED = {
     STUDENT: ("model.onnx", "model.py", "manifest.json"),
-    CLASSIFIER: ("model.py", "prior.py", "preprocess.py", "manifest.json", "golden.json"),
+    CLASSIFIER: (
+        "model.py",
+        "prior.py",
+        "preprocess.py",
+        "metrics.py",
+        "access_log.py",
+        "manifest.json",
+        "golden.json",
+    ),
 }
 
 

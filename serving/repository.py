@@ -103,7 +103,10 @@ def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
 
 
 def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest) -> None:
-    shutil.copyfile(Path(__file__).with_name("triton") / "classifier_model.py", folder / "model.py")
+    sources = Path(__file__).with_name("triton")
+    shutil.copyfile(sources / "classifier_model.py", folder / "model.py")
+    for name in ("metrics.py", "access_log.py"):
+        shutil.copyfile(sources / name, folder / name)
     for module in (prior, preprocess):
         shutil.copyfile(Path(module.__file__), folder / Path(module.__file__).name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

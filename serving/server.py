@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -34,8 +35,9 @@ class TritonServer:
 
     A port of 0 means any free one, chosen at the first start and kept. What the server and its stubs print goes to the
     file `log` and to the stream `forward`, where they are given. grace: seconds that running requests get when it is
-    stopped. niceness: how far it stands back for other work, 0 to 19. Use it as a context manager, or call start and
-    stop; it may be started again. start leaves nothing running when it raises.
+    stopped. niceness: how far it stands back for other work, 0 to 19. options: further ones of Triton's own (see
+    server_options). Use it as a context manager, or call start and stop; it may be started again. start leaves nothing
+    running when it raises.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class TritonServer:
         forward: TextIO | None = None,
         grace: int = GRACE,
         niceness: int = 0,
+        options: Sequence[str] = (),
     ) -> None:
         self.repository = repository
         self.host = host
@@ -59,6 +62,7 @@ class TritonServer:
         self.start_timeout = start_timeout
         self.grace = grace
         self.niceness = niceness
+        self.options = options
         self.releases: list[Release] = []
         self.prefix = new_prefix()
         self.example: Path | None = None  # a file with one golden image, while it runs
@@ -183,7 +187,9 @@ class TritonServer:
         self._watchdog = start_watchdog(self.prefix)
         runtime = runtime_folder(self.prefix)
         _link(installation, self.repository, runtime)
-        command = triton_arguments(installation, runtime, self.prefix, self.host, self.ports, key, self.grace)
+        command = triton_arguments(
+            installation, runtime, self.prefix, self.host, self.ports, key, self.grace, self.options
+        )
         self._process = start_process(command, installation.environment, runtime, self.niceness)
         self._output.follow(self._process.stdout)
         self._running = RunningServer(

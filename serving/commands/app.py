@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 from PIL import Image
 
+from serving.commands.gateway import gateway
 from serving.commands.predict import predict, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
@@ -33,6 +34,9 @@ app.command(epilog="Example: tailor repository --device gpu --tensorrt fp16 --ou
 app.command(epilog="Example: tailor promote artifacts/export --keep 5")(promote)
 app.command(epilog="Example: tailor rollback, or: tailor rollback 3")(rollback)
 app.command(epilog="Example: tailor versions --json")(versions)
+app.command(epilog="Example: tailor gateway --http-port 8443 --grpc-port 8444 --certificate tls.crt --key tls.key")(
+    gateway
+)
 app.command(epilog="Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")(predict)
 app.command(epilog="Example: tailor status --url grpc://127.0.0.1:8001 --json")(status)
 

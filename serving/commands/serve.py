@@ -14,6 +14,7 @@ import typer
 from serving.commands.options import REPOSITORY, Debug, RepositoryOption
 from serving.example import curl_example
 from serving.server import GRACE, TritonServer
+from serving.server_options import LATENCY_OPTIONS, trace_options
 from serving.supervisor import Supervisor
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -31,6 +32,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     log: Annotated[Path | None, typer.Option(help="File to keep the server's log in as well.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not forward the server's log to standard error.")] = False,
+    trace_url: Annotated[
+        str | None, typer.Option(help="Send OpenTelemetry traces here, e.g. http://127.0.0.1:4318/v1/traces.")
+    ] = None,
+    trace_every: Annotated[int, typer.Option(min=1, help="With --trace-url: trace each n-th request.")] = 100,
     grace: Annotated[
         int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is told to end.")
     ] = GRACE,
@@ -43,7 +48,10 @@ def serve(
     versions meanwhile, use `tailor promote`; its key is TAILOR_ADMIN_KEY, where that is set.
     """
     forward = None if quiet else sys.stderr
-    server = TritonServer(repository, host, http_port, grpc_port, metrics_port, log, forward=forward, grace=grace)
+    options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
+    server = TritonServer(
+        repository, host, http_port, grpc_port, metrics_port, log, forward=forward, grace=grace, options=options
+    )
     stopping = threading.Event()
 
     def stop_once(_number: int, _frame: FrameType | None) -> None:

@@ -34,8 +34,10 @@ def snapshot(root: Path) -> dict[str, str]:
 def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
     assert sorted(snapshot(repository)) == [
         "classifier/1/__pycache__",
+        "classifier/1/access_log.py",
         "classifier/1/golden.json",
         "classifier/1/manifest.json",
+        "classifier/1/metrics.py",
         "classifier/1/model.py",
         "classifier/1/preprocess.py",
         "classifier/1/prior.py",
