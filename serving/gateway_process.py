@@ -16,11 +16,11 @@ from types import TracebackType
 from serving.atomic import write_file
 from serving.errors import ServingError
 from serving.gateway import Gateway
+from serving.logs import ServerLog
 from serving.ports import choose_ports
 from serving.process import POLL, end_process, start_process
 
 START_TIMEOUT = 20.0  # seconds
-TAIL_LINES = 6
 PACKAGES = "nginx-light libnginx-mod-http-lua lua-cjson"
 # Debian's nginx lies in /usr/sbin, which is on no plain user's PATH.
 PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
@@ -37,7 +37,7 @@ class GatewayProcess:
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
-        self._log_path: Path | None = None
+        self._output: ServerLog | None = None
 
     @property
     def http_url(self) -> str:
@@ -67,9 +67,10 @@ class GatewayProcess:
         try:
             config = write_config(self.gateway, self._folder)
             check_config(nginx, config)
-            self._log_path = self.log or self._folder / "nginx.log"
+            self._output = ServerLog(self.log)
             command = [nginx, "-p", str(self._folder), "-c", str(config), "-e", "stderr"]
-            self._process = start_process(command, dict(os.environ), self._folder, self._log_path)
+            self._process = start_process(command, dict(os.environ), self._folder)
+            self._output.follow(self._process.stdout)
             self._await_ports()
         except BaseException:
             self.stop()
@@ -94,6 +95,10 @@ class GatewayProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(self.gateway.shutdown_seconds + 2)
             status = end_process(process, patience=5.0)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers outlive a master that was killed
+        if self._output:
+            self._output.close()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -109,10 +114,7 @@ class GatewayProcess:
 
     def log_tail(self) -> str:
         """The last lines that nginx printed, empty when there are none."""
-        if self._log_path is None or not self._log_path.is_file():
-            return ""
-        lines = self._log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"  {line[:400]}" for line in lines[-TAIL_LINES:])
+        return self._output.tail() if self._output else ""
 
     def _await_ports(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
@@ -120,6 +122,7 @@ class GatewayProcess:
             while not _listens(str(self.gateway.host), port):
                 status = self.wait(POLL)
                 if status is not None:
+                    self._output.drain()
                     raise ServingError(f"nginx ended with status {status} while it started:\n{self.log_tail()}")
                 if time.monotonic() > deadline:
                     raise ServingError(f"nginx does not listen on port {port} after {START_TIMEOUT:.0f} s")

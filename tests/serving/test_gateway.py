@@ -29,12 +29,13 @@ from running_gateway import make_certificate, require_nginx, running_gateway
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from serving import gateway_process
+from serving.arguments import ADMIN_HEADER
 from serving.client import Client
 from serving.errors import InputError, ServingError
 from serving.gateway import Gateway, read_gateway
 from serving.gateway_process import GatewayProcess, check_config, find_nginx, write_config
 from serving.ports import choose_ports
-from serving.server import ADMIN_HEADER, TritonServer
+from serving.server import TritonServer
 
 FINITE = {"timeout": 20}
 
