@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import tenacity
 
-from serving.calls import Call, Garbled
+from serving.calls import SERVICE, Call, Garbled
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection
 from serving.failures import check_http, foreign, from_grpc, late, nobody, untrusted
 from serving.retries import Deadline, Retries
@@ -101,32 +101,29 @@ class AsyncGrpcWire:
         self._credentials = connection.grpc_credentials()
         self._metadata = tuple(connection.headers.items())
         self._channel: Any = None
-        self._stub: Any = None
 
     async def send(self, call: Call, deadline: Deadline) -> Any:
         import grpc
-        from tritonclient.grpc import service_pb2_grpc
 
         url = self._connection.url
-        if self._stub is None:
+        if self._channel is None:
             address = self._connection.address
             if self._credentials is None:
                 self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
             else:
                 self._channel = grpc.aio.secure_channel(address, self._credentials, options=GRPC_OPTIONS)
-            self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         try:
-            method = getattr(self._stub, call.rpc)
-            message = await method(call.message, timeout=deadline.left(url), metadata=self._metadata)
+            method = self._channel.unary_unary(SERVICE + call.rpc)
+            data = await method(call.message, timeout=deadline.left(url), metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_grpc(url, error, deadline.budget) from error
         try:
-            return call.read_message(message)
+            return call.read_message(data)
         except Garbled as error:
             raise foreign(url, str(error)) from error
 
     async def close(self) -> None:
-        channel, self._channel, self._stub = self._channel, None, None
+        channel, self._channel = self._channel, None
         if channel is not None:
             with suppress(ValueError):
                 await channel.close()

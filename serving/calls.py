@@ -1,6 +1,6 @@
 """What can be asked of Triton, as HTTP request and as gRPC message, and how either answer is read. No connection here.
 
-Each call knows both its forms, so that the synchronous and the asynchronous transports carry the same bytes.
+Each call knows both its forms as bytes, so that the synchronous and the asynchronous transports carry the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
 HEADER_LENGTH = "inference-header-content-length"
+SERVICE = "/inference.GRPCInferenceService/"
 
 
 class Garbled(Exception):
@@ -41,7 +42,7 @@ class Answer:
 
 
 class Call(Protocol):
-    """A question to Triton. rpc: the method's name in Triton's gRPC service. The read methods raise Garbled."""
+    """A question to Triton, rpc being its method in Triton's gRPC service. The read methods raise Garbled."""
 
     rpc: str
 
@@ -49,11 +50,11 @@ class Call(Protocol):
     def http(self) -> HttpRequest: ...
 
     @property
-    def message(self) -> Any: ...
+    def message(self) -> bytes: ...
 
     def read_http(self, headers: Mapping[str, str], body: bytes) -> Any: ...
 
-    def read_message(self, message: Any) -> Any: ...
+    def read_message(self, data: bytes) -> Any: ...
 
 
 class _Metadata:
@@ -74,10 +75,10 @@ class _Metadata:
             raise Garbled
         return found
 
-    def read_message(self, message: Any) -> dict[str, Any]:
+    def read_message(self, data: bytes) -> dict[str, Any]:
         from google.protobuf.json_format import MessageToDict
 
-        return MessageToDict(message, preserving_proto_field_name=True)
+        return MessageToDict(_parsed(self.rpc, data), preserving_proto_field_name=True)
 
 
 class ServerMetadata(_Metadata):
@@ -86,8 +87,8 @@ class ServerMetadata(_Metadata):
     rpc, path = "ServerMetadata", "/v2"
 
     @property
-    def message(self) -> Any:
-        return _messages().ServerMetadataRequest()
+    def message(self) -> bytes:
+        return _messages().ServerMetadataRequest().SerializeToString()
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class ModelMetadata(_Metadata):
         return _model_path(self.model, self.version)
 
     @property
-    def message(self) -> Any:
-        return _messages().ModelMetadataRequest(name=self.model, version=self.version)
+    def message(self) -> bytes:
+        return _messages().ModelMetadataRequest(name=self.model, version=self.version).SerializeToString()
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,11 @@ class ModelConfig(_Metadata):
         return f"{_model_path(self.model, '')}/config"
 
     @property
-    def message(self) -> Any:
-        return _messages().ModelConfigRequest(name=self.model)
+    def message(self) -> bytes:
+        return _messages().ModelConfigRequest(name=self.model).SerializeToString()
 
-    def read_message(self, message: Any) -> dict[str, Any]:
-        return super().read_message(message).get("config", {})
+    def read_message(self, data: bytes) -> dict[str, Any]:
+        return super().read_message(data).get("config", {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,7 @@ class Infer:
         return HttpRequest("POST", f"{_model_path(self.model, self.version)}/infer", headers, body)
 
     @cached_property
-    def message(self) -> Any:
+    def message(self) -> bytes:
         """Made once; a retry sends the same message."""
         request = _messages().ModelInferRequest(model_name=self.model, model_version=self.version)
         for name, array in self.inputs.items():
@@ -168,7 +169,7 @@ class Infer:
             output = request.outputs.add(name=name)
             if count:
                 output.parameters["classification"].int64_param = count
-        return request
+        return request.SerializeToString()
 
     def read_http(self, headers: Mapping[str, str], body: bytes) -> Answer:
         import tritonclient.http as api
@@ -183,9 +184,10 @@ class Infer:
             # tritonclient trusts what it parses; bytes that are not Triton's come out as whatever they break first.
             raise Garbled from error
 
-    def read_message(self, message: Any) -> Answer:
+    def read_message(self, data: bytes) -> Answer:
         import tritonclient.grpc as api
 
+        message = _parsed(self.rpc, data)
         try:
             return self._answer(api.InferResult(message), message.model_version)
         except Garbled:
@@ -205,6 +207,16 @@ class Infer:
 def _model_path(model: str, version: str) -> str:
     path = f"/v2/models/{quote(model, safe='')}"
     return f"{path}/versions/{quote(version, safe='')}" if version else path
+
+
+def _parsed(rpc: str, data: bytes) -> Any:
+    """The response message of a method. Raises Garbled."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        return getattr(_messages(), f"{rpc}Response").FromString(data)
+    except DecodeError:
+        raise Garbled from None
 
 
 def _messages() -> Any:

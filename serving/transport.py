@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import tenacity
 
-from serving.calls import Call, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
+from serving.calls import SERVICE, Call, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection
 from serving.failures import Refused, check_http, foreign, from_grpc, late, nobody, untrusted
 from serving.http_deadline import timed_connection
@@ -141,7 +141,6 @@ class GrpcWire:
 
     def __init__(self, connection: Connection) -> None:
         import grpc
-        from tritonclient.grpc import service_pb2_grpc
 
         self._connection = connection
         self._error = grpc.RpcError
@@ -150,17 +149,18 @@ class GrpcWire:
             self._channel = grpc.insecure_channel(connection.address, options=GRPC_OPTIONS)
         else:
             self._channel = grpc.secure_channel(connection.address, credentials, options=GRPC_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._metadata = tuple(connection.headers.items())
 
     def send(self, call: Call, deadline: Deadline) -> Any:
         url = self._connection.url
+        # Without a serialiser gRPC hands over bytes; its own complains of a foreign answer in the log.
+        method = self._channel.unary_unary(SERVICE + call.rpc)
         try:
-            message = getattr(self._stub, call.rpc)(call.message, timeout=deadline.left(url), metadata=self._metadata)
+            data = method(call.message, timeout=deadline.left(url), metadata=self._metadata)
         except self._error as error:
             raise from_grpc(url, error, deadline.budget) from error
         try:
-            return call.read_message(message)
+            return call.read_message(data)
         except Garbled as error:
             raise foreign(url, str(error)) from error
 
