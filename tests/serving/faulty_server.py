@@ -94,9 +94,14 @@ class FaultyHttp:
                     connection.shutdown(socket.SHUT_RDWR)
 
             threading.Thread(target=back, daemon=True).start()
-            while data := connection.recv(65536):
-                self.requests[place] += data
-                server.sendall(data)
+            try:
+                while data := connection.recv(65536):
+                    self.requests[place] += data
+                    server.sendall(data)
+            finally:
+                # Closing alone does not wake the thread that reads, and the real server would wait for it when it ends.
+                with contextlib.suppress(OSError):
+                    server.shutdown(socket.SHUT_RDWR)
 
 
 def read_request(connection: socket.socket) -> bytes:
