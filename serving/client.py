@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from serving.answers import ModelStatus, Prediction, Status
-from serving.calls import Call
+from serving.calls import Call, Infer
 from serving.client_base import BATCH, DEFAULT_URLS, ClientBase, groups, read_group
 from serving.dialogue import Steps
 from serving.errors import ServingError
@@ -84,6 +84,10 @@ class Client(ClientBase):
                 yield from waiting.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def request(self, encoded: Sequence[bytes], prior: Prior = None, *, version: int | None = None) -> Infer:
+        """The request that predict would send for encoded images of one batch, for those who send it by other means."""
+        return self._carry(self._dialogue.request(encoded, prior, version), self._deadline())
 
     def class_names(self) -> list[str]:
         """The server's class names by index, from the labels of `student`; asked once per release."""

@@ -118,15 +118,19 @@ class Dialogue:
             problem = str(error)
         return Status(self.url, server["name"], server["version"], tuple(models), problem is None, problem)
 
-    def prior_input(self, prior: Prior) -> Steps[tuple[str, np.ndarray | None]]:
-        """The input that carries a prior, and one row of it; None where the server's default is not known here."""
+    def request(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[Infer]:
+        """The one request for encoded images. Raises InputError when they do not fit into one."""
         parsed = parse_prior(prior)
-        _, default = yield from self.limits()
-        return (yield from self._prior_input(default if parsed is None else parsed))
+        rows, default = yield from self.limits()
+        if len(encoded) > rows:
+            raise InputError(f"{len(encoded)} images are more than the {rows} that {self.url} takes in one request")
+        name, row = yield from self._prior_input(default if parsed is None else parsed)
+        return classifier_call(encoded, name, row, version)
 
     def _prior_input(
         self, parsed: float | np.ndarray | dict[str, float] | None
     ) -> Steps[tuple[str, np.ndarray | None]]:
+        """The input that carries a prior, and one row of it; None where the server's default is not known here."""
         if parsed is None or isinstance(parsed, float):
             return "strength", None if parsed is None else np.array([parsed], dtype=np.float32)
         names = (yield from self.class_names()) if isinstance(parsed, dict) else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from serving.client import Prediction, Status
+from serving.answers import Prediction, Status
 
 
 def as_mapping(image: Path, answer: Prediction, top: int | None) -> dict[str, object]:
@@ -44,3 +45,28 @@ def status_table(found: Status) -> Table:
         state = "not loaded" if not model.versions else "answers" if found.answers else "does not answer"
         table.add_row(model.name, ", ".join(map(str, model.versions)), state)
     return table
+
+
+def load_table(found: Mapping[str, Any], url: str) -> Table:
+    """A table of a load test: a row for each kind of request, by the version that answered, and one for all."""
+    table = Table(title=f"load on {url}: {'held' if found['passed'] else 'failed'}")
+    table.add_column("requests")
+    for name in ("number", "failed", "per second", "p50 ms", "p99 ms"):
+        table.add_column(name, justify="right")
+    for kind in [*found["kinds"], found["total"]]:
+        if kind is found["total"]:
+            table.add_section()
+        counts = (f"{kind['requests']}", f"{kind['failures']}", f"{kind['rps']:.1f}")
+        table.add_row(escape(kind["name"]), *counts, f"{kind['p50_ms']:.0f}", f"{kind['p99_ms']:.0f}")
+    return table
+
+
+def overhead_line(overhead: Mapping[str, float] | None, users: int) -> str:
+    """What the load generator itself cost, against a bare client loop."""
+    if overhead is None:
+        return "overhead of Locust: not measured"
+    return (
+        f"overhead of Locust: {overhead['locust_rps']:.0f} requests/s at {overhead['locust_ms']:.2f} ms of processor "
+        f"each; a bare client {overhead['bare_rps']:.0f} at {overhead['bare_ms']:.2f} "
+        f"(closed, {users} users, one process each): {overhead['locust_rps'] / max(overhead['bare_rps'], 1e-9):.2f} of it"
+    )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 from PIL import Image
 
+from serving.commands.loadtest import loadtest
 from serving.commands.predict import predict, status
 from serving.commands.serve import serve
 from serving.errors import ServingError
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command(epilog="Example: tailor serve --repository artifacts/repository --http-port 9000")(serve)
 app.command(epilog="Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")(predict)
 app.command(epilog="Example: tailor status --url grpc://127.0.0.1:8001 --json")(status)
+app.command(epilog="Example: tailor loadtest --images photos --users 32 --time 2m --max-p99 200")(loadtest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,63 @@
+"""What a load test found, by model version, and whether that is within the thresholds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from serving.load.plan import Thresholds
+
+VERSION = re.compile(r"version (\d+), (\w+)")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Requests of one kind: their number, how many failed, requests a second, milliseconds until the answer."""
+
+    name: str
+    requests: int
+    failures: int
+    rps: float
+    p50_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finished test: everything, each kind of request, and each threshold that was missed, in words."""
+
+    total: Measured
+    kinds: tuple[Measured, ...]
+    missed: tuple[str, ...]
+
+    def as_mapping(self) -> dict[str, object]:
+        """As summary.json holds it; requests and failures by model version added."""
+        versions: dict[str, dict[str, int]] = {}
+        for kind in self.kinds:
+            if found := VERSION.search(kind.name):
+                version = versions.setdefault(found[1], {"requests": 0, "failures": 0})
+                version["requests"] += kind.requests
+                version["failures"] += kind.failures
+                version[found[2]] = version.get(found[2], 0) + kind.requests
+        return {**asdict(self), "versions": versions, "passed": not self.missed}
+
+
+def judge(total: Measured, kinds: Iterable[Measured], thresholds: Thresholds) -> Verdict:
+    """Hold what was measured against the thresholds; a test without a request has failed."""
+    missed = []
+    share = total.failures / total.requests if total.requests else 1.0
+    if not total.requests:
+        missed.append("no request was made")
+    elif share > thresholds.failures:
+        missed.append(f"failures {share:.2%}, allowed {thresholds.failures:.2%}")
+    if total.requests and thresholds.p99_ms is not None and not total.p99_ms <= thresholds.p99_ms:
+        missed.append(f"p99 {total.p99_ms:.0f} ms, allowed {thresholds.p99_ms:g} ms")
+    if total.requests and thresholds.rps is not None and not total.rps >= thresholds.rps:
+        missed.append(f"{total.rps:.1f} requests/s, asked for {thresholds.rps:g}")
+    return Verdict(total, tuple(kinds), tuple(missed))
+
+
+def request_name(version: int | None, label: str) -> str:
+    """What reports call a kind of request: the version that answered and the prior that was asked."""
+    return f"version {version}, {label}" if version is not None else f"no answer, {label}"
