@@ -110,7 +110,7 @@ class Load:
         version, length, problem = None, 0, None
         try:
             version, length = self._sender.send(call)
-        except (Failed, OSError, EOFError) as error:
+        except Failed as error:
             problem = error
         self._report(label, version, (time.perf_counter() - due) * 1000, length, problem)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from http.client import HTTPException
 from typing import Any, Protocol
 
 from serving.calls import HEADER_LENGTH, SERVICE, Infer
@@ -21,7 +22,7 @@ class Sender(Protocol):
     kind: str
 
     def send(self, call: Infer) -> tuple[int, int]:
-        """The version that answered, and the answer's bytes. Raises Failed or what the connection raises."""
+        """The version that answered, and the answer's bytes. Raises Failed."""
 
     def close(self) -> None: ...
 
@@ -47,10 +48,12 @@ class HttpSender:
 
     def send(self, call: Infer) -> tuple[int, int]:
         request = call.http
-        response = self._client.post(
-            self._path + request.path, body=request.body, headers={**self._headers, **request.headers}
-        )
-        body = bytes(response.read())
+        headers = {**self._headers, **request.headers}
+        try:
+            response = self._client.post(self._path + request.path, body=request.body, headers=headers)
+            body = bytes(response.read())
+        except (OSError, HTTPException) as error:
+            raise Failed(f"{type(error).__name__}: {error}") from error
         if response.status_code != 200:
             raise Failed(f"HTTP {response.status_code}: {_shown(body)}")
         try:

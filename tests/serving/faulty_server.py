@@ -170,7 +170,12 @@ class FaultyGrpc(grpc.GenericRpcHandler):
     def __init__(self, target: str | None, faults: Sequence[grpc.StatusCode | float] = ()) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self._faults = deque(faults)
+        self._delay = 0.0
         self._channel = grpc.insecure_channel(target) if target else None
+
+    def delay_inference(self, seconds: float) -> None:
+        """Answer each inference that much later from now on."""
+        self._delay = seconds
 
     def close(self) -> None:
         if self._channel:
@@ -184,6 +189,8 @@ class FaultyGrpc(grpc.GenericRpcHandler):
                 time.sleep(fault)
             elif fault is not None:
                 context.abort(fault, f"made to fail: {fault.name}")
+            if self._delay and details.method.endswith("/ModelInfer"):
+                time.sleep(self._delay)
             if self._channel is None:
                 return b"\xff\xff\xff"
             try:

@@ -119,7 +119,7 @@ def test_insecure_trusts_anyone_and_only_when_asked(server: TritonServer, predic
 @pytest.mark.end_to_end
 def test_tls_towards_a_server_without_it_says_so(server: TritonServer, predict: Predict, pki: Path) -> None:
     for url in (server.http_url.replace("http", "https"), server.grpc_url.replace("grpc", "grpcs")):
-        with pytest.raises(ServingError, match="no encrypted connection|no Triton server") as caught:
+        with pytest.raises(ServingError, match=r"no encrypted connection|no Triton server") as caught:
             predict(url, ca_file=pki / "ca.pem")
         assert "\n" not in str(caught.value)
 
