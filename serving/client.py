@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 from serving.answers import ModelStatus, Prediction, Status
 from serving.calls import Call, Infer
 from serving.client_base import BATCH, DEFAULT_URLS, ClientBase, groups, read_group
-from serving.dialogue import Steps
+from serving.dialogue import REQUEST_BYTES, Steps
 from serving.errors import ServingError
 from serving.images import ImageLike, each_image, encode_images, read_image
 from serving.priors import Prior, parse_prior
 from serving.retries import Deadline
 from serving.transport import Transport
 
-__all__ = ["DEFAULT_URLS", "Client", "ModelStatus", "Prediction", "Status", "read_image"]
+__all__ = ["DEFAULT_URLS", "REQUEST_BYTES", "Client", "ModelStatus", "Prediction", "Status", "read_image"]
 Result = TypeVar("Result")
 
 

@@ -115,6 +115,12 @@ class Connection:
         return ca, _pem(self.certificate_file, "certificate_file"), _pem(self.key_file, "key_file")
 
 
+def parse_url(url: str) -> tuple[str, bool, str]:
+    """Protocol (http or grpc), whether it is encrypted, and host:port of a server's address. Raises InputError."""
+    found = Connection(url)
+    return found.protocol, found.secure, found.address
+
+
 def _parse(url: str) -> dict[str, Any]:
     hint = "expected http://host:port or grpc://host:port"
     try:

@@ -7,6 +7,7 @@ AsyncClient each carry it over their own transport.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from serving.answers import ModelStatus, Prediction, Status
 from serving.calls import Answer, Call, Infer, ModelConfig, ModelMetadata, ServerMetadata
 from serving.errors import InputError, ServingError
-from serving.failures import Refused
+from serving.failures import Refused, foreign
 from serving.images import blank_image
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.priors import Prior, parse_prior, vector_of
@@ -51,7 +52,8 @@ class Dialogue:
             renewed = version is None and self._is_renewed(answers)
             if not (renewed and (parsed is None or isinstance(parsed, dict))):
                 break
-        return [prediction for answer in answers for prediction in _predictions(answer)]
+        with self._reading(CLASSIFIER):
+            return [prediction for answer in answers for prediction in _predictions(answer)]
 
     def predict_each(
         self, read: Sequence[bytes | InputError], prior: Prior, version: int | None, keep_going: bool
@@ -81,21 +83,24 @@ class Dialogue:
             except Refused:
                 self._limits = (1, None)
             else:
-                default = config.get("parameters", {}).get("default_strength", {}).get("string_value")
-                rows = max(1, int(config.get("max_batch_size", 0)))
-                self._limits = (rows, None if default is None else float(default))
+                with self._reading(CLASSIFIER):
+                    default = config.get("parameters", {}).get("default_strength", {}).get("string_value")
+                    rows = max(1, int(config.get("max_batch_size", 0)))
+                    self._limits = (rows, None if default is None else float(default))
         return self._limits
 
     def class_names(self) -> Steps[list[str]]:
         """The server's class names by index, from the labels of `student`."""
         if self._names is None:
             [metadata] = yield [ModelMetadata(STUDENT)]
-            shapes = {tensor["name"]: tensor["shape"] for tensor in metadata["inputs"]}
-            image = np.full([1, *(int(side) for side in shapes["image"][1:])], 128, dtype=np.uint8)
+            with self._reading(STUDENT):
+                [shape] = [tensor["shape"] for tensor in metadata["inputs"] if tensor["name"] == "image"]
+                image = np.full([1, *(int(side) for side in shape[1:])], 128, dtype=np.uint8)
             inputs = {"image": image, "strength": np.zeros((1, 1), dtype=np.float32)}
             classes = yield from self._class_count()
             [answer] = yield [Infer(STUDENT, inputs, {"logits": classes})]
-            labelled = [text.decode().split(":", 2) for text in answer.outputs["logits"].reshape(-1)]
+            with self._reading(STUDENT):
+                labelled = [text.decode().split(":", 2) for text in answer.outputs["logits"].reshape(-1)]
             if any(len(parts) != 3 for parts in labelled):
                 raise ServingError(f"{self.url}: student has no class labels; give the prior as a list, not by name")
             self._names = [name for _, _, name in sorted(labelled, key=lambda parts: int(parts[1]))]
@@ -110,13 +115,16 @@ class Dialogue:
                 [metadata] = yield [ModelMetadata(name)]
             except Refused:
                 metadata = {}
-            models.append(ModelStatus(name, tuple(sorted(int(version) for version in metadata.get("versions", [])))))
+            with self._reading(name):
+                versions = tuple(sorted(int(version) for version in metadata.get("versions", [])))
+            models.append(ModelStatus(name, versions))
         problem = None
         try:
             yield from self.predict([blank_image()], None, None)
         except ServingError as error:
             problem = str(error)
-        return Status(self.url, server["name"], server["version"], tuple(models), problem is None, problem)
+        with self._reading("server"):
+            return Status(self.url, server["name"], server["version"], tuple(models), problem is None, problem)
 
     def request(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[Infer]:
         """The one request for encoded images. Raises InputError when they do not fit into one."""
@@ -136,6 +144,14 @@ class Dialogue:
         names = (yield from self.class_names()) if isinstance(parsed, dict) else None
         return "target_prior", vector_of(parsed, names, (yield from self._class_count()))
 
+    @contextmanager
+    def _reading(self, asked: str) -> Iterator[None]:
+        """Turn what an answer of another shape than Triton's breaks into ServingError."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise foreign(self.url, f"what it tells of {asked} is not what Triton would") from error
+
     def _is_renewed(self, answers: Sequence[Answer]) -> bool:
         """Whether another release answers now than before; what the one before said of itself is then forgotten."""
         newest = max(answer.version for answer in answers)
@@ -148,12 +164,14 @@ class Dialogue:
     def _class_count(self) -> Steps[int]:
         if self._classes is None:
             [metadata] = yield [ModelMetadata(CLASSIFIER)]
-            found = [tensor["shape"][-1] for tensor in metadata["inputs"] if tensor["name"] == "target_prior"]
+            with self._reading(CLASSIFIER):
+                inputs = {tensor["name"]: int(tensor["shape"][-1]) for tensor in metadata["inputs"]}
+            found = inputs.get("target_prior")
             if not found:
                 raise ServingError(
                     f"{self.url}: classifier takes no target_prior; serve a repository that `dvc repro` wrote"
                 )
-            self._classes = int(found[0])
+            self._classes = found
         return self._classes
 
 

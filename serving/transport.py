@@ -12,13 +12,13 @@ import numpy as np
 import tenacity
 
 from serving.calls import SERVICE, Call, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
-from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection
+from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection, parse_url
 from serving.failures import Refused, check_http, foreign, from_grpc, late, nobody, untrusted
 from serving.http_deadline import timed_connection
 from serving.retries import Deadline, Retries
 
-__all__ = ["Refused", "Transport"]
-CONNECTIONS_KEPT = 32  # idle HTTP connections; more threads than that open and close their own
+__all__ = ["Refused", "Transport", "parse_url"]
+CONNECTIONS_KEPT = 256  # idle HTTP connections; threads beyond that many open and close their own
 
 
 class Wire(Protocol):
