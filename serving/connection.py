@@ -14,6 +14,8 @@ from serving.errors import InputError
 
 SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")  # a name or an IPv4 address, or an IPv6 address
+PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
 CONNECT_TIMEOUT = 10.0  # seconds
 ANSWER_BYTES = 64 * 1024 * 1024  # an answer is far smaller; more is not Triton's
 GRPC_OPTIONS = [
@@ -122,27 +124,25 @@ def parse_url(url: str) -> tuple[str, bool, str]:
 
 
 def _parse(url: str) -> dict[str, Any]:
-    hint = "expected http://host:port or grpc://host:port"
+    refused = InputError(f"url is {url!r}; expected http://host:port or grpc://host:port")
     try:
         parts = urlsplit(url)
         port = parts.port
+        # What every library below takes; each would refuse another host in a way of its own.
+        host = (parts.hostname or "").encode("idna").decode("ascii")
     except ValueError:
-        raise InputError(f"url is {url!r}; {hint}") from None
+        raise refused from None
     if parts.username or parts.password:
         raise InputError("url holds a user name or password; give them as a header, where no log shows them")
-    if parts.scheme not in SCHEMES or not parts.hostname or parts.query or parts.fragment:
-        raise InputError(f"url is {url!r}; {hint}")
+    if parts.scheme not in SCHEMES or not HOST.fullmatch(host) or port == 0 or parts.query or parts.fragment:
+        raise refused
     protocol, secure = SCHEMES[parts.scheme]
     if protocol == "grpc" and (port is None or parts.path not in ("", "/")):
-        raise InputError(f"url is {url!r}; {hint}")
+        raise refused
+    if not PATH.fullmatch(parts.path):
+        raise refused
     port = port if port is not None else 443 if secure else 80
-    return {
-        "protocol": protocol,
-        "secure": secure,
-        "host": parts.hostname,
-        "port": port,
-        "path": parts.path.rstrip("/"),
-    }
+    return {"protocol": protocol, "secure": secure, "host": host, "port": port, "path": parts.path.rstrip("/")}
 
 
 def _header_name(name: str) -> str:

@@ -19,6 +19,7 @@ from serving.async_client import AsyncClient
 from serving.client import Client
 from serving.connection import Connection
 from serving.errors import InputError, ServingError
+from serving.retries import Retries
 from serving.server import TritonServer
 
 SECRET = "s3cret-of-the-tests"
@@ -146,6 +147,15 @@ def test_headers_reach_the_server_over_grpc(server: TritonServer, predict: Predi
         assert (metadata["authorization"], metadata["x-tenant"]) == (f"Bearer {SECRET}", "shop 7")
 
 
+@pytest.mark.parametrize("name", ["bücher.invalid", "host_name.invalid", "127.0.0.1:1"])
+@pytest.mark.parametrize("protocol", ["http", "https", "grpc", "grpcs"])
+def test_a_host_that_is_not_there_is_one_line_everywhere(predict: Predict, protocol: str, name: str) -> None:
+    url = f"{protocol}://{name}" if ":" in name else f"{protocol}://{name}:1"
+    with pytest.raises(ServingError, match=f"no Triton server answers at {url}") as caught:
+        predict(url, retries=Retries(attempts=1))
+    assert "\n" not in str(caught.value)
+
+
 def test_redirect_does_not_carry_the_token_elsewhere(predict: Predict) -> None:
     with FaultyHttp(None) as elsewhere:
         moved = answers("307 Moved", Location=f"{elsewhere.url}/v2")
@@ -188,6 +198,12 @@ def test_secrets_are_in_no_message_and_no_repr(predict: Predict) -> None:
         ("http://h:1", {"concurrency": 0}, "concurrency is 0; expected 1 to 256"),
         ("ftp://h:1", {}, "url is 'ftp://h:1'; expected http://host:port or grpc://host:port"),
         ("grpc://h", {}, "expected http://host:port"),
+        ("http://h:0", {}, "expected http://host:port"),
+        ("http://two words:1", {}, "expected http://host:port"),
+        ("http://a..b:1", {}, "expected http://host:port"),
+        (f"http://{'a' * 64}:1", {}, "expected http://host:port"),
+        ("http://h:1/pre fix", {}, "expected http://host:port"),
+        ("http://[::1:1", {}, "expected http://host:port"),
         ("http://h:99999", {}, "expected http://host:port"),
     ],
 )
