@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from serving.commands.options import (
     AsJson,
@@ -82,17 +82,7 @@ def loadtest(
         thresholds=Thresholds(max_p99, max_failures, min_rps),
     )
     folder = report or Path("artifacts/loadtest") / f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.connection.protocol}"
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    terminal = Console(file=sys.stderr)
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
-        tasks: dict[str, object] = {}
-
-        def show(step: str, part: float) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=1.0)
-            bars.update(tasks[step], completed=part)  # type: ignore[arg-type]
-
-        found = run(plan, folder, overhead, show)
+    found = _run_shown(plan, folder, overhead)
     if as_json:
         print_json({**found, "report": str(folder)})
     else:
@@ -102,3 +92,18 @@ def loadtest(
         console.print(f"reports in {folder}", highlight=False, soft_wrap=True)
     if not found["passed"]:
         raise ServingError(f"load test failed: {'; '.join(found['missed'])}")
+
+
+def _run_shown(plan: LoadPlan, folder: Path, overhead: bool) -> dict[str, Any]:
+    """Run the plan with a bar for each step, where there is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    terminal = Console(file=sys.stderr)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(step: str, part: float) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=1.0)
+            bars.update(tasks[step], completed=part)
+
+        return run(plan, folder, overhead, show)

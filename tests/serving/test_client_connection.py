@@ -193,6 +193,8 @@ def test_secrets_are_in_no_message_and_no_repr(predict: Predict) -> None:
         ("https://h:1", {"certificate_file": "client.pem", "key_file": "server-key.pem"}, "are not a certificate and"),
         ("grpcs://h:1", {"certificate_file": "client.pem", "key_file": "server-key.pem"}, "are not a certificate and"),
         ("http://h:1", {"headers": {"bad name": "x"}}, "header name is 'bad name'"),
+        ("grpc://h:1", {"headers": {"x-bin": "x"}}, "header name is 'x-bin'"),
+        ("grpc://h:1", {"headers": {"Grpc-Timeout": "1S"}}, "header name is 'Grpc-Timeout'"),
         ("http://h:1", {"headers": {"Host": "x"}}, "header Host belongs to the connection itself"),
         ("http://h:1", {"headers": {"Authorization": "x"}, "token": "y"}, "exclude each other"),
         ("http://h:1", {"concurrency": 0}, "concurrency is 0; expected 1 to 256"),
