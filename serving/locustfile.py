@@ -16,6 +16,8 @@ import os
 import random
 import resource
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import gevent
 from gevent.pool import Group
 from locust import LoadTestShape, User, constant, events, task
 from locust.runners import MasterRunner, WorkerRunner
+from locust.stats import calculate_response_time_percentile
 
 from serving.atomic import write_file
 from serving.client import Client
@@ -32,10 +35,11 @@ from serving.load.mix import Mix, make_mix
 from serving.load.plan import HEADERS_VARIABLE, Thresholds
 from serving.load.senders import Failed, Sender, make_sender
 from serving.load.shapes import SHAPES, users_at
-from serving.load.verdict import Measured, judge, request_name
+from serving.load.verdict import Measured, is_answer, judge, request_name
 
 SHAPED_SECONDS = 60  # of a shape that was given no --run-time
 IN_FLIGHT = 256  # unanswered requests of one source, above which it drops new ones and counts them as failures
+AFTER_FAILURE = 0.1  # seconds; else the users of a server that is gone would ask thousands of times a second, and fail
 DRAIN = 5.0  # seconds that open requests get at the end
 logger = logging.getLogger("tailor.loadtest")
 
@@ -59,7 +63,8 @@ class ClassifierUser(User):
         """One request; of a source, one arrival."""
         rate = self.environment.parsed_options.rate
         if not rate:
-            self._load.send(time.perf_counter())
+            if not self._load.send(time.perf_counter()):
+                gevent.sleep(AFTER_FAILURE)
             return
         # The sum of independent Poisson sources is one, whatever the number of users that are at work.
         self._due += random.expovariate(rate / self.environment.parsed_options.num_users)
@@ -104,8 +109,8 @@ class Load:
     def __init__(self, environment: Any, mix: Mix, sender: Sender) -> None:
         self._request, self._mix, self._sender = environment.events.request, mix, sender
 
-    def send(self, due: float) -> None:
-        """One request, reported with the milliseconds from when it was due to its answer."""
+    def send(self, due: float) -> bool:
+        """One request, reported with the milliseconds from when it was due to its answer; whether one came."""
         label, call = self._mix.draw()
         version, length, problem = None, 0, None
         try:
@@ -113,6 +118,7 @@ class Load:
         except Failed as error:
             problem = error
         self._report(label, version, (time.perf_counter() - due) * 1000, length, problem)
+        return problem is None
 
     def drop(self) -> None:
         """An arrival that is not sent, because too many before it have no answer yet."""
@@ -148,7 +154,7 @@ def add_options(parser: Any) -> None:
     group.add_argument("--ca-file", default=None, help="PEM of the CAs to trust")
     group.add_argument("--max-p99", type=float, default=None, help="milliseconds; above it the test fails")
     group.add_argument("--max-failures", type=float, default=0.0, help="share; above it the test fails")
-    group.add_argument("--min-rps", type=float, default=None, help="requests per second; below it the test fails")
+    group.add_argument("--min-rps", type=float, default=None, help="answers per second; below it the test fails")
     group.add_argument("--summary", default=None, help="JSON file for the result and the verdict")
 
 
@@ -214,7 +220,13 @@ def measure_processor_time(environment: Any) -> None:
 def finish(environment: Any, thresholds: Thresholds) -> None:
     """Judge the test, write the summary, and end Locust with status 1 when a threshold was missed."""
     stats = environment.stats
-    verdict = judge(_measured(stats.total), [_measured(entry) for entry in stats.entries.values()], thresholds)
+    kinds = [_measured(entry, entry.response_times) for entry in stats.entries.values()]
+    # Failures are often quicker than answers and would hide slow ones, so all together is timed by what was answered.
+    answered: Counter[int] = Counter()
+    for entry in stats.entries.values():
+        if is_answer(entry.name):
+            answered.update(entry.response_times)
+    verdict = judge(_measured(stats.total, answered), kinds, thresholds)
     for line in verdict.missed:
         logger.error("threshold missed: %s", line)
     if environment.parsed_options.summary:
@@ -225,7 +237,9 @@ def finish(environment: Any, thresholds: Thresholds) -> None:
         environment.tailor_load.close()
 
 
-def _measured(entry: Any) -> Measured:
-    p50, p99 = (entry.get_response_time_percentile(share) or 0.0 for share in (0.5, 0.99))
-    name = entry.name if entry.name == "Aggregated" else f"{entry.method} {entry.name}"
+def _measured(entry: Any, times: Mapping[int, int]) -> Measured:
+    """A row of Locust's statistics, timed by these milliseconds and how often each was seen."""
+    number = sum(times.values())
+    p50, p99 = (float(calculate_response_time_percentile(times, number, share)) for share in (0.5, 0.99))
+    name = "all" if entry is entry.stats.total else f"{entry.method} {entry.name}"
     return Measured(name, entry.num_requests, entry.num_failures, float(entry.total_rps), p50, p99)

@@ -51,9 +51,11 @@ def loadtest(
     adjusted_share: Annotated[float, typer.Option(help="Share of requests under --prior; the others balanced.")] = 0.5,
     batch: Annotated[int, typer.Option(help="Images in a request.")] = 1,
     workers: Annotated[int, typer.Option(help="Processes that send; one is not enough for a fast model.")] = 1,
-    max_p99: Annotated[float | None, typer.Option(help="Fail above this 99th percentile, in milliseconds.")] = None,
+    max_p99: Annotated[
+        float | None, typer.Option(help="Fail above this 99th percentile of the answers, in milliseconds.")
+    ] = None,
     max_failures: Annotated[float, typer.Option(help="Fail above this share of failed requests, 0 to 1.")] = 0.0,
-    min_rps: Annotated[float | None, typer.Option(help="Fail below this many requests per second.")] = None,
+    min_rps: Annotated[float | None, typer.Option(help="Fail below this many answers per second.")] = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for the reports; a new one in artifacts/loadtest if not given.")
     ] = None,

@@ -83,8 +83,10 @@ def test_shapes_are_what_their_names_say() -> None:
         (measured(p99=21), Thresholds(p99_ms=20), ("p99 21 ms, allowed 20 ms",)),
         (measured(failures=1), Thresholds(), ("failures 1.00%, allowed 0.00%",)),
         (measured(failures=1), Thresholds(failures=0.01), ()),
-        (measured(rps=49.9), Thresholds(rps=50), ("49.9 requests/s, asked for 50",)),
-        (measured(requests=0, p99=0), Thresholds(p99_ms=1, rps=1), ("no request was made",)),
+        (measured(rps=49.9), Thresholds(rps=50), ("49.9 answers/s, asked for 50",)),
+        (measured(failures=10), Thresholds(failures=0.1, rps=46), ("45.0 answers/s, asked for 46",)),
+        (measured(requests=0, p99=0), Thresholds(p99_ms=1, rps=1), ("no request was answered, of 0 that were made",)),
+        (measured(failures=100), Thresholds(failures=1), ("no request was answered, of 100 that were made",)),
         (measured(p99=math.nan), Thresholds(p99_ms=1), ("p99 nan ms, allowed 1 ms",)),
     ],
 )
@@ -238,7 +240,7 @@ def test_load_over_grpc_by_two_processes_fails_below_its_thresholds(
     )
     assert ended.returncode == 1
     assert ended.stderr.startswith("tailor: load test failed: p99 ")
-    assert "requests/s, asked for 1e+06" in ended.stderr
+    assert "answers/s, asked for 1e+06" in ended.stderr
     assert ended.stderr.count("\n") == 1
     found = json.loads(ended.stdout)
     assert not found["passed"]
