@@ -12,6 +12,7 @@ import typer
 from PIL import Image
 
 from serving.commands.gateway import gateway
+from serving.commands.loadtest import loadtest
 from serving.commands.predict import predict, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
@@ -39,6 +40,7 @@ app.command(epilog="Example: tailor gateway --http-port 8443 --grpc-port 8444 --
 )
 app.command(epilog="Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")(predict)
 app.command(epilog="Example: tailor status --url grpc://127.0.0.1:8001 --json")(status)
+app.command(epilog="Example: tailor loadtest --images photos --users 32 --time 2m --max-p99 200")(loadtest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
