@@ -247,10 +247,10 @@ class GateRule(Section):
     """When a measure refuses the challenger; margin is how much worse it may be, as a share (0.01 is one point).
 
     beyond_noise: worse by more than the margin, with interval and McNemar's test agreeing that it is not chance.
-    estimate: the difference itself exceeds the margin. proven: unless the whole interval is within the margin. off: never.
+    estimate: the difference itself exceeds the margin. proven: unless the whole interval is within the margin. none: never.
     """
 
-    rule: Literal["beyond_noise", "estimate", "proven", "off"]
+    rule: Literal["beyond_noise", "estimate", "proven", "none"]
     margin: Share = 0.0
 
 
@@ -266,10 +266,10 @@ class GateParams(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     floor: Share = 0.3
     all: GateRule = GateRule(rule="beyond_noise")
-    many: GateRule = GateRule(rule="off")
-    medium: GateRule = GateRule(rule="off")
+    many: GateRule = GateRule(rule="none")
+    medium: GateRule = GateRule(rule="none")
     few: GateRule = GateRule(rule="estimate")
-    ece: GateRule = GateRule(rule="off")
+    ece: GateRule = GateRule(rule="none")
     latency_ratio: Positive | None = None
 
 
