@@ -17,7 +17,7 @@ from pipeline.comparison import Answers, Measure, compare
 from pipeline.errors import ParamsError, StageError
 from pipeline.metrics import answers, mean_of, per_class_accuracy
 from pipeline.params import PARAMS_FILE, GateParams, load_params
-from pipeline.prior import Prior, load_prior
+from pipeline.prior import load_prior
 from pipeline.stage import explain
 
 EPILOG = """\
