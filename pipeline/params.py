@@ -37,11 +37,14 @@ class Section(BaseModel):
 
 
 class TableParams(Section):
-    """Columns and files of the `table` source; paths are relative to data.location. A null split is held out of train."""
+    """Columns and files of the `table` source; paths are relative to data.location. A null split is held out of train.
 
-    train: str = "train.parquet"
-    validation: str | None = None
-    test: str | None = None
+    A split is a file, a glob pattern, a folder of Parquet shards, or a list of these.
+    """
+
+    train: str | list[str] = "train.parquet"
+    validation: str | list[str] | None = None
+    test: str | list[str] | None = None
     image: str | None = "image"
     path: str | None = None
     label: str = "label"
@@ -55,12 +58,23 @@ class TableParams(Section):
         return self
 
 
+class ListParams(Section):
+    """List files of imagenet_lt, places_lt and inaturalist2018, where they are not in data.location by their own names."""
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+
 class DataParams(Section):
     """Where the images come from, how long the tail is made, and what is held out."""
 
-    source: Literal["digits", "folder", "table"]
+    source: Literal["digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018"]
     location: str
+    download: bool = False
+    lists: ListParams = ListParams()
     table: TableParams = TableParams()
+    on_bad_image: Literal["fail", "skip"] = "fail"
     profile: Literal["natural", "exponential", "pareto", "step"]
     imbalance_factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]

@@ -20,6 +20,7 @@ from pipeline.artifacts import SPLIT, whole_folder, write_file, write_json
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import DataParams, Params
 from pipeline.profiles import choose, class_sizes
+from pipeline.published import check_published_choice
 from pipeline.sources import Row, Source, open_source
 from pipeline.stage import stage_main
 
@@ -86,6 +87,7 @@ def assign(rows: list[Row], classes: list[str], params: DataParams) -> dict[str,
     except ValueError as error:
         raise ParamsError(f"data.{error}") from None
     kept = choose(labels, sizes, params.seed)
+    check_published_choice(params, labels, kept)
     validation = hinted["validation"]
     if not validation:
         dropped = [np.setdiff1d(np.flatnonzero(labels == c), chosen) for c, chosen in enumerate(kept)]

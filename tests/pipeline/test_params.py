@@ -90,7 +90,7 @@ def test_what_is_not_a_finite_number_is_refused(tmp_path, key, value):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("data.source", "folders", "data.source is 'folders'; input should be 'digits', 'folder' or 'table'"),
+        ("data.source", "folders", "data.source is 'folders'; input should be 'digits', 'folder', 'table', 'cifar10'"),
         ("data.profile", "linear", "data.profile is 'linear'; input should be 'natural', 'exponential', 'pareto' or 'step'"),
         ("device", "gpu", "device is 'gpu'; string should match pattern"),
         ("student.epochs", 2.5, "student.epochs is 2.5; input should be a valid integer"),
