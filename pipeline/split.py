@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import sys
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from models.preprocess import ImageError, decode
 from pipeline.artifacts import SPLIT, whole_folder, write_file, write_json
+from pipeline.duplicates import check_labels, find_duplicates
 from pipeline.errors import DataError, ParamsError
+from pipeline.inspection import check_missing, check_usable, inspect_images
 from pipeline.params import DataParams, Params
 from pipeline.profiles import choose, class_sizes
 from pipeline.published import check_published_choice
@@ -37,35 +35,72 @@ class Result:
     sizes: dict[str, int]
     classes: int
     duplicates: int
+    skipped: int
     output: Path
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{self.sizes[split]:,} {split}" for split in SPLITS)
-        return f"{self.classes} classes; {sizes}; {self.duplicates} images shared by splits → {self.output}"
+        skipped = f"{self.skipped:,} images left out; " if self.skipped else ""
+        return f"{self.classes} classes; {sizes}; {skipped}{self.duplicates} images shared by splits → {self.output}"
 
 
 def run(params: Params, output: Path = SPLIT) -> Result:
     """Assign every image of the source to a split (or to none), check that each decodes, and write the tables.
 
-    Raises DataError for an unusable image, for one image under two labels and for a class too small to hold out from.
+    With data.on_bad_image fail, raises DataError for missing images and for unusable ones of any split; with skip they are
+    left out before anything is assigned, counted, and listed in skipped.csv. Raises DataError for one image under two
+    labels and for a class too small to hold out from.
     """
     source = open_source(params.data)
-    hashes = hash_images(source)
-    check_labels(source, hashes)
-    assigned = assign(source.rows, source.classes, params.data)
-    check_images(source, [row for rows in assigned.values() for row in rows])
+    skip = params.data.on_bad_image == "skip"
+    if not skip:
+        check_missing(source)
+    inspected = inspect_images(source, "split")
+    hashes = {reference: found.sha256 for reference, found in inspected.items() if found.sha256}
+    skipped = [row for row in source.rows if inspected[row.reference].problem] if skip else []
+    rows = without(source, skipped)
+    check_labels(source, {row.reference: hashes[row.reference] for row in rows if row.reference in hashes})
+    assigned = assign(rows, source.classes, params.data)
+    taken = [inspected[row.reference].problem for kept in assigned.values() for row in kept]
+    check_usable([problem for problem in taken if problem], len(taken))
     shared = find_duplicates(assigned, hashes, source.classes)
     with whole_folder(output) as folder:
-        for split, rows in assigned.items():
-            columns = [[row.sample_id for row in rows], [row.label for row in rows], [row.reference for row in rows]]
-            table = pa.table([*columns, [hashes[row.reference] for row in rows]], schema=SCHEMA)
+        for split, kept in assigned.items():
+            columns = [[row.sample_id for row in kept], [row.label for row in kept], [row.reference for row in kept]]
+            table = pa.table([*columns, [hashes[row.reference] for row in kept]], schema=SCHEMA)
             pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
         write_json(folder / "classes.json", source.classes)
-        write_file(folder / "duplicates.csv", _as_csv(["sha256", "split", "sample_id", "class"], shared))
+        write_file(folder / "duplicates.csv", as_csv(["sha256", "split", "sample_id", "class"], shared))
+        reasons = [
+            (row.split, row.sample_id, source.classes[row.label], str(inspected[row.reference].problem))
+            for row in skipped
+        ]
+        write_file(folder / "skipped.csv", as_csv(["split", "sample_id", "class", "problem"], reasons))
     groups = {entry[0] for entry in shared}
     if groups:
         print(f"split: {len(groups)} images are in more than one split; see {output}/duplicates.csv", file=sys.stderr)
-    return Result({split: len(rows) for split, rows in assigned.items()}, len(source.classes), len(groups), output)
+    if skipped:
+        print(
+            f"split: {len(skipped):,} of {len(source.rows):,} images cannot be used and were left out; see "
+            f"{output}/skipped.csv",
+            file=sys.stderr,
+        )
+    sizes = {split: len(kept) for split, kept in assigned.items()}
+    return Result(sizes, len(source.classes), len(groups), len(skipped), output)
+
+
+def without(source: Source, skipped: list[Row]) -> list[Row]:
+    """The source's rows less some. Raises DataError when a class has no training image left."""
+    out = {row.reference for row in skipped}
+    rows = [row for row in source.rows if row.reference not in out]
+    left = {row.label for row in rows if row.split == "train"}
+    empty = [name for label, name in enumerate(source.classes) if label not in left]
+    if empty:
+        raise DataError(
+            f"class {empty[0]!r} has no usable training image ({len(empty)} such classes, {len(skipped):,} images left "
+            "out by data.on_bad_image: skip); `python -m pipeline.data check` lists the images"
+        )
+    return rows
 
 
 def assign(rows: list[Row], classes: list[str], params: DataParams) -> dict[str, list[Row]]:
@@ -129,60 +164,8 @@ def _hold_out_validation(
     return remaining, held
 
 
-def hash_images(source: Source) -> dict[str, str]:
-    """sha256 of every image of the source, by reference. Raises DataError naming a file that cannot be read."""
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda row: hashlib.sha256(source.read(row.reference)).hexdigest(), source.rows)
-        return {row.reference: digest for row, digest in zip(source.rows, digests, strict=True)}
-
-
-def check_labels(source: Source, hashes: dict[str, str]) -> None:
-    """Raise DataError when an image lies under two labels: no classifier can learn both, nor be tested on both.
-
-    Looked at before anything is held out, so that it does not depend on a seed. Splits that the source itself brings
-    are compared apart: published data sets hold such pairs, and `find_duplicates` reports them.
-    """
-    first: dict[tuple[str, str], Row] = {}
-    for row in source.rows:
-        other = first.setdefault((row.split, hashes[row.reference]), row)
-        if other.label != row.label:
-            raise DataError(
-                f"{source.place(row)} and {source.place(other)} are the same image, labelled {source.classes[row.label]!r} "
-                f"and {source.classes[other.label]!r}; keep one of them"
-            )
-
-
-def check_images(source: Source, rows: list[Row]) -> None:
-    """Decode each image once. Raises DataError naming the first one that fails."""
-
-    def check(row: Row) -> None:
-        try:
-            decode(source.read(row.reference))
-        except ImageError as error:
-            raise DataError(f"{source.place(row)}: {error}; replace the image or remove it") from None
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(check, rows):
-            pass
-
-
-def find_duplicates(
-    assigned: dict[str, list[Row]], hashes: dict[str, str], classes: list[str]
-) -> list[tuple[str, str, str, str]]:
-    """Byte-identical images found in more than one split, as (sha256, split, sample id, class)."""
-    places: dict[str, list[tuple[str, Row]]] = defaultdict(list)
-    for split, rows in assigned.items():
-        for row in rows:
-            places[hashes[row.reference]].append((split, row))
-    return [
-        (digest, split, row.sample_id, classes[row.label])
-        for digest, found in sorted(places.items())
-        if len({split for split, _ in found}) > 1
-        for split, row in found
-    ]
-
-
-def _as_csv(header: list[str], rows: list[tuple[str, ...]]) -> str:
+def as_csv(header: list[str], rows: list[tuple[str, ...]]) -> str:
+    """A table as CSV."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)

@@ -10,8 +10,10 @@ from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.lists import ListSource
+from pipeline.sources.source import BadImageError as BadImageError
 from pipeline.sources.source import Row as Row
 from pipeline.sources.source import Source as Source
+from pipeline.sources.source import in_parts as in_parts
 from pipeline.sources.source import reading_order as reading_order
 from pipeline.sources.table import TableSource
 

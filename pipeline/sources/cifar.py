@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.errors import DataError, ParamsError
-from pipeline.sources.source import Row, as_png
+from pipeline.sources.source import Row, WithoutFiles, as_png
 
 NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 MAX_MEMBER = 256 * 1024 * 1024  # bytes; the largest file of either archive has 155 million
 LABELS = {"cifar10": b"labels", "cifar100": b"fine_labels"}
 
 
-class CifarSource:
+class CifarSource(WithoutFiles):
     """CIFAR-10 or CIFAR-100, python version: the folder or the .tar.gz under data.location, file by file against its md5.
 
     50,000 training and 10,000 test images of 32x32 pixels, in the order of the batches; the CIFAR-LT choice is made of

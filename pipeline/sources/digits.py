@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.sources.source import Row, as_png
+from pipeline.sources.source import Row, WithoutFiles, as_png
 
 
-class DigitsSource:
+class DigitsSource(WithoutFiles):
     """scikit-learn's bundled scans of handwritten digits: 1,797 images of 8x8 pixels, 16 grey levels, ten classes."""
 
     def __init__(self) -> None:

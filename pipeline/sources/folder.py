@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.sources.source import Row, read_image_file, stamp_of_file
+from pipeline.sources.source import Row, missing_files, read_image_file, stamp_of_file
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -66,6 +66,14 @@ class FolderSource:
     def stamp(self, reference: str) -> str | None:
         """Size and time of change of the file."""
         return stamp_of_file(self._root / reference)
+
+    def missing(self) -> list[Row]:
+        """Links that lead nowhere; every other file was there a moment ago."""
+        return missing_files(self.rows, self._root)
+
+    def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
+        """Always the same: a link whose target is gone."""
+        return "they are links whose targets are gone"
 
     def read(self, reference: str) -> bytes:
         """The file's bytes."""

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import ListParams
-from pipeline.sources.source import Row, read_image_file, stamp_of_file
+from pipeline.sources.source import Row, missing_files, read_image_file, stamp_of_file
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class ListSource:
     def stamp(self, reference: str) -> str | None:
         """Size and time of change of the file."""
         return stamp_of_file(self._root / reference)
+
+    def missing(self) -> list[Row]:
+        """Rows of the lists whose file is not under the root."""
+        return missing_files(self.rows, self._root)
 
     def read(self, reference: str) -> bytes:
         """The file's bytes."""

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from models.preprocess import MAX_BYTES
 from pipeline.errors import DataError
+
+Item = TypeVar("Item")
+
+
+class BadImageError(DataError):
+    """One image is missing or unreadable while the source as a whole is not: what data.on_bad_image is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,15 @@ class Source(Protocol):
     rows: list[Row]
 
     def read(self, reference: str) -> bytes:
-        """Encoded bytes of one image. Raises DataError naming the file."""
+        """Encoded bytes of one image. Raises BadImageError naming the file, DataError where more than this image is lost."""
+        ...
+
+    def missing(self) -> list[Row]:
+        """Rows whose file is not there, found without reading; none where that cannot be known so cheaply."""
+        ...
+
+    def why_missing(self, rows: list[Row]) -> str | None:
+        """The likely cause and the way out where these rows are missing; None where there is no pattern in it."""
         ...
 
     def stamp(self, reference: str) -> str | None:
@@ -44,15 +60,39 @@ class Source(Protocol):
         ...
 
 
+class WithoutFiles:
+    """What the sources share whose images are no files of their own."""
+
+    def missing(self) -> list[Row]:
+        """None: nothing can be missing."""
+        return []
+
+    def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
+        """No cause: nothing can be missing."""
+        return None
+
+
 def read_image_file(path: Path) -> bytes:
-    """A file's bytes, its size bounded before reading. Raises DataError naming the file."""
+    """A file's bytes, its size bounded before reading. Raises BadImageError naming the file."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise DataError(f"{path}: has {size} bytes, above the limit of {MAX_BYTES}")
+            raise BadImageError(f"{path}: has {size} bytes, above the limit of {MAX_BYTES}")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise BadImageError(f"{path}: {error.strerror}") from None
+
+
+def missing_files(rows: list[Row], root: Path) -> list[Row]:
+    """Rows whose reference is no file under root."""
+    with ThreadPoolExecutor() as pool:
+        there = pool.map(lambda part: [(root / row.reference).is_file() for row in part], in_parts(rows))
+        return [row for row, found in zip(rows, chain.from_iterable(there), strict=True) if not found]
+
+
+def in_parts(rows: Sequence[Item], size: int = 256) -> list[Sequence[Item]]:
+    """A sequence cut into parts for parallel workers: few enough to queue, small enough to share out."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def stamp_of_file(path: Path) -> str | None:

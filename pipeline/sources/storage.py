@@ -12,6 +12,7 @@ from fsspec.utils import get_protocol
 
 from models.preprocess import MAX_BYTES
 from pipeline.errors import DataError, ParamsError
+from pipeline.sources.source import BadImageError
 
 GLOB = re.compile(r"[*?\[]")
 
@@ -33,6 +34,11 @@ class Storage:
             self._files, self._base = fsspec.url_to_fs(self.root)
         except (ImportError, ValueError) as error:
             raise ParamsError(f"data.location is {shown(root)!r}: {_reason(error)}") from None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are of this machine."""
+        return get_protocol(self.root) == "file"
 
     def place(self, name: str) -> str:
         """Where a user finds a file, for messages: without a password or signature that an address may carry."""
@@ -68,9 +74,9 @@ class Storage:
             try:
                 size = self._files.size(self._path(name))
             except FileNotFoundError:
-                raise DataError(f"{self.place(name)}: No such file or directory") from None
+                raise BadImageError(f"{self.place(name)}: No such file or directory") from None
             if size is not None and size > MAX_BYTES:
-                raise DataError(f"{self.place(name)}: has {size} bytes, above the limit of {MAX_BYTES}")
+                raise BadImageError(f"{self.place(name)}: has {size} bytes, above the limit of {MAX_BYTES}")
             return self._files.cat_file(self._path(name))
 
     def stamp(self, name: str) -> str | None:
@@ -103,8 +109,8 @@ class Storage:
                 f"{self.place(name)}: no such file; set data.location and data.table to where it is"
             ) from None
         except Exception as error:
-            if get_protocol(self.root) == "file" and isinstance(error, OSError):
-                raise DataError(f"{self.place(name)}: {error.strerror or error}") from None
+            if self.is_local and isinstance(error, OSError):
+                raise BadImageError(f"{self.place(name)}: {error.strerror or error}") from None
             raise DataError(f"{self.place(name)}: {_reason(error)}{_advice(error)}") from None
 
 

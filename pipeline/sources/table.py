@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +12,7 @@ import pyarrow as pa
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import TableParams
 from pipeline.sources.shards import RowGroups, Shard, open_shards
-from pipeline.sources.source import Row
+from pipeline.sources.source import BadImageError, Row, in_parts
 from pipeline.sources.storage import Storage, is_address
 
 
@@ -34,6 +36,7 @@ class TableSource:
             split: open_shards(self._storage, names, columns) for split, names in files.items() if names is not None
         }
         self._shards = {shard.name: shard for shards in self._splits.values() for shard in shards}
+        self._stamps: dict[str, str | None] = {}
         self._images = RowGroups(params.image or params.path or "")
         labels = {split: self._labels(shards) for split, shards in self._splits.items()}
         self.classes = self._class_names(labels)
@@ -107,7 +110,25 @@ class TableSource:
 
     def stamp(self, reference: str) -> str | None:
         """Of the image's own file where the table has paths, else of the shard."""
-        return self._storage.stamp(self._value(reference) if self._params.path else reference.rpartition("#")[0])
+        if self._params.path:
+            return self._storage.stamp(self._value(reference))
+        name, _, row = reference.rpartition("#")
+        if name not in self._stamps:
+            self._stamps[name] = self._storage.stamp(name)
+        return f"{self._stamps[name]}#{row}"
+
+    def missing(self) -> list[Row]:
+        """Rows whose path is not there, in a local table of paths. In a bucket that is only known by reading."""
+        if not self._params.path or not self._storage.is_local:
+            return []
+        with ThreadPoolExecutor() as pool:
+            stamps = pool.map(lambda part: [self.stamp(row.reference) for row in part], in_parts(self.rows))
+            return [row for row, stamp in zip(self.rows, chain.from_iterable(stamps), strict=True) if stamp is None]
+
+    def why_missing(self, rows: list[Row]) -> str | None:
+        """Paths of a table are relative to data.location: said when every one of them is missing."""
+        all_of_them = len(rows) == len(self.rows)
+        return "paths are relative to data.location; set it to the folder that holds them" if all_of_them else None
 
     def read(self, reference: str) -> bytes:
         """Bytes of the image column, or of the file that the path column names (relative to data.location)."""
@@ -119,7 +140,7 @@ class TableSource:
         shard = self._shards[name]
         value = self._images.value(shard, int(index))
         if value is None:
-            raise DataError(f"{shard.place}: row {index} has no image; remove the row or give it one")
+            raise BadImageError(f"{shard.place}: row {index} has no image; remove the row or give it one")
         if not isinstance(value, bytes if self._params.image else str):
             column = self._params.image or self._params.path
             found = f"column {column!r} holds {type(value).__name__}"

@@ -174,3 +174,67 @@ def test_a_list_that_is_an_image_is_named(tmp_path):
     with pytest.raises(DataError) as caught:
         opened(tmp_path)
     assert str(caught.value) == f"{path}: is no text; expected lines of `relative/path label`"
+
+
+def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
+    gone = [path for path, _ in IMAGENET["ImageNet_LT_train.txt"]][1::2] + [
+        path for path, _ in IMAGENET["ImageNet_LT_val.txt"]
+    ]
+    root = tree(tmp_path / "imagenet", IMAGENET, missing=gone)
+    first = ", ".join(f"{root}/{path}" for path in gone[:5])
+    assert refusal(DataError, root) == (
+        f"6 of 12 images are missing, the first 5: {first}; restore them or take them off the list, or set "
+        "data.on_bad_image: skip; `python -m pipeline.data check` lists them all"
+    )
+    gone = gone[:3]
+    root = tree(tmp_path / "again", IMAGENET, missing=gone)
+    result = split.run(data_params(root, "imagenet_lt", on_bad_image="skip"), tmp_path / "out")
+    assert result.skipped == 3 and result.sizes == {"train": 3, "validation": 3, "test": 3}
+
+
+def moved(root, inside, outside=""):
+    """The images of a tree under another folder, its lists where they were."""
+    for path in sorted(root.iterdir()):
+        if path.is_dir():
+            (root / inside / outside).mkdir(parents=True, exist_ok=True)
+            path.rename(root / inside / outside / path.name)
+
+
+def test_a_wrong_root_is_said_with_the_right_one(tmp_path):
+    deeper = tree(tmp_path / "deeper", IMAGENET)
+    moved(deeper, "ILSVRC")
+    assert f"12 of 12 images are missing, the first 5: {deeper}/train/n01440764/" in refusal(DataError, deeper)
+    assert f"the images are under {deeper}/ILSVRC; set data.location to it" in refusal(DataError, deeper)
+
+    shallow = tree(tmp_path / "shallow", IMAGENET)
+    lists = {part: str(shallow / f"ImageNet_LT_{part}.txt") for part in ("train", "test")}
+    message = refusal(DataError, shallow / "train", lists=lists)
+    assert f"the lists' paths begin with train/; set data.location to {shallow}" in message
+
+    bare = tree(tmp_path / "bare", IMAGENET)
+    (bare / "train").rename(bare / "images")
+    (bare / "val").rename(bare / "held")
+    assert "data.location must be the folder that holds train/" in refusal(DataError, bare)
+
+
+def test_validation_images_that_were_never_sorted_into_folders(tmp_path):
+    root = tree(tmp_path / "imagenet", IMAGENET)
+    for path in sorted((root / "val").rglob("*.JPEG")):
+        path.rename(root / "val" / path.name)
+    message = refusal(DataError, root)
+    assert f"3 of 12 images are missing, the first 3: {root}/val/n01440764/ILSVRC2012_val_00000293.JPEG" in message
+    assert f"{root}/val/ holds its images flat; sort them into a folder per class" in message
+
+
+def test_the_images_of_another_imagenet_year(tmp_path):
+    root = tree(tmp_path / "imagenet", IMAGENET)
+    for path in sorted((root / "val").rglob("*.JPEG")):
+        path.rename(root / "val" / path.name.replace("2012", "2010"))
+    assert "the images there are of ILSVRC 2010; the lists are of ILSVRC 2012" in refusal(DataError, root)
+    other = tree(tmp_path / "other", IMAGENET)
+    (other / "train/n01484850").rename(other / "train/n99999999")
+    message = refusal(DataError, other)
+    assert (
+        "1 whole folders are missing, train/n01484850 for one (another year's ImageNet? the lists are of ILSVRC 2012)"
+        in message
+    )
