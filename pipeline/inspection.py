@@ -25,7 +25,7 @@ class Inspected:
     """What one image is: sha256 of its bytes and their number, width and height in pixels upright, and what is wrong with it.
 
     problem: one line that names the image; None where it can be used. looks: perceptual hash as hexadecimal text, where
-    one was asked for. An unread image has an empty sha256.
+    one was asked for. An unread image has an empty sha256; `missing` where there is no file of that name.
     """
 
     sha256: str = ""
@@ -34,6 +34,7 @@ class Inspected:
     height: int = 0
     looks: str = ""
     problem: str | None = None
+    missing: bool = False
 
 
 def inspect_image(source: Source, row: Row, looks: Callable[[Image.Image], str] | None = None) -> Inspected:
@@ -41,7 +42,7 @@ def inspect_image(source: Source, row: Row, looks: Callable[[Image.Image], str] 
     try:
         data = source.read(row.reference)
     except BadImageError as error:
-        return Inspected(problem=str(error))
+        return Inspected(problem=str(error), missing=source.stamp(row.reference) is None)
     digest = hashlib.sha256(data).hexdigest()
     try:
         image = decode(data)

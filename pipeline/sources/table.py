@@ -99,23 +99,28 @@ class TableSource:
 
     def place(self, row: Row) -> str:
         """The image's path where the table has one, else the table's path and row; with the row's id if it has one."""
-        if self._params.path:
-            return (
-                self._storage.place(row.sample_id)
-                if not self._params.id
-                else self._storage.place(self._value(row.reference))
-            )
+        path = self._path(row.reference)
+        if path:
+            return self._storage.place(path)
         place = self._storage.place(row.reference)
         return place if row.sample_id == row.reference else f"{place} ({row.sample_id})"
 
     def stamp(self, reference: str) -> str | None:
         """Of the image's own file where the table has paths, else of the shard."""
         if self._params.path:
-            return self._storage.stamp(self._value(reference))
+            path = self._path(reference)
+            return self._storage.stamp(path) if path else None
         name, _, row = reference.rpartition("#")
         if name not in self._stamps:
             self._stamps[name] = self._storage.stamp(name)
         return f"{self._stamps[name]}#{row}"
+
+    def _path(self, reference: str) -> str | None:
+        if not self._params.path:
+            return None
+        name, _, index = reference.rpartition("#")
+        path = self._images.value(self._shards[name], int(index))
+        return path if isinstance(path, str) else None
 
     def missing(self) -> list[Row]:
         """Rows whose path is not there, in a local table of paths. In a bucket that is only known by reading."""
