@@ -99,9 +99,14 @@ class ImageParams(Section):
 
 
 class PriorParams(Section):
-    """Pseudo-count added to every class before the prior is taken; 0 refuses a class without training samples."""
+    """Pseudo-count added to every class before the prior is taken; 0 refuses a class without training samples.
+
+    weighting effective_number puts (1 - beta^n) / (1 - beta) in the place of n (Cui et al. 2019) in the prior of the losses.
+    """
 
     smoothing: NonNegative
+    weighting: Literal["frequency", "effective_number"] = "frequency"
+    beta: Annotated[Number, Field(gt=0, lt=1)] = 0.9999
 
 
 class ScheduleParams(Section):
