@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones import build_backbone
+from models.precision import full_precision, without_autocast
 
 
 class CosineClassifier(nn.Module):
@@ -20,8 +21,9 @@ class CosineClassifier(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.empty(classes, feature_dim).uniform_(-1, 1), dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [B,D] → cosines [B,C], in [-1, 1]."""
-        return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+        """features [B,D] → cosines [B,C], in [-1, 1]; float32 also where autocast is on around it."""
+        with without_autocast(features):
+            return F.linear(F.normalize(full_precision(features), dim=1), F.normalize(self.weight, dim=1))
 
 
 class ImageClassifier(nn.Module):
@@ -37,5 +39,5 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images [B,3,H,W] → (features [B,D], logits [B,C] = cosine / tau_s, without any prior)."""
-        features = self.backbone(images)
+        features = full_precision(self.backbone(images))
         return features, self.classifier(features) / self.tau_s

@@ -20,6 +20,19 @@ def adjusted_cross_entropy(logits: Tensor, target: Tensor, log_prior: Tensor, st
     return F.cross_entropy(adjust_logits(logits, log_prior, strength), target)
 
 
+def mixed_cross_entropy(
+    logits: Tensor, target: Tensor, other: Tensor, share: Tensor, log_prior: Tensor, strength: float = 1.0
+) -> Tensor:
+    """L_cls of images mixed from two (CutMix, Mixup): share · CE(target) + (1 - share) · CE(other), mean over the batch.
+
+    logits: [B,C], already divided by tau_s; target, other: [B] int64; share: [B] in 0..1; log_prior: [C]. A scalar.
+    """
+    adjusted = adjust_logits(logits, log_prior, strength)
+    own = F.cross_entropy(adjusted, target, reduction="none")
+    partners = F.cross_entropy(adjusted, other, reduction="none")
+    return (share * own + (1 - share) * partners).mean()
+
+
 def mixture_log_scores(
     similarity: Tensor, row_class: Tensor, classes: int, temperature: Tensor | float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

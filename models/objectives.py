@@ -1,6 +1,8 @@
 """What a training step minimises: the teacher's objective (L_cls) and the student's (all terms of Sec. 3.3).
 
-Each is a module from a batch of views to a dict of named scalar losses whose `loss` entry is the one to descend.
+Each is a module from a batch of views to a dict of named scalar losses whose `loss` entry is the one to descend. It says
+by `views` how many it wants, has `after_step` called after every optimiser step, and keeps what training changes in its
+state_dict, from which only the frozen `teacher.` may be left out.
 """
 
 from __future__ import annotations
@@ -8,34 +10,64 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.contrast_losses import ContrastLosses, KeyRuns, contrast_losses
 from models.cosine_classifier import ImageClassifier
-from models.losses import adjusted_cross_entropy, distillation_loss
+from models.losses import adjusted_cross_entropy, distillation_loss, mixed_cross_entropy
+from models.precision import without_autocast
 from models.projection_head import ProjectionHead
 from models.queues import ClassQueues
 from models.ranks import gather_batch
 
+ContrastEncoder = Literal["teacher", "momentum"]
+
+
+class Mixed(NamedTuple):
+    """Of a mixed classifier view (CutMix, Mixup): the partners' labels, int64 [B], and the share of its own, float [B]."""
+
+    target: Tensor
+    share: Tensor
+
 
 class TeacherObjective(nn.Module):
-    """L_cls alone (Eq. 6), on one view."""
+    """L_cls alone, on one view: Eq. 6, or plain cross-entropy where `adjustment`, the strength in the loss, is 0."""
 
     views = 1
     log_prior: Tensor
 
-    def __init__(self, model: ImageClassifier, log_prior: Tensor) -> None:
+    def __init__(self, model: ImageClassifier, log_prior: Tensor, adjustment: float = 1.0) -> None:
         super().__init__()
         self.model = model
+        self.adjustment = adjustment
         self.register_buffer("log_prior", log_prior)
 
-    def forward(self, views: Tensor, target: Tensor, sample_ids: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - same call as the student's
+    def forward(
+        self,
+        views: Tensor,
+        target: Tensor,
+        sample_ids: Tensor,  # noqa: ARG002 - same call as the student's
+        mixed: Mixed | None = None,
+    ) -> dict[str, Tensor]:
         """views [1,B,3,H,W], target [B], sample_ids [B] → {loss, classification}, scalars."""
         _, logits = self.model(views[0])
-        loss = adjusted_cross_entropy(logits, target, self.log_prior)
+        loss = classification_loss(logits, target, self.log_prior, self.adjustment, mixed)
         return {"loss": loss, "classification": loss.detach()}
+
+    def after_step(self) -> None:
+        """Nothing follows the weights here."""
+
+    def observations(self) -> dict[str, float]:
+        """What is worth a look after an epoch besides the loss: nothing."""
+        return {}
+
+    def batch_modules(self) -> list[nn.Module]:
+        """Modules that see a share of the batch where ranks share it, so that their batch norm needs the others' shares."""
+        return [self.model]
 
     def undecayed(self) -> list[nn.Parameter]:
         """Parameters without weight decay: none (as in the official code)."""
@@ -44,32 +76,51 @@ class TeacherObjective(nn.Module):
 
 @dataclass(frozen=True)
 class StudentWeights:
-    """Weights of the student's terms, as the official code has them: gamma of L_cls, beta of L_GML + L_tau, alpha of L_KD."""
+    """Weights of the student's terms, as the official code has them: gamma of L_cls, beta of L_GML + L_tau, alpha of L_KD.
+
+    A term of weight 0 is left out of the step with all that only it needs. prior_strength is α of Eq. 10, adjustment the
+    strength in L_cls (1 in Eq. 6). Raises ValueError when gamma and alpha are both 0: no term would train the classifier.
+    """
 
     gamma: float
     beta: float
     alpha: float
     distillation_temperature: float
     prior_strength: float
+    adjustment: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.gamma or self.alpha):
+            raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
+
+    def need_teacher(self, contrast_encoder: ContrastEncoder) -> bool:
+        """Whether a step runs the teacher: for L_KD, or for the contrast features of L_GML."""
+        return self.alpha > 0 or (self.beta > 0 and contrast_encoder == "teacher")
 
 
 class StudentObjective(nn.Module):
-    """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views: classifier, query, key.
+    """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views: classifier, query, key. Without beta on one.
 
-    The frozen teacher fills the class-wise queues with its feature of the key view *before* the loss, so a query always
+    The contrast encoder fills the class-wise queues with its feature of the key view *before* the loss, so a query always
     meets its own image's key; the whole queue is embedded afresh by the key head at every step. L_tau is L_GML with the
     similarities detached and the query's own image left out: its only gradient is to log tau_g (from the official code).
+
+    contrast_encoder `teacher`: the frozen teacher; the key head learns through the keys (Sec. 3.3). `momentum`: "GML
+    without teacher" of Table 5, a copy of the student's backbone that follows it by `encoder_momentum` after every step
+    (He et al. 2020). Its key head follows the query head likewise and gets no gradient, as in the official code; the
+    batch stays in one order, where that code files a feature under another image's label. The encoder's batch norm takes
+    the key view's own statistics (as there): weights that lag a thousand steps behind have no running ones that fit.
     """
 
-    views = 3
     # The CUDA kernels of models.gml_kernel have never run on a GPU: set this once `benchmarks.gml_loss` vouches for them.
     fused_contrast = False
+    views: int
     log_prior: Tensor
 
     def __init__(
         self,
         model: ImageClassifier,
-        teacher: ImageClassifier,
+        teacher: ImageClassifier | None,
         log_prior: Tensor,
         counts: Sequence[int],
         weights: StudentWeights,
@@ -79,73 +130,129 @@ class StudentObjective(nn.Module):
         queue_total: int,
         queue_minimum: int,
         projection_dim: int,
+        contrast_encoder: ContrastEncoder = "teacher",
+        encoder_momentum: float = 0.999,
         generator: torch.Generator | None = None,
     ) -> None:
+        """A teacher that no term needs is dropped. Raises ValueError when one is needed and not given."""
         super().__init__()
         self.model = model
-        self.teacher = teacher.requires_grad_(False)
-        self.teacher.eval()
         self.weights = weights
+        self.views = 3 if weights.beta else 1
         self.register_buffer("log_prior", log_prior)
+        self.teacher: ImageClassifier | None = None
+        if weights.need_teacher(contrast_encoder):
+            if teacher is None:
+                raise ValueError("teacher is None, but L_KD (alpha > 0) or contrast_encoder `teacher` needs one")
+            self.teacher = teacher.requires_grad_(False).eval()
+        self.momentum_encoder: nn.Module | None = None
+        if not weights.beta:
+            return
         self.query_head = ProjectionHead(model.feature_dim, model.feature_dim, projection_dim)
         # The key head starts as a copy of the query head; with a teacher of another width the copy is impossible.
-        same_width = teacher.feature_dim == model.feature_dim
-        self.key_head = (
-            copy.deepcopy(self.query_head)
-            if same_width
-            else ProjectionHead(teacher.feature_dim, teacher.feature_dim, projection_dim)
-        )
+        if contrast_encoder == "momentum" or self.teacher.feature_dim == model.feature_dim:
+            width = model.feature_dim
+            self.key_head = copy.deepcopy(self.query_head)
+        else:
+            width = self.teacher.feature_dim
+            self.key_head = ProjectionHead(width, width, projection_dim)
+        if contrast_encoder == "momentum":
+            self.momentum_encoder = copy.deepcopy(model.backbone).requires_grad_(False)
+            self.key_head.requires_grad_(False)
+            self._follow = get_ema_multi_avg_fn(encoder_momentum)
         self.log_tau_g = nn.Parameter(torch.tensor(tau_g).log(), requires_grad=train_tau_g)
-        self.queues = ClassQueues(counts, queue_total, queue_minimum, teacher.feature_dim, generator)
+        self.queues = ClassQueues(counts, queue_total, queue_minimum, width, generator)
         self._longest_run = int(self.queues.lengths.max())
 
     def train(self, mode: bool = True) -> StudentObjective:
         """Training mode for everything but the frozen teacher, whose batch norm keeps its running statistics."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
+
+    def batch_modules(self) -> list[nn.Module]:
+        """Modules that see a share of the batch where ranks share it, so that their batch norm needs the others' shares.
+
+        The key head is not among them: every rank gives it the whole queue.
+        """
+        if not self.weights.beta:
+            return [self.model]
+        return [self.model, self.query_head, *([] if self.momentum_encoder is None else [self.momentum_encoder])]
 
     def undecayed(self) -> list[nn.Parameter]:
         """Parameters without weight decay: log tau_g alone (as in the official code)."""
-        return [self.log_tau_g]
-
-    def forward(self, views: Tensor, target: Tensor, sample_ids: Tensor) -> dict[str, Tensor]:
-        """views [3,B,3,H,W] (classifier, query, key), target [B], sample_ids [B] → named scalars, `loss` first."""
-        batch = target.shape[0]
-        classifier_view, query_view, key_view = views
-        # One forward over both halves: they share a batch-norm batch of 2B.
-        features, logits = self.model(torch.cat([classifier_view, query_view]))
-        teacher_logits = self._remember(classifier_view, key_view, target, sample_ids)
-        similarity = self.query_head(features[batch:]) @ self.key_head(self.queues.features).T
-
-        weights = self.weights
-        logits = logits[:batch]
-        classification = adjusted_cross_entropy(logits, target, self.log_prior)
-        contrast = self._contrast(similarity, target, sample_ids)
-        loss = weights.gamma * classification + weights.beta * contrast.gml
-        parts = {"classification": classification, "gml": contrast.gml}
-        if self.log_tau_g.requires_grad:
-            parts["tau"] = contrast.tau
-            loss = loss + weights.beta * contrast.tau
-            parts["queries_without_keys"] = contrast.queries_without_keys
-        if teacher_logits is not None:
-            parts["distillation"] = distillation_loss(logits, teacher_logits, weights.distillation_temperature)
-            loss = loss + weights.alpha * parts["distillation"]
-        parts["tau_g"] = self.log_tau_g.exp()
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        return [self.log_tau_g] if self.weights.beta else []
 
     @torch.no_grad()
-    def _remember(self, classifier_view: Tensor, key_view: Tensor, target: Tensor, sample_ids: Tensor) -> Tensor | None:
-        """Enqueue the teacher's features of the key view; its logits of the classifier view, if distillation asks for them."""
-        batch = target.shape[0]
-        seen = torch.cat([classifier_view, key_view]) if self.weights.alpha else key_view
-        features, logits = self.teacher(seen)
-        # Every rank stores the whole batch, in rank order, so that the queues stay equal without being sent.
-        self.queues.enqueue(gather_batch(features[-batch:]), gather_batch(target), gather_batch(sample_ids))
-        return logits[:batch] if self.weights.alpha else None
+    def after_step(self) -> None:
+        """Let the momentum encoder and its key head follow the student. Nothing is read back to the host."""
+        if self.momentum_encoder is not None:
+            followers = [*self.momentum_encoder.parameters(), *self.key_head.parameters()]
+            followed = [*self.model.backbone.parameters(), *self.query_head.parameters()]
+            self._follow(followers, followed, None)
 
-    def _contrast(self, similarity: Tensor, target: Tensor, sample_ids: Tensor) -> ContrastLosses:
+    def observations(self) -> dict[str, float]:
+        """Worth a look after an epoch: the share of the queues that holds features of training images."""
+        if not self.weights.beta:
+            return {}
+        return {"queue_fill": (self.queues.sample_ids >= 0).double().mean().item()}
+
+    def forward(
+        self, views: Tensor, target: Tensor, sample_ids: Tensor, mixed: Mixed | None = None
+    ) -> dict[str, Tensor]:
+        """views [V,B,3,H,W] (classifier, query, key, or classifier alone), target [B], sample_ids [B] → named scalars.
+
+        `loss` comes first; a term has a part of its own as long as its weight is not 0.
+        """
+        batch, weights = target.shape[0], self.weights
+        # One forward over both halves: they share a batch-norm batch of 2B.
+        features, logits = self.model(torch.cat([views[0], views[1]]) if weights.beta else views[0])
+        logits = logits[:batch]
+        contrast_features, teacher_logits = self._encode(views)
+        parts, terms = {}, []
+        if weights.gamma:
+            parts["classification"] = classification_loss(logits, target, self.log_prior, weights.adjustment, mixed)
+            terms.append(weights.gamma * parts["classification"])
+        if weights.beta:
+            # Every rank stores the whole batch, in rank order, so that the queues stay equal without being sent.
+            self.queues.enqueue(*map(gather_batch, (contrast_features, target, sample_ids)))
+            contrast = self._contrast(features[batch:], target, sample_ids)
+            parts["gml"] = contrast.gml
+            terms.append(weights.beta * contrast.gml)
+            if self.log_tau_g.requires_grad:
+                parts["tau"] = contrast.tau
+                terms.append(weights.beta * contrast.tau)
+                parts["queries_without_keys"] = contrast.queries_without_keys
+        if weights.alpha:
+            parts["distillation"] = distillation_loss(logits, teacher_logits, weights.distillation_temperature)
+            terms.append(weights.alpha * parts["distillation"])
+        if weights.beta:
+            parts["tau_g"] = self.log_tau_g.exp()
+        return {"loss": sum(terms), **{name: part.detach() for name, part in parts.items()}}
+
+    @torch.no_grad()
+    def _encode(self, views: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Contrast features [B,D] of the key view, teacher's logits [B,C] of the classifier view; None where no term asks."""
+        batch = views.shape[1]
+        features = logits = None
+        seen = [views[0]] if self.weights.alpha else []
+        if self.weights.beta and self.momentum_encoder is None:
+            seen.append(views[2])
+        if seen:
+            features, logits = self.teacher(torch.cat(seen))
+        if self.momentum_encoder is not None:
+            features = self.momentum_encoder(views[2])
+        return (
+            features[-batch:] if self.weights.beta else None,
+            logits[:batch] if self.weights.alpha else None,
+        )
+
+    def _contrast(self, query_features: Tensor, target: Tensor, sample_ids: Tensor) -> ContrastLosses:
         queues = self.queues
+        query, keys = self.query_head(query_features), self.key_head(queues.features)
+        with without_autocast(query):
+            similarity = query @ keys.T
         return contrast_losses(
             similarity,
             KeyRuns(queues.row_class, queues.starts, queues.lengths, self._longest_run),
@@ -157,3 +264,12 @@ class StudentObjective(nn.Module):
             key_ids=queues.sample_ids,
             fused=self.fused_contrast,
         )
+
+
+def classification_loss(
+    logits: Tensor, target: Tensor, log_prior: Tensor, adjustment: float, mixed: Mixed | None
+) -> Tensor:
+    """L_cls of plain or mixed images."""
+    if mixed is None:
+        return adjusted_cross_entropy(logits, target, log_prior, adjustment)
+    return mixed_cross_entropy(logits, target, mixed.target, mixed.share, log_prior, adjustment)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.precision import full_precision
+
 
 class ProjectionHead(nn.Module):
     """Linear, BatchNorm, ReLU, Linear, L2 normalisation. Query and key each have one; gradient flows through both."""
@@ -19,5 +21,7 @@ class ProjectionHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [N,D] → unit vectors [N,out_dim]."""
-        return F.normalize(self.layers(features), dim=1)
+        """features [N,D] → unit vectors [N,out_dim]. Under autocast the two products alone are in the lower precision."""
+        first, norm, activation, last = self.layers
+        hidden = activation(norm(full_precision(first(features))))
+        return F.normalize(full_precision(last(hidden)), dim=1)

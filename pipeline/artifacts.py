@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ STUDENT = Path("artifacts/student")
 EVALUATION = Path("artifacts/evaluation")
 EXPORT = Path("artifacts/export")
 REPOSITORY = Path("artifacts/repository")
+FAILURES = Path("artifacts/failures")
+TENSORBOARD = Path("artifacts/tensorboard")
+SEEDS = Path("artifacts/seeds")
 
 
 def unfinished(output: Path) -> Path:
@@ -33,6 +39,15 @@ def sha256_of_file(path: Path) -> str:
 def write_json(path: Path, content: Any) -> None:
     """`write_file` of indented JSON; refuses NaN and infinity, which are not JSON."""
     write_file(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as CSV, which DVC can plot; None is an empty cell."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def sha256_of_json(content: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from models.backbones import UnknownBackboneError
 from models.cosine_classifier import ImageClassifier
@@ -18,6 +19,7 @@ from pipeline.params import ImageParams
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+BEST = "best"  # folder of the network of the best epoch on validation, beside the last epoch's
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier:
         raise ParamsError(f"{key}: {error}") from None
 
 
-def save_model(model: ImageClassifier, config: ModelConfig, folder: Path) -> None:
-    """Write weights and config into `folder`. Raises OSError with the file's name, on a full disk for one."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def save_model(weights: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Write a network's state and config into `folder`. Raises OSError with the file's name, on a full disk for one."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     # Serialised in memory and written by us: safetensors' own writer maps the file, and a full disk is then a signal.
     write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
     write_json(folder / CONFIG, asdict(config))

@@ -64,7 +64,7 @@ def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None
     work = _prepare(unfinished(output), source, params, shard_bytes)
     writers = {}
     with progress_bar(unit="images") as bar, ThreadPoolExecutor(jobs) as pool:
-        task = bar.add_task("pack: reading images", total=len(source.rows))
+        task = bar.add_task("pack: reading images", total=len(source.rows), rate="")
         for split, kept in rows.items():
             if kept:
                 writers[split] = writer = _Writer(work / split, source.classes, shard_bytes)

@@ -66,6 +66,16 @@ def load_images(params: Params, split: str, folder: Path = SPLIT) -> Images:
 
 def normalise(images: Tensor, params: ImageParams) -> Tensor:
     """uint8 [..., 3,H,W] → float32 (x/255 - mean) / std per channel: the network's input."""
-    mean = torch.tensor(params.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(params.std, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    return Normalisation(params, images.device)(images)
+
+
+class Normalisation:
+    """`normalise` with its constants already on the device, so that a step sends none."""
+
+    def __init__(self, params: ImageParams, device: torch.device) -> None:
+        self._mean = torch.tensor(params.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(params.std, device=device).view(3, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [..., 3,H,W] on the device → float32, same shape."""
+        return (images.float() / 255 - self._mean) / self._std

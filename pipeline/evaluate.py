@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from models.cosine_classifier import ImageClassifier
-from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, whole_folder, write_file, write_json
-from pipeline.checkpoint import check_image, load_model
+from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
+from pipeline.checkpoint import BEST, check_image, load_model
 from pipeline.dataset import Images, load_images
 from pipeline.errors import DataError
 from pipeline.inference import outputs
@@ -28,6 +25,7 @@ from pipeline.report import render_report
 from pipeline.stage import stage_main
 
 TARGET_PRIORS = {"balanced": 0.0, "train": 1.0}
+NETWORKS = {"teacher": TEACHER, "student": STUDENT}
 
 
 @dataclass(frozen=True)
@@ -53,23 +51,23 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
             "data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split"
         )
     device, labels = choose_device(params.device), test.labels.numpy()
-    logits = {}
-    for name, folder in (("teacher", TEACHER), ("student", STUDENT)):
-        model, config = load_model(folder, name)
-        check_image(config, params.image, folder)
-        logits[name] = _logits(model, test, params, device)
+    logits = {name: network_logits(folder, name, test, params, device) for name, folder in NETWORKS.items()}
     found = {name: _answers(values, prior) for name, values in logits.items()}
-    metrics = {name: _metrics(by_prior, labels, prior, params) for name, by_prior in found.items()}
+    metrics = {name: network_metrics(values, labels, prior, params) for name, values in logits.items()}
+    if (STUDENT / BEST).is_dir():
+        # An extra under a name of its own: whoever picks an epoch by a score must say so.
+        best = network_logits(STUDENT / BEST, "student", test, params, device)
+        metrics["student_best_epoch"] = network_metrics(best, labels, prior, params)
     chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)
     with whole_folder(output) as folder:
         write_json(folder / "metrics.json", metrics)
         classes = _per_class(found, labels, prior)
-        write_file(folder / "per_class.csv", _csv(classes))
+        write_file(folder / "per_class.csv", as_csv(classes))
         predicted = found["student"]["balanced"].argmax(1)
         pairs = [
             {"actual": prior.classes[a], "predicted": prior.classes[b]} for a, b in zip(labels, predicted, strict=True)
         ]
-        write_file(folder / "confusion.csv", _csv(pairs))
+        write_file(folder / "confusion.csv", as_csv(pairs))
         pyarrow.parquet.write_table(
             _predictions(test, found["student"], logits["student"]), folder / "predictions.parquet"
         )
@@ -78,7 +76,10 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     return Result(metrics, output)
 
 
-def _logits(model: ImageClassifier, test: Images, params: Params, device: torch.device) -> np.ndarray:
+def network_logits(folder: Path, stage: str, test: Images, params: Params, device: torch.device) -> np.ndarray:
+    """Unadjusted logits [N,C] of the network that `stage` left in `folder`. Raises as load_model and check_image do."""
+    model, config = load_model(folder, stage)
+    check_image(config, params.image, folder)
     model = model.to(device, memory_format=torch.channels_last)
     return outputs(model, test.images, params.image, device)[1].numpy()
 
@@ -97,7 +98,9 @@ def _answers(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
     return {name: answers(logits, log_prior, strength) for name, strength in TARGET_PRIORS.items()}
 
 
-def _metrics(found: dict[str, np.ndarray], labels: np.ndarray, prior: Prior, params: Params) -> dict[str, Any]:
+def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params: Params) -> dict[str, Any]:
+    """Target prior → metric, of a network's unadjusted logits [N,C] for labels [N]."""
+    found = _answers(logits, prior)
     classes = len(prior.classes)
     targets = {"balanced": np.full(classes, 1 / classes), "train": np.array(prior.p)}
     bins, top_k = params.evaluate.ece_bins, params.evaluate.top_k
@@ -147,16 +150,8 @@ def _write_samples(
         write_file(folder / name, data)
         answered = {prior: classes[int(values[index].argmax())] for prior, values in found.items()}
         samples.append({"file": name, "label": classes[int(test.labels[index])], **answered})
-    write_file(folder / "samples.csv", _csv([{"file": s["file"], "label": s["label"]} for s in samples]))
+    write_file(folder / "samples.csv", as_csv([{"file": s["file"], "label": s["label"]} for s in samples]))
     return [{**sample, "bytes": test.encoded(index)} for sample, index in zip(samples, chosen, strict=True)]
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 
 from rich.console import Console
@@ -20,6 +18,7 @@ def progress_bar(quiet: bool = False, unit: str = "steps") -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
@@ -36,12 +35,3 @@ def epoch_line(name: str, record: dict[str, float], epochs: int) -> str:
 def as_jsonl(history: History) -> str:
     """History as JSON lines, one record an epoch."""
     return "".join(json.dumps(record) + "\n" for record in history)
-
-
-def as_csv(history: History) -> str:
-    """History as CSV, which DVC can plot."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return stream.getvalue()

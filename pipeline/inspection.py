@@ -122,7 +122,7 @@ def inspect_images(
     pool = ThreadPoolExecutor(jobs or (os.cpu_count() or 1) + 4)
     try:
         with progress_bar(unit="images") as bar:
-            task = bar.add_task(f"{name}: reading images", total=len(source.rows))
+            task = bar.add_task(f"{name}: reading images", total=len(source.rows), rate="")
             for found in pool.map(inspect, in_parts(source.rows, 64)):
                 if journal:
                     journal.add([(reference, stamp, value) for reference, stamp, value, new in found if new])

@@ -110,9 +110,13 @@ class PriorParams(Section):
 
 
 class ScheduleParams(Section):
-    """Learning rate by epoch: `cosine` to nearly zero, or `steps` times `factor` at each milestone; linear warm-up first."""
+    """Learning rate by epoch: `cosine` to nearly zero, or `steps` times `factor` at each milestone; linear warm-up first.
+
+    `rule` says when warm-up and steps end: `paper` where they are stated, `official` an epoch later, as the authors' code.
+    """
 
     kind: Literal["cosine", "steps"]
+    rule: Literal["paper", "official"] = "paper"
     warmup_epochs: Count
     milestones: list[PositiveInt] = []
     factor: Annotated[Number, Field(gt=0, lt=1)] = 0.1
@@ -162,10 +166,16 @@ class AugmentParams(Section):
 
 
 class TrainingParams(Section):
-    """What teacher and student training share: network, SGD, schedule, augmentation."""
+    """What teacher and student training share: network, SGD, schedule, augmentation.
+
+    adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. ema_decay: of the average of
+    weights that is evaluated and kept instead of the last step's; 0 for none.
+    """
 
     backbone: str
     tau_s: Positive
+    adjustment: NonNegative = 1.0
+    ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Positive
@@ -176,18 +186,46 @@ class TrainingParams(Section):
 
 
 class StudentParams(TrainingParams):
-    """The student's terms: gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues."""
+    """The student's terms: gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues.
+
+    A term of weight 0 is left out of the step. contrast_encoder fills the queues: the frozen `teacher`, or a `momentum`
+    copy of the student, which follows it by encoder_momentum a step; with alpha 0 no teacher then takes part.
+    """
 
     gamma: NonNegative
     beta: NonNegative
     alpha: NonNegative
     distillation_temperature: Positive
     prior_strength: NonNegative
+    contrast_encoder: Literal["teacher", "momentum"] = "teacher"
+    encoder_momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     tau_g: Positive
     train_tau_g: bool
     queue_total: PositiveInt
     queue_minimum: PositiveInt
     projection_dim: PositiveInt
+
+    @model_validator(mode="after")
+    def _classifier_is_trained(self) -> StudentParams:
+        if not (self.gamma or self.alpha):
+            raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
+        return self
+
+
+class EngineParams(Section):
+    """How training runs. Nothing here changes the recipe; `precision` changes rounding, the rest not even that.
+
+    precision: of the networks' convolutions and products; auto is bfloat16 on CUDA and float32 on the CPU. capture: a step
+    as one CUDA graph, checked against the plain step before it is used. checkpoint_seconds: longest time between two
+    checkpoints. tensorboard: event files under artifacts/tensorboard/ as well. side_by_side: how many of `seeds` train
+    at once on the device; auto is one on the CPU, all on a GPU.
+    """
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    capture: bool = True
+    checkpoint_seconds: NonNegative = 60.0
+    tensorboard: bool = False
+    side_by_side: PositiveInt | Literal["auto"] = "auto"
 
 
 class EvaluateParams(Section):
@@ -219,6 +257,8 @@ class Params(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    engine: EngineParams = EngineParams()
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = []
     data: DataParams
     image: ImageParams
     prior: PriorParams

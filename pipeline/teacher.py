@@ -15,8 +15,7 @@ from pipeline.params import Params
 from pipeline.prior import load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
-from pipeline.training import Training
-from pipeline.training_run import Result, check_recipe, model_config, run_folder, save_run
+from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run
 
 
 def run(params: Params, output: Path = TEACHER) -> Result:
@@ -28,9 +27,9 @@ def run(params: Params, output: Path = TEACHER) -> Result:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(params.seed)
             model = build_model(config, "teacher.backbone")
-        objective = TeacherObjective(model, torch.tensor(prior.log_prior))
+        objective = TeacherObjective(model, torch.tensor(prior.log_prior), params.teacher.adjustment)
         folder = run_folder(params.teacher, params, output, SPLIT / "train.parquet")
-        training = Training("teacher", objective, params.teacher, params.image, params.seed, device, folder)
+        training = make_training("teacher", objective, params, device, folder)
         history = training.run(load_images(params, "train"), load_images(params, "validation"))
         return save_run(training, config, history, output)
 

@@ -8,15 +8,26 @@ from pathlib import Path
 import torch
 
 from models.backbones import UnknownBackboneError, check_backbone
+from models.objectives import StudentObjective, TeacherObjective
 from models.queues import queue_lengths
 from models.ranks import rank
-from pipeline.artifacts import sha256_of_file, sha256_of_json, unfinished, whole_folder, write_file
-from pipeline.checkpoint import ModelConfig, save_model
+from pipeline.artifacts import (
+    TENSORBOARD,
+    as_csv,
+    sha256_of_file,
+    sha256_of_json,
+    unfinished,
+    whole_folder,
+    write_file,
+    write_json,
+)
+from pipeline.checkpoint import BEST, ModelConfig, save_model
 from pipeline.errors import ParamsError
-from pipeline.history import History, as_csv, as_jsonl
+from pipeline.history import History, as_jsonl
 from pipeline.params import Params, TrainingParams
 from pipeline.prior import Prior
 from pipeline.resume import RunFolder
+from pipeline.tensorboard import write_scalars
 from pipeline.training import Training
 
 
@@ -38,12 +49,32 @@ def model_config(section: TrainingParams, params: Params, classes: int) -> Model
     return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std)
 
 
+def make_training(
+    name: str,
+    objective: TeacherObjective | StudentObjective,
+    params: Params,
+    device: torch.device,
+    folder: RunFolder,
+) -> Training:
+    """The run of stage `name`. While it runs, folder/metrics.jsonl holds its finished epochs, and the TensorBoard files too."""
+    section: TrainingParams = getattr(params, name)
+
+    def show(history: History) -> None:
+        if rank() == 0:
+            write_file(folder.folder / "metrics.jsonl", as_jsonl(history))
+            if params.engine.tensorboard:
+                write_scalars(TENSORBOARD / name, history)
+
+    return Training(name, objective, section, params.image, params.seed, device, folder, params.engine, show)
+
+
 def run_folder(section: TrainingParams, params: Params, output: Path, *inputs: Path) -> RunFolder:
     """Where an unfinished run of `output` keeps its state; another recipe, seed, library or input file starts anew."""
     depends = {
         "section": section.model_dump(mode="json"),
         "image": params.image.model_dump(mode="json"),
         "seed": params.seed,
+        "precision": params.engine.precision,
         "torch": torch.__version__,
         "inputs": [sha256_of_file(path) for path in inputs],
     }
@@ -51,10 +82,18 @@ def run_folder(section: TrainingParams, params: Params, output: Path, *inputs: P
 
 
 def save_run(training: Training, config: ModelConfig, history: History, output: Path) -> Result:
-    """Write network, config and history as one whole folder, by rank 0; what the run kept to go on is then dropped."""
+    """Write network, config and history as one whole folder, by rank 0; what the run kept to go on is then dropped.
+
+    The network is the last epoch's. That of the best epoch on validation lies in best/, with best.json, if there was a
+    validation split: an extra, as whoever picks an epoch by a score must say so.
+    """
     if rank() == 0:
         with whole_folder(output) as folder:
-            save_model(training.objective.model, config, folder)
+            save_model(training.model.state_dict(), config, folder)
+            if training.best:
+                save_model(training.best.weights, config, folder / BEST)
+                best = {"epoch": training.best.epoch, "validation_accuracy": training.best.accuracy}
+                write_json(folder / BEST / "best.json", best)
             write_file(folder / "metrics.jsonl", as_jsonl(history))
             write_file(folder / "history.csv", as_csv(history))
         if training.run_folder:
@@ -69,6 +108,8 @@ def check_recipe(params: Params, prior: Prior) -> None:
             check_backbone(name)
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
+    if not params.student.beta:
+        return
     try:
         queue_lengths(prior.counts, params.student.queue_total, params.student.queue_minimum)
     except ValueError as error:

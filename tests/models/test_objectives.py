@@ -4,47 +4,10 @@ import copy
 
 import pytest
 import torch
+from small_objectives import BATCH, IDS, LOG_PRIOR, TARGET, gradient, images_seen_by, network, student, views
 
-from models.cosine_classifier import ImageClassifier
 from models.losses import adjusted_cross_entropy, distillation_loss, gml_loss, other_sample_mask
-from models.objectives import StudentObjective, StudentWeights, TeacherObjective
-
-CLASSES, COUNTS, BATCH = 3, [50, 12, 3], 6
-LOG_PRIOR = torch.tensor([50 / 65, 12 / 65, 3 / 65]).log()
-TARGET = torch.tensor([0, 0, 1, 2, 0, 1])
-IDS = torch.arange(100, 106)
-
-
-def network(backbone="resnet20", seed=0):
-    torch.manual_seed(seed)
-    return ImageClassifier(backbone, CLASSES, 0.1)
-
-
-def student(*, teacher=None, weights=None, train_tau_g=True, total=16, minimum=2, counts=COUNTS):
-    teacher = teacher or network(seed=1)
-    chosen = {
-        "gamma": 0.7, "beta": 1.5, "alpha": 2.0, "distillation_temperature": 4.0, "prior_strength": 0.5, **(weights or {}),
-    }  # fmt: skip
-    torch.manual_seed(2)
-    return StudentObjective(
-        network(), teacher, LOG_PRIOR, counts, StudentWeights(**chosen),
-        tau_g=0.2, train_tau_g=train_tau_g, queue_total=total, queue_minimum=minimum, projection_dim=8,
-        generator=torch.Generator().manual_seed(3),
-    ).train()  # fmt: skip
-
-
-def views(number=3, batch=BATCH):
-    return torch.randn(number, batch, 3, 8, 8, generator=torch.Generator().manual_seed(4))
-
-
-def images_seen_by(module):
-    seen = []
-    module.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    return seen
-
-
-def gradient(module):
-    return sum(p.grad.abs().sum().item() for p in module.parameters() if p.grad is not None)
+from models.objectives import TeacherObjective
 
 
 def test_the_teachers_loss_is_the_adjusted_cross_entropy_of_its_one_view():
@@ -54,6 +17,9 @@ def test_the_teachers_loss_is_the_adjusted_cross_entropy_of_its_one_view():
     expected = adjusted_cross_entropy(reference(views(1)[0])[1], TARGET, LOG_PRIOR)
     assert torch.equal(parts["loss"], expected) and not parts["classification"].requires_grad
     assert objective.views == 1 and objective.undecayed() == []
+    before = copy.deepcopy(objective.state_dict())
+    objective.after_step()
+    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
 
 
 def test_every_term_and_the_total_equal_their_definition_step_by_step():
@@ -158,17 +124,28 @@ def test_the_student_sees_classifier_and_query_view_in_one_forward():
     assert len(seen) == 1 and torch.equal(seen[0], torch.cat([views()[0], views()[1]]))
 
 
-def test_heads_start_equal_but_apart_and_a_wider_teacher_gets_a_head_of_its_own():
+def test_heads_start_equal_but_apart():
     objective = student()
     pairs = list(zip(objective.query_head.parameters(), objective.key_head.parameters(), strict=True))
     assert all(torch.equal(a, b) and a is not b for a, b in pairs)
-    torch.manual_seed(1)
-    wide = student(teacher=ImageClassifier("torchvision/resnet18", CLASSES, 0.1))
-    assert wide.queues.features.shape == (16, 512)
-    wide(views(), TARGET, IDS)["loss"].backward()
-    assert gradient(wide.key_head) > 0
-    stored = wide.queues.sample_ids >= 0
-    assert stored.sum() == 6 and torch.isfinite(wide.queues.features).all()
+
+
+@pytest.mark.parametrize(
+    ("of_teacher", "of_student"), [("torchvision/resnet18", "resnet20"), ("resnet20", "torchvision/resnet18")]
+)
+def test_a_teacher_of_another_width_gets_a_key_head_of_its_own_and_teaches_as_any_other(of_teacher, of_student):
+    objective = student(teacher=network(of_teacher, seed=1), model=network(of_student))
+    width = objective.teacher.feature_dim
+    assert {width, objective.model.feature_dim} == {64, 512}
+    assert objective.queues.features.shape == (16, width)
+    parts = objective(views(), TARGET, IDS)
+    parts["loss"].backward()
+    for part in (objective.model.backbone, objective.model.classifier, objective.query_head, objective.key_head):
+        assert gradient(part) > 0
+    assert parts["distillation"] > 0 and all(torch.isfinite(part) for part in parts.values())
+    expected = copy.deepcopy(objective.teacher)(views()[2])[0]
+    stored = {int(i): objective.queues.features[row] for row, i in enumerate(objective.queues.sample_ids) if i >= 0}
+    assert all(torch.allclose(stored[int(i)], expected[k]) for k, i in enumerate(IDS))
 
 
 def test_a_short_queue_full_of_a_querys_own_image_is_counted_and_stays_finite():

@@ -7,7 +7,7 @@ import torch
 from models.cosine_classifier import ImageClassifier
 from models.objectives import StudentObjective, StudentWeights, TeacherObjective
 from pipeline.dataset import Images
-from pipeline.params import AugmentParams, ImageParams, ScheduleParams, TrainingParams
+from pipeline.params import AugmentParams, EngineParams, ImageParams, ScheduleParams, TrainingParams
 from pipeline.training import Training
 
 IMAGE = ImageParams(size=8, resize_to=8, mean=[0.5] * 3, std=[0.25] * 3)
@@ -40,7 +40,7 @@ def training_params(**changes) -> TrainingParams:
 
 
 def made_objective(stage: str, seed: int = 0) -> TeacherObjective | StudentObjective:
-    """The objective of a stage, freshly initialised from a seed."""
+    """The objective of a stage, freshly initialised from a seed; `momentum` is a student whose contrast needs no teacher."""
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -48,16 +48,24 @@ def made_objective(stage: str, seed: int = 0) -> TeacherObjective | StudentObjec
         if stage == "teacher":
             return TeacherObjective(model, log_prior)
         teacher = ImageClassifier("resnet20", 3, 1 / 30)
-        weights = StudentWeights(1.0, 1.0, 1.0, 4.0, 1.0)
+        momentum = stage == "momentum"
+        weights = StudentWeights(1.0, 1.0, 0.0 if momentum else 1.0, 4.0, 1.0)
         return StudentObjective(
             model, teacher, log_prior, (6, 3, 1), weights,
             tau_g=0.1, train_tau_g=True, queue_total=24, queue_minimum=3, projection_dim=8,
+            contrast_encoder="momentum" if momentum else "teacher", encoder_momentum=0.9,
         )  # fmt: skip
 
 
 def made_training(
-    stage: str = "teacher", seed: int = 0, run_folder=None, checkpoint_seconds: float = 60.0, **changes
+    stage: str = "teacher",
+    seed: int = 0,
+    run_folder=None,
+    checkpoint_seconds: float = 60.0,
+    precision: str = "auto",
+    **changes,
 ) -> Training:
     """A run of a stage, not yet started."""
     objective = made_objective(stage, seed)
-    return Training(stage, objective, training_params(**changes), IMAGE, seed, CPU, run_folder, checkpoint_seconds)
+    engine = EngineParams(checkpoint_seconds=checkpoint_seconds, precision=precision)
+    return Training(stage, objective, training_params(**changes), IMAGE, seed, CPU, run_folder, engine)

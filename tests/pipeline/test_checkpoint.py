@@ -26,7 +26,7 @@ def trained(seed=0):
 @pytest.fixture
 def saved(tmp_path):
     model = trained()
-    save_model(model, MODEL_CONFIG, tmp_path / "student")
+    save_model(model.state_dict(), MODEL_CONFIG, tmp_path / "student")
     return model, tmp_path / "student"
 
 
@@ -49,7 +49,7 @@ def test_a_network_comes_back_bit_for_bit_in_eval_mode(saved):
 
 def test_a_network_in_channels_last_memory_is_saved_as_well(tmp_path):
     model = trained().to(memory_format=torch.channels_last)
-    save_model(model, MODEL_CONFIG, tmp_path)
+    save_model(model.state_dict(), MODEL_CONFIG, tmp_path)
     assert same(model, load_model(tmp_path, "student")[0])
 
 
@@ -65,7 +65,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_names_the_file(saved):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / f".{WEIGHTS}.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught:
-        save_model(trained(seed=1), MODEL_CONFIG, folder)
+        save_model(trained(seed=1).state_dict(), MODEL_CONFIG, folder)
     assert caught.value.filename == str(folder / WEIGHTS)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert same(old, load_model(folder, "student")[0])
@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_half_way_through_the_weights_keeps_the_old_folder(
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as caught, whole_folder(folder) as partial:
-            save_model(trained(seed=1), MODEL_CONFIG, partial)
+            save_model(trained(seed=1).state_dict(), MODEL_CONFIG, partial)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.filename.endswith(WEIGHTS)
@@ -98,7 +98,7 @@ def damage(folder, kind):
     elif kind == "another network":
         safetensors.torch.save_file({"weight": torch.zeros(2)}, weights)
     elif kind == "another shape":
-        save_model(ImageClassifier("resnet20", 5, 0.1), MODEL_CONFIG, folder)
+        save_model(ImageClassifier("resnet20", 5, 0.1).state_dict(), MODEL_CONFIG, folder)
     elif kind == "config cut":
         config.write_text(config.read_text()[:20])
     elif kind == "config not text":
@@ -149,7 +149,7 @@ def test_an_unknown_backbone_names_its_key():
 def test_a_checkpoint_inside_a_whole_folder_that_fails_is_not_seen(tmp_path):
     def fail():
         with whole_folder(tmp_path / "student") as folder:
-            save_model(trained(), MODEL_CONFIG, folder)
+            save_model(trained().state_dict(), MODEL_CONFIG, folder)
             raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError):

@@ -78,6 +78,15 @@ def test_a_spoilt_folder_is_told_with_every_file(tmp_path, spoilt, capsys):
         assert picture.size == (960, 540)
 
 
+def test_a_terminal_sees_a_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    made = data_params(folder(tmp_path / "photos", {"ant": 5, "bee": 5}))
+    assert command(tmp_path, made) == 0
+    assert "check: reading images" in capsys.readouterr().out
+    assert command(tmp_path, made, str(tmp_path / "packed"), name="pack") == 0
+    assert "pack: reading images" in capsys.readouterr().out
+
+
 def test_with_skip_bad_images_are_counted_but_no_fault(tmp_path, spoilt, capsys):
     made = spoilt.model_copy(update={"data": spoilt.data.model_copy(update={"on_bad_image": "skip"})})
     assert command(tmp_path, made, "--json") == 0

@@ -36,7 +36,9 @@ def test_the_shipped_file_loads_and_is_frozen():
 
 TOO_LOW = {
     "seed": -1, "data.imbalance_factor": 0.99, "data.seed": -1, "data.test_per_class": 0, "data.validation_per_class": -1,
-    "data.validation_share": -0.01, "image.size": 7, "image.resize_to": 7, "prior.smoothing": -0.1,
+    "data.validation_share": -0.01, "image.size": 7, "image.resize_to": 7, "prior.smoothing": -0.1, "prior.beta": 0.0,
+    "engine.checkpoint_seconds": -1, "teacher.adjustment": -0.1, "student.adjustment": -0.1,
+    "teacher.ema_decay": -0.1, "student.ema_decay": -0.1,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,
     "teacher.momentum": -0.1, "teacher.weight_decay": -0.1, "teacher.schedule.warmup_epochs": -1,
     "teacher.schedule.factor": 0.0, "teacher.augment.crop_padding": -1, "teacher.augment.cutout": -1,
@@ -46,14 +48,17 @@ TOO_LOW = {
     "student.schedule.factor": 0.0, "student.augment.crop_padding": -1, "student.augment.cutout": -1,
     "student.augment.jitter": -0.1, "student.augment.mix_alpha": 0.0,
     "student.gamma": -0.1, "student.beta": -0.1, "student.alpha": -0.1, "student.distillation_temperature": 0.0,
-    "student.prior_strength": -0.1, "student.tau_g": 0.0, "student.queue_total": 0, "student.queue_minimum": 0,
-    "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0, "evaluate.samples": 0,
+    "student.encoder_momentum": -0.1, "student.prior_strength": -0.1, "student.tau_g": 0.0, "student.queue_total": 0,
+    "student.queue_minimum": 0, "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0,
+    "evaluate.samples": 0,
     "export.opset": 17, "export.max_batch_size": 1, "export.tolerance": 0.0, "export.golden": 0, "serving.top_k": 0,
 }  # fmt: skip
 TOO_HIGH = {
-    "seed": 2**63, "data.seed": 2**32, "data.validation_share": 1.01, "image.size": 1025, "image.resize_to": 2049,
+    "seed": 2**63, "data.seed": 2**32, "data.validation_share": 1.01, "prior.beta": 1.0,
+    "image.size": 1025, "image.resize_to": 2049,
+    "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
-    "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
+    "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
 }  # fmt: skip
 
 
@@ -108,6 +113,12 @@ def test_what_is_not_a_finite_number_is_refused(tmp_path, key, value):
         ("image", {**content()["image"], "size": 32, "resize_to": 16}, "image: resize_to is 16, below size 32"),
         ("teacher.schedule", {"kind": "steps", "warmup_epochs": 0, "milestones": [20, 10]},
          "teacher.schedule: milestones is [20, 10]; expected epochs in rising order"),
+        ("teacher.schedule", {"kind": "cosine", "warmup_epochs": 0, "rule": "code"},
+         "teacher.schedule.rule is 'code'; input should be 'paper' or 'official'"),
+        ("student.contrast_encoder", "student",
+         "student.contrast_encoder is 'student'; input should be 'teacher' or 'momentum'"),
+        ("student", {**content()["student"], "gamma": 0, "alpha": 0.0},
+         "student: gamma and alpha are both 0, so no term trains the classifier"),
         ("teacher.schedule", {"kind": "steps", "warmup_epochs": 0, "milestones": [0]}, "teacher.schedule.milestones.0 is 0;"),
         ("teacher.schedule", {"kind": "cosine", "warmup_epochs": 0, "milestones": [10]},
          "teacher.schedule: milestones is set but kind is cosine"),
@@ -130,7 +141,7 @@ def test_a_value_of_the_wrong_kind_is_refused_with_what_is_allowed(tmp_path, key
             "teacher.schedule.warmup is not a key; did you mean teacher.schedule.warmup_epochs?",
         ),
         ("data.table.classnames", "data.table.classnames is not a key; did you mean data.table.class_names?"),
-        ("prior.xyz", "prior.xyz is not a key; known here: smoothing"),
+        ("prior.xyz", "prior.xyz is not a key; known here: beta, smoothing, weighting"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_one_of_its_section(tmp_path, key, said):
@@ -148,7 +159,7 @@ def test_a_misspelt_key_comes_before_the_keys_that_it_leaves_missing(tmp_path):
     made = content()
     made["student"] = {f"{key}_": value for key, value in made["student"].items()}
     assert refusal(tmp_path, yaml.safe_dump(made)).startswith(
-        "student.alpha_ is not a key; did you mean student.alpha?"
+        "student.adjustment_ is not a key; did you mean student.adjustment?"
     )
 
 

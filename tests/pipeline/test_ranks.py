@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from small_training import CPU, IMAGE, made_images, made_training
 from models.ranks import SharedBatchNorm, gather_batch, mean_over_ranks
 from pipeline.errors import ParamsError
 from pipeline.inference import accuracy
+from pipeline.params import AugmentParams
 from pipeline.ranks import joined_ranks
+from pipeline.step import Step
 
 RANKS = 2
+# A partner of a mix is the other rank's image as often as not.
+MIXED = AugmentParams(crop_padding=1, flip=True, cutout=0, mix="cutmix")
 pytestmark = pytest.mark.end_to_end
 
 
@@ -42,25 +47,28 @@ def ten_steps(stage: str) -> dict:
     In double precision: in single, ten steps amplify the rounding of a sum taken in another order, on some processors
     past any bound that would still find a fault.
     """
-    training = made_training(stage, epochs=2)
+    changes = {"ema_decay": 0.9, "augment": MIXED} if stage == "mixed" else {}
+    training = made_training("student" if stage == "mixed" else stage, epochs=2, **changes)
     training.objective.double()
-    for network in (training.objective.model, getattr(training.objective, "teacher", None)):
+    for name in ("model", "teacher", "momentum_encoder"):
+        network = getattr(training.objective, name, None)
         if network is not None:
             network.register_forward_pre_hook(lambda _, arguments: (arguments[0].double(), *arguments[1:]))
-    losses, step = [], training._step
+    losses = []
 
-    def kept(chosen):
-        parts = step(chosen)
-        losses.append({name: mean_over_ranks(value).item() for name, value in parts.items()})
-        return parts
+    class KeptStep(Step):
+        def __call__(self, inputs):
+            parts = super().__call__(inputs)
+            losses.append({name: mean_over_ranks(value).item() for name, value in parts.items()})
+            return parts
 
-    training._step = kept
-    training.run(made_images(40), made_images(9, seed=1))
-    queues = training.objective.queues.state_dict() if stage == "student" else {}
-    return {"losses": losses, "queues": queues, "state": dict(training.objective.model.state_dict())}
+    with patch("pipeline.training.Step", KeptStep):
+        training.run(made_images(40), made_images(9, seed=1))
+    queues = training.objective.queues.state_dict() if stage != "teacher" else {}
+    return {"losses": losses, "queues": queues, "state": dict(training.model.state_dict())}
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum", "mixed"])
 def test_ten_steps_on_two_ranks_give_the_losses_and_queues_of_one(stage, tmp_path):
     alone = ten_steps(stage)
     first, second = in_ranks(ten_steps, tmp_path, stage)

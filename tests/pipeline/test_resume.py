@@ -8,8 +8,9 @@ import pytest
 import torch
 from small_training import made_images, made_training
 
+from pipeline.params import AugmentParams
 from pipeline.resume import RunFolder, Snapshot
-from pipeline.training import Training, trained_state
+from pipeline.training import Training
 
 
 class PowerCut(Exception):
@@ -18,40 +19,54 @@ class PowerCut(Exception):
 
 def cut_off(training: Training, after: int) -> None:
     """Let the run die once `after` more steps have been done."""
-    step, done = training._step, []
+    forward, done = training.objective.forward, []
 
-    def counted(chosen):
+    def counted(*arguments):
         if len(done) == after:
             raise PowerCut
         done.append(1)
-        return step(chosen)
+        return forward(*arguments)
 
-    training._step = counted
+    training.objective.forward = counted
     with pytest.raises(PowerCut):
         training.run(made_images(40), made_images(9, seed=1))
 
 
 def result(training: Training) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The whole state that a run ends with, its best network included, and its history without what a clock measures."""
     history = training.run(made_images(40), made_images(9, seed=1))
-    return trained_state(training.objective), [
-        {k: v for k, v in r.items() if k != "images_per_second"} for r in history
+    best = {f"best.{name}": tensor for name, tensor in training.best.weights.items()}
+    return {**training._step.state(), **best}, [
+        {k: v for k, v in r.items() if k not in ("images_per_second", "memory_mib")} for r in history
     ]
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
+RECIPES = {
+    "teacher": {},
+    "student": {},
+    "momentum": {},
+    "averaged": {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")},
+}
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 60.0], ids=["every step", "every epoch"])
-def test_a_run_cut_off_many_times_ends_as_one_that_was_not(stage, checkpoint_seconds, tmp_path):
-    expected, expected_history = result(made_training(stage, epochs=4))
+def test_a_run_cut_off_many_times_ends_as_one_that_was_not(name, checkpoint_seconds, tmp_path):
+    stage = "student" if name == "averaged" else name
+
+    def made(run_folder=None):
+        return made_training(
+            stage, run_folder=run_folder, checkpoint_seconds=checkpoint_seconds, epochs=4, **RECIPES[name]
+        )
+
+    expected, expected_history = result(made())
     draw = random.Random(f"{stage} {checkpoint_seconds}")
     folder = RunFolder(tmp_path / "unfinished", "run")
     for _ in range(4):
         # At one checkpoint an epoch a run must get past an epoch (5 steps) to get anywhere at all.
         longest = 4 if checkpoint_seconds == 0 else 5
-        cut_off(
-            made_training(stage, run_folder=folder, checkpoint_seconds=checkpoint_seconds, epochs=4),
-            draw.randint(0, longest),
-        )
-    found, history = result(made_training(stage, run_folder=folder, checkpoint_seconds=checkpoint_seconds, epochs=4))
+        cut_off(made(folder), draw.randint(0, longest))
+    found, history = result(made(folder))
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     assert history == expected_history

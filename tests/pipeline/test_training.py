@@ -6,10 +6,13 @@ import pytest
 import torch
 from small_training import CPU, IMAGE, made_images, made_training
 
+from pipeline.artifacts import as_csv
 from pipeline.errors import ParamsError, StageError
-from pipeline.history import as_csv, as_jsonl
+from pipeline.history import as_jsonl
 from pipeline.inference import accuracy, outputs
+from pipeline.params import EngineParams
 from pipeline.ranks import choose_device
+from pipeline.training import precision_of
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
@@ -34,7 +37,10 @@ def test_the_incomplete_last_batch_is_dropped_and_each_epoch_is_recorded():
     run = made_training()
     seen = []
     original = run.objective.forward
-    run.objective.forward = lambda views, target, ids: (seen.append(ids.tolist()), original(views, target, ids))[1]
+    run.objective.forward = lambda views, target, ids, mixed: (
+        seen.append(ids.tolist()),
+        original(views, target, ids, mixed),
+    )[1]
     history = run.run(made_images(21), made_images(0))
     assert [len(ids) for ids in seen] == [8, 8, 8, 8]
     assert len({*seen[0], *seen[1]}) == 16
@@ -49,9 +55,10 @@ def test_fewer_images_than_a_batch_is_refused_naming_the_key():
         made_training().run(made_images(5), made_images(3))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_epoch():
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the dump goes to artifacts/
     run = made_training(learning_rate=1e30)
-    with pytest.raises(StageError, match=r"not finite in epoch 1, by step 8 of 8 \(term classification\)"):
+    with pytest.raises(StageError, match=r"not finite in epoch 1, step \d of 8: .*classification"):
         run.run(made_images(64), made_images(3))
 
 
@@ -82,3 +89,41 @@ def test_epoch_lines_are_plain_text_where_there_is_no_terminal(capsys):
     assert len(lines) == 2 and lines[0].startswith("teacher  epoch 1/2  loss ")
     assert not any("\x1b" in line for line in lines)
     assert all(line.endswith("images/s") for line in lines)
+
+
+def test_the_averaged_weights_are_what_is_evaluated_and_kept():
+    run = made_training(epochs=3, ema_decay=0.9)
+    history = run.run(made_images(48), made_images(30, seed=1))
+    assert run.model is not run.objective.model
+    assert history[-1]["validation_accuracy"] == accuracy(run.model, made_images(30, seed=1), IMAGE, CPU)
+    assert made_training().run(made_images(8), made_images(3))[0].keys() == history[0].keys()
+
+
+def test_the_best_epoch_on_validation_is_kept_beside_the_last():
+    run = made_training(epochs=5, learning_rate=0.2)
+    history = run.run(made_images(32), made_images(30, seed=1))
+    scores = [record["validation_accuracy"] for record in history]
+    assert run.best.accuracy == max(scores) and run.best.epoch == scores.index(max(scores)) + 1
+    model = made_training().objective.model
+    model.load_state_dict(run.best.weights)
+    assert accuracy(model, made_images(30, seed=1), IMAGE, CPU) == max(scores)
+
+
+def test_without_a_validation_split_no_epoch_is_best():
+    run = made_training()
+    run.run(made_images(16), made_images(0))
+    assert run.best is None
+
+
+def test_an_epoch_shows_queue_fill_gradient_norm_and_memory():
+    record = made_training("student").run(made_images(40), made_images(9, seed=1))[-1]
+    assert record["queue_fill"] == 1.0
+    assert record["gradient_norm"] > 0 and record["memory_mib"] > 10
+
+
+def test_precision_auto_is_bfloat16_on_cuda_alone():
+    engine = EngineParams()
+    assert precision_of(engine, CPU) == torch.float32
+    assert precision_of(engine, torch.device("cuda")) == torch.bfloat16
+    assert precision_of(EngineParams(precision="bfloat16"), CPU) == torch.bfloat16
+    assert precision_of(EngineParams(precision="float32"), torch.device("cuda")) == torch.float32

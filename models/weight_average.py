@@ -1,0 +1,49 @@
+"""The exponential moving average of a network's weights: a network of its own, steadier than the last step's."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 10  # updates; a decay of .999 would otherwise remember the initial weights for thousands of steps
+
+
+class WeightAverage(nn.Module):
+    """average ← d · average + (1 - d) · weights after every step, d = min(decay, (1 + n) / (10 + n)) at the n-th update.
+
+    Batch-norm statistics are averaged like weights; counters are copied. Kept on the network's device with static
+    shapes and without a host read, so that an update can be part of a captured step. (torch's AveragedModel asks the
+    host for its counter at every update.)
+    """
+
+    updates: Tensor
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        if not 0 < decay < 1:
+            raise ValueError(f"decay is {decay}; expected a number between 0 and 1")
+        self.decay = decay
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.register_buffer("updates", torch.zeros((), device=next(model.parameters()).device))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the model's weights in."""
+        share = torch.clamp((WARM_UP - 1) / (WARM_UP + self.updates), min=1 - self.decay)
+        self.updates += 1
+        averaged, current = [], []
+        for mine, its in zip(self._tensors(self.average), self._tensors(model), strict=True):
+            if mine.is_floating_point():
+                averaged.append(mine)
+                current.append(its)
+            else:
+                mine.copy_(its)
+        steps = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(steps, share)
+        torch._foreach_add_(averaged, steps)
+
+    @staticmethod
+    def _tensors(model: nn.Module) -> list[Tensor]:
+        return [*model.parameters(), *model.buffers()]

@@ -1,0 +1,176 @@
+"""Stage `seeds`: teacher and student again for each of params.seeds, and the spread of metrics; writes artifacts/seeds/."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import student, teacher
+from pipeline.artifacts import (
+    EVALUATION,
+    SEEDS,
+    SPLIT,
+    as_csv,
+    sha256_of_file,
+    sha256_of_json,
+    unfinished,
+    whole_folder,
+    write_file,
+    write_json,
+)
+from pipeline.checkpoint import BEST
+from pipeline.dataset import load_images
+from pipeline.errors import ParamsError
+from pipeline.evaluate import network_logits, network_metrics
+from pipeline.params import Params
+from pipeline.prior import load_prior
+from pipeline.ranks import choose_device
+from pipeline.stage import stage_main
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The student's balanced accuracy by seed, of the last epoch."""
+
+    scores: dict[int, float]
+    output: Path
+
+    def __str__(self) -> str:
+        values = list(self.scores.values())
+        if len(values) == 1:
+            return f"one seed, balanced accuracy {values[0]:.1%}; set `seeds` for a spread → {self.output}"
+        spread = f"{statistics.mean(values):.1%} ± {statistics.stdev(values):.1%}"
+        return f"{len(values)} seeds, balanced accuracy {spread} → {self.output}/summary.json"
+
+
+def run(params: Params, output: Path = SEEDS) -> Result:
+    """Train and evaluate every further seed, then write all seeds' metrics (seeds.csv), mean and spread (summary.json).
+
+    The run of params.seed is the one that is shipped and already there. Of an interrupted stage the finished seeds are
+    kept and the others go on. engine.side_by_side processes share the device. Raises ParamsError for a repeated seed.
+    """
+    further = params.seeds
+    if len({params.seed, *further}) != 1 + len(further):
+        raise ParamsError(
+            f"seeds is {further}; expected each seed once, and not seed ({params.seed}), which runs anyway"
+        )
+    found = {params.seed: json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))}
+    work = unfinished(output)
+    if further:
+        found.update(_train_all(params, work))
+    with whole_folder(output) as folder:
+        write_file(folder / "seeds.csv", as_table(found))
+        write_json(folder / "summary.json", summary(found))
+    shutil.rmtree(work, ignore_errors=True)
+    return Result(
+        {seed: metrics["student"]["balanced"]["balanced_accuracy"] for seed, metrics in found.items()}, output
+    )
+
+
+def _train_all(params: Params, work: Path) -> Iterator[tuple[int, Metrics]]:
+    at_once = side_by_side(params)
+    if at_once == 1:
+        for seed in params.seeds:
+            yield seed, train_seed(params, seed, work)
+        return
+    # Spawned, as CUDA cannot be used in a forked process.
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(train_seed, params, seed, work): seed for seed in params.seeds}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def side_by_side(params: Params) -> int:
+    """Seeds that train at once: engine.side_by_side; `auto` is all of them on a GPU, one on the CPU."""
+    if params.engine.side_by_side != "auto":
+        return min(params.engine.side_by_side, len(params.seeds))
+    return len(params.seeds) if choose_device(params.device).type == "cuda" else 1
+
+
+def train_seed(params: Params, seed: int, work: Path) -> Metrics:
+    """Metrics of teacher, student and the student's best epoch of one seed; kept in work/<seed>/ until the stage ends."""
+    mine = params.model_copy(update={"seed": seed})
+    folder = work / str(seed)
+    fingerprint = sha256_of_json(
+        {
+            "params": mine.model_dump(mode="json", include={"seed", "image", "teacher", "student", "evaluate"}),
+            "data": [sha256_of_file(SPLIT / f"{name}.parquet") for name in ("train", "validation", "test")],
+        }
+    )
+    done = folder / "metrics.json"
+    if done.is_file():
+        kept = json.loads(done.read_text(encoding="utf-8"))
+        if kept["fingerprint"] == fingerprint:
+            return kept["metrics"]
+    print(f"seed {seed}", flush=True)
+    teacher.run(mine, folder / "teacher")
+    student.run(mine, folder / "student", folder / "teacher")
+    metrics = _evaluate(mine, folder)
+    write_json(done, {"fingerprint": fingerprint, "metrics": metrics})
+    return metrics
+
+
+def _evaluate(params: Params, folder: Path) -> Metrics:
+    prior, test = load_prior(), load_images(params, "test")
+    device, labels = choose_device(params.device), test.labels.numpy()
+    networks = {"teacher": folder / "teacher", "student": folder / "student"}
+    if (folder / "student" / BEST).is_dir():
+        networks["student_best_epoch"] = folder / "student" / BEST
+    return {
+        name: network_metrics(network_logits(where, name, test, params, device), labels, prior, params)
+        for name, where in networks.items()
+    }
+
+
+def summary(found: dict[int, Metrics]) -> dict[str, Any]:
+    """Network → target prior → metric → {mean, std, seeds}; std is the sample's, None of one seed. n/a stays None."""
+    first = next(iter(found.values()))
+    return {
+        "seeds": list(found),
+        **{
+            network: {
+                prior: {
+                    name: _spread([metrics[network][prior][name] for metrics in found.values()])
+                    for name, value in values.items()
+                    if not isinstance(value, dict)
+                }
+                for prior, values in by_prior.items()
+            }
+            for network, by_prior in first.items()
+        },
+    }
+
+
+def _spread(values: list[float | None]) -> dict[str, Any] | None:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return None
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {"mean": statistics.fmean(numbers), "std": std, "seeds": values}
+
+
+def as_table(found: dict[int, Metrics]) -> str:
+    """All metrics as CSV, a row a seed, network and target prior."""
+    return as_csv(
+        [
+            {"seed": seed, "network": network, "target_prior": prior}
+            | {name: value for name, value in values.items() if not isinstance(value, dict)}
+            for seed, metrics in found.items()
+            for network, by_prior in metrics.items()
+            for prior, values in by_prior.items()
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(run, "Train further seeds and report mean and spread."))

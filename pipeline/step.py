@@ -1,0 +1,137 @@
+"""One optimiser step: what it needs is drawn on the CPU, the rest happens on the device, and nothing is read back."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.objectives import Mixed, StudentObjective, TeacherObjective
+from models.ranks import gather_batch, rank, rank_count
+from models.weight_average import WeightAverage
+from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_views
+from pipeline.dataset import Images, Normalisation
+from pipeline.optimiser import Optimiser
+from pipeline.params import ImageParams, TrainingParams
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A global batch of B images: their places in the training split, int64 [B], and the random numbers of their views."""
+
+    chosen: Tensor
+    draws: Draws
+    mix: MixDraws | None
+
+    def to(self, device: torch.device) -> StepInputs:
+        """The same on a device; to a GPU without waiting for it."""
+        chosen = self.chosen.pin_memory() if device.type == "cuda" and not self.chosen.is_cuda else self.chosen
+        mix = None if self.mix is None else self.mix.to(device)
+        return StepInputs(chosen.to(device, non_blocking=True), self.draws.to(device), mix)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        mix = self.mix
+        mixed = [] if mix is None else [t for t in (mix.partner, mix.share, mix.box) if t is not None]
+        return [self.chosen, *self.draws.tables, *mixed]
+
+
+class Step:
+    """The step of one run: views of the batch, the objective's loss in the run's precision, SGD, the average of weights.
+
+    precision: the dtype of convolutions and products; norms, softmax and losses are float32 in any case. The images lie
+    on the device as uint8. With several ranks each takes its run of the batch and gradients are averaged.
+    """
+
+    def __init__(
+        self,
+        objective: TeacherObjective | StudentObjective,
+        params: TrainingParams,
+        image: ImageParams,
+        train: Images,
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self.objective = objective
+        self.device = device
+        self.precision = precision
+        self.optimiser = Optimiser(objective, params)
+        self.average = WeightAverage(objective.model, params.ema_decay) if params.ema_decay else None
+        self._module: nn.Module = shared_gradients(objective) if rank_count() > 1 else objective
+        self._augment = params.augment
+        self._images, self._labels = train.images.to(device), train.labels.to(device)
+        self._normalise = Normalisation(image, device)
+
+    def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
+        """The inputs of a step on the images `chosen` int64 [B], from and on the CPU."""
+        height, width = self._images.shape[2:]
+        draws = draw_views(len(chosen), height, width, self.objective.views, self._augment, generator)
+        return StepInputs(chosen, draws, draw_mix(len(chosen), height, width, self._augment, generator))
+
+    def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
+        """This rank's views uint8 [views,b,3,H,W] of inputs on the device, and what the classifier view was mixed with."""
+        mine = own_rows(inputs)
+        views = apply_views(self._images[mine.chosen], mine.draws, self._augment)
+        if mine.mix is None:
+            return views, None
+        # A partner may be another rank's image.
+        views[0] = apply_mix(views[0], mine.mix, gather_batch(views[0]))
+        return views, Mixed(self._labels[inputs.chosen[mine.mix.partner]], mine.mix.share)
+
+    def __call__(self, inputs: StepInputs) -> dict[str, Tensor]:
+        """Take the step; inputs on the device. The objective's parts and `gradient_norm`, detached scalars on the device."""
+        self.objective.train()
+        chosen = own_rows(inputs).chosen
+        views, mixed = self.views(inputs)
+        half = self.precision != torch.float32
+        with torch.autocast(self.device.type, self.precision if half else None, enabled=half, cache_enabled=False):
+            parts = self._module(self._normalise(views), self._labels[chosen], chosen, mixed)
+        norm = self.optimiser.descend(parts["loss"])
+        self.objective.after_step()
+        if self.average is not None:
+            self.average.update(self.objective.model)
+        return {**{name: part.detach() for name, part in parts.items()}, "gradient_norm": norm}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name: the tensors themselves. Without the frozen teacher."""
+        average = {} if self.average is None else self.average.state_dict()
+        return {
+            **{f"objective.{name}": tensor for name, tensor in trained_state(self.objective).items()},
+            **{f"momentum.{i}": tensor for i, tensor in enumerate(self.optimiser.momentum())},
+            **{f"average.{name}": tensor for name, tensor in average.items()},
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> list[str]:
+        """Put the tensors of a `state` back, in place; the names that do not fit, nothing being changed if there are any."""
+        mine = self.state()
+        wrong = [name for name, tensor in mine.items() if name not in state or state[name].shape != tensor.shape]
+        wrong += [name for name in state if name not in mine]
+        if not wrong:
+            with torch.no_grad():
+                for name, tensor in mine.items():
+                    tensor.copy_(state[name])
+        return wrong
+
+
+def own_rows(inputs: StepInputs) -> StepInputs:
+    """This rank's run of the global batch; partners of a mix still count within the whole."""
+    share = len(inputs.chosen) // rank_count()
+    start, stop = rank() * share, (rank() + 1) * share
+    mix = None if inputs.mix is None else inputs.mix.rows(start, stop)
+    return replace(inputs, chosen=inputs.chosen[start:stop], draws=inputs.draws.rows(start, stop), mix=mix)
+
+
+def shared_gradients(objective: nn.Module) -> DistributedDataParallel:
+    """The objective with gradients averaged over the ranks. Buffers are not sent: every rank enqueues the gathered batch."""
+    # Newer releases renamed the switch, and warn of the old name.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    switch = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(objective, **switch)
+
+
+def trained_state(objective: nn.Module) -> dict[str, Tensor]:
+    """Everything of an objective that training changes: its state without the frozen teacher's."""
+    return {name: value for name, value in objective.state_dict().items() if not name.startswith("teacher.")}

@@ -1,0 +1,102 @@
+"""Further seeds: whole runs again, resumed when they were interrupted, their mean and spread."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from making import data_params, folder
+
+from pipeline import evaluate, prior, seeds, split, student, teacher
+from pipeline.errors import ParamsError
+from pipeline.params import Params
+
+pytestmark = pytest.mark.end_to_end
+
+TINY = {
+    "image.size": 8, "image.resize_to": 8, "teacher.epochs": 1, "teacher.batch_size": 4, "student.epochs": 1,
+    "student.batch_size": 4, "student.queue_total": 8, "student.queue_minimum": 2, "student.projection_dim": 4,
+}  # fmt: skip
+
+
+def with_changes(params: Params, changes: dict) -> Params:
+    content = params.model_dump(mode="json")
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = content
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return Params.model_validate(content)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A tiny project with everything up to the evaluation made; its folder and params."""
+    root = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        made = data_params(folder(root / "images", {"cat": 12, "dog": 9, "eel": 7}))
+        made = with_changes(made, TINY)
+        for stage in (split, prior, teacher, student, evaluate):
+            stage.run(made)
+    return root, made
+
+
+def test_one_seed_has_a_summary_without_a_spread(project, monkeypatch):
+    root, made = project
+    monkeypatch.chdir(root)
+    result = seeds.run(made)
+    told = json.loads((root / "artifacts/seeds/summary.json").read_text())
+    assert told["seeds"] == [0]
+    assert told["student"]["balanced"]["all"]["std"] is None
+    assert str(result).startswith("one seed, balanced accuracy ")
+
+
+def test_further_seeds_train_side_by_side_and_their_spread_is_that_of_their_metrics(project, monkeypatch):
+    root, made = project
+    monkeypatch.chdir(root)
+    several = with_changes(made, {"seeds": [1, 2], "engine.side_by_side": 2})
+    result = seeds.run(several)
+    told = json.loads((root / "artifacts/seeds/summary.json").read_text())
+    rows = list(csv.DictReader((root / "artifacts/seeds/seeds.csv").open()))
+    assert {row["seed"] for row in rows} == {"0", "1", "2"}
+    assert {row["network"] for row in rows} == {"teacher", "student", "student_best_epoch"}
+    for network in ("teacher", "student", "student_best_epoch"):
+        values = [float(row["nll"]) for row in rows if row["network"] == network and row["target_prior"] == "balanced"]
+        found = told[network]["balanced"]["nll"]
+        assert found["mean"] == pytest.approx(statistics.mean(values))
+        assert found["std"] == pytest.approx(statistics.stdev(values)) and found["std"] > 0
+    assert " ± " in str(result)
+    assert not (root / "artifacts/.seeds.unfinished").exists()
+
+
+def test_an_interrupted_stage_keeps_the_seeds_that_had_finished(project, monkeypatch):
+    root, made = project
+    monkeypatch.chdir(root)
+    several = with_changes(made, {"seeds": [3, 4]})
+    trained, train = [], teacher.run
+
+    def counted(params, output):
+        if params.seed == 4 and not trained.count(4):
+            trained.append(4)
+            raise KeyboardInterrupt
+        trained.append(params.seed)
+        return train(params, output)
+
+    monkeypatch.setattr(teacher, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        seeds.run(several)
+    seeds.run(several)
+    assert trained == [3, 4, 4]
+
+
+def test_a_repeated_seed_is_refused(project):
+    _, made = project
+    with pytest.raises(ParamsError, match=r"seeds is \[1, 1\]; expected each seed once"):
+        seeds.run(with_changes(made, {"seeds": [1, 1]}), Path("unused"))
+    with pytest.raises(ParamsError, match=r"not seed \(0\), which runs anyway"):
+        seeds.run(with_changes(made, {"seeds": [0]}), Path("unused"))
