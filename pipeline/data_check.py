@@ -49,6 +49,7 @@ class Report:
     inspected: dict[str, Inspected]
     counts: dict[str, list[int]]
     bad: list[Row]
+    conflicts: list[tuple[Row, Row]]
     duplicates: dict[str, list[tuple[str, Row]]]
     near_duplicates: list[list[tuple[str, Row]]] | None
     list_hash: str
@@ -114,7 +115,7 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
         assigned = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
     hashes = {reference: found.sha256 for reference, found in inspected.items() if found.sha256}
     conflicts = conflicting_labels(source.rows, hashes)
-    if conflicts:
+    if conflicts and data.source not in PUBLISHED:
         row, other = conflicts[0]
         verdict.append(
             f"{len(conflicts):,} images lie under two labels; the first: {source.place(row)} and {source.place(other)}"
@@ -125,7 +126,7 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     return Report(
         data.source, data.location, source.classes, assigned, inspected,
         {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
-        bad, group_duplicates(assigned, hashes), _near(assigned, inspected, near),
+        bad, conflicts, group_duplicates(assigned, hashes), _near(assigned, inspected, near),
         hash_split(assigned), hash_split(assigned, hashes), published, verdict,
     )  # fmt: skip
 

@@ -57,6 +57,8 @@ def _findings(report: Report) -> list[str]:
         lines.append(f"  and {len(report.bad) - SHOWN:,} more, in problems.csv")
     exact = list(report.duplicates.values())
     lines.append(f"exact duplicates: {len(exact):,} groups, {report.across_splits(exact):,} of them across splits")
+    if report.conflicts:
+        lines.append(f"the same image under two labels of one split: {len(report.conflicts):,}")
     if report.near_duplicates is not None:
         near = report.near_duplicates
         lines.append(f"near duplicates: {len(near):,} groups, {report.across_splits(near):,} of them across splits")
@@ -118,6 +120,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "unreadable": len(report.bad) - missing,
         "duplicate_groups": len(exact),
         "duplicate_groups_across_splits": report.across_splits(exact),
+        "images_under_two_labels": len(report.conflicts),
         "near_duplicate_groups": None if near is None else len(near),
         "near_duplicate_groups_across_splits": None if near is None else report.across_splits(near),
         "image_sizes": {name: list(size) for name, size in report.image_sizes().items()},
