@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.params import DataParams
+from pipeline.profiles import class_members
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def hash_of_ranks(labels: np.ndarray, kept: list[np.ndarray]) -> str:
 
     labels: [N] integers in file order. kept: for each class, indexes into labels.
     """
-    ranks = [np.searchsorted(np.flatnonzero(labels == c), indexes) for c, indexes in enumerate(kept)]
+    members = class_members(labels, len(kept))
+    ranks = [np.searchsorted(found, indexes) for found, indexes in zip(members, kept, strict=True)]
     return hashlib.sha256(np.concatenate(ranks).astype("<i8").tobytes()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from pipeline.duplicates import check_labels, conflicting_labels, find_duplicate
 from pipeline.errors import DataError, ParamsError
 from pipeline.inspection import check_missing, check_usable, inspect_images
 from pipeline.params import DataParams, Params
-from pipeline.profiles import choose, class_sizes
+from pipeline.profiles import choose, class_members, class_sizes
 from pipeline.published import PUBLISHED, check_published_choice
 from pipeline.sources import Row, Source, open_source
 from pipeline.stage import stage_main
@@ -131,7 +131,8 @@ def assign(rows: list[Row], classes: list[str], params: DataParams) -> dict[str,
     check_published_choice(params, labels, kept)
     validation = hinted["validation"]
     if not validation:
-        dropped = [np.setdiff1d(np.flatnonzero(labels == c), chosen) for c, chosen in enumerate(kept)]
+        members = class_members(labels, len(classes))
+        dropped = [np.setdiff1d(found, chosen) for found, chosen in zip(members, kept, strict=True)]
         kept, held = _hold_out_validation(kept, dropped, params, generator)
         validation = [pool[i] for i in held]
     train = [pool[i] for chosen in kept for i in chosen]
@@ -143,8 +144,7 @@ def _hold_out_test(
 ) -> tuple[list[Row], list[Row]]:
     labels = np.array([row.label for row in pool])
     held: list[int] = []
-    for label, name in enumerate(classes):
-        members = np.flatnonzero(labels == label)
+    for name, members in zip(classes, class_members(labels, len(classes)), strict=True):
         if len(members) <= per_class:
             raise DataError(
                 f"class {name!r} has {len(members)} images, too few to hold out data.test_per_class = {per_class} and train; "
