@@ -109,22 +109,24 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
         if cause:
             verdict.append(cause)
     try:
-        assigned = assign(without(source, bad) if data.on_bad_image == "skip" else source.rows, source.classes, data)
+        assigned = assign(
+            without(source, bad) if data.on_bad_image == "skip" else source.rows, source.classes, data, source.origin
+        )
     except StageError as error:
         verdict.append(str(error))
         assigned = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
     hashes = {reference: found.sha256 for reference, found in inspected.items() if found.sha256}
     conflicts = conflicting_labels(source.rows, hashes)
-    if conflicts and data.source not in PUBLISHED:
+    if conflicts and source.origin not in PUBLISHED:
         row, other = conflicts[0]
         verdict.append(
             f"{len(conflicts):,} images lie under two labels; the first: {source.place(row)} and {source.place(other)}"
         )
     published = compare(params, source)
     if any(not figure.same for figure in published):
-        verdict.append(f"{data.source} differs from what was published")
+        verdict.append(f"{source.origin} differs from what was published")
     return Report(
-        data.source, data.location, source.classes, assigned, inspected,
+        source.origin, data.location, source.classes, assigned, inspected,
         {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
         bad, conflicts, group_duplicates(assigned, hashes), _near(assigned, inspected, near),
         hash_split(assigned), hash_split(assigned, hashes), published, verdict,
@@ -148,7 +150,7 @@ def hash_split(assigned: Assigned, hashes: Mapping[str, str] | None = None) -> s
 
 def compare(params: Params, source: Source) -> list[Difference]:
     """The published figures of a known data set beside those of the source; none for a set of one's own."""
-    known = PUBLISHED.get(params.data.source)
+    known = PUBLISHED.get(source.origin)
     if known is None:
         return []
     by_split = {split: [row for row in source.rows if row.split == split] for split in known.images}
@@ -162,7 +164,7 @@ def compare(params: Params, source: Source) -> list[Difference]:
         *((f"{group} classes", known.groups[group], groups.count(group)) for group in GROUPS),
     ]
     found = [Difference(name, f"{published:,}", f"{there:,}") for name, published, there in figures]
-    choice = published_choice(params.data)
+    choice = published_choice(source.origin, params.data)
     if choice:
         labels = np.array([row.label for row in by_split["train"]])
         kept = choose(labels, class_sizes(params.data.profile, counts, params.data.imbalance_factor), params.data.seed)

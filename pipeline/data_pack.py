@@ -19,7 +19,7 @@ from pipeline.history import progress_bar
 from pipeline.inspection import check_missing
 from pipeline.params import Params
 from pipeline.sources import BadImageError, Row, Source, in_parts, open_source
-from pipeline.sources.shards import CLASSES_KEY
+from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY
 from pipeline.split import SPLITS
 
 PLAN, SUMMARY = ".pack.json", "pack.json"
@@ -67,7 +67,7 @@ def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None
         task = bar.add_task("pack: reading images", total=len(source.rows), rate="")
         for split, kept in rows.items():
             if kept:
-                writers[split] = writer = _Writer(work / split, source.classes, shard_bytes)
+                writers[split] = writer = _Writer(work / split, source, shard_bytes)
                 bar.advance(task, writer.next)
                 for part in in_parts(kept[writer.next :], 64):
                     for row, data in zip(part, pool.map(lambda row: _read(source, row), part), strict=True):
@@ -114,12 +114,12 @@ def _prepare(work: Path, source: Source, params: Params, shard_bytes: int) -> Pa
 class _Writer:
     """The shards of one split, one after another; each is renamed to its name when whole, and says how far it came."""
 
-    def __init__(self, folder: Path, classes: list[str], shard_bytes: int) -> None:
+    def __init__(self, folder: Path, source: Source, shard_bytes: int) -> None:
         folder.mkdir(exist_ok=True)
         self._folder, self._shard_bytes = folder, shard_bytes
         self._schema = pa.schema(
             [("image", pa.binary()), ("label", pa.int32()), ("name", pa.string())],
-            metadata={CLASSES_KEY: json.dumps(classes)},
+            metadata={CLASSES_KEY: json.dumps(source.classes), ORIGIN_KEY: json.dumps(source.origin)},
         )
         self._buffer: list[tuple[bytes, int, str]] = []
         self._buffered = self._written = 0

@@ -51,11 +51,11 @@ CIFAR_LT = {
 }
 
 
-def published_choice(params: DataParams) -> tuple[int, str] | None:
-    """Images and hash of the published CIFAR-LT split that these params ask for; None where they ask for none."""
+def published_choice(origin: str, params: DataParams) -> tuple[int, str] | None:
+    """Images and hash of the published CIFAR-LT split that these params ask of a source; None where they ask for none."""
     if params.profile != "exponential" or params.seed != 0:
         return None
-    return CIFAR_LT.get((params.source, int(params.imbalance_factor))) if params.imbalance_factor % 1 == 0 else None
+    return CIFAR_LT.get((origin, int(params.imbalance_factor))) if params.imbalance_factor % 1 == 0 else None
 
 
 def hash_of_ranks(labels: np.ndarray, kept: list[np.ndarray]) -> str:
@@ -68,14 +68,14 @@ def hash_of_ranks(labels: np.ndarray, kept: list[np.ndarray]) -> str:
     return hashlib.sha256(np.concatenate(ranks).astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def check_published_choice(params: DataParams, labels: np.ndarray, kept: list[np.ndarray]) -> None:
+def check_published_choice(origin: str, params: DataParams, labels: np.ndarray, kept: list[np.ndarray]) -> None:
     """Raise DataError when params ask for a published CIFAR-LT split of the whole archive and other images were kept."""
-    wanted = published_choice(params)
-    if wanted is None or len(labels) != PUBLISHED[params.source].images["train"]:
+    wanted = published_choice(origin, params)
+    if wanted is None or len(labels) != PUBLISHED[origin].images["train"]:
         return
     found = hash_of_ranks(labels, kept)
     if found != wanted[1]:
         raise DataError(
-            f"data.source {params.source}: the images kept at imbalance factor {params.imbalance_factor:g} hash to {found}, "
+            f"{origin}: the images kept at imbalance factor {params.imbalance_factor:g} hash to {found}, "
             f"the published split to {wanted[1]}; results would not be comparable (another numpy, or another archive?)"
         )

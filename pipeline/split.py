@@ -59,14 +59,14 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     hashes = {reference: found.sha256 for reference, found in inspected.items() if found.sha256}
     skipped = [row for row in source.rows if inspected[row.reference].problem] if skip else []
     rows = without(source, skipped)
-    if params.data.source not in PUBLISHED:
+    if source.origin not in PUBLISHED:
         check_labels(source, {row.reference: hashes[row.reference] for row in rows if row.reference in hashes})
     elif pairs := conflicting_labels(rows, hashes):
         print(
-            f"split: {len(pairs)} images lie under two labels; kept, as {params.data.source} is published",
+            f"split: {len(pairs)} images lie under two labels; kept, as {source.origin} is published",
             file=sys.stderr,
         )
-    assigned = assign(rows, source.classes, params.data)
+    assigned = assign(rows, source.classes, params.data, source.origin)
     taken = [inspected[row.reference].problem for kept in assigned.values() for row in kept]
     check_usable([problem for problem in taken if problem], len(taken))
     shared = find_duplicates(assigned, hashes, source.classes)
@@ -109,12 +109,13 @@ def without(source: Source, skipped: list[Row]) -> list[Row]:
     return rows
 
 
-def assign(rows: list[Row], classes: list[str], params: DataParams) -> dict[str, list[Row]]:
+def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
     """Rows of each split, from the source's hints and params.data. Rows that the profile drops are in no split.
 
     Test is held out first (unless the source brings one), then the profile picks what training keeps, then validation
     is held out (unless the source brings one): validation_per_class images, from those that the profile dropped and,
-    where they do not suffice, at most validation_share of what the class keeps.
+    where they do not suffice, at most validation_share of what the class keeps. What the profile picks from a data set
+    of known origin is held against the published choice.
     """
     hinted = {split: [row for row in rows if row.split == split] for split in SPLITS}
     pool, test = hinted["train"], hinted["test"]
@@ -128,7 +129,7 @@ def assign(rows: list[Row], classes: list[str], params: DataParams) -> dict[str,
     except ValueError as error:
         raise ParamsError(f"data.{error}") from None
     kept = choose(labels, sizes, params.seed)
-    check_published_choice(params, labels, kept)
+    check_published_choice(origin, params, labels, kept)
     validation = hinted["validation"]
     if not validation:
         members = class_members(labels, len(classes))

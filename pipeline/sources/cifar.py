@@ -29,7 +29,7 @@ class CifarSource(WithoutFiles):
     """
 
     def __init__(self, name: str, root: Path, download: bool) -> None:
-        self._name = name
+        self.origin = name
         archive = _Archive(name, root, download)
         names = archive.load(archive.published.meta["filename"], archive.published.meta["md5"])
         self.classes = [text.decode() for text in names[archive.published.meta["key"].encode()]]
@@ -47,7 +47,7 @@ class CifarSource(WithoutFiles):
 
     def stamp(self, reference: str) -> str:
         """Always the same: the files were held against their md5 when the source was opened."""
-        return f"{self._name}/{reference}"
+        return f"{self.origin}/{reference}"
 
     def read(self, reference: str) -> bytes:
         """The image as a PNG file, its pixels unchanged."""

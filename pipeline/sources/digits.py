@@ -14,6 +14,7 @@ class DigitsSource(WithoutFiles):
         from sklearn.datasets import load_digits
 
         scans = load_digits()
+        self.origin = "digits"
         self.classes = [str(digit) for digit in range(10)]
         self._pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
         self.rows = [Row(str(i), int(label), f"digits/{i}", "train") for i, label in enumerate(scans.target)]

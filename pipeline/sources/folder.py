@@ -20,7 +20,7 @@ class FolderSource:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self._root, self.origin = root, "folder"
         folders = {entry.name: entry for entry in _folders(root)}
         if {"val", "validation"} <= set(folders):
             raise DataError(f"{root}: has both val/ and validation/; keep one of them")

@@ -56,7 +56,7 @@ class ListSource:
     """
 
     def __init__(self, name: str, root: Path, lists: ListParams) -> None:
-        self._root, self._official = root, OFFICIAL[name]
+        self._root, self._official, self.origin = root, OFFICIAL[name], name
         self.lists = _find_lists(name, root, lists)
         if "train" not in self.lists:
             names = " or ".join(self._official.files["train"])

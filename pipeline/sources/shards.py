@@ -19,7 +19,8 @@ from pipeline.errors import DataError
 from pipeline.sources.storage import Storage
 
 CACHE_BYTES = 256 * 1024 * 1024  # of images kept in memory, over all shards
-CLASSES_KEY = b"tailor.classes"  # Parquet metadata: class names as a JSON list, in label order
+# Parquet metadata that `data pack` writes, as JSON: class names in label order, and the source that was packed.
+CLASSES_KEY, ORIGIN_KEY = b"tailor.classes", b"tailor.origin"
 
 
 class Shard:
@@ -46,9 +47,9 @@ class Shard:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def class_names(self) -> list[str] | None:
-        """Class names that the file carries, as `data pack` writes them."""
-        text = (self.schema.metadata or {}).get(CLASSES_KEY)
+    def carried(self, key: bytes) -> Any:
+        """What `data pack` wrote under a key of the file's metadata; None in other files."""
+        text = (self.schema.metadata or {}).get(key)
         return json.loads(text) if text else None
 
     def column(self, column: str) -> pa.ChunkedArray:

@@ -34,8 +34,12 @@ class Row:
 
 
 class Source(Protocol):
-    """A set of labelled images. `read` and `stamp` may be called from many threads."""
+    """A set of labelled images. `read` and `stamp` may be called from many threads.
 
+    origin: the name of the data set; a pack of shards remembers what was packed.
+    """
+
+    origin: str
     classes: list[str]
     rows: list[Row]
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import TableParams
-from pipeline.sources.shards import RowGroups, Shard, open_shards
+from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY, RowGroups, Shard, open_shards
 from pipeline.sources.source import BadImageError, Row, in_parts
 from pipeline.sources.storage import Storage, is_address
 
@@ -36,6 +36,7 @@ class TableSource:
             split: open_shards(self._storage, names, columns) for split, names in files.items() if names is not None
         }
         self._shards = {shard.name: shard for shards in self._splits.values() for shard in shards}
+        self.origin = self._splits["train"][0].carried(ORIGIN_KEY) or "table"
         self._stamps: dict[str, str | None] = {}
         self._images = RowGroups(params.image or params.path or "")
         labels = {split: self._labels(shards) for split, shards in self._splits.items()}
@@ -75,7 +76,7 @@ class TableSource:
                 raise DataError(f"{where} has the label {known[0]}; integer labels must be 0..C-1 without a gap")
             missing = next(i for i, value in enumerate([*known, None]) if value != i)
             raise DataError(f"{where} skips {missing}; integer labels must be 0..C-1 without a gap")
-        carried = self._splits["train"][0].class_names() if isinstance(known[0], int) else None
+        carried = self._splits["train"][0].carried(CLASSES_KEY) if isinstance(known[0], int) else None
         names = self._params.class_names or carried or [str(value) for value in known]
         if len(names) != len(known):
             given = "data.table.class_names has" if self._params.class_names else f"{self._place('train')} carries"

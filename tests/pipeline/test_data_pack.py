@@ -54,6 +54,15 @@ def test_the_pack_holds_the_same_bytes_and_gives_the_same_split(tmp_path, shard_
         assert loose.equals(again)
 
 
+def test_a_packed_data_set_is_still_known_by_its_name(tmp_path, capsys):
+    made = data_params(tree(tmp_path / "places", PLACES), "places_lt")
+    packed = pack(made, tmp_path / "packed", 1 << 20)
+    again = packed_params(made, packed)
+    assert open_source(again.data).origin == "places_lt" and open_source(again.data).classes[0] == "a/airfield"
+    assert command(tmp_path, again) == 1
+    assert "places_lt as published" in capsys.readouterr().out
+
+
 def test_the_summary_names_the_sha256_of_every_shard(tmp_path):
     packed = pack(data_params(tree(tmp_path / "places", PLACES), "places_lt"), tmp_path / "packed", 1)
     summary = json.loads((tmp_path / "packed/pack.json").read_text())

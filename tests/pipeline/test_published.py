@@ -32,7 +32,7 @@ def asked(source, factor, **more):
 def test_the_split_of_each_published_factor_passes_and_has_its_size(source):
     rows, classes = cifar_rows(source)
     for factor in (10, 50, 100):
-        found = split.assign(rows, [str(c) for c in range(classes)], asked(source, factor))
+        found = split.assign(rows, [str(c) for c in range(classes)], asked(source, factor), source)
         assert len(found["train"]) == published.CIFAR_LT[source, factor][0] and len(found["test"]) == 10_000
 
 
@@ -40,8 +40,8 @@ def test_another_choice_than_the_published_one_stops_the_split(monkeypatch):
     rows, _ = cifar_rows("cifar10")
     monkeypatch.setattr(split, "choose", lambda labels, sizes, seed: profiles.choose(labels, sizes, seed + 1))
     with pytest.raises(DataError) as caught:
-        split.assign(rows, list("0123456789"), asked("cifar10", 100))
-    assert "data.source cifar10: the images kept at imbalance factor 100 hash to " in str(caught.value)
+        split.assign(rows, list("0123456789"), asked("cifar10", 100), "cifar10")
+    assert "cifar10: the images kept at imbalance factor 100 hash to " in str(caught.value)
     assert "the published split to 8a54f5b6fa972295; results would not be comparable" in str(caught.value)
 
 
@@ -49,7 +49,7 @@ def test_another_choice_than_the_published_one_stops_the_split(monkeypatch):
     "more", [{"seed": 1}, {"profile": "step"}, {"imbalance_factor": 20.0}, {"imbalance_factor": 10.5}]
 )
 def test_params_that_ask_for_no_published_split_are_left_alone(more):
-    assert published.published_choice(asked("cifar10", 10, **more)) is None
+    assert published.published_choice("cifar10", asked("cifar10", 10, **more)) is None
 
 
 def test_published_figures_agree_with_themselves():
