@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from making import params
+from making import ROOT, params
 
 from pipeline import profiles, published, split
 from pipeline.errors import DataError
@@ -56,3 +56,14 @@ def test_published_figures_agree_with_themselves():
     for known in published.PUBLISHED.values():
         assert sum(known.groups.values()) == known.classes
         assert known.smallest * known.classes <= known.images["train"] <= known.largest * known.classes
+
+
+def test_the_page_on_data_sources_shows_the_figures_that_the_check_compares_with():
+    page = (ROOT / "docs/data-sources.md").read_text(encoding="utf-8")
+    for name, known in published.PUBLISHED.items():
+        images = [known.images.get(split) for split in ("train", "validation", "test")]
+        figures = [*images, known.classes, known.largest, known.smallest, *known.groups.values()]
+        row = " | ".join("" if figure is None else f"{figure:,}" for figure in figures).replace("|  |", "| |")
+        assert f"| `{name}` | {row} |" in page
+    for images, digest in published.CIFAR_LT.values():
+        assert f"{images:,} `{digest}`" in page
