@@ -80,13 +80,13 @@ def one_hot_loss(case: Case, similarity: Tensor, tau: Tensor, weights: Tensor) -
     """One loss; weights: [B,K], 1 keeps a pair."""
     exponent = similarity / tau
     peak = exponent.amax(1, keepdim=True).detach()
-    one_hot = F.one_hot(case.runs.row_class, len(case.log_prior)).float()
+    one_hot = F.one_hot(case.runs.row_class, len(case.log_prior)).to(similarity.dtype)
     mean = ((exponent - peak).exp() * weights) @ one_hot / (weights @ one_hot)
     return F.cross_entropy(mean.log() + peak + case.log_prior, case.target)
 
 
 def one_hot(case: Case) -> tuple[Tensor, Tensor]:
-    weights = (case.query_ids[:, None] != case.key_ids[None, :]).float()
+    weights = (case.query_ids[:, None] != case.key_ids[None, :]).to(case.similarity.dtype)
     tau = case.log_tau.exp()
     gml = one_hot_loss(case, case.similarity, tau.detach(), torch.ones_like(weights))
     return gml, one_hot_loss(case, case.similarity.detach(), tau, weights)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.conv_bn_relu import conv_bn_relu
+
 BLOCKS_PER_STAGE = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 WIDTHS = (16, 32, 64)
 
@@ -23,11 +25,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,in,H,W] → [B,planes,H/stride,W/stride]."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = conv_bn_relu(x, self.conv1, self.bn1)
         if self.stride != 1 or self.padding:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(out + x)
+        return conv_bn_relu(out, self.conv2, self.bn2, shortcut=x)
 
 
 class CifarResNet(nn.Module):
@@ -52,4 +53,4 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [B,3,H,W] → features [B,64], non-negative and unnormalised."""
-        return self.blocks(F.relu(self.bn1(self.conv1(x)))).mean(dim=(2, 3))
+        return self.blocks(conv_bn_relu(x, self.conv1, self.bn1)).mean(dim=(2, 3))

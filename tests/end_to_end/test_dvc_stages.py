@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("digits")]
 
-STAGES = ["split", "prior", "teacher", "student", "evaluate", "export"]
+STAGES = ["split", "prior", "teacher", "student", "evaluate", "export", "seeds"]
 OUTS = [
     "data/split/train.parquet",
     "data/split/validation.parquet",
@@ -33,6 +33,7 @@ OUTS = [
     "artifacts/export/model_card.md",
     "artifacts/repository/student/1/model.onnx",
     "artifacts/repository/classifier/1/model.py",
+    "artifacts/seeds/summary.json",
 ]
 
 
@@ -78,7 +79,7 @@ def test_metrics_plots_and_dag_show_what_a_dvc_user_looks_for(digits):
 def test_a_students_parameter_retrains_the_student_and_not_the_teacher(digits):
     teacher = (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns
     done = digits.run("dvc", "exp", "run", "-S", "student.epochs=1")
-    assert digits.stages_run(done) == ["student", "evaluate", "export"]
+    assert digits.stages_run(done) == ["student", "evaluate", "export", "seeds"]
     assert (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns == teacher
     digits.run("git", "checkout", "params.yaml")
     # The first run's results come back from DVC's cache without training.

@@ -1,0 +1,249 @@
+"""The training engine against GML training in the usual way: `python -m benchmarks.training [--device cuda] [--data FOLDER]`.
+
+Baseline and engine (benchmarks.plain_training, pipeline.training) train the CIFAR-10-LT recipe at imbalance factor 100 on the
+same images. Before anything is timed, both are given the same views and weights in float64 and must find the same losses
+and gradients. Each then works in a process of its own, in turns, round by round, while the other waits. A ratio is the
+median over rounds of baseline / engine, beside the smallest and the largest: a busy machine blurs it but does not bend it.
+
+Rows: the three views alone, as they enter the network; one teacher or student step (the baseline's views are ready, the
+engine makes its own within the step); whole epochs with everything, evaluation included. On the CPU a round is a few steps.
+
+  python -m benchmarks.training --data ../shared/data --output benchmarks/results/training-cpu.md
+  python -m benchmarks.training --data ../shared/data --device cuda --full --output benchmarks/results/training-cuda.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+
+from benchmarks.gml_loss import processor
+from benchmarks.training_setup import Setup, objective_of, setup_of
+from benchmarks.training_sides import SIDES, difference
+from pipeline.history import History
+from pipeline.training import Training
+
+ROWS = ("views alone", "teacher step", "student step", "teacher epoch", "student epoch")  # of training_sides.rows
+GOALS = {"cpu": "≥ 1.5", "cuda": "≥ 8"}
+GOAL_ROW = "student epoch"
+EPOCHS = 200
+GOAL_MINUTES = 3
+
+
+class Timing(NamedTuple):
+    """Seconds of a row's rounds, baseline and engine in pairs; images trained a round."""
+
+    baseline: list[float]
+    engine: list[float]
+    images: int
+
+    def ratios(self) -> list[float]:
+        """Baseline / engine, round by round."""
+        return [a / b for a, b in zip(self.baseline, self.engine, strict=True)]
+
+
+def child(connection: Connection, side: str, arguments: argparse.Namespace) -> None:
+    """Work on command: a row's name and number of rounds; then a round for each message, answered by its seconds."""
+    torch.set_num_threads(arguments.threads)
+    setup = setup_of(arguments)
+    work = SIDES[side](setup)
+    while (command := connection.recv()) is not None:
+        row, rounds = command
+        begin = 0.0
+
+        def turn() -> None:
+            nonlocal begin
+            if setup.device.type == "cuda":
+                torch.cuda.synchronize()
+            connection.send(time.perf_counter() - begin)
+            connection.recv()
+            begin = time.perf_counter()
+
+        turn()  # ready
+        work[row](rounds, turn)
+        connection.send(None)
+
+
+def in_turns(connections: dict[str, Connection], row: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds a round by side; the first round warms up and is not among them."""
+    for connection in connections.values():
+        connection.send((row, rounds + 1))
+        connection.recv()
+    seconds: dict[str, list[float]] = {side: [] for side in connections}
+    for _ in range(rounds + 1):
+        for side, connection in connections.items():
+            connection.send("go")
+            seconds[side].append(connection.recv())
+    for connection in connections.values():
+        connection.send("go")
+        connection.recv()
+    return {side: taken[1:] for side, taken in seconds.items()}
+
+
+def measure(arguments: argparse.Namespace, images: int) -> dict[str, Timing]:
+    """All rows. Raises EOFError when a side ends early (its own message says why)."""
+    context = multiprocessing.get_context("spawn")
+    connections, processes = {}, []
+    for side in SIDES:
+        connections[side], theirs = context.Pipe()
+        processes.append(context.Process(target=child, args=(theirs, side, arguments)))
+        processes[-1].start()
+        theirs.close()
+    try:
+        timings = {}
+        for row in ROWS:
+            print(f"{row} ...", file=sys.stderr, flush=True)
+            taken = in_turns(connections, row, arguments.rounds)
+            timings[row] = Timing(taken["baseline"], taken["engine"], images)
+        for connection in connections.values():
+            connection.send(None)
+        return timings
+    finally:
+        for process in processes:
+            process.join(5)
+            process.terminate()
+
+
+def whole_run(setup: Setup) -> tuple[float, History, History]:
+    """Seconds of teacher and student from first to last epoch, as the stages train them, and their histories."""
+    begin = time.perf_counter()
+    teacher, student = objective_of(setup, "teacher"), objective_of(setup, "student")
+    histories = []
+    for name, objective in (("teacher", teacher), ("student", student)):
+        if name == "student":
+            objective.teacher.load_state_dict(teacher.model.state_dict())
+        params = getattr(setup.params, name)
+        training = Training(name, objective, params, setup.params.image, 0, setup.device, engine=setup.params.engine)
+        histories.append(training.run(setup.train, setup.test))
+    return time.perf_counter() - begin, *histories
+
+
+def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
+    """The command, hardware and versions, what a round is, and how near the two sides' mathematics is."""
+    cuda = setup.device.type == "cuda"
+    hardware = f"{torch.cuda.get_device_name()}, {processor()}" if cuda else processor()
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    source = "CIFAR-10 pack" if arguments.data else "made images"
+    return (
+        f"`python -m benchmarks.training {' '.join(sys.argv[1:])}`\n\n"
+        f"{hardware}; torch {torch.__version__}, torchvision {torchvision.__version__}, {arguments.threads} threads, "
+        f"Python {platform.python_version()}; load average at the start {load}.\n"
+        f"{source} at imbalance factor 100: student {arguments.student}, teacher {arguments.teacher}, batch "
+        f"{setup.params.student.batch_size}, K {setup.params.student.queue_total}, AutoAugment and Cutout; engine in "
+        f"{setup.params.engine.precision} precision, baseline in float32 with {arguments.workers} loader workers. A round is "
+        f"{len(setup.train)} images of training and {len(setup.test)} of evaluation; median of {arguments.rounds} rounds.\n"
+        f"Same views, same weights, float64: losses and gradients of the two differ by at most {apart:.1e} of the largest.\n"
+    )
+
+
+def table(timings: dict[str, Timing], device: str) -> str:
+    """The ratios. Goals stand where there is one."""
+    lines = [
+        "| | baseline images/s | engine images/s | ratio | smallest to largest | goal |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row, timing in timings.items():
+        ratios = timing.ratios()
+        speeds = [timing.images / statistics.median(seconds) for seconds in (timing.baseline, timing.engine)]
+        goal = GOALS[device] if row == GOAL_ROW else ""
+        lines.append(
+            f"| {row} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {statistics.median(ratios):.2f} "
+            f"| {min(ratios):.2f} to {max(ratios):.2f} | {goal} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str:
+    """Wall time of teacher and student over EPOCHS epochs: extrapolated from the epochs' rows, and made if `full`."""
+    lines = ["", f"| {EPOCHS} epochs of teacher and student | baseline | engine | goal |", "|---|--:|--:|--:|"]
+    minutes = [
+        EPOCHS * sum(statistics.median(getattr(timings[f"{name} epoch"], side)) for name in ("teacher", "student")) / 60
+        for side in ("baseline", "engine")
+    ]
+    lines.append(f"| extrapolated, minutes | {minutes[0]:.1f} | {minutes[1]:.1f} | ≤ {GOAL_MINUTES} |")
+    if full:
+        seconds, teacher, student = whole_run(setup)
+        lines.append(f"| made, minutes, preparation included | | {seconds / 60:.1f} | ≤ {GOAL_MINUTES} |")
+        accuracies = ", ".join(f"{history[-1]['validation_accuracy']:.4f}" for history in (teacher, student))
+        lines += [
+            "",
+            f"Accuracy on the test images after the last epoch of the run made: teacher, student {accuracies}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def empty_cuda_rows() -> str:
+    """What is still to be measured, with the command."""
+    rows = "\n".join(f"| {row} | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
+    return (
+        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data ../shared/data --device cuda --full` "
+        "fills these rows.\n\n"
+        "| | baseline images/s | engine images/s | ratio | smallest to largest | goal |\n|---|--:|--:|--:|--:|--:|\n"
+        f"{rows}\n\n| {EPOCHS} epochs of teacher and student | baseline | engine | goal |\n|---|--:|--:|--:|\n"
+        f"| extrapolated, minutes | | | ≤ {GOAL_MINUTES} |\n| made, minutes, preparation included | | | ≤ {GOAL_MINUTES} |\n"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="The training engine against a plain baseline: one table of ratios.",
+        epilog="example: python -m benchmarks.training --data ../shared/data --output benchmarks/results/training-cpu.md",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder with cifar10-train.parquet and -test.parquet (default: made images)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--student", help="backbone (default: resnet20 on the CPU, resnet32 on CUDA)")
+    parser.add_argument("--teacher", help="backbone (default: resnet32 on the CPU, resnet56 on CUDA)")
+    parser.add_argument("--steps", type=int, help="steps a round (default: 4 on the CPU, a whole epoch on CUDA)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each row (default: 5)")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the engine")
+    parser.add_argument("--workers", type=int, help="of the baseline's DataLoader (default: one a core, at most 16)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: one a core)")
+    parser.add_argument("--full", action="store_true", help=f"also train teacher and student for {EPOCHS} epochs")
+    parser.add_argument("--output", type=Path, help="Markdown file to write as well")
+    arguments = parser.parse_args()
+    cuda = arguments.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no CUDA device here; run with --device cpu")
+    if arguments.data and not (arguments.data / "cifar10-train.parquet").is_file():
+        parser.error(
+            f"argument --data: {arguments.data} has no cifar10-train.parquet; leave --data out for made images"
+        )
+    arguments.student = arguments.student or ("resnet32" if cuda else "resnet20")
+    arguments.teacher = arguments.teacher or ("resnet56" if cuda else "resnet32")
+    arguments.steps = arguments.steps or (None if cuda else 4)
+    if arguments.workers is None:
+        arguments.workers = min(len(os.sched_getaffinity(0)), 16)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    setup = setup_of(arguments)
+    text = head(arguments, setup, difference(setup))
+    print(text, flush=True)
+    timings = measure(arguments, len(setup.train))
+    text += "\n" + table(timings, arguments.device)
+    if arguments.device == "cuda" or arguments.full:
+        text += whole_run_lines(timings, setup, arguments.full)
+    if arguments.device == "cpu":
+        text += empty_cuda_rows()
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
