@@ -59,11 +59,13 @@ def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
         elif isinstance(image, str | os.PathLike):
             name, data = str(image), _read(Path(image))
         else:
-            raise ImageError(f"is {type(image).__name__}; expected a file, bytes, a Pillow image or a numpy array")
+            raise ImageError(
+                "type", f"is {type(image).__name__}; expected a file, bytes, a Pillow image or a numpy array"
+            )
         if check:
             decode(data)
         elif not 0 < len(data) <= MAX_BYTES:
-            raise ImageError(f"has {len(data)} bytes; expected 1 to {MAX_BYTES}")
+            raise ImageError("bytes", f"has {len(data)} bytes; expected 1 to {MAX_BYTES}")
     except ImageError as error:
         raise InputError(f"{name}: {error}") from None
     return data
@@ -92,13 +94,13 @@ def blank_image() -> bytes:
 def _from_array(array: np.ndarray) -> Image.Image:
     given = f"is {array.dtype} {list(array.shape)}"
     if array.dtype != np.uint8:
-        raise ImageError(f"{given}; {ARRAY_HINT}, with pixels from 0 to 255")
+        raise ImageError("array", f"{given}; {ARRAY_HINT}, with pixels from 0 to 255")
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-        raise ImageError(f"{given}; {ARRAY_HINT}: transpose(1, 2, 0) moves the channels to the end")
+        raise ImageError("array", f"{given}; {ARRAY_HINT}: transpose(1, 2, 0) moves the channels to the end")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
-        raise ImageError(f"{given}; {ARRAY_HINT}")
+        raise ImageError("array", f"{given}; {ARRAY_HINT}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -107,7 +109,7 @@ def _png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "PNG", compress_level=PNG_EFFORT)
     if stream.tell() > MAX_BYTES:
-        raise ImageError(f"has {stream.tell()} bytes as PNG, above the limit of {MAX_BYTES}; make it smaller")
+        raise ImageError("bytes", f"has {stream.tell()} bytes as PNG, above the limit of {MAX_BYTES}; make it smaller")
     return stream.getvalue()
 
 
