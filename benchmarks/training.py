@@ -3,7 +3,8 @@
 Baseline and engine (benchmarks.plain_training, pipeline.training) train the CIFAR-10-LT recipe at imbalance factor 100 on the
 same images. Before anything is timed, both are given the same views and weights in float64 and must find the same losses
 and gradients. Each then works in a process of its own, in turns, round by round, while the other waits. A ratio is the
-median over rounds of baseline / engine, beside the smallest and the largest: a busy machine blurs it but does not bend it.
+median over rounds of baseline / engine, beside the smallest and the largest. Processor time, of all threads and loader
+workers together, is beside it because other work on the machine lengthens it little.
 
 Rows: the three views alone, as they enter the network; one teacher or student step (the baseline's views are ready, the
 engine makes its own within the step); whole epochs with everything, evaluation included. On the CPU a round is a few steps.
@@ -15,6 +16,7 @@ engine makes its own within the step); whole epochs with everything, evaluation 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -38,57 +40,82 @@ ROWS = ("views alone", "teacher step", "student step", "teacher epoch", "student
 GOALS = {"cpu": "≥ 1.5", "cuda": "≥ 8"}
 GOAL_ROW = "student epoch"
 EPOCHS = 200
+HEADING = (
+    "| | baseline images/s | engine images/s | ratio | smallest to largest | processor time ratio | goal |\n"
+    "|---|--:|--:|--:|--:|--:|--:|"
+)
 GOAL_MINUTES = 3
 
 
-class Timing(NamedTuple):
-    """Seconds of a row's rounds, baseline and engine in pairs; images trained a round."""
+class Cost(NamedTuple):
+    """What a round took: seconds by the clock, and of processor time in all threads and loader workers together."""
 
-    baseline: list[float]
-    engine: list[float]
+    wall: float
+    cpu: float
+
+
+class Timing(NamedTuple):
+    """Costs of a row's rounds, baseline and engine in pairs; images trained a round."""
+
+    baseline: list[Cost]
+    engine: list[Cost]
     images: int
 
-    def ratios(self) -> list[float]:
-        """Baseline / engine, round by round."""
-        return [a / b for a, b in zip(self.baseline, self.engine, strict=True)]
+    def ratios(self, kind: str) -> list[float]:
+        """Baseline / engine, round by round; kind is a field of Cost."""
+        return [getattr(a, kind) / getattr(b, kind) for a, b in zip(self.baseline, self.engine, strict=True)]
+
+    def seconds(self, side: str) -> float:
+        """Median seconds of a round by the clock."""
+        return statistics.median(cost.wall for cost in getattr(self, side))
+
+
+def processor_seconds() -> float:
+    """Processor time that this process and its children that live have used."""
+    tick, total = os.sysconf("SC_CLK_TCK"), 0
+    for process in ("self", *(str(worker.pid) for worker in multiprocessing.active_children())):
+        with contextlib.suppress(FileNotFoundError):  # a loader worker that has just ended
+            # Fields 14 and 15 of proc(5), counted after the name, which may hold blanks.
+            total += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return total / tick
 
 
 def child(connection: Connection, side: str, arguments: argparse.Namespace) -> None:
-    """Work on command: a row's name and number of rounds; then a round for each message, answered by its seconds."""
+    """Work on command: a row's name and number of rounds; then a round for each message, answered by its cost."""
     torch.set_num_threads(arguments.threads)
     setup = setup_of(arguments)
     work = SIDES[side](setup)
     while (command := connection.recv()) is not None:
         row, rounds = command
-        begin = 0.0
+        begin = Cost(0.0, 0.0)
 
         def turn() -> None:
             nonlocal begin
             if setup.device.type == "cuda":
                 torch.cuda.synchronize()
-            connection.send(time.perf_counter() - begin)
+            connection.send(Cost(time.perf_counter() - begin.wall, processor_seconds() - begin.cpu))
             connection.recv()
-            begin = time.perf_counter()
+            begin = Cost(time.perf_counter(), processor_seconds())
 
         turn()  # ready
         work[row](rounds, turn)
         connection.send(None)
 
 
-def in_turns(connections: dict[str, Connection], row: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds a round by side; the first round warms up and is not among them."""
+def in_turns(connections: dict[str, Connection], row: str, rounds: int) -> dict[str, list[Cost]]:
+    """Costs of the rounds by side; the first round warms up and is not among them."""
     for connection in connections.values():
         connection.send((row, rounds + 1))
         connection.recv()
-    seconds: dict[str, list[float]] = {side: [] for side in connections}
+    costs: dict[str, list[Cost]] = {side: [] for side in connections}
     for _ in range(rounds + 1):
         for side, connection in connections.items():
             connection.send("go")
-            seconds[side].append(connection.recv())
+            costs[side].append(connection.recv())
     for connection in connections.values():
         connection.send("go")
         connection.recv()
-    return {side: taken[1:] for side, taken in seconds.items()}
+    return {side: taken[1:] for side, taken in costs.items()}
 
 
 def measure(arguments: argparse.Namespace, images: int) -> dict[str, Timing]:
@@ -149,17 +176,14 @@ def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
 
 def table(timings: dict[str, Timing], device: str) -> str:
     """The ratios. Goals stand where there is one."""
-    lines = [
-        "| | baseline images/s | engine images/s | ratio | smallest to largest | goal |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = [HEADING]
     for row, timing in timings.items():
-        ratios = timing.ratios()
-        speeds = [timing.images / statistics.median(seconds) for seconds in (timing.baseline, timing.engine)]
+        wall, cpu = timing.ratios("wall"), timing.ratios("cpu")
+        speeds = [timing.images / timing.seconds(side) for side in ("baseline", "engine")]
         goal = GOALS[device] if row == GOAL_ROW else ""
         lines.append(
-            f"| {row} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {statistics.median(ratios):.2f} "
-            f"| {min(ratios):.2f} to {max(ratios):.2f} | {goal} |"
+            f"| {row} | {speeds[0]:,.0f} | {speeds[1]:,.0f} "
+            f"| {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} | {statistics.median(cpu):.2f} | {goal} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -168,7 +192,7 @@ def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str
     """Wall time of teacher and student over EPOCHS epochs: extrapolated from the epochs' rows, and made if `full`."""
     lines = ["", f"| {EPOCHS} epochs of teacher and student | baseline | engine | goal |", "|---|--:|--:|--:|"]
     minutes = [
-        EPOCHS * sum(statistics.median(getattr(timings[f"{name} epoch"], side)) for name in ("teacher", "student")) / 60
+        EPOCHS * sum(timings[f"{name} epoch"].seconds(side) for name in ("teacher", "student")) / 60
         for side in ("baseline", "engine")
     ]
     lines.append(f"| extrapolated, minutes | {minutes[0]:.1f} | {minutes[1]:.1f} | ≤ {GOAL_MINUTES} |")
@@ -185,11 +209,11 @@ def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str
 
 def empty_cuda_rows() -> str:
     """What is still to be measured, with the command."""
-    rows = "\n".join(f"| {row} | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
+    rows = "\n".join(f"| {row} | | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
     return (
         "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data ../shared/data --device cuda --full` "
         "fills these rows.\n\n"
-        "| | baseline images/s | engine images/s | ratio | smallest to largest | goal |\n|---|--:|--:|--:|--:|--:|\n"
+        f"{HEADING}\n"
         f"{rows}\n\n| {EPOCHS} epochs of teacher and student | baseline | engine | goal |\n|---|--:|--:|--:|\n"
         f"| extrapolated, minutes | | | ≤ {GOAL_MINUTES} |\n| made, minutes, preparation included | | | ≤ {GOAL_MINUTES} |\n"
     )
