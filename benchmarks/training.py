@@ -16,25 +16,22 @@ engine makes its own within the step); whole epochs with everything, evaluation 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torchvision
 
-from benchmarks.gml_loss import processor
+from benchmarks.machine import hardware, versions
 from benchmarks.training_setup import Setup, objective_of, setup_of
 from benchmarks.training_sides import SIDES, difference
+from benchmarks.turns import Cost, in_turns
 from pipeline.history import History
 from pipeline.training import Training
+from serving.atomic import write_file
 
 ROWS = ("views alone", "teacher step", "student step", "teacher epoch", "student epoch")  # of training_sides.rows
 GOALS = {"cpu": "≥ 1.5", "cuda": "≥ 8"}
@@ -45,13 +42,6 @@ HEADING = (
     "|---|--:|--:|--:|--:|--:|--:|"
 )
 GOAL_MINUTES = 3
-
-
-class Cost(NamedTuple):
-    """What a round took: seconds by the clock, and of processor time in all threads and loader workers together."""
-
-    wall: float
-    cpu: float
 
 
 class Timing(NamedTuple):
@@ -70,78 +60,6 @@ class Timing(NamedTuple):
         return statistics.median(cost.wall for cost in getattr(self, side))
 
 
-def processor_seconds() -> float:
-    """Processor time that this process and its children that live have used."""
-    tick, total = os.sysconf("SC_CLK_TCK"), 0
-    for process in ("self", *(str(worker.pid) for worker in multiprocessing.active_children())):
-        with contextlib.suppress(FileNotFoundError):  # a loader worker that has just ended
-            # Fields 14 and 15 of proc(5), counted after the name, which may hold blanks.
-            total += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return total / tick
-
-
-def child(connection: Connection, side: str, arguments: argparse.Namespace) -> None:
-    """Work on command: a row's name and number of rounds; then a round for each message, answered by its cost."""
-    torch.set_num_threads(arguments.threads)
-    setup = setup_of(arguments)
-    work = SIDES[side](setup)
-    while (command := connection.recv()) is not None:
-        row, rounds = command
-        begin = Cost(0.0, 0.0)
-
-        def turn() -> None:
-            nonlocal begin
-            if setup.device.type == "cuda":
-                torch.cuda.synchronize()
-            connection.send(Cost(time.perf_counter() - begin.wall, processor_seconds() - begin.cpu))
-            connection.recv()
-            begin = Cost(time.perf_counter(), processor_seconds())
-
-        turn()  # ready
-        work[row](rounds, turn)
-        connection.send(None)
-
-
-def in_turns(connections: dict[str, Connection], row: str, rounds: int) -> dict[str, list[Cost]]:
-    """Costs of the rounds by side; the first round warms up and is not among them."""
-    for connection in connections.values():
-        connection.send((row, rounds + 1))
-        connection.recv()
-    costs: dict[str, list[Cost]] = {side: [] for side in connections}
-    for _ in range(rounds + 1):
-        for side, connection in connections.items():
-            connection.send("go")
-            costs[side].append(connection.recv())
-    for connection in connections.values():
-        connection.send("go")
-        connection.recv()
-    return {side: taken[1:] for side, taken in costs.items()}
-
-
-def measure(arguments: argparse.Namespace, images: int) -> dict[str, Timing]:
-    """All rows. Raises EOFError when a side ends early (its own message says why)."""
-    context = multiprocessing.get_context("spawn")
-    connections, processes = {}, []
-    for side in SIDES:
-        connections[side], theirs = context.Pipe()
-        processes.append(context.Process(target=child, args=(theirs, side, arguments)))
-        processes[-1].start()
-        theirs.close()
-    try:
-        timings = {}
-        for row in ROWS:
-            print(f"{row} ...", file=sys.stderr, flush=True)
-            taken = in_turns(connections, row, arguments.rounds)
-            timings[row] = Timing(taken["baseline"], taken["engine"], images)
-        for connection in connections.values():
-            connection.send(None)
-        return timings
-    finally:
-        for process in processes:
-            process.join(5)
-            process.terminate()
-
-
 def whole_run(setup: Setup) -> tuple[float, History, History]:
     """Seconds of teacher and student from first to last epoch, as the stages train them, and their histories."""
     begin = time.perf_counter()
@@ -158,14 +76,10 @@ def whole_run(setup: Setup) -> tuple[float, History, History]:
 
 def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
     """The command, hardware and versions, what a round is, and how near the two sides' mathematics is."""
-    cuda = setup.device.type == "cuda"
-    hardware = f"{torch.cuda.get_device_name()}, {processor()}" if cuda else processor()
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     source = "CIFAR-10 pack" if arguments.data else "made images"
     return (
         f"`python -m benchmarks.training {' '.join(sys.argv[1:])}`\n\n"
-        f"{hardware}; torch {torch.__version__}, torchvision {torchvision.__version__}, {arguments.threads} threads, "
-        f"Python {platform.python_version()}; load average at the start {load}.\n"
+        f"{hardware(arguments.device)}; {versions(arguments.threads)}.\n"
         f"{source} at imbalance factor 100: student {arguments.student}, teacher {arguments.teacher}, batch "
         f"{setup.params.student.batch_size}, K {setup.params.student.queue_total}, AutoAugment and Cutout; engine in "
         f"{setup.params.engine.precision} precision, baseline in float32 with {arguments.workers} loader workers. A round is "
@@ -258,7 +172,8 @@ def main() -> None:
     setup = setup_of(arguments)
     text = head(arguments, setup, difference(setup))
     print(text, flush=True)
-    timings = measure(arguments, len(setup.train))
+    costs = in_turns(SIDES, setup, ROWS, arguments.rounds, arguments.threads)
+    timings = {row: Timing(taken["baseline"], taken["engine"], len(setup.train)) for row, taken in costs.items()}
     text += "\n" + table(timings, arguments.device)
     if arguments.device == "cuda" or arguments.full:
         text += whole_run_lines(timings, setup, arguments.full)
@@ -266,7 +181,7 @@ def main() -> None:
         text += empty_cuda_rows()
     print(text)
     if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
+        write_file(arguments.output, text)
 
 
 if __name__ == "__main__":
