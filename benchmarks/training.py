@@ -8,8 +8,8 @@ median over rounds of baseline / engine, beside the smallest and the largest: a 
 Rows: the three views alone, as they enter the network; one teacher or student step (the baseline's views are ready, the
 engine makes its own within the step); whole epochs with everything, evaluation included. On the CPU a round is a few steps.
 
-  python -m benchmarks.training --data ../shared/data --output benchmarks/results/training-cpu.md
-  python -m benchmarks.training --data ../shared/data --device cuda --full --output benchmarks/results/training-cuda.md
+  python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md
+  python -m benchmarks.training --data FOLDER --device cuda --full --output benchmarks/results/training-cuda.md
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def empty_cuda_rows() -> str:
     """What is still to be measured, with the command."""
     rows = "\n".join(f"| {row} | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
     return (
-        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data ../shared/data --device cuda --full` "
+        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data FOLDER --device cuda --full` "
         "fills these rows.\n\n"
         "| | baseline images/s | engine images/s | ratio | smallest to largest | goal |\n|---|--:|--:|--:|--:|--:|\n"
         f"{rows}\n\n| {EPOCHS} epochs of teacher and student | baseline | engine | goal |\n|---|--:|--:|--:|\n"
@@ -198,7 +198,7 @@ def empty_cuda_rows() -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="The training engine against a plain baseline: one table of ratios.",
-        epilog="example: python -m benchmarks.training --data ../shared/data --output benchmarks/results/training-cpu.md",
+        epilog="example: python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md",
     )
     parser.add_argument(
         "--data", type=Path, help="folder with cifar10-train.parquet and -test.parquet (default: made images)"

@@ -38,6 +38,19 @@ def class_prior(counts: Any, smoothing: float = 0.0) -> np.ndarray:
     return smoothed / smoothed.sum()
 
 
+def effective_number(counts: Any, beta: float) -> np.ndarray:
+    """Effective number of samples of each class, (1 - β^n) / (1 - β) (Cui et al. 2019, Eq. 2): float64 [C].
+
+    counts: [C] numbers >= 0. beta: above 0 and below 1; towards 0 every class counts as one sample, towards 1 as its n.
+    Raises ValueError for another beta.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta is {beta}; expected a number above 0 and below 1")
+    n = np.asarray(counts, dtype=np.float64)
+    # expm1 keeps the digits that 1 - β^n loses where β is near 1.
+    return -np.expm1(n * np.log1p(-(1 - beta))) / (1 - beta)
+
+
 def log_class_prior(counts: Any, smoothing: float = 0.0) -> np.ndarray:
     """Log of `class_prior`, the η_c of Eq. 4 and Eq. 6: float64 [C]. Raises as `class_prior` does."""
     return np.log(class_prior(counts, smoothing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from models.preprocess import ImageError, preprocess
 from pipeline.artifacts import SPLIT
 from pipeline.errors import DataError
 from pipeline.params import ImageParams, Params
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source, in_parts, open_source, reading_order
 from pipeline.splits import read_split
 
 
@@ -43,16 +44,22 @@ def load_images(params: Params, split: str, folder: Path = SPLIT) -> Images:
     references = table.column("reference").to_pylist()
     size, resize_to = params.image.size, params.image.resize_to
 
-    def load(reference: str) -> np.ndarray:
-        data = source.read(reference)
-        try:
-            return preprocess(data, size, resize_to)
-        except ImageError as error:
-            raise DataError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
+    stacked = np.empty((len(references), 3, size, size), dtype=np.uint8)
 
+    def load(positions: Sequence[int]) -> None:
+        for position in positions:
+            data = source.read(references[position])
+            try:
+                stacked[position] = preprocess(data, size, resize_to)
+            except ImageError as error:
+                raise DataError(
+                    f"{references[position]}: {error}; replace the image and run `dvc repro` again"
+                ) from None
+
+    # Read as the images lie in the source, so that each row group of a table is read once.
     with ThreadPoolExecutor() as pool:
-        arrays = list(pool.map(load, references))
-    stacked = np.stack(arrays) if arrays else np.empty((0, 3, size, size), dtype=np.uint8)
+        for _ in pool.map(load, in_parts(reading_order(references), 64)):
+            pass
     labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
     return Images(torch.from_numpy(stacked), labels, table.column("sample_id").to_pylist(), references, source)
 

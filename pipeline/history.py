@@ -10,14 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 History = list[dict[str, float]]
 
 
-def progress_bar(quiet: bool = False) -> Progress:
-    """A bar with steps done and time left, on a terminal; nothing where the output is a file, or `quiet`."""
+def progress_bar(quiet: bool = False, unit: str = "steps") -> Progress:
+    """A bar with steps (or another unit) done and time left, on a terminal; nothing where the output is a file, or `quiet`."""
     console = Console(quiet=quiet)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn(unit),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )

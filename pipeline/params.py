@@ -37,11 +37,14 @@ class Section(BaseModel):
 
 
 class TableParams(Section):
-    """Columns and files of the `table` source; paths are relative to data.location. A null split is held out of train."""
+    """Columns and files of the `table` source; paths are relative to data.location. A null split is held out of train.
 
-    train: str = "train.parquet"
-    validation: str | None = None
-    test: str | None = None
+    A split is a file, a glob pattern, a folder of Parquet shards, or a list of these.
+    """
+
+    train: str | list[str] = "train.parquet"
+    validation: str | list[str] | None = None
+    test: str | list[str] | None = None
     image: str | None = "image"
     path: str | None = None
     label: str = "label"
@@ -71,6 +74,7 @@ class DataParams(Section):
     download: bool = False
     lists: ListParams = ListParams()
     table: TableParams = TableParams()
+    on_bad_image: Literal["fail", "skip"] = "fail"
     profile: Literal["natural", "exponential", "pareto", "step"]
     imbalance_factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -95,9 +99,14 @@ class ImageParams(Section):
 
 
 class PriorParams(Section):
-    """Pseudo-count added to every class before the prior is taken; 0 refuses a class without training samples."""
+    """Pseudo-count added to every class before the prior is taken; 0 refuses a class without training samples.
+
+    weighting effective_number puts (1 - beta^n) / (1 - beta) in the place of n (Cui et al. 2019) in the prior of the losses.
+    """
 
     smoothing: NonNegative
+    weighting: Literal["frequency", "effective_number"] = "frequency"
+    beta: Annotated[Number, Field(gt=0, lt=1)] = 0.9999
 
 
 class ScheduleParams(Section):

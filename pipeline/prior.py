@@ -9,17 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import class_prior, shot_group
+from models.prior import class_prior, effective_number, log_class_prior, shot_group
 from pipeline.artifacts import PRIOR, SPLIT, write_json
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.params import Params
-from pipeline.splits import load_classes, read_split
+from pipeline.splits import load_classes, read_batches
 from pipeline.stage import stage_main
+
+BATCH_ROWS = 1 << 20  # 8 MB of labels at a time
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Content of prior.json, one entry per class: name, training samples, p, log p, shot group."""
+    """Content of prior.json, one entry per class: name, training samples, p, log_prior, shot group.
+
+    log_prior is what the losses add to the logits, and what serving adds to answer for the training prior: log p, unless
+    params weight the classes by their effective number.
+    """
 
     classes: list[str]
     counts: list[int]
@@ -38,18 +44,42 @@ class Prior:
 def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:
     """Count the training labels and write counts, p, log_prior and groups. Raises DataError on a class without samples."""
     classes = load_classes(split)
-    labels = read_split("train", ["label"], split).column("label").to_numpy()
-    counts = np.bincount(labels, minlength=len(classes)).tolist()
+    counts = count_labels(split / "train.parquet", len(classes)).tolist()
+    smoothing = params.prior.smoothing
     empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-    if empty and params.prior.smoothing == 0:
+    if empty and smoothing == 0:
         raise DataError(
             f"class {empty[0]!r} has no training samples ({len(empty)} such classes); add samples, remove the class, or "
             "set prior.smoothing above 0"
         )
-    p = class_prior(counts, params.prior.smoothing)
-    prior = Prior(classes, counts, p.tolist(), np.log(p).tolist(), [shot_group(count) for count in counts])
+    p = class_prior(counts, smoothing)
+    log_prior = np.log(p)
+    if params.prior.weighting == "effective_number":
+        log_prior = log_class_prior(effective_number(counts, params.prior.beta), smoothing)
+    prior = Prior(classes, counts, p.tolist(), log_prior.tolist(), [shot_group(count) for count in counts])
     write_json(output, asdict(prior))
     return prior
+
+
+def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
+    """Rows of each class in a Parquet file: int64 [classes], in one pass and memory that the rows do not add to.
+
+    Raises ParamsError when there is no such file, StageError when it is damaged, DataError for a label that is null or
+    not in 0..classes-1.
+    """
+    counts = np.zeros(classes, dtype=np.int64)
+    for labels in read_batches(path, column, BATCH_ROWS):
+        if labels.null_count:
+            raise DataError(f"{path}: column {column!r} has {labels.null_count} rows without a label")
+        values = labels.to_numpy()
+        try:
+            found = np.bincount(values, minlength=classes)
+        except ValueError:  # numpy refuses negative numbers
+            raise DataError(f"{path}: has label {values.min()}; expected 0 to {classes - 1}") from None
+        if len(found) > classes:
+            raise DataError(f"{path}: has label {len(found) - 1}; expected 0 to {classes - 1}")
+        counts += found
+    return counts
 
 
 def load_prior(path: Path = PRIOR) -> Prior:

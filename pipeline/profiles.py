@@ -46,8 +46,13 @@ def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
     """
     generator = np.random.RandomState(seed)
     chosen = []
-    for label, size in enumerate(sizes):
-        members = np.flatnonzero(labels == label)
+    for members, size in zip(class_members(labels, len(sizes)), sizes, strict=True):
         generator.shuffle(members)
         chosen.append(members[:size])
     return chosen
+
+
+def class_members(labels: np.ndarray, classes: int) -> list[np.ndarray]:
+    """Indexes of each class in rising order. labels: [N] integers 0..classes-1. One sort, however many classes."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(labels, minlength=classes))[:-1])

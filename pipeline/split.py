@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import sys
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from models.preprocess import ImageError, decode
 from pipeline.artifacts import SPLIT, whole_folder, write_file, write_json
+from pipeline.duplicates import check_labels, conflicting_labels, find_duplicates
 from pipeline.errors import DataError, ParamsError
+from pipeline.inspection import check_missing, check_usable, inspect_images
 from pipeline.params import DataParams, Params
-from pipeline.profiles import choose, class_sizes
+from pipeline.profiles import choose, class_members, class_sizes
+from pipeline.published import PUBLISHED, check_published_choice
 from pipeline.sources import Row, Source, open_source
 from pipeline.stage import stage_main
 
@@ -36,43 +35,87 @@ class Result:
     sizes: dict[str, int]
     classes: int
     duplicates: int
+    skipped: int
     output: Path
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{self.sizes[split]:,} {split}" for split in SPLITS)
-        return f"{self.classes} classes; {sizes}; {self.duplicates} images shared by splits → {self.output}"
+        skipped = f"{self.skipped:,} images left out; " if self.skipped else ""
+        return f"{self.classes} classes; {sizes}; {skipped}{self.duplicates} images shared by splits → {self.output}"
 
 
 def run(params: Params, output: Path = SPLIT) -> Result:
     """Assign every image of the source to a split (or to none), check that each decodes, and write the tables.
 
-    Raises DataError for an unusable image, for one image under two labels and for a class too small to hold out from.
+    With data.on_bad_image fail, raises DataError for missing images and for unusable ones of any split; with skip they are
+    left out before anything is assigned, counted, and listed in skipped.csv. Raises DataError for one image under two
+    labels (a published data set keeps such pairs, so that results compare) and for a class too small to hold out from.
     """
     source = open_source(params.data)
-    hashes = hash_images(source)
-    check_labels(source, hashes)
-    assigned = assign(source.rows, source.classes, params.data)
-    check_images(source, [row for rows in assigned.values() for row in rows])
+    skip = params.data.on_bad_image == "skip"
+    if not skip:
+        check_missing(source)
+    inspected = inspect_images(source, "split")
+    hashes = {reference: found.sha256 for reference, found in inspected.items() if found.sha256}
+    skipped = [row for row in source.rows if inspected[row.reference].problem] if skip else []
+    rows = without(source, skipped)
+    if source.origin not in PUBLISHED:
+        check_labels(source, {row.reference: hashes[row.reference] for row in rows if row.reference in hashes})
+    elif pairs := conflicting_labels(rows, hashes):
+        print(
+            f"split: {len(pairs)} images lie under two labels; kept, as {source.origin} is published",
+            file=sys.stderr,
+        )
+    assigned = assign(rows, source.classes, params.data, source.origin)
+    taken = [inspected[row.reference].problem for kept in assigned.values() for row in kept]
+    check_usable([problem for problem in taken if problem], len(taken))
     shared = find_duplicates(assigned, hashes, source.classes)
     with whole_folder(output) as folder:
-        for split, rows in assigned.items():
-            columns = [[row.sample_id for row in rows], [row.label for row in rows], [row.reference for row in rows]]
-            table = pa.table([*columns, [hashes[row.reference] for row in rows]], schema=SCHEMA)
+        for split, kept in assigned.items():
+            columns = [[row.sample_id for row in kept], [row.label for row in kept], [row.reference for row in kept]]
+            table = pa.table([*columns, [hashes[row.reference] for row in kept]], schema=SCHEMA)
             pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
         write_json(folder / "classes.json", source.classes)
-        write_file(folder / "duplicates.csv", _as_csv(["sha256", "split", "sample_id", "class"], shared))
+        write_file(folder / "duplicates.csv", as_csv(["sha256", "split", "sample_id", "class"], shared))
+        reasons = [
+            (row.split, row.sample_id, source.classes[row.label], str(inspected[row.reference].problem))
+            for row in skipped
+        ]
+        write_file(folder / "skipped.csv", as_csv(["split", "sample_id", "class", "problem"], reasons))
     groups = {entry[0] for entry in shared}
     if groups:
         print(f"split: {len(groups)} images are in more than one split; see {output}/duplicates.csv", file=sys.stderr)
-    return Result({split: len(rows) for split, rows in assigned.items()}, len(source.classes), len(groups), output)
+    if skipped:
+        print(
+            f"split: {len(skipped):,} of {len(source.rows):,} images cannot be used and were left out; see "
+            f"{output}/skipped.csv",
+            file=sys.stderr,
+        )
+    sizes = {split: len(kept) for split, kept in assigned.items()}
+    return Result(sizes, len(source.classes), len(groups), len(skipped), output)
 
 
-def assign(rows: list[Row], classes: list[str], params: DataParams) -> dict[str, list[Row]]:
+def without(source: Source, skipped: list[Row]) -> list[Row]:
+    """The source's rows less some. Raises DataError when a class has no training image left."""
+    out = {row.reference for row in skipped}
+    rows = [row for row in source.rows if row.reference not in out]
+    left = {row.label for row in rows if row.split == "train"}
+    empty = [name for label, name in enumerate(source.classes) if label not in left]
+    if empty:
+        raise DataError(
+            f"class {empty[0]!r} has no usable training image ({len(empty)} such classes, {len(skipped):,} images left "
+            "out by data.on_bad_image: skip); `python -m pipeline.data check` lists the images"
+        )
+    return rows
+
+
+def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
     """Rows of each split, from the source's hints and params.data. Rows that the profile drops are in no split.
 
     Test is held out first (unless the source brings one), then the profile picks what training keeps, then validation
     is held out (unless the source brings one): validation_per_class images, from those that the profile dropped and,
-    where they do not suffice, at most validation_share of what the class keeps.
+    where they do not suffice, at most validation_share of what the class keeps. What the profile picks from a data set
+    of known origin is held against the published choice.
     """
     hinted = {split: [row for row in rows if row.split == split] for split in SPLITS}
     pool, test = hinted["train"], hinted["test"]
@@ -86,9 +129,11 @@ def assign(rows: list[Row], classes: list[str], params: DataParams) -> dict[str,
     except ValueError as error:
         raise ParamsError(f"data.{error}") from None
     kept = choose(labels, sizes, params.seed)
+    check_published_choice(origin, params, labels, kept)
     validation = hinted["validation"]
     if not validation:
-        dropped = [np.setdiff1d(np.flatnonzero(labels == c), chosen) for c, chosen in enumerate(kept)]
+        members = class_members(labels, len(classes))
+        dropped = [np.setdiff1d(found, chosen) for found, chosen in zip(members, kept, strict=True)]
         kept, held = _hold_out_validation(kept, dropped, params, generator)
         validation = [pool[i] for i in held]
     train = [pool[i] for chosen in kept for i in chosen]
@@ -100,8 +145,7 @@ def _hold_out_test(
 ) -> tuple[list[Row], list[Row]]:
     labels = np.array([row.label for row in pool])
     held: list[int] = []
-    for label, name in enumerate(classes):
-        members = np.flatnonzero(labels == label)
+    for name, members in zip(classes, class_members(labels, len(classes)), strict=True):
         if len(members) <= per_class:
             raise DataError(
                 f"class {name!r} has {len(members)} images, too few to hold out data.test_per_class = {per_class} and train; "
@@ -127,60 +171,8 @@ def _hold_out_validation(
     return remaining, held
 
 
-def hash_images(source: Source) -> dict[str, str]:
-    """sha256 of every image of the source, by reference. Raises DataError naming a file that cannot be read."""
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda row: hashlib.sha256(source.read(row.reference)).hexdigest(), source.rows)
-        return {row.reference: digest for row, digest in zip(source.rows, digests, strict=True)}
-
-
-def check_labels(source: Source, hashes: dict[str, str]) -> None:
-    """Raise DataError when an image lies under two labels: no classifier can learn both, nor be tested on both.
-
-    Looked at before anything is held out, so that it does not depend on a seed. Splits that the source itself brings
-    are compared apart: published data sets hold such pairs, and `find_duplicates` reports them.
-    """
-    first: dict[tuple[str, str], Row] = {}
-    for row in source.rows:
-        other = first.setdefault((row.split, hashes[row.reference]), row)
-        if other.label != row.label:
-            raise DataError(
-                f"{source.place(row)} and {source.place(other)} are the same image, labelled {source.classes[row.label]!r} "
-                f"and {source.classes[other.label]!r}; keep one of them"
-            )
-
-
-def check_images(source: Source, rows: list[Row]) -> None:
-    """Decode each image once. Raises DataError naming the first one that fails."""
-
-    def check(row: Row) -> None:
-        try:
-            decode(source.read(row.reference))
-        except ImageError as error:
-            raise DataError(f"{source.place(row)}: {error}; replace the image or remove it") from None
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(check, rows):
-            pass
-
-
-def find_duplicates(
-    assigned: dict[str, list[Row]], hashes: dict[str, str], classes: list[str]
-) -> list[tuple[str, str, str, str]]:
-    """Byte-identical images found in more than one split, as (sha256, split, sample id, class)."""
-    places: dict[str, list[tuple[str, Row]]] = defaultdict(list)
-    for split, rows in assigned.items():
-        for row in rows:
-            places[hashes[row.reference]].append((split, row))
-    return [
-        (digest, split, row.sample_id, classes[row.label])
-        for digest, found in sorted(places.items())
-        if len({split for split, _ in found}) > 1
-        for split, row in found
-    ]
-
-
-def _as_csv(header: list[str], rows: list[tuple[str, ...]]) -> str:
+def as_csv(header: list[str], rows: list[tuple[str, ...]]) -> str:
+    """A table as CSV."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,8 +17,23 @@ from pipeline.errors import ParamsError, StageError
 def read_split(split: str, columns: list[str], folder: Path = SPLIT) -> pa.Table:
     """Columns of one split's table. Raises ParamsError when the split is not made, StageError when its file is damaged."""
     path = folder / f"{split}.parquet"
-    try:
+    with _explained(path):
         return pyarrow.parquet.read_table(path, columns=columns)
+
+
+def read_batches(path: Path, column: str, rows: int) -> Iterator[pa.Array]:
+    """One column of a split's table, at most so many rows at a time. Raises as `read_split` does."""
+    with _explained(path), pyarrow.parquet.ParquetFile(path) as file:
+        if column not in file.schema_arrow.names:
+            raise StageError(f"{path}: has no column {column!r}; run `dvc repro -f split`")
+        for batch in file.iter_batches(rows, columns=[column], use_threads=False):
+            yield batch.column(0)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run `dvc repro split` first") from None
     except (pa.ArrowException, OSError) as error:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from models.prior import (
     adjust_logits,
     check_target_prior,
     class_prior,
+    effective_number,
     log_class_prior,
     log_target_prior,
     shot_group,
@@ -142,3 +144,22 @@ def test_a_class_without_mass_in_the_target_prior_ranks_last_and_stays_finite():
 )
 def test_classes_are_many_above_100_few_below_20_and_medium_between(count, group):
     assert shot_group(count) == group
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=6), st.sampled_from([0.5, 0.9, 0.999, 0.9999, 1 - 2**-30]))
+def test_the_effective_number_is_the_geometric_sum_that_cui_et_al_write(counts, beta):
+    exact = [sum((Fraction(beta) ** k for k in range(n)), Fraction()) if n < 40 else None for n in counts]
+    found = effective_number(counts, beta)
+    for value, sum_of_powers, n in zip(found, exact, counts, strict=True):
+        assert value == pytest.approx(float(sum_of_powers), rel=1e-12) if sum_of_powers is not None else 1 <= value < n
+        assert value <= min(n, 1 / (1 - beta)) * (1 + 1e-12)
+
+
+def test_the_effective_number_lies_between_one_a_class_and_the_counts_themselves():
+    counts = [5000, 50, 1]
+    assert effective_number(counts, 1e-9) == pytest.approx([1, 1, 1])
+    assert effective_number(counts, 1 - 1e-12) == pytest.approx(counts, rel=1e-6)
+    assert effective_number([0, 1], 0.9).tolist() == [0, 1]
+    for beta in (0, 1, -0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="expected a number above 0 and below 1"):
+            effective_number(counts, beta)

@@ -36,9 +36,12 @@ def test_the_shipped_file_loads_and_is_frozen():
 
 TOO_LOW = {
     "seed": -1, "data.imbalance_factor": 0.99, "data.seed": -1, "data.test_per_class": 0, "data.validation_per_class": -1,
-    "data.validation_share": -0.01, "image.size": 7, "image.resize_to": 7, "prior.smoothing": -0.1,
+    "data.validation_share": -0.01, "image.size": 7, "image.resize_to": 7, "prior.smoothing": -0.1, "prior.beta": 0.0,
     "engine.checkpoint_seconds": -1, "teacher.adjustment": -0.1, "student.adjustment": -0.1,
     "teacher.ema_decay": -0.1, "student.ema_decay": -0.1,
+    **{f"gate.{name}.margin": -0.1 for name in ("all", "many", "medium", "few", "ece")},
+    "gate.confidence": 0.5, "gate.resamples": 99, "gate.seed": -1, "gate.floor": -0.1,
+    "ingest.min_good_share": -0.1, "ingest.settle_seconds": -1.0,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,
     "teacher.momentum": -0.1, "teacher.weight_decay": -0.1, "teacher.schedule.warmup_epochs": -1,
     "teacher.schedule.factor": 0.0, "teacher.augment.crop_padding": -1, "teacher.augment.cutout": -1,
@@ -56,7 +59,8 @@ TOO_LOW = {
     "gate.many.margin": -0.1, "gate.medium.margin": -0.1, "gate.few.margin": -0.1, "gate.ece.margin": -0.1,
 }  # fmt: skip
 TOO_HIGH = {
-    "seed": 2**63, "data.seed": 2**32, "data.validation_share": 1.01, "image.size": 1025, "image.resize_to": 2049,
+    "seed": 2**63, "data.seed": 2**32, "data.validation_share": 1.01, "prior.beta": 1.0,
+    "image.size": 1025, "image.resize_to": 2049,
     "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
     "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
@@ -143,7 +147,7 @@ def test_a_value_of_the_wrong_kind_is_refused_with_what_is_allowed(tmp_path, key
             "teacher.schedule.warmup is not a key; did you mean teacher.schedule.warmup_epochs?",
         ),
         ("data.table.classnames", "data.table.classnames is not a key; did you mean data.table.class_names?"),
-        ("prior.xyz", "prior.xyz is not a key; known here: smoothing"),
+        ("prior.xyz", "prior.xyz is not a key; known here: beta, smoothing, weighting"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_one_of_its_section(tmp_path, key, said):

@@ -2,15 +2,17 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from making import params
+from making import ROOT, params
 
 from pipeline import prior
-from pipeline.errors import DataError, ParamsError
+from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.prior import load_prior
 
 
@@ -54,3 +56,71 @@ def test_smoothing_lets_a_class_without_samples_through(split, tmp_path):
 def test_a_prior_that_was_never_made_names_the_stage(tmp_path):
     with pytest.raises(ParamsError, match=r"prior.json: No such file or directory; run `dvc repro prior` first"):
         load_prior(tmp_path / "prior.json")
+
+
+def test_the_effective_number_changes_the_prior_of_the_losses_and_nothing_else(split, tmp_path):
+    folder = split([0] * 150 + [1] * 30 + [2] * 20, ["a", "b", "c"])
+    plain = prior.run(params(), folder, tmp_path / "plain.json")
+    made = prior.run(
+        params({"prior.weighting": "effective_number", "prior.beta": 0.99}), folder, tmp_path / "prior.json"
+    )
+    assert (made.counts, made.p, made.groups) == (plain.counts, plain.p, plain.groups)
+    weights = [sum(0.99**k for k in range(n)) for n in (150, 30, 20)]
+    assert made.log_prior == pytest.approx([math.log(w / sum(weights)) for w in weights], abs=1e-12)
+    assert load_prior(tmp_path / "prior.json") == made
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0, 1, 3], "train.parquet: has label 3; expected 0 to 2"),
+        ([0, -1, 1], "train.parquet: has label -1; expected 0 to 2"),
+        ([0, None, 1], "train.parquet: column 'label' has 1 rows without a label"),
+    ],
+)
+def test_a_label_that_is_no_class_is_named(split, tmp_path, labels, said):
+    with pytest.raises(DataError) as caught:
+        prior.run(params(), split(labels, ["a", "b", "c"]), tmp_path / "prior.json")
+    assert str(caught.value).endswith(said)
+
+
+def test_a_damaged_or_missing_table_says_which_stage_to_run(split, tmp_path):
+    folder = split([0, 1, 2], ["a", "b", "c"])
+    data = (folder / "train.parquet").read_bytes()
+    (folder / "train.parquet").write_bytes(data[:-9])
+    with pytest.raises(StageError, match=r"train.parquet: damaged \(.*\); run `dvc repro -f split`"):
+        prior.run(params(), folder, tmp_path / "prior.json")
+    (folder / "train.parquet").unlink()
+    with pytest.raises(ParamsError, match=r"train.parquet: no such file; run `dvc repro split` first"):
+        prior.run(params(), folder, tmp_path / "prior.json")
+
+
+COUNTING = """
+import sys
+from pathlib import Path
+import numpy as np
+from pipeline.prior import count_labels
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+few, many = (count_labels(Path(path), 10**6) for path in sys.argv[1:3] if not print(peak()))
+print(peak())
+np.save(sys.argv[3], many)
+"""
+
+
+def test_ten_million_labels_of_a_million_classes_are_counted_in_memory_that_rows_do_not_add_to(tmp_path):
+    labels = np.exp(np.random.default_rng(0).random(10_000_000) * math.log(10**6)).astype(np.int32) - 1
+    for name, size in (("few", 2_500_000), ("many", len(labels))):
+        pyarrow.parquet.write_table(pa.table({"label": labels[:size]}), tmp_path / f"{name}.parquet")
+    paths = [str(tmp_path / name) for name in ("few.parquet", "many.parquet", "counts.npy")]
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING, *paths], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    before, after_few, after_many = map(float, done.stdout.split())
+    # The 7.5 million labels more are 30 MB in the file and 60 MB as int64.
+    assert after_many - after_few < 25
+    assert after_few > before
+    expected = np.zeros(10**6, dtype=np.int64)
+    np.add.at(expected, labels, 1)
+    assert np.array_equal(np.load(tmp_path / "counts.npy"), expected)

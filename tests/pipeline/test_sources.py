@@ -9,6 +9,7 @@ from making import data_params, encode, folder, picture, png, table, write
 
 from pipeline.errors import DataError, ParamsError
 from pipeline.sources import open_source
+from pipeline.sources.shards import Shard
 
 
 def opened(root, source="folder", **changes):
@@ -232,8 +233,8 @@ def test_two_names_for_the_validation_folder_are_refused(tmp_path):
 def test_a_table_is_read_once_however_many_threads_ask(tmp_path, monkeypatch):
     table(tmp_path / "train.parquet", {"image": [png(i) for i in range(8)], "label": [i % 2 for i in range(8)]})
     source = opened(tmp_path, "table")
-    reads, original = [], source._column
-    monkeypatch.setattr(source, "_column", lambda *names: (reads.append(names), original(*names))[1])
+    reads, original = [], Shard.read_group
+    monkeypatch.setattr(Shard, "read_group", lambda *names: (reads.append(names), original(*names))[1])
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(source.read, [row.reference for row in source.rows]))
     assert found == [png(i) for i in range(8)] and len(reads) == 1

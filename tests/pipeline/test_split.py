@@ -3,6 +3,9 @@
 import collections
 import csv
 import json
+import re
+import struct
+import zlib
 
 import pyarrow.parquet
 import pytest
@@ -108,7 +111,8 @@ def test_the_stage_writes_the_same_bytes_every_time(tmp_path):
     result = split.run(made, first)
     split.run(made, second)
     names = sorted(path.name for path in first.iterdir())
-    assert names == ["classes.json", "duplicates.csv", "test.parquet", "train.parquet", "validation.parquet"]
+    tables = ["test.parquet", "train.parquet", "validation.parquet"]
+    assert names == ["classes.json", "duplicates.csv", "skipped.csv", *tables]
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
     assert json.loads((first / "classes.json").read_text()) == ["ant", "bee", "cat"]
     assert (
@@ -182,8 +186,9 @@ def test_a_missing_file_of_a_list_is_named(tmp_path):
     table(root / "list.csv", {"file": paths, "label": [path[0] for path in paths]})
     (root / "b/003.png").unlink()
     made = data_params(root, "table", table={"train": "list.csv", "image": None, "path": "file"})
-    with pytest.raises(DataError, match=r"source/b/003.png: No such file or directory"):
+    with pytest.raises(DataError) as caught:
         split.run(made, tmp_path / "out")
+    assert str(caught.value).startswith(f"1 of 10 images are missing, the first 1: {root}/b/003.png; restore them")
 
 
 def test_an_unusable_image_that_no_split_takes_does_no_harm(tmp_path):
@@ -205,3 +210,105 @@ def test_grayscale_cmyk_16_bit_and_turned_pictures_are_taken(tmp_path):
     exif[0x0112] = 6
     write(root / "b/turned.jpg", encode(colour, "JPEG", exif=exif))
     assert sum(split.run(data_params(root), tmp_path / "out").sizes.values()) == 12
+
+
+def spoilt(root):
+    """A folder of two classes, three of its images unusable in different ways."""
+    folder(root, {"a": 8, "b": 8})
+    write(root / "a/empty.png", b"")
+    write(root / "b/pixel.png", encode(picture(5, (1, 1))))
+    (root / "b/lost.png").symlink_to(root / "nowhere.png")
+    return root
+
+
+def test_with_skip_unusable_images_are_left_out_counted_and_listed(tmp_path, capsys):
+    root = spoilt(tmp_path / "source")
+    result = split.run(data_params(root, on_bad_image="skip"), tmp_path / "out")
+    assert sum(result.sizes.values()) == 16 and result.skipped == 3
+    assert "; 3 images left out; 0 images shared by splits" in str(result)
+    assert (
+        f"split: 3 of 19 images cannot be used and were left out; see {tmp_path}/out/skipped.csv"
+        in capsys.readouterr().err
+    )
+    with (tmp_path / "out/skipped.csv").open() as stream:
+        listed = [tuple(row.values()) for row in csv.DictReader(stream)]
+    assert listed == [
+        ("train", "a/empty.png", "a", f"{root}/a/empty.png: is empty (0 bytes); expected a JPEG, PNG or WebP image; "
+         "replace the image or remove it"),
+        ("train", "b/lost.png", "b", f"{root}/b/lost.png: No such file or directory"),
+        ("train", "b/pixel.png", "b", f"{root}/b/pixel.png: is a single pixel: a placeholder, not a picture; "
+         "replace the image or remove it"),
+    ]  # fmt: skip
+    # What is left is split as if the others had never been there.
+    for name in ("a/empty.png", "b/lost.png", "b/pixel.png"):
+        (root / name).unlink()
+    split.run(data_params(root), tmp_path / "clean")
+    assert all(
+        (tmp_path / "out" / f"{n}.parquet").read_bytes() == (tmp_path / "clean" / f"{n}.parquet").read_bytes()
+        for n in SPLITS
+    )
+
+
+def test_several_unusable_images_are_counted_and_the_first_five_named(tmp_path):
+    root = folder(tmp_path / "source", {"a": 5, "b": 5})
+    for number in range(7):
+        write(root / f"a/empty{number}.png", b"")
+    with pytest.raises(DataError) as caught:
+        split.run(data_params(root, test_per_class=1), tmp_path / "out")
+    message = str(caught.value)
+    assert re.match(r"[67] of 1[0-9] images cannot be used: ", message) and message.count("is empty (0 bytes)") == 5
+    assert message.endswith("; and more; or set data.on_bad_image: skip")
+
+
+def test_a_class_that_skipping_empties_is_named(tmp_path):
+    root = folder(tmp_path / "source", {"a": 5, "b": 0})
+    write(root / "b/empty.png", b"")
+    with pytest.raises(DataError, match=r"class 'b' has no usable training image \(1 such classes, 1 images left out"):
+        split.run(data_params(root, on_bad_image="skip"), tmp_path / "out")
+
+
+def test_a_lost_shard_is_no_bad_image_that_could_be_skipped(tmp_path):
+    table(tmp_path / "train.parquet", {"image": [png(i) for i in range(8)], "label": [0, 1] * 4})
+    data = bytearray((tmp_path / "train.parquet").read_bytes())
+    data[600:2600] = bytes(2000)
+    (tmp_path / "train.parquet").write_bytes(data)
+    with pytest.raises(DataError, match=r"train.parquet: not readable as a table"):
+        split.run(data_params(tmp_path, "table", on_bad_image="skip"), tmp_path / "out")
+
+
+def promised(width, height):
+    """A PNG whose header alone promises so many pixels."""
+    image = bytearray(encode(picture(3)))
+    image[16:24] = struct.pack(">II", width, height)
+    image[29:33] = struct.pack(">I", zlib.crc32(image[12:29]))
+    return bytes(image)
+
+
+ODD_FILES = {
+    "single.png": (encode(picture(1, (1, 1))), "is a single pixel: a placeholder, not a picture"),
+    "huge.png": (promised(30_000, 30_000), "has more pixels than the limit of 50000000"),
+    "moving.jpg": (
+        encode(Image.fromarray(picture(1)), "GIF", save_all=True, append_images=[Image.fromarray(picture(2))]),
+        "is not a JPEG, PNG or WebP image",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_a_file_that_is_a_picture_but_none_to_learn_from_is_named(tmp_path, name):
+    data, said = ODD_FILES[name]
+    root = folder(tmp_path / "source", {"train/a": 3, "train/b": 3, "test/a": 1})
+    write(root / "train/b" / name, data)
+    with pytest.raises(DataError) as caught:
+        split.run(data_params(root), tmp_path / "out")
+    assert f"train/b/{name}: {said}" in str(caught.value)
+
+
+def test_a_palette_picture_with_alpha_and_a_moving_webp_are_taken(tmp_path):
+    root = folder(tmp_path / "source", {"train/a": 3, "train/b": 3, "test/a": 1})
+    frame = Image.fromarray(picture(1))
+    write(root / "train/a/palette.png", encode(frame.convert("P"), transparency=0))
+    write(
+        root / "train/b/moving.webp", encode(frame, "WEBP", save_all=True, append_images=[Image.fromarray(picture(2))])
+    )
+    assert split.run(data_params(root, validation_per_class=0), tmp_path / "out").sizes["train"] == 8

@@ -1,0 +1,132 @@
+"""Counting labels of a Parquet file, 10^8 rows of 10^6 classes, on one core: `python -m benchmarks.prior [--rows 1e8]`.
+
+Four ways from the file to the count of every class:
+- reading alone: the same batches decoded and dropped, the limit of any count.
+- count_labels: pipeline.prior, what the stage `prior` runs.
+- whole column: the column read at once, then one numpy.bincount; what most scripts do.
+- Arrow value_counts: pyarrow's hash table over the whole column.
+
+Each runs in a process of its own, pinned to one core, after one unmeasured run; all counts must agree before anything is
+printed. Peak memory is the growth of the peak resident set (VmHWM) over what the imports took. Labels are long-tailed
+(log-uniform), int32, as `split` writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from pipeline.prior import BATCH_ROWS, count_labels
+from pipeline.splits import read_batches
+
+OURS, LIMIT = "count_labels", "reading alone"
+GOAL = 20  # million labels a second on one core
+
+
+def reading_alone(path: Path, classes: int) -> np.ndarray | None:  # noqa: ARG001
+    for _ in read_batches(path, "label", BATCH_ROWS):
+        pass
+
+
+def whole_column(path: Path, classes: int) -> np.ndarray:
+    column = pyarrow.parquet.read_table(path, columns=["label"], use_threads=False).column("label")
+    return np.bincount(column.to_numpy(), minlength=classes)
+
+
+def value_counts(path: Path, classes: int) -> np.ndarray:
+    found = pyarrow.parquet.read_table(path, columns=["label"], use_threads=False).column("label").value_counts()
+    counts = np.zeros(classes, dtype=np.int64)
+    counts[found.field("values").to_numpy()] = found.field("counts").to_numpy()
+    return counts
+
+
+WAYS: dict[str, Callable[[Path, int], np.ndarray | None]] = {
+    LIMIT: reading_alone,
+    OURS: count_labels,
+    "whole column": whole_column,
+    "Arrow value_counts": value_counts,
+}
+
+
+def write_labels(path: Path, rows: int, classes: int) -> None:
+    """The file: log-uniform labels in random order, row groups of pyarrow's default size."""
+    generator = np.random.default_rng(0)
+    schema = pa.schema([("label", pa.int32())])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, rows, 5_000_000):
+            size = min(5_000_000, rows - start)
+            labels = np.exp(generator.random(size) * np.log(classes)).astype(np.int32) - 1
+            writer.write_table(pa.table([labels], schema=schema))
+
+
+def peak_mebibytes() -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def measure_here(name: str, path: Path, classes: int, repeat: int) -> dict[str, float | str]:
+    """Seconds (best of the repeats), MiB and a hash of the counts of one way, in this process, on one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    before = peak_mebibytes()
+    counts = WAYS[name](path, classes)
+    taken = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        WAYS[name](path, classes)
+        taken.append(time.perf_counter() - begin)
+    digest = "" if counts is None else hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest()
+    return {"seconds": min(taken), "mebibytes": peak_mebibytes() - before, "digest": digest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Counting labels of a Parquet file on one core.")
+    parser.add_argument("--rows", type=float, default=1e8, help="labels in the file (default: %(default)g)")
+    parser.add_argument("--classes", type=float, default=1e6, help="classes (default: %(default)g)")
+    parser.add_argument("--repeat", type=int, default=3, help="timed runs of each way (default: %(default)s)")
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FILE"), help="print the figures of one way and stop")
+    arguments = parser.parse_args()
+    rows, classes, repeat = int(arguments.rows), int(arguments.classes), arguments.repeat
+    if arguments.measure:
+        name, path = arguments.measure
+        print(json.dumps(measure_here(name, Path(path), classes, repeat)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "labels.parquet"
+        write_labels(path, rows, classes)
+        options = ["--rows", str(rows), "--classes", str(classes), "--repeat", str(repeat)]
+        found = {}
+        for name in WAYS:
+            command = [sys.executable, "-m", "benchmarks.prior", *options, "--measure", name, str(path)]
+            found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        size = path.stat().st_size
+    if len({figures["digest"] for figures in found.values()} - {""}) != 1:
+        raise AssertionError("the ways count differently")
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    print(
+        f"`python -m benchmarks.prior --rows {rows:g} --classes {classes:g} --repeat {repeat}`\n\n"
+        f"One core; pyarrow {pa.__version__}, numpy {np.__version__}, Python {platform.python_version()}; load average at the "
+        f"end {load}.\n{rows:,} labels of {classes:,} classes, {size / 2**20:.0f} MiB; best of {repeat}. Goal of "
+        f"{OURS}: ≥ {GOAL} million labels/s.\n"
+    )
+    print("| way | seconds | million labels/s | of reading alone | peak MiB |\n|---|--:|--:|--:|--:|")
+    for name, figures in found.items():
+        ratio = found[LIMIT]["seconds"] / figures["seconds"]
+        speed = rows / figures["seconds"] / 1e6
+        print(f"| {name} | {figures['seconds']:.2f} | {speed:.1f} | {ratio:.2f} | {figures['mebibytes']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What `data check` shows and writes: tables on the terminal; report.json, CSV files and long_tail.png in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from models.prior import shot_group
+from pipeline.artifacts import whole_folder, write_file, write_json
+from pipeline.data_check import GROUPS, Report
+from pipeline.inspection import SHOWN
+from pipeline.long_tail import draw_long_tail, show_long_tail
+from pipeline.split import SPLITS, as_csv
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the report for people."""
+    console.print(f"[bold]{report.source}[/] at {report.location}", highlight=False)
+    console.print(_splits(report))
+    groups = ", ".join(f"{number:,} {group}" for group, number in report.groups().items())
+    train = report.counts["train"]
+    console.print(
+        f"train: {len(report.classes):,} classes of {max(train):,} to {min(train):,} images, imbalance factor "
+        f"{report.imbalance_factor:.4g}; {groups}"
+    )
+    console.print(show_long_tail(train))
+    for line in _findings(report):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    if report.published:
+        console.print(_published(report))
+    for name, value in (("list", report.list_hash), ("content", report.content_hash)):
+        console.print(f"{name} hash {value}", soft_wrap=True, highlight=False)
+    for line in report.verdict:
+        console.print(f"not right: {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _splits(report: Report) -> Table:
+    table = Table()
+    for column in ("split", "images", "classes", "bytes"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split in SPLITS:
+        rows = report.assigned[split]
+        size = sum(report.inspected[row.reference].size for row in rows)
+        there = sum(count > 0 for count in report.counts[split])
+        table.add_row(split, f"{len(rows):,}", f"{there:,}", f"{size:,}")
+    return table
+
+
+def _findings(report: Report) -> list[str]:
+    missing = report.missing()
+    lines = [f"missing: {missing:,}; unreadable: {len(report.bad) - missing:,}"]
+    lines += [f"  {report.inspected[row.reference].problem}" for row in report.bad[:SHOWN]]
+    if len(report.bad) > SHOWN:
+        lines.append(f"  and {len(report.bad) - SHOWN:,} more, in problems.csv")
+    exact = list(report.duplicates.values())
+    lines.append(f"exact duplicates: {len(exact):,} groups, {report.across_splits(exact):,} of them across splits")
+    if report.conflicts:
+        lines.append(f"the same image under two labels of one split: {len(report.conflicts):,}")
+    if report.near_duplicates is not None:
+        near = report.near_duplicates
+        lines.append(f"near duplicates: {len(near):,} groups, {report.across_splits(near):,} of them across splits")
+    sizes = ", ".join(f"{name} {width}x{height}" for name, (width, height) in report.image_sizes().items())
+    return [*lines, f"image sizes: {sizes or 'none'}"]
+
+
+def _published(report: Report) -> Table:
+    table = Table(title=f"{report.source} as published")
+    for column in ("figure", "published", "found", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right")
+    for figure in report.published:
+        table.add_row(figure.figure, figure.published, figure.found, "same" if figure.same else "[bold red]differs[/]")
+    return table
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write the report's files as one whole folder."""
+    with whole_folder(folder) as output:
+        write_json(output / "report.json", as_json(report))
+        classes = [
+            (name, *(str(report.counts[split][c]) for split in SPLITS), shot_group(report.counts["train"][c]))
+            for c, name in enumerate(report.classes)
+        ]
+        write_file(output / "classes.csv", as_csv(["class", *SPLITS, "group"], classes))
+        problems = [
+            (row.split, row.sample_id, report.classes[row.label], str(report.inspected[row.reference].problem))
+            for row in report.bad
+        ]
+        write_file(output / "problems.csv", as_csv(["split", "sample_id", "class", "problem"], problems))
+        for name, groups in (
+            ("duplicates", list(report.duplicates.values())),
+            ("near_duplicates", report.near_duplicates),
+        ):
+            members = [
+                (str(number), split, row.sample_id, report.classes[row.label])
+                for number, group in enumerate(groups or [])
+                for split, row in group
+            ]
+            write_file(output / f"{name}.csv", as_csv(["group", "split", "sample_id", "class"], members))
+        title = f"{report.source}: {sum(report.counts['train']):,} training images, {len(report.classes):,} classes"
+        draw_long_tail(report.counts["train"], title, output / "long_tail.png")
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report's figures, for machines."""
+    exact, near = list(report.duplicates.values()), report.near_duplicates
+    missing = report.missing()
+    return {
+        "source": report.source,
+        "location": report.location,
+        "images": {split: len(report.assigned[split]) for split in SPLITS},
+        "classes": len(report.classes),
+        "largest_class": max(report.counts["train"]),
+        "smallest_class": min(report.counts["train"]),
+        "imbalance_factor": report.imbalance_factor,
+        "groups": {group: report.groups()[group] for group in GROUPS},
+        "missing": missing,
+        "unreadable": len(report.bad) - missing,
+        "duplicate_groups": len(exact),
+        "duplicate_groups_across_splits": report.across_splits(exact),
+        "images_under_two_labels": len(report.conflicts),
+        "near_duplicate_groups": None if near is None else len(near),
+        "near_duplicate_groups_across_splits": None if near is None else report.across_splits(near),
+        "image_sizes": {name: list(size) for name, size in report.image_sizes().items()},
+        "list_hash": report.list_hash,
+        "content_hash": report.content_hash,
+        "published": [
+            {"figure": figure.figure, "published": figure.published, "found": figure.found, "same": figure.same}
+            for figure in report.published
+        ],
+        "verdict": report.verdict,
+    }

@@ -1,0 +1,56 @@
+"""A picture of the long tail: training images of each class, largest first, as a PNG and in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.bar import Bar
+from rich.table import Table
+
+from models.prior import FEW_BELOW, MANY_ABOVE, shot_group
+
+COLOURS = {"many": "#4477aa", "medium": "#ccbb44", "few": "#ee6677"}
+ROWS = 20  # of the picture in the terminal
+
+
+def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
+    """Write the picture as a PNG: classes by size on a logarithmic scale, coloured by shot group."""
+    from matplotlib.figure import Figure  # here: only `data check` draws
+
+    sizes = np.sort(np.array(counts))[::-1]
+    groups = [shot_group(int(size)) for size in sizes]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(sizes))
+    for group, colour in COLOURS.items():
+        mine = np.array([found == group for found in groups])
+        label = f"{group}: {int(mine.sum()):,} classes, {int(sizes[mine].sum()):,} images"
+        axes.fill_between(places, sizes, 0.5, where=mine, step="mid", color=colour, label=label)
+        if len(sizes) <= 200:  # single classes can be told apart
+            axes.bar(places[mine], sizes[mine], width=1.0, color=colour)
+    for limit in (MANY_ABOVE, FEW_BELOW):
+        axes.axhline(limit, color="0.4", linewidth=0.8, linestyle="--")
+    axes.set(yscale="log", ylim=(0.5, max(sizes[0], 1) * 1.5), xlim=(-0.5, len(sizes) - 0.5), title=title)
+    axes.set(xlabel="classes, largest first", ylabel="training images")
+    axes.legend()
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def show_long_tail(counts: list[int]) -> Table:
+    """The picture for a terminal: classes in up to 20 runs by size, a bar as long as the log of their mean size."""
+    sizes = np.sort(np.array(counts))[::-1]
+    parts = np.array_split(sizes, min(ROWS, len(sizes)))
+    longest = np.log1p(sizes[0])
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column(width=60)
+    start = 0
+    for part in parts:
+        name = f"{start + 1:,}" if len(part) == 1 else f"{start + 1:,}–{start + len(part):,}"
+        number = f"{part[0]:,}" if part[0] == part[-1] else f"{part[0]:,}…{part[-1]:,}"
+        length = float(np.log1p(part.mean()) / longest) if longest else 0.0
+        table.add_row(name, number, Bar(1, 0, length, color=COLOURS[shot_group(int(np.median(part)))]))
+        start += len(part)
+    return table

@@ -1,0 +1,168 @@
+"""Sources `cifar10` and `cifar100`: the archives that torchvision downloads, read without trusting their pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pipeline.errors import DataError, ParamsError
+from pipeline.sources.source import Row, WithoutFiles, as_png
+
+NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+MAX_MEMBER = 256 * 1024 * 1024  # bytes; the largest file of either archive has 155 million
+LABELS = {"cifar10": b"labels", "cifar100": b"fine_labels"}
+
+
+class CifarSource(WithoutFiles):
+    """CIFAR-10 or CIFAR-100, python version: the folder or the .tar.gz under data.location, file by file against its md5.
+
+    50,000 training and 10,000 test images of 32x32 pixels, in the order of the batches; the CIFAR-LT choice is made of
+    that order. Names and md5 sums of the files are torchvision's. Raises ParamsError when there is no archive, DataError
+    when a file of it is not the published one.
+    """
+
+    def __init__(self, name: str, root: Path, download: bool) -> None:
+        self.origin = name
+        archive = _Archive(name, root, download)
+        names = archive.load(archive.published.meta["filename"], archive.published.meta["md5"])
+        self.classes = [text.decode() for text in names[archive.published.meta["key"].encode()]]
+        self._pixels: dict[str, np.ndarray] = {}
+        self.rows = []
+        for split, files in (("train", archive.published.train_list), ("test", archive.published.test_list)):
+            pixels, labels = archive.batches(files, len(self.classes))
+            self._pixels[split] = pixels
+            references = (f"{split}#{i}" for i in range(len(labels)))
+            self.rows += [Row(at, label, f"{name}/{at}", split) for at, label in zip(references, labels, strict=True)]
+
+    def place(self, row: Row) -> str:
+        """The image's split and its place in the order of the batches."""
+        return row.sample_id
+
+    def stamp(self, reference: str) -> str:
+        """Always the same: the files were held against their md5 when the source was opened."""
+        return f"{self.origin}/{reference}"
+
+    def read(self, reference: str) -> bytes:
+        """The image as a PNG file, its pixels unchanged."""
+        split, _, index = reference.partition("#")
+        return as_png(self._pixels[split][int(index)])
+
+
+class _Archive:
+    """The files of one archive, from its folder or straight from the .tar.gz."""
+
+    def __init__(self, name: str, root: Path, download: bool) -> None:
+        from torchvision import datasets  # here, so that other sources do not wait for it
+
+        self._name, self._root = name, root
+        self.published = getattr(datasets, NAMES[name])
+        folder, packed = root / self.published.base_folder, root / self.published.filename
+        if download and not folder.is_dir() and not packed.is_file():
+            self._download()
+        if not folder.is_dir() and not packed.is_file():
+            raise ParamsError(
+                f"data.location is {str(root)!r}, which holds neither {folder.name}/ nor {packed.name}; put the archive "
+                "there (python version), or set data.download: true"
+            )
+        self._folder, self._packed = folder, None if folder.is_dir() else packed
+        self._members: dict[str, bytes] | None = None
+
+    def _download(self) -> None:
+        try:
+            self.published(root=self._root, train=True, download=True)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{self.published.url}: not downloaded ({reason}); fetch it by other means and put it into {self._root}"
+            ) from None
+
+    def batches(self, files: list[list[str]], classes: int) -> tuple[np.ndarray, list[int]]:
+        """Pixels uint8 [N,32,32,3] and N labels of some batch files, in order."""
+        pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        for file, md5 in files:
+            batch = self.load(file, md5)
+            try:
+                planes = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+                numbers = [int(label) for label in batch[LABELS[self._name]]]
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{self._place(file)}: is no batch of {self._name}: {error}") from None
+            if len(planes) != len(numbers) or not all(0 <= label < classes for label in numbers):
+                raise DataError(f"{self._place(file)}: its labels do not fit its images; fetch the archive anew")
+            pixels.append(planes.transpose(0, 2, 3, 1))
+            labels += numbers
+        return np.concatenate(pixels), labels
+
+    def load(self, file: str, md5: str) -> Any:
+        """The content of one file, once its md5 is the published one. Raises DataError naming the file."""
+        data = self._bytes(file)
+        found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if found != md5:
+            raise DataError(
+                f"{self._place(file)}: has md5 {found}, the published file has {md5}; it is damaged or another version; "
+                "remove it and fetch the archive anew"
+            )
+        return unpickle_arrays(data, self._place(file))
+
+    def _bytes(self, file: str) -> bytes:
+        try:
+            if self._packed is None:
+                return (self._folder / file).read_bytes()
+            if self._members is None:
+                self._members = self._unpacked(self._packed)
+            return self._members[f"{self._folder.name}/{file}"]
+        except KeyError:
+            raise DataError(f"{self._place(file)}: no such file in the archive; fetch it anew") from None
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(f"{self._place(file)}: not readable ({reason}); fetch the archive anew") from None
+
+    def _unpacked(self, packed: Path) -> dict[str, bytes]:
+        # In one pass: a .tar.gz has no index, and every look-up would unpack it from the start.
+        with tarfile.open(packed, "r|gz") as archive:
+            members = (member for member in archive if member.isreg() and member.size <= MAX_MEMBER)
+            return {member.name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+
+    def _place(self, file: str) -> str:
+        return str(self._folder / file) if self._packed is None else f"{self._packed}: {self._folder.name}/{file}"
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that makes arrays, texts, numbers, lists and dicts, and looks up nothing else."""
+
+    ALLOWED: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what a plain numpy array is made of; anything else could run code."""
+        try:
+            return self.ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array") from None
+
+
+def unpickle_arrays(data: bytes, place: str) -> Any:
+    """A pickle of plain data and numpy arrays; Python 2's texts as bytes. Raises DataError for anything else."""
+    try:
+        return _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+    ) as error:
+        raise DataError(f"{place}: not unpickled: {' '.join(str(error).split())}") from None

@@ -1,0 +1,84 @@
+"""Source `folder`: a folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.errors import DataError
+from pipeline.sources.source import Row, missing_files, read_image_file, stamp_of_file
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+
+class FolderSource:
+    """A folder per class, named for the class; or train/, validation/ (or val/) and test/, each with a folder per class.
+
+    Classes are numbered in the sorted order of their names in train. Raises DataError for a class folder without
+    images, for a class that only a held-out split has, and for a file that is not an image by its suffix.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root, self.origin = root, "folder"
+        folders = {entry.name: entry for entry in _folders(root)}
+        if {"val", "validation"} <= set(folders):
+            raise DataError(f"{root}: has both val/ and validation/; keep one of them")
+        parts = {SPLIT_FOLDERS[name]: path for name, path in folders.items() if name in SPLIT_FOLDERS}
+        if "train" not in parts:
+            parts = {"train": root}
+        self.classes = [entry.name for entry in _folders(parts["train"])]
+        if len(self.classes) < 2:
+            raise DataError(
+                f"{parts['train']}: holds {len(self.classes)} class folders; expected at least 2, one per class"
+            )
+        self.rows = [row for split, folder in parts.items() for row in self._rows(split, folder)]
+
+    def _rows(self, split: str, folder: Path) -> Iterator[Row]:
+        number = {name: index for index, name in enumerate(self.classes)}
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                raise DataError(
+                    f"{path}: lies beside the class folders; move it into the folder of its class or remove it"
+                )
+        for class_folder in _folders(folder):
+            if class_folder.name not in number:
+                raise DataError(
+                    f"{class_folder}: is a class of {split} that train does not have; add training images or remove it"
+                )
+            files = sorted(
+                path
+                for path in class_folder.rglob("*")
+                if (path.is_symlink() or path.is_file()) and not path.name.startswith(".")
+            )
+            for path in files:
+                if path.suffix.lower() not in IMAGE_SUFFIXES:
+                    raise DataError(f"{path}: is not a .jpg, .jpeg, .png or .webp file; remove it or convert it")
+                reference = path.relative_to(self._root).as_posix()
+                yield Row(reference, number[class_folder.name], reference, split)
+            if not files and split == "train":
+                raise DataError(f"{class_folder}: class without training images; add some or remove the folder")
+
+    def place(self, row: Row) -> str:
+        """The file's path."""
+        return str(self._root / row.reference)
+
+    def stamp(self, reference: str) -> str | None:
+        """Size and time of change of the file."""
+        return stamp_of_file(self._root / reference)
+
+    def missing(self) -> list[Row]:
+        """Links that lead nowhere; every other file was there a moment ago."""
+        return missing_files(self.rows, self._root)
+
+    def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
+        """Always the same: a link whose target is gone."""
+        return "they are links whose targets are gone"
+
+    def read(self, reference: str) -> bytes:
+        """The file's bytes."""
+        return read_image_file(self._root / reference)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))

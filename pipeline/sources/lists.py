@@ -1,0 +1,202 @@
+"""Sources `imagenet_lt`, `places_lt` and `inaturalist2018`: an image root, and the official lists of what is in which split."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pipeline.errors import DataError, ParamsError
+from pipeline.params import ListParams
+from pipeline.sources.source import Row, missing_files, read_image_file, stamp_of_file
+
+
+@dataclass(frozen=True)
+class Official:
+    """The official list files of a data set, the first name that is there taken; its folder of lists; its classes."""
+
+    files: dict[str, tuple[str, ...]]
+    folder: str
+    classes: int
+
+
+# The field tests on iNaturalist's validation list: its official test labels are not public.
+OFFICIAL = {
+    "imagenet_lt": Official(
+        {
+            "train": ("ImageNet_LT_train.txt",),
+            "validation": ("ImageNet_LT_val.txt",),
+            "test": ("ImageNet_LT_test.txt",),
+        },
+        "ImageNet_LT",
+        1000,
+    ),
+    "places_lt": Official(
+        {"train": ("Places_LT_train.txt",), "validation": ("Places_LT_val.txt",), "test": ("Places_LT_test.txt",)},
+        "Places_LT_v2",
+        365,
+    ),
+    "inaturalist2018": Official(
+        {"train": ("iNaturalist18_train.txt", "train2018.json"), "test": ("iNaturalist18_val.txt", "val2018.json")},
+        "iNaturalist18",
+        8142,
+    ),
+}
+Entry = tuple[str, int]
+
+
+class ListSource:
+    """Images under data.location, named by lists of `relative/path label` lines or by iNaturalist's JSON files.
+
+    Lists are those of data.lists, else the official ones in data.location or its folder of lists. Labels are 0..C-1,
+    C at most the data set's; a class is named for its folder. Raises ParamsError when there is no training list,
+    DataError naming the file and line of an entry that cannot be right.
+    """
+
+    def __init__(self, name: str, root: Path, lists: ListParams) -> None:
+        self._root, self._official, self.origin = root, OFFICIAL[name], name
+        self.lists = _find_lists(name, root, lists)
+        if "train" not in self.lists:
+            names = " or ".join(self._official.files["train"])
+            raise ParamsError(
+                f"data.location is {str(root)!r}, which does not hold {names}; put the official lists there or set "
+                "data.lists.train"
+            )
+        entries = {split: list(_entries(path, self._official.classes)) for split, path in self.lists.items()}
+        self.classes = self._class_names(entries)
+        self.rows = [Row(path, label, path, split) for split, found in entries.items() for path, label in found]
+
+    def _class_names(self, entries: dict[str, list[Entry]]) -> list[str]:
+        folders: dict[int, str] = {}
+        for path, label in entries["train"]:
+            folders.setdefault(label, path.rpartition("/")[0] or ".")
+        classes = max(folders, default=-1) + 1
+        if classes < 2:
+            raise DataError(f"{self.lists['train']}: lists {classes} classes; expected at least 2")
+        if len(folders) < classes:
+            missing = next(label for label in range(classes) if label not in folders)
+            raise DataError(
+                f"{self.lists['train']}: label {missing} has no training image; expected labels 0..C-1 without a gap"
+            )
+        for split, found in entries.items():
+            unknown = next((entry for entry in found if entry[1] >= classes), None)
+            if unknown:
+                raise DataError(
+                    f"{self.lists[split]}: {unknown[0]} has label {unknown[1]}, a class without training images"
+                )
+        if len(set(folders.values())) < classes:
+            return [str(label) for label in range(classes)]
+        common = os.path.commonpath(list(folders.values()))
+        return [str(PurePosixPath(folders[label]).relative_to(common)) for label in range(classes)]
+
+    def place(self, row: Row) -> str:
+        """The file's path."""
+        return str(self._root / row.reference)
+
+    def stamp(self, reference: str) -> str | None:
+        """Size and time of change of the file."""
+        return stamp_of_file(self._root / reference)
+
+    def missing(self) -> list[Row]:
+        """Rows of the lists whose file is not under the root."""
+        return missing_files(self.rows, self._root)
+
+    def read(self, reference: str) -> bytes:
+        """The file's bytes."""
+        return read_image_file(self._root / reference)
+
+    def why_missing(self, rows: list[Row]) -> str | None:
+        """The likely cause where these images of the lists are missing; None where there is no pattern in it."""
+        first = rows[0].reference
+        if len(rows) == len(self.rows):
+            return self._wrong_root(first)
+        folders = {row.reference.rpartition("/")[0] for row in rows}
+        present = {row.reference.rpartition("/")[0] for row in self.rows} - folders
+        name = PurePosixPath(first).name
+        flat = PurePosixPath(first).parts[0]
+        if (self._root / flat / name).is_file():
+            return f"{self._root / flat}/ holds its images flat; sort them into a folder per class"
+        if name.startswith("ILSVRC2012") and (self._root / flat / name.replace("2012", "2010")).is_file():
+            return "the images there are of ILSVRC 2010; the lists are of ILSVRC 2012"
+        gone = sum(not (self._root / folder).is_dir() for folder in folders)
+        if gone and present:
+            hint = " (another year's ImageNet? the lists are of ILSVRC 2012)" if self._official.classes == 1000 else ""
+            return f"{gone} whole folders are missing, {_first_gone(folders, self._root)} for one{hint}"
+        return None
+
+    def _wrong_root(self, first: str) -> str:
+        parts = PurePosixPath(first).parts
+        root = self._root.resolve()
+        for start in range(1, len(parts)):
+            if (root / Path(*parts[start:])).is_file():
+                lead = "/".join(parts[:start])
+                if root.parts[-start:] == parts[:start]:
+                    return f"the lists' paths begin with {lead}/; set data.location to {root.parents[start - 1]}"
+                return f"the lists' paths begin with {lead}/, which is not there; link the folders of {root} into it"
+        deeper = next((entry for entry in sorted(root.iterdir()) if (entry / first).is_file()), None)
+        if deeper:
+            return f"the images are under {deeper}; set data.location to it and data.lists to the lists"
+        return f"data.location must be the folder that holds {parts[0]}/"
+
+
+def _first_gone(folders: set[str], root: Path) -> str:
+    return min(folder for folder in folders if not (root / folder).is_dir())
+
+
+def _find_lists(name: str, root: Path, lists: ListParams) -> dict[str, Path]:
+    official, found = OFFICIAL[name], {}
+    for split, given in (("train", lists.train), ("validation", lists.validation), ("test", lists.test)):
+        if given is not None:
+            # As given from where the command runs, or from the root.
+            path = next((path for path in (Path(given), root / given) if path.is_file()), None)
+            if path is None:
+                raise ParamsError(f"data.lists.{split} is {given!r}, which is no file here nor under {root}")
+            found[split] = path
+        else:
+            places = [
+                folder / file for file in official.files.get(split, ()) for folder in (root, root / official.folder)
+            ]
+            path = next((path for path in places if path.is_file() and path not in found.values()), None)
+            if path is not None:
+                found[split] = path
+    return found
+
+
+def _entries(path: Path, classes: int) -> Iterator[Entry]:
+    read = _read_json if path.suffix == ".json" else _read_lines
+    for where, image, label in read(path):
+        if not 0 <= label < classes:
+            raise DataError(f"{path}: {where}: label {label}; expected 0 to {classes - 1}")
+        if image.startswith("/") or ".." in image.split("/"):
+            raise DataError(f"{path}: {where}: {image!r} leaves the image root; expected a path relative to it")
+        yield image, label
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, str, int]]:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                image, _, label = line.strip().rpartition(" ")
+                if not image or not label.lstrip("-").isdecimal():
+                    raise DataError(f"{path}: line {number} is {line.strip()[:80]!r}; expected `relative/path label`")
+                yield f"line {number}", image.strip(), int(label)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is no text; expected lines of `relative/path label`") from None
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, str, int]]:
+    """iNaturalist's form: images with id and file_name, annotations with image_id and category_id."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        for number, annotation in enumerate(content["annotations"]):
+            yield f"annotation {number}", names[annotation["image_id"]], int(annotation["category_id"])
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(
+            f"{path}: not readable as iNaturalist's JSON ({reason}); expected images and annotations"
+        ) from None

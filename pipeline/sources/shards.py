@@ -1,0 +1,153 @@
+"""One file of a table: its columns whole, its images row group by row group."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from pipeline.errors import DataError
+from pipeline.sources.storage import Storage
+
+CACHE_BYTES = 256 * 1024 * 1024  # of images kept in memory, over all shards
+# Parquet metadata that `data pack` writes, as JSON: class names in label order, and the source that was packed.
+CLASSES_KEY, ORIGIN_KEY = b"tailor.classes", b"tailor.origin"
+
+
+class Shard:
+    """A Parquet file, known by its footer until a column or image is asked for; or a CSV file, read whole.
+
+    Raises DataError naming the file when it is missing, no table, or cut off.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self.name, self.place = storage, name, storage.place(name)
+        self._table: pa.Table | None = None
+        with self._readable(), storage.open(name) as stream:
+            if name.endswith(".csv"):
+                # An empty cell is a missing value, as in Parquet, and not a label "".
+                empty = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+                self._table = pyarrow.csv.read_csv(stream, convert_options=empty)
+                self.schema, groups = self._table.schema, [self._table.num_rows]
+            else:
+                self._footer = pyarrow.parquet.read_metadata(stream)
+                self.schema = self._footer.schema.to_arrow_schema()
+                groups = [self._footer.row_group(i).num_rows for i in range(self._footer.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def carried(self, key: bytes) -> Any:
+        """What `data pack` wrote under a key of the file's metadata; None in other files."""
+        text = (self.schema.metadata or {}).get(key)
+        return json.loads(text) if text else None
+
+    def column(self, column: str) -> pa.ChunkedArray:
+        """A whole column. Raises DataError when there is none of that name, with those there are."""
+        self.check_column(column)
+        if self._table is not None:
+            return self._table.column(column)
+        with self._parquet() as file:
+            return _plain(file.read(columns=[column]).column(column))
+
+    def check_column(self, column: str) -> None:
+        """Raise DataError unless there is a column of that name."""
+        if column not in self.schema.names:
+            raise DataError(f"{self.place}: has no column {column!r}; it has {', '.join(self.schema.names)}")
+
+    def group_of(self, row: int) -> tuple[int, int]:
+        """The row group that holds a row, and the row's place in it."""
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return group, row - int(self._starts[group])
+
+    def read_group(self, group: int, column: str) -> pa.ChunkedArray:
+        """One column of one row group."""
+        self.check_column(column)
+        if self._table is not None:
+            return self._table.column(column)
+        with self._parquet() as file:
+            return _plain(file.read_row_group(group, columns=[column]).column(column))
+
+    @contextlib.contextmanager
+    def _parquet(self) -> Iterator[pyarrow.parquet.ParquetFile]:
+        # Opened for each read: no handle is shared by threads, and a thousand shards hold none open.
+        with self._readable(), self._storage.open(self.name) as stream:
+            yield pyarrow.parquet.ParquetFile(stream, metadata=self._footer)
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{self.place}: not readable as a table: {reason}") from None
+
+
+class RowGroups:
+    """Values of a column by shard and row, each row group read once and kept while memory allows. Safe for threads."""
+
+    def __init__(self, column: str, cache_bytes: int = CACHE_BYTES) -> None:
+        self._column, self._room = column, cache_bytes
+        self._kept: OrderedDict[tuple[str, int], Future[pa.ChunkedArray]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def value(self, shard: Shard, row: int) -> Any:
+        """The value at a row, as Python's own type."""
+        group, place = shard.group_of(row)
+        key = shard.name, group
+        with self._lock:
+            found = self._kept.get(key)
+            first = found is None
+            future = self._kept.setdefault(key, Future()) if found is None else found
+            self._kept.move_to_end(key)
+        if first:
+            try:
+                future.set_result(shard.read_group(group, self._column))
+            except BaseException as error:
+                future.set_exception(error)
+                with self._lock:
+                    self._kept.pop(key, None)
+                raise
+            self._make_room(key)
+        return future.result()[place].as_py()
+
+    def _make_room(self, newest: tuple[str, int]) -> None:
+        with self._lock:
+            done = [(key, future.result().nbytes) for key, future in self._kept.items() if future.done()]
+            total = sum(size for _, size in done)
+            for key, size in done:
+                if total <= self._room:
+                    break
+                if key != newest:
+                    del self._kept[key]
+                    total -= size
+
+
+def open_shards(storage: Storage, names: str | list[str], columns: list[str]) -> list[Shard]:
+    """The files that a params value names, all with these columns and of one schema in them. Raises DataError otherwise."""
+    shards = [Shard(storage, name) for name in storage.expand(names)]
+    first = shards[0]
+    for column in columns:
+        for shard in shards:
+            shard.check_column(column)
+            ours, theirs = shard.schema.field(column).type, first.schema.field(column).type
+            if ours != theirs:
+                raise DataError(
+                    f"{shard.place}: column {column!r} is {ours}, but {theirs} in {first.name}; "
+                    "write all shards with one schema"
+                )
+    return shards
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column

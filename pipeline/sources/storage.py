@@ -1,0 +1,134 @@
+"""Local files and remote addresses (s3://, gs://, any of fsspec's) behind one face, for the sources that read tables."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+from fsspec.utils import get_protocol
+
+from models.preprocess import MAX_BYTES
+from pipeline.errors import DataError, ParamsError
+from pipeline.sources.source import BadImageError
+
+GLOB = re.compile(r"[*?\[]")
+
+
+def is_address(text: str) -> bool:
+    """Whether a text names a file system (`s3://bucket/key`) rather than a path."""
+    return "://" in text
+
+
+class Storage:
+    """The files under one root: a local folder, or an address that fsspec knows. Texts given to it are relative to the root.
+
+    Raises ParamsError for an address whose package is not installed, DataError naming the file for what cannot be read.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/") or "/"
+        try:
+            self._files, self._base = fsspec.url_to_fs(self.root)
+        except (ImportError, ValueError) as error:
+            raise ParamsError(f"data.location is {shown(root)!r}: {_reason(error)}") from None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are of this machine."""
+        return get_protocol(self.root) == "file"
+
+    def place(self, name: str) -> str:
+        """Where a user finds a file, for messages: without a password or signature that an address may carry."""
+        return shown(f"{self.root}/{name}")
+
+    def expand(self, names: str | list[str]) -> list[str]:
+        """The table files that a params value names: a file, a glob pattern, a folder of shards, or a list of these.
+
+        Sorted by name within a pattern or folder, so that rows keep their numbers. Raises DataError when nothing matches.
+        """
+        found: list[str] = []
+        for name in [names] if isinstance(names, str) else names:
+            with self._named(name):
+                if GLOB.search(name):
+                    matches = sorted(self._files.glob(self._path(name)))
+                elif self._files.isdir(self._path(name)):
+                    matches = sorted(self._files.glob(f"{self._path(name)}/*.parquet"))
+                else:
+                    matches = [self._path(name)]
+            if not matches:
+                raise DataError(f"{self.place(name)}: holds no .parquet file; set data.table to where the shards are")
+            found += [self._relative(match) for match in matches]
+        return found
+
+    def open(self, name: str) -> Any:
+        """A file opened for reading bytes."""
+        with self._named(name):
+            return self._files.open(self._path(name), "rb")
+
+    def read(self, name: str) -> bytes:
+        """An image file's bytes, its size bounded before reading."""
+        with self._named(name):
+            try:
+                size = self._files.size(self._path(name))
+            except FileNotFoundError:
+                raise BadImageError(f"{self.place(name)}: No such file or directory") from None
+            if size is not None and size > MAX_BYTES:
+                raise BadImageError(f"{self.place(name)}: has {size} bytes, above the limit of {MAX_BYTES}")
+            return self._files.cat_file(self._path(name))
+
+    def stamp(self, name: str) -> str | None:
+        """A text that changes when the file does; None where it is missing."""
+        with self._named(name):
+            try:
+                found = self._files.info(self._path(name))
+            except FileNotFoundError:
+                return None
+            when = next(
+                (found[key] for key in ("ETag", "etag", "mtime", "created", "LastModified") if key in found), ""
+            )
+            return f"{found.get('size')}-{when}"
+
+    def _path(self, name: str) -> str:
+        return name if name.startswith("/") else f"{self._base.rstrip('/')}/{name}"
+
+    def _relative(self, path: str) -> str:
+        return path.removeprefix(f"{self._base.rstrip('/')}/")
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Every back end raises errors of its own kinds: each becomes one line that names the file."""
+        try:
+            yield
+        except DataError:
+            raise
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.place(name)}: no such file; set data.location and data.table to where it is"
+            ) from None
+        except Exception as error:
+            if self.is_local and isinstance(error, OSError):
+                raise BadImageError(f"{self.place(name)}: {error.strerror or error}") from None
+            raise DataError(f"{self.place(name)}: {_reason(error)}{_advice(error)}") from None
+
+
+def shown(address: str) -> str:
+    """An address fit for a message or log: user, password and query (signatures) left out."""
+    if not is_address(address):
+        return address
+    return re.sub(r"\?\S*=\S*", "?…", re.sub(r"(://)[^/@\s]*@", r"\1…@", address))
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return shown(text) if is_address(text) else text
+
+
+def _advice(error: Exception) -> str:
+    # By name: the packages of the back ends (botocore, google-auth) need not be installed.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "PermissionError"}:
+        return "; give this machine credentials that may read it (environment, profile or role), as for `dvc pull`"
+    return ""

@@ -1,0 +1,156 @@
+"""Source `table`: Parquet or CSV files, local or at an address, one row an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.errors import DataError, ParamsError
+from pipeline.params import TableParams
+from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY, RowGroups, Shard, open_shards
+from pipeline.sources.source import BadImageError, Row, in_parts
+from pipeline.sources.storage import Storage, is_address
+
+
+class TableSource:
+    """Parquet or CSV files with a label column and either encoded image bytes or a path column.
+
+    Each split is a file, a glob pattern, a folder of shards or a list of these, under data.location, which may be an
+    address such as s3://bucket/photos. Labels are integers 0..C-1 without a gap, or text, numbered in sorted order.
+    Raises DataError naming file and column.
+    """
+
+    def __init__(self, location: str, params: TableParams) -> None:
+        if not is_address(location) and not Path(location).is_dir():
+            raise ParamsError(
+                f"data.location is {location!r}, which is not a folder; expected the root of source table"
+            )
+        self._storage, self._params = Storage(location), params
+        files = {"train": params.train, "validation": params.validation, "test": params.test}
+        columns = [column for column in (params.image, params.path, params.label, params.id) if column]
+        self._splits = {
+            split: open_shards(self._storage, names, columns) for split, names in files.items() if names is not None
+        }
+        self._shards = {shard.name: shard for shards in self._splits.values() for shard in shards}
+        self.origin = self._splits["train"][0].carried(ORIGIN_KEY) or "table"
+        self._stamps: dict[str, str | None] = {}
+        self._images = RowGroups(params.image or params.path or "")
+        labels = {split: self._labels(shards) for split, shards in self._splits.items()}
+        self.classes = self._class_names(labels)
+        number = {name: index for index, name in enumerate(sorted(set(labels["train"])))}
+        self.rows = [row for split, values in labels.items() for row in self._rows(split, values, number)]
+
+    def _labels(self, shards: list[Shard]) -> list[int] | list[str]:
+        labels: list = []
+        for shard in shards:
+            column = shard.column(self._params.label)
+            where = f"{shard.place}: column {self._params.label!r}"
+            if column.null_count:
+                raise DataError(f"{where} has {column.null_count} rows without a label")
+            if not (
+                pa.types.is_integer(column.type)
+                or pa.types.is_string(column.type)
+                or pa.types.is_large_string(column.type)
+            ):
+                raise DataError(f"{where} is {column.type}; expected integers or text")
+            labels += column.to_pylist()
+        return labels
+
+    def _class_names(self, labels: dict[str, list]) -> list[str]:
+        known = sorted(set(labels["train"]))
+        where = f"{self._place('train')}: column {self._params.label!r}"
+        if len(known) < 2:
+            raise DataError(f"{where} has {len(known)} classes; expected at least 2")
+        for split, values in labels.items():
+            if unknown := sorted(set(values) - set(known)):
+                raise DataError(
+                    f"{self._place(split)}: label {unknown[0]!r} has no training samples; "
+                    "add training images of that class or remove its rows"
+                )
+        if isinstance(known[0], int) and known != list(range(len(known))):
+            if known[0] < 0:
+                raise DataError(f"{where} has the label {known[0]}; integer labels must be 0..C-1 without a gap")
+            missing = next(i for i, value in enumerate([*known, None]) if value != i)
+            raise DataError(f"{where} skips {missing}; integer labels must be 0..C-1 without a gap")
+        carried = self._splits["train"][0].carried(CLASSES_KEY) if isinstance(known[0], int) else None
+        names = self._params.class_names or carried or [str(value) for value in known]
+        if len(names) != len(known):
+            given = "data.table.class_names has" if self._params.class_names else f"{self._place('train')} carries"
+            raise ParamsError(f"{given} {len(names)} names for {len(known)} classes; expected one per class")
+        return names
+
+    def _rows(self, split: str, labels: list, number: dict) -> Iterator[Row]:
+        # A path says more than a row number when an error names the sample.
+        column = self._params.id or self._params.path
+        first = 0
+        for shard in self._splits[split]:
+            ids = shard.column(column).to_pylist() if column else None
+            for index, label in enumerate(labels[first : first + len(shard)]):
+                reference = f"{shard.name}#{index}"
+                yield Row(reference, number[label], str(ids[index]) if ids else reference, split)
+            first += len(shard)
+
+    def _place(self, split: str) -> str:
+        shards = self._splits[split]
+        return shards[0].place if len(shards) == 1 else f"{shards[0].place} and {len(shards) - 1} more shards"
+
+    def place(self, row: Row) -> str:
+        """The image's path where the table has one, else the table's path and row; with the row's id if it has one."""
+        path = self._path(row.reference)
+        if path:
+            return self._storage.place(path)
+        place = self._storage.place(row.reference)
+        return place if row.sample_id == row.reference else f"{place} ({row.sample_id})"
+
+    def stamp(self, reference: str) -> str | None:
+        """Of the image's own file where the table has paths, else of the shard."""
+        if self._params.path:
+            path = self._path(reference)
+            return self._storage.stamp(path) if path else None
+        name, _, row = reference.rpartition("#")
+        if name not in self._stamps:
+            self._stamps[name] = self._storage.stamp(name)
+        return f"{self._stamps[name]}#{row}"
+
+    def _path(self, reference: str) -> str | None:
+        if not self._params.path:
+            return None
+        name, _, index = reference.rpartition("#")
+        path = self._images.value(self._shards[name], int(index))
+        return path if isinstance(path, str) else None
+
+    def missing(self) -> list[Row]:
+        """Rows whose path is not there, in a local table of paths. In a bucket that is only known by reading."""
+        if not self._params.path or not self._storage.is_local:
+            return []
+        with ThreadPoolExecutor() as pool:
+            stamps = pool.map(lambda part: [self.stamp(row.reference) for row in part], in_parts(self.rows))
+            return [row for row, stamp in zip(self.rows, chain.from_iterable(stamps), strict=True) if stamp is None]
+
+    def why_missing(self, rows: list[Row]) -> str | None:
+        """Paths of a table are relative to data.location: said when every one of them is missing."""
+        all_of_them = len(rows) == len(self.rows)
+        return "paths are relative to data.location; set it to the folder that holds them" if all_of_them else None
+
+    def read(self, reference: str) -> bytes:
+        """Bytes of the image column, or of the file that the path column names (relative to data.location)."""
+        value = self._value(reference)
+        return value if isinstance(value, bytes) else self._storage.read(value)
+
+    def _value(self, reference: str) -> bytes | str:
+        name, _, index = reference.rpartition("#")
+        shard = self._shards[name]
+        value = self._images.value(shard, int(index))
+        if value is None:
+            raise BadImageError(f"{shard.place}: row {index} has no image; remove the row or give it one")
+        if not isinstance(value, bytes if self._params.image else str):
+            column = self._params.image or self._params.path
+            found = f"column {column!r} holds {type(value).__name__}"
+            raise DataError(
+                f"{shard.place}: {found}; expected {'encoded image bytes' if self._params.image else 'a file path'}"
+            )
+        return value
