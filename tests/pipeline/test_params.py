@@ -55,8 +55,6 @@ TOO_LOW = {
     "student.queue_minimum": 0, "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0,
     "evaluate.samples": 0,
     "export.opset": 17, "export.max_batch_size": 1, "export.tolerance": 0.0, "export.golden": 0, "serving.top_k": 0,
-    "gate.confidence": 0.5, "gate.resamples": 99, "gate.seed": -1, "gate.floor": -0.1, "gate.all.margin": -0.1,
-    "gate.many.margin": -0.1, "gate.medium.margin": -0.1, "gate.few.margin": -0.1, "gate.ece.margin": -0.1,
 }  # fmt: skip
 TOO_HIGH = {
     "seed": 2**63, "data.seed": 2**32, "data.validation_share": 1.01, "prior.beta": 1.0,
@@ -64,7 +62,6 @@ TOO_HIGH = {
     "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
     "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
-    "gate.confidence": 1.0, "gate.resamples": 100_001, "gate.seed": 2**32, "gate.floor": 1.01, "gate.few.margin": 1.01,
 }  # fmt: skip
 
 
