@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -194,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = train_all(params, known, names, options.seeds)
     device = choose_device(params.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    command = f"`python -m benchmarks.accuracy {' '.join(arguments or sys.argv[1:])}`"
+    command = f"`python -m benchmarks.accuracy {shlex.join(arguments or sys.argv[1:])}`"
     told = f"{command}\n\n{where}, torch {torch.__version__}, Python {platform.python_version()}.\n\n"
     told += table(found, options.seeds)
     print(told)

@@ -7,150 +7,38 @@ Four forms of the same two losses, float32, from a given similarity [B,K] to its
 - gml_loss twice: models.losses, the reference (scatter and index_add over the classes).
 - contrast_losses: models.contrast_losses, what training uses; on CUDA also with its fused kernels.
 
-Before anything is timed, every form's losses and gradients are held against the one-hot form's. Time is the median over
-rounds in which the forms take turns. Peak memory is what one step adds to its inputs: on CUDA max_memory_allocated, on
-the CPU the growth of the peak resident set (VmHWM) in a fresh process for each figure.
+Before anything is timed, every form's losses and gradients are held against the one-hot form's; on CUDA the kernels also
+against the plain version, each timed alone as a replayed graph, and a line says which is faster. Time is the median over
+rounds in which the forms take turns, with the spread beside it. Peak memory is what one step adds to its inputs: on CUDA
+max_memory_allocated, on the CPU the growth of the peak resident set (VmHWM) in a fresh process for each figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from models.contrast_losses import KeyRuns, contrast_losses
-from models.losses import gml_loss, other_sample_mask
-from models.queues import queue_lengths
+from benchmarks.gml_forms import FORMS, FUSED, ONE_HOT, OURS, Case, Form, check, make_case, step
+from benchmarks.machine import hardware, versions
+from models.contrast_losses import SplitAtOwnClass
+from models.gml_kernel import FusedSplit
+from models.kernel_check import device_milliseconds, fault_of_kernels, made_inputs
+from serving.atomic import write_file
 
 SIZES = [(128, 4096, 100), (128, 16384, 1000), (128, 65536, 8142)]
 TIME_GOALS = {"cuda": [5, 8, 20], "cpu": [None, 3, None]}
 MEMORY_GOALS = [None, None, 10]
-ONE_HOT = "one-hot"
-
-
-class Case(NamedTuple):
-    """similarity [B,K] and log_tau [] are leaves that collect gradients; see contrast_losses for the rest."""
-
-    similarity: Tensor
-    log_tau: Tensor
-    runs: KeyRuns
-    target: Tensor
-    log_prior: Tensor
-    query_ids: Tensor
-    key_ids: Tensor
-
-
-def make_case(batch: int, keys: int, classes: int, device: str) -> Case:
-    """A memory as ImageNet-LT's would be (1280 to 5 images a class, k_m 2), every query's own image in it once."""
-    generator = torch.Generator().manual_seed(0)
-    counts = [int(1280 * (5 / 1280) ** (c / (classes - 1))) for c in range(classes)]
-    lengths = torch.tensor(queue_lengths(counts, keys, 2))
-    row_class = torch.repeat_interleave(torch.arange(classes), lengths)
-    own = torch.randperm(keys, generator=generator)[:batch]
-    key_ids = -torch.arange(1, keys + 1)
-    key_ids[own] = torch.arange(batch)
-    features = F.normalize(torch.randn(batch + keys, 32, generator=generator), dim=1)
-    log_prior = (torch.tensor(counts) / sum(counts)).log()
-    starts = lengths.cumsum(0) - lengths
-    runs = KeyRuns(row_class.to(device), starts.to(device), lengths.to(device), int(lengths.max()))
-    return Case(
-        (features[:batch] @ features[batch:].T).to(device).requires_grad_(),
-        torch.tensor(0.1, device=device).log().requires_grad_(),
-        runs,
-        row_class[own].to(device),
-        log_prior.to(device),
-        torch.arange(batch, device=device),
-        key_ids.to(device),
-    )
-
-
-def one_hot_loss(case: Case, similarity: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
-    """One loss; weights: [B,K], 1 keeps a pair."""
-    exponent = similarity / tau
-    peak = exponent.amax(1, keepdim=True).detach()
-    one_hot = F.one_hot(case.runs.row_class, len(case.log_prior)).to(similarity.dtype)
-    mean = ((exponent - peak).exp() * weights) @ one_hot / (weights @ one_hot)
-    return F.cross_entropy(mean.log() + peak + case.log_prior, case.target)
-
-
-def one_hot(case: Case) -> tuple[Tensor, Tensor]:
-    weights = (case.query_ids[:, None] != case.key_ids[None, :]).to(case.similarity.dtype)
-    tau = case.log_tau.exp()
-    gml = one_hot_loss(case, case.similarity, tau.detach(), torch.ones_like(weights))
-    return gml, one_hot_loss(case, case.similarity.detach(), tau, weights)
-
-
-def lean_one_hot(case: Case) -> tuple[Tensor, Tensor]:
-    one_hot = F.one_hot(case.runs.row_class, len(case.log_prior)).float()
-    own = case.query_ids[:, None] == case.key_ids[None, :]
-    counts = case.runs.lengths.float().expand(len(case.target), -1)
-    other_counts = counts.scatter_add(1, case.target[:, None], -own.sum(1, keepdim=True).float())
-
-    def loss(exponent: Tensor, counts: Tensor, left_out: Tensor | None) -> Tensor:
-        peak = exponent.amax(1, keepdim=True).detach()
-        mass = (exponent - peak).exp()
-        mass = mass if left_out is None else mass.masked_fill(left_out, 0.0)
-        return F.cross_entropy((mass @ one_hot / counts).log() + peak + case.log_prior, case.target)
-
-    tau = case.log_tau.exp()
-    return loss(case.similarity / tau.detach(), counts, None), loss(case.similarity.detach() / tau, other_counts, own)
-
-
-def reference(case: Case) -> tuple[Tensor, Tensor]:
-    tau, mask = case.log_tau.exp(), other_sample_mask(case.query_ids, case.key_ids)
-    classes = case.runs.row_class
-    gml = gml_loss(case.similarity, classes, case.target, case.log_prior, tau.detach())
-    return gml, gml_loss(case.similarity.detach(), classes, case.target, case.log_prior, tau, mask=mask)
-
-
-def ours(case: Case, fused: bool = False) -> tuple[Tensor, Tensor]:
-    losses = contrast_losses(
-        case.similarity, case.runs, case.target, case.log_prior, case.log_tau.exp(),
-        query_ids=case.query_ids, key_ids=case.key_ids, fused=fused,
-    )  # fmt: skip
-    return losses.gml, losses.tau
-
-
-Form = Callable[[Case], tuple[Tensor, Tensor]]
-FORMS: dict[str, Form] = {
-    ONE_HOT: one_hot,
-    "lean one-hot": lean_one_hot,
-    "gml_loss twice": reference,
-    "contrast_losses": ours,
-    "contrast_losses, fused": functools.partial(ours, fused=True),
-}
-
-
-def forms_on(device: str) -> list[str]:
-    return list(FORMS) if device == "cuda" else [name for name in FORMS if "fused" not in name]
-
-
-def step(form: Form, case: Case) -> tuple[Tensor, Tensor]:
-    case.similarity.grad = case.log_tau.grad = None
-    gml, tau = form(case)
-    (gml + tau).backward()
-    return gml.detach(), tau.detach()
-
-
-def check(form: Form, case: Case, expected: list[Tensor]) -> None:
-    """Raises AssertionError when a loss or gradient is off by more than float32 sums in another order explain."""
-    found = [*step(form, case), case.similarity.grad, case.log_tau.grad]
-    for name, a, b in zip(["L_GML", "L_tau", "d/dsimilarity", "d/dlog tau"], found, expected, strict=True):
-        error = ((a - b).abs().max() / b.abs().max()).item()
-        if not error < 1e-4:
-            raise AssertionError(f"{name} is off by {error:.1e} of its largest value")
+HEADING = (
+    "| B, K, C | form | time ms | spread | time ratio | goal | peak MiB | memory ratio | goal |\n"
+    "|---|---|--:|--:|--:|--:|--:|--:|--:|"
+)
 
 
 def milliseconds(form: Form, case: Case) -> float:
@@ -163,9 +51,9 @@ def milliseconds(form: Form, case: Case) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def times(case: Case, names: list[str], repeat: int) -> dict[str, float]:
-    """Median milliseconds of a step by form, after the check, which warms up as well."""
-    expected = [*step(one_hot, case), case.similarity.grad.clone(), case.log_tau.grad.clone()]
+def times(case: Case, names: list[str], repeat: int) -> dict[str, list[float]]:
+    """Milliseconds of a step by form and round, after the check, which warms up as well."""
+    expected = [*step(FORMS[ONE_HOT], case), case.similarity.grad.clone(), case.log_tau.grad.clone()]
     for name in names:
         check(FORMS[name], case, expected)
     del expected
@@ -173,7 +61,7 @@ def times(case: Case, names: list[str], repeat: int) -> dict[str, float]:
     for _ in range(repeat):
         for name in names:
             taken[name].append(milliseconds(FORMS[name], case))
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return taken
 
 
 def status_mebibytes(field: str) -> float:
@@ -204,27 +92,73 @@ def peak(name: str, size: tuple[int, int, int], device: str) -> float:
 
 
 def head(device: str, repeat: int) -> str:
-    hardware = torch.cuda.get_device_name() if device == "cuda" else processor()
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     return (
         f"`python -m benchmarks.gml_loss --device {device} --repeat {repeat}`\n\n"
-        f"{hardware}; torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}; "
-        f"load average at the start {load}.\nL_GML + L_tau, forward and backward, float32; median of {repeat}. "
-        f"Ratios are one-hot / this form.\n"
+        f"{hardware(device)}; {versions(torch.get_num_threads())}.\n"
+        f"L_GML + L_tau, forward and backward, float32; median of {repeat}. Ratios are one-hot / this form.\n"
     )
 
 
-def processor() -> str:
-    """The CPU's name and how many cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+def kernels_against_plain(size: tuple[int, int, int]) -> str:
+    """A line on the fused kernels at a size: how near they are to the plain version, and which of the two is faster."""
+    case, place = make_case(*size, "cuda"), ", ".join(map(str, size))
+    longest = case.runs.longest
+    if fault := fault_of_kernels(case.similarity.device, *size[:2], longest, SplitAtOwnClass, timed=False):
+        return f"{place}: the kernels do not do what the plain version does: {fault}"
+    plain = [*step(FORMS[OURS], case), case.similarity.grad.clone(), case.log_tau.grad.clone()]
+    fused = [*step(FORMS[FUSED], case), case.similarity.grad, case.log_tau.grad]
+    apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fused, plain, strict=True))
+    inputs = made_inputs(case.similarity.device, *size[:2], longest)
+    ours, theirs = (device_milliseconds(split, inputs) for split in (FusedSplit, SplitAtOwnClass))
+    verdict = f"faster by {theirs / ours:.2f}" if ours < theirs else f"slower by {ours / theirs:.2f}"
+    return (
+        f"{place}: losses and gradients of the kernels are within {apart:.1e} of the plain version's (of the largest value); "
+        f"as a graph, {ours:.4f} ms against {theirs:.4f}: the kernels are {verdict}"
+    )
+
+
+def rows(
+    size: tuple[int, int, int], device: str, repeat: int, goals: tuple[float | None, float | None]
+) -> Iterator[str]:
+    """The table's rows of one size. goals: of the time and of the memory ratio."""
+    names = [name for name in FORMS if device == "cuda" or name != FUSED]
+    case = make_case(*size, device)
+    if FUSED in names and fault_of_kernels(
+        case.similarity.device, *size[:2], case.runs.longest, SplitAtOwnClass, timed=False
+    ):
+        names.remove(FUSED)
+    taken = times(case, names, repeat)
+    del case
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    peaks = {name: peak(name, size, device) for name in names}
+    for name in names:
+        time_goal, memory_goal = (f"≥ {goal}" if goal and name in (OURS, FUSED) else "" for goal in goals)
+        yield (
+            f"| {', '.join(map(str, size))} | {name} | {medians[name]:.2f} | {min(taken[name]):.2f} to {max(taken[name]):.2f} "
+            f"| {medians[ONE_HOT] / medians[name]:.1f} | {time_goal} "
+            f"| {peaks[name]:.0f} | {peaks[ONE_HOT] / peaks[name]:.1f} | {memory_goal} |"
+        )
+
+
+def empty_cuda_rows() -> str:
+    """What is still to be measured, with the command."""
+    lines = [
+        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.gml_loss --device cuda --output "
+        "benchmarks/results/gml_loss-cuda.md` prints these rows and says which of the two is faster. The fused kernels "
+        "have run in Triton's interpreter only; in training each GPU is asked first (models.kernel_check).\n",
+        HEADING,
+    ]
+    for size, time_goal, memory_goal in zip(SIZES, TIME_GOALS["cuda"], MEMORY_GOALS, strict=True):
+        goals = f"| ≥ {time_goal} | | | {f'≥ {memory_goal}' if memory_goal else ''} |"
+        lines += [f"| {', '.join(map(str, size))} | {name} | | | {goals}" for name in (OURS, FUSED)]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="L_GML + L_tau against the one-hot form: time and peak memory.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeat", type=int, help="timed rounds (default: 5 on the CPU, 50 on CUDA)")
+    parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     parser.add_argument("--peak", nargs=4, metavar=("FORM", "B", "K", "C"), help="print the MiB of one form and stop")
     arguments = parser.parse_args()
     device = arguments.device
@@ -235,20 +169,25 @@ def main() -> None:
         print(peak_here(name, tuple(map(int, size)), device))
         return
     repeat = arguments.repeat or (50 if device == "cuda" else 5)
-    print(head(device, repeat))
-    print("| B, K, C | form | time ms | time ratio | goal | peak MiB | memory ratio | goal |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|", flush=True)
-    for size, time_goal, memory_goal in zip(SIZES, TIME_GOALS[device], MEMORY_GOALS, strict=True):
-        names = forms_on(device)
-        taken = times(make_case(*size, device), names, repeat)
-        peaks = {name: peak(name, size, device) for name in names}
-        for name in names:
-            goals = [f"≥ {goal}" if goal and name.startswith("contrast") else "" for goal in (time_goal, memory_goal)]
-            print(
-                f"| {', '.join(map(str, size))} | {name} | {taken[name]:.2f} | {taken[ONE_HOT] / taken[name]:.1f} | {goals[0]} "
-                f"| {peaks[name]:.0f} | {peaks[ONE_HOT] / peaks[name]:.1f} | {goals[1]} |",
-                flush=True,
-            )
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
+    say(head(device, repeat))
+    say(HEADING)
+    for size, *goals in zip(SIZES, TIME_GOALS[device], MEMORY_GOALS, strict=True):
+        for row in rows(size, device, repeat, tuple(goals)):
+            say(row)
+    if device == "cuda":
+        say("")
+        for size in SIZES:
+            say(f"- {kernels_against_plain(size)}")
+    else:
+        say(empty_cuda_rows())
+    if arguments.output:
+        write_file(arguments.output, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

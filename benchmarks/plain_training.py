@@ -1,7 +1,7 @@
 """GML training in the usual way, to measure the engine against: no part of Tailor's training is used for what is timed.
 
 Data: PIL images, torchvision's transforms on one image after the other, three views, DataLoader workers. Network: a CIFAR
-ResNet as it is usually written, contiguous, float32, eager. Loss: the one-hot form of benchmarks.gml_loss. Step: SGD, then
+ResNet as it is usually written, contiguous, float32, eager. Loss: the one-hot form of benchmarks.gml_forms. Step: SGD, then
 `.item()` of loss and accuracy. The mathematics is the engine's: `loss_parts` on the same views gives the same numbers,
 which benchmarks.training checks first. Shared with the engine are the small modules that are the same either way:
 cosine classifier, projection heads, class-wise queues.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.gml_loss import Case, one_hot
+from benchmarks.gml_forms import Case, one_hot
 from models.contrast_losses import KeyRuns
 from models.cosine_classifier import ImageClassifier
 from models.objectives import StudentObjective, TeacherObjective

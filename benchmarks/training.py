@@ -3,116 +3,61 @@
 Baseline and engine (benchmarks.plain_training, pipeline.training) train the CIFAR-10-LT recipe at imbalance factor 100 on the
 same images. Before anything is timed, both are given the same views and weights in float64 and must find the same losses
 and gradients. Each then works in a process of its own, in turns, round by round, while the other waits. A ratio is the
-median over rounds of baseline / engine, beside the smallest and the largest: a busy machine blurs it but does not bend it.
+median over rounds of baseline / engine, beside the smallest and the largest. Processor time, of all threads and loader
+workers together, is beside it because other work on the machine lengthens it little.
 
 Rows: the three views alone, as they enter the network; one teacher or student step (the baseline's views are ready, the
 engine makes its own within the step); whole epochs with everything, evaluation included. On the CPU a round is a few steps.
 
-  python -m benchmarks.training --data ../shared/data --output benchmarks/results/training-cpu.md
-  python -m benchmarks.training --data ../shared/data --device cuda --full --output benchmarks/results/training-cuda.md
+  python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md
+  python -m benchmarks.training --data FOLDER --device cuda --full --output benchmarks/results/training-cuda.md
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torchvision
 
-from benchmarks.gml_loss import processor
+from benchmarks.machine import hardware, versions
 from benchmarks.training_setup import Setup, objective_of, setup_of
 from benchmarks.training_sides import SIDES, difference
+from benchmarks.turns import Cost, in_turns
 from pipeline.history import History
 from pipeline.training import Training
+from serving.atomic import write_file
 
 ROWS = ("views alone", "teacher step", "student step", "teacher epoch", "student epoch")  # of training_sides.rows
 GOALS = {"cpu": "≥ 1.5", "cuda": "≥ 8"}
 GOAL_ROW = "student epoch"
 EPOCHS = 200
+HEADING = (
+    "| | baseline images/s | engine images/s | ratio | smallest to largest | processor time ratio | goal |\n"
+    "|---|--:|--:|--:|--:|--:|--:|"
+)
 GOAL_MINUTES = 3
 
 
 class Timing(NamedTuple):
-    """Seconds of a row's rounds, baseline and engine in pairs; images trained a round."""
+    """Costs of a row's rounds, baseline and engine in pairs; images trained a round."""
 
-    baseline: list[float]
-    engine: list[float]
+    baseline: list[Cost]
+    engine: list[Cost]
     images: int
 
-    def ratios(self) -> list[float]:
-        """Baseline / engine, round by round."""
-        return [a / b for a, b in zip(self.baseline, self.engine, strict=True)]
+    def ratios(self, kind: str) -> list[float]:
+        """Baseline / engine, round by round; kind is a field of Cost."""
+        return [getattr(a, kind) / getattr(b, kind) for a, b in zip(self.baseline, self.engine, strict=True)]
 
-
-def child(connection: Connection, side: str, arguments: argparse.Namespace) -> None:
-    """Work on command: a row's name and number of rounds; then a round for each message, answered by its seconds."""
-    torch.set_num_threads(arguments.threads)
-    setup = setup_of(arguments)
-    work = SIDES[side](setup)
-    while (command := connection.recv()) is not None:
-        row, rounds = command
-        begin = 0.0
-
-        def turn() -> None:
-            nonlocal begin
-            if setup.device.type == "cuda":
-                torch.cuda.synchronize()
-            connection.send(time.perf_counter() - begin)
-            connection.recv()
-            begin = time.perf_counter()
-
-        turn()  # ready
-        work[row](rounds, turn)
-        connection.send(None)
-
-
-def in_turns(connections: dict[str, Connection], row: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds a round by side; the first round warms up and is not among them."""
-    for connection in connections.values():
-        connection.send((row, rounds + 1))
-        connection.recv()
-    seconds: dict[str, list[float]] = {side: [] for side in connections}
-    for _ in range(rounds + 1):
-        for side, connection in connections.items():
-            connection.send("go")
-            seconds[side].append(connection.recv())
-    for connection in connections.values():
-        connection.send("go")
-        connection.recv()
-    return {side: taken[1:] for side, taken in seconds.items()}
-
-
-def measure(arguments: argparse.Namespace, images: int) -> dict[str, Timing]:
-    """All rows. Raises EOFError when a side ends early (its own message says why)."""
-    context = multiprocessing.get_context("spawn")
-    connections, processes = {}, []
-    for side in SIDES:
-        connections[side], theirs = context.Pipe()
-        processes.append(context.Process(target=child, args=(theirs, side, arguments)))
-        processes[-1].start()
-        theirs.close()
-    try:
-        timings = {}
-        for row in ROWS:
-            print(f"{row} ...", file=sys.stderr, flush=True)
-            taken = in_turns(connections, row, arguments.rounds)
-            timings[row] = Timing(taken["baseline"], taken["engine"], images)
-        for connection in connections.values():
-            connection.send(None)
-        return timings
-    finally:
-        for process in processes:
-            process.join(5)
-            process.terminate()
+    def seconds(self, side: str) -> float:
+        """Median seconds of a round by the clock."""
+        return statistics.median(cost.wall for cost in getattr(self, side))
 
 
 def whole_run(setup: Setup) -> tuple[float, History, History]:
@@ -131,14 +76,10 @@ def whole_run(setup: Setup) -> tuple[float, History, History]:
 
 def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
     """The command, hardware and versions, what a round is, and how near the two sides' mathematics is."""
-    cuda = setup.device.type == "cuda"
-    hardware = f"{torch.cuda.get_device_name()}, {processor()}" if cuda else processor()
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     source = "CIFAR-10 pack" if arguments.data else "made images"
     return (
         f"`python -m benchmarks.training {' '.join(sys.argv[1:])}`\n\n"
-        f"{hardware}; torch {torch.__version__}, torchvision {torchvision.__version__}, {arguments.threads} threads, "
-        f"Python {platform.python_version()}; load average at the start {load}.\n"
+        f"{hardware(arguments.device)}; {versions(arguments.threads)}.\n"
         f"{source} at imbalance factor 100: student {arguments.student}, teacher {arguments.teacher}, batch "
         f"{setup.params.student.batch_size}, K {setup.params.student.queue_total}, AutoAugment and Cutout; engine in "
         f"{setup.params.engine.precision} precision, baseline in float32 with {arguments.workers} loader workers. A round is "
@@ -149,17 +90,14 @@ def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
 
 def table(timings: dict[str, Timing], device: str) -> str:
     """The ratios. Goals stand where there is one."""
-    lines = [
-        "| | baseline images/s | engine images/s | ratio | smallest to largest | goal |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = [HEADING]
     for row, timing in timings.items():
-        ratios = timing.ratios()
-        speeds = [timing.images / statistics.median(seconds) for seconds in (timing.baseline, timing.engine)]
+        wall, cpu = timing.ratios("wall"), timing.ratios("cpu")
+        speeds = [timing.images / timing.seconds(side) for side in ("baseline", "engine")]
         goal = GOALS[device] if row == GOAL_ROW else ""
         lines.append(
-            f"| {row} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {statistics.median(ratios):.2f} "
-            f"| {min(ratios):.2f} to {max(ratios):.2f} | {goal} |"
+            f"| {row} | {speeds[0]:,.0f} | {speeds[1]:,.0f} "
+            f"| {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} | {statistics.median(cpu):.2f} | {goal} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -168,7 +106,7 @@ def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str
     """Wall time of teacher and student over EPOCHS epochs: extrapolated from the epochs' rows, and made if `full`."""
     lines = ["", f"| {EPOCHS} epochs of teacher and student | baseline | engine | goal |", "|---|--:|--:|--:|"]
     minutes = [
-        EPOCHS * sum(statistics.median(getattr(timings[f"{name} epoch"], side)) for name in ("teacher", "student")) / 60
+        EPOCHS * sum(timings[f"{name} epoch"].seconds(side) for name in ("teacher", "student")) / 60
         for side in ("baseline", "engine")
     ]
     lines.append(f"| extrapolated, minutes | {minutes[0]:.1f} | {minutes[1]:.1f} | ≤ {GOAL_MINUTES} |")
@@ -185,11 +123,11 @@ def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str
 
 def empty_cuda_rows() -> str:
     """What is still to be measured, with the command."""
-    rows = "\n".join(f"| {row} | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
+    rows = "\n".join(f"| {row} | | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
     return (
-        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data ../shared/data --device cuda --full` "
+        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data FOLDER --device cuda --full` "
         "fills these rows.\n\n"
-        "| | baseline images/s | engine images/s | ratio | smallest to largest | goal |\n|---|--:|--:|--:|--:|--:|\n"
+        f"{HEADING}\n"
         f"{rows}\n\n| {EPOCHS} epochs of teacher and student | baseline | engine | goal |\n|---|--:|--:|--:|\n"
         f"| extrapolated, minutes | | | ≤ {GOAL_MINUTES} |\n| made, minutes, preparation included | | | ≤ {GOAL_MINUTES} |\n"
     )
@@ -198,7 +136,7 @@ def empty_cuda_rows() -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="The training engine against a plain baseline: one table of ratios.",
-        epilog="example: python -m benchmarks.training --data ../shared/data --output benchmarks/results/training-cpu.md",
+        epilog="example: python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md",
     )
     parser.add_argument(
         "--data", type=Path, help="folder with cifar10-train.parquet and -test.parquet (default: made images)"
@@ -234,7 +172,8 @@ def main() -> None:
     setup = setup_of(arguments)
     text = head(arguments, setup, difference(setup))
     print(text, flush=True)
-    timings = measure(arguments, len(setup.train))
+    costs = in_turns(SIDES, setup, ROWS, arguments.rounds, arguments.threads)
+    timings = {row: Timing(taken["baseline"], taken["engine"], len(setup.train)) for row, taken in costs.items()}
     text += "\n" + table(timings, arguments.device)
     if arguments.device == "cuda" or arguments.full:
         text += whole_run_lines(timings, setup, arguments.full)
@@ -242,7 +181,7 @@ def main() -> None:
         text += empty_cuda_rows()
     print(text)
     if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
+        write_file(arguments.output, text)
 
 
 if __name__ == "__main__":

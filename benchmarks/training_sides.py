@@ -10,16 +10,13 @@ from torch import Tensor, nn
 
 from benchmarks import plain_training as plain
 from benchmarks.training_setup import Setup, objective_of
+from benchmarks.turns import Turn, Work
 from pipeline.augment import random_views
 from pipeline.capture import CapturedStep
 from pipeline.dataset import Normalisation
 from pipeline.host_memory import keep_freed_memory
 from pipeline.step import Step, StepInputs
 from pipeline.training import Training, precision_of
-
-# A row's work: so many rounds, each followed by a call. What it prepares belongs to its first round, which warms up.
-Turn = Callable[[], None]
-Work = Callable[[int, Turn], None]
 
 CLOSE = 1e-9  # in float64
 

@@ -12,15 +12,15 @@ At equal temperature L_tau, which leaves the query's own sample out, has the sam
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Stands for minus infinity: exp of it is 0, yet a row of nothing else (a memory of one class) meets no inf - inf.
-FLOOR = -1e30
+from models.gml_kernel import FLOOR, FusedSplit
+from models.kernel_check import kernels_are_right, kernels_may_run
 
 
 class KeyRuns(NamedTuple):
@@ -53,7 +53,7 @@ def contrast_losses(
     *,
     query_ids: Tensor,
     key_ids: Tensor,
-    fused: bool = False,
+    fused: bool | Literal["auto"] = "auto",
 ) -> ContrastLosses:
     """L_GML (Eq. 4, Eq. 10 with `strength`) and L_tau, equal to models.losses.gml_loss without and with its mask.
 
@@ -62,8 +62,8 @@ def contrast_losses(
 
     The gradient of L_GML goes to the similarity alone, that of L_tau to the temperature alone. L_tau leaves a query
     out when no key of its class is of another sample; so does L_GML when the class has no key. Shapes are static and
-    nothing is read back to the host. fused: the CUDA kernels of models.gml_kernel, which have run in Triton's
-    interpreter and been compiled for sm_80 and sm_90, but never on a GPU: off until they have.
+    nothing is read back to the host. fused: True for the CUDA kernels of models.gml_kernel, False for the plain version,
+    auto for the kernels where models.kernel_check has seen them do the same, and no slower, at these shapes.
     """
     if not isinstance(temperature, Tensor):
         temperature = similarity.new_full((), temperature)
@@ -75,9 +75,9 @@ def contrast_losses(
     own_rows = own_rows.clamp(max=similarity.shape[1] - 1)
     bias = (strength * log_prior - runs.lengths.clamp(min=1).to(log_prior.dtype).log())[runs.row_class]
     bias = bias.to(similarity.dtype)
-    split = _SplitAtOwnClass
-    if fused:
-        from models.gml_kernel import FusedSplit as split
+    if fused == "auto":
+        fused = kernels_may_run(similarity) and kernels_are_right(similarity, runs.longest, SplitAtOwnClass)
+    split = FusedSplit if fused else SplitAtOwnClass
     own, rest, rest_of_tau = split.apply(similarity, own_rows, bias, temperature)
 
     others = present & (key_ids[own_rows] != query_ids[:, None])
@@ -102,7 +102,7 @@ def _mean_loss(exponent: Tensor, kept: Tensor, own_prior: Tensor, rest: Tensor) 
     return (losses * weight).sum() / weight.sum().clamp(min=1.0), empty.sum().to(exponent.dtype)
 
 
-class _SplitAtOwnClass(torch.autograd.Function):
+class SplitAtOwnClass(torch.autograd.Function):
     """similarity [B,K] → its values at own_rows [B,L], and `rest` [B] twice: for L_GML and for L_tau.
 
     The first `rest` sends its gradient to the similarity, the second to the temperature, and neither elsewhere. Of

@@ -2,7 +2,7 @@
 
 Not NVIDIA's inference server of the same name. The forward kernel reads the similarities once and writes B numbers, the
 backward one reads and writes them once; nothing else of the size [B,K] exists. State: equal to the plain version in
-Triton's interpreter, compiled for sm_80 and sm_90, never run on a GPU.
+Triton's interpreter, compiled for sm_80 and sm_90, not yet run on a GPU by us: models.kernel_check asks each GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Stands for minus infinity: exp of it is 0, yet a row of nothing else (a memory of one class) meets no inf - inf.
+FLOOR = -1e30
 # Keys that a program holds at once: 8 warps with 16 float32 each a lane, so that all stays in registers.
 BLOCK = 4096
 
@@ -97,14 +99,12 @@ def _kernels() -> tuple[Any, Any]:
 
 
 class FusedSplit(torch.autograd.Function):
-    """The same as _SplitAtOwnClass of models.contrast_losses, argument by argument."""
+    """The same as SplitAtOwnClass of models.contrast_losses, argument by argument."""
 
     @staticmethod
     def forward(
         ctx: Any, similarity: Tensor, own_rows: Tensor, bias: Tensor, temperature: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from models.contrast_losses import FLOOR
-
         similarity = similarity.contiguous()
         batch, keys = similarity.shape
         own_first, own_last = own_rows[:, 0].contiguous(), own_rows[:, -1].contiguous()

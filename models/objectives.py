@@ -112,8 +112,7 @@ class StudentObjective(nn.Module):
     the key view's own statistics (as there): weights that lag a thousand steps behind have no running ones that fit.
     """
 
-    # The CUDA kernels of models.gml_kernel have never run on a GPU: set this once `benchmarks.gml_loss` vouches for them.
-    fused_contrast = False
+    fused_contrast: bool | Literal["auto"] = "auto"  # see contrast_losses
     views: int
     log_prior: Tensor
 

@@ -6,6 +6,7 @@ Pillow and numpy alone, because the served classifier runs this same file where 
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,7 +15,18 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 32 * 1024 * 1024
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 64
+# Encoders write about ten scans into a progressive JPEG. Each is a pass over all pixels and may take no more than ten
+# bytes, so that without a bound half a megabyte is a minute's work, and the largest file an hour's.
+MAX_SCANS = 100
+MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
+# JPEG segments before the first scan, or PNG chunks: Pillow walks them in Python, and the largest file has room for
+# millions of empty ones.
+MAX_PARTS = 20_000
+WEBP_HEADER = 30  # bytes
 ORIENTATION = 0x0112  # the EXIF tag, and how to turn the picture upright for each of its values but 1
+# A marker of a JPEG stream that has a segment, or its end: no stuffed byte, no restart, no fill byte.
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,42 +39,101 @@ UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message says why in words fit for the caller (no path, no memory address)."""
+    """An image that cannot be used; the message says why in words fit for the caller (no path, no memory address).
+
+    kind: the fault in one word: empty, bytes, format, pixels, shape, parts, scans or damaged.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def decode(data: bytes) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an upright RGB image.
 
     The size is read from the header and bounded before any pixel is decoded. EXIF orientation is applied; grayscale,
-    palette, CMYK and 16-bit images become 8-bit RGB (16-bit by its high byte). Raises ImageError otherwise.
+    palette, CMYK and 16-bit images become 8-bit RGB (16-bit by its high byte). Of an animation the first frame is taken.
+    Raises ImageError otherwise.
     """
     if len(data) == 0:
-        raise ImageError("is empty (0 bytes); expected a JPEG, PNG or WebP image")
+        raise ImageError("empty", "is empty (0 bytes); expected a JPEG, PNG or WebP image")
     if len(data) > MAX_BYTES:
-        raise ImageError(f"has {len(data)} bytes, above the limit of {MAX_BYTES}")
+        raise ImageError("bytes", f"has {len(data)} bytes, above the limit of {MAX_BYTES}")
+    check_webp_canvas(data)
+    check_parts(data)
     try:
         # Image.open reads headers only. Its own bomb check is replaced by the tighter bound below, checked before load.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size)
+            if image.format in ("JPEG", "MPO"):
+                check_scans(data, image.width * image.height)
             image.load()
             return to_rgb(upright(image))
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise ImageError("is not a JPEG, PNG or WebP image") from None
+        raise ImageError("format", "is not a JPEG, PNG or WebP image") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"has more pixels than the limit of {MAX_PIXELS}") from None
+        raise ImageError("pixels", f"has more pixels than the limit of {MAX_PIXELS}") from None
     except Exception:
         # Pillow's parsers let out whatever they stumble over: OSError, SyntaxError, ValueError, TypeError, struct.error.
-        raise ImageError("is damaged or truncated: its pixels cannot be decoded") from None
+        raise ImageError("damaged", "is damaged or truncated: its pixels cannot be decoded") from None
 
 
 def check_size(width: int, height: int) -> None:
     """Refuse, by ImageError, an image whose header promises too many pixels or a shape that a resize would blow up."""
     if width * height > MAX_PIXELS:
-        raise ImageError(f"has {width}x{height} = {width * height} pixels, above the limit of {MAX_PIXELS}")
+        raise ImageError("pixels", f"has {width}x{height} = {width * height} pixels, above the limit of {MAX_PIXELS}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"is {width}x{height}, its longer side above {MAX_ASPECT} times its shorter side")
+        raise ImageError("shape", f"is {width}x{height}, its longer side above {MAX_ASPECT} times its shorter side")
+
+
+def check_webp_canvas(data: bytes) -> None:
+    """Refuse, by ImageError, a WebP whose header promises too much: its decoder takes memory for the whole canvas at once."""
+    header = data[:WEBP_HEADER]
+    if len(header) == WEBP_HEADER and header[:4] == b"RIFF" and header[8:16] == b"WEBPVP8X":
+        check_size(1 + int.from_bytes(header[24:27], "little"), 1 + int.from_bytes(header[27:30], "little"))
+
+
+def check_parts(data: bytes) -> None:
+    """Refuse, by ImageError, a file cut into so many pieces that only walking through them would take seconds."""
+    png = data[:8] == b"\x89PNG\r\n\x1a\n"
+    if not png and data[:2] != b"\xff\xd8":
+        return
+    place, parts = 8 if png else 2, 0
+    while parts <= MAX_PARTS and place < len(data):
+        if png:
+            place += 12 + int.from_bytes(data[place : place + 4], "big")
+        else:
+            found = MARKER.search(data, place)
+            if not found or data[found.start() + 1] in (START_OF_SCAN, END_OF_IMAGE):
+                return
+            place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        parts += 1
+    if parts > MAX_PARTS:
+        raise ImageError("parts", f"is cut into more than {MAX_PARTS} parts; save it again")
+
+
+def check_scans(data: bytes, pixels: int) -> None:
+    """Refuse, by ImageError, a JPEG with so many scans that their passes over its pixels would take minutes."""
+    most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(pixels, 1))
+    # The bytes of the marker occur by chance too, in metadata and behind the image's end.
+    if data.count(b"\xff\xda") > most and has_more_scans(data, most):
+        raise ImageError("scans", f"has more than {most} scans, too many for its {pixels} pixels; save it again")
+
+
+def has_more_scans(data: bytes, most: int) -> bool:
+    """Whether the first image of a JPEG file has more scans than that, or more parts than MAX_PARTS. Metadata is skipped."""
+    scans, parts, place = 0, 0, 2
+    while scans <= most and parts <= MAX_PARTS and (found := MARKER.search(data, place)):
+        kind = data[found.start() + 1]
+        if kind == END_OF_IMAGE:
+            return False
+        scans += kind == START_OF_SCAN
+        parts += 1
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return scans > most or parts > MAX_PARTS
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -74,7 +145,7 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image as 8-bit RGB. Pillow clips 16-bit grey at 255 when converting, so its high byte is taken here."""
     if image.mode.startswith("I"):
-        wide = np.asarray(image, dtype=np.int64)
+        wide = np.asarray(image)  # int32 or uint16; a wider copy of 50 megapixels would take 400 MB
         return Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
@@ -92,7 +163,9 @@ def resize(image: Image.Image, size: int, resize_to: int) -> np.ndarray:
             (max(resize_to, round(width * scale)), max(resize_to, round(height * scale))), Image.Resampling.BILINEAR
         )
     if min(image.size) < size:
-        raise ImageError(f"would be cropped to {size} pixels after a resize to {resize_to}; expected resize_to >= size")
+        raise ImageError(
+            "shape", f"would be cropped to {size} pixels after a resize to {resize_to}; expected resize_to >= size"
+        )
     left, top = (image.size[0] - size) // 2, (image.size[1] - size) // 2
     image = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1))

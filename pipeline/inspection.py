@@ -47,7 +47,7 @@ def inspect_image(source: Source, row: Row, looks: Callable[[Image.Image], str] 
     try:
         image = decode(data)
         if image.size == (1, 1):
-            raise ImageError("is a single pixel: a placeholder, not a picture")
+            raise ImageError("pixels", "is a single pixel: a placeholder, not a picture")
     except ImageError as error:
         return Inspected(digest, len(data), problem=f"{source.place(row)}: {error}; replace the image or remove it")
     return Inspected(digest, len(data), *image.size, looks(image) if looks else "")

@@ -252,6 +252,46 @@ class ServingParams(Section):
     top_k: PositiveInt
 
 
+class GateRule(Section):
+    """When a measure refuses the challenger; margin is how much worse it may be, as a share (0.01 is one point).
+
+    beyond_noise: worse by more than the margin, with interval and McNemar's test agreeing that it is not chance.
+    estimate: the difference itself exceeds the margin. proven: unless the whole interval is within the margin. none: never.
+    """
+
+    rule: Literal["beyond_noise", "estimate", "proven", "none"]
+    margin: Share = 0.0
+
+
+class GateParams(Section):
+    """Whether a challenger takes the champion's place: a rule per measure, and the floor of the first model.
+
+    floor: least balanced accuracy where there is no champion. latency_ratio: largest challenger / champion; null for none.
+    """
+
+    target_prior: Literal["balanced", "train"] = "balanced"
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = 2000
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    floor: Share = 0.3
+    all: GateRule = GateRule(rule="beyond_noise")
+    many: GateRule = GateRule(rule="none")
+    medium: GateRule = GateRule(rule="none")
+    few: GateRule = GateRule(rule="estimate")
+    ece: GateRule = GateRule(rule="none")
+    latency_ratio: Positive | None = None
+
+
+class IngestParams(Section):
+    """New labelled images: least share of a drop that must be good, and when a drop counts as written to its end.
+
+    settle_seconds: a drop without a `.complete` file is left alone until nothing in it has changed for so long.
+    """
+
+    min_good_share: Share = 0.75
+    settle_seconds: NonNegative = 60.0
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -267,6 +307,8 @@ class Params(Section):
     evaluate: EvaluateParams
     export: ExportParams
     serving: ServingParams
+    gate: GateParams = GateParams()
+    ingest: IngestParams = IngestParams()
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

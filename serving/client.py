@@ -2,131 +2,103 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Any, TypeVar
 
-import numpy as np
-from PIL import Image
+from serving.answers import ModelStatus, Prediction, Status
+from serving.calls import Call, Infer
+from serving.client_base import BATCH, DEFAULT_URLS, ClientBase, groups, read_group
+from serving.dialogue import REQUEST_BYTES, Steps
+from serving.errors import ServingError
+from serving.images import ImageLike, each_image, encode_images, read_image
+from serving.priors import Prior, parse_prior
+from serving.retries import Deadline
+from serving.transport import Transport
 
-from models.preprocess import MAX_BYTES, ImageError, decode
-from serving.errors import InputError, ServingError
-from serving.model_config import CLASSIFIER, STUDENT
-from serving.priors import Prior, parse_prior, vector_of
-from serving.transport import Refused, Transport
-
-DEFAULT_URLS = {"http": "http://127.0.0.1:8000", "grpc": "grpc://127.0.0.1:8001"}
-# Bytes of images in one request; recent Triton servers refuse HTTP bodies above 64 MB.
-REQUEST_BYTES = 48 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one image: the best classes by name and index, their probabilities, the version that gave it."""
-
-    classes: tuple[str, ...]
-    indexes: tuple[int, ...]
-    probabilities: tuple[float, ...]
-    version: int
+__all__ = ["DEFAULT_URLS", "REQUEST_BYTES", "Client", "ModelStatus", "Prediction", "Status", "read_image"]
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class ModelStatus:
-    """A model as the server sees it: the versions that it serves, none when it is not loaded."""
+class Client(ClientBase):
+    """Asks a Tailor server over HTTP or gRPC. A context manager.
 
-    name: str
-    versions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Status:
-    """A server's state. `answers`: whether the classifier answered an image just now; ready endpoints alone can lie."""
-
-    url: str
-    server: str
-    server_version: str
-    models: tuple[ModelStatus, ...]
-    answers: bool
-    problem: str | None
-
-
-class Client:
-    """Asks a Tailor server over HTTP or gRPC. A context manager; not for use by several threads at a time.
-
-    url: http://host:port or grpc://host:port (also https, grpcs). timeout: seconds that one request may take.
+    Several threads may share one client, and then share its connections; a forked process needs its own. The options
+    are ClientBase's.
     """
 
-    def __init__(self, url: str = DEFAULT_URLS["http"], timeout: float = 60.0) -> None:
-        if not timeout > 0:
-            raise InputError(f"timeout is {timeout}; expected seconds above 0")
-        self._transport = Transport(url, timeout)
-        self._limits: tuple[int, float | None] | None = None
-        self._names: list[str] | None = None
-
-    @property
-    def url(self) -> str:
-        """The server's address."""
-        return self._transport.url
+    def __init__(self, url: str = DEFAULT_URLS["http"], timeout: float = 60.0, **options: Any) -> None:
+        super().__init__(url, timeout, **options)
+        self._transport = Transport(self._connection, timeout, self._retries)
 
     def predict(
-        self, images: Sequence[bytes | str | Path], prior: Prior = None, *, version: int | None = None
+        self,
+        images: Sequence[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        timeout: float | None = None,
+        check: bool = True,
     ) -> list[Prediction]:
-        """Classify images, each given as encoded bytes or as a file, under one prior; one Prediction each, in order.
+        """Classify images under one prior; one Prediction each, in order.
 
+        images: files, encoded bytes, Pillow images or numpy arrays (uint8 [H,W,3] or [H,W]), or one array [N,H,W,3].
         prior: `balanced`, `train`, a strength, a target prior as vector, mapping or file; None is the server's default.
-        version: the release to ask; None is the newest. Every image is checked here before anything is sent. Raises
-        InputError naming the image or the prior, and ServingError when the server is absent or refuses.
+        version: the release to ask; None is the newest. timeout: seconds for the whole call, retries included; None is
+        the client's own. check: decode every image here before anything is sent; False leaves that to the server. More
+        images than one request takes go out as several, `concurrency` at a time. Raises InputError naming the image or
+        the prior, and ServingError when the server is absent, refuses or is late.
         """
-        parsed = parse_prior(prior)
-        encoded = [read_image(image, place) for place, image in enumerate(images)]
-        if not encoded:
-            return []
-        rows, default = self._server_limits()
-        name, row = self._prior_input(default if parsed is None else parsed)
-        predictions: list[Prediction] = []
-        for chunk in _chunks(encoded, rows):
-            inputs = {"image": np.array(chunk, dtype=np.object_).reshape(-1, 1)}
-            if row is not None:
-                inputs[name] = np.repeat(row[None], len(chunk), axis=0)
-            predictions += self._ask(inputs, "" if version is None else str(version))
-        return predictions
+        deadline = self._deadline(timeout)
+        parse_prior(prior)
+        encoded = encode_images(images, check)
+        return self._carry(self._dialogue.predict(encoded, prior, version), deadline)
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        batch: int = BATCH,
+        check: bool = True,
+        keep_going: bool = False,
+    ) -> Iterator[Prediction | ServingError]:
+        """Classify any number of images as they come, in order, holding few of them in memory.
+
+        `concurrency` requests of up to `batch` images are in flight, each with the client's timeout of its own. With
+        keep_going an image that fails yields its error in its place, and the rest goes on; else it is raised. The other
+        arguments are predict's.
+        """
+        parse_prior(prior)
+        waiting: deque[Future[list[Prediction | ServingError]]] = deque()
+        pool = ThreadPoolExecutor(self._concurrency, "tailor-client")
+        try:
+            for group in groups(each_image(images), batch):
+                waiting.append(pool.submit(self._answer_group, group, prior, version, check, keep_going))
+                if len(waiting) > self._concurrency:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def request(self, encoded: Sequence[bytes], prior: Prior = None, *, version: int | None = None) -> Infer:
+        """The request that predict would send for encoded images of one batch, for those who send it by other means."""
+        return self._carry(self._dialogue.request(encoded, prior, version), self._deadline())
 
     def class_names(self) -> list[str]:
-        """The server's class names by index, from the labels of `student`; asked once."""
-        if self._names is None:
-            shapes = {tensor["name"]: tensor["shape"] for tensor in self._transport.model_metadata(STUDENT)["inputs"]}
-            image = np.full([1, *(int(side) for side in shapes["image"][1:])], 128, dtype=np.uint8)
-            inputs = {"image": image, "strength": np.zeros((1, 1), dtype=np.float32)}
-            answered, _ = self._transport.infer(STUDENT, inputs, {"logits": self._class_count()})
-            labelled = [text.decode().split(":", 2) for text in answered["logits"].reshape(-1)]
-            if any(len(parts) != 3 for parts in labelled):
-                raise ServingError(f"{self.url}: student has no class labels; give the prior as a list, not by name")
-            self._names = [name for _, _, name in sorted(labelled, key=lambda parts: int(parts[1]))]
-        return self._names
+        """The server's class names by index, from the labels of `student`; asked once per release."""
+        return self._carry(self._dialogue.class_names(), self._deadline())
 
     def status(self) -> Status:
         """The server's and the models' state and versions. Raises ServingError when no server answers."""
-        server = self._transport.server_metadata()
-        models = []
-        for name in (STUDENT, CLASSIFIER):
-            try:
-                versions = self._transport.model_metadata(name).get("versions", [])
-            except Refused:
-                versions = []
-            models.append(ModelStatus(name, tuple(sorted(int(version) for version in versions))))
-        problem = None
-        try:
-            self.predict([_blank_image()])
-        except ServingError as error:
-            problem = str(error)
-        return Status(self.url, server["name"], server["version"], tuple(models), problem is None, problem)
+        return self._carry(self._dialogue.status(), self._deadline())
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         self._transport.close()
 
     def __enter__(self) -> Client:
@@ -137,92 +109,32 @@ class Client:
     ) -> None:
         self.close()
 
-    def _ask(self, inputs: dict[str, np.ndarray], version: str) -> list[Prediction]:
-        answered, by = self._transport.infer(CLASSIFIER, inputs, {"class": 0, "index": 0, "probability": 0}, version)
-        return [
-            Prediction(
-                tuple(name.decode() for name in names),
-                tuple(int(index) for index in indexes),
-                tuple(float(probability) for probability in probabilities),
-                by,
-            )
-            for names, indexes, probabilities in zip(
-                answered["class"], answered["index"], answered["probability"], strict=True
-            )
-        ]
+    def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:
+        """Hold a dialogue: its calls go to the server, their answers and failures back to it."""
+        try:
+            calls = next(steps)
+            while True:
+                try:
+                    answers = self._ask(calls, deadline)
+                except ServingError as error:
+                    calls = steps.throw(error)
+                else:
+                    calls = steps.send(answers)
+        except StopIteration as done:
+            return done.value
 
-    def _server_limits(self) -> tuple[int, float | None]:
-        """Most rows in a request, and the default strength; one row and none where the server restricts its configs."""
-        if self._limits is None:
-            try:
-                config = self._transport.model_config(CLASSIFIER)
-            except Refused:
-                self._limits = (1, None)
-            else:
-                default = config.get("parameters", {}).get("default_strength", {}).get("string_value")
-                self._limits = (
-                    max(1, int(config.get("max_batch_size", 0))),
-                    None if default is None else float(default),
-                )
-        return self._limits
+    def _ask(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
+        if len(calls) == 1:
+            return [self._transport.ask(calls[0], deadline)]
+        pool = ThreadPoolExecutor(min(self._concurrency, len(calls)), "tailor-client")
+        try:
+            return list(pool.map(lambda call: self._transport.ask(call, deadline), calls))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prior_input(self, parsed: float | np.ndarray | dict[str, float] | None) -> tuple[str, np.ndarray | None]:
-        """The input's name and one row of it."""
-        if parsed is None or isinstance(parsed, float):
-            return "strength", None if parsed is None else np.array([parsed], dtype=np.float32)
-        names = self.class_names() if isinstance(parsed, dict) else None
-        return "target_prior", vector_of(parsed, names, self._class_count())
-
-    def _class_count(self) -> int:
-        for tensor in self._transport.model_metadata(CLASSIFIER)["inputs"]:
-            if tensor["name"] == "target_prior":
-                return int(tensor["shape"][-1])
-        raise ServingError(f"{self.url}: classifier takes no target_prior; serve a repository that `dvc repro` wrote")
-
-
-def read_image(image: bytes | str | Path, place: int = 0) -> bytes:
-    """The encoded bytes of an image given as bytes or as a file, checked by decoding them as the server will.
-
-    Raises InputError naming the file (or the image's place, from 0) and what is wrong: missing, a folder, too large,
-    not a JPEG, PNG or WebP image, damaged, too many pixels. The size is bounded before the file is read.
-    """
-    if isinstance(image, bytes | bytearray | memoryview):
-        name, data = f"image {place}", bytes(image)
-    else:
-        name, data = str(image), _read(Path(image))
-    try:
-        decode(data)
-    except ImageError as error:
-        raise InputError(f"{name}: {error}") from None
-    return data
-
-
-def _read(path: Path) -> bytes:
-    hint = "give a JPEG, PNG or WebP file"
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}; {hint}")
-        if found.st_size > MAX_BYTES:
-            raise InputError(f"{path}: has {found.st_size} bytes, above the limit of {MAX_BYTES}")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else os.strerror(22)
-        raise InputError(f"{path}: {reason}; {hint}") from None
-
-
-def _chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:
-    """Runs of images that one request takes: at most `rows`, and bounded in bytes."""
-    chunk: list[bytes] = []
-    for data in encoded:
-        if chunk and (len(chunk) == rows or sum(map(len, chunk)) + len(data) > REQUEST_BYTES):
-            yield chunk
-            chunk = []
-        chunk.append(data)
-    yield chunk
-
-
-def _blank_image() -> bytes:
-    stream = BytesIO()
-    Image.new("RGB", (32, 32), (128, 128, 128)).save(stream, "PNG")
-    return stream.getvalue()
+    def _answer_group(
+        self, group: Sequence[tuple[int, ImageLike]], prior: Prior, version: int | None, check: bool, keep_going: bool
+    ) -> list[Prediction | ServingError]:
+        deadline = self._deadline()
+        read = read_group(group, check, keep_going)
+        return self._carry(self._dialogue.predict_each(read, prior, version, keep_going), deadline)

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from serving.client import Prediction, Status
+from serving.answers import Prediction, Status
+from serving.errors import ServingError
+from serving.promotion import VersionState
+
+CSV_COLUMNS = ("image", "version", "rank", "class", "index", "probability", "error")
 
 
-def as_mapping(image: Path, answer: Prediction, top: int | None) -> dict[str, object]:
-    """One image's answer as JSON takes it: its best `top` classes, all that came when None."""
-    best = zip(answer.classes, answer.indexes, answer.probabilities, strict=True)
-    rows = [{"class": name, "index": index, "probability": p} for name, index, p in best]
-    return {"image": str(image), "version": answer.version, "predictions": rows[:top]}
+def as_mapping(image: Path, answer: Prediction | ServingError, top: int | None) -> dict[str, object]:
+    """One image's answer as JSON takes it: its best `top` classes, all that came when None; or its error."""
+    if isinstance(answer, ServingError):
+        return {"image": str(image), "error": str(answer)}
+    rows = [{"class": name, "index": index, "probability": p} for name, index, p in _best(answer, top)]
+    return {"image": str(image), "version": answer.version, "predictions": rows}
+
+
+def as_rows(image: Path, answer: Prediction | ServingError, top: int | None) -> list[list[object]]:
+    """One image's answer as rows of CSV_COLUMNS, best class first; or one row with its error."""
+    if isinstance(answer, ServingError):
+        return [[image, "", "", "", "", "", answer]]
+    best = enumerate(_best(answer, top), start=1)
+    return [[image, answer.version, rank, name, index, p, ""] for rank, (name, index, p) in best]
 
 
 def prediction_table(
-    images: Sequence[Path], answers: Sequence[Prediction], top: int | None, prior: str | None
+    pairs: Sequence[tuple[Path, Prediction | ServingError]], top: int | None, prior: str | None
 ) -> Table:
     """A table of every image's best `top` classes with their probabilities."""
-    versions = ", ".join(str(version) for version in sorted({answer.version for answer in answers}))
+    found = {answer.version for _, answer in pairs if isinstance(answer, Prediction)}
+    versions = ", ".join(str(version) for version in sorted(found)) or "none"
     table = Table(title=f"prior {prior or 'as the server defaults to'}, version {versions}")
     table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right")
-    for image, answer in zip(images, answers, strict=True):
-        for rank, (name, p) in enumerate(zip(answer.classes[:top], answer.probabilities[:top], strict=True)):
-            table.add_row("" if rank else escape(str(image)), escape(name), f"{p:.4f}")
+    for image, answer in pairs:
+        if isinstance(answer, ServingError):
+            table.add_row(escape(str(image)), "not classified", "")
+        else:
+            for rank, (name, _, p) in enumerate(_best(answer, top)):
+                table.add_row("" if rank else escape(str(image)), escape(name), f"{p:.4f}")
         table.add_section()
     return table
 
@@ -44,3 +63,47 @@ def status_table(found: Status) -> Table:
         state = "not loaded" if not model.versions else "answers" if found.answers else "does not answer"
         table.add_row(model.name, ", ".join(map(str, model.versions)), state)
     return table
+
+
+def versions_table(found: Sequence[VersionState], repository: str) -> Table:
+    """A table of a repository's releases: state, age, and the test accuracy that their manifests report."""
+    table = Table(title=f"releases in {repository}")
+    for heading in ("version", "state", "published", "balanced accuracy", "few", "code"):
+        table.add_column(heading)
+    for state in reversed(found):
+        manifest = state.release.manifest
+        scores = manifest.metrics.get("balanced")
+        scores = scores if isinstance(scores, dict) else {}
+        shown = [f"{scores[name]:.3f}" if isinstance(scores.get(name), float) else "" for name in ("all", "few")]
+        published = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.published))
+        table.add_row(str(state.version), state.state, published, *shown, escape(manifest.code_revision[:12]))
+    return table
+
+
+def load_table(found: Mapping[str, Any], url: str) -> Table:
+    """A table of a load test: a row for each kind of request, by the version that answered, and one for all."""
+    table = Table(title=f"load on {url}: {'held' if found['passed'] else 'failed'}")
+    table.add_column("requests")
+    for name in ("number", "failed", "per second", "p50 ms", "p99 ms"):
+        table.add_column(name, justify="right")
+    for kind in [*found["kinds"], found["total"]]:
+        if kind is found["total"]:
+            table.add_section()
+        counts = (f"{kind['requests']}", f"{kind['failures']}", f"{kind['rps']:.1f}")
+        table.add_row(escape(kind["name"]), *counts, f"{kind['p50_ms']:.0f}", f"{kind['p99_ms']:.0f}")
+    return table
+
+
+def overhead_line(overhead: Mapping[str, float] | None, users: int) -> str:
+    """What the load generator itself cost, against a bare client loop."""
+    if overhead is None:
+        return "overhead of Locust: not measured"
+    return (
+        f"overhead of Locust: {overhead['locust_rps']:.0f} requests/s at {overhead['locust_ms']:.2f} ms of processor "
+        f"each; a bare client {overhead['bare_rps']:.0f} at {overhead['bare_ms']:.2f} "
+        f"(closed, {users} users, one process each): {overhead['locust_rps'] / max(overhead['bare_rps'], 1e-9):.2f} of it"
+    )
+
+
+def _best(answer: Prediction, top: int | None) -> list[tuple[str, int, float]]:
+    return list(zip(answer.classes, answer.indexes, answer.probabilities, strict=True))[:top]

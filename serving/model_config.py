@@ -2,37 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
+from serving.errors import InputError, ServingError
 from serving.manifest import Manifest
 
 Device = Literal["cpu", "gpu"]
+Precision = Literal["fp32", "fp16"]
 
 STUDENT = "student"
 CLASSIFIER = "classifier"
 LABELS_NAME = "labels.txt"
-VERSIONS_SERVED = 2
+LOCAL_CONFIG = "local"
 CLASSIFIER_INSTANCES = 2
 
 # 0 is ONNX Runtime's own word for "one thread per core". Writing this machine's core count instead would make the
 # repository differ from machine to machine, and wrong on the one that serves it.
 THREAD_PER_CORE = "0"
+ENGINE_CACHE = "/tmp/tailor-engines"
 
 
-def student_config(manifest: Manifest, device: Device) -> ModelConfig:
-    """`student` for the onnxruntime backend: the exported graph on one instance."""
+class RepositoryError(ServingError):
+    """A model repository that cannot be written or does not hold together; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where `student` runs, and in how many instances (on a GPU: on each).
+
+    gpus: their numbers, all where empty. tensorrt: the precision in which TensorRT runs the graph inside the
+    onnxruntime backend; None leaves it to ONNX Runtime's CUDA provider. Raises InputError where these do not go
+    together.
+    """
+
+    device: Device = "cpu"
+    gpus: Sequence[int] = ()
+    instances: int = 1
+    tensorrt: Precision | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "gpu"):
+            raise InputError(f"device is {self.device!r}; expected cpu or gpu")
+        if self.device == "cpu" and (self.gpus or self.tensorrt):
+            raise InputError("device is cpu; expected gpu where GPUs are numbered or TensorRT is asked for")
+        if any(gpu < 0 for gpu in self.gpus) or len(set(self.gpus)) != len(self.gpus):
+            raise InputError(f"gpus are {list(self.gpus)}; expected different numbers from 0")
+        if self.instances < 1:
+            raise InputError(f"instances is {self.instances}; expected at least 1")
+        if self.tensorrt not in (None, "fp32", "fp16"):
+            raise InputError(f"tensorrt is {self.tensorrt!r}; expected fp32 or fp16")
+
+
+def student_config(manifest: Manifest, placement: Placement) -> ModelConfig:
+    """`student` for the onnxruntime backend: the exported graph."""
     config = _student_signature(manifest)
     config.backend = "onnxruntime"
     config.default_model_filename = "model.onnx"
-    kind = ModelInstanceGroup.Kind.KIND_GPU if device == "gpu" else ModelInstanceGroup.Kind.KIND_CPU
-    config.instance_group.add(count=1, kind=kind)
+    kind = ModelInstanceGroup.Kind.KIND_GPU if placement.device == "gpu" else ModelInstanceGroup.Kind.KIND_CPU
+    config.instance_group.add(count=placement.instances, kind=kind, gpus=placement.gpus)
+    if placement.tensorrt:
+        accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
+        accelerator.parameters["precision_mode"] = placement.tensorrt.upper()
+        # Without it an engine is built anew, for minutes, at every start. The path is the server's, not this machine's.
+        accelerator.parameters["trt_engine_cache_enable"] = "1"
+        accelerator.parameters["trt_engine_cache_path"] = ENGINE_CACHE
+        # And without these it is built anew at each batch size that is larger than all before.
+        for bound, rows in (("min", 1), ("opt", manifest.max_batch_size), ("max", manifest.max_batch_size)):
+            shapes = [f"{tensor.name}:{'x'.join(map(str, (rows, *tensor.dims)))}" for tensor in config.input]
+            accelerator.parameters[f"trt_profile_{bound}_shapes"] = ",".join(shapes)
+        _add_warmup(config, manifest)
     return config
 
 
-def student_local_config(manifest: Manifest, device: Device) -> ModelConfig:
+def student_local_config(manifest: Manifest, placement: Placement) -> ModelConfig:
     """`student` for the python backend: the stand-in that runs the same file where there is no onnxruntime backend.
 
     Its instance is a CPU instance even on a GPU, because Triton hands the tensors over in host memory; the parameter
@@ -41,8 +88,8 @@ def student_local_config(manifest: Manifest, device: Device) -> ModelConfig:
     config = _student_signature(manifest)
     config.backend = "python"
     config.default_model_filename = "model.py"
-    config.instance_group.add(count=1, kind=ModelInstanceGroup.Kind.KIND_CPU)
-    provider = "CUDAExecutionProvider" if device == "gpu" else "CPUExecutionProvider"
+    config.instance_group.add(count=placement.instances, kind=ModelInstanceGroup.Kind.KIND_CPU)
+    provider = "CUDAExecutionProvider" if placement.device == "gpu" else "CPUExecutionProvider"
     config.parameters["execution_provider"].string_value = provider
     return config
 
@@ -86,9 +133,21 @@ def _student_signature(manifest: Manifest) -> ModelConfig:
     return config
 
 
+def _add_warmup(config: ModelConfig, manifest: Manifest) -> None:
+    """Have Triton run the smallest and the largest batch before the model counts as loaded: TensorRT builds then."""
+    for batch_size in sorted({1, manifest.max_batch_size}):
+        warmup = config.model_warmup.add(name=f"batch_{batch_size}", batch_size=batch_size)
+        for tensor in config.input:
+            sample = warmup.inputs[tensor.name]
+            sample.data_type = tensor.data_type
+            sample.dims.extend(tensor.dims)
+            sample.zero_data = True
+
+
 def _common(name: str, manifest: Manifest) -> ModelConfig:
     config = ModelConfig(name=name, max_batch_size=manifest.max_batch_size)
-    config.version_policy.latest.num_versions = VERSIONS_SERVED
+    # One by one, as Triton would answer from the newest folder under `latest`, whether it was promoted or not.
+    config.version_policy.specific.versions.append(manifest.version)
     # Present and empty: batches form from what waits. A queue delay or a queue policy costs a multiple of its gain.
     config.dynamic_batching.SetInParent()
     return config

@@ -1,4 +1,4 @@
-"""The Triton model repository: written whole from an export, and checked dry before a server is asked to load it."""
+"""The Triton model repository: one release written whole from an export, and further ones published beside it."""
 
 from __future__ import annotations
 
@@ -8,75 +8,139 @@ from pathlib import Path
 
 from models import preprocess, prior
 from serving.atomic import whole_folder
-from serving.errors import ServingError
 from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, check_file, load_golden, load_manifest
 from serving.model_config import (
     CLASSIFIER,
     LABELS_NAME,
+    LOCAL_CONFIG,
     STUDENT,
     Device,
+    Placement,
+    RepositoryError,
     classifier_config,
     student_config,
     student_local_config,
     to_text,
 )
-
-LOCAL_CONFIG = "local"
-
-
-class RepositoryError(ServingError):
-    """A model repository that cannot be written or does not hold together; the message names the file."""
+from serving.version_policy import CONFIG_NAME, read_config, version_folders
 
 
-def write_repository(export_dir: Path, root: Path, device: Device = "cpu") -> Path:
+def write_repository(export_dir: Path, root: Path, device: Device | Placement = "cpu") -> Path:
     """Write the Triton model repository of one release and return its path.
 
     export_dir holds student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device says
     where the student runs. The tree needs nothing of Tailor at serving time. It is built beside `root` and renamed in,
     so `root` is always the old tree or the new one. Raises ManifestError when the export does not match its manifest,
-    and RepositoryError when `root` holds something else than a repository, or device is not cpu or gpu.
+    RepositoryError when `root` holds something else than a repository, and InputError for a device that is not.
     """
-    if device not in ("cpu", "gpu"):
-        raise RepositoryError(f"device is {device!r}; expected cpu or gpu")
+    placement = device if isinstance(device, Placement) else Placement(device)
+    manifest = load_export(export_dir)
+    root = Path(os.path.abspath(root))  # noqa: PTH100 (a link given as root stays a name, it is not followed)
+    _check_replaceable(root)
+    with whole_folder(root) as partial:
+        student, classifier = partial / STUDENT, partial / CLASSIFIER
+        version = str(manifest.version)
+        for folder in (student / "configs", student / version, classifier / version):
+            folder.mkdir(parents=True)
+        (student / CONFIG_NAME).write_text(to_text(student_config(manifest, placement)), encoding="utf-8")
+        local = student / "configs" / f"{LOCAL_CONFIG}.pbtxt"
+        local.write_text(to_text(student_local_config(manifest, placement)), encoding="utf-8")
+        (student / LABELS_NAME).write_text(_labels(manifest), encoding="utf-8")
+        (classifier / CONFIG_NAME).write_text(to_text(classifier_config(manifest)), encoding="utf-8")
+        _write_student(student / version, export_dir, manifest)
+        _write_classifier(classifier / version, export_dir, manifest)
+    return root
+
+
+def publish(export_dir: Path, root: Path) -> int:
+    """Write an export into a repository as its next version, which no server loads before it is promoted; the version.
+
+    Each of its two folders appears whole. An export that lies in the repository already keeps its version. Raises
+    ManifestError when the export does not match its manifest, and RepositoryError when its classes or shapes are not
+    the repository's: one model cannot have versions with different ones.
+    """
+    manifest = load_export(export_dir)
+    _check_same_signature(manifest, export_dir, root)
+    present = sorted({*version_folders(root, STUDENT), *version_folders(root, CLASSIFIER)})
+    for version in present:
+        if _same_release(root, version, manifest):
+            return version
+    numbered = manifest.model_copy(update={"version": max(present, default=0) + 1})
+    version = str(numbered.version)
+    with whole_folder(root / STUDENT / version) as folder:
+        _write_student(folder, export_dir, numbered)
+    with whole_folder(root / CLASSIFIER / version) as folder:
+        _write_classifier(folder, export_dir, numbered)
+    return numbered.version
+
+
+def load_export(export_dir: Path) -> Manifest:
+    """The manifest of an export whose files are what it says. Raises ManifestError or RepositoryError naming the file."""
     manifest = load_manifest(export_dir)
     for name in (STUDENT_NAME, GOLDEN_NAME):
         if name not in manifest.files:
             raise RepositoryError(f"{export_dir / MANIFEST_NAME}: files lacks {name}; export again")
     load_golden(export_dir)
     _check_names(manifest, export_dir / MANIFEST_NAME)
-    root = Path(os.path.abspath(root))  # noqa: PTH100 (a link given as root stays a name, it is not followed)
-    _check_replaceable(root)
-    with whole_folder(root) as partial:
-        _write_tree(partial, export_dir, manifest, device)
-    return root
+    return manifest
 
 
-def _write_tree(root: Path, export_dir: Path, manifest: Manifest, device: Device) -> None:
-    sources = Path(__file__).with_name("triton")
-    student, classifier = root / STUDENT, root / CLASSIFIER
-    version = str(manifest.version)
-    for folder in (student / "configs", student / version, classifier / version):
-        folder.mkdir(parents=True)
-    (student / "config.pbtxt").write_text(to_text(student_config(manifest, device)), encoding="utf-8")
-    local = student / "configs" / f"{LOCAL_CONFIG}.pbtxt"
-    local.write_text(to_text(student_local_config(manifest, device)), encoding="utf-8")
-    (student / LABELS_NAME).write_text("".join(f"{name}\n" for name in manifest.classes), encoding="utf-8")
-    (classifier / "config.pbtxt").write_text(to_text(classifier_config(manifest)), encoding="utf-8")
-    copies = {
-        student / version / "model.onnx": export_dir / STUDENT_NAME,
-        student / version / "model.py": sources / "student_model.py",
-        student / version / MANIFEST_NAME: export_dir / MANIFEST_NAME,
-        classifier / version / "model.py": sources / "classifier_model.py",
-        classifier / version / "prior.py": Path(prior.__file__),
-        classifier / version / "preprocess.py": Path(preprocess.__file__),
-        classifier / version / MANIFEST_NAME: export_dir / MANIFEST_NAME,
-        classifier / version / GOLDEN_NAME: export_dir / GOLDEN_NAME,
-    }
-    for target, source in copies.items():
-        shutil.copyfile(source, target)
+def _keep_bytecode_out(folder: Path) -> None:
+    """Put a file where Python's stubs would write __pycache__, which they then do without.
+
+    Triton would take the new folder for a change of the model, and load every version anew at the next load call.
+    """
+    (folder / "__pycache__").touch()
+
+
+def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
+    shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
+    shutil.copyfile(Path(__file__).with_name("triton") / "student_model.py", folder / "model.py")
+    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _keep_bytecode_out(folder)
     # The export may have been written anew while it was copied: what counts is what lies in the tree.
-    check_file(student / version / "model.onnx", manifest.files[STUDENT_NAME])
-    check_file(classifier / version / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
+    check_file(folder / "model.onnx", manifest.files[STUDENT_NAME])
+
+
+def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest) -> None:
+    sources = Path(__file__).with_name("triton")
+    shutil.copyfile(sources / "classifier_model.py", folder / "model.py")
+    for name in ("metrics.py", "access_log.py"):
+        shutil.copyfile(sources / name, folder / name)
+    for module in (prior, preprocess):
+        shutil.copyfile(Path(module.__file__), folder / Path(module.__file__).name)
+    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)
+    _keep_bytecode_out(folder)
+    check_file(folder / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
+
+
+def _labels(manifest: Manifest) -> str:
+    return "".join(f"{name}\n" for name in manifest.classes)
+
+
+def _same_release(root: Path, version: int, manifest: Manifest) -> bool:
+    """Whether both folders of a version are there and were written from an export with this manifest."""
+    wanted = manifest.model_copy(update={"version": version}).model_dump_json(indent=2).encode() + b"\n"
+    paths = [root / model / str(version) / MANIFEST_NAME for model in (STUDENT, CLASSIFIER)]
+    return all(path.is_file() and path.read_bytes() == wanted for path in paths)
+
+
+def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> None:
+    hint = "write a repository of its own with `tailor repository --output` and serve that"
+    labels = root / STUDENT / LABELS_NAME
+    if not labels.is_file():
+        raise RepositoryError(f"{labels}: is missing; write the repository again")
+    if labels.read_text(encoding="utf-8") != _labels(manifest):
+        raise RepositoryError(f"{export_dir}: has other classes than {labels}; {hint}")
+    wanted = {STUDENT: student_config(manifest, Placement()), CLASSIFIER: classifier_config(manifest)}
+    for model, config in wanted.items():
+        path = root / model / CONFIG_NAME
+        there = read_config(path)
+        for tensor, other in zip((*config.input, *config.output), (*there.input, *there.output), strict=False):
+            if (tensor.name, list(tensor.dims)) != (other.name, list(other.dims)):
+                found, expected = f"{tensor.name} {list(tensor.dims)}", f"{other.name} {list(other.dims)}"
+                raise RepositoryError(f"{export_dir}: {model} has {found}, but {path} has {expected}; {hint}")
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:

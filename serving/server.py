@@ -4,45 +4,40 @@ from __future__ import annotations
 
 import http.client
 import os
-import re
-import secrets
-import shutil
 import subprocess
-import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
+from serving.arguments import admin_key, new_admin_key, triton_arguments
 from serving.client import Client
-from serving.errors import InputError, ServingError
+from serving.dry_run import dry_run
+from serving.errors import ServingError
 from serving.installation import Installation, find_installation
-from serving.model_config import CLASSIFIER, STUDENT
+from serving.leftovers import new_prefix, processes_of, runtime_folder, sweep, sweep_dead_runs
+from serving.logs import ServerLog
 from serving.ports import choose_ports
 from serving.process import POLL, end_process, start_process
-from serving.release import Release, dry_run, find_releases
-from serving.repository import LOCAL_CONFIG
+from serving.release import Release, find_releases
+from serving.running import RunningServer, leave_note
+from serving.watchdog import dismiss, start_watchdog
 
-ADMIN_KEY_VARIABLE = "TAILOR_ADMIN_KEY"
-ADMIN_HEADER = "tailor-admin-key"
-# Whoever may load a model may run code in the server; the others read or change what is not theirs. model-config stays
-# open: reading it changes nothing, and clients take max_batch_size and the default strength from it.
-RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
-
-EXIT_TIMEOUT = 10  # seconds that Triton grants running requests, and a dead stub, on SIGTERM
-KILL_AFTER = EXIT_TIMEOUT + 5.0  # seconds; a load that hangs makes Triton ignore SIGTERM
-STUB_START_TIMEOUT = 120  # seconds for one model's stub to load
-CANARY_TIMEOUT = 60.0
-TAIL_LINES = 12
-
-# Triton builds the stub's command line without quoting, so the paths it sees hold nothing that a shell reads otherwise.
-SAFE_PATH = re.compile(r"[A-Za-z0-9._/+-]+")
+GRACE = 10  # seconds that Triton grants running requests, and a dead stub, on SIGTERM
+KILL_AFTER = 5.0  # seconds more; a load that hangs makes Triton ignore SIGTERM
+CANARY_TIMEOUT = 60.0  # seconds
 
 
 class TritonServer:
-    """One Triton server on a model repository, in a process group of its own.
+    """One Triton server on a model repository, in a process group of its own, with a watchdog beside it.
 
-    A port of 0 means any free one. `log` collects what the server and its stubs print (None: kept only while it runs).
-    Use it as a context manager, or call start and stop. start leaves nothing running when it raises.
+    A port of 0 means any free one, chosen at the first start and kept. What the server and its stubs print goes to the
+    file `log` and to the stream `forward`, where they are given. grace: seconds that running requests get when it is
+    stopped. niceness: how far it stands back for other work, 0 to 19. options: further ones of Triton's own (see
+    server_options). Use it as a context manager, or call start and stop; it may be started again. start leaves nothing
+    running when it raises.
     """
 
     def __init__(
@@ -54,17 +49,28 @@ class TritonServer:
         metrics_port: int = 8002,
         log: Path | None = None,
         start_timeout: float = 300.0,
+        *,
+        forward: TextIO | None = None,
+        grace: int = GRACE,
+        niceness: int = 0,
+        options: Sequence[str] = (),
     ) -> None:
         self.repository = repository
         self.host = host
         self.ports = {"--http-port": http_port, "--grpc-port": grpc_port, "--metrics-port": metrics_port}
         self.log = log
         self.start_timeout = start_timeout
+        self.grace = grace
+        self.niceness = niceness
+        self.options = options
         self.releases: list[Release] = []
-        self.shm_prefix = f"tailor_{os.getpid()}_{secrets.token_hex(4)}_"
+        self.prefix = new_prefix()
+        self.example: Path | None = None  # a file with one golden image, while it runs
+        self._forward = forward
+        self._output: ServerLog | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._runtime: Path | None = None
-        self._log_path: Path | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        self._running: RunningServer | None = None
 
     @property
     def http_url(self) -> str:
@@ -77,23 +83,36 @@ class TritonServer:
         return f"grpc://{self.host}:{self.ports['--grpc-port']}"
 
     @property
+    def metrics_url(self) -> str:
+        """Address of the Prometheus metrics, known after start."""
+        return f"http://{self.host}:{self.ports['--metrics-port']}/metrics"
+
+    @property
     def process_id(self) -> int | None:
         """The server's process id, which is its process group too; None when it does not run."""
         return self._process.pid if self._process else None
 
+    @property
+    def running(self) -> RunningServer:
+        """How promotion and healing reach it. Raises ServingError when it does not run."""
+        if self._running is None:
+            raise ServingError("this server does not run; start it first")
+        return self._running
+
     def start(self) -> TritonServer:
         """Check everything, start the server, load both models and ask every release its golden requests.
 
-        Raises ServingError, or a subclass, in one line; if the server itself failed, the end of its log follows.
+        What killed runs left on this machine is cleared first. Raises ServingError, or a subclass, in one line; if the
+        server itself failed, the end of its log follows.
         """
         if self._process:
             raise ServingError("this server runs already; stop it first")
-        key = _admin_key()
+        key = admin_key() or new_admin_key()
         self.ports = choose_ports(self.host, self.ports)
         self.releases = find_releases(self.repository)
-        for release in self.releases:
-            dry_run(self.repository, release)
+        dry_run(self.repository, self.releases, self.start_timeout)
         installation = find_installation()
+        sweep_dead_runs()
         try:
             self._launch(installation, key)
             self._await_http()
@@ -103,15 +122,21 @@ class TritonServer:
             raise
         return self
 
-    def canary(self) -> None:
+    def canary(self, timeout: float = CANARY_TIMEOUT) -> None:
         """Ask every release its golden requests over HTTP. Raises ServingError when one is not answered rightly."""
-        with Client(self.http_url, timeout=CANARY_TIMEOUT) as client:
+        with Client(self.http_url, timeout=timeout) as client:
             for release in self.releases:
-                for golden in release.golden:
-                    answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
-                    wrong = golden.difference(answer.indexes, answer.probabilities)
-                    if wrong:
-                        raise ServingError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
+                check_golden(client, release)
+
+    def stubs(self) -> Counter[tuple[str, int]]:
+        """How many stub processes live by model and version."""
+        found: Counter[tuple[str, int]] = Counter()
+        for process in processes_of(self.prefix):
+            command = process.cmdline()
+            if len(command) > 1 and command[0].endswith("triton_python_backend_stub"):
+                model, version = Path(command[1]).parts[-3:-1]
+                found[model, int(version)] += 1
+        return found
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the server to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
@@ -122,28 +147,32 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             return None
 
-    def stop(self) -> int | None:
+    def stop(self, at_once: bool = False) -> int | None:
         """Stop the server and remove what it left: processes, shared memory, runtime folder. Safe to call twice.
 
-        Returns its exit status (0 after a clean stop), None when it was not running.
+        at_once: kill it, where nobody waits for an answer. Returns its exit status (0 after a clean stop), None when it
+        was not running.
         """
         process, self._process = self._process, None
-        status = None
-        if process:
-            status = end_process(process, KILL_AFTER)
-            for leftover in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
-                leftover.unlink(missing_ok=True)
-        if self._runtime:
-            shutil.rmtree(self._runtime, ignore_errors=True)
-            self._runtime = None
+        watchdog, self._watchdog = self._watchdog, None
+        output, self._output = self._output, None
+        self._running = self.example = None
+        status = end_process(process, 0 if at_once else self.grace + KILL_AFTER) if process else None
+        if process or watchdog:
+            sweep(self.prefix)  # stubs outlive a server that was killed or that lost one of them
+        if output:
+            output.close()
+        if watchdog:
+            dismiss(watchdog)
         return status
 
     def log_tail(self) -> str:
-        """The last lines of the server's log, empty when there are none."""
-        if self._log_path is None or not self._log_path.is_file():
+        """The last lines of what the server printed, empty when there are none."""
+        if self._output is None:
             return ""
-        lines = self._log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"  {line[:400]}" for line in lines[-TAIL_LINES:])
+        if self.wait(0) is not None:
+            self._output.drain()
+        return self._output.tail()
 
     def __enter__(self) -> TritonServer:
         return self.start()
@@ -154,33 +183,25 @@ class TritonServer:
         self.stop()
 
     def _launch(self, installation: Installation, key: str) -> None:
-        self._runtime = _runtime_folder(installation, self.repository)
-        self._log_path = self.log or self._runtime / "triton.log"
-        command = self._command(installation, key, self._runtime)
-        self._process = start_process(command, installation.environment, self._runtime, self._log_path)
-
-    def _command(self, installation: Installation, key: str, runtime: Path) -> list[str]:
-        return [
-            str(installation.server),
-            f"--model-repository={runtime / 'repository'}",
-            f"--backend-directory={runtime / 'backends'}",
-            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
-            f"--backend-config=python,stub-timeout-seconds={STUB_START_TIMEOUT}",
-            f"--model-config-name={LOCAL_CONFIG}",
-            "--model-control-mode=explicit",
-            f"--load-model={STUDENT}",
-            f"--load-model={CLASSIFIER}",
-            # Completing a config would start a throw-away stub per model, and the configs are whole.
-            "--disable-auto-complete-config",
-            # Otherwise one failed load of a new version turns the server unready while the old one serves on.
-            "--strict-readiness=false",
-            f"--exit-timeout-secs={EXIT_TIMEOUT}",
-            f"--http-address={self.host}",
-            f"--grpc-address={self.host}",
-            *(f"{option}={port}" for option, port in self.ports.items()),
-            f"--http-restricted-api={RESTRICTED}:{ADMIN_HEADER}={key}",
-            f"--grpc-restricted-protocol={RESTRICTED}:{ADMIN_HEADER}={key}",
-        ]
+        self._output = ServerLog(self.log, self._forward)
+        self._watchdog = start_watchdog(self.prefix)
+        runtime = runtime_folder(self.prefix)
+        _link(installation, self.repository, runtime)
+        command = triton_arguments(
+            installation, runtime, self.prefix, self.host, self.ports, key, self.grace, self.options
+        )
+        self._process = start_process(command, installation.environment, runtime, self.niceness)
+        self._output.follow(self._process.stdout)
+        self._running = RunningServer(
+            repository=os.path.realpath(self.repository),
+            http_url=self.http_url,
+            grpc_url=self.grpc_url,
+            admin_key=key,
+            prefix=self.prefix,
+        )
+        leave_note(runtime, self._running)
+        self.example = runtime / "example-image"
+        self.example.write_bytes(self.releases[-1].golden[0].image_bytes())
 
     def _await_http(self) -> None:
         """Wait until HTTP answers, as it does once the models are loaded. Raises ServingError with the log's end."""
@@ -194,6 +215,15 @@ class TritonServer:
                 raise ServingError(f"the Triton server was not ready within {waited}:\n{self.log_tail()}")
 
 
+def check_golden(client: Client, release: Release) -> None:
+    """Ask a release its golden requests. Raises ServingError when one is not answered, or not rightly."""
+    for golden in release.golden:
+        answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
+        wrong = golden.difference(answer.indexes, answer.probabilities)
+        if wrong:
+            raise ServingError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
+
+
 def _answers(host: str, port: int) -> bool:
     connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
@@ -205,26 +235,10 @@ def _answers(host: str, port: int) -> bool:
         connection.close()
 
 
-def _admin_key() -> str:
-    """The secret for loading models and the like: the user's, or a new one.
-
-    Triton takes it on its command line alone, so other local users can read it with ps; it is in no log.
-    """
-    key = os.environ.get(ADMIN_KEY_VARIABLE)
-    if key is None:
-        return secrets.token_urlsafe(32)
-    if not re.fullmatch(r"[A-Za-z0-9_-]{16,}", key):
-        raise InputError(f"{ADMIN_KEY_VARIABLE} is not usable; expected at least 16 letters, digits, - or _")
-    return key
-
-
-def _runtime_folder(installation: Installation, repository: Path) -> Path:
-    """A folder of links that Triton sees instead of the true paths, which may hold spaces."""
-    parent = tempfile.gettempdir()
-    runtime = Path(tempfile.mkdtemp(prefix="tailor-triton-", dir=parent if SAFE_PATH.fullmatch(parent) else "/tmp"))
+def _link(installation: Installation, repository: Path, runtime: Path) -> None:
+    """Links that Triton sees instead of the true paths, which may hold spaces."""
     backend = runtime / "backends" / "python"
     backend.mkdir(parents=True)
     for name, path in installation.backend_files.items():
         (backend / name).symlink_to(path)
     (runtime / "repository").symlink_to(repository.absolute())
-    return runtime

@@ -1,131 +1,169 @@
-"""One way to ask Triton, over HTTP or gRPC alike: arrays in, arrays out, failures as one-line errors."""
+"""One way to ask Triton, over HTTP or gRPC alike: a call in, its answer out, failures as one-line errors."""
 
 from __future__ import annotations
 
-import http.client
-import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
-from urllib.parse import urlsplit
+import functools
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Protocol
 
 import numpy as np
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+import tenacity
 
-from serving.errors import InputError, ServingError
+from serving.calls import SERVICE, Call, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
+from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection, parse_url
+from serving.failures import Refused, check_http, foreign, from_grpc, late, nobody, untrusted
+from serving.http_deadline import timed_connection
+from serving.retries import Deadline, Retries
 
-SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
-CONNECT_TIMEOUT = 10.0  # seconds
-REASON_LENGTH = 500
-UNREACHABLE = ("StatusCode.UNAVAILABLE", "StatusCode.UNKNOWN", "StatusCode.INTERNAL")
+__all__ = ["Refused", "Transport", "parse_url"]
+CONNECTIONS_KEPT = 256  # idle HTTP connections; threads beyond that many open and close their own
 
 
-class Refused(ServingError):
-    """The server answered, and said no; the message is its reason."""
+class Wire(Protocol):
+    """One protocol's connections: sends one call once. Used by several threads at a time."""
+
+    def send(self, call: Call, deadline: Deadline) -> Any: ...
+
+    def close(self) -> None: ...
 
 
 class Transport:
-    """A connection to one Triton server, opened when first used. Not for use by several threads at a time.
+    """Connections to one Triton server, opened when first used and kept. Threads may share it; processes may not.
 
-    url: http://host:port, https://…, grpc://host:port or grpcs://…. timeout: seconds a request may take. Its methods
-    raise ServingError: Refused when the server says no, else that no Triton server answers or that it took too long.
+    connection: an address, or a Connection with TLS and headers. timeout: seconds that a call may take with all its
+    retries, where none are given with the call. Its methods raise ServingError: Refused when the server says no,
+    Unavailable when none answers after the retries, DeadlineExceeded when it took too long.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
-        self.url = url
-        self.timeout = timeout
-        self.protocol, secure, address = parse_url(url)
-        self._api: Any = importlib.import_module(f"tritonclient.{self.protocol}")
-        if self.protocol == "http":
-            self._client = self._api.InferenceServerClient(
-                address, ssl=secure, connection_timeout=min(timeout, CONNECT_TIMEOUT), network_timeout=timeout
-            )
-            self._limit: dict[str, Any] = {}
-            self._as_dict: dict[str, Any] = {}
-        else:
-            self._client = self._api.InferenceServerClient(address, ssl=secure)
-            self._limit = {"client_timeout": timeout}
-            self._as_dict = {"as_json": True, "client_timeout": timeout}
+    def __init__(self, connection: Connection | str, timeout: float, retries: Retries | None = None) -> None:
+        self.connection = Connection(connection) if isinstance(connection, str) else connection
+        self.url = self.connection.url
+        self.timeout = Deadline(timeout).budget
+        self.retries = retries or Retries()
+        wire = HttpWire if self.connection.protocol == "http" else GrpcWire
+        self._wire: Wire = wire(self.connection)
 
-    def close(self) -> None:
-        """Close the connection; an open one would hold up the server's shutdown."""
-        self._client.close()
+    def ask(self, call: Call, deadline: Deadline | None = None) -> Any:
+        """The answer to a call, retried where that is safe, before the deadline or not at all."""
+        deadline = deadline or Deadline(self.timeout)
+        return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send, call, deadline)
 
     def server_metadata(self) -> dict[str, Any]:
         """Triton's own name and version."""
-        with self._failures():
-            return self._client.get_server_metadata(**self._as_dict)
+        return self.ask(ServerMetadata())
 
     def model_metadata(self, model: str, version: str = "") -> dict[str, Any]:
         """A model's versions, inputs and outputs; shapes as Triton writes them, -1 for the batch."""
-        with self._failures():
-            return self._client.get_model_metadata(model, version, **self._as_dict)
+        return self.ask(ModelMetadata(model, version))
 
     def model_config(self, model: str) -> dict[str, Any]:
         """A model's config.pbtxt as a mapping."""
-        with self._failures():
-            found = self._client.get_model_config(model, **self._as_dict)
-        return found["config"] if self.protocol == "grpc" else found
+        return self.ask(ModelConfig(model))
 
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, int], version: str = ""
     ) -> tuple[dict[str, np.ndarray], int]:
-        """One inference: the outputs by name, and the version that answered.
+        """One inference, as calls.Infer describes it: the outputs by name, and the version that answered."""
+        answer = self.ask(Infer(model, inputs, outputs, version))
+        return answer.outputs, answer.version
 
-        inputs: arrays by name, object arrays of bytes for strings. outputs: name to 0 for the tensor as it is, or to n
-        for Triton's classification of it, n strings "value:index:label" a row.
-        """
-        tensors = []
-        for name, array in inputs.items():
-            tensor = self._api.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-            tensor.set_data_from_numpy(array)
-            tensors.append(tensor)
-        wanted = [self._api.InferRequestedOutput(name, class_count=count) for name, count in outputs.items()]
-        with self._failures():
-            result = self._client.infer(model, tensors, model_version=version, outputs=wanted, **self._limit)
-            response = result.get_response()
-            answered = {name: result.as_numpy(name) for name in outputs}
-        if any(array is None for array in answered.values()):
-            raise ServingError(f"{self.url}: {model} left out an output; serve a repository that `dvc repro` wrote")
-        return answered, int(response["model_version"] if self.protocol == "http" else response.model_version)
+    def close(self) -> None:
+        """Close the connections; open ones would hold up the server's shutdown."""
+        self._wire.close()
 
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Turn what the two client libraries raise into ServingError."""
-        nobody = f"no Triton server answers at {self.url}; start one with `tailor serve` or give another --url"
-        late = f"{self.url} did not answer within {self.timeout:g} s; try again or allow a longer timeout"
+
+class HttpWire:
+    """HTTP/1.1 with kept connections (urllib3)."""
+
+    def __init__(self, connection: Connection) -> None:
+        import urllib3
+
+        self._connection = connection
+        self._errors, self._timeout = urllib3.exceptions, urllib3.Timeout
+        # Which deadline the connection in this thread's hands has to keep.
+        self._current = threading.local()
+        context = connection.ssl_context()
+        if context is None:
+            self._pool = urllib3.HTTPConnectionPool(connection.host, connection.port, maxsize=CONNECTIONS_KEPT)
+        else:
+            self._pool = urllib3.HTTPSConnectionPool(
+                connection.host, connection.port, maxsize=CONNECTIONS_KEPT, ssl_context=context
+            )
+        self._pool.ConnectionCls = functools.partial(timed_connection(connection.secure), current=self._current)
+
+    def send(self, call: Call, deadline: Deadline) -> Any:
+        url, errors = self._connection.url, self._errors
+        request, left = call.http, deadline.left(self._connection.url)
+        self._current.deadline = deadline
         try:
-            yield
-        except InferenceServerException as error:
-            status, reason = str(error.status()), " ".join(str(error.message()).split())
-            if status in ("StatusCode.DEADLINE_EXCEEDED", "499"):
-                raise ServingError(late) from error
-            foreign = "while decoding the response" in reason  # tritonclient's words for an answer that is not Triton's
-            absent = status in UNREACHABLE and "restrict" not in reason.lower()
-            if foreign or absent:
-                raise ServingError(nobody) from error
-            raise Refused(f"{self.url} refused: {reason[:REASON_LENGTH]}") from error
-        except TimeoutError as error:
-            raise ServingError(late) from error
-        except (
-            OSError,
-            http.client.HTTPException,
-            ValueError,
-        ) as error:  # ValueError: an answer that is not Triton's JSON
-            raise ServingError(nobody) from error
+            response = self._pool.urlopen(
+                request.method,
+                self._connection.path + request.path,
+                request.body,
+                {**self._connection.headers, **request.headers},
+                timeout=self._timeout(connect=min(left, CONNECT_TIMEOUT), read=left),
+                retries=False,
+                redirect=False,
+                assert_same_host=False,
+                preload_content=False,
+                decode_content=False,
+            )
+            body = self._read(response)
+        except errors.SSLError as error:
+            raise untrusted(url, error) from error
+        except (errors.HTTPError, OSError) as error:
+            if deadline.passed():
+                raise late(url, deadline.budget) from error
+            raise nobody(url) from error
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        check_http(url, response.status, headers, body, deadline.budget)
+        try:
+            return call.read_http(headers, body)
+        except Garbled as error:
+            raise foreign(url, str(error)) from error
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _read(self, response: Any) -> bytes:
+        """The whole body, and the connection back to the pool; what is too long for Triton is cut off."""
+        body = response.read(ANSWER_BYTES + 1)
+        if len(body) > ANSWER_BYTES:
+            response.close()
+        response.release_conn()
+        return body
 
 
-def parse_url(url: str) -> tuple[str, bool, str]:
-    """Protocol (http or grpc), whether it is encrypted, and host:port of a server's address. Raises InputError."""
-    hint = "expected http://host:port or grpc://host:port"
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise InputError(f"url is {url!r}; {hint}") from None
-    if parts.scheme not in SCHEMES or not parts.hostname or parts.query or parts.fragment:
-        raise InputError(f"url is {url!r}; {hint}")
-    protocol, secure = SCHEMES[parts.scheme]
-    if protocol == "grpc" and (port is None or parts.path not in ("", "/")):
-        raise InputError(f"url is {url!r}; {hint}")
-    return protocol, secure, (parts.netloc + parts.path).rstrip("/")
+class GrpcWire:
+    """gRPC on one channel."""
+
+    def __init__(self, connection: Connection) -> None:
+        import grpc
+
+        self._connection = connection
+        self._error = grpc.RpcError
+        credentials = connection.grpc_credentials()
+        if credentials is None:
+            self._channel = grpc.insecure_channel(connection.address, options=GRPC_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(connection.address, credentials, options=GRPC_OPTIONS)
+        self._metadata = tuple(connection.headers.items())
+
+    def send(self, call: Call, deadline: Deadline) -> Any:
+        url = self._connection.url
+        # Without a serialiser gRPC hands over bytes; its own complains of a foreign answer in the log.
+        method = self._channel.unary_unary(SERVICE + call.rpc)
+        try:
+            data = method(call.message, timeout=deadline.left(url), metadata=self._metadata)
+        except self._error as error:
+            raise from_grpc(url, error, deadline.budget) from error
+        try:
+            return call.read_message(data)
+        except Garbled as error:
+            raise foreign(url, str(error)) from error
+
+    def close(self) -> None:
+        with suppress(ValueError):  # closed already
+            self._channel.close()

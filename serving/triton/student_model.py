@@ -24,7 +24,10 @@ class TritonPythonModel:
     def initialize(self, args):
         """Check model.onnx against the manifest beside it and load it; raising when they differ fails the load."""
         folder = Path(args["model_repository"]) / args["model_version"]
-        parameters = json.loads(args["model_config"])["parameters"]
+        config = json.loads(args["model_config"])
+        parameters = config["parameters"]
+        # The numbers are strings where the config came through protobuf's JSON.
+        self.image_shape = tuple(int(side) for side in config["input"][0]["dims"])
         model = folder / "model.onnx"
         check_sha256(model, json.loads((folder / "manifest.json").read_bytes())["files"]["student.onnx"])
         provider = parameters["execution_provider"]["string_value"]
@@ -45,7 +48,13 @@ class TritonPythonModel:
         for place, request in enumerate(requests):
             image = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
             strength = pb_utils.get_input_tensor_by_name(request, "strength").as_numpy()
-            if np.isfinite(strength).all():
+            # Triton checks the shapes, but its product of huge sides overflows and lets some pass.
+            if image.shape[1:] != self.image_shape or strength.shape != (len(image), 1):
+                responses[place] = refusal(
+                    f"image has shape {list(image.shape)} and strength {list(strength.shape)}; "
+                    f"expected [n, {', '.join(map(str, self.image_shape))}] and [n, 1]"
+                )
+            elif np.isfinite(strength).all():
                 good.append(place)
                 images.append(image)
                 strengths.append(strength)

@@ -65,6 +65,7 @@ def test_the_demo_asks_the_served_student_by_both_protocols_and_stops_it(digits)
     assert "≠" in done.stdout
 
 
+@pytest.mark.timeout(1800)  # as long as its training may take on a busy machine
 @pytest.mark.xdist_group("photographs")
 @pytest.mark.skipif(
     not all((PHOTOGRAPHS / name).is_file() for name in PACKS),

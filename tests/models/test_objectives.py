@@ -145,7 +145,7 @@ def test_a_teacher_of_another_width_gets_a_key_head_of_its_own_and_teaches_as_an
     assert parts["distillation"] > 0 and all(torch.isfinite(part) for part in parts.values())
     expected = copy.deepcopy(objective.teacher)(views()[2])[0]
     stored = {int(i): objective.queues.features[row] for row, i in enumerate(objective.queues.sample_ids) if i >= 0}
-    assert all(torch.allclose(stored[int(i)], expected[k]) for k, i in enumerate(IDS))
+    assert all(torch.allclose(stored[int(i)], expected[k], rtol=1e-4, atol=1e-5) for k, i in enumerate(IDS))
 
 
 def test_a_short_queue_full_of_a_querys_own_image_is_counted_and_stays_finite():

@@ -13,10 +13,14 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 
 import models.preprocess
 import models.prior
+from serving import dry_run as dry_runs
 from serving import release as releases
 from serving import repository as repositories
+from serving.errors import InputError
 from serving.manifest import MANIFEST_NAME, ManifestError, sha256_of
-from serving.repository import RepositoryError, write_repository
+from serving.model_config import Placement, RepositoryError
+from serving.repository import publish, write_repository
+from serving.version_policy import serve_versions, served_versions
 
 
 def parse(path: Path) -> ModelConfig:
@@ -29,12 +33,16 @@ def snapshot(root: Path) -> dict[str, str]:
 
 def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
     assert sorted(snapshot(repository)) == [
+        "classifier/1/__pycache__",
+        "classifier/1/access_log.py",
         "classifier/1/golden.json",
         "classifier/1/manifest.json",
+        "classifier/1/metrics.py",
         "classifier/1/model.py",
         "classifier/1/preprocess.py",
         "classifier/1/prior.py",
         "classifier/config.pbtxt",
+        "student/1/__pycache__",
         "student/1/manifest.json",
         "student/1/model.onnx",
         "student/1/model.py",
@@ -77,13 +85,13 @@ def test_configs_say_the_whole_signature(repository: Path) -> None:
     assert [group.count for group in classifier.instance_group] == [2]
 
 
-def test_configs_batch_without_delay_or_queue_policy_and_keep_two_versions(repository: Path) -> None:
+def test_configs_batch_without_delay_or_queue_policy_and_list_what_they_serve(repository: Path) -> None:
     for name in ("student/config.pbtxt", "student/configs/local.pbtxt", "classifier/config.pbtxt"):
         config = parse(repository / name)
         assert config.max_batch_size == MAX_BATCH_SIZE
         assert config.HasField("dynamic_batching")
         assert not config.dynamic_batching.ListFields()
-        assert config.version_policy.latest.num_versions == 2
+        assert list(config.version_policy.specific.versions) == [1]
 
 
 def test_stand_in_config_differs_only_in_who_runs_the_graph(repository: Path) -> None:
@@ -193,7 +201,7 @@ def break_config(root: Path) -> None:
     [
         (break_onnx, r"model\.onnx: sha256 is"),
         (lose_stand_in, r"student/1/model\.py: is missing"),
-        (lose_classifier_version, r"student has versions \[1\], classifier \[\]"),
+        (lose_classifier_version, r"classifier/1/model\.py: is missing"),
         (break_config, r"classifier/config\.pbtxt: not a model configuration"),
     ],
 )
@@ -211,7 +219,7 @@ def test_dry_run_refuses_a_graph_that_onnx_runtime_cannot_read(repository: Path,
     found = releases.find_releases(root)[0]
     (root / "student" / "1" / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime cannot run it"):
-        releases.dry_run(root, found)
+        dry_runs.dry_run(root, [found], timeout=60)
 
 
 def test_dry_run_refuses_a_graph_with_other_answers_than_the_golden_ones(repository: Path, tmp_path: Path) -> None:
@@ -220,4 +228,116 @@ def test_dry_run_refuses_a_graph_with_other_answers_than_the_golden_ones(reposit
     write_export(tmp_path / "export", version=2)
     shutil.copyfile(tmp_path / "export" / "student.onnx", root / "student" / "1" / "model.onnx")
     with pytest.raises(RepositoryError, match=r"a golden request is answered wrongly"):
-        releases.dry_run(root, found)
+        dry_runs.dry_run(root, [found], timeout=60)
+
+
+def test_dry_run_that_takes_too_long_is_ended(repository: Path) -> None:
+    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime did not answer .* within 0\.01 s"):
+        dry_runs.dry_run(repository, releases.find_releases(repository), timeout=0.01)
+
+
+def test_graph_that_kills_onnx_runtime_kills_nobody_else(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "onnxruntime"  # stands for a graph with which the library crashes
+    package.mkdir()
+    (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime died of it by signal 11"):
+        dry_runs.dry_run(repository, releases.find_releases(repository), timeout=60)
+
+
+def test_tensorrt_builds_before_the_model_is_ready_and_once_for_all_batches(release: Release, tmp_path: Path) -> None:
+    placement = Placement("gpu", gpus=(0, 2), instances=3, tensorrt="fp16")
+    root = write_repository(release.export_dir, tmp_path / "repository", placement)
+    config = parse(root / "student/config.pbtxt")
+    assert [(group.count, list(group.gpus)) for group in config.instance_group] == [(3, [0, 2])]
+    accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator[0]
+    assert (accelerator.name, accelerator.parameters["precision_mode"]) == ("tensorrt", "FP16")
+    assert accelerator.parameters["trt_profile_max_shapes"] == f"image:8x3x{SIZE}x{SIZE},strength:8x1"
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, MAX_BATCH_SIZE]
+    local = parse(root / "student/configs/local.pbtxt")
+    assert not local.HasField("optimization")
+    assert local.instance_group[0].count == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device is 'tpu'; expected cpu or gpu"),
+        ({"tensorrt": "fp16"}, "device is cpu; expected gpu"),
+        ({"gpus": (0,)}, "device is cpu; expected gpu"),
+        ({"device": "gpu", "gpus": (1, 1)}, "gpus are \\[1, 1\\]; expected different numbers"),
+        ({"device": "gpu", "gpus": (-1,)}, "expected different numbers from 0"),
+        ({"instances": 0}, "instances is 0; expected at least 1"),
+        ({"device": "gpu", "tensorrt": "int8"}, "tensorrt is 'int8'; expected fp32 or fp16"),
+    ],
+)
+def test_placement_that_cannot_be_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Placement(**options)
+
+
+def test_published_release_gets_the_next_number_and_is_served_by_nobody(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    write_export(tmp_path / "export", version=7)
+    assert publish(tmp_path / "export", root) == 2
+    assert publish(tmp_path / "export", root) == 2  # it is there already
+    found = releases.read_release(root, 2)
+    assert found.manifest.version == 2
+    assert releases.published_versions(root) == [1, 2]
+    assert [one.version for one in releases.find_releases(root)] == [1]
+
+
+def test_publishing_that_is_interrupted_leaves_no_version(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    write_export(tmp_path / "export", version=2)
+
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(repositories, "_write_classifier", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path / "export", root)
+    assert releases.published_versions(root) == [1]
+    monkeypatch.undo()
+    assert publish(tmp_path / "export", root) == 3  # a number is never used twice
+    assert releases.published_versions(root) == [1, 3]
+
+
+def test_release_with_other_classes_cannot_join_a_repository(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    write_export(tmp_path / "export", version=2)
+    manifest = json.loads((tmp_path / "export" / MANIFEST_NAME).read_text())
+    manifest["classes"][0] = "asp"
+    (tmp_path / "export" / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(RepositoryError, match=r"has other classes than .*labels\.txt; write a repository of its own"):
+        publish(tmp_path / "export", root)
+    manifest["classes"][0], manifest["top_k"] = "ant", 2
+    (tmp_path / "export" / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(RepositoryError, match=r"classifier has class \[2\], but .* has class \[3\]"):
+        publish(tmp_path / "export", root)
+    assert releases.published_versions(root) == [1]
+
+
+def test_policy_changes_alone_and_what_was_set_by_hand_stays(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    path = root / "classifier" / "config.pbtxt"
+    path.write_text(path.read_text().replace("count: 2", "count: 7"))
+    serve_versions(root, "classifier", (1, 2), default_strength=0.25)
+    serve_versions(root, "student", (1, 2, 3))
+    config = parse(path)
+    assert config.instance_group[0].count == 7
+    assert config.parameters["default_strength"].string_value == "0.25"
+    assert served_versions(root, "classifier") == (1, 2)
+    assert served_versions(root, "student") == (1, 2, 3)
+    assert list(parse(root / "student/configs/local.pbtxt").version_policy.specific.versions) == [1, 2, 3]
+
+
+def test_classifier_without_its_student_is_refused(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    serve_versions(root, "classifier", (1, 2))
+    with pytest.raises(RepositoryError, match=r"classifier serves versions \[1, 2\], student \[1\]"):
+        releases.find_releases(root)

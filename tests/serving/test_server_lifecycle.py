@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -25,9 +26,11 @@ from serving import installation
 from serving.client import Client
 from serving.errors import InputError, ServingError
 from serving.installation import InstallationError, find_installation
+from serving.leftovers import sweep_dead_runs
 from serving.manifest import ManifestError
 from serving.repository import write_repository
 from serving.server import TritonServer
+from serving.version_policy import serve_versions
 
 ANY_PORT = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 
@@ -44,13 +47,26 @@ def family(process_id: int) -> list[psutil.Process]:
     return psutil.Process(process_id).children(recursive=True)
 
 
+def of_run(process_id: int) -> list[str]:
+    """The names in shared memory of what a process serves."""
+    return [path.name for path in Path("/dev/shm").glob(f"tailor_*_{process_id}_*")]
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != "zombie"]
+
+
+def triton_of(serving: subprocess.Popen[str]) -> psutil.Process:
+    return next(process for process in family(serving.pid) if process.name() == "tritonserver")
+
+
 @pytest.fixture
 def serving(repository: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """`tailor serve` in a process of its own."""
     command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), *ANY_PORT]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [*command, "--log", str(tmp_path / "triton.log")],
+        [*command, "--quiet", "--log", str(tmp_path / "triton.log")],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -72,27 +88,79 @@ def test_serve_is_ready_answers_and_leaves_nothing_behind_on_sigterm(
         with Client(url) as client:
             assert client.predict([picture(1)], "train")[0].version == 1
     processes = family(serving.pid)
-    assert len(processes) >= 4  # the server and three stubs
-    assert shared_memory(f"tailor_{serving.pid}_")
+    assert len(processes) >= 5  # the watchdog, the server and three stubs
+    assert of_run(serving.pid)
     serving.send_signal(signal.SIGTERM)
     output, errors = serving.communicate(timeout=30)
     assert serving.returncode == 0
-    assert (output, errors) == ("stopped\n", "")
-    assert not [process for process in processes if process.is_running() and process.status() != "zombie"]
-    assert shared_memory(f"tailor_{serving.pid}_") == []
+    assert output.endswith("\nstopped\n")
+    assert errors == ""
+    assert not living(processes)
+    assert of_run(serving.pid) == []
     assert [path.name for path in tmp_path.iterdir()] == ["triton.log"]
     assert "Started HTTPService" in (tmp_path / "triton.log").read_text()
 
 
 @pytest.mark.end_to_end
-def test_killed_serve_takes_its_server_along(serving: subprocess.Popen[str]) -> None:
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; the printed example was NOT run")
+def test_printed_example_runs_in_a_shell_and_answers_as_the_client(serving: subprocess.Popen[str]) -> None:
+    _, http, _ = serving.stdout.readline().split()
+    assert serving.stdout.readline().startswith("metrics http://127.0.0.1:")
+    lines = [serving.stdout.readline()]
+    while lines[-1] and not lines[-1].endswith("/v2/models/classifier/infer\n"):
+        lines.append(serving.stdout.readline())
+    example = "".join(lines[next(number for number, line in enumerate(lines) if line.startswith("image=")) :])
+    image = Path(example.partition("\n")[0].removeprefix("image=")).read_bytes()
+    ran = subprocess.run(["sh", "-c", example], capture_output=True, text=True, timeout=30, check=True)
+    answered = {output["name"]: output["data"] for output in json.loads(ran.stdout)["outputs"]}
+    with Client(http) as client:
+        wanted = client.predict([image], "balanced")[0]
+    assert answered["class"] == list(wanted.classes)
+    assert answered["probability"] == pytest.approx(wanted.probabilities)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("hung", [False, True], ids=["all healthy", "a stub hangs"])
+def test_killed_serve_leaves_no_process_and_no_shared_memory(
+    serving: subprocess.Popen[str], tmp_path: Path, hung: bool
+) -> None:
     serving.stdout.readline()
     processes = family(serving.pid)
+    if hung:
+        next(process for process in processes if "stub" in process.name()).suspend()
     serving.kill()
-    gone, alive = psutil.wait_procs(processes, timeout=20)
-    assert not [process for process in alive if process.status() != "zombie"]
-    assert len(gone) >= 4
-    assert shared_memory(f"tailor_{serving.pid}_") == []
+    gone, alive = psutil.wait_procs(processes, timeout=30)
+    assert not living(alive)
+    assert len(gone) >= 5
+    assert of_run(serving.pid) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["triton.log"]
+
+
+@pytest.mark.end_to_end
+def test_next_start_clears_what_serve_and_watchdog_left_when_both_were_killed(
+    serving: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    serving.stdout.readline()
+    processes = family(serving.pid)
+    next(process for process in processes if "serving.watchdog" in process.cmdline()).kill()
+    serving.kill()
+    serving.wait()
+    assert living(processes)
+    assert of_run(serving.pid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path))  # where the killed one had its runtime folder
+        sweep_dead_runs()
+    psutil.wait_procs(processes, timeout=5)
+    assert not living(processes)
+    assert of_run(serving.pid) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["triton.log"]
+
+
+@pytest.mark.end_to_end
+def test_janitor_leaves_a_living_run_alone(server: TritonServer) -> None:
+    assert server.prefix not in sweep_dead_runs()
+    assert server.stubs() == {("student", 1): 1, ("classifier", 1): 2}
+    server.canary()
 
 
 @pytest.mark.end_to_end
@@ -104,18 +172,34 @@ def test_ctrl_c_while_starting_ends_with_status_0(serving: subprocess.Popen[str]
     output, errors = serving.communicate(timeout=30)
     assert (serving.returncode, errors) == (0, "")
     assert output.endswith("stopped\n")
-    assert shared_memory(f"tailor_{serving.pid}_") == []
+    assert of_run(serving.pid) == []
 
 
 @pytest.mark.end_to_end
-def test_serve_ends_with_an_error_when_its_server_dies(serving: subprocess.Popen[str]) -> None:
-    serving.stdout.readline()
-    server = next(process for process in family(serving.pid) if process.name() == "tritonserver")
-    server.kill()
-    _, errors = serving.communicate(timeout=30)
-    assert serving.returncode == 1
-    assert "the Triton server ended by itself with status -9" in errors
-    assert shared_memory(f"tailor_{serving.pid}_") == []
+def test_server_that_is_killed_is_started_again_on_the_same_ports(serving: subprocess.Popen[str]) -> None:
+    _, http, _ = serving.stdout.readline().split()
+    killed = triton_of(serving)
+    killed.kill()
+    line = serving.stderr.readline()
+    assert "the Triton server ended by itself with status -9; starting it again in 1 s (1 of 8)" in line
+    assert f"ready again at {http}" in serving.stderr.readline()
+    with Client(http) as client:
+        assert client.predict([picture(1)])[0].version == 1
+    serving.send_signal(signal.SIGTERM)
+    serving.communicate(timeout=30)
+    assert serving.returncode == 0
+    assert of_run(serving.pid) == []
+
+
+@pytest.mark.end_to_end
+def test_log_is_forwarded_to_standard_error(repository: Path) -> None:
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), *ANY_PORT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("ready")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert "Started HTTPService" in errors
+    assert process.returncode == 0
 
 
 @pytest.mark.end_to_end
@@ -125,6 +209,7 @@ def test_two_releases_are_both_served_each_by_its_own_student(release: Release, 
     write_repository(newer.export_dir, tmp_path / "newer")
     for name in ("student", "classifier"):
         shutil.move(tmp_path / "newer" / name / "2", root / name / "2")
+        serve_versions(root, name, (1, 2))
     with (
         TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server,
         Client(server.http_url) as client,
@@ -161,6 +246,13 @@ def test_loading_models_needs_the_admin_key(server: TritonServer) -> None:
 
 
 @pytest.mark.end_to_end
+def test_serving_changes_nothing_in_the_repository(server: TritonServer) -> None:
+    version = server.repository / "classifier" / "1"
+    assert {path.name for path in version.iterdir() if path.is_dir()} == set()
+    assert not (version / "__pycache__").read_bytes()
+
+
+@pytest.mark.end_to_end
 def test_status_tells_server_models_and_versions(server: TritonServer) -> None:
     for url in (server.http_url, server.grpc_url):
         with Client(url) as client:
@@ -181,7 +273,7 @@ def test_broken_model_makes_the_start_fail_with_the_log_and_nothing_left(reposit
     assert "nowhere_to_be_found" in (tmp_path / "log").read_text()
     assert str(caught.value).count("\n") > 1
     assert server.process_id is None
-    assert shared_memory(server.shm_prefix) == []
+    assert shared_memory(server.prefix) == []
 
 
 def test_tampered_graph_is_refused_before_anything_starts(repository: Path, tmp_path: Path) -> None:

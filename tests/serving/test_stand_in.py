@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import CLASSES, MAX_BATCH_SIZE, Release, picture
 from google.protobuf import json_format, text_format
+from PIL import Image
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from serving.repository import write_repository
@@ -47,6 +49,9 @@ class Response:
     tensors: list[Tensor] = field(default_factory=list)
     error: TritonError | None = None
 
+    def request_id(self) -> str:
+        return "an id"
+
     def has_error(self) -> bool:
         return self.error is not None
 
@@ -58,6 +63,24 @@ class TritonModelException(Exception):
     pass
 
 
+class MetricFamily:
+    COUNTER = "counter"
+
+    def __init__(self, name: str, **_options: str) -> None:
+        self.name = name
+        self.metrics: dict[frozenset, Metric] = {}
+
+    def Metric(self, labels: dict[str, str]) -> Metric:
+        return self.metrics.setdefault(frozenset(labels.items()), Metric())
+
+
+class Metric:
+    value = 0.0
+
+    def increment(self, value: float) -> None:
+        self.value += value
+
+
 def by_name(holder: Any, name: str) -> Tensor | None:
     return next((tensor for tensor in holder.tensors if tensor.name == name), None)
 
@@ -65,7 +88,7 @@ def by_name(holder: Any, name: str) -> Tensor | None:
 def backend() -> types.ModuleType:
     module = types.ModuleType("triton_python_backend_utils")
     module.Tensor, module.TritonError, module.InferenceResponse = Tensor, TritonError, Response
-    module.TritonModelException = TritonModelException
+    module.TritonModelException, module.MetricFamily = TritonModelException, MetricFamily
     module.get_input_tensor_by_name = module.get_output_tensor_by_name = by_name
     module.PreferredMemory, module.TRITONSERVER_MEMORY_CPU = (lambda *_arguments: None), 0
     return module
@@ -76,19 +99,19 @@ def load(repository: Path, name: str, config: str, utilities: types.ModuleType) 
     path = repository / name / "1" / "model.py"
     spec = importlib.util.spec_from_file_location(f"tried_{name}", path)
     module = importlib.util.module_from_spec(spec)
+    parsed = text_format.Parse((repository / name / config).read_text(), ModelConfig())
+    described = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
+    arguments = {
+        "model_repository": str(repository / name),
+        "model_version": "1",
+        "model_instance_name": f"{name}_0_0",
+        "model_config": json.dumps({"parameters": {}} | described),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton_python_backend_utils", utilities)
         spec.loader.exec_module(module)
-    parsed = text_format.Parse((repository / name / config).read_text(), ModelConfig())
-    model = module.TritonPythonModel()
-    described = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
-    model.initialize(
-        {
-            "model_repository": str(repository / name),
-            "model_version": "1",
-            "model_config": json.dumps({"parameters": {}} | described),
-        }
-    )
+        model = module.TritonPythonModel()
+        model.initialize(arguments)
     return model
 
 
@@ -104,7 +127,7 @@ def calls() -> list[tuple[str, int, int]]:
 
 
 @pytest.fixture
-def classifier(repository: Path, student: Any, calls: list) -> Any:
+def classifier(repository: Path, student: Any, calls: list) -> Iterator[Any]:
     utilities = backend()
 
     class InferenceRequest:
@@ -116,7 +139,9 @@ def classifier(repository: Path, student: Any, calls: list) -> Any:
             return student.execute([self])[0]
 
     utilities.InferenceRequest = InferenceRequest
-    return load(repository, "classifier", "config.pbtxt", utilities)
+    model = load(repository, "classifier", "config.pbtxt", utilities)
+    yield model
+    model.finalize()
 
 
 def request(images: list[bytes], **inputs: object) -> Response:
@@ -168,14 +193,14 @@ def test_bad_row_fails_its_request_and_its_mates_are_answered(classifier: Any, r
 
 
 def test_image_that_exhausts_memory_fails_one_request(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = classifier.preprocess.preprocess
+    whole = classifier.preprocess.decode
 
-    def exhausted(data: bytes, *sizes: int) -> np.ndarray:
+    def exhausted(data: bytes) -> Image.Image:
         if data == b"vast":
             raise MemoryError
-        return whole(data, *sizes)
+        return whole(data)
 
-    monkeypatch.setattr(classifier.preprocess, "preprocess", exhausted)
+    monkeypatch.setattr(classifier.preprocess, "decode", exhausted)
     answers = classifier.execute([request([b"vast"]), request([picture(1)])])
     assert answers[0].error.message() == "image needs more memory than there is; send a smaller one"
     assert answers[1].error is None

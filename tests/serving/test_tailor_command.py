@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import http.server
 import json
 import socket
@@ -12,6 +13,7 @@ from subprocess import CompletedProcess
 
 import pytest
 from conftest import CLASSES, TOP_K, Release, picture
+from faulty_server import FaultyHttp
 from test_served_images import BAD
 
 from serving.server import TritonServer
@@ -41,7 +43,7 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "a picture.png"
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["predict"], ["status"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["predict"], ["status"], ["loadtest"]])
 def test_help_explains_and_gives_an_example(tailor: Tailor, command: list[str]) -> None:
     ended = tailor(*command, "--help")
     assert ended.returncode == 0
@@ -72,6 +74,46 @@ def test_predict_prints_json_that_agrees_with_onnx_runtime(
         assert len(best) == TOP_K
         assert best[0]["class"] == CLASSES[int(expected.argmax())]
         assert [row["probability"] for row in best] == pytest.approx(sorted(expected)[::-1][:TOP_K], rel=1e-4)
+
+
+@pytest.mark.end_to_end
+def test_predict_of_a_folder_answers_the_good_images_and_names_the_bad(
+    tailor: Tailor, server: TritonServer, release: Release, tmp_path: Path
+) -> None:
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name, data in (("a.png", picture(1)), ("b.png", b"nonsense"), ("more/c.png", picture(2)), ("d.txt", b"")):
+        (tmp_path / "photos" / name).write_bytes(data)
+    ended = tailor("predict", "photos", "--url", server.http_url, "--prior", "balanced", "--top", 1, "--csv")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == [
+        "tailor: photos/b.png: is not a JPEG, PNG or WebP image",
+        "tailor: 1 of 3 images could not be classified",
+    ]
+    rows = list(csv.DictReader(ended.stdout.splitlines()))
+    assert [row["image"] for row in rows] == ["photos/a.png", "photos/b.png", "photos/more/c.png"]
+    assert rows[1]["error"] == "photos/b.png: is not a JPEG, PNG or WebP image"
+    for row, expected in zip(rows[::2], release.probabilities([picture(1), picture(2)], 0.0), strict=True):
+        assert (row["class"], row["rank"], row["version"]) == (CLASSES[int(expected.argmax())], "1", "1")
+        assert float(row["probability"]) == pytest.approx(expected.max(), rel=1e-4)
+    content = json.loads(tailor("predict", "photos", "--url", server.grpc_url, "--json").stdout)
+    assert [sorted(entry) for entry in content] == [
+        ["image", "predictions", "version"],
+        ["error", "image"],
+        ["image", "predictions", "version"],
+    ]
+
+
+@pytest.mark.end_to_end
+def test_predict_sends_the_headers_it_is_given(
+    tailor: Tailor, server: TritonServer, image: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "headers").write_text("X-Secret: from a file\n\nX-More: yes\n")
+    with FaultyHttp((server.host, server.ports["--http-port"])) as between:
+        ended = tailor("predict", image, "--url", between.url, "--header", "X-Tenant: shop", "--header", "@headers")
+        assert (ended.returncode, ended.stderr) == (0, "")
+        request = between.requests[0].lower()
+    for line in (b"x-tenant: shop", b"x-secret: from a file", b"x-more: yes"):
+        assert line in request
 
 
 @pytest.mark.end_to_end
@@ -126,7 +168,7 @@ def test_bad_image_is_one_line_and_misuse(tailor: Tailor, tmp_path: Path, name: 
 def test_missing_image_and_folder_are_misuse(tailor: Tailor, tmp_path: Path) -> None:
     assert_one_line(tailor("predict", "nowhere.png"), 2, "nowhere.png: No such file or directory; give a JPEG")
     (tmp_path / "photos").mkdir()
-    assert_one_line(tailor("predict", "photos"), 2, "photos: is a folder; give a JPEG")
+    assert_one_line(tailor("predict", "photos"), 2, "photos: holds no image; expected files that end in .jpg")
 
 
 @pytest.mark.parametrize(

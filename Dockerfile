@@ -1,0 +1,83 @@
+# syntax=docker/dockerfile:1.7
+# Tailor's images. Build one with: docker build --target train|serve|gateway -t tailor-<target> .
+#   train    the pipeline on a CUDA runtime: DVC, Prefect, PyTorch (which brings its own CUDA libraries)
+#   serve    NVIDIA's Triton with what the two models need; mount a model repository at /models
+#   gateway  nginx with Tailor's bounds; the only one of them that a stranger should reach
+ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
+ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.06-py3
+ARG DEBIAN_IMAGE=debian:12-slim
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+
+FROM ${CUDA_IMAGE} AS train-build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/tailor
+WORKDIR /build
+COPY constraints.txt pyproject.toml README.md ./
+COPY models models
+COPY pipeline pipeline
+COPY serving serving
+RUN /opt/tailor/bin/pip install -c constraints.txt setuptools \
+    && /opt/tailor/bin/pip install --no-build-isolation -c constraints.txt ".[pipeline,export,cpu]"
+
+FROM ${CUDA_IMAGE} AS train
+# Git for the code revision of a run, and for DVC's experiments.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 git \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 tailor
+COPY --from=train-build /opt/tailor /opt/tailor
+ENV PATH=/opt/tailor/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    ORT_DISABLE_TELEMETRY=1 \
+    DVC_NO_ANALYTICS=1 \
+    PREFECT_SERVER_ANALYTICS_ENABLED=false \
+    DO_NOT_TRACK=1
+USER 10001
+WORKDIR /work
+CMD ["dvc", "repro"]
+
+FROM ${TRITON_IMAGE} AS serve
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
+COPY constraints.txt /opt/tailor/constraints.txt
+# The image brings numpy; the classifier decodes with Pillow. Ubuntu marks its Python as managed by apt.
+RUN python3 -m pip install --break-system-packages --no-deps -c /opt/tailor/constraints.txt pillow
+COPY --chmod=0755 serving/deploy/entrypoint.sh serving/deploy/healthcheck.py /opt/tailor/
+# The image's own user, without rights.
+USER 1000:1000
+EXPOSE 8000 8001 8002
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
+    CMD ["python3", "/opt/tailor/healthcheck.py"]
+ENTRYPOINT ["/opt/tailor/entrypoint.sh"]
+CMD ["--http-max-input-size=51380224"]
+
+FROM ${PYTHON_IMAGE} AS gateway-config
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+COPY constraints.txt pyproject.toml README.md ./
+COPY models models
+COPY serving serving
+RUN pip install -c constraints.txt "tritonclient[http,grpc]" jinja2 numpy pillow psutil pydantic rich typer
+ARG UPSTREAM=127.0.0.1
+RUN python -m serving.commands gateway --write /etc/tailor-gateway --runtime-folder /tmp --host 0.0.0.0 \
+    --http-port 8443 --grpc-port 8444 --upstream-http "${UPSTREAM}:8000" --upstream-grpc "${UPSTREAM}:8001" \
+    --certificate /etc/tailor-tls/tls.crt --key /etc/tailor-tls/tls.key
+
+FROM ${DEBIAN_IMAGE} AS gateway
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends nginx-light libnginx-mod-http-lua lua-cjson \
+    && rm -rf /var/lib/apt/lists/* /etc/nginx/sites-enabled /etc/nginx/modules-enabled \
+    && useradd --system --uid 10002 tailor
+COPY --from=gateway-config --chown=10002 /etc/tailor-gateway /etc/tailor-gateway
+USER 10002
+EXPOSE 8443 8444
+STOPSIGNAL SIGQUIT
+# nginx listens where its certificate could be read; a connection is all that can be asked without trusting it.
+HEALTHCHECK --interval=15s --timeout=5s --retries=3 CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8443"]
+ENTRYPOINT ["nginx", "-p", "/tmp", "-c", "/etc/tailor-gateway/nginx.conf", "-e", "stderr"]

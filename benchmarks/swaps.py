@@ -1,0 +1,163 @@
+"""What a hot swap costs those who ask meanwhile: `python -m benchmarks.swaps [--swaps 50] [--rate 40]`.
+
+Serves an export, asks its classifier at a steady rate over HTTP from a process of its own, and promotes release after
+release, each a new version with the same graph. Quiet stretches and swaps take turns, so that both see the same machine.
+A request's latency counts from the moment it was due, so that a stall is not hidden by the requests it holds back. A
+swap is the whole of `tailor promote`: publishing, the rehearsal on a second server, loading, golden requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.client import Client
+from serving.errors import ServingError
+from serving.manifest import MANIFEST_NAME, Golden, load_golden, load_manifest
+from serving.promotion import promote
+from serving.repository import write_repository
+from serving.server import TritonServer
+
+GOAL = 2.0  # p99 during swaps / p99 without
+ASKERS = 4  # connections, each a thread
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A span of time (seconds, monotonic) in which the server was left alone or swapped."""
+
+    kind: str
+    start: float
+    end: float
+
+
+def ask(url: str, golden: list[Golden], rate: float) -> int:
+    """Ask at `rate` requests/s until standard input ends, then print [due, latency, version or 0] of each as JSON."""
+    stop = threading.Event()
+    asked: list[tuple[float, float, int]] = []
+
+    def asker(number: int) -> None:
+        due, step = time.monotonic() + number / rate, ASKERS / rate
+        image, strength = golden[number % len(golden)].image_bytes(), golden[number % len(golden)].strength
+        with Client(url, timeout=30) as client:
+            while not stop.is_set():
+                time.sleep(max(0.0, due - time.monotonic()))
+                try:
+                    version = client.predict([image], strength)[0].version
+                except ServingError as error:
+                    print(error, file=sys.stderr)
+                    version = 0
+                asked.append((due, time.monotonic() - due, version))
+                due += step
+
+    threads = [threading.Thread(target=asker, args=(number,)) for number in range(ASKERS)]
+    for thread in threads:
+        thread.start()
+    sys.stdin.read()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    json.dump(asked, sys.stdout)
+    return 0
+
+
+def new_release(export: Path, folder: Path, number: int) -> Path:
+    """A copy of an export that counts as another release: only its manifest tells it apart."""
+    copy = shutil.copytree(export, folder / f"export-{number}")
+    manifest = load_manifest(copy).model_copy(update={"code_revision": f"swap {number}"})
+    (copy / MANIFEST_NAME).write_text(manifest.model_dump_json())
+    return copy
+
+
+def measure(
+    export: Path, swaps: int, rate: float, folder: Path
+) -> tuple[list[Stretch], list[tuple[float, float, int]]]:
+    """The stretches of quiet and of swapping, and every request: when it was due, its latency, the version or 0."""
+    root = write_repository(export, folder / "repository")
+    stretches = []
+    with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server:
+        command = [sys.executable, "-m", "benchmarks.swaps", "--ask", server.http_url, "--export", str(export)]
+        asker = subprocess.Popen([*command, "--rate", str(rate)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            time.sleep(3)  # until it is at its pace
+            for number in range(swaps):
+                release = new_release(export, folder, number)
+                start = time.monotonic()
+                promote(root, release)
+                end = time.monotonic()
+                stretches.append(Stretch("swap", start, end))
+                time.sleep(2)  # Triton lets the old instances go
+                start = time.monotonic()
+                time.sleep(end - stretches[-1].start)  # as long as the swap was
+                stretches.append(Stretch("quiet", start, time.monotonic()))
+                shutil.rmtree(release)
+            output, _ = asker.communicate()
+        finally:
+            asker.kill()
+    return stretches, [tuple(row) for row in json.loads(output)]
+
+
+def report(command: str, stretches: list[Stretch], asked: list[tuple[float, float, int]]) -> tuple[str, bool]:
+    """A Markdown table, and whether both goals were met: no failed request, p99 within GOAL."""
+    during = {kind: [] for kind in ("quiet", "swap")}
+    for due, latency, version in asked:
+        for stretch in stretches:
+            if stretch.start <= due < stretch.end:
+                during[stretch.kind].append((latency * 1000, version))
+    rows, p99 = [], {}
+    for kind, found in during.items():
+        latencies = [latency for latency, _ in found]
+        cuts = statistics.quantiles(latencies, n=1000, method="inclusive")
+        p99[kind] = cuts[989]
+        failed = sum(version == 0 for _, version in found)
+        rows.append(
+            f"| {kind} | {len(found)} | {failed} | {cuts[499]:.1f} | {cuts[989]:.1f} | {cuts[998]:.1f} | {max(latencies):.1f} |"
+        )
+    swaps = [stretch.end - stretch.start for stretch in stretches if stretch.kind == "swap"]
+    failed = sum(version == 0 for _, _, version in asked)
+    versions = len({version for _, _, version in asked} - {0})
+    ratio = p99["swap"] / p99["quiet"]
+    lines = [
+        f"`{command}`",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores; load average at the end {os.getloadavg()[0]:.2f}.",
+        f"{len(swaps)} swaps of {statistics.median(swaps):.1f} s (median), {versions} versions answered, "
+        f"{len(asked)} requests, {failed} failed (goal 0).",
+        f"p99 during swaps / p99 without: {ratio:.2f} (goal ≤ {GOAL:g}).",
+        "",
+        "| stretch | requests | failed | p50 ms | p99 ms | p99.9 ms | max ms |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        *rows,
+    ]
+    return "\n".join(lines), failed == 0 and ratio <= GOAL
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swaps", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--export", type=Path, default=Path("artifacts/export"), help="default: %(default)s")
+    parser.add_argument("--swaps", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--rate", type=float, default=40.0, help="requests/s, default: %(default)s")
+    parser.add_argument("--ask", metavar="URL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ask:
+        return ask(options.ask, load_golden(options.export), options.rate)
+    with tempfile.TemporaryDirectory(prefix="tailor-swaps-") as folder:
+        found = measure(options.export.absolute(), options.swaps, options.rate, Path(folder))
+    text, met = report(f"python -m benchmarks.swaps --swaps {options.swaps} --rate {options.rate:g}", *found)
+    print(text)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

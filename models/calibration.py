@@ -1,0 +1,112 @@
+"""Bias-corrected temperature scaling: logits whose softmax says how often it is right, as label shift asks for.
+
+Imports numpy alone, as models/prior.py does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.prior import check_target_prior, softmax
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """logits / temperature + bias; bias float64 [C], its mean 0."""
+
+    temperature: float
+    bias: np.ndarray
+
+
+def calibrate(logits: Any, calibration: Calibration) -> np.ndarray:
+    """Calibrated logits, float64 [N,C]: logits / temperature + bias."""
+    return np.asarray(logits, dtype=np.float64) / calibration.temperature + calibration.bias
+
+
+def fit_calibration(
+    logits: Any, labels: Any, source_prior: Any = None, *, ridge: float = 1e-3, max_iterations: int = 100
+) -> Calibration:
+    """Temperature and biases of least cross-entropy on labelled logits that training did not see (BCTS, Alexandari 2020).
+
+    logits: [N,C]; labels: [N] in 0..C-1. source_prior: [C], the prior that the calibrated logits shall answer for; None
+    is uniform. Samples are weighed as if the labels followed it: a long-tailed validation set must not write its own
+    prior into the biases. ridge: penalty on half the squared biases, which a class without samples or without mistakes
+    needs to stay finite. Convex in 1/temperature and bias: Newton's method with step halving.
+    Raises ValueError for unusable arguments, for logits that say nothing about the labels (no positive temperature is
+    best), and when the search has not settled after max_iterations.
+    """
+    scores, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    if scores.ndim != 2 or scores.shape[1] < 2 or y.shape != scores.shape[:1] or not len(y):
+        raise ValueError(f"logits has shape {list(scores.shape)} and labels {list(y.shape)}; expected [N, C] and [N]")
+    if not np.all(np.isfinite(scores)):
+        raise ValueError("logits has an entry that is not finite")
+    if y.min() < 0 or y.max() >= scores.shape[1]:
+        raise ValueError(f"labels has {y.min()} to {y.max()}; expected 0 to {scores.shape[1] - 1}")
+    if not ridge > 0:
+        raise ValueError(f"ridge is {ridge}; expected a number above 0")
+    weights = _weights(y, scores.shape[1], source_prior)
+    # Softmax does not see a row's offset; the products of the Hessian do.
+    scores = scores - scores.max(axis=1, keepdims=True)
+    unit = float(np.abs(scores).mean()) or 1.0  # so that the slope is about 1, whatever the logits' scale
+    slope, bias = _newton(scores / unit, y, weights, ridge, max_iterations)
+    if slope <= 1e-6:
+        raise ValueError("logits do not grow with the labels' probability; no temperature calibrates them")
+    return Calibration(unit / slope, bias - bias.mean())
+
+
+def _weights(labels: np.ndarray, classes: int, source_prior: Any) -> np.ndarray:
+    source = np.full(classes, 1 / classes) if source_prior is None else check_target_prior(source_prior, classes)
+    counts = np.bincount(labels, minlength=classes)
+    weights = source[labels] / counts[labels]
+    return weights / weights.sum()
+
+
+def _loss(scores: np.ndarray, y: np.ndarray, weights: np.ndarray, ridge: float, theta: np.ndarray) -> float:
+    z = theta[0] * scores + theta[1:]
+    top = z.max(axis=1)
+    nll = top + np.log(np.exp(z - top[:, None]).sum(axis=1)) - z[np.arange(len(y)), y]
+    return float(weights @ nll + ridge / 2 * (theta[1:] ** 2).sum())
+
+
+def _newton(
+    scores: np.ndarray, y: np.ndarray, weights: np.ndarray, ridge: float, max_iterations: int
+) -> tuple[float, np.ndarray]:
+    classes = scores.shape[1]
+    theta = np.concatenate([[1.0], np.zeros(classes)])
+    value = _loss(scores, y, weights, ridge, theta)
+    for _ in range(max_iterations):
+        gradient, hessian = _derivatives(scores, y, weights, ridge, theta)
+        step = np.linalg.solve(hessian, gradient)
+        decrement = float(gradient @ step)
+        if decrement < 1e-12:
+            return float(theta[0]), theta[1:]
+        size = 1.0
+        while (found := _loss(scores, y, weights, ridge, theta - size * step)) > value - 1e-4 * size * decrement:
+            size /= 2
+            if size < 1e-10:  # rounding is all that is left
+                return float(theta[0]), theta[1:]
+        theta, value = theta - size * step, found
+    raise ValueError(f"max_iterations is {max_iterations}, too few for this calibration; raise it or ridge ({ridge})")
+
+
+def _derivatives(
+    scores: np.ndarray, y: np.ndarray, weights: np.ndarray, ridge: float, theta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    p = softmax(theta[0] * scores + theta[1:])
+    error = p.copy()
+    error[np.arange(len(y)), y] -= 1
+    expected = (p * scores).sum(axis=1, keepdims=True)
+    weighted = weights[:, None] * p
+    gradient = np.concatenate(
+        [[weights @ (error * scores).sum(axis=1)], weights @ error + ridge * theta[1:]],
+    )
+    across = (weighted * (scores - expected)).sum(axis=0)
+    hessian = np.empty((len(theta), len(theta)))
+    # Separable data have a best slope without end; the trace keeps the step finite.
+    hessian[0, 0] = (weighted * (scores - expected) ** 2).sum() + 1e-9
+    hessian[0, 1:] = hessian[1:, 0] = across
+    hessian[1:, 1:] = np.diag(weighted.sum(axis=0) + ridge) - p.T @ weighted
+    return gradient, hessian

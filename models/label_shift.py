@@ -1,0 +1,210 @@
+"""The class prior of unlabelled data, estimated from a classifier's answers for them.
+
+Label shift: the classes look as they did, only their shares changed. The mixture `sum_c p(c) · p(x | c)` then has p alone
+unknown, and a calibrated classifier gives `p(x | c)` up to a factor: its probability over the prior that it answers for.
+Imports numpy alone, as models/prior.py does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.prior import check_target_prior
+
+TOLERANCE = 1e-4
+# The bootstrap may stop earlier: a hundredth of a nat is a seventh of a standard error, along any direction.
+BOOTSTRAP_TOLERANCE = 1e-2
+# Elements of the largest array that the bootstrap makes at a time (float64: 64 MiB).
+CHUNK = 8_000_000
+
+
+@dataclass(frozen=True)
+class PriorEstimate:
+    """An estimated class prior and how far the search got.
+
+    prior: float64 [C], sums to 1. gap: nats by which the objective over all samples can still rise, a certain upper bound.
+    converged: gap <= tolerance. iterations: passes over the data.
+    """
+
+    prior: np.ndarray
+    gap: float
+    converged: bool
+    iterations: int
+
+
+def estimate_prior(
+    probabilities: Any,
+    source_prior: Any = None,
+    concentration: Any = None,
+    *,
+    tolerance: float = TOLERANCE,
+    max_iterations: int = 2000,
+) -> PriorEstimate:
+    """The prior under which the answers are most likely: EM (Saerens, Latinne and Decaestecker 2002, Eq. 2.9), or MAP.
+
+    probabilities: [N,C], each row summing to 1. source_prior: [C], the prior that they answer for; None is uniform,
+    which a student's plain logits answer for. concentration: of a Dirichlet prior on the estimate, a number or [C],
+    >= 1; None or 1 is EM, above 1 is MAP with concentration - 1 samples added to every class (MAPLS, Ye et al. 2024;
+    `mapls_concentration` turns its λ into one). Both objectives are concave, so there is one maximum; steps are
+    extrapolated (SQUAREM, Varadhan and Roland 2008) and kept only where they raise it.
+    Returns the estimate, converged or not: ask it. Raises ValueError naming the argument that cannot be used.
+    """
+    ratio = _likelihood_ratio(probabilities, source_prior)
+    pseudo = _pseudo_counts(concentration, ratio.shape[1])
+    _check_search(tolerance, max_iterations)
+    start = np.full((ratio.shape[1], 1), 1 / ratio.shape[1])
+    prior, gap, passes = _maximise(ratio, np.ones((len(ratio), 1)), pseudo, start, tolerance, max_iterations)
+    return PriorEstimate(prior[:, 0], float(gap[0]), bool(gap[0] <= tolerance), passes)
+
+
+def mapls_concentration(kept: float, samples: int, classes: int) -> float:
+    """The Dirichlet concentration under which a MAP step is MAPLS's: kept · EM step + (1 - kept) · uniform.
+
+    kept: MAPLS's λ, in (0, 1]; samples: N; classes: C. Raises ValueError for another λ or count.
+    """
+    if not 0 < kept <= 1:
+        raise ValueError(f"kept is {kept}; expected a share above 0, at most 1")
+    if samples < 1 or classes < 1:
+        raise ValueError(f"samples is {samples} and classes is {classes}; expected at least 1 of both")
+    return 1 + samples * (1 - kept) / (kept * classes)
+
+
+def bootstrap_priors(
+    probabilities: Any,
+    estimate: PriorEstimate,
+    source_prior: Any = None,
+    concentration: Any = None,
+    *,
+    resamples: int = 200,
+    seed: int = 0,
+    tolerance: float = BOOTSTRAP_TOLERANCE,
+    max_iterations: int = 500,
+) -> np.ndarray:
+    """Estimates of data sets drawn with replacement from the samples: float64 [resamples, C]; same seed, same result.
+
+    The bootstrap, and not the Fisher information: a tail class lies at the edge of the simplex, where a normal interval
+    reaches below zero. Each search starts at `estimate`, and all of them take their steps together, as products of
+    matrices. Costs at most max_iterations passes over N x C x resamples numbers; memory is bounded.
+    Raises ValueError as estimate_prior does, and when a search has not come within `tolerance` nats: its interval
+    would be too narrow.
+    """
+    ratio = _likelihood_ratio(probabilities, source_prior)
+    samples, classes = ratio.shape
+    pseudo = _pseudo_counts(concentration, classes)
+    _check_search(tolerance, max_iterations)
+    if resamples < 2:
+        raise ValueError(f"resamples is {resamples}; expected at least 2")
+    if estimate.prior.shape != (classes,):
+        raise ValueError(f"estimate is of {len(estimate.prior)} classes; expected {classes}, as in probabilities")
+    generator = np.random.default_rng(seed)
+    # A class at zero would stay there: the search multiplies.
+    start = np.maximum(estimate.prior, 1 / (100 * samples * classes))[:, None]
+    start = start / start.sum()
+    found, at_once = [], max(1, CHUNK // max(samples, classes))
+    for first in range(0, resamples, at_once):
+        number = min(at_once, resamples - first)
+        weights = generator.multinomial(samples, np.full(samples, 1 / samples), number).T.astype(np.float64)
+        prior, gap, _ = _maximise(ratio, weights, pseudo, np.repeat(start, number, 1), tolerance, max_iterations)
+        if np.any(gap > tolerance):
+            raise ValueError(
+                f"max_iterations is {max_iterations}, too few for {int((gap > tolerance).sum())} of {number} resamples "
+                f"(worst gap {gap.max():.2g} nats); raise it, or set concentration above 1"
+            )
+        found.append(prior.T)
+    return np.concatenate(found)
+
+
+def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper percentile bounds over the first axis of bootstrap values [B,...]. Raises ValueError outside (0, 1)."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; expected a number between 0 and 1")
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high
+
+
+def total_variation(p: Any, q: Any) -> Any:
+    """Half the sum of |p - q| over the last axis: the share of samples whose class would have to change; 0 to 1."""
+    return np.abs(np.asarray(p, dtype=np.float64) - np.asarray(q, dtype=np.float64)).sum(axis=-1) / 2
+
+
+def _likelihood_ratio(probabilities: Any, source_prior: Any) -> np.ndarray:
+    p = np.asarray(probabilities, dtype=np.float64)
+    if p.ndim != 2 or p.shape[0] < 1 or p.shape[1] < 2:
+        raise ValueError(f"probabilities has shape {list(p.shape)}; expected [N, C] with N >= 1 and C >= 2")
+    if not np.all(np.isfinite(p)) or np.any(p < 0) or np.any(np.abs(p.sum(axis=1) - 1) > 1e-3):
+        raise ValueError(
+            "probabilities has a row that is none; expected numbers >= 0 that sum to 1 (softmax of logits)"
+        )
+    if source_prior is None:
+        return p
+    source = check_target_prior(source_prior, p.shape[1])
+    if source.ndim != 1 or np.any(source == 0):
+        raise ValueError("source_prior has a class without mass; expected one number > 0 per class")
+    ratio = p / source
+    return ratio / ratio.max(axis=1, keepdims=True)
+
+
+def _pseudo_counts(concentration: Any, classes: int) -> np.ndarray:
+    alpha = np.broadcast_to(np.asarray(1.0 if concentration is None else concentration, dtype=np.float64), (classes,))
+    if not np.all(np.isfinite(alpha)) or np.any(alpha < 1):
+        raise ValueError(f"concentration is {concentration}; expected finite numbers >= 1, one or one per class")
+    return alpha[:, None] - 1
+
+
+def _check_search(tolerance: float, max_iterations: int) -> None:
+    if not tolerance > 0:
+        raise ValueError(f"tolerance is {tolerance}; expected a number of nats above 0")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}; expected at least 1")
+
+
+def _maximise(
+    ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray, tolerance: float, max_iterations: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Priors [C,B] that maximise Σ_i weights_ib log(ratio_i · p_b) + Σ_c pseudo_c log p_cb; their gaps [B]; passes used."""
+    mass = weights.sum(axis=0) + pseudo.sum()
+    done = np.zeros(prior.shape[1], dtype=bool)
+    gap, passes = np.full(prior.shape[1], np.inf), 0
+    prior = prior.copy()
+    while passes < max_iterations and not done.all():
+        left = np.flatnonzero(~done)
+        p, w, m = prior[:, left], weights[:, left], mass[left]
+        slope = _objective(ratio, w, pseudo, p)[1]
+        gap[left] = slope.max(axis=0) - m
+        done[left] = gap[left] <= tolerance
+        first = p * slope / m  # the EM step
+        second = first * _objective(ratio, w, pseudo, first)[1] / m
+        ahead = _extrapolate(p, first, second)
+        value = _objective(ratio, w, pseudo, second)[0]
+        better = _objective(ratio, w, pseudo, ahead)[0] > value
+        moved = np.where(better, ahead, second)
+        prior[:, left] = np.where(done[left], p, moved)
+        passes += 4
+    if not done.all():
+        gap = np.where(done, gap, _objective(ratio, weights, pseudo, prior)[1].max(axis=0) - mass)
+    return prior, np.maximum(gap, 0), passes
+
+
+def _objective(
+    ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The log-posterior [B] and its gradient [C,B]. By concavity it lies at most max(gradient) - mass below its maximum."""
+    prior = np.maximum(prior, np.finfo(np.float64).tiny)
+    density = np.maximum(ratio @ prior, np.finfo(np.float64).tiny)
+    value = (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(prior)).sum(axis=0)
+    return value, ratio.T @ (weights / density) + pseudo / prior
+
+
+def _extrapolate(p: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """SQUAREM's step along p → first → second, pulled back into the simplex: [C,B]."""
+    change = first - p
+    bend = second - first - change
+    length = np.sqrt((change**2).sum(axis=0) / np.maximum((bend**2).sum(axis=0), 1e-300))
+    length = np.clip(length, 1, 1e6)
+    ahead = p + 2 * length * change + length**2 * bend
+    # What would leave the simplex keeps a share of what a plain step gives it.
+    ahead = np.maximum(ahead, 0.01 * second)
+    return ahead / ahead.sum(axis=0)

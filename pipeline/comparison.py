@@ -1,0 +1,139 @@
+"""Champion and challenger on the same test set: what differs, and how much of it may be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.metrics import GROUPS, expected_calibration_error
+from pipeline.params import GateParams, GateRule
+from pipeline.prior import Prior
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a contender says of the test set, in the order of the sample ids."""
+
+    sample_ids: list[str]
+    labels: np.ndarray
+    probabilities: np.ndarray
+    prior: Prior
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One comparison. difference is challenger - champion, low and high its bootstrap interval; None where there is none.
+
+    mcnemar: two-sided exact p-value over the measure's samples. passed: None where the rule is none.
+    """
+
+    champion: float | None
+    challenger: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    mcnemar: float | None
+    rule: str
+    margin: float
+    passed: bool | None
+
+
+def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins: int) -> dict[str, Measure]:
+    """Accuracy on all, many, medium and few, and the calibration error, with paired intervals and exact McNemar tests.
+
+    The champion's groups count: few are the classes that were few when it was trained. many, medium and few are means of
+    class accuracies, as `evaluate` has them, so a sample counts by one over its class's size.
+    """
+    labels, classes = challenger.labels, len(champion.prior.classes)
+    right = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
+    group = np.array(champion.prior.groups)[labels]
+    counts = np.bincount(labels, minlength=classes)
+    found = {"all": _accuracy(*right, np.full(len(labels), 1 / len(labels)), params, "all")}
+    for name in GROUPS:
+        inside = group == name
+        share = 1 / counts[labels[inside]]
+        weights = share / share.sum() if inside.any() else share
+        found[name] = _accuracy(right[0][inside], right[1][inside], weights, params, name)
+    found["ece"] = _calibration(champion.probabilities, challenger.probabilities, labels, params, ece_bins)
+    return found
+
+
+def _accuracy(
+    champion: np.ndarray, challenger: np.ndarray, weights: np.ndarray, params: GateParams, name: str
+) -> Measure:
+    rule = getattr(params, name)
+    if not len(weights):
+        # A group without test samples: nothing can be said of it, and a rule on it has nothing to refuse.
+        return Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
+    change = (challenger.astype(np.float64) - champion) * weights * len(weights)
+    low, high = paired_interval(lambda index: change[index].mean(axis=-1), len(change), params)
+    p = mcnemar(champion, challenger)
+    difference = float(change.mean())
+    passed = _judge(rule, difference, low, high, p, 1 - params.confidence)
+    before, after = float(weights @ champion), float(weights @ challenger)
+    return Measure(before, after, difference, low, high, p, rule.rule, rule.margin, passed)
+
+
+def _calibration(
+    champion: np.ndarray, challenger: np.ndarray, labels: np.ndarray, params: GateParams, bins: int
+) -> Measure:
+    rule = params.ece
+    pair = [calibration_of(p, labels, bins) for p in (champion, challenger)]
+    low, high = paired_interval(lambda index: pair[1](index) - pair[0](index), len(labels), params)
+    before, after = (expected_calibration_error(p, labels, bins) for p in (champion, challenger))
+    # A larger error is worse: the rules ask for what must not fall.
+    passed = _judge(rule, before - after, -high, -low, None, 1 - params.confidence)
+    return Measure(before, after, after - before, low, high, None, rule.rule, rule.margin, passed)
+
+
+def calibration_of(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The calibration error of resampled rows: index [..., N] → ECE [...], as `expected_calibration_error` has it."""
+    confidence = probabilities.max(axis=1)
+    gap = (probabilities.argmax(axis=1) == labels) - confidence
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+    def error(index: np.ndarray) -> np.ndarray:
+        rows = np.atleast_2d(index)
+        bin_of = place[rows] + bins * np.arange(len(rows))[:, None]
+        sums = np.bincount(bin_of.ravel(), gap[rows].ravel(), minlength=bins * len(rows)).reshape(len(rows), bins)
+        return (np.abs(sums).sum(axis=1) / rows.shape[1]).reshape(index.shape[:-1])
+
+    return error
+
+
+def paired_interval(
+    statistic: Callable[[np.ndarray], np.ndarray], samples: int, params: GateParams
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of sample indices; the same draws for the same seed and size."""
+    from scipy.stats import bootstrap
+
+    index = np.arange(samples)
+    if samples < 2:  # one sample shows no noise: nothing is beyond it
+        return -1.0, 1.0
+    found = bootstrap(
+        (index,), lambda drawn, axis: statistic(drawn), vectorized=True, method="percentile", axis=-1,  # noqa: ARG005
+        n_resamples=params.resamples, batch=max(1, 4_000_000 // samples), confidence_level=params.confidence,
+        rng=np.random.default_rng(params.seed),
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def mcnemar(champion: np.ndarray, challenger: np.ndarray) -> float:
+    """Exact two-sided McNemar p-value: are the samples that one alone gets right split evenly? 1 when there are none."""
+    from scipy.stats import binomtest
+
+    lost, won = int((champion & ~challenger).sum()), int((challenger & ~champion).sum())
+    return float(binomtest(won, lost + won).pvalue) if lost + won else 1.0
+
+
+def _judge(rule: GateRule, difference: float, low: float, high: float, p: float | None, alpha: float) -> bool | None:
+    if rule.rule == "none":
+        return None
+    if rule.rule == "estimate":
+        return difference >= -rule.margin - 1e-12  # a sum of weights is exact to rounding
+    if rule.rule == "proven":
+        return low >= -rule.margin - 1e-12
+    # beyond_noise: both must say so, as the bootstrap is too sure of itself where few samples differ.
+    return not (high < -rule.margin and (p is None or p <= alpha))

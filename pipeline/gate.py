@@ -1,0 +1,212 @@
+"""The gate: does the challenger take the champion's place? Both on one frozen test set; writes decision.json."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from pipeline.artifacts import EVALUATION, PRIOR, sha256_of_file, write_json
+from pipeline.comparison import Answers, Measure, compare
+from pipeline.errors import ParamsError, StageError
+from pipeline.metrics import answers, mean_of, per_class_accuracy
+from pipeline.params import PARAMS_FILE, GateParams, load_params
+from pipeline.prior import load_prior
+from pipeline.stage import explain
+
+EPILOG = """\
+examples:
+  python -m pipeline.gate                                               the first model: is it good enough?
+  python -m pipeline.gate --champion versions/7/predictions.parquet --champion-prior versions/7/prior.json
+Exit code 0: promote. 1: refuse, which includes a gate that cannot be computed. 2: misuse.
+"""
+DECISION = Path("artifacts/decision.json")
+
+
+class GateError(StageError):
+    """The gate cannot be computed, which is a refusal."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model at the gate: the two files that describe it, and milliseconds per image in ONNX Runtime if measured."""
+
+    predictions: Path
+    prior: Path
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Content of decision.json. computed is False when the gate could not be computed; reasons then says why."""
+
+    promote: bool
+    computed: bool
+    reasons: list[str]
+    measures: dict[str, Measure]
+    samples: int | None
+    inputs: dict[str, Any]
+    params: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{'promote' if self.promote else 'refuse'}: {'; '.join(self.reasons)}"
+
+
+def decide(
+    challenger: Contender, champion: Contender | None, params: GateParams, ece_bins: int, output: Path | None = DECISION
+) -> Decision:
+    """Compare, decide and write the decision to `output`. Without a champion the challenger must reach the floor.
+
+    Whatever keeps the gate from being computed is a refusal that names it, never an exception: missing or damaged
+    files, other classes, another test set, a latency that a rule needs and nobody measured.
+    """
+    named = {"challenger": challenger, "champion": champion}
+    inputs = {name: _describe(contender) for name, contender in named.items()}
+    samples, measures = None, {}
+    try:
+        mine = load_answers(challenger, params.target_prior)
+        samples = len(mine.labels)
+        if champion is None:
+            promote, reasons = _first(mine, params)
+        else:
+            theirs = load_answers(champion, params.target_prior)
+            check_comparable(mine, theirs)
+            measures = compare(mine, theirs, params, ece_bins)
+            measures["latency_ms"] = _latency(challenger.latency_ms, champion.latency_ms, params)
+            reasons = [_say(name, measure) for name, measure in measures.items() if measure.passed is False]
+            promote = not reasons
+            reasons = reasons or ["not worse than the champion by any rule of params.gate"]
+        computed = True
+    except (StageError, OSError) as error:
+        promote, computed, reasons, measures = False, False, [f"cannot be computed: {explain(error)}"], {}
+    decision = Decision(promote, computed, reasons, measures, samples, inputs, params.model_dump(mode="json"))
+    if output is not None:
+        write_json(output, asdict(decision))
+    return decision
+
+
+def load_answers(contender: Contender, target_prior: str = "balanced") -> Answers:
+    """A contender's answers for the target prior. Raises StageError naming the file and what is wrong with it."""
+    path, prior = contender.predictions, load_prior(contender.prior)
+    try:
+        table = pyarrow.parquet.read_table(path, columns=["sample_id", "label", "logits"])
+        logits = np.array(table.column("logits").to_pylist(), dtype=np.float64)
+    except FileNotFoundError:
+        raise GateError(f"{path}: no such file; run `dvc repro evaluate` first") from None
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        raise GateError(f"{path}: damaged ({str(error).splitlines()[0]}); run `dvc repro -f evaluate`") from None
+    classes = len(prior.classes)
+    if logits.ndim != 2 or not len(logits) or logits.shape[1] != classes:
+        raise GateError(f"{path}: logits have shape {list(logits.shape)}; {contender.prior} has {classes} classes")
+    if not np.all(np.isfinite(logits)):
+        raise GateError(f"{path}: has a logit that is not finite")
+    ids, labels = table.column("sample_id").to_pylist(), table.column("label").to_numpy()
+    if len(set(ids)) != len(ids):
+        raise GateError(f"{path}: a sample id stands twice; expected each once")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise GateError(f"{path}: has the label {labels.max()}; expected 0 to {classes - 1}")
+    order = np.argsort(np.array(ids))
+    strength = 1.0 if target_prior == "train" else 0.0
+    found = answers(logits[order], np.array(prior.log_prior), strength)
+    return Answers([ids[i] for i in order], labels[order], found, prior)
+
+
+def check_comparable(challenger: Answers, champion: Answers) -> None:
+    """Raise GateError unless both have the same classes in the same order and the same samples under the same labels."""
+    if challenger.prior.classes != champion.prior.classes:
+        other = sorted(set(challenger.prior.classes) ^ set(champion.prior.classes))
+        which = f"{other[0]!r} is a class of one alone" if other else "their order differs"
+        raise GateError(f"challenger and champion have other classes: {which}; compare models of the same classes")
+    if challenger.sample_ids != champion.sample_ids:
+        other = sorted(set(challenger.sample_ids) ^ set(champion.sample_ids))
+        raise GateError(
+            f"challenger and champion were tested on other samples ({len(other)} are in one set alone, first {other[0]!r}); "
+            "evaluate both on the same frozen test set"
+        )
+    if np.any(challenger.labels != champion.labels):
+        first = int(np.flatnonzero(challenger.labels != champion.labels)[0])
+        raise GateError(f"sample {challenger.sample_ids[first]!r} has two labels; evaluate both on the same test set")
+
+
+def _latency(challenger: float | None, champion: float | None, params: GateParams) -> Measure:
+    ratio = params.latency_ratio
+    if ratio is not None and (challenger is None or champion is None):
+        raise GateError("gate.latency_ratio is set, but the latency of a contender was not measured; pass both")
+    passed = None if ratio is None else challenger <= ratio * champion
+    known = challenger is not None and champion is not None
+    difference = challenger - champion if known else None
+    rule = "none" if ratio is None else "ratio"
+    return Measure(champion, challenger, difference, None, None, None, rule, ratio or 0.0, passed)
+
+
+def _first(mine: Answers, params: GateParams) -> tuple[bool, list[str]]:
+    predicted = mine.probabilities.argmax(1)
+    score = mean_of(per_class_accuracy(predicted, mine.labels, len(mine.prior.classes))) or 0.0
+    said = f"first model, balanced accuracy {score:.1%}"
+    if score >= params.floor:
+        return True, [f"{said}, at least gate.floor {params.floor:.1%}"]
+    return False, [f"{said}, below gate.floor {params.floor:.1%}"]
+
+
+def _say(name: str, measure: Measure) -> str:
+    within = "" if measure.low is None else f", interval {measure.low:+.4f} to {measure.high:+.4f}"
+    rule = f"rule {measure.rule}, margin {measure.margin:g}"
+    return f"{name} {measure.champion:.4f} → {measure.challenger:.4f} ({measure.difference:+.4f}{within}; {rule})"
+
+
+def _describe(contender: Contender | None) -> dict[str, Any] | None:
+    if contender is None:
+        return None
+    path = contender.predictions
+    digest = sha256_of_file(path) if path.is_file() else None
+    return {
+        "predictions": str(path),
+        "sha256": digest,
+        "prior": str(contender.prior),
+        "latency_ms": contender.latency_ms,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.gate",
+        description="Decide whether the challenger takes the champion's place.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    file = {"type": Path, "metavar": "FILE"}
+    parser.add_argument("--challenger", default=EVALUATION / "predictions.parquet", help="default: %(default)s", **file)
+    parser.add_argument("--challenger-prior", default=PRIOR, help="default: %(default)s", **file)
+    parser.add_argument("--challenger-latency", type=float, metavar="MS", help="milliseconds per image")
+    parser.add_argument("--champion", help="its predictions.parquet; none for the first model", **file)
+    parser.add_argument("--champion-prior", help="its prior.json; needed with --champion", **file)
+    parser.add_argument("--champion-latency", type=float, metavar="MS", help="milliseconds per image")
+    parser.add_argument("--output", default=DECISION, help="default: %(default)s", **file)
+    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    try:
+        if (options.champion is None) != (options.champion_prior is None):
+            raise ParamsError("--champion and --champion-prior go together; pass both, or neither for the first model")
+        params = load_params(options.params)
+        challenger = Contender(options.challenger, options.challenger_prior, options.challenger_latency)
+        champion = options.champion and Contender(options.champion, options.champion_prior, options.champion_latency)
+        decision = decide(challenger, champion, params.gate, params.evaluate.ece_bins, options.output)
+    except (StageError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"gate: {explain(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, StageError) else 1
+    print(f"gate: {decision} → {options.output}")
+    return 0 if decision.promote else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The transport of asyncio programs: the calls and failures of transport.py, carried by aiohttp and grpc.aio."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, Protocol
+
+import tenacity
+
+from serving.calls import SERVICE, Call, Garbled
+from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection
+from serving.failures import check_http, foreign, from_grpc, late, nobody, untrusted
+from serving.retries import Deadline, Retries
+
+
+class AsyncWire(Protocol):
+    """One protocol's connections: sends one call once."""
+
+    async def send(self, call: Call, deadline: Deadline) -> Any: ...
+
+    async def close(self) -> None: ...
+
+
+class AsyncTransport:
+    """Connections to one Triton server, opened when first used, in the event loop that uses them first.
+
+    Its methods raise what Transport's raise.
+    """
+
+    def __init__(self, connection: Connection, retries: Retries) -> None:
+        self.url = connection.url
+        self._retries = retries
+        self._wire: AsyncWire = (AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire)(connection)
+
+    async def ask(self, call: Call, deadline: Deadline) -> Any:
+        """The answer to a call, retried where that is safe, before the deadline or not at all."""
+        return await tenacity.AsyncRetrying(**self._retries.policy(deadline))(self._wire.send, call, deadline)
+
+    async def close(self) -> None:
+        """Close the connections; open ones would hold up the server's shutdown."""
+        await self._wire.close()
+
+
+class AsyncHttpWire:
+    """HTTP/1.1 with kept connections (aiohttp)."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._context = connection.ssl_context()
+        self._session: Any = None
+
+    async def send(self, call: Call, deadline: Deadline) -> Any:
+        import aiohttp
+        from yarl import URL
+
+        connection, url = self._connection, self._connection.url
+        if self._session is None:
+            # The dialogue bounds how many requests are in flight; cookies of a server are none of our business.
+            connector = aiohttp.TCPConnector(limit=0, ssl=self._context if self._context else True)
+            self._session = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            )
+        request, left = call.http, deadline.left(url)
+        scheme = "https" if connection.secure else "http"
+        target = URL(f"{scheme}://{connection.address}{connection.path}{request.path}", encoded=True)
+        try:
+            async with self._session.request(
+                request.method,
+                target,
+                data=request.body,
+                headers={**connection.headers, **request.headers, "accept-encoding": "identity"},
+                timeout=aiohttp.ClientTimeout(total=left, sock_connect=min(left, CONNECT_TIMEOUT)),
+                allow_redirects=False,
+            ) as response:
+                body = await _read(response)
+                headers = {name.lower(): value for name, value in response.headers.items()}
+                status = response.status
+        except aiohttp.ClientSSLError as error:
+            raise untrusted(url, error) from error
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as error:
+            if deadline.passed():
+                raise late(url, deadline.budget) from error
+            raise nobody(url) from error
+        check_http(url, status, headers, body, deadline.budget)
+        try:
+            return call.read_http(headers, body)
+        except Garbled as error:
+            raise foreign(url, str(error)) from error
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+
+class AsyncGrpcWire:
+    """gRPC on one channel (grpc.aio)."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._credentials = connection.grpc_credentials()
+        self._metadata = tuple(connection.headers.items())
+        self._channel: Any = None
+
+    async def send(self, call: Call, deadline: Deadline) -> Any:
+        import grpc
+
+        url = self._connection.url
+        if self._channel is None:
+            address = self._connection.address
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
+            else:
+                self._channel = grpc.aio.secure_channel(address, self._credentials, options=GRPC_OPTIONS)
+        try:
+            method = self._channel.unary_unary(SERVICE + call.rpc)
+            data = await method(call.message, timeout=deadline.left(url), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_grpc(url, error, deadline.budget) from error
+        try:
+            return call.read_message(data)
+        except Garbled as error:
+            raise foreign(url, str(error)) from error
+
+    async def close(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            with suppress(ValueError):
+                await channel.close()
+
+
+async def _read(response: Any) -> bytes:
+    """The whole body; what is too long for Triton is cut off."""
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > ANSWER_BYTES:
+            response.close()
+            break
+    return bytes(body)

@@ -1,0 +1,84 @@
+"""Options that several commands share, and how a command prints what it found."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serving.client import DEFAULT_URLS
+from serving.errors import InputError
+
+REPOSITORY = Path("artifacts/repository")
+
+
+class Protocol(StrEnum):
+    """How to reach the server."""
+
+    http = "http"
+    grpc = "grpc"
+
+
+Url = Annotated[
+    str | None, typer.Option(help="Server address; http://127.0.0.1:8000 or grpc://127.0.0.1:8001 if not given.")
+]
+ProtocolOption = Annotated[
+    Protocol | None, typer.Option(help="HTTP (default) or gRPC; follows --url when that is given.")
+]
+Timeout = Annotated[float, typer.Option(help="Seconds that one request may take.")]
+Headers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--header",
+        metavar="'NAME: VALUE'|@FILE",
+        help="Header of every request, may be repeated; @FILE reads them from a file, one a line, and keeps a secret out "
+        "of the list of processes.",
+        show_default=False,
+    ),
+]
+CaFile = Annotated[
+    Path | None, typer.Option(help="PEM file of the CAs to trust for https and grpcs; the system's if not given.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RepositoryOption = Annotated[Path, typer.Option(help="Triton model repository that `dvc repro` wrote.")]
+# Read by main itself, so that it also covers errors in the arguments; declared for --help.
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def address(url: str | None, protocol: Protocol | None) -> str:
+    """The server's address from --url and --protocol. Raises InputError where the two contradict each other."""
+    if url is None:
+        return DEFAULT_URLS[protocol or "http"]
+    scheme, found, rest = url.partition("://")
+    if not found:
+        return f"{protocol or 'http'}://{url}"
+    if protocol and not scheme.startswith(protocol):
+        raise InputError(f"--protocol is {protocol} but --url is {rest and url!r}; give one of them, or both the same")
+    return url
+
+
+def parse_headers(given: list[str] | None) -> dict[str, str]:
+    """Headers by name from --header. Raises InputError naming the option or the file, and showing no value."""
+    headers = {}
+    for text in given or []:
+        lines = [text]
+        if text.startswith("@"):
+            try:
+                lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "is not text"
+                raise InputError(f"--header {text}: {reason}; expected a file with lines NAME: VALUE") from None
+        for line in filter(str.strip, lines):
+            name, colon, value = line.partition(":")
+            if not colon or not name.strip():
+                raise InputError("--header holds no colon; expected 'NAME: VALUE' or @FILE with such lines")
+            headers[name.strip()] = value.strip()
+    return headers
+
+
+def print_json(content: object) -> None:
+    """Print `content` for a program to read; a number that is not finite is an error, it has no JSON."""
+    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))

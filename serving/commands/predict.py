@@ -1,0 +1,142 @@
+"""`tailor predict` and `tailor status`: what asks a server."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from serving.answers import Prediction
+from serving.client import Client
+from serving.commands.options import (
+    AsJson,
+    CaFile,
+    Debug,
+    Headers,
+    ProtocolOption,
+    Timeout,
+    Url,
+    address,
+    parse_headers,
+    print_json,
+)
+from serving.display import CSV_COLUMNS, as_mapping, as_rows, prediction_table, status_table
+from serving.errors import InputError, ServingError
+from serving.images import image_files
+
+BAR_FROM = 100  # images; fewer are done before one could read a bar
+
+
+def predict(
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE...", help="JPEG, PNG or WebP files, or folders with such files.", show_default=False
+        ),
+    ],
+    url: Url = None,
+    protocol: ProtocolOption = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="balanced|train|NUMBER|FILE",
+            help="Class prior of the answers: balanced, train, a strength (0 is balanced, 1 is train), or a file with "
+            "the probabilities (JSON list, JSON object by class name, or a number per line). "
+            "Server's default if not given.",
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Classes to show; as many as the server gives if not given.")
+    ] = None,
+    timeout: Timeout = 60.0,
+    header: Headers = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each image and class.")] = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Classify image files and print the best classes of each.
+
+    One bad file ends the command before anything is printed. Of a folder the good ones are answered, each bad one is a
+    line on stderr, and the status is 1.
+    """
+    if as_json and as_csv:
+        raise InputError("--json and --csv exclude each other; give one of them")
+    files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
+    keep_going = any(path.is_dir() for path in images)
+    with Client(address(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
+        answers = _shown(client.stream(files, prior, keep_going=keep_going), len(files))
+        pairs: Iterable[tuple[Path, Prediction | ServingError]] = zip(files, _within(answers, top), strict=True)
+        if not (as_csv and keep_going):
+            pairs = list(pairs)
+        failed = _print_csv(pairs, top) if as_csv else _print_all(pairs, top, prior, as_json)
+    if failed:
+        raise ServingError(f"{failed} of {len(files)} images could not be classified")
+
+
+def status(
+    url: Url = None,
+    protocol: ProtocolOption = None,
+    timeout: Timeout = 10.0,
+    header: Headers = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Show the server's state and the versions it serves. Status 1 when no server answers, or it answers no image."""
+    with Client(address(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
+        found = client.status()
+    if as_json:
+        print_json(asdict(found))
+    else:
+        Console().print(status_table(found))
+    if found.problem:
+        raise ServingError(found.problem)
+
+
+def _shown(answers: Iterable[Prediction | ServingError], number: int) -> Iterable[Prediction | ServingError]:
+    """The answers as they come, under a progress bar where there is a terminal and something to wait for."""
+    console = Console(file=sys.stderr)
+    if number < BAR_FROM or not console.is_terminal:
+        return answers
+    return track(answers, "classifying", total=number, console=console, transient=True)
+
+
+def _within(answers: Iterable[Prediction | ServingError], top: int | None) -> Iterator[Prediction | ServingError]:
+    """The answers themselves. Raises InputError when they hold fewer classes than were asked for."""
+    for answer in answers:
+        if isinstance(answer, ServingError):
+            print(f"tailor: {answer}", file=sys.stderr)
+        elif top is not None and top > len(answer.classes):
+            raise InputError(f"--top is {top}; the server answers with the best {len(answer.classes)}")
+        yield answer
+
+
+def _print_csv(pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int | None) -> int:
+    """Print row by row; returns how many images failed. The heading waits for the first answer: it may be an error."""
+    writer, failed = None, 0
+    for image, answer in pairs:
+        if writer is None:
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(CSV_COLUMNS)
+        failed += isinstance(answer, ServingError)
+        writer.writerows(as_rows(image, answer, top))
+    return failed
+
+
+def _print_all(
+    pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int | None, prior: str | None, as_json: bool
+) -> int:
+    """Print JSON or a table; returns how many images failed."""
+    if as_json:
+        print_json([as_mapping(image, answer, top) for image, answer in pairs])
+    else:
+        Console().print(prediction_table(pairs, top, prior))
+    return sum(isinstance(answer, ServingError) for _, answer in pairs)

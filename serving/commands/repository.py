@@ -1,0 +1,75 @@
+"""`tailor repository`: an export as a Triton model repository."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serving.commands.options import REPOSITORY, Debug
+from serving.errors import InputError
+from serving.model_config import STUDENT, Placement
+from serving.repository import write_repository
+from serving.running import find_running
+from serving.version_policy import version_folders
+
+EXPORT = Path("artifacts/export")
+
+
+class DeviceName(StrEnum):
+    """Where the student runs."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class PrecisionName(StrEnum):
+    """In which numbers TensorRT computes."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+def repository(
+    device: Annotated[DeviceName, typer.Option(help="Where the student runs.")] = DeviceName.cpu,
+    export: Annotated[Path, typer.Option(help="Export folder that `dvc repro` wrote.")] = EXPORT,
+    output: Annotated[Path, typer.Option(help="Where the model repository goes.")] = REPOSITORY,
+    gpus: Annotated[str, typer.Option(help="Numbers of the GPUs, as in 0,1; every GPU if not given.")] = "",
+    instances: Annotated[int, typer.Option(min=1, help="Instances of the student, on each GPU or in all.")] = 1,
+    tensorrt: Annotated[
+        PrecisionName | None,
+        typer.Option(help="Have TensorRT run the student, in an NGC container with --device gpu."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a repository that holds several versions, or is being served.")
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Write the Triton model repository of an export: one tree for `tailor serve` and for NVIDIA's container.
+
+    The container takes the onnxruntime backend from config.pbtxt; the local server runs the same model.onnx in Python.
+    To add a release to a repository, use `tailor promote`.
+    """
+    placement = Placement(device.value, _numbers(gpus), instances, tensorrt.value if tensorrt else None)
+    if not replace:
+        _check_unused(output)
+    root = write_repository(export, output, placement)
+    print(f"wrote {root}")
+
+
+def _numbers(gpus: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in gpus.split(",")) if gpus else ()
+    except ValueError:
+        raise InputError(f"--gpus is {gpus!r}; expected numbers with commas between, as in 0,1") from None
+
+
+def _check_unused(root: Path) -> None:
+    versions = version_folders(root, STUDENT)
+    if len(versions) > 1:
+        held = ", ".join(map(str, versions))
+        raise InputError(f"{root}: holds versions {held}; use `tailor promote` to add one, or --replace to lose them")
+    for server in find_running(root):
+        raise InputError(f"{root}: is served at {server.grpc_url}; use `tailor promote`, or --replace")

@@ -1,0 +1,86 @@
+"""`tailor serve`: the server in the foreground until it is told to end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from serving.commands.options import REPOSITORY, Debug, RepositoryOption
+from serving.example import curl_example
+from serving.server import GRACE, TritonServer
+from serving.server_options import LATENCY_OPTIONS, trace_options
+from serving.supervisor import Supervisor
+
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class Stopped(SystemExit):
+    """`serve` was told to end. A SystemExit, because the HTTP client's event loop would print any other as an error."""
+
+
+def serve(
+    repository: RepositoryOption = REPOSITORY,
+    http_port: Annotated[int, typer.Option(help="HTTP port; 0 for any free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 for any free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port; 0 for any free one.")] = 8002,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    log: Annotated[Path | None, typer.Option(help="File to keep the server's log in as well.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not forward the server's log to standard error.")] = False,
+    trace_url: Annotated[
+        str | None, typer.Option(help="Send OpenTelemetry traces here, e.g. http://127.0.0.1:4318/v1/traces.")
+    ] = None,
+    trace_every: Annotated[int, typer.Option(min=1, help="With --trace-url: trace each n-th request.")] = 100,
+    grace: Annotated[
+        int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is told to end.")
+    ] = GRACE,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Run the Triton server in the foreground until SIGTERM or Ctrl-C.
+
+    Prints one line `ready http://... grpc://...` once the golden requests have been answered as they should be, and an
+    example of a request. Starts the server again when it dies, and loads a model again whose process died. To load new
+    versions meanwhile, use `tailor promote`; its key is TAILOR_ADMIN_KEY, where that is set.
+    """
+    forward = None if quiet else sys.stderr
+    options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
+    server = TritonServer(
+        repository, host, http_port, grpc_port, metrics_port, log, forward=forward, grace=grace, options=options
+    )
+    stopping = threading.Event()
+
+    def stop_once(_number: int, _frame: FrameType | None) -> None:
+        # A second signal shall not cut the cleaning up short.
+        if not stopping.is_set():
+            stopping.set()
+            raise Stopped
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_once)
+    try:
+        with server:
+            _announce(server)
+            Supervisor(server, _report).run(stopping)
+    except Stopped:
+        pass
+    print("stopped", flush=True)
+
+
+def _announce(server: TritonServer) -> None:
+    print(f"ready {server.http_url} {server.grpc_url}")
+    print(f"metrics {server.metrics_url}")
+    print(f"\nask it about an image, from a shell:\n\n{curl_example(server.http_url, server.example)}\n", flush=True)
+    if server.host not in LOOPBACK:
+        _report(
+            f"--host {server.host}: this Triton release can be killed by one hostile request; "
+            "let nobody but a gateway with size, time and connection limits reach it"
+        )
+
+
+def _report(line: str) -> None:
+    print(f"tailor: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,132 @@
+"""`tailor promote`, `tailor rollback` and `tailor versions`: which release answers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from serving import promotion
+from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
+from serving.commands.options import REPOSITORY, AsJson, Debug, RepositoryOption, print_json
+from serving.display import versions_table
+from serving.errors import InputError
+from serving.running import RunningServer
+
+ServerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        help=f"gRPC address of the server, with its key in {ADMIN_KEY_VARIABLE}; "
+        "the servers that `tailor serve` runs on this repository if not given.",
+    ),
+]
+LoadTimeout = Annotated[float, typer.Option(help="Seconds that one load may take.")]
+Rehearsal = Annotated[
+    bool,
+    typer.Option(
+        "--rehearsal/--no-rehearsal", help="Try the version on a second server first, or in ONNX Runtime alone."
+    ),
+]
+
+
+def promote(
+    release: Annotated[
+        str, typer.Argument(metavar="EXPORT_OR_VERSION", help="An export folder, or a published version's number.")
+    ] = "artifacts/export",
+    repository: RepositoryOption = REPOSITORY,
+    url: ServerUrl = None,
+    keep: Annotated[int, typer.Option(min=2, help="Versions that stay on disk.")] = promotion.KEPT,
+    timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
+    rehearsal: Rehearsal = True,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Make a release the champion, without a request lost.
+
+    It is published beside the others, tried on its golden requests, loaded, asked again, and only then answers requests
+    that name no version. If any of that fails, everything is as before and the status is 1.
+    """
+    given = int(release) if release.isdecimal() else Path(release)
+    done = promotion.promote(
+        repository, given, servers=_servers(repository, url), keep=keep, timeout=timeout, rehearsal=rehearsal
+    )
+    _tell(done, as_json)
+
+
+def rollback(
+    version: Annotated[
+        int | None, typer.Argument(min=1, help="Version to go back to; the one before the champion if not given.")
+    ] = None,
+    repository: RepositoryOption = REPOSITORY,
+    url: ServerUrl = None,
+    timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
+    rehearsal: Rehearsal = True,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Make an older release the champion again, without a request lost."""
+    done = promotion.rollback(
+        repository, version, servers=_servers(repository, url), timeout=timeout, rehearsal=rehearsal
+    )
+    _tell(done, as_json)
+
+
+def versions(
+    repository: RepositoryOption = REPOSITORY,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """List the releases of a repository: which answers, which is loaded beside it, what each is."""
+    found = promotion.list_versions(repository)
+    if not as_json:
+        Console().print(versions_table(found, str(repository)))
+        return
+    print_json(
+        [
+            {
+                "version": state.version,
+                "state": state.state,
+                "published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(state.published)),
+                "code_revision": state.release.manifest.code_revision,
+                "sha256": state.release.manifest.files,
+                "metrics": state.release.manifest.metrics,
+            }
+            for state in found
+        ]
+    )
+
+
+def _servers(repository: Path, url: str | None) -> list[RunningServer] | None:
+    if url is None:
+        return None
+    if not url.startswith(("grpc://", "grpcs://")):
+        raise InputError(f"--url is {url!r}; expected grpc://host:port, as loads never go over HTTP")
+    key = admin_key()
+    if key is None:
+        raise InputError(f"{ADMIN_KEY_VARIABLE} is not set; expected the key that the server at {url} was started with")
+    return [RunningServer(repository=str(repository), http_url=None, grpc_url=url, admin_key=key, prefix=None)]
+
+
+def _tell(done: promotion.Promotion, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "version": done.version,
+                "previous": done.previous,
+                "rehearsed": done.rehearsed,
+                "servers": list(done.servers),
+                "removed": list(done.removed),
+            }
+        )
+        return
+    if done.version == done.previous:
+        print(f"version {done.version} is the champion already")
+        return
+    where = f"at {', '.join(done.servers)}" if done.servers else "once a server starts; none of yours runs on it now"
+    print(f"version {done.version} answers instead of {done.previous}, {where}")
+    if done.removed:
+        print(f"removed old versions {', '.join(map(str, done.removed))}")

@@ -1,0 +1,166 @@
+"""nginx as the gateway: checked, started, waited for, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+from serving.atomic import write_file
+from serving.errors import ServingError
+from serving.gateway import Gateway
+from serving.logs import ServerLog
+from serving.ports import choose_ports
+from serving.process import POLL, end_process, start_process
+
+START_TIMEOUT = 20.0  # seconds
+PACKAGES = "nginx-light libnginx-mod-http-lua lua-cjson"
+# Debian's nginx lies in /usr/sbin, which is on no plain user's PATH.
+PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+
+
+class GatewayProcess:
+    """nginx with the configuration of a Gateway, in a session of its own. A context manager, or start and stop.
+
+    log: what nginx prints (None: kept only while it runs). start leaves nothing running when it raises.
+    """
+
+    def __init__(self, gateway: Gateway, log: Path | None = None) -> None:
+        self.gateway = gateway
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+        self._output: ServerLog | None = None
+
+    @property
+    def http_url(self) -> str:
+        """Address for HTTP clients."""
+        return f"http{'s' if self.gateway.certificate else ''}://{self.gateway.host}:{self.gateway.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """Address for gRPC clients."""
+        return f"grpc{'s' if self.gateway.certificate else ''}://{self.gateway.host}:{self.gateway.grpc_port}"
+
+    @property
+    def process_id(self) -> int | None:
+        """nginx's process id; None when it does not run."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> GatewayProcess:
+        """Check the configuration and start nginx. Raises ServingError: nginx missing, its complaint, a port in use."""
+        if self._process:
+            raise ServingError("this gateway runs already; stop it first")
+        nginx = find_nginx(self.gateway)
+        # nginx would try for seconds, and meanwhile whoever has the port would answer for it.
+        choose_ports(str(self.gateway.host), {"http_port": self.gateway.http_port, "grpc_port": self.gateway.grpc_port})
+        self._folder = Path(tempfile.mkdtemp(prefix="tailor-gateway-", dir="/tmp"))
+        # Workers that dropped root's rights go through it to the folders that nginx makes for them.
+        self._folder.chmod(0o711)
+        try:
+            config = write_config(self.gateway, self._folder)
+            check_config(nginx, config)
+            self._output = ServerLog(self.log)
+            command = [nginx, "-p", str(self._folder), "-c", str(config), "-e", "stderr"]
+            self._process = start_process(command, dict(os.environ), self._folder)
+            self._output.follow(self._process.stdout)
+            self._await_ports()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for nginx to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self) -> int | None:
+        """Let running requests finish, then end nginx and remove its folder. Safe to call twice. Returns its exit status."""
+        process, self._process = self._process, None
+        status = None
+        if process:
+            process.send_signal(signal.SIGQUIT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self.gateway.shutdown_seconds + 2)
+            status = end_process(process, patience=5.0)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers outlive a master that was killed
+        if self._output:
+            self._output.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        return status
+
+    def __enter__(self) -> GatewayProcess:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def log_tail(self) -> str:
+        """The last lines that nginx printed, empty when there are none."""
+        return self._output.tail() if self._output else ""
+
+    def _await_ports(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        for port in (self.gateway.http_port, self.gateway.grpc_port):
+            while not _listens(str(self.gateway.host), port):
+                status = self.wait(POLL)
+                if status is not None:
+                    self._output.drain()
+                    raise ServingError(f"nginx ended with status {status} while it started:\n{self.log_tail()}")
+                if time.monotonic() > deadline:
+                    raise ServingError(f"nginx does not listen on port {port} after {START_TIMEOUT:.0f} s")
+
+
+def find_nginx(gateway: Gateway) -> str:
+    """The nginx program. Raises ServingError saying how to get it, or its module for Lua."""
+    nginx = shutil.which("nginx", path=PLACES)
+    if nginx is None or not (gateway.modules / "ngx_http_lua_module.so").is_file():
+        what = "nginx" if nginx is None else f"{gateway.modules}/ngx_http_lua_module.so"
+        raise ServingError(f"{what} is missing; install it (Debian: apt install {PACKAGES})")
+    return nginx
+
+
+def check_config(nginx: str, config: Path) -> None:
+    """Let nginx read a configuration. Raises ServingError with the first line of its complaint."""
+    ended = subprocess.run(
+        [nginx, "-t", "-q", "-p", str(config.parent), "-c", str(config), "-e", "stderr"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise ServingError(f"nginx refuses the configuration: {ended.stderr.strip().splitlines()[0]}")
+
+
+def write_config(gateway: Gateway, folder: Path, runtime: Path | None = None) -> Path:
+    """Write nginx.conf and the Lua that it names into a folder; nginx.conf's path. For `runtime` see Gateway.render."""
+    config = folder / "nginx.conf"
+    write_file(config, gateway.render(folder, runtime))
+    for source in sorted(Path(__file__).with_name("gateway_lua").glob("*.lua")):
+        write_file(folder / source.name, source.read_bytes())
+        # nginx's workers read it after they dropped root's rights.
+        (folder / source.name).chmod(0o644)
+    return config
+
+
+def _listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, port)) == 0

@@ -1,0 +1,1 @@
+"""Load tests: what is asked, how often, by whom, and whether the server held."""

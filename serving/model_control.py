@@ -1,0 +1,117 @@
+"""Triton's explicit model control: load and unload models of a running server, with its key, over gRPC.
+
+Never over HTTP: there a load holds up every request that shares its worker thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
+
+from serving.arguments import ADMIN_HEADER
+from serving.errors import ServingError
+from serving.leftovers import processes_of
+from serving.running import RunningServer
+from serving.transport import parse_url
+
+REASON_LENGTH = 500
+DEAD_STUB_TIMEOUT = 10.0  # seconds for Triton to notice that a stub has gone
+
+
+class LoadTimeout(ServingError):
+    """A load that did not end in time."""
+
+
+class ModelControl:
+    """Control over a server's models. A context manager. timeout: seconds that a load may take.
+
+    Its methods raise ServingError naming the model and Triton's reason.
+    """
+
+    def __init__(self, server: RunningServer, timeout: float) -> None:
+        self.server = server
+        self.timeout = timeout
+        _, secure, address = parse_url(server.grpc_url)
+        self._client = tritonclient.grpc.InferenceServerClient(address, ssl=secure)
+        self._headers = {f"triton-grpc-protocol-{ADMIN_HEADER}": server.admin_key}
+
+    def load(self, model: str) -> None:
+        """Load what the model's config says now; versions that it no longer lists go when the others are ready.
+
+        Raises LoadTimeout when it takes too long.
+        """
+        self._ask(model, "load", self._client.load_model)
+
+    def unload(self, model: str) -> None:
+        """Unload every version of a model and wait until it is gone."""
+        self._ask(model, "unload", self._client.unload_model)
+        deadline = time.monotonic() + self.timeout
+        while self.ready_versions(model):
+            if time.monotonic() > deadline:
+                raise ServingError(f"{self.server.grpc_url}: {model} is not unloaded after {self.timeout:g} s")
+            time.sleep(0.05)
+
+    def ready_versions(self, model: str) -> list[int]:
+        """The versions of a model that are loaded, ascending."""
+        try:
+            index = self._client.get_model_repository_index(headers=self._headers, client_timeout=self.timeout)
+        except InferenceServerException as error:
+            raise ServingError(f"{self.server.grpc_url}: {_reason(error)}") from error
+        return sorted(int(found.version) for found in index.models if found.name == model and found.state == "READY")
+
+    def end_hanging_load(self, model: str, version: int) -> bool:
+        """Kill the stubs of a version whose load hangs, so that Triton gives it up; whether it then could load again.
+
+        Triton waits for ever on a stub that does not finish loading, and so would every later load of this model.
+        Possible only where the server is on this machine and its stub is a process.
+        """
+        place = f"/{model}/{version}/model.py"
+        ended = False
+        if self.server.prefix:
+            for process in processes_of(self.server.prefix):
+                if any(argument.endswith(place) for argument in process.cmdline()):
+                    process.kill()
+                    ended = True
+        deadline = time.monotonic() + DEAD_STUB_TIMEOUT
+        while ended and time.monotonic() < deadline:
+            if not self._loading(model):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def __enter__(self) -> ModelControl:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, model: str, what: str, call: Callable[..., None]) -> None:
+        try:
+            call(model, headers=self._headers, client_timeout=self.timeout)
+        except InferenceServerException as error:
+            if "DEADLINE_EXCEEDED" in str(error.status()):
+                raise LoadTimeout(
+                    f"{self.server.grpc_url}: the {what} of {model} did not end within {self.timeout:g} s"
+                ) from error
+            raise ServingError(f"{self.server.grpc_url}: Triton did not {what} {model}: {_reason(error)}") from error
+
+    def _loading(self, model: str) -> bool:
+        index = self._client.get_model_repository_index(headers=self._headers, client_timeout=self.timeout)
+        return any(found.name == model and found.state == "LOADING" for found in index.models)
+
+
+def _reason(error: InferenceServerException) -> str:
+    reason = " ".join(str(error.message()).split())
+    if "restricted" in reason.lower():
+        return "the admin key is not this server's; set TAILOR_ADMIN_KEY to the one it was started with"
+    return reason[:REASON_LENGTH]

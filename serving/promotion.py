@@ -1,0 +1,217 @@
+"""Hot swap: a release becomes the champion, or one before it does again, while requests are answered without a gap.
+
+The champion is never touched before the challenger has been tried. A challenger is published (written whole beside the
+others), rehearsed on a server of its own, and only then loaded by the server that answers users: its student first and
+asked its golden requests, then its classifier, which is the moment from which requests that name no version reach it.
+Whatever fails, the version policy and the loaded versions go back to what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.dry_run import dry_run
+from serving.errors import InputError, ServingError
+from serving.model_config import CLASSIFIER, STUDENT, RepositoryError
+from serving.rehearsal import rehearse
+from serving.release import Release, find_releases, published_versions, read_release
+from serving.repository import publish
+from serving.running import RunningServer, find_running
+from serving.swap import swap
+from serving.version_policy import champion, served_versions, version_folders
+
+KEPT = 5  # versions on disk
+LOAD_TIMEOUT = 120.0  # seconds
+LOCK_TIMEOUT = 60.0  # seconds
+
+
+class PromotionError(ServingError):
+    """The version asked for does not serve; the champion does, as before."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What a promotion or rollback did.
+
+    version: the champion now; previous: the champion before, the same one where nothing had to be done. rehearsed:
+    whether the version answered its golden requests on a server of its own first. servers: the addresses that were
+    asked to load it; none where no server runs, and the next one to start serves it. removed: old versions deleted.
+    """
+
+    version: int
+    previous: int
+    rehearsed: bool
+    servers: tuple[str, ...]
+    removed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class VersionState:
+    """One published version: `champion`, `served` (loaded, answers who names it) or `kept`; and its manifest's facts."""
+
+    version: int
+    state: str
+    release: Release
+    published: float  # seconds since the epoch
+
+
+def promote(
+    repository: Path,
+    release: Path | int,
+    *,
+    servers: Sequence[RunningServer] | None = None,
+    keep: int = KEPT,
+    timeout: float = LOAD_TIMEOUT,
+    rehearsal: bool = True,
+) -> Promotion:
+    """Make a release the champion: an export folder, which is published first, or the number of a published version.
+
+    servers: who serves the repository; None finds those of this user on this machine. keep: how many versions stay on
+    disk, the served ones among them. timeout: seconds that a load may take. rehearsal: False tries the graph in ONNX
+    Runtime alone, where a second server does not fit on the machine. Afterwards the champion before is still
+    loaded, for requests that name it and for a rollback at once. Raises InputError for a version that is not there or
+    is older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError when it failed
+    its trial or the swap.
+    """
+    if keep < 2:
+        raise InputError(f"keep is {keep}; expected at least 2, the champion and the one before it")
+    with locked(repository):
+        _check_champion(repository)
+        before = champion(repository)
+        version = publish(release, repository) if isinstance(release, Path) else _published(repository, release)
+        if version < before:
+            raise InputError(f"version {version} is older than the champion {before}; use `tailor rollback {version}`")
+        found = find_running(repository) if servers is None else servers
+        if version == before:
+            return Promotion(version, before, False, tuple(server.grpc_url for server in found))
+        rehearsed = _try(repository, version, before, timeout, rehearsal)
+        _swap(repository, version, (before, version), found, timeout)
+        removed = _prune(repository, keep)
+    return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found), removed)
+
+
+def rollback(
+    repository: Path,
+    version: int | None = None,
+    *,
+    servers: Sequence[RunningServer] | None = None,
+    timeout: float = LOAD_TIMEOUT,
+    rehearsal: bool = True,
+) -> Promotion:
+    """Make an older version the champion again: `version`, or the newest one before the champion.
+
+    One that is loaded still takes over at once; another is tried as a challenger is. The versions after it stay on
+    disk, unloaded, as Triton answers from the newest one that it has. Raises as `promote` does.
+    """
+    with locked(repository):
+        _check_champion(repository)
+        before = champion(repository)
+        older = [number for number in published_versions(repository) if number < before]
+        if version is None:
+            if not older:
+                raise InputError(f"{repository}: holds no version before the champion {before}; nothing to go back to")
+            version = older[-1]
+        version = _published(repository, version)
+        if version >= before:
+            raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
+        found = find_running(repository) if servers is None else servers
+        loaded = version in served_versions(repository, CLASSIFIER)
+        rehearsed = False if loaded else _try(repository, version, before, timeout, rehearsal)
+        _swap(repository, version, (version,), found, timeout)
+    return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found))
+
+
+def list_versions(repository: Path) -> list[VersionState]:
+    """The published versions, oldest first. Raises RepositoryError or ManifestError naming the file."""
+    _check_champion(repository)
+    served, best = served_versions(repository, CLASSIFIER), champion(repository)
+    return [
+        VersionState(
+            version,
+            "champion" if version == best else "served" if version in served else "kept",
+            read_release(repository, version, hashes=False),
+            (repository / CLASSIFIER / str(version)).stat().st_mtime,
+        )
+        for version in published_versions(repository)
+    ]
+
+
+@contextlib.contextmanager
+def locked(repository: Path, shared: bool = False, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
+    """Hold the repository's lock: one promotion at a time (or several who only look). Raises PromotionError if taken."""
+    try:
+        descriptor = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise RepositoryError(f"{repository}: {error.strerror}; run `dvc repro` or give --repository") from None
+    try:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise PromotionError(
+                        f"{repository}: a promotion or a repair is under way; try again later"
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_champion(repository: Path) -> None:
+    """Refuse to work on a repository that no server would start from."""
+    find_releases(repository, hashes=False)
+
+
+def _published(repository: Path, version: int) -> int:
+    versions = published_versions(repository)
+    if version not in versions:
+        raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, versions))}")
+    return version
+
+
+def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool) -> bool:
+    """Whether a version that passed its trial did so on a server of its own. Raises PromotionError when it did not."""
+    try:
+        if rehearsal:
+            return rehearse(repository, version, timeout)
+        dry_run(repository, [read_release(repository, version)], timeout)
+        return False
+    except ServingError as error:
+        raise PromotionError(f"version {version} is not fit to serve, version {before} stays: {error}") from error
+
+
+def _swap(
+    repository: Path, version: int, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
+) -> None:
+    before = champion(repository)
+    try:
+        swap(repository, version, final, servers, timeout)
+    except ServingError as error:
+        raise PromotionError(f"version {version} does not serve, version {before} stays: {error}") from error
+
+
+def _prune(repository: Path, keep: int) -> tuple[int, ...]:
+    """Delete the oldest versions that are not served, so that `keep` stay; each goes out of sight whole first."""
+    served = served_versions(repository, CLASSIFIER)
+    present = sorted({*version_folders(repository, STUDENT), *version_folders(repository, CLASSIFIER)})
+    others = [version for version in present if version not in served]
+    removed = others[: max(0, len(present) - keep)]
+    for version in removed:
+        for model in (CLASSIFIER, STUDENT):
+            folder = repository / model / str(version)
+            hidden = folder.with_name(f".{version}.removed")
+            if folder.is_dir():
+                shutil.rmtree(hidden, ignore_errors=True)
+                folder.rename(hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
+    return tuple(removed)

@@ -1,0 +1,45 @@
+"""Which servers run on a repository, and how to reach them: a note that each leaves in its private runtime folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from serving.atomic import write_file
+from serving.leftovers import owner_lives
+
+NOTE_NAME = "server.json"
+
+
+class RunningServer(BaseModel):
+    """A server's addresses and the key to its model control. `prefix` is its run's, None where another started it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    repository: str
+    http_url: str | None
+    grpc_url: str
+    admin_key: str
+    prefix: str | None
+
+
+def leave_note(runtime: Path, server: RunningServer) -> None:
+    """Write the note into the runtime folder, which nobody but its owner can read: it holds the key."""
+    write_file(runtime / NOTE_NAME, server.model_dump_json())
+
+
+def find_running(repository: Path) -> list[RunningServer]:
+    """The servers of this user that run on this repository, as far as they share our folder for temporary files."""
+    wanted, found = os.path.realpath(repository), []
+    for parent in sorted({tempfile.gettempdir(), "/tmp"}):
+        for folder in sorted(Path(parent).glob("tailor_*")):
+            with contextlib.suppress(OSError, ValidationError):  # not ours to read, going just now, or no note of ours
+                if folder.stat().st_uid != os.geteuid():  # whoever else may name a folder so
+                    continue
+                server = RunningServer.model_validate_json((folder / NOTE_NAME).read_bytes())
+                if server.repository == wanted and server.prefix == folder.name[: len(server.prefix or "?")]:
+                    found += [server] * owner_lives(server.prefix or "")
+    return found

@@ -1,0 +1,129 @@
+"""The swap itself: version policies and load calls in the one order in which every request finds what it asks for.
+
+At every moment `student` has each version that `classifier` has, and the policies on disk are such that a server that
+starts from them serves a version that has been tried. So a swap that is killed midway leaves no repair to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models.preprocess import preprocess
+from models.prior import softmax
+from serving.client import Client
+from serving.errors import ServingError
+from serving.model_config import CLASSIFIER, STUDENT
+from serving.model_control import LoadTimeout, ModelControl
+from serving.release import Release, read_release
+from serving.running import RunningServer
+from serving.server import check_golden
+from serving.transport import Transport
+from serving.version_policy import champion, serve_versions, served_versions
+
+
+@dataclass(frozen=True)
+class _Policies:
+    """What a repository serves, to go back to."""
+
+    student: tuple[int, ...]
+    classifier: tuple[int, ...]
+    champion: Release
+
+
+def swap(
+    repository: Path, version: int, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
+) -> None:
+    """Have the repository and its servers serve the versions `final`, of which the highest, `version`, is champion.
+
+    Raises ServingError when a server does not load or does not answer rightly; then everything is as it was before.
+    """
+    release = read_release(repository, version, hashes=False)
+    before = _Policies(
+        served_versions(repository, STUDENT),
+        served_versions(repository, CLASSIFIER),
+        read_release(repository, champion(repository), hashes=False),
+    )
+    with ExitStack() as stack:
+        controls = [stack.enter_context(ModelControl(server, timeout)) for server in servers]
+        try:
+            _forward(repository, release, before, final, controls)
+        except BaseException as error:
+            if isinstance(error, LoadTimeout):
+                _end_hanging_loads(version, before, controls)
+            _back(repository, before, controls)
+            raise
+
+
+def _forward(
+    repository: Path, release: Release, before: _Policies, final: tuple[int, ...], controls: Sequence[ModelControl]
+) -> None:
+    # What is neither champion nor stays makes room first, so that no more than two releases are ever loaded.
+    staying = tuple(sorted({*before.classifier} & {*final, before.champion.version}))
+    if staying != before.classifier:
+        serve_versions(repository, CLASSIFIER, staying)
+        _load(controls, CLASSIFIER)
+    serve_versions(repository, STUDENT, tuple(sorted({*staying, *final})))
+    _load(controls, STUDENT)
+    for control in controls:
+        ask_student(control.server.grpc_url, release, control.timeout)
+    serve_versions(repository, CLASSIFIER, final, release.manifest.strength)
+    _load(controls, CLASSIFIER)
+    for control in controls:
+        with Client(control.server.grpc_url, control.timeout) as client:
+            check_golden(client, release)
+            answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
+        if answered != release.version:
+            raise ServingError(f"{control.server.grpc_url}: version {answered} answers, not {release.version}")
+    serve_versions(repository, STUDENT, final)
+    _load(controls, STUDENT)
+
+
+def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[ModelControl]) -> None:
+    for model, served in ((STUDENT, before.student), (CLASSIFIER, before.classifier)):
+        for control in controls:
+            if version not in served:
+                control.end_hanging_load(model, version)
+
+
+def _back(repository: Path, before: _Policies, controls: Sequence[ModelControl]) -> None:
+    """Restore policies and loaded versions; a server that cannot follow keeps its champion, which never went."""
+    serve_versions(repository, STUDENT, tuple(sorted({*before.student, *before.classifier})))
+    serve_versions(repository, CLASSIFIER, before.classifier, before.champion.manifest.strength)
+    for control in controls:
+        with suppress(ServingError):
+            control.load(STUDENT)
+            control.load(CLASSIFIER)
+
+
+def _load(controls: Sequence[ModelControl], model: str) -> None:
+    for control in controls:
+        control.load(model)
+
+
+def ask_student(url: str, release: Release, timeout: float) -> None:
+    """Ask `student` of a release its golden requests, and a whole batch, which warms it up.
+
+    Raises ServingError when it does not answer, or not rightly.
+    """
+    form, transport = release.manifest.image, Transport(url, timeout)
+    try:
+        for golden in release.golden:
+            image = preprocess(golden.image_bytes(), form.size, form.resize_to)[None]
+            logits = _logits(transport, release.version, image, golden.strength)[0]
+            best = np.argsort(-logits, kind="stable")
+            wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
+            if wrong:
+                raise ServingError(f"student {release.version} answers a golden request wrongly: {wrong}")
+        _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
+    finally:
+        transport.close()
+
+
+def _logits(transport: Transport, version: int, images: np.ndarray, strength: float) -> np.ndarray:
+    inputs = {"image": images, "strength": np.full((len(images), 1), strength, dtype=np.float32)}
+    return transport.infer(STUDENT, inputs, {"logits": 0}, str(version))[0]["logits"]

@@ -1,0 +1,83 @@
+"""Which versions of a model are served: the version policy in its config files, on disk.
+
+Triton answers a request that names no version from the highest one it has loaded. So the policy lists versions one by
+one (`specific`): the highest that `classifier` lists is the champion, and a version that was only published is in no
+list and is loaded by no restart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from serving.atomic import write_file
+from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT, RepositoryError, to_text
+
+CONFIG_NAME = "config.pbtxt"
+
+
+def config_paths(root: Path, model: str) -> list[Path]:
+    """The config files of a model: `student` has a second one for the python stand-in."""
+    local = [root / STUDENT / "configs" / f"{LOCAL_CONFIG}.pbtxt"] if model == STUDENT else []
+    return [root / model / CONFIG_NAME, *local]
+
+
+def read_config(path: Path) -> ModelConfig:
+    """A config file as Triton's message. Raises RepositoryError naming the file."""
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    except OSError as error:
+        raise RepositoryError(f"{path}: {error.strerror}; write the repository again") from None
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise RepositoryError(f"{path}: not a model configuration: {error}; write the repository again") from None
+
+
+def served_versions(root: Path, model: str) -> tuple[int, ...]:
+    """The versions that a server of this repository loads, ascending; of `student`, those that both its configs list.
+
+    Raises RepositoryError naming the file.
+    """
+    lists = []
+    for path in config_paths(root, model):
+        policy = read_config(path).version_policy
+        if policy.WhichOneof("policy_choice") == "specific":
+            lists.append(set(policy.specific.versions))
+        else:  # a tree written by hand or by an older Tailor: Triton's own default is the latest one
+            found = version_folders(root, model)
+            lists.append(set(found if policy.HasField("all") else found[-max(policy.latest.num_versions, 1) :]))
+    return tuple(sorted(set.intersection(*lists)))
+
+
+def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_strength: float | None = None) -> None:
+    """Rewrite the version policy of a model's configs, each file whole, and of `classifier` its default strength.
+
+    Everything else in them stays, as someone may have set it by hand. A server notices at its next load call.
+    """
+    for path in config_paths(root, model):
+        config = read_config(path)
+        before = config.SerializeToString(deterministic=True)
+        config.version_policy.specific.SetInParent()
+        config.version_policy.specific.versions[:] = versions
+        if default_strength is not None:
+            config.parameters["default_strength"].string_value = repr(default_strength)
+        if config.SerializeToString(deterministic=True) != before:
+            write_file(path, to_text(config))
+
+
+def version_folders(root: Path, model: str) -> list[int]:
+    """The version folders of a model, ascending."""
+    folder = root / model
+    if not folder.is_dir():
+        return []
+    found = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+    return [version for version in found if version > 0]
+
+
+def champion(root: Path) -> int:
+    """The version that answers a request that names none. Raises RepositoryError."""
+    served = served_versions(root, CLASSIFIER)
+    if not served:
+        raise RepositoryError(f"{root / CLASSIFIER / CONFIG_NAME}: serves no version; write the repository again")
+    return served[-1]

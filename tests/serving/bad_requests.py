@@ -1,0 +1,422 @@
+"""A grammar of bad requests: from a seed, any number of requests that no server should answer with 200.
+
+Each is made from a good request by one fault, on the level of tensors (sent over HTTP in binary form, as JSON, or over
+gRPC) or of the protocol itself. `culprit` is what a useful answer names; nothing where the request has no inputs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import numpy as np
+from conftest import CLASSES, MAX_BATCH_SIZE, SIZE, picture
+from PIL import Image
+from tritonclient.grpc import service_pb2
+
+SIZES = {"UINT8": np.uint8, "FP32": np.float32, "INT64": np.int64, "FP64": np.float64, "BOOL": np.bool_}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input as it goes over the wire: `raw` need not agree with dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    raw: bytes
+
+
+@dataclass(frozen=True)
+class TensorRequest:
+    """An inference request and the fault in it."""
+
+    fault: str
+    culprit: str
+    model: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...] = ()
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """A request that is wrong as HTTP, or that asks for what is not there. `statuses`: what may answer it."""
+
+    fault: str
+    culprit: str
+    path: str
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    method: str = "POST"
+    statuses: tuple[int, ...] = (400,)
+
+
+def strings(*values: bytes) -> bytes:
+    """BYTES elements in Triton's binary form."""
+    return b"".join(struct.pack("<I", len(value)) + value for value in values)
+
+
+def floats(*values: float) -> bytes:
+    return np.array(values, dtype=np.float32).tobytes()
+
+
+def classifier(images: list[bytes], **inputs: Tensor) -> tuple[Tensor, ...]:
+    given = {"image": Tensor("image", "BYTES", (len(images), 1), strings(*images))} | inputs
+    return tuple(given.values())
+
+
+def strength(*values: float) -> Tensor:
+    return Tensor("strength", "FP32", (len(values), 1), floats(*values))
+
+
+def target_prior(*values: float) -> Tensor:
+    return Tensor("target_prior", "FP32", (1, len(values)), floats(*values))
+
+
+def good_inputs(model: str, seed: int) -> tuple[Tensor, ...]:
+    """A good request for one row."""
+    if model == "classifier":
+        return classifier([picture(seed)], strength=strength(0.5))
+    pixels = np.random.default_rng(seed).integers(0, 256, 3 * SIZE * SIZE, dtype=np.uint8)
+    return Tensor("image", "UINT8", (1, 3, SIZE, SIZE), pixels.tobytes()), strength(0.5)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+@cache
+def hostile_images() -> dict[str, bytes]:
+    """Files that no decoder should be made to work on, by fault."""
+    red = Image.new("RGB", (16, 16), "red")
+    png, jpeg = saved(red, "PNG"), saved(red, "JPEG")
+    progressive = saved(Image.new("L", (64, 64), 100), "JPEG", progressive=True)
+    last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
+    bomb = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(20_000_000)))
+    return {
+        "empty": b"",
+        "text": b"a letter",
+        "zeros": bytes(1000),
+        "gif": saved(red, "GIF"),
+        "bmp": saved(red, "BMP"),
+        "tiff": saved(red, "TIFF"),
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "zip": b"PK\3\4" + png,
+        "gif before png": b"GIF89a" + png,
+        "script before jpeg": b"#!/bin/sh\n" + jpeg,
+        "cut png": png[: len(png) // 2],
+        "cut jpeg": saved(Image.effect_noise((64, 64), 90), "JPEG")[:700],
+        "bomb by header": png[:8] + header + png[33:],
+        "bomb in a profile": png[:33] + bomb + png[33:],
+        "thread": saved(Image.new("RGB", (1000, 1)), "PNG"),
+        "canvas": b"RIFF\x64\0\0\0WEBPVP8X\n\0\0\0\x10\0\0\0\xfe\x3f\0\xfe\x3f\0" + bytes(70),
+        "many scans": progressive[:-2] + last_scan * 200 + progressive[-2:],
+        "many segments": jpeg[:2] + b"\xff\xfe\0\2" * 30_000 + jpeg[2:],
+        "many chunks": png[:33] + chunk(b"prVt", b"") * 30_000 + png[33:],
+        "wrong checksum": png[:40] + bytes([png[40] ^ 255]) + png[41:],
+        "no pixels": png[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0)) + png[33:],
+        "above the bytes of an image": jpeg + bytes(33 * 1024 * 1024),
+    }
+
+
+def bad_image(draw: random.Random) -> TensorRequest:
+    names = [name for name in hostile_images() if name != "above the bytes of an image" or draw.random() < 0.05]
+    fault = draw.choice(names)
+    images = [hostile_images()[fault]]
+    if draw.random() < 0.3:
+        images.insert(draw.randint(0, 1), picture(draw.randrange(50)))
+    strengths = strength(*[draw.random() for _ in images])
+    return TensorRequest(f"image: {fault}", "image", "classifier", classifier(images, strength=strengths))
+
+
+def damaged_image(draw: random.Random) -> TensorRequest:
+    data = bytearray(picture(draw.randrange(50)))
+    # Cut further back, all pixels may be there.
+    del data[draw.randrange(9, len(data) // 2) :]
+    return TensorRequest("image: cut anywhere", "image", "classifier", classifier([bytes(data)]))
+
+
+def bad_strength(draw: random.Random) -> TensorRequest:
+    value = draw.choice([np.nan, np.inf, -np.inf])
+    model = draw.choice(["classifier", "student"])
+    inputs = [strength(value) if tensor.name == "strength" else tensor for tensor in good_inputs(model, 1)]
+    return TensorRequest("strength: not finite", "strength", model, tuple(inputs))
+
+
+def bad_prior(draw: random.Random) -> TensorRequest:
+    fault, values = draw.choice(
+        [
+            ("negative", [-draw.random(), 1, 0.5, 0.5, 0]),
+            ("sum", [draw.uniform(0, 0.19)] * len(CLASSES)),
+            ("zero", [0] * len(CLASSES)),
+            ("nan", [np.nan, 1, 0, 0, 0]),
+            ("inf", [np.inf, 1, 0, 0, 0]),
+            ("huge", [3e38] * len(CLASSES)),
+            ("short", [0.5, 0.5]),
+            ("long", [0.1] * 10),
+            ("none", []),
+        ]
+    )
+    prior = target_prior(*values)
+    return TensorRequest(f"prior: {fault}", "target_prior", "classifier", classifier([picture(1)], target_prior=prior))
+
+
+def both_priors(draw: random.Random) -> TensorRequest:
+    inputs = classifier([picture(1)], strength=strength(draw.random()), target_prior=target_prior(*[0.2] * 5))
+    return TensorRequest("prior: two", "target_prior", "classifier", inputs)
+
+
+def bad_tensor(draw: random.Random) -> TensorRequest:
+    """One input of a good request with another dtype, shape, name or size; or without it, or with it twice."""
+    model = draw.choice(["classifier", "student"])
+    inputs = list(good_inputs(model, draw.randrange(50)))
+    place = draw.randrange(len(inputs))
+    good = inputs[place]
+    fault = draw.choice(
+        ["dtype", "rank", "dimension", "negative", "huge", "name", "missing", "twice", "short", "long", "lie"]
+    )
+    if fault == "dtype":
+        inputs[place] = replace(good, dtype=draw.choice(sorted({*SIZES, "BYTES", "FP128", ""} - {good.dtype})))
+    elif fault == "rank":
+        inputs[place] = replace(good, shape=draw.choice([(), (1,), (*good.shape, 1), (1, *good.shape), (1,) * 40]))
+    elif fault == "dimension":
+        inputs[place] = replace(good, shape=(*good.shape[:-1], good.shape[-1] + draw.randint(1, 9)))
+    elif fault == "negative":
+        inputs[place] = replace(good, shape=(good.shape[0], *good.shape[1:-1], -draw.randint(1, 2**40)))
+    elif fault == "huge":
+        # Triton counts rows modulo 2**32, so some huge counts of a tensor that is not the first pass as the true one.
+        huge = [2**31, 2**31 + 1, MAX_BATCH_SIZE + 1] + [2**40, 2**62] * (place == 0)
+        inputs[place] = replace(good, shape=(draw.choice(huge), *good.shape[1:]))
+    elif fault == "name":
+        inputs[place] = replace(good, name=draw.choice(["", "x", "Image", "image ", "\u0000", "ä" * 500]))
+    elif fault == "missing":
+        # An absent strength is the default's business, an absent image nobody's.
+        place = 0 if model == "classifier" else place
+        good = inputs.pop(place)
+    elif fault == "twice":
+        inputs.insert(place, good)
+    elif fault == "short":
+        inputs[place] = replace(good, raw=good.raw[:-1])
+    elif fault == "long":
+        inputs[place] = replace(good, raw=good.raw + b"\0")
+    else:
+        place, good = 0, inputs[0]
+        inputs[0] = replace(good, raw=struct.pack("<I", 2**31) + good.raw[4:-1])
+    # Of a row count that is too large Triton may name the other input.
+    culprit = {"name": "", "huge": "input"}.get(fault, good.name)
+    return TensorRequest(f"tensor: {fault}", culprit, model, tuple(inputs))
+
+
+def bad_target(draw: random.Random) -> TensorRequest:
+    fault, model, version, outputs = draw.choice(
+        [
+            ("version 9", "classifier", "9", ()),
+            ("version 0", "classifier", "0", ()),
+            ("output", "classifier", "", ("nothing",)),
+            ("output of the other model", "student", "", ("probability",)),
+        ]
+    )
+    return TensorRequest(f"asked: {fault}", "", model, good_inputs(model, 1), outputs, version)
+
+
+TENSOR_FAULTS = [
+    bad_image,
+    bad_image,
+    damaged_image,
+    bad_strength,
+    bad_prior,
+    both_priors,
+    bad_tensor,
+    bad_tensor,
+    bad_target,
+]
+INFER = "/v2/models/classifier/infer"
+
+
+def json_part(fault: TensorRequest) -> dict[str, object]:
+    """The JSON of a request, whose data follow it."""
+    inputs = [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "datatype": tensor.dtype,
+            "parameters": {"binary_data_size": len(tensor.raw)},
+        }
+        for tensor in fault.inputs
+    ]
+    return {"inputs": inputs} | ({"outputs": [{"name": name} for name in fault.outputs]} if fault.outputs else {})
+
+
+def path_of(fault: TensorRequest) -> str:
+    return f"/v2/models/{fault.model}{f'/versions/{fault.version}' if fault.version else ''}/infer"
+
+
+def over_http(fault: TensorRequest) -> tuple[str, bytes, dict[str, str]]:
+    """Path, body and headers of a tensor request in Triton's binary form."""
+    head = json.dumps(json_part(fault), ensure_ascii=False).encode()
+    body = head + b"".join(tensor.raw for tensor in fault.inputs)
+    return path_of(fault), body, {"Inference-Header-Content-Length": str(len(head))}
+
+
+def over_grpc(fault: TensorRequest) -> service_pb2.ModelInferRequest:
+    message = service_pb2.ModelInferRequest(model_name=fault.model, model_version=fault.version)
+    for tensor in fault.inputs:
+        message.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=tensor.shape)
+        message.raw_input_contents.append(tensor.raw)
+    for name in fault.outputs:
+        message.outputs.add(name=name)
+    return message
+
+
+def typed_over_grpc(draw: random.Random) -> service_pb2.ModelInferRequest:
+    """A request with typed contents instead of raw bytes, and an image whose shape is beyond memory."""
+    message = service_pb2.ModelInferRequest(model_name=draw.choice(["classifier", "student"]))
+    shape = draw.choice([[2**31, 1], [2**45, 3, SIZE, SIZE], [2**62, 1], [2**32, 2**32, 2**32]])
+    image = message.inputs.add(name="image", shape=shape)
+    if message.model_name == "classifier":
+        image.datatype = "BYTES"
+        image.contents.bytes_contents.append(picture(1))
+    else:
+        image.datatype = "UINT8"
+        image.contents.uint_contents.extend(range(192))
+    message.inputs.add(name="strength", datatype="FP32", shape=[1, 1]).contents.fp32_contents.append(0.5)
+    return message
+
+
+def good_body() -> tuple[bytes, dict[str, str]]:
+    _, body, headers = over_http(TensorRequest("", "", "classifier", good_inputs("classifier", 1)))
+    return body, headers
+
+
+def with_length(body: bytes) -> dict[str, str]:
+    return {"Inference-Header-Content-Length": str(len(body))}
+
+
+def not_json(draw: random.Random) -> HttpRequest:
+    body = draw.choice(
+        [
+            b"{",
+            b"[]",
+            b"null",
+            b'{"inputs":',
+            b"\xff\xfe",
+            b'{"inputs":[{}]}',
+            b'{"inputs":{}}',
+            b'{"inputs":[]}',
+            b"[" * 9000,
+        ]
+    )
+    return HttpRequest("json: invalid", "", INFER, body, with_length(body))
+
+
+def json_tensors(draw: random.Random) -> HttpRequest:
+    """Tensors written as JSON: good ones, and those that end Triton 24.10."""
+    entry = {"name": "strength", "datatype": "FP32", "shape": [1, 1], "data": [0.5]}
+    fault, entry, culprit = draw.choice(
+        [
+            ("json: data", entry, "binary form"),
+            ("json: shape beyond memory", entry | {"shape": [2**45, 1]}, "binary form"),
+            ("json: shape beyond memory", {"name": "strength", "datatype": "FP32", "shape": [2**45, 1]}, "strength"),
+            ("json: shape", entry | {"shape": "wide"}, "binary form"),
+            ("json: hidden data", entry | {"d\u0061t\\u0061": 1}, "backslash"),
+            (
+                "json: shared memory",
+                {
+                    "name": "image",
+                    "datatype": "BYTES",
+                    "shape": [1, 1],
+                    "parameters": {"shared_memory_region": "x", "binary_data_size": 0},
+                },
+                "shared_memory_region",
+            ),
+        ]
+    )
+    body = json.dumps({"inputs": [entry]}).encode()
+    if draw.random() < 0.3:
+        return HttpRequest(fault, "Inference-Header-Content-Length", INFER, body)
+    return HttpRequest(fault, culprit, INFER, body, with_length(body))
+
+
+def nested_json(draw: random.Random) -> HttpRequest:
+    depth = draw.choice([5000, 32_000, 300_000])
+    body = b'{"inputs":[{"name":"image","shape":[1,1],"datatype":"BYTES","x":' + b"[" * depth + b"]" * depth + b"}]}"
+    culprit = "JSON" if depth == 5000 else "Inference-Header-Content-Length"
+    return HttpRequest("json: nested", culprit, INFER, body, with_length(body))
+
+
+def bad_json_part(draw: random.Random) -> HttpRequest:
+    body, _ = good_body()
+    length = draw.choice(["-1", "0", "x", "9999", "99999", "99999999999999999999", "1e3", "0x10", "5 5", "3"])
+    headers = {"Inference-Header-Content-Length": length}
+    culprit = "JSON" if length == "3" else "Inference-Header-Content-Length"
+    return HttpRequest("json: length of its part", culprit, INFER, body, headers)
+
+
+def encoded_body(draw: random.Random) -> HttpRequest:
+    coding = draw.choice(["gzip", "deflate", "br", "gzip, gzip", "x"])
+    body = gzip.compress(bytes(draw.choice([1000, 30_000_000])), 1, mtime=0)
+    return HttpRequest("body: encoded", "compressed", INFER, body, {"Content-Encoding": coding}, statuses=(415,))
+
+
+def large_body(draw: random.Random) -> HttpRequest:
+    _, headers = good_body()
+    body = bytes(draw.choice([50, 64]) * 1024 * 1024)
+    return HttpRequest("body: 50 MiB and more", "too large", INFER, body, headers, statuses=(413,))
+
+
+def elsewhere(draw: random.Random) -> HttpRequest:
+    method, path, status = draw.choice(
+        [
+            ("GET", INFER, 405),
+            ("PUT", INFER, 405),
+            ("DELETE", "/v2/models/classifier", 405),
+            ("POST", "/v2/health/ready", 405),
+            ("POST", "/v2/models/nothing/infer", 404),
+            ("POST", "/v2/repository/index", 404),
+            ("POST", "/v2/repository/models/student/unload", 404),
+            ("GET", "/v2/models/classifier/stats", 404),
+            ("GET", "/v2/systemsharedmemory/status", 404),
+            ("POST", "/v2/trace/setting", 404),
+            ("POST", "/v2/logging", 404),
+            ("GET", "/metrics", 404),
+            ("GET", "/_error/404", 404),
+            ("GET", "/v2/models/%2e%2e/%2e%2e/repository/index", 404),
+            ("GET", "/" + "a" * 4000, 404),
+            ("GET", "/" + "a" * 40_000, 414),
+            ("POST", "/v2/models/classifier/versions/99999999999/infer", 404),
+        ]
+    )
+    return HttpRequest(f"path: {status}", "", path, b"", method=method, statuses=(status,))
+
+
+def large_headers(draw: random.Random) -> HttpRequest:
+    headers = {"X-Long": "a" * draw.choice([9000, 30_000, 60_000])}
+    return HttpRequest("headers: too large", "headers", INFER, b"", headers, statuses=(400, 494))
+
+
+HTTP_FAULTS: list[Callable[[random.Random], HttpRequest]] = [
+    not_json,
+    json_tensors,
+    json_tensors,
+    nested_json,
+    bad_json_part,
+    encoded_body,
+    elsewhere,
+    elsewhere,
+    large_headers,
+]

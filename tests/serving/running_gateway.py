@@ -1,0 +1,52 @@
+"""A gateway in front of a server of the tests, with or without TLS; skips where nginx is missing."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from serving.errors import ServingError
+from serving.gateway import Gateway, read_gateway
+from serving.gateway_process import PACKAGES, GatewayProcess, find_nginx
+from serving.ports import choose_ports
+from serving.server import TritonServer
+
+
+def require_nginx() -> None:
+    try:
+        find_nginx(Gateway())
+    except ServingError as error:
+        pytest.skip(f"{error}; .ci/run installs {PACKAGES}")
+
+
+@contextmanager
+def running_gateway(server: TritonServer, log: Path | None = None, **values: object) -> Iterator[GatewayProcess]:
+    require_nginx()
+    ports = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
+    gateway = read_gateway(
+        **{
+            "http_port": ports["http"],
+            "grpc_port": ports["grpc"],
+            "upstream_http": server.http_url.removeprefix("http://"),
+            "upstream_grpc": server.grpc_url.removeprefix("grpc://"),
+            "workers": 1,
+            "shutdown_seconds": 2,
+        }
+        | values
+    )
+    with GatewayProcess(gateway, log) as running:
+        yield running
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    certificate, key = folder / "tls.crt", folder / "tls.key"
+    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    files = ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run(["openssl", "req", *kind, *subject, *files], check=True, capture_output=True)
+    return certificate, key

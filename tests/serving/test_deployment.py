@@ -1,0 +1,230 @@
+"""The files that others' machines read: images, manifests, units, alerts; each by its own checker."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ADMIN_KEY, picture
+
+from serving.client import Client
+from serving.installation import find_installation
+from serving.server import TritonServer
+from serving.server_options import LATENCY_OPTIONS
+from serving.transport import Refused, Transport
+
+ROOT = Path(__file__).parents[2]
+DEPLOY, OBSERVABILITY = ROOT / "serving" / "deploy", ROOT / "serving" / "observability"
+
+
+def needed(program: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        pytest.skip(f"{program} is missing")
+    return found
+
+
+def checked(*command: object) -> str:
+    ended = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def manifests() -> Iterator[dict[str, Any]]:
+    for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
+        yield from yaml.safe_load_all(path.read_text())
+
+
+def test_alerts_are_well_formed_and_fire_when_they_should() -> None:
+    promtool = needed("promtool")
+    checked(promtool, "check", "rules", OBSERVABILITY / "alerts.yaml")
+    checked(promtool, "test", "rules", OBSERVABILITY / "alerts_test.yaml")
+    assert yaml.safe_load((OBSERVABILITY / "prometheus.yaml").read_text())["scrape_configs"][0]["job_name"] == "tailor"
+
+
+def expressions() -> list[str]:
+    panels = json.loads((OBSERVABILITY / "grafana" / "dashboard.json").read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def test_every_query_of_the_dashboard_is_promql(tmp_path: Path) -> None:
+    promtool = needed("promtool")
+    plain = [re.sub(r"\$__(rate_interval|range)", "5m", text).replace("$instance", ".*") for text in expressions()]
+    rules = [{"record": f"query:{place}", "expr": text} for place, text in enumerate(plain)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    checked(promtool, "check", "rules", tmp_path / "rules.yaml")
+
+
+def test_panels_of_the_dashboard_do_not_overlap() -> None:
+    dashboard = json.loads((OBSERVABILITY / "grafana" / "dashboard.json").read_text())
+    places = [panel["gridPos"] for panel in dashboard["panels"]]
+    cells = [(x, p["y"]) for p in places for x in range(p["x"], p["x"] + p["w"])]
+    assert len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)
+
+
+def families(port: int) -> set[str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        return set(re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.MULTILINE))
+
+
+@pytest.mark.end_to_end
+def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repository: Path, tmp_path: Path) -> None:
+    """The container's own entry point with the local server in NGC's place; then what it shows against what is asked."""
+    (tmp_path / "models").symlink_to(repository)  # Triton takes no space in a path
+    installation = find_installation()
+    backend = tmp_path / "backends" / "python"
+    backend.mkdir(parents=True)
+    for name, path in installation.backend_files.items():
+        (backend / name).symlink_to(path)
+    with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, options=LATENCY_OPTIONS) as ports:
+        numbers = dict(ports.ports)
+    environment = installation.environment | {
+        "PATH": f"{installation.server.parent}:{installation.environment['PATH']}",
+        "TAILOR_REPOSITORY": str(tmp_path / "models"),
+        "TAILOR_HOST": "127.0.0.1",
+        "TAILOR_ADMIN_KEY": ADMIN_KEY,
+    }
+    # PATH decides the stubs' Python too, so the environment's own comes first.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    local = [f"--backend-directory={tmp_path / 'backends'}", "--model-config-name=local"]
+    options = [*local, *(f"{option}={port}" for option, port in numbers.items())]
+    process = subprocess.Popen(
+        [DEPLOY / "entrypoint.sh", *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    url = f"http://127.0.0.1:{numbers['--http-port']}"
+    try:
+        for _ in range(100):
+            asked = subprocess.run([sys.executable, DEPLOY / "healthcheck.py", url], capture_output=True, check=False)
+            if asked.returncode == 0:
+                break
+        assert asked.returncode == 0
+        with Client(url) as client:
+            assert client.predict([picture(1)], "train")[0].version == 1
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{url}/v2/logging", timeout=5)
+        transport = Transport(url, timeout=10)
+        with pytest.raises(Refused, match="image is not"):
+            transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
+        transport.close()
+        deadline = time.monotonic() + 10
+        while "tailor_refused_total" not in (shown := families(numbers["--metrics-port"])):
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.2)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    alerts = (OBSERVABILITY / "alerts.yaml").read_text()
+    asked_for = set(re.findall(r"\b(?:nv|tailor)_[a-z_]+", " ".join(expressions()) + alerts))
+    assert len(asked_for) > 10
+    assert asked_for <= shown
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "holds no student/config.pbtxt; mount artifacts/repository there"),
+        ({"TAILOR_ADMIN_KEY": "short"}, "TAILOR_ADMIN_KEY is too short"),
+        ({"TAILOR_ADMIN_KEY": "a key; with others of it"}, "TAILOR_ADMIN_KEY is not usable"),
+    ],
+)
+def test_container_entry_refuses_in_one_line(
+    repository: Path, tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    root = repository if environment else tmp_path
+    variables = {"PATH": os.environ["PATH"], "TAILOR_REPOSITORY": str(root)} | environment
+    ended = subprocess.run([DEPLOY / "entrypoint.sh"], env=variables, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert message in ended.stderr
+
+
+def test_healthcheck_says_why_nobody_answers() -> None:
+    command = [sys.executable, DEPLOY / "healthcheck.py", "http://127.0.0.1:9"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("classifier at http://127.0.0.1:9 does not answer")
+
+
+def test_dockerfile_passes_its_linter() -> None:
+    checked(needed("hadolint"), ROOT / "Dockerfile")
+
+
+def test_dockerfile_parses_as_docker_reads_it_and_copies_only_what_is_there() -> None:
+    dockerfile = pytest.importorskip("dockerfile", reason="the parser of Docker's own, package dockerfile")
+    commands = dockerfile.parse_file(str(ROOT / "Dockerfile"))
+    stages = [command.value[2] for command in commands if command.cmd == "FROM"]
+    assert {"train", "serve", "gateway"} <= set(stages)
+    for command in commands:
+        if command.cmd == "COPY" and not any(flag.startswith("--from") for flag in command.flags):
+            assert all((ROOT / source).exists() for source in command.value[:-1]), command.value
+    users = [command.value[0] for command in commands if command.cmd == "USER"]
+    assert len(users) == 3
+    assert all(re.fullmatch(r"[1-9]\d*(:\d+)?", user) for user in users)
+
+
+def test_manifests_pass_their_schemas() -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="package kubernetes-validate")
+    for manifest in manifests():
+        if "kustomize" not in manifest["apiVersion"]:
+            validator.validate(manifest, "1.34", strict=True)
+
+
+def test_pods_run_without_rights_on_a_read_only_file_system() -> None:
+    deployment = next(manifest for manifest in manifests() if manifest["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    for container in pod["containers"]:
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["readinessProbe"]
+        assert container["livenessProbe"]
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
+    kinds = {manifest["kind"] for manifest in manifests()}
+    assert {"Service", "HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy"} <= kinds
+
+
+def test_compose_publishes_on_loopback_alone_and_drops_rights() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    assert set(services) == {"server", "gateway", "prometheus", "grafana", "prefect"}
+    for service in services.values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert not source.startswith("./serving") or (ROOT / source).is_file()
+    assert "ports" not in services["server"]
+
+
+def test_compose_passes_its_schema() -> None:
+    compose = pytest.importorskip("compose_spec", reason="package compose-spec").PyCompose
+    # Docker fills in variables and merges anchors before it looks at the schema.
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "compose.yaml").read_text())
+    content = yaml.safe_load(re.sub(r"\$\{\w+:\?[^}]*\}", "given", text))
+    compose.from_yaml(json.dumps(content)).validate()
+
+
+@pytest.mark.parametrize("name", ["tailor.service", "tailor-gateway.service"])
+def test_units_are_well_formed(tmp_path: Path, name: str) -> None:
+    analyze = needed("systemd-analyze")
+    text = (DEPLOY / name).read_text()
+    (tmp_path / name).write_text(text.replace("/opt/tailor/bin/tailor", "/bin/true"))
+    checked(analyze, "verify", "--man=no", tmp_path / name)

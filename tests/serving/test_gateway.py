@@ -1,0 +1,411 @@
+"""The gateway: what its configuration accepts, what it lets through, and where the raw server's killers end."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import select
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import bad_connections
+import bad_requests
+import grpc
+import numpy as np
+import psutil
+import pytest
+from bad_requests import INFER, good_body, with_length
+from conftest import ADMIN_KEY, CLASSES, Release, picture
+from running_gateway import make_certificate, require_nginx, running_gateway
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from serving import gateway_process
+from serving.arguments import ADMIN_HEADER
+from serving.client import Client
+from serving.errors import InputError, ServingError
+from serving.gateway import Gateway, read_gateway
+from serving.gateway_process import GatewayProcess, check_config, find_nginx, write_config
+from serving.ports import choose_ports
+from serving.server import TritonServer
+
+FINITE = {"timeout": 20}
+
+
+@pytest.fixture(scope="module")
+def gateway(server: TritonServer) -> Iterator[GatewayProcess]:
+    with running_gateway(server, header_seconds=1, body_seconds=1, connections_per_address=16) as running:
+        yield running
+
+
+def ask(url: str, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    """Status and JSON of an answer."""
+    connection = http.client.HTTPConnection(url.partition("://")[2], **FINITE)
+    try:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        content = answer.read()
+        return answer.status, json.loads(content) if content else None
+    finally:
+        connection.close()
+
+
+def stub_of(url: str) -> service_pb2_grpc.GRPCInferenceServiceStub:
+    return service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(url.partition("://")[2]))
+
+
+def grpc_failure(call: Any, *arguments: Any, **options: Any) -> tuple[str, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments, **options, **FINITE)
+    return caught.value.code().name, caught.value.details()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"http_port": 0}, "http_port is 0"),
+        ({"http_port": 8081}, "http_port and grpc_port are both 8081"),
+        ({"host": "nowhere"}, "host is nowhere"),
+        ({"host": "0.0.0.0"}, "host is 0.0.0.0 without TLS; give certificate and key"),
+        ({"certificate": "/a.crt"}, "certificate and key come together"),
+        ({"certificate": "/a.crt;}", "key": "/a.key"}, "has a character that nginx would read"),
+        ({"access_log": '/tmp/"log'}, "has a character that nginx would read"),
+        ({"upstream_http": "127.0.0.1:8000; include /etc/passwd"}, "upstream_http is 127.0.0.1:8000; include"),
+        ({"upstream_grpc": "127.0.0.1"}, "upstream_grpc is 127.0.0.1"),
+        ({"body_bytes": "many"}, "body_bytes is many"),
+        ({"connections": 0}, "connections is 0"),
+        ({"trusted_proxies": ["10.0.0.1/8"]}, "trusted_proxies.0 is 10.0.0.1/8"),
+        ({"body_size": 1}, "body_size is 1: Extra inputs are not permitted"),
+    ],
+)
+def test_unusable_value_is_named_in_one_line(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_gateway(**values)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_that_nginx_would_read_is_refused() -> None:
+    with pytest.raises(InputError, match="has a character that nginx would read"):
+        Gateway().render(Path("/tmp/a folder;"))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["defaults", "everything"])
+def test_nginx_accepts_the_configuration_as_it_is_written(tmp_path: Path, full: bool) -> None:
+    require_nginx()
+    values: dict[str, object] = {"http_port": 28080, "grpc_port": 28081}
+    if full:
+        certificate, key = make_certificate(tmp_path)
+        values |= {"certificate": certificate, "key": key, "access_log": tmp_path / "access.jsonl"}
+        values |= {"host": "127.0.0.2", "requests_per_second": 50, "trusted_proxies": [IPv4Network("10.0.0.0/8")]}
+        values |= {"upstream_http": "localhost:8000", "upstream_grpc": "127.0.0.1:8001", "workers": 3}
+    gateway = read_gateway(**values)
+    config = write_config(gateway, tmp_path)
+    check_config(find_nginx(gateway), config)
+    assert {path.name for path in tmp_path.glob("*.lua")} == {"body.lua", "grpc.lua", "http.lua"}
+
+
+def test_missing_nginx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_process, "PLACES", "/nowhere")
+    with pytest.raises(ServingError, match=r"nginx is missing; install it \(Debian: apt install nginx-light"):
+        find_nginx(Gateway())
+    with pytest.raises(ServingError, match=r"ngx_http_lua_module\.so is missing"):
+        monkeypatch.undo()
+        require_nginx()
+        find_nginx(Gateway(modules=Path("/nowhere")))
+
+
+@pytest.mark.end_to_end
+def test_port_in_use_fails_the_start_and_leaves_nothing(server: TritonServer) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with (
+            pytest.raises(ServingError, match=r"http_port .*: the port is in use on 127.0.0.1"),
+            running_gateway(server, http_port=other.getsockname()[1]),
+        ):
+            pass
+    assert not [process for process in psutil.Process().children(recursive=True) if process.name() == "nginx"]
+
+
+def test_command_writes_the_configuration_for_an_nginx_elsewhere(
+    tailor: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    ended = tailor("gateway", "--write", "gateway", "--runtime-folder", "/tmp", "--upstream-http", "server:8000")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    written = Path(ended.stdout.strip())
+    assert written == tmp_path / "gateway" / "nginx.conf"
+    source = Path(gateway_process.__file__).with_name("gateway_lua") / "http.lua"
+    assert (written.parent / "http.lua").read_text() == source.read_text()
+    assert "server server:8000 " in written.read_text()
+    assert "pid /tmp/nginx.pid;" in written.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "host is 0.0.0.0 without TLS; give certificate and key"),
+        (["--http-port", "0"], "http_port is 0"),
+        (["--trusted-proxy", "everyone"], "trusted_proxies.0 is everyone"),
+        (["--body-mib", "0"], "body_bytes is 0"),
+    ],
+)
+def test_command_refuses_misuse_in_one_line(
+    tailor: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], message: str
+) -> None:
+    ended = tailor("gateway", *arguments)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert message in ended.stderr
+
+
+@pytest.mark.end_to_end
+def test_command_runs_until_sigterm_and_leaves_nothing(server: TritonServer) -> None:
+    require_nginx()
+    ports = choose_ports("127.0.0.1", {"--http-port": 0, "--grpc-port": 0})
+    upstream = ["--upstream-http", server.http_url[7:], "--upstream-grpc", server.grpc_url[7:], "--workers", "1"]
+    command = [sys.executable, "-m", "serving.commands", "gateway", *upstream]
+    command += [text for option, port in ports.items() for text in (option, str(port))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ready, url, _ = process.stdout.readline().split()
+    assert ready == "ready"
+    with Client(url) as client:
+        assert client.predict([picture(1)])[0].version == 1
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.terminate()
+    assert process.communicate(timeout=30) == ("stopped\n", "")
+    assert process.returncode == 0
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.end_to_end
+def test_both_protocols_answer_through_the_gateway_what_the_server_answers(
+    gateway: GatewayProcess, server: TritonServer
+) -> None:
+    images = [picture(seed) for seed in range(3)]
+    for outer, inner in ((gateway.http_url, server.http_url), (gateway.grpc_url, server.grpc_url)):
+        with Client(outer) as through, Client(inner) as direct:
+            for prior in ("balanced", "train", [0.2] * 5):
+                assert through.predict(images, prior) == direct.predict(images, prior)
+            assert through.class_names() == CLASSES
+            assert through.status().answers
+
+
+@pytest.mark.end_to_end
+def test_body_that_nginx_keeps_in_a_file_is_answered_too(gateway: GatewayProcess, release: Release) -> None:
+    large = bad_requests.saved(bad_requests.Image.effect_noise((1200, 1200), 90).convert("RGB"), "PNG")
+    assert len(large) > 1024 * 1024
+    with Client(gateway.http_url) as client:
+        answer = client.predict([large], "balanced")[0]
+    assert answer.probabilities[0] == pytest.approx(release.probabilities([large], np.zeros(5)).max(), rel=1e-4)
+
+
+@pytest.mark.end_to_end
+def test_tls_ends_at_the_gateway_for_both_protocols(server: TritonServer, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    with running_gateway(server, certificate=certificate, key=key) as running:
+        assert running.http_url.startswith("https://")
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        host = running.http_url.partition("://")[2]
+        connection = http.client.HTTPSConnection(host, context=trusting, **FINITE)
+        connection.request("GET", "/v2/health/ready")
+        assert connection.getresponse().status == 200
+        connection.close()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            http.client.HTTPSConnection(host, context=ssl.create_default_context(), **FINITE).request("GET", "/v2")
+        assert ask(running.http_url, "GET", "/v2") == (400, {"error": "this port speaks TLS; use https"})
+        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
+        with grpc.secure_channel(running.grpc_url.partition("://")[2], credentials) as channel:
+            ready = service_pb2_grpc.GRPCInferenceServiceStub(channel).ServerReady(
+                service_pb2.ServerReadyRequest(), **FINITE
+            )
+        assert ready.ready
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v2/repository/index"),
+        ("POST", "/v2/repository/models/student/load"),
+        ("POST", "/v2/repository/models/student/unload"),
+        ("GET", "/v2/systemsharedmemory/status"),
+        ("POST", "/v2/systemsharedmemory/region/x/register"),
+        ("GET", "/v2/models/student/stats"),
+        ("POST", "/v2/trace/setting"),
+        ("POST", "/v2/logging"),
+        ("GET", "/metrics"),
+        ("GET", "//v2/repository/../repository/index"),
+    ],
+)
+def test_controls_do_not_exist_at_the_gateway_even_with_the_key(
+    gateway: GatewayProcess, method: str, path: str
+) -> None:
+    status, content = ask(gateway.http_url, method, path, headers={ADMIN_HEADER: ADMIN_KEY})
+    assert status == 404
+    assert content["error"].startswith("no such endpoint here")
+
+
+@pytest.mark.end_to_end
+def test_controls_do_not_exist_over_grpc_either(gateway: GatewayProcess) -> None:
+    stub = stub_of(gateway.grpc_url)
+    key = ((f"triton-grpc-protocol-{ADMIN_HEADER}", ADMIN_KEY),)
+    for call, request in (
+        (stub.RepositoryIndex, service_pb2.RepositoryIndexRequest()),
+        (stub.RepositoryModelUnload, service_pb2.RepositoryModelUnloadRequest(model_name="student")),
+        (stub.SystemSharedMemoryStatus, service_pb2.SystemSharedMemoryStatusRequest()),
+        (stub.ModelStatistics, service_pb2.ModelStatisticsRequest()),
+        (stub.TraceSetting, service_pb2.TraceSettingRequest()),
+        (stub.LogSettings, service_pb2.LogSettingsRequest()),
+    ):
+        code, details = grpc_failure(call, request, metadata=key)
+        assert code == "UNIMPLEMENTED"
+        assert details.startswith("no such endpoint here")
+
+
+@pytest.mark.end_to_end
+def test_the_server_itself_restricts_its_controls_by_the_key(server: TritonServer) -> None:
+    paths = ["repository/index", "systemsharedmemory/status", "models/stats", "trace/setting", "logging"]
+    for path in paths:
+        method = "POST" if path == "repository/index" else "GET"
+        assert ask(server.http_url, method, f"/v2/{path}")[0] == 403
+        assert ask(server.http_url, method, f"/v2/{path}", headers={ADMIN_HEADER: "a-wrong-key-of-length"})[0] == 403
+        assert ask(server.http_url, method, f"/v2/{path}", headers={ADMIN_HEADER: ADMIN_KEY})[0] == 200
+    stub = stub_of(server.grpc_url)
+    for call, request in (
+        (stub.RepositoryIndex, service_pb2.RepositoryIndexRequest()),
+        (stub.SystemSharedMemoryStatus, service_pb2.SystemSharedMemoryStatusRequest()),
+        (stub.ModelStatistics, service_pb2.ModelStatisticsRequest()),
+        (stub.TraceSetting, service_pb2.TraceSettingRequest()),
+        (stub.LogSettings, service_pb2.LogSettingsRequest()),
+    ):
+        assert grpc_failure(call, request)[0] == "UNAVAILABLE"
+        call(request, metadata=((f"triton-grpc-protocol-{ADMIN_HEADER}", ADMIN_KEY),), **FINITE)
+
+
+@pytest.mark.end_to_end
+def test_compressed_bodies_are_refused_before_anyone_unpacks_them(gateway: GatewayProcess) -> None:
+    bomb = gzip.compress(bytes(200_000_000), 1)
+    for coding in ("gzip", "deflate", "br", "identity, gzip"):
+        status, content = ask(gateway.http_url, "POST", INFER, bomb, {"Content-Encoding": coding})
+        assert (status, content["error"]) == (415, "compressed requests are not accepted; send the body as it is")
+    message = bad_requests.over_grpc(
+        bad_requests.TensorRequest("", "", "classifier", bad_requests.good_inputs("classifier", 1))
+    )
+    code, details = grpc_failure(stub_of(gateway.grpc_url).ModelInfer, message, compression=grpc.Compression.Gzip)
+    assert (code, details) == ("UNIMPLEMENTED", "compressed requests are not accepted; send the body as it is")
+
+
+@pytest.mark.end_to_end
+def test_large_bodies_are_refused_by_both_protocols(gateway: GatewayProcess) -> None:
+    image = bytes(50 * 1024 * 1024)
+    _, headers = good_body()
+    status, content = ask(gateway.http_url, "POST", INFER, image, headers)
+    assert status == 413
+    assert "request body is too large; send at most 49 MiB" in content["error"]
+    message = bad_requests.over_grpc(bad_requests.TensorRequest("", "", "classifier", bad_requests.classifier([image])))
+    code, details = grpc_failure(stub_of(gateway.grpc_url).ModelInfer, message)
+    assert code == "RESOURCE_EXHAUSTED"
+    assert "request body is too large" in details
+    status, _ = ask(gateway.http_url, "GET", "/v2", bytes(20_000))
+    assert status == 413
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", bad_connections.HTTP_CONNECTIONS)
+def test_misbehaving_connection_is_closed_or_told_why(gateway: GatewayProcess, name: str) -> None:
+    misbehave, statuses = bad_connections.HTTP_CONNECTIONS[name]
+    assert misbehave(gateway.gateway.http_port) in statuses
+
+
+@pytest.mark.end_to_end
+def test_slow_headers_and_bodies_are_cut_off_in_time(gateway: GatewayProcess) -> None:
+    assert bad_connections.slow_headers(gateway.gateway.http_port, seconds=8) < 4
+    assert bad_connections.slow_body(gateway.gateway.http_port, seconds=8) < 4
+
+
+@pytest.mark.end_to_end
+def test_one_address_gets_a_bounded_number_of_requests_at_once(gateway: GatewayProcess) -> None:
+    body, headers = good_body()
+    begun = bad_connections.head(len(body), *(f"{name}: {value}" for name, value in headers.items())) + body[:-1]
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(bad_connections.connected(gateway.gateway.http_port)) for _ in range(24)]
+        for opened in waiting:
+            opened.sendall(begun)
+        time.sleep(0.3)
+        told, _, _ = select.select(waiting, [], [], 0)
+        assert len(told) == 24 - 16
+        assert all(opened.recv(4096).startswith(b"HTTP/1.1 429") for opened in told)
+        for opened in set(waiting) - set(told):
+            opened.sendall(body[-1:])
+            assert opened.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.end_to_end
+def test_absent_server_is_an_error_in_words_on_both_protocols(server: TritonServer) -> None:
+    with (
+        socket.socket() as silent,
+        running_gateway(server, upstream_http="127.0.0.1:9", upstream_grpc="127.0.0.1:9") as to_nobody,
+    ):
+        silent.bind(("127.0.0.1", 0))
+        status, content = ask(to_nobody.http_url, "GET", "/v2/health/ready")
+        assert (status, content["error"]) == (502, "Triton does not answer; try again later")
+        assert ask(to_nobody.http_url, "GET", "/gateway/health") == (200, {"live": True})
+        assert grpc_failure(stub_of(to_nobody.grpc_url).ServerLive, service_pb2.ServerLiveRequest()) == (
+            "UNAVAILABLE",
+            "Triton does not answer; try again later",
+        )
+
+
+@pytest.mark.end_to_end
+def test_access_log_names_no_query_and_no_header(server: TritonServer, tmp_path: Path) -> None:
+    log = tmp_path / "access.jsonl"
+    with running_gateway(server, access_log=log) as running:
+        ask(running.http_url, "GET", "/v2/health/ready?secret=1", headers={"Authorization": "Bearer secret"})
+    entry = json.loads(log.read_text())
+    assert (entry["path"], entry["status"], entry["method"]) == ("/v2/health/ready", 200, "GET")
+    assert "secret" not in log.read_text()
+
+
+def nested() -> tuple[bytes, dict[str, str]]:
+    inside = b"[" * 40_000 + b"]" * 40_000
+    return b'{"inputs":[{"name":"image","shape":[1,1],"datatype":"BYTES","data":' + inside + b"}]}", {}
+
+
+def beyond_memory() -> tuple[bytes, dict[str, str]]:
+    tensor = {"name": "strength", "shape": [2**45, 1], "datatype": "FP32", "data": [0.5]}
+    return json.dumps({"inputs": [tensor]}).encode(), {}
+
+
+def beyond_memory_in_the_json_part() -> tuple[bytes, dict[str, str]]:
+    body, _ = beyond_memory()
+    return body, with_length(body)
+
+
+KILLERS = [nested, beyond_memory, beyond_memory_in_the_json_part]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("killer", KILLERS)
+def test_one_request_that_ends_the_raw_server_stops_at_the_gateway(
+    gateway: GatewayProcess, server: TritonServer, repository: Path, killer: Any
+) -> None:
+    body, headers = killer()
+    status, content = ask(gateway.http_url, "POST", INFER, body, headers)
+    assert status == 400
+    assert "error" in content
+    assert server.wait(0.2) is None
+    with (
+        TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as victim,
+        pytest.raises((http.client.HTTPException, OSError)),
+    ):
+        ask(victim.http_url, "POST", INFER, body, headers)
+        pytest.fail("the raw server withstood it; is the gateway still needed for this?")

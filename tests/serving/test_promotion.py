@@ -1,0 +1,305 @@
+"""Releases that change places: on disk, and in a real server that is asked all the while."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TOP_K, Release, picture, write_export
+
+from models.preprocess import preprocess
+from serving import promotion, swap
+from serving.client import Client, Prediction
+from serving.errors import InputError, ServingError
+from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, sha256_of
+from serving.promotion import PromotionError, list_versions, locked, promote, rollback
+from serving.repository import publish
+from serving.server import TritonServer
+from serving.transport import Transport
+from serving.version_policy import champion, served_versions
+
+
+@pytest.fixture(scope="module")
+def exports(release: Release, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Release]:
+    """Exports whose graphs differ, by the version that each gets when they are promoted in order."""
+    folder = tmp_path_factory.mktemp("exports")
+    return {1: release} | {n: Release(folder / str(n), write_export(folder / str(n), version=n)) for n in range(2, 10)}
+
+
+@pytest.fixture
+def root(repository: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(repository, tmp_path / "repository")
+
+
+@pytest.fixture
+def serving(root: Path) -> Iterator[TritonServer]:
+    """A server on a repository of its own, which a test may change."""
+    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
+    yield server
+    server.stop(at_once=True)
+
+
+class Load:
+    """Asks for a picture without pause, over both protocols, and keeps every answer and every failure."""
+
+    def __init__(self, server: TritonServer) -> None:
+        self.answers: list[tuple[int, Prediction]] = []
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(url, seed))
+            for seed, url in enumerate([server.http_url, server.grpc_url, server.http_url])
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def versions(self) -> list[int]:
+        return [answer.version for _, answer in self.answers]
+
+    def _ask(self, url: str, seed: int) -> None:
+        with Client(url, timeout=20) as client:
+            while not self._stop.is_set():
+                try:
+                    self.answers.append((seed, client.predict([picture(seed)], "balanced")[0]))
+                except ServingError as error:
+                    self.failures.append(str(error))
+                time.sleep(0.02)
+
+
+def assert_each_answer_is_its_versions(load: Load, exports: dict[int, Release]) -> None:
+    assert load.failures == []
+    known: dict[tuple[int, int], np.ndarray] = {}
+    for seed, answer in load.answers:
+        if (seed, answer.version) not in known:
+            known[seed, answer.version] = exports[answer.version].probabilities([picture(seed)], 0.0)[0]
+        expected = np.sort(known[seed, answer.version])[::-1][:TOP_K]
+        np.testing.assert_allclose(answer.probabilities, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_promotion_without_a_server_takes_effect_at_the_next_start(root: Path, exports: dict[int, Release]) -> None:
+    done = promote(root, exports[2].export_dir, rehearsal=False)
+    assert (done.version, done.previous, done.servers, done.rehearsed) == (2, 1, (), False)
+    assert served_versions(root, "classifier") == served_versions(root, "student") == (1, 2)
+    assert promote(root, exports[2].export_dir).previous == 2  # it is the champion already
+    done = rollback(root)
+    assert (done.version, done.previous) == (1, 2)
+    assert served_versions(root, "classifier") == served_versions(root, "student") == (1,)
+    assert promote(root, 2, rehearsal=False).version == 2
+
+
+def test_old_versions_go_but_never_one_that_is_served(root: Path, exports: dict[int, Release]) -> None:
+    for number in range(2, 6):
+        done = promote(root, exports[number].export_dir, rehearsal=False, keep=3)
+    assert done.removed == (2,)
+    assert [(state.version, state.state) for state in list_versions(root)] == [
+        (3, "kept"),
+        (4, "served"),
+        (5, "champion"),
+    ]
+    for model in ("student", "classifier"):
+        assert sorted(path.name for path in (root / model).iterdir() if path.is_dir() and path.name != "configs") == [
+            "3",
+            "4",
+            "5",
+        ]
+    assert rollback(root, 3, rehearsal=False).previous == 5
+    assert promote(root, exports[6].export_dir, rehearsal=False, keep=2).removed == (4, 5)
+    assert [(state.version, state.state) for state in list_versions(root)] == [(3, "served"), (6, "champion")]
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (lambda root: promote(root, 7), "holds no version 7; it has 1"),
+        (lambda root: promote(root, 1, keep=1), "keep is 1; expected at least 2"),
+        (lambda root: rollback(root), "holds no version before the champion 1; nothing to go back to"),
+        (lambda root: rollback(root, 1), "version 1 is not older than the champion 1; use `tailor promote`"),
+    ],
+)
+def test_version_that_cannot_be_meant_is_misuse(root: Path, misuse: Callable, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        misuse(root)
+    assert champion(root) == 1
+
+
+def test_older_version_is_rolled_back_to_not_promoted(root: Path, exports: dict[int, Release]) -> None:
+    promote(root, exports[2].export_dir, rehearsal=False)
+    with pytest.raises(InputError, match="version 1 is older than the champion 2; use `tailor rollback 1`"):
+        promote(root, 1)
+
+
+def test_second_promotion_waits_for_the_first_and_then_gives_up(root: Path, exports: dict[int, Release]) -> None:
+    with (
+        locked(root),
+        pytest.raises(PromotionError, match="a promotion or a repair is under way"),
+        locked(root, timeout=0.2),
+    ):
+        pass
+    with locked(root, shared=True), locked(root, shared=True, timeout=0):
+        pass
+    assert promote(root, exports[2].export_dir, rehearsal=False).version == 2
+
+
+@pytest.mark.end_to_end
+def test_five_swaps_under_load_lose_no_request_and_mix_no_answers(
+    serving: TritonServer, root: Path, exports: dict[int, Release]
+) -> None:
+    with Load(serving) as load:
+        for number in range(2, 7):
+            done = promote(root, exports[number].export_dir)
+            assert (done.version, done.rehearsed, done.servers) == (number, True, (serving.grpc_url,))
+            time.sleep(0.3)
+        back = rollback(root)
+        time.sleep(0.3)
+    assert (back.version, back.rehearsed) == (5, False)
+    assert_each_answer_is_its_versions(load, exports)
+    assert sorted(set(load.versions())) == [1, 2, 3, 4, 5, 6]
+    assert load.versions()[-1] == 5
+    with Client(serving.grpc_url) as client:
+        assert client.predict([picture(1)])[0].version == 5
+        assert next(model.versions for model in client.status().models if model.name == "classifier") == (5,)
+
+
+def corrupt_graph(root: Path) -> None:
+    path = root / "student" / "2" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def never_finish_loading(root: Path) -> None:
+    path = root / "classifier" / "2" / "model.py"
+    path.write_text("import time\nwhile True:\n    time.sleep(1)\n")
+
+
+def fail_to_load(root: Path) -> None:
+    path = root / "classifier" / "2" / "model.py"
+    path.write_text(
+        path.read_text().replace("def initialize(self, args):", "def initialize(self, args):\n        1 / 0")
+    )
+
+
+def kill_its_stub(root: Path) -> None:
+    path = root / "student" / "2" / "model.py"
+    path.write_text(path.read_text() + "\nos._exit(3)\n")
+
+
+def lose_a_file(root: Path) -> None:
+    (root / "classifier" / "2" / "prior.py").unlink()
+
+
+def golden_of_another(root: Path) -> None:
+    """A wrong golden answer, its hash right."""
+    path = root / "classifier" / "2" / GOLDEN_NAME
+    golden = json.loads(path.read_text())
+    golden[0]["probability"] = golden[0]["probability"][::-1]
+    path.write_text(json.dumps(golden))
+    for manifest in (root / "classifier" / "2" / MANIFEST_NAME, root / "student" / "2" / MANIFEST_NAME):
+        content = json.loads(manifest.read_text())
+        content["files"][GOLDEN_NAME] = sha256_of(path)
+        manifest.write_text(json.dumps(content))
+
+
+BROKEN = [corrupt_graph, never_finish_loading, fail_to_load, kill_its_stub, golden_of_another]
+
+
+@pytest.mark.end_to_end
+def test_broken_versions_are_refused_while_the_champion_answers(
+    serving: TritonServer, root: Path, exports: dict[int, Release], tmp_path: Path
+) -> None:
+    good = tmp_path / "good"
+    publish(exports[2].export_dir, root)
+    shutil.copytree(root, good)
+    with Load(serving) as load:
+        for damage in BROKEN:
+            damage(root)
+            with pytest.raises(PromotionError, match="version 2 is not fit to serve, version 1 stays") as caught:
+                promote(root, 2, timeout=4)
+            assert "2" in str(caught.value), damage
+            for model in ("student", "classifier"):
+                shutil.copytree(good / model / "2", root / model / "2", dirs_exist_ok=True)
+        lose_a_file(root)
+        with pytest.raises(InputError, match="holds no version 2"):
+            promote(root, 2)
+        shutil.copytree(good / "classifier" / "2", root / "classifier" / "2", dirs_exist_ok=True)
+        assert set(load.versions()) == {1}
+        assert champion(root) == 1
+        assert promote(root, 2).version == 2
+    assert_each_answer_is_its_versions(load, exports)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (golden_of_another, "student 2 answers a golden request wrongly"),
+        (never_finish_loading, "the load of classifier did not end within 4 s"),
+        (fail_to_load, "Triton did not load classifier"),
+    ],
+)
+def test_version_that_breaks_only_in_the_champions_server_is_taken_back(
+    serving: TritonServer,
+    root: Path,
+    exports: dict[int, Release],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable,
+    message: str,
+) -> None:
+    publish(exports[2].export_dir, root)
+    damage(root)
+    monkeypatch.setattr(promotion, "rehearse", lambda *_arguments: True)  # as if it had gone well
+    with Load(serving) as load:
+        with pytest.raises(PromotionError, match=f"version 2 does not serve, version 1 stays: .*{message}"):
+            promote(root, 2, timeout=4)
+        assert served_versions(root, "classifier") == served_versions(root, "student") == (1,)
+        time.sleep(0.3)
+        assert set(load.versions()) == {1}  # nobody who named no version ever met it
+        # What was left behind, a hanging stub among it, is no obstacle for the next one.
+        shutil.rmtree(root / "classifier" / "2")
+        assert promote(root, exports[3].export_dir, timeout=20).version == 3
+    assert load.failures == []
+    assert load.versions()[-1] == 3
+
+
+@pytest.mark.end_to_end
+def test_champion_and_the_version_before_it_both_answer_by_number(
+    serving: TritonServer, root: Path, exports: dict[int, Release]
+) -> None:
+    promote(root, exports[2].export_dir, rehearsal=False)
+    image = preprocess(picture(4), 8, 8)[None]
+    for version in (1, 2):
+        with Client(serving.http_url) as client:
+            assert client.predict([picture(4)], version=version)[0].version == version
+        transport = Transport(serving.grpc_url, timeout=10)
+        inputs = {"image": image, "strength": np.zeros((1, 1), dtype=np.float32)}
+        answered, by = transport.infer("student", inputs, {"logits": 0}, str(version))
+        transport.close()
+        assert by == version
+        np.testing.assert_allclose(answered["logits"], exports[version].logits([picture(4)]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.end_to_end
+def test_swap_that_is_interrupted_leaves_the_champion(
+    serving: TritonServer, root: Path, exports: dict[int, Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(swap, "ask_student", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        promote(root, exports[2].export_dir, rehearsal=False)
+    assert champion(root) == 1
+    with Client(serving.http_url) as client:
+        assert client.predict([picture(1)])[0].version == 1

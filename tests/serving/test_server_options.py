@@ -1,0 +1,114 @@
+"""Traces and TLS, switched on in the real server."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.http
+from conftest import picture
+from running_gateway import make_certificate
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from serving.client import Client
+from serving.errors import InputError
+from serving.server import TritonServer
+from serving.server_options import grpc_tls_options, trace_options
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+@pytest.mark.parametrize(
+    ("url", "every", "message"),
+    [
+        ("127.0.0.1:4318", 1, "trace url is '127.0.0.1:4318'; expected http://host:port/v1/traces"),
+        ("https://collector:4318/v1/traces", 1, "trace url is 'https://"),
+        ("http://collector:4318/v1/traces,mode=triton", 1, "trace url is"),
+        ("http://collector:port/", 1, "trace url is"),
+        ("http://collector:4318/v1/traces", 0, "every is 0"),
+    ],
+)
+def test_unusable_trace_option_is_named(url: str, every: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trace_options(url, every)
+
+
+def test_unusable_certificate_is_named(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    with pytest.raises(InputError, match=r"nowhere\.crt: No such file or directory; give a PEM file"):
+        grpc_tls_options(tmp_path / "nowhere.crt", key)
+    (tmp_path / "text.key").write_text("secret")
+    with pytest.raises(InputError, match=r"text\.key: is not a PEM file"):
+        grpc_tls_options(certificate, tmp_path / "text.key")
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[str, list[dict]]]:
+    """An OTLP/HTTP endpoint and the spans that it has received."""
+    spans: list[dict] = []
+
+    class Endpoint(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            for resource in content["resourceSpans"]:
+                service = {entry["key"]: entry["value"] for entry in resource["resource"]["attributes"]}["service.name"]
+                for scope in resource.get("scopeSpans", resource.get("instrumentationLibrarySpans", [])):
+                    spans.extend(span | {"service": service["stringValue"]} for span in scope["spans"])
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/traces", spans
+        server.shutdown()
+
+
+@pytest.mark.end_to_end
+def test_traces_reach_a_collector_and_carry_the_callers_trace(
+    repository: Path, collector: tuple[str, list[dict]]
+) -> None:
+    url, spans = collector
+    with TritonServer(
+        repository, http_port=0, grpc_port=0, metrics_port=0, options=trace_options(url, every=1)
+    ) as server:
+        with Client(server.http_url) as client:
+            client.predict([picture(1)], "train")
+        raw = tritonclient.http.InferenceServerClient(server.http_url.partition("://")[2])
+        image = tritonclient.http.InferInput("image", [1, 1], "BYTES")
+        image.set_data_from_numpy(np.array([[picture(1)]], dtype=np.object_))
+        raw.infer("classifier", [image], headers={"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
+        raw.close()
+        deadline = time.monotonic() + 15
+        while not any(span["traceId"] == TRACE for span in spans) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    assert {span["service"] for span in spans} == {"tailor"}
+    assert {"InferRequest", "compute"} <= {span["name"] for span in spans}
+    assert any(span["traceId"] == TRACE for span in spans)
+
+
+@pytest.mark.end_to_end
+def test_grpc_speaks_tls_alone_once_it_has_a_certificate(repository: Path, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    with TritonServer(
+        repository, http_port=0, grpc_port=0, metrics_port=0, options=grpc_tls_options(certificate, key)
+    ) as server:
+        address = server.grpc_url.partition("://")[2]
+        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
+        with grpc.secure_channel(address, credentials) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            assert stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=10).ready
+        with grpc.insecure_channel(address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            with pytest.raises(grpc.RpcError):
+                stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=5)

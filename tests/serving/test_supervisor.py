@@ -1,0 +1,141 @@
+"""A server that something is done to, and its supervisor."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import picture
+
+from serving.client import Client
+from serving.errors import ServingError
+from serving.leftovers import SHARED_MEMORY, processes_of
+from serving.server import TritonServer
+from serving.supervisor import GivenUp, Patience, Supervisor
+
+pytestmark = pytest.mark.end_to_end
+
+IMPATIENT = Patience(
+    poll=0.2, canary_every=1.0, canary_timeout=2.0, load_timeout=15.0, first_delay=0.2, longest_delay=1.0, restarts=2
+)
+
+
+class Watched:
+    """A server under a supervisor that runs in a thread, and what it reports."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
+        self.reports: list[str] = []
+        self.ended: BaseException | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def kill_stub(self, model: str, signal: str = "kill") -> psutil.Process:
+        for process in processes_of(self.server.prefix):
+            if any(f"/{model}/1/model.py" in argument for argument in process.cmdline()):
+                getattr(process, signal)()
+                return process
+        raise AssertionError(f"{model} has no stub")
+
+    def await_report(self, text: str, timeout: float = 40.0) -> None:
+        self.await_that(lambda: any(text in line for line in self.reports), timeout)
+
+    def await_that(self, holds: Callable[[], bool], timeout: float = 40.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not holds():
+            assert time.monotonic() < deadline, self.reports
+            time.sleep(0.05)
+
+    def answers(self) -> int:
+        """How many of eight questions in a row are answered."""
+        answered = 0
+        with Client(self.server.http_url, timeout=10) as client:
+            for seed in range(8):
+                try:
+                    answered += client.predict([picture(seed)])[0].version
+                except ServingError:
+                    continue
+        return answered
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(60)
+        self.server.stop(at_once=True)
+
+    def _run(self) -> None:
+        try:
+            Supervisor(self.server, self.reports.append, IMPATIENT).run(self._stopping)
+        except GivenUp as error:
+            self.ended = error
+
+
+@pytest.fixture
+def watched(repository: Path, tmp_path: Path) -> Iterator[Watched]:
+    watched = Watched(shutil.copytree(repository, tmp_path / "repository"))
+    yield watched
+    watched.stop()
+
+
+def test_dead_stubs_are_replaced_without_a_restart(watched: Watched) -> None:
+    server = watched.server.process_id
+    for model in ("classifier", "student"):
+        watched.kill_stub(model)
+        watched.await_report(f"a stub of {model} 1 died; loading {model} again")
+        watched.await_report(f"{model} answers again")
+        assert watched.answers() == 8
+    assert watched.server.process_id == server
+    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 1, ("classifier", 1): 2})
+
+
+def test_stub_that_hangs_is_found_by_the_golden_requests_and_replaced(watched: Watched) -> None:
+    watched.kill_stub("student", "suspend")
+    watched.await_report("; asking once more")
+    watched.await_report("student and classifier answers again")
+    assert watched.answers() == 8
+
+
+def test_without_its_repository_the_server_answers_on_and_is_repaired_when_the_disk_is_back(watched: Watched) -> None:
+    away = watched.root.rename(watched.root.with_name("away"))
+    time.sleep(1.5)  # a canary or two
+    assert watched.answers() == 8
+    assert watched.reports == []
+    watched.kill_stub("classifier")  # one of two
+    away.rename(watched.root)
+    watched.await_report("classifier answers again")
+    assert watched.answers() == 8
+
+
+def test_stub_is_not_replaced_from_a_graph_that_was_changed(watched: Watched) -> None:
+    path = watched.root / "student" / "1" / "model.onnx"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + b"\0")
+    server = watched.server.process_id
+    watched.kill_stub("classifier")
+    watched.await_report("model.onnx: sha256 is")
+    assert "serving on with what is loaded" in watched.reports[-1]
+    assert watched.answers() >= 4  # the other instance does
+    path.write_bytes(sound)
+    watched.await_report("classifier answers again")
+    assert watched.answers() == 8
+    assert watched.server.process_id == server
+
+
+def test_server_that_cannot_be_started_again_is_given_up_and_leaves_nothing(watched: Watched) -> None:
+    shutil.rmtree(watched.root)
+    psutil.Process(watched.server.process_id).kill()
+    watched.await_that(lambda: watched.ended is not None)
+    assert "holds no student/config.pbtxt" in str(watched.ended)
+    assert "given up after 2 restarts" in str(watched.ended)
+    assert [line.rpartition("; ")[2] for line in watched.reports] == [
+        "starting it again in 0.2 s (1 of 2)",
+        "starting it again in 0.4 s (2 of 2)",
+    ]
+    assert list(processes_of(watched.server.prefix)) == []
+    assert list(SHARED_MEMORY.glob(f"{watched.server.prefix}*")) == []
