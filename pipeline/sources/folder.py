@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.sources.source import Row, missing_files, read_image_file, stamp_of_file
+from pipeline.sources.source import FilesUnderRoot, Row
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
-class FolderSource:
+class FolderSource(FilesUnderRoot):
     """A folder per class, named for the class; or train/, validation/ (or val/) and test/, each with a folder per class.
 
     Classes are numbered in the sorted order of their names in train. Raises DataError for a class folder without
@@ -20,7 +20,8 @@ class FolderSource:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root, self.origin = root, "folder"
+        super().__init__(root)
+        self.origin = "folder"
         folders = {entry.name: entry for entry in _folders(root)}
         if {"val", "validation"} <= set(folders):
             raise DataError(f"{root}: has both val/ and validation/; keep one of them")
@@ -59,25 +60,9 @@ class FolderSource:
             if not files and split == "train":
                 raise DataError(f"{class_folder}: class without training images; add some or remove the folder")
 
-    def place(self, row: Row) -> str:
-        """The file's path."""
-        return str(self._root / row.reference)
-
-    def stamp(self, reference: str) -> str | None:
-        """Size and time of change of the file."""
-        return stamp_of_file(self._root / reference)
-
-    def missing(self) -> list[Row]:
-        """Links that lead nowhere; every other file was there a moment ago."""
-        return missing_files(self.rows, self._root)
-
     def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
-        """Always the same: a link whose target is gone."""
+        """Always the same: every other file was there a moment ago."""
         return "they are links whose targets are gone"
-
-    def read(self, reference: str) -> bytes:
-        """The file's bytes."""
-        return read_image_file(self._root / reference)
 
 
 def _folders(root: Path) -> list[Path]:

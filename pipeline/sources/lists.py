@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import ListParams
-from pipeline.sources.source import Row, missing_files, read_image_file, stamp_of_file
+from pipeline.sources.source import FilesUnderRoot, Row
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ OFFICIAL = {
 Entry = tuple[str, int]
 
 
-class ListSource:
+class ListSource(FilesUnderRoot):
     """Images under data.location, named by lists of `relative/path label` lines or by iNaturalist's JSON files.
 
     Lists are those of data.lists, else the official ones in data.location or its folder of lists. Labels are 0..C-1,
@@ -56,7 +56,8 @@ class ListSource:
     """
 
     def __init__(self, name: str, root: Path, lists: ListParams) -> None:
-        self._root, self._official, self.origin = root, OFFICIAL[name], name
+        super().__init__(root)
+        self._official, self.origin = OFFICIAL[name], name
         self.lists = _find_lists(name, root, lists)
         if "train" not in self.lists:
             names = " or ".join(self._official.files["train"])
@@ -90,22 +91,6 @@ class ListSource:
             return [str(label) for label in range(classes)]
         common = os.path.commonpath(list(folders.values()))
         return [str(PurePosixPath(folders[label]).relative_to(common)) for label in range(classes)]
-
-    def place(self, row: Row) -> str:
-        """The file's path."""
-        return str(self._root / row.reference)
-
-    def stamp(self, reference: str) -> str | None:
-        """Size and time of change of the file."""
-        return stamp_of_file(self._root / reference)
-
-    def missing(self) -> list[Row]:
-        """Rows of the lists whose file is not under the root."""
-        return missing_files(self.rows, self._root)
-
-    def read(self, reference: str) -> bytes:
-        """The file's bytes."""
-        return read_image_file(self._root / reference)
 
     def why_missing(self, rows: list[Row]) -> str | None:
         """The likely cause where these images of the lists are missing; None where there is no pattern in it."""

@@ -76,6 +76,37 @@ class WithoutFiles:
         return None
 
 
+class FilesUnderRoot:
+    """What the sources share whose images are files under one root, a reference being the path from there."""
+
+    rows: list[Row]
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def place(self, row: Row) -> str:
+        """The file's path."""
+        return str(self._root / row.reference)
+
+    def stamp(self, reference: str) -> str | None:
+        """Size and time of change of the file; None where there is none."""
+        try:
+            found = (self._root / reference).stat()
+        except OSError:
+            return None
+        return f"{found.st_size}-{found.st_mtime_ns}"
+
+    def missing(self) -> list[Row]:
+        """Rows whose file is not there."""
+        with ThreadPoolExecutor() as pool:
+            there = pool.map(lambda part: [self.stamp(row.reference) for row in part], in_parts(self.rows))
+            return [row for row, stamp in zip(self.rows, chain.from_iterable(there), strict=True) if stamp is None]
+
+    def read(self, reference: str) -> bytes:
+        """The file's bytes."""
+        return read_image_file(self._root / reference)
+
+
 def read_image_file(path: Path) -> bytes:
     """A file's bytes, its size bounded before reading. Raises BadImageError naming the file."""
     try:
@@ -87,25 +118,9 @@ def read_image_file(path: Path) -> bytes:
         raise BadImageError(f"{path}: {error.strerror}") from None
 
 
-def missing_files(rows: list[Row], root: Path) -> list[Row]:
-    """Rows whose reference is no file under root."""
-    with ThreadPoolExecutor() as pool:
-        there = pool.map(lambda part: [(root / row.reference).is_file() for row in part], in_parts(rows))
-        return [row for row, found in zip(rows, chain.from_iterable(there), strict=True) if not found]
-
-
 def in_parts(rows: Sequence[Item], size: int = 256) -> list[Sequence[Item]]:
     """A sequence cut into parts for parallel workers: few enough to queue, small enough to share out."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def stamp_of_file(path: Path) -> str | None:
-    """Size and time of change of a file; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def as_png(pixels: np.ndarray) -> bytes:
