@@ -282,16 +282,6 @@ class GateParams(Section):
     latency_ratio: Positive | None = None
 
 
-class IngestParams(Section):
-    """New labelled images: least share of a drop that must be good, and when a drop counts as written to its end.
-
-    settle_seconds: a drop without a `.complete` file is left alone until nothing in it has changed for so long.
-    """
-
-    min_good_share: Share = 0.75
-    settle_seconds: NonNegative = 60.0
-
-
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -308,7 +298,6 @@ class Params(Section):
     export: ExportParams
     serving: ServingParams
     gate: GateParams = GateParams()
-    ingest: IngestParams = IngestParams()
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
