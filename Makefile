@@ -31,7 +31,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	@echo "installing into $(VENV) (torch brings about 5 GB; a few minutes)"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
-		-e '.[pipeline,export,cpu,serve,loadtest,test]'
+		-e '.[pipeline,export,cpu,serve,loadtest,monitor,test]'
 	@touch $@
 
 .PHONY: demo
@@ -51,6 +51,7 @@ test-fast: install lint ## the layer without DVC and Triton
 lint: install ## style and the arrows between the rooms
 	@ruff check --quiet .
 	@ruff format --check --quiet .
+	@lint-imports --no-cache --no-logo
 
 .PHONY: serve
 serve: install ## serve the exported student until Ctrl-C

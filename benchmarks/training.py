@@ -9,8 +9,8 @@ workers together, is beside it because other work on the machine lengthens it li
 Rows: the three views alone, as they enter the network; one teacher or student step (the baseline's views are ready, the
 engine makes its own within the step); whole epochs with everything, evaluation included. On the CPU a round is a few steps.
 
-  python -m benchmarks.training --data ../shared/data --output benchmarks/results/training-cpu.md
-  python -m benchmarks.training --data ../shared/data --device cuda --full --output benchmarks/results/training-cuda.md
+  python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md
+  python -m benchmarks.training --data FOLDER --device cuda --full --output benchmarks/results/training-cuda.md
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ def whole_run(setup: Setup) -> tuple[float, History, History]:
 
 def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
     """The command, hardware and versions, what a round is, and how near the two sides' mathematics is."""
+    words = ["FOLDER" if word == str(arguments.data) else word for word in sys.argv[1:]]
     source = "CIFAR-10 pack" if arguments.data else "made images"
     return (
-        f"`python -m benchmarks.training {' '.join(sys.argv[1:])}`\n\n"
+        f"`python -m benchmarks.training {' '.join(words)}`\n\n"
         f"{hardware(arguments.device)}; {versions(arguments.threads)}.\n"
         f"{source} at imbalance factor 100: student {arguments.student}, teacher {arguments.teacher}, batch "
         f"{setup.params.student.batch_size}, K {setup.params.student.queue_total}, AutoAugment and Cutout; engine in "
@@ -125,7 +126,7 @@ def empty_cuda_rows() -> str:
     """What is still to be measured, with the command."""
     rows = "\n".join(f"| {row} | | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
     return (
-        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data ../shared/data --device cuda --full` "
+        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data FOLDER --device cuda --full` "
         "fills these rows.\n\n"
         f"{HEADING}\n"
         f"{rows}\n\n| {EPOCHS} epochs of teacher and student | baseline | engine | goal |\n|---|--:|--:|--:|\n"
@@ -136,7 +137,7 @@ def empty_cuda_rows() -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="The training engine against a plain baseline: one table of ratios.",
-        epilog="example: python -m benchmarks.training --data ../shared/data --output benchmarks/results/training-cpu.md",
+        epilog="example: python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md",
     )
     parser.add_argument(
         "--data", type=Path, help="folder with cifar10-train.parquet and -test.parquet (default: made images)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ def full_precision(values: Tensor) -> Tensor:
     return values.float() if values.dtype in HALF else values
 
 
-def without_autocast(values: Tensor) -> torch.autocast:
+def without_autocast(values: Tensor) -> contextlib.AbstractContextManager[object]:
     """A block in which autocast is off on the device of `values`: a cosine rounded to bfloat16 is a logit wrong by .1."""
-    return torch.autocast(values.device.type, enabled=False)
+    kind = values.device.type
+    available = torch.amp.autocast_mode.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()

@@ -46,6 +46,7 @@ class CapturedStep:
     """
 
     def __init__(self, step: Step, example: StepInputs, record: Recorder = cuda_graph) -> None:
+        self._device = step.device
         on_device = example.to(step.device)
         # Tensors of its own, whatever `to` gave.
         self._inputs = [tensor.clone() for tensor in on_device.tensors()]
@@ -68,8 +69,9 @@ class CapturedStep:
 
     def __call__(self, inputs: StepInputs) -> Parts:
         """Take the step on inputs that lie anywhere, shaped like the example's."""
-        for static, tensor in zip(self._inputs, inputs.tensors(), strict=True):
-            static.copy_(tensor, non_blocking=True)
+        # By way of pinned memory: a copy straight from pageable memory would wait for the device.
+        for static, tensor in zip(self._inputs, inputs.to(self._device).tensors(), strict=True):
+            static.copy_(tensor)
         self._replay()
         return self._parts
 

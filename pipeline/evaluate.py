@@ -61,6 +61,9 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)
     with whole_folder(output) as folder:
         write_json(folder / "metrics.json", metrics)
+        for network, by_prior in metrics.items():
+            for name, values in by_prior.items():
+                write_json(folder / "metrics" / f"{network}_{name}.json", flat(values))
         classes = _per_class(found, labels, prior)
         write_file(folder / "per_class.csv", as_csv(classes))
         predicted = found["student"]["balanced"].argmax(1)
@@ -82,6 +85,12 @@ def network_logits(folder: Path, stage: str, test: Images, params: Params, devic
     check_image(config, params.image, folder)
     model = model.to(device, memory_format=torch.channels_last)
     return outputs(model, test.images, params.image, device)[1].numpy()
+
+
+def flat(values: dict[str, Any]) -> dict[str, float | None]:
+    """Metrics of one target prior without their inner mapping: a row of `dvc metrics show`, which has one per file."""
+    plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    return plain | {f"{name}_at_prior": value for name, value in values["at_target_prior"].items()}
 
 
 def choose_samples(found: dict[str, np.ndarray], wanted: int, seed: int) -> list[int]:

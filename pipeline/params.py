@@ -55,11 +55,21 @@ class TableParams(Section):
         return self
 
 
+class ListParams(Section):
+    """List files of imagenet_lt, places_lt and inaturalist2018, where they are not in data.location by their own names."""
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+
 class DataParams(Section):
     """Where the images come from, how long the tail is made, and what is held out."""
 
-    source: Literal["digits", "folder", "table"]
+    source: Literal["digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018"]
     location: str
+    download: bool = False
+    lists: ListParams = ListParams()
     table: TableParams = TableParams()
     profile: Literal["natural", "exponential", "pareto", "step"]
     imbalance_factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
@@ -91,9 +101,13 @@ class PriorParams(Section):
 
 
 class ScheduleParams(Section):
-    """Learning rate by epoch: `cosine` to nearly zero, or `steps` times `factor` at each milestone; linear warm-up first."""
+    """Learning rate by epoch: `cosine` to nearly zero, or `steps` times `factor` at each milestone; linear warm-up first.
+
+    `rule` says when warm-up and steps end: `paper` where they are stated, `official` an epoch later, as the authors' code.
+    """
 
     kind: Literal["cosine", "steps"]
+    rule: Literal["paper", "official"] = "paper"
     warmup_epochs: Count
     milestones: list[PositiveInt] = []
     factor: Annotated[Number, Field(gt=0, lt=1)] = 0.1
@@ -163,18 +177,30 @@ class TrainingParams(Section):
 
 
 class StudentParams(TrainingParams):
-    """The student's terms: gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues."""
+    """The student's terms: gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues.
+
+    A term of weight 0 is left out of the step. contrast_encoder fills the queues: the frozen `teacher`, or a `momentum`
+    copy of the student, which follows it by encoder_momentum a step; with alpha 0 no teacher then takes part.
+    """
 
     gamma: NonNegative
     beta: NonNegative
     alpha: NonNegative
     distillation_temperature: Positive
     prior_strength: NonNegative
+    contrast_encoder: Literal["teacher", "momentum"] = "teacher"
+    encoder_momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     tau_g: Positive
     train_tau_g: bool
     queue_total: PositiveInt
     queue_minimum: PositiveInt
     projection_dim: PositiveInt
+
+    @model_validator(mode="after")
+    def _classifier_is_trained(self) -> StudentParams:
+        if not (self.gamma or self.alpha):
+            raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
+        return self
 
 
 class EngineParams(Section):

@@ -15,11 +15,12 @@ from pipeline.stage import explain
 
 EPILOG = """\
 examples:
-  python -m pipeline.recipe recipes/cifar10-if100.yaml            write its values into params.yaml, then: dvc repro
-  python -m pipeline.recipe recipes/cifar10-if100.yaml --dry-run  show what would change
-  python -m pipeline.recipe recipes/cifar10-if100.yaml recipes/cifar10-if100-one-epoch.yaml
+  python -m pipeline.recipe recipes/cifar100-if100-400.yaml            write its values into params.yaml, then: dvc repro
+  python -m pipeline.recipe recipes/cifar100-if100-400.yaml --dry-run  show what would change
+  python -m pipeline.recipe recipes/imagenet-lt-90.yaml recipes/variants/k-m-3.yaml
 `git checkout params.yaml` takes it back.
 """
+EXTENDS = "extends"
 
 
 def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
@@ -37,12 +38,39 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
         type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     document = yaml.load(target.read_text(encoding="utf-8"))
-    lines = [line for overlay in overlays for line in _merge(document, read_yaml(overlay), "")]
+    applied: set[Path] = set()
+    lines = [line for overlay in overlays for line in _merge(document, resolve(overlay, applied), "")]
     stream = io.StringIO()
     yaml.dump(document, stream)
     text = stream.getvalue()
     parse_params(YAML(typ="safe").load(text), overlays[-1])
     return text, lines
+
+
+def resolve(overlay: Path, applied: set[Path], below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """An overlay's values over those of the files that its `extends` names: one or a list, relative to the overlay.
+
+    A file is extended once: one in `applied`, to which all that are read here are added, is not taken again, so that
+    it cannot undo what came after it. `below` are the overlays that led to this one. Raises ParamsError for an overlay
+    that cannot be read, that extends itself or what is not a file.
+    """
+    content = read_yaml(overlay)
+    named = content.pop(EXTENDS, [])
+    parents = [named] if isinstance(named, str) else named
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ParamsError(f"{overlay}: {EXTENDS} is {named!r}; expected a file name or a list of them")
+    values: dict[str, Any] = {}
+    for parent in parents:
+        path = overlay.parent / parent
+        if not path.is_file():
+            raise ParamsError(f"{overlay}: {EXTENDS} is {parent!r}, but there is no file {path}")
+        if path.resolve() in (overlay.resolve(), *below):
+            raise ParamsError(f"{overlay}: {EXTENDS} is {parent!r}, which itself extends this file")
+        if path.resolve() not in applied:
+            _merge(values, resolve(path, applied, (overlay.resolve(), *below)), "")
+    applied.add(overlay.resolve())
+    _merge(values, content, "")
+    return values
 
 
 def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
@@ -51,8 +79,8 @@ def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
         name = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(document.get(key), dict):
             lines.extend(_merge(document[key], value, f"{name}."))
-        elif document.get(key) != value:
-            lines.append(f"{name}: {document.get(key)} → {value}")
+        elif key not in document or document[key] != value:
+            lines.append(f"{name}: {document.get(key, 'unset')} → {value}")
             document[key] = _flow(value)
     return lines
 

@@ -20,14 +20,17 @@ from pipeline.training_run import Result, check_recipe, make_training, model_con
 
 def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Result:
     """Train the student on three views with gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, last epoch kept. An interrupted
-    run goes on where it was. Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
+    run goes on where it was. A teacher that no term needs is not read (alpha 0 and contrast_encoder momentum, say).
+
+    Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
     """
     prior = load_prior()
     check_recipe(params, prior)
     config = model_config(params.student, params, len(prior.classes))
     with joined_ranks(params.device) as device:
         objective = build_objective(params, prior, teacher)
-        folder = run_folder(params.student, params, output, SPLIT / "train.parquet", teacher / WEIGHTS)
+        inputs = [SPLIT / "train.parquet", *([teacher / WEIGHTS] if objective.teacher is not None else [])]
+        folder = run_folder(params.student, params, output, *inputs)
         training = make_training("student", objective, params, device, folder)
         history = training.run(load_images(params, "train"), load_images(params, "validation"))
         return save_run(training, config, history, output)
@@ -37,8 +40,6 @@ def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjec
     """The student's objective, freshly initialised from params.seed."""
     student = params.student
     config = model_config(student, params, len(prior.classes))
-    frozen, trained = load_model(teacher, "teacher")
-    check_image(trained, params.image, teacher)
     weights = StudentWeights(
         student.gamma,
         student.beta,
@@ -47,6 +48,10 @@ def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjec
         student.prior_strength,
         student.adjustment,
     )
+    frozen = None
+    if weights.need_teacher(student.contrast_encoder):
+        frozen, trained = load_model(teacher, "teacher")
+        check_image(trained, params.image, teacher)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         model = build_model(config, "student.backbone")
@@ -61,6 +66,8 @@ def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjec
             queue_total=student.queue_total,
             queue_minimum=student.queue_minimum,
             projection_dim=student.projection_dim,
+            contrast_encoder=student.contrast_encoder,
+            encoder_momentum=student.encoder_momentum,
         )
 
 

@@ -16,7 +16,9 @@ def write_scalars(folder: Path, history: History) -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
-        raise ParamsError("engine.tensorboard is true, but tensorboard is missing; pip install tensorboard") from None
+        raise ParamsError(
+            "engine.tensorboard is true, but tensorboard is missing; pip install 'tailor[monitor]'"
+        ) from None
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(str(folder)) as writer:

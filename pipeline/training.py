@@ -21,6 +21,7 @@ from pipeline.dataset import Images
 from pipeline.errors import ParamsError, StageError
 from pipeline.failure_dump import dump_failure
 from pipeline.history import History, epoch_line, progress_bar
+from pipeline.host_memory import keep_freed_memory
 from pipeline.inference import accuracy
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.resume import RunFolder, Snapshot
@@ -95,6 +96,8 @@ class Training:
             )
 
     def _prepare(self, train: Images) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
         # The layout that convolution kernels prefer, on CPU and GPU alike; the arithmetic is the same.
         self.objective.to(self.device, memory_format=torch.channels_last)
         for module in self.objective.batch_modules():

@@ -108,6 +108,8 @@ def check_recipe(params: Params, prior: Prior) -> None:
             check_backbone(name)
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
+    if not params.student.beta:
+        return
     try:
         queue_lengths(prior.counts, params.student.queue_total, params.student.queue_minimum)
     except ValueError as error:

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("digits")]
 
-STAGES = ["split", "prior", "teacher", "student", "evaluate", "export"]
+STAGES = ["split", "prior", "teacher", "student", "evaluate", "export", "seeds"]
 OUTS = [
     "data/split/train.parquet",
     "data/split/validation.parquet",
@@ -33,6 +33,7 @@ OUTS = [
     "artifacts/export/model_card.md",
     "artifacts/repository/student/1/model.onnx",
     "artifacts/repository/classifier/1/model.py",
+    "artifacts/seeds/summary.json",
 ]
 
 
@@ -62,9 +63,11 @@ def test_the_manifest_of_the_export_holds_the_sha256_of_every_file(digits):
 
 def test_metrics_plots_and_dag_show_what_a_dvc_user_looks_for(digits):
     metrics = json.loads(digits.run("dvc", "metrics", "show", "--json").stdout)
-    student = metrics[""]["data"]["artifacts/evaluation/metrics.json"]["data"]["student"]
-    assert {"all", "many", "medium", "few", "balanced_accuracy", "top5", "nll", "ece"} <= set(student["balanced"])
-    assert set(student) == {"balanced", "train"}
+    shown = metrics[""]["data"]
+    rows = {f"artifacts/evaluation/metrics/{n}_{p}.json" for n in ("teacher", "student") for p in ("balanced", "train")}
+    assert set(shown) == rows
+    wanted = {"all", "many", "medium", "few", "balanced_accuracy", "top5", "nll", "ece", "nll_at_prior"}
+    assert all(wanted <= set(row["data"]) for row in shown.values())
     plots = json.loads(digits.run("dvc", "plots", "show", "--json").stdout)
     assert not plots.get("errors")
     digits.run("dvc", "plots", "show")
@@ -78,7 +81,7 @@ def test_metrics_plots_and_dag_show_what_a_dvc_user_looks_for(digits):
 def test_a_students_parameter_retrains_the_student_and_not_the_teacher(digits):
     teacher = (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns
     done = digits.run("dvc", "exp", "run", "-S", "student.epochs=1")
-    assert digits.stages_run(done) == ["student", "evaluate", "export"]
+    assert digits.stages_run(done) == ["student", "evaluate", "export", "seeds"]
     assert (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns == teacher
     digits.run("git", "checkout", "params.yaml")
     # The first run's results come back from DVC's cache without training.

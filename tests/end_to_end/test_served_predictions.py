@@ -65,6 +65,7 @@ def test_the_demo_asks_the_served_student_by_both_protocols_and_stops_it(digits)
     assert "≠" in done.stdout
 
 
+@pytest.mark.timeout(1800)  # as long as its training may take on a busy machine
 @pytest.mark.xdist_group("photographs")
 @pytest.mark.skipif(
     not all((PHOTOGRAPHS / name).is_file() for name in PACKS),
@@ -73,8 +74,7 @@ def test_the_demo_asks_the_served_student_by_both_protocols_and_stops_it(digits)
 )
 def test_real_photographs_are_trained_exported_and_served(tmp_path):
     project = Project(tmp_path / "project")
-    recipes = ("recipes/cifar10-if100.yaml", "recipes/cifar10-if100-one-epoch.yaml")
-    project.run("python", "-m", "pipeline.recipe", *recipes)
+    project.run("python", "-m", "pipeline.recipe", "recipes/cifar10-parquet-if100-one-epoch.yaml")
     project.set({"data": {"location": str(PHOTOGRAPHS)}})
     project.commit()
     done = project.run("dvc", "repro", timeout=1800)
@@ -106,8 +106,10 @@ def test_your_own_folder_of_images_becomes_a_served_classifier(tmp_path):
     with serve(project) as server:
         command = [sys.executable, "-m", "serving.commands", "predict", str(image), "--url", server.http_url, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=project.root)
-    answer = json.loads(done.stdout)
-    assert "red" in done.stdout and answer
+    (answer,) = json.loads(done.stdout)
+    best, second = answer["predictions"]
+    assert best["class"] == "red" and second["class"] in ("blue", "green")
+    assert best["probability"] > second["probability"]
 
 
 def make_folder(root: Path, per_class: tuple[int, ...]) -> None:

@@ -48,15 +48,16 @@ TOO_LOW = {
     "student.schedule.factor": 0.0, "student.augment.crop_padding": -1, "student.augment.cutout": -1,
     "student.augment.jitter": -0.1, "student.augment.mix_alpha": 0.0,
     "student.gamma": -0.1, "student.beta": -0.1, "student.alpha": -0.1, "student.distillation_temperature": 0.0,
-    "student.prior_strength": -0.1, "student.tau_g": 0.0, "student.queue_total": 0, "student.queue_minimum": 0,
-    "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0, "evaluate.samples": 0,
+    "student.encoder_momentum": -0.1, "student.prior_strength": -0.1, "student.tau_g": 0.0, "student.queue_total": 0,
+    "student.queue_minimum": 0, "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0,
+    "evaluate.samples": 0,
     "export.opset": 17, "export.max_batch_size": 1, "export.tolerance": 0.0, "export.golden": 0, "serving.top_k": 0,
 }  # fmt: skip
 TOO_HIGH = {
     "seed": 2**63, "data.seed": 2**32, "data.validation_share": 1.01, "image.size": 1025, "image.resize_to": 2049,
     "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
-    "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
+    "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
 }  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def test_what_is_not_a_finite_number_is_refused(tmp_path, key, value):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("data.source", "folders", "data.source is 'folders'; input should be 'digits', 'folder' or 'table'"),
+        ("data.source", "folders", "data.source is 'folders'; input should be 'digits', 'folder', 'table', 'cifar10'"),
         ("data.profile", "linear", "data.profile is 'linear'; input should be 'natural', 'exponential', 'pareto' or 'step'"),
         ("device", "gpu", "device is 'gpu'; string should match pattern"),
         ("student.epochs", 2.5, "student.epochs is 2.5; input should be a valid integer"),
@@ -111,6 +112,12 @@ def test_what_is_not_a_finite_number_is_refused(tmp_path, key, value):
         ("image", {**content()["image"], "size": 32, "resize_to": 16}, "image: resize_to is 16, below size 32"),
         ("teacher.schedule", {"kind": "steps", "warmup_epochs": 0, "milestones": [20, 10]},
          "teacher.schedule: milestones is [20, 10]; expected epochs in rising order"),
+        ("teacher.schedule", {"kind": "cosine", "warmup_epochs": 0, "rule": "code"},
+         "teacher.schedule.rule is 'code'; input should be 'paper' or 'official'"),
+        ("student.contrast_encoder", "student",
+         "student.contrast_encoder is 'student'; input should be 'teacher' or 'momentum'"),
+        ("student", {**content()["student"], "gamma": 0, "alpha": 0.0},
+         "student: gamma and alpha are both 0, so no term trains the classifier"),
         ("teacher.schedule", {"kind": "steps", "warmup_epochs": 0, "milestones": [0]}, "teacher.schedule.milestones.0 is 0;"),
         ("teacher.schedule", {"kind": "cosine", "warmup_epochs": 0, "milestones": [10]},
          "teacher.schedule: milestones is set but kind is cosine"),

@@ -12,7 +12,6 @@ from pipeline.params import load_params
 from pipeline.recipe import apply_recipe, main
 
 ROOT = Path(__file__).parents[2]
-OVERLAYS = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -98,8 +97,64 @@ def test_debug_shows_where_the_error_came_from(params, tmp_path):
         main([str(overlay(tmp_path, "- 1")), "--params", str(params), "--debug"])
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
-def test_every_recipe_of_the_project_applies_to_its_params(params, path):
-    base = ROOT / "recipes/cifar10-if100.yaml"
-    text, lines = apply_recipe([base, path], params)
-    assert lines and yaml.safe_load(text)["student"]["epochs"] >= 1
+def files(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_an_overlay_stands_over_what_it_extends_and_says_only_the_outcome(params, tmp_path):
+    files(
+        tmp_path,
+        base="student: {epochs: 7, alpha: 0.0}\ndata: {table: {id: name}}",
+        other="student: {epochs: 8, beta: 2.0}",
+        child="extends: [base.yaml, other.yaml]\nstudent: {alpha: 0.5}\ndata: {table: {id: null}}",
+        grandchild="extends: child.yaml\nstudent: {gamma: 0.5}",
+    )
+    text, lines = apply_recipe([tmp_path / "grandchild.yaml"], params)
+    made = yaml.safe_load(text)
+    assert {key: made["student"][key] for key in ("epochs", "alpha", "beta", "gamma")} == {
+        "epochs": 8, "alpha": 0.5, "beta": 2.0, "gamma": 0.5,
+    }  # fmt: skip
+    assert made["data"]["table"]["id"] is None and "extends" not in made
+    assert sorted(lines) == [
+        "student.alpha: 1.0 → 0.5",
+        "student.beta: 1.0 → 2.0",
+        "student.epochs: 40 → 8",
+        "student.gamma: 1.0 → 0.5",
+    ]
+
+
+def test_what_is_extended_twice_is_taken_once_and_undoes_nothing(params, tmp_path):
+    files(
+        tmp_path,
+        base="student: {epochs: 7, alpha: 0.0}",
+        change="student: {epochs: 8}",
+        child="extends: base.yaml\nstudent: {beta: 2.0}",
+    )
+    base, change, child = (tmp_path / f"{name}.yaml" for name in ("base", "change", "child"))
+    student = yaml.safe_load(apply_recipe([base, change, child], params)[0])["student"]
+    assert (student["epochs"], student["alpha"], student["beta"]) == (8, 0.0, 2.0)
+    # Named again by the user, it is meant.
+    assert yaml.safe_load(apply_recipe([base, change, base], params)[0])["student"]["epochs"] == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("extends: 3", "overlay.yaml: extends is 3; expected a file name or a list of them"),
+        ("extends: [base.yaml, 3]", "expected a file name or a list of them"),
+        ("extends: {base: 1}", "expected a file name or a list of them"),
+        ("extends: nowhere.yaml", "overlay.yaml: extends is 'nowhere.yaml', but there is no file"),
+        ("extends: overlay.yaml", "overlay.yaml: extends is 'overlay.yaml', which itself extends this file"),
+        ("extends: round.yaml", "round.yaml: extends is 'overlay.yaml', which itself extends this file"),
+        ("extends: listed.yaml", "listed.yaml: holds list"),
+        ("extends: base.yaml\nstudnt: {}", "studnt is not a key; did you mean student?"),
+    ],
+)
+def test_a_bad_extends_is_one_line_exit_2_and_leaves_params_alone(params, tmp_path, capsys, text, said):
+    files(tmp_path, base="seed: 1", round="extends: overlay.yaml", listed="- 1")
+    before = params.read_bytes()
+    assert main([str(overlay(tmp_path, text)), "--params", str(params)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert params.read_bytes() == before

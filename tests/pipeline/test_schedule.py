@@ -40,3 +40,22 @@ def test_steps_fall_from_their_milestones_on():
 def test_a_run_of_one_epoch_has_a_rate(kind):
     (rate,) = rates(0.1, 1, kind=kind)
     assert 0 < rate <= 0.1 and math.isfinite(rate)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_official_rule_overshoots_after_warm_up_and_drops_an_epoch_later(m):
+    # The official CIFAR script multiplies epochs, warm-up and milestones by m.
+    shape = {"kind": "steps", "warmup_epochs": 5 * m, "milestones": [160 * m, 180 * m]}
+    official, paper = rates(0.1, 200 * m, rule="official", **shape), rates(0.1, 200 * m, rule="paper", **shape)
+    assert official[5 * m] == pytest.approx({1: 0.12, 2: 0.11}[m]) and paper[5 * m] == 0.1
+    assert official[5 * m + 1] == 0.1 and max(paper) == 0.1
+    first, second = {1: (161, 181), 2: (321, 361)}[m]
+    assert official[first - 1 : first + 1] == pytest.approx([0.1, 0.01])
+    assert official[second - 1 : second + 1] == pytest.approx([0.01, 0.001])
+    differing = [epoch for epoch, pair in enumerate(zip(official, paper, strict=True)) if pair[0] != pair[1]]
+    assert differing == [5 * m, 160 * m, 180 * m]
+
+
+def test_the_rules_agree_where_there_is_neither_warm_up_nor_milestone():
+    assert rates(0.05, 90, kind="cosine", rule="official") == rates(0.05, 90, kind="cosine", rule="paper")
+    assert ScheduleParams(kind="cosine", warmup_epochs=0).rule == "paper"

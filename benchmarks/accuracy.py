@@ -1,0 +1,207 @@
+"""Test accuracy of the methods side by side: same data, network, epochs and seeds, last epoch, mean ± sample std.
+
+    python -m benchmarks.accuracy recipes/cifar10-parquet-if100.yaml --data DIR    # the paper's size: for a GPU
+    python -m benchmarks.accuracy recipes/cifar10-parquet-if100-cpu.yaml --data DIR --plus recipes/variants/plus-short.yaml
+
+Methods, all with params.student's network, schedule and augmentation:
+- cross-entropy: L_cls without the logit adjustment. balanced softmax: L_cls of Eq. 6 alone.
+- gml: the student of the recipe, with the recipe's teacher.
+- gml + <switch>: one switch of the plus recipe alone. plus: all of them.
+
+Every finished run is kept under --work and not repeated, so an interrupted comparison goes on. The accuracies are for the
+balanced target prior; many, medium and few are means over the classes of a group. The test split is read once a run,
+after its last epoch; nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline import prior, split, student, teacher
+from pipeline.artifacts import sha256_of_json, write_file, write_json
+from pipeline.dataset import load_images
+from pipeline.evaluate import network_logits, network_metrics
+from pipeline.params import Params, parse_params, read_yaml
+from pipeline.prior import load_prior
+from pipeline.ranks import choose_device
+from pipeline.recipe import apply_recipe
+
+PLUS = Path("recipes/variants/plus.yaml")
+COLUMNS = ("all", "many", "medium", "few")
+
+
+def merged(params: Params, changes: dict[str, Any]) -> Params:
+    """Params with a nested mapping of changes applied, validated anew."""
+
+    def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        for key, value in new.items():
+            old[key] = merge(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
+        return old
+
+    return parse_params(merge(params.model_dump(mode="json"), changes), Path("benchmarks.accuracy"))
+
+
+def switches(recipe: Path) -> dict[str, dict[str, Any]]:
+    """The switches of a plus recipe, each alone, and all together under `plus`."""
+    plus = read_yaml(recipe)
+    augment = plus["student"].pop("augment")
+    alone = {key: {"student": {key: value}} for key, value in plus["student"].items()}
+    mix = {key: value for key, value in augment.items() if key.startswith("mix")}
+    rest = {key: value for key, value in augment.items() if not key.startswith("mix")}
+    alone["mix"] = {"student": {"augment": mix}}
+    alone |= {key: {"student": {"augment": {key: value}}} for key, value in rest.items()}
+    named = {f"gml + {name} {_value(change)}": change for name, change in alone.items()}
+    return {**named, "plus": read_yaml(recipe)}
+
+
+def _value(change: dict[str, Any]) -> str:
+    while isinstance(change, dict):
+        change = next(iter(change.values()))
+    return str(change)
+
+
+Trainer = Callable[[Params, Path, Path], Path]
+
+
+def classification_alone(params: Params, adjustment: float, output: Path) -> Path:
+    """Train the student's network on L_cls alone."""
+    section = params.student.model_dump(mode="json", include=set(params.teacher.model_dump()))
+    teacher.run(merged(params, {"teacher": {**section, "adjustment": adjustment}}), output)
+    return output
+
+
+def methods(plus: Path = PLUS) -> dict[str, Trainer]:
+    """Name → what trains it: (params of one seed, the teacher's folder, output folder) → the network's folder."""
+
+    def contrast(change: dict[str, Any]) -> Trainer:
+        def train(params: Params, taught_by: Path, output: Path) -> Path:
+            student.run(merged(params, change), output, taught_by)
+            return output
+
+        return train
+
+    return {
+        "cross-entropy": lambda params, _, output: classification_alone(params, 0.0, output),
+        "balanced softmax": lambda params, _, output: classification_alone(params, 1.0, output),
+        "teacher": lambda params, taught_by, output: taught_by,  # noqa: ARG005
+        "gml": contrast({}),
+        **{name: contrast(change) for name, change in switches(plus).items()},
+    }
+
+
+def train_all(
+    params: Params, known: dict[str, Trainer], names: list[str], seeds: list[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """Method → the metrics of each seed, from the current folder where they are there, else trained."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for seed in seeds:
+        mine = merged(params, {"seed": seed})
+        taught_by = Path(f"runs/{seed}/teacher")
+        for name in names:
+            output = Path(f"runs/{seed}/{name.replace(' ', '-')}")
+            kept = output.with_suffix(".json")
+            if not kept.is_file():
+                needs_teacher = name not in ("cross-entropy", "balanced softmax")
+                if needs_teacher and not (taught_by / "model.safetensors").is_file():
+                    teacher.run(mine, taught_by)
+                print(f"seed {seed}, {name}", flush=True)
+                started = time.perf_counter()
+                folder = known[name](mine, taught_by, output)
+                write_json(kept, {**evaluated(mine, folder), "seconds": time.perf_counter() - started})
+            found[name].append(json.loads(kept.read_text(encoding="utf-8")))
+    return found
+
+
+def evaluated(params: Params, folder: Path) -> dict[str, Any]:
+    """Metrics for the balanced target prior on the test split, and the last validation accuracy."""
+    device, test, classes = choose_device(params.device), load_images(params, "test"), load_prior()
+    logits = network_logits(folder, folder.name, test, params, device)
+    last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return {
+        **network_metrics(logits, test.labels.numpy(), classes, params)["balanced"],
+        "validation_accuracy": last.get("validation_accuracy"),
+    }
+
+
+def table(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
+    """A row a method: mean ± std over the seeds, in percent, and the difference of `all` to gml seed by seed."""
+    lines = [f"| method | {' | '.join(COLUMNS)} | all, against gml | s a run |", "|---|" + "--:|" * (len(COLUMNS) + 2)]
+    for name, runs in found.items():
+        cells = [spread([run[column] for run in runs]) for column in COLUMNS]
+        against = ""
+        if name != "gml" and "gml" in found:
+            against = spread([mine["all"] - its["all"] for mine, its in zip(runs, found["gml"], strict=True)], "+")
+        seconds = statistics.median(run["seconds"] for run in runs)
+        took = "" if name == "teacher" else f"{seconds:,.0f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {against} | {took} |")
+    return "\n".join(lines) + f"\n\nSeeds {', '.join(map(str, seeds))}; last epoch; target prior balanced; percent.\n"
+
+
+def spread(values: list[float | None], sign: str = "") -> str:
+    """mean ± sample standard deviation, in percent; n/a of an empty group."""
+    if any(value is None for value in values):
+        return "n/a"
+    mean = f"{100 * statistics.fmean(values):{sign}.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, nargs="+", help="overlays of recipes/, in order")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some of them (default: all)")
+    parser.add_argument("--plus", type=Path, default=PLUS, help="the plus recipe (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="data.location, the folder of the image files")
+    parser.add_argument("--work", type=Path, default=Path("build/accuracy"), help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--output", type=Path, help="a Markdown file for the table")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    text, _ = apply_recipe(options.recipe, Path("params.yaml"))
+    params = parse_params(yaml.safe_load(text), options.recipe[-1])
+    location = Path(os.path.relpath(options.data)) if options.data else Path(params.data.location)
+    params = merged(params, {"data": {"location": str(location.absolute())}})
+    known = methods(options.plus)
+    if unknown := set(options.methods or known) - set(known):
+        parser.error(f"--methods: {sorted(unknown)[0]!r} is unknown; expected {', '.join(known)}")
+    # Another recipe is another comparison, with a folder of its own.
+    recipe = {"params": params.model_dump(mode="json", exclude={"seed"}), "plus": read_yaml(options.plus)}
+    work = options.work / sha256_of_json(recipe)[:12]
+    work.mkdir(parents=True, exist_ok=True)
+    output = options.output.absolute() if options.output else None
+    names = [name for name in known if name in (options.methods or known)]
+    with contextlib.chdir(work):
+        if not Path("artifacts/prior.json").is_file():
+            split.run(params)
+            prior.run(params)
+        found = train_all(params, known, names, options.seeds)
+    device = choose_device(params.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    command = f"`python -m benchmarks.accuracy {' '.join(arguments or sys.argv[1:])}`"
+    told = f"{command}\n\n{where}, torch {torch.__version__}, Python {platform.python_version()}.\n\n"
+    told += table(found, options.seeds)
+    print(told)
+    if output:
+        write_file(output, told)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

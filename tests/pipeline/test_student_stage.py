@@ -1,0 +1,72 @@
+"""The student stage with its switches: terms on and off, with a teacher of any width and without one, on real small files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from making import data_params, folder, params
+
+import pipeline.prior
+import pipeline.split
+import pipeline.student
+import pipeline.teacher
+from pipeline.artifacts import STUDENT, TEACHER
+from pipeline.errors import ParamsError
+
+SHORT = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Params over a split folder of 30 images in three classes; split and prior are there, no teacher yet."""
+    monkeypatch.chdir(tmp_path)
+    source = folder(tmp_path / "images", {"a": 18, "b": 12, "c": 9})
+
+    def with_changes(**changes):
+        base = data_params(source).model_dump(mode="json")["data"]
+        keys = {f"data.{key}": value for key, value in base.items()}
+        short = {f"{stage}.{key}": value for stage in ("teacher", "student") for key, value in SHORT.items()}
+        chosen = {f"student.{key}": value for key, value in changes.items() if key != "teacher"}
+        return params({**keys, **short, "student.queue_total": 24, **chosen, **changes.get("teacher", {})})
+
+    pipeline.split.run(with_changes())
+    pipeline.prior.run(with_changes())
+    return with_changes
+
+
+def last_record() -> dict[str, float]:
+    return json.loads((STUDENT / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_student_with_a_momentum_encoder_and_no_distillation_needs_no_teacher_at_all(made):
+    pipeline.student.run(made(contrast_encoder="momentum", alpha=0.0))
+    assert not TEACHER.exists()
+    record = last_record()
+    assert {"classification", "gml", "tau", "tau_g"} <= set(record) and "distillation" not in record
+    assert (STUDENT / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("changes", [{"contrast_encoder": "momentum"}, {"alpha": 0.0}, {"beta": 0.0}, {}])
+def test_a_teacher_that_some_term_needs_is_missed_by_name(made, changes):
+    with pytest.raises(
+        ParamsError, match=r"artifacts/teacher/config\.json: no such file; run `dvc repro teacher` first"
+    ):
+        pipeline.student.run(made(**changes))
+
+
+def test_without_contrast_the_record_speaks_of_the_terms_that_are_left(made):
+    pipeline.student.run(made(beta=0.0, alpha=0.0))
+    record = last_record()
+    assert record["classification"] == pytest.approx(record["loss"])
+    assert not {"gml", "tau", "tau_g", "distillation", "queries_without_keys"} & set(record)
+
+
+def test_a_teacher_of_another_library_and_width_teaches_a_small_student(made):
+    chosen = made(teacher={"teacher.backbone": "torchvision/resnet18"})
+    pipeline.teacher.run(chosen)
+    pipeline.student.run(chosen)
+    objective = pipeline.student.build_objective(chosen, pipeline.prior.load_prior(), TEACHER)
+    assert (objective.teacher.feature_dim, objective.model.feature_dim) == (512, 64)
+    assert objective.queues.features.shape == (24, 512)
+    assert last_record()["distillation"] > 0

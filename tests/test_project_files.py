@@ -1,0 +1,121 @@
+"""What describes the project's files says what is there: the README's tree, the deps of dvc.yaml, the installed packages."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import grimp
+import pytest
+import yaml
+from setuptools import find_packages
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("models", "pipeline", "serving")
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+# What a stage imports and whose change cannot change its result: how values are checked, files written and errors worded,
+# how a run goes on or is shared, and how the outs of earlier stages, deps themselves, are read back.
+PLUMBING = {
+    "pipeline.artifacts",
+    "pipeline.capture",
+    "pipeline.errors",
+    "pipeline.failure_dump",
+    "pipeline.history",
+    "pipeline.host_memory",
+    "pipeline.params",
+    "pipeline.ranks",
+    "pipeline.resume",
+    "pipeline.splits",
+    "pipeline.stage",
+    "pipeline.tensorboard",
+    "pipeline.training_state",
+    "pipeline.watch",
+    "serving.atomic",
+    "serving.errors",
+}
+READ_BACK = {"pipeline.prior", "pipeline.sources"}
+# Of stage `seeds` its own code is looked at: what trains a further seed has made artifacts/student, which is a dep.
+# The teacher's loss lives beside the student's; a change of these must not train the teacher again.
+STUDENT_ALONE = {
+    "models.contrast_losses",
+    "models.gml_kernel",
+    "models.kernel_check",
+    "models.projection_head",
+    "models.queues",
+}
+
+
+def files_of_the_tree() -> list[str]:
+    """Paths of the README's tree, folders with a slash at the end."""
+    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2].split("```")[1]
+    paths, folders = [], []
+    for line in block.splitlines()[1:]:
+        indent, name, gloss = re.fullmatch(r"( *)(\S+)  +(\S.*)", line).groups()
+        del folders[len(indent) // 2 :]
+        paths.append("".join([*folders, name]))
+        folders.append(name)
+        assert gloss
+    return paths
+
+
+def files_of_the_rooms() -> list[str]:
+    """Every module and template, and every folder of them."""
+    found = []
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*"):
+            name = path.relative_to(ROOT).as_posix()
+            if path.is_dir() and path.name != "__pycache__":
+                found.append(f"{name}/")
+            elif path.suffix in (".py", ".jinja") and path.name != "__init__.py":
+                found.append(name)
+    return [f"{room}/" for room in ROOMS] + found
+
+
+def test_the_readmes_tree_has_one_line_for_every_file_of_the_rooms_and_none_for_what_is_not_there():
+    tree = files_of_the_tree()
+    assert [path for path in tree if not (ROOT / path).exists()] == []
+    assert sorted(path for path in tree if path.startswith(ROOMS)) == sorted(files_of_the_rooms())
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return grimp.build_graph(*ROOMS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_all_code_that_can_change_its_result(stage, graph):
+    module = f"pipeline.{stage}"
+    imported = {module, *graph.find_upstream_modules(module)} - PLUMBING
+    if stage not in ("split", "prior"):
+        imported = {name for name in imported if not name.startswith(tuple(READ_BACK))}
+    if stage == "teacher":
+        imported -= STUDENT_ALONE
+    if stage == "seeds":
+        imported &= {f"pipeline.{name}" for name in ("seeds", "evaluate", "metrics")}
+    deps = STAGES[stage]["deps"]
+    missing = sorted(
+        path
+        for path in map(file_of, imported)
+        if not any(path == dep or path.startswith(f"{dep}/") for dep in deps) and not path.endswith("/__init__.py")
+    )
+    assert missing == []
+
+
+def test_what_dvc_yaml_names_is_there():
+    code = {dep for stage in STAGES.values() for dep in stage["deps"] if dep.startswith(ROOMS)}
+    assert [dep for dep in sorted(code) if not (ROOT / dep).exists()] == []
+
+
+def test_every_folder_of_code_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    installed = find_packages(ROOT, include=settings["packages"]["find"]["include"])
+    folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert sorted(installed) == sorted(folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders)
+
+
+def file_of(module: str) -> str:
+    """The file of a module of ours, relative to the project's root."""
+    path = module.replace(".", "/")
+    return f"{path}/__init__.py" if (ROOT / path).is_dir() else f"{path}.py"
