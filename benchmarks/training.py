@@ -76,9 +76,10 @@ def whole_run(setup: Setup) -> tuple[float, History, History]:
 
 def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
     """The command, hardware and versions, what a round is, and how near the two sides' mathematics is."""
+    words = ["FOLDER" if word == str(arguments.data) else word for word in sys.argv[1:]]
     source = "CIFAR-10 pack" if arguments.data else "made images"
     return (
-        f"`python -m benchmarks.training {' '.join(sys.argv[1:])}`\n\n"
+        f"`python -m benchmarks.training {' '.join(words)}`\n\n"
         f"{hardware(arguments.device)}; {versions(arguments.threads)}.\n"
         f"{source} at imbalance factor 100: student {arguments.student}, teacher {arguments.teacher}, batch "
         f"{setup.params.student.batch_size}, K {setup.params.student.queue_total}, AutoAugment and Cutout; engine in "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,20 +45,22 @@ def draw_views(
 
     View 0 is the classifier view (params.policy), the others are contrast views (params.contrast_policy).
     """
-    tables = [
-        _draw_table(policy, members * count, height, width, params, generator).view(members, count, -1)
-        for policy, members in _runs(views, params)
-    ]
+    with _one_thread(torch.device("cpu")):
+        tables = [
+            _draw_table(policy, members * count, height, width, params, generator).view(members, count, -1)
+            for policy, members in _runs(views, params)
+        ]
     return Draws(tuple(tables))
 
 
 def apply_views(images: Tensor, draws: Draws, params: AugmentParams) -> Tensor:
     """uint8 [B,3,H,W] → uint8 [views,B,3,H,W] by draws on the same device: crop and flip, policy, Cutout, in that order."""
     views = sum(len(table) for table in draws.tables)
-    parts = [
-        _apply_table(images, table, plan_of(policy, params), params)
-        for (policy, _), table in zip(_runs(views, params), draws.tables, strict=True)
-    ]
+    with _one_thread(images.device):
+        parts = [
+            _apply_table(images, table, plan_of(policy, params), params)
+            for (policy, _), table in zip(_runs(views, params), draws.tables, strict=True)
+        ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -65,6 +69,21 @@ def random_views(images: Tensor, views: int, params: AugmentParams, generator: t
     count, _, height, width = images.shape
     draws = draw_views(count, height, width, views, params, generator)
     return apply_views(images, draws.to(images.device), params)
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    # Some hundred small operations: threads that meet after each save a few ms on idle cores, and on busy ones, where
+    # they wait for one another by spinning, cost a hundred times what the operations do.
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _runs(views: int, params: AugmentParams) -> list[tuple[str, int]]:

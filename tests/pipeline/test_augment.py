@@ -246,3 +246,23 @@ def test_a_single_view_needs_no_contrast_draws():
 def test_params_that_mean_nothing_are_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         AugmentParams(**{"crop_padding": 0, "flip": False, "cutout": 0, **keys})
+
+
+def test_the_number_of_threads_changes_no_byte_and_is_as_before_afterwards(monkeypatch):
+    images, before, found = pictures(8), torch.get_num_threads(), []
+
+    def fails(*_arguments):
+        raise ValueError("bad table")
+
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(random_views(images, 3, everything("autoaugment"), seeded()))
+            assert torch.get_num_threads() == threads
+        monkeypatch.setattr("pipeline.augment.views._apply_table", fails)
+        with pytest.raises(ValueError, match="bad table"):
+            random_views(images, 3, everything("autoaugment"), seeded())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
