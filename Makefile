@@ -6,6 +6,8 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Threads that wait sleep: by default they spin, and two processes on two cores then take several times as long.
+export OMP_WAIT_POLICY := passive
 # No tool that Tailor uses reports home.
 export ORT_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
