@@ -154,7 +154,8 @@ def test_one_budget_covers_all_tries(predict: Predict) -> None:
     patient = Retries(attempts=1000, first_wait=0.05, longest_wait=0.05)
     with FaultyHttp(None, [answers("503 Service Unavailable")], forever=True) as faulty:
         began = time.monotonic()
-        with pytest.raises(Unavailable, match="tried"):
+        # The last wait may end a moment too late for another try; then the deadline is what there is to tell.
+        with pytest.raises((Unavailable, DeadlineExceeded), match=r"tried|within 1 s"):
             predict(faulty.url, timeout=1.0, retries=patient)
         assert time.monotonic() - began < 1.5
         assert 3 < len(faulty.requests) < 1000
