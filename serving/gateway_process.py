@@ -18,7 +18,7 @@ from serving.errors import ServingError
 from serving.gateway import Gateway
 from serving.logs import ServerLog
 from serving.ports import choose_ports
-from serving.process import POLL, end_process, start_process
+from serving.process import POLL, end_session, start_process
 
 START_TIMEOUT = 20.0  # seconds
 PACKAGES = "nginx-light libnginx-mod-http-lua lua-cjson"
@@ -94,9 +94,7 @@ class GatewayProcess:
             process.send_signal(signal.SIGQUIT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(self.gateway.shutdown_seconds + 2)
-            status = end_process(process, patience=5.0)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # workers outlive a master that was killed
+            status = end_session(process, patience=5.0)  # workers outlive a master that was killed
         if self._output:
             self._output.close()
         if self._folder:

@@ -19,7 +19,7 @@ from serving.errors import ServingError
 from serving.images import image_files, read_image
 from serving.load.plan import HEADERS_VARIABLE, LoadPlan, Thresholds
 from serving.ports import choose_ports
-from serving.process import end_process, start_process
+from serving.process import end_session, start_process
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 GRACE = 60  # seconds that Locust gets beyond the test, to start, to drain and to write
@@ -109,7 +109,8 @@ def _locust(plan: LoadPlan, report: Path, step: str, extra: list[str], progress:
         port = choose_ports("127.0.0.1", {"--master-port": 0})["--master-port"]
         command += [f"--processes={plan.workers}", "--master-bind-host=127.0.0.1", f"--master-bind-port={port}"]
         command += ["--master-host=127.0.0.1", f"--master-port={port}"]
-    process = start_process(command, _environment(plan), Path.cwd(), log)
+    with log.open("wb") as output:
+        process = start_process(command, _environment(plan), Path.cwd(), output=output)
     try:
         began = time.monotonic()
         while process.poll() is None:
@@ -119,7 +120,7 @@ def _locust(plan: LoadPlan, report: Path, step: str, extra: list[str], progress:
             progress(step, min(1.0, elapsed / plan.seconds))
             time.sleep(0.1)
     finally:
-        status = end_process(process, PATIENCE)
+        status = end_session(process, PATIENCE)
     if not summary.is_file():
         raise ServingError(f"Locust ended with status {status} and no result: {_last_line(log)}")
     progress(step, 1.0)

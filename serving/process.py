@@ -8,23 +8,28 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 POLL = 0.05  # seconds
 
 
 def start_process(
-    command: Sequence[str], environment: dict[str, str], folder: Path, niceness: int = 0
+    command: Sequence[str],
+    environment: dict[str, str],
+    folder: Path,
+    niceness: int = 0,
+    output: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process in its own session, its output in a pipe. In its own session Ctrl-C reaches only us.
+    """Start a process in its own session, so that Ctrl-C reaches only us.
 
-    niceness: how far it stands back for others, 0 to 19.
+    niceness: how far it stands back for others, 0 to 19. output: a file for what it prints; None is a pipe, to be read.
     """
     process = subprocess.Popen(
         command,
         env=environment,
         cwd=folder,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if output is None else output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
@@ -44,3 +49,11 @@ def end_process(process: subprocess.Popen[bytes], patience: float) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
     return process.wait()
+
+
+def end_session(process: subprocess.Popen[bytes], patience: float) -> int:
+    """`end_process`, then kill what it left behind in its session; its exit status."""
+    status = end_process(process, patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return status

@@ -93,7 +93,7 @@ def test_serve_is_ready_answers_and_leaves_nothing_behind_on_sigterm(
     serving.send_signal(signal.SIGTERM)
     output, errors = serving.communicate(timeout=30)
     assert serving.returncode == 0
-    assert output.endswith("\nstopped\n")
+    assert output.splitlines()[-1] == "stopped"
     assert errors == ""
     assert not living(processes)
     assert of_run(serving.pid) == []
