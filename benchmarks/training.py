@@ -6,6 +6,9 @@ and gradients. Each then works in a process of its own, in turns, round by round
 median over rounds of baseline / engine, beside the smallest and the largest. Processor time, of all threads and loader
 workers together, is beside it because other work on the machine lengthens it little.
 
+On a machine with other work set OMP_WAIT_POLICY=passive: else torch's threads wait for one another by spinning, and what is
+measured, by the clock and in processor time, is the waiting.
+
 Rows: the three views alone, as they enter the network; one teacher or student step (the baseline's views are ready, the
 engine makes its own within the step); whole epochs with everything, evaluation included. On the CPU a round is a few steps.
 
@@ -76,10 +79,12 @@ def whole_run(setup: Setup) -> tuple[float, History, History]:
 
 def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
     """The command, hardware and versions, what a round is, and how near the two sides' mathematics is."""
+    waiting = os.environ.get("OMP_WAIT_POLICY")
+    setting = f"OMP_WAIT_POLICY={waiting} " if waiting else ""
     words = ["FOLDER" if word == str(arguments.data) else word for word in sys.argv[1:]]
     source = "CIFAR-10 pack" if arguments.data else "made images"
     return (
-        f"`python -m benchmarks.training {' '.join(words)}`\n\n"
+        f"`{setting}python -m benchmarks.training {' '.join(words)}`\n\n"
         f"{hardware(arguments.device)}; {versions(arguments.threads)}.\n"
         f"{source} at imbalance factor 100: student {arguments.student}, teacher {arguments.teacher}, batch "
         f"{setup.params.student.batch_size}, K {setup.params.student.queue_total}, AutoAugment and Cutout; engine in "
