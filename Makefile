@@ -33,7 +33,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	@echo "installing into $(VENV) (torch brings about 5 GB; a few minutes)"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
-		-e '.[pipeline,export,cpu,serve,loadtest,monitor,test]'
+		-e '.[pipeline,export,cpu,serve,loadtest,monitor,playground,mlflow,ray,docs,test]'
 	@touch $@
 
 .PHONY: demo
