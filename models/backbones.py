@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -80,5 +81,5 @@ def _torchvision_backbone(model: str) -> Backbone:
 def _timm_backbone(model: str) -> Backbone:
     import timm
 
-    network = timm.create_model(model, pretrained=False, num_classes=0)
+    network: Any = timm.create_model(model, pretrained=False, num_classes=0)
     return Backbone(network, getattr(network, "head_hidden_size", None) or network.num_features)

@@ -31,8 +31,9 @@ def _frozen_on_cpu(x: Tensor, norm: BatchNorm) -> bool:
 
 
 def _folded(x: Tensor, conv: nn.Conv2d, norm: BatchNorm) -> Tensor:
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    bias = norm.bias - norm.running_mean * scale
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    bias = norm.bias - mean * scale
     return F.conv2d(
         x, conv.weight * scale[:, None, None, None], bias, conv.stride, conv.padding, conv.dilation, conv.groups
     )

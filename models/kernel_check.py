@@ -40,15 +40,15 @@ def kernels_are_right(similarity: Tensor, longest: int, plain: type[torch.autogr
     The first call of a shape on a device answers, and prints a line where the answer is no. A CUDA graph that is
     being captured cannot be asked: there the answer is no until a call outside it has been made.
     """
-    place = (similarity.device, *similarity.shape, longest)
+    batch, keys = similarity.shape
+    place = (similarity.device, batch, keys, longest)
     if place not in _ANSWERS:
         if similarity.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         fault = fault_of_kernels(*place, plain)
         if fault:
-            device, batch, keys, _ = place
             print(
-                f"contrast losses on {device} at [{batch}, {keys}]: plain version, not the fused kernels: {fault}",
+                f"contrast losses on {similarity.device} at [{batch}, {keys}]: plain version, not the fused kernels: {fault}",
                 file=sys.stderr,
                 flush=True,
             )

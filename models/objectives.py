@@ -149,11 +149,11 @@ class StudentObjective(nn.Module):
             return
         self.query_head = ProjectionHead(model.feature_dim, model.feature_dim, projection_dim)
         # The key head starts as a copy of the query head; with a teacher of another width the copy is impossible.
-        if contrast_encoder == "momentum" or self.teacher.feature_dim == model.feature_dim:
-            width = model.feature_dim
+        stored = model if contrast_encoder == "momentum" or teacher is None else teacher
+        width = stored.feature_dim
+        if width == model.feature_dim:
             self.key_head = copy.deepcopy(self.query_head)
         else:
-            width = self.teacher.feature_dim
             self.key_head = ProjectionHead(width, width, projection_dim)
         if contrast_encoder == "momentum":
             self.momentum_encoder = copy.deepcopy(model.backbone).requires_grad_(False)
@@ -213,9 +213,9 @@ class StudentObjective(nn.Module):
         if weights.gamma:
             parts["classification"] = classification_loss(logits, target, self.log_prior, weights.adjustment, mixed)
             terms.append(weights.gamma * parts["classification"])
-        if weights.beta:
+        if contrast_features is not None:
             # Every rank stores the whole batch, in rank order, so that the queues stay equal without being sent.
-            self.queues.enqueue(*map(gather_batch, (contrast_features, target, sample_ids)))
+            self.queues.enqueue(gather_batch(contrast_features), gather_batch(target), gather_batch(sample_ids))
             contrast = self._contrast(features[batch:], target, sample_ids)
             parts["gml"] = contrast.gml
             terms.append(weights.beta * contrast.gml)
@@ -223,29 +223,27 @@ class StudentObjective(nn.Module):
                 parts["tau"] = contrast.tau
                 terms.append(weights.beta * contrast.tau)
                 parts["queries_without_keys"] = contrast.queries_without_keys
-        if weights.alpha:
+        if teacher_logits is not None:
             parts["distillation"] = distillation_loss(logits, teacher_logits, weights.distillation_temperature)
             terms.append(weights.alpha * parts["distillation"])
         if weights.beta:
             parts["tau_g"] = self.log_tau_g.exp()
-        return {"loss": sum(terms), **{name: part.detach() for name, part in parts.items()}}
+        return {"loss": sum(terms[1:], terms[0]), **{name: part.detach() for name, part in parts.items()}}
 
     @torch.no_grad()
     def _encode(self, views: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Contrast features [B,D] of the key view, teacher's logits [B,C] of the classifier view; None where no term asks."""
         batch = views.shape[1]
         features = logits = None
-        seen = [views[0]] if self.weights.alpha else []
-        if self.weights.beta and self.momentum_encoder is None:
-            seen.append(views[2])
-        if seen:
-            features, logits = self.teacher(torch.cat(seen))
+        if self.teacher is not None:
+            asked_for_features = self.weights.beta and self.momentum_encoder is None
+            seen = [*([views[0]] if self.weights.alpha else []), *([views[2]] if asked_for_features else [])]
+            encoded, classified = self.teacher(torch.cat(seen))
+            features = encoded[-batch:] if asked_for_features else None
+            logits = classified[:batch] if self.weights.alpha else None
         if self.momentum_encoder is not None:
             features = self.momentum_encoder(views[2])
-        return (
-            features[-batch:] if self.weights.beta else None,
-            logits[:batch] if self.weights.alpha else None,
-        )
+        return features, logits
 
     def _contrast(self, query_features: Tensor, target: Tensor, sample_ids: Tensor) -> ContrastLosses:
         queues = self.queues

@@ -138,7 +138,7 @@ def has_more_scans(data: bytes, most: int) -> bool:
 
 def upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation asks. The tag alone is read: other tags may be damaged, the pixels are not."""
-    turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
 

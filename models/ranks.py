@@ -85,9 +85,11 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = input - mean.view(shape)
         variance = _SumOverRanks.apply(centred.square().sum(axes)) / count
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+            tracked = self.get_buffer("num_batches_tracked").add_(1)
+            # PyTorch's own rule: without a momentum, the plain mean of all batches.
+            momentum = 1 / float(tracked) if self.momentum is None else self.momentum
+            self.get_buffer("running_mean").lerp_(mean, momentum)
+            self.get_buffer("running_var").lerp_(variance * count / max(count - 1, 1), momentum)
         scale = self.weight / torch.sqrt(variance + self.eps)
         return centred * scale.view(shape) + self.bias.view(shape)
 

@@ -46,9 +46,9 @@ class Connection:
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
+    ca_file: Path | str | None = None
+    certificate_file: Path | str | None = None
+    key_file: Path | str | None = None
     insecure: bool = False
     protocol: str = field(init=False)
     secure: bool = field(init=False)

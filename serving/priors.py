@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,11 +29,11 @@ def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | None:
     """
     if prior is None:
         return None
-    if isinstance(prior, numbers.Real):
+    if isinstance(prior, int | float | np.number):
         return _strength(float(prior))
     if isinstance(prior, Mapping):
         return _by_name(prior, "prior")
-    if isinstance(prior, np.ndarray | list | tuple):
+    if isinstance(prior, np.ndarray | Sequence) and not isinstance(prior, str):
         return _vector(prior, "prior")
     if isinstance(prior, str):
         if prior in NAMED:

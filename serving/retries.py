@@ -65,7 +65,8 @@ class Retries:
         }
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        asked = state.outcome.exception().pause if state.outcome else None
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.pause if isinstance(error, Unavailable) else None
         bound = min(self.longest_wait, self.first_wait * 2 ** (state.attempt_number - 1))
         wait = random.uniform(0, bound)
         return wait if asked is None else asked + wait
@@ -74,8 +75,8 @@ class Retries:
 def _give_up(state: tenacity.RetryCallState) -> NoReturn:
     """Raise the last failure, telling how often it was tried."""
     error = state.outcome.exception() if state.outcome else None
-    if error is None:  # pragma: no cover - tenacity calls this after a failure alone
-        raise RuntimeError("nothing failed")
+    if not isinstance(error, Unavailable):  # pragma: no cover - tenacity calls this after a failure alone
+        raise RuntimeError("nothing that is tried again failed")
     if state.attempt_number == 1:
         raise error
     tried = f"tried {state.attempt_number} times in {state.seconds_since_start or 0:.1f} s"
