@@ -1,0 +1,67 @@
+"""`tailor init`: a params.yaml for one's own folder of images."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serving.commands.options import AsJson, Debug, print_json
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+Images = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images for each class, in one folder.")]
+Output = Annotated[Path, typer.Option(help="The file to write; what it holds now is the template.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file whose changes no commit holds.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the file, write nothing.")]
+
+
+@app.command(epilog="Example: tailor init data/source, then: dvc repro")
+def init(
+    folder: Images,
+    output: Output = Path("params.yaml"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    """Write a params.yaml for your own images.
+
+    Looks at how many there are, how long their tail is and how large they are, and chooses network, epochs, queues and
+    what is held out; the reason stands beside each value. Nothing is trained, and a value is yours to change.
+    """
+    from pipeline.artifacts import write_file
+    from pipeline.errors import ParamsError
+    from pipeline.first_params import choices, look, write_text
+    from pipeline.ranks import choose_device
+
+    if not output.is_file():
+        raise ParamsError(f"{output}: no such file; run this in Tailor's folder, where params.yaml is")
+    if not (force or dry_run) and _changed(output):
+        raise ParamsError(f"{output}: has changes that no commit holds; commit it, or give --force to overwrite it")
+    found = look(folder)
+    chosen = choices(found, folder.as_posix(), choose_device("auto").type == "cuda")
+    text, _ = write_text(output.read_text(encoding="utf-8"), chosen)
+    if not dry_run:
+        write_file(output, text)
+    if as_json:
+        print_json({key: {"value": value, "why": why} for key, (value, why) in chosen.items()})
+    elif dry_run:
+        print(text, end="")
+    else:
+        print(f"{folder}: {found}")
+        for key, (value, why) in chosen.items():
+            print(f"  {key} = {value}  # {why}")
+        print(f"→ {output}; next: tailor-data check, then: dvc repro")
+    for reference in found.unreadable[:5]:
+        typer.echo(f"init: {folder / reference}: cannot be read; `tailor-data check` says why", err=True)
+    return 0
+
+
+def _changed(path: Path) -> bool:
+    """Whether git would lose something by an overwrite: the file differs from the last commit, or nothing holds it."""
+    asked = ["git", "status", "--porcelain", "--", path.name]
+    done = subprocess.run(asked, cwd=path.resolve().parent, capture_output=True, text=True, check=False)
+    return done.returncode != 0 or bool(done.stdout.strip())
