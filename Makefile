@@ -50,10 +50,20 @@ test-fast: install lint ## the layer without DVC and Triton
 	@python -m pytest -n 2 -m "not end_to_end"
 
 .PHONY: lint
-lint: install ## style and the arrows between the rooms
+lint: install ## style, types of the public parts, the arrows between the rooms
 	@ruff check --quiet .
 	@ruff format --check --quiet .
 	@lint-imports --no-cache --no-logo
+	@mypy --no-error-summary
+
+.PHONY: docs
+docs: install ## the documentation as a site in build/site/
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+.PHONY: hooks
+hooks: install ## check style and types before every commit
+	@pre-commit install
 
 .PHONY: serve
 serve: install ## serve the exported student until Ctrl-C

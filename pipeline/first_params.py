@@ -50,10 +50,10 @@ class Found:
 def look(folder: Path) -> Found:
     """Count a folder's images and decode some 300 of them, evenly spread, for their sizes.
 
-    Raises DataError where it is no folder of classes, or where no image of those looked at can be read.
+    Raises ParamsError where there is no such folder, DataError where it holds no classes or no image that can be read.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one that holds a folder of images for each class")
+        raise ParamsError(f"{folder}: no such folder; expected one that holds a folder of images for each class")
     source = FolderSource(folder)
     train = [row for row in source.rows if row.split == "train"]
     counts = np.bincount([row.label for row in train], minlength=len(source.classes)).tolist()

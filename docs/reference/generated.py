@@ -1,0 +1,82 @@
+"""MkDocs hook: the reference pages of what describes itself, `tailor --help` and params.yaml, and links into the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+# A page links files of the repository relative to itself; on the site they are text, for the site holds no code.
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made from the program."""
+    files.append(File.generated(config, "reference/commands.md", content=commands()))
+    files.append(File.generated(config, "reference/params.md", content=params()))
+    for unwanted in [file for file in files if file.src_uri.endswith(".py")]:
+        files.remove(unwanted)
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to files outside docs/ become plain text."""
+    return OUTSIDE.sub(r"\1", markdown)
+
+
+def commands() -> str:
+    """The help of `tailor` and of each of its commands."""
+    import typer
+
+    from serving.commands.app import app
+
+    program: Any = typer.main.get_command(app)
+    lines = ["# Commands", "", "What `tailor COMMAND --help` prints. Exit status: 0 well, 1 failure, 2 misuse.", ""]
+    context = program.make_context("tailor", [], resilient_parsing=True, max_content_width=100, terminal_width=100)
+    lines += ["```text", program.get_help(context).strip(), "```", ""]
+    for name in program.list_commands(context):
+        command: Any = program.get_command(context, name)
+        inner = command.make_context(f"tailor {name}", [], parent=context, resilient_parsing=True)
+        lines += [f"## tailor {name}", "", "```text", command.get_help(inner).strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def params() -> str:
+    """Every section of params.yaml with its keys, types and defaults, and the delivered file."""
+    from pydantic import BaseModel
+
+    from pipeline.params import Params
+
+    lines = [
+        "# params.yaml",
+        "",
+        "An unknown key is refused with the nearest valid one. The file as it is delivered:",
+        "",
+    ]
+    lines += ["```yaml", (ROOT / "params.yaml").read_text(encoding="utf-8").strip(), "```", ""]
+
+    def section(model: type[BaseModel], name: str) -> None:
+        lines.extend([f"## {name or 'Top level'}", "", *(model.__doc__ or "").strip().splitlines(), ""])
+        lines.extend(["| key | type | default |", "|---|---|---|"])
+        below: list[tuple[type[BaseModel], str]] = []
+        for key, field in model.model_fields.items():
+            kind: Any = field.annotation
+            full = f"{name}.{key}".lstrip(".")
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                below.append((kind, full))
+                lines.append(f"| `{key}` | section `{full}` | |")
+                continue
+            shown = (kind.__name__ if isinstance(kind, type) else str(kind)).replace("typing.", "").replace("|", "\\|")
+            default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
+            bounds = ", ".join(str(entry) for entry in field.metadata)
+            lines.append(f"| `{key}` | `{shown}` {bounds} | {default} |")
+        lines.append("")
+        for inner, full in below:
+            section(inner, full)
+
+    section(Params, "")
+    return "\n".join(line.rstrip() for line in lines)
