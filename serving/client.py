@@ -45,7 +45,8 @@ class Client(ClientBase):
         """Classify images under one prior; one Prediction each, in order.
 
         images: files, encoded bytes, Pillow images or numpy arrays (uint8 [H,W,3] or [H,W]), or one array [N,H,W,3].
-        prior: `balanced`, `train`, a strength, a target prior as vector, mapping or file; None is the server's default.
+        prior: `balanced`, `train`, `live` (the estimate of `tailor drift --write`), a strength, a target prior as vector,
+        mapping or file; None is the server's default.
         version: the release to ask; None is the newest. timeout: seconds for the whole call, retries included; None is
         the client's own. check: decode every image here before anything is sent; False leaves that to the server. More
         images than one request takes go out as several, `concurrency` at a time. Raises InputError naming the image or

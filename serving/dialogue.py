@@ -26,6 +26,7 @@ Steps = Generator[Sequence[Call], Sequence[Any], Result]
 OUTPUTS = {"class": 0, "index": 0, "probability": 0}
 # Bytes of images in one request; recent Triton servers refuse HTTP bodies above 64 MB.
 REQUEST_BYTES = 48 * 1024 * 1024
+SERVE_AGAIN = "serve a repository that `dvc repro` wrote"
 
 
 class Dialogue:
@@ -35,7 +36,7 @@ class Dialogue:
         self.url = url
         self._limits: tuple[int, float | None] | None = None
         self._names: list[str] | None = None
-        self._classes: int | None = None
+        self._inputs: dict[str, int] | None = None
         self._release: int | None = None
 
     def predict(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[list[Prediction]]:
@@ -136,11 +137,15 @@ class Dialogue:
         return classifier_call(encoded, name, row, version)
 
     def _prior_input(
-        self, parsed: float | np.ndarray | dict[str, float] | None
+        self, parsed: float | np.ndarray | dict[str, float] | str | None
     ) -> Steps[tuple[str, np.ndarray | None]]:
         """The input that carries a prior, and one row of it; None where the server's default is not known here."""
         if parsed is None or isinstance(parsed, float):
             return "strength", None if parsed is None else np.array([parsed], dtype=np.float32)
+        if isinstance(parsed, str):
+            if "prior" not in (yield from self._classifier_inputs()):
+                raise ServingError(f"{self.url}: classifier knows no prior by name; {SERVE_AGAIN}")
+            return "prior", np.array([parsed.encode()], dtype=np.object_)
         names = (yield from self.class_names()) if isinstance(parsed, dict) else None
         return "target_prior", vector_of(parsed, names, (yield from self._class_count()))
 
@@ -158,21 +163,22 @@ class Dialogue:
         before, self._release = self._release, newest
         if before in (None, newest):
             return False
-        self._limits = self._names = self._classes = None
+        self._limits = self._names = self._inputs = None
         return True
 
     def _class_count(self) -> Steps[int]:
-        if self._classes is None:
+        found = (yield from self._classifier_inputs()).get("target_prior")
+        if not found:
+            raise ServingError(f"{self.url}: classifier takes no target_prior; {SERVE_AGAIN}")
+        return found
+
+    def _classifier_inputs(self) -> Steps[dict[str, int]]:
+        """The inputs of `classifier` by name, with the length of a row."""
+        if self._inputs is None:
             [metadata] = yield [ModelMetadata(CLASSIFIER)]
             with self._reading(CLASSIFIER):
-                inputs = {tensor["name"]: int(tensor["shape"][-1]) for tensor in metadata["inputs"]}
-            found = inputs.get("target_prior")
-            if not found:
-                raise ServingError(
-                    f"{self.url}: classifier takes no target_prior; serve a repository that `dvc repro` wrote"
-                )
-            self._classes = found
-        return self._classes
+                self._inputs = {tensor["name"]: int(tensor["shape"][-1]) for tensor in metadata["inputs"]}
+        return self._inputs
 
 
 def classifier_call(encoded: Sequence[bytes], name: str, row: np.ndarray | None, version: int | None) -> Infer:

@@ -10,8 +10,11 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from models.prior import shot_group
 from serving.answers import Prediction, Status
+from serving.drift import Drift
 from serving.errors import ServingError
+from serving.manifest import Manifest
 from serving.promotion import VersionState
 
 CSV_COLUMNS = ("image", "version", "rank", "class", "index", "probability", "error")
@@ -77,6 +80,27 @@ def versions_table(found: Sequence[VersionState], repository: str) -> Table:
         shown = [f"{scores[name]:.3f}" if isinstance(scores.get(name), float) else "" for name in ("all", "few")]
         published = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.published))
         table.add_row(str(state.version), state.state, published, *shown, escape(manifest.code_revision[:12]))
+    return table
+
+
+def drift_table(found: Drift, manifest: Manifest, top: int, title: str) -> Table:
+    """A table of the live class prior: the groups, then the `top` most shifted classes."""
+    table = Table(title=f"class prior of {escape(title)}")
+    table.add_column("classes", overflow="fold")
+    for name in ("training", "live", f"{found.confidence:.0%} interval", "times"):
+        table.add_column(name, justify="right")
+
+    def add(name: str, training: float, live: float, low: float, high: float) -> None:
+        times = f"{live / training:.2f}" if training > 1e-6 else ""
+        table.add_row(escape(name), f"{training:.3f}", f"{live:.3f}", f"{low:.3f} to {high:.3f}", times)
+
+    groups = [shot_group(count) for count in manifest.counts]
+    for group, share in found.groups.items():
+        members = [p for p, of in zip(found.training, groups, strict=True) if of == group]
+        add(f"{group} ({len(members)})", sum(members), share.value, share.low, share.high)
+    table.add_section()
+    for c in found.most_shifted(top):
+        add(manifest.classes[c], found.training[c], found.prior[c], found.low[c], found.high[c])
     return table
 
 

@@ -106,6 +106,7 @@ def classifier_config(manifest: Manifest) -> ModelConfig:
     config.input.add(name="image", data_type=DataType.TYPE_STRING, dims=[1])
     config.input.add(name="strength", data_type=DataType.TYPE_FP32, dims=[1], optional=True)
     config.input.add(name="target_prior", data_type=DataType.TYPE_FP32, dims=[len(manifest.classes)], optional=True)
+    config.input.add(name="prior", data_type=DataType.TYPE_STRING, dims=[1], optional=True)
     config.output.add(name="class", data_type=DataType.TYPE_STRING, dims=[manifest.top_k])
     config.output.add(name="index", data_type=DataType.TYPE_INT32, dims=[manifest.top_k])
     config.output.add(name="probability", data_type=DataType.TYPE_FP32, dims=[manifest.top_k])

@@ -15,17 +15,19 @@ from serving.errors import InputError
 Prior = str | float | Path | Sequence[float] | np.ndarray | Mapping[str, float] | None
 
 NAMED = {"balanced": 0.0, "train": 1.0}
+LIVE = "live"  # what `tailor drift --write` estimated; the server has the numbers
 MAX_FILE_BYTES = 16 * 1024 * 1024
 LARGEST = float(np.finfo(np.float32).max)
-EXPECTED = "expected balanced, train, a number, or a file with one number per class"
+EXPECTED = "expected balanced, train, live, a number, or a file with one number per class"
 
 
-def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | None:
-    """The strength (a number), the target prior as a vector [C] or by class name, or None for the server's default.
+def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | str | None:
+    """The strength (a number), the target prior as a vector [C] or by class name, LIVE, or None for the server's default.
 
-    prior: `balanced` (strength 0), `train` (1), a number or its text, a vector, a mapping from class name to
-    probability, or a file holding a JSON list, a JSON object by class name, or one number per line. Raises InputError.
-    A vector is checked as far as it can be without knowing the number of classes; see `vector_of`.
+    prior: `balanced` (strength 0), `train` (1), `live` (the estimate of `tailor drift --write`), a number or its text, a
+    vector, a mapping from class name to probability, or a file holding a JSON list, a JSON object by class name, or one
+    number per line. A vector is checked as far as it can be without knowing the number of classes; see `vector_of`.
+    Raises InputError.
     """
     if prior is None:
         return None
@@ -38,6 +40,8 @@ def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | None:
     if isinstance(prior, str):
         if prior in NAMED:
             return NAMED[prior]
+        if prior == LIVE:
+            return LIVE
         try:
             return _strength(float(prior))
         except ValueError:

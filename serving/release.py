@@ -20,6 +20,8 @@ NEEDED = {
         "preprocess.py",
         "metrics.py",
         "access_log.py",
+        "logit_log.py",
+        "live_prior.py",
         "manifest.json",
         "golden.json",
     ),

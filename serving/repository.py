@@ -105,7 +105,7 @@ def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
 def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     sources = Path(__file__).with_name("triton")
     shutil.copyfile(sources / "classifier_model.py", folder / "model.py")
-    for name in ("metrics.py", "access_log.py"):
+    for name in ("metrics.py", "access_log.py", "logit_log.py", "live_prior.py"):
         shutil.copyfile(sources / name, folder / name)
     for module in (prior, preprocess):
         shutil.copyfile(Path(module.__file__), folder / Path(module.__file__).name)

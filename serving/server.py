@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -36,8 +36,8 @@ class TritonServer:
     A port of 0 means any free one, chosen at the first start and kept. What the server and its stubs print goes to the
     file `log` and to the stream `forward`, where they are given. grace: seconds that running requests get when it is
     stopped. niceness: how far it stands back for other work, 0 to 19. options: further ones of Triton's own (see
-    server_options). Use it as a context manager, or call start and stop; it may be started again. start leaves nothing
-    running when it raises.
+    server_options); environment: further variables for it and its models. Use it as a context manager, or call start and
+    stop; it may be started again. start leaves nothing running when it raises.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class TritonServer:
         grace: int = GRACE,
         niceness: int = 0,
         options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.repository = repository
         self.host = host
@@ -63,6 +64,7 @@ class TritonServer:
         self.grace = grace
         self.niceness = niceness
         self.options = options
+        self.environment = environment or {}
         self.releases: list[Release] = []
         self.prefix = new_prefix()
         self.example: Path | None = None  # a file with one golden image, while it runs
@@ -190,7 +192,8 @@ class TritonServer:
         command = triton_arguments(
             installation, runtime, self.prefix, self.host, self.ports, key, self.grace, self.options
         )
-        self._process = start_process(command, installation.environment, runtime, self.niceness)
+        environment = {**installation.environment, **self.environment}
+        self._process = start_process(command, environment, runtime, self.niceness)
         self._output.follow(self._process.stdout)
         self._running = RunningServer(
             repository=os.path.realpath(self.repository),

@@ -1,11 +1,17 @@
-"""What can be switched on in a Triton server beyond its defaults, as its command-line options: latencies, traces, TLS."""
+"""What can be switched on in a Triton server beyond its defaults: latencies, traces and TLS as its command-line options,
+the log of logits as variables of its environment.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from serving.errors import InputError
+from serving.triton import logit_log
 
 # Quantiles of the last minute for the metrics: what the dashboard and the alert on latency read.
 LATENCY_OPTIONS = (
@@ -59,3 +65,37 @@ def grpc_tls_options(certificate: Path, key: Path, client_authority: Path | None
     if client_authority:
         return ["--grpc-use-ssl-mutual=true", *files, f"--grpc-root-cert={client_authority.absolute()}"]
     return ["--grpc-use-ssl=true", *files]
+
+
+def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = "1GiB") -> dict[str, str]:
+    """Variables under which `classifier` logs logits for `tailor drift`, and the folder made ready.
+
+    share: of the images, above 0 to 1, drawn one by one. limit: bytes of the whole folder, as a number or as text such
+    as 500MiB; the oldest files go. Raises InputError naming what cannot be used.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share of logged images is {share:g}; expected a number above 0, at most 1")
+    size = limit if isinstance(limit, int) else bytes_of(limit)
+    if size < logit_log.SMALLEST_LIMIT:
+        raise InputError(f"limit of the logged logits is {limit}; expected at least 1MiB")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise InputError("logging logits needs pyarrow, which is missing; pip install pyarrow")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; give a folder for the logged logits") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: is not writable; give a folder for the logged logits")
+    return {
+        logit_log.FOLDER_VARIABLE: str(folder.absolute()),
+        logit_log.SHARE_VARIABLE: repr(share),
+        logit_log.LIMIT_VARIABLE: str(size),
+    }
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of a size such as 500MiB, 1GiB, 2TiB or a number. Raises InputError."""
+    found = re.fullmatch(r"(\d{1,15})\s*([KMGT]iB)?", text.strip())
+    if not found:
+        raise InputError(f"size is {text!r}; expected a number of bytes, or one with KiB, MiB, GiB or TiB")
+    return int(found[1]) << (10 * ("KMGT".index(found[2][0]) + 1) if found[2] else 0)

@@ -12,8 +12,10 @@ import typer
 from PIL import Image
 
 from serving.commands.added import Commands
+from serving.commands.drift import drift
 from serving.commands.gateway import gateway
 from serving.commands.loadtest import loadtest
+from serving.commands.playground import playground
 from serving.commands.predict import predict, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
@@ -41,6 +43,8 @@ app.command(epilog="Example: tailor gateway --http-port 8443 --grpc-port 8444 --
 )
 app.command(epilog="Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")(predict)
 app.command(epilog="Example: tailor status --url grpc://127.0.0.1:8001 --json")(status)
+app.command(epilog="Example: tailor drift artifacts/logits --since 24h --write --retrain-above 0.1")(drift)
+app.command(epilog="Example: tailor playground --port 7860")(playground)
 app.command(epilog="Example: tailor loadtest --images photos --users 32 --time 2m --max-p99 200")(loadtest)
 
 

@@ -46,7 +46,7 @@ def loadtest(
         str, typer.Option(metavar="|".join(SHAPES), help="Users over the time: all, in steps, a spike, or a soak.")
     ] = "constant",
     prior: Annotated[
-        str, typer.Option(metavar="balanced|train|NUMBER|FILE", help="Prior of the adjusted requests.")
+        str, typer.Option(metavar="balanced|train|live|NUMBER|FILE", help="Prior of the adjusted requests.")
     ] = "train",
     adjusted_share: Annotated[float, typer.Option(help="Share of requests under --prior; the others balanced.")] = 0.5,
     batch: Annotated[int, typer.Option(help="Images in a request.")] = 1,

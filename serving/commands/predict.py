@@ -46,8 +46,9 @@ def predict(
     prior: Annotated[
         str | None,
         typer.Option(
-            metavar="balanced|train|NUMBER|FILE",
-            help="Class prior of the answers: balanced, train, a strength (0 is balanced, 1 is train), or a file with "
+            metavar="balanced|train|live|NUMBER|FILE",
+            help="Class prior of the answers: balanced, train, live (what `tailor drift --write` estimated), a strength "
+            "(0 is balanced, 1 is train), or a file with "
             "the probabilities (JSON list, JSON object by class name, or a number per line). "
             "Server's default if not given.",
         ),

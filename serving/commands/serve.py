@@ -14,7 +14,7 @@ import typer
 from serving.commands.options import REPOSITORY, Debug, RepositoryOption
 from serving.example import curl_example
 from serving.server import GRACE, TritonServer
-from serving.server_options import LATENCY_OPTIONS, trace_options
+from serving.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
 from serving.supervisor import Supervisor
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -36,6 +36,14 @@ def serve(
         str | None, typer.Option(help="Send OpenTelemetry traces here, e.g. http://127.0.0.1:4318/v1/traces.")
     ] = None,
     trace_every: Annotated[int, typer.Option(min=1, help="With --trace-url: trace each n-th request.")] = 100,
+    log_logits: Annotated[
+        Path | None,
+        typer.Option(help="Folder to log the logits of some images in, for `tailor drift`; off if not given."),
+    ] = None,
+    log_share: Annotated[float, typer.Option(help="With --log-logits: share of the images, above 0 to 1.")] = 0.01,
+    log_limit: Annotated[
+        str, typer.Option(help="With --log-logits: most bytes that the folder holds, e.g. 500MiB; the oldest files go.")
+    ] = "1GiB",
     grace: Annotated[
         int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is told to end.")
     ] = GRACE,
@@ -50,7 +58,16 @@ def serve(
     forward = None if quiet else sys.stderr
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
     server = TritonServer(
-        repository, host, http_port, grpc_port, metrics_port, log, forward=forward, grace=grace, options=options
+        repository,
+        host,
+        http_port,
+        grpc_port,
+        metrics_port,
+        log,
+        forward=forward,
+        grace=grace,
+        options=options,
+        environment=logit_log_environment(log_logits, log_share, log_limit) if log_logits else None,
     )
     stopping = threading.Event()
 

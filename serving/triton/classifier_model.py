@@ -1,7 +1,7 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the asked target prior out.
 
 Runs inside Triton's stub process with numpy and Pillow, and with the files beside it: prior.py and preprocess.py, the
-copies of what training uses, metrics.py and access_log.py. The network itself runs in `student` of the same version.
+copies of what training uses, metrics.py, live_prior.py and the logs. The network itself runs in `student` of the same version.
 """
 
 from __future__ import annotations
@@ -52,12 +52,16 @@ class TritonPythonModel:
         self.names = np.array([name.encode() for name in manifest["classes"]], dtype=np.object_)
         self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
         self.size, self.resize_to = manifest["image"]["size"], manifest["image"]["resize_to"]
+        live_prior = sibling("live_prior")
+        self.live_prior = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
+        self.no_live_prior = live_prior.NoLivePrior
         self.strength, self.top_k = float(manifest["strength"]), manifest["top_k"]
         self.max_batch_size = json.loads(args["model_config"])["max_batch_size"]
         groups = [self.prior.shot_group(count) for count in manifest["counts"]]
         ranks = np.argsort(np.argsort(-np.asarray(manifest["counts"]), kind="stable"), kind="stable")
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
         self.access_log = sibling("access_log").open_access_log(args, self.metrics.access_log_lost)
+        self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.read_images, self.metrics)
 
     def execute(self, requests):
         """Answer a batch from one pass of the student; a request with a bad row fails alone."""
@@ -86,7 +90,9 @@ class TritonPythonModel:
         return responses
 
     def finalize(self):
-        """Hand over the last counts and close the access log."""
+        """Hand over the last counts and close the logs."""
+        if self.logit_log:
+            self.logit_log.close()
         self.metrics.close()
         self.access_log.close()
 
@@ -98,8 +104,15 @@ class TritonPythonModel:
         encoded, rows = encoded[:, 0], len(encoded)
         strength = read_input(request, "strength", (1,), rows)
         target = read_input(request, "target_prior", None, rows)
+        names = read_input(request, "prior", (1,), rows)
         if target is not None and strength is not None:
             raise Refused("both", "strength and target_prior exclude each other; send one of them")
+        if names is not None:
+            if target is not None or strength is not None:
+                raise Refused("both", "prior excludes strength and target_prior; send one of them")
+            named_priors = [self.read_name(name, row, rows) for row, name in enumerate(names[:, 0])]
+            kinds = Counter(name.decode() for name in names[:, 0])
+            return Asked(self.read_images(encoded), np.stack(named_priors), 1.0, kinds)
         if target is not None:
             # The small inputs first: a request that is refused for them costs no decoding.
             checked = [self.read_prior(p, row, rows) for row, p in enumerate(target)]
@@ -146,9 +159,24 @@ class TritonPythonModel:
         except ValueError as error:
             raise Refused("target_prior", f"{named(row, rows)}{error}") from None
 
+    def read_name(self, name, row, rows):
+        """What a row of prior adds to the logits, float64 [C]. Raises Refused."""
+        if name in (b"balanced", b"train"):
+            return self.log_prior * (name == b"train")
+        if name != b"live":
+            shown = ascii(name[:40].decode(errors="replace"))
+            raise Refused("prior", f"{named(row, rows)}prior is {shown}; expected balanced, train or live")
+        try:
+            return self.live_prior.log()
+        except self.no_live_prior as error:
+            raise Refused("live_prior", f"{named(row, rows)}prior is live, but {error}") from None
+
     def answers(self, asked):
         """The responses by place of all requests that could be read, counted. Raises StudentFailed."""
-        logits = self.balanced_logits(np.concatenate([one.images for one in asked.values()]))
+        images = np.concatenate([one.images for one in asked.values()])
+        logits = self.balanced_logits(images)
+        if self.logit_log:
+            self.logit_log.offer(images, logits)
         answers, tops, confidences, start = {}, [], [], 0
         for place, one in asked.items():
             rows = logits[start : start + len(one.images)]

@@ -17,7 +17,7 @@ FLUSH_EVERY = 2.0  # seconds
 MAX_CLASS_LABELS = 100
 CONFIDENCE_EDGES = np.arange(1, 11) / 10
 FAMILIES = {
-    "tailor_images_total": "Images answered, by the class prior that was asked for: balanced, train, number or own",
+    "tailor_images_total": "Images answered, by the class prior that was asked for: balanced, train, live, number, own",
     "tailor_top_class_total": "Images answered, by their most probable class and its shot group in training",
     # Triton itself counts a request as a success whatever the model's response says.
     "tailor_refused_total": "Requests refused by the classifier, by reason",
@@ -27,6 +27,8 @@ FAMILIES = {
     "tailor_confidence_sum": "Sum of the probabilities of the most probable classes",
     "tailor_confidence_count": "Images answered, the count of the confidence histogram",
     "tailor_access_log_lost_total": "Lines that the access log could not write",
+    "tailor_logit_log_total": "Images whose logits were logged",
+    "tailor_logit_log_lost_total": "Images whose logits were to be logged and were not: queue (too many at once) or disk",
 }
 
 
@@ -49,7 +51,7 @@ class Metrics:
         self.metrics = {}
         self.counts = Counter()
         # A counter that is there before its first event has a rate when that event comes.
-        for prior in ("balanced", "train", "number", "own"):
+        for prior in ("balanced", "train", "live", "number", "own"):
             self._add("tailor_images_total", 0, prior=prior)
         for name in ("tailor_failed_total", "tailor_access_log_lost_total"):
             self._add(name, 0)
@@ -87,6 +89,16 @@ class Metrics:
         """Count a line that the access log could not write."""
         with self.lock:
             self._add("tailor_access_log_lost_total", 1)
+
+    def logits_logged(self, images):
+        """Count images whose logits are on disk."""
+        with self.lock:
+            self._add("tailor_logit_log_total", images)
+
+    def logits_lost(self, images, reason):
+        """Count images whose logits could not be logged."""
+        with self.lock:
+            self._add("tailor_logit_log_lost_total", images, reason=reason)
 
     def flush(self):
         """Hand what changed over to Triton."""

@@ -56,7 +56,7 @@ def test_every_image_is_counted_under_the_prior_it_asked_for(classifier: Any) ->
         ]
     )
     found = counted(classifier.metrics, "tailor_images_total")
-    assert found == {("balanced",): 3, ("train",): 1, ("number",): 2, ("own",): 2}
+    assert found == {("balanced",): 3, ("train",): 1, ("live",): 0, ("number",): 2, ("own",): 2}
     assert sum(counted(classifier.metrics, "tailor_top_class_total").values()) == 8
     assert counted(classifier.metrics, "tailor_confidence_count") == {(): 8}
 

@@ -36,6 +36,8 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
         "classifier/1/__pycache__",
         "classifier/1/access_log.py",
         "classifier/1/golden.json",
+        "classifier/1/live_prior.py",
+        "classifier/1/logit_log.py",
         "classifier/1/manifest.json",
         "classifier/1/metrics.py",
         "classifier/1/model.py",
@@ -75,6 +77,7 @@ def test_configs_say_the_whole_signature(repository: Path) -> None:
         ("image", [1], False),
         ("strength", [1], True),
         ("target_prior", [len(CLASSES)], True),
+        ("prior", [1], True),
     ]
     assert [(tensor.name, list(tensor.dims)) for tensor in classifier.output] == [
         ("class", [TOP_K]),

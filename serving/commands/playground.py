@@ -1,0 +1,49 @@
+"""`tailor playground`: a page on a running server."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from serving.client import Client
+from serving.commands.options import CaFile, Debug, Headers, Timeout, Url, address, parse_headers
+from serving.errors import InputError
+from serving.ports import choose_ports
+
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port of the page on 127.0.0.1; 0 takes any free one.")]
+
+
+def playground(
+    url: Url = None,
+    port: Port = 7860,
+    timeout: Timeout = 60.0,
+    header: Headers = None,
+    ca_file: CaFile = None,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Open a page on a running server: drop images, compare priors side by side.
+
+    Needs Gradio (pip install 'tailor[playground]'). The page is for this machine alone and sends images nowhere but to
+    the server. Ends with Ctrl-C.
+    """
+    # Read at Gradio's import: no telemetry, no look for a newer version, and no more than one page's files kept.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise InputError("tailor playground needs Gradio; pip install 'tailor[playground]'") from None
+    from serving.playground.page import build, launch_options
+
+    with Client(address(url, None), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
+        client.class_names()  # a server that cannot be reached is told now, in one line
+        page = build(client)
+        chosen = choose_ports("127.0.0.1", {"--port": port})["--port"]
+        _, local, _ = page.launch(server_port=chosen, prevent_thread_lock=True, **launch_options())
+        print(f"playground {local}", flush=True)
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)

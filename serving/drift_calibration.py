@@ -1,0 +1,45 @@
+"""The calibration of a served student, from what evaluation kept of its test answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from models.calibration import Calibration, fit_calibration
+from models.prior import softmax
+from serving.errors import ServingError
+from serving.manifest import Manifest
+
+SAME = 1e-6  # nats; the manifest's own figure is of these very answers
+
+
+def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
+    """Temperature and biases fitted on evaluation's predictions.parquet (label, unadjusted logits) of this release.
+
+    Raises ServingError naming the file: missing, damaged, of another student than the manifest's, or of answers that
+    say nothing about the labels.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    classes, balanced = len(manifest.classes), manifest.metrics.get("balanced")
+    try:
+        table = pyarrow.parquet.read_table(predictions, columns=["label", "logits"])
+        labels = table["label"].to_numpy()
+        logits = np.array(table["logits"].to_pylist(), dtype=np.float64)
+    except FileNotFoundError:
+        raise ServingError(f"{predictions}: no such file; run `dvc repro evaluate`, or give --calibration") from None
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        raise ServingError(f"{predictions}: damaged ({str(error).splitlines()[0][:100]})") from None
+    usable = logits.ndim == 2 and len(logits) and logits.shape[1] == classes and labels.dtype.kind in "iu"
+    if not usable or not np.isfinite(logits).all() or labels.min() < 0 or labels.max() >= classes:
+        raise ServingError(f"{predictions}: is not of the {classes} classes of version {manifest.version}")
+    wrong = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
+    told = balanced.get("nll") if isinstance(balanced, dict) else None
+    if not isinstance(told, float) or not abs(wrong - told) <= SAME:
+        raise ServingError(f"{predictions}: is of another student than version {manifest.version}")
+    try:
+        return fit_calibration(logits, labels)
+    except ValueError as error:
+        raise ServingError(f"{predictions}: {error}") from None

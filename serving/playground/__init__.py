@@ -1,0 +1,1 @@
+"""The playground: a page on a running server, for people."""

@@ -1,0 +1,105 @@
+"""The page itself, made of Gradio's parts over the real client."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serving.client import Client
+from serving.errors import ServingError
+from serving.images import SUFFIXES
+from serving.playground.answers import as_html, batch_csv, own_prior, side_by_side
+
+if TYPE_CHECKING:
+    import gradio
+
+MAX_IMAGE = 16 * 1024 * 1024  # bytes of one upload
+MAX_FILES = 2000  # of a batch
+STYLE = Path(__file__).with_name("page.css")
+OWN = 'e.g. {"cat": 0.7, "dog": 0.3}, or one number per class'
+
+
+def build(client: Client) -> gradio.Blocks:
+    """The page on a server. Nothing is asked before somebody does something."""
+    import gradio as gr
+
+    with gr.Blocks(title="Tailor playground", analytics_enabled=False) as page:
+        gr.HTML(f"<h1>Tailor playground</h1><p>One image, several worlds. Server: {escape(client.url)}</p>")
+        with gr.Tab("One image"):
+            _one_image(gr, client)
+        with gr.Tab("Many images"):
+            _many_images(gr, client)
+    return page
+
+
+def _one_image(gr: Any, client: Client) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            upload = gr.File(label="Image", file_types=sorted(SUFFIXES), type="filepath", elem_id="image")
+            shown = gr.HTML(elem_id="shown")
+            strength = gr.Slider(0, 2, 1, step=0.05, label="Strength: 0 is balanced, 1 is train", elem_id="strength")
+            own = gr.Textbox(label="Your own prior", placeholder=OWN, lines=2, elem_id="own")
+        with gr.Column(scale=3, min_width=320):
+            columns = gr.HTML("<p>Drop an image to see its classes.</p>", elem_id="answers")
+
+    def answer(path: str | None, strength: float, own: str) -> tuple[str, str]:
+        if path is None:
+            return "<p>Drop an image to see its classes.</p>", ""
+        name = escape(Path(path).name)
+        try:
+            data = Path(path).read_bytes()
+            answers = side_by_side(client, data, strength, own)
+        except ServingError as error:
+            return f'<p class="wrong" role="alert">{name}: {escape(str(error))}</p>', ""
+        return as_html(answers), f"<p>{name}, {len(data):,} bytes</p>"
+
+    asked = {"fn": answer, "inputs": [upload, strength, own], "outputs": [columns, shown], "api_visibility": "private"}
+    upload.change(**asked, show_progress="minimal")
+    strength.release(**asked, show_progress="hidden")
+    strength.change(**asked, show_progress="hidden", trigger_mode="always_last")
+    own.submit(**asked, show_progress="hidden")
+    own.blur(**asked, show_progress="hidden")
+
+
+def _many_images(gr: Any, client: Client) -> None:
+    files = gr.File(label="Folder of images", file_count="directory", type="filepath", elem_id="folder")
+    prior = gr.Textbox("balanced", label="Prior: balanced, train, live, a strength, or your own", elem_id="prior")
+    start = gr.Button("Classify", variant="primary", elem_id="classify")
+    said = gr.HTML(elem_id="said")
+    table = gr.File(label="Answers as CSV", interactive=False, elem_id="csv")
+
+    def classify(paths: list[str] | None, prior: str, progress: Any = gr.Progress()) -> tuple[str, str | None]:  # noqa: B008
+        images = [Path(path) for path in paths or [] if Path(path).suffix.lower() in SUFFIXES]
+        if not images or len(images) > MAX_FILES:
+            wanted = f"{len(images):,} images; expected 1 to {MAX_FILES:,} JPEG, PNG or WebP files"
+            return f'<p class="wrong" role="alert">{wanted}</p>', None
+        progress(0.1, desc=f"{len(images):,} images")
+        plain = prior.strip()
+        try:
+            path, failed = batch_csv(client, images, own_prior(plain) if plain[:1] in ("[", "{") else plain or None)
+        except ServingError as error:
+            return f'<p class="wrong" role="alert">{escape(str(error))}</p>', None
+        return f"<p>{len(images) - failed:,} classified, {failed:,} could not be; the CSV says why</p>", str(path)
+
+    start.click(classify, [files, prior], [said, table], api_visibility="private")
+
+
+def launch_options() -> dict[str, Any]:
+    """How the page is served: this machine alone, bounded uploads, system fonts, nothing of others loaded."""
+    import gradio as gr
+
+    theme = gr.themes.Base(
+        primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return {
+        "server_name": "127.0.0.1",
+        "share": False,
+        "max_file_size": MAX_IMAGE,
+        "theme": theme,
+        "css_paths": STYLE,
+        "footer_links": [],
+        "quiet": True,
+        "ssr_mode": False,
+        "strict_cors": True,
+    }

@@ -1,0 +1,61 @@
+"""The live prior of a model repository: the estimate that `tailor drift --write` left, for requests that name it.
+
+It lies beside the models, not in one, so that writing it is no change of a model: no reload, and all versions of the same
+classes share it. The file is replaced by a rename; whoever reads it has the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+NAME = "live_prior.json"
+FORMAT = 1
+MAX_BYTES = 16 * 1024 * 1024
+HINT = "run `tailor drift --write`"
+
+
+class NoLivePrior(Exception):
+    """There is no live prior that could be used; the message says what to do."""
+
+
+class LivePrior:
+    """The live prior of the repository `root`, read again whenever its file was replaced.
+
+    classes: names by index. arithmetic: the module models.prior, or the copy of it.
+    """
+
+    def __init__(self, root, classes, arithmetic):
+        self.path, self.classes, self.arithmetic = Path(root) / NAME, classes, arithmetic
+        self.seen, self.known = None, None
+
+    def log(self):
+        """Log of the live prior, float64 [C]. Raises NoLivePrior."""
+        try:
+            state = self.path.stat()
+            seen = (state.st_ino, state.st_mtime_ns, state.st_size)
+            if seen != self.seen:
+                if state.st_size > MAX_BYTES:
+                    raise NoLivePrior(f"{NAME} is larger than {MAX_BYTES} bytes; {HINT}")
+                self.known = self.arithmetic.log_target_prior(self._read())
+                self.seen = seen
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            reason = "this repository has none" if missing else f"{NAME}: {error.strerror}"
+            raise NoLivePrior(f"{reason}; {HINT}") from None
+        return self.known
+
+    def _read(self):
+        try:
+            content = json.loads(self.path.read_bytes())
+            if content["format"] != FORMAT:
+                raise ValueError(f"format is {content['format']!r}, expected {FORMAT}")
+            classes, prior = content["classes"], content["prior"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise NoLivePrior(f"{NAME} is no live prior ({error}); {HINT}") from None
+        if classes != self.classes:
+            raise NoLivePrior(f"{NAME} is of other classes; {HINT}")
+        try:
+            return self.arithmetic.check_target_prior(prior, len(self.classes))
+        except (ValueError, TypeError) as error:
+            raise NoLivePrior(f"{NAME}: {error}; {HINT}") from None
