@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import tempfile
 import time
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from models.preprocess import decode, to_rgb, upright
 from serving.answers import Prediction
 from serving.client import Client
 from serving.display import CSV_COLUMNS, as_rows
@@ -36,7 +39,7 @@ def ask(client: Client, image: bytes, title: str, prior: Prior) -> Answer:
     try:
         (prediction,) = client.predict([image], prior)
     except ServingError as error:
-        return Answer(title, None, 0.0, str(error))
+        return Answer(title, None, 0.0, str(error).removeprefix(f"{client.url} refused: "))
     return Answer(title, prediction, 1000 * (time.perf_counter() - started))
 
 
@@ -46,7 +49,9 @@ def side_by_side(client: Client, image: bytes, strength: float, own: str) -> lis
     Raises InputError for an image that cannot be read, naming what is wrong with it, and ServingError when no server
     answers: then no column would be right.
     """
-    (balanced,) = _checked(client, image)
+    started = time.perf_counter()
+    (prediction,) = client.predict([image], "balanced")
+    balanced = Answer("balanced", prediction, 1000 * (time.perf_counter() - started))
     rest = [("train", "train"), ("live", LIVE), (f"strength {strength:g}", strength)]
     answers = [balanced, *(ask(client, image, title, prior) for title, prior in rest)]
     if own.strip():
@@ -55,12 +60,6 @@ def side_by_side(client: Client, image: bytes, strength: float, own: str) -> lis
         except InputError as error:
             answers.append(Answer("your own", None, 0.0, str(error)))
     return answers
-
-
-def _checked(client: Client, image: bytes) -> list[Answer]:
-    started = time.perf_counter()
-    (prediction,) = client.predict([image], "balanced")
-    return [Answer("balanced", prediction, 1000 * (time.perf_counter() - started))]
 
 
 def own_prior(text: str) -> Prior:
@@ -98,6 +97,16 @@ def _column(answer: Answer) -> str:
     )
     told = f"{answer.milliseconds:.1f} ms, version {answer.prediction.version}"
     return f'<section class="column">{title}<ol>{rows}</ol><p class="told">{told}</p></section>'
+
+
+def thumbnail(image: bytes, name: str) -> str:
+    """The image as HTML, at most 256 pixels, drawn anew from its pixels. Raises ImageError for what is no image."""
+    small = to_rgb(upright(decode(image)))
+    small.thumbnail((256, 256))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=85)
+    data = base64.b64encode(stream.getvalue()).decode("ascii")
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(name)}">'
 
 
 def batch_csv(client: Client, files: Sequence[Path], prior: Prior) -> tuple[Path, int]:

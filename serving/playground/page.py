@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from serving.client import Client
 from serving.errors import ServingError
 from serving.images import SUFFIXES
-from serving.playground.answers import as_html, batch_csv, own_prior, side_by_side
+from serving.playground.answers import as_html, batch_csv, own_prior, side_by_side, thumbnail
 
 if TYPE_CHECKING:
     import gradio
@@ -38,7 +38,7 @@ def _one_image(gr: Any, client: Client) -> None:
         with gr.Column(scale=1, min_width=280):
             upload = gr.File(label="Image", file_types=sorted(SUFFIXES), type="filepath", elem_id="image")
             shown = gr.HTML(elem_id="shown")
-            strength = gr.Slider(0, 2, 1, step=0.05, label="Strength: 0 is balanced, 1 is train", elem_id="strength")
+            strength = gr.Slider(0, 2, 0.5, step=0.05, label="Strength: 0 is balanced, 1 is train", elem_id="strength")
             own = gr.Textbox(label="Your own prior", placeholder=OWN, lines=2, elem_id="own")
         with gr.Column(scale=3, min_width=320):
             columns = gr.HTML("<p>Drop an image to see its classes.</p>", elem_id="answers")
@@ -46,13 +46,13 @@ def _one_image(gr: Any, client: Client) -> None:
     def answer(path: str | None, strength: float, own: str) -> tuple[str, str]:
         if path is None:
             return "<p>Drop an image to see its classes.</p>", ""
-        name = escape(Path(path).name)
+        name = Path(path).name
         try:
             data = Path(path).read_bytes()
             answers = side_by_side(client, data, strength, own)
         except ServingError as error:
-            return f'<p class="wrong" role="alert">{name}: {escape(str(error))}</p>', ""
-        return as_html(answers), f"<p>{name}, {len(data):,} bytes</p>"
+            return f'<p class="wrong" role="alert">{escape(name)}: {escape(str(error))}</p>', ""
+        return as_html(answers), f"{thumbnail(data, name)}<p>{escape(name)}, {len(data):,} bytes</p>"
 
     asked = {"fn": answer, "inputs": [upload, strength, own], "outputs": [columns, shown], "api_visibility": "private"}
     upload.change(**asked, show_progress="minimal")

@@ -1,0 +1,182 @@
+"""`tailor playground` in a real browser: an image dropped, a prior changed, a broken file, a folder to CSV."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CLASSES, Release, picture
+
+from models.prior import log_class_prior, softmax
+from serving.answers import Prediction
+from serving.errors import InputError
+from serving.playground.answers import Answer, as_html, own_prior
+from serving.server import TritonServer
+
+CHROMIUM = Path(os.environ.get("TAILOR_CHROMIUM", "/usr/bin/chromium"))
+with_browser = [
+    pytest.mark.end_to_end,
+    pytest.mark.xdist_group("playground"),
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="no Chromium; name one by TAILOR_CHROMIUM"),
+]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_a_class_name_is_text_whatever_it_holds() -> None:
+    hostile = Prediction(("<script>alert(1)</script>",), (0,), (1.0,), 1)
+    assert "<script>" not in as_html([Answer("balanced", hostile, 1.0), Answer("<b>", None, 0.0, "<img src=x>")])
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("0.7, 0.3", [0.7, 0.3]), ("0.7 0.3\n", [0.7, 0.3]), ("[0.7, 0.3]", [0.7, 0.3]), ('{"a": 1}', {"a": 1})],
+)
+def test_a_prior_is_typed_as_numbers_or_as_json(typed: str, meant: object) -> None:
+    assert own_prior(typed) == meant
+
+
+@pytest.mark.parametrize("typed", ["cat and dog", '"train"', "true", "{", "9" * 2_000_000])
+def test_what_is_no_prior_is_refused_in_one_line(typed: str) -> None:
+    with pytest.raises(InputError, match="your own prior") as refused:
+        own_prior(typed)
+    assert len(str(refused.value)) < 250
+
+
+def test_a_server_that_does_not_answer_is_told_in_one_line() -> None:
+    done = run("--url", "http://127.0.0.1:9", "--timeout", "1")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "127.0.0.1:9" in done.stderr
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serving.commands", "playground", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The playground on the session's server, open in Chromium; `page.strangers`: what it asked of others."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    uploads = tmp_path_factory.mktemp("uploads")
+    command = [sys.executable, "-m", "serving.commands", "playground", "--url", server.http_url, "--port", "0"]
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads)}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process,
+        sync_api.sync_playwright() as playwright,
+    ):
+        try:
+            address = next(line for line in process.stdout or [] if line.startswith("playground ")).split()[1]
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.strangers = []
+            page.on("request", lambda request: page.strangers.append(request.url) if not is_ours(request.url) else None)
+            page.goto(address)
+            page.wait_for_selector("#image input[type=file]", state="attached", timeout=60_000)
+            yield page
+            browser.close()
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def is_ours(url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
+
+
+def columns(page: Any) -> dict[str, str]:
+    """The columns on the page: title → its text."""
+    sections = page.locator("#answers .column").all()
+    return {section.locator("h3").inner_text(): section.inner_text() for section in sections}
+
+
+def upload(page: Any, path: Path) -> None:
+    """Choose a file, in the place of the one before."""
+    if page.locator("#image button[aria-label='Clear']").count():
+        page.locator("#image button[aria-label='Clear']").first.click()
+        page.wait_for_selector("#answers :text('Drop an image')")
+    page.set_input_files("#image input[type=file]", path)
+
+
+class TestInABrowser:
+    """Each test uploads what it needs."""
+
+    pytestmark = with_browser
+
+    def test_an_image_is_answered_under_each_prior_side_by_side(
+        self, page: Any, release: Release, tmp_path: Path
+    ) -> None:
+        (tmp_path / "noise.png").write_bytes(picture(3))
+        upload(page, tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        shown = columns(page)
+        assert list(shown) == ["balanced", "train", "live", "strength 0.5"]
+        train = softmax(release.logits([picture(3)])[0] + log_class_prior(release.manifest.counts))
+        best = int(train.argmax())
+        assert CLASSES[best] in shown["train"].splitlines()[1]
+        assert f"{100 * train[best]:.1f} %" in shown["train"]
+        assert "ms, version 1" in shown["balanced"]
+        assert "tailor drift --write" in shown["live"]
+
+    def test_a_prior_of_ones_own_and_the_slider_change_the_answer(self, page: Any, tmp_path: Path) -> None:
+        (tmp_path / "noise.png").write_bytes(picture(4))
+        upload(page, tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        page.fill("#own textarea", '{"emu": 1}')
+        page.locator("#own textarea").blur()
+        page.wait_for_selector("#answers h3:text('your own')")
+        assert columns(page)["your own"].splitlines()[1:3] == ["emu", "100.0 %"]
+        # By the keyboard alone.
+        page.locator("#strength input[type=range]").focus()
+        page.keyboard.press("Home")
+        page.wait_for_selector("#answers h3:text-is('strength 0')")
+        shown = columns(page)
+        assert shown["strength 0"].splitlines()[1:5] == shown["balanced"].splitlines()[1:5]
+
+    def test_a_broken_file_is_told_what_is_wrong(self, page: Any, tmp_path: Path) -> None:
+        (tmp_path / "broken.png").write_bytes(picture(5)[:60])
+        upload(page, tmp_path / "broken.png")
+        page.wait_for_selector("#answers [role=alert]", timeout=60_000)
+        assert "broken.png" in page.inner_text("#answers")
+        assert page.locator("#answers .column").count() == 0
+
+    def test_a_folder_becomes_a_table(self, page: Any, tmp_path: Path) -> None:
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        for seed in range(5):
+            (folder / f"{seed}.png").write_bytes(picture(seed))
+        (folder / "broken.png").write_bytes(b"no picture")
+        page.get_by_role("tab", name="Many images").click()
+        page.set_input_files("#folder input[type=file]", folder)
+        page.locator("#folder [aria-label='4.png']").first.wait_for(timeout=60_000)
+        page.click("#classify")
+        page.wait_for_selector("#said :text('5 classified, 1 could not be')", timeout=60_000)
+        with page.expect_download() as download:
+            page.locator("#csv a[download]").first.click()
+        rows = list(csv.DictReader(Path(download.value.path()).read_text(encoding="utf-8").splitlines()))
+        assert {row["image"] for row in rows} == {*(f"{seed}.png" for seed in range(5)), "broken.png"}
+        assert [row["error"] != "" for row in rows if row["image"] == "broken.png"] == [True]
+        page.get_by_role("tab", name="One image").click()
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_contrast_and_names_pass_axe_in_light_and_dark(self, page: Any, tmp_path: Path, scheme: str) -> None:
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+        (tmp_path / "noise.png").write_bytes(picture(3))
+        page.goto(page.url.partition("?")[0] + f"?__theme={scheme}")
+        page.wait_for_selector("#image input[type=file]", state="attached")
+        upload(page, tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
+        ours = [
+            (violation["id"], node["target"], node["html"][:120]) for violation in found for node in violation["nodes"]
+        ]
+        assert ours == []
+
+    def test_nothing_is_asked_of_other_machines(self, page: Any) -> None:
+        assert page.strangers == []
