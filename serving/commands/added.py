@@ -11,6 +11,13 @@ from typer.core import TyperGroup
 from serving.errors import ServingError
 
 GROUP = "tailor.commands"
+# The map that --help draws, in the order of a user's way; a command that is not here comes last.
+MAP = {
+    "Prepare": ("init", "data", "ingest"),
+    "Serve": ("serve", "repository", "gateway", "promote", "rollback", "versions"),
+    "Ask": ("predict", "status", "playground", "loadtest"),
+    "Look after it": ("compare", "history", "drift", "retrain", "schedule", "doctor"),
+}
 
 
 class Commands(TyperGroup):
@@ -23,6 +30,18 @@ class Commands(TyperGroup):
         """Names in the order of --help."""
         own = super().list_commands(ctx)
         return own + sorted({entry.name for entry in entry_points(group=GROUP)} - set(own))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands with a line each, under the headings of the map."""
+        found = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        placed = {name for names in MAP.values() for name in names}
+        sections = {**MAP, "More": tuple(name for name in found if name not in placed)}
+        width = formatter.width - 6 - max(map(len, found), default=0)
+        for heading, names in sections.items():
+            lines = [(name, found[name].get_short_help_str(width)) for name in names if found.get(name)]
+            if lines:
+                with formatter.section(heading):
+                    formatter.write_dl(lines)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a name; None if there is none."""

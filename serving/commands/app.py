@@ -28,7 +28,7 @@ app = typer.Typer(
     name="tailor",
     cls=Commands,
     help="Serve a long-tailed image classifier on Triton and ask it, choosing the class prior per request.",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
