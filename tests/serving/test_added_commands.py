@@ -76,7 +76,7 @@ def test_a_function_and_a_typer_app_become_commands_with_their_own_help(tailor) 
 
 def test_help_lists_them_after_our_own_and_says_which_package_one_of_them_lacks(tailor) -> None:
     done = tailor("--help")
-    lines = [line.split() for line in done.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ")]
+    lines = [line.split() for line in done.stdout.partition("Prepare:")[2].splitlines() if line.startswith("  ")]
     names = [words[0] for words in lines if words[0] in ("loadtest", "measure", "press", "serve", "stitch")]
     assert names == ["serve", "loadtest", "measure", "press", "stitch"]
     assert "Measure the cloth." in done.stdout and "iron_of_nowhere" in done.stdout
