@@ -86,6 +86,7 @@ def finish_round() -> Written | None:
         plan = json.loads((ROUND / PLAN).read_text(encoding="utf-8"))
         written = Written(**plan["written"])
     except FileNotFoundError:
+        shutil.rmtree(ROUND, ignore_errors=True)  # killed while it was cleared, when all was in place
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{ROUND / PLAN}: damaged ({error}); remove {ROUND} and run again") from None
@@ -132,7 +133,8 @@ def write_quarantine(folder: Path, bad: list[Verdict]) -> str:
     folder.mkdir()
     listed = [_listed(number, verdict) for number, verdict in enumerate(bad)]
     for row, verdict in zip(listed, bad, strict=True):
-        row["file"] = _keep_file(folder / f"files/{row['number']:05d}{Path(verdict.row.name).suffix}", verdict)
+        suffix = verdict.row.file.suffix if verdict.row.file else ""
+        row["file"] = _keep_file(folder / f"files/{row['number']:05d}{suffix}", verdict)
     write_file(folder / LISTING, as_csv(listed))
     return sha256_of_json(listed)[:16]
 
