@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from models.objectives import StudentObjective, TeacherObjective
+from models.weight_average import WeightAverage
 from pipeline.artifacts import PRIOR
 from pipeline.checkpoint import build_model
 from pipeline.dataset import Images
@@ -63,38 +64,64 @@ class Account:
 def account(params: Params, stage: str, prior: Prior) -> Account:
     """The account of one step of stage `teacher` or `student` on CUDA, of one process. Raises ParamsError as the stage does."""
     check_recipe(params, prior)
-    with FakeTensorMode(), torch.random.fork_rng(enabled=False):
-        return measured_step(params, stage, prior, precision_of(params.engine, torch.device("cuda")))
+    section = getattr(params, stage)
+    with torch.device("meta"):
+        objective = new_objective(params, stage, prior)
+        average = WeightAverage(objective.model, section.ema_decay) if section.ema_decay else None
+    # Tensors without data that say they lie on the CPU: autocast has no rules for meta tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in filter(None, (objective, average)):
+            _without_data(module.to(memory_format=torch.channels_last))
+        return measured_step(params, stage, objective, average, sum(prior.counts))
 
 
-def measured_step(params: Params, stage: str, prior: Prior, precision: torch.dtype) -> Account:
-    """One step on the CPU, of real tensors unless a FakeTensorMode is on, and what lived while it ran."""
-    section, size = getattr(params, stage), params.image.size
-    objective = _objective(params, stage, prior).to(memory_format=torch.channels_last)
-    none = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], [], None)
+def measured_step(
+    params: Params,
+    stage: str,
+    objective: TeacherObjective | StudentObjective,
+    average: WeightAverage | None,
+    images: int,
+) -> Account:
+    """One step on the CPU as it would be on CUDA, and what lived while it ran; on tensors without data in a FakeTensorMode."""
+    # The average is there already: tensors without data cannot be copied deeply.
+    section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
+    size, batch = params.image.size, section.batch_size
+    nothing = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], [], None)
+    precision = precision_of(params.engine, torch.device("cuda"))
     recompute = params.engine.checkpoint_activations
-    step = Step(objective, section, params.image, none, torch.device("cpu"), precision, recompute)
+    step = Step(objective, section, params.image, nothing, torch.device("cpu"), precision, recompute)
+    step.average = average
     live = LiveMemory()
     _declare(live, step)
     live.follow_gradients(objective.parameters())
-    batch = section.batch_size
     with live:
         views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
         target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
         live.declare("views", [views])
-        with _named(live, objective, len(prior.classes)):
+        with _named(live, objective):
             step.descend(views, target, chosen, None)
-    images = sum(prior.counts) * 3 * size * size
-    return Account(live.peak, live.at_peak, dict(live.largest), images)
+    return Account(live.peak, live.at_peak, dict(live.largest), images * 3 * size * size)
 
 
-def _objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
+def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
+    """The objective of a stage, freshly initialised; a student's teacher likewise, as its weights take the same place."""
     config = model_config(getattr(params, stage), params, len(prior.classes))
     model = build_model(config, f"{stage}.backbone")
     if stage == "teacher":
         return TeacherObjective(model, torch.tensor(prior.log_prior), params.teacher.adjustment)
     teacher = build_model(model_config(params.teacher, params, len(prior.classes)), "teacher.backbone")
     return student_objective(params, prior, model, teacher)
+
+
+def _without_data(module: nn.Module) -> None:
+    """Parameters and buffers of a meta module as empty ones of the mode that is on. (`to_empty` swaps, which they refuse.)"""
+    for part in module.modules():
+        for name, held in part._parameters.items():
+            if held is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_like(held, device="cpu"), held.requires_grad)
+        for name, held in part._buffers.items():
+            if held is not None:
+                part._buffers[name] = torch.empty_like(held, device="cpu")
 
 
 def _declare(live: LiveMemory, step: Step) -> None:
@@ -114,7 +141,7 @@ def _declare(live: LiveMemory, step: Step) -> None:
 
 
 @contextlib.contextmanager
-def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective, classes: int) -> Iterator[None]:
+def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> Iterator[None]:
     """A block in which what is kept for the backward pass is named for the module that runs, or for what it is."""
     running: list[str] = []
     named = {"network": objective.model.backbone}
@@ -130,7 +157,7 @@ def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective, cla
         if running:
             return f"activations: {running[-1]}"
         width = tensor.shape[-1] if tensor.dim() == 2 else 0
-        return {rows: "activations: similarity", classes: "activations: logits"}.get(width or -1, "activations: losses")
+        return {rows: "activations: similarity", objective.model.classes: "activations: logits"}.get(width or -1, "activations: losses")
 
     try:
         with live.kept_by(kind_of):
@@ -163,16 +190,21 @@ def prior_of(params: Params, classes: int | None, images: int | None) -> Prior:
 
 
 def table(found: Account, title: str) -> Table:
-    """Kinds of memory in GiB, the largest first."""
+    """Kinds of memory, the largest first."""
     shown = Table("", "at the fullest moment", "most of its kind", title=title, title_justify="left")
     for column in shown.columns[1:]:
         column.justify = "right"
     kinds = sorted(found.largest, key=lambda kind: -found.largest[kind])
     for kind in kinds:
-        shown.add_row(kind, f"{found.at_peak.get(kind, 0) / GIB:.3f}", f"{found.largest[kind] / GIB:.3f}")
+        shown.add_row(kind, size_of(found.at_peak.get(kind, 0)), size_of(found.largest[kind]))
     shown.add_section()
-    shown.add_row("together, GiB", f"{found.peak / GIB:.3f}", "")
+    shown.add_row("together", size_of(found.peak), "")
     return shown
+
+
+def size_of(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     fits = found.fits(card)
     console.print(
         f"{'fits' if fits else 'does not fit'} a card of {options.card:g} GB with a tenth of it left free; "
-        f"all training images as bytes are {found.images / GIB:.1f} GiB besides, unless they are streamed",
+        f"all training images as bytes are {size_of(found.images)} besides, unless they are streamed",
         highlight=False,
     )
     if not fits:
