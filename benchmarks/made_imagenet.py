@@ -29,27 +29,30 @@ from serving.atomic import write_file
 SHAPE = PUBLISHED["imagenet_lt"]
 LISTS = {"train": "ImageNet_LT_train.txt", "validation": "ImageNet_LT_val.txt", "test": "ImageNet_LT_test.txt"}
 QUALITY = 90
-ROUGHNESS = 10  # of 255: a 500x375 file then has about 100 KB, as ImageNet's have
+ROUGHNESS = 20  # of 255: a 500x375 file then has about 100 KB, as ImageNet's have
 
 
 def class_counts(classes: int, scale: float) -> dict[str, list[int]]:
     """Images of each class by split, the largest first; at least one of each.
 
-    In train n(c) = largest * (smallest/largest)^(x^b), x from 0 to 1 over the classes, with b such that all 1,000 classes
-    have as many images as the published list.
+    Train falls as ImageNet-LT's does: from its largest to its smallest class over as many many-, medium- and few-shot
+    classes, evenly in the logarithm but for the head, which is bent so that all classes have its number of images.
+    Fewer classes than 1,000 are taken at even distances.
     """
     low, high = 0.05, 1.0
     for _ in range(60):
         bend = (low + high) / 2
-        low, high = (low, bend) if _curve(SHAPE.classes, bend).sum() < SHAPE.images["train"] else (bend, high)
+        low, high = (bend, high) if _curve(bend).sum() < SHAPE.images["train"] else (low, bend)
+    chosen = np.round(np.linspace(0, SHAPE.classes - 1, classes)).astype(int)
     held_out = {split: SHAPE.images[split] // SHAPE.classes for split in ("validation", "test")}
-    sizes = {"train": _curve(classes, (low + high) / 2), **{k: np.full(classes, n) for k, n in held_out.items()}}
+    sizes = {"train": _curve(high)[chosen], **{split: np.full(classes, n) for split, n in held_out.items()}}
     return {split: np.maximum(1, np.round(counts * scale)).astype(int).tolist() for split, counts in sizes.items()}
 
 
-def _curve(classes: int, bend: float) -> np.ndarray:
-    x = np.linspace(0, 1, classes)
-    return np.round(SHAPE.largest * (SHAPE.smallest / SHAPE.largest) ** (x**bend))
+def _curve(bend: float) -> np.ndarray:
+    many, medium, few = (SHAPE.groups[group] for group in ("many", "medium", "few"))
+    head = SHAPE.largest * (101 / SHAPE.largest) ** (np.linspace(0, 1, many) ** bend)
+    return np.round(np.concatenate([head, np.geomspace(100, 20, medium), np.geomspace(19, SHAPE.smallest, few)]))
 
 
 def make(

@@ -64,15 +64,23 @@ class Account:
 def account(params: Params, stage: str, prior: Prior) -> Account:
     """The account of one step of stage `teacher` or `student` on CUDA, of one process. Raises ParamsError as the stage does."""
     check_recipe(params, prior)
-    section = getattr(params, stage)
-    with torch.device("meta"):
-        objective = new_objective(params, stage, prior)
-        average = WeightAverage(objective.model, section.ema_decay) if section.ema_decay else None
+    try:
+        with torch.device("meta"):
+            objective, average = _made(params, stage, prior)
+    except NotImplementedError:  # a network that reads its own widths off tensors: torchvision's RegNet
+        objective, average = _made(params, stage, prior)
     # Tensors without data that say they lie on the CPU: autocast has no rules for meta tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in filter(None, (objective, average)):
             _without_data(module.to(memory_format=torch.channels_last))
         return measured_step(params, stage, objective, average, sum(prior.counts))
+
+
+def _made(
+    params: Params, stage: str, prior: Prior
+) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
+    objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
+    return objective, WeightAverage(objective.model, decay) if decay else None
 
 
 def measured_step(

@@ -29,6 +29,8 @@ def test_the_whole_of_it_has_the_published_counts():
     train = counts["train"]
     assert train[0] == 1280 and train[-1] == 5 and train == sorted(train, reverse=True)
     assert sum(train) == pytest.approx(PUBLISHED_SHAPE.images["train"], rel=0.001)
+    groups = [sum(count > 100 for count in train), sum(20 <= count <= 100 for count in train)]
+    assert groups == [PUBLISHED_SHAPE.groups["many"], PUBLISHED_SHAPE.groups["medium"]]
     assert sum(counts["validation"]) == 20_000 and sum(counts["test"]) == 50_000
 
 
@@ -68,7 +70,7 @@ def test_what_cannot_be_made_is_misuse(tmp_path, arguments, capsys):
 @pytest.mark.end_to_end
 def test_the_imagenet_recipe_trains_evaluates_and_keeps_the_tail_for_one_epoch(tmp_path, monkeypatch):
     sizes = made_imagenet.make(tmp_path / "imagenet", classes=10, scale=0.02)
-    assert sizes["train"] == 58
+    assert sizes["train"] == 43
     overlay = tmp_path / "small.yaml"
     small = {"epochs": 1, "batch_size": 8, "accumulate": 2}
     overlay.write_text(
