@@ -65,7 +65,7 @@ def by_torchrun(project) -> dict[str, torch.Tensor]:
         ) for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [node.communicate(timeout=180)[0] for node in nodes]
+        said = [node.communicate(timeout=400)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -82,7 +82,7 @@ def test_two_nodes_of_torchrun_train_one_network(by_torchrun):
 def test_a_ray_job_of_two_workers_trains_the_network_that_torchrun_does_and_leaves_no_process(project, by_torchrun):
     before = {process.pid for process in psutil.process_iter()}
     (project.root / WEIGHTS).unlink()
-    done = project.run("python", "-m", "pipeline.ray_train", "--workers", "2", "-m", "pipeline.teacher", timeout=180)
+    done = project.run("python", "-m", "pipeline.ray_train", "--workers", "2", "-m", "pipeline.teacher", timeout=400)
     assert "teacher: 1 epochs, loss" in done.stdout
     found = trained(project)
     assert found.keys() == by_torchrun.keys()
