@@ -106,9 +106,7 @@ def write_images(folder: Path, pack: Path | None, size: tuple[int, int], entries
     return len(entries)
 
 
-def photograph(
-    random: np.random.Generator, label: int, pictures: list[np.ndarray], size: tuple[int, int]
-) -> bytes:
+def photograph(random: np.random.Generator, label: int, pictures: list[np.ndarray], size: tuple[int, int]) -> bytes:
     """A JPEG file: a picture enlarged, in its class's tint, rough as a photograph is."""
     picture = Image.fromarray(pictures[random.integers(len(pictures))]).resize(size, Image.Resampling.BICUBIC)
     tint = 0.6 + 0.4 * np.cos(2 * np.pi * (label * 0.618 + np.arange(3) / 3))

@@ -47,7 +47,9 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return not isinstance(module, ROWS) and any(True for _ in module.children()) and any(True for _ in module.parameters())
+    return (
+        not isinstance(module, ROWS) and any(True for _ in module.children()) and any(True for _ in module.parameters())
+    )
 
 
 def _is_stage(module: nn.Module) -> bool:

@@ -38,7 +38,7 @@ class LiveMemory(TorchDispatchMode):
         for tensor in tensors:
             self._count(tensor, kind)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and take in what it made."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):

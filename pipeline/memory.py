@@ -76,9 +76,7 @@ def account(params: Params, stage: str, prior: Prior) -> Account:
         return measured_step(params, stage, objective, average, sum(prior.counts))
 
 
-def _made(
-    params: Params, stage: str, prior: Prior
-) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
+def _made(params: Params, stage: str, prior: Prior) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
     objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
     return objective, WeightAverage(objective.model, decay) if decay else None
 
@@ -165,7 +163,9 @@ def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> 
         if running:
             return f"activations: {running[-1]}"
         width = tensor.shape[-1] if tensor.dim() == 2 else 0
-        return {rows: "activations: similarity", objective.model.classes: "activations: logits"}.get(width or -1, "activations: losses")
+        return {rows: "activations: similarity", objective.model.classes: "activations: logits"}.get(
+            width or -1, "activations: losses"
+        )
 
     try:
         with live.kept_by(kind_of):

@@ -35,4 +35,6 @@ def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str
     except safetensors.SafetensorError as error:
         raise ParamsError(f"{key}.file is {pretrained.file!r}, which is no safetensors file: {error}") from None
     except ValueError as error:
-        raise ParamsError(f"{key}.file is {pretrained.file!r}, which {error}; does it belong to the backbone?") from None
+        raise ParamsError(
+            f"{key}.file is {pretrained.file!r}, which {error}; does it belong to the backbone?"
+        ) from None

@@ -112,9 +112,7 @@ class Step:
             self.average.update(self.objective.model)
         return {**{name: part.detach() for name, part in parts.items()}, "gradient_norm": norm}
 
-    def _accumulate(
-        self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None
-    ) -> dict[str, Tensor]:
+    def _accumulate(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
         """The gradient of the batch from its micro-batches, one after another; the means of their parts."""
         size = len(target) // self._parts
         runs = [(start, start + size) for start in range(0, len(target), size)]

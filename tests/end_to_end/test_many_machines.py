@@ -1,4 +1,4 @@
-"""A training stage over hosts: by torchrun on two nodes, and as a Ray Train job with two workers; both train the same network."""
+"""A training stage over hosts, by torchrun on two nodes and as a Ray Train job of two workers: the same network."""
 
 from __future__ import annotations
 

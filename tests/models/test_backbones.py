@@ -1,4 +1,4 @@
-"""Backbones of the large data sets and of libraries: features of the stated width, found without running, and weights taken in."""
+"""Backbones of the large data sets and of libraries: features of the stated width, and weights taken in."""
 
 from __future__ import annotations
 

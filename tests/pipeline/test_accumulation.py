@@ -205,7 +205,9 @@ def test_a_network_without_a_row_of_blocks_is_refused_by_the_key_that_asks_for_i
     run = made_training()
     run.engine = EngineParams(checkpoint_activations=True)
     run.objective.model.backbone.network.blocks = nn.Sequential(nn.Conv2d(16, 64, 1))
-    with pytest.raises(ParamsError, match=r"engine\.checkpoint_activations is true, but teacher\.backbone: its network"):
+    with pytest.raises(
+        ParamsError, match=r"engine\.checkpoint_activations is true, but teacher\.backbone: its network"
+    ):
         run.run(made_images(24), made_images(0))
 
 

@@ -56,7 +56,18 @@ def test_a_file_that_is_not_there_or_is_no_safetensors_or_of_another_network_is_
     pickled = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(1)}, pickled)
     assert "which is no safetensors file" in refusal(pickled)
-    assert re.search(r"which has blocks\.\S+ of shape .*; does it belong to the backbone\?$", refusal(weights, backbone="resnet32"))
+    assert re.search(
+        r"which has blocks\.\S+ of shape .*; does it belong to the backbone\?$", refusal(weights, backbone="resnet32")
+    )
+
+
+def test_a_misspelt_or_short_sum_is_refused_by_its_key():
+    with pytest.raises(
+        ParamsError, match=r"teacher\.pretrained\.sha is not a key; did you mean teacher\.pretrained\.sha256\?"
+    ):
+        params({"teacher.pretrained": {"file": "weights.safetensors", "sha": "0" * 64}})
+    with pytest.raises(ParamsError, match=r"teacher\.pretrained\.sha256 is '0123'; string should match pattern"):
+        params({"teacher.pretrained": {"file": "weights.safetensors", "sha256": "0123"}})
 
 
 def test_a_stage_starts_from_it(weights, tmp_path, monkeypatch):
