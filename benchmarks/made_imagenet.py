@@ -1,4 +1,4 @@
-"""A data set of ImageNet-LT's shape, made here: official lists, 1,000 classes of 1,280 to 5 images, JPEG files like photographs.
+"""A data set of ImageNet-LT's shape, made here: official lists, 1,000 classes of 1,280 to 5 images, files like photographs.
 
 The pictures are images of a pack of Parquet shards (`image`: encoded bytes), or scikit-learn's digits, enlarged to the size
 of a photograph and roughened until a file has a photograph's bytes. They are for speed and for the way from files to a
