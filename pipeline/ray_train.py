@@ -7,11 +7,14 @@ goes on where its checkpoint was. Ray is asked for nothing else: checkpoints, me
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cpus", type=int, default=1, help="CPUs a worker (default: %(default)s)")
     parser.add_argument("--restarts", type=int, default=0, help="how often lost workers are started again (default: 0)")
     parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and Ray's log")
     options = parser.parse_args(arguments)
     stage = options.stage or re.sub(r"^pipeline\.", "", options.module or "")
     if stage not in STAGES:
@@ -87,15 +90,24 @@ def run(stage: str, options: argparse.Namespace) -> str:
     code = {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
     try:
         # "local": without an address Ray would join whatever cluster it finds on this machine.
-        ray.init(address=options.address or "local", runtime_env={"env_vars": code}, **_own_cluster(options))
+        ray.init(
+            address=options.address or "local",
+            runtime_env={"env_vars": code},
+            log_to_driver=options.debug,
+            logging_level="warning" if options.debug else "error",
+            **_own_cluster(options),
+        )
     except ConnectionError as error:
         raise ParamsError(f"--address is {options.address!r}: {' '.join(str(error).split())}") from None
     kept = folder / TEACHER.with_name(".ray")
+    kept.mkdir(parents=True, exist_ok=True)
+    said = kept / "said.txt"
+    said.write_text("", encoding="utf-8")
     try:
         gpus = ray.cluster_resources().get("GPU", 0) >= options.workers
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"stage": stage, "folder": str(folder), "params": str(options.params)},
+            train_loop_config={"stage": stage, "folder": str(folder), "params": str(options.params), "said": str(said)},
             scaling_config=ScalingConfig(
                 num_workers=options.workers, use_gpu=gpus, resources_per_worker={"CPU": options.cpus, "GPU": int(gpus)}
             ),
@@ -104,7 +116,8 @@ def run(stage: str, options: argparse.Namespace) -> str:
                 name=stage, storage_path=str(kept), failure_config=FailureConfig(max_failures=options.restarts)
             ),
         )
-        return trainer.fit().return_value
+        with _shown(said):
+            return trainer.fit().return_value
     except TrainingFailedError as error:
         raise _cause(error) from error
     finally:
@@ -116,13 +129,40 @@ def _own_cluster(options: argparse.Namespace) -> dict[str, Any]:
     """What a cluster of our own is given: CPUs for the workers, no dashboard. Nothing for one that runs."""
     if options.address:
         return {}
-    return {"num_cpus": options.workers * options.cpus, "include_dashboard": False, "logging_level": "warning"}
+    return {"num_cpus": options.workers * options.cpus, "include_dashboard": False}
 
 
 def _work(task: dict[str, str]) -> str:
     """One worker's share, in the project's folder; the stage's summary. Ray has set the ranks and joined the process group."""
     os.chdir(task["folder"])
-    return str(importlib.import_module(f"pipeline.{task['stage']}").run(load_params(Path(task["params"]))))
+    stage = importlib.import_module(f"pipeline.{task['stage']}")
+    # One of them speaks. By way of a file, because Ray puts its own words before and between the lines.
+    where = Path(task["said"] if os.environ["RANK"] == "0" else os.devnull)
+    with where.open("a", buffering=1, encoding="utf-8") as said, contextlib.redirect_stdout(said):
+        return str(stage.run(load_params(Path(task["params"]))))
+
+
+@contextlib.contextmanager
+def _shown(said: Path) -> Iterator[None]:
+    """A block in which what is appended to a file is printed as it comes."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        with said.open(encoding="utf-8") as stream:
+            while True:
+                last = ended.wait(0.2)
+                if text := stream.read():
+                    print(text, end="", flush=True)
+                elif last:
+                    return
+
+    follower = threading.Thread(target=follow, name="said", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
 
 
 def _cause(failed: Exception) -> Exception:

@@ -83,7 +83,9 @@ def test_a_ray_job_of_two_workers_trains_the_network_that_torchrun_does_and_leav
     before = {process.pid for process in psutil.process_iter()}
     (project.root / WEIGHTS).unlink()
     done = project.run("python", "-m", "pipeline.ray_train", "--workers", "2", "-m", "pipeline.teacher", timeout=400)
-    assert "teacher: 1 epochs, loss" in done.stdout
+    # The stage's own words and no others.
+    first, last = done.stdout.splitlines()
+    assert first.startswith("teacher  epoch 1/1  loss") and last.startswith("teacher: 1 epochs, loss")
     found = trained(project)
     assert found.keys() == by_torchrun.keys()
     for name, value in by_torchrun.items():
