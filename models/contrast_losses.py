@@ -67,12 +67,7 @@ def contrast_losses(
     """
     if not isinstance(temperature, Tensor):
         temperature = similarity.new_full((), temperature)
-    length = runs.lengths[target][:, None]
-    step = torch.arange(runs.longest, device=similarity.device)
-    present = step < length
-    # Past its run's end a query looks at the last key again, which `present` takes out of every sum.
-    own_rows = runs.starts[target][:, None] + torch.minimum(step, (length - 1).clamp(min=0))
-    own_rows = own_rows.clamp(max=similarity.shape[1] - 1)
+    own_rows, present = _own_keys(runs, target)
     bias = (strength * log_prior - runs.lengths.clamp(min=1).to(log_prior.dtype).log())[runs.row_class]
     bias = bias.to(similarity.dtype)
     if fused == "auto":
@@ -85,6 +80,20 @@ def contrast_losses(
     gml, _ = _mean_loss(own / temperature.detach(), present, own_prior, rest)
     tau, left_out = _mean_loss(own.detach() / temperature, others, own_prior, rest_of_tau)
     return ContrastLosses(gml, tau, left_out)
+
+
+def queries_with_keys(runs: KeyRuns, target: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    """Over how many of these queries L_tau is a mean: those whose class has a key of another sample. A scalar, int64."""
+    own_rows, present = _own_keys(runs, target)
+    return (present & (key_ids[own_rows] != query_ids[:, None])).any(1).sum()
+
+
+def _own_keys(runs: KeyRuns, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each query's class [B,L], and which of them are: past its run's end a query looks at the last key again."""
+    length = runs.lengths[target][:, None]
+    step = torch.arange(runs.longest, device=target.device)
+    own_rows = runs.starts[target][:, None] + torch.minimum(step, (length - 1).clamp(min=0))
+    return own_rows.clamp(max=len(runs.row_class) - 1), step < length
 
 
 def _mean_loss(exponent: Tensor, kept: Tensor, own_prior: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,11 +27,14 @@ class CosineClassifier(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-    """Backbone and cosine classifier. `tau_s` belongs to the model, so that a checkpoint says how to scale its cosines."""
+    """Backbone and cosine classifier. `tau_s` belongs to the model, so that a checkpoint says how to scale its cosines.
 
-    def __init__(self, backbone: str, classes: int, tau_s: float) -> None:
+    image_size: see build_backbone.
+    """
+
+    def __init__(self, backbone: str, classes: int, tau_s: float, image_size: int | None = None) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone)
+        self.backbone = build_backbone(backbone, image_size)
         self.feature_dim: int = self.backbone.feature_dim
         self.classes = classes
         self.tau_s = tau_s

@@ -2,13 +2,14 @@
 
 Each is a module from a batch of views to a dict of named scalar losses whose `loss` entry is the one to descend. It says
 by `views` how many it wants, has `after_step` called after every optimiser step, and keeps what training changes in its
-state_dict, from which only the frozen `teacher.` may be left out.
+state_dict, from which only the frozen `teacher.` may be left out. A batch that is taken in parts is announced to
+`whole_batch`, and what that gives accompanies each part; the mean over the parts is then the batch's.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.contrast_losses import ContrastLosses, KeyRuns, contrast_losses
+from models.accumulation import WholeBatch
+from models.contrast_losses import ContrastLosses, KeyRuns, contrast_losses, queries_with_keys
 from models.cosine_classifier import ImageClassifier
 from models.losses import adjusted_cross_entropy, distillation_loss, mixed_cross_entropy
 from models.precision import without_autocast
@@ -32,6 +34,10 @@ class Mixed(NamedTuple):
 
     target: Tensor
     share: Tensor
+
+    def rows(self, start: int, stop: int) -> Mixed:
+        """Those of a part of the batch."""
+        return Mixed(self.target[start:stop], self.share[start:stop])
 
 
 class TeacherObjective(nn.Module):
@@ -52,11 +58,15 @@ class TeacherObjective(nn.Module):
         target: Tensor,
         sample_ids: Tensor,  # noqa: ARG002 - same call as the student's
         mixed: Mixed | None = None,
+        whole: None = None,  # noqa: ARG002 - likewise
     ) -> dict[str, Tensor]:
         """views [1,B,3,H,W], target [B], sample_ids [B] → {loss, classification}, scalars."""
         _, logits = self.model(views[0])
         loss = classification_loss(logits, target, self.log_prior, self.adjustment, mixed)
         return {"loss": loss, "classification": loss.detach()}
+
+    def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> None:
+        """Parts of a batch share nothing here."""
 
     def after_step(self) -> None:
         """Nothing follows the weights here."""
@@ -161,7 +171,6 @@ class StudentObjective(nn.Module):
             self._follow = get_ema_multi_avg_fn(encoder_momentum)
         self.log_tau_g = nn.Parameter(torch.tensor(tau_g).log(), requires_grad=train_tau_g)
         self.queues = ClassQueues(counts, queue_total, queue_minimum, width, generator)
-        self._longest_run = int(self.queues.lengths.max())
 
     def train(self, mode: bool = True) -> StudentObjective:
         """Training mode for everything but the frozen teacher, whose batch norm keeps its running statistics."""
@@ -197,26 +206,43 @@ class StudentObjective(nn.Module):
             return {}
         return {"queue_fill": (self.queues.sample_ids >= 0).double().mean().item()}
 
+    def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> WholeBatch | None:
+        """Store the contrast features of a batch whose views [V,b,3,H,W] come in parts, and embed the queue for all of them.
+
+        target and sample_ids are the whole batch's. None without beta.
+        """
+        if not self.weights.beta:
+            return None
+        features = torch.cat([self._contrast_features(part[2]) for part in views])
+        self._enqueue(features, target, sample_ids)
+        with_keys = queries_with_keys(self._runs(), target, sample_ids, self.queues.sample_ids)
+        return WholeBatch.of(self.key_head(self.queues.features), len(target), with_keys)
+
     def forward(
-        self, views: Tensor, target: Tensor, sample_ids: Tensor, mixed: Mixed | None = None
+        self,
+        views: Tensor,
+        target: Tensor,
+        sample_ids: Tensor,
+        mixed: Mixed | None = None,
+        whole: WholeBatch | None = None,
     ) -> dict[str, Tensor]:
         """views [V,B,3,H,W] (classifier, query, key, or classifier alone), target [B], sample_ids [B] → named scalars.
 
-        `loss` comes first; a term has a part of its own as long as its weight is not 0.
+        `loss` comes first; a term has a part of its own as long as its weight is not 0. whole: see `whole_batch`.
         """
         batch, weights = target.shape[0], self.weights
         # One forward over both halves: they share a batch-norm batch of 2B.
         features, logits = self.model(torch.cat([views[0], views[1]]) if weights.beta else views[0])
         logits = logits[:batch]
-        contrast_features, teacher_logits = self._encode(views)
+        contrast_features, teacher_logits = self._encode(views, whole is None)
         parts, terms = {}, []
         if weights.gamma:
             parts["classification"] = classification_loss(logits, target, self.log_prior, weights.adjustment, mixed)
             terms.append(weights.gamma * parts["classification"])
-        if contrast_features is not None:
-            # Every rank stores the whole batch, in rank order, so that the queues stay equal without being sent.
-            self.queues.enqueue(gather_batch(contrast_features), gather_batch(target), gather_batch(sample_ids))
-            contrast = self._contrast(features[batch:], target, sample_ids)
+        if weights.beta:
+            if contrast_features is not None:
+                self._enqueue(contrast_features, target, sample_ids)
+            contrast = self._contrast(features[batch:], target, sample_ids, whole)
             parts["gml"] = contrast.gml
             terms.append(weights.beta * contrast.gml)
             if self.log_tau_g.requires_grad:
@@ -230,36 +256,65 @@ class StudentObjective(nn.Module):
             parts["tau_g"] = self.log_tau_g.exp()
         return {"loss": sum(terms[1:], terms[0]), **{name: part.detach() for name, part in parts.items()}}
 
+    def _enqueue(self, features: Tensor, target: Tensor, sample_ids: Tensor) -> None:
+        # Every rank stores the whole batch, in rank order, so that the queues stay equal without being sent.
+        self.queues.enqueue(*map(gather_batch, (features, target, sample_ids)))
+
     @torch.no_grad()
-    def _encode(self, views: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Contrast features [B,D] of the key view, teacher's logits [B,C] of the classifier view; None where no term asks."""
-        batch = views.shape[1]
-        features = logits = None
-        if self.teacher is not None:
-            asked_for_features = self.weights.beta and self.momentum_encoder is None
-            seen = [*([views[0]] if self.weights.alpha else []), *([views[2]] if asked_for_features else [])]
-            encoded, classified = self.teacher(torch.cat(seen))
-            features = encoded[-batch:] if asked_for_features else None
-            logits = classified[:batch] if self.weights.alpha else None
+    def _contrast_features(self, key_view: Tensor) -> Tensor:
+        """[B,3,H,W] → [B,D] of the contrast encoder."""
         if self.momentum_encoder is not None:
-            features = self.momentum_encoder(views[2])
+            return self.momentum_encoder(key_view)
+        if self.teacher is None:
+            raise RuntimeError("no contrast encoder; beta is 0")
+        return self.teacher(key_view)[0]
+
+    @torch.no_grad()
+    def _encode(self, views: Tensor, stores: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Contrast features [B,D] of the key view if this pass stores them, teacher's logits [B,C] of the classifier view.
+
+        None for what no term asks. What the teacher is asked goes through it in one batch.
+        """
+        batch, stores = views.shape[1], stores and self.weights.beta > 0
+        features = logits = None
+        if stores and self.momentum_encoder is not None:
+            features = self._contrast_features(views[2])
+        seen = [views[0]] if self.weights.alpha else []
+        if stores and self.momentum_encoder is None:
+            seen.append(views[2])
+        if seen and self.teacher is not None:
+            encoded, classified = self.teacher(torch.cat(seen))
+            features = features if self.momentum_encoder is not None or not stores else encoded[-batch:]
+            logits = classified[:batch] if self.weights.alpha else None
         return features, logits
 
-    def _contrast(self, query_features: Tensor, target: Tensor, sample_ids: Tensor) -> ContrastLosses:
+    def _runs(self) -> KeyRuns:
         queues = self.queues
-        query, keys = self.query_head(query_features), self.key_head(queues.features)
+        return KeyRuns(queues.row_class, queues.starts, queues.lengths, queues.longest)
+
+    def _contrast(
+        self, query_features: Tensor, target: Tensor, sample_ids: Tensor, whole: WholeBatch | None
+    ) -> ContrastLosses:
+        query = self.query_head(query_features)
+        keys = self.key_head(self.queues.features) if whole is None else whole.keys
         with without_autocast(query):
             similarity = query @ keys.T
-        return contrast_losses(
+        found = contrast_losses(
             similarity,
-            KeyRuns(queues.row_class, queues.starts, queues.lengths, self._longest_run),
+            self._runs(),
             target,
             self.log_prior,
             self.log_tau_g.exp(),
             self.weights.prior_strength,
             query_ids=sample_ids,
-            key_ids=queues.sample_ids,
+            key_ids=self.queues.sample_ids,
             fused=self.fused_contrast,
+        )
+        if whole is None:
+            return found
+        samples, without = len(target), found.queries_without_keys
+        return ContrastLosses(
+            found.gml, found.tau * whole.tau_share(samples, without), without * whole.count_share(samples)
         )
 
 

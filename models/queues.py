@@ -55,12 +55,14 @@ class ClassQueues(nn.Module):
         self, counts: Sequence[int], total: int, minimum: int, dim: int, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        lengths = torch.tensor(queue_lengths(counts, total, minimum))
+        rows = queue_lengths(counts, total, minimum)
+        self.longest = max(rows)  # on the host, as shapes depend on it
+        lengths = torch.tensor(rows)
         initial = nn.functional.normalize(torch.randn(total, dim, generator=generator), dim=1)
         self.register_buffer("features", initial)
         self.register_buffer("sample_ids", -torch.arange(1, total + 1))
         self.register_buffer("pointers", torch.zeros_like(lengths))
-        self.register_buffer("row_class", torch.repeat_interleave(torch.arange(len(lengths)), lengths))
+        self.register_buffer("row_class", torch.repeat_interleave(torch.arange(len(rows)), lengths, output_size=total))
         self.register_buffer("starts", lengths.cumsum(0) - lengths)
         self.register_buffer("lengths", lengths)
 

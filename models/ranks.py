@@ -5,6 +5,7 @@ Everything here is the identity in a single process. Knows nothing of how the pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,19 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total / rank_count()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average the gradients of all ranks in place; nothing in a single process. In one message, whatever their number."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if rank_count() == 1 or not gradients:
+        return
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    parts = (together / rank_count()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:

@@ -37,7 +37,7 @@ class ModelConfig:
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
     """A freshly initialised network. Raises ParamsError, naming the params key, for an unknown backbone."""
     try:
-        return ImageClassifier(config.backbone, config.classes, config.tau_s)
+        return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
     except UnknownBackboneError as error:
         raise ParamsError(f"{key}: {error}") from None
 

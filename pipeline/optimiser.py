@@ -40,10 +40,12 @@ class Optimiser:
         for group in self._sgd.param_groups:
             group["lr"] = rate
 
-    def descend(self, loss: Tensor) -> Tensor:
-        """One step down the gradient of a scalar loss; the norm of the gradient, a scalar."""
+    def forget_gradients(self) -> None:
+        """Begin a step: gradients that are computed from here on add up to the one it descends."""
         self._sgd.zero_grad(set_to_none=True)
-        loss.backward()
+
+    def descend(self) -> Tensor:
+        """One step down the gradient that the parameters hold; its norm, a scalar."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self._sgd.step()
         return norm

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.objectives import Mixed, StudentObjective, TeacherObjective
-from models.ranks import gather_batch, rank, rank_count
+from models.ranks import average_gradients, gather_batch, rank, rank_count
+from models.recomputation import recompute_blocks
 from models.weight_average import WeightAverage
 from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_views
 from pipeline.dataset import Images, Normalisation
@@ -43,7 +44,9 @@ class Step:
     """The step of one run: views of the batch, the objective's loss in the run's precision, SGD, the average of weights.
 
     precision: the dtype of convolutions and products; norms, softmax and losses are float32 in any case. The images lie
-    on the device as uint8. With several ranks each takes its run of the batch and gradients are averaged.
+    on the device as uint8. With several ranks each takes its run of the batch and gradients are averaged. Where the
+    recipe accumulates, a rank's run is taken in parts whose gradients add up. checkpoint_activations: see
+    models.recomputation; of the network that is trained.
     """
 
     def __init__(
@@ -54,13 +57,19 @@ class Step:
         train: Images,
         device: torch.device,
         precision: torch.dtype = torch.float32,
+        checkpoint_activations: bool = False,
     ) -> None:
         self.objective = objective
         self.device = device
         self.precision = precision
         self.optimiser = Optimiser(objective, params)
         self.average = WeightAverage(objective.model, params.ema_decay) if params.ema_decay else None
-        self._module: nn.Module = shared_gradients(objective) if rank_count() > 1 else objective
+        if checkpoint_activations:
+            recompute_blocks(objective.model.backbone)
+        self._parts = params.accumulate
+        # In parts the ranks' gradients are averaged once, after the last of them.
+        alone = rank_count() == 1 or self._parts > 1
+        self._module: nn.Module = objective if alone else shared_gradients(objective)
         self._augment = params.augment
         self._images, self._labels = train.images.to(device), train.labels.to(device)
         self._normalise = Normalisation(image, device)
@@ -83,17 +92,50 @@ class Step:
 
     def __call__(self, inputs: StepInputs) -> dict[str, Tensor]:
         """Take the step; inputs on the device. The objective's parts and `gradient_norm`, detached scalars on the device."""
-        self.objective.train()
         chosen = own_rows(inputs).chosen
         views, mixed = self.views(inputs)
-        half = self.precision != torch.float32
-        with torch.autocast(self.device.type, self.precision if half else None, enabled=half, cache_enabled=False):
-            parts = self._module(self._normalise(views), self._labels[chosen], chosen, mixed)
-        norm = self.optimiser.descend(parts["loss"])
+        return self.descend(views, self._labels[chosen], chosen, mixed)
+
+    def descend(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
+        """The step on views that are made: uint8 [views,b,3,H,W], with their labels and places in the split, int64 [b]."""
+        self.objective.train()
+        self.optimiser.forget_gradients()
+        if self._parts > 1:
+            parts = self._accumulate(views, target, chosen, mixed)
+        else:
+            with self._autocast():
+                parts = self._module(self._normalise(views), target, chosen, mixed)
+            parts["loss"].backward()
+        norm = self.optimiser.descend()
         self.objective.after_step()
         if self.average is not None:
             self.average.update(self.objective.model)
         return {**{name: part.detach() for name, part in parts.items()}, "gradient_norm": norm}
+
+    def _accumulate(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
+        """The gradient of the batch from its micro-batches, one after another; the means of their parts."""
+        size = len(target) // self._parts
+        runs = [(start, start + size) for start in range(0, len(target), size)]
+        with self._autocast():
+            seen = (self._normalise(views[:, start:stop]) for start, stop in runs)
+            whole = self.objective.whole_batch(seen, target, chosen)
+        found = []
+        for start, stop in runs:
+            mine = None if mixed is None else mixed.rows(start, stop)
+            with self._autocast():
+                parts = self.objective(
+                    self._normalise(views[:, start:stop]), target[start:stop], chosen[start:stop], mine, whole
+                )
+            (parts["loss"] / self._parts).backward()
+            found.append({name: part.detach() for name, part in parts.items()})
+        if whole is not None:
+            whole.backward()
+        average_gradients(self.optimiser.parameters)
+        return {name: torch.stack([parts[name] for parts in found]).mean(0) for name in found[0]}
+
+    def _autocast(self) -> torch.autocast:
+        half = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision if half else None, enabled=half, cache_enabled=False)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a step changes, by name: the tensors themselves. Without the frozen teacher."""

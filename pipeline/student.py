@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from models.cosine_classifier import ImageClassifier
 from models.objectives import StudentObjective, StudentWeights
 from pipeline.artifacts import SPLIT, STUDENT, TEACHER
 from pipeline.checkpoint import WEIGHTS, build_model, check_image, load_model
 from pipeline.dataset import load_images
-from pipeline.params import Params
+from pipeline.params import Params, StudentParams
+from pipeline.pretrained import start_from
 from pipeline.prior import Prior, load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
@@ -37,10 +39,44 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
 
 
 def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjective:
-    """The student's objective, freshly initialised from params.seed."""
+    """The student's objective, freshly initialised from params.seed, its teacher read from a folder if a term needs it."""
     student = params.student
     config = model_config(student, params, len(prior.classes))
-    weights = StudentWeights(
+    frozen = None
+    if weights_of(student).need_teacher(student.contrast_encoder):
+        frozen, trained = load_model(teacher, "teacher")
+        check_image(trained, params.image, teacher)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(params.seed)
+        model = build_model(config, "student.backbone")
+        start_from(model.backbone, student.pretrained, "student.pretrained")
+        return student_objective(params, prior, model, frozen)
+
+
+def student_objective(
+    params: Params, prior: Prior, model: ImageClassifier, teacher: ImageClassifier | None
+) -> StudentObjective:
+    """The objective of params.student around a network and its teacher."""
+    student = params.student
+    return StudentObjective(
+        model,
+        teacher,
+        torch.tensor(prior.log_prior),
+        prior.counts,
+        weights_of(student),
+        tau_g=student.tau_g,
+        train_tau_g=student.train_tau_g,
+        queue_total=student.queue_total,
+        queue_minimum=student.queue_minimum,
+        projection_dim=student.projection_dim,
+        contrast_encoder=student.contrast_encoder,
+        encoder_momentum=student.encoder_momentum,
+    )
+
+
+def weights_of(student: StudentParams) -> StudentWeights:
+    """The weights of its terms."""
+    return StudentWeights(
         student.gamma,
         student.beta,
         student.alpha,
@@ -48,27 +84,6 @@ def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjec
         student.prior_strength,
         student.adjustment,
     )
-    frozen = None
-    if weights.need_teacher(student.contrast_encoder):
-        frozen, trained = load_model(teacher, "teacher")
-        check_image(trained, params.image, teacher)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(params.seed)
-        model = build_model(config, "student.backbone")
-        return StudentObjective(
-            model,
-            frozen,
-            torch.tensor(prior.log_prior),
-            prior.counts,
-            weights,
-            tau_g=student.tau_g,
-            train_tau_g=student.train_tau_g,
-            queue_total=student.queue_total,
-            queue_minimum=student.queue_minimum,
-            projection_dim=student.projection_dim,
-            contrast_encoder=student.contrast_encoder,
-            encoder_momentum=student.encoder_momentum,
-        )
 
 
 if __name__ == "__main__":

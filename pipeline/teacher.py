@@ -12,6 +12,7 @@ from pipeline.artifacts import SPLIT, TEACHER
 from pipeline.checkpoint import build_model
 from pipeline.dataset import load_images
 from pipeline.params import Params
+from pipeline.pretrained import start_from
 from pipeline.prior import load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
@@ -27,6 +28,7 @@ def run(params: Params, output: Path = TEACHER) -> Result:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(params.seed)
             model = build_model(config, "teacher.backbone")
+        start_from(model.backbone, params.teacher.pretrained, "teacher.pretrained")
         objective = TeacherObjective(model, torch.tensor(prior.log_prior), params.teacher.adjustment)
         folder = run_folder(params.teacher, params, output, SPLIT / "train.parquet")
         training = make_training("teacher", objective, params, device, folder)

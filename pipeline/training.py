@@ -15,6 +15,7 @@ from torch import Tensor
 from models.cosine_classifier import ImageClassifier
 from models.objectives import StudentObjective, TeacherObjective
 from models.ranks import rank, rank_count, synchronise_batch_norm
+from models.recomputation import NoBlocksError
 from pipeline.artifacts import FAILURES
 from pipeline.capture import CapturedStep, CaptureError
 from pipeline.dataset import Images
@@ -94,6 +95,13 @@ class Training:
             raise ParamsError(
                 f"{self.name}.batch_size is {batch}, which {ranks} processes cannot share; expected a multiple"
             )
+        parts, share = self.params.accumulate, batch // ranks
+        # Batch norm has no variance of a single sample.
+        if parts > 1 and (share % parts or share // parts < 2):
+            raise ParamsError(
+                f"{self.name}.accumulate is {parts}, into which a process's {share} images of a batch cannot be cut; "
+                "expected a divisor that leaves at least 2 images a part"
+            )
 
     def _prepare(self, train: Images) -> None:
         if self.device.type == "cpu":
@@ -103,7 +111,11 @@ class Training:
         for module in self.objective.batch_modules():
             synchronise_batch_norm(module, self.device)
         precision = precision_of(self.engine, self.device)
-        self._step = Step(self.objective, self.params, self.image, train, self.device, precision)
+        recompute = self.engine.checkpoint_activations
+        try:
+            self._step = Step(self.objective, self.params, self.image, train, self.device, precision, recompute)
+        except NoBlocksError as error:
+            raise ParamsError(f"engine.checkpoint_activations is true, but {self.name}.backbone: {error}") from None
         self._train = train
         self._watch = Watch(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)

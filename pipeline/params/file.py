@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -106,5 +106,10 @@ def _keys_at(location: list[str]) -> list[str]:
     model: Any = Params
     for part in location:
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        model = field.annotation if field else None
+        # A section that may be left out is a union with None.
+        model = (
+            next((one for one in get_args(field.annotation) if one is not type(None)), field.annotation)
+            if field
+            else None
+        )
     return sorted(getattr(model, "model_fields", {}))

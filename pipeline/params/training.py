@@ -65,19 +65,29 @@ class AugmentParams(Section):
         return self
 
 
+class PretrainedParams(Section):
+    """A local file of weights (safetensors, under the names of the backbone's library) and its sha256, which is checked."""
+
+    file: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class TrainingParams(Section):
     """What teacher and student training share: network, SGD, schedule, augmentation.
 
     adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. ema_decay: of the average of
-    weights that is evaluated and kept instead of the last step's; 0 for none.
+    weights that is evaluated and kept instead of the last step's; 0 for none. accumulate: parts in which a batch goes
+    through the network, for batches that the device cannot hold. pretrained: weights that the network starts from.
     """
 
     backbone: str
+    pretrained: PretrainedParams | None = None
     tau_s: Positive
     adjustment: NonNegative = 1.0
     ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
+    accumulate: PositiveInt = 1
     learning_rate: Positive
     momentum: Annotated[Number, Field(ge=0, lt=1)]
     weight_decay: NonNegative
@@ -117,12 +127,14 @@ class EngineParams(Section):
 
     precision: of the networks' convolutions and products; auto is bfloat16 on CUDA and float32 on the CPU. capture: a step
     as one CUDA graph, checked against the plain step before it is used. checkpoint_seconds: longest time between two
-    checkpoints. tensorboard: event files under artifacts/tensorboard/ as well. side_by_side: how many of `seeds` train
+    checkpoints. checkpoint_activations: the backward pass computes each block again, which takes less memory and more
+    time. tensorboard: event files under artifacts/tensorboard/ as well. side_by_side: how many of `seeds` train
     at once on the device; auto is one on the CPU, all on a GPU.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     capture: bool = True
     checkpoint_seconds: NonNegative = 60.0
+    checkpoint_activations: bool = False
     tensorboard: bool = False
     side_by_side: PositiveInt | Literal["auto"] = "auto"

@@ -63,9 +63,12 @@ def made_training(
     run_folder=None,
     checkpoint_seconds: float = 60.0,
     precision: str = "auto",
+    checkpoint_activations: bool = False,
     **changes,
 ) -> Training:
     """A run of a stage, not yet started."""
     objective = made_objective(stage, seed)
-    engine = EngineParams(checkpoint_seconds=checkpoint_seconds, precision=precision)
+    engine = EngineParams(
+        checkpoint_seconds=checkpoint_seconds, precision=precision, checkpoint_activations=checkpoint_activations
+    )
     return Training(stage, objective, training_params(**changes), IMAGE, seed, CPU, run_folder, engine)

@@ -43,6 +43,7 @@ TOO_LOW = {
     "gate.confidence": 0.5, "gate.resamples": 99, "gate.seed": -1, "gate.floor": -0.1,
     "ingest.settle_seconds": -1, "ingest.min_good_share": -0.01,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,
+    "teacher.accumulate": 0, "student.accumulate": 0,
     "teacher.momentum": -0.1, "teacher.weight_decay": -0.1, "teacher.schedule.warmup_epochs": -1,
     "teacher.schedule.factor": 0.0, "teacher.augment.crop_padding": -1, "teacher.augment.cutout": -1,
     "teacher.augment.jitter": -0.1, "teacher.augment.mix_alpha": 0.0,
@@ -163,7 +164,7 @@ def test_a_misspelt_key_comes_before_the_keys_that_it_leaves_missing(tmp_path):
     made = content()
     made["student"] = {f"{key}_": value for key, value in made["student"].items()}
     assert refusal(tmp_path, yaml.safe_dump(made)).startswith(
-        "student.adjustment_ is not a key; did you mean student.adjustment?"
+        "student.accumulate_ is not a key; did you mean student.accumulate?"
     )
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from small_training import CPU, IMAGE, made_images, made_training
+from small_training import CPU, IMAGE, made_images, made_training, training_params
+from test_accumulation import double_step
 
 from models.ranks import SharedBatchNorm, gather_batch, mean_over_ranks
 from pipeline.errors import ParamsError
@@ -82,6 +83,22 @@ def test_ten_steps_on_two_ranks_give_the_losses_and_queues_of_one(stage, tmp_pat
         assert torch.equal(found, value) if exact else torch.allclose(found, value, rtol=0, atol=1e-10)
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]) or "num_batches" in name
+
+
+def gradients_of_parts() -> list[list[torch.Tensor]]:
+    """The gradients of one batch in one part and in two, on a network without batch norm."""
+    found = []
+    for parts in (1, 2):
+        step = double_step("student", parts, training_params().augment)
+        step(step.draw(torch.arange(8), torch.Generator().manual_seed(5)))
+        found.append([parameter.grad for parameter in step.optimiser.parameters])
+    return found
+
+
+def test_ranks_that_take_their_share_in_parts_agree_on_the_gradient_of_the_whole(tmp_path):
+    for whole, parts in in_ranks(gradients_of_parts, tmp_path):
+        for one, other in zip(whole, parts, strict=True):
+            assert torch.allclose(one, other, rtol=1e-8, atol=1e-12)
 
 
 def shared_norm() -> list[torch.Tensor]:

@@ -46,13 +46,15 @@ RECIPES = {
     "student": {},
     "momentum": {},
     "averaged": {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")},
+    # Cut within a batch as often as between two.
+    "in parts, recomputed": {"accumulate": 2, "checkpoint_activations": True},
 }
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 60.0], ids=["every step", "every epoch"])
 def test_a_run_cut_off_many_times_ends_as_one_that_was_not(name, checkpoint_seconds, tmp_path):
-    stage = "student" if name == "averaged" else name
+    stage = "student" if name in ("averaged", "in parts, recomputed") else name
 
     def made(run_folder=None):
         return made_training(

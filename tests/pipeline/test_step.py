@@ -139,12 +139,14 @@ def test_an_operation_that_cannot_be_captured_is_named_and_leaves_the_run_as_it_
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("stage", ["teacher", "student", "momentum"])
-def test_a_cuda_graph_does_what_the_plain_step_does(stage):
+@pytest.mark.parametrize(("accumulate", "recompute"), [(1, False), (4, False), (2, True)])
+def test_a_cuda_graph_does_what_the_plain_step_does(stage, accumulate, recompute):
     device = torch.device("cuda")
     steps = []
     for _ in range(2):
         objective = made_objective(stage).to(device, memory_format=torch.channels_last)
-        steps.append(Step(objective, training_params(ema_decay=0.9), IMAGE, made_images(32), device, torch.bfloat16))
+        params = training_params(ema_decay=0.9, accumulate=accumulate)
+        steps.append(Step(objective, params, IMAGE, made_images(32), device, torch.bfloat16, recompute))
     batches = drawn(steps[0], 4)
     captured = CapturedStep(steps[1], batches[3])
     for inputs in batches[:3]:

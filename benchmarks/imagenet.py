@@ -1,0 +1,178 @@
+"""How fast an ImageNet recipe trains, from files to weights, and what each way to take less memory costs of that speed.
+
+A data set of ImageNet's shape (benchmarks.made_imagenet, or the real one) goes through the stages `split` and `prior`; then
+the student is trained for an epoch as the recipe says, in parts (`accumulate`), with activations computed again, with both,
+and on a GPU in float32 as well. A ratio is a row's images a second over the first row's; on the CPU these are seconds of
+processor time, which other work on the machine lengthens little. Memory is the most that the run held, beside what
+`python -m pipeline.memory` had said of a step.
+
+  python -m benchmarks.made_imagenet imagenet --scale 0.1
+  python -m benchmarks.imagenet imagenet --device cuda --output benchmarks/results/imagenet-cuda.md
+  python -m benchmarks.imagenet imagenet --size 64 --student torchvision/resnet18 --batch 16 --queue 512
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+import pipeline.prior
+import pipeline.split
+from benchmarks.machine import hardware, versions
+from pipeline.dataset import load_images
+from pipeline.memory import GIB, account, new_objective
+from pipeline.params import PARAMS_FILE, Params, parse_params
+from pipeline.prior import Prior
+from pipeline.recipe import apply_recipe
+from pipeline.training import Training
+from serving.atomic import write_file
+
+RECIPE = Path("recipes/imagenet-lt-90.yaml")
+FLOAT32 = {"engine": {"precision": "float32"}}
+ROWS: dict[str, dict[str, Any]] = {
+    "as the recipe says": {},
+    "in 4 parts": {"student": {"accumulate": 4}},
+    "activations computed again": {"engine": {"checkpoint_activations": True}},
+    "both": {"student": {"accumulate": 4}, "engine": {"checkpoint_activations": True}},
+    "in float32": FLOAT32,
+}
+HEADING = "| student | images/s | ratio | most memory, GiB | a step as accounted for, GiB |\n|---|--:|--:|--:|--:|"
+
+
+def rows_on(device: str) -> dict[str, dict[str, Any]]:
+    """The rows of a device: on the CPU the recipe is trained in float32 anyway."""
+    return {name: row for name, row in ROWS.items() if device == "cuda" or row != FLOAT32}
+
+
+class Measured(NamedTuple):
+    """Images a second of an epoch, evaluation included; GiB that the run held at most, and that a step was said to take."""
+
+    speed: float
+    held: float
+    accounted: float
+
+
+def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) -> Params:
+    """The recipe with what the command changes and what a row does."""
+    changes: dict[str, Any] = {
+        "device": arguments.device,
+        "data": {"location": str(arguments.data.resolve())},
+        "student": {"epochs": 1},
+        "teacher": {"epochs": 1},
+        "engine": {"precision": "float32"} if arguments.device == "cpu" else {},
+    }
+    if arguments.size:
+        changes["image"] = {"size": arguments.size, "resize_to": arguments.size * 8 // 7}
+    for key, value in (("batch_size", arguments.batch), ("queue_total", arguments.queue)):
+        if value:
+            changes["student"][key] = value
+    for stage in ("teacher", "student"):
+        if getattr(arguments, stage):
+            changes[stage]["backbone"] = getattr(arguments, stage)
+    for section, values in row.items():
+        changes[section] |= values
+    overlay = folder / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"extends": str(arguments.recipe.resolve()), **changes}), encoding="utf-8")
+    text, _ = apply_recipe([overlay], arguments.params)
+    return parse_params(yaml.safe_load(text), overlay)
+
+
+def measured(params: Params, prior: Prior, images: Any, device: torch.device) -> Measured:
+    """One epoch of the student. Its teacher is untrained, which costs the same."""
+    said = account(params, "student", prior).peak / GIB
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    objective = new_objective(params, "student", prior)
+    training = Training("student", objective, params.student, params.image, 0, device, engine=params.engine)
+    validation = load_images(params, "validation")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    begin = clock()
+    record = training.run(images, validation)[-1]
+    trained = len(images) // params.student.batch_size * params.student.batch_size
+    return Measured(trained / (clock() - begin), record["memory_mib"] / 1024, said)
+
+
+def table(found: dict[str, Measured]) -> str:
+    """The ratios."""
+    first = next(iter(found.values())).speed
+    rows = (
+        f"| {name} | {row.speed:,.1f} | {row.speed / first:.2f} | {row.held:.2f} | {row.accounted:.2f} |"
+        for name, row in found.items()
+    )
+    return "\n".join([HEADING, *rows]) + "\n"
+
+
+def empty_cuda_rows() -> str:
+    """What is still to be measured, with the command."""
+    rows = "\n".join(f"| {name} | | | | |" for name in ROWS)
+    return (
+        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.made_imagenet imagenet --scale 0.1`, then "
+        "`python -m benchmarks.imagenet imagenet --device cuda --output benchmarks/results/imagenet-cuda.md` fills these "
+        f"rows.\n\n{HEADING}\n{rows}\n"
+    )
+
+
+def parse(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Throughput and memory of an ImageNet recipe: one table of ratios.",
+        epilog="example: python -m benchmarks.imagenet imagenet --device cuda",
+    )
+    parser.add_argument("data", type=Path, help="root of imagenet_lt: python -m benchmarks.made_imagenet FOLDER")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="(default: %(default)s)")
+    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="what the recipe is applied to")
+    parser.add_argument("--size", type=int, help="pixels (default: the recipe's)")
+    parser.add_argument("--batch", type=int, help="(default: the recipe's)")
+    parser.add_argument("--queue", type=int, help="K (default: the recipe's)")
+    parser.add_argument("--student", help="backbone (default: the recipe's)")
+    parser.add_argument("--teacher", help="backbone (default: the recipe's)")
+    parser.add_argument("--output", type=Path, help="Markdown file to write as well")
+    arguments = parser.parse_args(given)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no CUDA device here; run with --device cpu")
+    if not (arguments.data / "ImageNet_LT_train.txt").is_file():
+        parser.error(f"argument data: {arguments.data} has no ImageNet_LT_train.txt; make it: benchmarks.made_imagenet")
+    return arguments
+
+
+def main(given: list[str] | None = None) -> None:
+    arguments = parse(given)
+    arguments.params, arguments.recipe = arguments.params.resolve(), arguments.recipe.resolve()
+    arguments.data = arguments.data.resolve()
+    device = torch.device(arguments.device)
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        folder = Path(scratch)
+        params = params_of(arguments, {}, folder)
+        split = pipeline.split.run(params)
+        prior = pipeline.prior.run(params)
+        images = load_images(params, "train")
+        for name, row in rows_on(arguments.device).items():
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            found[name] = measured(params_of(arguments, row, folder), prior, images, device)
+    words = " ".join("FOLDER" if word == str(arguments.data) else word for word in (given or sys.argv[1:]))
+    text = (
+        f"`python -m benchmarks.imagenet {words}`\n\n{hardware(arguments.device)}; {versions(torch.get_num_threads())}.\n"
+        f"{len(prior.classes)} classes, {split.sizes['train']:,} training images, {params.image.size} pixels; student "
+        f"{params.student.backbone}, teacher {params.teacher.backbone}, batch {params.student.batch_size}, K "
+        f"{params.student.queue_total}; one epoch a row. On the CPU `most memory` is that of the process.\n\n{table(found)}"
+    )
+    if arguments.device == "cpu":
+        text += empty_cuda_rows()
+    print(text)
+    if arguments.output:
+        write_file(arguments.output, text)
+
+
+if __name__ == "__main__":
+    main()

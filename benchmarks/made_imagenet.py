@@ -1,0 +1,158 @@
+"""A data set of ImageNet-LT's shape, made here: official lists, 1,000 classes of 1,280 to 5 images, files like photographs.
+
+The pictures are images of a pack of Parquet shards (`image`: encoded bytes), or scikit-learn's digits, enlarged to the size
+of a photograph and roughened until a file has a photograph's bytes. They are for speed and for the way from files to a
+trained network; what a network learns of them says nothing.
+
+  python -m benchmarks.made_imagenet FOLDER                      all of it: 185,846 files, about 20 GB
+  python -m benchmarks.made_imagenet FOLDER --scale 0.02 --pack PACK.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline.history import progress_bar
+from pipeline.published import PUBLISHED
+from serving.atomic import write_file
+
+SHAPE = PUBLISHED["imagenet_lt"]
+LISTS = {"train": "ImageNet_LT_train.txt", "validation": "ImageNet_LT_val.txt", "test": "ImageNet_LT_test.txt"}
+QUALITY = 90
+ROUGHNESS = 20  # of 255: a 500x375 file then has about 100 KB, as ImageNet's have
+
+
+def class_counts(classes: int, scale: float) -> dict[str, list[int]]:
+    """Images of each class by split, the largest first; at least one of each.
+
+    Train falls as ImageNet-LT's does: from its largest to its smallest class over as many many-, medium- and few-shot
+    classes, evenly in the logarithm but for the head, which is bent so that all classes have its number of images.
+    Fewer classes than 1,000 are taken at even distances.
+    """
+    low, high = 0.05, 1.0
+    for _ in range(60):
+        bend = (low + high) / 2
+        low, high = (bend, high) if _curve(bend).sum() < SHAPE.images["train"] else (low, bend)
+    chosen = np.round(np.linspace(0, SHAPE.classes - 1, classes)).astype(int)
+    held_out = {split: SHAPE.images[split] // SHAPE.classes for split in ("validation", "test")}
+    sizes = {"train": _curve(high)[chosen], **{split: np.full(classes, n) for split, n in held_out.items()}}
+    return {split: np.maximum(1, np.round(counts * scale)).astype(int).tolist() for split, counts in sizes.items()}
+
+
+def _curve(bend: float) -> np.ndarray:
+    many, medium, few = (SHAPE.groups[group] for group in ("many", "medium", "few"))
+    head = SHAPE.largest * (101 / SHAPE.largest) ** (np.linspace(0, 1, many) ** bend)
+    return np.round(np.concatenate([head, np.geomspace(100, 20, medium), np.geomspace(19, SHAPE.smallest, few)]))
+
+
+def make(
+    folder: Path,
+    *,
+    classes: int = SHAPE.classes,
+    scale: float = 1.0,
+    pack: Path | None = None,
+    size: tuple[int, int] = (500, 375),
+    workers: int = 0,
+) -> dict[str, int]:
+    """Write the images and their lists under `folder`; images of each split. The same arguments give the same bytes.
+
+    size: width and height in pixels. workers: processes that make images; 0 for this one alone.
+    """
+    entries = {
+        split: [
+            (f"{'val' if split == 'test' else 'train'}/n{label:08d}/{split}_{number}.JPEG", label)
+            for label, count in enumerate(counts)
+            for number in range(count)
+        ]
+        for split, counts in class_counts(classes, scale).items()
+    }
+    for split, found in entries.items():
+        write_file(folder / LISTS[split], "".join(f"{path} {label}\n" for path, label in found))
+    everything = [entry for found in entries.values() for entry in found]
+    tasks = [everything[start : start + 64] for start in range(0, len(everything), 64)]
+    work = functools.partial(write_images, folder, pack, size)
+    with progress_bar(unit="images") as progress:
+        bar = progress.add_task("images", total=len(everything), rate="")
+        for done in _results(work, tasks, workers):
+            progress.update(bar, advance=done)
+    return {split: len(found) for split, found in entries.items()}
+
+
+def _results(work: functools.partial[int], tasks: list[list[tuple[str, int]]], workers: int) -> Iterator[int]:
+    if not workers:
+        yield from map(work, tasks)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(work, tasks)
+
+
+def write_images(folder: Path, pack: Path | None, size: tuple[int, int], entries: list[tuple[str, int]]) -> int:
+    """Write some of the images; how many."""
+    for path, label in entries:
+        seed = int.from_bytes(path.encode()[-12:], "little") % 2**32
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(photograph(np.random.default_rng([seed, label]), label, _pictures(pack), size))
+    return len(entries)
+
+
+def photograph(random: np.random.Generator, label: int, pictures: list[np.ndarray], size: tuple[int, int]) -> bytes:
+    """A JPEG file: a picture enlarged, in its class's tint, rough as a photograph is."""
+    picture = Image.fromarray(pictures[random.integers(len(pictures))]).resize(size, Image.Resampling.BICUBIC)
+    tint = 0.6 + 0.4 * np.cos(2 * np.pi * (label * 0.618 + np.arange(3) / 3))
+    rough = random.integers(-ROUGHNESS, ROUGHNESS + 1, (size[1], size[0], 1), dtype=np.int16)
+    pixels = np.clip(np.asarray(picture) * tint + rough, 0, 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
+
+
+@functools.cache
+def _pictures(pack: Path | None) -> list[np.ndarray]:
+    """Up to 2,000 small pictures uint8 [H,W,3] to enlarge."""
+    if pack is None:
+        from sklearn.datasets import load_digits
+
+        grey = np.round(load_digits().images[:2000] * (255 / 16)).astype(np.uint8)
+        return [np.repeat(scan[:, :, None], 3, axis=2) for scan in grey]
+    batch = next(pq.ParquetFile(pack).iter_batches(2000, columns=["image"]))
+    return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in batch.column("image").to_pylist()]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Make a data set of ImageNet-LT's shape.")
+    parser.add_argument("folder", type=Path, help="where to: a new or empty folder; then data.location")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of each class's images (default: all)")
+    parser.add_argument("--classes", type=int, default=SHAPE.classes, help="(default: %(default)s)")
+    parser.add_argument("--pack", type=Path, help="Parquet file with a column `image` (default: scikit-learn's digits)")
+    parser.add_argument("--size", default="500x375", help="pixels (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: one a core)")
+    given = parser.parse_args(arguments)
+    width, _, height = given.size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        parser.error(f"argument --size: {given.size!r}; expected WIDTHxHEIGHT, for example 500x375")
+    if not 0 < given.scale <= 1 or given.classes < 2:
+        parser.error("expected --scale above 0 and at most 1, and --classes of at least 2")
+    if given.pack and not given.pack.is_file():
+        parser.error(f"argument --pack: {given.pack} is no file; leave it out for digits")
+    if given.folder.is_dir() and any(given.folder.iterdir()):
+        parser.error(f"argument folder: {given.folder} is not empty; expected a new folder")
+    made = make(
+        given.folder, classes=given.classes, scale=given.scale, pack=given.pack, size=(int(width), int(height)),
+        workers=given.workers,
+    )  # fmt: skip
+    print(f"{', '.join(f'{count:,} {split}' for split, count in made.items())} → {given.folder}")
+
+
+if __name__ == "__main__":
+    main()

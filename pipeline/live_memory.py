@@ -1,0 +1,94 @@
+"""Which tensors live at a time, and of what kind: the bytes of a piece of work, on real tensors or on ones without data."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TEMPORARY = "temporary"
+GRADIENTS = "gradients"
+
+
+class LiveMemory(TorchDispatchMode):
+    """While it is on, follows every storage from the operation that made it to its end.
+
+    peak: the most bytes at one time; at_peak: these by kind; largest: the most of each kind at its own time. A storage is
+    `temporary` until it is named by `declare`, kept for the backward pass within `kept_by`, or becomes a gradient. What
+    kernels use inside and give back (workspaces) is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: Counter[str] = Counter()
+        self.peak = 0
+        self.at_peak: dict[str, int] = {}
+        self.largest: Counter[str] = Counter()
+        self._kinds: dict[int, str] = {}
+
+    def declare(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """Count tensors as of a kind; those that already are of one stay that."""
+        for tensor in tensors:
+            self._count(tensor, kind)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and take in what it made."""
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, TEMPORARY)
+        return out
+
+    @contextlib.contextmanager
+    def kept_by(self, kind_of: Callable[[Tensor], str]) -> Iterator[None]:
+        """A block in which what autograd keeps for the backward pass is named by `kind_of`."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            self._name(tensor, kind_of)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+
+    def follow_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Name the gradients of parameters as they come into being."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda held: self._name(held.grad, lambda _: GRADIENTS)  # type: ignore[arg-type]
+                )
+
+    def _count(self, tensor: Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._kinds:
+            return
+        size = storage.nbytes()
+        self._kinds[key] = kind
+        self._add(kind, size)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _name(self, tensor: Tensor, kind_of: Callable[[Tensor], str]) -> None:
+        storage = tensor.untyped_storage()
+        if self._kinds.get(storage._cdata) == TEMPORARY:
+            kind = kind_of(tensor)
+            self._kinds[storage._cdata] = kind
+            self.now[TEMPORARY] -= storage.nbytes()
+            self._add(kind, storage.nbytes())
+
+    def _add(self, kind: str, size: int) -> None:
+        self.now[kind] += size
+        self.largest[kind] = max(self.largest[kind], self.now[kind])
+        total = self.now.total()
+        if total >= self.peak:
+            self.peak, self.at_peak = total, dict(self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.now[self._kinds.pop(key)] -= size

@@ -1,0 +1,264 @@
+"""Command: what one step of a recipe takes of the device's memory, found without the device and without an image.
+
+The step is run on tensors that have shapes and types but no data, as torch.compile does, and every one of them is
+followed from its making to its end. Not in it: CUDA's own context (about half a GiB), workspaces of libraries, and gaps
+that the allocator leaves; 10 % of the card is a fair allowance. A fused contrast kernel takes less than the plain version
+that is counted here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from models.objectives import StudentObjective, TeacherObjective
+from models.weight_average import WeightAverage
+from pipeline.artifacts import PRIOR
+from pipeline.checkpoint import build_model
+from pipeline.dataset import Images
+from pipeline.errors import ParamsError, StageError
+from pipeline.live_memory import LiveMemory
+from pipeline.params import PARAMS_FILE, Params, load_params
+from pipeline.prior import Prior, load_prior
+from pipeline.published import PUBLISHED
+from pipeline.stage import explain
+from pipeline.step import Step
+from pipeline.student import student_objective
+from pipeline.training import precision_of
+from pipeline.training_run import check_recipe, model_config
+
+EPILOG = """\
+examples:
+  python -m pipeline.memory                                    params.yaml, classes of artifacts/prior.json
+  python -m pipeline.memory --classes 8142 --images 437513     before there is a split
+  python -m pipeline.memory --stage teacher --card 24
+"""
+GIB = 2**30
+ALLOWANCE = 0.1  # of the card, for what is not counted
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes: at the step's fullest moment (peak) by kind, and the most of each kind. images: the training split as bytes."""
+
+    peak: int
+    at_peak: dict[str, int]
+    largest: dict[str, int]
+    images: int
+
+    def fits(self, card: float) -> bool:
+        """Whether a step fits a card of so many bytes, the allowance for what is not counted left free."""
+        return self.peak <= (1 - ALLOWANCE) * card
+
+
+def account(params: Params, stage: str, prior: Prior) -> Account:
+    """The account of one step of stage `teacher` or `student` on CUDA, of one process. Raises ParamsError as the stage does."""
+    check_recipe(params, prior)
+    try:
+        with torch.device("meta"):
+            objective, average = _made(params, stage, prior)
+    except NotImplementedError:  # a network that reads its own widths off tensors: torchvision's RegNet
+        objective, average = _made(params, stage, prior)
+    # Tensors without data that say they lie on the CPU: autocast has no rules for meta tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in filter(None, (objective, average)):
+            _without_data(module.to(memory_format=torch.channels_last))
+        return measured_step(params, stage, objective, average, sum(prior.counts))
+
+
+def _made(params: Params, stage: str, prior: Prior) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
+    objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
+    return objective, WeightAverage(objective.model, decay) if decay else None
+
+
+def measured_step(
+    params: Params,
+    stage: str,
+    objective: TeacherObjective | StudentObjective,
+    average: WeightAverage | None,
+    images: int,
+) -> Account:
+    """One step on the CPU as it would be on CUDA, and what lived while it ran; on tensors without data in a FakeTensorMode."""
+    # The average is there already: tensors without data cannot be copied deeply.
+    section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
+    size, batch = params.image.size, section.batch_size
+    nothing = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], [], None)
+    precision = precision_of(params.engine, torch.device("cuda"))
+    recompute = params.engine.checkpoint_activations
+    step = Step(objective, section, params.image, nothing, torch.device("cpu"), precision, recompute)
+    step.average = average
+    live = LiveMemory()
+    _declare(live, step)
+    live.follow_gradients(objective.parameters())
+    with live:
+        views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
+        target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+        live.declare("views", [views])
+        with _named(live, objective):
+            step.descend(views, target, chosen, None)
+    return Account(live.peak, live.at_peak, dict(live.largest), images * 3 * size * size)
+
+
+def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
+    """The objective of a stage, freshly initialised; a student's teacher likewise, as its weights take the same place."""
+    config = model_config(getattr(params, stage), params, len(prior.classes))
+    model = build_model(config, f"{stage}.backbone")
+    if stage == "teacher":
+        return TeacherObjective(model, torch.tensor(prior.log_prior), params.teacher.adjustment)
+    teacher = build_model(model_config(params.teacher, params, len(prior.classes)), "teacher.backbone")
+    return student_objective(params, prior, model, teacher)
+
+
+def _without_data(module: nn.Module) -> None:
+    """Parameters and buffers of a meta module as empty ones of the mode that is on. (`to_empty` swaps, which they refuse.)"""
+    for part in module.modules():
+        for name, held in part._parameters.items():
+            if held is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_like(held, device="cpu"), held.requires_grad)
+        for name, held in part._buffers.items():
+            if held is not None:
+                part._buffers[name] = torch.empty_like(held, device="cpu")
+
+
+def _declare(live: LiveMemory, step: Step) -> None:
+    """Name what is there before a step."""
+    objective = step.objective
+    kinds: dict[str, nn.Module | None] = {
+        "frozen teacher": getattr(objective, "teacher", None),
+        "momentum encoder": getattr(objective, "momentum_encoder", None),
+        "queue": getattr(objective, "queues", None),
+        "average of weights": step.average,
+        "weights": objective,
+    }
+    for kind, module in kinds.items():
+        if module is not None:
+            live.declare(kind, [*module.parameters(), *module.buffers()])
+    live.declare("momentum", step.optimiser.momentum())
+
+
+@contextlib.contextmanager
+def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> Iterator[None]:
+    """A block in which what is kept for the backward pass is named for the module that runs, or for what it is."""
+    running: list[str] = []
+    named = {"network": objective.model.backbone}
+    if getattr(objective, "query_head", None) is not None:
+        named |= {"query head": objective.query_head, "key head": objective.key_head}
+    hooks = []
+    for name, module in named.items():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
+    rows = len(objective.queues.row_class) if "key head" in named else 0
+
+    def kind_of(tensor: Tensor) -> str:
+        if running:
+            return f"activations: {running[-1]}"
+        width = tensor.shape[-1] if tensor.dim() == 2 else 0
+        return {rows: "activations: similarity", objective.model.classes: "activations: logits"}.get(
+            width or -1, "activations: losses"
+        )
+
+    try:
+        with live.kept_by(kind_of):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def prior_of(params: Params, classes: int | None, images: int | None) -> Prior:
+    """Of the split that there is, else of so many classes and images, else of the published data set that params name.
+
+    Where the counts of the classes are not known, all but the largest are alike; of them memory depends on no other.
+    Raises ParamsError when nothing says how many classes there are.
+    """
+    known = PUBLISHED.get(params.data.source)
+    if classes is None and PRIOR.is_file():
+        return load_prior()
+    if classes is None and known is None:
+        raise ParamsError(f"{PRIOR}: no such file, so --classes is needed; or run `dvc repro prior` first")
+    classes = classes or known.classes
+    images = images or (known.images["train"] if known and known.classes == classes else 100 * classes)
+    if images < classes:
+        raise ParamsError(f"--images is {images}, below the {classes} classes; expected at least one image a class")
+    largest = known.largest if known and known.classes == classes else min(images - classes + 1, 10 * images // classes)
+    rest, over = divmod(images - largest, classes - 1)
+    counts = [largest, *(rest + (place < over) for place in range(classes - 1))]
+    even = [1 / classes] * classes
+    return Prior([str(number) for number in range(classes)], counts, even, even, ["many"] * classes)
+
+
+def table(found: Account, title: str) -> Table:
+    """Kinds of memory, the largest first."""
+    shown = Table("", "at the fullest moment", "most of its kind", title=title, title_justify="left")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    kinds = sorted(found.largest, key=lambda kind: -found.largest[kind])
+    for kind in kinds:
+        shown.add_row(kind, size_of(found.at_peak.get(kind, 0)), size_of(found.largest[kind]))
+    shown.add_section()
+    shown.add_row("together", size_of(found.peak), "")
+    return shown
+
+
+def size_of(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0 when the step fits, 1 when it does not, 2 for misuse."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.memory",
+        description="What a training step of the recipe takes of a GPU's memory, line by line; no GPU is needed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
+    parser.add_argument("--stage", choices=["teacher", "student"], default="student", help="(default: %(default)s)")
+    parser.add_argument("--classes", type=int, help="number of classes (default: those of artifacts/prior.json)")
+    parser.add_argument("--images", type=int, help="training images (default: the published number, or 100 a class)")
+    parser.add_argument("--card", type=float, default=80, help="memory of the GPU in GB (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    if (options.classes or 2) < 2 or options.card <= 0:
+        parser.error("expected --classes of at least 2 and --card above 0")
+    try:
+        params = load_params(options.params)
+        found = account(params, options.stage, prior_of(params, options.classes, options.images))
+    except (StageError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"memory: {explain(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, StageError) else 1
+    section = getattr(params, options.stage)
+    title = f"{options.stage}: {section.backbone}, batch {section.batch_size}, {params.image.size} pixels"
+    console = Console(width=100)
+    console.print(table(found, title))
+    card = options.card * 1e9
+    fits = found.fits(card)
+    console.print(
+        f"{'fits' if fits else 'does not fit'} a card of {options.card:g} GB with a tenth of it left free; "
+        f"all training images as bytes are {size_of(found.images)} besides, unless they are streamed",
+        highlight=False,
+    )
+    if not fits:
+        console.print(
+            f"less memory: {options.stage}.accumulate, engine.checkpoint_activations, engine.precision: bfloat16, or more "
+            "GPUs to share the batch",
+            highlight=False,
+        )
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
