@@ -132,9 +132,8 @@ def _timm_backbone(model: str, image_size: int | None) -> Backbone:
 
     config = timm.models.get_pretrained_cfg(model)
     sized = image_size and config is not None and config.fixed_input_size
-    network: Any = timm.create_model(
-        model, pretrained=False, num_classes=0, **({"img_size": image_size} if sized else {})
-    )
+    options: Any = {"img_size": image_size} if sized else {}
+    network: Any = timm.create_model(model, pretrained=False, num_classes=0, **options)
     width = getattr(network, "head_hidden_size", None) or network.num_features
     head = config.classifier if config is not None and isinstance(config.classifier, str) else ""
     return Backbone(network, width, head)
