@@ -30,9 +30,8 @@ function draw(width) {
   const style = getComputedStyle(document.documentElement);
   return Object.entries(data.figures).map(([name, figure]) => {
     const { data: traces, layout } = coloured(figure, style);
-    const place = document.getElementById(name);
-    const size = width ? { width: width(place), autosize: false } : {};
-    return Plotly.react(place, traces, { ...layout, ...size }, quiet);
+    const size = width ? { width, autosize: false } : {};
+    return Plotly.react(name, traces, { ...layout, ...size }, quiet);
   });
 }
 
@@ -89,6 +88,5 @@ if (document.getElementById("find")) {
 Promise.all(draw()).then(() => document.body.classList.add("drawn"));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
 // On paper a chart is as wide as its column there: the page is laid out for A4 only after this event.
-const paper = (place) => Math.floor(680 * (place.closest(".two") ? 0.58 : 1));
-addEventListener("beforeprint", () => draw(paper));
+addEventListener("beforeprint", () => draw(680));
 addEventListener("afterprint", () => draw());
