@@ -86,7 +86,9 @@ def data_card(params: Params, prior: Prior, sizes: SplitSizes) -> str:
 def data_facts(params: Params, prior: Prior, sizes: SplitSizes) -> list[tuple[str, str]]:
     """What there is to say of the data in a line each: term and text."""
     data, image = params.data, params.image
-    made = "as it is" if data.profile == "natural" else f"made {data.profile}, imbalance factor {data.imbalance_factor:g}"
+    made = (
+        "as it is" if data.profile == "natural" else f"made {data.profile}, imbalance factor {data.imbalance_factor:g}"
+    )
     groups = ", ".join(f"{prior.groups.count(name):,} {name}" for name in ("many", "medium", "few"))
     return [
         ("Source", data.source if data.source == "digits" else f"{data.source} at {data.location}"),

@@ -89,9 +89,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         samples = _write_samples(folder / "samples", test, chosen, found["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(params, prior, sizes))
         write_file(folder / "model_card.md", model_card(params, prior, metrics["student"]))
-        page = render_report(
-            shown, metrics, classes, samples, params, prior, sizes, encoded=test.encoded, notes=notes
-        )
+        page = render_report(shown, metrics, classes, samples, params, prior, sizes, encoded=test.encoded, notes=notes)
         write_file(folder / "report.html", page)
     return Result(metrics, output)
 

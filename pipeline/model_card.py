@@ -86,7 +86,11 @@ def as_cell(text: str) -> str:
 
 def _metadata(params: Params, metrics: dict[str, Any]) -> dict[str, Any]:
     name = f"tailor-{params.data.source}-{params.student.backbone.replace('/', '-')}"
-    dataset = {"name": f"{params.data.source}, {params.data.profile} profile", "type": params.data.source, "split": "test"}
+    dataset = {
+        "name": f"{params.data.source}, {params.data.profile} profile",
+        "type": params.data.source,
+        "split": "test",
+    }
     found = [
         {"type": kind, "value": round(values[key], 6), "name": f"{kind.replace('_', ' ')}, target prior {prior}"}
         for prior, values in metrics.items()
@@ -99,6 +103,9 @@ def _metadata(params: Params, metrics: dict[str, Any]) -> dict[str, Any]:
         "tags": ["long-tailed", "logit-adjustment"],
         "metrics": ["accuracy"],
         "model-index": [
-            {"name": name, "results": [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": found}]}
+            {
+                "name": name,
+                "results": [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": found}],
+            }
         ],
     }

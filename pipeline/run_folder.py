@@ -26,4 +26,6 @@ def contender_of(folder: Path) -> Contender:
     found = next((evaluation / PREDICTIONS for evaluation, _ in places if (evaluation / PREDICTIONS).is_file()), None)
     if found:
         raise ParamsError(f"{found}: has no {PRIOR.name} beside or above it; copy the run's {PRIOR} there")
-    raise ParamsError(f"{folder}: holds no {PREDICTIONS}; expected the folder of a run that `dvc repro evaluate` finished")
+    raise ParamsError(
+        f"{folder}: holds no {PREDICTIONS}; expected the folder of a run that `dvc repro evaluate` finished"
+    )

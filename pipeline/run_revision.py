@@ -18,23 +18,26 @@ def contender_at(revision: str, folder: Path) -> Contender:
     """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
-    from scmrepo.exceptions import RevError, SCMError
+    from dvc.scm import RevError, SCMError
 
-    try:
-        files = DVCFileSystem(".", rev=revision)
-    except RevError:
-        raise ParamsError(
-            f"{revision!r} is no folder, no version of the repository and no revision; expected one of them "
-            "(`git log --oneline`, `dvc exp list` and `tailor versions` list them)"
-        ) from None
-    except (SCMError, DvcException) as error:
-        raise ParamsError(f"{revision!r} is no folder, and here is no git repository with DVC ({error})") from None
     found = Contender(folder / PREDICTIONS, folder / PRIOR.name)
     try:
+        files = DVCFileSystem(".", rev=revision)
         for source, target in ((EVALUATION / PREDICTIONS, found.predictions), (PRIOR, found.prior)):
             write_file(target, files.read_bytes(source.as_posix()))
+    except RevError:
+        raise ParamsError(
+            f"{revision!r} is no folder, no published version and no revision; expected one of them "
+            "(`git log --oneline`, `dvc exp list` and `tailor versions` list them)"
+        ) from None
+    except SCMError:
+        raise ParamsError(
+            f"{revision!r} is no folder, and a revision needs a git repository; this folder is in none"
+        ) from None
     except FileNotFoundError:
-        raise StageError(f"{revision}: has no {source} in DVC's cache or remote; run `dvc fetch` or repeat that run") from None
+        raise StageError(
+            f"{revision}: has no {source} in DVC's cache or remote; run `dvc fetch`, or `dvc repro` at that revision"
+        ) from None
     except DvcException as error:
-        raise StageError(f"{revision}: {source} cannot be read ({error})") from None
+        raise StageError(f"{revision}: {source} cannot be read: {' '.join(str(error).split())}") from None
     return found

@@ -34,7 +34,9 @@ def compare(
     after: Annotated[str, typer.Argument(metavar="B", help="The run that is held against A, named in the same way.")],
     prior: Annotated[TargetPrior, typer.Option(help="Which answers are compared.")] = TargetPrior.balanced,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts as well.")] = None,
-    classes: Annotated[int, typer.Option(min=0, help="Classes that the terminal shows, most surely changed first.")] = 10,
+    classes: Annotated[
+        int, typer.Option(min=0, help="Classes that the terminal shows, most surely changed first.")
+    ] = 10,
     repository: RepositoryOption = REPOSITORY,
     params: Annotated[
         Path | None,
@@ -64,7 +66,9 @@ def compare(
         from pipeline.artifacts import write_file
         from pipeline.report import render_comparison
 
-        write_file(html, render_comparison(found, f"tailor compare {before} {after} --prior {prior.value} --html {html}"))
+        write_file(
+            html, render_comparison(found, f"tailor compare {before} {after} --prior {prior.value} --html {html}")
+        )
     if as_json:
         print_json(content(found))
         return
@@ -88,7 +92,9 @@ def _answers(name: str, repository: Path, params: Params | None, target_prior: s
         return load_answers(contender_of(Path(name)), target_prior)
     if name == "champion" or (name.isdecimal() and len(name) < 7):  # a commit's short name has seven figures
         if params is None:
-            raise ParamsError(f"{PARAMS_FILE}: no such file; a version's images are the recipe's, so pass --params FILE")
+            raise ParamsError(
+                f"{PARAMS_FILE}: no such file; a version's images are the recipe's, so pass --params FILE"
+            )
         return served_answers(repository, None if name == "champion" else int(name), params, target_prior)
     with tempfile.TemporaryDirectory(prefix="tailor-compare-") as folder:
         try:

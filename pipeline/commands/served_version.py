@@ -38,7 +38,9 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     session = open_session(repository / STUDENT / str(version) / "model.onnx")
     strength = 1.0 if target_prior == "train" else 0.0
     logits = [
-        session.run(["logits"], {"image": images.numpy(), "strength": np.full((len(images), 1), strength, np.float32)})[0]
+        session.run(["logits"], {"image": images.numpy(), "strength": np.full((len(images), 1), strength, np.float32)})[
+            0
+        ]
         for images in test.images.split(manifest.max_batch_size)
     ]
     p = class_prior(manifest.counts, 0.0 if all(manifest.counts) else 1.0)

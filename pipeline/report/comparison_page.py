@@ -25,7 +25,9 @@ def render_comparison(found: Comparison, command: str) -> str:
     by_change = sorted(changed, key=lambda row: (row["difference"], row["p"]))
     data = {
         "figures": {
-            "differences": figures.differences([row for row in measures if row["measure"] != NAMES["ece"]], found.after),
+            "differences": figures.differences(
+                [row for row in measures if row["measure"] != NAMES["ece"]], found.after
+            ),
             "by-class": figures.by_count(classes, "difference", "difference", change=True),
         },
         "forms": list(FORMS.values()),
@@ -40,4 +42,4 @@ def render_comparison(found: Comparison, command: str) -> str:
 
 
 def _short(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -35,7 +35,8 @@ def render_report(
     """The page as text.
 
     metrics: network → target prior → metric; classes: rows of per_class.csv; samples: with their bytes; encoded: the
-    bytes of a test image by its row; notes: what is not there, and why. The page's size grows with the classes by their names and numbers alone.
+    bytes of a test image by its row; notes: what is not there, and why. The page's size grows with the classes by their
+    names and numbers alone.
     """
     pictures: dict[int, str] = {}
 

@@ -19,6 +19,7 @@ Figure = dict[str, Any]
 SYMBOLS = {"many": "circle", "medium": "diamond", "few": "square"}
 NETWORKS = ("champion", "teacher", "student")
 SHARE = ".0%"
+POINTS = "+~g"
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def text(name: str, longest: int = 80) -> str:
 
 def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bool = False) -> Figure:
     """A value of each class against its training images, a point a class; hover names it. change: the value is a difference."""
-    traces = []
+    traces: list[dict[str, Any]] = []
     for group in GROUPS:
         mine = [row for row in classes if row["group"] == group and row[key] is not None]
         if not mine:
@@ -56,18 +57,26 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
             {
                 "type": "scatter", "mode": "markers", "name": f"{group} ({len(mine):,})",
                 # A class that smoothing alone keeps has no image, and a logarithmic axis no zero.
-                "x": [max(row["train_count"], 0.5) for row in mine], "y": [round(row[key], 5) for row in mine],
+                "x": [max(row["train_count"], 0.5) for row in mine], "y": [round(100 * row[key], 3) for row in mine],
                 "text": [text(row["class"]) for row in mine],
                 "marker": {
                     "color": f"var(--{group})", "symbol": SYMBOLS[group], "size": 9 if len(classes) <= 300 else 5,
                     "opacity": 0.9 if len(classes) <= 300 else 0.55, "line": {"color": "var(--card)", "width": 0.5},
                 },
-                "hovertemplate": f"<b>%{{text}}</b><br>%{{x:,}} training images<br>{title.lower()} "
-                f"%{{y:{'+.1%' if change else '.1%'}}}<extra>{group}</extra>",
+                "hovertemplate": f"<b>%{{text}}</b><br>%{{x:,}} training images<br>{title} "
+                + ("%{y:+.1f} points" if change else "%{y:.1f}%") + f"<extra>{group}</extra>",
             }
         )  # fmt: skip
-    y = axis(title, tickformat="+.0%" if change else SHARE, **({} if change else {"range": [-0.03, 1.05]}))
-    zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": {"color": "var(--axis)", "width": 1}}
+    y = axis(f"{title}, points", tickformat=POINTS) if change else axis(title, ticksuffix="%", range=[-3, 105])
+    zero = {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": 0,
+        "y1": 0,
+        "line": {"color": "var(--axis)", "width": 1},
+    }
     largest = max(row["train_count"] for row in classes)
     ticks = [step * 10**power for power in range(len(str(largest))) for step in (1, 2, 5)]
     if largest > 5000:  # of four decades and more, each alone
@@ -159,17 +168,26 @@ def _reliability(name: str, side: Calibrated, colour: str, symbol: str) -> dict[
 def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
     """Differences with intervals, a line a measure; rows: measure, difference, low, high."""
     mine = [row for row in rows if row["difference"] is not None][::-1]
+    difference, low, high = ([100 * row[key] for row in mine] for key in ("difference", "low", "high"))
     trace = {
-        "type": "scatter", "mode": "markers", "x": [row["difference"] for row in mine],
-        "y": [row["measure"] for row in mine], "marker": {"color": "var(--student)", "size": 10},
+        "type": "scatter", "mode": "markers", "x": difference, "y": [row["measure"] for row in mine],
+        "marker": {"color": "var(--student)", "size": 10},
         "error_x": {
             "type": "data", "symmetric": False, "color": "var(--student)", "thickness": 2, "width": 5,
-            "array": [row["high"] - row["difference"] for row in mine],
-            "arrayminus": [row["difference"] - row["low"] for row in mine],
+            "array": [end - value for end, value in zip(high, difference, strict=True)],
+            "arrayminus": [value - end for end, value in zip(low, difference, strict=True)],
         },
-        "customdata": [[row["low"], row["high"]] for row in mine],
-        "hovertemplate": "%{y}: <b>%{x:+.1%}</b> (%{customdata[0]:+.1%} to %{customdata[1]:+.1%})<extra></extra>",
+        "customdata": [list(ends) for ends in zip(low, high, strict=True)],
+        "hovertemplate": "%{y}: <b>%{x:+.1f}</b> points (%{customdata[0]:+.1f} to %{customdata[1]:+.1f})<extra></extra>",
     }  # fmt: skip
-    zero = {"type": "line", "yref": "paper", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "line": {"color": "var(--axis)", "width": 1}}
-    x = axis(f"points gained by {text(after, 40)}", tickformat="+.1%")
+    zero = {
+        "type": "line",
+        "yref": "paper",
+        "x0": 0,
+        "x1": 0,
+        "y0": 0,
+        "y1": 1,
+        "line": {"color": "var(--axis)", "width": 1},
+    }
+    x = axis(f"percentage points gained by {text(after, 40)}", tickformat=POINTS)
     return {"data": [trace], "layout": layout(x, axis("", type="category"), 90 + 42 * len(mine), shapes=[zero])}

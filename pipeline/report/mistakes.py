@@ -57,7 +57,7 @@ def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> 
 def extreme_classes(
     predicted: np.ndarray, labels: np.ndarray, prior: Prior
 ) -> tuple[list[ClassResult], list[ClassResult]]:
-    """The classes of least and of greatest accuracy, at most CLASSES of each and none in both; ties: the rarer, the commoner."""
+    """The classes of least and of greatest accuracy, at most CLASSES of each and none in both; ties by training images."""
     classes = len(prior.classes)
     tested = np.bincount(labels, minlength=classes)
     right = np.bincount(labels[predicted == labels], minlength=classes)

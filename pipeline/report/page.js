@@ -7,7 +7,7 @@ const points = (value) => (value === null ? "n/a" : `${value < 0 ? "−" : "+"}$
 const forms = {
   text: (value) => value,
   count: (value) => value.toLocaleString("en-GB"),
-  p: (value) => (value === null ? "n/a" : value.toPrecision(2)),
+  p: (value) => (value === null ? "n/a" : value < 0.001 ? "<0.001" : value.toPrecision(2)),
   percent,
   points,
 };
