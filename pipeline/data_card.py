@@ -35,8 +35,8 @@ CARD = """\
 | validation | {{ sizes.validation }} | choosing an epoch, the temperature of the calibration |
 | test | {{ sizes.test }} | the reported figures, read by the evaluation alone |
 
-Each image is named by a sample id and the sha256 of its bytes in `data/split/*.parquet`; images that are there twice,
-byte for byte, lie in one split.
+Each image is named by a sample id and the sha256 of its bytes in `data/split/*.parquet`; images that two splits share,
+byte for byte, are listed in `data/split/duplicates.csv`.
 
 ## Classes
 
