@@ -74,7 +74,7 @@ def model_facts(params: Params, prior: Prior) -> list[tuple[str, str]]:
             f"Features and Ground-Truth Labels), distilled from a {teacher.backbone} teacher of {teacher.epochs} epochs",
         ),
         ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
-        ("Output", "logits of every class; `strength` 0 answers for a balanced target prior, 1 for the training prior"),
+        ("Output", "logits of every class; strength 0 answers for a balanced target prior, 1 for the training prior"),
         ("Default strength", f"{params.serving.strength:g}"),
     ]
 
