@@ -14,14 +14,20 @@ import torch
 
 from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
 from pipeline.checkpoint import BEST, check_image, load_model
+from pipeline.comparison import Answers
+from pipeline.data_card import SplitSizes, data_card
 from pipeline.dataset import Images, load_images
 from pipeline.errors import DataError
+from pipeline.gate import GateError, check_comparable, load_answers
 from pipeline.inference import outputs
 from pipeline.metrics import answers, evaluate_answers, per_class_accuracy
+from pipeline.model_card import model_card
 from pipeline.params import Params
 from pipeline.prior import Prior, load_prior
 from pipeline.ranks import choose_device
-from pipeline.report import render_report
+from pipeline.report import render_report, study
+from pipeline.report.study import write_plots
+from pipeline.run_folder import contender_of
 from pipeline.stage import stage_main
 
 TARGET_PRIORS = {"balanced": 0.0, "train": 1.0}
@@ -40,7 +46,8 @@ class Result:
             f"{network} {self.metrics[network]['balanced']['balanced_accuracy']:.1%}"
             for network in ("teacher", "student")
         ]
-        return f"balanced accuracy {', '.join(scores)} → {self.output}/report.html"
+        page = self.output / "report.html"
+        return f"balanced accuracy {', '.join(scores)} → {page} ({page.stat().st_size / 1e6:.1f} MB)"
 
 
 def run(params: Params, output: Path = EVALUATION) -> Result:
@@ -51,6 +58,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
             "data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split"
         )
     device, labels = choose_device(params.device), test.labels.numpy()
+    champion, notes = _champion(params, test, labels, prior)
     logits = {name: network_logits(folder, name, test, params, device) for name, folder in NETWORKS.items()}
     found = {name: _answers(values, prior) for name, values in logits.items()}
     metrics = {name: network_metrics(values, labels, prior, params) for name, values in logits.items()}
@@ -58,7 +66,10 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         # An extra under a name of its own: whoever picks an epoch by a score must say so.
         best = network_logits(STUDENT / BEST, "student", test, params, device)
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, params)
+    validation = _validation(params, device)
+    shown = study(logits, labels, prior, params, validation=validation, champion=champion)
     chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)
+    sizes = SplitSizes(sum(prior.counts), len(validation[1]) if validation else 0, len(test))
     with whole_folder(output) as folder:
         write_json(folder / "metrics.json", metrics)
         for network, by_prior in metrics.items():
@@ -71,12 +82,41 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
             {"actual": prior.classes[a], "predicted": prior.classes[b]} for a, b in zip(labels, predicted, strict=True)
         ]
         write_file(folder / "confusion.csv", as_csv(pairs))
+        write_plots(shown, folder / "plots")
         pyarrow.parquet.write_table(
             _predictions(test, found["student"], logits["student"]), folder / "predictions.parquet"
         )
         samples = _write_samples(folder / "samples", test, chosen, found["student"], prior.classes)
-        write_file(folder / "report.html", render_report(metrics, classes, samples, params))
+        write_file(folder / "data_card.md", data_card(params, prior, sizes))
+        write_file(folder / "model_card.md", model_card(params, prior, metrics["student"]))
+        page = render_report(shown, metrics, classes, samples, params, prior, sizes, encoded=test.encoded, notes=notes)
+        write_file(folder / "report.html", page)
     return Result(metrics, output)
+
+
+def _validation(params: Params, device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:
+    """The student's logits and the labels of the validation split, which its temperature is fitted on; None without one."""
+    held_out = load_images(params, "validation")
+    if len(held_out) == 0:
+        return None
+    return network_logits(STUDENT, "student", held_out, params, device), held_out.labels.numpy()
+
+
+def _champion(params: Params, test: Images, labels: np.ndarray, prior: Prior) -> tuple[Answers | None, list[str]]:
+    """Answers of the run that params.evaluate.champion names, if it can be held against this one; else a note that says why.
+
+    Raises ParamsError when there is no such run.
+    """
+    if params.evaluate.champion is None:
+        return None, []
+    try:
+        champion = load_answers(contender_of(Path(params.evaluate.champion)))
+        order = np.argsort(np.array(test.sample_ids))
+        mine = Answers([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
+        check_comparable(mine, champion)
+    except GateError as error:  # other classes, another test set: no reason to lose the evaluation of this run
+        return None, [f"Without the champion of evaluate.champion: {error}."]
+    return champion, []
 
 
 def network_logits(folder: Path, stage: str, test: Images, params: Params, device: torch.device) -> np.ndarray:

@@ -117,16 +117,16 @@ def load_answers(contender: Contender, target_prior: str = "balanced") -> Answer
     return Answers([ids[i] for i in order], labels[order], found, prior)
 
 
-def check_comparable(challenger: Answers, champion: Answers) -> None:
+def check_comparable(challenger: Answers, champion: Answers, names: str = "challenger and champion") -> None:
     """Raise GateError unless both have the same classes in the same order and the same samples under the same labels."""
     if challenger.prior.classes != champion.prior.classes:
         other = sorted(set(challenger.prior.classes) ^ set(champion.prior.classes))
         which = f"{other[0]!r} is a class of one alone" if other else "their order differs"
-        raise GateError(f"challenger and champion have other classes: {which}; compare models of the same classes")
+        raise GateError(f"{names} have other classes: {which}; compare models of the same classes")
     if challenger.sample_ids != champion.sample_ids:
         other = sorted(set(challenger.sample_ids) ^ set(champion.sample_ids))
         raise GateError(
-            f"challenger and champion were tested on other samples ({len(other)} are in one set alone, first {other[0]!r}); "
+            f"{names} were tested on other samples ({len(other)} are in one set alone, first {other[0]!r}); "
             "evaluate both on the same frozen test set"
         )
     if np.any(challenger.labels != champion.labels):

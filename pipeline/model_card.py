@@ -1,55 +1,111 @@
-"""The model card that goes with an exported student: Markdown with the metadata block of the Hugging Face format."""
+"""The model card of a student: Markdown with the metadata block of the Hugging Face format."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jinja2
+import yaml
 
 from pipeline.params import Params
 from pipeline.prior import Prior
 
+# Of the metadata: our name → the field's.
+METRICS = {"balanced_accuracy": "balanced_accuracy", "all": "accuracy", "ece": "expected_calibration_error"}
+
 CARD = """\
 ---
-library_name: onnx
-pipeline_tag: image-classification
-tags:
-- long-tailed
-- logit-adjustment
----
+{{ metadata }}---
 
 # Student of a GML run
 
 An image classifier for {{ prior.classes | length }} classes, trained on data whose largest class has {{ prior.counts | max }}
 samples and whose smallest has {{ prior.counts | min }} ({{ params.data.source }}, profile {{ params.data.profile }}).
 
-- Network: {{ params.student.backbone }} with a cosine classifier, distilled from {{ params.teacher.backbone }} with the GML
-  loss (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels).
-- Input: RGB, uint8, {{ params.image.size }}x{{ params.image.size }}; normalisation is inside the graph.
-- `strength` 0 answers for a balanced target prior, 1 for the training prior.
+{% for term, text in facts %}
+- **{{ term }}**: {{ text | cell }}
+{% endfor %}
+
+## Use
+
+It answers for images like those that it was trained on, with one of its classes: what belongs to none gets one of them
+all the same. Choose the target prior by the data that are to be classified: strength 0 where every class is equally
+likely, 1 where classes come as often as in training, or a prior of your own.
 
 ## Test metrics
 
 | target prior | all | many | medium | few | balanced accuracy | NLL | ECE |
 |---|---|---|---|---|---|---|---|
-{% for name, m in metrics.items() -%}
+{% for name, m in metrics.items() %}
 | {{ name }} | {{ m["all"] | percent }} | {{ m.many | percent }} | {{ m.medium | percent }} | {{ m.few | percent }} \
 | {{ m.balanced_accuracy | percent }} | {{ "%.3f" % m.nll }} | {{ m.ece | percent }} |
 {% endfor %}
+
 Last epoch, seed {{ params.seed }}, one run. Few means fewer than 20 training samples, many more than 100.
 
 ## Classes
 
 | class | training samples | group |
 |---|---|---|
-{% for name in prior.classes -%}
+{% for name in prior.classes %}
 | {{ name | cell }} | {{ prior.counts[loop.index0] }} | {{ prior.groups[loop.index0] }} |
-{% endfor %}"""
+{% endfor %}
+"""
 
 
 def model_card(params: Params, prior: Prior, metrics: dict[str, Any]) -> str:
     """The card's text. metrics: target prior → metric, of the student on the test split."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    environment.filters["percent"] = lambda value: "n/a" if value is None else f"{value:.1%}"
-    environment.filters["cell"] = lambda text: " ".join(text.split()).replace("|", "\\|")
-    return environment.from_string(CARD).render(params=params, prior=prior, metrics=metrics)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"percent": lambda value: "n/a" if value is None else f"{value:.1%}", "cell": as_cell}
+    return environment.from_string(CARD).render(
+        metadata=yaml.safe_dump(_metadata(params, metrics), sort_keys=False, allow_unicode=True),
+        facts=model_facts(params, prior), params=params, prior=prior, metrics=metrics,
+    )  # fmt: skip
+
+
+def model_facts(params: Params, prior: Prior) -> list[tuple[str, str]]:
+    """What there is to say of the model in a line each: term and text."""
+    teacher, student, size = params.teacher, params.student, params.image.size
+    return [
+        ("Network", f"{student.backbone} with a cosine classifier of {len(prior.classes):,} classes"),
+        (
+            "Training",
+            f"{student.epochs} epochs with the GML loss (ICML 2023, Mutual Information Maximization between Latent "
+            f"Features and Ground-Truth Labels), distilled from a {teacher.backbone} teacher of {teacher.epochs} epochs",
+        ),
+        ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
+        ("Output", "logits of every class; strength 0 answers for a balanced target prior, 1 for the training prior"),
+        ("Default strength", f"{params.serving.strength:g}"),
+    ]
+
+
+def as_cell(text: str) -> str:
+    """Text on one line that ends no table cell and opens no tag."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _metadata(params: Params, metrics: dict[str, Any]) -> dict[str, Any]:
+    name = f"tailor-{params.data.source}-{params.student.backbone.replace('/', '-')}"
+    dataset = {
+        "name": f"{params.data.source}, {params.data.profile} profile",
+        "type": params.data.source,
+        "split": "test",
+    }
+    found = [
+        {"type": kind, "value": round(values[key], 6), "name": f"{kind.replace('_', ' ')}, target prior {prior}"}
+        for prior, values in metrics.items()
+        for key, kind in METRICS.items()
+        if values[key] is not None
+    ]
+    return {
+        "library_name": "onnx",
+        "pipeline_tag": "image-classification",
+        "tags": ["long-tailed", "logit-adjustment"],
+        "metrics": ["accuracy"],
+        "model-index": [
+            {
+                "name": name,
+                "results": [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": found}],
+            }
+        ],
+    }

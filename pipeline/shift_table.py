@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from models.label_shift import estimate_prior, mapls_concentration, total_variation
+from models.label_shift import TOLERANCE, estimate_prior, mapls_concentration, total_variation
 from models.prior import adjust_logits, log_target_prior, softmax
 from pipeline.artifacts import EVALUATION, PRIOR, as_csv, write_file
 from pipeline.errors import DataError, ParamsError, StageError
@@ -52,13 +52,19 @@ def shifted_rows(labels: np.ndarray, prior: np.ndarray, generator: np.random.Gen
 
 
 def shift_table(
-    logits: np.ndarray, labels: np.ndarray, counts: list[int], *, draws: int = 20, seed: int = 0
+    logits: np.ndarray,
+    labels: np.ndarray,
+    counts: list[int],
+    *,
+    draws: int = 20,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
 ) -> list[dict[str, Any]]:
     """A row per way of adjusting: mean accuracy over `draws` test subsets of each shifted set; same seed, same table.
 
     logits: unadjusted, [N,C], for a balanced prior; labels: [N]; counts: training samples per class. The estimates see
-    the logits of the subset that they are used on, and no label. The last two rows are the estimates' total variation
-    from the true prior. Raises DataError when a class has no test sample.
+    the logits of the subset that they are used on, and no label; tolerance: nats that they may be short of the best. The
+    last two rows are the estimates' total variation from the true prior. Raises DataError when a class has no test sample.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for name, ratio in SETS.items():
@@ -67,7 +73,10 @@ def shift_table(
             rows = shifted_rows(labels, target, generator)
             mine, concentration = logits[rows], mapls_concentration(KEPT, len(rows), len(counts))
             p = softmax(mine)
-            estimates = {"EM": estimate_prior(p).prior, "MAP": estimate_prior(p, concentration=concentration).prior}
+            estimates = {
+                name: estimate_prior(p, concentration=alpha, tolerance=tolerance).prior
+                for name, alpha in (("EM", None), ("MAP", concentration))
+            }
             adjusted = {"no adjustment": mine, "known prior": adjust_logits(mine, log_target_prior(target), 1.0)}
             for way, estimate in estimates.items():
                 adjusted[f"estimated prior ({way})"] = adjust_logits(mine, log_target_prior(estimate), 1.0)

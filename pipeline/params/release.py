@@ -10,11 +10,15 @@ from pipeline.params.section import Number, Positive, PositiveInt, Section, Shar
 
 
 class EvaluateParams(Section):
-    """Evaluation: bins of the calibration error, k of top-k accuracy, test images kept as samples."""
+    """Evaluation: bins of the calibration error, k of top-k accuracy, test images kept as samples.
+
+    champion: folder of the run that serves, which the report then shows beside teacher and student; null for none.
+    """
 
     ece_bins: Annotated[int, Field(ge=2, le=1000)]
     top_k: PositiveInt
     samples: PositiveInt
+    champion: str | None = None
 
 
 class ExportParams(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -139,3 +140,37 @@ def test_a_failed_parity_check_fails_the_export_and_leaves_the_old_one(digits):
     params.unlink()
     assert "differs from PyTorch" in done.stderr and "nothing was exported" in done.stderr
     assert (digits.root / "artifacts/export/manifest.json").read_bytes() == before
+
+
+def test_the_champion_answers_the_test_split_as_the_evaluation_says(digits):
+    done = digits.run("tailor", "compare", "champion", ".", "--json", "--prior", "train", "--html", "dvc_plots/c.html")
+    content = json.loads(done.stdout)
+    assert content["samples"] == 400
+    assert all(row["won"] == row["lost"] == 0 for row in content["classes"])
+    assert abs(content["measures"]["ece"]["difference"]) < 1e-4  # ONNX Runtime rounds otherwise than PyTorch
+    other = digits.run("tailor", "compare", "7", ".", expect=2)
+    assert other.stderr == "tailor: artifacts/repository: holds no version 7; it has 1\n"
+
+
+def test_a_champion_stands_in_the_report_and_one_that_cannot_be_compared_is_told_of(digits):
+    report, text = digits.root / "artifacts/evaluation/report.html", (digits.root / "params.yaml").read_text()
+    champion = digits.root / "data/source/champion"
+    champion.mkdir(parents=True)
+    for name in ("evaluation/predictions.parquet", "prior.json"):
+        shutil.copy(digits.root / "artifacts" / name, champion)
+    before = report.read_bytes()
+    recipe = digits.root / "params-champion.yaml"
+    recipe.write_text(text.replace("  champion: null", "  champion: data/source/champion"))
+    digits.run("python", "-m", "pipeline.evaluate", "--params", recipe.name)
+    assert '<th scope="row">champion</th>' in report.read_text()
+    prior = json.loads((champion / "prior.json").read_text())
+    (champion / "prior.json").write_text(json.dumps(prior | {"classes": [f"{name}?" for name in prior["classes"]]}))
+    digits.run("python", "-m", "pipeline.evaluate", "--params", recipe.name)
+    assert "Without the champion of evaluate.champion: challenger and champion have other classes" in report.read_text()
+    recipe.write_text(text.replace("  champion: null", "  champion: nowhere"))
+    done = digits.run("python", "-m", "pipeline.evaluate", "--params", recipe.name, expect=2)
+    assert done.stderr.startswith("evaluate: nowhere: no such folder")
+    recipe.unlink()
+    shutil.rmtree(champion)
+    digits.run("python", "-m", "pipeline.evaluate")
+    assert report.read_bytes() == before  # the same run writes the same page

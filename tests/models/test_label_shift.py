@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 
-from models.calibration import calibrate, fit_calibration
+from models.calibration import calibrate, fit_calibration, fit_temperature
 from models.label_shift import (
     bootstrap_priors,
     estimate_prior,
@@ -122,7 +122,21 @@ def test_calibration_takes_back_a_temperature_and_biases_and_the_estimate_with_i
     assert total_variation(better, shifted(50)) < 0.05 < total_variation(plain, shifted(50))
 
 
+@pytest.mark.parametrize("scale", [0.01, 0.3, 1.0, 3.0, 500.0])
+def test_the_temperature_alone_is_scipys_minimum_whatever_the_scale(scale):
+    labels, logits = drawn(shifted(3), 1000, 1)
+    weights = 1 / np.bincount(labels)[labels]
+
+    def loss(log_temperature):
+        p = softmax(scale * logits / np.exp(log_temperature))
+        return np.average(-np.log(p[np.arange(len(labels)), labels]), weights=weights)
+
+    expected = minimize_scalar(loss, bounds=(np.log(scale) - 3, np.log(scale) + 3), method="bounded").x
+    assert fit_temperature(scale * logits, labels) == pytest.approx(np.exp(expected), rel=1e-3)
+
+
 def test_calibration_of_separable_data_stays_finite():
+    assert 0 < fit_temperature(np.array([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]]), np.array([0, 1])) < 5
     fitted = fit_calibration(np.array([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]]), np.array([0, 1]))
     assert np.isfinite(fitted.bias).all() and 0 < fitted.temperature < np.inf
 
@@ -142,6 +156,8 @@ def test_calibration_of_separable_data_stays_finite():
         (lambda: fit_calibration([[1.0, 2.0]], [2]), "labels has 2 to 2; expected 0 to 1"),
         (lambda: fit_calibration([[1.0, np.inf]], [0]), "logits has an entry that is not finite"),
         (lambda: fit_calibration([[2.0, 0.0], [0.0, 2.0]], [1, 0]), "logits do not grow with the labels"),
+        (lambda: fit_temperature([[2.0, 0.0], [0.0, 2.0]], [1, 0]), "logits do not grow with the labels"),
+        (lambda: fit_temperature([[1.0, 2.0]], [0, 1]), "labels [2]; expected [N, C] and [N]"),
     ],
 )
 def test_what_cannot_be_estimated_from_is_refused_by_name(call, said):

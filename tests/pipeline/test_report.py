@@ -1,22 +1,40 @@
-"""The report and the model card: whole in themselves, honest about what is missing, safe with any class name."""
+"""What the report says: figures that agree with the metrics, names that stay text, bounded size, cards that validate."""
 
 import base64
+import io
+import json
+import re
 from html.parser import HTMLParser
 
 import jinja2
+import numpy as np
+import plotly.graph_objects as go
 import pytest
-from making import params, png
+import yaml
+from generated_run import HOSTILE, made_logits, made_prior, made_report
+from huggingface_hub import DatasetCard, ModelCard
+from making import encode, params, picture, png
+from PIL import Image
 
+from models.preprocess import ImageError
+from pipeline.data_card import SplitSizes, data_card
+from pipeline.metrics import answers, evaluate_answers
 from pipeline.model_card import model_card
 from pipeline.prior import Prior
-from pipeline.report import render_report
+from pipeline.report import page as page_module
+from pipeline.report import study
+from pipeline.report.mistakes import confusion_pairs, extreme_classes
+from pipeline.report.page import as_script, render_page
+from pipeline.report.pictures import SIDE, thumbnail
+from pipeline.report.reliability import reliability
+from pipeline.report.strength import STRENGTHS, strength_sweep
+from pipeline.report.study import write_plots
 
-NASTY = '<script>alert("x")</script> & co'
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """All tags with their attributes and the text of cells and captions; tags must nest."""
+    """All tags with their attributes, and the texts; tags must nest."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -38,86 +56,209 @@ class Page(HTMLParser):
             self.texts.append((self.open[-1], data.strip()))
 
 
+@pytest.fixture(scope="module")
+def text():
+    return made_report(12, 20)
+
+
+@pytest.fixture(scope="module")
+def parsed(text):
+    return Page(text)
+
+
+@pytest.fixture(scope="module")
+def content(text):
+    """What page.js reads."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Labels, prior and logits [N,C] of twelve classes."""
+    prior, labels = made_prior(12), np.repeat(np.arange(12), 25)
+    return labels, prior, made_logits(labels, prior, 0)
+
+
+def coloured(figure):
+    """A figure as the browser draws it, its page's colours put in."""
+    return json.loads(re.sub(r'"var\(--[a-z]+\)"', '"#123456"', json.dumps(figure)))
+
+
+def test_every_chart_is_one_that_plotly_knows(content):
+    assert set(content["figures"]) == {"long-tail", "groups", "strength", "reliability"}
+    for figure in content["figures"].values():
+        assert len(go.Figure(coloured(figure)).data) >= 2
+
+
+def test_the_page_refers_to_nothing_outside_itself_and_lets_the_browser_run_its_own_scripts_alone(parsed):
+    policy = next(tag["content"] for name, tag in parsed.tags if name == "meta" and "http-equiv" in tag)
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "unsafe-inline" not in policy.partition("script-src")[2] and policy.count("'sha256-") == 2
+    for tag, attributes in parsed.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        assert attributes.get("src", "data:").startswith("data:")
+        assert attributes.get("href", "#").startswith("#")
+        assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_a_class_name_is_text_and_never_a_tag(text, parsed, content):
+    scripts = [tag for tag, _ in parsed.tags if tag == "script"]
+    assert len(scripts) == 3 and text.count("<script") == 3 + text.count('"<script')
+    assert [row[0] for row in content["classes"]][: len(HOSTILE)] == HOSTILE
+    shown = " ".join(value for _, value in parsed.texts)
+    assert HOSTILE[0] in shown and "49" not in [value for _, value in parsed.texts]
+    hovered = [name for trace in content["figures"]["long-tail"]["data"] for name in trace["text"]]
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; &lt;br&gt;" in hovered  # plotly reads <b>, so a name must not hold it
+
+
+def test_json_inside_a_script_element_cannot_end_it():
+    hostile = {"</script><!--<script>": ["\u2028", "&amp;", "<![CDATA["]}
+    found = str(as_script(hostile))
+    assert not re.search("[<>&\u2028]", found) and json.loads(found) == hostile
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        as_script(float("nan"))
+
+
+def test_headline_and_groups_are_the_metrics_of_the_evaluation(made):
+    labels, prior, logits = made
+    found = study({"teacher": logits[:, ::-1], "student": logits}, labels, prior, params(), draws=1)
+    expected = evaluate_answers(
+        answers(logits, np.array(prior.log_prior), 0.0), labels, prior.groups, np.full(12, 1 / 12), bins=15, top_k=5
+    )
+    assert found.headline["all classes"].value == pytest.approx(expected["balanced_accuracy"])
+    for group in ("many", "medium", "few"):
+        estimate = found.headline[group]
+        assert estimate.value == pytest.approx(expected[group]) and estimate.low < estimate.value < estimate.high
+    assert found.headline["ece"].value == pytest.approx(expected["ece"])
+    assert {row["network"] for row in found.groups} == {"teacher", "student"}
+
+
+def test_the_strength_sweep_meets_the_metrics_at_0_and_1(made):
+    labels, prior, logits = made
+    rows = {row.strength: row for row in strength_sweep(logits, labels, prior)}
+    assert list(rows) == STRENGTHS.tolist() and {0.0, 1.0} < set(rows)
+    for strength in (0.0, 1.0):
+        p = answers(logits, np.array(prior.log_prior), strength)
+        for name, target in (("balanced", np.full(12, 1 / 12)), ("train", np.array(prior.p))):
+            metrics = evaluate_answers(p, labels, prior.groups, target, bins=15, top_k=5)
+            assert getattr(rows[strength], name) == pytest.approx(metrics["at_target_prior"]["all"])
+        assert rows[strength].few == pytest.approx(metrics["few"])
+
+
+def test_the_temperature_comes_from_validation_data_and_without_them_there_is_none(made):
+    labels, prior, logits = made
+    sharp = 6 * logits
+    found = reliability(sharp, labels, (6 * made_logits(labels, prior, 9), labels), 15)
+    assert found.temperature > 2 and found.after.ece.value < found.before.ece.value
+    assert sum(each.answers for each in found.after.bins) == len(labels)
+    assert reliability(sharp, labels, None, 15).after is None
+    assert reliability(sharp, labels, (sharp[:0], labels[:0]), 15).temperature is None
+    assert reliability(-sharp, labels, (-sharp, labels), 15).temperature is None  # learnt nothing
+
+
+def test_confusion_pairs_and_extreme_classes_are_counted_right():
+    prior = Prior(list("abcd"), [50, 40, 30, 20], [0.25] * 4, [-1.4] * 4, ["medium"] * 4)
+    labels = np.repeat([0, 1, 2, 3], 5)
+    predicted = np.array([0, 0, 0, 0, 1, 2, 2, 2, 1, 1, 2, 2, 2, 2, 2, 0, 3, 3, 3, 3])
+    pairs = confusion_pairs(predicted, labels, prior)
+    assert (pairs[0].actual, pairs[0].predicted, pairs[0].count, pairs[0].share) == ("b", "c", 3, 0.6)
+    assert pairs[0].rows == [5, 6, 7] and sum(pair.count for pair in pairs) == 5
+    worst, best = extreme_classes(predicted, labels, prior)
+    assert [row.name for row in worst] == ["b", "d"] and [row.name for row in best] == ["c", "a"]
+    assert worst[0].answers[:3] == ["c", "c", "c"] and worst[0].accuracy.value == 0.4
+    assert confusion_pairs(labels, labels, prior) == []
+
+
+def test_pictures_are_small_whatever_comes_in_and_carry_nothing_but_pixels():
+    def read(uri):
+        return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/webp;base64,"))))
+
+    large = Image.fromarray(np.asarray(picture(0, (900, 1200))))
+    uri = thumbnail(encode(large, "JPEG", exif=b"Exif\x00\x00secret"))
+    assert read(uri).size == (SIDE, 72) and len(uri) < 12_000 and b"secret" not in base64.b64decode(uri[23:])
+    small = read(thumbnail(png(3))).convert("RGB")
+    assert small.size == (96, 96) and np.array_equal(np.asarray(small)[::6, ::6], picture(3))
+    with pytest.raises(ImageError):
+        thumbnail(b"<svg onload=alert(1)>")
+
+
+def test_a_thousand_classes_make_a_page_hardly_larger_than_ten(text):
+    assert len(made_report(1000, 1)) < len(text) + 600_000
+    assert len(text) < 5_500_000  # of which plotly.js is 4.8 million
+
+
+def test_without_plotly_the_page_says_so_and_keeps_its_tables(monkeypatch):
+    monkeypatch.setattr(page_module, "plotly_js", lambda: None)
+    bare = Page(made_report.__wrapped__(12, 3))
+    assert any("the package plotly is not installed" in value for _, value in bare.texts)
+    assert [tag for tag, _ in bare.tags].count("script") == 2
+
+
+def test_a_hole_in_what_a_template_needs_fails_rather_than_staying_empty():
+    with pytest.raises(jinja2.UndefinedError, match="is undefined"):
+        render_page("compare.html.jinja", {})
+
+
+def test_an_empty_group_is_not_a_number_and_a_class_without_test_images_leaves_out_the_shift_table(made):
+    labels, prior, logits = made
+    kept = np.array(prior.groups)[labels] != "few"
+    found = study({"teacher": logits[kept], "student": logits[kept]}, labels[kept], prior, params(), draws=1)
+    assert found.headline["few"].value is None
+    assert found.shift.rows == [] and "has no test sample" in found.shift.missing
+
+
+def test_the_plots_files_hold_the_figures_of_the_page(made, tmp_path):
+    labels, prior, logits = made
+    found = study({"teacher": logits, "student": logits}, labels, prior, params(), draws=1)
+    write_plots(found, tmp_path)
+    names = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    assert names["strength.csv"][0] == "strength,balanced,train,many,medium,few" and len(names["strength.csv"]) == 42
+    assert names["groups.csv"][0] == "bar,network,group,accuracy,low,high" and len(names["groups.csv"]) == 9
+    assert names["reliability.csv"][0] == "confidence,before,after,answers"
+    assert names["shift.csv"][1].startswith("1.699,forward 50,0.")
+    dvc = yaml.safe_load((page_module.FOLDER.parents[1] / "dvc.yaml").read_text())
+    for plot in (next(iter(plot.values())) for plot in dvc["plots"]):
+        for path, columns in plot["y"].items():
+            if path.startswith("artifacts/evaluation/plots/"):
+                header = names[path.rpartition("/")[2]][0].split(",")
+                assert {plot["x"], *([columns] if isinstance(columns, str) else columns)} <= set(header)
+
+
 def metrics_with(**changes):
     values = {
         "all": 0.5, "many": 0.75, "medium": None, "few": 0.25, "balanced_accuracy": 0.5, "top5": 0.875, "nll": 1.25,
         "ece": 0.125, "at_target_prior": {"all": 0.625, "nll": 1.0, "ece": 0.1}, **changes,
     }  # fmt: skip
-    return {network: {"balanced": values, "train": values} for network in ("teacher", "student")}
+    return dict.fromkeys(("balanced", "train"), values)
 
 
-def row(name, count, group, accuracy):
-    scores = {f"{n}_{p}": accuracy for n in ("teacher", "student") for p in ("balanced", "train")}
-    return {"class": name, "group": group, "train_count": count, "test_count": 4, **scores}
-
-
-@pytest.fixture
-def page():
-    classes = [row("tail", 9, "few", None), row(NASTY, 1500, "many", 0.5)]
-    samples = [
-        {"file": "000.png", "label": NASTY, "balanced": "tail", "train": NASTY, "bytes": png(0)},
-        {"file": "001.jpg", "label": "tail", "balanced": "tail", "train": "tail", "bytes": b"any"},
-    ]
-    return render_report(metrics_with(), classes, samples, params({"evaluate.top_k": 5}))
-
-
-def test_the_page_parses_and_refers_to_nothing_outside_itself(page):
-    parsed = Page(page)
-    assert "http" not in page and "//" not in page.replace("base64,", "").split("<body>")[0]
-    for tag, attributes in parsed.tags:
-        assert tag not in ("script", "link", "iframe", "object")
-        for name in ("src", "href", "srcset", "data", "action"):
-            assert attributes.get(name, "data:").startswith("data:")
-        assert "url(" not in attributes.get("style", "")
-    assert "@import" not in page and "url(" not in page
-
-
-def test_pictures_are_inside_the_page_byte_for_byte(page):
-    images = [attributes for tag, attributes in Page(page).tags if tag == "img"]
-    assert [image["src"].partition(",")[0] for image in images] == ["data:image/png;base64", "data:image/jpeg;base64"]
-    assert base64.b64decode(images[0]["src"].partition(",")[2]) == png(0)
-    assert images[0]["alt"] == f"test image of {NASTY}"
-
-
-def test_a_class_name_is_text_and_never_a_tag(page):
-    parsed = Page(page)
-    assert ("td", NASTY) in parsed.texts and ("b", NASTY) in parsed.texts
-    assert "<script" not in page
-
-
-def test_an_empty_group_and_an_untested_class_are_not_a_number(page):
-    cells = [text for tag, text in Page(page).texts if tag == "td"]
-    start = cells.index("student, balanced")
-    assert cells[start : start + 10] == [
-        "student, balanced", "50.0%", "75.0%", "n/a", "25.0%", "50.0%", "87.5%", "1.250", "12.5%", "62.5%"
-    ]  # fmt: skip
-    start = cells.index("tail")
-    assert cells[start : start + 5] == ["tail", "few", "9", "n/a", "n/a"]
-
-
-def test_classes_come_head_first_and_images_on_which_the_priors_differ_are_marked(page):
-    parsed = Page(page)
-    cells = [text for tag, text in parsed.texts if tag == "td"]
-    assert cells.index(NASTY) < cells.index("tail") and "1,500" in cells
-    assert [attributes.get("class") for tag, attributes in parsed.tags if tag == "figure"] == ["differ", None]
-
-
-def test_a_metric_that_is_missing_fails_rather_than_leaving_a_hole():
-    broken = metrics_with()
-    del broken["student"]["train"]["ece"]
-    with pytest.raises((jinja2.UndefinedError, TypeError), match=r"ece|StrictUndefined"):
-        render_report(broken, [row("a", 1, "few", 0.5)], [], params())
-
-
-def test_the_model_card_has_a_row_for_every_class_and_prior_whatever_their_names():
-    names = ["a|b", "two\nlines", "plain"]
-    prior = Prior(names, [200, 50, 5], [0.7, 0.2, 0.1], [-0.3, -1.6, -2.3], ["many", "medium", "few"])
-    card = model_card(params(), prior, metrics_with()["student"])
+def cells_of(card, header):
     lines = card.splitlines()
-    assert lines[0] == "---" and lines.index("---", 1) > 1
-    header = lines.index("| class | training samples | group |")
-    cells = [line.replace("\\|", "PIPE").strip("|").split("|") for line in lines[header + 2 : header + 5]]
-    assert [[cell.strip() for cell in row] for row in cells] == [
-        ["aPIPEb", "200", "many"], ["two lines", "50", "medium"], ["plain", "5", "few"]
-    ]  # fmt: skip
-    assert any(line.startswith("| balanced | 50.0% | 75.0% | n/a | 25.0% |") for line in lines)
+    start = lines.index(header) + 2
+    rows = [line.replace("\\|", "PIPE").strip("|").split("|") for line in lines[start : start + 3]]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+NAMES = ["a|b", "two\nlines", "<script>x</script>"]
+PRIOR = Prior(NAMES, [200, 50, 5], [0.7, 0.2, 0.1], [-0.3, -1.6, -2.3], ["many", "medium", "few"])
+ROWS = [["aPIPEb", "200", "many"], ["two lines", "50", "medium"], ["&lt;script>x&lt;/script>", "5", "few"]]
+
+
+def test_the_model_card_is_one_that_hugging_face_reads_with_a_row_for_every_class_whatever_its_name():
+    card = model_card(params(), PRIOR, metrics_with())
+    read = ModelCard(card, ignore_metadata_errors=False)
+    assert read.data.pipeline_tag == "image-classification" and read.data.library_name == "onnx"
+    results = {result.metric_name: result.metric_value for result in read.data.eval_results}
+    assert results["balanced accuracy, target prior balanced"] == 0.5 and len(results) == 6
+    assert cells_of(card, "| class | training samples | group |") == ROWS
+    assert any(line.startswith("| balanced | 50.0% | 75.0% | n/a | 25.0% |") for line in card.splitlines())
+
+
+@pytest.mark.parametrize(("images", "bracket"), [(10, "n<1K"), (1000, "1K<n<10K"), (437_513, "100K<n<1M")])
+def test_the_data_card_is_one_that_hugging_face_reads(images, bracket):
+    source = "x: [y\n---\n- evil"
+    card = data_card(params({"data.source": "folder", "data.location": source}), PRIOR, SplitSizes(images, 0, 0))
+    read = DatasetCard(card, ignore_metadata_errors=False)
+    assert read.data.size_categories == [bracket] and read.data.task_categories == ["image-classification"]
+    assert cells_of(card, "| class | training images | group |") == ROWS
+    assert "folder at x: [y --- - evil" in read.text

@@ -1,0 +1,103 @@
+"""`tailor compare`: two runs held against one another."""
+
+from __future__ import annotations
+
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serving.commands.options import REPOSITORY, AsJson, Debug, RepositoryOption, print_json
+
+if TYPE_CHECKING:
+    from pipeline.comparison import Answers
+    from pipeline.params import Params
+
+EXAMPLE = "Example: tailor compare main . --html comparison.html, or: tailor compare champion artifacts, or: tailor compare 3 4"
+ECE_BINS = 15  # where no recipe says how many
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+HELP = "A run's folder, a git revision or DVC experiment, a published version's number, or `champion`."
+
+
+class TargetPrior(StrEnum):
+    """The class prior that the answers are for."""
+
+    balanced = "balanced"
+    train = "train"
+
+
+@app.command(epilog=EXAMPLE)
+def compare(
+    before: Annotated[str, typer.Argument(metavar="A", help=HELP)],
+    after: Annotated[str, typer.Argument(metavar="B", help="The run that is held against A, named in the same way.")],
+    prior: Annotated[TargetPrior, typer.Option(help="Which answers are compared.")] = TargetPrior.balanced,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts as well.")] = None,
+    classes: Annotated[
+        int, typer.Option(min=0, help="Classes that the terminal shows, most surely changed first.")
+    ] = 10,
+    repository: RepositoryOption = REPOSITORY,
+    params: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The recipe, for the gate's confidence and resamples and for a version's images; params.yaml if it is there.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Compare run B with run A on their common test set: paired differences with intervals, in all, by group and by class.
+
+    A and B are folders of runs (a project, its artifacts, or a copy of predictions.parquet and prior.json), revisions whose
+    results DVC has kept, or published versions, which answer the current test split in ONNX Runtime.
+    """
+    from pipeline.params import PARAMS_FILE, GateParams, load_params
+    from pipeline.run_comparison import as_json as content
+    from pipeline.run_comparison import compare_runs
+
+    recipe = load_params(params or PARAMS_FILE) if params or PARAMS_FILE.is_file() else None
+    gate = (recipe.gate if recipe else GateParams()).model_copy(update={"target_prior": prior.value})
+    runs = [_answers(name, repository, recipe, prior.value) for name in (before, after)]
+    found = compare_runs(runs[0], runs[1], (before, after), gate, recipe.evaluate.ece_bins if recipe else ECE_BINS)
+    if html is not None:
+        from pipeline.artifacts import write_file
+        from pipeline.report import render_comparison
+
+        write_file(
+            html, render_comparison(found, f"tailor compare {before} {after} --prior {prior.value} --html {html}")
+        )
+    if as_json:
+        print_json(content(found))
+        return
+    from pipeline.comparison_table import show
+
+    show(found, classes)
+    if html is not None:
+        print(f"page → {html}")
+
+
+def _answers(name: str, repository: Path, params: Params | None, target_prior: str) -> Answers:
+    """What a run answers for the test set. Raises StageError or ServingError naming the run."""
+    from pipeline.commands.served_version import served_answers
+    from pipeline.errors import ParamsError, StageError
+    from pipeline.gate import load_answers
+    from pipeline.params import PARAMS_FILE
+    from pipeline.run_folder import contender_of
+    from pipeline.run_revision import contender_at
+
+    if Path(name).is_dir():
+        return load_answers(contender_of(Path(name)), target_prior)
+    if name == "champion" or (name.isdecimal() and len(name) < 7):  # a commit's short name has seven figures
+        if params is None:
+            raise ParamsError(
+                f"{PARAMS_FILE}: no such file; a version's images are the recipe's, so pass --params FILE"
+            )
+        return served_answers(repository, None if name == "champion" else int(name), params, target_prior)
+    with tempfile.TemporaryDirectory(prefix="tailor-compare-") as folder:
+        try:
+            return load_answers(contender_at(name, Path(folder)), target_prior)
+        except StageError as error:
+            raise type(error)(str(error).replace(f"{folder}/", f"{name}: ")) from None

@@ -1,0 +1,51 @@
+"""What a published version answers for the test split: its own graph in ONNX Runtime, so that no server need run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from models.prior import class_prior, shot_group, softmax
+from pipeline.comparison import Answers
+from pipeline.errors import StageError
+from pipeline.params import Params
+from pipeline.prior import Prior
+from pipeline.splits import load_classes
+
+
+def served_answers(repository: Path, version: int | None, params: Params, target_prior: str) -> Answers:
+    """Answers of a version, or of the champion where it is None, for the target prior on data/split/test.parquet.
+
+    Raises InputError for a version that is not there, RepositoryError or ManifestError for a damaged one, StageError when
+    its classes are not the split's, and ParamsError when there is no split.
+    """
+    from pipeline.dataset import load_images
+    from pipeline.export import open_session
+    from serving.errors import InputError
+    from serving.model_config import STUDENT
+    from serving.release import find_releases, published_versions, read_release
+
+    champion = find_releases(repository, hashes=False)[-1].version
+    version = champion if version is None else version
+    if version not in (there := published_versions(repository)):
+        raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, there))}")
+    manifest = read_release(repository, version).manifest
+    if load_classes() != manifest.classes:
+        raise StageError(f"version {version} of {repository} has other classes than data/split/classes.json")
+    seen = {"size": manifest.image.size, "resize_to": manifest.image.resize_to}
+    test = load_images(params.model_copy(update={"image": params.image.model_copy(update=seen)}), "test")
+    session = open_session(repository / STUDENT / str(version) / "model.onnx")
+    strength = 1.0 if target_prior == "train" else 0.0
+    logits = [
+        session.run(["logits"], {"image": images.numpy(), "strength": np.full((len(images), 1), strength, np.float32)})[
+            0
+        ]
+        for images in test.images.split(manifest.max_batch_size)
+    ]
+    p = class_prior(manifest.counts, 0.0 if all(manifest.counts) else 1.0)
+    groups = [shot_group(count) for count in manifest.counts]
+    prior = Prior(manifest.classes, manifest.counts, p.tolist(), manifest.log_prior, groups)
+    order = np.argsort(np.array(test.sample_ids))
+    found = softmax(np.concatenate(logits))[order]
+    return Answers([test.sample_ids[i] for i in order], test.labels.numpy()[order], found, prior)

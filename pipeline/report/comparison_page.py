@@ -1,0 +1,45 @@
+"""The page of `tailor compare`: two runs, their differences in all, by group and by class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.report import figures
+from pipeline.report.page import render_page
+from pipeline.run_comparison import Comparison, as_json
+
+FORMS = {
+    "class": "text", "group": "text", "train_count": "count", "test_count": "count", "before": "percent", "after": "percent",
+    "difference": "points", "low": "points", "high": "points", "p": "p", "q": "p",
+}  # fmt: skip
+SHOWN = 8  # classes named at each end
+NAMES = {"all": "all test images", "ece": "calibration error"}
+
+
+def render_comparison(found: Comparison, command: str) -> str:
+    """The page as text. command: what made it, for its foot."""
+    content = as_json(found)
+    classes: list[dict[str, Any]] = sorted(content["classes"], key=lambda row: -row["train_count"])
+    measures = [{"measure": NAMES.get(name, name)} | values for name, values in content["measures"].items()]
+    changed = [row for row in classes if row["won"] or row["lost"]]
+    by_change = sorted(changed, key=lambda row: (row["difference"], row["p"]))
+    data = {
+        "figures": {
+            "differences": figures.differences(
+                [row for row in measures if row["measure"] != NAMES["ece"]], found.after
+            ),
+            "by-class": figures.by_count(classes, "difference", "difference", change=True),
+        },
+        "forms": list(FORMS.values()),
+        "classes": [[_short(row[column]) for column in FORMS] for row in classes],
+    }
+    return render_page(
+        "compare.html.jinja", data, found=found, measures=measures, command=command, changed=len(changed),
+        worse=[row for row in by_change[:SHOWN] if row["difference"] < 0],
+        better=[row for row in by_change[::-1][:SHOWN] if row["difference"] > 0],
+        certain=sum(row["q"] <= 1 - found.confidence for row in classes),
+    )  # fmt: skip
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

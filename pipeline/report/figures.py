@@ -1,0 +1,193 @@
+"""The charts of the pages as plotly figures: plain data and layout, which plotly.js draws in the reader's browser.
+
+A colour is the name of one of the page's own, such as `var(--ink)`: page.js puts its value in, so that a chart follows
+the page from light to dark and on to paper. Colours are Okabe and Ito's, and groups differ by symbol as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from pipeline.metrics import GROUPS
+from pipeline.report.reliability import Calibrated, Reliability
+from pipeline.report.strength import StrengthRow
+
+Figure = dict[str, Any]
+SYMBOLS = {"many": "circle", "medium": "diamond", "few": "square"}
+NETWORKS = ("champion", "teacher", "student")
+SHARE = ".0%"
+POINTS = "+~g"
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis in the page's manner."""
+    return {
+        "title": {"text": title, "font": {"size": 13}, "standoff": 10}, "gridcolor": "var(--line)", "automargin": True,
+        "linecolor": "var(--axis)", "zeroline": False, "fixedrange": True, **more,
+    }  # fmt: skip
+
+
+def layout(x: dict[str, Any], y: dict[str, Any], height: int = 380, **more: Any) -> dict[str, Any]:
+    """A layout in the page's manner; x and y are axes."""
+    return {
+        "xaxis": x, "yaxis": y, "height": height, "autosize": True, "dragmode": False, "hovermode": "closest",
+        "margin": {"l": 56, "r": 12, "t": 12, "b": 52}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "var(--soft)"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "var(--ink)"}},
+        "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--axis)", "font": {"color": "var(--ink)"}}, **more,
+    }  # fmt: skip
+
+
+def text(name: str, longest: int = 80) -> str:
+    """A name as plotly's labels take it: they read a few tags, which a name must not hold."""
+    return escape(name if len(name) <= longest else f"{name[: longest - 1]}…", quote=False)
+
+
+def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bool = False) -> Figure:
+    """A value of each class against its training images, a point a class; hover names it. change: the value is a difference."""
+    traces: list[dict[str, Any]] = []
+    for group in GROUPS:
+        mine = [row for row in classes if row["group"] == group and row[key] is not None]
+        if not mine:
+            continue
+        traces.append(
+            {
+                "type": "scatter", "mode": "markers", "name": f"{group} ({len(mine):,})",
+                # A class that smoothing alone keeps has no image, and a logarithmic axis no zero.
+                "x": [max(row["train_count"], 0.5) for row in mine], "y": [round(100 * row[key], 3) for row in mine],
+                "text": [text(row["class"]) for row in mine],
+                "marker": {
+                    "color": f"var(--{group})", "symbol": SYMBOLS[group], "size": 9 if len(classes) <= 300 else 5,
+                    "opacity": 0.9 if len(classes) <= 300 else 0.55, "line": {"color": "var(--card)", "width": 0.5},
+                },
+                "hovertemplate": f"<b>%{{text}}</b><br>%{{x:,}} training images<br>{title} "
+                + ("%{y:+.1f} points" if change else "%{y:.1f}%") + f"<extra>{group}</extra>",
+            }
+        )  # fmt: skip
+    y = axis(f"{title}, points", tickformat=POINTS) if change else axis(title, ticksuffix="%", range=[-3, 105])
+    zero = {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": 0,
+        "y1": 0,
+        "line": {"color": "var(--axis)", "width": 1},
+    }
+    largest = max(row["train_count"] for row in classes)
+    ticks = [step * 10**power for power in range(len(str(largest))) for step in (1, 2, 5)]
+    if largest > 5000:  # of four decades and more, each alone
+        ticks = ticks[::3]
+    x = axis("training images, logarithmic", type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
+    return {"data": traces, "layout": layout(x, y, 400, shapes=[zero] if change else [])}
+
+
+def group_bars(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy of each group by network, with intervals; rows: network, group, accuracy, low, high."""
+    traces = []
+    for network in NETWORKS:
+        mine = [row for row in rows if row["network"] == network and row["accuracy"] is not None]
+        if mine:
+            traces.append(
+                {
+                    "type": "bar", "name": network, "x": [row["group"] for row in mine],
+                    "y": [row["accuracy"] for row in mine], "marker": {"color": f"var(--{network})"},
+                    "error_y": {
+                        "type": "data", "symmetric": False, "color": "var(--ink)", "thickness": 1.2, "width": 3,
+                        "array": [row["high"] - row["accuracy"] for row in mine],
+                        "arrayminus": [row["accuracy"] - row["low"] for row in mine],
+                    },
+                    "customdata": [[row["low"], row["high"]] for row in mine],
+                    "hovertemplate": "%{x}: <b>%{y:.1%}</b> (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
+                    f"<extra>{network}</extra>",
+                }
+            )  # fmt: skip
+    more = {"barmode": "group", "bargap": 0.35, "bargroupgap": 0.08}
+    return {
+        "data": traces,
+        "layout": layout(axis(""), axis("accuracy", tickformat=SHARE, range=[0, 1.03]), 340, **more),
+    }
+
+
+def strength_lines(rows: Sequence[StrengthRow], chosen: float) -> Figure:
+    """Accuracy under both test priors by strength; shapes[0] is the line that the slider moves."""
+    strengths = [row.strength for row in rows]
+    sides = {"balanced": ("balanced test prior", "solid"), "train": ("train test prior", "dash")}
+    traces = [
+        {
+            "type": "scatter", "mode": "lines", "name": name, "x": strengths,
+            "y": [round(getattr(row, key), 5) for row in rows],
+            "line": {"color": f"var(--{key})", "width": 2.5, "dash": dash},
+            "hovertemplate": "strength %{x:.2f}: <b>%{y:.1%}</b><extra>" + name + "</extra>",
+        }
+        for key, (name, dash) in sides.items()
+    ]  # fmt: skip
+    marker = {
+        "type": "line", "x0": chosen, "x1": chosen, "yref": "paper", "y0": 0, "y1": 1,
+        "line": {"color": "var(--ink)", "width": 1.5},
+    }  # fmt: skip
+    x = axis("strength of the adjustment", dtick=0.5)
+    return {"data": traces, "layout": layout(x, axis("accuracy", tickformat=SHARE), 340, shapes=[marker])}
+
+
+def reliability_lines(found: Reliability) -> Figure:
+    """Share right against stated probability, before and after the temperature; a point's area is its share of the answers."""
+    sides = {"before": found.before, f"after, temperature {found.temperature or 1:.2f}": found.after}
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, 1], "name": "perfect", "hoverinfo": "skip",
+            "line": {"color": "var(--axis)", "width": 1.5, "dash": "dot"},
+        }
+    ]  # fmt: skip
+    for (name, side), colour, symbol in zip(sides.items(), ("before", "after"), ("square", "circle"), strict=True):
+        if side is not None:
+            traces.append(_reliability(name, side, f"var(--{colour})", symbol))
+    x, y = (
+        axis(title, range=[-0.03, 1.05], tickformat=SHARE) for title in ("stated probability", "share that was right")
+    )
+    return {"data": traces, "layout": layout(x, y, 400)}
+
+
+def _reliability(name: str, side: Calibrated, colour: str, symbol: str) -> dict[str, Any]:
+    total = sum(found.answers for found in side.bins)
+    return {
+        "type": "scatter", "mode": "lines+markers", "name": f"{name}: ECE {side.ece.value:.1%}",
+        "x": [found.confidence for found in side.bins], "y": [found.accuracy for found in side.bins],
+        "customdata": [found.answers for found in side.bins], "line": {"color": colour, "width": 1.3},
+        "marker": {
+            "color": colour, "symbol": symbol,
+            "size": [round(5 + 17 * math.sqrt(found.answers / total), 1) for found in side.bins],
+        },
+        "hovertemplate": "said %{x:.1%}, right <b>%{y:.1%}</b><br>%{customdata:,} answers<extra>" + name + "</extra>",
+    }  # fmt: skip
+
+
+def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
+    """Differences with intervals, a line a measure; rows: measure, difference, low, high."""
+    mine = [row for row in rows if row["difference"] is not None][::-1]
+    difference, low, high = ([100 * row[key] for row in mine] for key in ("difference", "low", "high"))
+    trace = {
+        "type": "scatter", "mode": "markers", "x": difference, "y": [row["measure"] for row in mine],
+        "marker": {"color": "var(--student)", "size": 10},
+        "error_x": {
+            "type": "data", "symmetric": False, "color": "var(--student)", "thickness": 2, "width": 5,
+            "array": [end - value for end, value in zip(high, difference, strict=True)],
+            "arrayminus": [value - end for end, value in zip(low, difference, strict=True)],
+        },
+        "customdata": [list(ends) for ends in zip(low, high, strict=True)],
+        "hovertemplate": "%{y}: <b>%{x:+.1f}</b> points (%{customdata[0]:+.1f} to %{customdata[1]:+.1f})<extra></extra>",
+    }  # fmt: skip
+    zero = {
+        "type": "line",
+        "yref": "paper",
+        "x0": 0,
+        "x1": 0,
+        "y0": 0,
+        "y1": 1,
+        "line": {"color": "var(--axis)", "width": 1},
+    }
+    x = axis(f"percentage points gained by {text(after, 40)}", tickformat=POINTS)
+    return {"data": [trace], "layout": layout(x, axis("", type="category"), 90 + 42 * len(mine), shapes=[zero])}

@@ -1,0 +1,80 @@
+"""What is taken for what, and the classes that fare worst and best, each with the test images that show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.intervals import Estimate, wilson
+from pipeline.prior import Prior
+
+PAIRS, CLASSES, IMAGES = 12, 6, 4  # shown: confusion pairs, classes at each end, images of each
+
+
+@dataclass(frozen=True)
+class ConfusionPair:
+    """Test images of class `actual` answered as `predicted`: how many, which share of the class, and rows of some."""
+
+    actual: str
+    predicted: str
+    count: int
+    share: float
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """A class with its accuracy and Wilson interval, and rows of test images: its mistakes first."""
+
+    name: str
+    group: str
+    train_count: int
+    test_count: int
+    accuracy: Estimate
+    rows: list[int]
+    answers: list[str]
+
+
+def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> list[ConfusionPair]:
+    """The most frequent mistakes, by the share of the actual class's test images; at most PAIRS."""
+    wrong = np.flatnonzero(predicted != labels)
+    classes = len(prior.classes)
+    tested = np.bincount(labels, minlength=classes)
+    codes, counts = np.unique(labels[wrong].astype(np.int64) * classes + predicted[wrong], return_counts=True)
+    actual, answered = codes // classes, codes % classes
+    # A class of two test images has a share of a half by one mistake: the number of mistakes weighs as well.
+    order = np.lexsort((codes, -counts / np.sqrt(tested[actual])))[:PAIRS]
+    return [
+        ConfusionPair(
+            prior.classes[a], prior.classes[b], int(n), float(n / tested[a]),
+            wrong[(labels[wrong] == a) & (predicted[wrong] == b)][:IMAGES].tolist(),
+        )
+        for a, b, n in zip(actual[order], answered[order], counts[order], strict=True)
+    ]  # fmt: skip
+
+
+def extreme_classes(
+    predicted: np.ndarray, labels: np.ndarray, prior: Prior
+) -> tuple[list[ClassResult], list[ClassResult]]:
+    """The classes of least and of greatest accuracy, at most CLASSES of each and none in both; ties by training images."""
+    classes = len(prior.classes)
+    tested = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels[predicted == labels], minlength=classes)
+    accuracy, counts = right / np.maximum(tested, 1), np.array(prior.counts)
+    there = np.flatnonzero(tested)
+    order = there[np.lexsort((counts[there], accuracy[there]))]
+    shown = min(CLASSES, len(order) // 2)
+    worst, best = order[:shown], order[::-1][:shown]
+    return tuple([_result(c, predicted, labels, prior, right, tested) for c in chosen] for chosen in (worst, best))
+
+
+def _result(
+    c: int, predicted: np.ndarray, labels: np.ndarray, prior: Prior, right: np.ndarray, tested: np.ndarray
+) -> ClassResult:
+    mine = np.flatnonzero(labels == c)
+    rows = mine[np.argsort(predicted[mine] == c, kind="stable")][:IMAGES]
+    return ClassResult(
+        prior.classes[c], prior.groups[c], prior.counts[c], int(tested[c]), wilson(int(right[c]), int(tested[c])),
+        rows.tolist(), [prior.classes[answer] for answer in predicted[rows]],
+    )  # fmt: skip

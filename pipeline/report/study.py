@@ -1,0 +1,152 @@
+"""What the evaluation page shows, computed once from the networks' logits; the CSV files for DVC hold the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.prior import adjust_logits
+from pipeline.artifacts import as_csv, write_file
+from pipeline.comparison import Answers
+from pipeline.errors import DataError
+from pipeline.intervals import NOTHING, Estimate, weighted_accuracy
+from pipeline.metrics import GROUPS
+from pipeline.params import Params
+from pipeline.prior import Prior
+from pipeline.report.mistakes import ClassResult, ConfusionPair, confusion_pairs, extreme_classes
+from pipeline.report.reliability import Reliability, reliability
+from pipeline.report.strength import StrengthRow, strength_sweep
+from pipeline.shift_table import SETS, shift_table
+
+ALL = "all classes"
+DRAWS = 20  # test subsets of each shifted set
+SHIFT_WORK = 10_000_000  # images x classes x draws; with more, fewer subsets are drawn
+PLOTTED = {
+    "no adjustment": "no_adjustment",
+    "known prior": "known_prior",
+    "estimated prior (EM)": "estimated_by_em",
+    "estimated prior (MAP)": "estimated_by_map",
+}
+SHIFT_TOLERANCE = 1e-2  # nats: a seventh of a standard error, and a third of the time
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The table of the five shifted test sets, a row per way of adjusting; or why there is none."""
+
+    rows: list[dict[str, Any]]
+    draws: int
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """headline: of the student, by group, and `train`, `ece`, `ece_after`; groups: rows of network, group, accuracy, low, high.
+
+    The rest is as its modules have it.
+    """
+
+    headline: dict[str, Estimate]
+    groups: list[dict[str, Any]]
+    strength: list[StrengthRow]
+    reliability: Reliability
+    shift: Shift
+    pairs: list[ConfusionPair]
+    worst: list[ClassResult]
+    best: list[ClassResult]
+
+
+def study(
+    logits: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    prior: Prior,
+    params: Params,
+    *,
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    champion: Answers | None = None,
+    draws: int = DRAWS,
+) -> Study:
+    """Everything that the page shows. logits: `teacher` and `student`, unadjusted, [N,C]; labels: [N].
+
+    validation: the student's logits and the labels that the temperature is fitted on. champion: its balanced answers for
+    the same test set. draws: test subsets of each shifted set, fewer where they would take minutes.
+    """
+    student, seed = logits["student"], params.data.seed
+    predicted = {name: values.argmax(axis=1) for name, values in logits.items()}
+    calibration = reliability(student, labels, validation, params.evaluate.ece_bins)
+    worst, best = extreme_classes(predicted["student"], labels, prior)
+    answered = {name: (found, labels) for name, found in predicted.items()}
+    if champion is not None:
+        answered["champion"] = champion.probabilities.argmax(axis=1), champion.labels
+    groups = {name: _groups(found, truth, prior, seed) for name, (found, truth) in answered.items()}
+    return Study(
+        headline=groups["student"] | _headline(student, labels, prior, calibration, seed),
+        groups=[
+            {"network": network, "group": group, "accuracy": found.value, "low": found.low, "high": found.high}
+            for network, by_group in groups.items()
+            for group, found in by_group.items()
+        ],
+        strength=strength_sweep(student, labels, prior),
+        reliability=calibration,
+        shift=_shift(student, labels, prior.counts, seed, draws),
+        pairs=confusion_pairs(predicted["student"], labels, prior),
+        worst=worst,
+        best=best,
+    )
+
+
+def _headline(
+    logits: np.ndarray, labels: np.ndarray, prior: Prior, calibration: Reliability, seed: int
+) -> dict[str, Estimate]:
+    adjusted = adjust_logits(logits, np.array(prior.log_prior), 1.0).argmax(axis=1)
+    right, tested = _right_of(adjusted, labels, prior)
+    return {
+        "train": weighted_accuracy(right, tested, np.array(prior.p), seed=seed),
+        "ece": calibration.before.ece,
+        "ece_after": calibration.after.ece if calibration.after else NOTHING,
+    }
+
+
+def _groups(predicted: np.ndarray, labels: np.ndarray, prior: Prior, seed: int) -> dict[str, Estimate]:
+    right, tested = _right_of(predicted, labels, prior)
+    inside = {ALL: np.ones(len(tested))}
+    inside |= {name: np.array([group == name for group in prior.groups], float) for name in GROUPS}
+    return {name: weighted_accuracy(right, tested, weights, seed=seed) for name, weights in inside.items()}
+
+
+def _right_of(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> tuple[np.ndarray, np.ndarray]:
+    classes = len(prior.classes)
+    right = np.bincount(labels[predicted == labels], minlength=classes)
+    return right, np.bincount(labels, minlength=classes)
+
+
+def _shift(logits: np.ndarray, labels: np.ndarray, counts: list[int], seed: int, most: int) -> Shift:
+    draws = max(1, min(most, SHIFT_WORK // logits.size))
+    try:
+        return Shift(shift_table(logits, labels, counts, draws=draws, seed=seed, tolerance=SHIFT_TOLERANCE), draws)
+    except DataError as error:
+        return Shift([], 0, str(error))
+
+
+def write_plots(found: Study, folder: Path) -> None:
+    """The figures as CSV files that dvc.yaml names: strength, reliability, groups and shift."""
+    write_file(folder / "strength.csv", as_csv([asdict(row) for row in found.strength]))
+    sides = {"before": found.reliability.before, "after": found.reliability.after}
+    bins = [
+        {"confidence": each.confidence, "before": None, "after": None, "answers": each.answers, name: each.accuracy}
+        for name, side in sides.items()
+        for each in (side.bins if side else [])
+    ]
+    write_file(folder / "reliability.csv", as_csv(sorted(bins, key=lambda row: row["confidence"])))
+    rows = [row for row in found.groups if row["accuracy"] is not None]
+    write_file(folder / "groups.csv", as_csv([{"bar": f"{row['group']}, {row['network']}"} | row for row in rows]))
+    shift = [
+        {"log10_ratio": round(float(np.log10(ratio)), 3), "test_prior": name}
+        | {PLOTTED[row["prior"]]: row[name] for row in found.shift.rows if row["prior"] in PLOTTED}
+        for name, ratio in SETS.items()
+    ]
+    write_file(folder / "shift.csv", as_csv(shift))

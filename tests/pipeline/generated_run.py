@@ -1,0 +1,87 @@
+"""Predictions made up for any number of classes, and the report of them: what a page must bear without any training."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from making import params, png
+
+from models.prior import shot_group
+from pipeline.data_card import SplitSizes
+from pipeline.evaluate import choose_samples, network_metrics
+from pipeline.metrics import answers, per_class_accuracy
+from pipeline.prior import Prior
+from pipeline.report import render_report, study
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><script>fetch('https://example.com/')</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><a href="javascript:alert(1)">',
+    "{{ 7 * 7 }}",
+    "<b>bold</b> & <br>",
+    "a|b\u2028c",
+    "Ω naïve 猫",
+]
+
+
+def made_prior(classes: int) -> Prior:
+    """Classes of 500 to 5 training images; the first ones have hostile names."""
+    counts = np.maximum(500 * 0.01 ** np.linspace(0, 1, classes), 5).astype(int).tolist()
+    names = [*HOSTILE, *(f"species {c} of a genus" for c in range(len(HOSTILE), classes))][:classes]
+    p = np.array(counts) / sum(counts)
+    return Prior(names, counts, p.tolist(), np.log(p).tolist(), [shot_group(count) for count in counts])
+
+
+def made_logits(labels: np.ndarray, prior: Prior, seed: int, skill: float = 4.0) -> np.ndarray:
+    """Logits [N,C] that know a class the better the more images it has, and take it for its neighbours."""
+    random, classes = np.random.default_rng(seed), len(prior.classes)
+    logits = random.normal(size=(len(labels), classes)).astype(np.float32)
+    logits[np.arange(len(labels)), labels] += skill * (0.5 + np.log(np.array(prior.counts)) / 6)[labels]
+    logits[np.arange(len(labels)), (labels + 1) % classes] += 3
+    return logits * 1.7
+
+
+@lru_cache
+def made_report(classes: int, per_class: int, validation: bool = True, champion: bool = False) -> str:
+    """The report of made-up predictions, as `evaluate` puts it together."""
+    prior, recipe = made_prior(classes), params()
+    labels = np.repeat(np.arange(classes), per_class)
+    logits = {name: made_logits(labels, prior, seed) for seed, name in enumerate(("teacher", "student"))}
+    held_out = (made_logits(labels, prior, 2), labels) if validation else None
+    found = study(
+        logits, labels, prior, recipe, validation=held_out, champion=champion_of(labels, prior, champion), draws=1
+    )
+    log_prior = np.array(prior.log_prior)
+    given = {
+        name: answers(logits["student"], log_prior, strength) for name, strength in (("balanced", 0), ("train", 1))
+    }
+    metrics = {name: network_metrics(values, labels, prior, recipe) for name, values in logits.items()}
+    right = {name: per_class_accuracy(p.argmax(1), labels, classes) for name, p in given.items()}
+    rows = [
+        {
+            "class": name, "group": prior.groups[c], "train_count": prior.counts[c], "test_count": per_class,
+            **{f"{network}_{p}": right[p][c] for network in ("teacher", "student") for p in right},
+        }
+        for c, name in enumerate(prior.classes)
+    ]  # fmt: skip
+    samples = [
+        {
+            "file": f"{row:03d}.png", "label": prior.classes[labels[row]], "bytes": png(row),
+            **{name: prior.classes[int(p[row].argmax())] for name, p in given.items()},
+        }
+        for row in choose_samples(given, 12, 0)
+    ]  # fmt: skip
+    sizes = SplitSizes(sum(prior.counts), len(labels), len(labels))
+    return render_report(found, metrics, rows, samples, recipe, prior, sizes, encoded=png)
+
+
+def champion_of(labels: np.ndarray, prior: Prior, there: bool):
+    """A champion's answers, a little worse."""
+    from pipeline.comparison import Answers
+
+    if not there:
+        return None
+    p = answers(made_logits(labels, prior, 5, skill=3.5), np.array(prior.log_prior), 0.0)
+    return Answers([f"{i:06d}" for i in range(len(labels))], labels, p, prior)
