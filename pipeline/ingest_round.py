@@ -122,7 +122,7 @@ def write_shard(path: Path, good: list[Verdict], classes: list[str]) -> tuple[li
     with pyarrow.parquet.ParquetWriter(path, SCHEMA) as writer:
         for verdict in good:
             data = _bytes_of(verdict)
-            if hashlib.sha256(data or b"").hexdigest() != verdict.sha256:
+            if data is None or hashlib.sha256(data).hexdigest() != verdict.sha256:
                 changed.append(verdict)
                 continue
             kept.append(verdict)
