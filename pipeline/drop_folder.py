@@ -18,6 +18,7 @@ from pipeline.sources.source import BadImageError, read_image_file, reading_orde
 from pipeline.sources.storage import Storage
 
 MARKER = ".complete"
+MAX_CSV_BYTES = 256 * 1024 * 1024  # read whole
 TABLE_SUFFIXES = {".csv", ".parquet"}
 Stamp = tuple[int, int, int]  # inode, bytes, time of change of the content in nanoseconds
 
@@ -98,9 +99,22 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
 
 
 def _files(root: Path) -> Iterator[Path]:
+    unfit = 0
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        fit = [name for name in names if _is_utf8(name)]
+        unfit += len(names) - len(fit) + sum(not _is_utf8(name) for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and _is_utf8(name))
+        yield from (Path(folder) / name for name in sorted(fit) if not name.startswith("."))
+    if unfit:
+        print(f"ingest: {root}: {unfit:,} names are not UTF-8 and were passed over; rename them", file=sys.stderr)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unsettled(found: dict[Path, Stamp], seconds: float) -> set[Path]:
@@ -163,6 +177,10 @@ def _folder_row(root: Path, path: Path, classes: list[str]) -> DropRow:
 def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[DropRow], set[Path]]:
     """Rows of a table, and the files that it names. A table that cannot be read is one row with that problem."""
     columns = params.columns
+    size = table.stat().st_size
+    if table.suffix.lower() == ".csv" and size > MAX_CSV_BYTES:
+        said = f"{table}: has {size} bytes, above the limit of {MAX_CSV_BYTES} of a CSV file; write it as Parquet"
+        return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", said))], set()
     try:
         shard = Shard(Storage(str(root)), table.name)
         column = columns.image if columns.image in shard.schema.names else columns.path
@@ -170,7 +188,7 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
         labels = shard.column(columns.label).to_pylist()
         paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
     except DataError as error:
-        return [DropRow(table.name, None, partial(table.read_bytes), table, ("table", str(error)))], set()
+        return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", str(error)))], set()
     images = RowGroups(column)
     rows, named = [], set()
     for index, (label, path) in enumerate(zip(labels, paths, strict=True)):

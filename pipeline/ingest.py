@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,13 +105,17 @@ def _take(found: Drop, verdicts: list[Verdict], classes: list[str], params: Para
     written = finish_round()
     if written is None:
         raise StageError(f"{INGEST_STATE}: the round is gone; leave this folder to ingest and run again")
+    return _report(written, found.waiting)
+
+
+def _report(written: Written, waiting: int = 0) -> IngestReport:
     return IngestReport(
         shard=_shard(written),
         added=written.added,
-        already_there=sum(verdict.outcome == "there" for verdict in verdicts),
+        already_there=written.already_there,
         quarantined=written.quarantined,
-        reasons=reasons(verdicts),
-        waiting=found.waiting + written.changed,
+        reasons=written.reasons,
+        waiting=waiting + written.changed,
         new_classes=written.new_classes,
     )
 
@@ -120,15 +125,16 @@ def _joined(finished: Written | None, report: IngestReport) -> IngestReport:
     if finished is None:
         return report
     print("ingest: finished the round of a run that had been killed", file=sys.stderr)
+    before = _report(finished)
     return IngestReport(
-        shard=report.shard or _shard(finished),
-        added=finished.added + report.added,
-        already_there=report.already_there,
-        quarantined=finished.quarantined + report.quarantined,
-        reasons=report.reasons,
+        shard=report.shard or before.shard,
+        added=before.added + report.added,
+        already_there=before.already_there + report.already_there,
+        quarantined=before.quarantined + report.quarantined,
+        reasons=dict(Counter(before.reasons) + Counter(report.reasons)),
         waiting=report.waiting,
         refused=report.refused,
-        new_classes=sorted({*finished.new_classes, *report.new_classes}),
+        new_classes=sorted({*before.new_classes, *report.new_classes}),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from pipeline.artifacts import (
 )
 from pipeline.drop_folder import Drop, Stamp, stamp_of
 from pipeline.errors import DataError, StageError
-from pipeline.ingest_checks import Verdict
+from pipeline.ingest_checks import Verdict, reasons
 from pipeline.sources.ingested import SCHEMA, new_classes_metadata
 
 ROUND = INGEST_STATE / "round"
@@ -42,13 +43,16 @@ ROW_GROUP_BYTES = 16 * 1024 * 1024
 class Written:
     """What a round holds: names of its shard (None without good rows) and of its quarantine folder, and counts of rows.
 
-    changed: rows whose image is no longer what was judged; they and their files wait for the next round.
+    reasons: bad rows by what is wrong. changed: rows whose image is no longer what was judged; they and their files wait
+    for the next round.
     """
 
     shard: str | None
     quarantine: str | None
     added: int
+    already_there: int
     quarantined: int
+    reasons: dict[str, int]
     changed: int
     new_classes: list[str]
 
@@ -60,21 +64,28 @@ def write_round(drop: Drop, verdicts: list[Verdict], classes: list[str], taken: 
     with whole_folder(ROUND) as folder:
         kept, changed = write_shard(folder / SHARD, good, classes)
         shard = f"{sha256_of_file(folder / SHARD)}.parquet" if kept else None
-        quarantine = write_quarantine(folder / BAD, bad) if bad else None
+        quarantine, alone = write_quarantine(folder / BAD, bad) if bad else (None, [])
         new = sorted({str(verdict.label) for verdict in kept} - set(classes))
-        written = Written(shard, quarantine, len(kept), len(bad), len(changed), new)
-        left = {verdict.row.name.partition("#")[0] for verdict in changed} | {
-            verdict.row.file.relative_to(drop.root).as_posix() for verdict in changed if verdict.row.file
-        }
+        there = len(verdicts) - len(good) - len(bad)
+        written = Written(shard, quarantine, len(kept), there, len(bad), reasons(verdicts), len(changed), new)
+        left = _files_of(changed, drop)
         files = {path.relative_to(drop.root).as_posix(): stamp for path, stamp in drop.files.items()}
         plan = {
             "drop": str(drop.root.absolute()),
-            "taken": taken,
+            "remove": sorted(files.keys() - left - _files_of(alone, drop)) if taken == "remove" else [],
             "files": {name: stamp for name, stamp in files.items() if name not in left},
             "written": vars(written),
         }
         write_json(folder / PLAN, plan)
     return written
+
+
+def _files_of(verdicts: list[Verdict], drop: Drop) -> set[str]:
+    """Files in the drop that rows come from: their table and their image."""
+    images = {verdict.row.file for verdict in verdicts if verdict.row.file}
+    return {verdict.row.name.partition("#")[0] for verdict in verdicts} | {
+        image.relative_to(drop.root).as_posix() for image in images
+    }
 
 
 def finish_round() -> Written | None:
@@ -111,7 +122,7 @@ def write_shard(path: Path, good: list[Verdict], classes: list[str]) -> tuple[li
     with pyarrow.parquet.ParquetWriter(path, SCHEMA) as writer:
         for verdict in good:
             data = _bytes_of(verdict)
-            if hashlib.sha256(data or b"").hexdigest() != verdict.sha256:
+            if data is None or hashlib.sha256(data).hexdigest() != verdict.sha256:
                 changed.append(verdict)
                 continue
             kept.append(verdict)
@@ -128,15 +139,19 @@ def write_shard(path: Path, good: list[Verdict], classes: list[str]) -> tuple[li
     return kept, changed
 
 
-def write_quarantine(folder: Path, bad: list[Verdict]) -> str:
-    """Bad rows as a listing, and the file of each that has bytes of its own; returns a name made of their content."""
+def write_quarantine(folder: Path, bad: list[Verdict]) -> tuple[str, list[Verdict]]:
+    """Bad rows as a listing, and the bytes of each: a name made of their content, and the rows whose bytes were not to be had.
+
+    What the latter come from is never removed from the drop, only moved aside.
+    """
     folder.mkdir()
     listed = [_listed(number, verdict) for number, verdict in enumerate(bad)]
     for row, verdict in zip(listed, bad, strict=True):
         suffix = verdict.row.file.suffix if verdict.row.file else ""
         row["file"] = _keep_file(folder / f"files/{row['number']:05d}{suffix}", verdict)
     write_file(folder / LISTING, as_csv(listed))
-    return sha256_of_json(listed)[:16]
+    alone = [verdict for row, verdict in zip(listed, bad, strict=True) if not row["file"]]
+    return sha256_of_json(listed)[:16], alone
 
 
 def list_refused(verdicts: list[Verdict]) -> Path:
@@ -179,32 +194,41 @@ def _listed(number: int, verdict: Verdict) -> dict[str, Any]:
 
 
 def _keep_file(path: Path, verdict: Verdict) -> str:
-    """The bytes of a bad row in the quarantine, by a hard link where that is possible; empty where it has none of its own."""
+    """The bytes of a bad row in the quarantine, by a hard link where that is possible; empty where they are not to be had."""
     path.parent.mkdir(exist_ok=True)
     file = verdict.row.file
-    if file is not None and not file.is_symlink():
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                os.link(file, path)
-            except FileNotFoundError:
-                raise
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(file, path)
-            return f"files/{path.name}"
-    elif file is None and (data := _bytes_of(verdict)):
+    if file is None:
+        data = _bytes_of(verdict)
+        if not data:
+            return ""
         path.write_bytes(data)
-        return f"files/{path.name}"
-    return ""
+    elif file.is_symlink() or not _linked_or_copied(file, path):
+        return ""
+    return f"files/{path.name}"
+
+
+def _linked_or_copied(file: Path, path: Path) -> bool:
+    with contextlib.suppress(OSError):  # another file system, or one without links, or another user's file
+        os.link(file, path)
+        return True
+    try:
+        shutil.copyfile(file, path)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise
+        return False  # gone, or not ours to read
+    return True
 
 
 def _take_away(root: Path, plan: dict[str, Any]) -> None:
     """Move the files of a round out of the drop, or remove them; one that was written anew since then stays."""
-    kept = root / TAKEN / sha256_of_json(plan["files"])[:16]
+    kept, removed = root / TAKEN / sha256_of_json(plan["files"])[:16], set(plan["remove"])
     for name, stamp in plan["files"].items():
         path = root / name
         if stamp_of(path) != _as_stamp(stamp):
             continue
-        if plan["taken"] == "remove":
+        if name in removed:
             path.unlink()
         else:
             (kept / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import os
@@ -256,6 +257,56 @@ def test_a_table_without_the_columns_is_one_bad_row(tmp_path, columns):
     assert report.reasons == {"table": 2} and {row["name"] for row in listing()} == {"odd.parquet", "cut.parquet"}
 
 
+def test_a_csv_table_too_large_to_be_read_whole_is_one_bad_row(tmp_path, monkeypatch):
+    params = project(tmp_path, min_good_share=0.0)
+    monkeypatch.setattr(drop_folder, "MAX_CSV_BYTES", 10)
+    table(Path("data/drop/labels.csv"), {"path": ["photos/0.png"], "label": ["cat"]})
+    assert ingest(params).reasons == {"table": 1}
+    assert "above the limit of 10" in listing()[0]["detail"]
+
+
+def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path, capsys):
+    params = project(tmp_path)
+    drop_images("cat", range(2))
+    odd = os.fsencode(tmp_path) + b"/data/drop/cat/\xff.png"
+    Path(os.fsdecode(odd)).write_bytes(png(FIRST_NEW + 9))
+    assert ingest(params).added == 2
+    assert "1 names are not UTF-8" in capsys.readouterr().err and Path(os.fsdecode(odd)).exists()
+
+
+def test_what_cannot_be_put_into_the_quarantine_is_never_removed_from_the_drop(tmp_path, monkeypatch):
+    params = project(tmp_path, min_good_share=0.0, taken="remove")
+    drop_images("cat", range(1))
+    write(Path("data/drop/cat/foreign.png"), b"another user's")
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(ingest_round.os, "link", denied)
+    monkeypatch.setattr(ingest_round.shutil, "copyfile", denied)
+    report = ingest(params)
+    assert (report.added, report.quarantined, listing()[0]["file"]) == (1, 1, "")
+    assert list(files("data/drop").values()) == [b"another user's"]
+
+
+def test_a_disk_that_fills_while_the_round_is_written_changes_nothing(tmp_path, monkeypatch):
+    params = project(tmp_path, min_good_share=0.0)
+    drop_images("cat", range(2))
+    write(Path("data/drop/cat/bad.png"), b"no image")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = files("data/drop")
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_round.os, "link", full)
+        patch.setattr(ingest_round.shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left"):
+            ingest(params)
+    assert files("data/drop") == before and not files("data/ingested") and not files("data/quarantine")
+    assert ingest(params).added == 2
+
+
 def test_files_still_being_written_wait_and_the_settled_ones_go_ahead(tmp_path, monkeypatch):
     params = project(tmp_path, settle_seconds=60.0)
     settled = drop_images("cat", range(3))
@@ -454,8 +505,12 @@ def test_killed_at_any_change_of_the_disk_the_next_run_ends_as_if_nothing_had_ha
         killed = killed_at(changes, params)
         for shard in Path("data/ingested").glob("*.parquet"):
             assert hashlib.sha256(shard.read_bytes()).hexdigest() == shard.stem
+        # Only a run that was killed when all was in place leaves the next one nothing to report.
+        in_place = bool(files("data/ingested")) and not Path("data/.ingest/round/plan.json").exists()
         if killed:
-            ingest(params)
+            again = ingest(params)
+            expect = (0, 0) if in_place else (5, 2)
+            assert (again.added, again.quarantined) == expect and again.refused is None, f"killed at change {changes}"
         assert files("data/split") == held
         expected = expected or outcome()
         assert outcome() == expected, f"killed at change {changes}"
