@@ -65,6 +65,10 @@ class Shard:
         if column not in self.schema.names:
             raise DataError(f"{self.place}: has no column {column!r}; it has {', '.join(self.schema.names)}")
 
+    def groups_of(self, rows: np.ndarray) -> np.ndarray:
+        """The row groups that hold some rows, int64."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
     def group_of(self, row: int) -> tuple[int, int]:
         """The row group that holds a row, and the row's place in it."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -77,6 +81,14 @@ class Shard:
             return self._table.column(column)
         with self._parquet() as file:
             return _plain(file.read_row_group(group, columns=[column]).column(column))
+
+    def group_bytes(self, column: str) -> list[int]:
+        """Bytes that a column of each row group takes in memory."""
+        if self._table is not None:
+            return [self._table.column(column).nbytes]
+        place = [self._footer.schema.column(i).path for i in range(len(self._footer.schema))].index(column)
+        groups = (self._footer.row_group(i) for i in range(self._footer.num_row_groups))
+        return [group.column(place).total_uncompressed_size for group in groups]
 
     @contextlib.contextmanager
     def _parquet(self) -> Iterator[pyarrow.parquet.ParquetFile]:
