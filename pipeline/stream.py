@@ -173,7 +173,9 @@ class ImageStream:
     def empty(self, count: int) -> Tensor:
         """Room for a batch; pinned where it goes on to a GPU."""
         size = self._image.size
-        return torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        # A tensor made in inference mode, as evaluation asks for, cannot be filled by a thread that is not in it.
+        with torch.inference_mode(False):
+            return torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def waited(self, seconds: float) -> None:
         """Count time that the step has waited for a batch."""
