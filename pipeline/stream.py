@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +21,12 @@ from models.ranks import mean_over_ranks, rank_count
 from pipeline.artifacts import SPLIT
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import Params
-from pipeline.sources import BadImageError, in_parts, open_reader
+from pipeline.sources import BadImageError, open_reader
 from pipeline.splits import read_split
 from pipeline.stream_decoding import exact, fast, left_to_gpu, nvjpeg
+from pipeline.stream_feed import Feed
 from pipeline.stream_order import class_share, shuffled, windows_of
 
-PART = 16  # images that a thread reads at a time
 SHOWN = 5  # replaced images that a message names
 WELL_MIXED = 0.5  # share of its classes that a window should hold at least
 
@@ -211,49 +207,6 @@ class ImageStream:
         members = torch.nonzero(self.labels == self.labels[place]).flatten()
         start = int(torch.searchsorted(members, place))
         yield from (*members[start + 1 :].tolist(), *members[:start].tolist())
-
-
-class Feed(Iterator[Tensor]):
-    """Batches of a stream in order, `prefetch` of them read ahead by threads that end with its block."""
-
-    def __init__(self, stream: ImageStream, places: Tensor, workers: int, prefetch: int) -> None:
-        self._stream, self._places = stream, iter(places)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
-        self._ahead: deque[tuple[Tensor, list[tuple[int, Future[list[tuple[int, bytes]]]]]]] = deque()
-        for _ in range(prefetch + 1):
-            self._read_on()
-
-    def __next__(self) -> Tensor:
-        if not self._ahead:
-            raise StopIteration
-        started = time.perf_counter()
-        pixels, parts = self._ahead.popleft()
-        left = [(start + slot, data) for start, part in parts for slot, data in part.result()]
-        self._stream.waited(time.perf_counter() - started)
-        self._read_on()
-        return self._stream.decode_on_gpu(pixels, left) if left else pixels
-
-    def _read_on(self) -> None:
-        places = next(self._places, None)
-        if places is None:
-            return
-        pixels = self._stream.empty(len(places))
-        parts, start = [], 0
-        for part in in_parts(places.tolist(), PART):
-            work = partial(self._stream.decode, part, pixels[start : start + len(part)])
-            parts.append((start, self._pool.submit(work)))
-            start += len(part)
-        self._ahead.append((pixels, parts))
-
-    def close(self) -> None:
-        """End the threads: what has not begun is dropped, what has is a few images."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def workers_of_a_rank() -> int:

@@ -29,6 +29,7 @@ PLUMBING = {
     "pipeline.resume",
     "pipeline.splits",
     "pipeline.stage",
+    "pipeline.stream_feed",
     "pipeline.tensorboard",
     "pipeline.training_state",
     "pipeline.watch",
