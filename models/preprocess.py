@@ -5,8 +5,10 @@ Pillow and numpy alone, because the served classifier runs this same file where 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -56,6 +58,17 @@ def decode(data: bytes) -> Image.Image:
     palette, CMYK and 16-bit images become 8-bit RGB (16-bit by its high byte). Of an animation the first frame is taken.
     Raises ImageError otherwise.
     """
+    with opened(data) as image:
+        image.load()
+        return to_rgb(upright(image))
+
+
+@contextlib.contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """JPEG, PNG or WebP bytes of which the headers are read and bounded, and no pixel yet. Closed when the block ends.
+
+    Raises ImageError for what is refused, and in the place of whatever a decoder raises within the block.
+    """
     if len(data) == 0:
         raise ImageError("empty", "is empty (0 bytes); expected a JPEG, PNG or WebP image")
     if len(data) > MAX_BYTES:
@@ -68,8 +81,7 @@ def decode(data: bytes) -> Image.Image:
             check_size(*image.size)
             if image.format in ("JPEG", "MPO"):
                 check_scans(data, image.width * image.height)
-            image.load()
-            return to_rgb(upright(image))
+            yield image
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -156,12 +168,8 @@ def resize(image: Image.Image, size: int, resize_to: int) -> np.ndarray:
     An image that already fits is not resampled, so 32x32 pictures pass through unchanged. Raises ImageError when the
     resized image would be smaller than the crop.
     """
-    width, height = image.size
-    if min(width, height) != resize_to:
-        scale = resize_to / min(width, height)
-        image = image.resize(
-            (max(resize_to, round(width * scale)), max(resize_to, round(height * scale))), Image.Resampling.BILINEAR
-        )
+    if min(image.size) != resize_to:
+        image = image.resize(scaled_size(*image.size, resize_to), Image.Resampling.BILINEAR)
     if min(image.size) < size:
         raise ImageError(
             "shape", f"would be cropped to {size} pixels after a resize to {resize_to}; expected resize_to >= size"
@@ -169,6 +177,12 @@ def resize(image: Image.Image, size: int, resize_to: int) -> np.ndarray:
     left, top = (image.size[0] - size) // 2, (image.size[1] - size) // 2
     image = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1))
+
+
+def scaled_size(width: int, height: int, resize_to: int) -> tuple[int, int]:
+    """Width and height of an image once its shorter side is `resize_to`."""
+    scale = resize_to / min(width, height)
+    return max(resize_to, round(width * scale)), max(resize_to, round(height * scale))
 
 
 def preprocess(data: bytes, size: int, resize_to: int) -> np.ndarray:

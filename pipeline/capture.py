@@ -81,10 +81,10 @@ def rebuilt(inputs: StepInputs, tensors: list[Tensor]) -> StepInputs:
     rest = iter(tensors)
     chosen = next(rest)
     draws = type(inputs.draws)(tuple(next(rest) for _ in inputs.draws.tables))
-    if inputs.mix is None:
-        return StepInputs(chosen, draws, None)
-    partner, share = next(rest), next(rest)
-    return StepInputs(chosen, draws, type(inputs.mix)(partner, share, next(rest, None)))
+    mix = inputs.mix
+    if mix is not None:
+        mix = type(mix)(next(rest), next(rest), None if mix.box is None else next(rest))
+    return StepInputs(chosen, draws, mix, next(rest, None))
 
 
 def differing(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:

@@ -32,6 +32,7 @@ the data, or a known data set differs from what was published."""
 PACK_EXAMPLES = """examples:
   python -m pipeline.data pack data/packed                      shards of about 256 MiB
   python -m pipeline.data pack data/packed --shard-size 1G      fewer, larger ones
+  python -m pipeline.data pack data/packed --shuffle 0          in random order: for data that training streams
 
 Interrupted, it goes on after the last whole shard. It prints the lines for params.yaml that read the pack."""
 
@@ -70,7 +71,7 @@ def run_check(params: Params, options: argparse.Namespace) -> int:
 
 def run_pack(params: Params, options: argparse.Namespace) -> int:
     """Pack the data set and say how to read the pack."""
-    packed = pack(params, options.output, options.shard_size, options.jobs)
+    packed = pack(params, options.output, options.shard_size, options.jobs, options.shuffle)
     print(f"data pack: {packed}")
     print(packed.table())
     return 0
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--shard-size", type=_size, default=256 * 1024**2, metavar="BYTES", help="e.g. 64M or 1G (default: 256M)"
     )
+    made.add_argument("--shuffle", type=_seed, metavar="SEED", help="random order (default: the source's order)")
     return parser
 
 
@@ -118,6 +120,12 @@ def _bits(text: str) -> int | None:
 def _jobs(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r}: expected 1 to 1024")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 to {2**32 - 1}")
     return int(text)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -47,8 +48,11 @@ class Packed:
         return f"data:\n  source: table\n  location: {self.output}\n  table:{splits}\n    id: name"
 
 
-def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None) -> Packed:
-    """Write the source's images into output/<split>/00000.parquet and on, in the source's order, about shard_bytes each.
+def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None, shuffle: int | None = None) -> Packed:
+    """Write the source's images into output/<split>/00000.parquet and on, about shard_bytes each.
+
+    In the source's order; or in a random one by the seed `shuffle`, so that a stream, which shuffles a few row groups at a
+    time, finds every class in them.
 
     Columns: image (the file's bytes), label (int32), name (the sample id); class names lie in the shards' metadata. The
     folder appears when it is whole. A run that was interrupted goes on after its last whole shard and gives the same bytes.
@@ -61,7 +65,10 @@ def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None
     if params.data.on_bad_image == "fail":
         check_missing(source)
     rows = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
-    work = _prepare(unfinished(output), source, params, shard_bytes)
+    if shuffle is not None:
+        generator = np.random.default_rng(shuffle)
+        rows = {split: [kept[i] for i in generator.permutation(len(kept))] for split, kept in rows.items()}
+    work = _prepare(unfinished(output), source, params, [shard_bytes, shuffle])
     writers = {}
     with progress_bar(unit="images") as bar, ThreadPoolExecutor(jobs) as pool:
         task = bar.add_task("pack: reading images", total=len(source.rows), rate="")
@@ -100,10 +107,10 @@ def _read(source: Source, row: Row) -> bytes | BadImageError:
         return error
 
 
-def _prepare(work: Path, source: Source, params: Params, shard_bytes: int) -> Path:
-    """The folder to work in: that of an interrupted run of the same source and sizes, else an empty one."""
+def _prepare(work: Path, source: Source, params: Params, how: list[int | None]) -> Path:
+    """The folder to work in: that of an interrupted run of the same source, sizes and order, else an empty one."""
     listed = [[row.reference, row.label, row.sample_id, row.split] for row in source.rows]
-    plan = sha256_of_json([params.data.location, params.data.on_bad_image, source.classes, listed, shard_bytes])
+    plan = sha256_of_json([params.data.location, params.data.on_bad_image, source.classes, listed, how])
     if not (work / PLAN).is_file() or json.loads((work / PLAN).read_text(encoding="utf-8")) != plan:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)

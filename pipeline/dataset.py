@@ -1,9 +1,11 @@
-"""Images of a split as one uint8 tensor in memory: what training and evaluation read."""
+"""Images of a split: what training and evaluation read, as one uint8 tensor in memory or, where that is too large, a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +16,13 @@ from torch import Tensor
 from models.preprocess import ImageError, preprocess
 from pipeline.artifacts import SPLIT
 from pipeline.errors import DataError
+from pipeline.host_memory import free_bytes
 from pipeline.params import ImageParams, Params
 from pipeline.sources import Source, in_parts, open_source, reading_order
-from pipeline.splits import read_split
+from pipeline.splits import count_rows, read_split
+from pipeline.stream import ImageStream
+
+SHARE = 0.5  # of free memory that a decoded split may take before it is streamed
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,78 @@ class Images:
     def encoded(self, index: int) -> bytes:
         """The original bytes of one image."""
         return self.source.read(self.references[index])
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The places of an epoch in random order, int64 [N], from a CPU generator."""
+        return torch.randperm(len(self), generator=generator)
+
+    def pixels(self, chosen: Tensor) -> Tensor:
+        """uint8 [B,3,H,W] of the images at places `chosen` int64 [B]."""
+        return self.images[chosen]
+
+    def batches(self, chosen: Tensor, size: int) -> Iterator[Tensor]:
+        """`pixels` of the places `chosen` in order, `size` at a time."""
+        return map(self.pixels, chosen.split(size))
+
+    def feed(self, places: Tensor) -> AbstractContextManager[Iterator[None]]:  # noqa: ARG002
+        """Nothing for each batch of places int64 [steps,B]: the step has the images."""
+        return nullcontext(itertools.repeat(None))
+
+    def epoch_record(self, seconds: float) -> dict[str, float]:  # noqa: ARG002
+        """Nothing: no step waits, no image is replaced."""
+        return {}
+
+    def replaced(self) -> None:
+        """No image is replaced: all were read before."""
+
+    def warning(self) -> None:
+        """Any order is as likely as any other."""
+
+
+AnyImages = Images | ImageStream
+
+
+def training_images(
+    params: Params, device: torch.device, folder: Path = SPLIT
+) -> tuple[AnyImages, AnyImages, str | None]:
+    """The training and the validation split, in memory or both as streams, and what there is to say of that, in a line.
+
+    Raises as `load_images` does.
+    """
+    rows = sum(count_rows(split, folder) for split in ("train", "validation"))
+    streamed, reason = should_stream(params, rows, device)
+    if not streamed:
+        return load_images(params, "train", folder), load_images(params, "validation", folder), None
+    skip = params.data.on_bad_image == "skip"
+    train = ImageStream(params, "train", device, folder, replace_bad=skip)
+    said = "; ".join(filter(None, [reason, train.warning()]))
+    return train, ImageStream(params, "validation", device, folder), said or None
+
+
+def evaluation_images(params: Params, split: str, folder: Path = SPLIT) -> AnyImages:
+    """A split with the pixels that the server would see, on the CPU: in memory, or a stream. Raises as `load_images` does."""
+    cpu = torch.device("cpu")
+    if should_stream(params, count_rows(split, folder), cpu)[0]:
+        return ImageStream(params, split, cpu, folder, exactly=True)
+    return load_images(params, split, folder)
+
+
+def should_stream(params: Params, rows: int, device: torch.device) -> tuple[bool, str | None]:
+    """Whether so many images are read as they are needed, and why where stream.mode leaves it open."""
+    mode = params.stream.mode
+    if mode != "auto":
+        return mode == "on", None
+    needed = rows * 3 * params.image.size**2
+    places = {"in memory": free_bytes()}
+    if device.type == "cuda":
+        places[f"on {device}"] = torch.cuda.mem_get_info(device)[0]
+    for place, free in places.items():
+        if needed > SHARE * free:
+            return True, (
+                f"reads images as it needs them: decoded they take {needed / 1e9:.1f} GB, above half of the "
+                f"{free / 1e9:.1f} GB free {place} (stream.mode: auto)"
+            )
+    return False, None
 
 
 def load_images(params: Params, split: str, folder: Path = SPLIT) -> Images:

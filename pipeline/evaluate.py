@@ -16,10 +16,10 @@ from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folde
 from pipeline.checkpoint import BEST, check_image, load_model
 from pipeline.comparison import Answers
 from pipeline.data_card import SplitSizes, data_card
-from pipeline.dataset import Images, load_images
+from pipeline.dataset import AnyImages, evaluation_images
 from pipeline.errors import DataError
 from pipeline.gate import GateError, check_comparable, load_answers
-from pipeline.inference import outputs
+from pipeline.inference import EVALUATION_BATCH, outputs
 from pipeline.metrics import answers, evaluate_answers, per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.params import Params
@@ -52,7 +52,7 @@ class Result:
 
 def run(params: Params, output: Path = EVALUATION) -> Result:
     """Evaluate both networks on the test split, the only stage that reads it. Raises DataError when it is empty."""
-    prior, test = load_prior(), load_images(params, "test")
+    prior, test = load_prior(), evaluation_images(params, "test")
     if len(test) == 0:
         raise DataError(
             "data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split"
@@ -96,13 +96,13 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
 
 def _validation(params: Params, device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:
     """The student's logits and the labels of the validation split, which its temperature is fitted on; None without one."""
-    held_out = load_images(params, "validation")
+    held_out = evaluation_images(params, "validation")
     if len(held_out) == 0:
         return None
     return network_logits(STUDENT, "student", held_out, params, device), held_out.labels.numpy()
 
 
-def _champion(params: Params, test: Images, labels: np.ndarray, prior: Prior) -> tuple[Answers | None, list[str]]:
+def _champion(params: Params, test: AnyImages, labels: np.ndarray, prior: Prior) -> tuple[Answers | None, list[str]]:
     """Answers of the run that params.evaluate.champion names, if it can be held against this one; else a note that says why.
 
     Raises ParamsError when there is no such run.
@@ -119,12 +119,13 @@ def _champion(params: Params, test: Images, labels: np.ndarray, prior: Prior) ->
     return champion, []
 
 
-def network_logits(folder: Path, stage: str, test: Images, params: Params, device: torch.device) -> np.ndarray:
+def network_logits(folder: Path, stage: str, test: AnyImages, params: Params, device: torch.device) -> np.ndarray:
     """Unadjusted logits [N,C] of the network that `stage` left in `folder`. Raises as load_model and check_image do."""
     model, config = load_model(folder, stage)
     check_image(config, params.image, folder)
     model = model.to(device, memory_format=torch.channels_last)
-    return outputs(model, test.images, params.image, device)[1].numpy()
+    images = test.batches(torch.arange(len(test)), EVALUATION_BATCH)
+    return outputs(model, images, params.image, device)[1].numpy()
 
 
 def flat(values: dict[str, Any]) -> dict[str, float | None]:
@@ -178,8 +179,8 @@ def _per_class(found: dict[str, dict[str, np.ndarray]], labels: np.ndarray, prio
     ]
 
 
-def _predictions(test: Images, found: dict[str, np.ndarray], logits: np.ndarray) -> pa.Table:
-    columns: dict[str, Any] = {"sample_id": test.sample_ids, "label": test.labels.numpy()}
+def _predictions(test: AnyImages, found: dict[str, np.ndarray], logits: np.ndarray) -> pa.Table:
+    columns: dict[str, Any] = {"sample_id": list(test.sample_ids), "label": test.labels.numpy()}
     for name, probabilities in found.items():
         columns[f"predicted_{name}"] = probabilities.argmax(1)
         columns[f"probability_{name}"] = probabilities.max(1)
@@ -188,7 +189,7 @@ def _predictions(test: Images, found: dict[str, np.ndarray], logits: np.ndarray)
 
 
 def _write_samples(
-    folder: Path, test: Images, chosen: list[int], found: dict[str, np.ndarray], classes: list[str]
+    folder: Path, test: AnyImages, chosen: list[int], found: dict[str, np.ndarray], classes: list[str]
 ) -> list[dict[str, Any]]:
     folder.mkdir()
     samples = []

@@ -32,7 +32,7 @@ from pipeline.artifacts import (
     write_json,
 )
 from pipeline.checkpoint import check_image, load_model
-from pipeline.dataset import Images, load_images, normalise
+from pipeline.dataset import AnyImages, evaluation_images, normalise
 from pipeline.errors import StageError
 from pipeline.model_card import model_card
 from pipeline.onnx_graph import ServedStudent, to_onnx
@@ -70,8 +70,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     model, config = load_model(STUDENT, "student")
     check_image(config, params.image, STUDENT)
     image = params.image
-    held_out = load_images(params, "validation")
-    examples = held_out if len(held_out) else load_images(params, "train")
+    held_out = evaluation_images(params, "validation")
+    examples = held_out if len(held_out) else evaluation_images(params, "train")
     served = ServedStudent(model, image.mean, image.std, prior.log_prior).eval()
     with whole_folder(output) as folder:
         path = folder / ONNX_NAME
@@ -105,7 +105,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 def check_parity(
     session: onnxruntime.InferenceSession,
     model: ImageClassifier,
-    examples: Images,
+    examples: AnyImages,
     image: ImageParams,
     prior: Prior,
     params: Params,
@@ -120,7 +120,8 @@ def check_parity(
     largest = 0.0
     for batch in (1, 2, 7, params.export.max_batch_size):
         pixels = generator.integers(0, 256, (batch, 3, image.size, image.size), dtype=np.uint8)
-        real = examples.images.numpy()[generator.integers(0, len(examples), (batch + 1) // 2)]
+        chosen = generator.integers(0, len(examples), (batch + 1) // 2)
+        real = examples.pixels(torch.from_numpy(chosen)).numpy()
         pixels[: len(real)] = real
         strength = generator.choice([0.0, 1.0, -0.5, 2.5], (batch, 1)).astype(np.float32)
         with torch.inference_mode():
@@ -143,14 +144,16 @@ def top_k(params: Params, prior: Prior) -> int:
     return min(params.serving.top_k, len(prior.classes))
 
 
-def golden_answers(session: onnxruntime.InferenceSession, examples: Images, params: Params, best: int) -> list[Golden]:
+def golden_answers(
+    session: onnxruntime.InferenceSession, examples: AnyImages, params: Params, best: int
+) -> list[Golden]:
     """Requests whose answers are known: validation images at strength 0 and 1 in turn, answered by ONNX Runtime."""
     generator = np.random.default_rng(params.data.seed)
     chosen = generator.permutation(len(examples))[: params.export.golden]
     golden = []
     for number, example in enumerate(chosen):
         strength = float(number % 2)
-        pixels = examples.images[example : example + 1].numpy()
+        pixels = examples.pixels(torch.tensor([example])).numpy()
         logits = session.run(["logits"], {"image": pixels, "strength": np.array([[strength]], dtype=np.float32)})[0][0]
         probability = softmax(logits)
         index = np.argsort(-probability, kind="stable")[:best]

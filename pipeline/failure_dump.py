@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import safetensors.torch
 import torch
 
 from pipeline.artifacts import whole_folder, write_file, write_json
-from pipeline.dataset import Images
-from pipeline.step import Step
+from pipeline.dataset import AnyImages
+from pipeline.step import Step, own_rows
 from pipeline.watch import Failure, Watch
 
 
 def dump_failure(
-    folder: Path, failure: Failure, watch: Watch, step: Step, train: Images, facts: dict[str, Any]
+    folder: Path, failure: Failure, watch: Watch, step: Step, train: AnyImages, facts: dict[str, Any]
 ) -> None:
     """Write `folder` whole, in place of an older one.
 
@@ -27,7 +28,8 @@ def dump_failure(
     for number, inputs in watch.inputs:
         if number == failure.step:
             content["sample_ids"] = [train.sample_ids[i] for i in inputs.chosen.tolist()]
-            tensors["views"] = step.views(inputs.to(step.device))[0]
+            pixels = train.pixels(own_rows(inputs).chosen) if train.images is None else None
+            tensors["views"] = step.views(replace(inputs, pixels=pixels).to(step.device))[0]
     # JSON has no NaN: such a value stands as text.
     content["recent"] = [
         {name: value if torch.isfinite(torch.tensor(value)) else str(value) for name, value in parts.items()}

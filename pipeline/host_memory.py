@@ -1,8 +1,12 @@
-"""The C library's allocator, told to keep what a training step frees: the next step wants the same again."""
+"""Memory of the host: what a training step frees kept for the next one, and how much there is for the images."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+import re
+from pathlib import Path
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -21,3 +25,16 @@ def keep_freed_memory() -> bool:
         return False
     # Both are set, because setting either ends glibc's own adjustment of both.
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take, of the machine's and of its control group's (a container's limit), shared
+    evenly with the other processes that torchrun started on the machine."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        found += [int(available[1]) * 1024] if available else []
+    with contextlib.suppress(OSError, ValueError):  # `max` where there is no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(max(limit - used, 0))
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from models.cosine_classifier import ImageClassifier
 from models.ranks import rank, rank_count
-from pipeline.dataset import Images, normalise
+from pipeline.dataset import AnyImages, normalise
 from pipeline.params import ImageParams
 
 EVALUATION_BATCH = 512
 
 
 @torch.inference_mode()
-def outputs(model: ImageClassifier, images: Tensor, image: ImageParams, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features [N,D] and logits [N,C] (cosine / tau_s, no prior) of uint8 images [N,3,H,W], float32 on the CPU, eval mode."""
+def outputs(
+    model: ImageClassifier, images: Tensor | Iterable[Tensor], image: ImageParams, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features [N,D] and logits [N,C] (cosine / tau_s, no prior) of uint8 images [N,3,H,W], float32 on the CPU, eval mode.
+
+    images may also come in batches [b,3,H,W], one after another.
+    """
     was_training = model.training
     model.eval()
     features, logits = [], []
-    for batch in images.split(EVALUATION_BATCH):
+    for batch in images.split(EVALUATION_BATCH) if isinstance(images, Tensor) else images:
         feature, logit = model(normalise(batch.to(device), image))
         features.append(feature.float().cpu())
         logits.append(logit.float().cpu())
@@ -28,12 +35,12 @@ def outputs(model: ImageClassifier, images: Tensor, image: ImageParams, device: 
     return torch.cat(features), torch.cat(logits)
 
 
-def accuracy(model: ImageClassifier, data: Images, image: ImageParams, device: torch.device) -> float:
+def accuracy(model: ImageClassifier, data: AnyImages, image: ImageParams, device: torch.device) -> float:
     """Share of a split that the balanced answer (the unadjusted logits) gets right; every image is asked by one rank, once."""
-    mine = slice(rank(), None, rank_count())
+    mine = torch.arange(rank(), len(data), rank_count())
     right = torch.zeros(1, dtype=torch.float64)
-    if len(data.labels[mine]):
-        _, logits = outputs(model, data.images[mine], image, device)
+    if len(mine):
+        _, logits = outputs(model, data.batches(mine, EVALUATION_BATCH), image, device)
         right += (logits.argmax(1) == data.labels[mine]).sum()
     if rank_count() > 1:
         right = right.to(device)

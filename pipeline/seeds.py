@@ -27,7 +27,7 @@ from pipeline.artifacts import (
     write_json,
 )
 from pipeline.checkpoint import BEST
-from pipeline.dataset import load_images
+from pipeline.dataset import evaluation_images
 from pipeline.errors import ParamsError
 from pipeline.evaluate import network_logits, network_metrics
 from pipeline.params import Params
@@ -121,7 +121,7 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
 
 
 def _evaluate(params: Params, folder: Path) -> Metrics:
-    prior, test = load_prior(), load_images(params, "test")
+    prior, test = load_prior(), evaluation_images(params, "test")
     device, labels = choose_device(params.device), test.labels.numpy()
     networks = {"teacher": folder / "teacher", "student": folder / "student"}
     if (folder / "student" / BEST).is_dir():

@@ -27,6 +27,13 @@ def read_split(split: str, columns: list[str], folder: Path = SPLIT, only: Filte
         return pyarrow.parquet.read_table(path, columns=columns, filters=only)
 
 
+def count_rows(split: str, folder: Path = SPLIT) -> int:
+    """Images of a split, from the footer of its table. Raises as `read_split` does."""
+    path = folder / f"{split}.parquet"
+    with _explained(path):
+        return pyarrow.parquet.read_metadata(path).num_rows
+
+
 def read_batches(path: Path, column: str, rows: int) -> Iterator[pa.Array]:
     """One column of a split's table, at most so many rows at a time. Raises as `read_split` does."""
     with _explained(path), pyarrow.parquet.ParquetFile(path) as file:

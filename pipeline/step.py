@@ -14,38 +14,44 @@ from models.ranks import average_gradients, gather_batch, rank, rank_count
 from models.recomputation import recompute_blocks
 from models.weight_average import WeightAverage
 from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_views
-from pipeline.dataset import Images, Normalisation
+from pipeline.dataset import AnyImages, Normalisation
 from pipeline.optimiser import Optimiser
 from pipeline.params import ImageParams, TrainingParams
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """A global batch of B images: their places in the training split, int64 [B], and the random numbers of their views."""
+    """A global batch of B images: their places in the training split, int64 [B], and the random numbers of their views.
+
+    pixels: of a stream, uint8 [b,3,H,W] of this rank's run of the batch; None where the images lie on the device.
+    """
 
     chosen: Tensor
     draws: Draws
     mix: MixDraws | None
+    pixels: Tensor | None = None
 
     def to(self, device: torch.device) -> StepInputs:
         """The same on a device; to a GPU without waiting for it."""
         chosen = self.chosen.pin_memory() if device.type == "cuda" and not self.chosen.is_cuda else self.chosen
         mix = None if self.mix is None else self.mix.to(device)
-        return StepInputs(chosen.to(device, non_blocking=True), self.draws.to(device), mix)
+        pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
+        return StepInputs(chosen.to(device, non_blocking=True), self.draws.to(device), mix, pixels)
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
         mix = self.mix
         mixed = [] if mix is None else [t for t in (mix.partner, mix.share, mix.box) if t is not None]
-        return [self.chosen, *self.draws.tables, *mixed]
+        pixels = [] if self.pixels is None else [self.pixels]
+        return [self.chosen, *self.draws.tables, *mixed, *pixels]
 
 
 class Step:
     """The step of one run: views of the batch, the objective's loss in the run's precision, SGD, the average of weights.
 
     precision: the dtype of convolutions and products; norms, softmax and losses are float32 in any case. The images lie
-    on the device as uint8. With several ranks each takes its run of the batch and gradients are averaged. Where the
-    recipe accumulates, a rank's run is taken in parts whose gradients add up. checkpoint_activations: see
+    on the device as uint8, or come with the inputs. With several ranks each takes its run of the batch and gradients are
+    averaged. Where the recipe accumulates, a rank's run is taken in parts whose gradients add up. checkpoint_activations: see
     models.recomputation; of the network that is trained.
     """
 
@@ -54,7 +60,7 @@ class Step:
         objective: TeacherObjective | StudentObjective,
         params: TrainingParams,
         image: ImageParams,
-        train: Images,
+        train: AnyImages,
         device: torch.device,
         precision: torch.dtype = torch.float32,
         checkpoint_activations: bool = False,
@@ -71,19 +77,21 @@ class Step:
         alone = rank_count() == 1 or self._parts > 1
         self._module: nn.Module = objective if alone else shared_gradients(objective)
         self._augment = params.augment
-        self._images, self._labels = train.images.to(device), train.labels.to(device)
+        self._images = None if train.images is None else train.images.to(device)
+        self._labels, self._size = train.labels.to(device), image.size
         self._normalise = Normalisation(image, device)
 
-    def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
-        """The inputs of a step on the images `chosen` int64 [B], from and on the CPU."""
-        height, width = self._images.shape[2:]
-        draws = draw_views(len(chosen), height, width, self.objective.views, self._augment, generator)
-        return StepInputs(chosen, draws, draw_mix(len(chosen), height, width, self._augment, generator))
+    def draw(self, chosen: Tensor, generator: torch.Generator, pixels: Tensor | None = None) -> StepInputs:
+        """The inputs of a step on the images `chosen` int64 [B], from and on the CPU; pixels as in StepInputs."""
+        size = self._size
+        draws = draw_views(len(chosen), size, size, self.objective.views, self._augment, generator)
+        return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator), pixels)
 
     def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
         """This rank's views uint8 [views,b,3,H,W] of inputs on the device, and what the classifier view was mixed with."""
         mine = own_rows(inputs)
-        views = apply_views(self._images[mine.chosen], mine.draws, self._augment)
+        pixels = self._images[mine.chosen] if mine.pixels is None else mine.pixels
+        views = apply_views(pixels, mine.draws, self._augment)
         if mine.mix is None:
             return views, None
         # A partner may be another rank's image.
@@ -158,8 +166,14 @@ class Step:
         return wrong
 
 
+def own_places(batches: Tensor) -> Tensor:
+    """This rank's run of each global batch: [...,B] → [...,b]."""
+    share = batches.shape[-1] // rank_count()
+    return batches[..., rank() * share : (rank() + 1) * share]
+
+
 def own_rows(inputs: StepInputs) -> StepInputs:
-    """This rank's run of the global batch; partners of a mix still count within the whole."""
+    """This rank's run of the global batch; partners of a mix still count within the whole. Pixels are its own already."""
     share = len(inputs.chosen) // rank_count()
     start, stop = rank() * share, (rank() + 1) * share
     mix = None if inputs.mix is None else inputs.mix.rows(start, stop)

@@ -9,9 +9,10 @@ import torch
 
 from models.cosine_classifier import ImageClassifier
 from models.objectives import StudentObjective, StudentWeights
+from models.ranks import rank
 from pipeline.artifacts import SPLIT, STUDENT, TEACHER
 from pipeline.checkpoint import WEIGHTS, build_model, check_image, load_model
-from pipeline.dataset import load_images
+from pipeline.dataset import training_images
 from pipeline.params import Params, StudentParams
 from pipeline.pretrained import start_from
 from pipeline.prior import Prior, load_prior
@@ -34,7 +35,10 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
         inputs = [SPLIT / "train.parquet", *([teacher / WEIGHTS] if objective.teacher is not None else [])]
         folder = run_folder(params.student, params, output, *inputs)
         training = make_training("student", objective, params, device, folder)
-        history = training.run(load_images(params, "train"), load_images(params, "validation"))
+        train, validation, said = training_images(params, device)
+        if said and rank() == 0:
+            print(f"student  {said}", flush=True)
+        history = training.run(train, validation)
         return save_run(training, config, history, output)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from models.objectives import TeacherObjective
+from models.ranks import rank
 from pipeline.artifacts import SPLIT, TEACHER
 from pipeline.checkpoint import build_model
-from pipeline.dataset import load_images
+from pipeline.dataset import training_images
 from pipeline.params import Params
 from pipeline.pretrained import start_from
 from pipeline.prior import load_prior
@@ -32,7 +33,10 @@ def run(params: Params, output: Path = TEACHER) -> Result:
         objective = TeacherObjective(model, torch.tensor(prior.log_prior), params.teacher.adjustment)
         folder = run_folder(params.teacher, params, output, SPLIT / "train.parquet")
         training = make_training("teacher", objective, params, device, folder)
-        history = training.run(load_images(params, "train"), load_images(params, "validation"))
+        train, validation, said = training_images(params, device)
+        if said and rank() == 0:
+            print(f"teacher  {said}", flush=True)
+        history = training.run(train, validation)
         return save_run(training, config, history, output)
 
 

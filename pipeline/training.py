@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from models.ranks import rank, rank_count, synchronise_batch_norm
 from models.recomputation import NoBlocksError
 from pipeline.artifacts import FAILURES
 from pipeline.capture import CapturedStep, CaptureError
-from pipeline.dataset import Images
+from pipeline.dataset import AnyImages
 from pipeline.errors import ParamsError, StageError
 from pipeline.failure_dump import dump_failure
 from pipeline.history import History, epoch_line, progress_bar
@@ -27,7 +27,7 @@ from pipeline.inference import accuracy
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.resume import RunFolder, Snapshot
 from pipeline.schedule import learning_rate
-from pipeline.step import Step, StepInputs
+from pipeline.step import Step, StepInputs, own_places
 from pipeline.training_state import Best, Position, check_same_everywhere, snapshot_of, take_snapshot
 from pipeline.watch import Failure, Watch
 
@@ -58,7 +58,7 @@ class Training:
         """The network that is evaluated and kept."""
         return self.objective.model if self._step.average is None else self._step.average.average
 
-    def run(self, train: Images, validation: Images) -> History:
+    def run(self, train: AnyImages, validation: AnyImages) -> History:
         """Train for params.epochs; returns one record an epoch: loss parts, learning rate, validation accuracy, rate.
 
         Data order and augmentation come from one CPU generator, so a run depends on the seed and not on the device nor
@@ -103,7 +103,7 @@ class Training:
                 "expected a divisor that leaves at least 2 images a part"
             )
 
-    def _prepare(self, train: Images) -> None:
+    def _prepare(self, train: AnyImages) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
         # The layout that convolution kernels prefer, on CPU and GPU alike; the arithmetic is the same.
@@ -130,7 +130,9 @@ class Training:
 
         if self.device.type != "cuda" or not self.engine.capture or rank_count() > 1:
             return plain
-        example = self._step.draw(torch.arange(self.params.batch_size), torch.Generator().manual_seed(self.seed))
+        chosen = torch.arange(self.params.batch_size)
+        pixels = self._train.pixels(chosen) if self._train.images is None else None
+        example = self._step.draw(chosen, torch.Generator().manual_seed(self.seed), pixels)
         try:
             return CapturedStep(self._step, example)
         except CaptureError as error:
@@ -140,35 +142,42 @@ class Training:
     def _say(self, progress: Progress, text: str) -> None:
         progress.console.print(f"{self.name}  {text}", highlight=False, soft_wrap=True)
 
-    def _epoch(self, progress: Progress, bar: Any, steps: int, validation: Images) -> dict[str, float]:
+    def _epoch(self, progress: Progress, bar: Any, steps: int, validation: AnyImages) -> dict[str, float]:
         """The rest of the current epoch; its record."""
         at, batch = self._at, self.params.batch_size
         rate = learning_rate(self.params.schedule, self.params.learning_rate, at.epoch, self.params.epochs)
         self._step.optimiser.set_rate(rate)
         if at.order is None:
-            at.order = torch.randperm(len(self._train), generator=self._generator)[: steps * batch]
+            at.order = self._train.order(self._generator)[: steps * batch]
         self._watch.begin(at.sums)
         started, first = time.perf_counter(), at.step
-        for step in range(first, steps):
-            inputs = self._step.draw(at.order[step * batch : (step + 1) * batch], self._generator)
-            failure = self._watch.add(step, inputs, self._take_step(inputs))
-            if failure:
-                self._fail(failure, steps, rate)
-            at.step = step + 1
-            speed = (at.step - first) * batch / (time.perf_counter() - started)
-            progress.update(bar, advance=1, rate=f"{speed:,.0f} images/s")
-            if time.monotonic() - self._saved > self.engine.checkpoint_seconds:
-                self._save(steps, rate)
+        batches = at.order.view(steps, batch)
+        with self._train.feed(own_places(batches[first:])) as feed:
+            for step, pixels in zip(range(first, steps), feed, strict=False):
+                inputs = self._step.draw(batches[step], self._generator, pixels)
+                # The look-out remembers many steps; pixels are read again where one of them is wanted.
+                failure = self._watch.add(step, replace(inputs, pixels=None), self._take_step(inputs))
+                if failure:
+                    self._fail(failure, steps, rate)
+                at.step = step + 1
+                speed = (at.step - first) * batch / (time.perf_counter() - started)
+                progress.update(bar, advance=1, rate=f"{speed:,.0f} images/s")
+                if time.monotonic() - self._saved > self.engine.checkpoint_seconds:
+                    self._save(steps, rate)
         means = self._watch.means(steps)
         if failure := self._watch.last_failure():
             self._fail(failure, steps, rate)
         seconds = time.perf_counter() - started
+        data = self._train.epoch_record(seconds)
+        if told := self._train.replaced():
+            self._say(progress, told)
         record = {"epoch": at.epoch + 1, **means, "learning_rate": rate, **self.objective.observations()}
         if len(validation):
             record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device)
             self._keep_best(record)
         record["images_per_second"] = (steps - first) * batch / seconds
         record["memory_mib"] = peak_memory_mib(self.device)
+        record.update(data)
         self._at = Position(epoch=at.epoch + 1, history=[*at.history, record])
         self._save(steps, rate)
         if self.on_epoch:

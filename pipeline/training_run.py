@@ -75,6 +75,7 @@ def run_folder(section: TrainingParams, params: Params, output: Path, *inputs: P
         "image": params.image.model_dump(mode="json"),
         "seed": params.seed,
         "precision": params.engine.precision,
+        "stream": params.stream.model_dump(mode="json", include={"mode", "decode", "shuffle_mib"}),
         "torch": torch.__version__,
         "inputs": [sha256_of_file(path) for path in inputs],
     }

@@ -30,6 +30,7 @@ PLUMBING = {
     "pipeline.splits",
     "pipeline.stage",
     "pipeline.mlflow_sink",
+    "pipeline.stream_feed",
     "pipeline.tensorboard",
     "pipeline.tracking",
     "pipeline.training_state",

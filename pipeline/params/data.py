@@ -1,10 +1,10 @@
-"""Sections `data`, `image` and `prior`: where the images come from, and what is made of them before any training."""
+"""Sections `data`, `stream`, `image` and `prior`: where the images come from, and what is made of them before any training."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
@@ -54,6 +54,26 @@ class DataParams(Section):
     test_per_class: PositiveInt
     validation_per_class: Count
     validation_share: Share
+
+
+def _on_or_off(value: Any) -> Any:
+    """YAML's reading of a bare `on` or `off` (true or false: YAML 1.1) as the word that the user wrote."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class StreamParams(Section):
+    """Whether training reads images as it needs them or holds them all. Changes rounding and, for tables, the order; no more.
+
+    mode auto: a stream where the decoded split is more than half of what is free on device or host. workers: threads that
+    read and decode; auto is one a core. prefetch: batches read ahead. decode: `fast` may differ from `exact`, the
+    server's, by one grey level; `gpu` is nvJPEG on CUDA. shuffle_mib: of a table, how much is shuffled at a time.
+    """
+
+    mode: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
+    workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    prefetch: Annotated[int, Field(ge=1, le=64)] = 4
+    decode: Literal["fast", "exact", "gpu"] = "fast"
+    shuffle_mib: Annotated[int, Field(ge=1)] = 128
 
 
 class ImageParams(Section):

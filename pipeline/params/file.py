@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import ParamsError
-from pipeline.params.data import DataParams, ImageParams, PriorParams
+from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
 from pipeline.params.operation import IngestParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.section import Section
@@ -27,6 +27,7 @@ class Params(Section):
     engine: EngineParams = EngineParams()
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = []
     data: DataParams
+    stream: StreamParams = StreamParams()
     image: ImageParams
     prior: PriorParams
     teacher: TrainingParams

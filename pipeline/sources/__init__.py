@@ -13,12 +13,16 @@ from pipeline.sources.folder import FolderSource
 from pipeline.sources.ingested import Ingested as Ingested
 from pipeline.sources.ingested import WithIngested as WithIngested
 from pipeline.sources.lists import ListSource
+from pipeline.sources.shards import CACHE_BYTES as CACHE_BYTES
 from pipeline.sources.source import BadImageError as BadImageError
+from pipeline.sources.source import FilesUnderRoot as FilesUnderRoot
+from pipeline.sources.source import Groups as Groups
+from pipeline.sources.source import Reader as Reader
 from pipeline.sources.source import Row as Row
 from pipeline.sources.source import Source as Source
 from pipeline.sources.source import in_parts as in_parts
 from pipeline.sources.source import reading_order as reading_order
-from pipeline.sources.table import TableSource
+from pipeline.sources.table import TableReader, TableSource
 
 
 def open_source(params: DataParams, ingested: Path = INGESTED) -> WithIngested:
@@ -32,11 +36,28 @@ def open_own(params: DataParams) -> Source:
         return DigitsSource()
     if params.source == "table":
         return TableSource(params.location, params.table)
-    root = Path(params.location)
     if params.source in ("cifar10", "cifar100"):
-        return CifarSource(params.source, root, params.download)
+        return CifarSource(params.source, Path(params.location), params.download)
+    root = _root(params)
+    return FolderSource(root) if params.source == "folder" else ListSource(params.source, root, params.lists)
+
+
+def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES) -> Reader:
+    """What reads the images that a split table refers to, without listing the source again. Raises as `open_source` does.
+
+    cache_bytes: of a table's row groups kept in memory.
+    """
+    if params.source == "table":
+        return TableReader(params.location, params.table, cache_bytes)
+    if params.source in ("digits", "cifar10", "cifar100"):
+        return open_source(params)
+    return FilesUnderRoot(_root(params))
+
+
+def _root(params: DataParams) -> Path:
+    root = Path(params.location)
     if not root.is_dir():
         raise ParamsError(
             f"data.location is {params.location!r}, which is not a folder; expected the root of source {params.source}"
         )
-    return FolderSource(root) if params.source == "folder" else ListSource(params.source, root, params.lists)
+    return root

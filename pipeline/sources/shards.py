@@ -6,16 +6,18 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
 from pipeline.errors import DataError
+from pipeline.sources.source import Groups
 from pipeline.sources.storage import Storage
 
 CACHE_BYTES = 256 * 1024 * 1024  # of images kept in memory, over all shards
@@ -68,6 +70,10 @@ class Shard:
         if column not in self.schema.names:
             raise DataError(f"{self.place}: has no column {column!r}; it has {', '.join(self.schema.names)}")
 
+    def groups_of(self, rows: np.ndarray) -> np.ndarray:
+        """The row groups that hold some rows, int64."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
     def group_of(self, row: int) -> tuple[int, int]:
         """The row group that holds a row, and the row's place in it."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -80,6 +86,14 @@ class Shard:
             return self._table.column(column)
         with self._parquet() as file:
             return _plain(file.read_row_group(group, columns=[column]).column(column))
+
+    def group_bytes(self, column: str) -> list[int]:
+        """Bytes that a column of each row group takes in memory."""
+        if self._table is not None:
+            return [self._table.column(column).nbytes]
+        place = [self._footer.schema.column(i).path for i in range(len(self._footer.schema))].index(column)
+        groups = (self._footer.row_group(i) for i in range(self._footer.num_row_groups))
+        return [group.column(place).total_uncompressed_size for group in groups]
 
     @contextlib.contextmanager
     def _parquet(self) -> Iterator[pyarrow.parquet.ParquetFile]:
@@ -150,6 +164,20 @@ def open_shards(storage: Storage, names: str | list[str], columns: list[str]) ->
                     "write all shards with one schema"
                 )
     return shards
+
+
+def row_groups(references: pa.ChunkedArray, shards: Mapping[str, Shard], column: str) -> Groups:
+    """The row group of each reference `<shard>#<row>`, and the bytes of a column in each group of these shards."""
+    place = pc.extract_regex(references, r"^(?P<shard>.*)#(?P<row>\d+)$")
+    names = pc.struct_field(place, "shard").combine_chunks().dictionary_encode()
+    rows = pc.struct_field(place, "row").cast(pa.int64()).to_numpy()
+    shard, number = names.indices.to_numpy(), np.zeros(len(rows), dtype=np.int64)
+    sizes: list[int] = []
+    by_shard = np.split(np.argsort(shard, kind="stable"), np.cumsum(np.bincount(shard))[:-1])
+    for name, mine in zip(names.dictionary.to_pylist(), by_shard, strict=True):
+        number[mine] = len(sizes) + shards[name].groups_of(rows[mine])
+        sizes += shards[name].group_bytes(column)
+    return Groups(number, np.array(sizes, dtype=np.int64))
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

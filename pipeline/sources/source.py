@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from models.preprocess import MAX_BYTES
@@ -33,6 +34,26 @@ class Row:
     split: str
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The group of each of N images, int64 [N], numbered from 0, and the bytes of each group: images read at one go."""
+
+    number: np.ndarray
+    sizes: np.ndarray
+
+
+class Reader(Protocol):
+    """What finds the bytes of an image again by its reference: all that training needs of a source, with nothing listed."""
+
+    def read(self, reference: str) -> bytes:
+        """As of a Source."""
+        ...
+
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:
+        """As of a Source."""
+        ...
+
+
 class Source(Protocol):
     """A set of labelled images. `read` and `stamp` may be called from many threads.
 
@@ -45,6 +66,10 @@ class Source(Protocol):
 
     def read(self, reference: str) -> bytes:
         """Encoded bytes of one image. Raises BadImageError naming the file, DataError where more than this image is lost."""
+        ...
+
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:
+        """What is read at one go where that is more than an image; None where each image is read alone."""
         ...
 
     def missing(self) -> list[Row]:
@@ -67,6 +92,10 @@ class Source(Protocol):
 class WithoutFiles:
     """What the sources share whose images are no files of their own."""
 
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002
+        """None: images lie in memory, one by one."""
+        return None
+
     def missing(self) -> list[Row]:
         """None: nothing can be missing."""
         return []
@@ -83,6 +112,10 @@ class FilesUnderRoot:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002
+        """None: each image is a file."""
+        return None
 
     def place(self, row: Row) -> str:
         """The file's path."""

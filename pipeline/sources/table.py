@@ -11,20 +11,18 @@ import pyarrow as pa
 
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import TableParams
-from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY, RowGroups, Shard, open_shards
-from pipeline.sources.source import BadImageError, Row, in_parts
+from pipeline.sources.shards import CACHE_BYTES, CLASSES_KEY, ORIGIN_KEY, RowGroups, Shard, open_shards, row_groups
+from pipeline.sources.source import BadImageError, Groups, Row, in_parts
 from pipeline.sources.storage import Storage, is_address
 
 
-class TableSource:
-    """Parquet or CSV files with a label column and either encoded image bytes or a path column.
+class TableReader:
+    """The images of Parquet or CSV files, by reference: their footers are read, and no column.
 
-    Each split is a file, a glob pattern, a folder of shards or a list of these, under data.location, which may be an
-    address such as s3://bucket/photos. Labels are integers 0..C-1 without a gap, or text, numbered in sorted order.
-    Raises DataError naming file and column.
+    cache_bytes: of row groups kept in memory. Raises DataError naming a file that is missing, cut off, or unlike the rest.
     """
 
-    def __init__(self, location: str, params: TableParams) -> None:
+    def __init__(self, location: str, params: TableParams, cache_bytes: int = CACHE_BYTES) -> None:
         if not is_address(location) and not Path(location).is_dir():
             raise ParamsError(
                 f"data.location is {location!r}, which is not a folder; expected the root of source table"
@@ -36,9 +34,44 @@ class TableSource:
             split: open_shards(self._storage, names, columns) for split, names in files.items() if names is not None
         }
         self._shards = {shard.name: shard for shards in self._splits.values() for shard in shards}
+        self._images = RowGroups(params.image or params.path or "", cache_bytes)
+
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:
+        """The row groups of an image column; None where the table has paths."""
+        return row_groups(references, self._shards, self._params.image) if self._params.image else None
+
+    def read(self, reference: str) -> bytes:
+        """Bytes of the image column, or of the file that the path column names (relative to data.location)."""
+        value = self._value(reference)
+        return value if isinstance(value, bytes) else self._storage.read(value)
+
+    def _value(self, reference: str) -> bytes | str:
+        name, _, index = reference.rpartition("#")
+        shard = self._shards[name]
+        value = self._images.value(shard, int(index))
+        if value is None:
+            raise BadImageError(f"{shard.place}: row {index} has no image; remove the row or give it one")
+        if not isinstance(value, bytes if self._params.image else str):
+            column = self._params.image or self._params.path
+            found = f"column {column!r} holds {type(value).__name__}"
+            raise DataError(
+                f"{shard.place}: {found}; expected {'encoded image bytes' if self._params.image else 'a file path'}"
+            )
+        return value
+
+
+class TableSource(TableReader):
+    """Parquet or CSV files with a label column and either encoded image bytes or a path column.
+
+    Each split is a file, a glob pattern, a folder of shards or a list of these, under data.location, which may be an
+    address such as s3://bucket/photos. Labels are integers 0..C-1 without a gap, or text, numbered in sorted order.
+    Raises DataError naming file and column.
+    """
+
+    def __init__(self, location: str, params: TableParams) -> None:
+        super().__init__(location, params)
         self.origin = self._splits["train"][0].carried(ORIGIN_KEY) or "table"
         self._stamps: dict[str, str | None] = {}
-        self._images = RowGroups(params.image or params.path or "")
         labels = {split: self._labels(shards) for split, shards in self._splits.items()}
         self.classes = self._class_names(labels)
         number = {name: index for index, name in enumerate(sorted(set(labels["train"])))}
@@ -135,22 +168,3 @@ class TableSource:
         """Paths of a table are relative to data.location: said when every one of them is missing."""
         all_of_them = len(rows) == len(self.rows)
         return "paths are relative to data.location; set it to the folder that holds them" if all_of_them else None
-
-    def read(self, reference: str) -> bytes:
-        """Bytes of the image column, or of the file that the path column names (relative to data.location)."""
-        value = self._value(reference)
-        return value if isinstance(value, bytes) else self._storage.read(value)
-
-    def _value(self, reference: str) -> bytes | str:
-        name, _, index = reference.rpartition("#")
-        shard = self._shards[name]
-        value = self._images.value(shard, int(index))
-        if value is None:
-            raise BadImageError(f"{shard.place}: row {index} has no image; remove the row or give it one")
-        if not isinstance(value, bytes if self._params.image else str):
-            column = self._params.image or self._params.path
-            found = f"column {column!r} holds {type(value).__name__}"
-            raise DataError(
-                f"{shard.place}: {found}; expected {'encoded image bytes' if self._params.image else 'a file path'}"
-            )
-        return value

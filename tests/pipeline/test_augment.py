@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.augment import apply_views, draw_views, operations, random_views
+from pipeline.augment import apply_views, crops, draw_views, operations, random_views
 from pipeline.params import AugmentParams
 
 POLICIES = ["none", "autoaugment", "randaugment", "simaugment", "stacked"]
@@ -120,6 +120,16 @@ def test_nothing_asked_for_is_nothing_changed():
 def test_padding_is_black():
     corner = views_of(torch.full((500, 3, 4, 4), 255, dtype=torch.uint8), crop=4)
     assert set(corner.unique().tolist()) == {0, 255}
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 80), (97, 64)])
+def test_resized_crops_are_the_same_an_image_at_a_time_and_all_at_once(height, width):
+    images = pictures(4, height, width)
+    box = crops.draw_boxes(12, height, width, [0.05, 1.0], seeded(1)).view(3, 4, 4)
+    flipped = torch.randint(2, (3, 4), generator=seeded(2)).bool()
+    found = crops._one_by_one(images, box, flipped)
+    assert torch.equal(found, crops._all_at_once(images, box, flipped))
+    assert torch.equal(found, crops.resized_crop(images, box, flipped))
 
 
 def test_a_view_is_a_crop_then_a_flip_then_a_hole():

@@ -54,6 +54,23 @@ def test_the_pack_holds_the_same_bytes_and_gives_the_same_split(tmp_path, shard_
         assert loose.equals(again)
 
 
+def test_a_shuffled_pack_holds_the_same_in_an_order_that_its_seed_alone_decides(tmp_path):
+    made = data_params(folder(tmp_path / "photos", {"train/bee": 9, "train/ant": 7, "test/ant": 2, "test/bee": 3}))
+    names = {}
+    for output, shuffle in (("plain", None), ("once", 0), ("again", 0), ("other", 1)):
+        pack(made, tmp_path / output, 4_000, shuffle=shuffle)
+        names[output] = [
+            pyarrow.parquet.read_table(path, columns=["name"]).column("name").to_pylist()
+            for path in sorted((tmp_path / output / "train").iterdir())
+        ]
+    assert contents(tmp_path / "once") == contents(tmp_path / "again")
+    flat = {output: [name for shard in found for name in shard] for output, found in names.items()}
+    assert sorted(flat["once"]) == sorted(flat["plain"]) == sorted(flat["other"])
+    assert flat["plain"] == sorted(flat["plain"]) != flat["once"] != flat["other"]
+    # Both classes in the first shard.
+    assert len({name.split("/")[1] for name in names["once"][0]}) == 2
+
+
 def test_a_packed_data_set_is_still_known_by_its_name(tmp_path, capsys):
     made = data_params(tree(tmp_path / "places", PLACES), "places_lt")
     packed = pack(made, tmp_path / "packed", 1 << 20)

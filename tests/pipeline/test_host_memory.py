@@ -1,10 +1,13 @@
 """Memory that a step frees is kept for the next one."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from pipeline.host_memory import free_bytes
 
 # In a process of its own, as the advice holds until its end.
 PROGRAM = """
@@ -33,3 +36,11 @@ def test_after_the_first_step_the_kernel_clears_no_page_anew():
     given_back, kept = map(int, done.stdout.split())
     # With huge pages a fault clears 2 MiB, without 4 KiB.
     assert given_back > 100 and kept < given_back / 20
+
+
+def test_free_memory_is_at_most_the_machines_and_shared_by_the_processes_of_a_host(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = free_bytes()
+    assert 0 < alone <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes() < alone / 2

@@ -41,7 +41,7 @@ TOO_LOW = {
     "teacher.ema_decay": -0.1, "student.ema_decay": -0.1,
     **{f"gate.{name}.margin": -0.1 for name in ("all", "many", "medium", "few", "ece")},
     "gate.confidence": 0.5, "gate.resamples": 99, "gate.seed": -1, "gate.floor": -0.1,
-    "ingest.settle_seconds": -1, "ingest.min_good_share": -0.01,
+    "stream.prefetch": 0, "stream.shuffle_mib": 0, "ingest.settle_seconds": -1, "ingest.min_good_share": -0.01,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,
     "teacher.accumulate": 0, "student.accumulate": 0,
     "teacher.momentum": -0.1, "teacher.weight_decay": -0.1, "teacher.schedule.warmup_epochs": -1,
@@ -63,7 +63,7 @@ TOO_HIGH = {
     "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
     "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
-    "ingest.min_good_share": 1.01,
+    "ingest.min_good_share": 1.01, "stream.prefetch": 65,
 }  # fmt: skip
 
 
@@ -73,6 +73,13 @@ def test_a_number_out_of_range_is_refused_with_its_key_value_and_bound(tmp_path,
         rf"{re.escape(key)} is {re.escape(repr(value))}; input should be (greater|less) than",
         refusal_of(tmp_path, {key: value}),
     )
+
+
+@pytest.mark.parametrize(("written", "read"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_a_bare_on_or_off_is_the_word_although_yaml_reads_a_truth_value(tmp_path, written, read):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text().replace("mode: auto", f"mode: {written}"))
+    assert load_params(path).stream.mode == read
 
 
 def numeric_keys(model, prefix=""):

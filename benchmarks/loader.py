@@ -1,0 +1,260 @@
+"""The streaming loader against a plain torchvision DataLoader: `python -m benchmarks.loader [--data FOLDER] [--device cuda]`.
+
+Both read the same JPEGs of photograph size from the disk, on the same cores, and end with the same kind of batch: float32
+[B,3,224,224], randomly cropped and resized, flipped, normalised. The DataLoader does so in worker processes with Pillow
+(ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize). The stream decodes, resizes to 256 and cuts 224 in
+threads; the views are then made in batches on the device, which here is the same cores. Each side works in a process of its
+own, in turns, round by round; a ratio is the median over rounds, beside the smallest and the largest.
+
+Limits, in as many threads, of bytes that lie in memory: libjpeg-turbo alone, and what the stream does with each image (decode,
+resize, crop). The JPEGs are made on the fly: mosaics of pictures of the pack, or of made ones.
+
+  python -m benchmarks.loader --data FOLDER --output benchmarks/results/loader-cpu.md
+  python -m benchmarks.loader --data FOLDER --device cuda --output benchmarks/results/loader-cuda.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.io
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+from benchmarks.machine import hardware, versions
+from benchmarks.photographs import CLASSES, PACK, photographs
+from benchmarks.turns import Cost, Turn, Work, in_turns
+from models.cosine_classifier import ImageClassifier
+from models.objectives import TeacherObjective
+from pipeline.augment import random_views
+from pipeline.dataset import Normalisation
+from pipeline.host_memory import keep_freed_memory
+from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
+from pipeline.stream import ImageStream
+from pipeline.stream_decoding import fast
+from pipeline.training import Training
+from serving.atomic import write_file
+
+RATIO_GOAL, LIMIT_GOAL, WAIT_GOAL = 1.5, 0.9, 0.05
+NAMES = {
+    "dataloader": "torchvision DataLoader, Pillow",
+    "loader": "stream, views made on the CPU",
+    "pixels": "stream, pixels alone (views are the device's work)",
+    "decode": "limit: decode, resize, crop alone",
+    "libjpeg": "limit: libjpeg-turbo alone",
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every side is given: the folder of photographs, params over it, images a batch, worker threads or processes."""
+
+    root: Path
+    params: Params
+    batch: int
+    workers: int
+
+
+def recipe(root: Path, workers: int, device: str) -> Params:
+    """The shipped params with ImageNet's sizes and augmentation, streaming from the photographs."""
+    content = read_yaml(PARAMS_FILE)
+    content["data"] |= {"source": "folder", "location": str(root)}
+    content["stream"] = {"mode": "on", "workers": workers, "decode": "gpu" if device == "cuda" else "fast"}
+    content["image"] = {"size": 224, "resize_to": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    content["teacher"]["augment"] |= {"crop": "resized", "flip": True}
+    return parse_params(content, PARAMS_FILE)
+
+
+def every_round(work: Callable[[], None]) -> Callable[[int, Turn], None]:
+    """A row's work whose rounds are alike."""
+
+    def rounds_of(rounds: int, turn: Turn) -> None:
+        for _ in range(rounds):
+            work()
+            turn()
+
+    return rounds_of
+
+
+def dataloader_side(given: Given) -> dict[str, Work]:
+    """The plain way."""
+    image = given.params.image
+    # As in torchvision's reference training.
+    steps = [transforms.RandomResizedCrop(image.size), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    data = datasets.ImageFolder(given.root, transforms.Compose([*steps, transforms.Normalize(image.mean, image.std)]))
+    loader = DataLoader(
+        data, given.batch, shuffle=True, num_workers=given.workers, drop_last=True, persistent_workers=True
+    )
+    return {"epoch": every_round(lambda: [None for _ in loader] and None)}
+
+
+def batches_of(given: Given) -> Iterator[torch.Tensor]:
+    """An epoch of the stream: uint8 [B,3,224,224]."""
+    stream = ImageStream(given.params, "train", torch.device("cpu"), given.root)
+    order = stream.order(torch.Generator().manual_seed(0))
+    with stream.feed(order[: len(order) // given.batch * given.batch].view(-1, given.batch)) as feed:
+        yield from feed
+
+
+def loader_side(given: Given) -> dict[str, Work]:
+    """The stream, and the views of the engine."""
+    keep_freed_memory()
+    normalised, augment = Normalisation(given.params.image, torch.device("cpu")), given.params.teacher.augment
+    generator = torch.Generator().manual_seed(0)
+
+    def work() -> None:
+        for pixels in batches_of(given):
+            normalised(random_views(pixels, 1, augment, generator)[0])
+
+    return {"epoch": every_round(work)}
+
+
+def pixels_side(given: Given) -> dict[str, Work]:
+    """The stream alone."""
+    keep_freed_memory()
+    return {"epoch": every_round(lambda: [None for _ in batches_of(given)] and None)}
+
+
+def limit_side(given: Given, work: Callable[[bytes], object]) -> dict[str, Work]:
+    """`work` on the bytes of every image of an epoch, in threads."""
+    keep_freed_memory()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    encoded = [path.read_bytes() for path in sorted(given.root.glob("*/*.jpg"))]
+    encoded = encoded[: len(encoded) // given.batch * given.batch]
+
+    def part(first: int) -> None:
+        for data in encoded[first : first + 16]:
+            work(data)
+
+    def epoch() -> None:
+        with ThreadPoolExecutor(given.workers) as pool:
+            list(pool.map(part, range(0, len(encoded), 16)))
+
+    return {"epoch": every_round(epoch)}
+
+
+def decode_side(given: Given) -> dict[str, Work]:
+    """What the stream does with an image."""
+    return limit_side(given, lambda data: fast(data, given.params.image))
+
+
+def libjpeg_side(given: Given) -> dict[str, Work]:
+    """Decoding alone."""
+    rgb = torchvision.io.ImageReadMode.RGB
+    return limit_side(
+        given, lambda data: torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), rgb)
+    )
+
+
+SIDES = {
+    "dataloader": dataloader_side,
+    "loader": loader_side,
+    "pixels": pixels_side,
+    "decode": decode_side,
+    "libjpeg": libjpeg_side,
+}
+
+
+def table(costs: dict[str, list[Cost]], images: int) -> str:
+    """Speed of each side, and ratios over the DataLoader: by the clock with its range, and in processor time."""
+    lines = ["| | images/s | over the DataLoader | smallest to largest | in processor time | of the decoding limit |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
+    for name, taken in costs.items():
+        wall, cpu = (
+            [getattr(a, kind) / getattr(b, kind) for a, b in zip(costs["dataloader"], taken, strict=True)]
+            for kind in ("wall", "cpu")
+        )
+        limit = [a.wall / b.wall for a, b in zip(costs["decode"], taken, strict=True)]
+        speed = images / statistics.median(cost.wall for cost in taken)
+        lines.append(
+            f"| {NAMES[name]} | {speed:,.0f} | {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} "
+            f"| {statistics.median(cpu):.2f} | {statistics.median(limit):.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def wait_share(given: Given, device: torch.device, backbone: str) -> float:
+    """Share of an epoch of training that its steps wait for data: of the second, when all is warm."""
+    model = ImageClassifier(backbone, CLASSES, 1 / 30)
+    objective = TeacherObjective(model, torch.full((CLASSES,), -np.log(CLASSES)), 1.0)
+    # On a CPU a step is so slow that a few images show it.
+    split, batch = ("train", given.batch) if device.type == "cuda" else ("few", 16)
+    section = given.params.teacher.model_copy(update={"batch_size": batch, "epochs": 2})
+    train, held_out = (ImageStream(given.params, name, device, given.root) for name in (split, "none"))
+    history = Training("teacher", objective, section, given.params.image, 0, device).run(train, held_out)
+    return history[-1]["data_wait"]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="The streaming loader against a plain DataLoader: one table of ratios.",
+        epilog="example: python -m benchmarks.loader --data FOLDER --output benchmarks/results/loader-cpu.md",
+    )
+    parser.add_argument("--data", type=Path, help=f"folder with {PACK} (default: made pictures)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--images", type=int, default=512, help="photographs, an epoch (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="images a batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each side (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: one a core)")
+    parser.add_argument("--backbone", help="of the step that waits (default: torchvision/resnet18, resnet50 on CUDA)")
+    parser.add_argument("--output", type=Path, help="Markdown file to write as well")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no CUDA device here; run with --device cpu")
+    if arguments.data and not (arguments.data / PACK).is_file():
+        parser.error(f"argument --data: {arguments.data} has no {PACK}; leave --data out for made pictures")
+    if arguments.images < arguments.batch:
+        parser.error(f"argument --images: {arguments.images} fill no batch of {arguments.batch}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    cuda = arguments.device == "cuda"
+    backbone = arguments.backbone or ("torchvision/resnet50" if cuda else "torchvision/resnet18")
+    words = ["FOLDER" if word == str(arguments.data) else word for word in sys.argv[1:]]
+    waiting = os.environ.get("OMP_WAIT_POLICY")
+    text = f"`{f'OMP_WAIT_POLICY={waiting} ' if waiting else ''}python -m benchmarks.loader {' '.join(words)}`\n\n"
+    text += f"{hardware(arguments.device)}; {versions(1)}.\n"
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        photographs(root, arguments.images, arguments.data and arguments.data / PACK)
+        size = sum(path.stat().st_size for path in root.glob("*/*.jpg")) / arguments.images / 1024
+        images = arguments.images // arguments.batch * arguments.batch
+        text += (
+            f"{images} JPEGs an epoch, 500x375 and the like, {size:.0f} KiB each; batches of {arguments.batch}; "
+            f"{arguments.workers} workers on each side; median of {arguments.rounds} epochs, of which one more was dropped.\n\n"
+        )
+        given = Given(root, recipe(root, arguments.workers, "cpu"), arguments.batch, arguments.workers)
+        text += table(in_turns(SIDES, given, ["epoch"], arguments.rounds, 1)["epoch"], images)
+        print(text, flush=True)
+        given = Given(root, recipe(root, arguments.workers, arguments.device), arguments.batch, arguments.workers)
+        share = wait_share(given, torch.device(arguments.device), backbone)
+    text += (
+        f"\nGoals: stream over DataLoader ≥ {RATIO_GOAL}; pixels ≥ {LIMIT_GOAL:.0%} of the decoding limit.\n\n"
+        "| training step | waits for data | goal |\n|---|--:|--:|\n"
+        f"| {backbone}, teacher, {arguments.device} | {share:.1%} | < {WAIT_GOAL:.0%} |\n"
+    )
+    if not cuda:
+        text += (
+            f"| torchvision/resnet50, teacher, cuda | | < {WAIT_GOAL:.0%} |\n\nOn a GPU: not run yet, none was at hand. "
+            "`python -m benchmarks.loader --data FOLDER --device cuda --images 4096 --batch 256` fills the last row.\n"
+        )
+    print(text)
+    if arguments.output:
+        write_file(arguments.output, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""A split read as it is needed: a stream of batches for data that do not fit the memory of the device.
+
+It takes the place of `dataset.Images`. Of each image there is a label and two texts in memory, and of pixels only the
+batches that are read ahead, so that a process does not grow with the split.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from models.preprocess import ImageError
+from models.ranks import mean_over_ranks, rank_count
+from pipeline.artifacts import SPLIT
+from pipeline.errors import DataError, ParamsError
+from pipeline.params import Params
+from pipeline.sources import BadImageError, open_reader
+from pipeline.splits import read_split
+from pipeline.stream_decoding import exact, fast, left_to_gpu, nvjpeg
+from pipeline.stream_feed import Feed
+from pipeline.stream_order import class_share, shuffled, windows_of
+
+SHOWN = 5  # replaced images that a message names
+WELL_MIXED = 0.5  # share of its classes that a window should hold at least
+
+
+class Texts(Sequence[str]):
+    """A column of text, without a Python object for each."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, place: int) -> str:
+        return self._column[place].as_py()
+
+
+class ImageStream:
+    """The images of one split, decoded as they are asked for: what `dataset.Images` offers, but for the tensor of all.
+
+    replace_bad: an image that cannot be read is replaced by another of its class, which is counted and told, so that
+    batches keep their shape and classes their share; without it such an image raises DataError. exactly: pixels are those
+    of the server's decoder whatever stream.decode says. Raises ParamsError when the split is not made or stream.decode is
+    gpu and the device is none.
+    """
+
+    images = None
+
+    def __init__(
+        self,
+        params: Params,
+        split: str,
+        device: torch.device,
+        folder: Path = SPLIT,
+        *,
+        replace_bad: bool = False,
+        exactly: bool = False,
+    ) -> None:
+        table = read_split(split, ["sample_id", "label", "reference"], folder)
+        self.labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
+        self.sample_ids, self.references = Texts(table.column("sample_id")), Texts(table.column("reference"))
+        self._image, self._device, self._replace = params.image, device, replace_bad
+        self._window = params.stream.shuffle_mib * 2**20
+        # Of the window that is read and of the next.
+        self._reader = open_reader(params.data, 2 * self._window)
+        self._groups = self._reader.groups(table.column("reference"))
+        self._kind = "exact" if exactly else params.stream.decode
+        if self._kind == "gpu" and device.type != "cuda":
+            raise ParamsError(f"stream.decode is 'gpu', but the device is {device}; expected fast or exact")
+        workers = params.stream.workers
+        self._workers = workers_of_a_rank() if workers == "auto" else workers
+        self._prefetch = params.stream.prefetch
+        self._lock = threading.Lock()
+        self._replaced: list[str] = []
+        self._waited = 0.0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def encoded(self, index: int) -> bytes:
+        """The original bytes of one image."""
+        return self._reader.read(self.references[index])
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The places of an epoch, int64 [N], from a CPU generator; see `stream_order.shuffled`."""
+        return shuffled(len(self), self._groups, self._window, generator)
+
+    def warning(self) -> str | None:
+        """What is wrong with the order of a table that is sorted by class; None where there is nothing to say."""
+        if self._groups is None or self._groups.sizes.sum() <= self._window or not len(self):
+            return None
+        share = class_share(
+            self.labels.numpy(), windows_of(self._groups, self._window, torch.Generator().manual_seed(0))
+        )
+        if share >= WELL_MIXED:
+            return None
+        return (
+            f"the table lies sorted by class: the {self._window >> 20} MiB that are shuffled at a time hold {share:.0%} of the "
+            "classes that they should; raise stream.shuffle_mib, or write the shards in random order (data pack --shuffle)"
+        )
+
+    def pixels(self, chosen: Tensor) -> Tensor:
+        """uint8 [B,3,H,W] of the images at places `chosen` int64 [B]; on the CPU, or on the device where that decodes."""
+        with self.feed(chosen[None]) as feed:
+            return next(feed)
+
+    def batches(self, chosen: Tensor, size: int) -> Iterator[Tensor]:
+        """`pixels` of the places `chosen` in order, `size` at a time."""
+        whole = len(chosen) // size * size
+        with self.feed(chosen[:whole].view(-1, size), prefetch=1) as feed:
+            yield from feed
+        if whole < len(chosen):
+            yield self.pixels(chosen[whole:])
+
+    def feed(self, places: Tensor, prefetch: int | None = None) -> Feed:
+        """The batches of places int64 [steps,B], `prefetch` (or stream.prefetch) of them read ahead while its block lasts."""
+        return Feed(self, places, self._workers, prefetch or self._prefetch)
+
+    def epoch_record(self, seconds: float) -> dict[str, float]:
+        """Of the epoch that ends after `seconds`: share of it spent waiting for data, images replaced on all ranks."""
+        replaced = torch.tensor([float(len(self._replaced)), self._waited], dtype=torch.float64, device=self._device)
+        count, waited = (mean_over_ranks(replaced) * torch.tensor([rank_count(), 1.0], device=self._device)).tolist()
+        self._waited = 0.0
+        return {"data_wait": waited / seconds, **({"images_replaced": round(count)} if self._replace else {})}
+
+    def replaced(self) -> str | None:
+        """What was replaced since the last call, in a line; None where nothing was."""
+        with self._lock:
+            told, self._replaced = sorted(self._replaced), []
+        if not told:
+            return None
+        return (
+            f"{len(told):,} images could not be read and were replaced by others of their class, the first "
+            f"{min(SHOWN, len(told))}: {'; '.join(told[:SHOWN])}; run `dvc repro -f split` to leave them out"
+        )
+
+    def decode(self, places: Sequence[int], out: Tensor) -> list[tuple[int, bytes]]:
+        """Read some images into out uint8 [n,3,H,W]; those left to the GPU as their place in `out` and bytes."""
+        left = []
+        for slot, place in enumerate(places):
+            data, pixels = self._usable(place)
+            if pixels is None:
+                left.append((slot, data))
+            else:
+                out[slot] = pixels
+        return left
+
+    def decode_on_gpu(self, pixels: Tensor, left: list[tuple[int, bytes]]) -> Tensor:
+        """A batch on the device, its pixels uint8 [B,3,H,W] those of the CPU but for images that are `left` to nvJPEG."""
+        pixels = pixels.to(self._device, non_blocking=True)
+        if left:
+            slots, encoded = zip(*left, strict=True)
+            try:
+                decoded = nvjpeg(list(encoded), self._image, self._device)
+            except RuntimeError:  # one image that nvJPEG does not know spoils the batch
+                decoded = torch.stack([fast(data, self._image) for data in encoded]).to(self._device)
+            pixels[torch.tensor(slots, device=self._device)] = decoded
+        return pixels
+
+    def empty(self, count: int) -> Tensor:
+        """Room for a batch; pinned where it goes on to a GPU."""
+        size = self._image.size
+        # A tensor made in inference mode, as evaluation asks for, cannot be filled by a thread that is not in it.
+        with torch.inference_mode(False):
+            return torch.empty(
+                (count, 3, size, size),
+                dtype=torch.uint8,
+                memory_format=torch.channels_last,  # as decoders write
+                pin_memory=self._device.type == "cuda",
+            )
+
+    def waited(self, seconds: float) -> None:
+        """Count time that the step has waited for a batch."""
+        self._waited += seconds
+
+    def _usable(self, place: int) -> tuple[bytes, Tensor | None]:
+        try:
+            return self._decoded(place)
+        except BadImageError as error:
+            if not self._replace:
+                raise
+            problem = error
+        for other in self._others(place):
+            try:
+                found = self._decoded(other)
+            except BadImageError:
+                continue
+            with self._lock:
+                self._replaced.append(str(problem))
+            return found
+        raise DataError(f"{problem}; and no other image of its class can be read in its place")
+
+    def _decoded(self, place: int) -> tuple[bytes, Tensor | None]:
+        reference = self.references[place]
+        data = self._reader.read(reference)
+        try:
+            return data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[self._kind](data, self._image)
+        except ImageError as error:
+            raise BadImageError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
+
+    def _others(self, place: int) -> Iterator[int]:
+        # Those behind it first: the same on every rank and after every restart.
+        members = torch.nonzero(self.labels == self.labels[place]).flatten()
+        start = int(torch.searchsorted(members, place))
+        yield from (*members[start + 1 :].tolist(), *members[:start].tolist())
+
+
+def workers_of_a_rank() -> int:
+    """A thread for each core that this process may use, shared with the other processes that torchrun started here."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,0 +1,79 @@
+"""The batches of a stream, read ahead in threads: libjpeg-turbo and torch leave Python's lock alone while they work."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from pipeline.sources import in_parts
+
+PART = 16  # images that a thread reads at a time
+
+
+class Decoding(Protocol):
+    """What a feed asks of an `ImageStream`."""
+
+    def empty(self, count: int) -> Tensor:
+        """Room for a batch."""
+        ...
+
+    def decode(self, places: Sequence[int], out: Tensor) -> list[tuple[int, bytes]]:
+        """Read some images into `out`; those left to the GPU."""
+        ...
+
+    def decode_on_gpu(self, pixels: Tensor, left: list[tuple[int, bytes]]) -> Tensor:
+        """The batch on the device, with the images that were left."""
+        ...
+
+    def waited(self, seconds: float) -> None:
+        """Count time that the step has waited."""
+        ...
+
+
+class Feed(Iterator[Tensor]):
+    """Batches of a stream in order, `prefetch` of them read ahead by threads that end with its block."""
+
+    def __init__(self, stream: Decoding, places: Tensor, workers: int, prefetch: int) -> None:
+        self._stream, self._places = stream, iter(places)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
+        self._ahead: deque[tuple[Tensor, list[tuple[int, Future[list[tuple[int, bytes]]]]]]] = deque()
+        for _ in range(prefetch + 1):
+            self._read_on()
+
+    def __next__(self) -> Tensor:
+        if not self._ahead:
+            raise StopIteration
+        started = time.perf_counter()
+        pixels, parts = self._ahead.popleft()
+        left = [(start + slot, data) for start, part in parts for slot, data in part.result()]
+        self._stream.waited(time.perf_counter() - started)
+        self._read_on()
+        return self._stream.decode_on_gpu(pixels, left) if left else pixels
+
+    def _read_on(self) -> None:
+        places = next(self._places, None)
+        if places is None:
+            return
+        pixels = self._stream.empty(len(places))
+        parts, start = [], 0
+        for part in in_parts(places.tolist(), PART):
+            work = partial(self._stream.decode, part, pixels[start : start + len(part)])
+            parts.append((start, self._pool.submit(work)))
+            start += len(part)
+        self._ahead.append((pixels, parts))
+
+    def close(self) -> None:
+        """End the threads: what has not begun is dropped, what has is a few images."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,146 @@
+"""Training on a stream: the bits of training from memory, exactly resumed, each sample once over two ranks."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from making import data_params, folder, write
+from small_training import CPU, made_training
+from test_ranks import in_ranks
+from test_resume import PowerCut
+
+from pipeline import split
+from pipeline.dataset import AnyImages, load_images
+from pipeline.errors import StageError
+from pipeline.params import AugmentParams, ImageParams, StreamParams
+from pipeline.resume import RunFolder
+from pipeline.stream import ImageStream
+from pipeline.training import Training
+
+IMAGE = ImageParams(size=8, resize_to=8, mean=[0.5] * 3, std=[0.25] * 3)
+MIXED = {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")}
+RECIPES = {"teacher": {}, "student": {}, "mixed": MIXED}
+
+
+def params_of(source, **stream):
+    made = data_params(source, validation_per_class=2)
+    streamed = StreamParams(**{"mode": "on", "workers": 2, "prefetch": 2, **stream})
+    return made.model_copy(update={"image": IMAGE, "stream": streamed})
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Params and splits of three classes, 16x16 pixels that a stream halves."""
+    params = params_of(folder(tmp_path / "source", {"a": 24, "b": 12, "c": 8}), decode="exact")
+    split.run(params, tmp_path / "split")
+    return params, tmp_path / "split"
+
+
+def streams(data) -> tuple[AnyImages, AnyImages]:
+    return tuple(ImageStream(data[0], name, CPU, data[1]) for name in ("train", "validation"))
+
+
+def in_windows(data) -> tuple[AnyImages, AnyImages]:
+    """As of a table: places in groups of four, two groups a window."""
+    train, validation = streams(data)
+    from pipeline.sources import Groups
+
+    train._groups = Groups(torch.arange(len(train)).numpy() // 4, torch.full((8,), 10).numpy())
+    train._window = 20
+    return train, validation
+
+
+def training_of(name: str, run_folder=None) -> Training:
+    stage = "student" if name == "mixed" else name
+    return made_training(stage, run_folder=run_folder, checkpoint_seconds=0.0, epochs=3, **RECIPES[name])
+
+
+def result(training: Training, images: tuple[AnyImages, AnyImages]) -> tuple[dict[str, torch.Tensor], list]:
+    """The state that a run ends with and its history, without what a clock measures."""
+    history = training.run(*images)
+    timed = ("images_per_second", "memory_mib", "data_wait")
+    return training._step.state(), [{k: v for k, v in record.items() if k not in timed} for record in history]
+
+
+def same(found, expected) -> bool:
+    return found[0].keys() == expected[0].keys() and all(
+        torch.equal(tensor, expected[0][name]) for name, tensor in found[0].items()
+    )
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_stream_trains_to_the_bits_of_the_same_images_in_memory(name, data):
+    held = tuple(load_images(*(data[0], part, data[1])) for part in ("train", "validation"))
+    expected, found = result(training_of(name), held), result(training_of(name), streams(data))
+    assert same(found, expected) and found[1] == expected[1]
+
+
+@pytest.mark.parametrize("images", [streams, in_windows])
+@pytest.mark.parametrize("name", ["teacher", "mixed"])
+def test_a_streamed_run_cut_off_many_times_ends_as_one_that_was_not(name, images, data, tmp_path):
+    expected = result(training_of(name), images(data))
+    run_folder = RunFolder(tmp_path / "unfinished", "run")
+    draw = random.Random(name)
+    for _ in range(4):
+        training, done = training_of(name, run_folder), []
+        forward, last = training.objective.forward, draw.randint(0, 2)
+
+        def counted(*arguments, forward=forward, done=done, last=last):
+            if len(done) == last:
+                raise PowerCut
+            done.append(1)
+            return forward(*arguments)
+
+        training.objective.forward = counted
+        with pytest.raises(PowerCut):
+            training.run(*images(data))
+    found = result(training_of(name, run_folder), images(data))
+    assert same(found, expected) and found[1] == expected[1]
+
+
+def test_an_epoch_says_how_long_it_waited_and_what_was_replaced(data, capsys):
+    params, where = data
+    train = ImageStream(params, "train", CPU, where, replace_bad=True)
+    write(where.parent / "source" / train.references[0], b"spoilt")
+    history = training_of("teacher").run(train, streams(data)[1])
+    assert all(0 <= record["data_wait"] < 1 for record in history)
+    replaced = [record["images_replaced"] for record in history]
+    # 32 of 33 images make an epoch, so that one of three may go without the bad one.
+    assert set(replaced) <= {0, 1} and sum(replaced) >= 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "replaced" in line]
+    assert len(lines) == sum(replaced)
+    assert lines[0].startswith(
+        "teacher  1 images could not be read and were replaced by others of their class, the first 1: "
+    )
+
+
+def test_the_views_of_a_batch_that_failed_are_read_again_for_the_dump(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = made_training(learning_rate=1e30)
+    with pytest.raises(StageError, match=r"not finite in epoch 1, step \d"):
+        training.run(*streams(data))
+    assert list((tmp_path / "artifacts/failures/teacher").iterdir())
+
+
+def seen_by_a_rank(source, where) -> list:
+    """Sample ids whose pixels this rank reads, and the losses of its epochs."""
+    data = params_of(source, decode="exact"), where
+    train, validation = streams(data)
+    read: list[int] = []
+    decode = train.decode
+    train.decode = lambda places, out: read.extend(places) or decode(places, out)
+    training = made_training("student", epochs=1)
+    history = training.run(train, validation)
+    return [sorted(read), history[0]["loss"], history[0]["validation_accuracy"]]
+
+
+@pytest.mark.end_to_end
+def test_two_ranks_see_each_sample_once_and_train_as_one(data, tmp_path):
+    source, where = tmp_path / "source", data[1]
+    one, two = in_ranks(seen_by_a_rank, tmp_path, source, where)
+    alone = seen_by_a_rank(source, where)
+    assert len(one[0]) == len(two[0]) == len(alone[0]) / 2
+    assert sorted(one[0] + two[0]) == alone[0] == sorted(set(alone[0]))
+    assert one[1:] == two[1:] and one[1] == pytest.approx(alone[1], rel=1e-4)
