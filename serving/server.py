@@ -12,11 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from serving import priority
 from serving.arguments import admin_key, new_admin_key, triton_arguments
 from serving.client import Client
 from serving.dry_run import dry_run
 from serving.errors import ServingError
-from serving.installation import Installation, find_installation
+from serving.installation import STUB_NAME, Installation, find_installation
 from serving.leftovers import new_prefix, processes_of, runtime_folder, sweep, sweep_dead_runs
 from serving.logs import ServerLog
 from serving.ports import choose_ports
@@ -133,7 +134,7 @@ class TritonServer:
         found: Counter[tuple[str, int]] = Counter()
         for process in processes_of(self.prefix):
             command = process.cmdline()
-            if len(command) > 1 and command[0].endswith("triton_python_backend_stub"):
+            if len(command) > 1 and command[0].endswith(STUB_NAME):
                 model, version = Path(command[1]).parts[-3:-1]
                 found[model, int(version)] += 1
         return found
@@ -186,11 +187,12 @@ class TritonServer:
         self._output = ServerLog(self.log, self._forward)
         self._watchdog = start_watchdog(self.prefix)
         runtime = runtime_folder(self.prefix)
-        _link(installation, self.repository, runtime)
+        niceness = self.niceness or priority.niceness()
+        environment = installation.environment | _link(installation, self.repository, runtime, niceness)
         command = triton_arguments(
             installation, runtime, self.prefix, self.host, self.ports, key, self.grace, self.options
         )
-        self._process = start_process(command, installation.environment, runtime, self.niceness)
+        self._process = start_process(command, environment, runtime, self.niceness)
         self._output.follow(self._process.stdout)
         self._running = RunningServer(
             repository=os.path.realpath(self.repository),
@@ -217,7 +219,7 @@ class TritonServer:
 
 def check_golden(client: Client, release: Release) -> None:
     """Ask a release its golden requests. Raises ServingError when one is not answered, or not rightly."""
-    for golden in release.golden:
+    for golden in priority.unhurried(release.golden):
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
         wrong = golden.difference(answer.indexes, answer.probabilities)
         if wrong:
@@ -235,10 +237,12 @@ def _answers(host: str, port: int) -> bool:
         connection.close()
 
 
-def _link(installation: Installation, repository: Path, runtime: Path) -> None:
-    """Links that Triton sees instead of the true paths, which may hold spaces."""
+def _link(installation: Installation, repository: Path, runtime: Path, niceness: int) -> dict[str, str]:
+    """Links that Triton sees instead of the true paths, which may hold spaces; environment variables for its stubs."""
     backend = runtime / "backends" / "python"
     backend.mkdir(parents=True)
     for name, path in installation.backend_files.items():
-        (backend / name).symlink_to(path)
+        if name != STUB_NAME:
+            (backend / name).symlink_to(path)
     (runtime / "repository").symlink_to(repository.absolute())
+    return priority.write_stub_starter(backend / STUB_NAME, installation.backend_files[STUB_NAME], niceness)
