@@ -7,9 +7,6 @@ list and is loaded by no restart.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -66,21 +63,7 @@ def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_st
         if default_strength is not None:
             config.parameters["default_strength"].string_value = repr(default_strength)
         if config.SerializeToString(deterministic=True) != before:
-            with _unmoved(path, *([path.parent] if path.parent != root / model else [])):
-                write_file(path, to_text(config))
-
-
-@contextlib.contextmanager
-def _unmoved(*paths: Path) -> Iterator[None]:
-    """Have the paths keep their times of modification whatever happens to them meanwhile.
-
-    Triton reads the config that it was told to at every load call, as the model's folder has changed. The model's other
-    config is a file like any other for it, and where one is newer than before it loads every version anew.
-    """
-    times = [(path, (status.st_atime_ns, status.st_mtime_ns)) for path in paths for status in [path.stat()]]
-    yield
-    for path, before in times:
-        os.utime(path, ns=before)
+            write_file(path, to_text(config))
 
 
 def version_folders(root: Path, model: str) -> list[int]:

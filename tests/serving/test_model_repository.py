@@ -338,16 +338,6 @@ def test_policy_changes_alone_and_what_was_set_by_hand_stays(repository: Path, t
     assert list(parse(root / "student/configs/local.pbtxt").version_policy.specific.versions) == [1, 2, 3]
 
 
-def test_new_policy_makes_the_model_newer_but_none_of_its_other_files(repository: Path, tmp_path: Path) -> None:
-    """Triton loads every version anew when a file that is neither its config nor in a version is newer than before."""
-    root = shutil.copytree(repository, tmp_path / "repository")
-    student = root / "student"
-    before = {path: path.stat().st_mtime_ns for path in (student, *student.rglob("*"))}
-    serve_versions(root, "student", (1, 2))
-    assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {student}
-    assert served_versions(root, "student") == (1, 2)
-
-
 def test_classifier_without_its_student_is_refused(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     serve_versions(root, "classifier", (1, 2))
