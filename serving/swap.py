@@ -71,15 +71,15 @@ def _forward(
     serve_versions(repository, STUDENT, tuple(sorted({*staying, *final})))
     _load(controls, STUDENT)
     for control in controls:
-        ask_student(control.server.grpc_url, release, control.timeout)
+        ask_student(control.server.url, release, control.timeout)
     serve_versions(repository, CLASSIFIER, final, release.manifest.strength)
     _load(controls, CLASSIFIER)
     for control in controls:
-        with Client(control.server.grpc_url, control.timeout) as client:
+        with Client(control.server.url, control.timeout) as client:
             check_golden(client, release)
             answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
         if answered != release.version:
-            raise ServingError(f"{control.server.grpc_url}: version {answered} answers, not {release.version}")
+            raise ServingError(f"{control.server.url}: version {answered} answers, not {release.version}")
     serve_versions(repository, STUDENT, final)
     _load(controls, STUDENT)
 

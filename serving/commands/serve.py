@@ -15,7 +15,7 @@ from serving.commands.options import REPOSITORY, Debug, RepositoryOption
 from serving.errors import InputError
 from serving.example import curl_example
 from serving.server import GRACE, TritonServer
-from serving.server_options import LATENCY_OPTIONS, grpc_tls_options, trace_options
+from serving.server_options import LATENCY_OPTIONS, trace_options
 from serving.supervisor import Supervisor
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -38,12 +38,10 @@ def serve(
     ] = None,
     trace_every: Annotated[int, typer.Option(min=1, help="With --trace-url: trace each n-th request.")] = 100,
     grpc_tls_cert: Annotated[
-        Path | None, typer.Option(help="PEM certificate for gRPC, which then speaks TLS alone; HTTP has none in Triton.")
+        Path | None,
+        typer.Option(help="PEM certificate for gRPC, which then speaks TLS alone; HTTP has none in Triton."),
     ] = None,
     grpc_tls_key: Annotated[Path | None, typer.Option(help="PEM key of --grpc-tls-cert.")] = None,
-    grpc_tls_ca: Annotated[
-        Path | None, typer.Option(help="PEM file of the CAs that sign callers' certificates; they must then have one.")
-    ] = None,
     grace: Annotated[
         int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is told to end.")
     ] = GRACE,
@@ -57,9 +55,20 @@ def serve(
     """
     forward = None if quiet else sys.stderr
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
-    options += _grpc_tls(grpc_tls_cert, grpc_tls_key, grpc_tls_ca)
+    if (grpc_tls_cert is None) != (grpc_tls_key is None):
+        alone = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
+        raise InputError(f"{alone} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
     server = TritonServer(
-        repository, host, http_port, grpc_port, metrics_port, log, forward=forward, grace=grace, options=options
+        repository,
+        host,
+        http_port,
+        grpc_port,
+        metrics_port,
+        log,
+        forward=forward,
+        grace=grace,
+        grpc_tls=(grpc_tls_cert, grpc_tls_key) if grpc_tls_cert and grpc_tls_key else None,
+        options=options,
     )
     stopping = threading.Event()
 
@@ -78,15 +87,6 @@ def serve(
     except Stopped:
         pass
     print("stopped", flush=True)
-
-
-def _grpc_tls(certificate: Path | None, key: Path | None, authority: Path | None) -> list[str]:
-    if certificate and key:
-        return grpc_tls_options(certificate, key, authority)
-    if certificate or key or authority:
-        given = "--grpc-tls-cert" if certificate else "--grpc-tls-key" if key else "--grpc-tls-ca"
-        raise InputError(f"{given} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
-    return []
 
 
 def _announce(server: TritonServer) -> None:
