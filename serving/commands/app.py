@@ -16,6 +16,7 @@ from serving.commands.loadtest import loadtest
 from serving.commands.predict import predict, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
+from serving.commands.version import version
 from serving.commands.versions import promote, rollback, versions
 from serving.errors import ServingError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.callback(help=app.info.help)(version)
 # In the order of --help.
 app.command(epilog="Example: tailor serve --repository artifacts/repository --http-port 9000")(serve)
 app.command(epilog="Example: tailor repository --device gpu --tensorrt fp16 --output artifacts/repository")(repository)
