@@ -70,17 +70,19 @@ def may_rise_to(wanted: int) -> bool:
 def write_stub_starter(path: Path, stub: Path, wanted: int) -> dict[str, str]:
     """Put at `path` what Triton starts in the place of a stub: one that stands back until its model is ready.
 
-    Only where it may rise to the niceness `wanted` afterwards, and for a model that will do so: the others start as
-    they always did. Returns the environment variables that the server needs for it.
+    Only where it may rise to the niceness `wanted` afterwards, where programs in this folder run, and for a model that
+    will rise: the others start as they always did. Returns the environment variables that the server needs for it.
     """
-    if wanted > 0 or not may_rise_to(wanted):
-        path.symlink_to(stub)
-        return {}
-    program = shlex.quote(str(stub))
-    # A shell of its own, as Triton itself starts one for every stub. The first argument is the path of model.py.
-    path.write_text(
-        f'#!/bin/sh\n[ -f "${{1%/*}}/{START_NAME}" ] && exec nice -n {STARTING} {program} "$@"\nexec {program} "$@"\n',
-        encoding="utf-8",
-    )
-    path.chmod(0o700)
-    return {start.VARIABLE: str(wanted)}
+    if wanted <= 0 and may_rise_to(wanted):
+        program = shlex.quote(str(stub))
+        # A shell of its own, as Triton itself starts one for every stub. The first argument is the path of model.py.
+        path.write_text(
+            f'#!/bin/sh\n[ -f "${{1%/*}}/{START_NAME}" ] && exec nice -n {STARTING} {program} "$@"\nexec {program} "$@"\n',
+            encoding="utf-8",
+        )
+        path.chmod(0o700)
+        if os.access(path, os.X_OK):  # not where the folder for temporary files is mounted noexec
+            return {start.VARIABLE: str(wanted)}
+        path.unlink()
+    path.symlink_to(stub)
+    return {}

@@ -54,6 +54,14 @@ def test_stub_starts_as_it_is_where_it_could_not_rise(
     assert (tmp_path / "starter").readlink() == stub
 
 
+def test_stub_starts_as_it_is_where_no_program_may_run(
+    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_arguments: False)
+    assert write_stub_starter(tmp_path / "starter", stub, 0) == {}
+    assert (tmp_path / "starter").readlink() == stub
+
+
 def test_server_that_stands_back_itself_starts_its_stubs_as_they_are(stub: Path, tmp_path: Path) -> None:
     assert write_stub_starter(tmp_path / "starter", stub, 5) == {}
     assert (tmp_path / "starter").is_symlink()
