@@ -14,6 +14,7 @@ from pathlib import Path
 
 from serving.errors import ServingError
 
+STUB_NAME = "triton_python_backend_stub"
 STUB_TIMEOUT = 30.0  # seconds
 NEXT_PYTHON = (3, 13)  # numpy below 2, which the stubs need, has no wheel for it
 
@@ -48,11 +49,11 @@ def find_installation() -> Installation:
         )
     root = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
     backend = root / "backends" / "python"
-    stub = root / "python_backend_stubs" / f"3.{sys.version_info[1]}" / "triton_python_backend_stub"
+    stub = root / "python_backend_stubs" / f"3.{sys.version_info[1]}" / STUB_NAME
     files = {
         "libtriton_python.so": backend / "libtriton_python.so",
         "triton_python_backend_utils.py": backend / "triton_python_backend_utils.py",
-        "triton_python_backend_stub": stub,
+        STUB_NAME: stub,
     }
     for path in (root / "bin" / "tritonserver", *files.values()):
         if not path.is_file():

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from serving.installation import STUB_NAME
+
 SHARED_MEMORY = Path("/dev/shm")
 NAME = re.compile(r"tailor_(\d+)_(\d+)_(\d+)_[0-9a-f]{8}_")
 POLL = 0.05  # seconds
@@ -81,6 +83,18 @@ def processes_of(prefix: str) -> Iterator[psutil.Process]:
             command = process.cmdline()  # empty for a zombie
             if process.pid != os.getpid() and "serving.watchdog" not in command and any(prefix in a for a in command):
                 yield process
+
+
+def stubs_of(prefix: str) -> list[tuple[psutil.Process, str, int]]:
+    """The live stub processes of a run, each with the model and version that it runs."""
+    found = []
+    for process in processes_of(prefix):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = process.cmdline()
+            if len(command) > 1 and command[0].endswith(STUB_NAME):
+                model, version = Path(command[1]).parts[-3:-1]
+                found.append((process, model, int(version)))
+    return found
 
 
 def _temporary(prefix: str) -> Iterator[Path]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from serving.priority import stand_back
+
 POLL = 0.05  # seconds
 
 
@@ -34,8 +36,7 @@ def start_process(
         start_new_session=True,
     )
     if niceness:
-        with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
+        stand_back(process.pid, niceness)
     return process
 
 

@@ -22,6 +22,7 @@ from serving.model_config import (
     student_local_config,
     to_text,
 )
+from serving.triton import start
 from serving.version_policy import CONFIG_NAME, read_config, version_folders
 
 
@@ -96,6 +97,7 @@ def _keep_bytecode_out(folder: Path) -> None:
 def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
     shutil.copyfile(Path(__file__).with_name("triton") / "student_model.py", folder / "model.py")
+    shutil.copyfile(Path(start.__file__), folder / Path(start.__file__).name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     _keep_bytecode_out(folder)
     # The export may have been written anew while it was copied: what counts is what lies in the tree.
@@ -107,7 +109,7 @@ def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest) -> Non
     shutil.copyfile(sources / "classifier_model.py", folder / "model.py")
     for name in ("metrics.py", "access_log.py", "logit_log.py", "live_prior.py"):
         shutil.copyfile(sources / name, folder / name)
-    for module in (prior, preprocess):
+    for module in (prior, preprocess, start):
         shutil.copyfile(Path(module.__file__), folder / Path(module.__file__).name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)

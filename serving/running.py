@@ -16,7 +16,10 @@ NOTE_NAME = "server.json"
 
 
 class RunningServer(BaseModel):
-    """A server's addresses and the key to its model control. `prefix` is its run's, None where another started it."""
+    """A server's addresses and the key to its model control. `prefix` is its run's, None where another started it.
+
+    certificate: the PEM file of what it shows on gRPC, None where that is not encrypted, or the system knows its CA.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     repository: str
@@ -24,6 +27,12 @@ class RunningServer(BaseModel):
     grpc_url: str
     admin_key: str
     prefix: str | None
+    certificate: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it is asked: over gRPC, and where its certificate may name another host, over HTTP beside it."""
+        return self.http_url if self.certificate and self.http_url else self.grpc_url
 
 
 def leave_note(runtime: Path, server: RunningServer) -> None:

@@ -12,17 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from serving import priority
 from serving.arguments import admin_key, new_admin_key, triton_arguments
 from serving.client import Client
 from serving.dry_run import dry_run
 from serving.errors import ServingError
-from serving.installation import Installation, find_installation
-from serving.leftovers import new_prefix, processes_of, runtime_folder, sweep, sweep_dead_runs
+from serving.installation import STUB_NAME, Installation, find_installation
+from serving.leftovers import new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
 from serving.logs import ServerLog
 from serving.ports import choose_ports
 from serving.process import POLL, end_process, start_process
 from serving.release import Release, find_releases
 from serving.running import RunningServer, leave_note
+from serving.server_options import grpc_tls_options
 from serving.watchdog import dismiss, start_watchdog
 
 GRACE = 10  # seconds that Triton grants running requests, and a dead stub, on SIGTERM
@@ -35,9 +37,10 @@ class TritonServer:
 
     A port of 0 means any free one, chosen at the first start and kept. What the server and its stubs print goes to the
     file `log` and to the stream `forward`, where they are given. grace: seconds that running requests get when it is
-    stopped. niceness: how far it stands back for other work, 0 to 19. options: further ones of Triton's own (see
-    server_options); environment: further variables for it and its models. Use it as a context manager, or call start and
-    stop; it may be started again. start leaves nothing running when it raises.
+    stopped. niceness: how far it stands back for other work, 0 to 19. grpc_tls: PEM files of a certificate and its key,
+    with which gRPC speaks TLS alone. options: further ones of Triton's own (see server_options); environment: further
+    variables for it and its models. Use it as a context manager, or call start and stop; it may be started again. start
+    leaves nothing running when it raises.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class TritonServer:
         forward: TextIO | None = None,
         grace: int = GRACE,
         niceness: int = 0,
+        grpc_tls: tuple[Path, Path] | None = None,
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -63,8 +67,9 @@ class TritonServer:
         self.start_timeout = start_timeout
         self.grace = grace
         self.niceness = niceness
-        self.options = options
         self.environment = environment or {}
+        self.certificate = grpc_tls[0].absolute() if grpc_tls else None
+        self.options = [*options, *(grpc_tls_options(*grpc_tls) if grpc_tls else [])]
         self.releases: list[Release] = []
         self.prefix = new_prefix()
         self.example: Path | None = None  # a file with one golden image, while it runs
@@ -82,7 +87,8 @@ class TritonServer:
     @property
     def grpc_url(self) -> str:
         """Address for gRPC clients, known after start."""
-        return f"grpc://{self.host}:{self.ports['--grpc-port']}"
+        scheme = "grpcs" if self.certificate else "grpc"
+        return f"{scheme}://{self.host}:{self.ports['--grpc-port']}"
 
     @property
     def metrics_url(self) -> str:
@@ -132,13 +138,7 @@ class TritonServer:
 
     def stubs(self) -> Counter[tuple[str, int]]:
         """How many stub processes live by model and version."""
-        found: Counter[tuple[str, int]] = Counter()
-        for process in processes_of(self.prefix):
-            command = process.cmdline()
-            if len(command) > 1 and command[0].endswith("triton_python_backend_stub"):
-                model, version = Path(command[1]).parts[-3:-1]
-                found[model, int(version)] += 1
-        return found
+        return Counter((model, version) for _, model, version in stubs_of(self.prefix))
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the server to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
@@ -188,11 +188,12 @@ class TritonServer:
         self._output = ServerLog(self.log, self._forward)
         self._watchdog = start_watchdog(self.prefix)
         runtime = runtime_folder(self.prefix)
-        _link(installation, self.repository, runtime)
+        niceness = self.niceness or priority.niceness()
+        links = _link(installation, self.repository, runtime, niceness)
+        environment = {**installation.environment, **self.environment, **links}
         command = triton_arguments(
             installation, runtime, self.prefix, self.host, self.ports, key, self.grace, self.options
         )
-        environment = {**installation.environment, **self.environment}
         self._process = start_process(command, environment, runtime, self.niceness)
         self._output.follow(self._process.stdout)
         self._running = RunningServer(
@@ -201,6 +202,7 @@ class TritonServer:
             grpc_url=self.grpc_url,
             admin_key=key,
             prefix=self.prefix,
+            certificate=str(self.certificate) if self.certificate else None,
         )
         leave_note(runtime, self._running)
         self.example = runtime / "example-image"
@@ -220,7 +222,7 @@ class TritonServer:
 
 def check_golden(client: Client, release: Release) -> None:
     """Ask a release its golden requests. Raises ServingError when one is not answered, or not rightly."""
-    for golden in release.golden:
+    for golden in priority.unhurried(release.golden):
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
         wrong = golden.difference(answer.indexes, answer.probabilities)
         if wrong:
@@ -238,10 +240,12 @@ def _answers(host: str, port: int) -> bool:
         connection.close()
 
 
-def _link(installation: Installation, repository: Path, runtime: Path) -> None:
-    """Links that Triton sees instead of the true paths, which may hold spaces."""
+def _link(installation: Installation, repository: Path, runtime: Path, niceness: int) -> dict[str, str]:
+    """Links that Triton sees instead of the true paths, which may hold spaces; environment variables for its stubs."""
     backend = runtime / "backends" / "python"
     backend.mkdir(parents=True)
     for name, path in installation.backend_files.items():
-        (backend / name).symlink_to(path)
+        if name != STUB_NAME:
+            (backend / name).symlink_to(path)
     (runtime / "repository").symlink_to(repository.absolute())
+    return priority.write_stub_starter(backend / STUB_NAME, installation.backend_files[STUB_NAME], niceness)

@@ -14,7 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from serving.errors import ServingError
+from serving.leftovers import stubs_of
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import ModelControl
 from serving.promotion import PromotionError, locked
@@ -27,7 +30,8 @@ from serving.version_policy import served_versions
 class Patience:
     """How often a supervisor looks and how long it goes on, in seconds.
 
-    canary_timeout is what a golden request may take; a second failure in a row counts, the first may be load. After
+    canary_timeout is what a golden request may take; a second failure in a row counts, the first may be load. ending is
+    what a stub that has been replaced gets to finish, before it is killed. After
     `restarts` starts that were not followed by `stable` seconds of health it gives up, waiting between them twice as
     long each time, from `first_delay` to `longest_delay`.
     """
@@ -36,6 +40,7 @@ class Patience:
     canary_every: float = 15.0
     canary_timeout: float = 30.0
     load_timeout: float = 60.0
+    ending: float = 10.0
     first_delay: float = 1.0
     longest_delay: float = 30.0
     stable: float = 120.0
@@ -137,11 +142,20 @@ class Supervisor:
             self._resting = self._asked + self.patience.longest_delay
             return
         self.report(f"{fault}; loading {' and '.join(models)} again")
+        replaced = [
+            stub
+            for stub, model, version in stubs_of(self.server.prefix)
+            if model in models and version in {release.version for release in releases}
+        ]
         try:
             with ModelControl(self.server.running, self.patience.load_timeout) as control:
                 for model in models:
                     _reload(control, self.server.repository, model, releases)
             self.server.canary(self.patience.canary_timeout)
+            # Triton asks a stub to end; one that hangs never will.
+            for stub in psutil.wait_procs(replaced, self.patience.ending)[1]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    stub.kill()
             if lacking := self._count_lacking():
                 raise ServingError(f"stubs of {sorted(lacking)} are still missing")
         except ServingError as error:

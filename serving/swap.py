@@ -19,6 +19,7 @@ from serving.client import Client
 from serving.errors import ServingError
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import LoadTimeout, ModelControl
+from serving.priority import unhurried
 from serving.release import Release, read_release
 from serving.running import RunningServer
 from serving.server import check_golden
@@ -70,15 +71,15 @@ def _forward(
     serve_versions(repository, STUDENT, tuple(sorted({*staying, *final})))
     _load(controls, STUDENT)
     for control in controls:
-        ask_student(control.server.grpc_url, release, control.timeout)
+        ask_student(control.server.url, release, control.timeout)
     serve_versions(repository, CLASSIFIER, final, release.manifest.strength)
     _load(controls, CLASSIFIER)
     for control in controls:
-        with Client(control.server.grpc_url, control.timeout) as client:
+        with Client(control.server.url, control.timeout) as client:
             check_golden(client, release)
             answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
         if answered != release.version:
-            raise ServingError(f"{control.server.grpc_url}: version {answered} answers, not {release.version}")
+            raise ServingError(f"{control.server.url}: version {answered} answers, not {release.version}")
     serve_versions(repository, STUDENT, final)
     _load(controls, STUDENT)
 
@@ -105,21 +106,22 @@ def _load(controls: Sequence[ModelControl], model: str) -> None:
         control.load(model)
 
 
-def ask_student(url: str, release: Release, timeout: float) -> None:
-    """Ask `student` of a release its golden requests, and a whole batch, which warms it up.
+def ask_student(url: str, release: Release, timeout: float, whole_batch: bool = False) -> None:
+    """Ask `student` of a release its golden requests, and with `whole_batch` one batch of as many rows as it takes.
 
     Raises ServingError when it does not answer, or not rightly.
     """
     form, transport = release.manifest.image, Transport(url, timeout)
     try:
-        for golden in release.golden:
+        for golden in unhurried(release.golden):
             image = preprocess(golden.image_bytes(), form.size, form.resize_to)[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
             best = np.argsort(-logits, kind="stable")
             wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
             if wrong:
                 raise ServingError(f"student {release.version} answers a golden request wrongly: {wrong}")
-        _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
+        if whole_batch:
+            _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
     finally:
         transport.close()
 

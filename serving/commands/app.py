@@ -19,6 +19,7 @@ from serving.commands.playground import playground
 from serving.commands.predict import predict, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
+from serving.commands.version import version
 from serving.commands.versions import promote, rollback, versions
 
 # typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.callback(help=app.info.help)(version)
 # In the order of --help.
 app.command(epilog="Example: tailor serve --repository artifacts/repository --http-port 9000")(serve)
 app.command(epilog="Example: tailor repository --device gpu --tensorrt fp16 --output artifacts/repository")(repository)

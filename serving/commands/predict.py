@@ -54,7 +54,7 @@ def predict(
         ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help="Classes to show; as many as the server gives if not given.")
+        int | None, typer.Option(help="Classes to show, at least 1; as many as the server gives if not given.")
     ] = None,
     timeout: Timeout = 60.0,
     header: Headers = None,
@@ -70,6 +70,8 @@ def predict(
     """
     if as_json and as_csv:
         raise InputError("--json and --csv exclude each other; give one of them")
+    if top is not None and top < 1:
+        raise InputError(f"--top is {top}; expected at least 1")
     files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
     keep_going = any(path.is_dir() for path in images)
     with Client(address(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from serving.commands.options import REPOSITORY, Debug, RepositoryOption
+from serving.errors import InputError
 from serving.example import curl_example
 from serving.server import GRACE, TritonServer
 from serving.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
@@ -44,6 +45,11 @@ def serve(
     log_limit: Annotated[
         str, typer.Option(help="With --log-logits: most bytes that the folder holds, e.g. 500MiB; the oldest files go.")
     ] = "1GiB",
+    grpc_tls_cert: Annotated[
+        Path | None,
+        typer.Option(help="PEM certificate for gRPC, which then speaks TLS alone; HTTP has none in Triton."),
+    ] = None,
+    grpc_tls_key: Annotated[Path | None, typer.Option(help="PEM key of --grpc-tls-cert.")] = None,
     grace: Annotated[
         int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is told to end.")
     ] = GRACE,
@@ -57,6 +63,9 @@ def serve(
     """
     forward = None if quiet else sys.stderr
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
+    if (grpc_tls_cert is None) != (grpc_tls_key is None):
+        alone = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
+        raise InputError(f"{alone} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
     server = TritonServer(
         repository,
         host,
@@ -66,6 +75,7 @@ def serve(
         log,
         forward=forward,
         grace=grace,
+        grpc_tls=(grpc_tls_cert, grpc_tls_key) if grpc_tls_cert and grpc_tls_key else None,
         options=options,
         environment=logit_log_environment(log_logits, log_share, log_limit) if log_logits else None,
     )

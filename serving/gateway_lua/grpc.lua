@@ -127,7 +127,7 @@ local function check(source)
         return NOT_PROTOBUF
     end
     if parameters then
-        return "parameters of a request are not accepted here"
+        return "parameters of a request (timeout, priority) are not accepted here; set the deadline of the call instead"
     end
     if #inputs == 0 or #inputs > body.MOST_TENSORS then
         return "inputs are no list of 1 to " .. body.MOST_TENSORS .. " tensors"

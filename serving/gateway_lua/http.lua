@@ -122,7 +122,7 @@ local function check(source, length)
     end
     for key, value in pairs(asked.parameters or {}) do
         if key ~= "binary_data_output" or type(value) ~= "boolean" then
-            return "parameter '" .. tostring(key):sub(1, body.LONGEST_NAME) .. "' is not accepted here"
+            return "parameter '" .. tostring(key):sub(1, body.LONGEST_NAME) .. "' is not accepted here; leave it out, the client bounds its own time"
         end
     end
 end

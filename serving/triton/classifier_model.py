@@ -62,6 +62,9 @@ class TritonPythonModel:
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
         self.access_log = sibling("access_log").open_access_log(args, self.metrics.access_log_lost)
         self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.read_images, self.metrics)
+        start = sibling("start")
+        start.decode_each_format(self.preprocess, self.size, self.resize_to)
+        start.take_up()
 
     def execute(self, requests):
         """Answer a batch from one pass of the student; a request with a bad row fails alone."""

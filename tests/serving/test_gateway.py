@@ -23,10 +23,13 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+import tritonclient.grpc
+import tritonclient.http
 from bad_requests import INFER, good_body, with_length
 from conftest import ADMIN_KEY, CLASSES, Release, picture
 from running_gateway import make_certificate, require_nginx, running_gateway
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException
 
 from serving import gateway_process
 from serving.arguments import ADMIN_HEADER
@@ -409,3 +412,22 @@ def test_one_request_that_ends_the_raw_server_stops_at_the_gateway(
     ):
         ask(victim.http_url, "POST", INFER, body, headers)
         pytest.fail("the raw server withstood it; is the gateway still needed for this?")
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("wish", [{"timeout": 1000}, {"priority": 1}, {"parameters": {"of_my_own": "x"}}])
+def test_parameters_of_a_request_are_refused_in_words(gateway: GatewayProcess, wish: dict[str, Any]) -> None:
+    """A queue policy they would change is not for callers; our client sends none."""
+    encoded = np.array([[picture(1)]], dtype=np.object_)
+    for kind, url in ((tritonclient.http, gateway.http_url), (tritonclient.grpc, gateway.grpc_url)):
+        image = kind.InferInput("image", [1, 1], "BYTES")
+        image.set_data_from_numpy(encoded)
+        client = kind.InferenceServerClient(url.partition("://")[2])
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer("classifier", [image], **wish)
+        client.close()
+        http = kind is tritonclient.http
+        name = "of_my_own" if "parameters" in wish else next(iter(wish))
+        assert caught.value.status() == ("400" if http else "StatusCode.INVALID_ARGUMENT")
+        message = f"parameter '{name}' is not accepted here; leave it out" if http else "set the deadline of the call"
+        assert message in caught.value.message()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +15,15 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.http
+import trustme
 from conftest import picture
 from running_gateway import make_certificate
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from serving.client import Client
-from serving.errors import InputError
+from serving.errors import InputError, ServingError
+from serving.model_control import ModelControl
+from serving.running import find_running
 from serving.server import TritonServer
 from serving.server_options import grpc_tls_options, trace_options
 
@@ -112,3 +117,39 @@ def test_grpc_speaks_tls_alone_once_it_has_a_certificate(repository: Path, tmp_p
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             with pytest.raises(grpc.RpcError):
                 stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=5)
+
+
+@pytest.mark.end_to_end
+def test_serve_with_a_certificate_answers_over_tls_alone_and_still_loads_models(
+    repository: Path, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("models.example.org", "127.0.0.1")
+    ca, certificate, key = (tmp_path / name for name in ("ca.pem", "tls.crt", "tls.key"))
+    authority.cert_pem.write_to_path(ca)
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), "--quiet"]
+    options = ["--grpc-tls-cert", str(certificate), "--grpc-tls-key", str(key)]
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    with subprocess.Popen([*command, *options, *ports], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            _, http_url, grpc_url = process.stdout.readline().split()
+            assert grpc_url.startswith("grpcs://")
+            with Client(grpc_url, ca_file=ca) as client:
+                assert client.predict([picture(1)])[0].version == 1
+            for url in (grpc_url, grpc_url.replace("grpcs://", "grpc://")):  # a CA that signed nothing here; no TLS
+                with Client(url, timeout=3) as client, pytest.raises(ServingError):
+                    client.predict([picture(1)])
+            (running,) = [server for server in find_running(repository) if server.grpc_url == grpc_url]
+            assert running.url == http_url
+            with ModelControl(running, timeout=20) as control:
+                control.load("classifier")
+                assert control.ready_versions("classifier") == [1]
+            other = authority.issue_cert("127.0.0.1")
+            other.cert_chain_pems[0].write_to_path(certificate)
+            with pytest.raises(ServingError, match=r"does not show .*tls\.crt"):
+                ModelControl(running, timeout=5)
+        finally:
+            process.terminate()
+            assert process.wait(40) == 0

@@ -21,7 +21,14 @@ from serving.supervisor import GivenUp, Patience, Supervisor
 pytestmark = pytest.mark.end_to_end
 
 IMPATIENT = Patience(
-    poll=0.2, canary_every=1.0, canary_timeout=2.0, load_timeout=15.0, first_delay=0.2, longest_delay=1.0, restarts=2
+    poll=0.2,
+    canary_every=1.0,
+    canary_timeout=2.0,
+    load_timeout=15.0,
+    ending=2.0,
+    first_delay=0.2,
+    longest_delay=1.0,
+    restarts=2,
 )
 
 
@@ -94,11 +101,13 @@ def test_dead_stubs_are_replaced_without_a_restart(watched: Watched) -> None:
     watched.await_that(lambda: watched.server.stubs() == {("student", 1): 1, ("classifier", 1): 2})
 
 
-def test_stub_that_hangs_is_found_by_the_golden_requests_and_replaced(watched: Watched) -> None:
-    watched.kill_stub("student", "suspend")
+def test_stub_that_hangs_is_found_by_the_golden_requests_replaced_and_ended(watched: Watched) -> None:
+    hanging = watched.kill_stub("student", "suspend")
     watched.await_report("; asking once more")
     watched.await_report("student and classifier answers again")
     assert watched.answers() == 8
+    assert not hanging.is_running() or hanging.status() == psutil.STATUS_ZOMBIE
+    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 1, ("classifier", 1): 2})
 
 
 def test_without_its_repository_the_server_answers_on_and_is_repaired_when_the_disk_is_back(watched: Watched) -> None:

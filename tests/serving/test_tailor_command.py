@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -211,3 +212,28 @@ def test_debug_shows_the_traceback_above_the_line(tailor: Tailor) -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("Traceback")
     assert ended.stderr.splitlines()[-1].startswith("tailor: nowhere.png")
+
+
+def test_no_classes_at_all_is_misuse(tailor: Tailor, image: Path) -> None:
+    for top in ("0", "-3"):
+        assert_one_line(tailor("predict", image, "--top", top), 2, f"--top is {top}; expected at least 1")
+
+
+def test_certificate_without_its_key_is_misuse(tailor: Tailor) -> None:
+    message = "is given alone; expected --grpc-tls-cert and --grpc-tls-key together"
+    for option in ("--grpc-tls-cert", "--grpc-tls-key"):
+        assert_one_line(tailor("serve", option, "tls.pem"), 2, f"{option} {message}")
+    assert_one_line(
+        tailor("serve", "--grpc-tls-cert", "no.crt", "--grpc-tls-key", "no.key"),
+        2,
+        "no.crt: No such file or directory; give a PEM file",
+    )
+
+
+def test_version_is_told_with_the_servers(tailor: Tailor) -> None:
+    ended = tailor("--version")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines() == [
+        f"tailor {metadata.version('tailor')}",
+        "tritonserver of nvidia-pytriton 0.7.0",
+    ]
