@@ -25,7 +25,8 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
 
     classes, balanced = len(manifest.classes), manifest.metrics.get("balanced")
     try:
-        table = pyarrow.parquet.read_table(predictions, columns=["label", "logits"])
+        with pyarrow.parquet.ParquetFile(predictions) as file:
+            table = file.read(["label", "logits"], use_threads=False)
         labels = table["label"].to_numpy()
         logits = np.array(table["logits"].to_pylist(), dtype=np.float64)
     except FileNotFoundError:
