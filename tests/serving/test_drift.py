@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -31,8 +34,6 @@ from serving.drift_calibration import calibration_from
 from serving.errors import InputError, ServingError
 from serving.logged_logits import moment_of, read_logits
 from serving.manifest import Manifest
-from serving.server import TritonServer
-from serving.server_options import logit_log_environment
 from serving.triton.logit_log import classes_sha256, log_files
 
 Tailor = Callable[..., CompletedProcess[str]]
@@ -365,9 +366,10 @@ def test_calibration_of_this_release_is_used_unasked_and_of_another_one_is_not(d
     assert found == {"file": str(path), "temperature": pytest.approx(2, rel=0.15)}
 
 
-def pull(reason: str) -> None:
+def pull(reason: str) -> str:
     """What a retraining would be."""
     Path("told").write_text(reason)
+    return "asked for"
 
 
 def test_retraining_is_whatever_the_entry_point_names_and_is_told_why(
@@ -387,6 +389,7 @@ def test_retraining_is_whatever_the_entry_point_names_and_is_told_why(
     assert Path("told").read_text().startswith("distance of the live class prior 0.")
     assert Path("told").read_text().endswith("is above 0.3")
     assert "tailor: retraining, as the distance" in ended.stderr
+    assert ended.stderr.endswith("tailor: asked for\n")
     for values, said in (
         ((), "nothing here can retrain; pip install 'tailor[pipeline]'"),
         (("package_of_nowhere:trigger",), "package_of_nowhere:trigger cannot be used"),
@@ -396,31 +399,46 @@ def test_retraining_is_whatever_the_entry_point_names_and_is_told_why(
         assert_one_line(drift("--retrain-above", 0.3), 1, f"--retrain-above: {said}")
 
 
+@pytest.fixture
+def serving(own: Path) -> Iterator[str]:
+    """The HTTP address of `tailor serve`, which logs every answer."""
+    options = ["--log-logits", "artifacts/logits", "--log-share", "1", "--log-limit", "2MiB", "--quiet"]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving.commands", "serve", *options, *ports],
+        cwd=own,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process.stdout.readline().split()[1]
+    process.terminate()
+    process.communicate(timeout=60)
+
+
 @pytest.mark.end_to_end
-def test_from_the_real_servers_log_to_the_prior_of_its_next_answer(own: Path, release: Release, tailor: Tailor) -> None:
+def test_from_the_real_servers_log_to_the_prior_of_its_next_answer(
+    own: Path, release: Release, serving: str, tailor: Tailor
+) -> None:
     """serve --log-logits, requests, drift --write, predict --prior live: no step by hand and no reload."""
     root, log = own / "artifacts/repository", own / "artifacts/logits"
-    logits = np.concatenate([release.logits([picture(seed) for seed in range(3, 303)])])
-    environment = logit_log_environment(log, 1.0, "1MiB")
-    with (
-        TritonServer(root, http_port=0, grpc_port=0, metrics_port=0, environment=environment) as server,
-        Client(server.grpc_url) as client,
-    ):
+    with Client(serving) as client:
         client.predict([picture(seed) for seed in range(3, 303)], "train")
-        (own / "a.png").write_bytes(picture(3))
-        refused = tailor("predict", "a.png", "--prior", "live", "--url", server.http_url)
-        assert_one_line(refused, 1, "prior is live, but this repository has none; run `tailor drift --write`")
-        deadline = time.monotonic() + 60
-        while logged_by_now(log, release.manifest) < 300:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        written = tailor("drift", "--write")
-        assert written.returncode == 0, written.stderr
-        prior = json.loads((root / "live_prior.json").read_text())["prior"]
-        ended = tailor("predict", "a.png", "--prior", "live", "--url", server.http_url, "--json")
-        answered = [row["probability"] for row in json.loads(ended.stdout)[0]["predictions"]]
+    (own / "a.png").write_bytes(picture(3))
+    refused = tailor("predict", "a.png", "--prior", "live", "--url", serving)
+    assert_one_line(refused, 1, "prior is live, but this repository has none; run `tailor drift --write`")
+    deadline = time.monotonic() + 60
+    while logged_by_now(log, release.manifest) < 300:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    written = tailor("drift", "--write")
+    assert written.returncode == 0, written.stderr
+    prior = json.loads((root / "live_prior.json").read_text())["prior"]
+    ended = tailor("predict", "a.png", "--prior", "live", "--url", serving, "--json")
+    answered = [row["probability"] for row in json.loads(ended.stdout)[0]["predictions"]]
     expected = np.sort(release.probabilities([picture(3)], np.log(prior))[0])[::-1][: len(answered)]
     np.testing.assert_allclose(answered, expected, rtol=1e-3)
+    logits = release.logits([picture(seed) for seed in range(3, 303)])
     direct = estimate_drift(logits, COUNTS, resamples=2).prior
     np.testing.assert_allclose(prior, direct, atol=1e-3)
 

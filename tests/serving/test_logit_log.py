@@ -23,6 +23,7 @@ from test_classifier_metrics import counted, scrape
 from test_stand_in import backend, calls, classifier, load, request, student  # noqa: F401 (fixtures)
 
 from serving.client import Client
+from serving.commands import main
 from serving.errors import InputError
 from serving.server import TritonServer
 from serving.server_options import bytes_of, logit_log_environment
@@ -302,6 +303,19 @@ def test_unusable_option_of_serve_is_named(tmp_path: Path, share: float, limit: 
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: File exists; give a folder for the logged logits"):
         logit_log_environment(tmp_path / "file")
+
+
+def test_serve_refuses_a_log_that_cannot_be_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options, said in (
+        (["--log-share", "2"], "share of logged images is 2; expected a number above 0, at most 1"),
+        (["--log-limit", "much"], "size is 'much'; expected a number of bytes, or one with KiB, MiB, GiB or TiB"),
+    ):
+        assert main(["serve", "--log-logits", "logits", *options]) == 2
+        assert capsys.readouterr().err == f"tailor: {said}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.end_to_end
