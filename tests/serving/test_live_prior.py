@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CLASSES, COUNTS, TOP_K, Release, picture
+from conftest import CLASSES, COUNTS, TOP_K, Release, picture, write_export
 from running_gateway import running_gateway
 from test_classifier_metrics import counted
 from test_stand_in import Response, Tensor, calls, classifier, request, student  # noqa: F401 (fixtures)
@@ -25,6 +25,7 @@ from serving.drift import write_live_prior
 from serving.errors import InputError, ServingError
 from serving.failures import Refused
 from serving.priors import LIVE, parse_prior
+from serving.promotion import promote
 from serving.server import TritonServer
 from serving.triton.live_prior import NAME
 
@@ -188,6 +189,23 @@ def test_replaced_under_load_every_answer_is_of_one_prior_or_the_other(
         thread.join()
     assert faults == []
     assert seen == {0, 1}
+
+
+@pytest.mark.end_to_end
+def test_live_prior_outlives_a_promotion_and_a_restart(
+    own_server: TritonServer, release: Release, tmp_path: Path
+) -> None:
+    write_live_prior(own_server.repository, release.manifest, np.array(PRIOR), {})
+    write_export(tmp_path / "export", version=2)
+    assert promote(own_server.repository, tmp_path / "export", rehearsal=False).version == 2
+    for again in (False, True):
+        if again:
+            own_server.stop(at_once=True)
+            own_server.start()
+        with Client(own_server.grpc_url) as client:
+            answers = client.predict([picture(1)], "live")
+            assert answers[0].version == 2
+            assert_same(answers, client.predict([picture(1)], PRIOR))
 
 
 def test_server_that_knows_no_prior_by_name_is_named_before_an_image_is_sent() -> None:
