@@ -44,8 +44,9 @@ CMD ["dvc", "repro"]
 FROM ${TRITON_IMAGE} AS serve
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
 COPY constraints.txt /opt/tailor/constraints.txt
-# The image brings numpy; the classifier decodes with Pillow. Ubuntu marks its Python as managed by apt.
-RUN python3 -m pip install --break-system-packages --no-deps -c /opt/tailor/constraints.txt pillow
+# The image brings numpy; the classifier decodes with Pillow and logs logits with PyArrow. Ubuntu marks its Python as
+# managed by apt.
+RUN python3 -m pip install --break-system-packages --no-deps -c /opt/tailor/constraints.txt pillow pyarrow
 COPY --chmod=0755 serving/deploy/entrypoint.sh serving/deploy/healthcheck.py /opt/tailor/
 # The image's own user, without rights.
 USER 1000:1000

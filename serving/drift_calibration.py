@@ -17,15 +17,16 @@ SAME = 1e-6  # nats; the manifest's own figure is of these very answers
 def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
     """Temperature and biases fitted on evaluation's predictions.parquet (label, unadjusted logits) of this release.
 
-    Raises ServingError naming the file: missing, damaged, of another student than the manifest's, or of answers that
-    say nothing about the labels.
+    Raises ServingError naming the file: missing, damaged, of another student than the manifest's, a class without test
+    answers, or answers that say nothing about the labels.
     """
     import pyarrow as pa
     import pyarrow.parquet
 
     classes, balanced = len(manifest.classes), manifest.metrics.get("balanced")
     try:
-        table = pyarrow.parquet.read_table(predictions, columns=["label", "logits"])
+        with pyarrow.parquet.ParquetFile(predictions) as file:
+            table = file.read(["label", "logits"], use_threads=False)
         labels = table["label"].to_numpy()
         logits = np.array(table["logits"].to_pylist(), dtype=np.float64)
     except FileNotFoundError:
@@ -35,6 +36,9 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
     usable = logits.ndim == 2 and len(logits) and logits.shape[1] == classes and labels.dtype.kind in "iu"
     if not usable or not np.isfinite(logits).all() or labels.min() < 0 or labels.max() >= classes:
         raise ServingError(f"{predictions}: is not of the {classes} classes of version {manifest.version}")
+    absent = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if absent.size:  # its bias would be whatever the penalty leaves, and the class would never be found
+        raise ServingError(f"{predictions}: class {manifest.classes[absent[0]]!r} has no test answer to calibrate by")
     wrong = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
     told = balanced.get("nll") if isinstance(balanced, dict) else None
     if not isinstance(told, float) or not abs(wrong - told) <= SAME:

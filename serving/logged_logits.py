@@ -115,7 +115,8 @@ def _read(path: Path, manifest: Manifest) -> tuple[int, str, np.ndarray, np.ndar
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pa.BufferReader(path.read_bytes()))
+        # read_table would leave threads behind that abort a program which ends at once (pyarrow 24).
+        table = pyarrow.parquet.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -125,7 +125,7 @@ def drift(
         _show(found, facts, manifest, top, written)
     if trigger is not None and retrains:
         print(f"tailor: retraining, as the {reason}", file=sys.stderr)
-        trigger(reason)
+        print(f"tailor: {trigger(reason) or 'retraining was started'}", file=sys.stderr)
     if fail_above is not None and found.exceeds(fail_above):
         raise ServingError(
             f"the distance of the live class prior, {_bounded(found)}, is above --fail-above {fail_above:g}"

@@ -111,6 +111,8 @@ class LogitLog:
         self.closed = True
         self.wake.set()
         self.thread.join(5)
+        if self.thread.is_alive():
+            self.metrics.logits_lost(self.held - self.saved + sum(len(rows) for _, rows in self.waiting), "disk")
 
     def write(self):
         """Put all that waits on disk."""
@@ -177,11 +179,12 @@ class LogitLog:
             self.wake.wait(WRITE_EVERY)
             self.wake.clear()
             self.write()
+        self.write()  # what came while the last was on its way
 
 
 def log_files(folder):
     """The files of a log, oldest first."""
-    found = [path for path in Path(folder).iterdir() if NAME.fullmatch(path.name)]
+    found = [path for path in Path(folder).iterdir() if NAME.fullmatch(path.name) and path.is_file()]
     return sorted(found, key=lambda path: (int(NAME.fullmatch(path.name)[1]), path.name))
 
 
@@ -204,7 +207,6 @@ def locked(folder):
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

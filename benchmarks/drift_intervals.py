@@ -1,0 +1,63 @@
+"""How often the intervals of `tailor drift` hold the truth: `python -m benchmarks.drift_intervals [--sets 300]`.
+
+Ten Gaussian classes whose posterior is known, a long-tailed training prior (imbalance factor 25), and data sets drawn under
+five live priors; 95 % intervals of 200 resamples. Printed: the share of class intervals and of distance intervals that hold
+the truth, and how wide a distance interval is. 300 sets tell 95 % from 92 % (one standard error is 1.3 points).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from models.label_shift import total_variation
+from serving.drift import Method, estimate_drift
+
+CLASSES = 10
+MEANS = np.random.default_rng(7).normal(size=(CLASSES, 8))
+COUNTS = [int(1000 * 25 ** (-c / 9)) for c in range(CLASSES)]
+RATIOS = {"forward 50": 50.0, "as training": None, "uniform": 1.0, "backward 10": 0.1, "backward 50": 0.02}
+
+
+def live_prior(ratio: float | None) -> np.ndarray:
+    """A prior that falls from the first class to the last by `ratio`; the training prior where that is None."""
+    p = np.array(COUNTS, dtype=np.float64) if ratio is None else ratio ** -np.linspace(0, 1, CLASSES)
+    return p / p.sum()
+
+
+def covered(prior: np.ndarray, samples: int, sets: int, method: Method) -> tuple[float, float, float]:
+    """Share of class intervals and of distance intervals that hold the truth; mean width of the latter."""
+    apart = total_variation(prior, live_prior(None))
+    classes, distances, widths = [], [], []
+    for seed in range(sets):
+        random = np.random.default_rng([1, seed])
+        points = MEANS[random.choice(CLASSES, samples, p=prior)] + random.normal(size=(samples, 8))
+        found = estimate_drift(points @ MEANS.T - (MEANS**2).sum(1) / 2, COUNTS, method=method, seed=seed)
+        classes.append((found.low <= prior) & (prior <= found.high))
+        distances.append(found.distance.low <= apart <= found.distance.high)
+        widths.append(found.distance.high - found.distance.low)
+    return float(np.mean(classes)), float(np.mean(distances)), float(np.mean(widths))
+
+
+def main() -> None:
+    """Simulate and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.drift_intervals", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--sets", type=int, default=300, help="data sets a row (default: %(default)s)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[300], help="images a set (default: %(default)s)")
+    options = parser.parse_args()
+    samples = " ".join(map(str, options.samples))
+    print(f"`python -m benchmarks.drift_intervals --sets {options.sets} --samples {samples}`\n")
+    print("| images | live prior | method | classes held | distance held | its width |")
+    print("|--:|---|---|--:|--:|--:|")
+    for number in options.samples:
+        for name, ratio in RATIOS.items():
+            for method in ("map", "em"):
+                held, distance, width = covered(live_prior(ratio), number, options.sets, method)
+                print(f"| {number} | {name} | {method} | {held:.3f} | {distance:.3f} | {width:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What the log of logits costs an answer: `python -m benchmarks.logit_log [--images 20000]`.
+
+Processor time of the thread that answers, by time.thread_time, an image: `LogitLog.offer` for batches of 8 images of
+224 x 224, against the decoding and resizing of one JPEG of 500 x 375 that the same thread does for each of them. Beside it
+the processor time of the log's own thread, an image, until all is on disk. The best of three rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from models.preprocess import preprocess
+from serving.triton.logit_log import LogitLog
+
+BATCH, SIZE = 8, 224
+ABOUT = {"tailor_logits": "1", "version": "1", "student_sha256": "", "classes_sha256": ""}
+
+
+class Uncounted:
+    """Metrics that nobody reads; what is lost would make the figures wrong."""
+
+    def logits_logged(self, images: int) -> None:
+        """Nothing to do."""
+
+    def logits_lost(self, images: int, reason: str) -> None:
+        """Refuse to go on."""
+        raise SystemExit(f"logit_log: {images} images were lost ({reason}); give fewer --images")
+
+
+def seconds_of_decoding() -> float:
+    """Processor seconds of decoding and resizing one photograph-like JPEG."""
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (47, 63, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    best = float("inf")
+    for _ in range(3):
+        began = time.thread_time()
+        for _ in range(100):
+            preprocess(stream.getvalue(), SIZE, 256)
+        best = min(best, (time.thread_time() - began) / 100)
+    return best
+
+
+def seconds_of_logging(classes: int, share: float, images: int) -> tuple[float, float]:
+    """Processor seconds an image: of the thread that answers, and of the log's own."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (BATCH, 3, SIZE, SIZE), dtype=np.uint8)
+    logits = random.normal(size=(BATCH, classes))
+    batches = max(1, images // BATCH)
+    with tempfile.TemporaryDirectory() as folder:
+        log = LogitLog(Path(folder), share, 1 << 30, classes, ABOUT, [pixels[0] ^ 1], Uncounted())
+        whole, answering = time.process_time(), 0.0
+        for place in range(batches):
+            began = time.thread_time()
+            log.offer(pixels, logits)
+            answering += time.thread_time() - began
+            if place % max(1, (1 << 20) // (BATCH * classes)) == 0:
+                log.write()  # by hand, so that nothing is lost however fast the batches come
+        log.close()
+        whole = time.process_time() - whole
+    return answering / (batches * BATCH), max(0.0, whole - answering) / (batches * BATCH)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.logit_log", description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=20_000, help="images a row (default: %(default)s)")
+    images = parser.parse_args().images
+    decoding = seconds_of_decoding()
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    print(f"`python -m benchmarks.logit_log --images {images}`\n")
+    print(f"numpy {np.__version__}, Python {platform.python_version()}; load average {load}.")
+    print(f"Decoding and resizing one JPEG: {decoding * 1e6:.0f} µs.\n")
+    print("| classes | share | µs an image, answering | of decoding | µs an image, log's thread |")
+    print("|--:|--:|--:|--:|--:|")
+    for classes in (10, 1000, 8142):
+        for share in (0.01, 1.0):
+            asked = images if share < 1 else max(BATCH, min(images, 4_000_000 // classes))
+            costs = [seconds_of_logging(classes, share, asked) for _ in range(3)]
+            answering, behind = (min(column) for column in zip(*costs, strict=True))
+            ratio = answering / decoding
+            print(f"| {classes} | {share:g} | {answering * 1e6:.2f} | {ratio:.4f} | {behind * 1e6:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A process that logs logits as fast as it can until it is killed, or that logs a given number: for test_logit_log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from serving.triton import logit_log
+
+
+class Counts:
+    """Takes the counts that Triton's metrics would."""
+
+    def __init__(self) -> None:
+        self.logged, self.lost = 0, {"queue": 0, "disk": 0}
+
+    def logits_logged(self, images: int) -> None:
+        self.logged += images
+
+    def logits_lost(self, images: int, reason: str) -> None:
+        self.lost[reason] += images
+
+
+def opened(folder: Path, classes: int = 5, limit: int = 1 << 20, share: float = 1.0, about: dict | None = None):
+    """A log and its counts."""
+    counts = Counts()
+    about = about or {"tailor_logits": "1", "version": "1", "student_sha256": "s", "classes_sha256": "c"}
+    return logit_log.LogitLog(folder, share, limit, classes, about, [], counts), counts
+
+
+def batch(rows: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images of noise and logits; the first column says which batch it is."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(rows, classes))
+    logits[:, 0] = seed
+    return random.integers(0, 256, (rows, 3, 2, 2), dtype=np.uint8), logits
+
+
+if __name__ == "__main__":
+    folder, classes, batches = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    logit_log.WRITE_EVERY = 0.05
+    log, counts = opened(folder, classes)
+    print("open", flush=True)
+    for seed in range(batches) if batches else iter(int, 1):
+        log.offer(*batch(8, classes, seed))
+        time.sleep(0.005)
+    log.close()
+    print(counts.logged, counts.lost["queue"], counts.lost["disk"], flush=True)
