@@ -60,7 +60,7 @@ def sweep(prefix: str, patience: float = 0.0) -> None:
         time.sleep(POLL)
     for path in (*SHARED_MEMORY.glob(f"{prefix}*"), *_temporary(prefix)):
         with contextlib.suppress(PermissionError):  # another user's, whose own janitor it waits for
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def sweep_dead_runs() -> list[str]:
@@ -106,6 +106,15 @@ def owner_lives(prefix: str) -> bool:
     """Whether the run's owner is there, or in another PID namespace and so not for us to judge."""
     namespace, owner, started = map(int, NAME.fullmatch(prefix).groups())
     return namespace != _namespace() or _started(owner) == started
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, also when another process is about the same: what it took meanwhile is gone as well."""
+    while path.exists() or path.is_symlink():
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue
 
 
 def _namespace() -> int:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,7 @@ from serving import installation
 from serving.client import Client
 from serving.errors import InputError, ServingError
 from serving.installation import InstallationError, find_installation
-from serving.leftovers import sweep_dead_runs
+from serving.leftovers import new_prefix, runtime_folder, sweep, sweep_dead_runs
 from serving.manifest import ManifestError
 from serving.repository import write_repository
 from serving.server import TritonServer
@@ -134,6 +135,16 @@ def test_killed_serve_leaves_no_process_and_no_shared_memory(
     assert len(gone) >= 5
     assert of_run(serving.pid) == []
     assert [path.name for path in tmp_path.iterdir()] == ["triton.log"]
+
+
+def test_several_who_clear_up_after_the_same_run_do_not_trip_over_each_other() -> None:
+    prefix = new_prefix()
+    folder = runtime_folder(prefix)
+    for number in range(2000):
+        (folder / str(number)).touch()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(sweep, [prefix] * 4)) == [None] * 4
+    assert not folder.exists()
 
 
 @pytest.mark.end_to_end
