@@ -76,6 +76,8 @@ def run(stage: str, options: argparse.Namespace) -> str:
     Raises the stage's own StageError; ParamsError when Ray is not installed or its cluster not there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers import PyTorch, from a shared disk perhaps; after Ray's own 60 s it would start them over, again and again.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     if not options.address:
         # Ray's switch for systems that ask about every port: a cluster of one machine then stays on loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
