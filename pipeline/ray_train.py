@@ -82,6 +82,7 @@ def run(stage: str, options: argparse.Namespace) -> str:
         # Ray's switch for systems that ask about every port: a cluster of one machine then stays on loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
+        import psutil
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -123,7 +124,12 @@ def run(stage: str, options: argparse.Namespace) -> str:
     except TrainingFailedError as error:
         raise _cause(error) from error
     finally:
+        # Ray leaves some of its watchers to end by themselves, minutes later, with our output still in their hands.
+        started = [] if options.address else psutil.Process().children(recursive=True)
         ray.shutdown()
+        for process in psutil.wait_procs(started, timeout=10)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(kept, ignore_errors=True)
 
 
