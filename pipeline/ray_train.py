@@ -76,10 +76,13 @@ def run(stage: str, options: argparse.Namespace) -> str:
     Raises the stage's own StageError; ParamsError when Ray is not installed or its cluster not there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers import PyTorch, from a shared disk perhaps; after Ray's own 60 s it would start them over, again and again.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     if not options.address:
         # Ray's switch for systems that ask about every port: a cluster of one machine then stays on loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
+        import psutil
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -121,7 +124,12 @@ def run(stage: str, options: argparse.Namespace) -> str:
     except TrainingFailedError as error:
         raise _cause(error) from error
     finally:
+        # Ray leaves some of its watchers to end by themselves, minutes later, with our output still in their hands.
+        started = [] if options.address else psutil.Process().children(recursive=True)
         ray.shutdown()
+        for process in psutil.wait_procs(started, timeout=10)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(kept, ignore_errors=True)
 
 

@@ -82,7 +82,7 @@ def test_two_nodes_of_torchrun_train_one_network(by_torchrun):
 def test_a_ray_job_of_two_workers_trains_the_network_that_torchrun_does_and_leaves_no_process(project, by_torchrun):
     before = {process.pid for process in psutil.process_iter()}
     (project.root / WEIGHTS).unlink()
-    done = project.run("python", "-m", "pipeline.ray_train", "--workers", "2", "-m", "pipeline.teacher", timeout=400)
+    done = project.run("python", "-m", "pipeline.ray_train", "--workers", "2", "-m", "pipeline.teacher", timeout=540)
     # The stage's own words and no others.
     first, last = done.stdout.splitlines()
     assert first.startswith("teacher  epoch 1/1  loss") and last.startswith("teacher: 1 epochs, loss")
