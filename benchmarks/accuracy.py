@@ -113,7 +113,7 @@ def train_all(
         taught_by = Path(f"runs/{seed}/teacher")
         for name in names:
             output = Path(f"runs/{seed}/{name.replace(' ', '-')}")
-            kept = output.with_suffix(".json")
+            kept = output.with_name(f"{output.name}.json")
             if not kept.is_file():
                 needs_teacher = name not in ("cross-entropy", "balanced softmax")
                 if needs_teacher and not (taught_by / "model.safetensors").is_file():

@@ -123,7 +123,13 @@ def flat(model: dict, prefix: str = "") -> dict[str, object]:
 
 
 def test_the_tables_hold_every_recipe_of_the_folder():
-    own = {"cifar10-parquet-if100", "cifar10-parquet-if100-one-epoch", "cifar10-parquet-if100-cpu", "tiny-imagenet-lt"}
+    own = {
+        "cifar10-parquet-if100",
+        "cifar10-parquet-if100-one-epoch",
+        "cifar10-parquet-if100-cpu",
+        "tiny-imagenet-lt",
+        "tiny-imagenet-lt-cpu",
+    }
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {*TRAINING_ROWS, *own}
     assert set(TRAINING_ROWS) == set(METHOD_ROWS) and len(TRAINING_ROWS) == 16
 
