@@ -11,19 +11,20 @@ from collections.abc import Sequence
 import typer
 from PIL import Image
 
+from serving.commands.added import Commands
 from serving.commands.gateway import gateway
 from serving.commands.loadtest import loadtest
 from serving.commands.predict import predict, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
 from serving.commands.versions import promote, rollback, versions
-from serving.errors import ServingError
 
 # typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
 USAGE_ERROR = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="tailor",
+    cls=Commands,
     help="Serve a long-tailed image classifier on Triton and ask it, choosing the class prior per request.",
     add_completion=False,
     rich_markup_mode=None,
@@ -46,19 +47,14 @@ app.command(epilog="Example: tailor loadtest --images photos --users 32 --time 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 well, 1 failure, 2 misuse, 130 interrupted.
 
-    An error is one line on stderr; its traceback is shown with --debug alone.
+    An error is one line on stderr; its traceback is shown with --debug alone. What a user can act on carries its exit
+    status: errors of this room, usage errors, and those of the rooms that add commands.
     """
     # Pillow warns of an image that is refused, in one line, a moment later.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         result = app(given, prog_name="tailor", standalone_mode=False)
-    except (ServingError, USAGE_ERROR) as error:
-        if "--debug" in given:
-            traceback.print_exc()
-        message = str(error) if isinstance(error, ServingError) else error.format_message()
-        print(f"tailor: {message}", file=sys.stderr)
-        return error.exit_code
     except BrokenPipeError:
         # Whoever read the output has gone; the interpreter's own flush at exit would complain of it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,4 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("tailor: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not isinstance(status := getattr(error, "exit_code", None), int):
+            raise
+        if "--debug" in given:
+            traceback.print_exc()
+        message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)
+        print(f"tailor: {message}", file=sys.stderr)
+        return status
     return result if isinstance(result, int) else 0

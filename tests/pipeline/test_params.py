@@ -41,6 +41,7 @@ TOO_LOW = {
     "teacher.ema_decay": -0.1, "student.ema_decay": -0.1,
     **{f"gate.{name}.margin": -0.1 for name in ("all", "many", "medium", "few", "ece")},
     "gate.confidence": 0.5, "gate.resamples": 99, "gate.seed": -1, "gate.floor": -0.1,
+    "ingest.settle_seconds": -1, "ingest.min_good_share": -0.01,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,
     "teacher.momentum": -0.1, "teacher.weight_decay": -0.1, "teacher.schedule.warmup_epochs": -1,
     "teacher.schedule.factor": 0.0, "teacher.augment.crop_padding": -1, "teacher.augment.cutout": -1,
@@ -61,6 +62,7 @@ TOO_HIGH = {
     "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
     "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
+    "ingest.min_good_share": 1.01,
 }  # fmt: skip
 
 

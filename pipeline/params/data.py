@@ -1,0 +1,82 @@
+"""Sections `data`, `image` and `prior`: where the images come from, and what is made of them before any training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
+
+
+class TableParams(Section):
+    """Columns and files of the `table` source; paths are relative to data.location. A null split is held out of train.
+
+    A split is a file, a glob pattern, a folder of Parquet shards, or a list of these.
+    """
+
+    train: str | list[str] = "train.parquet"
+    validation: str | list[str] | None = None
+    test: str | list[str] | None = None
+    image: str | None = "image"
+    path: str | None = None
+    label: str = "label"
+    id: str | None = None
+    class_names: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_the_image(self) -> TableParams:
+        if (self.image is None) == (self.path is None):
+            raise ValueError("set exactly one of image (a column of encoded bytes) and path (a column of file paths)")
+        return self
+
+
+class ListParams(Section):
+    """List files of imagenet_lt, places_lt and inaturalist2018, where they are not in data.location by their own names."""
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+
+class DataParams(Section):
+    """Where the images come from, how long the tail is made, and what is held out."""
+
+    source: Literal["digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018"]
+    location: str
+    download: bool = False
+    lists: ListParams = ListParams()
+    table: TableParams = TableParams()
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    profile: Literal["natural", "exponential", "pareto", "step"]
+    imbalance_factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    test_per_class: PositiveInt
+    validation_per_class: Count
+    validation_share: Share
+
+
+class ImageParams(Section):
+    """The network's input: shorter side to resize_to, centre crop of size (pixels), then (x/255 - mean) / std per channel."""
+
+    size: Annotated[int, Field(ge=8, le=1024)]
+    resize_to: Annotated[int, Field(ge=8, le=2048)]
+    mean: Annotated[list[Share], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ImageParams:
+        if self.resize_to < self.size:
+            raise ValueError(f"resize_to is {self.resize_to}, below size {self.size}; the crop would not fit")
+        return self
+
+
+class PriorParams(Section):
+    """Pseudo-count added to every class before the prior is taken; 0 refuses a class without training samples.
+
+    weighting effective_number puts (1 - beta^n) / (1 - beta) in the place of n (Cui et al. 2019) in the prior of the losses.
+    """
+
+    smoothing: NonNegative
+    weighting: Literal["frequency", "effective_number"] = "frequency"
+    beta: Annotated[Number, Field(gt=0, lt=1)] = 0.9999

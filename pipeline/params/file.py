@@ -1,0 +1,110 @@
+"""params.yaml, the recipe of a run, as typed and validated values."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from pipeline.errors import ParamsError
+from pipeline.params.data import DataParams, ImageParams, PriorParams
+from pipeline.params.operation import IngestParams, TrackingParams
+from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
+from pipeline.params.section import Section
+from pipeline.params.training import EngineParams, StudentParams, TrainingParams
+
+PARAMS_FILE = Path("params.yaml")
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    engine: EngineParams = EngineParams()
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = []
+    data: DataParams
+    image: ImageParams
+    prior: PriorParams
+    teacher: TrainingParams
+    student: StudentParams
+    evaluate: EvaluateParams
+    export: ExportParams
+    serving: ServingParams
+    gate: GateParams = GateParams()
+    ingest: IngestParams = IngestParams()
+    tracking: TrackingParams = TrackingParams()
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate a params file. Raises ParamsError naming the file, the key, the value and what is allowed."""
+    return parse_params(read_yaml(path), path)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that stands twice; plain YAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node. Raises ConstructorError naming the repeated key and its line."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ParamsError otherwise."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
+    except OSError as error:
+        raise ParamsError(f"{path}: {error.strerror}; run from the project's root or pass --params FILE") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ParamsError(f"{path}: not readable as YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path}: holds {type(content).__name__}; expected sections such as data: and student:")
+    return content
+
+
+def parse_params(content: dict[str, Any], path: Path) -> Params:
+    """Validate the content of a params file; `path` is for the message alone."""
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        # Missing keys last: a misspelt one explains them.
+        entries = sorted(error.errors(), key=lambda entry: entry["type"] == "missing")
+        raise ParamsError("; ".join(_explain(path, entry) for entry in entries[:3])) from None
+
+
+def _explain(path: Path, entry: Any) -> str:
+    location = [str(part) for part in entry["loc"]]
+    key = ".".join(location)
+    if entry["type"] == "extra_forbidden":
+        siblings = _keys_at(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.5)
+        prefix = ".".join(location[:-1])
+        hint = (
+            f"; did you mean {'.'.join(filter(None, [prefix, nearest[0]]))}?"
+            if nearest
+            else f"; known here: {', '.join(siblings)}"
+        )
+        return f"{path}: {key} is not a key{hint}"
+    if entry["type"] == "missing":
+        return f"{path}: {key} is missing; add it (see the file's default in the repository)"
+    message = entry["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(entry["input"], dict | BaseModel) else f" is {entry['input']!r};"
+    return f"{path}: {key}{value or ':'} {message[:1].lower()}{message[1:]}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    model: Any = Params
+    for part in location:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field else None
+    return sorted(getattr(model, "model_fields", {}))

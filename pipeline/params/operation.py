@@ -1,0 +1,43 @@
+"""Sections `ingest` and `tracking`: how Tailor runs from day to day. No stage of dvc.yaml depends on them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.params.section import NonNegative, Section, Share
+
+
+class IngestColumns(Section):
+    """Columns of a table in the drop folder: its label, and either encoded image bytes or a path relative to the table."""
+
+    label: str = "label"
+    image: str = "image"
+    path: str = "path"
+
+
+class IngestParams(Section):
+    """What is taken in from the drop folder, and when.
+
+    settle_seconds: a file counts as written once it has not changed for so long. require_marker: a folder of the drop is
+    read only once a file `.complete` lies in it. new_classes: `refuse`, `accept`, or the names that may appear.
+    min_good_share: of a drop's rows; with fewer good ones it is refused whole.
+    """
+
+    drop: str = "data/drop"
+    settle_seconds: NonNegative = 60.0
+    require_marker: bool = False
+    new_classes: Literal["refuse", "accept"] | list[str] = "refuse"
+    min_good_share: Share = 0.7
+    columns: IngestColumns = IngestColumns()
+
+
+class TrackingParams(Section):
+    """Where runs are told of besides DVC.
+
+    mlflow: a tracking URI such as http://host:5000 or sqlite:///runs.db; null for none. experiment: its name there.
+    """
+
+    mlflow: str | None = None
+    experiment: Annotated[str, Field(min_length=1)] = "tailor"
