@@ -114,8 +114,11 @@ def read_decided(folder: Path = FOLDER) -> Decided | None:
     return None
 
 
-def prune(folder: Path = FOLDER, keep: int = KEPT) -> None:
-    """Delete the oldest folders of evidence; those of versions that are kept lie in the versions' folders too."""
-    found = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    for path in found[:-keep]:
+def prune(current: Path, keep: int = KEPT) -> None:
+    """Delete the oldest folders of evidence beside `current`; those of versions that are kept lie in the versions' folders.
+
+    The times are the files' own, which a clock that was set back mixes up; `current` stays whatever they say.
+    """
+    others = [path for path in current.parent.iterdir() if path.is_dir() and path.name != current.name]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime)[: max(0, len(others) + 1 - keep)]:
         shutil.rmtree(path)

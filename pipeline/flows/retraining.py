@@ -41,6 +41,7 @@ from pipeline.flows.records import (
 from pipeline.flows.stages import changed_stages, stage_names
 from pipeline.flows.tasks import HOUR, Steps, hold_gate, ingest_images, promote, publish, reproduce_stage, verify
 from pipeline.flows.telling import Teller
+from pipeline.ingest import IngestReport
 from pipeline.lineage import code_revision, data_sha256
 from pipeline.params import Params, load_params
 from pipeline.stage import explain
@@ -119,13 +120,16 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     """One run, by its tasks. Raises what they raise."""
     repository = Path(params.retrain.repository)
     step = Steps(params)
-    taken = step(ingest_images, params, drop)
+    limit = params.retrain.stage_hours * HOUR
     names = stage_names()
+    if not (SPLIT / "classes.json").is_file():  # ingest asks it which classes there are
+        step(reproduce_stage, names[0], limit, name=names[0])
+    taken = step(ingest_images, params, drop)
     champion = releases.find_champion(repository)
     if not changed_stages(names) and (settled := _settled(params, champion)):
         return replace(settled, message=f"{settled.message}{_of_ingest(taken)}")
     for name in names:
-        step(reproduce_stage, name, params.retrain.stage_hours * HOUR, name=name)
+        step(reproduce_stage, name, limit, name=name)
     release = releases.export_identity(EXPORT)
     data = data_sha256(SPLIT)
     teller.name(f"data {data[:8]} code {_code()}")
@@ -137,7 +141,7 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
             champion.version,
         )
     story = {"because": because, "release": release, "data_sha256": data, "code_revision": code_revision(),
-             "compared_with": champion and champion.version, "run": flow_run.get_name(), "ingest": _as_text(taken)}  # fmt: skip
+             "compared_with": champion and champion.version, "run": flow_run.get_name(), "ingest": str(taken)}  # fmt: skip
     decision, evidence = step(hold_gate, params, champion, story)
     teller.decision(decision, evidence)
     against = champion.version if champion else None
@@ -153,7 +157,7 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
             "promoted", _promoted(version, against, rehearsed, servers, repository), version, str(evidence)
         )
     teller.outcome(outcome)
-    prune()
+    prune(evidence)
     return outcome
 
 
@@ -176,13 +180,9 @@ def _promoted(version: int, before: int | None, rehearsed: bool, servers: tuple[
     return f"version {version} answers{instead}, {where}; it was tried {trial}"
 
 
-def _of_ingest(taken: Any) -> str:
+def _of_ingest(taken: IngestReport) -> str:
     """What is to be said of the drop folder at the end of a run that found nothing to do."""
-    return f"; the drop was refused: {taken.refused}" if taken and taken.refused else ""
-
-
-def _as_text(taken: Any) -> str | None:
-    return f"{taken.added} added, {taken.quarantined} in quarantine" if taken else None
+    return f"; the drop was {taken}" if taken.refused else ""
 
 
 def _code() -> str:

@@ -23,6 +23,8 @@ from pipeline.flows.leash import end_leash, start_on_leash
 
 RELEASE = "export"  # the stage whose outs are a release
 MISUSE = 2
+# What DVC adds for whoever typed the command.
+HINTS = ("To track the changes with git", "To enable auto staging", "Use `dvc push`", "git add ", "dvc config ")
 TAIL = 12  # lines of a failed stage that its error may be in
 
 
@@ -72,7 +74,8 @@ def reproduce(name: str, say: Callable[[str], None], limit: float | None = None)
     lines: list[str] = []
     try:
         for line in filter(None, map(str.rstrip, process.stdout)):
-            say(line)
+            if not line.lstrip().startswith(HINTS):
+                say(line)
             lines = [*lines[-TAIL:], line]
     finally:
         timer.cancel()

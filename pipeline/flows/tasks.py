@@ -16,6 +16,7 @@ from pipeline.flows import evidence as files
 from pipeline.flows import publish as releases
 from pipeline.flows.stages import MISUSE, StageFailed, reproduce
 from pipeline.gate import Decision, GateError
+from pipeline.ingest import IngestReport, ingest
 from pipeline.params import Params
 from serving.errors import InputError, ServingError
 from serving.manifest import ManifestError
@@ -37,15 +38,11 @@ def worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
 
 
 @task(name="ingest")
-def ingest_images(params: Params, drop: Path | None) -> Any:
-    """Take the drop folder in; None where there is none."""
-    folder = drop or Path(params.ingest.drop)
-    if drop is None and not (folder.is_dir() and any(folder.iterdir())):
-        get_run_logger().info("ingest: nothing in %s", folder)
-        return None
-    from pipeline.ingest import ingest
-
-    return ingest(params, drop)
+def ingest_images(params: Params, drop: Path | None) -> IngestReport:
+    """Take in what lies in the drop folder, and finish what a killed run began to take in."""
+    report = ingest(params, drop)
+    get_run_logger().info("ingest: %s", report)
+    return report
 
 
 @task(name="stage", task_run_name="{name}")

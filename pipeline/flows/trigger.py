@@ -46,6 +46,7 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
     """
     with some_server(home):
         import httpx
+        from prefect.logging.handlers import APILogHandler
 
         from pipeline.flows.retraining import retrain
 
@@ -59,6 +60,7 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
             if last is None or last.process != os.getpid() or last.outcome is None:
                 raise StageError(f"Prefect's server does not answer: {error}") from error
             return last.outcome
+        APILogHandler().flush()  # while the server is there to take it
         if state.is_cancelled():
             return Outcome("busy", state.message or "another retraining is under way")
         last = read_run("last")

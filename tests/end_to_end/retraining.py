@@ -84,6 +84,7 @@ class Retraining:
             )
             (folder / "split").mkdir(exist_ok=True)
             pyarrow.parquet.write_table(table, folder / "split" / f"{split}.parquet")
+        (folder / "split" / "classes.json").write_text(json.dumps(CLASSES))
         p = np.array(COUNTS) / sum(COUNTS)
         prior = Prior(CLASSES, COUNTS, p.tolist(), np.log(p).tolist(), [shot_group(n) for n in COUNTS])
         (folder / "prior").write_text(json.dumps(asdict(prior)))
