@@ -42,6 +42,10 @@ PREDICTIONS, PRIOR, DECISION, REPORT, STORY = (
 )
 
 
+class TakenBack(ServingError):
+    """A version was promoted, did not answer rightly, and the champion of before answers again."""
+
+
 @dataclass(frozen=True)
 class Champion:
     """The version that answers: its number, its manifest, and the folder that its decision lies in."""
@@ -128,6 +132,17 @@ def promote(repository: Path, version: int, servers: Sequence[RunningServer], ke
 def roll_back(repository: Path, version: int, servers: Sequence[RunningServer], timeout: float) -> Promotion:
     """Make the champion of before the champion again. Raises as promotion.rollback does."""
     return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
+
+
+def withdraw(repository: Path, version: int) -> None:
+    """Remove a published version that nobody serves: it is not fit, or its server would not take it."""
+    if find_champion(repository) is None:
+        shutil.rmtree(first(repository), ignore_errors=True)
+        return
+    with locked(repository):
+        if version not in {*served_versions(repository, CLASSIFIER), *served_versions(repository, STUDENT)}:
+            for model in (CLASSIFIER, STUDENT):
+                shutil.rmtree(repository / model / str(version), ignore_errors=True)
 
 
 def watch(repository: Path, version: int, servers: Sequence[RunningServer], seconds: float) -> None:

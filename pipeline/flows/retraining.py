@@ -150,8 +150,14 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
         outcome = Outcome("refused", "; ".join(decision.reasons), against, str(evidence))
     else:
         version = step(publish, params, evidence)
-        rehearsed = step(verify, params, version)
-        servers = step(promote, params, version)
+        try:
+            rehearsed = step(verify, params, version)
+            servers = step(promote, params, version)
+        except ACTIONABLE as error:
+            if isinstance(error, releases.TakenBack):  # or every run would try it on the users again
+                write_decided(Decided(release, against, gate_sha256(params.gate), "refused", None))
+            releases.withdraw(repository, version)
+            raise
         write_decided(Decided(release, against, gate_sha256(params.gate), "promoted", version))
         outcome = Outcome(
             "promoted", _promoted(version, against, rehearsed, servers, repository), version, str(evidence)

@@ -24,7 +24,13 @@ from serving.model_config import RepositoryError
 
 HOUR = 3600.0  # seconds
 SPARE = 60.0  # seconds that Prefect waits longer than a limit of ours, which says more when it is passed
-HOPELESS = (GateError, InputError, ManifestError, RepositoryError)  # trying again would end the same
+HOPELESS = (
+    GateError,
+    InputError,
+    ManifestError,
+    RepositoryError,
+    releases.TakenBack,
+)  # trying again would end the same
 
 
 def worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
@@ -74,7 +80,7 @@ def verify(params: Params, version: int) -> bool:
 def promote(params: Params, version: int) -> tuple[str, ...]:
     """Make the version the champion, and watch it; the servers that answer with it.
 
-    Where it does not answer rightly after all, the champion of before answers again, and ServingError says why.
+    Where it does not answer rightly after all, the champion of before answers again, and TakenBack says why.
     """
     settings = params.retrain
     repository = Path(settings.repository)
@@ -87,7 +93,7 @@ def promote(params: Params, version: int) -> tuple[str, ...]:
         if before is None or before.version >= version:
             raise
         roll_back.with_options(**retries(params))(params, before.version)
-        raise RepositoryError(
+        raise releases.TakenBack(
             f"version {version} was promoted and taken back, {before.version} answers: {error}"
         ) from error
     return done.servers
