@@ -54,18 +54,35 @@ def main(command: Sequence[str]) -> int:
         # A function and not SIG_IGN, which the command would inherit.
         signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    threading.Thread(target=_end_with_owner, args=(child,), daemon=True).start()
+    ending = threading.Event()
+    end = threading.Thread(target=_end_with_owner, args=(ending,), daemon=True)
+    end.start()
     status = child.wait()
+    if ending.is_set():
+        end.join()  # it kills us with the rest
     return status if status >= 0 else 128 - status
 
 
-def _end_with_owner(child: subprocess.Popen[bytes]) -> None:
+def _end_with_owner(ending: threading.Event) -> None:
     os.read(0, 1)  # nothing is ever written: it returns at the owner's end
+    ending.set()
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
-    while child.poll() is None and time.monotonic() < deadline:
+    while _others() and time.monotonic() < deadline:
         time.sleep(POLL)
     os.killpg(0, signal.SIGKILL)
+
+
+def _others() -> bool:
+    """Whether anybody else is left in our process group."""
+    ours = str(os.getpgrp())
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The second field is the program's name in brackets, which may hold anything.
+            state, _, group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if group == ours and state not in "ZX" and path.parent.name != str(os.getpid()):
+                return True
+    return False
 
 
 if __name__ == "__main__":

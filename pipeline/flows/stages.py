@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import networkx
 from dvc.exceptions import DvcException
@@ -25,6 +28,7 @@ RELEASE = "export"  # the stage whose outs are a release
 MISUSE = 2
 # What DVC adds for whoever typed the command.
 HINTS = ("To track the changes with git", "To enable auto staging", "Use `dvc push`", "git add ", "dvc config ")
+LAST_WORDS = 5.0  # seconds
 TAIL = 12  # lines of a failed stage that its error may be in
 
 
@@ -67,24 +71,30 @@ def reproduce(name: str, say: Callable[[str], None], limit: float | None = None)
     binaries = str(Path(sys.executable).parent)  # where the stage's `python` is ours
     environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
     process = start_on_leash([sys.executable, "-m", "dvc", "repro", "--single-item", name], environment)
-    late = threading.Event()
-    timer = threading.Timer(limit or threading.TIMEOUT_MAX, lambda: (late.set(), process.stdin.close()))
-    timer.daemon = True
-    timer.start()
-    lines: list[str] = []
+    lines: deque[str] = deque(maxlen=TAIL)
+    reader = threading.Thread(target=_read, args=(process.stdout, lines, say), daemon=True)
+    reader.start()
     try:
-        for line in filter(None, map(str.rstrip, process.stdout)):
-            if not line.lstrip().startswith(HINTS):
-                say(line)
-            lines = [*lines[-TAIL:], line]
+        status = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        raise StageFailed(
+            f"stage {name} did not end within {limit:g} s; set retrain.stage_hours higher", None
+        ) from None
     finally:
-        timer.cancel()
-        status = end_leash(process)
-    if late.is_set():
-        raise StageFailed(f"stage {name} did not end within {limit:g} s; set retrain.stage_hours higher", None)
+        end_leash(process)
+        # Something that left the session may hold the pipe open for as long as it likes.
+        reader.join(LAST_WORDS)
     if status:
-        raise _failure(name, lines)
+        raise _failure(name, list(lines))
     return True
+
+
+def _read(stream: IO[str], lines: deque[str], say: Callable[[str], None]) -> None:
+    """Say each line that is not a hint of DVC's, and keep the last ones."""
+    for line in filter(None, map(str.rstrip, stream)):
+        if not line.lstrip().startswith(HINTS):
+            say(line)
+        lines.append(line)
 
 
 def _failure(name: str, lines: list[str]) -> StageFailed:
