@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -117,24 +117,17 @@ class Retraining:
         params[section] |= changes
         path.write_text(yaml.safe_dump(params))
 
-    def start(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
-        """Start `tailor`; what it prints goes to one pipe."""
-        command = [sys.executable, "-m", "serving.commands", *arguments]
+    def start_into(self, log: TextIO, *arguments: str) -> subprocess.Popen[str]:
+        """Start `tailor`; what it prints goes to a file."""
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", "serving.commands", *arguments],
             cwd=self.root,
             env=self.environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
-            **options,
         )
-
-    def retrain(self, expect: int = 0, *arguments: str) -> dict:
-        """`tailor retrain --json`: what it printed; its status must be the expected one."""
-        done = self.run(sys.executable, "-m", "serving.commands", "retrain", "--json", *arguments, expect=expect)
-        return json.loads(done.stdout) | {"log": done.stderr}
 
     def run(self, *command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command in the project; its exit status must be the expected one."""
@@ -150,10 +143,6 @@ class Retraining:
         )
         assert done.returncode == expect, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
-
-    def copy_of_releases(self, to: Path) -> Path:
-        """A copy of what was promoted."""
-        return shutil.copytree(self.repository, to)
 
 
 def ids_to_numbers(ids: list[str]) -> list[int]:
