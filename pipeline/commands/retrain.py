@@ -57,9 +57,10 @@ def _show(evidence: str | None) -> None:
     measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
     rows = comparison({name: Measure(**measure) for name, measure in measures.items()})
     if rows:
-        table = Table(title="Challenger against champion")
-        for name in rows[0]:
-            table.add_column(name)
+        table = Table(title="challenger against champion", box=None, title_justify="left")
+        shown = ("measure", "champion", "challenger", "difference", "interval", "verdict")  # what 80 columns hold
+        for name in shown:
+            table.add_column(name, no_wrap=True)
         for row in rows:
-            table.add_row(*row.values())
+            table.add_row(*(row[name] for name in shown))
         Console().print(table)

@@ -54,6 +54,15 @@ def settle_environment(home: Path = HOME) -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
+def use_api(api_url: str) -> None:
+    """Have Prefect talk to the server at `api_url`, in this process and in those that it starts."""
+    os.environ[API_URL] = api_url
+    if "prefect" in sys.modules:  # it has read its settings already
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
+
+
 @contextlib.contextmanager
 def some_server(home: Path = HOME) -> Iterator[str]:
     """The API of a Prefect server for the time of a run: the user's own, else the project's, else a temporary one."""
@@ -62,7 +71,7 @@ def some_server(home: Path = HOME) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         if url is None:
             url = stack.enter_context(PrefectServer(home, scheduling=False)).api_url
-        os.environ[API_URL] = url
+        use_api(url)
         yield url
 
 

@@ -24,6 +24,7 @@ from pipeline.flows.prefect_server import (
     answers,
     running_server,
     settle_environment,
+    use_api,
 )
 from pipeline.flows.trigger import DEPLOYMENT, NAME
 from pipeline.params import load_params
@@ -50,7 +51,8 @@ def keep_schedule(
             if running := running_server(home):
                 raise PrefectServerError(f"a schedule runs for this project already, at {running}; stop it first")
             server = stack.enter_context(PrefectServer(home, port))
-            os.environ[API_URL] = url = server.api_url
+            url = server.api_url
+            use_api(url)
             ended = threading.Event()
             stack.callback(ended.set)
             threading.Thread(target=_keep_up, args=(server, ended, say), daemon=True).start()
