@@ -54,13 +54,19 @@ def settle_environment(home: Path = HOME) -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
-def use_api(api_url: str) -> None:
-    """Have Prefect talk to the server at `api_url`, in this process and in those that it starts."""
+@contextlib.contextmanager
+def talking_to(api_url: str) -> Iterator[None]:
+    """Have Prefect talk to the server at `api_url` for a while, in this process and in those that it starts."""
+    before = os.environ.get(API_URL)
     os.environ[API_URL] = api_url
-    if "prefect" in sys.modules:  # it has read its settings already
-        from prefect.context import refresh_global_settings_context
-
-        refresh_global_settings_context()
+    _read_settings_again()
+    try:
+        yield
+    finally:
+        os.environ.pop(API_URL)
+        if before is not None:
+            os.environ[API_URL] = before
+        _read_settings_again()
 
 
 @contextlib.contextmanager
@@ -71,7 +77,7 @@ def some_server(home: Path = HOME) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         if url is None:
             url = stack.enter_context(PrefectServer(home, scheduling=False)).api_url
-        use_api(url)
+        stack.enter_context(talking_to(url))
         yield url
 
 
@@ -185,6 +191,13 @@ class PrefectServer:
                 said = lines[-1].strip() if lines else "it said nothing"
                 raise PrefectServerError(f"Prefect's server did not start: {said} (see {self.home / LOG})")
             time.sleep(POLL)
+
+
+def _read_settings_again() -> None:
+    if "prefect" in sys.modules:  # it reads them when it is first imported
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
 
 
 def _without_api(environment: os._Environ[str]) -> dict[str, str]:

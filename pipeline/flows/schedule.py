@@ -24,7 +24,7 @@ from pipeline.flows.prefect_server import (
     answers,
     running_server,
     settle_environment,
-    use_api,
+    talking_to,
 )
 from pipeline.flows.trigger import DEPLOYMENT, NAME
 from pipeline.params import load_params
@@ -52,7 +52,7 @@ def keep_schedule(
                 raise PrefectServerError(f"a schedule runs for this project already, at {running}; stop it first")
             server = stack.enter_context(PrefectServer(home, port))
             url = server.api_url
-            use_api(url)
+            stack.enter_context(talking_to(url))
             ended = threading.Event()
             stack.callback(ended.set)
             threading.Thread(target=_keep_up, args=(server, ended, say), daemon=True).start()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError
-from pipeline.flows.prefect_server import API_URL, HOME, running_server, settle_environment, some_server, use_api
+from pipeline.flows.prefect_server import API_URL, HOME, running_server, settle_environment, some_server, talking_to
 from pipeline.flows.records import Outcome, read_run
 
 NAME = "schedule"  # of the deployment that `tailor schedule` serves
@@ -28,8 +28,8 @@ def trigger_retrain(reason: str, home: Path = HOME) -> str:
     settle_environment(home)
     url = os.environ.get(API_URL) or running_server(home)
     if url:
-        use_api(url)
-        asked = _ask_schedule(reason)
+        with talking_to(url):
+            asked = _ask_schedule(reason)
         if asked:
             return asked
     outcome = run_once(reason, home=home)
