@@ -7,7 +7,6 @@ anew are its outs, and a promoted version must outlive the next run.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from pipeline.gate import Contender
 from serving import promotion
 from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
+from serving.atomic import sync
 from serving.client import Client
 from serving.dry_run import dry_run
 from serving.errors import InputError, ServingError
@@ -122,7 +122,7 @@ def promote(repository: Path, version: int, servers: Sequence[RunningServer], ke
     if champion is None:
         repository.parent.mkdir(parents=True, exist_ok=True)
         first(repository).rename(repository)
-        _sync(repository.parent)
+        sync(repository.parent)
         return Promotion(version, 0, False, ())
     if version < champion.version:  # the very release that was rolled back from, or retrained away from, is best again
         return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
@@ -207,11 +207,3 @@ def clean(repository: Path) -> list[str]:
 def first(repository: Path) -> Path:
     """Where the first version of all waits to be promoted."""
     return repository.with_name(f".{repository.name}.first")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

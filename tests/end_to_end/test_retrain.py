@@ -126,7 +126,9 @@ def context(prefect, tmp_path_factory):
         for name, value in settings.items():
             patch.setenv(name, value)
         made = multiprocessing.get_context("forkserver")
-        made.set_forkserver_preload(["pipeline.flows.retraining", "tests.end_to_end.test_retrain"])
+        made.set_forkserver_preload(
+            ["pipeline.flows.retraining", "pipeline.flows.trigger", "tests.end_to_end.test_retrain"]
+        )
         yield made
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -37,6 +39,12 @@ class Schedule:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
 
+    def kill_prefect(self) -> None:
+        """Kill -9 of Prefect's server."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if "server" in process.cmdline() and "start" in process.cmdline():
+                process.kill()
+
     def end(self) -> None:
         """SIGTERM; everything that it started goes with it."""
         children = psutil.Process(self.process.pid).children(recursive=True)
@@ -58,12 +66,14 @@ def states(project: Retraining) -> list[str]:
         return [name for (name,) in base.execute(query, (now,))]
 
 
-def test_a_schedule_survives_a_restart_and_catches_up_once_on_what_it_missed(tmp_path):
+def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_once_on_what_it_missed(tmp_path):
     project = Retraining(tmp_path / "project")
     project.prepare("first", 1, 0.6)
     project.choose("first")
     schedule = Schedule(project)
     schedule.await_line("retrains at '0 3 * * *' (UTC)")
+    schedule.kill_prefect()
+    schedule.await_line("Prefect's server ended by itself and is started again")
     deadline = time.monotonic() + WITHIN
     while True:  # Prefect has laid out the runs of the days to come
         with database(project) as base:
@@ -85,10 +95,17 @@ def test_a_schedule_survives_a_restart_and_catches_up_once_on_what_it_missed(tmp
     schedule = Schedule(project)
     schedule.await_line(f"{MISSED} runs were missed")
     schedule.await_line("Finished in state Promoted")
-    time.sleep(2)
+    # Whoever sees a reason asks it for a run, and is not kept waiting for the end.
+    asking = "from pipeline.flows.trigger import trigger_retrain; print(trigger_retrain('drift'))"
+    assert "the schedule was asked for a retraining" in project.run(sys.executable, "-c", asking).stdout
+    schedule.await_line("Finished in state Unchanged")
+    deadline = time.monotonic() + WITHIN
+    while "Unchanged" not in states(project) and time.monotonic() < deadline:
+        time.sleep(0.5)
     found = states(project)
     schedule.end()
-    assert found == ["Cancelled"] * (MISSED - 1) + ["Promoted"], schedule.log.read_text()
+    assert found == ["Cancelled"] * (MISSED - 1) + ["Promoted", "Unchanged"], schedule.log.read_text()
+    assert json.loads((project.root / "artifacts/retrain/last.json").read_text())["because"] == "drift"
     assert project.repository.is_dir()
 
 
