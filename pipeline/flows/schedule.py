@@ -6,14 +6,18 @@ caught up, the others are cancelled with a word why.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import psutil
 
 from pipeline.errors import ParamsError
 from pipeline.flows.prefect_server import (
@@ -30,6 +34,7 @@ from pipeline.flows.trigger import DEPLOYMENT, NAME
 from pipeline.params import load_params
 
 LOOK_EVERY = 1.0  # seconds
+PATIENCE = 15.0  # seconds that a run gets to end itself
 PAUSE = 5.0  # seconds before a runner that lost its server is started again
 BECAUSE = "the schedule"
 
@@ -57,6 +62,7 @@ def keep_schedule(
             stack.callback(ended.set)
             threading.Thread(target=_keep_up, args=(server, ended, say), daemon=True).start()
             say(f"Prefect's server runs at {server.ui_url}")
+        stack.callback(_end_runs)
         _serve(cron, timezone, say, url)
 
 
@@ -64,6 +70,8 @@ def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str
     """Run the runner, and again when it lost its server."""
     from prefect.schedules import Cron
 
+    # Prefect's own handler of SIGTERM forgets to await what it calls.
+    warnings.filterwarnings("ignore", message="coroutine 'Runner.astop' was never awaited")
     from pipeline.flows.retraining import retrain
 
     while True:
@@ -116,6 +124,19 @@ def cancel_all_missed_but_one() -> tuple[int, datetime] | None:
             reason = f"missed; caught up once, by the run of {late[-1].expected_start_time}"
             client.set_flow_run_state(run.id, Cancelled(message=reason), force=True)
     return (len(late), late[-1].expected_start_time) if late else None
+
+
+def _end_runs() -> None:
+    """End the runs that the runner started: told to end by SIGTERM, it leaves them behind."""
+    runs = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not any("leash" in word for word in child.cmdline()):
+                child.terminate()
+                runs.append(child)
+    for run in psutil.wait_procs(runs, timeout=PATIENCE)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            run.kill()
 
 
 def _keep_up(server: PrefectServer, ended: threading.Event, say: Callable[[str], None]) -> None:
