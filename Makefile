@@ -41,6 +41,10 @@ demo: install ## train, evaluate, export and serve the embedded data, then ask t
 	@dvc repro
 	@python -m serving.demo
 
+.PHONY: retrain-demo
+retrain-demo: install ## two rounds of retraining on the embedded data: one promoted, one refused
+	@python -m pipeline.flows.demo
+
 .PHONY: test
 test: install lint ## the whole test suite
 	@python -m pytest -n 2 --dist loadgroup

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import pyarrow.parquet
 import torch
 
 from models.cosine_classifier import ImageClassifier
@@ -34,6 +31,7 @@ from pipeline.artifacts import (
 from pipeline.checkpoint import check_image, load_model
 from pipeline.dataset import AnyImages, evaluation_images, normalise
 from pipeline.errors import StageError
+from pipeline.lineage import code_revision, data_sha256
 from pipeline.model_card import model_card
 from pipeline.onnx_graph import ServedStudent, to_onnx
 from pipeline.params import ImageParams, Params
@@ -186,30 +184,6 @@ def build_manifest(
         versions={name: version(name) for name in ("torch", "onnx", "onnxruntime")},
         metrics=metrics,
     )
-
-
-def data_sha256(split: Path) -> str:
-    """sha256 over every image's split, id, label and content hash: equal for equal data, whatever wrote the tables."""
-    digest = hashlib.sha256()
-    for name in ("train", "validation", "test"):
-        table = pyarrow.parquet.read_table(split / f"{name}.parquet", columns=["sample_id", "label", "sha256"])
-        digest.update(json.dumps([name, *table.to_pydict().values()]).encode())
-    return digest.hexdigest()
-
-
-def code_revision() -> str:
-    """The git commit that runs, with `+changes` when the working tree differs from it; `unknown` outside a repository."""
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

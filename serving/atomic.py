@@ -26,7 +26,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in sorted(partial.rglob("*")):
-            _sync(file)
+            sync(file)
         if path.exists():
             path.rename(retired)
         partial.rename(path)
@@ -35,7 +35,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if retired.exists() and not path.exists():
             retired.rename(path)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 
@@ -55,17 +55,18 @@ def write_file(path: Path, content: bytes | str) -> None:
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None  # a failed write (full disk) names no file by itself
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def place_file(written: Path, path: Path) -> None:
     """Put a file that is whole and synced in its place, in a folder of the same file system; the rename is synced too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk before anything that follows."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,13 +26,16 @@ from serving.triton import start
 from serving.version_policy import CONFIG_NAME, read_config, version_folders
 
 
-def write_repository(export_dir: Path, root: Path, device: Device | Placement = "cpu") -> Path:
+def write_repository(
+    export_dir: Path, root: Path, device: Device | Placement = "cpu", evidence: Path | None = None
+) -> Path:
     """Write the Triton model repository of one release and return its path.
 
     export_dir holds student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device says
     where the student runs. The tree needs nothing of Tailor at serving time. It is built beside `root` and renamed in,
-    so `root` is always the old tree or the new one. Raises ManifestError when the export does not match its manifest,
-    RepositoryError when `root` holds something else than a repository, and InputError for a device that is not.
+    so `root` is always the old tree or the new one. evidence: a folder whose files go with the version. Raises
+    ManifestError when the export does not match its manifest, RepositoryError when `root` holds something else than a
+    repository, and InputError for a device that is not.
     """
     placement = device if isinstance(device, Placement) else Placement(device)
     manifest = load_export(export_dir)
@@ -49,16 +52,17 @@ def write_repository(export_dir: Path, root: Path, device: Device | Placement = 
         (student / LABELS_NAME).write_text(_labels(manifest), encoding="utf-8")
         (classifier / CONFIG_NAME).write_text(to_text(classifier_config(manifest)), encoding="utf-8")
         _write_student(student / version, export_dir, manifest)
-        _write_classifier(classifier / version, export_dir, manifest)
+        _write_classifier(classifier / version, export_dir, manifest, evidence)
     return root
 
 
-def publish(export_dir: Path, root: Path) -> int:
+def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
     """Write an export into a repository as its next version, which no server loads before it is promoted; the version.
 
-    Each of its two folders appears whole. An export that lies in the repository already keeps its version. Raises
-    ManifestError when the export does not match its manifest, and RepositoryError when its classes or shapes are not
-    the repository's: one model cannot have versions with different ones.
+    Each of its two folders appears whole; evidence is a folder whose files go into the classifier's, such as the
+    decision. An export that lies in the repository already keeps its version. Raises ManifestError when the export does
+    not match its manifest, and RepositoryError when its classes or shapes are not the repository's: one model cannot
+    have versions with different ones.
     """
     manifest = load_export(export_dir)
     _check_same_signature(manifest, export_dir, root)
@@ -71,7 +75,7 @@ def publish(export_dir: Path, root: Path) -> int:
     with whole_folder(root / STUDENT / version) as folder:
         _write_student(folder, export_dir, numbered)
     with whole_folder(root / CLASSIFIER / version) as folder:
-        _write_classifier(folder, export_dir, numbered)
+        _write_classifier(folder, export_dir, numbered, evidence)
     return numbered.version
 
 
@@ -104,7 +108,9 @@ def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     check_file(folder / "model.onnx", manifest.files[STUDENT_NAME])
 
 
-def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest) -> None:
+def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, evidence: Path | None) -> None:
+    for path in sorted(evidence.iterdir()) if evidence else []:
+        shutil.copyfile(path, folder / path.name)  # first, so that what the model runs on prevails
     sources = Path(__file__).with_name("triton")
     shutil.copyfile(sources / "classifier_model.py", folder / "model.py")
     for name in ("metrics.py", "access_log.py", "logit_log.py", "live_prior.py"):

@@ -18,6 +18,7 @@ from pipeline.params.release import ExportParams as ExportParams
 from pipeline.params.release import GateParams as GateParams
 from pipeline.params.release import GateRule as GateRule
 from pipeline.params.release import ServingParams as ServingParams
+from pipeline.params.retrain import RetrainParams as RetrainParams
 from pipeline.params.training import AugmentParams as AugmentParams
 from pipeline.params.training import EngineParams as EngineParams
 from pipeline.params.training import PretrainedParams as PretrainedParams

@@ -13,6 +13,7 @@ from pipeline.errors import ParamsError
 from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
 from pipeline.params.operation import IngestParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
+from pipeline.params.retrain import RetrainParams
 from pipeline.params.section import Section
 from pipeline.params.training import EngineParams, StudentParams, TrainingParams
 
@@ -38,6 +39,7 @@ class Params(Section):
     gate: GateParams = GateParams()
     ingest: IngestParams = IngestParams()
     tracking: TrackingParams = TrackingParams()
+    retrain: RetrainParams = RetrainParams()
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

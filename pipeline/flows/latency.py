@@ -1,0 +1,60 @@
+"""`python -m pipeline.flows.latency A.onnx [B.onnx]`: milliseconds an image takes in ONNX Runtime, one thread, on the CPU.
+
+In a process of its own: a graph can end the process that runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+ROUNDS = 100
+WARM_UP = 10
+
+
+def latencies(graphs: Sequence[Path], timeout: float = 120.0) -> list[float] | None:
+    """Median milliseconds of one image through each graph, the graphs taking turns; None where it cannot be measured."""
+    environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-m", "pipeline.flows.latency", *map(str, graphs)]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout, check=True, cwd=Path.cwd()
+        )
+        return json.loads(done.stdout)
+    except (subprocess.SubprocessError, ValueError):
+        return None
+
+
+def main(paths: Sequence[str]) -> int:
+    """Measure and print a JSON list."""
+    import numpy as np
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    sessions = [onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in paths]
+    random = np.random.default_rng(0)
+    inputs = []
+    for session in sessions:
+        shape = next(entry.shape for entry in session.get_inputs() if entry.name == "image")
+        image = random.integers(0, 256, (1, *shape[1:]), dtype=np.uint8)
+        inputs.append({"image": image, "strength": np.zeros((1, 1), dtype=np.float32)})
+    taken: list[list[float]] = [[] for _ in sessions]
+    for number in range(WARM_UP + ROUNDS):
+        for place, session in enumerate(sessions):
+            started = time.perf_counter()
+            session.run(["logits"], inputs[place])
+            if number >= WARM_UP:
+                taken[place].append((time.perf_counter() - started) * 1000)
+    print(json.dumps([median(times) for times in taken]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,204 @@
+"""Prefect's own server for one project: on loopback, its database inside the project, ended with whoever started it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+from types import TracebackType
+
+import psutil
+
+from pipeline.artifacts import write_json
+from pipeline.errors import StageError
+from pipeline.flows.leash import end_leash, start_on_leash
+from serving.ports import choose_ports
+
+HOME = Path(".prefect")
+NOTE = "tailor-server.json"
+LOG = "server.log"
+HOST = "127.0.0.1"
+API_URL = "PREFECT_API_URL"
+START_WITHIN = 300.0  # seconds; the first start makes the database
+POLL = 0.1  # seconds
+
+
+class PrefectServerError(StageError):
+    """Prefect's server does not run, or cannot."""
+
+
+@dataclass(frozen=True)
+class _Note:
+    """Where a server runs, and whose it is: a process id alone may have been given to another since."""
+
+    url: str
+    process: int
+    started: float
+
+
+def settle_environment(home: Path = HOME) -> None:
+    """Set what Prefect reads from the environment, before it is imported: its folder, and that nobody is told anything.
+
+    What the user has set stays.
+    """
+    os.environ.setdefault("PREFECT_HOME", str(home.absolute()))
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+@contextlib.contextmanager
+def talking_to(api_url: str) -> Iterator[None]:
+    """Have Prefect talk to the server at `api_url` for a while, in this process and in those that it starts."""
+    before = os.environ.get(API_URL)
+    os.environ[API_URL] = api_url
+    _read_settings_again()
+    try:
+        yield
+    finally:
+        os.environ.pop(API_URL)
+        if before is not None:
+            os.environ[API_URL] = before
+        _read_settings_again()
+
+
+@contextlib.contextmanager
+def some_server(home: Path = HOME) -> Iterator[str]:
+    """The API of a Prefect server for the time of a run: the user's own, else the project's, else a temporary one."""
+    settle_environment(home)
+    url = os.environ.get(API_URL) or running_server(home)
+    with contextlib.ExitStack() as stack:
+        if url is None:
+            url = stack.enter_context(PrefectServer(home, scheduling=False)).api_url
+        stack.enter_context(talking_to(url))
+        yield url
+
+
+def running_server(home: Path = HOME) -> str | None:
+    """The API of the server that `tailor schedule` runs for this project; None where none does."""
+    try:
+        note = _Note(**json.loads((home / NOTE).read_text(encoding="utf-8")))
+        alive = abs(psutil.Process(note.process).create_time() - note.started) < 1
+    except (OSError, ValueError, TypeError, psutil.NoSuchProcess):
+        return None
+    return note.url if alive and answers(note.url) else None
+
+
+def answers(api_url: str) -> bool:
+    """Whether a Prefect API is there and well."""
+    try:
+        with urllib.request.urlopen(f"{api_url}/health", timeout=5) as response:
+            return response.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+class PrefectServer:
+    """One Prefect server. scheduling: with the services that make runs of schedules, and the UI; else the bare API.
+
+    A context manager. port: 0 for any free one, kept for later starts. Its log is server.log in `home`.
+    """
+
+    def __init__(self, home: Path = HOME, port: int = 0, scheduling: bool = True) -> None:
+        self.home = home
+        self.scheduling = scheduling
+        self.port = port
+        self._process: Popen[str] | None = None
+
+    @property
+    def api_url(self) -> str:
+        """Address for clients, known after start."""
+        return f"http://{HOST}:{self.port}/api"
+
+    @property
+    def ui_url(self) -> str:
+        """Address for people, known after start."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the server's leash, which leads its session; None when it does not run."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> PrefectServer:
+        """Start it and wait until it answers. Raises PrefectServerError with the end of its log, ServingError for a port."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.port = choose_ports(HOST, {"--port": self.port})["--port"]
+        services = [] if self.scheduling else ["--no-services", "--no-ui"]
+        command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            HOST,
+            "--port",
+            str(self.port),
+            *services,
+        ]
+        settings = {
+            "PREFECT_HOME": str(self.home.absolute()),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+            "DO_NOT_TRACK": "1",
+        }
+        with (self.home / LOG).open("a", encoding="utf-8") as log:
+            self._process = start_on_leash(command, {**_without_api(os.environ), **settings}, log)
+        try:
+            self._await()
+        except BaseException:
+            self.stop()
+            raise
+        if self.scheduling:
+            me = psutil.Process()
+            write_json(self.home / NOTE, {"url": self.api_url, "process": me.pid, "started": me.create_time()})
+        return self
+
+    def alive(self) -> bool:
+        """Whether its process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        if self.scheduling:
+            (self.home / NOTE).unlink(missing_ok=True)
+        if self._process is not None:
+            end_leash(self._process)
+            self._process = None
+
+    def __enter__(self) -> PrefectServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _await(self) -> None:
+        deadline = time.monotonic() + START_WITHIN
+        while not answers(self.api_url):
+            if not self.alive() or time.monotonic() > deadline:
+                lines = (self.home / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                said = lines[-1].strip() if lines else "it said nothing"
+                raise PrefectServerError(f"Prefect's server did not start: {said} (see {self.home / LOG})")
+            time.sleep(POLL)
+
+
+def _read_settings_again() -> None:
+    if "prefect" in sys.modules:  # it reads them when it is first imported
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
+
+
+def _without_api(environment: os._Environ[str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name != API_URL}

@@ -1,0 +1,196 @@
+"""The Prefect flow `retrain`: new data in, a better model live, or nothing changed.
+
+Its tasks are the stages of DVC and, around them, ingest, gate, publish, verify, promote and rollback. What a run needs to
+know of earlier ones is on disk (DVC's lock, the repository, artifacts/retrain/), never in Prefect alone: a run that was
+killed at any point is finished, or cleaned up after, by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelled, Completed, Failed
+
+from pipeline.artifacts import EXPORT, SPLIT
+from pipeline.errors import StageError
+from pipeline.flows import publish as releases
+from pipeline.flows.records import (
+    FOLDER,
+    Decided,
+    Outcome,
+    Run,
+    gate_sha256,
+    missed,
+    now,
+    prune,
+    read_decided,
+    read_run,
+    write_decided,
+    write_run,
+)
+from pipeline.flows.stages import changed_stages, stage_names
+from pipeline.flows.tasks import HOUR, Steps, hold_gate, ingest_images, promote, publish, reproduce_stage, verify
+from pipeline.flows.telling import Teller
+from pipeline.ingest import IngestReport
+from pipeline.lineage import code_revision, data_sha256
+from pipeline.params import Params, load_params
+from pipeline.stage import explain
+from serving.errors import ServingError
+
+LOCK = FOLDER / "lock"
+ACTIONABLE = (StageError, ServingError, OSError)
+
+
+class Busy(StageError):
+    """Another run is under way, and params.retrain.when_busy is refuse."""
+
+
+def run_name() -> str:
+    """Data and code versions, as far as they are known before the run has taken anything in."""
+    data = data_sha256(SPLIT)[:8] if (SPLIT / "test.parquet").is_file() else "new"
+    return f"data {data} code {_code()}"
+
+
+@flow(name="retrain", flow_run_name=run_name)
+def retrain(because: str = "somebody asked", drop: str | None = None) -> State[Any]:
+    """Take in what is new, retrain what has changed, and promote the result where the gate lets it.
+
+    because: why this run was started, kept with the decision. drop: a drop folder in the place of params.ingest.drop.
+    The state's name says how it ended: Promoted, Refused, Unchanged, Skipped; Cancelled where another run is under way.
+    """
+    logger = get_run_logger()
+    begun = time.monotonic()
+    try:
+        params = load_params()
+        with one_at_a_time(params.retrain.when_busy, logger.info):
+            asked = flow_run.get_scheduled_start_time()
+            if deployment.get_id() and (done := missed(asked)):
+                return Completed(
+                    name="Skipped", message=f"missed at {asked:%F %T} and caught up by the run of {done.begun}"
+                )
+            run = Run(now().isoformat(), None, because, os.getpid(), None)
+            write_run(run)
+            try:
+                outcome = _run(params, because, Path(drop) if drop else None, Teller(logger))
+            except ACTIONABLE as error:
+                outcome = Outcome("failed", explain(error))
+            write_run(replace(run, ended=now().isoformat(), outcome=outcome))
+    except Busy as error:
+        return Cancelled(message=str(error))
+    except ACTIONABLE as error:
+        return Failed(message=explain(error))
+    logger.info("%s: %s (%.0f s)", outcome.ending, outcome.message, time.monotonic() - begun)
+    state = Failed if outcome.ending == "failed" else Completed
+    return state(name=outcome.ending.capitalize(), message=outcome.message)
+
+
+@contextmanager
+def one_at_a_time(when_busy: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the project's lock, which ends with this process. Raises Busy where another holds it and shall not be waited for."""
+    LOCK.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        other = read_run("running")
+        who = f"process {other.process}, since {other.begun}" if other else "it has just begun"
+        if when_busy == "refuse":
+            raise Busy(
+                f"another retraining is under way ({who}); wait for it, or set retrain.when_busy: wait"
+            ) from None
+        say(f"waits for another retraining ({who})")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Outcome:
+    """One run, by its tasks. Raises what they raise."""
+    repository = Path(params.retrain.repository)
+    step = Steps(params)
+    limit = params.retrain.stage_hours * HOUR
+    names = stage_names()
+    if not (SPLIT / "classes.json").is_file():  # ingest asks it which classes there are
+        step(reproduce_stage, names[0], limit, name=names[0])
+    taken = step(ingest_images, params, drop)
+    champion = releases.find_champion(repository)
+    if not changed_stages(names) and (settled := _settled(params, champion)):
+        return replace(settled, message=f"{settled.message}{_of_ingest(taken)}")
+    for name in names:
+        step(reproduce_stage, name, limit, name=name)
+    release = releases.export_identity(EXPORT)
+    data = data_sha256(SPLIT)
+    teller.name(f"data {data[:8]} code {_code()}")
+    if champion and releases.identity(champion.manifest) == release:
+        write_decided(Decided(release, None, gate_sha256(params.gate), "promoted", champion.version))
+        return Outcome(
+            "promoted",
+            f"version {champion.version} answers already; the run that promoted it was ended",
+            champion.version,
+        )
+    story = {"because": because, "release": release, "data_sha256": data, "code_revision": code_revision(),
+             "compared_with": champion and champion.version, "run": flow_run.get_name(), "ingest": str(taken)}  # fmt: skip
+    decision, evidence = step(hold_gate, params, champion, story)
+    teller.decision(decision, evidence)
+    against = champion.version if champion else None
+    if not decision.promote:
+        write_decided(Decided(release, against, gate_sha256(params.gate), "refused", None))
+        outcome = Outcome("refused", "; ".join(decision.reasons), against, str(evidence))
+    else:
+        version = step(publish, params, evidence)
+        try:
+            rehearsed = step(verify, params, version)
+            servers = step(promote, params, version)
+        except ACTIONABLE as error:
+            if isinstance(error, releases.TakenBack):  # or every run would try it on the users again
+                write_decided(Decided(release, against, gate_sha256(params.gate), "refused", None))
+            releases.withdraw(repository, version)
+            raise
+        write_decided(Decided(release, against, gate_sha256(params.gate), "promoted", version))
+        outcome = Outcome(
+            "promoted", _promoted(version, against, rehearsed, servers, repository), version, str(evidence)
+        )
+    teller.outcome(outcome)
+    prune(evidence)
+    return outcome
+
+
+def _settled(params: Params, champion: releases.Champion | None) -> Outcome | None:
+    """The outcome of a run that finds all stages up to date and their release decided on; None where it is not."""
+    against = champion.version if champion else None
+    decided = read_decided()
+    if decided and decided.settles(releases.export_identity(EXPORT), against, params.gate):
+        how = f"promoted as version {decided.version}" if decided.version else "refused"
+        return Outcome("unchanged", f"no new data and no changed params; what they make was {how} before", against)
+    return None
+
+
+def _promoted(version: int, before: int | None, rehearsed: bool, servers: tuple[str, ...], repository: Path) -> str:
+    trial = (
+        "on a server of its own" if rehearsed else "in ONNX Runtime alone (a dry run: no second server was to be had)"
+    )
+    where = f"at {', '.join(servers)}" if servers else f"once a server starts on {repository}; none runs on it now"
+    instead = f" instead of {before}" if before else ""
+    return f"version {version} answers{instead}, {where}; it was tried {trial}"
+
+
+def _of_ingest(taken: IngestReport) -> str:
+    """What is to be said of the drop folder at the end of a run that found nothing to do."""
+    return f"; the drop was {taken}" if taken.refused else ""
+
+
+def _code() -> str:
+    revision, changed, _ = code_revision().partition("+")
+    return f"{revision[:8]}{changed}"

@@ -1,0 +1,306 @@
+"""What can go wrong with a retraining does, while a real server is asked all the time: nothing is lost, the champion answers.
+
+Each run is a process forked from one that has imported Prefect already; what it does is all of `tailor retrain`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.flows.prefect_server import PrefectServer
+from pipeline.flows.records import Outcome
+from serving.client import Client
+from serving.errors import ServingError
+from serving.manifest import sha256_of
+from serving.promotion import list_versions
+from serving.server import TritonServer
+from serving.supervisor import Supervisor
+from tests.end_to_end.retraining import Retraining
+from tests.serving.conftest import CLASSES, picture
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain"), pytest.mark.timeout(1800)]
+
+TASKS = ["ingest", "split", "prior", "teacher", "student", "evaluate", "export", "gate", "publish", "verify", "promote"]
+WITHIN = 300.0  # seconds that a run gets; a busy machine is slow
+
+
+def run_in(root: str, log: str, because: str) -> None:
+    """`tailor retrain` in a process that has imported it; its outcome is the log's last line."""
+    os.chdir(root)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.stdout.reconfigure(line_buffering=True)
+    from pipeline.flows.trigger import run_once
+
+    outcome = run_once(because)
+    print(f"outcome {json.dumps(vars(outcome))}", flush=True)
+
+
+class Begun:
+    """A run that goes on in a process of its own."""
+
+    def __init__(self, context, root: Path, name: str = "run") -> None:
+        self.log = root / f"{name}.log"
+        self.log.unlink(missing_ok=True)
+        self.process = context.Process(target=run_in, args=(str(root), str(self.log), "a test"))
+        self.process.start()
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def await_line(self, wanted: str) -> None:
+        deadline = time.monotonic() + WITHIN
+        while wanted not in self.text():
+            assert self.process.is_alive() and time.monotonic() < deadline, f"never said {wanted!r}:\n{self.text()}"
+            time.sleep(0.005)
+
+    def kill_at(self, wanted: str, after: float = 0.0) -> None:
+        """Kill -9 when the log says `wanted`, and `after` seconds more."""
+        self.await_line(wanted)
+        time.sleep(after)
+        self.process.kill()
+        self.process.join()
+
+    def outcome(self) -> Outcome:
+        self.process.join(WITHIN)
+        assert self.process.exitcode == 0, self.text()
+        line = [line for line in self.text().splitlines() if line.startswith("outcome ")][-1]
+        return Outcome(**json.loads(line.removeprefix("outcome ")))
+
+
+class Asking(threading.Thread):
+    """Asks the server for a picture all the time, and keeps what failed and which versions answered, in order."""
+
+    def __init__(self, server: TritonServer) -> None:
+        super().__init__(daemon=True)
+        self.url = server.grpc_url
+        self.failures: list[str] = []
+        self.versions: list[int] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        with Client(self.url, timeout=60) as client:
+            while not self.over.wait(0.05):
+                try:
+                    self.versions.append(client.predict([picture(1)])[0].version)
+                except ServingError as error:
+                    self.failures.append(str(error))
+
+    def __enter__(self) -> Asking:
+        self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.over.set()
+        self.join()
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory):
+    with PrefectServer(tmp_path_factory.mktemp("prefect"), scheduling=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def context(prefect, tmp_path_factory):
+    """Where runs are forked from."""
+    settings = {
+        "PREFECT_API_URL": prefect.api_url,
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("home")),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "PREFECT_CLIENT_MAX_RETRIES": "0",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        made = multiprocessing.get_context("forkserver")
+        made.set_forkserver_preload(
+            ["pipeline.flows.retraining", "pipeline.flows.trigger", "tests.end_to_end.test_retrain"]
+        )
+        yield made
+
+
+@pytest.fixture(scope="module")
+def project(prefect, context, tmp_path_factory):
+    """A project with its first version promoted."""
+    made = Retraining(tmp_path_factory.mktemp("retrain") / "project", prefect.api_url)
+    made.prepare("first", 1, 0.6)
+    made.choose("first")
+    assert Begun(context, made.root).outcome().version == 1
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(project):
+    started = TritonServer(project.repository, http_port=0, grpc_port=0, metrics_port=0).start()
+    yield started
+    started.stop(at_once=True)
+
+
+def leftovers(project: Retraining) -> list[str]:
+    """What a run that came to its end must not leave."""
+    hidden = [path for model in ("student", "classifier") for path in (project.repository / model).glob(".*")]
+    return [str(path) for path in hidden]
+
+
+def test_the_first_version_is_served_with_its_decision_beside_it(project):
+    folder = project.repository / "classifier" / "1"
+    assert json.loads((folder / "decision.json").read_text())["promote"] is True
+    story = json.loads((folder / "retrain.json").read_text())
+    assert story["because"] == "a test" and story["compared_with"] is None
+    assert {"predictions.parquet", "prior.json", "report.html"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_run_with_nothing_new_ends_early_and_says_so(project, context):
+    run = Begun(context, project.root)
+    outcome = run.outcome()
+    assert outcome.ending == "unchanged" and "no new data and no changed params" in outcome.message
+    assert "gate: starts" not in run.text() and "split: starts" not in run.text()
+
+
+def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_finishes(project, context, server):
+    project.prepare("second", 2, 0.8)
+    project.choose("second")
+    moments = [f"{task}: {moment}" for task in TASKS for moment in ("starts", "done")]
+    with Asking(server) as asking:
+        for moment in moments:
+            Begun(context, project.root).kill_at(moment)
+        outcome = Begun(context, project.root).outcome()
+    assert outcome.ending == "promoted" and outcome.version == 2
+    assert asking.failures == [] and asking.versions[-1] == 2
+    assert asking.versions == sorted(asking.versions)  # never back, and never a third
+    assert [(state.version, state.state) for state in list_versions(project.repository)] == [
+        (1, "served"),
+        (2, "champion"),
+    ]
+    assert leftovers(project) == []
+    assert Begun(context, project.root).outcome().ending == "unchanged"
+
+
+def test_runs_killed_in_the_midst_of_a_swap_leave_a_version_that_answers(project, context, server):
+    project.prepare("third", 3, 0.85)
+    project.choose("third")
+    with Asking(server) as asking:
+        for after in (0.1, 0.4, 0.8):
+            run = Begun(context, project.root)
+            run.await_line("promote: starts")
+            time.sleep(after)
+            run.process.kill()
+            run.process.join()
+        assert Begun(context, project.root).outcome().version == 3
+    assert asking.failures == [] and set(asking.versions) <= {2, 3} and asking.versions[-1] == 3
+    assert leftovers(project) == []
+
+
+def corrupt_graph(project: Retraining) -> None:
+    """A graph cut short, under a manifest that knows no better."""
+    export = project.root / "prepared" / "bad" / "export"
+    graph = export / "student.onnx"
+    graph.write_bytes(graph.read_bytes()[:-40])
+    files = json.loads((export / "manifest.json").read_text())["files"]
+    project.edit_manifest("bad", files=files | {"student.onnx": sha256_of(graph)})
+
+
+def wrong_hash(project: Retraining) -> None:
+    graph = project.root / "prepared" / "bad" / "export" / "student.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\n")
+
+
+def other_classes(project: Retraining) -> None:
+    renamed = ["wasp", *CLASSES[1:]]
+    project.edit_manifest("bad", classes=renamed)
+    prior = project.root / "prepared" / "bad" / "prior"
+    prior.write_text(json.dumps(json.loads(prior.read_text()) | {"classes": renamed}))
+
+
+def nothing_else(_project: Retraining) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "accuracy", "ending", "message"),
+    [
+        (corrupt_graph, 0.95, "failed", "ONNX Runtime cannot run it"),
+        (wrong_hash, 0.95, "failed", "the manifest says"),
+        (other_classes, 0.95, "refused", "cannot be computed: challenger and champion have other classes"),
+        (nothing_else, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),
+    ],
+    ids=["corrupt graph", "wrong hash", "other classes", "worse on few only"],
+)
+def test_a_challenger_that_is_not_fit_never_reaches_the_server(
+    project, context, server, damage, accuracy, ending, message
+):
+    versions = [state.version for state in list_versions(project.repository)]
+    project.prepare("bad", 9, accuracy)
+    damage(project)
+    # The stages see one file change, the challenger's name.
+    (project.root / "prepared" / "bad").rename(project.root / "prepared" / damage.__name__)
+    project.choose(damage.__name__)
+    with Asking(server) as asking:
+        outcome = Begun(context, project.root).outcome()
+    assert outcome.ending == ending and message in outcome.message
+    assert asking.failures == [] and set(asking.versions) == {versions[-1]}
+    assert [(state.version, state.state) for state in list_versions(project.repository)][-1] == (
+        versions[-1],
+        "champion",
+    )
+
+
+def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project, context):
+    project.prepare("fourth", 4, 0.9)
+    project.choose("fourth")
+    runs = [Begun(context, project.root, name) for name in ("one", "other")]
+    outcomes = {outcome.ending: outcome for outcome in (run.outcome() for run in runs)}
+    assert set(outcomes) == {"promoted", "busy"}
+    assert "another retraining is under way" in outcomes["busy"].message
+    assert "set retrain.when_busy: wait" in outcomes["busy"].message
+
+
+def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(project, context, server):
+    project.prepare("fifth", 5, 0.93)
+    project.choose("fifth")
+    project.set("retrain", retries=6, retry_seconds=1.0)
+    reports: list[str] = []
+    over = threading.Event()
+    keeping = threading.Thread(target=Supervisor(server, reports.append).run, args=(over,))
+    keeping.start()
+    try:
+        run = Begun(context, project.root)
+        run.await_line("promote: starts")
+        time.sleep(0.3)
+        os.kill(server.process_id, signal.SIGKILL)
+        outcome = run.outcome()
+        assert outcome.ending == "promoted", outcome
+        with Client(server.grpc_url, timeout=60) as client:
+            assert client.predict([picture(1)])[0].version == outcome.version
+    finally:
+        over.set()
+        keeping.join()
+        project.set("retrain", retries=0)
+
+
+def test_prefects_server_stopped_in_the_midst_of_a_run_keeps_no_better_model_from_going_live(
+    project, context, server, prefect
+):
+    project.prepare("sixth", 6, 0.97)
+    project.choose("sixth")
+    run = Begun(context, project.root)
+    run.await_line("export: starts")
+    prefect.stop()
+    outcome = run.outcome()
+    assert outcome.ending == "promoted"
+    assert "Prefect's server is not told any more" in run.text()
+    with Client(server.grpc_url) as client:
+        assert client.predict([picture(1)])[0].version == outcome.version

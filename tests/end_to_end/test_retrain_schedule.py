@@ -1,0 +1,148 @@
+"""`tailor schedule` under Prefect's real server: it survives a restart, and what was missed is caught up once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+
+import psutil
+import pytest
+
+from pipeline.flows.prefect_server import PrefectServer
+from tests.end_to_end.retraining import ROOT, Retraining
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain_schedule"), pytest.mark.timeout(1800)]
+
+WITHIN = 400.0  # seconds; a busy machine is slow
+MISSED = 5
+
+
+class Schedule:
+    """`tailor schedule` while it runs, and what it has said."""
+
+    def __init__(self, project: Retraining) -> None:
+        self.project = project
+        self.log = project.root / "schedule.log"
+        with self.log.open("a") as log:
+            self.process = project.start_into(
+                log, "schedule", "--cron", "0 3 * * *", "--timezone", "UTC", "--port", "0"
+            )
+
+    def await_line(self, wanted: str, count: int = 1) -> None:
+        deadline = time.monotonic() + WITHIN
+        while self.log.read_text().count(wanted) < count:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def kill_prefect(self) -> None:
+        """Kill -9 of Prefect's server."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if "server" in process.cmdline() and "start" in process.cmdline():
+                process.kill()
+
+    def end(self) -> None:
+        """SIGTERM; everything that it started goes with it."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(120) == 0, self.log.read_text()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert [process.cmdline() for process in alive] == []
+
+
+def database(project: Retraining):
+    return sqlite3.connect(project.root / ".prefect" / "prefect.db", timeout=60)
+
+
+def states(project: Retraining) -> list[str]:
+    """The names of the states of the runs whose time has passed, in the order of their times."""
+    with database(project) as base:
+        now = datetime.now(UTC).strftime("%F %T")
+        query = "select state_name from flow_run where expected_start_time < ? order by expected_start_time"
+        return [name for (name,) in base.execute(query, (now,))]
+
+
+def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_once_on_what_it_missed(tmp_path):
+    project = Retraining(tmp_path / "project")
+    project.prepare("first", 1, 0.6)
+    project.choose("first")
+    schedule = Schedule(project)
+    schedule.await_line("retrains at '0 3 * * *' (UTC)")
+    schedule.kill_prefect()
+    schedule.await_line("Prefect's server ended by itself and is started again")
+    deadline = time.monotonic() + WITHIN
+    while True:  # Prefect has laid out the runs of the days to come
+        with database(project) as base:
+            (laid_out,) = base.execute("select count(*) from flow_run where state_type = 'SCHEDULED'").fetchone()
+        if laid_out >= MISSED:
+            break
+        assert time.monotonic() < deadline, schedule.log.read_text()
+        time.sleep(0.5)
+    schedule.end()
+    # The days go by while nobody is there: the first of the runs move into the past.
+    with database(project) as base:
+        query = "select id from flow_run where state_type = 'SCHEDULED' order by expected_start_time limit ?"
+        for number, (identity,) in enumerate(base.execute(query, (MISSED,)).fetchall()):
+            then = (datetime.now(UTC) - timedelta(days=MISSED - number)).strftime("%F %T.%f")
+            base.execute(
+                "update flow_run set expected_start_time = ?, next_scheduled_start_time = ? where id = ?",
+                (then, then, identity),
+            )
+    schedule = Schedule(project)
+    schedule.await_line(f"{MISSED} runs were missed")
+    schedule.await_line("Finished in state Promoted")
+    # Whoever sees a reason asks it for a run, and is not kept waiting for the end.
+    asking = "from pipeline.flows.trigger import trigger_retrain; print(trigger_retrain('drift'))"
+    assert "the schedule was asked for a retraining" in project.run(sys.executable, "-c", asking).stdout
+    schedule.await_line("Finished in state Unchanged")
+    deadline = time.monotonic() + WITHIN
+    while "Unchanged" not in states(project) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = states(project)
+    schedule.end()
+    assert found == ["Cancelled"] * (MISSED - 1) + ["Promoted", "Unchanged"], schedule.log.read_text()
+    assert json.loads((project.root / "artifacts/retrain/last.json").read_text())["because"] == "drift"
+    assert project.repository.is_dir()
+
+
+def test_the_work_pools_of_prefect_yaml_can_be_deployed_to(tmp_path):
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    project = Retraining(tmp_path / "project")
+    (project.root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
+    (project.root / "pipeline").symlink_to(ROOT / "pipeline")
+    with PrefectServer(project.root / ".prefect", scheduling=False) as server:
+        project.environment |= {"PREFECT_API_URL": server.api_url, "TAILOR_PROJECT": str(project.root)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT_API_URL", server.api_url)
+            from prefect.client.orchestration import get_client
+            from prefect.settings import PREFECT_API_URL, temporary_settings
+
+            with temporary_settings({PREFECT_API_URL: server.api_url}), get_client(sync_client=True) as client:
+                for kind in ("process", "kubernetes"):
+                    client.create_work_pool(WorkPoolCreate(name=f"tailor-{kind}", type=kind))
+                project.run("prefect", "--no-prompt", "deploy", "--all")
+                made = {found.name: found for found in client.read_deployments()}
+    assert set(made) == {"process", "kubernetes"}
+    for name, deployment in made.items():
+        assert deployment.entrypoint == "pipeline/flows/retraining.py:retrain"
+        assert deployment.work_pool_name == f"tailor-{name}"
+        assert deployment.schedules[0].schedule.cron == "0 3 * * *"
+        assert deployment.global_concurrency_limit.limit == 1
+    assert made["kubernetes"].job_variables["image"] == "tailor-train:0.1.0"
+    steps = made["process"].pull_steps[0]["prefect.deployments.steps.set_working_directory"]
+    assert steps["directory"] == str(project.root)
+
+
+def test_the_environment_of_a_schedule_tells_nobody_anything(tmp_path, monkeypatch):
+    from pipeline.flows.prefect_server import settle_environment
+
+    for name in ("PREFECT_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK"):
+        monkeypatch.delenv(name, raising=False)
+    settle_environment(tmp_path)
+    assert os.environ["PREFECT_HOME"] == str(tmp_path)
+    assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false" and os.environ["DO_NOT_TRACK"] == "1"

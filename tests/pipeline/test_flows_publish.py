@@ -1,0 +1,242 @@
+"""Publishing, verifying and promoting on disk: whole or not at all, whatever is wrong with the challenger or the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.flows import publish as releases
+from serving.errors import ServingError
+from serving.manifest import ManifestError, sha256_of
+from serving.model_config import RepositoryError
+from serving.promotion import PromotionError, list_versions
+from serving.server import TritonServer
+from tests.serving.conftest import write_export
+
+KEEP, TIMEOUT = 3, 30.0
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Three exports that differ; each calls itself version 1, as `pipeline.export` does."""
+    folder = tmp_path_factory.mktemp("exports")
+    for number in (1, 2, 3):
+        write_export(folder / str(number), number)
+        edit_manifest(folder / str(number), version=1)
+    return folder
+
+
+@pytest.fixture
+def evidence(tmp_path):
+    folder = tmp_path / "evidence"
+    folder.mkdir()
+    (folder / "decision.json").write_text('{"promote": true}')
+    (folder / "report.html").write_text("<p>why</p>")
+    return folder
+
+
+@pytest.fixture
+def repository(tmp_path, exports, evidence):
+    """A repository with one promoted version."""
+    go_live(tmp_path / "releases", exports / "1", evidence)
+    return tmp_path / "releases"
+
+
+def edit_manifest(export: Path, **changes: object) -> None:
+    path = export / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def go_live(repository: Path, export: Path, evidence: Path, servers=()):
+    version = releases.publish(export, repository, evidence)
+    releases.verify(repository, version, TIMEOUT, rehearsal=False)
+    return releases.promote(repository, version, servers, KEEP, TIMEOUT)
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_the_first_version_is_nowhere_to_be_served_before_it_is_promoted(tmp_path, exports, evidence):
+    repository = tmp_path / "releases"
+    assert releases.publish(exports / "1", repository, evidence) == 1
+    assert releases.verify(repository, 1, TIMEOUT, rehearsal=False) is False
+    assert not repository.exists() and releases.find_champion(repository) is None
+    done = releases.promote(repository, 1, (), KEEP, TIMEOUT)
+    assert (done.version, done.previous) == (1, 0)
+    champion = releases.find_champion(repository)
+    assert champion.version == 1 and not releases.first(repository).exists()
+    assert json.loads((champion.folder / "decision.json").read_text()) == {"promote": True}
+
+
+def test_a_first_version_left_by_a_killed_run_is_written_anew(tmp_path, exports, evidence):
+    repository = tmp_path / "releases"
+    releases.publish(exports / "2", repository, evidence)
+    (releases.first(repository) / "student" / "1" / "model.onnx").write_bytes(b"half")
+    assert go_live(repository, exports / "1", evidence).version == 1
+    assert releases.identity(releases.find_champion(repository).manifest) == releases.export_identity(exports / "1")
+
+
+def test_later_versions_carry_their_evidence_and_the_oldest_go(repository, exports, evidence):
+    for number in (2, 3):
+        assert go_live(repository, exports / str(number), evidence).version == number
+    assert [(state.version, state.state) for state in list_versions(repository)][-1] == (3, "champion")
+    assert (repository / "classifier" / "3" / "report.html").read_text() == "<p>why</p>"
+    edit_manifest(shutil.copytree(exports / "3", evidence.parent / "again"), code_revision="again")
+    assert go_live(repository, evidence.parent / "again", evidence).removed == (1,)
+
+
+def test_publishing_the_same_release_again_makes_no_second_version(repository, exports, evidence):
+    assert releases.publish(exports / "2", repository, evidence) == 2
+    assert releases.publish(exports / "2", repository, evidence) == 2
+    assert releases.publish(exports / "1", repository, evidence) == 1
+
+
+def test_a_release_that_is_best_again_is_rolled_back_to(repository, exports, evidence):
+    go_live(repository, exports / "2", evidence)
+    done = go_live(repository, exports / "1", evidence)
+    assert (done.version, done.previous) == (1, 2)
+    assert releases.find_champion(repository).version == 1
+
+
+def cut_graph(export: Path) -> None:
+    """A graph cut short, under a manifest that knows no better."""
+    graph = export / "student.onnx"
+    graph.write_bytes(graph.read_bytes()[:-40])
+    sums = json.loads((export / "manifest.json").read_text())["files"]
+    edit_manifest(export, files=sums | {"student.onnx": sha256_of(graph)})
+
+
+def changed_graph(export: Path) -> None:
+    with (export / "student.onnx").open("ab") as stream:
+        stream.write(b"\n")
+
+
+def other_classes(export: Path) -> None:
+    edit_manifest(export, classes=["wasp", "bee", "cat: big", "dög", "emu"])
+
+
+def wrong_golden_answer(export: Path) -> None:
+    path = export / "golden.json"
+    golden = json.loads(path.read_text())
+    golden[0]["probability"] = [0.9, 0.05, 0.05]
+    path.write_text(json.dumps(golden))
+    sums = json.loads((export / "manifest.json").read_text())["files"]
+    edit_manifest(export, files=sums | {"golden.json": sha256_of(path)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (cut_graph, RepositoryError, "ONNX Runtime cannot run it"),
+        (changed_graph, ManifestError, "the manifest says"),
+        (other_classes, RepositoryError, "has other classes than"),
+        (wrong_golden_answer, RepositoryError, "a golden request is answered wrongly"),
+    ],
+)
+def test_a_challenger_that_is_not_fit_changes_nothing_that_is_served(
+    repository, exports, evidence, tmp_path, damage, error, message
+):
+    before = files(repository)
+    bad = shutil.copytree(exports / "2", tmp_path / "bad")
+    damage(bad)
+    with pytest.raises(error, match=message):
+        go_live(repository, bad, evidence)
+    after = files(repository)
+    assert {name: after[name] for name in before} == before
+    assert releases.find_champion(repository).version == 1
+
+
+@pytest.mark.parametrize("size", [200, 3_000])
+def test_a_file_that_grows_too_large_is_published_not_even_half(repository, exports, evidence, size):
+    """A limit on the size of a file, which fails as a full disk does: in the midst of a write."""
+    before = files(repository)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            releases.publish(exports / "2", repository, evidence)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(repository) == before
+    assert go_live(repository, exports / "2", evidence).version == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own")
+def test_a_disk_that_fills_while_a_version_is_published_leaves_the_champion_and_room(tmp_path, exports, evidence):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", disk], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount here")
+    try:
+        repository = disk / "releases"
+        go_live(repository, exports / "1", evidence)
+        filler = disk / "filler"
+        free = shutil.disk_usage(disk).free
+        filler.write_bytes(bytes(max(0, free - 24 * 1024)))
+        before = files(repository)
+        with pytest.raises(OSError, match="No space left"):
+            releases.publish(exports / "2", repository, evidence)
+        assert files(repository) == before and releases.find_champion(repository).version == 1
+        filler.unlink()
+        assert releases.publish(exports / "2", repository, evidence) == 2
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_what_a_killed_publish_left_is_cleared_by_the_next(repository, exports, evidence):
+    releases.publish(exports / "2", repository, evidence)
+    shutil.rmtree(repository / "classifier" / "2")  # killed between the two models
+    (repository / "student" / ".3.partial").mkdir()
+    (repository / "classifier" / ".1.removed").mkdir()
+    assert releases.publish(exports / "3", repository, evidence) == 2
+    assert sorted(path.name for path in (repository / "student").iterdir()) == sorted(
+        ["1", "2", "config.pbtxt", "configs", "labels.txt"]
+    )
+
+
+def test_a_folder_that_is_no_repository_is_not_written_into(tmp_path, exports, evidence):
+    (tmp_path / "releases").mkdir()
+    (tmp_path / "releases" / "thesis.txt").write_text("mine")
+    with pytest.raises(RepositoryError, match=r"holds no student/config\.pbtxt"):
+        releases.publish(exports / "1", tmp_path / "releases", evidence)
+    assert files(tmp_path / "releases") == {"thesis.txt": b"mine"}
+
+
+@pytest.mark.end_to_end
+def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(repository, exports, evidence):
+    server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0).start()
+    try:
+        servers = releases.servers_of(repository, None)
+        assert [found.grpc_url for found in servers] == [server.grpc_url]
+        assert go_live(repository, exports / "2", evidence, servers).servers == (server.grpc_url,)
+        releases.watch(repository, 2, servers, 0.0)
+        # Its golden answers change under the watch, as if the graph had begun to answer otherwise.
+        wrong = repository / "classifier" / "2" / "golden.json"
+        golden = json.loads(wrong.read_text())
+        golden[0]["probability"] = golden[0]["probability"][::-1]
+        wrong.write_text(json.dumps(golden))
+        with pytest.raises(ServingError, match="answers a golden request wrongly"):
+            releases.watch(repository, 2, servers, 5.0)
+        assert releases.roll_back(repository, 1, servers, TIMEOUT).version == 1
+        releases.watch(repository, 1, servers, 0.0)
+        # A version that does not load there is no champion, and the one before never stopped.
+        releases.publish(exports / "3", repository, evidence)
+        model = repository / "classifier" / "3" / "model.py"
+        model.write_text(
+            model.read_text().replace("def initialize(self, args):", "def initialize(self, args):\n        1 / 0")
+        )
+        with pytest.raises(PromotionError, match="version 3 does not serve, version 1 stays"):
+            releases.promote(repository, 3, servers, KEEP, TIMEOUT)
+        releases.watch(repository, 1, servers, 0.0)
+    finally:
+        server.stop(at_once=True)

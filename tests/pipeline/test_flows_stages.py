@@ -1,0 +1,132 @@
+"""DVC's stages as the flow runs them: in order, no longer than allowed, and never longer than whoever asked for them lives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from pipeline.errors import StageError
+from pipeline.flows.leash import end_leash, start_on_leash
+from pipeline.flows.stages import StageFailed, changed_stages, reproduce, stage_names
+
+ROOT = Path(__file__).parents[2]
+FOREVER = "echo $$ > pid; sleep 600 & sleep 600"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project of two stages in the current folder; `set` gives the command of the second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command in (["git", "init", "--quiet", "."], ["dvc", "init", "--quiet"]):
+        subprocess.run(command, check=True, env=os.environ | {"PATH": binaries})
+
+    def set_command(command):
+        stages = {
+            "split": {"cmd": "echo 1 > one", "outs": ["one"]},
+            "export": {"cmd": command, "deps": ["one"], "outs": ["two"]},
+        }
+        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+
+    set_command("cp one two")
+    return set_command
+
+
+def await_file(path: str) -> str:
+    deadline = time.monotonic() + 60
+    while not Path(path).exists() or not Path(path).read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return Path(path).read_text().strip()
+
+
+def gone(process_id: int) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_stages_of_a_release_come_in_the_order_of_the_datas_way_and_seeds_are_none_of_them():
+    assert stage_names(ROOT) == ["split", "prior", "teacher", "student", "evaluate", "export"]
+
+
+@pytest.mark.usefixtures("project")
+def test_a_project_without_a_stage_that_makes_a_release_is_refused():
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"split": {"cmd": "true"}}}))
+    with pytest.raises(StageError, match=r"dvc\.yaml: has no stage 'export'"):
+        stage_names()
+
+
+@pytest.mark.usefixtures("project")
+def test_a_stage_runs_when_it_has_changed_and_not_again():
+    assert changed_stages(["split", "export"]) == ["split", "export"]
+    lines = []
+    assert reproduce("split", lines.append) is True
+    assert "Running stage 'split':" in lines and not any("git add" in line for line in lines)
+    assert reproduce("split", lines.append) is False
+    assert changed_stages(["split", "export"]) == ["export"]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("echo 'export: tau is 0; expected more' >&2; exit 2", 2, "stage export failed: tau is 0; expected more"),
+        ("exit 1", 1, "stage export failed: failed to reproduce 'export'"),
+    ],
+)
+def test_a_stage_that_fails_is_told_in_its_own_words_with_its_status(project, command, status, message):
+    reproduce("split", lambda _line: None)
+    project(command)
+    with pytest.raises(StageFailed) as caught:
+        reproduce("export", lambda _line: None)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert caught.value.status == status
+
+
+def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(project):
+    reproduce("split", lambda _line: None)
+    project(FOREVER)
+    with pytest.raises(StageFailed, match=r"stage export did not end within 8 s; set retrain\.stage_hours higher"):
+        reproduce("export", lambda _line: None, limit=8.0)
+    assert gone(int(await_file("pid")))
+
+
+def test_a_stage_ends_when_whoever_asked_for_it_is_killed(project):
+    reproduce("split", lambda _line: None)
+    project(FOREVER)
+    program = "from pipeline.flows.stages import reproduce; reproduce('export', print)"
+    owner = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    shell = int(await_file("pid"))
+    children = psutil.Process(shell).children()
+    owner.kill()
+    owner.wait()
+    assert gone(shell) and all(gone(child.pid) for child in children)
+    # Its locks went with it.
+    project("cp one two")
+    assert reproduce("export", lambda _line: None) is True
+
+
+def test_a_command_on_a_leash_keeps_its_exit_status_and_ignores_a_signal_to_the_leash():
+    for command, status in (("exit 3", 3), ("kill -9 $$", 137)):
+        process = start_on_leash(["sh", "-c", command])
+        assert process.wait(30) == status
+    process = start_on_leash(["sh", "-c", "echo up; sleep 600"])
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    time.sleep(0.2)
+    assert process.poll() is None
+    assert end_leash(process) < 0
