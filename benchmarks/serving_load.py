@@ -10,7 +10,7 @@ import itertools
 import selectors
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,22 +35,6 @@ class Measured:
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self.latencies, share))
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is asked. requests: canned, each `images` images; a request is a protocol's own form of bytes.
-
-    users: connections that each wait for their answer. rate: None, or requests a second in all, due at random times
-    (Poisson) from when their latency counts, sent as soon as a connection is free.
-    """
-
-    port: int
-    requests: Sequence[bytes]
-    images: int = 1
-    users: int = 32
-    rate: float | None = None
-    grpc: bool = False
 
 
 class Wire(Protocol):
@@ -120,15 +104,29 @@ def http_request(path: str, body: bytes, headers: dict[str, str]) -> bytes:
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
+@dataclass(frozen=True)
+class Load:
+    """What is asked. requests: canned, of `images` images each, in the form that `wire` sends.
+
+    users: connections that each wait for their answer. rate: None, or requests a second in all, due at random times
+    (Poisson) from when their latency counts, sent as soon as a connection is free.
+    """
+
+    port: int
+    requests: Sequence[bytes]
+    images: int = 1
+    users: int = 32
+    rate: float | None = None
+    wire: Callable[[int], Wire] = HttpWire
+
+
 def run(load: Load, seconds: float) -> Measured:
     """Ask for `seconds`, after a warm-up that is not counted. Raises LoadError, and OSError where nobody listens."""
-    from benchmarks.serving_grpc import GrpcWire
-
-    wires: list[Wire] = [(GrpcWire if load.grpc else HttpWire)(load.port) for _ in range(load.users)]
+    wires = [load.wire(load.port) for _ in range(load.users)]
     gc.collect()
     gc.disable()
-    begins = time.perf_counter() + WARM_UP * seconds
     began, used = time.perf_counter(), time.process_time()
+    begins = began + WARM_UP * seconds
     try:
         answers = _loop(wires, itertools.cycle(load.requests), begins + seconds, load.rate)
         own_share = (time.process_time() - used) / (time.perf_counter() - began)
@@ -136,25 +134,20 @@ def run(load: Load, seconds: float) -> Measured:
         gc.enable()
         for wire in wires:
             wire.sock.close()
-    return Measured(_rate(answers[:, 0], begins) * load.images, answers[answers[:, 0] >= begins, 1] * 1000, own_share)
-
-
-def _rate(times: np.ndarray, begins: float) -> float:
-    """Answers a second from the last one before `begins` to the last of all: a batch's answers come together.
-
-    Counting whole seconds instead would count a batch that was begun before, or ended after them, or not.
-    """
-    counted = times[times >= begins]
-    if not len(counted):
-        raise LoadError("no answer came in the time of a turn; give more --seconds")
-    since = times[times < begins].max(initial=0.0) or begins
-    return len(counted) / max(counted[-1] - since, 1e-6)
+    # Every answer came, some after the end; those count only where there is no other.
+    counted = answers[(answers[:, 0] >= begins) & (answers[:, 0] < begins + seconds)]
+    counted = counted if len(counted) else answers[-1:]
+    before = answers[answers[:, 0] < counted[0, 0], 0]
+    # A batch's answers come together, so time counts from the last answer before to the last of all: whole seconds
+    # would count a batch that was begun before, or ended after them, or not.
+    took = counted[-1, 0] - (before[-1] if len(before) else began)
+    return Measured(len(counted) * load.images / took, counted[:, 1] * 1000, own_share)
 
 
 def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: float | None) -> np.ndarray:
-    """When an answer came, and how long it took (s), [n,2]; returns when every connection is free again.
+    """When an answer came, and how long it took (s), [n,2]; asks until `ends`, and returns when all is answered.
 
-    Answers after `ends` are left out, and so are requests that were due but not sent by then.
+    Requests that were due but not sent by then are left out.
     """
     selector = selectors.EpollSelector()
     for wire in wires:
@@ -182,8 +175,7 @@ def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: f
             wire = key.data
             if wire.receive():
                 now = clock()
-                if now < ends:
-                    found.append((now, now - sent[wire]))
+                found.append((now, now - sent[wire]))
                 free.append(wire)
     selector.close()
     return np.array(found).reshape(-1, 2)

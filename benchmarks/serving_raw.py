@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from benchmarks.serving_load import WARM_UP, Measured
+from benchmarks.serving_load import WARM_UP, LoadError, Measured
 from benchmarks.serving_releases import Release
 from models.preprocess import preprocess
 
@@ -54,9 +54,12 @@ class Raw:
         theirs.close()
 
     def run(self, setting: Setting, seconds: float) -> Measured:
-        """One turn; latencies are those of a run of a batch, decoding included. Raises EOFError when it has died."""
-        self._connection.send((setting, seconds))
-        return Measured(*self._connection.recv())
+        """One turn; latencies are those of a run of a batch, decoding included. Raises LoadError when it has died."""
+        try:
+            self._connection.send((setting, seconds))
+            return Measured(*self._connection.recv())
+        except (EOFError, OSError) as error:
+            raise LoadError("raw ONNX Runtime ended; its process says why above") from error
 
     def best(self, tried: Sequence[Setting], seconds: float) -> tuple[Setting, dict[str, float]]:
         """The fastest setting, and the images/s of all."""

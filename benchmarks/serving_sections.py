@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import serving_load
-from benchmarks.serving_grpc import grpc_request
+from benchmarks.serving_grpc import GrpcWire, grpc_request
 from benchmarks.serving_load import Load, http_request
 from benchmarks.serving_peers import PEERS, serving, version_of
 from benchmarks.serving_raw import Raw, settings
@@ -183,7 +183,7 @@ def student_load(
         calls.append(Infer("student", inputs, {"logits": 0}))
     users = release.network.users if batch == 1 else LARGE_USERS
     if grpc:
-        return Load(port_of(server.grpc_url), [grpc_request(call) for call in calls], batch, users, grpc=True)
+        return Load(port_of(server.grpc_url), [grpc_request(call) for call in calls], batch, users, wire=GrpcWire)
     return Load(port_of(server.http_url), [as_http(call) for call in calls], batch, users)
 
 
