@@ -9,7 +9,7 @@ watched for a moment: what other work takes is in the tables too.
 
 The models are exports of untrained networks, made by the pipeline's stages, in the repository that `tailor repository`
 writes, on the Triton server that `tailor serve` starts. Each section's result is kept in --work, so that a run may be cut
-and gone on with; --fresh measures again.
+and gone on with, in parts with other --rounds too; --fresh measures again.
 
   python -m benchmarks.serving --only limit-resnet32 --rounds 3
   python -m benchmarks.serving --peers-python build/peers/bin/python --output benchmarks/results/serving-cpu.md
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -48,15 +47,15 @@ def chosen(patterns: list[str] | None) -> list[Section]:
 
 
 def result_of(section: Section, given: Given, fresh: bool) -> dict[str, Any]:
-    """A section's result: the one that is kept, where it was made with what is given now, else measured and kept."""
+    """A section's result: the one that is kept, unless `fresh`, else measured now and kept."""
     path = given.work / "results" / f"{given.device}-{section.name}.json"
-    made_with = {"seconds": given.seconds, "rounds": given.rounds}
     if not fresh and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["made_with"] == made_with:
-            return kept
-    started, load = time.strftime("%Y-%m-%d %H:%M"), os.getloadavg()
-    found = {"made_with": made_with, "started": started, "load": load, **section.measure(given)}
+        print(f"{section.name}: kept from {kept['started']}; --fresh measures again", file=sys.stderr)
+        return kept
+    made_with = {"seconds": given.seconds, "rounds": given.rounds}
+    started = time.strftime("%Y-%m-%d %H:%M")
+    found = {"made_with": made_with, "started": started, **section.measure(given)}
     if section.kind != "peer" or "turns" in found:  # a peer that is not installed may be later
         write_file(path, json.dumps(found, indent=1) + "\n")
     return found
@@ -109,16 +108,20 @@ def main(arguments: list[str] | None = None) -> int:
     given = Given(options.work, options.seconds, options.rounds, options.device, python)
     given.work.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.serving {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
-    try:
-        found = {section: result_of(section, given, options.fresh) for section in options.sections}
-    except (ServingError, LoadError) as error:
-        print(f"benchmarks.serving: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+    found, failed = {}, False
+    for section in options.sections:
+        try:
+            found[section] = result_of(section, given, options.fresh)
+        except (ServingError, LoadError) as error:
+            print(f"{section.name}: {error}", file=sys.stderr)
+            failed = True
+    if not found:
+        return 1
     text = report(command, given, found)
     print(text)
     if options.output:
         write_file(options.output, text + "\n")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ def run(load: Load, seconds: float) -> Measured:
     before = answers[answers[:, 0] < counted[0, 0], 0]
     # A batch's answers come together, so time counts from the last answer before to the last of all: whole seconds
     # would count a batch that was begun before, or ended after them, or not.
-    took = counted[-1, 0] - (before[-1] if len(before) else began)
+    span = counted[-1, 0] - (before[-1] if len(before) else began)
+    took = span if span > seconds / 2 else max(seconds, answers[-1, 0] - began)
     return Measured(len(counted) * load.images / took, counted[:, 1] * 1000, own_share)
 
 

@@ -51,7 +51,7 @@ LOCUST_HEADING = (
 
 def report(command: str, given: Given, found: Found) -> str:
     """The whole text, Markdown."""
-    parts = [head(command, given, found)]
+    parts = [head(command, found)]
     tables = [
         ("Against raw ONNX Runtime", LIMIT_HEADING, limit_rows(found)),
         ("Against other servers: `student` over HTTP, batch 1", PEER_HEADING, peer_rows(found, given)),
@@ -64,17 +64,20 @@ def report(command: str, given: Given, found: Found) -> str:
     return "\n".join([*parts, *([empty_gpu_rows()] if given.device == "cpu" else [])])
 
 
-def head(command: str, given: Given, found: Found) -> str:
+def head(command: str, found: Found) -> str:
     """Command, hardware, versions, and how quiet the machine was."""
     records = [record for result in found.values() for record in _records(result)]
     days = sorted({result["started"][:10] for result in found.values()})
-    stretched = given.seconds * NETWORKS["resnet50"].stretch
+    rounds = sorted({result["made_with"]["rounds"] for result in found.values()})
+    seconds = sorted(
+        {result["made_with"]["seconds"] * NETWORKS[section.network].stretch for section, result in found.items()}
+    )
     lines = [
         f"`{command}`",
         "",
         f"{processor()}; Triton 2.51 of nvidia-pytriton {version('nvidia-pytriton')}, onnxruntime {version('onnxruntime')}, "
         f"Python {platform.python_version()}, Linux {platform.release()}. Measured "
-        f"{' and '.join(days)}; turns of {given.seconds:g} s (ResNet-50 {stretched:g} s), {given.rounds} rounds.",
+        f"{' and '.join(days)}; turns of {_span(seconds)} s, {_span(rounds)} rounds.",
     ]
     if records:
         busy, load = sorted(record["busy"] for record in records), [record["load"] for record in records]
@@ -90,6 +93,8 @@ def head(command: str, given: Given, found: Found) -> str:
 def limit_rows(found: Found) -> Iterator[str]:
     for section, result in found.items():
         for side, (against, goals) in LIMITS.items() if section.kind == "limit" else ():
+            if side not in result["turns"]:
+                continue
             ours, limit = result["turns"][side], result["turns"][against]
             goal = f"≥ {goals[section.network]:.2f}" if section.network in goals else ""
             name = "`classifier`, HTTP, JPEG" if side == "classifier" else f"`student`, {side}"
@@ -150,8 +155,8 @@ def empty_gpu_rows() -> str:
     rows = [
         f"| {NETWORKS[section.network].name} | {side} | | | | | | | | | |"
         for section in sections()
-        for side in LIMITS
-        if section.kind == "limit" and section.network != "resnet20"
+        for side, (_, goals) in LIMITS.items()
+        if section.kind == "limit" and section.network in goals
     ]
     return "\n".join([
         "## On a GPU",
@@ -168,6 +173,10 @@ def _records(result: dict[str, Any]) -> Iterator[Record]:
     for turns in (result.get("turns", {}), result.get("half", {})):
         for records in turns.values():
             yield from records
+
+
+def _span(values: list[float]) -> str:
+    return f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
 
 
 def _speed(records: list[Record]) -> str:
