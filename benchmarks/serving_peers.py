@@ -25,7 +25,7 @@ from serving.ports import choose_ports
 FOLDER = Path(__file__).with_name("peers")
 REQUIREMENTS = Path(__file__).with_name("peers-requirements.txt")
 START_SECONDS = 120.0
-END_SECONDS = 15.0
+END_SECONDS = 5.0
 BOUNDARY = "benchmark-of-tailor"
 NO_REPORTS = {"BENTOML_DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1"}
 

@@ -21,7 +21,8 @@ from benchmarks.serving_load import WARM_UP, LoadError, Measured
 from benchmarks.serving_releases import Release
 from models.preprocess import preprocess
 
-SPINNING = 1.0  # seconds in which a session's threads go on looking for work after a run, and take it from the next side
+# A session's threads go on looking for work so many seconds after a run, and would take the cores from the next side.
+SPINNING = 1.0
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 
 
