@@ -22,6 +22,7 @@ from pipeline.checkpoint import ModelConfig, save_model
 from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
 from serving.atomic import whole_folder
 from serving.manifest import STUDENT_NAME, load_manifest
+from serving.model_config import Device, Placement
 from serving.repository import write_repository
 
 CLASSES = 10
@@ -35,6 +36,7 @@ class Network:
 
     size: of its input. photo: width and height of the JPEG files that the classifier is sent. users: how many wait for
     an answer at the same time. batches: what raw ONNX Runtime is tried with. stretch: how much longer its turns are.
+    instances: of `student`, which share the cores.
     """
 
     name: str
@@ -44,10 +46,12 @@ class Network:
     users: int
     batches: tuple[int, ...]
     stretch: float = 1.0
+    instances: int = 1
 
 
 NETWORKS = {
     "resnet32": Network("ResNet-32", "resnet32", 32, (32, 32), 32, (1, 8, 16, 32)),
+    "resnet32-two": Network("ResNet-32, 2 instances", "resnet32", 32, (32, 32), 32, (1, 8, 16, 32), instances=2),
     "resnet50": Network("ResNet-50", "torchvision/resnet50", 224, (500, 375), 8, (1, 4, 8), 2.0),
     # For trying the benchmark out: the stages and servers are the same, the network is next to nothing.
     "resnet20": Network("ResNet-20", "resnet20", 16, (16, 16), 8, (1, 8)),
@@ -66,14 +70,15 @@ class Release:
     photos: list[bytes]
 
 
-def release_of(key: str, work: Path, device: str = "cpu") -> Release:
+def release_of(key: str, work: Path, device: Device = "cpu") -> Release:
     """The release of a network, made in `work` where it is not there yet."""
     network = NETWORKS[key]
     folder = work.absolute() / key
     if not (folder / EXPORT / "manifest.json").is_file():
         make_export(network, folder)
     load_manifest(folder / EXPORT)  # its files are still what it says
-    repository = write_repository(folder / EXPORT, folder / f"{REPOSITORY}-{device}", device)
+    placement = Placement(device, instances=network.instances)
+    repository = write_repository(folder / EXPORT, folder / f"{REPOSITORY}-{device}", placement)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (IMAGES, 3, network.size, network.size), dtype=np.uint8)
     photos = [photo(generator, *network.photo) for _ in range(IMAGES)]

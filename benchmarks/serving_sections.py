@@ -25,6 +25,7 @@ from serving.client import Client
 from serving.connection import Connection
 from serving.load.plan import LoadPlan
 from serving.loadtest import run as loadtest
+from serving.model_config import Device
 from serving.server import TritonServer
 
 LARGE, LARGE_USERS = 8, 8  # images in a large request, and how many wait with one
@@ -38,7 +39,7 @@ class Given:
     work: Path
     seconds: float
     rounds: int
-    device: str
+    device: Device
     peers_python: Path | None
 
 
@@ -64,7 +65,7 @@ def sections() -> list[Section]:
     found = []
     for network in NETWORKS:
         found.append(Section("limit", network))
-        if network != "resnet50":  # where the network hides what surrounds it, nothing would be seen
+        if network in ("resnet32", TRIAL):  # where a larger network hides what surrounds it, nothing would be seen
             found += [Section("adjustment", network), Section("locust", network)]
         found += [Section("peer", network, peer) for peer in PEERS]
     return sorted(found, key=lambda section: section.network == TRIAL)
