@@ -46,9 +46,14 @@ def chosen(patterns: list[str] | None) -> list[Section]:
     return [section for section in known if any(fnmatch(section.name, pattern) for pattern in patterns)]
 
 
+def kept_at(section: Section, given: Given) -> Path:
+    """Where a section's result is kept."""
+    return given.work / "results" / f"{given.device}-{section.name}.json"
+
+
 def result_of(section: Section, given: Given, fresh: bool) -> dict[str, Any]:
     """A section's result: the one that is kept, unless `fresh`, else measured now and kept."""
-    path = given.work / "results" / f"{given.device}-{section.name}.json"
+    path = kept_at(section, given)
     if not fresh and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         print(f"{section.name}: kept from {kept['started']}; --fresh measures again", file=sys.stderr)
@@ -80,6 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=list(PROVIDERS), default="cpu", help="where ONNX Runtime computes")
     parser.add_argument("--peers-python", type=Path, help="Python of the environment that has the peers")
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="default: %(default)s")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the tables of what is kept in --work")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept in --work")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     options = parser.parse_args(arguments)
@@ -110,14 +116,19 @@ def main(arguments: list[str] | None = None) -> int:
     command = f"python -m benchmarks.serving {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     found, failed = {}, False
     for section in options.sections:
+        if options.kept and not kept_at(section, given).is_file():
+            continue
         try:
             found[section] = result_of(section, given, options.fresh)
         except (ServingError, LoadError) as error:
             print(f"{section.name}: {error}", file=sys.stderr)
             failed = True
     if not found:
+        print("benchmarks.serving: no section has a result", file=sys.stderr)
         return 1
     text = report(command, given, found)
+    if missing := [section.name for section in options.sections if section not in found]:
+        text += f"\n\nNot measured yet: `python -m benchmarks.serving --only {' '.join(missing)}`."
     print(text)
     if options.output:
         write_file(options.output, text + "\n")
