@@ -1,0 +1,127 @@
+"""gRPC as the load generator speaks it: one HTTP/2 connection, one prepared call at a time, no library between.
+
+gRPC's own client takes a multiple of this per call, and it would take it from the server's cores.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from benchmarks.serving_load import READ, LoadError, connect, send_all
+from serving.calls import SERVICE, Infer
+
+DATA, HEADERS, RESET, SETTINGS, PING, GO_AWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8  # RFC 9113, section 6
+END_STREAM = ACK = 0x1
+END_HEADERS = 0x4
+INITIAL_WINDOW = 0x4  # the setting
+FRAME_BYTES = 16384  # what a peer takes that has not said otherwise
+WINDOW, OWN_WINDOW = 65535, 1 << 30
+
+
+def grpc_request(call: Infer) -> bytes:
+    """A call's message with gRPC's prefix: not compressed, its length."""
+    return struct.pack(">BI", 0, len(call.message)) + call.message
+
+
+class GrpcWire:
+    """Calls ModelInfer, one at a time."""
+
+    def __init__(self, port: int) -> None:
+        self.sock = connect(port)
+        self._head = _header_block(SERVICE + Infer.rpc, f"127.0.0.1:{port}")
+        self._got, self._stream, self._answered = bytearray(), -1, 0
+        self._window, self._stream_window, self._initial = WINDOW, 0, WINDOW
+        self._left = memoryview(b"")  # of the request, what the server's windows do not let through yet
+        settings = struct.pack(">HI", INITIAL_WINDOW, OWN_WINDOW)
+        opening = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0, settings)
+        send_all(self.sock, opening + _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", OWN_WINDOW)))
+
+    def send(self, request: bytes) -> None:
+        self._stream += 2
+        self._answered, self._left, self._stream_window = 0, memoryview(request), self._initial
+        self._pump(_frame(HEADERS, END_HEADERS, self._stream, self._head))
+
+    def receive(self) -> bool:
+        data = self.sock.recv(READ)
+        if not data:
+            raise LoadError("the server closed a connection")
+        self._got += data
+        place, done, answer = 0, False, b""
+        while len(self._got) >= place + 9:
+            size = int.from_bytes(self._got[place : place + 3], "big")
+            if len(self._got) < place + 9 + size:
+                break
+            kind, flags = self._got[place + 3], self._got[place + 4]
+            stream = int.from_bytes(self._got[place + 5 : place + 9], "big")
+            payload = bytes(self._got[place + 9 : place + 9 + size])
+            place += 9 + size
+            if kind == DATA:
+                self._answered += size
+                answer += _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", size)) if size else b""
+            elif kind in (RESET, GO_AWAY):
+                raise LoadError("the server ended a gRPC call or connection")
+            elif kind == HEADERS and flags & END_STREAM:
+                done = True
+            else:
+                answer += self._control(kind, flags, stream, payload)
+        del self._got[:place]
+        if done and not self._answered:  # trailers alone: a status that is not OK
+            raise LoadError("a gRPC call was refused")
+        if answer or self._left:
+            self._pump(answer)
+        return done
+
+    def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        """Take in a frame that is no answer; what must be said to it."""
+        if kind == SETTINGS and not flags & ACK:
+            for place in range(0, len(payload), 6):
+                name, value = struct.unpack_from(">HI", payload, place)
+                if name == INITIAL_WINDOW:
+                    self._stream_window += value - self._initial
+                    self._initial = value
+            return _frame(SETTINGS, ACK, 0, b"")
+        if kind == WINDOW_UPDATE:
+            more = int.from_bytes(payload, "big")
+            if stream == 0:
+                self._window += more
+            elif stream == self._stream:
+                self._stream_window += more
+        if kind == PING and not flags & ACK:
+            return _frame(PING, ACK, 0, payload)
+        return b""
+
+    def _pump(self, first: bytes) -> None:
+        """Send `first`, and of the request as much as the windows let through."""
+        parts = [first]
+        while self._left and (size := min(len(self._left), self._window, self._stream_window, FRAME_BYTES)) > 0:
+            last = END_STREAM if size == len(self._left) else 0
+            parts.append(_frame(DATA, last, self._stream, self._left[:size]))
+            self._left = self._left[size:]
+            self._window -= size
+            self._stream_window -= size
+        send_all(self.sock, b"".join(parts))
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes | memoryview) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def _header_block(path: str, authority: str) -> bytes:
+    """The header fields of every call, by HPACK's static table and literals (RFC 7541)."""
+
+    def text(value: str) -> bytes:
+        return bytes([len(value)]) + value.encode()  # below 127 bytes each
+
+    method_and_scheme = bytes([0x83, 0x86])  # POST, http
+    content_type = bytes([0x0F, 0x10]) + text("application/grpc")
+    return (
+        method_and_scheme
+        + b"\x04"
+        + text(path)
+        + b"\x01"
+        + text(authority)
+        + content_type
+        + b"\x00"
+        + text("te")
+        + text("trailers")
+    )

@@ -1,0 +1,191 @@
+"""The load of benchmarks.serving: prepared bytes over kept connections, answers timed and counted, nothing parsed twice.
+
+It shares the cores with what it measures, so it is one thread around epoll, and says how much of the time it computed.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+PATIENCE = 30.0  # seconds without any answer
+WARM_UP = 0.25  # share of the time that is run before it counts
+READ = 1 << 18
+
+
+class LoadError(Exception):
+    """The server did not answer, or not with success; the message says what came."""
+
+
+@dataclass
+class Measured:
+    """One turn: images answered per second, latencies (ms) of the requests, the generator's share of one core."""
+
+    rate: float
+    latencies: np.ndarray = field(repr=False)
+    own_share: float
+
+    def quantile(self, share: float) -> float:
+        return float(np.quantile(self.latencies, share))
+
+
+class Wire(Protocol):
+    """A connection with at most one request on it."""
+
+    sock: socket.socket
+
+    def send(self, request: bytes) -> None: ...
+
+    def receive(self) -> bool:
+        """Take in what has come; whether the answer is whole now. Raises LoadError for one that is no success."""
+
+
+class HttpWire:
+    """HTTP/1.1; a request is head and body as they are sent."""
+
+    def __init__(self, port: int) -> None:
+        self.sock = connect(port)
+        self._got = bytearray()
+        self._ends: int | None = None
+
+    def send(self, request: bytes) -> None:
+        send_all(self.sock, request)
+
+    def receive(self) -> bool:
+        data = self.sock.recv(READ)
+        if not data:
+            raise LoadError("the server closed a connection")
+        self._got += data
+        if self._ends is None and (end := self._got.find(b"\r\n\r\n")) >= 0:
+            self._ends = end + 4 + content_length(self._got[: end + 2])
+        if self._ends is None or len(self._got) < self._ends:
+            return False
+        self._got.clear()
+        self._ends = None
+        return True
+
+
+def content_length(head: bytearray) -> int:
+    """Bytes of a successful answer's body. Raises LoadError for another."""
+    if head[9:12] != b"200":
+        raise LoadError(f"the server answered {head.partition(b'HTTP/1.1 ')[2][:60].decode('latin-1').splitlines()[0]}")
+    place = head.lower().find(b"\r\ncontent-length:")
+    if place < 0:
+        raise LoadError("answered without Content-Length")
+    return int(head[place + 17 : head.find(b"\r", place + 2)])
+
+
+def connect(port: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """sendall, whose timeout is a LoadError."""
+    try:
+        sock.sendall(data)
+    except OSError as error:
+        raise LoadError(f"a request could not be sent: {error}") from error
+
+
+def http_request(path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """A POST as it goes over the wire."""
+    lines = {"host": "127.0.0.1", "content-length": str(len(body)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked. requests: canned, of `images` images each, in the form that `wire` sends.
+
+    users: connections that each wait for their answer. rate: None, or requests a second in all, due at random times
+    (Poisson) from when their latency counts, sent as soon as a connection is free.
+    """
+
+    port: int
+    requests: Sequence[bytes]
+    images: int = 1
+    users: int = 32
+    rate: float | None = None
+    wire: Callable[[int], Wire] = HttpWire
+
+
+def run(load: Load, seconds: float) -> Measured:
+    """Ask for `seconds`, after a warm-up that is not counted. Raises LoadError, and OSError where nobody listens."""
+    wires = [load.wire(load.port) for _ in range(load.users)]
+    gc.collect()
+    gc.disable()
+    began, used = time.perf_counter(), time.process_time()
+    begins = began + WARM_UP * seconds
+    try:
+        answers = _loop(wires, itertools.cycle(load.requests), begins + seconds, load.rate)
+        own_share = (time.process_time() - used) / (time.perf_counter() - began)
+    finally:
+        gc.enable()
+        for wire in wires:
+            wire.sock.close()
+    # Every answer came, some after the end; those count only where there is no other.
+    counted = answers[(answers[:, 0] >= begins) & (answers[:, 0] < begins + seconds)]
+    counted = counted if len(counted) else answers[-1:]
+    before = answers[answers[:, 0] < counted[0, 0], 0]
+    # A batch's answers come together, so time counts from the last answer before to the last of all: whole seconds
+    # would count a batch that was begun before, or ended after them, or not.
+    span = counted[-1, 0] - (before[-1] if len(before) else began)
+    took = span if span > seconds / 2 else max(seconds, answers[-1, 0] - began)
+    return Measured(len(counted) * load.images / took, counted[:, 1] * 1000, own_share)
+
+
+def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: float | None) -> np.ndarray:
+    """When an answer came, and how long it took (s), [n,2]; asks until `ends`, and returns when all is answered.
+
+    Requests that were due but not sent by then are left out.
+    """
+    selector = selectors.EpollSelector()
+    for wire in wires:
+        selector.register(wire.sock, selectors.EVENT_READ, wire)
+    free, sent, clock = list(wires), {}, time.perf_counter
+    due = arrivals(clock(), rate) if rate else None
+    next_due = next(due) if due else 0.0
+    found: list[tuple[float, float]] = []
+    while True:
+        now = clock()
+        while free and next_due <= now < ends:
+            wire = free.pop()
+            # Of a closed loop a request is due when it is sent.
+            sent[wire] = next_due if due else clock()
+            wire.send(next(requests))
+            if due:
+                next_due = next(due)
+        if now >= ends and len(free) == len(wires):
+            break
+        idle = due and free and now < ends
+        ready = selector.select(max(0.0, min(next_due, ends) - now) if idle else PATIENCE)
+        if not ready and not idle:
+            raise LoadError(f"no answer for {PATIENCE:g} s")
+        for key, _ in ready:
+            wire = key.data
+            if wire.receive():
+                now = clock()
+                found.append((now, now - sent[wire]))
+                free.append(wire)
+    selector.close()
+    return np.array(found).reshape(-1, 2)
+
+
+def arrivals(start: float, rate: float) -> Iterator[float]:
+    """Times of a Poisson process, the same gaps each time."""
+    generator = np.random.default_rng(0)
+    while True:
+        for gap in generator.exponential(1 / rate, 1024):
+            start += gap
+            yield start

@@ -1,0 +1,138 @@
+"""The limit that a server is held against: ONNX Runtime in a process, with nothing around it, at its best setting.
+
+It runs in a process of its own, which computes only in its turns. Pixels are ready, or JPEG files are decoded as the
+classifier decodes them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from benchmarks.serving_load import WARM_UP, LoadError, Measured
+from benchmarks.serving_releases import Release
+from models.preprocess import preprocess
+
+# A session's threads go on looking for work so many seconds after a run, and would take the cores from the next side.
+SPINNING = 1.0
+PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """So many sessions that run at the same time, threads in each, images in a run, JPEG files or pixels."""
+
+    sessions: int
+    threads: int
+    batch: int
+    decode: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.sessions} x {self.threads} threads, batch {self.batch}"
+
+
+def settings(cores: int, batches: Sequence[int], decode: bool) -> list[Setting]:
+    """What is tried: a session on all cores, and a session a core."""
+    ways = sorted({(cores, 1), (1, cores)})
+    return [Setting(*way, batch, decode) for way, batch in product(ways, batches)]
+
+
+class Raw:
+    """The process with the sessions. A context manager."""
+
+    def __init__(self, release: Release, device: str = "cpu") -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, release, device), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self, setting: Setting, seconds: float) -> Measured:
+        """One turn; latencies are those of a run of a batch, decoding included. Raises LoadError when it has died."""
+        try:
+            self._connection.send((setting, seconds))
+            found = Measured(*self._connection.recv())
+        except (EOFError, OSError) as error:
+            raise LoadError("raw ONNX Runtime ended; its process says why above") from error
+        if setting.threads > 1:
+            time.sleep(SPINNING)
+        return found
+
+    def best(self, tried: Sequence[Setting], seconds: float) -> tuple[Setting, dict[str, float]]:
+        """The fastest setting, and the images/s of all."""
+        rates = {setting: self.run(setting, seconds).rate for setting in tried}
+        return max(rates, key=lambda setting: rates[setting]), {str(setting): rate for setting, rate in rates.items()}
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.join(5)
+        self._process.terminate()
+
+
+def _work(connection: Connection, release: Release, device: str) -> None:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    made: dict[tuple[int, int], list[onnxruntime.InferenceSession]] = {}
+    while True:
+        try:
+            setting, seconds = connection.recv()
+        except EOFError:
+            return
+        key = (setting.sessions, setting.threads)
+        if key not in made:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = setting.threads
+            providers = [PROVIDERS[device]]
+            made[key] = [
+                onnxruntime.InferenceSession(str(release.graph), options, providers=providers)
+                for _ in range(setting.sessions)
+            ]
+        connection.send(_turn(made[key], release, setting, seconds))
+
+
+def _turn(sessions: list, release: Release, setting: Setting, seconds: float) -> tuple[float, np.ndarray, float]:
+    """Images/s, milliseconds of the runs, and 0: there is no generator."""
+    begins = time.perf_counter() + WARM_UP * seconds
+    rates, latencies = [0.0] * len(sessions), [[] for _ in sessions]
+
+    def loop(number: int) -> None:
+        runs, started, last = 0, 0.0, 0.0
+        while not latencies[number] or last < begins + seconds:
+            begin = time.perf_counter()
+            _infer(sessions[number], release, setting, runs * setting.batch)
+            last = time.perf_counter()
+            if begin >= begins:
+                started = started or begin
+                latencies[number].append((last - begin) * 1000)
+            runs += 1
+        rates[number] = len(latencies[number]) * setting.batch / max(last - started, 1e-6)
+
+    threads = [threading.Thread(target=loop, args=(number,)) for number in range(len(sessions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(rates), np.concatenate([np.array(each) for each in latencies]), 0.0
+
+
+def _infer(session: object, release: Release, setting: Setting, start: int) -> None:
+    chosen = [(start + place) % len(release.pixels) for place in range(setting.batch)]
+    if setting.decode:
+        size = release.network.size
+        images = np.stack([preprocess(release.photos[place], size, size) for place in chosen])
+    else:
+        images = release.pixels[chosen]
+    strength = np.zeros((setting.batch, 1), dtype=np.float32)
+    session.run(["logits"], {"image": images, "strength": strength})  # type: ignore[attr-defined]

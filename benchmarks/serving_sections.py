@@ -1,0 +1,206 @@
+"""The sections of benchmarks.serving: what each starts, which sides take turns in it, what it leaves behind."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import serving_load
+from benchmarks.serving_grpc import GrpcWire, grpc_request
+from benchmarks.serving_load import Load, http_request
+from benchmarks.serving_peers import PEERS, serving, version_of
+from benchmarks.serving_raw import Raw, settings
+from benchmarks.serving_releases import NETWORKS, TRIAL, Release, release_of
+from benchmarks.serving_turns import Side, in_rounds, median
+from serving.calls import Infer
+from serving.client import Client
+from serving.connection import Connection
+from serving.load.plan import LoadPlan
+from serving.loadtest import run as loadtest
+from serving.model_config import Device
+from serving.server import TritonServer
+
+LARGE, LARGE_USERS = 8, 8  # images in a large request, and how many wait with one
+SEARCH = 0.5  # of a turn's seconds, for each setting that is tried
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a section is made with."""
+
+    work: Path
+    seconds: float
+    rounds: int
+    device: Device
+    peers_python: Path | None
+
+
+@dataclass(frozen=True)
+class Section:
+    """One thing that is measured in one go and kept. kind: what it compares. peer: a key of PEERS, where it has one."""
+
+    kind: str
+    network: str
+    peer: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "-".join(part for part in (self.kind, self.peer, self.network) if part)
+
+    def measure(self, given: Given) -> dict[str, Any]:
+        release = release_of(self.network, given.work, given.device)
+        return MEASURES[self.kind](self, given, release)
+
+
+def sections() -> list[Section]:
+    """All that there are, the trial network's last."""
+    found = []
+    for network in NETWORKS:
+        found.append(Section("limit", network))
+        if network in ("resnet32", TRIAL):  # where a larger network hides what surrounds it, nothing would be seen
+            found += [Section("adjustment", network), Section("locust", network)]
+        found += [Section("peer", network, peer) for peer in PEERS]
+    return sorted(found, key=lambda section: section.network == TRIAL)
+
+
+def measure_limit(section: Section, given: Given, release: Release) -> dict[str, Any]:
+    """Raw ONNX Runtime against `student`, decoding and inference against `classifier`."""
+    cores, seconds = len(os.sched_getaffinity(0)), given.seconds * release.network.stretch
+    with Raw(release, given.device) as raw, tailor(release, given) as server:
+        best, tried = raw.best(settings(cores, release.network.batches, False), SEARCH * seconds)
+        best_decoding, tried_decoding = raw.best(settings(cores, release.network.batches, True), SEARCH * seconds)
+        sides: dict[str, Side] = {
+            "raw": functools.partial(raw.run, best),
+            "HTTP, batch 1": student(server, release),
+            "HTTP, batch 8": student(server, release, LARGE),
+            "gRPC, batch 1": student(server, release, grpc=True),
+            "decode and infer": functools.partial(raw.run, best_decoding),
+            "classifier": classifier(server, release, ["balanced"]),
+        }
+        if section.network == "resnet50":  # a request of eight adds nothing where one image takes its time
+            del sides["HTTP, batch 8"]
+        turns = in_rounds(section.name, sides, given.rounds, seconds)
+    found = {"raw": {"best": str(best), "tried": tried}}
+    found["decode and infer"] = {"best": str(best_decoding), "tried": tried_decoding}
+    return {"limits": found, "turns": turns}
+
+
+def measure_adjustment(section: Section, given: Given, release: Release) -> dict[str, Any]:
+    """What a request's prior costs."""
+    own = np.full(10, 0.1)
+    with tailor(release, given) as server:
+        sides = {
+            "student, strength 0": student(server, release),
+            "student, strength 1": student(server, release, strength=1.0),
+            "classifier, balanced": classifier(server, release, ["balanced"]),
+            "classifier, train": classifier(server, release, ["train"]),
+            "classifier, mixed strengths": classifier(server, release, ["balanced", "train", 0.5, -1.0]),
+            "classifier, a third with a prior of its own": classifier(server, release, ["balanced", "train", own]),
+        }
+        return {"turns": in_rounds(section.name, sides, given.rounds, given.seconds)}
+
+
+def measure_locust(section: Section, given: Given, release: Release) -> dict[str, Any]:  # noqa: ARG001
+    """What `tailor loadtest` finds of itself: Locust and a bare client with the same requests, one after the other."""
+    folder = given.work.absolute() / "locust"
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for number, photo in enumerate(release.photos):
+        (folder / "images" / f"{number}.jpg").write_bytes(photo)
+    found = {}
+    with tailor(release, given) as server:
+        for protocol, url in (("HTTP", server.http_url), ("gRPC", server.grpc_url)):
+            plan = LoadPlan(Connection(url), folder / "images", users=16, seconds=max(2, round(given.seconds)))
+            found[protocol] = loadtest(plan, folder / protocol, True, lambda *_: None)["overhead"]
+    return {"overhead": found}
+
+
+def measure_peer(section: Section, given: Given, release: Release) -> dict[str, Any]:
+    """A peer against `student` over HTTP, batch 1: at saturation, then both at half the peer's own rate."""
+    peer, python = PEERS[section.peer or ""], given.peers_python
+    if python is None or (version := version_of(peer, python)) is None:
+        return {}
+    users, seconds = release.network.users, given.seconds * release.network.stretch
+    log = given.work.absolute() / f"{section.name}.log"
+    with tailor(release, given) as server, serving(peer, python, release, users, log) as running:
+
+        def theirs(load: Load, seconds: float) -> serving_load.Measured:
+            running.go_on()
+            try:
+                return serving_load.run(load, seconds)
+            finally:
+                running.pause()
+
+        running.pause()
+        ours = student_load(server, release)
+        sides = {"Tailor": asked(ours), "peer": functools.partial(theirs, running.load)}
+        full = in_rounds(section.name, sides, given.rounds, seconds)
+        rate = median(full["peer"], "rate") / 2
+        paced = {
+            "Tailor": asked(Load(ours.port, ours.requests, 1, users, rate)),
+            "peer": functools.partial(theirs, Load(running.load.port, running.load.requests, 1, users, rate)),
+        }
+        half = in_rounds(f"{section.name} at half load", paced, given.rounds, seconds)
+    return {"version": version, "turns": full, "half": half, "half_rate": rate}
+
+
+MEASURES: dict[str, Callable[[Section, Given, Release], dict[str, Any]]] = {
+    "limit": measure_limit,
+    "adjustment": measure_adjustment,
+    "locust": measure_locust,
+    "peer": measure_peer,
+}
+
+
+@contextmanager
+def tailor(release: Release, given: Given) -> Iterator[TritonServer]:
+    """The release as `tailor serve` serves it, on free ports."""
+    log = given.work.absolute() / "triton.log"
+    with TritonServer(release.repository, http_port=0, grpc_port=0, metrics_port=0, log=log) as server:
+        yield server
+
+
+def asked(load: Load) -> Side:
+    return functools.partial(serving_load.run, load)
+
+
+def student(server: TritonServer, release: Release, batch: int = 1, strength: float = 0.0, grpc: bool = False) -> Side:
+    return asked(student_load(server, release, batch, strength, grpc))
+
+
+def student_load(
+    server: TritonServer, release: Release, batch: int = 1, strength: float = 0.0, grpc: bool = False
+) -> Load:
+    """`student` asked for logits."""
+    calls = []
+    for start in range(0, len(release.pixels), batch):
+        strengths = np.full((batch, 1), strength, dtype=np.float32)
+        inputs = {"image": release.pixels[start : start + batch], "strength": strengths}
+        calls.append(Infer("student", inputs, {"logits": 0}))
+    users = release.network.users if batch == 1 else LARGE_USERS
+    if grpc:
+        return Load(port_of(server.grpc_url), [grpc_request(call) for call in calls], batch, users, wire=GrpcWire)
+    return Load(port_of(server.http_url), [as_http(call) for call in calls], batch, users)
+
+
+def classifier(server: TritonServer, release: Release, priors: list[Any]) -> Side:
+    """`classifier` asked over HTTP for one JPEG file a request, under these priors in turn."""
+    with Client(server.http_url) as client:
+        pairs = itertools.islice(zip(itertools.cycle(release.photos), itertools.cycle(priors), strict=False), 96)
+        requests = [as_http(client.request([photo], prior)) for photo, prior in pairs]
+    return asked(Load(port_of(server.http_url), requests, 1, release.network.users))
+
+
+def as_http(call: Infer) -> bytes:
+    return http_request(call.http.path, call.http.body or b"", dict(call.http.headers))
+
+
+def port_of(url: str) -> int:
+    return Connection(url).port

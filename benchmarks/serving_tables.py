@@ -1,0 +1,195 @@
+"""What benchmarks.serving prints: a table of ratios for each kind of comparison."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from benchmarks.machine import processor
+from benchmarks.serving_peers import PEERS, how_to_install
+from benchmarks.serving_releases import NETWORKS
+from benchmarks.serving_sections import Given, Section, sections
+from benchmarks.serving_turns import Record, median, ratios
+
+Found = Mapping[Section, dict[str, Any]]
+# Side → what it is held against, and the goal of the ratio by network.
+LIMITS = {
+    "HTTP, batch 1": ("raw", {"resnet32": 0.88, "resnet32-two": 0.88, "resnet50": 0.97}),
+    "HTTP, batch 8": ("raw", {"resnet32": 0.97, "resnet32-two": 0.97}),
+    "gRPC, batch 1": ("raw", {"resnet32": 0.78, "resnet32-two": 0.78, "resnet50": 0.97}),
+    "classifier": ("decode and infer", {"resnet32": 0.75, "resnet32-two": 0.75, "resnet50": 0.95}),
+}
+# Side → what it is held against, and the largest cost that is allowed.
+COSTS = {
+    "student, strength 1": ("student, strength 0", 0.01),
+    "classifier, train": ("classifier, balanced", 0.01),
+    "classifier, mixed strengths": ("classifier, balanced", 0.02),
+    "classifier, a third with a prior of its own": ("classifier, balanced", 0.02),
+}
+PEER_GOALS = {(network, peer): 2.5 for network in ("resnet32", "resnet32-two") for peer in ("litserve", "bentoml")}
+PEER_GOALS |= {("resnet50", peer): 1.05 for peer in PEERS}
+LIMIT_HEADING = (
+    "| network | asked | images/s | p50 ms | p99 ms | limit images/s | ratio | smallest to largest | goal | generator "
+    "| others |\n|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+)
+COST_HEADING = (
+    "| network | asked | images/s | p50 ms | p99 ms | against | cost | smallest to largest | goal | others |\n"
+    "|---|---|--:|--:|--:|---|--:|--:|--:|--:|"
+)
+PEER_HEADING = (
+    "| network | peer | its images/s | p50 / p99 ms | Tailor's images/s | p50 / p99 ms | ratio | smallest to largest | goal "
+    "| half load, images/s | its p99 ms | Tailor's p99 ms | others |\n|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+)
+LOCUST_HEADING = (
+    "| network | protocol | Locust, requests/s | bare client, requests/s | ratio | Locust, CPU ms a request | bare client |\n"
+    "|---|---|--:|--:|--:|--:|--:|"
+)
+
+
+def report(command: str, given: Given, found: Found) -> str:
+    """The whole text, Markdown."""
+    parts = [head(command, found)]
+    tables = [
+        ("Against raw ONNX Runtime", LIMIT_HEADING, limit_rows(found)),
+        ("Against other servers: `student` over HTTP, batch 1", PEER_HEADING, peer_rows(found, given)),
+        ("What a request's prior costs", COST_HEADING, cost_rows(found)),
+        ("What Locust costs, with 16 users on `classifier`", LOCUST_HEADING, locust_rows(found)),
+    ]
+    for title, heading, rows in tables:
+        if lines := list(rows):
+            parts += [f"## {title}", "", heading, *lines, *(limit_lines(found) if heading == LIMIT_HEADING else []), ""]
+    return "\n".join([*parts, *([empty_gpu_rows()] if given.device == "cpu" else [])])
+
+
+def head(command: str, found: Found) -> str:
+    """Command, hardware, versions, and how quiet the machine was."""
+    records = [record for result in found.values() for record in _records(result)]
+    days = sorted({result["started"][:10] for result in found.values()})
+    rounds = sorted({result["made_with"]["rounds"] for result in found.values()})
+    seconds = sorted(
+        {result["made_with"]["seconds"] * NETWORKS[section.network].stretch for section, result in found.items()}
+    )
+    lines = [
+        f"`{command}`",
+        "",
+        f"{processor()}; Triton 2.51 of nvidia-pytriton {version('nvidia-pytriton')}, onnxruntime {version('onnxruntime')}, "
+        f"Python {platform.python_version()}, Linux {platform.release()}. Measured "
+        f"{' and '.join(days)}; turns of {_span(seconds)} s, {_span(rounds)} rounds.",
+    ]
+    if records:
+        busy, load = sorted(record["busy"] for record in records), [record["load"] for record in records]
+        lines.append(
+            f"Other work on the cores, watched before each of the {len(records)} turns: {busy[len(busy) // 2]:.0%} of them in "
+            f"the median, {busy[-1]:.0%} at most; load average {min(load):.2f} to {max(load):.2f}, our own included. "
+            "In the tables, others is the largest share before a turn of that row, generator what the load generator took of "
+            "all cores in its turns."
+        )
+    return "\n".join([*lines, ""])
+
+
+def limit_rows(found: Found) -> Iterator[str]:
+    for section, result in found.items():
+        for side, (against, goals) in LIMITS.items() if section.kind == "limit" else ():
+            if side not in result["turns"]:
+                continue
+            ours, limit = result["turns"][side], result["turns"][against]
+            goal = f"≥ {goals[section.network]:.2f}" if section.network in goals else ""
+            name = "`classifier`, HTTP, JPEG" if side == "classifier" else f"`student`, {side}"
+            yield (
+                f"| {NETWORKS[section.network].name} | {name} | {_speed(ours)} | {median(limit, 'rate'):,.0f} "
+                f"| {_ratio(ratios(ours, limit))} | {goal} | {median(ours, 'own'):.1%} | {_others(ours, limit)} |"
+            )
+
+
+def limit_lines(found: Found) -> Iterator[str]:
+    """Which settings were tried for the limit, and which is the best."""
+    for section, result in found.items():
+        for limit, search in result.get("limits", {}).items():
+            tried = ", ".join(f"{setting}: {rate:,.0f}" for setting, rate in search["tried"].items())
+            yield f"\n{NETWORKS[section.network].name}, {limit}: best at {search['best']} (images/s when tried: {tried})."
+
+
+def cost_rows(found: Found) -> Iterator[str]:
+    for section, result in found.items():
+        for side, (against, goal) in COSTS.items() if section.kind == "adjustment" else ():
+            ours, plain = result["turns"][side], result["turns"][against]
+            costs = [1 - ratio for ratio in ratios(ours, plain)]
+            yield (
+                f"| {NETWORKS[section.network].name} | {side} | {_speed(ours)} | {against} | {statistics.median(costs):.1%} "
+                f"| {min(costs):.1%} to {max(costs):.1%} | ≤ {goal:.0%} | {_others(ours, plain)} |"
+            )
+
+
+def peer_rows(found: Found, given: Given) -> Iterator[str]:
+    for section, result in found.items():
+        if section.kind != "peer":
+            continue
+        network, peer = NETWORKS[section.network].name, PEERS[section.peer or ""].name
+        if "turns" not in result:
+            yield f"| {network} | {peer} | not installed: {how_to_install(given.peers_python)} {'| ' * 11}"
+            continue
+        theirs, ours, half = result["turns"]["peer"], result["turns"]["Tailor"], result["half"]
+        goal = PEER_GOALS.get((section.network, section.peer or ""))
+        yield (
+            f"| {network} | {peer} {result['version']} | {median(theirs, 'rate'):,.0f} | {_latency(theirs)} "
+            f"| {median(ours, 'rate'):,.0f} | {_latency(ours)} | {_ratio(ratios(ours, theirs))} "
+            f"| {f'≥ {goal:g}' if goal else ''} | {result['half_rate']:,.0f} | {median(half['peer'], 'p99'):.1f} "
+            f"| {median(half['Tailor'], 'p99'):.1f} | {_others(ours, theirs, *half.values())} |"
+        )
+
+
+def locust_rows(found: Found) -> Iterator[str]:
+    for section, result in found.items():
+        for protocol, cost in result.get("overhead", {}).items():
+            yield (
+                f"| {NETWORKS[section.network].name} | {protocol} | {cost['locust_rps']:,.0f} | {cost['bare_rps']:,.0f} "
+                f"| {cost['locust_rps'] / cost['bare_rps']:.2f} | {cost['locust_ms']:.3f} | {cost['bare_ms']:.3f} |"
+            )
+
+
+def empty_gpu_rows() -> str:
+    """What is still to be measured, with the command."""
+    rows = [
+        f"| {NETWORKS[section.network].name} | {side} | | | | | | | | | |"
+        for section in sections()
+        for side, (_, goals) in LIMITS.items()
+        if section.kind == "limit" and section.network in goals
+    ]
+    return "\n".join([
+        "## On a GPU",
+        "",
+        "Not run yet, none was at hand. `python -m benchmarks.serving --device gpu --only 'limit-*' --output "
+        "benchmarks/results/serving-gpu.md` fills these rows, where onnxruntime-gpu is installed.",
+        "",
+        LIMIT_HEADING,
+        *rows,
+    ])  # fmt: skip
+
+
+def _records(result: dict[str, Any]) -> Iterator[Record]:
+    for turns in (result.get("turns", {}), result.get("half", {})):
+        for records in turns.values():
+            yield from records
+
+
+def _span(values: list[float]) -> str:
+    return f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _speed(records: list[Record]) -> str:
+    return f"{median(records, 'rate'):,.0f} | {median(records, 'p50'):.1f} | {median(records, 'p99'):.1f}"
+
+
+def _latency(records: list[Record]) -> str:
+    return f"{median(records, 'p50'):.1f} / {median(records, 'p99'):.1f}"
+
+
+def _ratio(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} | {min(values):.2f} to {max(values):.2f}"
+
+
+def _others(*sides: list[Record]) -> str:
+    return f"{max(record['busy'] for side in sides for record in side):.0%}"
