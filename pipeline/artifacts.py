@@ -10,9 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from serving.atomic import place_file as place_file
 from serving.atomic import whole_folder as whole_folder
 from serving.atomic import write_file as write_file
 
+INGESTED = Path("data/ingested")
+QUARANTINE = Path("data/quarantine")
+INGEST_STATE = Path("data/.ingest")
 SPLIT = Path("data/split")
 PRIOR = Path("artifacts/prior.json")
 TEACHER = Path("artifacts/teacher")

@@ -17,7 +17,7 @@ from pipeline.inspection import Inspected, Journal, inspect_images
 from pipeline.params import Params
 from pipeline.profiles import choose, class_sizes
 from pipeline.published import PUBLISHED, hash_of_ranks, published_choice
-from pipeline.sources import Row, Source, open_source
+from pipeline.sources import Row, Source, open_own
 from pipeline.split import SPLITS, assign, without
 
 GROUPS = ("many", "medium", "few")
@@ -93,7 +93,7 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     when the source cannot be opened at all.
     """
     data = params.data
-    source = open_source(data)
+    source = open_own(data)
     if fresh:
         journal.unlink(missing_ok=True)
     about = sha256_of_json([data.source, data.location, data.table.model_dump(), near is not None])

@@ -19,7 +19,7 @@ from pipeline.errors import ParamsError
 from pipeline.history import progress_bar
 from pipeline.inspection import check_missing
 from pipeline.params import Params
-from pipeline.sources import BadImageError, Row, Source, in_parts, open_source
+from pipeline.sources import BadImageError, Row, Source, in_parts, open_own
 from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY
 from pipeline.split import SPLITS
 
@@ -61,7 +61,7 @@ def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None
     """
     if output.exists():
         raise ParamsError(f"{output}: is there already; remove it or name another folder")
-    source = open_source(params.data)
+    source = open_own(params.data)
     if params.data.on_bad_image == "fail":
         check_missing(source)
     rows = {split: [row for row in source.rows if row.split == split] for split in SPLITS}

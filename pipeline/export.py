@@ -39,6 +39,7 @@ from pipeline.onnx_graph import ServedStudent, to_onnx
 from pipeline.params import ImageParams, Params
 from pipeline.prior import Prior, load_prior
 from pipeline.stage import stage_main
+from pipeline.tracking import tell_after
 from serving.errors import ServingError
 from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, Golden, ImageFormat, Manifest, sha256_of
 from serving.repository import write_repository
@@ -87,6 +88,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         write_repository(output, repository)
     except ServingError as error:
         raise StageError(str(error)) from None
+    tell_after("export", params, output)
     return Result(difference, manifest, output)
 
 

@@ -45,12 +45,18 @@ def inspect_image(source: Source, row: Row, looks: Callable[[Image.Image], str] 
         return Inspected(problem=str(error), missing=source.stamp(row.reference) is None)
     digest = hashlib.sha256(data).hexdigest()
     try:
-        image = decode(data)
-        if image.size == (1, 1):
-            raise ImageError("pixels", "is a single pixel: a placeholder, not a picture")
+        image = picture(data)
     except ImageError as error:
         return Inspected(digest, len(data), problem=f"{source.place(row)}: {error}; replace the image or remove it")
     return Inspected(digest, len(data), *image.size, looks(image) if looks else "")
+
+
+def picture(data: bytes) -> Image.Image:
+    """Decode an image that is one. Raises ImageError, also for a single pixel."""
+    image = decode(data)
+    if image.size == (1, 1):
+        raise ImageError("pixels", "is a single pixel: a placeholder, not a picture")
+    return image
 
 
 class Journal:

@@ -19,7 +19,7 @@ from pipeline.inspection import check_missing, check_usable, inspect_images
 from pipeline.params import DataParams, Params
 from pipeline.profiles import choose, class_members, class_sizes
 from pipeline.published import PUBLISHED, check_published_choice
-from pipeline.sources import Row, Source, open_source
+from pipeline.sources import Row, Source, WithIngested, open_source
 from pipeline.stage import stage_main
 
 SPLITS = ("train", "validation", "test")
@@ -36,22 +36,27 @@ class Result:
     classes: int
     duplicates: int
     skipped: int
+    ingested: int
     output: Path
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{self.sizes[split]:,} {split}" for split in SPLITS)
         skipped = f"{self.skipped:,} images left out; " if self.skipped else ""
-        return f"{self.classes} classes; {sizes}; {skipped}{self.duplicates} images shared by splits → {self.output}"
+        ingested = f"{self.ingested:,} of the training images taken in; " if self.ingested else ""
+        return f"{self.classes} classes; {sizes}; {ingested}{skipped}{self.duplicates} images shared by splits → {self.output}"
 
 
 def run(params: Params, output: Path = SPLIT) -> Result:
     """Assign every image of the source to a split (or to none), check that each decodes, and write the tables.
 
+    Images that were taken in (`tailor ingest`) follow in the training split, which alone they change.
     With data.on_bad_image fail, raises DataError for missing images and for unusable ones of any split; with skip they are
     left out before anything is assigned, counted, and listed in skipped.csv. Raises DataError for one image under two
     labels (a published data set keeps such pairs, so that results compare) and for a class too small to hold out from.
     """
-    source = open_source(params.data)
+    everything = open_source(params.data)
+    everything.check()
+    source = everything.own
     skip = params.data.on_bad_image == "skip"
     if not skip:
         check_missing(source)
@@ -69,19 +74,12 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     assigned = assign(rows, source.classes, params.data, source.origin)
     taken = [inspected[row.reference].problem for kept in assigned.values() for row in kept]
     check_usable([problem for problem in taken if problem], len(taken))
-    shared = find_duplicates(assigned, hashes, source.classes)
-    with whole_folder(output) as folder:
-        for split, kept in assigned.items():
-            columns = [[row.sample_id for row in kept], [row.label for row in kept], [row.reference for row in kept]]
-            table = pa.table([*columns, [hashes[row.reference] for row in kept]], schema=SCHEMA)
-            pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
-        write_json(folder / "classes.json", source.classes)
-        write_file(folder / "duplicates.csv", as_csv(["sha256", "split", "sample_id", "class"], shared))
-        reasons = [
-            (row.split, row.sample_id, source.classes[row.label], str(inspected[row.reference].problem))
-            for row in skipped
-        ]
-        write_file(folder / "skipped.csv", as_csv(["split", "sample_id", "class", "problem"], reasons))
+    ingested, known = new_images(everything, assigned, hashes)
+    left_out = [(row, str(inspected[row.reference].problem)) for row in skipped] + known
+    assigned["train"] = assigned["train"] + ingested
+    hashes |= everything.ingested_hashes
+    shared = find_duplicates(assigned, hashes, everything.classes)
+    _write(output, assigned, hashes, everything.classes, shared, left_out)
     groups = {entry[0] for entry in shared}
     if groups:
         print(f"split: {len(groups)} images are in more than one split; see {output}/duplicates.csv", file=sys.stderr)
@@ -91,8 +89,46 @@ def run(params: Params, output: Path = SPLIT) -> Result:
             f"{output}/skipped.csv",
             file=sys.stderr,
         )
+    if known:
+        print(
+            f"split: {len(known):,} images taken in are in a split of the source already; see {output}/skipped.csv",
+            file=sys.stderr,
+        )
     sizes = {split: len(kept) for split, kept in assigned.items()}
-    return Result(sizes, len(source.classes), len(groups), len(skipped), output)
+    return Result(sizes, len(everything.classes), len(groups), len(skipped), len(ingested), output)
+
+
+def new_images(
+    source: WithIngested, assigned: dict[str, list[Row]], hashes: dict[str, str]
+) -> tuple[list[Row], list[tuple[Row, str]]]:
+    """Images taken in that no split of the source holds, and those that one does, each with which.
+
+    `tailor ingest` lets none of the latter in; but another seed, or more images in the source, moves what is held out.
+    """
+    place = {hashes[row.reference]: split for split in reversed(SPLITS) for row in assigned[split]}
+    digests = source.ingested_hashes
+    new = [row for row in source.ingested if digests[row.reference] not in place]
+    known = [row for row in source.ingested if digests[row.reference] in place]
+    return new, [(row, f"is in {place[digests[row.reference]]} already") for row in known]
+
+
+def _write(
+    output: Path,
+    assigned: dict[str, list[Row]],
+    hashes: dict[str, str],
+    classes: list[str],
+    shared: list[tuple[str, str, str, str]],
+    left_out: list[tuple[Row, str]],
+) -> None:
+    with whole_folder(output) as folder:
+        for split, kept in assigned.items():
+            columns = [[row.sample_id for row in kept], [row.label for row in kept], [row.reference for row in kept]]
+            table = pa.table([*columns, [hashes[row.reference] for row in kept]], schema=SCHEMA)
+            pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+        write_json(folder / "classes.json", classes)
+        write_file(folder / "duplicates.csv", as_csv(["sha256", "split", "sample_id", "class"], shared))
+        reasons = [(row.split, row.sample_id, classes[row.label], problem) for row, problem in left_out]
+        write_file(folder / "skipped.csv", as_csv(["split", "sample_id", "class", "problem"], reasons))
 
 
 def without(source: Source, skipped: list[Row]) -> list[Row]:

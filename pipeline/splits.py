@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -13,12 +14,17 @@ import pyarrow.parquet
 from pipeline.artifacts import SPLIT
 from pipeline.errors import ParamsError, StageError
 
+Filter = list[tuple[str, str, Any]]
 
-def read_split(split: str, columns: list[str], folder: Path = SPLIT) -> pa.Table:
-    """Columns of one split's table. Raises ParamsError when the split is not made, StageError when its file is damaged."""
+
+def read_split(split: str, columns: list[str], folder: Path = SPLIT, only: Filter | None = None) -> pa.Table:
+    """Columns of one split's table, of all rows or of those that a pyarrow filter lets through.
+
+    Raises ParamsError when the split is not made, StageError when its file is damaged.
+    """
     path = folder / f"{split}.parquet"
     with _explained(path):
-        return pyarrow.parquet.read_table(path, columns=columns)
+        return pyarrow.parquet.read_table(path, columns=columns, filters=only)
 
 
 def count_rows(split: str, folder: Path = SPLIT) -> int:

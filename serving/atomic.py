@@ -58,6 +58,13 @@ def write_file(path: Path, content: bytes | str) -> None:
     _sync(path.parent)
 
 
+def place_file(written: Path, path: Path) -> None:
+    """Put a file that is whole and synced in its place, in a folder of the same file system; the rename is synced too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written.replace(path)
+    _sync(path.parent)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

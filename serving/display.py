@@ -13,6 +13,7 @@ from rich.table import Table
 from serving.answers import Prediction, Status
 from serving.errors import ServingError
 from serving.promotion import VersionState
+from serving.release_history import scores
 
 CSV_COLUMNS = ("image", "version", "rank", "class", "index", "probability", "error")
 
@@ -72,9 +73,7 @@ def versions_table(found: Sequence[VersionState], repository: str) -> Table:
         table.add_column(heading)
     for state in reversed(found):
         manifest = state.release.manifest
-        scores = manifest.metrics.get("balanced")
-        scores = scores if isinstance(scores, dict) else {}
-        shown = [f"{scores[name]:.3f}" if isinstance(scores.get(name), float) else "" for name in ("all", "few")]
+        shown = scores(manifest.metrics, ("all", "few"))
         published = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.published))
         table.add_row(str(state.version), state.state, published, *shown, escape(manifest.code_revision[:12]))
     return table

@@ -20,6 +20,7 @@ from pathlib import Path
 from serving.dry_run import dry_run
 from serving.errors import InputError, ServingError
 from serving.model_config import CLASSIFIER, STUDENT, RepositoryError
+from serving.promotion_log import record
 from serving.rehearsal import rehearse
 from serving.release import Release, find_releases, published_versions, read_release
 from serving.repository import publish
@@ -93,6 +94,7 @@ def promote(
             return Promotion(version, before, False, tuple(server.grpc_url for server in found))
         rehearsed = _try(repository, version, before, timeout, rehearsal)
         _swap(repository, version, (before, version), found, timeout)
+        record(repository, "promote", version, before)
         removed = _prune(repository, keep)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found), removed)
 
@@ -125,6 +127,7 @@ def rollback(
         loaded = version in served_versions(repository, CLASSIFIER)
         rehearsed = False if loaded else _try(repository, version, before, timeout, rehearsal)
         _swap(repository, version, (version,), found, timeout)
+        record(repository, "rollback", version, before)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found))
 
 

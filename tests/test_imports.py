@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Everything that a training machine carries; what these need themselves comes with them.
 TRAINING = ["torch", "torchvision", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "rich", "jinja2", "pillow"]
-NEEDS_MORE = {"pipeline.export", "pipeline.flows", "pipeline.recipe"}
+NEEDS_MORE = {"pipeline.doctor", "pipeline.export", "pipeline.flows", "pipeline.recipe"}
 COMMANDS = "pipeline.commands."  # they need typer
 
 # Hides every package that is not among TRAINING or needed by one of them, then imports the modules one after another.

@@ -22,7 +22,8 @@ class IngestParams(Section):
 
     settle_seconds: a file counts as written once it has not changed for so long. require_marker: a folder of the drop is
     read only once a file `.complete` lies in it. new_classes: `refuse`, `accept`, or the names that may appear.
-    min_good_share: of a drop's rows; with fewer good ones it is refused whole.
+    min_good_share: of a drop's rows; with fewer good ones it is refused whole. taken: files whose images were taken in are
+    kept in the drop folder's own `.taken`, or removed.
     """
 
     drop: str = "data/drop"
@@ -30,6 +31,7 @@ class IngestParams(Section):
     require_marker: bool = False
     new_classes: Literal["refuse", "accept"] | list[str] = "refuse"
     min_good_share: Share = 0.7
+    taken: Literal["keep", "remove"] = "keep"
     columns: IngestColumns = IngestColumns()
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.artifacts import INGESTED
 from pipeline.errors import ParamsError
 from pipeline.params import DataParams
 from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
 from pipeline.sources.folder import FolderSource
+from pipeline.sources.ingested import Ingested as Ingested
+from pipeline.sources.ingested import WithIngested as WithIngested
 from pipeline.sources.lists import ListSource
 from pipeline.sources.shards import CACHE_BYTES as CACHE_BYTES
 from pipeline.sources.source import BadImageError as BadImageError
@@ -22,8 +25,13 @@ from pipeline.sources.source import reading_order as reading_order
 from pipeline.sources.table import TableReader, TableSource
 
 
-def open_source(params: DataParams) -> Source:
-    """The source that params.yaml names. Raises DataError or ParamsError naming what is missing."""
+def open_source(params: DataParams, ingested: Path = INGESTED) -> WithIngested:
+    """The source that params.yaml names, with what was taken in. Raises DataError or ParamsError naming what is missing."""
+    return WithIngested(open_own(params), Ingested(ingested))
+
+
+def open_own(params: DataParams) -> Source:
+    """The source that params.yaml names, alone. Raises as `open_source` does."""
     if params.source == "digits":
         return DigitsSource()
     if params.source == "table":

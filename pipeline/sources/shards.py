@@ -38,9 +38,12 @@ class Shard:
                 empty = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
                 self._table = pyarrow.csv.read_csv(stream, convert_options=empty)
                 self.schema, groups = self._table.schema, [self._table.num_rows]
+                self._metadata: dict[bytes, bytes] = {}
             else:
                 self._footer = pyarrow.parquet.read_metadata(stream)
                 self.schema = self._footer.schema.to_arrow_schema()
+                # A key that was written behind the rows is in the file's own metadata, and not in the schema's.
+                self._metadata = (self.schema.metadata or {}) | (self._footer.metadata or {})
                 groups = [self._footer.row_group(i).num_rows for i in range(self._footer.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
 
@@ -48,8 +51,8 @@ class Shard:
         return int(self._starts[-1])
 
     def carried(self, key: bytes) -> Any:
-        """What `data pack` wrote under a key of the file's metadata; None in other files."""
-        text = (self.schema.metadata or {}).get(key)
+        """What `data pack` or `ingest` wrote under a key of the file's metadata; None in other files."""
+        text = self._metadata.get(key)
         return json.loads(text) if text else None
 
     def column(self, column: str) -> pa.ChunkedArray:

@@ -11,7 +11,17 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-CODE = ("models", "pipeline", "serving", "recipes", "data/source", ".dvc/config", ".dvc/.gitignore", ".dvcignore")
+CODE = (
+    "models",
+    "pipeline",
+    "serving",
+    "recipes",
+    "data/source",
+    "data/ingested/README.md",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvcignore",
+)
 FILES = (".gitignore", "dvc.yaml", "params.yaml")
 GIT_NAME = ("-c", "user.name=test", "-c", "user.email=test@example.invalid")
 

@@ -1,0 +1,56 @@
+"""`tailor doctor`: is everything well?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.commands.options import ParamsOption, repository_of
+from pipeline.params import PARAMS_FILE
+from pipeline.prefect_health import Finding
+from serving.commands.options import AsJson, Debug, print_json
+
+COLOURS = {"ok": "green", "warning": "yellow", "failing": "red"}
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(epilog="Example: tailor doctor --json | jq '.[] | select(.state != \"ok\")'")
+def doctor(
+    repository: Annotated[
+        Path | None, typer.Option(help="Triton model repository; that of the project's releases if not given.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Server to ask; those of this machine if not given.")] = None,
+    run_hours: Annotated[float, typer.Option(min=0, help="Warn when the last run began longer ago.")] = 48.0,
+    champion_days: Annotated[float, typer.Option(min=0, help="Warn when the champion is older.")] = 30.0,
+    disk_gib: Annotated[float, typer.Option(min=0, help="Warn when less is free on a disk.")] = 5.0,
+    params: ParamsOption = PARAMS_FILE,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    """Look at all that has to be well: versions, params, server, champion, Prefect, worker, last run, ingest, disk.
+
+    Each line is ok, warning or failing, with what to do. Status 1 when something is failing.
+    """
+    from pipeline.doctor import Limits, examine
+
+    found = examine(params, repository_of(repository, params), url, Limits(run_hours, champion_days, disk_gib))
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    else:
+        Console().print(_table(found))
+    return 1 if any(finding.state == "failing" for finding in found) else 0
+
+
+def _table(found: list[Finding]) -> Table:
+    table = Table(box=None, show_header=False)
+    for finding in found:
+        said = escape(finding.message) + (f"\n[dim]→ {escape(finding.remedy)}[/dim]" if finding.remedy else "")
+        table.add_row(finding.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", said)
+    return table

@@ -1,0 +1,33 @@
+"""`tailor history`: every version with its story."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.commands.options import ParamsOption, repository_of
+from pipeline.params import PARAMS_FILE
+from serving.commands.options import AsJson, Debug, print_json
+from serving.release_history import history_table, read_history
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(epilog="Example: tailor history --json | jq '.versions[] | {version, state, data_sha256}'")
+def history(
+    repository: Annotated[
+        Path | None, typer.Option(help="Triton model repository; that of the project's releases if not given.")
+    ] = None,
+    params: ParamsOption = PARAMS_FILE,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Tell every version's story: data, params and code it was made of, metrics, decision, when promoted, who serves."""
+    found = read_history(repository_of(repository, params))
+    if as_json:
+        print_json(found.as_mapping())
+    else:
+        Console().print(history_table(found))

@@ -1,0 +1,211 @@
+"""The drop folder: labelled images that somebody else writes, and which of them are written."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pipeline.errors import DataError
+from pipeline.params import IngestParams
+from pipeline.sources.folder import IMAGE_SUFFIXES
+from pipeline.sources.shards import RowGroups, Shard
+from pipeline.sources.source import BadImageError, read_image_file, reading_order
+from pipeline.sources.storage import Storage
+
+MARKER = ".complete"
+MAX_CSV_BYTES = 256 * 1024 * 1024  # read whole
+TABLE_SUFFIXES = {".csv", ".parquet"}
+Stamp = tuple[int, int, int]  # inode, bytes, time of change of the content in nanoseconds
+
+
+@dataclass(frozen=True)
+class DropRow:
+    """One image of the drop, not yet read.
+
+    name: its place in the folder, a row of a table as `labels.csv#3`. label: class name or number; None where there is
+    none. read: its encoded bytes; raises BadImageError or DataError. file: its own file, if it is one. problem: kind and
+    words of what is wrong before anything is read.
+    """
+
+    name: str
+    label: str | int | None
+    read: Callable[[], bytes]
+    file: Path | None = None
+    problem: tuple[str, str] | None = None
+
+
+@dataclass
+class Drop:
+    """rows: what can be judged now. files: every file that they come from, as it was then. waiting: files left for later."""
+
+    root: Path
+    rows: list[DropRow] = field(default_factory=list)
+    files: dict[Path, Stamp] = field(default_factory=dict)
+    waiting: int = 0
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """What changes when a file is written anew; None where it is not there."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
+    """What lies in a drop folder: a folder per class (a name of `classes` may be several folders deep), or tables of paths
+    or images with a label column.
+
+    A table in the folder itself claims the images that it names; their folders are then no classes. Hidden files are
+    passed over, links that lead out of the folder are never followed. Files that may still be being written wait:
+    those changed in the last settle_seconds, a table and all that it names together, and under require_marker whatever
+    has no `.complete` beside it or in the drop folder.
+    """
+    root = Path(os.path.normpath(root))
+    drop = Drop(root)
+    found = {path: stamp for path in _files(root) if (stamp := stamp_of(path)) is not None}
+    waiting = _unsettled(found, params.settle_seconds)
+    if params.require_marker:
+        waiting |= {path for path in found if not _marked(root, path)}
+    tables = [path for path in found if path.parent == root and path.suffix.lower() in TABLE_SUFFIXES]
+    claimed: set[Path] = set()
+    for table in tables:
+        if table not in waiting:
+            rows, named = _table_rows(root, table, params)
+            claimed |= named
+            if named & waiting:
+                waiting |= named | {table}
+            else:
+                drop.rows += rows
+                drop.files |= {path: found[path] for path in (table, *named) if path in found}
+    folders_of_tables = {_top(root, path) for path in claimed}
+    for path in found.keys() - claimed - set(tables):
+        if path in waiting or waiting & set(tables) or (path.parent != root and _top(root, path) in folders_of_tables):
+            waiting.add(path)
+        elif path.parent != root or path.suffix.lower() in IMAGE_SUFFIXES:
+            drop.rows.append(_folder_row(root, path, classes))
+            drop.files[path] = found[path]
+    drop.files |= {path: stamp for path in _markers(root, drop) if (stamp := stamp_of(path)) is not None}
+    order = reading_order([row.name for row in drop.rows])
+    drop.rows = [drop.rows[i] for i in order]
+    drop.waiting = len(waiting & found.keys())
+    return drop
+
+
+def _files(root: Path) -> Iterator[Path]:
+    unfit = 0
+    for folder, folders, names in os.walk(root):
+        fit = [name for name in names if _is_utf8(name)]
+        unfit += len(names) - len(fit) + sum(not _is_utf8(name) for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and _is_utf8(name))
+        yield from (Path(folder) / name for name in sorted(fit) if not name.startswith("."))
+    if unfit:
+        print(f"ingest: {root}: {unfit:,} names are not UTF-8 and were passed over; rename them", file=sys.stderr)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unsettled(found: dict[Path, Stamp], seconds: float) -> set[Path]:
+    """Files changed in the last so many seconds, by ctime, which a copy that keeps times cannot set back.
+
+    Files of the future, after the clock was set back, say nothing of their age: they are watched for as long instead.
+    """
+    now = time.time()
+    ages = {path: now - _changed(path) for path in found} if seconds else {}
+    young = {path for path, age in ages.items() if 0 <= age < seconds}
+    future = {path: _changed(path) for path, age in ages.items() if age < 0}
+    if future:
+        print(
+            f"ingest: {len(future):,} files are dated in the future, as after a clock was set back; watching them for "
+            f"{seconds:g} s",
+            file=sys.stderr,
+        )
+        time.sleep(seconds)
+        young |= {path for path, changed in future.items() if _changed(path) != changed}
+    return young
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.lstat().st_ctime
+    except OSError:
+        return time.time()  # gone meanwhile: as young as can be
+
+
+def _marked(root: Path, path: Path) -> bool:
+    return (root / MARKER).is_file() or (path.parent != root and (_top(root, path) / MARKER).is_file())
+
+
+def _markers(root: Path, drop: Drop) -> Iterator[Path]:
+    """Markers that are used up once the rows are taken in."""
+    if drop.files:
+        yield from {root / MARKER, *(_top(root, path) / MARKER for path in drop.files if path.parent != root)}
+
+
+def _top(root: Path, path: Path) -> Path:
+    return root / path.relative_to(root).parts[0]
+
+
+def _inside(root: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
+
+
+def _folder_row(root: Path, path: Path, classes: list[str]) -> DropRow:
+    name = path.relative_to(root)
+    read = partial(read_image_file, path)
+    if len(name.parts) == 1:
+        return DropRow(str(name), None, read, path, ("no label", "lies beside the class folders"))
+    problem = None if _inside(root, path) else ("outside", "is a link that leads out of the drop folder")
+    known = set(classes)
+    parents = ["/".join(name.parts[:depth]) for depth in range(1, len(name.parts))]
+    label = next((parent for parent in parents if parent in known), name.parts[0])
+    return DropRow(name.as_posix(), label, read, path, problem)
+
+
+def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[DropRow], set[Path]]:
+    """Rows of a table, and the files that it names. A table that cannot be read is one row with that problem."""
+    columns = params.columns
+    size = table.stat().st_size
+    if table.suffix.lower() == ".csv" and size > MAX_CSV_BYTES:
+        said = f"{table}: has {size} bytes, above the limit of {MAX_CSV_BYTES} of a CSV file; write it as Parquet"
+        return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", said))], set()
+    try:
+        shard = Shard(Storage(str(root)), table.name)
+        column = columns.image if columns.image in shard.schema.names else columns.path
+        shard.check_column(column)
+        labels = shard.column(columns.label).to_pylist()
+        paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
+    except DataError as error:
+        return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", str(error)))], set()
+    images = RowGroups(column)
+    rows, named = [], set()
+    for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
+        file = root / path if isinstance(path, str) else None
+        problem = None
+        if file is not None and not _inside(root, file):
+            file, problem = None, ("outside", f"names {path!r}, which lies outside the drop folder")
+        elif file is not None:
+            named.add(Path(os.path.normpath(file)))
+        read = partial(read_image_file, file) if file else partial(_cell, images, shard, index)
+        usable = label if isinstance(label, str | int) and not isinstance(label, bool) else None
+        rows.append(DropRow(f"{table.name}#{index}", usable, read, file, problem))
+    return rows, named
+
+
+def _cell(images: RowGroups, shard: Shard, index: int) -> bytes:
+    value = images.value(shard, index)
+    if not isinstance(value, bytes):
+        raise BadImageError(f"{shard.place}: row {index} holds {type(value).__name__}; expected encoded image bytes")
+    return value

@@ -1,0 +1,87 @@
+"""Whether Prefect's server is up, and whether somebody is there who runs what it schedules."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+API_URL = "PREFECT_API_URL"
+NOTE = Path(".prefect/tailor-server.json")  # of the server that `tailor schedule` runs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `tailor doctor`: what was looked at, how it is, what was found, and what to do where it is not well."""
+
+    name: str
+    state: Literal["ok", "warning", "failing"]
+    message: str
+    remedy: str = ""
+
+
+def api_url() -> str | None:
+    """Prefect's API: of PREFECT_API_URL, or of the server that `tailor schedule` runs in this project; None for neither."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return os.environ.get(API_URL) or str(json.loads(NOTE.read_text(encoding="utf-8"))["url"])
+    return None
+
+
+def prefect_findings() -> Iterator[Finding]:
+    """The server, then who works for it."""
+    url = api_url()
+    if url is None:
+        yield Finding("prefect", "warning", f"{API_URL} is not set and no schedule runs here", "tailor schedule --help")
+        return
+    if find_spec("prefect") is None:
+        yield Finding("prefect", "warning", "prefect is not installed, so its server was not asked",
+                      "pip install 'tailor[pipeline]'")  # fmt: skip
+        return
+    # Read by Prefect when it is imported: without these it makes a folder in the user's home.
+    os.environ[API_URL] = url
+    os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").absolute()))
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True, httpx_settings={"timeout": 10.0}) as client:
+        error = client.api_healthcheck()
+        if error is not None:
+            remedy = f"start it (tailor schedule, or prefect server start), or correct {API_URL}"
+            yield Finding("prefect", "failing", f"{url}: does not answer ({error})", remedy)
+            return
+        yield Finding("prefect", "ok", f"{url} answers")
+        try:
+            yield _worker(client)
+        except HTTPError as error:
+            yield Finding(
+                "worker", "failing", f"{url}: {' '.join(str(error).split())}", "see the log of Prefect's server"
+            )
+
+
+def _worker(client: Any) -> Finding:
+    """Whoever runs the flow: a served deployment that asks for work, or an online worker of a work pool."""
+    online = [
+        f"{worker.name} of pool {pool.name}"
+        for pool in client.read_work_pools()
+        for worker in client.read_workers_for_work_pool(pool.name)
+        if _is(worker.status, "ONLINE")
+    ]
+    deployments = client.read_deployments()
+    ready = [deployment.name for deployment in deployments if _is(deployment.status, "READY")]
+    if online or ready:
+        return Finding("worker", "ok", f"at work: {', '.join(online or ready)}")
+    if deployments:
+        names = ", ".join(deployment.name for deployment in deployments)
+        return Finding(
+            "worker", "failing", f"nobody runs {names}", "tailor schedule, or prefect worker start --pool NAME"
+        )
+    return Finding("worker", "warning", "nothing is deployed", "tailor schedule --cron '0 3 * * *', or prefect deploy")
+
+
+def _is(status: Any, name: str) -> bool:
+    return str(getattr(status, "value", status)) == name

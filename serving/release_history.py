@@ -1,0 +1,141 @@
+"""Every version of a repository with its story: from what it was made, how it did, why and when it was promoted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from serving.manifest import ManifestError
+from serving.model_config import CLASSIFIER
+from serving.promotion import VersionState, list_versions
+from serving.promotion_log import Change, read_changes
+from serving.running import find_running
+
+# Beside the manifest of a version, where a retraining put them: what the gate decided, and why there was a run.
+DECISION_NAME, STORY_NAME = "decision.json", "retrain.json"
+
+
+@dataclass(frozen=True)
+class VersionHistory:
+    """One version. decision: content of decision.json, story: of retrain.json; None where it was published without.
+
+    changes: each time that it became the champion, oldest first; none known for the first version of all.
+    """
+
+    state: VersionState
+    decision: dict[str, Any] | None
+    story: dict[str, Any] | None
+    changes: tuple[Change, ...]
+
+    @property
+    def promoted(self) -> float | None:
+        """When it last became the champion, in seconds since the epoch; None where that is not known."""
+        return self.changes[-1].at if self.changes else None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """For JSON; times in UTC."""
+        manifest = self.state.release.manifest
+        return {
+            "version": self.state.version,
+            "state": self.state.state,
+            "published": utc(self.state.published),
+            "promoted": [{"at": utc(change.at), "action": change.action} for change in self.changes],
+            "data_sha256": manifest.data_sha256,
+            "params_sha256": manifest.params_sha256,
+            "code_revision": manifest.code_revision,
+            "training_images": sum(manifest.counts),
+            "metrics": manifest.metrics,
+            "decision": self.decision,
+            "story": self.story,
+        }
+
+
+@dataclass(frozen=True)
+class RepositoryHistory:
+    """The versions of a repository, oldest first, and the gRPC addresses of this user's servers that run on it."""
+
+    repository: Path
+    versions: list[VersionHistory]
+    servers: tuple[str, ...]
+
+    def as_mapping(self) -> dict[str, Any]:
+        """For JSON, the newest version first."""
+        return {
+            "repository": str(self.repository),
+            "servers": list(self.servers),
+            "versions": [version.as_mapping() for version in reversed(self.versions)],
+        }
+
+
+def read_history(repository: Path) -> RepositoryHistory:
+    """Everything that the repository says of its versions. Raises RepositoryError or ManifestError naming the file."""
+    changes = read_changes(repository)
+    versions = []
+    for state in list_versions(repository):
+        folder = repository / CLASSIFIER / str(state.version)
+        mine = tuple(change for change in changes if change.version == state.version)
+        versions.append(VersionHistory(state, _read(folder / DECISION_NAME), _read(folder / STORY_NAME), mine))
+    return RepositoryHistory(repository, versions, tuple(server.grpc_url for server in find_running(repository)))
+
+
+def history_table(found: RepositoryHistory) -> Table:
+    """A row a version, the newest first."""
+    by = f", served at {', '.join(found.servers)}" if found.servers else ", served by nobody here"
+    table = Table(title=f"{found.repository}{by}")
+    for heading in ("version", "state", "promoted", "images", "data", "params", "code", "all", "few", "decision"):
+        table.add_column(heading)
+    for version in reversed(found.versions):
+        manifest = version.state.release.manifest
+        when = version.promoted
+        table.add_row(
+            str(version.state.version),
+            version.state.state,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) if when else "",
+            f"{sum(manifest.counts):,}",
+            manifest.data_sha256[:8],
+            manifest.params_sha256[:8],
+            escape(manifest.code_revision[:8]),
+            *scores(manifest.metrics, ("all", "few")),
+            escape(said(version.decision)),
+        )
+    return table
+
+
+def scores(metrics: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Test accuracies for the balanced prior, as far as the manifest has them."""
+    found = metrics.get("balanced")
+    found = found if isinstance(found, dict) else {}
+    return [f"{found[name]:.3f}" if isinstance(found.get(name), float) else "" for name in names]
+
+
+def said(decision: dict[str, Any] | None) -> str:
+    """The gate's decision in a few words; empty where there was none."""
+    if decision is None:
+        return ""
+    reasons = decision.get("reasons")
+    why = "; ".join(map(str, reasons)) if isinstance(reasons, list) else ""
+    return f"{'promote' if decision.get('promote') is True else 'refuse'}: {why}"
+
+
+def utc(seconds: float) -> str:
+    """A time as UTC in ISO form."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: not readable: {error}; restore or remove it") from None
+    if not isinstance(content, dict):
+        raise ManifestError(f"{path}: holds {type(content).__name__}; expected an object")
+    return content

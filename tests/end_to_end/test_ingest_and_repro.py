@@ -1,0 +1,74 @@
+"""New images through the true commands: `tailor ingest` makes DVC run again what they change, and no more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pyarrow.parquet
+import pytest
+
+from pipeline.sources.digits import DigitsSource
+from tests.end_to_end.project import Project
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with its split made. Tests leave it as they find it."""
+    made = Project(tmp_path_factory.mktemp("ingest") / "project")
+    made.set({"ingest": {"settle_seconds": 0}})
+    made.commit()
+    made.run("dvc", "repro", "split")
+    return made
+
+
+def drop(project: Project, wanted: int) -> None:
+    """Scans that no split holds, as files in the class folders of the drop."""
+    tables = (pyarrow.parquet.read_table(path) for path in (project.root / "data/split").glob("*.parquet"))
+    held = {reference for table in tables for reference in table.column("reference").to_pylist()}
+    source = DigitsSource()
+    for row in [row for row in source.rows if row.reference not in held][:wanted]:
+        path = project.root / f"data/drop/{row.label}/{row.reference}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read(row.reference))
+
+
+def md5s(project: Project) -> dict[str, str]:
+    """Of the split's tables, by DVC."""
+    done = project.run("dvc", "ls", ".", "data/split", "--show-hash", "--json")
+    return {entry["path"]: entry["md5"] for entry in json.loads(done.stdout)}
+
+
+def test_a_new_shard_runs_split_again_and_changes_training_alone(project):
+    before = md5s(project)
+    assert "no new data" in project.run("tailor", "ingest").stdout
+    assert project.stages_run(project.run("dvc", "repro", "split")) == []
+    drop(project, 30)
+    report = json.loads(project.run("tailor", "ingest", "--json").stdout)
+    assert (report["added"], report["quarantined"], report["refused"]) == (30, 0, None)
+    assert "data/ingested" in project.run("dvc", "status", "split").stdout
+    done = project.run("dvc", "repro", "split")
+    assert project.stages_run(done) == ["split"] and "30 of the training images taken in" in done.stdout
+    after = md5s(project)
+    assert {name for name in after if after[name] != before[name]} == {"train.parquet"}
+    # Taken back: the split of before is in DVC's cache, and nothing runs.
+    next((project.root / "data/ingested").glob("*.parquet")).unlink()
+    assert project.stages_run(project.run("dvc", "repro", "split")) == []
+    assert md5s(project) == before
+
+
+def test_a_refused_drop_ends_with_status_1_and_one_line(project):
+    (project.root / "data/drop/3").mkdir(parents=True)
+    (project.root / "data/drop/3/notes.png").write_text("no image")
+    done = project.run("tailor", "ingest", expect=1)
+    assert "1 of 1 rows are bad" in done.stdout and (project.root / "data/drop/3/notes.png").exists()
+    failed = project.run("python", "-m", "pipeline.ingest", expect=1)
+    assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("ingest: data/drop: refused: 1 of 1 rows")
+    shutil.rmtree(project.root / "data/drop")
+
+
+def test_misuse_is_one_line_and_status_2(project):
+    done = project.run("tailor", "ingest", "--drop", "nowhere", expect=2)
+    assert done.stderr == "tailor: --drop is 'nowhere', which is not a folder; expected one with a folder per class\n"

@@ -1,0 +1,148 @@
+"""Runs told to MLflow, each once, and nothing lost when MLflow is away."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from making import params, write
+
+from pipeline.errors import ParamsError, StageError
+from pipeline.params import Params
+from pipeline.tracking import TrackingError, collect, flat, run, tell_after, track
+
+SCORES = {"all": 0.9, "many": 0.95, "few": None, "at_target_prior": {"ece": 0.04}}
+METRICS = {network: {"balanced": SCORES, "train": SCORES} for network in ("teacher", "student")}
+MANIFEST = {"data_sha256": "d" * 64, "params_sha256": "p" * 64, "code_revision": "abc123", "version": 1}
+
+
+@pytest.fixture(autouse=True)
+def finished_run(tmp_path, monkeypatch):
+    """What a run leaves that is told."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("artifacts/evaluation/metrics.json"), json.dumps(METRICS).encode())
+    write(Path("artifacts/evaluation/report.html"), b"<html>")
+    write(Path("artifacts/export/manifest.json"), json.dumps(MANIFEST).encode())
+    for network in ("teacher", "student"):
+        write(Path(f"artifacts/{network}/history.csv"), b"epoch,loss,tau_g\n1,2.5,\n2,1.5,0.1\n")
+
+
+def tracked(uri: str, **changes) -> Params:
+    return params({"tracking.mlflow": uri, "tracking.experiment": "cloth", **changes})
+
+
+@pytest.fixture
+def store(tmp_path) -> str:
+    return (tmp_path / "mlruns").as_uri()
+
+
+def runs(uri: str) -> list:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    return client.search_runs([client.get_experiment_by_name("cloth").experiment_id])
+
+
+def test_a_run_is_told_with_its_params_metrics_curves_files_and_hashes(store):
+    from mlflow import MlflowClient
+
+    (place,) = track(tracked(store))
+    (kept,) = runs(store)
+    assert kept.info.run_id in place and kept.info.status == "FINISHED"
+    assert kept.data.params["student.tau_g"] == "0.1" and kept.data.params["image.mean"] == "[0.5, 0.5, 0.5]"
+    assert not [name for name in kept.data.params if name.startswith("tracking")]
+    assert kept.data.metrics["student.balanced.all"] == 0.9
+    assert kept.data.metrics["teacher.train.at_target_prior.ece"] == 0.04
+    assert "student.balanced.few" not in kept.data.metrics  # an empty group has no score
+    client = MlflowClient(tracking_uri=store)
+    losses = client.get_metric_history(kept.info.run_id, "student.loss")
+    assert [(point.step, point.value) for point in losses] == [(1, 2.5), (2, 1.5)]
+    assert [point.step for point in client.get_metric_history(kept.info.run_id, "teacher.tau_g")] == [2]
+    assert {file.path for file in client.list_artifacts(kept.info.run_id)} == {
+        "report.html", "metrics.json", "manifest.json",
+    }  # fmt: skip
+    assert kept.data.tags["tailor.data_sha256"] == "d" * 64 and kept.data.tags["tailor.code_revision"] == "abc123"
+
+
+def test_a_run_is_told_once_and_later_facts_are_added_to_it(store):
+    first = track(tracked(store))
+    again = track(tracked(store), {"tailor.decision": "promote"})
+    (kept,) = runs(store)
+    assert again == first and kept.data.tags["tailor.decision"] == "promote"
+    write(Path("artifacts/export/manifest.json"), json.dumps(MANIFEST | {"data_sha256": "e" * 64}).encode())
+    track(tracked(store))
+    assert len(runs(store)) == 2
+
+
+def test_a_run_that_was_half_told_is_told_anew(store, monkeypatch):
+    from mlflow import MlflowClient
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        with pytest.raises(TrackingError, match="the disk is full"):
+            track(tracked(store))
+    assert [kept.info.status for kept in runs(store)] == ["RUNNING"]
+    track(tracked(store))
+    assert [kept.info.status for kept in runs(store)] == ["FINISHED"]
+
+
+def test_a_server_that_is_away_costs_a_line_without_its_password_and_nothing_else(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    there = tracked(f"http://me:secret@127.0.0.1:{port}")
+    with pytest.raises(TrackingError) as caught:
+        track(there)
+    assert "secret" not in str(caught.value) and f"127.0.0.1:{port}" in str(caught.value)
+    tell_after("export", there)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "secret" not in said and "`python -m pipeline.tracking` tells it later" in said
+
+
+def test_without_a_sink_nothing_is_told_and_mlflow_is_not_even_imported(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mlflow"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert track(params()) == []
+    tell_after("export", params())
+    assert capsys.readouterr().err == "" and "mlflow" not in sys.modules
+    with pytest.raises(ParamsError, match=r"tracking\.mlflow is null"):
+        run(params())
+
+
+def test_without_mlflow_installed_the_extra_is_named(monkeypatch, store):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ParamsError, match=r"pip install 'tailor\[mlflow\]'"):
+        track(tracked(store))
+
+
+def test_an_experiment_that_was_deleted_is_named(store):
+    from mlflow import MlflowClient
+
+    track(tracked(store))
+    client = MlflowClient(tracking_uri=store)
+    client.delete_experiment(client.get_experiment_by_name("cloth").experiment_id)
+    with pytest.raises(TrackingError, match=r"tracking\.experiment is 'cloth', which was deleted"):
+        track(tracked(store))
+
+
+def test_before_an_export_there_is_nothing_to_tell_and_a_damaged_one_is_named(store):
+    path = Path("artifacts/export/manifest.json")
+    path.write_text("{")
+    with pytest.raises(StageError, match=r"manifest\.json: damaged"):
+        track(tracked(store))
+    path.unlink()
+    with pytest.raises(ParamsError, match="run `dvc repro` first"):
+        track(tracked(store))
+
+
+def test_what_is_told_of_the_data_has_no_password():
+    made = params({"data.source": "table", "data.location": "s3://key:secret@bucket/cloth"})
+    assert "secret" not in json.dumps(collect(made).params)
+
+
+def test_flat_keeps_every_leaf_under_its_dotted_key():
+    assert flat({"a": 1, "b": {"c": 2, "d": {"e": None}}}) == {"a": 1, "b.c": 2, "b.d.e": None}
