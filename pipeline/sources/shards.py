@@ -6,16 +6,18 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
 from pipeline.errors import DataError
+from pipeline.sources.source import Groups
 from pipeline.sources.storage import Storage
 
 CACHE_BYTES = 256 * 1024 * 1024  # of images kept in memory, over all shards
@@ -162,6 +164,20 @@ def open_shards(storage: Storage, names: str | list[str], columns: list[str]) ->
                     "write all shards with one schema"
                 )
     return shards
+
+
+def row_groups(references: pa.ChunkedArray, shards: Mapping[str, Shard], column: str) -> Groups:
+    """The row group of each reference `<shard>#<row>`, and the bytes of a column in each group of these shards."""
+    place = pc.extract_regex(references, r"^(?P<shard>.*)#(?P<row>\d+)$")
+    names = pc.struct_field(place, "shard").combine_chunks().dictionary_encode()
+    rows = pc.struct_field(place, "row").cast(pa.int64()).to_numpy()
+    shard, number = names.indices.to_numpy(), np.zeros(len(rows), dtype=np.int64)
+    sizes: list[int] = []
+    by_shard = np.split(np.argsort(shard, kind="stable"), np.cumsum(np.bincount(shard))[:-1])
+    for name, mine in zip(names.dictionary.to_pylist(), by_shard, strict=True):
+        number[mine] = len(sizes) + shards[name].groups_of(rows[mine])
+        sizes += shards[name].group_bytes(column)
+    return Groups(number, np.array(sizes, dtype=np.int64))
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -7,13 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import TableParams
-from pipeline.sources.shards import CACHE_BYTES, CLASSES_KEY, ORIGIN_KEY, RowGroups, Shard, open_shards
+from pipeline.sources.shards import CACHE_BYTES, CLASSES_KEY, ORIGIN_KEY, RowGroups, Shard, open_shards, row_groups
 from pipeline.sources.source import BadImageError, Groups, Row, in_parts
 from pipeline.sources.storage import Storage, is_address
 
@@ -40,19 +38,7 @@ class TableReader:
 
     def groups(self, references: pa.ChunkedArray) -> Groups | None:
         """The row groups of an image column; None where the table has paths."""
-        column = self._params.image
-        if column is None:
-            return None
-        place = pc.extract_regex(references, r"^(?P<shard>.*)#(?P<row>\d+)$")
-        names = pc.struct_field(place, "shard").combine_chunks().dictionary_encode()
-        rows = pc.struct_field(place, "row").cast(pa.int64()).to_numpy()
-        shard, number = names.indices.to_numpy(), np.zeros(len(rows), dtype=np.int64)
-        sizes: list[int] = []
-        by_shard = np.split(np.argsort(shard, kind="stable"), np.cumsum(np.bincount(shard))[:-1])
-        for name, mine in zip(names.dictionary.to_pylist(), by_shard, strict=True):
-            number[mine] = len(sizes) + self._shards[name].groups_of(rows[mine])
-            sizes += self._shards[name].group_bytes(column)
-        return Groups(number, np.array(sizes, dtype=np.int64))
+        return row_groups(references, self._shards, self._params.image) if self._params.image else None
 
     def read(self, reference: str) -> bytes:
         """Bytes of the image column, or of the file that the path column names (relative to data.location)."""
