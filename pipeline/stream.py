@@ -171,7 +171,12 @@ class ImageStream:
         size = self._image.size
         # A tensor made in inference mode, as evaluation asks for, cannot be filled by a thread that is not in it.
         with torch.inference_mode(False):
-            return torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            return torch.empty(
+                (count, 3, size, size),
+                dtype=torch.uint8,
+                memory_format=torch.channels_last,  # as decoders write
+                pin_memory=self._device.type == "cuda",
+            )
 
     def waited(self, seconds: float) -> None:
         """Count time that the step has waited for a batch."""

@@ -20,7 +20,7 @@ from pipeline.data_pack import pack
 from pipeline.dataset import Images, evaluation_images, load_images, training_images
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import Params, StreamParams
-from pipeline.sources.shards import Shard
+from pipeline.sources.shards import RowGroups, Shard
 from pipeline.stream import ImageStream
 from pipeline.stream_decoding import fast
 
@@ -109,7 +109,8 @@ def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, 
     reads = []
     original = Shard.read_group
     monkeypatch.setattr(Shard, "read_group", lambda self, *a: reads.append((self.name, a[0])) or original(self, *a))
-    monkeypatch.setattr(stream._reader._images, "_room", 2 * stream._window)
+    make_room = RowGroups._make_room
+    monkeypatch.setattr(RowGroups, "_make_room", lambda self, *a: setattr(self, "_room", 18_000) or make_room(self, *a))
     order = stream.order(torch.Generator().manual_seed(0))
     with stream.feed(order[:36].view(9, 4)) as feed:
         assert len(list(feed)) == 9
