@@ -13,7 +13,7 @@ from tests.end_to_end.project import Project
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("killed"), pytest.mark.timeout(1200)]
 
 SMALL = {
-    "teacher": {"epochs": 12, "backbone": "resnet20", "batch_size": 16},
+    "teacher": {"epochs": 6, "backbone": "resnet20", "batch_size": 16},
     "image": {"size": 8, "resize_to": 8},
     "engine": {"checkpoint_seconds": 0},
 }
@@ -40,16 +40,15 @@ def end(project: Project, how: signal.Signals) -> int:
 
 
 def test_a_streamed_run_that_is_interrupted_and_killed_ends_as_one_from_memory(tmp_path):
-    held, streamed = Project(tmp_path / "held"), Project(tmp_path / "streamed")
-    held.set({**SMALL, "stream": {"mode": "off"}})
-    streamed.set({**SMALL, "stream": {"mode": "on", "workers": 3}})
-    for project in (held, streamed):
-        project.commit()
-        project.run("dvc", "repro", "prior")
-    held.run("python", "-m", "pipeline.teacher")
-    assert end(streamed, signal.SIGINT) == 130
-    assert end(streamed, signal.SIGKILL) == -signal.SIGKILL
-    done = streamed.run("python", "-m", "pipeline.teacher")
+    project, weights = Project(tmp_path), tmp_path / "artifacts/teacher/model.safetensors"
+    project.set({**SMALL, "stream": {"mode": "off"}})
+    for stage in ("split", "prior", "teacher"):
+        project.run("python", "-m", f"pipeline.{stage}")
+    held = weights.read_bytes()
+    weights.unlink()
+    project.set({"stream": {"mode": "on", "workers": 3}})
+    assert end(project, signal.SIGINT) == 130
+    assert end(project, signal.SIGKILL) == -signal.SIGKILL
+    done = project.run("python", "-m", "pipeline.teacher")
     assert "teacher  goes on at step" in done.stdout
-    weights = "artifacts/teacher/model.safetensors"
-    assert (streamed.root / weights).read_bytes() == (held.root / weights).read_bytes()
+    assert weights.read_bytes() == held
