@@ -7,22 +7,20 @@ indistinguishable, and on the GPU, whose decoder rounds in its own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.io
 from PIL import Image
 from torch import Tensor
 
 from models.preprocess import ORIENTATION, UPRIGHT, opened, preprocess, scaled_size, to_rgb, upright
 from pipeline.params import ImageParams
 
-# torchvision says that it will drop it; Pillow, a third slower, then takes its place.
-LIBJPEG = hasattr(torchvision.io, "decode_jpeg")
 ROOM = 2  # a picture decoded at a fraction of its size keeps at least so many times the wanted side
-Decoder = Callable[[bytes], Tensor]
 
 
 def exact(data: bytes, image: ImageParams) -> Tensor:
@@ -39,7 +37,7 @@ def fast(data: bytes, image: ImageParams) -> Tensor:
     with opened(data) as picture:
         room = ROOM * image.resize_to
         large = picture.format == "JPEG" and min(picture.size) >= 2 * room
-        if is_plain_jpeg(picture) and not large and LIBJPEG:
+        if is_plain_jpeg(picture) and not large and _torchvision() is not None:
             pixels = _libjpeg(data)
         else:
             if large:
@@ -58,9 +56,10 @@ def is_plain_jpeg(picture: Image.Image) -> bool:
 
 def nvjpeg(encoded: list[bytes], image: ImageParams, device: torch.device) -> Tensor:
     """uint8 [B,3,size,size] on the device, of plain JPEGs: nvJPEG, then resized there. Raises RuntimeError for others."""
-    found = torchvision.io.decode_jpeg(
-        [_bytes(data) for data in encoded], mode=torchvision.io.ImageReadMode.RGB, device=device
-    )
+    io = _torchvision()
+    if io is None:
+        raise RuntimeError("this torchvision has no decoder of JPEGs")
+    found = io.decode_jpeg([_bytes(data) for data in encoded], mode=io.ImageReadMode.RGB, device=device)
     return torch.stack([_cropped(pixels, image) for pixels in found])
 
 
@@ -74,7 +73,16 @@ def left_to_gpu(data: bytes, image: ImageParams) -> Tensor | None:
 
 def _libjpeg(data: bytes) -> Tensor:
     # uint8 [3,H,W], of channels that lie together.
-    return torchvision.io.decode_jpeg(_bytes(data), mode=torchvision.io.ImageReadMode.RGB)
+    io = _torchvision()
+    return io.decode_jpeg(_bytes(data), mode=io.ImageReadMode.RGB)
+
+
+@functools.cache
+def _torchvision() -> Any:
+    # Where it decodes JPEGs, which it says that it will drop: Pillow, a third slower, then takes its place. Imported when it
+    # is first asked for, as it brings much along.
+    io = importlib.import_module("torchvision.io")
+    return io if hasattr(io, "decode_jpeg") else None
 
 
 def _bytes(data: bytes) -> Tensor:

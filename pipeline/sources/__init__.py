@@ -11,6 +11,7 @@ from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.ingested import Ingested as Ingested
+from pipeline.sources.ingested import ReaderWithIngested as ReaderWithIngested
 from pipeline.sources.ingested import WithIngested as WithIngested
 from pipeline.sources.lists import ListSource
 from pipeline.sources.shards import CACHE_BYTES as CACHE_BYTES
@@ -42,16 +43,18 @@ def open_own(params: DataParams) -> Source:
     return FolderSource(root) if params.source == "folder" else ListSource(params.source, root, params.lists)
 
 
-def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES) -> Reader:
+def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES, ingested: Path = INGESTED) -> Reader:
     """What reads the images that a split table refers to, without listing the source again. Raises as `open_source` does.
 
     cache_bytes: of a table's row groups kept in memory.
     """
     if params.source == "table":
-        return TableReader(params.location, params.table, cache_bytes)
-    if params.source in ("digits", "cifar10", "cifar100"):
-        return open_source(params)
-    return FilesUnderRoot(_root(params))
+        own: Reader = TableReader(params.location, params.table, cache_bytes)
+    elif params.source in ("digits", "cifar10", "cifar100"):
+        own = open_own(params)
+    else:
+        own = FilesUnderRoot(_root(params))
+    return ReaderWithIngested(own, Ingested(ingested))
 
 
 def _root(params: DataParams) -> Path:

@@ -6,12 +6,14 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.artifacts import INGESTED, sha256_of_file
 from pipeline.errors import DataError
-from pipeline.sources.shards import RowGroups, Shard
-from pipeline.sources.source import Row, Source
+from pipeline.sources.shards import RowGroups, Shard, row_groups
+from pipeline.sources.source import Groups, Reader, Row, Source
 from pipeline.sources.storage import Storage
 
 PREFIX = "ingested:"  # of the references to these images
@@ -76,6 +78,10 @@ class Ingested:
             raise DataError(f"{self.folder / name}: no such file; restore it, or run `dvc repro split` without it")
         return self._images.value(self._shards[name], index)
 
+    def groups(self, references: pa.ChunkedArray) -> Groups:
+        """The row groups of images taken in."""
+        return row_groups(pc.utf8_slice_codeunits(references, len(PREFIX)), self._shards, "image")
+
     def place(self, reference: str) -> str:
         """The shard's path and the row."""
         name, index = _place(reference)
@@ -128,6 +134,29 @@ class WithIngested:
     def place(self, row: Row) -> str:
         """Where a user finds the image."""
         return self._ingested.place(row.reference) if row.reference.startswith(PREFIX) else self.own.place(row)
+
+
+class ReaderWithIngested:
+    """A reader that also finds the images taken in; they are read in groups where the source's own are."""
+
+    def __init__(self, own: Reader, ingested: Ingested) -> None:
+        self._own, self._ingested = own, ingested
+
+    def read(self, reference: str) -> bytes:
+        """As the reader does, or from a shard."""
+        return (self._ingested if reference.startswith(PREFIX) else self._own).read(reference)
+
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:
+        """Those of the reader, and behind them those of what was taken in."""
+        new = pc.starts_with(references, PREFIX)
+        own = self._own.groups(references.filter(pc.invert(new)))
+        mine = new.to_numpy()
+        if own is None or not mine.any():
+            return own
+        added = self._ingested.groups(references.filter(new))
+        number = np.empty(len(mine), dtype=np.int64)
+        number[~mine], number[mine] = own.number, len(own.sizes) + added.number
+        return Groups(number, np.concatenate([own.sizes, added.sizes]))
 
 
 def new_classes_metadata(names: list[str]) -> dict[bytes, bytes]:

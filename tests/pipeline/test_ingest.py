@@ -13,19 +13,25 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 import pytest
+import torch
 from dropping import FIRST_NEW, drop_images, files, held_out, project, rows_of, shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from making import png, table, write
 
 from pipeline import drop_folder, ingest_round, split
+from pipeline.dataset import load_images
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.ingest import IngestReport, ingest
-from pipeline.sources import open_source
+from pipeline.sources import Groups, Ingested, ReaderWithIngested, open_source
+from pipeline.stream import ImageStream
 
 
 @pytest.fixture(autouse=True)
@@ -518,3 +524,20 @@ def test_killed_at_any_change_of_the_disk_the_next_run_ends_as_if_nothing_had_ha
     assert changes > 20
     assert [row["label"] for row in expected[0]] == ["cat"] * 3 + ["dog", "eel"]
     assert len(expected[1]) == 2 and expected[2] == []
+
+
+@pytest.mark.parametrize("row_groups", [False, True], ids=["files", "a table"])
+def test_images_taken_in_are_streamed_as_they_are_held_in_memory(tmp_path, row_groups):
+    params = project(tmp_path)
+    drop_images("cat", range(3))
+    ingest(params)
+    split.run(params)
+    held = load_images(params, "train")
+    stream = ImageStream(params, "train", torch.device("cpu"))
+    assert torch.equal(stream.pixels(torch.arange(len(held))), held.images)
+    if row_groups:
+        references = pa.chunked_array([pa.array(list(stream.references))])
+        ours = pc.starts_with(references, "ingested:").to_numpy()
+        own = SimpleNamespace(groups=lambda found: Groups(np.arange(len(found)) // 2, np.full(len(found), 7)))
+        groups = ReaderWithIngested(own, Ingested()).groups(references)
+        assert set(groups.number[ours]).isdisjoint(groups.number[~ours]) and len(set(groups.number[ours])) == 1

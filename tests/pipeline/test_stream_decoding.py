@@ -86,6 +86,15 @@ def test_a_very_large_jpeg_is_decoded_at_a_fraction_and_looks_the_same(monkeypat
     assert apart.mean() < 0.5 and apart.max() <= 4
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "grey", "progressive"])
+def test_a_torchvision_without_a_decoder_leaves_jpegs_to_pillow(kind, monkeypatch):
+    expected = fast(KINDS[kind], SMALL)
+    monkeypatch.setattr(stream_decoding, "_torchvision", lambda: None)
+    assert torch.equal(fast(KINDS[kind], SMALL), expected)
+    with pytest.raises(RuntimeError, match="no decoder of JPEGs"):
+        stream_decoding.nvjpeg([KINDS[kind]], SMALL, torch.device("cuda"))
+
+
 BAD = {
     "empty": b"",
     "text": b"not a picture",
