@@ -29,13 +29,8 @@ PLUMBING = {
     "pipeline.resume",
     "pipeline.splits",
     "pipeline.stage",
-<<<<<<< HEAD
     "pipeline.mlflow_sink",
     "pipeline.stream_feed",
-=======
-    "pipeline.stream_feed",
-    "pipeline.mlflow_sink",
->>>>>>> loader-ingest
     "pipeline.tensorboard",
     "pipeline.tracking",
     "pipeline.training_state",
