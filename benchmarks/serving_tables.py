@@ -99,7 +99,7 @@ def limit_rows(found: Found) -> Iterator[str]:
             goal = f"≥ {goals[section.network]:.2f}" if section.network in goals else ""
             name = "`classifier`, HTTP, JPEG" if side == "classifier" else f"`student`, {side}"
             yield (
-                f"| {NETWORKS[section.network].name} | {name} | {_speed(ours)} | {median(limit, 'rate'):,.0f} "
+                f"| {NETWORKS[section.network].name} | {name} | {_speed(ours)} | {_rate(limit)} "
                 f"| {_ratio(ratios(ours, limit))} | {goal} | {median(ours, 'own'):.1%} | {_others(ours, limit)} |"
             )
 
@@ -108,7 +108,7 @@ def limit_lines(found: Found) -> Iterator[str]:
     """Which settings were tried for the limit, and which is the best."""
     for section, result in found.items():
         for limit, search in result.get("limits", {}).items():
-            tried = ", ".join(f"{setting}: {rate:,.0f}" for setting, rate in search["tried"].items())
+            tried = ", ".join(f"{setting}: {rate:,.1f}" for setting, rate in search["tried"].items())
             yield f"\n{NETWORKS[section.network].name}, {limit}: best at {search['best']} (images/s when tried: {tried})."
 
 
@@ -134,8 +134,8 @@ def peer_rows(found: Found, given: Given) -> Iterator[str]:
         theirs, ours, half = result["turns"]["peer"], result["turns"]["Tailor"], result["half"]
         goal = PEER_GOALS.get((section.network, section.peer or ""))
         yield (
-            f"| {network} | {peer} {result['version']} | {median(theirs, 'rate'):,.0f} | {_latency(theirs)} "
-            f"| {median(ours, 'rate'):,.0f} | {_latency(ours)} | {_ratio(ratios(ours, theirs))} "
+            f"| {network} | {peer} {result['version']} | {_rate(theirs)} | {_latency(theirs)} "
+            f"| {_rate(ours)} | {_latency(ours)} | {_ratio(ratios(ours, theirs))} "
             f"| {f'≥ {goal:g}' if goal else ''} | {result['half_rate']:,.0f} | {median(half['peer'], 'p99'):.1f} "
             f"| {median(half['Tailor'], 'p99'):.1f} | {_others(ours, theirs, *half.values())} |"
         )
@@ -179,8 +179,13 @@ def _span(values: list[float]) -> str:
     return f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
 
 
+def _rate(records: list[Record]) -> str:
+    rate = median(records, "rate")
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
 def _speed(records: list[Record]) -> str:
-    return f"{median(records, 'rate'):,.0f} | {median(records, 'p50'):.1f} | {median(records, 'p99'):.1f}"
+    return f"{_rate(records)} | {median(records, 'p50'):.1f} | {median(records, 'p99'):.1f}"
 
 
 def _latency(records: list[Record]) -> str:
