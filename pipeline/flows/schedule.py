@@ -68,6 +68,7 @@ def keep_schedule(
 
 def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str) -> None:
     """Run the runner, and again when it lost its server."""
+    import httpx
     from prefect.schedules import Cron
 
     # Prefect's own handler of SIGTERM forgets to await what it calls.
@@ -90,7 +91,7 @@ def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str
                 print_starting_message=False,
             )
             return
-        except RuntimeError as error:  # its polls failed too often in a row
+        except (RuntimeError, httpx.HTTPError) as error:  # a poll failed, or several in a row
             if answers(url) and time.monotonic() - begun < PAUSE:
                 raise PrefectServerError(f"Prefect's runner ended: {error}") from error
             say("the runner lost Prefect's server and waits for it")

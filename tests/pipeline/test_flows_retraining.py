@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import time
 
 import pytest
 from prefect.states import Failed
@@ -21,13 +22,13 @@ from serving.manifest import ManifestError
 from serving.promotion import PromotionError
 
 
-def hold(folder, taken, release):
+def hold(folder, taken):
     import os
 
     os.chdir(folder)
     with one_at_a_time("refuse", print):
         taken.set()
-        release.wait(60)
+        time.sleep(60)
 
 
 @pytest.fixture
@@ -35,13 +36,13 @@ def other_run(tmp_path, monkeypatch):
     """Another process that holds the lock until it is told to end."""
     monkeypatch.chdir(tmp_path)
     context = multiprocessing.get_context("spawn")
-    taken, release = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(str(tmp_path), taken, release))
+    taken = context.Event()
+    process = context.Process(target=hold, args=(str(tmp_path), taken))
     process.start()
     assert taken.wait(60)
     write_run(Run(now().isoformat(), None, "why", process.pid, None))
     yield process
-    release.set()
+    process.kill()
     process.join()
 
 
