@@ -178,9 +178,7 @@ def _settled(params: Params, champion: releases.Champion | None) -> Outcome | No
 
 
 def _promoted(version: int, before: int | None, rehearsed: bool, servers: tuple[str, ...], repository: Path) -> str:
-    trial = (
-        "on a server of its own" if rehearsed else "in ONNX Runtime alone (a dry run: no second server was to be had)"
-    )
+    trial = "on a server of its own" if rehearsed else "in ONNX Runtime alone (dry run)"
     where = f"at {', '.join(servers)}" if servers else f"once a server starts on {repository}; none runs on it now"
     instead = f" instead of {before}" if before else ""
     return f"version {version} answers{instead}, {where}; it was tried {trial}"

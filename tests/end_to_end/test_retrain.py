@@ -120,7 +120,7 @@ def context(prefect, tmp_path_factory):
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
-        "PREFECT_CLIENT_MAX_RETRIES": "0",
+        "PREFECT_CLIENT_MAX_RETRIES": "2",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
