@@ -47,7 +47,11 @@ retrain-demo: install ## two rounds of retraining on the embedded data: one prom
 
 .PHONY: test
 test: install lint ## the whole test suite
-	@python -m pytest -n 2 --dist loadgroup
+	@python -m pytest -n 2 --dist loadgroup -m "not faults"
+
+.PHONY: test-faults
+test-faults: install ## retraining and schedules killed and stopped over and over; many minutes
+	@python -m pytest -m faults
 
 .PHONY: test-fast
 test-fast: install lint ## the layer without DVC and Triton

@@ -170,6 +170,7 @@ def test_a_run_with_nothing_new_ends_early_and_says_so(project, context):
     assert "gate: starts" not in run.text() and "split: starts" not in run.text()
 
 
+@pytest.mark.faults
 def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_finishes(project, context, server):
     project.prepare("second", 2, 0.8)
     project.choose("second")
@@ -189,6 +190,7 @@ def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_f
     assert Begun(context, project.root).outcome().ending == "unchanged"
 
 
+@pytest.mark.faults
 def test_runs_killed_in_the_midst_of_a_swap_leave_a_version_that_answers(project, context, server):
     project.prepare("third", 3, 0.85)
     project.choose("third")
@@ -258,6 +260,7 @@ def test_a_challenger_that_is_not_fit_never_reaches_the_server(
     )
 
 
+@pytest.mark.faults
 def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project, context):
     project.prepare("fourth", 4, 0.9)
     project.choose("fourth")
@@ -268,6 +271,7 @@ def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project,
     assert "set retrain.when_busy: wait" in outcomes["busy"].message
 
 
+@pytest.mark.faults
 def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(project, context, server):
     project.prepare("fifth", 5, 0.93)
     project.choose("fifth")
@@ -291,6 +295,7 @@ def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(projec
         project.set("retrain", retries=0)
 
 
+@pytest.mark.faults
 def test_prefects_server_stopped_in_the_midst_of_a_run_keeps_no_better_model_from_going_live(
     project, context, server, prefect
 ):

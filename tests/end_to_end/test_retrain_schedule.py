@@ -66,6 +66,7 @@ def states(project: Retraining) -> list[str]:
         return [name for (name,) in base.execute(query, (now,))]
 
 
+@pytest.mark.faults
 def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_once_on_what_it_missed(tmp_path):
     project = Retraining(tmp_path / "project")
     project.prepare("first", 1, 0.6)
@@ -109,6 +110,7 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
     assert project.repository.is_dir()
 
 
+@pytest.mark.faults
 def test_the_work_pools_of_prefect_yaml_can_be_deployed_to(tmp_path):
     from prefect.client.schemas.actions import WorkPoolCreate
 
