@@ -392,6 +392,25 @@ def test_an_image_that_changes_after_it_was_judged_waits_and_the_others_go_ahead
     assert ingest(params).added == 1
 
 
+def test_a_table_waits_whole_when_one_of_its_images_changes_after_it_was_judged(tmp_path, monkeypatch):
+    params = project(tmp_path)
+    images = drop_images("photos", range(4))
+    paths = [str(path.relative_to("data/drop")) for path in images]
+    labels = table(Path("data/drop/labels.csv"), {"path": paths, "label": ["cat", "dog", "eel", "cat"]})
+    whole = ingest_round.write_shard
+
+    def late(path, good, classes):
+        images[1].write_bytes(png(FIRST_NEW + 77))
+        return whole(path, good, classes)
+
+    monkeypatch.setattr(ingest_round, "write_shard", late)
+    assert (ingest(params).added, labels.exists(), all(path.exists() for path in images)) == (3, True, True)
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    again = ingest(params)
+    assert (again.added, again.already_there, again.quarantined, labels.exists()) == (1, 3, 0, False)
+
+
 def test_one_ingest_at_a_time(tmp_path):
     from filelock import FileLock
 
