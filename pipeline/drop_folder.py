@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pipeline.sources.storage import Storage
 
 MARKER = ".complete"
 MAX_CSV_BYTES = 256 * 1024 * 1024  # read whole
+LONGEST_PATH = 200  # characters of one that are told
 TABLE_SUFFIXES = {".csv", ".parquet"}
 Stamp = tuple[int, int, int]  # inode, bytes, time of change of the content in nanoseconds
 
@@ -159,7 +161,29 @@ def _top(root: Path, path: Path) -> Path:
 
 
 def _inside(root: Path, path: Path) -> bool:
-    return path.resolve().is_relative_to(root.resolve())
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a name that no file can have
+        return False
+
+
+def _problem(root: Path, path: Path) -> tuple[str, str] | None:
+    """Why a file of the drop is not to be opened: reading a pipe would wait for ever."""
+    if not _inside(root, path):
+        return "outside", "is a link that leads out of the drop folder, or to itself"
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        return "unreadable", f"{path}: {error.strerror}"
+    return None if regular else ("unreadable", f"{path}: is not a regular file")
+
+
+def _named(root: Path, path: str) -> Path | None:
+    """The place in the drop that a row of a table names; None where that is no place inside."""
+    if "\0" in path:
+        return None
+    place = Path(os.path.relpath(root.absolute() / path, root.absolute()))
+    return root / place if place.parts[:1] not in ((), ("..",)) and _inside(root, root / place) else None
 
 
 def _folder_row(root: Path, path: Path, classes: list[str]) -> DropRow:
@@ -167,16 +191,17 @@ def _folder_row(root: Path, path: Path, classes: list[str]) -> DropRow:
     read = partial(read_image_file, path)
     if len(name.parts) == 1:
         return DropRow(str(name), None, read, path, ("no label", "lies beside the class folders"))
-    problem = None if _inside(root, path) else ("outside", "is a link that leads out of the drop folder")
     known = set(classes)
     parents = ["/".join(name.parts[:depth]) for depth in range(1, len(name.parts))]
     label = next((parent for parent in parents if parent in known), name.parts[0])
-    return DropRow(name.as_posix(), label, read, path, problem)
+    return DropRow(name.as_posix(), label, read, path, _problem(root, path))
 
 
 def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[DropRow], set[Path]]:
     """Rows of a table, and the files that it names. A table that cannot be read is one row with that problem."""
     columns = params.columns
+    if problem := _problem(root, table):
+        return [DropRow(table.name, None, partial(read_image_file, table), table, problem)], set()
     size = table.stat().st_size
     if table.suffix.lower() == ".csv" and size > MAX_CSV_BYTES:
         said = f"{table}: has {size} bytes, above the limit of {MAX_CSV_BYTES} of a CSV file; write it as Parquet"
@@ -192,12 +217,13 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
     images = RowGroups(column)
     rows, named = [], set()
     for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        file = root / path if isinstance(path, str) else None
+        file = _named(root, path) if isinstance(path, str) else None
         problem = None
-        if file is not None and not _inside(root, file):
-            file, problem = None, ("outside", f"names {path!r}, which lies outside the drop folder")
-        elif file is not None:
-            named.add(Path(os.path.normpath(file)))
+        if file is not None:
+            problem = _problem(root, file)
+            named.add(file)
+        elif isinstance(path, str):
+            problem = ("outside", f"names {path[:LONGEST_PATH]!r}, which is no place inside the drop folder")
         read = partial(read_image_file, file) if file else partial(_cell, images, shard, index)
         usable = label if isinstance(label, str | int) and not isinstance(label, bool) else None
         rows.append(DropRow(f"{table.name}#{index}", usable, read, file, problem))

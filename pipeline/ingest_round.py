@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def write_quarantine(folder: Path, bad: list[Verdict]) -> tuple[str, list[Verdic
     folder.mkdir()
     listed = [_listed(number, verdict) for number, verdict in enumerate(bad)]
     for row, verdict in zip(listed, bad, strict=True):
-        suffix = verdict.row.file.suffix if verdict.row.file else ""
+        suffix = verdict.row.file.suffix[:16] if verdict.row.file else ""
         row["file"] = _keep_file(folder / f"files/{row['number']:05d}{suffix}", verdict)
     write_file(folder / LISTING, as_csv(listed))
     alone = [verdict for row, verdict in zip(listed, bad, strict=True) if not row["file"]]
@@ -212,12 +213,17 @@ def _keep_file(path: Path, verdict: Verdict) -> str:
         if not data:
             return ""
         path.write_bytes(data)
-    elif file.is_symlink() or not _linked_or_copied(file, path):
+    elif not _linked_or_copied(file, path):
         return ""
     return f"files/{path.name}"
 
 
 def _linked_or_copied(file: Path, path: Path) -> bool:
+    try:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            return False  # a link, or a pipe
+    except OSError:
+        return False
     with contextlib.suppress(OSError):  # another file system, or one without links, or another user's file
         os.link(file, path)
         return True

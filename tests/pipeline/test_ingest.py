@@ -254,6 +254,27 @@ def test_a_path_or_a_link_that_leads_out_of_the_drop_is_never_read(tmp_path):
     assert secret.exists()
 
 
+def test_no_odd_entry_of_a_drop_stops_the_others(tmp_path):
+    params = project(tmp_path, min_good_share=0.0)
+    images = drop_images("photos", range(2))
+    odd = {".": "outside", "a\0b": "outside", "x" * 5000: "unreadable", "photos/gone.png": "unreadable",
+           "photos": "unreadable", "photos/pipe.png": "unreadable", "photos/itself.png": "outside"}  # fmt: skip
+    os.mkfifo("data/drop/photos/pipe.png")
+    Path("data/drop/photos/itself.png").symlink_to("itself.png")
+    paths = [str(images[0].absolute()), "photos/../photos/1.png", *odd]
+    table(Path("data/drop/labels.parquet"), {"path": paths, "label": ["cat"] * len(paths)})
+    Path("data/drop/itself.csv").symlink_to("itself.csv")
+    os.mkfifo("data/drop/pipe.csv")
+    report = ingest(params)
+    assert (report.added, report.quarantined) == (2, len(odd) + 2)
+    found = {row["name"]: row["reason"] for row in listing()}
+    assert found == {
+        "itself.csv": "outside", "pipe.csv": "unreadable",
+        **{f"labels.parquet#{number}": reason for number, reason in enumerate(odd.values(), 2)},
+    }  # fmt: skip
+    assert not [path for path in Path("data/drop/photos").iterdir() if path.is_file()]
+
+
 @pytest.mark.parametrize("columns", [{"picture": [1], "label": ["cat"]}, {"image": [b"x"], "class": ["cat"]}])
 def test_a_table_without_the_columns_is_one_bad_row(tmp_path, columns):
     params = project(tmp_path, min_good_share=0.0)
