@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 import time
@@ -21,6 +22,7 @@ from pipeline.sources.storage import Storage
 MARKER = ".complete"
 MAX_CSV_BYTES = 256 * 1024 * 1024  # read whole
 LONGEST_PATH = 200  # characters of one that are told
+WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it
 TABLE_SUFFIXES = {".csv", ".parquet"}
 Stamp = tuple[int, int, int]  # inode, bytes, time of change of the content in nanoseconds
 
@@ -207,14 +209,14 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
         said = f"{table}: has {size} bytes, above the limit of {MAX_CSV_BYTES} of a CSV file; write it as Parquet"
         return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", said))], set()
     try:
-        shard = Shard(Storage(str(root)), table.name)
+        shard = Shard(Storage(str(root)), table.name, text=[columns.label, columns.path])
         column = columns.image if columns.image in shard.schema.names else columns.path
         shard.check_column(column)
         labels = shard.column(columns.label).to_pylist()
         paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
     except DataError as error:
         return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", str(error)))], set()
-    images = RowGroups(column)
+    images, as_text = RowGroups(column), table.suffix.lower() == ".csv"
     rows, named = [], set()
     for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
         file = _named(root, path) if isinstance(path, str) else None
@@ -225,9 +227,15 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
         elif isinstance(path, str):
             problem = ("outside", f"names {path[:LONGEST_PATH]!r}, which is no place inside the drop folder")
         read = partial(read_image_file, file) if file else partial(_cell, images, shard, index)
-        usable = label if isinstance(label, str | int) and not isinstance(label, bool) else None
-        rows.append(DropRow(f"{table.name}#{index}", usable, read, file, problem))
+        rows.append(DropRow(f"{table.name}#{index}", _label(label, as_text), read, file, problem))
     return rows, named
+
+
+def _label(value: object, as_text: bool) -> str | int | None:
+    """A label that is one. A CSV file has text alone: `7` may be a number, `007` is a name and nothing else."""
+    if as_text and isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):
+        return int(value)
+    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
 def _cell(images: RowGroups, shard: Shard, index: int) -> bytes:
