@@ -503,6 +503,23 @@ def test_images_that_the_source_gained_since_are_left_out_of_what_was_taken_in(t
     assert digests.count(hashlib.sha256(data).hexdigest()) == 1
 
 
+def test_a_shard_that_is_placed_while_split_runs_fails_it_so_that_it_runs_again(tmp_path, monkeypatch):
+    params = project(tmp_path)
+    before, check = files("data/split"), split.find_duplicates
+
+    def meanwhile(*arguments):
+        drop_images("cat", range(2))
+        ingest(params)
+        return check(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split, "find_duplicates", meanwhile)
+        with pytest.raises(StageError, match=r"data/ingested changed while split ran; run `dvc repro` again"):
+            split.run(params)
+    assert files("data/split") == before
+    assert split.run(params).ingested == 2
+
+
 # Every kill: a process that ends by SIGKILL at its n-th change of the disk, for every n until it lives to the end.
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree"}
 
