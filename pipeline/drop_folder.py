@@ -88,12 +88,13 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
             else:
                 drop.rows += rows
                 drop.files |= {path: found[path] for path in (table, *named) if path in found}
+    known = set(classes)
     folders_of_tables = {_top(root, path) for path in claimed}
     for path in found.keys() - claimed - set(tables):
         if path in waiting or waiting & set(tables) or (path.parent != root and _top(root, path) in folders_of_tables):
             waiting.add(path)
         elif path.parent != root or path.suffix.lower() in IMAGE_SUFFIXES:
-            drop.rows.append(_folder_row(root, path, classes))
+            drop.rows.append(_folder_row(root, path, known))
             drop.files[path] = found[path]
     drop.files |= {path: stamp for path in _markers(root, drop) if (stamp := stamp_of(path)) is not None}
     order = reading_order([row.name for row in drop.rows])
@@ -188,12 +189,11 @@ def _named(root: Path, path: str) -> Path | None:
     return root / place if place.parts[:1] not in ((), ("..",)) and _inside(root, root / place) else None
 
 
-def _folder_row(root: Path, path: Path, classes: list[str]) -> DropRow:
+def _folder_row(root: Path, path: Path, known: set[str]) -> DropRow:
     name = path.relative_to(root)
     read = partial(read_image_file, path)
     if len(name.parts) == 1:
         return DropRow(str(name), None, read, path, ("no label", "lies beside the class folders"))
-    known = set(classes)
     parents = ["/".join(name.parts[:depth]) for depth in range(1, len(name.parts))]
     label = next((parent for parent in parents if parent in known), name.parts[0])
     return DropRow(name.as_posix(), label, read, path, _problem(root, path))
