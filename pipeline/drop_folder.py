@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ from pipeline.sources.storage import Storage
 
 MARKER = ".complete"
 MAX_CSV_BYTES = 256 * 1024 * 1024  # read whole
+LONGEST_PATH = 200  # characters of one that are told
+WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it
 TABLE_SUFFIXES = {".csv", ".parquet"}
 Stamp = tuple[int, int, int]  # inode, bytes, time of change of the content in nanoseconds
 
@@ -84,12 +88,13 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
             else:
                 drop.rows += rows
                 drop.files |= {path: found[path] for path in (table, *named) if path in found}
+    known = set(classes)
     folders_of_tables = {_top(root, path) for path in claimed}
     for path in found.keys() - claimed - set(tables):
         if path in waiting or waiting & set(tables) or (path.parent != root and _top(root, path) in folders_of_tables):
             waiting.add(path)
         elif path.parent != root or path.suffix.lower() in IMAGE_SUFFIXES:
-            drop.rows.append(_folder_row(root, path, classes))
+            drop.rows.append(_folder_row(root, path, known))
             drop.files[path] = found[path]
     drop.files |= {path: stamp for path in _markers(root, drop) if (stamp := stamp_of(path)) is not None}
     order = reading_order([row.name for row in drop.rows])
@@ -159,49 +164,78 @@ def _top(root: Path, path: Path) -> Path:
 
 
 def _inside(root: Path, path: Path) -> bool:
-    return path.resolve().is_relative_to(root.resolve())
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a name that no file can have
+        return False
 
 
-def _folder_row(root: Path, path: Path, classes: list[str]) -> DropRow:
+def _problem(root: Path, path: Path) -> tuple[str, str] | None:
+    """Why a file of the drop is not to be opened: reading a pipe would wait for ever."""
+    if not _inside(root, path):
+        return "outside", "is a link that leads out of the drop folder, or to itself"
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        return "unreadable", f"{path}: {error.strerror}"
+    return None if regular else ("unreadable", f"{path}: is not a regular file")
+
+
+def _named(root: Path, path: str) -> Path | None:
+    """The place in the drop that a row of a table names; None where that is no place inside."""
+    if "\0" in path:
+        return None
+    place = Path(os.path.relpath(root.absolute() / path, root.absolute()))
+    return root / place if place.parts[:1] not in ((), ("..",)) and _inside(root, root / place) else None
+
+
+def _folder_row(root: Path, path: Path, known: set[str]) -> DropRow:
     name = path.relative_to(root)
     read = partial(read_image_file, path)
     if len(name.parts) == 1:
         return DropRow(str(name), None, read, path, ("no label", "lies beside the class folders"))
-    problem = None if _inside(root, path) else ("outside", "is a link that leads out of the drop folder")
-    known = set(classes)
     parents = ["/".join(name.parts[:depth]) for depth in range(1, len(name.parts))]
     label = next((parent for parent in parents if parent in known), name.parts[0])
-    return DropRow(name.as_posix(), label, read, path, problem)
+    return DropRow(name.as_posix(), label, read, path, _problem(root, path))
 
 
 def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[DropRow], set[Path]]:
     """Rows of a table, and the files that it names. A table that cannot be read is one row with that problem."""
     columns = params.columns
+    if problem := _problem(root, table):
+        return [DropRow(table.name, None, partial(read_image_file, table), table, problem)], set()
     size = table.stat().st_size
     if table.suffix.lower() == ".csv" and size > MAX_CSV_BYTES:
         said = f"{table}: has {size} bytes, above the limit of {MAX_CSV_BYTES} of a CSV file; write it as Parquet"
         return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", said))], set()
     try:
-        shard = Shard(Storage(str(root)), table.name)
+        shard = Shard(Storage(str(root)), table.name, text=[columns.label, columns.path])
         column = columns.image if columns.image in shard.schema.names else columns.path
         shard.check_column(column)
         labels = shard.column(columns.label).to_pylist()
         paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
     except DataError as error:
         return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", str(error)))], set()
-    images = RowGroups(column)
+    images, as_text = RowGroups(column), table.suffix.lower() == ".csv"
     rows, named = [], set()
     for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        file = root / path if isinstance(path, str) else None
+        file = _named(root, path) if isinstance(path, str) else None
         problem = None
-        if file is not None and not _inside(root, file):
-            file, problem = None, ("outside", f"names {path!r}, which lies outside the drop folder")
-        elif file is not None:
-            named.add(Path(os.path.normpath(file)))
+        if file is not None:
+            problem = _problem(root, file)
+            named.add(file)
+        elif isinstance(path, str):
+            problem = ("outside", f"names {path[:LONGEST_PATH]!r}, which is no place inside the drop folder")
         read = partial(read_image_file, file) if file else partial(_cell, images, shard, index)
-        usable = label if isinstance(label, str | int) and not isinstance(label, bool) else None
-        rows.append(DropRow(f"{table.name}#{index}", usable, read, file, problem))
+        rows.append(DropRow(f"{table.name}#{index}", _label(label, as_text), read, file, problem))
     return rows, named
+
+
+def _label(value: object, as_text: bool) -> str | int | None:
+    """A label that is one. A CSV file has text alone: `7` may be a number, `007` is a name and nothing else."""
+    if as_text and isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):
+        return int(value)
+    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
 def _cell(images: RowGroups, shard: Shard, index: int) -> bytes:

@@ -55,7 +55,8 @@ def judge(
     not known.
     """
     read = _read_all(rows)
-    labels = [_class_of(row.label, params, classes) for row in rows]
+    known = set(classes)
+    labels = [_class_of(row.label, params, classes, known) for row in rows]
     places = _places({found.sha256 for found in read if found.sha256}, classes, ingested, split)
     claims: dict[str, set[str]] = defaultdict(set)
     for found, (label, _) in zip(read, labels, strict=True):
@@ -129,12 +130,17 @@ def _read(row: DropRow) -> _Read:
     return _Read(digest)
 
 
-def _class_of(label: str | int | None, params: IngestParams, classes: list[str]) -> tuple[str | None, tuple[str, str]]:
-    """The class that a label means, by name or, where no class is called so, by its number; else why there is none."""
+def _class_of(
+    label: str | int | None, params: IngestParams, classes: list[str], known: set[str]
+) -> tuple[str | None, tuple[str, str]]:
+    """The class that a label means, by name or, where no class is called so, by its number; else why there is none.
+
+    known: the classes again, to look one up at once.
+    """
     if label is None or label == "":
         return None, ("no label", "has no label that is text or an integer")
     name = str(label)
-    if name in classes:
+    if name in known:
         return name, ("", "")
     if isinstance(label, int):
         if 0 <= label < len(classes):

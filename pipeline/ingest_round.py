@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ ROW_GROUP_BYTES = 16 * 1024 * 1024
 class Written:
     """What a round holds: names of its shard (None without good rows) and of its quarantine folder, and counts of rows.
 
-    reasons: bad rows by what is wrong. changed: rows whose image is no longer what was judged; they and their files wait
-    for the next round.
+    reasons: bad rows by what is wrong. changed: rows whose image is no longer what was judged; they and their files, of a
+    table all that it names, wait for the next round.
     """
 
     shard: str | None
@@ -68,7 +69,7 @@ def write_round(drop: Drop, verdicts: list[Verdict], classes: list[str], taken: 
         new = sorted({str(verdict.label) for verdict in kept} - set(classes))
         there = len(verdicts) - len(good) - len(bad)
         written = Written(shard, quarantine, len(kept), there, len(bad), reasons(verdicts), len(changed), new)
-        left = _files_of(changed, drop)
+        left = _files_of(_for_the_next(verdicts, changed), drop)
         files = {path.relative_to(drop.root).as_posix(): stamp for path, stamp in drop.files.items()}
         plan = {
             "drop": str(drop.root.absolute()),
@@ -80,12 +81,22 @@ def write_round(drop: Drop, verdicts: list[Verdict], classes: list[str], taken: 
     return written
 
 
+def _for_the_next(verdicts: list[Verdict], changed: list[Verdict]) -> list[Verdict]:
+    """Rows whose files stay in the drop: those that changed, and with a row of a table all that the table names."""
+    own = {id(verdict) for verdict in changed}
+    tables = {_place(verdict) for verdict in changed}
+    return [verdict for verdict in verdicts if id(verdict) in own or _place(verdict) in tables]
+
+
+def _place(verdict: Verdict) -> str:
+    """The table or image that a row comes from, in the drop."""
+    return verdict.row.name.partition("#")[0]
+
+
 def _files_of(verdicts: list[Verdict], drop: Drop) -> set[str]:
     """Files in the drop that rows come from: their table and their image."""
     images = {verdict.row.file for verdict in verdicts if verdict.row.file}
-    return {verdict.row.name.partition("#")[0] for verdict in verdicts} | {
-        image.relative_to(drop.root).as_posix() for image in images
-    }
+    return {_place(verdict) for verdict in verdicts} | {image.relative_to(drop.root).as_posix() for image in images}
 
 
 def finish_round() -> Written | None:
@@ -147,7 +158,7 @@ def write_quarantine(folder: Path, bad: list[Verdict]) -> tuple[str, list[Verdic
     folder.mkdir()
     listed = [_listed(number, verdict) for number, verdict in enumerate(bad)]
     for row, verdict in zip(listed, bad, strict=True):
-        suffix = verdict.row.file.suffix if verdict.row.file else ""
+        suffix = verdict.row.file.suffix[:16] if verdict.row.file else ""
         row["file"] = _keep_file(folder / f"files/{row['number']:05d}{suffix}", verdict)
     write_file(folder / LISTING, as_csv(listed))
     alone = [verdict for row, verdict in zip(listed, bad, strict=True) if not row["file"]]
@@ -202,12 +213,17 @@ def _keep_file(path: Path, verdict: Verdict) -> str:
         if not data:
             return ""
         path.write_bytes(data)
-    elif file.is_symlink() or not _linked_or_copied(file, path):
+    elif not _linked_or_copied(file, path):
         return ""
     return f"files/{path.name}"
 
 
 def _linked_or_copied(file: Path, path: Path) -> bool:
+    try:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            return False  # a link, or a pipe
+    except OSError:
+        return False
     with contextlib.suppress(OSError):  # another file system, or one without links, or another user's file
         os.link(file, path)
         return True

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from pipeline.artifacts import SPLIT, whole_folder, write_file, write_json
+from pipeline.artifacts import INGESTED, SPLIT, whole_folder, write_file, write_json
 from pipeline.duplicates import check_labels, conflicting_labels, find_duplicates
-from pipeline.errors import DataError, ParamsError
+from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.inspection import check_missing, check_usable, inspect_images
 from pipeline.params import DataParams, Params
 from pipeline.profiles import choose, class_members, class_sizes
@@ -52,8 +52,10 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     Images that were taken in (`tailor ingest`) follow in the training split, which alone they change.
     With data.on_bad_image fail, raises DataError for missing images and for unusable ones of any split; with skip they are
     left out before anything is assigned, counted, and listed in skipped.csv. Raises DataError for one image under two
-    labels (a published data set keeps such pairs, so that results compare) and for a class too small to hold out from.
+    labels (a published data set keeps such pairs, so that results compare) and for a class too small to hold out from;
+    StageError when an ingest placed a shard meanwhile.
     """
+    shards = _taken_in()
     everything = open_source(params.data)
     everything.check()
     source = everything.own
@@ -79,6 +81,8 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     assigned["train"] = assigned["train"] + ingested
     hashes |= everything.ingested_hashes
     shared = find_duplicates(assigned, hashes, everything.classes)
+    if _taken_in() != shards:  # DVC hashes the folder when the stage has ended, and would never run it for that shard
+        raise StageError(f"{INGESTED} changed while split ran; run `dvc repro` again")
     _write(output, assigned, hashes, everything.classes, shared, left_out)
     groups = {entry[0] for entry in shared}
     if groups:
@@ -96,6 +100,10 @@ def run(params: Params, output: Path = SPLIT) -> Result:
         )
     sizes = {split: len(kept) for split, kept in assigned.items()}
     return Result(sizes, len(everything.classes), len(groups), len(skipped), len(ingested), output)
+
+
+def _taken_in() -> list[str]:
+    return sorted(path.name for path in INGESTED.glob("*.parquet"))
 
 
 def new_images(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -28,17 +28,20 @@ CLASSES_KEY, ORIGIN_KEY = b"tailor.classes", b"tailor.origin"
 class Shard:
     """A Parquet file, known by its footer until a column or image is asked for; or a CSV file, read whole.
 
-    Raises DataError naming the file when it is missing, no table, or cut off.
+    text: columns of a CSV file that are taken as they are written, whatever they look like. Raises DataError naming the
+    file when it is missing, no table, or cut off.
     """
 
-    def __init__(self, storage: Storage, name: str) -> None:
+    def __init__(self, storage: Storage, name: str, text: Sequence[str] = ()) -> None:
         self._storage, self.name, self.place = storage, name, storage.place(name)
         self._table: pa.Table | None = None
         with self._readable(), storage.open(name) as stream:
-            if name.endswith(".csv"):
+            if name.lower().endswith(".csv"):
                 # An empty cell is a missing value, as in Parquet, and not a label "".
-                empty = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
-                self._table = pyarrow.csv.read_csv(stream, convert_options=empty)
+                options = pyarrow.csv.ConvertOptions(
+                    null_values=[""], strings_can_be_null=True, column_types=dict.fromkeys(text, pa.string())
+                )
+                self._table = pyarrow.csv.read_csv(stream, convert_options=options)
                 self.schema, groups = self._table.schema, [self._table.num_rows]
                 self._metadata: dict[bytes, bytes] = {}
             else:

@@ -16,10 +16,10 @@ SIZES = {"cat": 12, "dog": 10, "eel": 9}
 FIRST_NEW = 1000  # seeds of images that the source does not have
 
 
-def project(root: Path, **ingest: Any) -> Params:
+def project(root: Path, sizes: dict[str, int] = SIZES, **ingest: Any) -> Params:
     """Params over a folder source at `root`, the working directory from here on, with its split made; nothing has to settle."""
     os.chdir(root)
-    folder(root / "source", SIZES)
+    folder(root / "source", sizes)
     made = data_params(Path("source")).model_dump(mode="json")
     made["ingest"] = {**made["ingest"], "settle_seconds": 0, **ingest}
     params = parse_params(made, Path("params.yaml"))

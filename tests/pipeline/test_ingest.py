@@ -242,6 +242,16 @@ def test_integer_labels_of_a_table_are_class_numbers_and_others_are_bad(tmp_path
     assert report.reasons == {"unknown class": 1, "no label": 1}
 
 
+def test_a_label_of_a_csv_table_is_a_name_as_it_is_written_before_it_is_a_number(tmp_path):
+    params = project(tmp_path, {"001": 9, "002": 9, "7": 9}, min_good_share=0.0)
+    paths = [str(path.relative_to("data/drop")) for path in drop_images("photos", range(6))]
+    labels = {"path": paths, "label": ["001", "002", "7", "1", "003", "3"]}
+    table(Path("data/drop/labels.csv"), labels).rename("data/drop/LABELS.CSV")
+    report = ingest(params)
+    assert [row["label"] for row in shards()] == ["001", "002", "7", "002"]
+    assert report.reasons == {"unknown class": 2}
+
+
 def test_a_path_or_a_link_that_leads_out_of_the_drop_is_never_read(tmp_path):
     params = project(tmp_path, min_good_share=0.0)
     secret = write(tmp_path / "secret.png", png(FIRST_NEW + 1))
@@ -252,6 +262,27 @@ def test_a_path_or_a_link_that_leads_out_of_the_drop_is_never_read(tmp_path):
     assert (report.added, report.reasons) == (0, {"outside": 3})
     assert secret.read_bytes() not in files("data/quarantine").values()
     assert secret.exists()
+
+
+def test_no_odd_entry_of_a_drop_stops_the_others(tmp_path):
+    params = project(tmp_path, min_good_share=0.0)
+    images = drop_images("photos", range(2))
+    odd = {".": "outside", "a\0b": "outside", "x" * 5000: "unreadable", "photos/gone.png": "unreadable",
+           "photos": "unreadable", "photos/pipe.png": "unreadable", "photos/itself.png": "outside"}  # fmt: skip
+    os.mkfifo("data/drop/photos/pipe.png")
+    Path("data/drop/photos/itself.png").symlink_to("itself.png")
+    paths = [str(images[0].absolute()), "photos/../photos/1.png", *odd]
+    table(Path("data/drop/labels.parquet"), {"path": paths, "label": ["cat"] * len(paths)})
+    Path("data/drop/itself.csv").symlink_to("itself.csv")
+    os.mkfifo("data/drop/pipe.csv")
+    report = ingest(params)
+    assert (report.added, report.quarantined) == (2, len(odd) + 2)
+    found = {row["name"]: row["reason"] for row in listing()}
+    assert found == {
+        "itself.csv": "outside", "pipe.csv": "unreadable",
+        **{f"labels.parquet#{number}": reason for number, reason in enumerate(odd.values(), 2)},
+    }  # fmt: skip
+    assert not [path for path in Path("data/drop/photos").iterdir() if path.is_file()]
 
 
 @pytest.mark.parametrize("columns", [{"picture": [1], "label": ["cat"]}, {"image": [b"x"], "class": ["cat"]}])
@@ -384,12 +415,30 @@ def test_an_image_that_changes_after_it_was_judged_waits_and_the_others_go_ahead
         first.write_bytes(png(FIRST_NEW + 77))
         return whole(path, good, classes)
 
-    monkeypatch.setattr(ingest_round, "write_shard", late)
-    report = ingest(params)
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_round, "write_shard", late)
+        report = ingest(params)
     assert (report.added, report.waiting) == (1, 1) and first.exists()
-    monkeypatch.undo()
-    os.chdir(tmp_path)
     assert ingest(params).added == 1
+
+
+def test_a_table_waits_whole_when_one_of_its_images_changes_after_it_was_judged(tmp_path, monkeypatch):
+    params = project(tmp_path)
+    images = drop_images("photos", range(4))
+    paths = [str(path.relative_to("data/drop")) for path in images]
+    labels = table(Path("data/drop/labels.csv"), {"path": paths, "label": ["cat", "dog", "eel", "cat"]})
+    whole = ingest_round.write_shard
+
+    def late(path, good, classes):
+        images[1].write_bytes(png(FIRST_NEW + 77))
+        return whole(path, good, classes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_round, "write_shard", late)
+        assert ingest(params).added == 3
+    assert labels.exists() and all(path.exists() for path in images)
+    again = ingest(params)
+    assert (again.added, again.already_there, again.quarantined, labels.exists()) == (1, 3, 0, False)
 
 
 def test_one_ingest_at_a_time(tmp_path):
@@ -452,6 +501,23 @@ def test_images_that_the_source_gained_since_are_left_out_of_what_was_taken_in(t
     assert "1 images taken in are in a split of the source already" in capsys.readouterr().err
     digests = [row["sha256"] for name in ("train", "validation", "test") for row in rows_of(name)]
     assert digests.count(hashlib.sha256(data).hexdigest()) == 1
+
+
+def test_a_shard_that_is_placed_while_split_runs_fails_it_so_that_it_runs_again(tmp_path, monkeypatch):
+    params = project(tmp_path)
+    before, check = files("data/split"), split.find_duplicates
+
+    def meanwhile(*arguments):
+        drop_images("cat", range(2))
+        ingest(params)
+        return check(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split, "find_duplicates", meanwhile)
+        with pytest.raises(StageError, match=r"data/ingested changed while split ran; run `dvc repro` again"):
+            split.run(params)
+    assert files("data/split") == before
+    assert split.run(params).ingested == 2
 
 
 # Every kill: a process that ends by SIGKILL at its n-th change of the disk, for every n until it lives to the end.

@@ -206,6 +206,18 @@ def test_noise_alone_is_no_drift_although_it_makes_a_distance() -> None:
     assert estimate_drift(drawn(LIVE, 150)[1], COUNTS).exceeds(0.3)
 
 
+@pytest.mark.parametrize("method", ["map", "em"])
+def test_few_images_of_many_classes_are_no_drift_although_they_miss_most_of_them(method: str) -> None:
+    counts = np.maximum(1, 1000 * 0.001 ** (np.arange(1000) / 999)).astype(int)
+    lows = []
+    for seed in range(8):
+        labels = np.random.default_rng(1000 + seed).choice(1000, 100, p=counts / counts.sum())
+        found = estimate_drift(12 * np.eye(1000)[labels], counts.tolist(), method=method, resamples=20, seed=seed)
+        assert found.distance.value > 0.3
+        lows.append(found.distance.low)
+    assert sum(low > 0.1 for low in lows) <= 1
+
+
 def test_map_gives_no_class_nothing_and_holds_on_to_training_where_data_are_few() -> None:
     logits = np.log(np.eye(5)[[4] * 10] + 1e-9)
     em, little, much = (
