@@ -217,6 +217,17 @@ def test_auto_streams_what_takes_more_than_half_of_the_free_memory_and_says_so(m
     assert isinstance(evaluation_images(streaming(params, mode="off"), "test", where), Images)
 
 
+def test_a_process_with_memory_enough_streams_where_another_has_not(made, monkeypatch):
+    params, where, _ = made
+    auto = streaming(params, mode="auto")
+    monkeypatch.setattr(dataset, "mean_over_ranks", lambda value: (value + 1) / 2)
+    train, validation, said = training_images(auto, CPU, where)
+    assert isinstance(train, ImageStream) and isinstance(validation, ImageStream)
+    assert said == "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
+    monkeypatch.setattr(dataset, "mean_over_ranks", lambda value: value)
+    assert isinstance(training_images(auto, CPU, where)[0], Images)
+
+
 def test_a_table_sorted_by_class_is_told_with_what_to_do(packed):
     params, where, _ = packed
     stream = ImageStream(params, "train", CPU, where)
