@@ -102,6 +102,23 @@ def test_an_empty_split_streams_nothing(tmp_path):
     assert len(stream) == 0 and list(stream.batches(torch.arange(0), 8)) == []
 
 
+def test_an_empty_split_of_a_table_streams_nothing(packed, tmp_path):
+    table = {"train": "train", "id": "name"}
+    params = streaming(data_params(packed[2], "table", table=table, validation_per_class=0))
+    split.run(params, tmp_path / "without")
+    stream = ImageStream(params, "validation", CPU, tmp_path / "without")
+    assert len(stream) == 0 and list(stream.batches(torch.arange(0), 8)) == [] and stream.warning() is None
+    assert len(stream.order(torch.Generator().manual_seed(0))) == 0
+
+
+def test_a_source_that_brings_its_own_images_is_streamed_too(tmp_path):
+    params = streaming(data_params(tmp_path, "digits", test_per_class=2, validation_per_class=2), decode="exact")
+    split.run(params, tmp_path / "split")
+    held, stream = load_images(params, "train", tmp_path / "split"), ImageStream(params, "train", CPU, tmp_path / "split")
+    assert torch.equal(stream.pixels(torch.arange(9)), held.pixels(torch.arange(9)))
+    assert stream.encoded(3) == held.encoded(3) and stream.warning() is None
+
+
 def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, monkeypatch):
     params, where, _ = packed
     stream = ImageStream(params, "train", CPU, where)
