@@ -209,11 +209,25 @@ def test_the_gpu_decoder_without_a_gpu_is_refused_naming_the_key(made):
 def test_what_nvjpeg_does_not_take_is_decoded_on_the_cpu(made):
     # There is no GPU here: its decoder fails as it would on a damaged file.
     params, where, _ = made
-    stream = ImageStream(params, "train", CPU, where)
-    data = [encode(picture(seed, (40, 30)), "JPEG") for seed in range(2)]
-    found = stream.decode_on_gpu(stream.empty(3).zero_(), [(0, data[0]), (2, data[1])])
-    assert torch.equal(found[0], fast(data[0], params.image)) and torch.equal(found[2], fast(data[1], params.image))
+    held, stream = load_images(params, "train", where), ImageStream(params, "train", CPU, where)
+    found = stream.decode_on_gpu(stream.empty(3).zero_(), [(0, 7, held.encoded(7)), (2, 9, held.encoded(9))])
+    assert torch.equal(found[0], fast(held.encoded(7), params.image))
+    assert torch.equal(found[2], fast(held.encoded(9), params.image))
     assert not found[1].any()
+
+
+def test_an_image_that_only_nvjpeg_finds_bad_is_named_or_replaced_as_any_other(made):
+    params, where, source = made
+    held = load_images(params, "train", where)
+    (name,) = spoilt(source, where, params, 3)
+    left = [(0, 3, b"spoilt"), (1, 9, held.encoded(9))]
+    stream = ImageStream(params, "train", CPU, where)
+    with pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")):
+        stream.decode_on_gpu(stream.empty(2), left)
+    stream = ImageStream(params, "train", CPU, where, replace_bad=True)
+    found = stream.decode_on_gpu(stream.empty(2), left)
+    assert torch.equal(found, held.pixels(torch.tensor([4, 9])))
+    assert name in stream.replaced()
 
 
 def test_auto_streams_what_takes_more_than_half_of_the_free_memory_and_says_so(made, monkeypatch):
