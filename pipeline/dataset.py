@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.preprocess import ImageError, preprocess
+from models.ranks import mean_over_ranks
 from pipeline.artifacts import SPLIT
 from pipeline.errors import DataError
 from pipeline.host_memory import free_bytes
@@ -77,10 +78,14 @@ def training_images(
 ) -> tuple[AnyImages, AnyImages, str | None]:
     """The training and the validation split, in memory or both as streams, and what there is to say of that, in a line.
 
-    Raises as `load_images` does.
+    Every rank streams where one must. Raises as `load_images` does.
     """
     rows = sum(count_rows(split, folder) for split in ("train", "validation"))
     streamed, reason = should_stream(params, rows, device)
+    # Free memory differs between processes; those that do not do the same wait for one another for good.
+    if mean_over_ranks(torch.tensor(float(streamed), device=device)).item() > 0 and not streamed:
+        streamed = True
+        reason = "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
     if not streamed:
         return load_images(params, "train", folder), load_images(params, "validation", folder), None
     skip = params.data.on_bad_image == "skip"

@@ -41,11 +41,13 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> Estimate:
 def weighted_accuracy(
     right: np.ndarray, tested: np.ndarray, weights: np.ndarray, *, seed: int = 0, confidence: float = CONFIDENCE
 ) -> Estimate:
-    """Σ weight · accuracy over the classes, with its percentile bootstrap interval; the weights are made to sum to 1.
+    """Σ weight · accuracy over the classes, with its bootstrap interval; the weights are made to sum to 1.
 
     right, tested: int [C], samples of each class that were right, and that there are. weights: [C]; equal ones give the
     mean of class accuracies, a prior gives the accuracy at that target prior. Test sets have a fixed number of samples a
     class, so samples are drawn anew within each class, and a class's right ones among them are then a binomial number.
+    A class of few samples is often all right or all wrong, and would then never be drawn otherwise: each is drawn as if it
+    had one sample more, right to the share of the mean, and what is drawn beyond its expectation is added to the figure.
     Classes without samples are left out. Where every sample is right, or none, no draw differs: the interval is then
     Wilson's, of all samples together.
     """
@@ -55,12 +57,14 @@ def weighted_accuracy(
     r, n, w = right[there], tested[there], weights[there] / weights[there].sum()
     if r.sum() in (0, n.sum()):
         return wilson(int(r.sum()), int(n.sum()), confidence)
+    value = float((r / n) @ w)
+    p = (r + value) / (n + 1)
     generator, found = np.random.default_rng(seed), []
     at_once = max(1, AT_ONCE // len(n))
     for first in range(0, RESAMPLES, at_once):
-        drawn = generator.binomial(n, r / n, (min(at_once, RESAMPLES - first), len(n)))
-        found.append((drawn / n) @ w)
-    return Estimate(float((r / n) @ w), *percentiles(np.concatenate(found), confidence))
+        drawn = generator.binomial(n, p, (min(at_once, RESAMPLES - first), len(n)))
+        found.append(np.clip((drawn / n - p) @ w + value, 0, 1))
+    return Estimate(value, *percentiles(np.concatenate(found), confidence))
 
 
 def resampled(

@@ -107,7 +107,8 @@ def run(stage: str, options: argparse.Namespace) -> str:
     said = kept / "said.txt"
     said.write_text("", encoding="utf-8")
     try:
-        gpus = ray.cluster_resources().get("GPU", 0) >= options.workers
+        # What NCCL joins must lie on GPUs: with device: cpu the workers ask for none.
+        gpus = load_params(options.params).device != "cpu" and ray.cluster_resources().get("GPU", 0) >= options.workers
         trainer = TorchTrainer(
             _work,
             train_loop_config={"stage": stage, "folder": str(folder), "params": str(options.params), "said": str(said)},

@@ -24,7 +24,7 @@ from pipeline.params import Params
 from pipeline.sources import BadImageError, open_reader
 from pipeline.splits import read_split
 from pipeline.stream_decoding import exact, fast, left_to_gpu, nvjpeg
-from pipeline.stream_feed import Feed
+from pipeline.stream_feed import Feed, Left
 from pipeline.stream_order import class_share, shuffled, windows_of
 
 SHOWN = 5  # replaced images that a message names
@@ -143,26 +143,26 @@ class ImageStream:
             f"{min(SHOWN, len(told))}: {'; '.join(told[:SHOWN])}; run `dvc repro -f split` to leave them out"
         )
 
-    def decode(self, places: Sequence[int], out: Tensor) -> list[tuple[int, bytes]]:
-        """Read some images into out uint8 [n,3,H,W]; those left to the GPU as their place in `out` and bytes."""
+    def decode(self, places: Sequence[int], out: Tensor) -> list[Left]:
+        """Read some images into out uint8 [n,3,H,W]; those left to the GPU, by their slot in `out`."""
         left = []
         for slot, place in enumerate(places):
-            data, pixels = self._usable(place)
+            found, data, pixels = self._usable(place, self._kind)
             if pixels is None:
-                left.append((slot, data))
+                left.append((slot, found, data))
             else:
                 out[slot] = pixels
         return left
 
-    def decode_on_gpu(self, pixels: Tensor, left: list[tuple[int, bytes]]) -> Tensor:
+    def decode_on_gpu(self, pixels: Tensor, left: list[Left]) -> Tensor:
         """A batch on the device, its pixels uint8 [B,3,H,W] those of the CPU but for images that are `left` to nvJPEG."""
         pixels = pixels.to(self._device, non_blocking=True)
         if left:
-            slots, encoded = zip(*left, strict=True)
+            slots, places, encoded = zip(*left, strict=True)
             try:
                 decoded = nvjpeg(list(encoded), self._image, self._device)
             except RuntimeError:  # one image that nvJPEG does not know spoils the batch
-                decoded = torch.stack([fast(data, self._image) for data in encoded]).to(self._device)
+                decoded = torch.stack([self._on_cpu(place) for place in places]).to(self._device)
             pixels[torch.tensor(slots, device=self._device)] = decoded
         return pixels
 
@@ -182,16 +182,22 @@ class ImageStream:
         """Count time that the step has waited for a batch."""
         self._waited += seconds
 
-    def _usable(self, place: int) -> tuple[bytes, Tensor | None]:
+    def _on_cpu(self, place: int) -> Tensor:
+        _, _, pixels = self._usable(place, "fast")
+        assert pixels is not None  # only "gpu" leaves any
+        return pixels
+
+    def _usable(self, place: int, kind: str) -> tuple[int, bytes, Tensor | None]:
+        # Of the image at a place, or of one that takes it: its own place, its bytes, its pixels unless left to the GPU.
         try:
-            return self._decoded(place)
+            return self._decoded(place, kind)
         except BadImageError as error:
             if not self._replace:
                 raise
             problem = error
         for other in self._others(place):
             try:
-                found = self._decoded(other)
+                found = self._decoded(other, kind)
             except BadImageError:
                 continue
             with self._lock:
@@ -199,11 +205,11 @@ class ImageStream:
             return found
         raise DataError(f"{problem}; and no other image of its class can be read in its place")
 
-    def _decoded(self, place: int) -> tuple[bytes, Tensor | None]:
+    def _decoded(self, place: int, kind: str) -> tuple[int, bytes, Tensor | None]:
         reference = self.references[place]
         data = self._reader.read(reference)
         try:
-            return data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[self._kind](data, self._image)
+            return place, data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[kind](data, self._image)
         except ImageError as error:
             raise BadImageError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.sources import in_parts
 
 PART = 16  # images that a thread reads at a time
+Left = tuple[int, int, bytes]  # of an image left to the GPU: its slot in the batch, its place in the split, its bytes
 
 
 class Decoding(Protocol):
@@ -23,11 +24,11 @@ class Decoding(Protocol):
         """Room for a batch."""
         ...
 
-    def decode(self, places: Sequence[int], out: Tensor) -> list[tuple[int, bytes]]:
+    def decode(self, places: Sequence[int], out: Tensor) -> list[Left]:
         """Read some images into `out`; those left to the GPU."""
         ...
 
-    def decode_on_gpu(self, pixels: Tensor, left: list[tuple[int, bytes]]) -> Tensor:
+    def decode_on_gpu(self, pixels: Tensor, left: list[Left]) -> Tensor:
         """The batch on the device, with the images that were left."""
         ...
 
@@ -42,7 +43,7 @@ class Feed(Iterator[Tensor]):
     def __init__(self, stream: Decoding, places: Tensor, workers: int, prefetch: int) -> None:
         self._stream, self._places = stream, iter(places)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
-        self._ahead: deque[tuple[Tensor, list[tuple[int, Future[list[tuple[int, bytes]]]]]]] = deque()
+        self._ahead: deque[tuple[Tensor, list[tuple[int, Future[list[Left]]]]]] = deque()
         for _ in range(prefetch + 1):
             self._read_on()
 
@@ -51,7 +52,7 @@ class Feed(Iterator[Tensor]):
             raise StopIteration
         started = time.perf_counter()
         pixels, parts = self._ahead.popleft()
-        left = [(start + slot, data) for start, part in parts for slot, data in part.result()]
+        left = [(start + slot, *rest) for start, part in parts for slot, *rest in part.result()]
         self._stream.waited(time.perf_counter() - started)
         self._read_on()
         return self._stream.decode_on_gpu(pixels, left) if left else pixels

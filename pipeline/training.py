@@ -169,7 +169,7 @@ class Training:
             self._fail(failure, steps, rate)
         seconds = time.perf_counter() - started
         data = self._train.epoch_record(seconds)
-        if told := self._train.replaced():
+        if told := self._train.replaced() or replaced_elsewhere(data):
             self._say(progress, told)
         record = {"epoch": at.epoch + 1, **means, "learning_rate": rate, **self.objective.observations()}
         if len(validation):
@@ -220,6 +220,17 @@ class Training:
         check_same_everywhere(snapshot, self.device, self.run_folder.folder if self.run_folder else None)
         if snapshot is not None:
             self._at, self.best = take_snapshot(snapshot, self._step, self._generator)
+
+
+def replaced_elsewhere(data: dict[str, float]) -> str | None:
+    """What other processes alone have replaced in an epoch, in a line, as only one speaks; None where nothing was."""
+    count = data.get("images_replaced", 0)
+    if not count:
+        return None
+    return (
+        f"{count:,} images could not be read by other processes and were replaced by others of their class; "
+        "run `dvc repro -f split` to leave them out"
+    )
 
 
 def precision_of(engine: EngineParams, device: torch.device) -> torch.dtype:

@@ -20,7 +20,9 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     Raises InputError for a version that is not there, RepositoryError or ManifestError for a damaged one, StageError when
     its classes are not the split's, and ParamsError when there is no split.
     """
-    from pipeline.dataset import load_images
+    import torch
+
+    from pipeline.dataset import evaluation_images
     from pipeline.export import open_session
     from serving.errors import InputError
     from serving.model_config import STUDENT
@@ -34,18 +36,18 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     if load_classes() != manifest.classes:
         raise StageError(f"version {version} of {repository} has other classes than data/split/classes.json")
     seen = {"size": manifest.image.size, "resize_to": manifest.image.resize_to}
-    test = load_images(params.model_copy(update={"image": params.image.model_copy(update=seen)}), "test")
+    test = evaluation_images(params.model_copy(update={"image": params.image.model_copy(update=seen)}), "test")
     session = open_session(repository / STUDENT / str(version) / "model.onnx")
     strength = 1.0 if target_prior == "train" else 0.0
     logits = [
         session.run(["logits"], {"image": images.numpy(), "strength": np.full((len(images), 1), strength, np.float32)})[
             0
         ]
-        for images in test.images.split(manifest.max_batch_size)
+        for images in test.batches(torch.arange(len(test)), manifest.max_batch_size)
     ]
     p = class_prior(manifest.counts, 0.0 if all(manifest.counts) else 1.0)
     groups = [shot_group(count) for count in manifest.counts]
     prior = Prior(manifest.classes, manifest.counts, p.tolist(), manifest.log_prior, groups)
-    order = np.argsort(np.array(test.sample_ids))
+    order = np.argsort(np.array(list(test.sample_ids)))
     found = softmax(np.concatenate(logits))[order]
     return Answers([test.sample_ids[i] for i in order], test.labels.numpy()[order], found, prior)

@@ -171,6 +171,8 @@ def open_shards(storage: Storage, names: str | list[str], columns: list[str]) ->
 
 def row_groups(references: pa.ChunkedArray, shards: Mapping[str, Shard], column: str) -> Groups:
     """The row group of each reference `<shard>#<row>`, and the bytes of a column in each group of these shards."""
+    if not len(references):  # a split without images; a chunked array of no chunk cannot be combined
+        return Groups(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     place = pc.extract_regex(references, r"^(?P<shard>.*)#(?P<row>\d+)$")
     names = pc.struct_field(place, "shard").combine_chunks().dictionary_encode()
     rows = pc.struct_field(place, "row").cast(pa.int64()).to_numpy()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from models.preprocess import decode, to_rgb, upright
+from models.preprocess import decode
 from serving.answers import Prediction
 from serving.client import Client
 from serving.display import CSV_COLUMNS, as_rows
@@ -101,7 +101,7 @@ def _column(answer: Answer) -> str:
 
 def thumbnail(image: bytes, name: str) -> str:
     """The image as HTML, at most 256 pixels, drawn anew from its pixels. Raises ImageError for what is no image."""
-    small = to_rgb(upright(decode(image)))
+    small = decode(image)
     small.thumbnail((256, 256))
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=85)

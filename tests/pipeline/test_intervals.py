@@ -41,6 +41,17 @@ def test_the_interval_of_a_mean_over_classes_covers_the_truth_within_binomial_no
     assert 176 <= covered <= 200  # 95 of 100, three standard errors and the bootstrap's own shortfall below
 
 
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_classes_of_few_images_leave_the_interval_its_width(images):
+    random, covered = np.random.default_rng(images), 0
+    tested = np.full(40, images)
+    for seed in range(200):
+        accuracy = random.beta(2, 1.5, 40)
+        found = weighted_accuracy(random.binomial(tested, accuracy), tested, np.ones(40), seed=seed)
+        covered += found.low <= accuracy.mean() <= found.high
+    assert covered >= 176  # 95 of 100, three standard errors and the bootstrap's own shortfall below
+
+
 def test_weights_need_not_sum_to_one_and_classes_without_samples_are_left_out():
     right, tested = np.array([5, 9, 0]), np.array([10, 10, 0])
     assert weighted_accuracy(right, tested, np.array([3.0, 1.0, 7.0])).value == pytest.approx(0.6)

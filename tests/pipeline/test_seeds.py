@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 from making import data_params, folder
 
 from pipeline import evaluate, prior, seeds, split, student, teacher
@@ -92,6 +93,18 @@ def test_an_interrupted_stage_keeps_the_seeds_that_had_finished(project, monkeyp
         seeds.run(several)
     seeds.run(several)
     assert trained == [3, 4, 4]
+
+
+def test_a_setting_of_the_report_alone_trains_no_seed_again():
+    stage = yaml.safe_load((Path(seeds.__file__).parents[1] / "dvc.yaml").read_text())["stages"]["seeds"]
+    keys = {
+        name if inside is True else f"{name}.{key}"
+        for name, inside in seeds.DEPENDS.items()
+        for key in ([""] if inside is True else inside)
+    }
+    # The split's files stand in the fingerprint for data; the list of seeds says which run, and not how.
+    assert keys == set(stage["params"]) - {"data", "seeds"}
+    assert not {"evaluate", "evaluate.champion", "evaluate.samples"} & keys
 
 
 def test_a_repeated_seed_is_refused(project):

@@ -102,6 +102,23 @@ def test_an_empty_split_streams_nothing(tmp_path):
     assert len(stream) == 0 and list(stream.batches(torch.arange(0), 8)) == []
 
 
+def test_an_empty_split_of_a_table_streams_nothing(packed, tmp_path):
+    table = {"train": "train", "id": "name"}
+    params = streaming(data_params(packed[2], "table", table=table, validation_per_class=0))
+    split.run(params, tmp_path / "without")
+    stream = ImageStream(params, "validation", CPU, tmp_path / "without")
+    assert len(stream) == 0 and list(stream.batches(torch.arange(0), 8)) == [] and stream.warning() is None
+    assert len(stream.order(torch.Generator().manual_seed(0))) == 0
+
+
+def test_a_source_that_brings_its_own_images_is_streamed_too(tmp_path):
+    params = streaming(data_params(tmp_path, "digits", test_per_class=2, validation_per_class=2), decode="exact")
+    split.run(params, tmp_path / "split")
+    held, stream = load_images(params, "train", tmp_path / "split"), ImageStream(params, "train", CPU, tmp_path / "split")
+    assert torch.equal(stream.pixels(torch.arange(9)), held.pixels(torch.arange(9)))
+    assert stream.encoded(3) == held.encoded(3) and stream.warning() is None
+
+
 def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, monkeypatch):
     params, where, _ = packed
     stream = ImageStream(params, "train", CPU, where)
@@ -192,11 +209,25 @@ def test_the_gpu_decoder_without_a_gpu_is_refused_naming_the_key(made):
 def test_what_nvjpeg_does_not_take_is_decoded_on_the_cpu(made):
     # There is no GPU here: its decoder fails as it would on a damaged file.
     params, where, _ = made
-    stream = ImageStream(params, "train", CPU, where)
-    data = [encode(picture(seed, (40, 30)), "JPEG") for seed in range(2)]
-    found = stream.decode_on_gpu(stream.empty(3).zero_(), [(0, data[0]), (2, data[1])])
-    assert torch.equal(found[0], fast(data[0], params.image)) and torch.equal(found[2], fast(data[1], params.image))
+    held, stream = load_images(params, "train", where), ImageStream(params, "train", CPU, where)
+    found = stream.decode_on_gpu(stream.empty(3).zero_(), [(0, 7, held.encoded(7)), (2, 9, held.encoded(9))])
+    assert torch.equal(found[0], fast(held.encoded(7), params.image))
+    assert torch.equal(found[2], fast(held.encoded(9), params.image))
     assert not found[1].any()
+
+
+def test_an_image_that_only_nvjpeg_finds_bad_is_named_or_replaced_as_any_other(made):
+    params, where, source = made
+    held = load_images(params, "train", where)
+    (name,) = spoilt(source, where, params, 3)
+    left = [(0, 3, b"spoilt"), (1, 9, held.encoded(9))]
+    stream = ImageStream(params, "train", CPU, where)
+    with pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")):
+        stream.decode_on_gpu(stream.empty(2), left)
+    stream = ImageStream(params, "train", CPU, where, replace_bad=True)
+    found = stream.decode_on_gpu(stream.empty(2), left)
+    assert torch.equal(found, held.pixels(torch.tensor([4, 9])))
+    assert name in stream.replaced()
 
 
 def test_auto_streams_what_takes_more_than_half_of_the_free_memory_and_says_so(made, monkeypatch):
@@ -215,6 +246,17 @@ def test_auto_streams_what_takes_more_than_half_of_the_free_memory_and_says_so(m
     )
     assert isinstance(evaluation_images(streaming(params), "test", where), ImageStream)
     assert isinstance(evaluation_images(streaming(params, mode="off"), "test", where), Images)
+
+
+def test_a_process_with_memory_enough_streams_where_another_has_not(made, monkeypatch):
+    params, where, _ = made
+    auto = streaming(params, mode="auto")
+    monkeypatch.setattr(dataset, "mean_over_ranks", lambda value: (value + 1) / 2)
+    train, validation, said = training_images(auto, CPU, where)
+    assert isinstance(train, ImageStream) and isinstance(validation, ImageStream)
+    assert said == "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
+    monkeypatch.setattr(dataset, "mean_over_ranks", lambda value: value)
+    assert isinstance(training_images(auto, CPU, where)[0], Images)
 
 
 def test_a_table_sorted_by_class_is_told_with_what_to_do(packed):

@@ -116,6 +116,16 @@ def test_an_epoch_says_how_long_it_waited_and_what_was_replaced(data, capsys):
     )
 
 
+def test_what_only_other_processes_have_replaced_is_told_by_the_one_that_speaks(data, capsys, monkeypatch):
+    train, validation = streams(data)
+    record = train.epoch_record
+    monkeypatch.setattr(train, "epoch_record", lambda seconds: record(seconds) | {"images_replaced": 2})
+    training_of("teacher").run(train, validation)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "replaced" in line]
+    assert len(lines) == 3
+    assert lines[0].startswith("teacher  2 images could not be read by other processes and were replaced by others")
+
+
 def test_the_views_of_a_batch_that_failed_are_read_again_for_the_dump(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training = made_training(learning_rate=1e30)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +15,12 @@ from typing import Any
 
 import pytest
 from conftest import CLASSES, Release, picture
+from PIL import Image
 
 from models.prior import log_class_prior, softmax
 from serving.answers import Prediction
 from serving.errors import InputError
-from serving.playground.answers import Answer, as_html, own_prior
+from serving.playground.answers import Answer, as_html, own_prior, thumbnail
 from serving.server import TritonServer
 
 CHROMIUM = Path(os.environ.get("TAILOR_CHROMIUM", "/usr/bin/chromium"))
@@ -46,6 +50,21 @@ def test_what_is_no_prior_is_refused_in_one_line(typed: str) -> None:
     with pytest.raises(InputError, match="your own prior") as refused:
         own_prior(typed)
     assert len(str(refused.value)) < 250
+
+
+def test_a_picture_taken_sideways_is_shown_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first row is the right side
+    wide = Image.new("RGB", (64, 32), "blue")
+    wide.paste("red", (0, 0, 32, 32))
+    data = io.BytesIO()
+    wide.save(data, "JPEG", exif=exif, quality=95)
+    shown = re.search(r"base64,([^\"]+)", thumbnail(data.getvalue(), "sideways.jpg"))
+    assert shown is not None
+    small = Image.open(io.BytesIO(base64.b64decode(shown[1])))
+    assert small.size == (32, 64)
+    above, below = (small.convert("RGB").getpixel((16, y)) for y in (8, 56))
+    assert above[0] > 200 > below[0] and below[2] > 200 > above[2]
 
 
 def test_a_server_that_does_not_answer_is_told_in_one_line() -> None:
