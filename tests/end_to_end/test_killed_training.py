@@ -42,19 +42,39 @@ def kill_stage(project: Project, stage: str, seconds: float) -> bool:
         return True
 
 
-def test_twelve_kills_at_random_moments_change_no_bit_of_teacher_or_student(tmp_path):
-    calm, killed = Project(tmp_path / "calm"), Project(tmp_path / "killed")
-    for project in (calm, killed):
-        project.set(SMALL)
-        project.commit()
-    calm.run("dvc", "repro", "student")
-    killed.run("dvc", "repro", "prior")
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """A project whose training nobody killed."""
+    project = Project(tmp_path_factory.mktemp("calm") / "calm")
+    project.set(SMALL)
+    project.commit()
+    project.run("dvc", "repro", "student")
+    return project
+
+
+def killed_at_random(project: Project, stages: tuple[str, ...], calm: Project) -> None:
+    """Kill each stage at random moments, let it end, and compare its weights with the calm ones, bit by bit."""
+    project.run("dvc", "repro", "prior")
     draw = random.Random(0)
-    for stage in ("teacher", "student"):
-        kills = sum(kill_stage(killed, stage, draw.uniform(0.0, 0.8)) for _ in range(KILLS))
+    for stage in stages:
+        kills = sum(kill_stage(project, stage, draw.uniform(0.0, 0.8)) for _ in range(KILLS))
         assert kills == KILLS, f"{stage} finished between the kills; give it more epochs"
-        done = killed.run("dvc", "repro", stage)
+        done = project.run("dvc", "repro", stage)
         assert f"{stage}  goes on at step" in done.stdout
         weights = f"artifacts/{stage}/model.safetensors"
-        assert (killed.root / weights).read_bytes() == (calm.root / weights).read_bytes()
-    assert not list((killed.root / "artifacts").glob(".*.unfinished"))
+        assert (project.root / weights).read_bytes() == (calm.root / weights).read_bytes()
+    assert not list((project.root / "artifacts").glob(".*.unfinished"))
+
+
+def test_twelve_kills_at_random_moments_change_no_bit_of_teacher_or_student(tmp_path, calm):
+    killed = Project(tmp_path / "killed")
+    killed.set(SMALL)
+    killed.commit()
+    killed_at_random(killed, ("teacher", "student"), calm)
+
+
+def test_kills_of_training_that_reads_images_as_it_needs_them_change_no_bit_either(tmp_path, calm):
+    streamed = Project(tmp_path / "streamed")
+    streamed.set({**SMALL, "stream": {"mode": "on", "decode": "exact", "workers": 2}})
+    streamed.commit()
+    killed_at_random(streamed, ("teacher",), calm)
