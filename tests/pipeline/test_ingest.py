@@ -326,6 +326,28 @@ def test_what_cannot_be_put_into_the_quarantine_is_never_removed_from_the_drop(t
     assert list(files("data/drop").values()) == [b"another user's"]
 
 
+def test_two_damaged_tables_of_one_name_are_both_kept_in_the_quarantine(tmp_path):
+    params = project(tmp_path, min_good_share=0.0, taken="remove")
+    for content in (b"PAR1 monday", b"PAR1 tuesda"):
+        write(Path("data/drop/labels.parquet"), content)
+        ingest(params)
+    kept = [data for path, data in files("data/quarantine").items() if "/files/" in path]
+    assert sorted(kept) == [b"PAR1 monday", b"PAR1 tuesda"] and files("data/drop") == {}
+
+
+def test_a_file_that_may_not_be_read_stays_aside_and_stops_no_other(tmp_path, monkeypatch):
+    params = project(tmp_path, min_good_share=0.0, taken="remove")
+    drop_images("cat", range(1))
+    closed = write(Path("data/drop/cat/closed.png"), b"nobody's")
+    closed.chmod(0)
+    # A superuser may read every file; what is asked here is what is done where one may not.
+    monkeypatch.setattr(ingest_round.os, "access", lambda path, _: Path(path).stat().st_mode & 0o777 != 0)
+    report = ingest(params)
+    assert (report.added, report.quarantined, listing()[0]["file"]) == (1, 1, "")
+    (aside,) = Path("data/drop").rglob("closed.png")
+    assert ".taken" in aside.parts
+
+
 def test_a_disk_that_fills_while_the_round_is_written_changes_nothing(tmp_path, monkeypatch):
     params = project(tmp_path, min_good_share=0.0)
     drop_images("cat", range(2))
