@@ -428,6 +428,26 @@ def test_under_require_marker_only_what_is_complete_is_read_and_the_marker_is_us
     assert ingest(params).added == 3
 
 
+def test_a_marker_that_comes_while_the_drop_is_read_is_left_for_the_next_batch(tmp_path, monkeypatch):
+    params = project(tmp_path, require_marker=True)
+    drop_images("cat", range(2))
+    drop_images("dog", range(2, 5))
+    write(Path("data/drop/cat/.complete"), b"")
+    whole = drop_folder._files
+
+    def late(root):
+        found = list(whole(root))
+        write(Path("data/drop/dog/.complete"), b"")
+        write(Path("data/drop/cat/.complete"), b"again")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drop_folder, "_files", late)
+        assert (report := ingest(params)).added == 2 and report.waiting == 3
+    assert Path("data/drop/cat/.complete").read_bytes() == b"again"
+    assert ingest(params).added == 3
+
+
 def test_an_image_that_changes_after_it_was_judged_waits_and_the_others_go_ahead(tmp_path, monkeypatch):
     params = project(tmp_path)
     first, _ = drop_images("cat", range(2))
