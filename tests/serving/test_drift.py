@@ -365,6 +365,15 @@ def test_written_prior_is_whole_and_replaces_the_one_before(drift: Drift) -> Non
     assert [entry.name for entry in path.parent.iterdir() if entry.name.startswith(".")] == []
 
 
+def test_what_was_promoted_is_looked_at_and_written_to_where_it_is_there(drift: Drift) -> None:
+    shutil.copytree("artifacts/repository", "releases")
+    assert drift("--write").returncode == 0
+    assert Path("releases/live_prior.json").is_file()
+    assert not Path("artifacts/repository/live_prior.json").exists()
+    assert drift("--write", "--repository", "artifacts/repository").returncode == 0
+    assert Path("artifacts/repository/live_prior.json").is_file()
+
+
 def test_calibration_of_this_release_is_used_unasked_and_of_another_one_is_not(drift: Drift, release: Release) -> None:
     path = Path("artifacts/evaluation/predictions.parquet")
     manifest = write_predictions(path, release.manifest, 2.0)
