@@ -94,6 +94,10 @@ def drift(
     for option, threshold in (("--fail-above", fail_above), ("--retrain-above", retrain_above)):
         if threshold is not None and not 0 <= threshold < 1:
             raise InputError(f"{option} is {threshold:g}; expected a distance from 0 to below 1")
+    if samples < min_images:
+        raise InputError(
+            f"--samples is {samples} and --min-images {min_images}; expected at least as many samples as images"
+        )
     trigger = None if retrain_above is None else retraining()
     root = repository or (RELEASES if RELEASES.is_dir() else REPOSITORY)
     manifest = _manifest(root, version)
