@@ -6,6 +6,7 @@ import csv
 import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -208,6 +209,31 @@ def test_a_new_class_that_is_allowed_comes_after_the_known_ones_and_keeps_their_
     drop_images("gnu", range(5, 6))
     again = ingest(project_params_again(params))
     assert (again.new_classes, again.added) == ([], 1)
+
+
+def test_a_later_shard_of_a_new_class_is_taken_in_anew_when_the_first_was_taken_back(tmp_path):
+    params = project(tmp_path, new_classes=["gnu"])
+    drop_images("gnu", range(2))
+    first = ingest(params).shard
+    drop_images("gnu", range(2, 5))
+    later = ingest(params).shard
+    first.rename(tmp_path / "taken back.parquet")
+    with pytest.raises(DataError, match=f"{later.name}: holds the class 'gnu', which the source does not have"):
+        split.run(params)
+    later.rename(Path("data/drop") / later.name)
+    split.run(params)
+    again = ingest(params)
+    assert (again.added, again.new_classes) == (3, ["gnu"])
+    assert split.run(params).ingested == 3
+
+
+def test_a_class_taken_in_later_is_sorted_among_the_new_ones_behind_those_of_the_source(tmp_path):
+    params = project(tmp_path, new_classes="accept")
+    for label in ("zebra", "apple"):
+        drop_images(label, range(2) if label == "zebra" else range(2, 4))
+        ingest(params)
+    split.run(params)
+    assert json.loads(Path("data/split/classes.json").read_text())[3:] == ["apple", "zebra"]
 
 
 def project_params_again(params):
