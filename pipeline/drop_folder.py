@@ -7,7 +7,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,10 +73,12 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
     """
     root = Path(os.path.normpath(root))
     drop = Drop(root)
+    # Before the files: a marker that comes while they are looked for is that of the next batch, and stays for it.
+    markers = {path: stamp for path in _possible_markers(root) if (stamp := stamp_of(path)) is not None}
     found = {path: stamp for path in _files(root) if (stamp := stamp_of(path)) is not None}
     waiting = _unsettled(found, params.settle_seconds)
     if params.require_marker:
-        waiting |= {path for path in found if not _marked(root, path)}
+        waiting |= {path for path in found if not _markers_of(root, [path]) & markers.keys()}
     tables = [path for path in found if path.parent == root and path.suffix.lower() in TABLE_SUFFIXES]
     claimed: set[Path] = set()
     for table in tables:
@@ -96,7 +98,7 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
         elif path.parent != root or path.suffix.lower() in IMAGE_SUFFIXES:
             drop.rows.append(_folder_row(root, path, known))
             drop.files[path] = found[path]
-    drop.files |= {path: stamp for path in _markers(root, drop) if (stamp := stamp_of(path)) is not None}
+    drop.files |= {path: markers[path] for path in _markers_of(root, drop.files) & markers.keys()}  # used up
     order = reading_order([row.name for row in drop.rows])
     drop.rows = [drop.rows[i] for i in order]
     drop.waiting = len(waiting & found.keys())
@@ -149,14 +151,15 @@ def _changed(path: Path) -> float:
         return time.time()  # gone meanwhile: as young as can be
 
 
-def _marked(root: Path, path: Path) -> bool:
-    return (root / MARKER).is_file() or (path.parent != root and (_top(root, path) / MARKER).is_file())
+def _possible_markers(root: Path) -> Iterator[Path]:
+    places = (root / MARKER, *(path / MARKER for path in root.iterdir() if not path.name.startswith(".")))
+    yield from (path for path in places if path.is_file())
 
 
-def _markers(root: Path, drop: Drop) -> Iterator[Path]:
-    """Markers that are used up once the rows are taken in."""
-    if drop.files:
-        yield from {root / MARKER, *(_top(root, path) / MARKER for path in drop.files if path.parent != root)}
+def _markers_of(root: Path, paths: Collection[Path]) -> set[Path]:
+    """The markers, there or not, that stand for some files."""
+    tops = {_top(root, path) for path in paths if path.parent != root}
+    return {root / MARKER, *(top / MARKER for top in tops)} if paths else set()
 
 
 def _top(root: Path, path: Path) -> Path:

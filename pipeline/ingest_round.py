@@ -162,7 +162,9 @@ def write_quarantine(folder: Path, bad: list[Verdict]) -> tuple[str, list[Verdic
         row["file"] = _keep_file(folder / f"files/{row['number']:05d}{suffix}", verdict)
     write_file(folder / LISTING, as_csv(listed))
     alone = [verdict for row, verdict in zip(listed, bad, strict=True) if not row["file"]]
-    return sha256_of_json(listed)[:16], alone
+    # A damaged table is listed alike every day; what is kept of it is not the same.
+    content = [sha256_of_file(folder / row["file"]) if row["file"] else "" for row in listed]
+    return sha256_of_json([listed, content])[:16], alone
 
 
 def list_refused(verdicts: list[Verdict]) -> Path:
@@ -220,8 +222,8 @@ def _keep_file(path: Path, verdict: Verdict) -> str:
 
 def _linked_or_copied(file: Path, path: Path) -> bool:
     try:
-        if not stat.S_ISREG(file.lstat().st_mode):
-            return False  # a link, or a pipe
+        if not stat.S_ISREG(file.lstat().st_mode) or not os.access(file, os.R_OK):
+            return False  # a link, a pipe, or what is not ours to read
     except OSError:
         return False
     with contextlib.suppress(OSError):  # another file system, or one without links, or another user's file

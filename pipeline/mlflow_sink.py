@@ -45,7 +45,7 @@ class MlflowSink:
 
         try:
             return self._tell(self._client_type(tracking_uri=self._uri), run)
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError, ImportError, *_database_errors()) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             reason = reason.replace(self._uri, shown(self._uri))
             raise TrackingError(f"tracking.mlflow {shown(self._uri)!r} did not take the run: {reason}") from None
@@ -93,3 +93,12 @@ class MlflowSink:
         if self._uri.startswith(("http://", "https://")):
             return f"{shown(self._uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
         return f"{shown(self._uri)} (run {run_id})"
+
+
+def _database_errors() -> tuple[type[Exception], ...]:
+    """What MLflow lets through of a database; it is asked for by its own package, which the extra does not bring."""
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:
+        return ()
+    return (SQLAlchemyError,)

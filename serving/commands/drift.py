@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from models.calibration import Calibration
-from serving.commands.options import REPOSITORY, AsJson, Debug, RepositoryOption, print_json
+from serving.commands.options import REPOSITORY, AsJson, Debug, print_json
 from serving.display import drift_table
 from serving.drift import CONFIDENCE, Drift, estimate_drift, write_live_prior
 from serving.drift_calibration import calibration_from
@@ -24,6 +24,7 @@ from serving.manifest import Manifest
 from serving.release import find_releases, read_release
 
 PREDICTIONS = Path("artifacts/evaluation/predictions.parquet")
+RELEASES = Path("releases")
 TRIGGERS = "tailor.triggers"
 
 
@@ -41,7 +42,13 @@ def drift(
             metavar="[FOLDER]", envvar="TAILOR_LOGIT_LOG", help="Folder that `tailor serve` logs logits in."
         ),
     ] = Path("artifacts/logits"),
-    repository: RepositoryOption = REPOSITORY,
+    repository: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Triton model repository that is served; {RELEASES} (what was promoted) where there is that folder, "
+            f"else {REPOSITORY}."
+        ),
+    ] = None,
     version: Annotated[int | None, typer.Option(min=1, help="Release to look at; the champion if not given.")] = None,
     since: Annotated[
         str | None,
@@ -87,8 +94,13 @@ def drift(
     for option, threshold in (("--fail-above", fail_above), ("--retrain-above", retrain_above)):
         if threshold is not None and not 0 <= threshold < 1:
             raise InputError(f"{option} is {threshold:g}; expected a distance from 0 to below 1")
+    if samples < min_images:
+        raise InputError(
+            f"--samples is {samples} and --min-images {min_images}; expected at least as many samples as images"
+        )
     trigger = None if retrain_above is None else retraining()
-    manifest = _manifest(repository, version)
+    root = repository or (RELEASES if RELEASES.is_dir() else REPOSITORY)
+    manifest = _manifest(root, version)
     start, end = (_moment(text, name) for text, name in ((since, "--since"), (until, "--until")))
     bounds = {name: value for name, value in (("since", start), ("until", end)) if value is not None}
     logged = read_logits(log, manifest, **bounds, most=samples, seed=seed)
@@ -107,7 +119,7 @@ def drift(
         seed=seed,
     )
     facts = _facts(found, logged, manifest, how)
-    written = write_live_prior(repository, manifest, found.prior, facts) if write else None
+    written = write_live_prior(root, manifest, found.prior, facts) if write else None
     reason = f"distance of the live class prior {_bounded(found)} is above {retrain_above}"
     retrains = trigger is not None and found.exceeds(retrain_above or 0.0)
     if as_json:

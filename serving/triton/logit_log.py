@@ -127,9 +127,10 @@ class LogitLog:
                 if self.held == self.rows_per_file:
                     self._save()
                     self._begin()
+        expired = self.held and time.monotonic() - self.begun > FILE_SECONDS
         if self.held > self.saved:
-            self._save(last=False)
-        if self.held and time.monotonic() - self.begun > FILE_SECONDS:
+            self._save(last=expired)
+        if expired:
             self._begin()
 
     def _begin(self):

@@ -6,6 +6,7 @@ import csv
 import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -210,6 +211,31 @@ def test_a_new_class_that_is_allowed_comes_after_the_known_ones_and_keeps_their_
     assert (again.new_classes, again.added) == ([], 1)
 
 
+def test_a_later_shard_of_a_new_class_is_taken_in_anew_when_the_first_was_taken_back(tmp_path):
+    params = project(tmp_path, new_classes=["gnu"])
+    drop_images("gnu", range(2))
+    first = ingest(params).shard
+    drop_images("gnu", range(2, 5))
+    later = ingest(params).shard
+    first.rename(tmp_path / "taken back.parquet")
+    with pytest.raises(DataError, match=f"{later.name}: holds the class 'gnu', which the source does not have"):
+        split.run(params)
+    later.rename(Path("data/drop") / later.name)
+    split.run(params)
+    again = ingest(params)
+    assert (again.added, again.new_classes) == (3, ["gnu"])
+    assert split.run(params).ingested == 3
+
+
+def test_a_class_taken_in_later_is_sorted_among_the_new_ones_behind_those_of_the_source(tmp_path):
+    params = project(tmp_path, new_classes="accept")
+    for label in ("zebra", "apple"):
+        drop_images(label, range(2) if label == "zebra" else range(2, 4))
+        ingest(params)
+    split.run(params)
+    assert json.loads(Path("data/split/classes.json").read_text())[3:] == ["apple", "zebra"]
+
+
 def project_params_again(params):
     """The same params, new classes refused: a class that was taken in is known from then on."""
     return params.model_copy(update={"ingest": params.ingest.model_copy(update={"new_classes": "refuse"})})
@@ -326,6 +352,28 @@ def test_what_cannot_be_put_into_the_quarantine_is_never_removed_from_the_drop(t
     assert list(files("data/drop").values()) == [b"another user's"]
 
 
+def test_two_damaged_tables_of_one_name_are_both_kept_in_the_quarantine(tmp_path):
+    params = project(tmp_path, min_good_share=0.0, taken="remove")
+    for content in (b"PAR1 monday", b"PAR1 tuesda"):
+        write(Path("data/drop/labels.parquet"), content)
+        ingest(params)
+    kept = [data for path, data in files("data/quarantine").items() if "/files/" in path]
+    assert sorted(kept) == [b"PAR1 monday", b"PAR1 tuesda"] and files("data/drop") == {}
+
+
+def test_a_file_that_may_not_be_read_stays_aside_and_stops_no_other(tmp_path, monkeypatch):
+    params = project(tmp_path, min_good_share=0.0, taken="remove")
+    drop_images("cat", range(1))
+    closed = write(Path("data/drop/cat/closed.png"), b"nobody's")
+    closed.chmod(0)
+    # A superuser may read every file; what is asked here is what is done where one may not.
+    monkeypatch.setattr(ingest_round.os, "access", lambda path, _: Path(path).stat().st_mode & 0o777 != 0)
+    report = ingest(params)
+    assert (report.added, report.quarantined, listing()[0]["file"]) == (1, 1, "")
+    (aside,) = Path("data/drop").rglob("closed.png")
+    assert ".taken" in aside.parts
+
+
 def test_a_disk_that_fills_while_the_round_is_written_changes_nothing(tmp_path, monkeypatch):
     params = project(tmp_path, min_good_share=0.0)
     drop_images("cat", range(2))
@@ -403,6 +451,26 @@ def test_under_require_marker_only_what_is_complete_is_read_and_the_marker_is_us
     assert (report.added, report.waiting) == (2, 3)
     assert not Path("data/drop/cat/.complete").exists()
     write(Path("data/drop/.complete"), b"")
+    assert ingest(params).added == 3
+
+
+def test_a_marker_that_comes_while_the_drop_is_read_is_left_for_the_next_batch(tmp_path, monkeypatch):
+    params = project(tmp_path, require_marker=True)
+    drop_images("cat", range(2))
+    drop_images("dog", range(2, 5))
+    write(Path("data/drop/cat/.complete"), b"")
+    whole = drop_folder._files
+
+    def late(root):
+        found = list(whole(root))
+        write(Path("data/drop/dog/.complete"), b"")
+        write(Path("data/drop/cat/.complete"), b"again")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drop_folder, "_files", late)
+        assert (report := ingest(params)).added == 2 and report.waiting == 3
+    assert Path("data/drop/cat/.complete").read_bytes() == b"again"
     assert ingest(params).added == 3
 
 

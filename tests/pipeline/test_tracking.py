@@ -103,6 +103,18 @@ def test_a_server_that_is_away_costs_a_line_without_its_password_and_nothing_els
     assert said.count("\n") == 1 and "secret" not in said and "`python -m pipeline.tracking` tells it later" in said
 
 
+@pytest.mark.parametrize("database", ["sqlite:///{folder}", "postgresql://me:secret@127.0.0.1:1/runs"])
+def test_a_database_that_cannot_be_reached_or_lacks_its_driver_costs_a_line_too(
+    database, tmp_path, monkeypatch, capsys
+):
+    store = pytest.importorskip("mlflow.store.db.utils", exc_type=ImportError)
+    monkeypatch.setattr(store, "MAX_RETRY_COUNT", 1)
+    tell_after("export", tracked(database.format(folder=tmp_path)))
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("export: tracking.mlflow '") and "did not take the run: " in said
+    assert "secret" not in said
+
+
 def test_without_a_sink_nothing_is_told_and_mlflow_is_not_even_imported(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "mlflow"]:
         monkeypatch.delitem(sys.modules, name)

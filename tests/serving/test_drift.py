@@ -331,6 +331,7 @@ def test_json_holds_every_class_and_what_was_left_out(drift: Drift, logged: Path
         (["--since", "soon"], 2, "--since is 'soon'; expected a time such as 24h"),
         (["--until", "1d"], 1, "holds 0 images of version 1 in this time; expected at least 100"),
         (["--min-images", 5000], 1, "holds 2000 images of version 1 in this time; expected at least 5000"),
+        (["--samples", 50], 2, "--samples is 50 and --min-images 100; expected at least as many samples as images"),
         (["--fail-above", 2], 2, "--fail-above is 2; expected a distance from 0 to below 1"),
         (["--retrain-above", "nan"], 2, "--retrain-above is nan"),
         (["--calibration", "nowhere.parquet"], 1, "nowhere.parquet: no such file"),
@@ -363,6 +364,15 @@ def test_written_prior_is_whole_and_replaces_the_one_before(drift: Drift) -> Non
         assert content["estimated"]["method"] == method
         np.testing.assert_allclose(content["prior"], LIVE, atol=0.06)
     assert [entry.name for entry in path.parent.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_what_was_promoted_is_looked_at_and_written_to_where_it_is_there(drift: Drift) -> None:
+    shutil.copytree("artifacts/repository", "releases")
+    assert drift("--write").returncode == 0
+    assert Path("releases/live_prior.json").is_file()
+    assert not Path("artifacts/repository/live_prior.json").exists()
+    assert drift("--write", "--repository", "artifacts/repository").returncode == 0
+    assert Path("artifacts/repository/live_prior.json").is_file()
 
 
 def test_calibration_of_this_release_is_used_unasked_and_of_another_one_is_not(drift: Drift, release: Release) -> None:

@@ -269,6 +269,26 @@ def test_full_disk_costs_rows_and_is_tried_again(tmp_path: Path) -> None:
     assert len(logits_of(tmp_path)) == 16
 
 
+def test_rows_of_a_file_that_grew_old_on_a_full_disk_are_counted_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logit_log, "WRITE_EVERY", 60)
+    log, counts = opened(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logit_log, "write_whole", full)
+        log.offer(*batch(8, 5, 0))
+        log.write()
+        assert counts.lost["disk"] == 0  # tried again
+        patch.setattr(logit_log, "FILE_SECONDS", -1)
+        log.write()
+    log.close()
+    assert (counts.lost["disk"], counts.logged, logit_log.log_files(tmp_path)) == (8, 0, [])
+
+
 def test_offers_from_many_threads_are_all_logged(tmp_path: Path) -> None:
     log, counts = opened(tmp_path)
     threads = [threading.Thread(target=lambda: [log.offer(*batch(2, 5, s)) for s in range(50)]) for _ in range(8)]
