@@ -114,7 +114,10 @@ def test_an_empty_split_of_a_table_streams_nothing(packed, tmp_path):
 def test_a_source_that_brings_its_own_images_is_streamed_too(tmp_path):
     params = streaming(data_params(tmp_path, "digits", test_per_class=2, validation_per_class=2), decode="exact")
     split.run(params, tmp_path / "split")
-    held, stream = load_images(params, "train", tmp_path / "split"), ImageStream(params, "train", CPU, tmp_path / "split")
+    held, stream = (
+        load_images(params, "train", tmp_path / "split"),
+        ImageStream(params, "train", CPU, tmp_path / "split"),
+    )
     assert torch.equal(stream.pixels(torch.arange(9)), held.pixels(torch.arange(9)))
     assert stream.encoded(3) == held.encoded(3) and stream.warning() is None
 
