@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from models.ranks import rank_count
 from pipeline.artifacts import whole_folder, write_file, write_json
 from pipeline.dataset import AnyImages
 from pipeline.step import Step, own_rows
@@ -21,7 +22,8 @@ def dump_failure(
     """Write `folder` whole, in place of an older one.
 
     failure.json: step, terms, facts, the parts of the steps before, the sample ids of the batch. tensors.safetensors: the
-    views of the batch as the networks saw them, uint8 [views,b,3,H,W], and the run's state when it was stopped.
+    views of the batch as the networks saw them, uint8 [views,b,3,H,W], and the run's state when it was stopped. Of several
+    ranks this rank's views, before any mix.
     """
     tensors = dict(step.state())
     content = {"step": failure.step + 1, "terms": failure.terms, **facts, "sample_ids": []}
@@ -29,7 +31,9 @@ def dump_failure(
         if number == failure.step:
             content["sample_ids"] = [train.sample_ids[i] for i in inputs.chosen.tolist()]
             pixels = train.pixels(own_rows(inputs).chosen) if train.images is None else None
-            tensors["views"] = step.views(replace(inputs, pixels=pixels).to(step.device))[0]
+            # This rank is alone here: of a mix the partners on other ranks cannot be asked for.
+            mix = inputs.mix if rank_count() == 1 else None
+            tensors["views"] = step.views(replace(inputs, pixels=pixels, mix=mix).to(step.device))[0]
     # JSON has no NaN: such a value stands as text.
     content["recent"] = [
         {name: value if torch.isfinite(torch.tensor(value)) else str(value) for name, value in parts.items()}

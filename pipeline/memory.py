@@ -179,10 +179,12 @@ def prior_of(params: Params, classes: int | None, images: int | None) -> Prior:
     """Of the split that there is, else of so many classes and images, else of the published data set that params name.
 
     Where the counts of the classes are not known, all but the largest are alike; of them memory depends on no other.
-    Raises ParamsError when nothing says how many classes there are.
+    Raises ParamsError when nothing says how many classes there are, or a number of images comes beside a split's counts.
     """
     known = PUBLISHED.get(params.data.source)
     if classes is None and PRIOR.is_file():
+        if images is not None:
+            raise ParamsError(f"--images is {images}, but {PRIOR} counts the images already; give --classes too")
         return load_prior()
     if classes is None and known is None:
         raise ParamsError(f"{PRIOR}: no such file, so --classes is needed; or run `dvc repro prior` first")
@@ -226,7 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
     parser.add_argument("--stage", choices=["teacher", "student"], default="student", help="(default: %(default)s)")
     parser.add_argument("--classes", type=int, help="number of classes (default: those of artifacts/prior.json)")
-    parser.add_argument("--images", type=int, help="training images (default: the published number, or 100 a class)")
+    parser.add_argument(
+        "--images", type=int, help="with --classes: training images (default: as published, or 100 a class)"
+    )
     parser.add_argument("--card", type=float, default=80, help="memory of the GPU in GB (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)

@@ -8,6 +8,7 @@ import io
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -112,6 +113,8 @@ def thumbnail(image: bytes, name: str) -> str:
 def batch_csv(client: Client, files: Sequence[Path], prior: Prior) -> tuple[Path, int]:
     """Answers for many files as a CSV file, a row for each image and class, and how many images failed.
 
+    An upload keeps no folders (Gradio hands on the name alone), so that `cat/1.jpg` and `dog/1.jpg` have the same name:
+    names that repeat are numbered in the order of the upload, `1.jpg (1)` and `1.jpg (2)`.
     Raises InputError for a prior that cannot be, ServingError when no server answers.
     """
     failed = 0
@@ -120,7 +123,22 @@ def batch_csv(client: Client, files: Sequence[Path], prior: Prior) -> tuple[Path
     ) as stream:
         writer = csv.writer(stream)
         writer.writerow(CSV_COLUMNS)
-        for path, answer in zip(files, client.stream(files, prior, keep_going=True), strict=True):
+        for name, answer in zip(told_apart(files), client.stream(files, prior, keep_going=True), strict=True):
             failed += isinstance(answer, ServingError)
-            writer.writerows(as_rows(Path(path.name), answer, None))
+            writer.writerows(as_rows(Path(name), answer, None))
     return Path(stream.name), failed
+
+
+def told_apart(files: Sequence[Path]) -> list[str]:
+    """The name of each file, with its number in brackets where several have it; no two are alike."""
+    total, names = Counter(path.name for path in files), []
+    seen: Counter[str] = Counter()
+    for path in files:
+        name = path.name
+        if total[path.name] > 1:
+            # A file may be called "1.jpg (2)" already.
+            while name in total or name in names:
+                seen[path.name] += 1
+                name = f"{path.name} ({seen[path.name]})"
+        names.append(name)
+    return names

@@ -7,15 +7,19 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 import torchvision.datasets
 from archives import NAMES, python2_pickle, write_archive
 from making import data_params
 from PIL import Image
 
 from pipeline import split
+from pipeline.dataset import evaluation_images
 from pipeline.errors import DataError, ParamsError
+from pipeline.params import StreamParams
 from pipeline.sources import open_source
 from pipeline.sources.cifar import unpickle_arrays
+from pipeline.stream import ImageStream
 
 
 def opened(root, name="cifar10", **changes):
@@ -48,6 +52,11 @@ def test_the_source_is_split_with_the_test_images_that_it_brings(tmp_path, monke
     result = split.run(made, tmp_path / "out")
     assert result.sizes["test"] == 40 and result.sizes["validation"] == 10
     assert 20 + 4 <= result.sizes["train"] < 200
+    on = made.model_copy(update={"stream": StreamParams(mode="on", decode="exact")})
+    stream, held = (evaluation_images(given, "test", tmp_path / "out") for given in (on, made))
+    assert isinstance(stream, ImageStream) and torch.equal(
+        stream.pixels(torch.arange(40)), held.pixels(torch.arange(40))
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

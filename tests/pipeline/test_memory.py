@@ -124,6 +124,15 @@ def test_without_a_split_the_number_of_classes_is_asked_for(tmp_path, monkeypatc
     assert "--images is 9, below the 10 classes" in capsys.readouterr().err
 
 
+def test_a_number_of_images_beside_those_that_the_split_counts_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/prior.json").write_text("{}")
+    assert main(["--params", str(ROOT / "params.yaml"), "--images", "500"]) == 2
+    said = capsys.readouterr().err
+    assert "--images is 500, but artifacts/prior.json counts the images already; give --classes too" in said
+
+
 def test_published_data_sets_are_counted_without_their_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prior = prior_of(params({"data.source": "inaturalist2018"}), None, None)

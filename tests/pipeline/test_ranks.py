@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -14,7 +15,7 @@ from small_training import CPU, IMAGE, made_images, made_training, training_para
 from test_accumulation import double_step
 
 from models.ranks import SharedBatchNorm, gather_batch, mean_over_ranks
-from pipeline.errors import ParamsError
+from pipeline.errors import ParamsError, StageError
 from pipeline.inference import accuracy
 from pipeline.params import AugmentParams
 from pipeline.ranks import joined_ranks
@@ -143,6 +144,19 @@ def uneven_batch() -> str:
     except ParamsError as error:
         return str(error)
     return ""
+
+
+def failed_mixed_run(folder: Path) -> str:
+    with patch("pipeline.training.FAILURES", folder), pytest.raises(StageError) as caught:
+        made_training(learning_rate=1e30, augment=MIXED).run(made_images(40), made_images(0))
+    return str(caught.value)
+
+
+def test_a_mixed_run_that_fails_on_two_ranks_leaves_its_dump_and_nobody_waits(tmp_path):
+    one, two = in_ranks(failed_mixed_run, tmp_path, tmp_path / "failures")
+    assert one == two and "not finite in epoch 1" in one
+    views = safetensors.torch.load_file(tmp_path / "failures/teacher/tensors.safetensors")["views"]
+    assert views.shape == (1, 4, 3, 8, 8)
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 from models.prior import log_class_prior, softmax
 from serving.answers import Prediction
 from serving.errors import InputError
-from serving.playground.answers import Answer, as_html, own_prior, thumbnail
+from serving.playground.answers import Answer, as_html, own_prior, thumbnail, told_apart
 from serving.server import TritonServer
 
 CHROMIUM = Path(os.environ.get("TAILOR_CHROMIUM", "/usr/bin/chromium"))
@@ -65,6 +65,11 @@ def test_a_picture_taken_sideways_is_shown_upright() -> None:
     assert small.size == (32, 64)
     above, below = (small.convert("RGB").getpixel((16, y)) for y in (8, 56))
     assert above[0] > 200 > below[0] and below[2] > 200 > above[2]
+
+
+def test_files_of_one_name_from_several_folders_are_told_apart() -> None:
+    files = ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/1.jpg (2)"]
+    assert told_apart([Path(file) for file in files]) == ["1.jpg (1)", "1.jpg (3)", "2.jpg", "1.jpg (2)"]
 
 
 def test_a_server_that_does_not_answer_is_told_in_one_line() -> None:
@@ -170,16 +175,19 @@ class TestInABrowser:
         folder.mkdir()
         for seed in range(5):
             (folder / f"{seed}.png").write_bytes(picture(seed))
+        (folder / "inside").mkdir()
+        (folder / "inside/4.png").write_bytes(picture(5))
         (folder / "broken.png").write_bytes(b"no picture")
         page.get_by_role("tab", name="Many images").click()
         page.set_input_files("#folder input[type=file]", folder)
         page.locator("#folder [aria-label='4.png']").first.wait_for(timeout=60_000)
         page.click("#classify")
-        page.wait_for_selector("#said :text('5 classified, 1 could not be')", timeout=60_000)
+        page.wait_for_selector("#said :text('6 classified, 1 could not be')", timeout=60_000)
         with page.expect_download() as download:
             page.locator("#csv a[download]").first.click()
         rows = list(csv.DictReader(Path(download.value.path()).read_text(encoding="utf-8").splitlines()))
-        assert {row["image"] for row in rows} == {*(f"{seed}.png" for seed in range(5)), "broken.png"}
+        names = {"0.png", "1.png", "2.png", "3.png", "4.png (1)", "4.png (2)", "broken.png"}
+        assert {row["image"] for row in rows} == names
         assert [row["error"] != "" for row in rows if row["image"] == "broken.png"] == [True]
         page.get_by_role("tab", name="One image").click()
 
