@@ -55,6 +55,8 @@ class Metrics:
             self._add("tailor_images_total", 0, prior=prior)
         for name in ("tailor_failed_total", "tailor_access_log_lost_total"):
             self._add(name, 0)
+        for reason in ("queue", "disk"):
+            self._add("tailor_logit_log_lost_total", 0, reason=reason)
         self.lock = threading.Lock()
         self.flushing = threading.Lock()
         self.closed = threading.Event()
