@@ -172,9 +172,7 @@ def test_a_file_that_grows_too_large_is_published_not_even_half(repository, expo
 def test_a_disk_that_fills_while_a_version_is_published_leaves_the_champion_and_room(tmp_path, exports, evidence):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True)
     if mounted.returncode:
         pytest.skip("may not mount here")
     try:

@@ -178,7 +178,10 @@ def test_missing_image_and_folder_are_misuse(tailor: Tailor, tmp_path: Path) -> 
         (["predict"], "Missing argument 'IMAGE...'"),
         (["predict", "a.png", "--top", "0"], "--top"),
         (["predict", "a.png", "--prior", "nan"], "prior is nan"),
-        (["predict", "a.png", "--prior", "nowhere.json"], "no such file exists; expected balanced, train, live, a number"),
+        (
+            ["predict", "a.png", "--prior", "nowhere.json"],
+            "no such file exists; expected balanced, train, live, a number",
+        ),
         (["predict", "a.png", "--url", "ftp://x"], "url is 'ftp://x'; expected http://host:port or grpc://host:port"),
         (["predict", "a.png", "--url", "http://x:1", "--protocol", "grpc"], "--protocol is grpc but --url is"),
         (["predict", "a.png", "--timeout", "0"], "timeout is 0"),
