@@ -36,7 +36,7 @@ class Network:
 
     size: of its input. photo: width and height of the JPEG files that the classifier is sent. users: how many wait for
     an answer at the same time. batches: what raw ONNX Runtime is tried with. stretch: how much longer its turns are.
-    instances: of `student`, which share the cores.
+    instances, own_network: as in Placement, None being what `tailor repository` decides.
     """
 
     name: str
@@ -46,13 +46,26 @@ class Network:
     users: int
     batches: tuple[int, ...]
     stretch: float = 1.0
-    instances: int = 1
+    instances: int | None = None
+    own_network: bool | None = None
 
 
 NETWORKS = {
     "resnet32": Network("ResNet-32", "resnet32", 32, (32, 32), 32, (1, 8, 16, 32)),
-    "resnet32-two": Network("ResNet-32, 2 instances", "resnet32", 32, (32, 32), 32, (1, 8, 16, 32), instances=2),
+    "resnet32-asking": Network(
+        "ResNet-32, 1 instance, classifier asks student",
+        "resnet32",
+        32,
+        (32, 32),
+        32,
+        (1, 8, 16, 32),
+        instances=1,
+        own_network=False,
+    ),
     "resnet50": Network("ResNet-50", "torchvision/resnet50", 224, (500, 375), 8, (1, 4, 8), 2.0),
+    "resnet50-own": Network(
+        "ResNet-50, classifier runs it", "torchvision/resnet50", 224, (500, 375), 8, (1, 4, 8), 2.0, own_network=True
+    ),
     # For trying the benchmark out: the stages and servers are the same, the network is next to nothing.
     "resnet20": Network("ResNet-20", "resnet20", 16, (16, 16), 8, (1, 8)),
 }
@@ -77,7 +90,7 @@ def release_of(key: str, work: Path, device: Device = "cpu") -> Release:
     if not (folder / EXPORT / "manifest.json").is_file():
         make_export(network, folder)
     load_manifest(folder / EXPORT)  # its files are still what it says
-    placement = Placement(device, instances=network.instances)
+    placement = Placement(device, instances=network.instances, own_network=network.own_network)
     repository = write_repository(folder / EXPORT, folder / f"{REPOSITORY}-{device}", placement)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (IMAGES, 3, network.size, network.size), dtype=np.uint8)

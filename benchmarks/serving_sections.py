@@ -67,7 +67,8 @@ def sections() -> list[Section]:
         found.append(Section("limit", network))
         if network in ("resnet32", TRIAL):  # where a larger network hides what surrounds it, nothing would be seen
             found += [Section("adjustment", network), Section("locust", network)]
-        found += [Section("peer", network, peer) for peer in PEERS]
+        if network in ("resnet32", "resnet50", TRIAL):
+            found += [Section("peer", network, peer) for peer in PEERS]
     return sorted(found, key=lambda section: section.network == TRIAL)
 
 
@@ -85,7 +86,7 @@ def measure_limit(section: Section, given: Given, release: Release) -> dict[str,
             "decode and infer": functools.partial(raw.run, best_decoding),
             "classifier": classifier(server, release, ["balanced"]),
         }
-        if section.network == "resnet50":  # a request of eight adds nothing where one image takes its time
+        if section.network.startswith("resnet50"):  # a request of eight adds nothing where one image takes its time
             del sides["HTTP, batch 8"]
         turns = in_rounds(section.name, sides, given.rounds, seconds)
     found = {"raw": {"best": str(best), "tried": tried}}

@@ -18,7 +18,7 @@ from serving.errors import InputError, ServingError
 from serving.failures import Refused, foreign
 from serving.images import blank_image
 from serving.model_config import CLASSIFIER, STUDENT
-from serving.priors import Prior, parse_prior, vector_of
+from serving.priors import Prior, as_text, parse_prior, vector_of
 
 Result = TypeVar("Result")
 Steps = Generator[Sequence[Call], Sequence[Any], Result]
@@ -87,6 +87,8 @@ class Dialogue:
                 with self._reading(CLASSIFIER):
                     default = config.get("parameters", {}).get("default_strength", {}).get("string_value")
                     rows = max(1, int(config.get("max_batch_size", 0)))
+                    if inputs := config.get("input"):
+                        self._inputs = {tensor["name"]: int(tensor["dims"][-1]) for tensor in inputs}
                     self._limits = (rows, None if default is None else float(default))
         return self._limits
 
@@ -139,15 +141,24 @@ class Dialogue:
     def _prior_input(
         self, parsed: float | np.ndarray | dict[str, float] | str | None
     ) -> Steps[tuple[str, np.ndarray | None]]:
-        """The input that carries a prior, and one row of it; None where the server's default is not known here."""
-        if parsed is None or isinstance(parsed, float):
-            return "strength", None if parsed is None else np.array([parsed], dtype=np.float32)
+        """The input that carries a prior, and one row of it; None where the server's default is not known here.
+
+        `prior` carries every kind as text: requests with different inputs never share a batch in Triton, whatever they
+        ask. A server of an older Tailor, which has no such input, is sent what it knows.
+        """
+        if parsed is None:
+            return "prior", None
+        vector = None
+        if not isinstance(parsed, float | str):
+            names = (yield from self.class_names()) if isinstance(parsed, dict) else None
+            vector = vector_of(parsed, names, (yield from self._class_count()))
+        if "prior" in (yield from self._classifier_inputs()):
+            return "prior", np.array([as_text(parsed if vector is None else vector)], dtype=np.object_)
         if isinstance(parsed, str):
-            if "prior" not in (yield from self._classifier_inputs()):
-                raise ServingError(f"{self.url}: classifier knows no prior by name; {SERVE_AGAIN}")
-            return "prior", np.array([parsed.encode()], dtype=np.object_)
-        names = (yield from self.class_names()) if isinstance(parsed, dict) else None
-        return "target_prior", vector_of(parsed, names, (yield from self._class_count()))
+            raise ServingError(f"{self.url}: classifier knows no prior by name; {SERVE_AGAIN}")
+        if vector is None:
+            return "strength", np.array([parsed], dtype=np.float32)
+        return "target_prior", vector.astype(np.float32)
 
     @contextmanager
     def _reading(self, asked: str) -> Iterator[None]:

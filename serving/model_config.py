@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from google.protobuf import text_format
@@ -19,7 +19,10 @@ STUDENT = "student"
 CLASSIFIER = "classifier"
 LABELS_NAME = "labels.txt"
 LOCAL_CONFIG = "local"
+OWN_NETWORK = "own"  # of the parameter `network`: the classifier runs the graph itself
 CLASSIFIER_INSTANCES = 2
+# A graph that costs little memory to hold several times, and little time to run beside what surrounds it.
+SMALL_GRAPH_BYTES = 16 * 1024 * 1024
 
 # 0 is ONNX Runtime's own word for "one thread per core". Writing this machine's core count instead would make the
 # repository differ from machine to machine, and wrong on the one that serves it.
@@ -33,17 +36,20 @@ class RepositoryError(ServingError):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where `student` runs, and in how many instances (on a GPU: on each).
+    """Where the network runs, and in how many instances (on a GPU: on each).
 
-    gpus: their numbers, all where empty. tensorrt: the precision in which TensorRT runs the graph inside the
+    gpus: their numbers, all where empty. instances: of `student`; None is two of a small graph on the local server's
+    CPU, one otherwise. own_network: whether the local server's `classifier` runs the graph itself instead of asking
+    `student`; None is for a small one on a CPU. tensorrt: the precision in which TensorRT runs the graph inside the
     onnxruntime backend; None leaves it to ONNX Runtime's CUDA provider. Raises InputError where these do not go
     together.
     """
 
     device: Device = "cpu"
     gpus: Sequence[int] = ()
-    instances: int = 1
+    instances: int | None = None
     tensorrt: Precision | None = None
+    own_network: bool | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "gpu"):
@@ -52,19 +58,32 @@ class Placement:
             raise InputError("device is cpu; expected gpu where GPUs are numbered or TensorRT is asked for")
         if any(gpu < 0 for gpu in self.gpus) or len(set(self.gpus)) != len(self.gpus):
             raise InputError(f"gpus are {list(self.gpus)}; expected different numbers from 0")
-        if self.instances < 1:
+        if self.own_network and self.device == "gpu":
+            raise InputError(
+                "own_network is for device cpu; on a GPU `classifier` asks `student`, which shares batches"
+            )
+        if self.instances is not None and self.instances < 1:
             raise InputError(f"instances is {self.instances}; expected at least 1")
         if self.tensorrt not in (None, "fp32", "fp16"):
             raise InputError(f"tensorrt is {self.tensorrt!r}; expected fp32 or fp16")
 
+    def decided(self, graph_bytes: int) -> Placement:
+        """The placement of a graph of this size, with what was left open decided."""
+        small = self.device == "cpu" and graph_bytes <= SMALL_GRAPH_BYTES
+        own = small if self.own_network is None else self.own_network
+        return replace(self, instances=self.instances or (2 if small else 1), own_network=own)
+
 
 def student_config(manifest: Manifest, placement: Placement) -> ModelConfig:
-    """`student` for the onnxruntime backend: the exported graph."""
+    """`student` for the onnxruntime backend: the exported graph.
+
+    One instance unless more are asked for: the backend gives each all cores, and two would take them from one another.
+    """
     config = _student_signature(manifest)
     config.backend = "onnxruntime"
     config.default_model_filename = "model.onnx"
     kind = ModelInstanceGroup.Kind.KIND_GPU if placement.device == "gpu" else ModelInstanceGroup.Kind.KIND_CPU
-    config.instance_group.add(count=placement.instances, kind=kind, gpus=placement.gpus)
+    config.instance_group.add(count=placement.instances or 1, kind=kind, gpus=placement.gpus)
     if placement.tensorrt:
         accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
         accelerator.parameters["precision_mode"] = placement.tensorrt.upper()
@@ -88,9 +107,20 @@ def student_local_config(manifest: Manifest, placement: Placement) -> ModelConfi
     config = _student_signature(manifest)
     config.backend = "python"
     config.default_model_filename = "model.py"
-    config.instance_group.add(count=placement.instances, kind=ModelInstanceGroup.Kind.KIND_CPU)
+    config.instance_group.add(count=placement.instances or 1, kind=ModelInstanceGroup.Kind.KIND_CPU)
     provider = "CUDAExecutionProvider" if placement.device == "gpu" else "CPUExecutionProvider"
     config.parameters["execution_provider"].string_value = provider
+    return config
+
+
+def classifier_local_config(manifest: Manifest, placement: Placement) -> ModelConfig:
+    """`classifier` for the local server, which may run the graph itself, as the stand-in of `student` does."""
+    config = classifier_config(manifest)
+    if placement.own_network:
+        config.instance_group[0].count = max(CLASSIFIER_INSTANCES, placement.instances or 1)
+        config.parameters["network"].string_value = OWN_NETWORK
+        config.parameters["execution_provider"].string_value = "CPUExecutionProvider"
+        config.parameters["intra_op_thread_count"].string_value = THREAD_PER_CORE
     return config
 
 

@@ -50,7 +50,7 @@ def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | str | N
 
 
 def vector_of(parsed: np.ndarray | Mapping[str, float], names: Sequence[str] | None, classes: int) -> np.ndarray:
-    """The target prior float32 [C], checked against the server's classes. names are needed for a mapping alone.
+    """The target prior float64 [C], checked against the server's classes. names are needed for a mapping alone.
 
     Classes that a mapping leaves out get 0. Raises InputError naming the class, or what is wrong with the numbers.
     """
@@ -65,9 +65,16 @@ def vector_of(parsed: np.ndarray | Mapping[str, float], names: Sequence[str] | N
     else:
         vector = parsed
     try:
-        return check_target_prior(vector, classes).astype(np.float32)
+        return check_target_prior(vector, classes)
     except ValueError as error:
         raise InputError(f"prior: {error}") from None
+
+
+def as_text(parsed: float | str | np.ndarray) -> bytes:
+    """A prior as the server's input `prior` takes it: a name, a number, or a JSON list with one number per class."""
+    if isinstance(parsed, str):
+        return parsed.encode()
+    return json.dumps(parsed.tolist() if isinstance(parsed, np.ndarray) else parsed).encode()
 
 
 def _strength(value: float) -> float:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from serving.manifest import GOLDEN_NAME, STUDENT_NAME, Golden, Manifest, check_file, load_golden, read_manifest
 from serving.model_config import CLASSIFIER, STUDENT, RepositoryError
-from serving.version_policy import CONFIG_NAME, read_config, served_versions, version_folders
+from serving.version_policy import CONFIG_NAME, config_paths, read_config, served_versions, version_folders
 
-# Not start.py: releases of an older Tailor have none, and need none.
+# Not start.py, asked.py and network.py: releases of an older Tailor have none, and need none.
 NEEDED = {
     STUDENT: ("model.onnx", "model.py", "manifest.json"),
     CLASSIFIER: (
@@ -82,9 +82,8 @@ def read_release(root: Path, version: int, hashes: bool = True) -> Release:
 
 
 def instances(root: Path, model: str) -> int:
-    """How many instances of a version the python backend runs, as `student`'s local config or `classifier`'s says."""
-    path = root / STUDENT / "configs" / "local.pbtxt" if model == STUDENT else root / CLASSIFIER / CONFIG_NAME
-    return sum(group.count for group in read_config(path).instance_group)
+    """How many instances of a version the local server runs."""
+    return sum(group.count for group in read_config(config_paths(root, model)[-1]).instance_group)
 
 
 def _missing(root: Path, version: int) -> list[Path]:

@@ -18,11 +18,11 @@ from serving.model_config import (
     Placement,
     RepositoryError,
     classifier_config,
+    classifier_local_config,
     student_config,
     student_local_config,
     to_text,
 )
-from serving.triton import start
 from serving.version_policy import CONFIG_NAME, read_config, version_folders
 
 
@@ -39,16 +39,21 @@ def write_repository(
     """
     placement = device if isinstance(device, Placement) else Placement(device)
     manifest = load_export(export_dir)
+    local = placement.decided((export_dir / STUDENT_NAME).stat().st_size)
     root = Path(os.path.abspath(root))  # noqa: PTH100 (a link given as root stays a name, it is not followed)
     _check_replaceable(root)
     with whole_folder(root) as partial:
         student, classifier = partial / STUDENT, partial / CLASSIFIER
         version = str(manifest.version)
-        for folder in (student / "configs", student / version, classifier / version):
+        for folder in (student / "configs", student / version, classifier / "configs", classifier / version):
             folder.mkdir(parents=True)
         (student / CONFIG_NAME).write_text(to_text(student_config(manifest, placement)), encoding="utf-8")
-        local = student / "configs" / f"{LOCAL_CONFIG}.pbtxt"
-        local.write_text(to_text(student_local_config(manifest, placement)), encoding="utf-8")
+        student_local, classifier_local = (
+            student_local_config(manifest, local),
+            classifier_local_config(manifest, local),
+        )
+        for folder, config in ((student, student_local), (classifier, classifier_local)):
+            (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").write_text(to_text(config), encoding="utf-8")
         (student / LABELS_NAME).write_text(_labels(manifest), encoding="utf-8")
         (classifier / CONFIG_NAME).write_text(to_text(classifier_config(manifest)), encoding="utf-8")
         _write_student(student / version, export_dir, manifest)
@@ -100,8 +105,10 @@ def _keep_bytecode_out(folder: Path) -> None:
 
 def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
-    shutil.copyfile(Path(__file__).with_name("triton") / "student_model.py", folder / "model.py")
-    shutil.copyfile(Path(start.__file__), folder / Path(start.__file__).name)
+    sources = Path(__file__).with_name("triton")
+    shutil.copyfile(sources / "student_model.py", folder / "model.py")
+    for name in ("network.py", "start.py"):
+        shutil.copyfile(sources / name, folder / name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     _keep_bytecode_out(folder)
     # The export may have been written anew while it was copied: what counts is what lies in the tree.
@@ -113,9 +120,9 @@ def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, eviden
         shutil.copyfile(path, folder / path.name)  # first, so that what the model runs on prevails
     sources = Path(__file__).with_name("triton")
     shutil.copyfile(sources / "classifier_model.py", folder / "model.py")
-    for name in ("metrics.py", "access_log.py", "logit_log.py", "live_prior.py"):
+    for name in ("asked.py", "network.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py", "start.py"):
         shutil.copyfile(sources / name, folder / name)
-    for module in (prior, preprocess, start):
+    for module in (prior, preprocess):
         shutil.copyfile(Path(module.__file__), folder / Path(module.__file__).name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)

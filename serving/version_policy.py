@@ -19,9 +19,9 @@ CONFIG_NAME = "config.pbtxt"
 
 
 def config_paths(root: Path, model: str) -> list[Path]:
-    """The config files of a model: `student` has a second one for the python stand-in."""
-    local = [root / STUDENT / "configs" / f"{LOCAL_CONFIG}.pbtxt"] if model == STUDENT else []
-    return [root / model / CONFIG_NAME, *local]
+    """The config files of a model: the second one is for the local server. `classifier` of an older Tailor has none."""
+    local = root / model / "configs" / f"{LOCAL_CONFIG}.pbtxt"
+    return [root / model / CONFIG_NAME, *([local] if model == STUDENT or local.is_file() else [])]
 
 
 def read_config(path: Path) -> ModelConfig:

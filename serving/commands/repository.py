@@ -37,7 +37,19 @@ def repository(
     export: Annotated[Path, typer.Option(help="Export folder that `dvc repro` wrote.")] = EXPORT,
     output: Annotated[Path, typer.Option(help="Where the model repository goes.")] = REPOSITORY,
     gpus: Annotated[str, typer.Option(help="Numbers of the GPUs, as in 0,1; every GPU if not given.")] = "",
-    instances: Annotated[int, typer.Option(min=1, help="Instances of the student, on each GPU or in all.")] = 1,
+    instances: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Instances of the student, on each GPU or in all; two of a small one on a CPU, else one."
+        ),
+    ] = None,
+    own_network: Annotated[
+        bool | None,
+        typer.Option(
+            "--own-network/--ask-student",
+            help="Whether classifier runs the network itself on the local server; as a rule, where it is small.",
+        ),
+    ] = None,
     tensorrt: Annotated[
         PrecisionName | None,
         typer.Option(help="Have TensorRT run the student, in an NGC container with --device gpu."),
@@ -52,7 +64,7 @@ def repository(
     The container takes the onnxruntime backend from config.pbtxt; the local server runs the same model.onnx in Python.
     To add a release to a repository, use `tailor promote`.
     """
-    placement = Placement(device.value, _numbers(gpus), instances, tensorrt.value if tensorrt else None)
+    placement = Placement(device.value, _numbers(gpus), instances, tensorrt.value if tensorrt else None, own_network)
     if not replace:
         _check_unused(output)
     root = write_repository(export, output, placement)

@@ -1,7 +1,8 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the asked target prior out.
 
 Runs inside Triton's stub process with numpy and Pillow, and with the files beside it: prior.py and preprocess.py, the
-copies of what training uses, metrics.py, live_prior.py and the logs. The network itself runs in `student` of the same version.
+copies of what training uses, asked.py, metrics.py, live_prior.py and the logs. The network runs in `student` of the same
+version; or here, where the config's parameter `network` says own: what a small one computes takes less time than asking.
 """
 
 from __future__ import annotations
@@ -15,29 +16,9 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Pixels that the images of one request may have together: a solid image of 50 megapixels is a file of a few kilobytes
-# and half a second's work, and a batch of them would keep every other caller waiting.
-MAX_REQUEST_PIXELS = 200_000_000
-
-
-class Refused(Exception):
-    """A request asks for what cannot be done; the message names the input, `reason` is the kind of fault in one word."""
-
-    def __init__(self, reason, message):
-        super().__init__(message)
-        self.reason = reason
-
 
 class StudentFailed(Exception):
     """`student` did not answer."""
-
-
-class Asked:
-    """What one request asks: images uint8 [n,3,S,S], log prior [C] or [n,C] and its strength [n,1] or a number."""
-
-    def __init__(self, images, log_prior, strength, priors):
-        self.images, self.log_prior, self.strength = images, log_prior, strength
-        self.priors = priors  # how many rows by kind of prior
 
 
 class TritonPythonModel:
@@ -47,24 +28,32 @@ class TritonPythonModel:
         """Read the manifest of this version and load the arithmetic that it shares with training."""
         folder = Path(args["model_repository"]) / args["model_version"]
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        self.prior, self.preprocess = sibling("prior"), sibling("preprocess")
-        self.version = int(args["model_version"])
+        asked, live_prior, preprocess = sibling("asked"), sibling("live_prior"), sibling("preprocess")
+        self.prior, self.refused = sibling("prior"), asked.Refused
+        self.version, self.top_k = int(args["model_version"]), manifest["top_k"]
         self.names = np.array([name.encode() for name in manifest["classes"]], dtype=np.object_)
-        self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
-        self.size, self.resize_to = manifest["image"]["size"], manifest["image"]["resize_to"]
-        live_prior = sibling("live_prior")
-        self.live_prior = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
-        self.no_live_prior = live_prior.NoLivePrior
-        self.strength, self.top_k = float(manifest["strength"]), manifest["top_k"]
-        self.max_batch_size = json.loads(args["model_config"])["max_batch_size"]
+        live = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
+        self.reader = asked.Reader(manifest, self.prior, preprocess, live, live_prior.NoLivePrior)
+        config = json.loads(args["model_config"])
+        self.max_batch_size = config["max_batch_size"]
+        self.network = self.own_network(folder, manifest, config)
         groups = [self.prior.shot_group(count) for count in manifest["counts"]]
         ranks = np.argsort(np.argsort(-np.asarray(manifest["counts"]), kind="stable"), kind="stable")
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
         self.access_log = sibling("access_log").open_access_log(args, self.metrics.access_log_lost)
-        self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.read_images, self.metrics)
+        self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.reader.read_images, self.metrics)
         start = sibling("start")
-        start.decode_each_format(self.preprocess, self.size, self.resize_to)
+        start.decode_each_format(preprocess, self.reader.size, self.reader.resize_to)
         start.take_up()
+
+    def own_network(self, folder, manifest, config):
+        """The graph of `student` of this version, loaded here; None where `student` is asked."""
+        if config["parameters"].get("network", {}).get("string_value") != "own":
+            return None
+        graph = folder.parents[1] / "student" / str(self.version) / "model.onnx"
+        network = sibling("network").Network(graph, manifest["files"]["student.onnx"], config)
+        network.warm_up((3, self.reader.size, self.reader.size))
+        return network
 
     def execute(self, requests):
         """Answer a batch from one pass of the student; a request with a bad row fails alone."""
@@ -73,8 +62,8 @@ class TritonPythonModel:
         asked = {}
         for place, request in enumerate(requests):
             try:
-                asked[place] = self.read(request)
-            except Refused as refused:
+                asked[place] = self.reader.read(request)
+            except self.refused as refused:
                 responses[place] = failure(str(refused), pb_utils.TritonError.INVALID_ARG)
                 outcomes[place] = refused.reason
                 self.metrics.refused(refused.reason)
@@ -99,136 +88,77 @@ class TritonPythonModel:
         self.metrics.close()
         self.access_log.close()
 
-    def read(self, request):
-        """What a request asks, as `Asked`. Raises Refused naming the input, and the row where the request has several."""
-        encoded = read_input(request, "image", (1,))
-        if encoded is None:
-            raise Refused("image_missing", "image is missing; send one encoded image a row")
-        encoded, rows = encoded[:, 0], len(encoded)
-        strength = read_input(request, "strength", (1,), rows)
-        target = read_input(request, "target_prior", None, rows)
-        names = read_input(request, "prior", (1,), rows)
-        if target is not None and strength is not None:
-            raise Refused("both", "strength and target_prior exclude each other; send one of them")
-        if names is not None:
-            if target is not None or strength is not None:
-                raise Refused("both", "prior excludes strength and target_prior; send one of them")
-            named_priors = [self.read_name(name, row, rows) for row, name in enumerate(names[:, 0])]
-            kinds = Counter(name.decode() for name in names[:, 0])
-            return Asked(self.read_images(encoded), np.stack(named_priors), 1.0, kinds)
-        if target is not None:
-            # The small inputs first: a request that is refused for them costs no decoding.
-            checked = [self.read_prior(p, row, rows) for row, p in enumerate(target)]
-            return Asked(
-                self.read_images(encoded), self.prior.log_target_prior(np.stack(checked)), 1.0, Counter(own=rows)
-            )
-        if strength is None:
-            return Asked(
-                self.read_images(encoded), self.log_prior, self.strength, Counter({kind_of(self.strength): rows})
-            )
-        strength = strength.astype(np.float64)
-        for row, value in enumerate(strength[:, 0]):
-            if not np.isfinite(value):
-                raise Refused("strength", f"{named(row, rows)}strength is {value:g}; expected a finite number")
-        return Asked(self.read_images(encoded), self.log_prior, strength, Counter(map(kind_of, strength[:, 0])))
-
-    def read_images(self, encoded):
-        """uint8 [n,3,S,S] of a request's encoded images. Raises Refused."""
-        images, pixels = [], 0
-        for row, data in enumerate(encoded):
-            try:
-                image = self.preprocess.decode(data)
-                pixels += image.width * image.height
-                if pixels > MAX_REQUEST_PIXELS:
-                    raise Refused(
-                        "request_pixels",
-                        f"{named(row, len(encoded))}image brings the request to {pixels} pixels, "
-                        f"above the limit of {MAX_REQUEST_PIXELS}; send fewer images at once",
-                    )
-                images.append(self.preprocess.resize(image, self.size, self.resize_to))
-            except self.preprocess.ImageError as error:
-                raise Refused(f"image_{error.kind}", f"{named(row, len(encoded))}image {error}") from None
-            except MemoryError:
-                raise Refused(
-                    "image_memory",
-                    f"{named(row, len(encoded))}image needs more memory than there is; send a smaller one",
-                ) from None
-        return np.stack(images)
-
-    def read_prior(self, prior, row, rows):
-        """A row of target_prior, checked. Raises Refused."""
-        try:
-            return self.prior.check_target_prior(prior, len(self.names))
-        except ValueError as error:
-            raise Refused("target_prior", f"{named(row, rows)}{error}") from None
-
-    def read_name(self, name, row, rows):
-        """What a row of prior adds to the logits, float64 [C]. Raises Refused."""
-        if name in (b"balanced", b"train"):
-            return self.log_prior * (name == b"train")
-        if name != b"live":
-            shown = ascii(name[:40].decode(errors="replace"))
-            raise Refused("prior", f"{named(row, rows)}prior is {shown}; expected balanced, train or live")
-        try:
-            return self.live_prior.log()
-        except self.no_live_prior as error:
-            raise Refused("live_prior", f"{named(row, rows)}prior is live, but {error}") from None
-
     def answers(self, asked):
         """The responses by place of all requests that could be read, counted. Raises StudentFailed."""
         images = np.concatenate([one.images for one in asked.values()])
         logits = self.balanced_logits(images)
         if self.logit_log:
             self.logit_log.offer(images, logits)
-        answers, tops, confidences, start = {}, [], [], 0
+        best, probability = self.best(logits, list(asked.values()))
+        answers, start = {}, 0
+        index, confidence, names = best.astype(np.int32), probability.astype(np.float32), self.names[best]
         for place, one in asked.items():
-            rows = logits[start : start + len(one.images)]
-            start += len(one.images)
-            best, probability = self.best(rows, one.log_prior, one.strength)
+            rows = slice(start, start + len(one.images))
+            start = rows.stop
             answers[place] = pb_utils.InferenceResponse(
                 [
-                    pb_utils.Tensor("class", self.names[best]),
-                    pb_utils.Tensor("index", best.astype(np.int32)),
-                    pb_utils.Tensor("probability", probability.astype(np.float32)),
+                    pb_utils.Tensor("class", names[rows]),
+                    pb_utils.Tensor("index", index[rows]),
+                    pb_utils.Tensor("probability", confidence[rows]),
                 ]
             )
-            tops.append(best[:, 0])
-            confidences.append(probability[:, 0])
-        priors = sum((one.priors for one in asked.values()), Counter())
-        self.metrics.answered(priors, np.concatenate(tops), np.concatenate(confidences))
+        priors = Counter()
+        for one in asked.values():
+            priors.update(one.priors)
+        self.metrics.answered(priors, best[:, 0], probability[:, 0])
         return answers
 
     def balanced_logits(self, images):
-        """The student's logits at strength 0, float64 [n,C], asked of its same version in pieces it takes.
+        """The network's logits at strength 0, float64 [n,C], in pieces that the student takes.
 
-        The adjustment is added here in float64 instead of by the student in float32, so that every finite strength has
+        The adjustment is added here in float64 instead of by the graph in float32, so that every finite strength has
         a finite answer and a target prior takes the same path. Raises StudentFailed.
         """
-        pieces = []
-        for start in range(0, len(images), self.max_batch_size):
-            piece = images[start : start + self.max_batch_size]
-            response = pb_utils.InferenceRequest(
-                model_name="student",
-                model_version=self.version,
-                requested_output_names=["logits"],
-                inputs=[
-                    pb_utils.Tensor("image", piece),
-                    pb_utils.Tensor("strength", np.zeros((len(piece), 1), dtype=np.float32)),
-                ],
-                # Without it a student on a GPU may answer in device memory, which has no numpy view.
-                preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
-            ).exec()
-            if response.has_error():
-                raise StudentFailed(f"student {self.version} failed: {response.error().message()}")
-            pieces.append(pb_utils.get_output_tensor_by_name(response, "logits").as_numpy().astype(np.float64))
-        logits = np.concatenate(pieces)
+        ask = self.network_logits if self.network else self.student_logits
+        starts = range(0, len(images), self.max_batch_size)
+        logits = np.concatenate([ask(images[start : start + self.max_batch_size]) for start in starts])
         if not np.isfinite(logits).all():
             raise StudentFailed(f"student {self.version} answered logits that are not finite; export a sound student")
-        return logits
+        return logits.astype(np.float64)
 
-    def best(self, logits, log_prior, strength):
-        """Index and probability, [n,K] each, of the best top_k classes of each row, by its adjusted logits."""
-        adjusted = self.prior.adjust_logits(logits, log_prior, strength)
+    def network_logits(self, images):
+        """The logits of the graph that was loaded here, float32 [n,C]. Raises StudentFailed."""
+        try:
+            return self.network.run(images, np.zeros((len(images), 1), dtype=np.float32), ("logits",))[0]
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own below Exception
+            reason = " ".join(str(error).split())[:300]
+            raise StudentFailed(f"student {self.version} failed: {reason}") from error
+
+    def student_logits(self, images):
+        """The logits of `student` of the same version, float32 [n,C]. Raises StudentFailed."""
+        response = pb_utils.InferenceRequest(
+            model_name="student",
+            model_version=self.version,
+            requested_output_names=["logits"],
+            inputs=[
+                pb_utils.Tensor("image", images),
+                pb_utils.Tensor("strength", np.zeros((len(images), 1), dtype=np.float32)),
+            ],
+            # Without it a student on a GPU may answer in device memory, which has no numpy view.
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+        ).exec()
+        if response.has_error():
+            raise StudentFailed(f"student {self.version} failed: {response.error().message()}")
+        return pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()
+
+    def best(self, logits, asked):
+        """Index and probability, [n,K] each, of the best top_k classes of each row of all requests, as each asked."""
+        log_prior = self.reader.log_prior
+        if any(one.log_prior is not log_prior for one in asked):
+            log_prior = np.concatenate(
+                [np.broadcast_to(one.log_prior, (len(one.images), logits.shape[1])) for one in asked]
+            )
+        adjusted = self.prior.adjust_logits(logits, log_prior, np.concatenate([one.strength for one in asked]))
         best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
         return best, np.take_along_axis(self.prior.softmax(adjusted), best, axis=-1)
 
@@ -239,34 +169,6 @@ class TritonPythonModel:
         prior = None if asked is None else asked.priors.most_common(1)[0][0] if len(asked.priors) == 1 else "mixed"
         size = sum(len(data) for data in encoded)
         self.access_log.write(request.request_id(), started, len(encoded), size, prior, outcome)
-
-
-def read_input(request, name, shape, rows=None):
-    """An input's array [rows, *shape], or None when it is absent. Raises Refused for an array of another shape.
-
-    Triton checks the shapes too, but its product of huge sides overflows and lets some pass; and where an input is
-    optional it does not count whether a required one is there.
-    """
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
-    array = tensor.as_numpy()
-    wrong = array.ndim < 2 or not len(array) or (shape is not None and array.shape[1:] != shape)
-    if wrong or (rows is not None and len(array) != rows):
-        count = "n" if rows is None else rows
-        expected = f"[{count}, {', '.join(map(str, shape or ['classes']))}]"
-        raise Refused(f"{name}_shape", f"{name} has shape {list(array.shape)}; expected {expected}")
-    return array
-
-
-def named(row, rows):
-    """Which row a message is about; nothing where there is only one."""
-    return f"row {row}: " if rows > 1 else ""
-
-
-def kind_of(strength):
-    """What the metrics call a strength: balanced, train or number."""
-    return {0.0: "balanced", 1.0: "train"}.get(float(strength), "number")
 
 
 def failure(message, code):

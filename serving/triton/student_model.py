@@ -1,26 +1,19 @@
 """`student` for Triton's python backend: runs the model.onnx beside it where the onnxruntime backend is missing.
 
 Same signature and same answers as the onnxruntime backend gives for the same file. Runs inside Triton's stub process,
-with numpy and onnxruntime alone.
+with numpy and onnxruntime, and with network.py beside it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 OUTPUTS = ("logits", "feature")
-# How long ONNX Runtime's threads look out for work before they sleep: over the gaps within a run, which are far shorter.
-# Left to itself it goes on for about a second after each run and takes the cores from everyone else. Releases that do not
-# know this setting pass it over.
-SPIN_MICROSECONDS = 500
 
 
 class TritonPythonModel:
@@ -30,28 +23,11 @@ class TritonPythonModel:
         """Check model.onnx against the manifest beside it and load it; raising when they differ fails the load."""
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
-        parameters = config["parameters"]
         # The numbers are strings where the config came through protobuf's JSON.
         self.image_shape = tuple(int(side) for side in config["input"][0]["dims"])
-        model = folder / "model.onnx"
-        check_sha256(model, json.loads((folder / "manifest.json").read_bytes())["files"]["student.onnx"])
-        provider = parameters["execution_provider"]["string_value"]
-        if provider not in onnxruntime.get_available_providers():
-            raise pb_utils.TritonModelException(
-                f"{provider} is not in this onnxruntime; install onnxruntime-gpu for it"
-            )
-        options = onnxruntime.SessionOptions()
-        threads = int(parameters["intra_op_thread_count"]["string_value"])
-        # 0 means one per core, counted here: the cores that this process may use, not all that the machine has. Instances
-        # share them: more threads than cores cost half of the throughput and more.
-        cores, instances = len(os.sched_getaffinity(0)), sum(int(group["count"]) for group in config["instance_group"])
-        options.intra_op_num_threads = threads or max(1, cores // instances)
-        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
-        self.session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
-        # The first run lays the session's memory out.
-        self.session.run(
-            OUTPUTS, {"image": np.zeros((1, *self.image_shape), np.uint8), "strength": np.zeros((1, 1), np.float32)}
-        )
+        files = json.loads((folder / "manifest.json").read_bytes())["files"]
+        self.network = sibling("network").Network(folder / "model.onnx", files["student.onnx"], config)
+        self.network.warm_up(self.image_shape)
         sibling("start").take_up()
 
     def execute(self, requests):
@@ -74,7 +50,7 @@ class TritonPythonModel:
             else:
                 responses[place] = refusal("strength holds a number that is not finite; expected finite numbers")
         if good:
-            outputs = self.session.run(OUTPUTS, {"image": concatenate(images), "strength": concatenate(strengths)})
+            outputs = self.network.run(concatenate(images), concatenate(strengths))
             ends = np.cumsum([len(image) for image in images])
             # One look at the whole batch; a look at each request's rows would take longer than all else done for it here.
             sound = all(np.isfinite(output).all() for output in outputs)
@@ -103,16 +79,6 @@ def concatenate(arrays):
 def refusal(message):
     """A response that fails one request because of what it asked."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
-
-
-def check_sha256(path, expected):
-    """Raise TritonModelException unless the file has this sha256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    if digest.hexdigest() != expected:
-        raise pb_utils.TritonModelException(f"{path.name}: sha256 is not the one in manifest.json; export again")
 
 
 def sibling(name):

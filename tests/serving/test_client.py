@@ -203,7 +203,9 @@ def test_what_a_release_said_of_itself_is_asked_again_when_another_answers() -> 
         return Answer({name: np.array(rows, dtype=object) for name, rows in columns.items()}, version)
 
     def config(strength: str) -> dict[str, Any]:
-        return {"max_batch_size": 8, "parameters": {"default_strength": {"string_value": strength}}}
+        inputs = [{"name": name, "dims": ["1"]} for name in ("image", "strength", "prior")]
+        default = {"default_strength": {"string_value": strength}}
+        return {"max_batch_size": 8, "input": inputs, "parameters": default}
 
     asked: list[Any] = []
 
@@ -222,8 +224,8 @@ def test_what_a_release_said_of_itself_is_asked_again_when_another_answers() -> 
     carry(dialogue, iter([answer(1)]))
     last = carry(dialogue, iter([answer(2), config("1.0"), answer(2)]))
     assert last[0].version == 2
-    sent = [call.inputs["strength"].item() for call in asked if isinstance(call, Infer)]
-    assert sent == [0.5, 0.5, 0.5, 1.0]
+    sent = [call.inputs["prior"].item() for call in asked if isinstance(call, Infer)]
+    assert sent == [b"0.5", b"0.5", b"0.5", b"1.0"]
     assert sum(isinstance(call, ModelConfig) for call in asked) == 2
 
 

@@ -42,7 +42,7 @@ def named(images: list[bytes], *names: str) -> Response:
 @pytest.fixture
 def live_file(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
     """Where the classifier looks for its live prior: not in the repository that other tests share."""
-    monkeypatch.setattr(classifier.live_prior, "path", tmp_path / NAME)
+    monkeypatch.setattr(classifier.reader.live_prior, "path", tmp_path / NAME)
     return tmp_path / NAME
 
 
@@ -68,10 +68,11 @@ def test_name_that_is_none_and_a_name_beside_numbers_are_refused(classifier: Any
     batch[2].tensors[-1].array[1, 0] = b"\xff" * 1000
     batch[1].tensors.append(Tensor("strength", np.ones((1, 1), dtype=np.float32)))
     answers = classifier.execute(batch)
+    expected = "expected balanced, train, live, a number, or a list in brackets with one number per class"
     assert [answer.error.message() for answer in answers] == [
-        "prior is 'shop'; expected balanced, train or live",
+        f"prior is 'shop'; {expected}",
         "prior excludes strength and target_prior; send one of them",
-        "row 1: prior is '" + r"\ufffd" * 40 + "'; expected balanced, train or live",
+        "row 1: prior is '" + r"\ufffd" * 40 + f"'; {expected}",
     ]
 
 

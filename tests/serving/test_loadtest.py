@@ -173,8 +173,8 @@ def test_a_mix_holds_every_image_under_both_priors(server: TritonServer, images:
         assert len(mix.requests[BALANCED]) == len(mix.requests[ADJUSTED]) == 3
         sent = {bytes(row[0]) for call in mix.requests[ADJUSTED] for row in call.inputs["image"]}
         assert sent == {picture(seed) for seed in range(5)}
-        strengths = {label: {call.inputs["strength"][0, 0] for call in mix.requests[label]} for label in mix.requests}
-        assert strengths == {BALANCED: {0.0}, ADJUSTED: {0.25}}
+        priors = {label: {call.inputs["prior"][0, 0] for call in mix.requests[label]} for label in mix.requests}
+        assert priors == {BALANCED: {b"0.0"}, ADJUSTED: {b"0.25"}}
         drawn = [mix.draw()[0] for _ in range(2000)]
         assert 0.25 < drawn.count(ADJUSTED) / len(drawn) < 0.35
         with pytest.raises(InputError, match="9 images are more than the 8"):

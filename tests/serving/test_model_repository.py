@@ -14,6 +14,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 import models.preprocess
 import models.prior
 from serving import dry_run as dry_runs
+from serving import model_config
 from serving import release as releases
 from serving import repository as repositories
 from serving.errors import InputError
@@ -35,20 +36,24 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
     assert sorted(snapshot(repository)) == [
         "classifier/1/__pycache__",
         "classifier/1/access_log.py",
+        "classifier/1/asked.py",
         "classifier/1/golden.json",
         "classifier/1/live_prior.py",
         "classifier/1/logit_log.py",
         "classifier/1/manifest.json",
         "classifier/1/metrics.py",
         "classifier/1/model.py",
+        "classifier/1/network.py",
         "classifier/1/preprocess.py",
         "classifier/1/prior.py",
         "classifier/1/start.py",
         "classifier/config.pbtxt",
+        "classifier/configs/local.pbtxt",
         "student/1/__pycache__",
         "student/1/manifest.json",
         "student/1/model.onnx",
         "student/1/model.py",
+        "student/1/network.py",
         "student/1/start.py",
         "student/config.pbtxt",
         "student/configs/local.pbtxt",
@@ -109,11 +114,31 @@ def test_stand_in_config_differs_only_in_who_runs_the_graph(repository: Path) ->
     assert real == local
 
 
+def test_small_network_has_two_instances_and_a_place_in_the_classifier_of_the_local_server(
+    release: Release, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decided(root: Path) -> list[tuple[int, str]]:
+        configs = [parse(root / model / "configs/local.pbtxt") for model in ("student", "classifier")]
+        return [(config.instance_group[0].count, config.parameters["network"].string_value) for config in configs]
+
+    assert decided(repository) == [(2, ""), (2, "own")]
+    for name in ("config.pbtxt", "configs/local.pbtxt"):
+        assert parse(repository / "classifier" / name).input == parse(repository / "classifier/config.pbtxt").input
+    assert "network" not in parse(repository / "classifier/config.pbtxt").parameters
+    asking = write_repository(release.export_dir, tmp_path / "asking", Placement(instances=3, own_network=False))
+    assert decided(asking) == [(3, ""), (2, "")]
+    own = write_repository(release.export_dir, tmp_path / "own", Placement(instances=3))
+    assert decided(own) == [(3, ""), (3, "own")]
+    monkeypatch.setattr(model_config, "SMALL_GRAPH_BYTES", 10)
+    assert decided(write_repository(release.export_dir, tmp_path / "large")) == [(1, ""), (2, "")]
+
+
 def test_gpu_repository_puts_the_student_on_the_gpu(release: Release, tmp_path: Path) -> None:
     root = write_repository(release.export_dir, tmp_path / "repository", device="gpu")
     assert parse(root / "student/config.pbtxt").instance_group[0].kind == ModelInstanceGroup.Kind.KIND_GPU
     provider = parse(root / "student/configs/local.pbtxt").parameters["execution_provider"].string_value
     assert provider == "CUDAExecutionProvider"
+    assert "network" not in parse(root / "classifier/configs/local.pbtxt").parameters
 
 
 def test_writing_twice_gives_the_same_bytes_in_the_same_place(release: Release, tmp_path: Path) -> None:
@@ -274,6 +299,7 @@ def test_tensorrt_builds_before_the_model_is_ready_and_once_for_all_batches(rele
         ({"gpus": (0,)}, "device is cpu; expected gpu"),
         ({"device": "gpu", "gpus": (1, 1)}, "gpus are \\[1, 1\\]; expected different numbers"),
         ({"device": "gpu", "gpus": (-1,)}, "expected different numbers from 0"),
+        ({"device": "gpu", "own_network": True}, "own_network is for device cpu"),
         ({"instances": 0}, "instances is 0; expected at least 1"),
         ({"device": "gpu", "tensorrt": "int8"}, "tensorrt is 'int8'; expected fp32 or fp16"),
     ],
@@ -336,6 +362,7 @@ def test_policy_changes_alone_and_what_was_set_by_hand_stays(repository: Path, t
     config = parse(path)
     assert config.instance_group[0].count == 7
     assert config.parameters["default_strength"].string_value == "0.25"
+    assert list(parse(root / "classifier/configs/local.pbtxt").version_policy.specific.versions) == [1, 2]
     assert served_versions(root, "classifier") == (1, 2)
     assert served_versions(root, "student") == (1, 2, 3)
     assert list(parse(root / "student/configs/local.pbtxt").version_policy.specific.versions) == [1, 2, 3]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -144,9 +145,22 @@ def classifier(repository: Path, student: Any, calls: list) -> Iterator[Any]:
     model.finalize()
 
 
+@pytest.fixture
+def classifier_with_network(repository: Path) -> Iterator[Any]:
+    """The classifier as the local server runs it where the network is small: nobody is asked."""
+    model = load(repository, "classifier", "configs/local.pbtxt", backend())
+    yield model
+    model.finalize()
+
+
 def request(images: list[bytes], **inputs: object) -> Response:
     encoded = Tensor("image", np.array(images, dtype=np.object_).reshape(-1, 1))
     return Response([encoded, *(Tensor(name, np.asarray(value, dtype=np.float32)) for name, value in inputs.items())])
+
+
+def named(images: list[bytes], *priors: bytes) -> Response:
+    encoded = [np.array(texts, dtype=np.object_).reshape(-1, 1) for texts in (images, priors)]
+    return Response([Tensor("image", encoded[0]), Tensor("prior", encoded[1])])
 
 
 def test_mixed_strengths_of_one_batch_run_the_student_once(classifier: Any, calls: list, release: Release) -> None:
@@ -157,6 +171,117 @@ def test_mixed_strengths_of_one_batch_run_the_student_once(classifier: Any, call
     for seed, (answer, strength) in enumerate(zip(answers, strengths, strict=True)):
         expected = release.probabilities([picture(seed)], strength * log_prior)[0]
         np.testing.assert_allclose(answer["probability"][0], np.sort(expected)[::-1][:3], rtol=1e-4)
+
+
+def test_every_kind_of_prior_shares_a_batch_as_text(classifier: Any, calls: list, release: Release) -> None:
+    log_prior, own = np.array(release.manifest.log_prior), [0.5, 0.2, 0.1, 0.1, 0.1]
+    kinds = {
+        b"balanced": np.zeros(len(CLASSES)),
+        b"train": log_prior,
+        b"-0.5": -0.5 * log_prior,
+        json.dumps(own).encode(): np.log(own),
+    }
+    images = [picture(seed) for seed in range(len(kinds))]
+    [together] = classifier.execute([named(images, *kinds)])
+    alone = classifier.execute([named([image], text) for image, text in zip(images, kinds, strict=True)])
+    assert [rows for _, _, rows in calls] == [4, 4]
+    for place, (image, added) in enumerate(zip(images, kinds.values(), strict=True)):
+        expected = release.probabilities([image], added)[0]
+        for found in (together["probability"][place], alone[place]["probability"][0]):
+            np.testing.assert_allclose(found, np.sort(expected)[::-1][:3], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "prior is ''; expected balanced, train, live, a number, or a list"),
+        (b"trian", "prior is 'trian'; expected balanced"),
+        (b"nan", "prior is 'nan'; expected balanced"),
+        (b"1e39", "prior is '1e39'; expected balanced"),
+        (b"1" * 100_000, "prior is '1111111111111111111111111111111111111111'; expected balanced"),
+        (b"\xff\n", "prior is '\\ufffd\\n'; expected balanced"),
+        (b"[0.5, 0.5]", "target_prior has shape [2]; expected 5 numbers"),
+        (b"[0.5, 0.5, 0.5, 0, 0]", "target_prior sums to 1.5"),
+        (b"[1, 0, 0, 0, NaN]", "target_prior has an entry that is not finite"),
+        (b"[2, -1, 0, 0, 0]", "target_prior has a negative entry"),
+        (b"[1, 0, 0, 0", "prior is '[1, 0, 0, 0', no list of numbers; expected"),
+        (b'["1", 0, 0, 0, "x"]', "no list of numbers"),
+        (b"[[1, 0, 0, 0, 0]]", "prior has shape [1, 5]; expected balanced"),
+        (b"[[1], 0, 0, 0, 0]", "no list of numbers"),
+        (b"[" * 300, "no list of numbers"),
+        (b"[1" + b"0" * 350 + b"]", "no list of numbers"),
+        (b"[" * 100_000, "prior has 100000 bytes; expected at most 384"),
+    ],
+)
+def test_prior_that_is_none_is_refused_alone_and_by_its_row(classifier: Any, text: bytes, message: str) -> None:
+    first, second = classifier.execute([named([picture(0)] * 2, b"train", text), named([picture(1)], b"train")])
+    assert first.error.message().startswith("row 1: ")
+    assert message in first.error.message()
+    assert "\n" not in first.error.message() and len(first.error.message()) < 200
+    assert second.error is None
+
+
+def test_classifier_with_the_network_answers_as_the_one_that_asks(
+    classifier: Any, classifier_with_network: Any, calls: list
+) -> None:
+    batch = [
+        request([picture(0)], strength=[[0.3]]),
+        request([b"no image"]),
+        named([picture(1)] * MAX_BATCH_SIZE, *[b"train"] * MAX_BATCH_SIZE),
+        request([picture(2)], target_prior=[[0.2] * 5]),
+    ]
+    asking = classifier.execute(batch)
+    asked = len(calls)
+    for mine, its in zip(classifier_with_network.execute(batch), asking, strict=True):
+        assert mine.has_error() == its.has_error()
+        for name in () if mine.has_error() else ("class", "index", "probability"):
+            np.testing.assert_array_equal(mine[name], its[name])
+    assert len(calls) == asked > 0
+
+
+def test_classifier_does_not_load_a_tampered_graph(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    path = root / "student" / "1" / "model.onnx"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(TritonModelException, match=r"model\.onnx: sha256 is not the one in manifest\.json"):
+        load(root, "classifier", "configs/local.pbtxt", backend())
+
+
+def test_failing_network_is_an_error_and_no_answer(
+    classifier_with_network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(classifier_with_network.network, "run", fail)
+    answer = classifier_with_network.execute([request([picture(1)])])[0]
+    assert answer.error.message() == "student 1 failed: out of memory"
+    assert answer.error.code == TritonError.INTERNAL
+
+
+def test_instance_takes_every_core_only_after_nobody_else_was_at_work(
+    student: Any, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, used = student.network, []
+
+    def session(name: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(run=lambda *_arguments: used.append(name))
+
+    monkeypatch.setattr(network, "shared", session("share"))
+    monkeypatch.setattr(network, "whole", session("all"))
+    image, strength = np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 1), np.float32)
+    for _ in range(4):
+        network.run(image, strength)
+    # Another instance, which is to say another process, that is killed at work.
+    held = "import fcntl, sys; f = open(sys.argv[1], 'rb'); fcntl.lockf(f, fcntl.LOCK_SH); print(flush=True); input()"
+    path = repository / "student" / "1" / "model.onnx"
+    with subprocess.Popen([sys.executable, "-c", held, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        network.run(image, strength)
+        other.kill()
+    for _ in range(3):
+        network.run(image, strength)
+    assert used == ["share", "share", "all", "all", "share", "share", "share", "all"]
 
 
 def test_batch_larger_than_the_student_takes_is_cut(classifier: Any, calls: list) -> None:
@@ -193,14 +318,14 @@ def test_bad_row_fails_its_request_and_its_mates_are_answered(classifier: Any, r
 
 
 def test_image_that_exhausts_memory_fails_one_request(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = classifier.preprocess.decode
+    whole = classifier.reader.preprocess.decode
 
     def exhausted(data: bytes) -> Image.Image:
         if data == b"vast":
             raise MemoryError
         return whole(data)
 
-    monkeypatch.setattr(classifier.preprocess, "decode", exhausted)
+    monkeypatch.setattr(classifier.reader.preprocess, "decode", exhausted)
     answers = classifier.execute([request([b"vast"]), request([picture(1)])])
     assert answers[0].error.message() == "image needs more memory than there is; send a smaller one"
     assert answers[1].error is None

@@ -1,0 +1,186 @@
+"""What a request to `classifier` asks: its images decoded, and the prior of every row checked.
+
+Runs in the stub, with numpy; preprocess.py decodes, prior.py checks and owns the arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+# Pixels that the images of one request may have together: a solid image of 50 megapixels is a file of a few kilobytes
+# and half a second's work, and a batch of them would keep every other caller waiting.
+MAX_REQUEST_PIXELS = 200_000_000
+NUMBER_BYTES = 64  # of a number in the text of a prior, with what stands between two
+LARGEST = float(np.finfo(np.float32).max)  # of a strength, as what is not text has it
+STRENGTHS = {b"balanced": 0.0, b"train": 1.0}
+EXPECTED = "expected balanced, train, live, a number, or a list in brackets with one number per class"
+
+
+class Refused(Exception):
+    """A request asks for what cannot be done; the message names the input, `reason` is the kind of fault in one word."""
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Asked:
+    """What one request asks: images uint8 [n,3,S,S], log prior [C] or [n,C] and its strength [n,1]."""
+
+    def __init__(self, images, log_prior, strength, priors):
+        self.images, self.log_prior, self.strength = images, log_prior, strength
+        self.priors = priors  # how many rows by kind of prior
+
+
+class Reader:
+    """Reads requests for one version.
+
+    manifest: the version's, as a mapping. prior, preprocess: the modules of training, or their copies. live_prior: the
+    repository's. no_live_prior: the exception that it raises where there is none.
+    """
+
+    def __init__(self, manifest, prior, preprocess, live_prior, no_live_prior):
+        self.prior, self.preprocess = prior, preprocess
+        self.live_prior, self.no_live_prior = live_prior, no_live_prior
+        self.classes = len(manifest["classes"])
+        self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
+        self.size, self.resize_to = manifest["image"]["size"], manifest["image"]["resize_to"]
+        self.strength = float(manifest["strength"])
+
+    def read(self, request):
+        """What a request asks, as `Asked`. Raises Refused naming the input, and the row where the request has several."""
+        encoded = read_input(request, "image", (1,))
+        if encoded is None:
+            raise Refused("image_missing", "image is missing; send one encoded image a row")
+        encoded, rows = encoded[:, 0], len(encoded)
+        # The small inputs first: a request that is refused for them costs no decoding.
+        log_prior, strength, kinds = self.read_adjustment(request, rows)
+        return Asked(self.read_images(encoded), log_prior, strength, kinds)
+
+    def read_adjustment(self, request, rows):
+        """Log prior [C] or [n,C], its strength [n,1], and how many rows ask for each kind of prior. Raises Refused."""
+        strength = read_input(request, "strength", (1,), rows)
+        target = read_input(request, "target_prior", None, rows)
+        named = read_input(request, "prior", (1,), rows)
+        if target is not None and strength is not None:
+            raise Refused("both", "strength and target_prior exclude each other; send one of them")
+        if named is not None:
+            if target is not None or strength is not None:
+                raise Refused("both", "prior excludes strength and target_prior; send one of them")
+            return self.read_named(named[:, 0])
+        if target is not None:
+            checked = [self.checked(p, row, rows) for row, p in enumerate(target)]
+            return self.prior.log_target_prior(np.stack(checked)), np.ones((rows, 1)), Counter(own=rows)
+        if strength is None:
+            return self.log_prior, np.full((rows, 1), self.strength), Counter({kind_of(self.strength): rows})
+        strength = strength.astype(np.float64)
+        for row, value in enumerate(strength[:, 0]):
+            if not np.isfinite(value):
+                raise Refused("strength", f"{at(row, rows)}strength is {value:g}; expected a finite number")
+        return self.log_prior, strength, Counter(map(kind_of, strength[:, 0]))
+
+    def read_named(self, texts):
+        """As read_adjustment, of the input `prior`: any kind of prior as text, so that all share a batch."""
+        found = [self.read_text(text, row, len(texts)) for row, text in enumerate(texts)]
+        kinds = Counter(kind for _, _, kind in found)
+        strength = np.array([[value] for _, value, _ in found])
+        if "own" not in kinds and "live" not in kinds:
+            return self.log_prior, strength, kinds
+        return np.stack([log_prior for log_prior, _, _ in found]), strength, kinds
+
+    def read_text(self, text, row, rows):
+        """Log prior [C], strength and kind of a row of `prior`. Raises Refused."""
+        if text in STRENGTHS:
+            return self.log_prior, STRENGTHS[text], text.decode()
+        if text == b"live":
+            try:
+                return self.live_prior.log(), 1.0, "live"
+            except self.no_live_prior as error:
+                raise Refused("live_prior", f"{at(row, rows)}prior is live, but {error}") from None
+        if text.startswith(b"["):
+            return self.prior.log_target_prior(self.read_list(text, row, rows)), 1.0, "own"
+        try:
+            strength = float(text) if len(text) <= NUMBER_BYTES else math.nan
+        except ValueError:
+            strength = math.nan
+        if not abs(strength) <= LARGEST:  # nor where it is not a number
+            shown = ascii(text[:40].decode(errors="replace"))
+            raise Refused("prior", f"{at(row, rows)}prior is {shown}; {EXPECTED}")
+        return self.log_prior, strength, kind_of(strength)
+
+    def read_list(self, text, row, rows):
+        """The target prior [C] that a row of `prior` spells out in JSON. Raises Refused."""
+        limit = NUMBER_BYTES * (self.classes + 1)
+        if len(text) > limit:
+            raise Refused("prior", f"{at(row, rows)}prior has {len(text)} bytes; expected at most {limit}")
+        try:
+            numbers = np.asarray(json.loads(text), dtype=np.float64)
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            shown = ascii(text[:40].decode(errors="replace"))
+            raise Refused("prior", f"{at(row, rows)}prior is {shown}, no list of numbers; {EXPECTED}") from None
+        if numbers.ndim != 1:
+            raise Refused("prior", f"{at(row, rows)}prior has shape {list(numbers.shape)}; {EXPECTED}")
+        return self.checked(numbers, row, rows)
+
+    def checked(self, prior, row, rows):
+        """A target prior [C], checked. Raises Refused."""
+        try:
+            return self.prior.check_target_prior(prior, self.classes)
+        except ValueError as error:
+            raise Refused("target_prior", f"{at(row, rows)}{error}") from None
+
+    def read_images(self, encoded):
+        """uint8 [n,3,S,S] of a request's encoded images. Raises Refused."""
+        images, pixels = [], 0
+        for row, data in enumerate(encoded):
+            try:
+                image = self.preprocess.decode(data)
+                pixels += image.width * image.height
+                if pixels > MAX_REQUEST_PIXELS:
+                    raise Refused(
+                        "request_pixels",
+                        f"{at(row, len(encoded))}image brings the request to {pixels} pixels, "
+                        f"above the limit of {MAX_REQUEST_PIXELS}; send fewer images at once",
+                    )
+                images.append(self.preprocess.resize(image, self.size, self.resize_to))
+            except self.preprocess.ImageError as error:
+                raise Refused(f"image_{error.kind}", f"{at(row, len(encoded))}image {error}") from None
+            except MemoryError:
+                raise Refused(
+                    "image_memory",
+                    f"{at(row, len(encoded))}image needs more memory than there is; send a smaller one",
+                ) from None
+        return np.stack(images)
+
+
+def read_input(request, name, shape, rows=None):
+    """An input's array [rows, *shape], or None when it is absent. Raises Refused for an array of another shape.
+
+    Triton checks the shapes too, but its product of huge sides overflows and lets some pass; and where an input is
+    optional it does not count whether a required one is there.
+    """
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    array = tensor.as_numpy()
+    wrong = array.ndim < 2 or not len(array) or (shape is not None and array.shape[1:] != shape)
+    if wrong or (rows is not None and len(array) != rows):
+        count = "n" if rows is None else rows
+        expected = f"[{count}, {', '.join(map(str, shape or ['classes']))}]"
+        raise Refused(f"{name}_shape", f"{name} has shape {list(array.shape)}; expected {expected}")
+    return array
+
+
+def at(row, rows):
+    """Which row a message is about; nothing where there is only one."""
+    return f"row {row}: " if rows > 1 else ""
+
+
+def kind_of(strength):
+    """What the metrics call a strength: balanced, train or number."""
+    return {0.0: "balanced", 1.0: "train"}.get(float(strength), "number")
