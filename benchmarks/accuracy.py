@@ -41,6 +41,8 @@ from pipeline.ranks import choose_device
 from pipeline.recipe import apply_recipe
 
 PLUS = Path("recipes/variants/plus.yaml")
+# Of params.yaml, what the figures of one seed depend on.
+SECTIONS = {"device", "engine", "data", "stream", "image", "prior", "teacher", "student", "evaluate"}
 COLUMNS = ("all", "many", "medium", "few")
 
 
@@ -159,6 +161,12 @@ def spread(values: list[float | None], sign: str = "") -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
+def comparison_id(params: Params, plus: Path) -> str:
+    """The name of a comparison's folder: another recipe has another, what its figures do not depend on leaves it."""
+    recipe = {"params": params.model_dump(mode="json", include=SECTIONS), "plus": read_yaml(plus)}
+    return sha256_of_json(recipe)[:12]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -182,9 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     known = methods(options.plus)
     if unknown := set(options.methods or known) - set(known):
         parser.error(f"--methods: {sorted(unknown)[0]!r} is unknown; expected {', '.join(known)}")
-    # Another recipe is another comparison, with a folder of its own.
-    recipe = {"params": params.model_dump(mode="json", exclude={"seed"}), "plus": read_yaml(options.plus)}
-    work = options.work / sha256_of_json(recipe)[:12]
+    work = options.work / comparison_id(params, options.plus)
     work.mkdir(parents=True, exist_ok=True)
     output = options.output.absolute() if options.output else None
     names = [name for name in known if name in (options.methods or known)]

@@ -125,14 +125,15 @@ class Reader:
             raise Refused("prior", f"{at(row, rows)}prior is {shown}, no list of numbers; {EXPECTED}") from None
         if numbers.ndim != 1:
             raise Refused("prior", f"{at(row, rows)}prior has shape {list(numbers.shape)}; {EXPECTED}")
-        return self.checked(numbers, row, rows)
+        return self.checked(numbers, row, rows, "prior")
 
-    def checked(self, prior, row, rows):
-        """A target prior [C], checked. Raises Refused."""
+    def checked(self, prior, row, rows, name="target_prior"):
+        """A target prior [C] that the input `name` gave, checked. Raises Refused."""
         try:
             return self.prior.check_target_prior(prior, self.classes)
         except ValueError as error:
-            raise Refused("target_prior", f"{at(row, rows)}{error}") from None
+            said = str(error).replace("target_prior", name, 1)
+            raise Refused(name, f"{at(row, rows)}{said}") from None
 
     def read_images(self, encoded):
         """uint8 [n,3,S,S] of a request's encoded images. Raises Refused."""

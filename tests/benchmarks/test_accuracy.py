@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from benchmarks import accuracy
+from pipeline.params import PARAMS_FILE, parse_params, read_yaml
 from tests.end_to_end.project import ROOT
 
 pytestmark = pytest.mark.end_to_end
@@ -49,3 +50,12 @@ def test_an_unknown_method_is_misuse(tmp_path, monkeypatch, capsys):
         accuracy.main([str(recipe), "--methods", "gmll"])
     assert ended.value.code == 2
     assert "'gmll' is unknown; expected cross-entropy, balanced softmax" in capsys.readouterr().err
+
+
+def test_a_comparison_is_found_again_by_what_its_figures_depend_on():
+    params = parse_params(read_yaml(ROOT / PARAMS_FILE), PARAMS_FILE)
+    plus = ROOT / accuracy.PLUS
+    name = accuracy.comparison_id(params, plus)
+    assert accuracy.comparison_id(accuracy.merged(params, {"seed": 7, "gate": {"confidence": 0.9}}), plus) == name
+    assert accuracy.comparison_id(accuracy.merged(params, {"student": {"epochs": 3}}), plus) != name
+    assert accuracy.comparison_id(params, ROOT / "recipes/variants/plus-short.yaml") != name

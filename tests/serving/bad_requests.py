@@ -176,6 +176,29 @@ def bad_prior(draw: random.Random) -> TensorRequest:
     return TensorRequest(f"prior: {fault}", "target_prior", "classifier", classifier([picture(1)], target_prior=prior))
 
 
+def bad_prior_text(draw: random.Random) -> TensorRequest:
+    """What the input `prior` cannot take: no name, no number, no list of five that sum to 1."""
+    fault, text = draw.choice(
+        [
+            ("empty", b""),
+            ("no name", draw.choice([b"trian", b"Balanced", b"\0", b"\xff\xfe" * draw.randrange(1, 100)])),
+            ("no number", draw.choice([b"nan", b"-inf", b"1e39", b"0x1", b"1,5", b"9" * draw.randrange(100, 100_000)])),
+            ("short", b"[0.5, 0.5]"),
+            ("sum", b"[0.1, 0.1, 0.1, 0.1, 0.1]"),
+            ("negative", b"[2, -1, 0, 0, 0]"),
+            ("nan", b"[NaN, 1, 0, 0, 0]"),
+            ("huge", b"[1e308, 1e308, 0, 0, 0]"),
+            ("nested", b"[[0.2, 0.2, 0.2, 0.2, 0.2]]"),
+            ("deep", b"[" * draw.choice([50, 380, 100_000])),
+            ("cut", b"[0.2, 0.2, 0.2"),
+            ("no list", b'[{"ant": 1}, 0, 0, 0, 0]'),
+            ("integer", b"[1" + b"0" * 360 + b"]"),
+        ]
+    )
+    prior = Tensor("prior", "BYTES", (1, 1), strings(text))
+    return TensorRequest(f"prior as text: {fault}", "prior", "classifier", classifier([picture(1)], prior=prior))
+
+
 def both_priors(draw: random.Random) -> TensorRequest:
     inputs = classifier([picture(1)], strength=strength(draw.random()), target_prior=target_prior(*[0.2] * 5))
     return TensorRequest("prior: two", "target_prior", "classifier", inputs)
@@ -240,6 +263,7 @@ TENSOR_FAULTS = [
     damaged_image,
     bad_strength,
     bad_prior,
+    bad_prior_text,
     both_priors,
     bad_tensor,
     bad_tensor,

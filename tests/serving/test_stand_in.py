@@ -53,6 +53,9 @@ class Response:
     def request_id(self) -> str:
         return "an id"
 
+    def requested_output_names(self) -> list[str]:
+        return ["logits", "feature"]
+
     def has_error(self) -> bool:
         return self.error is not None
 
@@ -136,6 +139,9 @@ def classifier(repository: Path, student: Any, calls: list) -> Iterator[Any]:
             calls.append((model_name, model_version, len(inputs[0].array)))
             self.tensors = inputs
 
+        def requested_output_names(self) -> list[str]:
+            return ["logits"]
+
         def exec(self) -> Response:
             return student.execute([self])[0]
 
@@ -200,10 +206,10 @@ def test_every_kind_of_prior_shares_a_batch_as_text(classifier: Any, calls: list
         (b"1e39", "prior is '1e39'; expected balanced"),
         (b"1" * 100_000, "prior is '1111111111111111111111111111111111111111'; expected balanced"),
         (b"\xff\n", "prior is '\\ufffd\\n'; expected balanced"),
-        (b"[0.5, 0.5]", "target_prior has shape [2]; expected 5 numbers"),
-        (b"[0.5, 0.5, 0.5, 0, 0]", "target_prior sums to 1.5"),
-        (b"[1, 0, 0, 0, NaN]", "target_prior has an entry that is not finite"),
-        (b"[2, -1, 0, 0, 0]", "target_prior has a negative entry"),
+        (b"[0.5, 0.5]", "prior has shape [2]; expected 5 numbers"),
+        (b"[0.5, 0.5, 0.5, 0, 0]", "prior sums to 1.5"),
+        (b"[1, 0, 0, 0, NaN]", "prior has an entry that is not finite"),
+        (b"[2, -1, 0, 0, 0]", "prior has a negative entry"),
         (b"[1, 0, 0, 0", "prior is '[1, 0, 0, 0', no list of numbers; expected"),
         (b'["1", 0, 0, 0, "x"]', "no list of numbers"),
         (b"[[1, 0, 0, 0, 0]]", "prior has shape [1, 5]; expected balanced"),
@@ -354,6 +360,18 @@ def test_student_fails_a_request_whose_strength_is_not_finite_alone(student: Any
     answers = student.execute(batch)
     assert [answer.has_error() for answer in answers] == [False, True, False]
     assert "strength" in answers[1].error.message()
+
+
+def test_student_gives_what_is_asked_for(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 8, 8), dtype=np.uint8)
+    asked = Response([Tensor("image", pixels), Tensor("strength", np.zeros((1, 1), dtype=np.float32))])
+    [both] = student.execute([asked])
+    assert [tensor.name for tensor in both.tensors] == ["logits", "feature"]
+    for name in ("logits", "feature"):
+        monkeypatch.setattr(asked, "requested_output_names", lambda name=name: [name], raising=False)
+        [one] = student.execute([asked])
+        assert [tensor.name for tensor in one.tensors] == [name]
+        np.testing.assert_array_equal(one[name], both[name])
 
 
 def test_student_does_not_load_a_tampered_graph(repository: Path, tmp_path: Path) -> None:
