@@ -152,7 +152,13 @@ class Dialogue:
         if not isinstance(parsed, float | str):
             names = (yield from self.class_names()) if isinstance(parsed, dict) else None
             vector = vector_of(parsed, names, (yield from self._class_count()))
-        if "prior" in (yield from self._classifier_inputs()):
+        try:
+            inputs = yield from self._classifier_inputs()
+        except Refused:
+            if not isinstance(parsed, float):
+                raise
+            inputs = {}  # a server that tells nothing of itself is sent what every one knows
+        if "prior" in inputs:
             return "prior", np.array([as_text(parsed if vector is None else vector)], dtype=np.object_)
         if isinstance(parsed, str):
             raise ServingError(f"{self.url}: classifier knows no prior by name; {SERVE_AGAIN}")

@@ -17,13 +17,17 @@ from pathlib import Path
 import psutil
 
 from serving.errors import ServingError
+from serving.failures import DeadlineExceeded
 from serving.leftovers import stubs_of
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import ModelControl
 from serving.promotion import PromotionError, locked
 from serving.release import Release, find_releases, instances
 from serving.server import TritonServer
+from serving.swap import ask_student
 from serving.version_policy import served_versions
+
+IDLE_SHARE = 0.02  # of a core, below which a stub is at rest: its threads look round once a second
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,43 @@ class Supervisor:
     def _ask_canary(self, stopping: threading.Event) -> None:
         if time.monotonic() - self._asked < self.patience.canary_every * (0.2 if self._failures else 1):
             return
+        worked, began = self._processor_seconds(), time.monotonic()
         try:
-            self.server.canary(self.patience.canary_timeout)
+            self._canary()
             self._failures = 0
         except ServingError as error:
             self._failures += 1
-            if self._failures < 2:
+            hanging = isinstance(error, DeadlineExceeded) and self._at_rest(worked, time.monotonic() - began)
+            if self._failures < 2 and not hanging:
                 self.report(f"{error}; asking once more")
             else:
                 self._failures = 0
-                self._heal(str(error), [STUDENT, CLASSIFIER], stopping)
+                fault = f"{error}, though a stub was at rest" if hanging else str(error)
+                self._heal(fault, [STUDENT, CLASSIFIER], stopping)
         self._asked = time.monotonic()
+
+    def _canary(self) -> None:
+        """Ask both models of every release their golden requests: a small network is asked nothing by its classifier."""
+        self.server.canary(self.patience.canary_timeout)
+        for release in self.server.releases:
+            ask_student(self.server.grpc_url, release, self.patience.canary_timeout)
+
+    def _processor_seconds(self) -> dict[int, float]:
+        """Processor time of every stub so far, by process id."""
+        found = {}
+        for stub, _, _ in stubs_of(self.server.prefix):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[stub.pid] = sum(stub.cpu_times()[:2])
+        return found
+
+    def _at_rest(self, before: dict[int, float], seconds: float) -> bool:
+        """Whether a stub did next to nothing for these seconds, in which a request was not answered.
+
+        Under load all of them work. One that hangs keeps the request it was given and gets no other: asked once more,
+        the others would answer, and nobody would notice that they are fewer.
+        """
+        now = self._processor_seconds()
+        return any(now.get(stub, had) - had < IDLE_SHARE * seconds for stub, had in before.items())
 
     def _heal(self, fault: str, models: list[str], stopping: threading.Event) -> None:
         """Load models again, beside what still answers; where that does not help, start the server again."""
@@ -151,7 +181,7 @@ class Supervisor:
             with ModelControl(self.server.running, self.patience.load_timeout) as control:
                 for model in models:
                     _reload(control, self.server.repository, model, releases)
-            self.server.canary(self.patience.canary_timeout)
+            self._canary()
             # Triton asks a stub to end; one that hangs never will.
             for stub in psutil.wait_procs(replaced, self.patience.ending)[1]:
                 with contextlib.suppress(psutil.NoSuchProcess):

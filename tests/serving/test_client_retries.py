@@ -112,22 +112,23 @@ def test_giving_up_tells_how_often_it_was_tried(predict: Predict) -> None:
     ],
 )
 def test_a_refusal_is_not_tried_again_over_http(predict: Predict, fault: Any, message: str) -> None:
-    # The first question is for the config; a server that restricts it is asked with one row a request.
+    # The first questions are for what it takes; a server that tells nothing is asked with one row a request.
     with FaultyHttp(None, [fault], forever=True) as faulty:
         with pytest.raises(Refused, match=message):
             predict(faulty.url)
         assert [request.split()[1] for request in faulty.requests] == [
             b"/v2/models/classifier/config",
+            b"/v2/models/classifier",
             b"/v2/models/classifier/infer",
         ]
 
 
 def test_a_refusal_is_not_tried_again_over_grpc(predict: Predict) -> None:
-    codes = [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED]
-    handler = FaultyGrpc(None, codes)
+    refusals = [grpc.StatusCode.INVALID_ARGUMENT] * 2  # its config and its inputs, which it need not tell
+    handler = FaultyGrpc(None, [*refusals, grpc.StatusCode.RESOURCE_EXHAUSTED])
     with grpc_server(handler) as url, pytest.raises(Refused, match="refused: made to fail: RESOURCE_EXHAUSTED"):
         predict(url)
-    assert len(handler.calls) == 2
+    assert len(handler.calls) == 3
 
 
 @pytest.mark.parametrize(

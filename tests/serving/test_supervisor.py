@@ -14,7 +14,7 @@ from conftest import picture
 
 from serving.client import Client
 from serving.errors import ServingError
-from serving.leftovers import SHARED_MEMORY, processes_of
+from serving.leftovers import SHARED_MEMORY, processes_of, stubs_of
 from serving.server import TritonServer
 from serving.supervisor import GivenUp, Patience, Supervisor
 
@@ -98,16 +98,37 @@ def test_dead_stubs_are_replaced_without_a_restart(watched: Watched) -> None:
         watched.await_report(f"{model} answers again")
         assert watched.answers() == 8
     assert watched.server.process_id == server
-    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 1, ("classifier", 1): 2})
+    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
 
 
-def test_stub_that_hangs_is_found_by_the_golden_requests_replaced_and_ended(watched: Watched) -> None:
-    hanging = watched.kill_stub("student", "suspend")
+@pytest.mark.parametrize("model", ["student", "classifier"])
+def test_stub_that_hangs_beside_one_that_answers_is_found_replaced_and_ended(watched: Watched, model: str) -> None:
+    hanging = watched.kill_stub(model, "suspend")
     watched.await_report("; asking once more")
     watched.await_report("student and classifier answers again")
     assert watched.answers() == 8
     assert not hanging.is_running() or hanging.status() == psutil.STATUS_ZOMBIE
-    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 1, ("classifier", 1): 2})
+    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
+
+
+def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repository: Path, tmp_path: Path) -> None:
+    # Triton hears a stub's heart beat on: whoever asks once more is answered by the other instance.
+    root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
+    waiting.touch()
+    path, begin = root / "student" / "1" / "model.py", "        responses = [None] * len(requests)\n"
+    hang = f"        import os, time; str(os.getpid()) in open({str(waiting)!r}).read() and time.sleep(1000)\n"
+    assert begin in path.read_text()
+    path.write_text(path.read_text().replace(begin, hang + begin))
+    watched = Watched(root)
+    try:
+        [hanging, _] = [stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "student"]
+        waiting.write_text(str(hanging.pid))
+        watched.await_report("though a stub was at rest; loading student and classifier again")
+        watched.await_report("student and classifier answers again")
+        assert watched.answers() == 8
+        assert not hanging.is_running() or hanging.status() == psutil.STATUS_ZOMBIE
+    finally:
+        watched.stop()
 
 
 def test_without_its_repository_the_server_answers_on_and_is_repaired_when_the_disk_is_back(watched: Watched) -> None:
