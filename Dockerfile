@@ -63,7 +63,7 @@ WORKDIR /build
 COPY constraints.txt pyproject.toml README.md ./
 COPY models models
 COPY serving serving
-RUN pip install -c constraints.txt "tritonclient[http,grpc]" jinja2 numpy pillow psutil pydantic rich typer
+RUN pip install -c constraints.txt "tritonclient[http,grpc]" jinja2 numpy pillow psutil pydantic rich tenacity typer
 ARG UPSTREAM=127.0.0.1
 RUN python -m serving.commands gateway --write /etc/tailor-gateway --runtime-folder /tmp --host 0.0.0.0 \
     --http-port 8443 --grpc-port 8444 --upstream-http "${UPSTREAM}:8000" --upstream-grpc "${UPSTREAM}:8001" \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ADMIN_KEY, picture
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from serving.client import Client
 from serving.installation import find_installation
@@ -27,6 +31,7 @@ from serving.server_options import LATENCY_OPTIONS
 from serving.transport import Refused, Transport
 
 ROOT = Path(__file__).parents[2]
+DISTRIBUTIONS = {canonicalize_name(found.metadata["Name"]) for found in metadata.distributions()}
 DEPLOY, OBSERVABILITY = ROOT / "serving" / "deploy", ROOT / "serving" / "observability"
 
 
@@ -178,6 +183,39 @@ def test_dockerfile_parses_as_docker_reads_it_and_copies_only_what_is_there() ->
     users = [command.value[0] for command in commands if command.cmd == "USER"]
     assert len(users) == 3
     assert all(re.fullmatch(r"[1-9]\d*(:\d+)?", user) for user in users)
+
+
+def installed_with(requirements: list[str]) -> set[str]:
+    """Names of the distributions that requirements bring, as the metadata of what is installed here says."""
+    found, waiting = set(), [Requirement(text) for text in requirements]
+    while waiting:
+        wanted = waiting.pop()
+        extras = {"", *wanted.extras}
+        for name, extra in {(canonicalize_name(wanted.name), extra) for extra in extras} - found:
+            found.add((name, extra))
+            needs = map(Requirement, metadata.requires(name) or []) if name in DISTRIBUTIONS else ()
+            waiting += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
+
+
+@pytest.mark.parametrize("stage", ["train-build", "gateway-config"])
+def test_every_package_that_the_command_imports_is_installed_in_its_stage(stage: str) -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    [lines] = re.findall(rf" AS {stage}\n(.*?)\nFROM ", text, re.DOTALL)
+    [listed] = re.findall(r"pip install (?:--no-build-isolation )?-c constraints.txt (.*\".*)", lines)
+    requirements = [word.replace(".[", "tailor[") for word in shlex.split(listed)]
+    code = "import sys, serving.commands; print(*{name.partition('.')[0] for name in sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    by_module = metadata.packages_distributions()
+    # Beside the requirements: how this checkout is installed; and what a package imports where it is
+    # there, and does without elsewhere.
+    known = installed_with(requirements) | {"setuptools", "tailor", "brotli", "ml-dtypes"}
+    missing = {
+        name
+        for name in ran.stdout.split()
+        if name in by_module and known.isdisjoint(map(canonicalize_name, by_module[name]))
+    }
+    assert missing == set()
 
 
 def test_manifests_pass_their_schemas() -> None:
