@@ -169,33 +169,43 @@ def _maximise(
     done = np.zeros(prior.shape[1], dtype=bool)
     gap, passes = np.full(prior.shape[1], np.inf), 0
     prior = prior.copy()
+    density = _density(ratio, prior)
     while passes < max_iterations and not done.all():
         left = np.flatnonzero(~done)
         p, w, m = prior[:, left], weights[:, left], mass[left]
-        slope = _objective(ratio, w, pseudo, p)[1]
+        slope = _slope(ratio, w, pseudo, p, density[:, left])
         gap[left] = slope.max(axis=0) - m
         done[left] = gap[left] <= tolerance
         first = p * slope / m  # the EM step
-        second = first * _objective(ratio, w, pseudo, first)[1] / m
+        second = first * _slope(ratio, w, pseudo, first, _density(ratio, first)) / m
         ahead = _extrapolate(p, first, second)
-        value = _objective(ratio, w, pseudo, second)[0]
-        better = _objective(ratio, w, pseudo, ahead)[0] > value
-        moved = np.where(better, ahead, second)
-        prior[:, left] = np.where(done[left], p, moved)
-        passes += 4
+        # The density of what is kept serves the next step: five products with the ratios in all.
+        plain, further = _density(ratio, second), _density(ratio, ahead)
+        better = _objective(w, pseudo, ahead, further) > _objective(w, pseudo, second, plain)
+        prior[:, left] = np.where(done[left], p, np.where(better, ahead, second))
+        density[:, left] = np.where(done[left], density[:, left], np.where(better, further, plain))
+        passes += 3
     if not done.all():
-        gap = np.where(done, gap, _objective(ratio, weights, pseudo, prior)[1].max(axis=0) - mass)
+        gap = np.where(done, gap, _slope(ratio, weights, pseudo, prior, density).max(axis=0) - mass)
     return prior, np.maximum(gap, 0), passes
 
 
-def _objective(
-    ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The log-posterior [B] and its gradient [C,B]. By concavity it lies at most max(gradient) - mass below its maximum."""
+def _density(ratio: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """How probable each sample is under each prior, up to the sample's own factor: [N,B], above 0."""
+    return np.maximum(ratio @ prior, np.finfo(np.float64).tiny)
+
+
+def _objective(weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray, density: np.ndarray) -> np.ndarray:
+    """The log-posterior [B]."""
     prior = np.maximum(prior, np.finfo(np.float64).tiny)
-    density = np.maximum(ratio @ prior, np.finfo(np.float64).tiny)
-    value = (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(prior)).sum(axis=0)
-    return value, ratio.T @ (weights / density) + pseudo / prior
+    return (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(prior)).sum(axis=0)
+
+
+def _slope(
+    ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray, density: np.ndarray
+) -> np.ndarray:
+    """The log-posterior's gradient [C,B]. By concavity it lies at most max(gradient) - mass below its maximum."""
+    return ratio.T @ (weights / density) + pseudo / np.maximum(prior, np.finfo(np.float64).tiny)
 
 
 def _extrapolate(p: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -32,6 +32,8 @@ PLOTTED = {
     "estimated prior (MAP)": "estimated_by_map",
 }
 SHIFT_TOLERANCE = 1e-2  # nats: a seventh of a standard error, and a third of the time
+# Nats for each of many classes, where an estimate's own uncertainty is half a nat for each; a quarter of the time.
+SHIFT_TOLERANCE_PER_CLASS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,9 @@ def _right_of(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> tuple[
 
 def _shift(logits: np.ndarray, labels: np.ndarray, counts: list[int], seed: int, most: int) -> Shift:
     draws = max(1, min(most, SHIFT_WORK // logits.size))
+    tolerance = max(SHIFT_TOLERANCE, SHIFT_TOLERANCE_PER_CLASS * len(counts))
     try:
-        return Shift(shift_table(logits, labels, counts, draws=draws, seed=seed, tolerance=SHIFT_TOLERANCE), draws)
+        return Shift(shift_table(logits, labels, counts, draws=draws, seed=seed, tolerance=tolerance), draws)
     except DataError as error:
         return Shift([], 0, str(error))
 
