@@ -35,8 +35,8 @@ from torchvision import datasets, transforms
 from benchmarks.machine import hardware, versions
 from benchmarks.photographs import CLASSES, PACK, photographs
 from benchmarks.turns import Cost, Turn, Work, in_turns
+from models.classification_objective import TeacherObjective
 from models.cosine_classifier import ImageClassifier
-from models.objectives import TeacherObjective
 from pipeline.augment import random_views
 from pipeline.dataset import Normalisation
 from pipeline.host_memory import keep_freed_memory

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from models.classification_objective import TeacherObjective
 from models.cosine_classifier import ImageClassifier
-from models.objectives import StudentObjective, StudentWeights, TeacherObjective
+from models.student_objective import StudentObjective, StudentWeights
 from pipeline.dataset import Images
 from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
 from pipeline.profiles import choose, class_sizes

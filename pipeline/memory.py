@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from models.objectives import StudentObjective, TeacherObjective
+from models.classification_objective import TeacherObjective
+from models.student_objective import StudentObjective
 from models.weight_average import WeightAverage
 from pipeline.artifacts import PRIOR
 from pipeline.checkpoint import build_model

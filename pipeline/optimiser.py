@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.objectives import StudentObjective, TeacherObjective
+from models.classification_objective import TeacherObjective
+from models.student_objective import StudentObjective
 from pipeline.params import TrainingParams
 
 

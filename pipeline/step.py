@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.objectives import Mixed, StudentObjective, TeacherObjective
+from models.classification_objective import Mixed, TeacherObjective
 from models.ranks import average_gradients, gather_batch, rank, rank_count
 from models.recomputation import recompute_blocks
+from models.student_objective import StudentObjective
 from models.weight_average import WeightAverage
 from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_views
 from pipeline.dataset import AnyImages, Normalisation

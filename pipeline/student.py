@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from models.cosine_classifier import ImageClassifier
-from models.objectives import StudentObjective, StudentWeights
 from models.ranks import rank
+from models.student_objective import StudentObjective, StudentWeights
 from pipeline.artifacts import SPLIT, STUDENT, TEACHER
 from pipeline.checkpoint import WEIGHTS, build_model, check_image, load_model
 from pipeline.dataset import training_images

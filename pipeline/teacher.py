@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from models.objectives import TeacherObjective
+from models.classification_objective import TeacherObjective
 from models.ranks import rank
 from pipeline.artifacts import SPLIT, TEACHER
 from pipeline.checkpoint import build_model

@@ -12,10 +12,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from models.classification_objective import TeacherObjective
 from models.cosine_classifier import ImageClassifier
-from models.objectives import StudentObjective, TeacherObjective
 from models.ranks import rank, rank_count, synchronise_batch_norm
 from models.recomputation import NoBlocksError
+from models.student_objective import StudentObjective
 from pipeline.artifacts import FAILURES
 from pipeline.capture import CapturedStep, CaptureError
 from pipeline.dataset import AnyImages

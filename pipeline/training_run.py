@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from models.backbones import UnknownBackboneError, check_backbone
-from models.objectives import StudentObjective, TeacherObjective
+from models.classification_objective import TeacherObjective
 from models.queues import queue_lengths
 from models.ranks import rank
+from models.student_objective import StudentObjective
 from pipeline.artifacts import (
     TENSORBOARD,
     as_csv,

@@ -3,7 +3,7 @@
 import torch
 
 from models.cosine_classifier import ImageClassifier
-from models.objectives import StudentObjective, StudentWeights
+from models.student_objective import StudentObjective, StudentWeights
 
 CLASSES, COUNTS, BATCH = 3, [50, 12, 3], 6
 LOG_PRIOR = torch.tensor([50 / 65, 12 / 65, 3 / 65]).log()

@@ -18,9 +18,10 @@ from small_objectives import (
     views,
 )
 
-import models.objectives
+import models.classification_objective
+from models.classification_objective import TeacherObjective
 from models.losses import adjusted_cross_entropy, distillation_loss, gml_loss
-from models.objectives import StudentObjective, StudentWeights, TeacherObjective
+from models.student_objective import StudentObjective, StudentWeights
 
 
 def test_without_contrast_one_view_is_enough_and_nothing_is_built_for_it():
@@ -50,7 +51,7 @@ def test_classification_alone_is_what_a_teacher_learns_from_and_keeps_no_teacher
 
 
 def test_without_gamma_the_cross_entropy_is_not_computed_and_the_classifier_learns_by_distillation(monkeypatch):
-    monkeypatch.setattr(models.objectives, "adjusted_cross_entropy", None)
+    monkeypatch.setattr(models.classification_objective, "adjusted_cross_entropy", None)
     objective = student(weights={"gamma": 0.0})
     parts = objective(views(), TARGET, IDS)
     parts["loss"].backward()

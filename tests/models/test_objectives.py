@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_objectives import BATCH, IDS, LOG_PRIOR, TARGET, gradient, images_seen_by, network, student, views
 
+from models.classification_objective import TeacherObjective
 from models.losses import adjusted_cross_entropy, distillation_loss, gml_loss, other_sample_mask
-from models.objectives import TeacherObjective
 
 
 def test_the_teachers_loss_is_the_adjusted_cross_entropy_of_its_one_view():

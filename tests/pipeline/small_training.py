@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from models.classification_objective import TeacherObjective
 from models.cosine_classifier import ImageClassifier
-from models.objectives import StudentObjective, StudentWeights, TeacherObjective
+from models.student_objective import StudentObjective, StudentWeights
 from pipeline.dataset import Images
 from pipeline.params import AugmentParams, EngineParams, ImageParams, ScheduleParams, TrainingParams
 from pipeline.training import Training

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from small_training import CPU, IMAGE, made_images, made_objective, training_params
 
-from models.objectives import Mixed
+from models.classification_objective import Mixed
 from pipeline.augment import apply_views
 from pipeline.capture import CapturedStep, CaptureError
 from pipeline.params import AugmentParams
