@@ -8,29 +8,25 @@ Whatever fails, the version policy and the loaded versions go back to what they 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from serving.dry_run import dry_run
 from serving.errors import InputError, ServingError
-from serving.model_config import CLASSIFIER, STUDENT, RepositoryError
+from serving.model_config import CLASSIFIER, STUDENT
 from serving.promotion_log import record
 from serving.rehearsal import rehearse
 from serving.release import Release, find_releases, published_versions, read_release
 from serving.repository import publish
+from serving.repository_lock import locked
 from serving.running import RunningServer, find_running
-from serving.swap import swap
+from serving.swap import bring_up_to_date, swap
 from serving.version_policy import champion, served_versions, version_folders
 
 KEPT = 5  # versions on disk
 LOAD_TIMEOUT = 120.0  # seconds
-LOCK_TIMEOUT = 60.0  # seconds
 
 
 class PromotionError(ServingError):
@@ -77,9 +73,10 @@ def promote(
     servers: who serves the repository; None finds those of this user on this machine. keep: how many versions stay on
     disk, the served ones among them. timeout: seconds that a load may take. rehearsal: False tries the graph in ONNX
     Runtime alone, where a second server does not fit on the machine. Afterwards the champion before is still
-    loaded, for requests that name it and for a rollback at once. Raises InputError for a version that is not there or
-    is older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError when it failed
-    its trial or the swap.
+    loaded, for requests that name it and for a rollback at once. The champion itself is loaded by the servers that have
+    it not, as after a promotion that was killed in its midst. Raises InputError for a version that is not there or is
+    older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError when it failed its
+    trial or the swap, RepositoryBusy while another promotion, a repair or the start of a server is under way.
     """
     if keep < 2:
         raise InputError(f"keep is {keep}; expected at least 2, the champion and the one before it")
@@ -91,6 +88,7 @@ def promote(
             raise InputError(f"version {version} is older than the champion {before}; use `tailor rollback {version}`")
         found = find_running(repository) if servers is None else servers
         if version == before:
+            _bring_up_to_date(repository, version, found, timeout)
             return Promotion(version, before, False, tuple(server.grpc_url for server in found))
         rehearsed = _try(repository, version, before, timeout, rehearsal)
         _swap(repository, version, (before, version), found, timeout)
@@ -146,30 +144,6 @@ def list_versions(repository: Path) -> list[VersionState]:
     ]
 
 
-@contextlib.contextmanager
-def locked(repository: Path, shared: bool = False, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
-    """Hold the repository's lock: one promotion at a time (or several who only look). Raises PromotionError if taken."""
-    try:
-        descriptor = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise RepositoryError(f"{repository}: {error.strerror}; run `dvc repro` or give --repository") from None
-    try:
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise PromotionError(
-                        f"{repository}: a promotion or a repair is under way; try again later"
-                    ) from None
-                time.sleep(0.05)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _check_champion(repository: Path) -> None:
     """Refuse to work on a repository that no server would start from."""
     find_releases(repository, hashes=False)
@@ -201,6 +175,13 @@ def _swap(
         swap(repository, version, final, servers, timeout)
     except ServingError as error:
         raise PromotionError(f"version {version} does not serve, version {before} stays: {error}") from error
+
+
+def _bring_up_to_date(repository: Path, version: int, servers: Sequence[RunningServer], timeout: float) -> None:
+    try:
+        bring_up_to_date(repository, servers, timeout)
+    except ServingError as error:
+        raise PromotionError(f"version {version} is the champion and does not answer: {error}") from error
 
 
 def _prune(repository: Path, keep: int) -> tuple[int, ...]:

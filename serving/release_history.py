@@ -26,7 +26,7 @@ DECISION_NAME, STORY_NAME = "decision.json", "retrain.json"
 class VersionHistory:
     """One version. decision: content of decision.json, story: of retrain.json; None where it was published without.
 
-    changes: each time that it became the champion, oldest first; none known for the first version of all.
+    changes: each time that it became the champion, oldest first; none for one whose repository was written with it.
     """
 
     state: VersionState

@@ -23,6 +23,7 @@ from serving.logs import ServerLog
 from serving.ports import choose_ports
 from serving.process import POLL, end_process, start_process
 from serving.release import Release, find_releases
+from serving.repository_lock import locked
 from serving.running import RunningServer, leave_note
 from serving.server_options import grpc_tls_options
 from serving.watchdog import dismiss, start_watchdog
@@ -78,6 +79,7 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._running: RunningServer | None = None
+        self._away: Path | None = None  # the runtime folder of the next start, while it is about to come back
 
     @property
     def http_url(self) -> str:
@@ -110,8 +112,8 @@ class TritonServer:
     def start(self) -> TritonServer:
         """Check everything, start the server, load both models and ask every release its golden requests.
 
-        What killed runs left on this machine is cleared first. Raises ServingError, or a subclass, in one line; if the
-        server itself failed, the end of its log follows.
+        What killed runs left on this machine is cleared first; a promotion that is under way is waited for. Raises
+        ServingError, or a subclass, in one line; if the server itself failed, the end of its log follows.
         """
         if self._process:
             raise ServingError("this server runs already; stop it first")
@@ -121,13 +123,16 @@ class TritonServer:
         dry_run(self.repository, self.releases, self.start_timeout)
         installation = find_installation()
         sweep_dead_runs()
-        try:
-            self._launch(installation, key)
-            self._await_http()
-            self.canary()
-        except BaseException:
-            self.stop()
-            raise
+        comes_back = self._away is not None
+        with locked(self.repository, shared=True, timeout=self.start_timeout):
+            self.releases = find_releases(self.repository, hashes=False)  # as that promotion has left them
+            try:
+                self._launch(installation, key)
+                self._await_http()
+                self.canary()
+            except BaseException:
+                self.stop(comes_back=comes_back)
+                raise
         return self
 
     def canary(self, timeout: float = CANARY_TIMEOUT) -> None:
@@ -149,19 +154,22 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             return None
 
-    def stop(self, at_once: bool = False) -> int | None:
+    def stop(self, at_once: bool = False, comes_back: bool = False) -> int | None:
         """Stop the server and remove what it left: processes, shared memory, runtime folder. Safe to call twice.
 
-        at_once: kill it, where nobody waits for an answer. Returns its exit status (0 after a clean stop), None when it
-        was not running.
+        at_once: kill it, where nobody waits for an answer. comes_back: its note stays, so that a promotion meanwhile
+        fails and is tried again, instead of taking it that nobody serves the repository. Returns its exit status (0 after
+        a clean stop), None when it was not running.
         """
+        gone, gone_folder = self.prefix, self._away
+        self._away = self._leave_word() if comes_back else None
         process, self._process = self._process, None
         watchdog, self._watchdog = self._watchdog, None
         output, self._output = self._output, None
         self._running = self.example = None
         status = end_process(process, 0 if at_once else self.grace + KILL_AFTER) if process else None
-        if process or watchdog:
-            sweep(self.prefix)  # stubs outlive a server that was killed or that lost one of them
+        if process or watchdog or gone_folder:
+            sweep(gone)  # stubs outlive a server that was killed or that lost one of them
         if output:
             output.close()
         if watchdog:
@@ -187,7 +195,7 @@ class TritonServer:
     def _launch(self, installation: Installation, key: str) -> None:
         self._output = ServerLog(self.log, self._forward)
         self._watchdog = start_watchdog(self.prefix)
-        runtime = runtime_folder(self.prefix)
+        runtime, self._away = self._away or runtime_folder(self.prefix), None
         niceness = self.niceness or priority.niceness()
         links = _link(installation, self.repository, runtime, niceness)
         environment = {**installation.environment, **self.environment, **links}
@@ -196,17 +204,28 @@ class TritonServer:
         )
         self._process = start_process(command, environment, runtime, self.niceness)
         self._output.follow(self._process.stdout)
-        self._running = RunningServer(
+        self._running = self._note(self.prefix, key)
+        leave_note(runtime, self._running)
+        self.example = runtime / "example-image"
+        self.example.write_bytes(self.releases[-1].golden[0].image_bytes())
+
+    def _leave_word(self) -> Path:
+        """The runtime folder of the next start, with the note of where the server was and will be; its prefix is new."""
+        prefix = new_prefix()
+        folder = runtime_folder(prefix)
+        leave_note(folder, self._note(prefix, self._running.admin_key if self._running else new_admin_key()))
+        self.prefix = prefix
+        return folder
+
+    def _note(self, prefix: str, key: str) -> RunningServer:
+        return RunningServer(
             repository=os.path.realpath(self.repository),
             http_url=self.http_url,
             grpc_url=self.grpc_url,
             admin_key=key,
-            prefix=self.prefix,
+            prefix=prefix,
             certificate=str(self.certificate) if self.certificate else None,
         )
-        leave_note(runtime, self._running)
-        self.example = runtime / "example-image"
-        self.example.write_bytes(self.releases[-1].golden[0].image_bytes())
 
     def _await_http(self) -> None:
         """Wait until HTTP answers, as it does once the models are loaded. Raises ServingError with the log's end."""

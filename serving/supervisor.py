@@ -21,8 +21,8 @@ from serving.failures import DeadlineExceeded
 from serving.leftovers import stubs_of
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import ModelControl
-from serving.promotion import PromotionError, locked
 from serving.release import Release, find_releases, instances
+from serving.repository_lock import RepositoryBusy, locked
 from serving.server import TritonServer
 from serving.swap import ask_student
 from serving.version_policy import served_versions
@@ -81,7 +81,7 @@ class Supervisor:
                     self._look(stopping)
             except GivenUp:
                 raise
-            except PromotionError:  # it loads and unloads just now, and asks golden requests itself
+            except RepositoryBusy:  # it loads and unloads just now, and asks golden requests itself
                 self._lacking = {}
             except ServingError:  # the disk is gone: what is loaded answers on, and is still asked
                 self._ask_canary(stopping)
@@ -204,7 +204,7 @@ class Supervisor:
             delay = self._delay()
             self._restarts += 1
             self.report(f"{fault}; starting it again in {delay:g} s ({self._restarts} of {self.patience.restarts})")
-            self.server.stop()
+            self.server.stop(comes_back=True)
             if stopping.wait(delay):
                 return
             try:

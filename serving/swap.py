@@ -60,6 +60,19 @@ def swap(
             raise
 
 
+def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout: float) -> None:
+    """Have servers load what the repository's policies say, where a swap was ended before they did.
+
+    Triton loads nothing that it has already. Raises ServingError when the champion is not loaded or not answered rightly.
+    """
+    release = read_release(repository, champion(repository), hashes=False)
+    for server in servers:
+        with ModelControl(server, timeout) as control:
+            control.load(STUDENT)
+            control.load(CLASSIFIER)
+            _check_champion(control, release)
+
+
 def _forward(
     repository: Path, release: Release, before: _Policies, final: tuple[int, ...], controls: Sequence[ModelControl]
 ) -> None:
@@ -75,13 +88,18 @@ def _forward(
     serve_versions(repository, CLASSIFIER, final, release.manifest.strength)
     _load(controls, CLASSIFIER)
     for control in controls:
-        with Client(control.server.url, control.timeout) as client:
-            check_golden(client, release)
-            answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
-        if answered != release.version:
-            raise ServingError(f"{control.server.url}: version {answered} answers, not {release.version}")
+        _check_champion(control, release)
     serve_versions(repository, STUDENT, final)
     _load(controls, STUDENT)
+
+
+def _check_champion(control: ModelControl, release: Release) -> None:
+    """Ask a server for the release's golden requests, and who answers where no version is named. Raises ServingError."""
+    with Client(control.server.url, control.timeout) as client:
+        check_golden(client, release)
+        answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
+    if answered != release.version:
+        raise ServingError(f"{control.server.url}: version {answered} answers, not {release.version}")
 
 
 def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[ModelControl]) -> None:

@@ -22,11 +22,13 @@ from serving.dry_run import dry_run
 from serving.errors import InputError, ServingError
 from serving.manifest import Manifest, read_manifest
 from serving.model_config import CLASSIFIER, STUDENT
-from serving.promotion import Promotion, locked
+from serving.promotion import Promotion
+from serving.promotion_log import LOG_NAME, record
 from serving.rehearsal import rehearse
 from serving.release import find_releases, read_release
 from serving.repository import load_export, write_repository
 from serving.repository import publish as publish_version
+from serving.repository_lock import locked
 from serving.running import RunningServer, find_running
 from serving.server import check_golden
 from serving.version_policy import served_versions, version_folders
@@ -43,7 +45,11 @@ PREDICTIONS, PRIOR, DECISION, REPORT, STORY = (
 
 
 class TakenBack(ServingError):
-    """A version was promoted, did not answer rightly, and the champion of before answers again."""
+    """A version was promoted, did not answer rightly, and `before`, the champion of before, answers again."""
+
+    def __init__(self, message: str, before: int) -> None:
+        super().__init__(message)
+        self.before = before
 
 
 @dataclass(frozen=True)
@@ -113,14 +119,19 @@ def verify(repository: Path, version: int, timeout: float, rehearsal: bool = Tru
     return False
 
 
-def promote(repository: Path, version: int, servers: Sequence[RunningServer], keep: int, timeout: float) -> Promotion:
+def promote(
+    repository: Path, version: int, servers: Sequence[RunningServer] | None, keep: int, timeout: float
+) -> Promotion:
     """Make a verified version the champion of the repository and of its servers, without a request lost.
 
-    Raises PromotionError when it does not load or does not answer there; the champion before has then never stopped.
+    servers: None for those that this user runs on it by then. Raises PromotionError when it does not load or does not
+    answer there; the champion before has then never stopped.
     """
     champion = find_champion(repository)
     if champion is None:
         repository.parent.mkdir(parents=True, exist_ok=True)
+        (first(repository) / LOG_NAME).unlink(missing_ok=True)  # of a try that did not come to the next line
+        record(first(repository), "promote", version, 0)
         first(repository).rename(repository)
         sync(repository.parent)
         return Promotion(version, 0, False, ())
@@ -129,7 +140,16 @@ def promote(repository: Path, version: int, servers: Sequence[RunningServer], ke
     return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=False)
 
 
-def roll_back(repository: Path, version: int, servers: Sequence[RunningServer], timeout: float) -> Promotion:
+def version_before(repository: Path) -> int | None:
+    """The champion of before the last promotion, which is still loaded; None after the first, and after a rollback.
+
+    The policies say so, whichever run or try of a task has written them.
+    """
+    served = served_versions(repository, CLASSIFIER)
+    return served[-2] if len(served) > 1 else None
+
+
+def roll_back(repository: Path, version: int, servers: Sequence[RunningServer] | None, timeout: float) -> Promotion:
     """Make the champion of before the champion again. Raises as promotion.rollback does."""
     return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
 
@@ -173,12 +193,18 @@ def watch(repository: Path, version: int, servers: Sequence[RunningServer], seco
 
 
 def servers_of(repository: Path, url: str | None) -> list[RunningServer]:
-    """Who serves the repository: those of this user on this machine, or the one at `url`, whose key is in TAILOR_ADMIN_KEY.
+    """Who serves the repository: those of this user on this machine, or the one at `url`. Raises as `elsewhere` does."""
+    servers = elsewhere(repository, url)
+    return find_running(repository) if servers is None else servers
 
-    Raises InputError where that is not set.
+
+def elsewhere(repository: Path, url: str | None) -> list[RunningServer] | None:
+    """The server at `url`, whose key is in TAILOR_ADMIN_KEY; None for those of this machine, which promotion finds.
+
+    Raises InputError where the key is not set.
     """
     if url is None:
-        return find_running(repository)
+        return None
     key = admin_key()
     if key is None:
         raise InputError(f"{ADMIN_KEY_VARIABLE} is not set; expected the key that the server at {url} was started with")

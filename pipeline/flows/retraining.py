@@ -134,10 +134,11 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     data = data_sha256(SPLIT)
     teller.name(f"data {data[:8]} code {_code()}")
     if champion and releases.identity(champion.manifest) == release:
-        write_decided(Decided(release, None, gate_sha256(params.gate), "promoted", champion.version))
+        # Its servers may not have loaded it yet: the run that promoted it was ended, maybe in the midst of that.
+        servers = _go_live(step, params, champion.version, release, None)
         return Outcome(
             "promoted",
-            f"version {champion.version} answers already; the run that promoted it was ended",
+            f"version {champion.version} answers, {_where(servers, repository)}; an earlier run promoted it",
             champion.version,
         )
     story = {"because": because, "release": release, "data_sha256": data, "code_revision": code_revision(),
@@ -152,19 +153,28 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
         version = step(publish, params, evidence)
         try:
             rehearsed = step(verify, params, version)
-            servers = step(promote, params, version)
-        except ACTIONABLE as error:
-            if isinstance(error, releases.TakenBack):  # or every run would try it on the users again
-                write_decided(Decided(release, against, gate_sha256(params.gate), "refused", None))
+            servers = _go_live(step, params, version, release, against)
+        except ACTIONABLE:
             releases.withdraw(repository, version)
             raise
-        write_decided(Decided(release, against, gate_sha256(params.gate), "promoted", version))
         outcome = Outcome(
             "promoted", _promoted(version, against, rehearsed, servers, repository), version, str(evidence)
         )
     teller.outcome(outcome)
     prune(evidence)
     return outcome
+
+
+def _go_live(step: Steps, params: Params, version: int, release: str, against: int | None) -> tuple[str, ...]:
+    """Promote a version and keep that it was; the servers that answer with it. Raises as the task does."""
+    gate = gate_sha256(params.gate)
+    try:
+        servers = step(promote, params, version)
+    except releases.TakenBack as error:  # or every run would try it on the users again
+        write_decided(Decided(release, error.before, gate, "refused", None))
+        raise
+    write_decided(Decided(release, against, gate, "promoted", version))
+    return servers
 
 
 def _settled(params: Params, champion: releases.Champion | None) -> Outcome | None:
@@ -179,9 +189,12 @@ def _settled(params: Params, champion: releases.Champion | None) -> Outcome | No
 
 def _promoted(version: int, before: int | None, rehearsed: bool, servers: tuple[str, ...], repository: Path) -> str:
     trial = "on a server of its own" if rehearsed else "in ONNX Runtime alone (dry run)"
-    where = f"at {', '.join(servers)}" if servers else f"once a server starts on {repository}; none runs on it now"
     instead = f" instead of {before}" if before else ""
-    return f"version {version} answers{instead}, {where}; it was tried {trial}"
+    return f"version {version} answers{instead}, {_where(servers, repository)}; it was tried {trial}"
+
+
+def _where(servers: tuple[str, ...], repository: Path) -> str:
+    return f"at {', '.join(servers)}" if servers else f"once a server starts on {repository}; none runs on it now"
 
 
 def _of_ingest(taken: IngestReport) -> str:

@@ -80,21 +80,23 @@ def verify(params: Params, version: int) -> bool:
 def promote(params: Params, version: int) -> tuple[str, ...]:
     """Make the version the champion, and watch it; the servers that answer with it.
 
-    Where it does not answer rightly after all, the champion of before answers again, and TakenBack says why.
+    Where it does not answer rightly after all, the champion of before answers again, and TakenBack says why. A version
+    that is the champion by an earlier try, or by a run that was ended, is loaded where it is not yet, and watched too.
     """
     settings = params.retrain
     repository = Path(settings.repository)
-    servers = releases.servers_of(repository, settings.server)
-    before = releases.find_champion(repository)
-    done = releases.promote(repository, version, servers, settings.keep, settings.load_seconds)
+    elsewhere = releases.elsewhere(repository, settings.server)
+    done = releases.promote(repository, version, elsewhere, settings.keep, settings.load_seconds)
     try:
+        servers = releases.servers_of(repository, settings.server)
         releases.watch(repository, version, servers, settings.watch_seconds)
     except ServingError as error:
-        if before is None or before.version >= version:
+        before = releases.version_before(repository)
+        if before is None:
             raise
-        roll_back.with_options(**retries(params))(params, before.version)
+        roll_back.with_options(**retries(params))(params, before)
         raise releases.TakenBack(
-            f"version {version} was promoted and taken back, {before.version} answers: {error}"
+            f"version {version} was promoted and taken back, {before} answers: {error}", before
         ) from error
     return done.servers
 
@@ -104,7 +106,7 @@ def roll_back(params: Params, version: int) -> None:
     """Make the champion of before the champion again."""
     settings = params.retrain
     repository = Path(settings.repository)
-    releases.roll_back(repository, version, releases.servers_of(repository, settings.server), settings.load_seconds)
+    releases.roll_back(repository, version, releases.elsewhere(repository, settings.server), settings.load_seconds)
 
 
 class Steps:

@@ -272,35 +272,44 @@ def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project,
 
 
 @pytest.mark.faults
-def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(project, context, server):
-    project.prepare("fifth", 5, 0.93)
-    project.choose("fifth")
+@pytest.mark.parametrize(("model", "seed", "accuracy"), [("student", 5, 0.93), ("classifier", 6, 0.96)])
+def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(
+    project, context, server, model, seed, accuracy
+):
+    before = list_versions(project.repository)[-1].version
+    project.prepare(f"with-{model}", seed, accuracy)
+    project.choose(f"with-{model}")
     project.set("retrain", retries=6, retry_seconds=1.0)
     reports: list[str] = []
     over = threading.Event()
     keeping = threading.Thread(target=Supervisor(server, reports.append).run, args=(over,))
     keeping.start()
     try:
-        run = Begun(context, project.root)
-        run.await_line("promote: starts")
-        time.sleep(0.3)
-        os.kill(server.process_id, signal.SIGKILL)
-        outcome = run.outcome()
-        assert outcome.ending == "promoted", outcome
-        with Client(server.grpc_url, timeout=60) as client:
-            assert client.predict([picture(1)])[0].version == outcome.version
+        with Asking(server) as asking:
+            run = Begun(context, project.root)
+            run.await_line("promote: starts")
+            while (model, before + 1) not in server.stubs():  # it is there from the load's begin on
+                assert run.process.is_alive(), run.text()
+            os.kill(server.process_id, signal.SIGKILL)
+            outcome = run.outcome()
+            with Client(server.grpc_url) as client:
+                assert client.predict([picture(1)])[0].version == before + 1
     finally:
         over.set()
         keeping.join()
         project.set("retrain", retries=0)
+    assert outcome.ending == "promoted" and outcome.version == before + 1
+    assert f"at {server.grpc_url}" in outcome.message  # and not "once a server starts"
+    assert any("ended by itself" in report for report in reports)
+    assert set(asking.versions) <= {before, before + 1}
 
 
 @pytest.mark.faults
 def test_prefects_server_stopped_in_the_midst_of_a_run_keeps_no_better_model_from_going_live(
     project, context, server, prefect
 ):
-    project.prepare("sixth", 6, 0.97)
-    project.choose("sixth")
+    project.prepare("last", 7, 0.99)
+    project.choose("last")
     run = Begun(context, project.root)
     run.await_line("export: starts")
     prefect.stop()

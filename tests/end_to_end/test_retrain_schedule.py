@@ -18,8 +18,8 @@ from tests.end_to_end.retraining import ROOT, Retraining
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain_schedule"), pytest.mark.timeout(1800)]
 
-WITHIN = 400.0  # seconds; a busy machine is slow
-MISSED = 5
+WITHIN = 120.0  # seconds; a busy machine is slow
+MISSED = 3  # as many runs of the days to come as Prefect lays out
 
 
 class Schedule:

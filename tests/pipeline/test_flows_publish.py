@@ -16,6 +16,7 @@ from serving.errors import ServingError
 from serving.manifest import ManifestError, sha256_of
 from serving.model_config import RepositoryError
 from serving.promotion import PromotionError, list_versions
+from serving.promotion_log import read_changes
 from serving.server import TritonServer
 from tests.serving.conftest import write_export
 
@@ -70,6 +71,8 @@ def test_the_first_version_is_nowhere_to_be_served_before_it_is_promoted(tmp_pat
     assert not repository.exists() and releases.find_champion(repository) is None
     done = releases.promote(repository, 1, (), KEEP, TIMEOUT)
     assert (done.version, done.previous) == (1, 0)
+    (change,) = read_changes(repository)
+    assert (change.action, change.version, change.previous) == ("promote", 1, 0)
     champion = releases.find_champion(repository)
     assert champion.version == 1 and not releases.first(repository).exists()
     assert json.loads((champion.folder / "decision.json").read_text()) == {"promote": True}
@@ -99,9 +102,14 @@ def test_publishing_the_same_release_again_makes_no_second_version(repository, e
 
 
 def test_a_release_that_is_best_again_is_rolled_back_to(repository, exports, evidence):
+    assert releases.version_before(repository) is None
     go_live(repository, exports / "2", evidence)
+    assert releases.version_before(repository) == 1
     done = go_live(repository, exports / "1", evidence)
     assert (done.version, done.previous) == (1, 2)
+    assert releases.version_before(repository) is None
+    assert [(change.action, change.version) for change in read_changes(repository)] == [
+        ("promote", 1), ("promote", 2), ("rollback", 1)]  # fmt: skip
     assert releases.find_champion(repository).version == 1
 
 

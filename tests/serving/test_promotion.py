@@ -18,11 +18,12 @@ from serving import promotion, swap
 from serving.client import Client, Prediction
 from serving.errors import InputError, ServingError
 from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, sha256_of
-from serving.promotion import PromotionError, list_versions, locked, promote, rollback
+from serving.promotion import PromotionError, list_versions, promote, rollback
 from serving.repository import publish
+from serving.repository_lock import RepositoryBusy, locked
 from serving.server import TritonServer
 from serving.transport import Transport
-from serving.version_policy import champion, served_versions
+from serving.version_policy import champion, serve_versions, served_versions
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_older_version_is_rolled_back_to_not_promoted(root: Path, exports: dict[
 def test_second_promotion_waits_for_the_first_and_then_gives_up(root: Path, exports: dict[int, Release]) -> None:
     with (
         locked(root),
-        pytest.raises(PromotionError, match="a promotion or a repair is under way"),
+        pytest.raises(RepositoryBusy, match="a promotion, a repair or the start of a server is under way"),
         locked(root, timeout=0.2),
     ):
         pass
@@ -172,6 +173,42 @@ def test_five_swaps_under_load_lose_no_request_and_mix_no_answers(
     with Client(serving.grpc_url) as client:
         assert client.predict([picture(1)])[0].version == 5
         assert next(model.versions for model in client.status().models if model.name == "classifier") == (5,)
+
+
+@pytest.mark.end_to_end
+def test_server_that_starts_waits_for_a_promotion_and_serves_what_it_made(
+    root: Path, exports: dict[int, Release]
+) -> None:
+    publish(exports[2].export_dir, root)
+    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0)
+    starting = threading.Thread(target=server.start)
+    try:
+        with locked(root):
+            starting.start()
+            starting.join(3)
+            assert starting.is_alive() and server.process_id is None
+            for model in ("student", "classifier"):
+                serve_versions(root, model, (1, 2))
+        starting.join()
+        assert [release.version for release in server.releases] == [1, 2]
+        with Client(server.grpc_url) as client:
+            assert client.predict([picture(1)])[0].version == 2
+    finally:
+        server.stop(at_once=True)
+
+
+@pytest.mark.end_to_end
+def test_champion_that_a_killed_promotion_told_no_server_of_is_loaded_when_it_is_promoted_again(
+    serving: TritonServer, root: Path, exports: dict[int, Release]
+) -> None:
+    publish(exports[2].export_dir, root)
+    for model in ("student", "classifier"):
+        serve_versions(root, model, (1, 2))
+    with Client(serving.grpc_url) as client:
+        assert client.predict([picture(1)])[0].version == 1
+        done = promote(root, 2)
+        assert (done.version, done.previous, done.servers) == (2, 2, (serving.grpc_url,))
+        assert client.predict([picture(1)])[0].version == 2
 
 
 def corrupt_graph(root: Path) -> None:

@@ -15,6 +15,7 @@ from conftest import picture
 from serving.client import Client
 from serving.errors import ServingError
 from serving.leftovers import SHARED_MEMORY, processes_of, stubs_of
+from serving.running import find_running
 from serving.server import TritonServer
 from serving.supervisor import GivenUp, Patience, Supervisor
 
@@ -157,6 +158,20 @@ def test_stub_is_not_replaced_from_a_graph_that_was_changed(watched: Watched) ->
     assert watched.server.process_id == server
 
 
+def test_promotions_know_all_the_time_of_a_server_that_is_being_started_again(watched: Watched) -> None:
+    url = watched.server.grpc_url
+    psutil.Process(watched.server.process_id).kill()
+
+    def known_and_back() -> bool:
+        assert {server.grpc_url for server in find_running(watched.root)} == {url}
+        return any("ready again" in line for line in watched.reports)
+
+    watched.await_that(known_and_back)
+    assert watched.answers() == 8
+    watched.stop()
+    assert find_running(watched.root) == []
+
+
 def test_server_that_cannot_be_started_again_is_given_up_and_leaves_nothing(watched: Watched) -> None:
     shutil.rmtree(watched.root)
     psutil.Process(watched.server.process_id).kill()
@@ -167,5 +182,6 @@ def test_server_that_cannot_be_started_again_is_given_up_and_leaves_nothing(watc
         "starting it again in 0.2 s (1 of 2)",
         "starting it again in 0.4 s (2 of 2)",
     ]
+    assert find_running(watched.root) == []
     assert list(processes_of(watched.server.prefix)) == []
     assert list(SHARED_MEMORY.glob(f"{watched.server.prefix}*")) == []
