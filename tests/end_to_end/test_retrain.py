@@ -261,6 +261,37 @@ def test_a_challenger_that_is_not_fit_never_reaches_the_server(
 
 
 @pytest.mark.faults
+def test_a_drop_that_is_still_being_written_waits_with_three_bad_rows_of_ten_it_is_taken_and_with_four_refused(
+    project, context, server
+):
+    drop = project.root / "data" / "drop"
+
+    def fill(bad: int, seeds: range) -> None:
+        for number, seed in enumerate(seeds):
+            path = drop / CLASSES[0] / f"{seed}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"no image" if number < bad else picture(seed))
+
+    def told(settle_seconds: float) -> tuple[str, str]:
+        project.set("ingest", settle_seconds=settle_seconds)
+        run = Begun(context, project.root)
+        outcome = run.outcome()
+        assert outcome.ending == "unchanged"
+        return outcome.message, run.text()
+
+    with Asking(server) as asking:
+        fill(3, range(1000, 1010))
+        assert "ingest: no new data; 10 files may still be being written, and wait" in told(600)[1]
+        _, text = told(0)
+        assert "ingest: 7 images added" in text and "3 bad rows (format 3)" in text
+        fill(4, range(2000, 2010))
+        message, _ = told(0)
+    assert "the drop was refused: 4 of 10 rows are bad" in message
+    assert len(list((drop / CLASSES[0]).glob("*.png"))) == 10  # nothing of it was taken
+    assert asking.failures == [] and len(set(asking.versions)) == 1
+
+
+@pytest.mark.faults
 def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project, context):
     project.prepare("fourth", 4, 0.9)
     project.choose("fourth")
