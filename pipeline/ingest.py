@@ -11,8 +11,9 @@ from pipeline.artifacts import INGEST_STATE, INGESTED, QUARANTINE
 from pipeline.drop_folder import Drop, read_drop
 from pipeline.errors import ParamsError, StageError
 from pipeline.ingest_checks import Verdict, judge, reasons
-from pipeline.ingest_round import Written, finish_round, list_refused, write_round
+from pipeline.ingest_round import Written, finish_round, write_round
 from pipeline.params import Params
+from pipeline.quarantine import list_refused
 from pipeline.sources import Ingested
 from pipeline.splits import load_classes
 from pipeline.stage import stage_main

@@ -17,7 +17,7 @@ from serving.arguments import admin_key, new_admin_key, triton_arguments
 from serving.client import Client
 from serving.dry_run import dry_run
 from serving.errors import ServingError
-from serving.installation import STUB_NAME, Installation, find_installation
+from serving.installation import Installation, find_installation
 from serving.leftovers import new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
 from serving.logs import ServerLog
 from serving.ports import choose_ports
@@ -197,7 +197,7 @@ class TritonServer:
         self._watchdog = start_watchdog(self.prefix)
         runtime, self._away = self._away or runtime_folder(self.prefix), None
         niceness = self.niceness or priority.niceness()
-        links = _link(installation, self.repository, runtime, niceness)
+        links = installation.link(self.repository, runtime, niceness)
         environment = {**installation.environment, **self.environment, **links}
         command = triton_arguments(
             installation, runtime, self.prefix, self.host, self.ports, key, self.grace, self.options
@@ -257,14 +257,3 @@ def _answers(host: str, port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _link(installation: Installation, repository: Path, runtime: Path, niceness: int) -> dict[str, str]:
-    """Links that Triton sees instead of the true paths, which may hold spaces; environment variables for its stubs."""
-    backend = runtime / "backends" / "python"
-    backend.mkdir(parents=True)
-    for name, path in installation.backend_files.items():
-        if name != STUB_NAME:
-            (backend / name).symlink_to(path)
-    (runtime / "repository").symlink_to(repository.absolute())
-    return priority.write_stub_starter(backend / STUB_NAME, installation.backend_files[STUB_NAME], niceness)

@@ -171,3 +171,18 @@ def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path: P
     loaded = re.compile(r'<(?:script|img|iframe)[^>]+src="https?:|<link[^>]+rel="stylesheet"[^>]+href="https?:')
     for page in pages:
         assert not loaded.search(page.read_text(encoding="utf-8")), page
+
+
+def test_each_failure_of_a_retraining_names_tests_that_there_are():
+    page = (ROOT / "docs/retraining.md").read_text(encoding="utf-8").partition("## What happens when")[2]
+    rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    there = " ".join(name for path in (ROOT / "tests").rglob("test_*.py") for name in _tests_of(path))
+    assert len(rows) > 20
+    for what, *_, shown in rows:
+        named = re.findall(r"`(\w+)(\[[^`]*\])?`", shown)
+        missing = [name for name, _ in named if name not in there]
+        assert missing == [] and (named or "the same tests" in shown), f"{what}: {missing}"
+
+
+def _tests_of(path: Path) -> list[str]:
+    return re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)

@@ -149,6 +149,13 @@ def server(project):
     started.stop(at_once=True)
 
 
+def champion_of(project: Retraining) -> int:
+    """The version that answers, the newest one there is; which tests ran before, none needs to know."""
+    newest = list_versions(project.repository)[-1]
+    assert newest.state == "champion"
+    return newest.version
+
+
 def leftovers(project: Retraining) -> list[str]:
     """What a run that came to its end must not leave."""
     hidden = [path for model in ("student", "classifier") for path in (project.repository / model).glob(".*")]
@@ -172,6 +179,7 @@ def test_a_run_with_nothing_new_ends_early_and_says_so(project, context):
 
 @pytest.mark.faults
 def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_finishes(project, context, server):
+    before = champion_of(project)
     project.prepare("second", 2, 0.8)
     project.choose("second")
     moments = [f"{task}: {moment}" for task in TASKS for moment in ("starts", "done")]
@@ -179,12 +187,12 @@ def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_f
         for moment in moments:
             Begun(context, project.root).kill_at(moment)
         outcome = Begun(context, project.root).outcome()
-    assert outcome.ending == "promoted" and outcome.version == 2
-    assert asking.failures == [] and asking.versions[-1] == 2
+    assert outcome.ending == "promoted" and outcome.version == before + 1
+    assert asking.failures == [] and asking.versions[-1] == before + 1
     assert asking.versions == sorted(asking.versions)  # never back, and never a third
-    assert [(state.version, state.state) for state in list_versions(project.repository)] == [
-        (1, "served"),
-        (2, "champion"),
+    assert [(state.version, state.state) for state in list_versions(project.repository)][-2:] == [
+        (before, "served"),
+        (before + 1, "champion"),
     ]
     assert leftovers(project) == []
     assert Begun(context, project.root).outcome().ending == "unchanged"
@@ -192,6 +200,7 @@ def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_f
 
 @pytest.mark.faults
 def test_runs_killed_in_the_midst_of_a_swap_leave_a_version_that_answers(project, context, server):
+    before = champion_of(project)
     project.prepare("third", 3, 0.85)
     project.choose("third")
     with Asking(server) as asking:
@@ -201,8 +210,10 @@ def test_runs_killed_in_the_midst_of_a_swap_leave_a_version_that_answers(project
             time.sleep(after)
             run.process.kill()
             run.process.join()
-        assert Begun(context, project.root).outcome().version == 3
-    assert asking.failures == [] and set(asking.versions) <= {2, 3} and asking.versions[-1] == 3
+        outcome = Begun(context, project.root).outcome()
+    assert outcome.ending == "promoted" and outcome.version == before + 1
+    assert asking.failures == [] and set(asking.versions) <= {before, before + 1}
+    assert asking.versions[-1] == before + 1
     assert leftovers(project) == []
 
 
@@ -244,7 +255,7 @@ def nothing_else(_project: Retraining) -> None:
 def test_a_challenger_that_is_not_fit_never_reaches_the_server(
     project, context, server, damage, accuracy, ending, message
 ):
-    versions = [state.version for state in list_versions(project.repository)]
+    before = champion_of(project)
     project.prepare("bad", 9, accuracy)
     damage(project)
     # The stages see one file change, the challenger's name.
@@ -253,11 +264,39 @@ def test_a_challenger_that_is_not_fit_never_reaches_the_server(
     with Asking(server) as asking:
         outcome = Begun(context, project.root).outcome()
     assert outcome.ending == ending and message in outcome.message
-    assert asking.failures == [] and set(asking.versions) == {versions[-1]}
-    assert [(state.version, state.state) for state in list_versions(project.repository)][-1] == (
-        versions[-1],
-        "champion",
-    )
+    assert asking.failures == [] and set(asking.versions) == {before}
+    assert champion_of(project) == before
+
+
+@pytest.mark.faults
+def test_a_drop_that_is_still_being_written_waits_with_three_bad_rows_of_ten_it_is_taken_and_with_four_refused(
+    project, context, server
+):
+    drop = project.root / "data" / "drop"
+
+    def fill(bad: int, seeds: range) -> None:
+        for number, seed in enumerate(seeds):
+            path = drop / CLASSES[0] / f"{seed}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"no image" if number < bad else picture(seed))
+
+    def told(settle_seconds: float) -> tuple[str, str]:
+        project.set("ingest", settle_seconds=settle_seconds)
+        run = Begun(context, project.root)
+        outcome = run.outcome()
+        assert outcome.ending == "unchanged"
+        return outcome.message, run.text()
+
+    with Asking(server) as asking:
+        fill(3, range(1000, 1010))
+        assert "ingest: no new data; 10 files may still be being written, and wait" in told(600)[1]
+        _, text = told(0)
+        assert "ingest: 7 images added" in text and "3 bad rows (format 3)" in text
+        fill(4, range(2000, 2010))
+        message, _ = told(0)
+    assert "the drop was refused: 4 of 10 rows are bad" in message
+    assert len(list((drop / CLASSES[0]).glob("*.png"))) == 10  # nothing of it was taken
+    assert asking.failures == [] and len(set(asking.versions)) == 1
 
 
 @pytest.mark.faults
@@ -276,7 +315,7 @@ def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project,
 def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(
     project, context, server, model, seed, accuracy
 ):
-    before = list_versions(project.repository)[-1].version
+    before = champion_of(project)
     project.prepare(f"with-{model}", seed, accuracy)
     project.choose(f"with-{model}")
     project.set("retrain", retries=6, retry_seconds=1.0)

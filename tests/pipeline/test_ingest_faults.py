@@ -14,7 +14,7 @@ import pytest
 from dropping import drop_images, files, project, shards
 from making import table, write
 
-from pipeline import ingest_round
+from pipeline import quarantine
 from pipeline.ingest import ingest
 
 
@@ -33,8 +33,8 @@ def test_a_disk_that_fills_while_the_round_is_written_changes_nothing(tmp_path, 
 
     before = files("data/drop")
     with monkeypatch.context() as patch:
-        patch.setattr(ingest_round.os, "link", full)
-        patch.setattr(ingest_round.shutil, "copyfile", full)
+        patch.setattr(quarantine.os, "link", full)
+        patch.setattr(quarantine.shutil, "copyfile", full)
         with pytest.raises(OSError, match="No space left"):
             ingest(params)
     assert files("data/drop") == before and not files("data/ingested") and not files("data/quarantine")

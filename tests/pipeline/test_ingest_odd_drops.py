@@ -12,7 +12,7 @@ import pytest
 from dropping import FIRST_NEW, drop_images, files, project, shards
 from making import png, table, write
 
-from pipeline import drop_folder, ingest_round
+from pipeline import drop_folder, quarantine
 from pipeline.ingest import ingest
 
 
@@ -123,8 +123,8 @@ def test_what_cannot_be_put_into_the_quarantine_is_never_removed_from_the_drop(t
     def denied(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(ingest_round.os, "link", denied)
-    monkeypatch.setattr(ingest_round.shutil, "copyfile", denied)
+    monkeypatch.setattr(quarantine.os, "link", denied)
+    monkeypatch.setattr(quarantine.shutil, "copyfile", denied)
     report = ingest(params)
     assert (report.added, report.quarantined, listing()[0]["file"]) == (1, 1, "")
     assert list(files("data/drop").values()) == [b"another user's"]
@@ -145,7 +145,7 @@ def test_a_file_that_may_not_be_read_stays_aside_and_stops_no_other(tmp_path, mo
     closed = write(Path("data/drop/cat/closed.png"), b"nobody's")
     closed.chmod(0)
     # A superuser may read every file; what is asked here is what is done where one may not.
-    monkeypatch.setattr(ingest_round.os, "access", lambda path, _: Path(path).stat().st_mode & 0o777 != 0)
+    monkeypatch.setattr(quarantine.os, "access", lambda path, _: Path(path).stat().st_mode & 0o777 != 0)
     report = ingest(params)
     assert (report.added, report.quarantined, listing()[0]["file"]) == (1, 1, "")
     (aside,) = Path("data/drop").rglob("closed.png")
