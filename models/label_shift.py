@@ -169,33 +169,49 @@ def _maximise(
     done = np.zeros(prior.shape[1], dtype=bool)
     gap, passes = np.full(prior.shape[1], np.inf), 0
     prior = prior.copy()
+    density = _density(ratio, prior)
     while passes < max_iterations and not done.all():
         left = np.flatnonzero(~done)
         p, w, m = prior[:, left], weights[:, left], mass[left]
-        slope = _objective(ratio, w, pseudo, p)[1]
+        slope = _slope(ratio, w, pseudo, p, density[:, left])
         gap[left] = slope.max(axis=0) - m
         done[left] = gap[left] <= tolerance
+        if done.all():
+            break
         first = p * slope / m  # the EM step
-        second = first * _objective(ratio, w, pseudo, first)[1] / m
+        second = first * _slope(ratio, w, pseudo, first, _density(ratio, first)) / m
         ahead = _extrapolate(p, first, second)
-        value = _objective(ratio, w, pseudo, second)[0]
-        better = _objective(ratio, w, pseudo, ahead)[0] > value
-        moved = np.where(better, ahead, second)
-        prior[:, left] = np.where(done[left], p, moved)
+        found = [(point, _density(ratio, point)) for point in (second, ahead)]
+        values = [_value(of, w, pseudo, point) for point, of in found]
+        # A column that is done stays where it is; the others take the better of the two, with its densities.
+        for place, chosen in enumerate((values[1] <= values[0], values[1] > values[0])):
+            moving = chosen & ~done[left]
+            prior[:, left[moving]], density[:, left[moving]] = (part[:, moving] for part in found[place])
         passes += 4
     if not done.all():
-        gap = np.where(done, gap, _objective(ratio, weights, pseudo, prior)[1].max(axis=0) - mass)
+        gap = np.where(done, gap, _slope(ratio, weights, pseudo, prior, density).max(axis=0) - mass)
     return prior, np.maximum(gap, 0), passes
 
 
-def _objective(
-    ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The log-posterior [B] and its gradient [C,B]. By concavity it lies at most max(gradient) - mass below its maximum."""
-    prior = np.maximum(prior, np.finfo(np.float64).tiny)
-    density = np.maximum(ratio @ prior, np.finfo(np.float64).tiny)
-    value = (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(prior)).sum(axis=0)
-    return value, ratio.T @ (weights / density) + pseudo / prior
+def _density(ratio: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """Σ_c ratio_ic p_cb of every sample: [N,B], above zero."""
+    return np.maximum(ratio @ _above_zero(prior), np.finfo(np.float64).tiny)
+
+
+def _value(density: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """The log-posterior [B]."""
+    return (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(_above_zero(prior))).sum(axis=0)
+
+
+def _slope(
+    ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray, density: np.ndarray
+) -> np.ndarray:
+    """The log-posterior's gradient [C,B]. By concavity it lies at most max(gradient) - mass below its maximum."""
+    return ratio.T @ (weights / density) + pseudo / _above_zero(prior)
+
+
+def _above_zero(prior: np.ndarray) -> np.ndarray:
+    return np.maximum(prior, np.finfo(np.float64).tiny)
 
 
 def _extrapolate(p: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

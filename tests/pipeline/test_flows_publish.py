@@ -19,6 +19,8 @@ from serving.promotion import PromotionError, list_versions
 from serving.server import TritonServer
 from tests.serving.conftest import write_export
 
+pytestmark = pytest.mark.slow
+
 KEEP, TIMEOUT = 3, 30.0
 
 
