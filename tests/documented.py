@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -157,5 +157,8 @@ def check_python(program: str, words: list[str], command: str) -> None:
     if module == "pytest":
         assert all((ROOT / word).exists() for word in words)
         return
+    assert importlib.util.find_spec(module), command
     inner = words[:1] if module == "pipeline.data" else []
+    if not words:  # some take no options, not even --help
+        return
     check_options(words[len(inner) :], "-m", module, *inner)
