@@ -105,7 +105,8 @@ def study(
 def _headline(
     logits: np.ndarray, labels: np.ndarray, prior: Prior, calibration: Reliability, seed: int
 ) -> dict[str, Estimate]:
-    adjusted = adjust_logits(logits, np.array(prior.log_prior), 1.0).argmax(axis=1)
+    log_prior = np.array(prior.log_prior, dtype=logits.dtype)  # of ten thousand classes, float64 takes gigabytes
+    adjusted = adjust_logits(logits, log_prior, 1.0).argmax(axis=1)
     right, tested = _right_of(adjusted, labels, prior)
     return {
         "train": weighted_accuracy(right, tested, np.array(prior.p), seed=seed),
