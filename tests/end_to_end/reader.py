@@ -16,7 +16,7 @@ from tests.end_to_end.project import Project
 SERVICES = {
     "tailor serve": (r"^ready (\S+) (\S+)", (0,)),
     "tailor gateway": (r"^ready https://", (0,)),
-    "tailor playground": (r"^playground http://", (130,)),
+    "tailor playground": (r"^playground http://", (0, 130)),
     "tailor schedule": (r"retrains at", (0, -signal.SIGTERM)),
 }
 ASKS = ("tailor predict", "tailor status", "tailor playground", "tailor loadtest")
