@@ -47,15 +47,19 @@ retrain-demo: install ## two rounds of retraining on the embedded data: one prom
 
 .PHONY: test
 test: install lint ## the whole test suite
-	@python -m pytest -n 2 --dist loadgroup -m "not faults"
+	@python -m pytest -n 2 --dist loadgroup -m "not faults and not docs_commands"
 
 .PHONY: test-faults
 test-faults: install ## retraining and schedules killed and stopped over and over; many minutes
 	@python -m pytest -m faults
 
+.PHONY: test-docs
+test-docs: install ## every command of the docs, those that take minutes too
+	@python -m pytest tests/end_to_end/test_documented_commands.py
+
 .PHONY: test-fast
-test-fast: install lint ## the layer without DVC and Triton
-	@python -m pytest -n 2 -m "not end_to_end"
+test-fast: install lint ## the layer without DVC, Triton, training, browsers; under a minute
+	@python -m pytest -n 2 -m "not end_to_end and not slow"
 
 .PHONY: lint
 lint: install ## style, types of the public parts, the arrows between the rooms

@@ -176,36 +176,42 @@ def _maximise(
         slope = _slope(ratio, w, pseudo, p, density[:, left])
         gap[left] = slope.max(axis=0) - m
         done[left] = gap[left] <= tolerance
+        if done.all():
+            break
         first = p * slope / m  # the EM step
         second = first * _slope(ratio, w, pseudo, first, _density(ratio, first)) / m
         ahead = _extrapolate(p, first, second)
-        # The density of what is kept serves the next step: five products with the ratios in all.
-        plain, further = _density(ratio, second), _density(ratio, ahead)
-        better = _objective(w, pseudo, ahead, further) > _objective(w, pseudo, second, plain)
-        prior[:, left] = np.where(done[left], p, np.where(better, ahead, second))
-        density[:, left] = np.where(done[left], density[:, left], np.where(better, further, plain))
-        passes += 3
+        found = [(point, _density(ratio, point)) for point in (second, ahead)]
+        values = [_value(of, w, pseudo, point) for point, of in found]
+        # A column that is done stays where it is; the others take the better of the two, with its densities.
+        for place, chosen in enumerate((values[1] <= values[0], values[1] > values[0])):
+            moving = chosen & ~done[left]
+            prior[:, left[moving]], density[:, left[moving]] = (part[:, moving] for part in found[place])
+        passes += 4
     if not done.all():
         gap = np.where(done, gap, _slope(ratio, weights, pseudo, prior, density).max(axis=0) - mass)
     return prior, np.maximum(gap, 0), passes
 
 
 def _density(ratio: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """How probable each sample is under each prior, up to the sample's own factor: [N,B], above 0."""
-    return np.maximum(ratio @ prior, np.finfo(np.float64).tiny)
+    """Σ_c ratio_ic p_cb of every sample: [N,B], above zero."""
+    return np.maximum(ratio @ _above_zero(prior), np.finfo(np.float64).tiny)
 
 
-def _objective(weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray, density: np.ndarray) -> np.ndarray:
+def _value(density: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """The log-posterior [B]."""
-    prior = np.maximum(prior, np.finfo(np.float64).tiny)
-    return (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(prior)).sum(axis=0)
+    return (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(_above_zero(prior))).sum(axis=0)
 
 
 def _slope(
     ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray, density: np.ndarray
 ) -> np.ndarray:
     """The log-posterior's gradient [C,B]. By concavity it lies at most max(gradient) - mass below its maximum."""
-    return ratio.T @ (weights / density) + pseudo / np.maximum(prior, np.finfo(np.float64).tiny)
+    return ratio.T @ (weights / density) + pseudo / _above_zero(prior)
+
+
+def _above_zero(prior: np.ndarray) -> np.ndarray:
+    return np.maximum(prior, np.finfo(np.float64).tiny)
 
 
 def _extrapolate(p: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -92,9 +92,12 @@ def log_target_prior(prior: Any) -> np.ndarray:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities over the last axis, float64, of finite numpy logits [..., C]."""
-    shifted = np.asarray(logits, dtype=np.float64)
-    shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
+    z = np.asarray(logits)
+    # In place: of ten thousand classes each further copy is gigabytes.
+    p = np.subtract(z, z.max(axis=-1, keepdims=True), dtype=np.float64)
+    np.exp(p, out=p)
+    p /= p.sum(axis=-1, keepdims=True)
+    return p
 
 
 def shot_group(count: int) -> str:

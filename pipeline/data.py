@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import warnings
@@ -72,8 +73,11 @@ def run_check(params: Params, options: argparse.Namespace) -> int:
 def run_pack(params: Params, options: argparse.Namespace) -> int:
     """Pack the data set and say how to read the pack."""
     packed = pack(params, options.output, options.shard_size, options.jobs, options.shuffle)
-    print(f"data pack: {packed}")
-    print(packed.table())
+    if options.json:
+        print(json.dumps(packed.as_mapping(), indent=2, ensure_ascii=False))
+    else:
+        print(f"data pack: {packed}")
+        print(packed.table())
     return 0
 
 
@@ -92,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("output", type=Path, help="folder to write; must not be there yet")
     made.add_argument(
         "--shard-size", type=_size, default=256 * 1024**2, metavar="BYTES", help="e.g. 64M or 1G (default: 256M)"
+    )
+    made.add_argument(
+        "--json", action="store_true", help="print what was packed as JSON, with its section of params.yaml"
     )
     made.add_argument("--shuffle", type=_seed, metavar="SEED", help="random order (default: the source's order)")
     return parser

@@ -8,11 +8,12 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import yaml
 
 from pipeline.artifacts import sha256_of_file, sha256_of_json, unfinished, write_json
 from pipeline.errors import ParamsError
@@ -41,6 +42,13 @@ class Packed:
         parts = ", ".join(f"{self.images[split]:,} {split} in {self.shards[split]:,} shards" for split in self.images)
         left = f"; {self.skipped:,} images left out, listed in {SUMMARY}" if self.skipped else ""
         return f"{parts}{left} → {self.output}"
+
+    def as_mapping(self) -> dict[str, Any]:
+        """What a script reads; `params` is what the lines of `table` say."""
+        return {
+            "output": str(self.output), "images": self.images, "shards": self.shards, "skipped": self.skipped,
+            "params": yaml.safe_load(self.table()),
+        }  # fmt: skip
 
     def table(self) -> str:
         """The lines of params.yaml that read the pack."""

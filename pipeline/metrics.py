@@ -9,6 +9,7 @@ import numpy as np
 from models.prior import adjust_logits, softmax
 
 GROUPS = ("many", "medium", "few")
+AT_ONCE = 4_000_000  # probabilities looked at in one piece
 
 
 def answers(logits: np.ndarray, log_prior: np.ndarray, strength: float) -> np.ndarray:
@@ -30,9 +31,18 @@ def mean_of(values: list[float | None]) -> float | None:
 
 
 def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of samples whose label is among the k most probable classes; k above C counts all."""
-    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(axis=1).mean())
+    """Share of samples whose label is among the k most probable classes, the first of equal ones; k above C counts all.
+
+    The label's place is counted, which costs a tenth of sorting ten thousand classes.
+    """
+    place = np.empty(len(labels), dtype=np.int64)
+    at_once = max(1, AT_ONCE // probabilities.shape[1])
+    for first in range(0, len(labels), at_once):
+        p, y = probabilities[first : first + at_once], labels[first : first + at_once]
+        mine = p[np.arange(len(y)), y][:, None]
+        before = (p == mine) & (np.arange(p.shape[1]) < y[:, None])
+        place[first : first + at_once] = ((p > mine) | before).sum(axis=1)
+    return float((place < k).mean())
 
 
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:

@@ -77,10 +77,11 @@ def shift_table(
                 name: estimate_prior(p, concentration=alpha, tolerance=tolerance).prior
                 for name, alpha in (("EM", None), ("MAP", concentration))
             }
-            adjusted = {"no adjustment": mine, "known prior": adjust_logits(mine, log_target_prior(target), 1.0)}
-            for way, estimate in estimates.items():
-                adjusted[f"estimated prior ({way})"] = adjust_logits(mine, log_target_prior(estimate), 1.0)
-            scores = {way: float((z.argmax(1) == labels[rows]).mean()) for way, z in adjusted.items()}
+            priors = {"known prior": target} | {f"estimated prior ({way})": e for way, e in estimates.items()}
+            logs = {way: log_target_prior(prior).astype(mine.dtype) for way, prior in priors.items()}
+            answers = {"no adjustment": mine.argmax(1)}
+            answers |= {way: adjust_logits(mine, log, 1.0).argmax(1) for way, log in logs.items()}
+            scores = {way: float((answer == labels[rows]).mean()) for way, answer in answers.items()}
             scores |= {f"distance of {way}": float(total_variation(e, target)) for way, e in estimates.items()}
             for way, score in scores.items():
                 found.setdefault(way, {}).setdefault(name, []).append(score)

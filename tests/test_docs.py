@@ -1,136 +1,37 @@
-"""The pages under docs/ and the README say what is so: they build, link, and name commands and messages that exist."""
+"""The pages under docs/ and the README say what is so: they build, link, and name commands and messages that exist.
+
+The commands themselves are run by tests/end_to_end/test_documented_commands.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import os
 import re
-import shlex
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
-import typer
 
-from serving.commands.app import app
+from tests.documented import FENCE, NO_COMMANDS, PAGES, ROOT, blocks, check_command, commands, name_of, spoken_of
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Programs of others, whose options no test here looks up.
-FOREIGN = {
-    "docker",
-    "kubectl",
-    "torchrun",
-    "nginx",
-    "systemctl",
-    "pip",
-    "curl",
-    "git",
-    "ray",
-    "prefect",
-    "tensorboard",
-    "cp",
-    "export",
-}
-WIDE = {**os.environ, "COLUMNS": "200"}
-RUN_BY_MODULE = re.compile(r"(pipeline|benchmarks|serving)\.\w+|pytest")
+SPOKEN_OF = sorted({(name_of(page), command) for page in PAGES for command in spoken_of(page)})
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page in a language."""
-    return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+@pytest.mark.parametrize(("page", "command"), SPOKEN_OF)
+def test_a_command_in_the_text_of_a_page_is_one_that_the_program_takes(page: str, command: str) -> None:
+    assert command.isprintable(), page
+    check_command(command)
 
 
-def commands(page: Path) -> list[str]:
-    """The commands of a page: lines after `$ ` in console blocks, their continuation lines joined."""
-    joined = "\n".join(blocks(page, "console")).replace("\\\n", " ")
-    return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_commands_is_one_that_the_tests_read(page: Path) -> None:
+    kinds = {kind for kind, _ in FENCE.findall(page.read_text(encoding="utf-8"))} - NO_COMMANDS
+    assert kinds <= {"console"}, f"{page}: write commands as ```console blocks, each after a dollar"
+    assert commands(page) or "console" not in kinds
 
 
-EVERY_COMMAND = sorted({(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands(page)})
-
-
-@cache
-def help_of(*command: str) -> str:
-    """What `--help` prints: of a program in a process of its own, of a module of ours (`-m name …`) in this one."""
-    if command[0] == "-m":
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-            importlib.import_module(command[1]).main([*command[2:], "--help"])
-        return printed.getvalue()
-    done = subprocess.run(
-        [*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True, env=WIDE
-    )
-    return done.stdout
-
-
-def check_options(words: list[str], *command: str) -> None:
-    """Every --option among the words is one that the command's own help names."""
-    text = help_of(*command)
-    for word in words:
-        if word.startswith("-"):
-            option = word.partition("=")[0]
-            assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), f"{' '.join(command)} has no {option}"
-
-
-def check_tailor(words: list[str]) -> None:
-    """The command is one of `tailor`, and its help names every option."""
-    program: Any = typer.main.get_command(app)
-    context = program.make_context("tailor", [], resilient_parsing=True)
-    name, *rest = words
-    command: Any = program.get_command(context, name)
-    assert command is not None, f"tailor has no command {name}"
-    if name == "data":
-        check_options(rest[1:], "-m", "pipeline.data", rest[0])
-        return
-    if isinstance(command, click.Group) or hasattr(command, "get_command"):
-        context, (name, *rest) = command.make_context(name, [], parent=context, resilient_parsing=True), rest
-        command = command.get_command(context, name)
-        assert command is not None, f"tailor {words[0]} has no command {name}"
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    for word in rest:
-        assert not word.startswith("--") or word.partition("=")[0] in known, f"tailor {words[0]} has no {word}"
-
-
-@pytest.mark.parametrize(("page", "command"), EVERY_COMMAND)
-def test_a_command_on_a_page_is_one_that_the_program_takes(page: str, command: str) -> None:
-    words = shlex.split(command, comments=True)
-    words = words[: next((place for place, word in enumerate(words) if word in ("|", "&", "&&", ">")), len(words))]
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words = words[1:]
-    program, *rest = words
-    if program == "tailor":
-        check_tailor(rest)
-    elif program == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert all(word in targets for word in rest if "=" not in word)
-    elif program == "dvc":
-        name = rest[:2] if rest[0] in ("exp", "metrics", "plots", "remote", "config") else rest[:1]
-        check_options(rest[len(name) :], "dvc", *name)
-    elif program in ("python", "tailor-data"):
-        if program == "python":
-            assert rest[0] == "-m" and RUN_BY_MODULE.fullmatch(rest[1]), command
-            module, *rest = rest[1:]
-        else:
-            module = "pipeline.data"
-        if module == "pytest":
-            assert all((ROOT / word).exists() for word in rest)
-            return
-        inner = rest[:1] if module == "pipeline.data" else []
-        check_options(rest[len(inner) :], "-m", module, *inner)
-    elif program == ".":
-        assert rest == [".venv/bin/activate"]
-    else:
-        assert program in FOREIGN, f"{page}: {program} is neither Tailor's nor known; add a check"
-
-
+@pytest.mark.slow
 def test_the_example_of_the_losses_runs_as_it_stands(tmp_path: Path) -> None:
     (example,) = blocks(ROOT / "docs/losses.md", "python")
     script = tmp_path / "example.py"

@@ -82,6 +82,7 @@ def test_the_arrows_between_the_rooms_hold():
     assert "0 broken" in done.stdout
 
 
+@pytest.mark.slow
 def test_models_and_the_training_stages_import_on_a_machine_that_carries_little_else():
     modules = [module for room in ("models", "pipeline") for module in modules_of(room)]
     modules = [module for module in modules if module not in NEEDS_MORE and not module.startswith(NEED_MORE)]
@@ -91,6 +92,7 @@ def test_models_and_the_training_stages_import_on_a_machine_that_carries_little_
     assert {"sklearn", "timm", "onnx", "onnxruntime", "dvc", "prefect", "tritonclient", "typer"} <= set(found["hidden"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "modules",
     [["models.prior", "models.preprocess"], modules_of("serving"), ["serving.locustfile"]],

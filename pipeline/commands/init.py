@@ -54,9 +54,9 @@ def init(
         print(f"{folder}: {found}")
         for key, (value, why) in chosen.items():
             print(f"  {key} = {value}  # {why}")
-        print(f"→ {output}; next: tailor-data check, then: dvc repro")
+        print(f"→ {output}; next: tailor data check, then: dvc repro")
     for reference in found.unreadable[:5]:
-        typer.echo(f"init: {folder / reference}: cannot be read; `tailor-data check` says why", err=True)
+        typer.echo(f"init: {folder / reference}: cannot be read; `tailor data check` says why", err=True)
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from serving.commands.options import REPOSITORY, Debug
+from serving.commands.options import REPOSITORY, AsJson, Debug, print_json
 from serving.errors import InputError
 from serving.model_config import STUDENT, Placement
 from serving.repository import write_repository
@@ -57,6 +57,7 @@ def repository(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace a repository that holds several versions, or is being served.")
     ] = False,
+    as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Write the Triton model repository of an export: one tree for `tailor serve` and for NVIDIA's container.
@@ -68,7 +69,11 @@ def repository(
     if not replace:
         _check_unused(output)
     root = write_repository(export, output, placement)
-    print(f"wrote {root}")
+    if as_json:
+        written = version_folders(root, STUDENT)
+        print_json({"repository": str(root), "versions": written, "device": device.value, "instances": instances})
+    else:
+        print(f"wrote {root}")
 
 
 def _numbers(gpus: str) -> tuple[int, ...]:

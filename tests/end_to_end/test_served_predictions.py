@@ -57,14 +57,6 @@ def test_digits_are_served_as_they_were_evaluated(digits):
     assert_served_as_evaluated(digits, images, np.array([row["logits"] for row in table]), 1e-4)
 
 
-@pytest.mark.xdist_group("digits")
-def test_the_demo_asks_the_served_student_by_both_protocols_and_stops_it(digits):
-    done = digits.run("python", "-m", "serving.demo")
-    assert "HTTP and gRPC agree on 12 images" in done.stdout
-    assert "the server was stopped cleanly" in done.stdout
-    assert "≠" in done.stdout
-
-
 @pytest.mark.timeout(1800)  # as long as its training may take on a busy machine
 @pytest.mark.xdist_group("photographs")
 @pytest.mark.skipif(

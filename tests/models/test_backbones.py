@@ -18,6 +18,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(LARGE))
 def test_the_papers_large_backbones_have_2048_features_and_learn(name):
     backbone = build_backbone(name)

@@ -205,6 +205,7 @@ def test_nothing_larger_than_the_similarity_is_made_however_many_the_classes():
     assert largest.elements == similarity.numel()
 
 
+@pytest.mark.slow
 def test_the_whole_is_one_graph_without_a_value_read_back():
     case = example()
     whole = torch.compile(lambda s, t: both(case, s, t), backend="aot_eager", fullgraph=True)

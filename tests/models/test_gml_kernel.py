@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 
 ROOT = Path(__file__).parents[2]

@@ -11,6 +11,8 @@ import torch
 
 from models.kernel_check import kernels_may_run
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 
 ROOT = Path(__file__).parents[2]

@@ -16,6 +16,8 @@ from pipeline.errors import ParamsError
 from pipeline.params import AugmentParams, EngineParams
 from pipeline.step import Step
 
+pytestmark = pytest.mark.slow
+
 MIXED = AugmentParams(crop_padding=1, flip=True, cutout=0, mix="cutmix")
 
 

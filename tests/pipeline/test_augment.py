@@ -198,6 +198,7 @@ def test_computing_all_rows_as_a_gpu_does_gives_the_same_bytes(policy, monkeypat
     assert torch.equal(apply_views(images, draws, params), chosen_rows)
 
 
+@pytest.mark.slow
 def test_what_a_gpu_computes_is_one_graph_without_a_look_at_the_data(monkeypatch):
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -141,6 +141,14 @@ def test_bad_images_stop_the_pack_or_are_left_out_and_listed(tmp_path):
     ]
 
 
+def test_the_command_tells_a_script_what_it_packed(tmp_path, capsys):
+    made = data_params(tree(tmp_path / "places", PLACES), "places_lt")
+    assert command(tmp_path, made, str(tmp_path / "packed"), "--json", name="pack") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sum(told["images"].values()) == 12 and told["skipped"] == 0
+    assert told["params"]["data"]["location"] == str(tmp_path / "packed") == told["output"]
+
+
 def test_an_output_that_is_there_is_never_overwritten(tmp_path, capsys):
     root = folder(tmp_path / "photos", {"bee": 4, "ant": 4})
     write(tmp_path / "packed/mine.txt", b"precious")

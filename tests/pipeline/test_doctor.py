@@ -123,6 +123,7 @@ def doctor_in_a_process(url: str) -> dict[str, dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_prefect_server_that_does_not_answer_is_failing():
     found = doctor_in_a_process(f"http://127.0.0.1:{free_port()}/api")
     assert found["prefect"]["state"] == "failing" and "does not answer" in found["prefect"]["message"]

@@ -46,6 +46,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "trees"
 
 
+@pytest.mark.slow
 @given(counts=st.lists(st.integers(2, 5000), min_size=2, max_size=40), gpu=st.booleans(), side=st.integers(8, 4000))
 def test_every_choice_is_valid_and_leaves_each_class_something_to_train_on(
     counts: list[int], gpu: bool, side: int

@@ -20,6 +20,8 @@ from serving.promotion_log import read_changes
 from serving.server import TritonServer
 from tests.serving.conftest import write_export
 
+pytestmark = pytest.mark.slow
+
 KEEP, TIMEOUT = 3, 30.0
 
 

@@ -21,6 +21,8 @@ from pipeline.gate import GateError
 from serving.manifest import ManifestError
 from serving.promotion import PromotionError
 
+pytestmark = pytest.mark.slow
+
 
 def hold(folder, taken):
     import os

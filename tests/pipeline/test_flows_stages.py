@@ -16,6 +16,8 @@ from pipeline.errors import StageError
 from pipeline.flows.leash import end_leash, start_on_leash
 from pipeline.flows.stages import StageFailed, changed_stages, reproduce, stage_names
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FOREVER = "echo $$ > pid; sleep 600 & sleep 600"
 

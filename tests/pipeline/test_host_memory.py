@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.host_memory import free_bytes
 
+pytestmark = pytest.mark.slow
+
 # In a process of its own, as the advice holds until its end.
 PROGRAM = """
 import resource

@@ -85,6 +85,7 @@ def outcome() -> tuple:
     return shards(), sorted(quarantined), waiting, sorted(path.name for path in Path("data/.ingest").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_at_any_change_of_the_disk_the_next_run_ends_as_if_nothing_had_happened(tmp_path):
     root = tmp_path / "made"
     root.mkdir()

@@ -41,6 +41,7 @@ def test_the_interval_of_a_mean_over_classes_covers_the_truth_within_binomial_no
     assert 176 <= covered <= 200  # 95 of 100, three standard errors and the bootstrap's own shortfall below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 2, 5])
 def test_classes_of_few_images_leave_the_interval_its_width(images):
     random, covered = np.random.default_rng(images), 0

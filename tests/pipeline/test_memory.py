@@ -12,6 +12,8 @@ import pipeline.memory
 from pipeline.memory import account, main, prior_of
 from pipeline.step import Step
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "image.size": 32, "image.resize_to": 32, "engine.precision": "float32",
     "teacher.backbone": "torchvision/resnet18", "student.backbone": "torchvision/resnet18",

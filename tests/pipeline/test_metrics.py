@@ -44,6 +44,14 @@ def test_accuracies_equal_scikit_learns(case):
         assert mean_of(by_class) == pytest.approx(reference.balanced_accuracy_score(labels, predicted))
 
 
+@given(st.integers(1, 40), st.integers(2, 30), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_top_k_by_counting_is_top_k_by_sorting_also_among_equals(samples, classes, k, seed):
+    random = np.random.default_rng(seed)
+    probabilities, labels = random.integers(0, 4, (samples, classes)) / 4, random.integers(0, classes, samples)
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    assert top_k_accuracy(probabilities, labels, k) == (best == labels[:, None]).any(axis=1).mean()
+
+
 @given(answered(all_classes=True), st.integers(1, 7))
 def test_top_k_and_log_loss_equal_scikit_learns(case, k):
     probabilities, labels, classes = case

@@ -15,6 +15,8 @@ from models.prior import adjust_logits
 from pipeline.dataset import normalise
 from pipeline.onnx_graph import ServedStudent, to_onnx
 
+pytestmark = pytest.mark.slow
+
 LOG_PRIOR = [-0.2, -2.0, -3.0, -4.0]
 IMAGE = params({"image.mean": [0.49, 0.48, 0.44], "image.std": [0.2, 0.19, 0.21]}).image
 SIZE = 16

@@ -109,6 +109,7 @@ np.save(sys.argv[3], many)
 """
 
 
+@pytest.mark.slow
 def test_ten_million_labels_of_a_million_classes_are_counted_in_memory_that_rows_do_not_add_to(tmp_path):
     labels = np.exp(np.random.default_rng(0).random(10_000_000) * math.log(10**6)).astype(np.int32) - 1
     for name, size in (("few", 2_500_000), ("many", len(labels))):

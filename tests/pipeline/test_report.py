@@ -182,6 +182,7 @@ def test_pictures_are_small_whatever_comes_in_and_carry_nothing_but_pixels():
         thumbnail(b"<svg onload=alert(1)>")
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_make_a_page_hardly_larger_than_ten(text):
     assert len(made_report(1000, 1)) < len(text) + 600_000
     assert len(text) < 5_500_000  # of which plotly.js is 4.8 million

@@ -12,7 +12,7 @@ from pipeline.params import GateParams
 from pipeline.report import render_comparison
 from pipeline.run_comparison import compare_runs
 
-pytestmark = needs_chromium
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 CHARTS = ["long-tail", "groups", "strength", "reliability"]
 CHART_WIDTHS = "[...document.querySelectorAll('.chart')].map((each) => each.querySelector('.main-svg').clientWidth)"

@@ -12,6 +12,8 @@ from pipeline.params import AugmentParams
 from pipeline.resume import RunFolder, Snapshot
 from pipeline.training import Training
 
+pytestmark = pytest.mark.slow
+
 
 class PowerCut(Exception):
     """The end of a run at an arbitrary step."""

@@ -21,6 +21,8 @@ from pipeline.run_comparison import compare_runs
 from pipeline.run_folder import contender_of
 from serving.commands import main
 
+pytestmark = pytest.mark.slow
+
 FAST = GateParams(resamples=200)
 GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.invalid")
 

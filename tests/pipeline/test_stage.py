@@ -71,6 +71,7 @@ def test_an_unusable_recipe_is_misuse(tmp_path, capsys):
     assert "nowhere.yaml: No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_100_megapixel_image_leaves_one_line_and_nothing_else(tmp_path):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -15,6 +15,8 @@ from pipeline.capture import CapturedStep, CaptureError
 from pipeline.params import AugmentParams
 from pipeline.step import Step
 
+pytestmark = pytest.mark.slow
+
 MIXES = {
     "none": AugmentParams(crop_padding=1, flip=True, cutout=2),
     "cutmix": AugmentParams(crop_padding=1, flip=True, cutout=0, mix="cutmix"),

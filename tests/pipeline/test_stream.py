@@ -24,6 +24,8 @@ from pipeline.sources.shards import RowGroups, Shard
 from pipeline.stream import ImageStream
 from pipeline.stream_decoding import fast
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -19,6 +19,8 @@ from pipeline.resume import RunFolder
 from pipeline.stream import ImageStream
 from pipeline.training import Training
 
+pytestmark = pytest.mark.slow
+
 IMAGE = ImageParams(size=8, resize_to=8, mean=[0.5] * 3, std=[0.25] * 3)
 MIXED = {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")}
 RECIPES = {"teacher": {}, "student": {}, "mixed": MIXED}

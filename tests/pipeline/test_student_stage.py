@@ -14,6 +14,8 @@ import pipeline.teacher
 from pipeline.artifacts import STUDENT, TEACHER
 from pipeline.errors import ParamsError
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}
 
 

@@ -14,6 +14,8 @@ from pipeline.errors import ParamsError, StageError
 from pipeline.params import Params
 from pipeline.tracking import TrackingError, collect, flat, run, tell_after, track
 
+pytestmark = pytest.mark.slow
+
 SCORES = {"all": 0.9, "many": 0.95, "few": None, "at_target_prior": {"ece": 0.04}}
 METRICS = {network: {"balanced": SCORES, "train": SCORES} for network in ("teacher", "student")}
 MANIFEST = {"data_sha256": "d" * 64, "params_sha256": "p" * 64, "code_revision": "abc123", "version": 1}

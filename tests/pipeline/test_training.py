@@ -14,6 +14,8 @@ from pipeline.params import EngineParams
 from pipeline.ranks import choose_device
 from pipeline.training import precision_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     weights = []

@@ -34,6 +34,7 @@ def call() -> Infer:
     return classifier_call([picture(1)], "strength", np.zeros(1, np.float32), None)
 
 
+@pytest.mark.slow
 @given(
     body=JSON | INFERENCE, tail=st.binary(max_size=60), length=st.none() | st.integers(-5, 400) | st.text(max_size=4)
 )
@@ -77,6 +78,7 @@ def test_any_inference_message_is_read_or_refused(
     assert all(len(array) == 1 for array in answer.outputs.values())
 
 
+@pytest.mark.slow
 @given(
     told=st.lists(JSON | st.dictionaries(st.sampled_from(["inputs", "parameters", "max_batch_size"]), JSON), min_size=9)
 )

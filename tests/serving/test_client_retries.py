@@ -151,6 +151,7 @@ def test_deadline_ends_a_grpc_call(predict: Predict) -> None:
         assert 0.55 < time.monotonic() - began < 1.6
 
 
+@pytest.mark.slow
 def test_one_budget_covers_all_tries(predict: Predict) -> None:
     patient = Retries(attempts=1000, first_wait=0.05, longest_wait=0.05)
     with FaultyHttp(None, [answers("503 Service Unavailable")], forever=True) as faulty:

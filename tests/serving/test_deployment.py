@@ -53,6 +53,7 @@ def manifests() -> Iterator[dict[str, Any]]:
         yield from yaml.safe_load_all(path.read_text())
 
 
+@pytest.mark.slow
 def test_alerts_are_well_formed_and_fire_when_they_should() -> None:
     promtool = needed("promtool")
     checked(promtool, "check", "rules", OBSERVABILITY / "alerts.yaml")

@@ -185,6 +185,7 @@ def test_answers_of_another_release_are_counted_apart_whatever_its_number(logged
     assert (found.found, found.others) == (2000, {1: 150})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["map", "em"])
 @pytest.mark.parametrize("shift", ["none", "uniform", "backward"])
 def test_intervals_hold_the_truth_about_as_often_as_they_say(method: str, shift: str) -> None:

@@ -202,6 +202,7 @@ def started(folder: Path, classes: int, batches: int) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_files_that_can_be_read_and_the_next_cleans_up(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for _ in range(3):
@@ -220,6 +221,7 @@ def test_killed_at_any_moment_it_leaves_files_that_can_be_read_and_the_next_clea
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_folder_lose_nothing_and_keep_the_limit(tmp_path: Path) -> None:
     processes = [started(tmp_path, 5, 60) for _ in range(3)]
     largest = 0

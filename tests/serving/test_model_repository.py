@@ -17,6 +17,7 @@ from serving import dry_run as dry_runs
 from serving import model_config
 from serving import release as releases
 from serving import repository as repositories
+from serving.commands import main
 from serving.errors import InputError
 from serving.manifest import MANIFEST_NAME, ManifestError, sha256_of
 from serving.model_config import Placement, RepositoryError
@@ -139,6 +140,15 @@ def test_gpu_repository_puts_the_student_on_the_gpu(release: Release, tmp_path: 
     provider = parse(root / "student/configs/local.pbtxt").parameters["execution_provider"].string_value
     assert provider == "CUDAExecutionProvider"
     assert "network" not in parse(root / "classifier/configs/local.pbtxt").parameters
+
+
+def test_the_command_tells_a_script_what_it_wrote(
+    release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "repository")
+    assert main(["repository", "--export", str(release.export_dir), "--output", output, "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written == {"repository": output, "versions": [1], "device": "cpu", "instances": 1}
 
 
 def test_writing_twice_gives_the_same_bytes_in_the_same_place(release: Release, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_files_of_one_name_from_several_folders_are_told_apart() -> None:
     assert told_apart([Path(file) for file in files]) == ["1.jpg (1)", "1.jpg (3)", "2.jpg", "1.jpg (2)"]
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_told_in_one_line() -> None:
     done = run("--url", "http://127.0.0.1:9", "--timeout", "1")
     assert done.returncode == 1

@@ -25,6 +25,8 @@ from serving.server import TritonServer
 from serving.transport import Transport
 from serving.version_policy import champion, serve_versions, served_versions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def exports(release: Release, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Release]:

@@ -115,6 +115,7 @@ def test_a_refused_promotion_leaves_no_line(repository: Path) -> None:
     assert read_changes(repository) == before
 
 
+@pytest.mark.slow
 def test_the_command_prints_it(tailor: Tailor, repository: Path) -> None:
     done = tailor("history", "--repository", repository, "--json")
     assert done.returncode == 0, done.stderr

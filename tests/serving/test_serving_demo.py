@@ -56,6 +56,7 @@ def test_demo_says_so_when_the_prior_changes_no_answer(repository: Path, release
     assert "the prior changes the answer for 0\nhere it moves the probabilities alone" in ended.stdout
 
 
+@pytest.mark.slow
 def test_demo_names_what_is_wrong_with_the_samples(repository: Path, tmp_path: Path) -> None:
     for content, message in (
         (None, "samples.csv: No such file or directory; run `dvc repro evaluate`"),

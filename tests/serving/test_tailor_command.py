@@ -19,6 +19,8 @@ from test_served_images import BAD
 
 from serving.server import TritonServer
 
+pytestmark = pytest.mark.slow
+
 Tailor = Callable[..., CompletedProcess[str]]
 
 

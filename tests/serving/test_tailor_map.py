@@ -22,6 +22,7 @@ def completed(line: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "offered"), [("tailor pred", "predict"), ("tailor predict --pri", "--prior"), ("tailor ini", "init")]
 )
@@ -29,6 +30,7 @@ def test_a_shell_completes_commands_and_options(line: str, offered: str) -> None
     assert completed(line) == [offered]
 
 
+@pytest.mark.slow
 def test_the_help_is_a_map_of_every_command_under_a_heading() -> None:
     text = subprocess.run([*TAILOR, "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
     headings = [line.strip().rstrip(":") for line in text.splitlines() if line.rstrip().endswith(":")]
