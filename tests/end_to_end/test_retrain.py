@@ -187,7 +187,8 @@ def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_f
         for moment in moments:
             Begun(context, project.root).kill_at(moment)
         outcome = Begun(context, project.root).outcome()
-    assert outcome.ending == "promoted" and outcome.version == before + 1
+    # The last kill follows "promote: done"; a run that by then has noted its decision leaves nothing to the next.
+    assert outcome.ending in ("promoted", "unchanged") and outcome.version == before + 1
     assert asking.failures == [] and asking.versions[-1] == before + 1
     assert asking.versions == sorted(asking.versions)  # never back, and never a third
     assert [(state.version, state.state) for state in list_versions(project.repository)][-2:] == [
