@@ -86,13 +86,16 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
     schedule.end()
     # The days go by while nobody is there: the first of the runs move into the past.
     with database(project) as base:
-        query = "select id from flow_run where state_type = 'SCHEDULED' order by expected_start_time limit ?"
-        for number, (identity,) in enumerate(base.execute(query, (MISSED,)).fetchall()):
-            then = (datetime.now(UTC) - timedelta(days=MISSED - number)).strftime("%F %T.%f")
+        query = "select id, state_id from flow_run where state_type = 'SCHEDULED' order by expected_start_time limit ?"
+        for number, (run, state) in enumerate(base.execute(query, (MISSED,)).fetchall()):
+            moment = datetime.now(UTC) - timedelta(days=MISSED - number)
             base.execute(
-                "update flow_run set expected_start_time = ?, next_scheduled_start_time = ? where id = ?",
-                (then, then, identity),
+                "update flow_run set expected_start_time = ?1, next_scheduled_start_time = ?1 where id = ?2",
+                (moment.strftime("%F %T.%f"), run),
             )
+            # The state knows it too: by this one Prefect has a run wait that comes before its time.
+            details = "json_set(state_details, '$.scheduled_time', ?)"
+            base.execute(f"update flow_run_state set state_details = {details} where id = ?", (moment.isoformat(), state))
     schedule = Schedule(project)
     schedule.await_line(f"{MISSED} runs were missed")
     schedule.await_line("Finished in state Promoted")
