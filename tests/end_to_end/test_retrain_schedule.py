@@ -95,7 +95,9 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
             )
             # The state knows it too: by this one Prefect has a run wait that comes before its time.
             details = "json_set(state_details, '$.scheduled_time', ?)"
-            base.execute(f"update flow_run_state set state_details = {details} where id = ?", (moment.isoformat(), state))
+            base.execute(
+                f"update flow_run_state set state_details = {details} where id = ?", (moment.isoformat(), state)
+            )
     schedule = Schedule(project)
     schedule.await_line(f"{MISSED} runs were missed")
     schedule.await_line("Finished in state Promoted")
