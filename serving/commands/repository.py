@@ -11,6 +11,7 @@ import typer
 from serving.commands.options import REPOSITORY, AsJson, Debug, print_json
 from serving.errors import InputError
 from serving.model_config import STUDENT, Placement
+from serving.release import instances as count_instances
 from serving.repository import write_repository
 from serving.running import find_running
 from serving.version_policy import version_folders
@@ -71,7 +72,8 @@ def repository(
     root = write_repository(export, output, placement)
     if as_json:
         written = version_folders(root, STUDENT)
-        print_json({"repository": str(root), "versions": written, "device": device.value, "instances": instances})
+        decided = count_instances(root, STUDENT)
+        print_json({"repository": str(root), "versions": written, "device": device.value, "instances": decided})
     else:
         print(f"wrote {root}")
 

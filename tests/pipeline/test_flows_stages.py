@@ -113,10 +113,10 @@ def test_a_stage_ends_when_whoever_asked_for_it_is_killed(project):
     program = "from pipeline.flows.stages import reproduce; reproduce('export', print)"
     owner = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)})
     shell = int(await_file("pid"))
-    children = psutil.Process(shell).children()
+    children, dvc = psutil.Process(shell).children(), psutil.Process(shell).ppid()
     owner.kill()
     owner.wait()
-    assert gone(shell) and all(gone(child.pid) for child in children)
+    assert gone(shell) and all(gone(child.pid) for child in children) and gone(dvc)
     # Its locks went with it.
     project("cp one two")
     assert reproduce("export", lambda _line: None) is True

@@ -64,6 +64,9 @@ def logging_classifier(
             def __init__(self, inputs: list[Any], **_options: object) -> None:
                 self.tensors = inputs
 
+            def requested_output_names(self) -> list[str]:
+                return ["logits"]
+
             def exec(self) -> Any:
                 return student.execute([self])[0]
 

@@ -148,7 +148,7 @@ def test_the_command_tells_a_script_what_it_wrote(
     output = str(tmp_path / "repository")
     assert main(["repository", "--export", str(release.export_dir), "--output", output, "--json"]) == 0
     written = json.loads(capsys.readouterr().out)
-    assert written == {"repository": output, "versions": [1], "device": "cpu", "instances": 1}
+    assert written == {"repository": output, "versions": [1], "device": "cpu", "instances": 2}
 
 
 def test_writing_twice_gives_the_same_bytes_in_the_same_place(release: Release, tmp_path: Path) -> None:
