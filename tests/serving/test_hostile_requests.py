@@ -20,6 +20,7 @@ from typing import Any
 import bad_connections
 import bad_requests
 import grpc
+import numpy as np
 import psutil
 import pytest
 from conftest import picture
@@ -30,6 +31,7 @@ from serving.client import Client, Prediction
 from serving.errors import ServingError
 from serving.gateway_process import GatewayProcess
 from serving.server import TritonServer
+from serving.transport import Refused, Transport
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
 
@@ -206,7 +208,14 @@ def table(outcomes: list[Outcome], seconds: list[float], memory: tuple[int, int]
 def test_bad_requests_harm_nobody_and_are_told_what_is_wrong(own_server: TritonServer, gateway: GatewayProcess) -> None:
     with Client(own_server.grpc_url) as client:
         expected = [client.predict([picture(place)], 0.5)[0] for place in range(20)]
-    # The first of each kind brings the buffers to the size that they keep.
+    # The first of each kind brings the buffers to the size that they keep, and the largest of all those of each instance,
+    # which take turns.
+    largest = np.array([[bad_requests.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
+    transport = Transport(own_server.http_url, 60)
+    for _ in range(6):
+        with pytest.raises(Refused, match="image"):
+            transport.infer("classifier", {"image": largest}, {"class": 0})
+    transport.close()
     attack(gateway, max(100, REQUESTS // 20), SEED + 1000)
     before, processes = resident(own_server.process_id), {process.pid for process in family(own_server.process_id)}
     started = time.monotonic()
