@@ -246,11 +246,12 @@ def has_nginx() -> bool:
 @own_group
 def test_the_page_on_new_images(own: Project) -> None:
     own.set({"ingest": {"settle_seconds": 0}})  # the minute that the page tells to wait
-    if not shutil.which("jq"):
-        pytest.skip("jq is not here; `tailor doctor --json | jq` was not typed")
-    printed = follow("docs/new-images.md", Reader(own))
+    jq = shutil.which("jq")  # without it, all but what comes behind the pipe is typed
+    printed = follow("docs/new-images.md", Reader(own, {} if jq else {" | jq '.[] | select(.state != \"ok\")'": ""}))
     assert "12 images added" in printed["tailor ingest"]
-    assert all(row["state"] in ("warning", "failing") for row in rows_of(list(printed.values())[-1]))
+    told = list(printed.values())[-1]
+    rows = rows_of(told) if jq else [row for row in json.loads(told) if row["state"] != "ok"]
+    assert rows and all(row["state"] in ("warning", "failing") for row in rows)
 
 
 def rows_of(text: str) -> list[dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -56,3 +58,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def files(root: str) -> dict[str, bytes]:
     """Every file under a folder by its path."""
     return {str(path): path.read_bytes() for path in sorted(Path(root).rglob("*")) if path.is_file()}
+
+
+def listing() -> list[dict[str, str]]:
+    """The rows of the one quarantine that there is."""
+    (path,) = Path("data/quarantine").glob("*/rows.csv")
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))

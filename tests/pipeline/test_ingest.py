@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
-from dropping import FIRST_NEW, drop_images, files, held_out, project, rows_of, shards
+from dropping import FIRST_NEW, drop_images, files, held_out, listing, project, rows_of, shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from making import png, write
@@ -25,11 +23,6 @@ from pipeline.sources import open_source
 @pytest.fixture(autouse=True)
 def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def listing() -> list[dict[str, str]]:
-    (path,) = Path("data/quarantine").glob("*/rows.csv")
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
 def test_good_images_join_the_training_split_and_validation_and_test_stay_byte_for_byte(tmp_path):

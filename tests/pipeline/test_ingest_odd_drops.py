@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import os
 from pathlib import Path
 
 import pytest
-from dropping import FIRST_NEW, drop_images, files, project, shards
+from dropping import FIRST_NEW, drop_images, files, listing, project, shards
 from making import png, table, write
 
 from pipeline import drop_folder, quarantine
@@ -19,11 +17,6 @@ from pipeline.ingest import ingest
 @pytest.fixture(autouse=True)
 def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def listing() -> list[dict[str, str]]:
-    (path,) = Path("data/quarantine").glob("*/rows.csv")
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -245,14 +245,6 @@ def test_classifier_with_the_network_answers_as_the_one_that_asks(
     assert len(calls) == asked > 0
 
 
-def test_classifier_does_not_load_a_tampered_graph(repository: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
-    path = root / "student" / "1" / "model.onnx"
-    path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(TritonModelException, match=r"model\.onnx: sha256 is not the one in manifest\.json"):
-        load(root, "classifier", "configs/local.pbtxt", backend())
-
-
 def test_failing_network_is_an_error_and_no_answer(
     classifier_with_network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,12 +366,13 @@ def test_student_gives_what_is_asked_for(student: Any, monkeypatch: pytest.Monke
         np.testing.assert_array_equal(one[name], both[name])
 
 
-def test_student_does_not_load_a_tampered_graph(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["student", "classifier"])
+def test_tampered_graph_is_not_loaded(repository: Path, tmp_path: Path, model: str) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     path = root / "student" / "1" / "model.onnx"
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(TritonModelException, match=r"model\.onnx: sha256 is not the one in manifest\.json"):
-        load(root, "student", "configs/local.pbtxt", backend())
+        load(root, model, "configs/local.pbtxt", backend())
 
 
 def test_student_that_lacks_its_provider_says_what_to_install(release: Release, tmp_path: Path) -> None:
