@@ -74,6 +74,11 @@ ELSEWHERE = {
     ("docs/many-machines.md", "kubectl"): "a cluster; the manifests: tests/pipeline/test_training_manifests.py",
     ("docs/many-machines.md", "RAY_ADDRESS"): "a Ray cluster",
     ("docs/many-machines.md", "TAILOR_LAUNCH"): "eight GPUs; DVC with two workers: test_many_machines.py",
+    ("docs/serving.md", "docker"): "a Docker engine; what the image starts: tests/serving/test_container.py",
+    (
+        "docs/serving.md",
+        "tailor promote artifacts/export --repository releases --url grpc://127.0.0.1:8001",
+    ): "that container; the same swap: tests/serving/test_container.py",
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
     ("docs/serving-performance.md", "python3 -m venv"): "downloads other servers",
 }

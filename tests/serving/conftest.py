@@ -1,4 +1,7 @@
-"""A release small enough to write in a moment, and one real Triton server on it for the whole session."""
+"""A release small enough to write in a moment, and one real Triton server on it for the whole session.
+
+With TAILOR_TEST_BACKENDS that server is what a container runs: see container.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from container import Container, backends, running_container
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -172,8 +176,13 @@ def repository(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("server") / "triton.log"
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer | Container]:
+    folder = tmp_path_factory.mktemp("server")
+    if backends():
+        with running_container(repository, folder, ADMIN_KEY) as contained:
+            yield contained
+        return
+    log = folder / "triton.log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAILOR_ADMIN_KEY", ADMIN_KEY)
         started = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, log=log).start()

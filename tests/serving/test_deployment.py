@@ -9,26 +9,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from conftest import ADMIN_KEY, picture
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from serving.client import Client
-from serving.installation import find_installation
-from serving.server import TritonServer
-from serving.server_options import LATENCY_OPTIONS
-from serving.transport import Refused, Transport
 
 ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = {canonicalize_name(found.metadata["Name"]) for found in metadata.distributions()}
@@ -81,67 +70,6 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
     assert len(set(cells)) == len(cells)
     assert max(x for x, _ in cells) < 24
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)
-
-
-def families(port: int) -> set[str]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        return set(re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.MULTILINE))
-
-
-@pytest.mark.end_to_end
-def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repository: Path, tmp_path: Path) -> None:
-    """The container's own entry point with the local server in NGC's place; then what it shows against what is asked."""
-    (tmp_path / "models").symlink_to(repository)  # Triton takes no space in a path
-    installation = find_installation()
-    backend = tmp_path / "backends" / "python"
-    backend.mkdir(parents=True)
-    for name, path in installation.backend_files.items():
-        (backend / name).symlink_to(path)
-    with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, options=LATENCY_OPTIONS) as ports:
-        numbers = dict(ports.ports)
-    environment = installation.environment | {
-        "PATH": f"{installation.server.parent}:{installation.environment['PATH']}",
-        "TAILOR_REPOSITORY": str(tmp_path / "models"),
-        "TAILOR_HOST": "127.0.0.1",
-        "TAILOR_ADMIN_KEY": ADMIN_KEY,
-    }
-    # PATH decides the stubs' Python too, so the environment's own comes first.
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    local = [f"--backend-directory={tmp_path / 'backends'}", "--model-config-name=local"]
-    options = [*local, *(f"{option}={port}" for option, port in numbers.items())]
-    process = subprocess.Popen(
-        [DEPLOY / "entrypoint.sh", *options],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{numbers['--http-port']}"
-    try:
-        for _ in range(100):
-            asked = subprocess.run([sys.executable, DEPLOY / "healthcheck.py", url], capture_output=True, check=False)
-            if asked.returncode == 0:
-                break
-        assert asked.returncode == 0
-        with Client(url) as client:
-            assert client.predict([picture(1)], "train")[0].version == 1
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(f"{url}/v2/logging", timeout=5)
-        transport = Transport(url, timeout=10)
-        with pytest.raises(Refused, match="image is not"):
-            transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
-        transport.close()
-        deadline = time.monotonic() + 10
-        while "tailor_refused_total" not in (shown := families(numbers["--metrics-port"])):
-            assert time.monotonic() < deadline, shown
-            time.sleep(0.2)
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
-    alerts = (OBSERVABILITY / "alerts.yaml").read_text()
-    asked_for = set(re.findall(r"\b(?:nv|tailor)_[a-z_]+", " ".join(expressions()) + alerts))
-    assert len(asked_for) > 10
-    assert asked_for <= shown
 
 
 @pytest.mark.parametrize(

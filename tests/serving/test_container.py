@@ -1,0 +1,69 @@
+"""What a container does, by its own entry point: it answers, shows its metrics, and swaps versions under load."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ADMIN_KEY, Release, picture, write_export
+from container import metrics_text, running_container
+from steady_load import Load, assert_each_answer_is_its_versions
+from test_deployment import OBSERVABILITY, expressions
+
+from serving.client import Client
+from serving.promotion import promote, rollback
+from serving.running import RunningServer
+from serving.transport import Refused, Transport
+
+pytestmark = pytest.mark.end_to_end
+
+
+def names_of(url: str) -> set[str]:
+    return set(re.findall(r"^# TYPE (\S+)", metrics_text(url), re.MULTILINE))
+
+
+def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repository: Path, tmp_path: Path) -> None:
+    """The container's own entry point with the local server in NGC's place; then what it shows against what is asked."""
+    with running_container(repository, tmp_path, ADMIN_KEY) as server:
+        with Client(server.http_url) as client:
+            assert client.predict([picture(1)], "train")[0].version == 1
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{server.http_url}/v2/logging", timeout=5)
+        transport = Transport(server.http_url, timeout=10)
+        with pytest.raises(Refused, match="image is not"):
+            transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
+        transport.close()
+        deadline = time.monotonic() + 10
+        while "tailor_refused_total" not in (shown := names_of(server.metrics_url)):
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.2)
+    alerts = (OBSERVABILITY / "alerts.yaml").read_text()
+    asked_for = set(re.findall(r"\b(?:nv|tailor)_[a-z_]+", " ".join(expressions()) + alerts))
+    assert len(asked_for) > 10
+    assert asked_for <= shown
+
+
+def test_versions_change_places_in_a_container_as_in_the_local_server(
+    repository: Path, release: Release, tmp_path: Path
+) -> None:
+    exports = {1: release, 2: Release(tmp_path / "2", write_export(tmp_path / "2", version=2))}
+    root = shutil.copytree(repository, tmp_path / "repository")
+    (tmp_path / "run").mkdir()
+    with running_container(root, tmp_path / "run", ADMIN_KEY) as server, Load(server) as load:
+        reached = RunningServer(
+            repository=str(root), http_url=None, grpc_url=server.grpc_url, admin_key=ADMIN_KEY, prefix=None
+        )
+        done = promote(root, exports[2].export_dir, servers=[reached])
+        assert (done.version, done.rehearsed, done.servers) == (2, True, (server.grpc_url,))
+        time.sleep(0.3)
+        assert rollback(root, servers=[reached]).version == 1
+        time.sleep(0.3)
+    assert_each_answer_is_its_versions(load, exports)
+    assert sorted(set(load.versions())) == [1, 2]
+    assert load.versions()[-1] == 1
