@@ -63,8 +63,16 @@ NETWORKS = {
         own_network=False,
     ),
     "resnet50": Network("ResNet-50", "torchvision/resnet50", 224, (500, 375), 8, (1, 4, 8), 2.0),
-    "resnet50-own": Network(
-        "ResNet-50, classifier runs it", "torchvision/resnet50", 224, (500, 375), 8, (1, 4, 8), 2.0, own_network=True
+    "resnet50-asking": Network(
+        "ResNet-50, 1 instance, classifier asks student",
+        "torchvision/resnet50",
+        224,
+        (500, 375),
+        8,
+        (1, 4, 8),
+        2.0,
+        instances=1,
+        own_network=False,
     ),
     # For trying the benchmark out: the stages and servers are the same, the network is next to nothing.
     "resnet20": Network("ResNet-20", "resnet20", 16, (16, 16), 8, (1, 8)),

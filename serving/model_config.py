@@ -21,8 +21,8 @@ LABELS_NAME = "labels.txt"
 LOCAL_CONFIG = "local"
 OWN_NETWORK = "own"  # of the parameter `network`: the classifier runs the graph itself
 CLASSIFIER_INSTANCES = 2
-# A graph that costs little memory to hold several times, and little time to run beside what surrounds it.
-SMALL_GRAPH_BYTES = 16 * 1024 * 1024
+# A graph of which several copies fit into memory: a ResNet-50 has 94 MB.
+SMALL_GRAPH_BYTES = 128_000_000
 
 # 0 is ONNX Runtime's own word for "one thread per core". Writing this machine's core count instead would make the
 # repository differ from machine to machine, and wrong on the one that serves it.
@@ -38,10 +38,10 @@ class RepositoryError(ServingError):
 class Placement:
     """Where the network runs, and in how many instances (on a GPU: on each).
 
-    gpus: their numbers, all where empty. instances: of `student`; None is two of a small graph on the local server's
-    CPU, one otherwise. own_network: whether the local server's `classifier` runs the graph itself instead of asking
-    `student`; None is for a small one on a CPU. tensorrt: the precision in which TensorRT runs the graph inside the
-    onnxruntime backend; None leaves it to ONNX Runtime's CUDA provider. Raises InputError where these do not go
+    gpus: their numbers, all where empty. instances: of `student`; None is two of a graph of up to 128 MB on the local
+    server's CPU, one otherwise. own_network: whether the local server's `classifier` runs the graph itself instead of
+    asking `student`; None is for such a graph on a CPU. tensorrt: the precision in which TensorRT runs the graph inside
+    the onnxruntime backend; None leaves it to ONNX Runtime's CUDA provider. Raises InputError where these do not go
     together.
     """
 

@@ -41,14 +41,15 @@ def repository(
     instances: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Instances of the student, on each GPU or in all; two of a small one on a CPU, else one."
+            min=1,
+            help="Instances of the student, on each GPU or in all; two on a CPU for a graph of up to 128 MB, else one.",
         ),
     ] = None,
     own_network: Annotated[
         bool | None,
         typer.Option(
             "--own-network/--ask-student",
-            help="Whether classifier runs the network itself on the local server; as a rule, where it is small.",
+            help="Whether classifier runs the network itself on the local server; as a rule, a graph of up to 128 MB on a CPU.",
         ),
     ] = None,
     tensorrt: Annotated[

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from container import Container, backends, running_container
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -27,6 +26,7 @@ from models.prior import log_class_prior, softmax
 from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, sha256_of
 from serving.repository import write_repository
 from serving.server import TritonServer
+from tests.serving.container import Container, backends, running_container
 
 CLASSES = ["ant", "bee", "cat: big", "dög", "emu"]
 COUNTS = [1000, 300, 90, 27, 8]

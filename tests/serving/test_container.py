@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ADMIN_KEY, Release, picture, write_export
-from container import metrics_text, running_container
 from steady_load import Load, assert_each_answer_is_its_versions
 from test_deployment import OBSERVABILITY, expressions
 
@@ -20,6 +19,7 @@ from serving.client import Client
 from serving.promotion import promote, rollback
 from serving.running import RunningServer
 from serving.transport import Refused, Transport
+from tests.serving.container import metrics_text, running_container
 
 pytestmark = pytest.mark.end_to_end
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CLASSES, MAX_BATCH_SIZE, SIZE, TAU_S, TOP_K, Release, picture, run_graph
-from container import backends
 
 from models.preprocess import preprocess
 from serving.client import Client, Prediction
 from serving.errors import InputError
 from serving.server import TritonServer
 from serving.transport import Refused, Transport
+from tests.serving.container import backends
 
 pytestmark = pytest.mark.end_to_end
 
