@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ADMIN_KEY, Release, picture, write_export
 from steady_load import Load, assert_each_answer_is_its_versions
-from test_deployment import OBSERVABILITY, expressions
+from watched import OBSERVABILITY, expressions
 
 from serving.client import Client
 from serving.promotion import promote, rollback

@@ -18,10 +18,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from watched import OBSERVABILITY, expressions
 
 ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = {canonicalize_name(found.metadata["Name"]) for found in metadata.distributions()}
-DEPLOY, OBSERVABILITY = ROOT / "serving" / "deploy", ROOT / "serving" / "observability"
+DEPLOY = ROOT / "serving" / "deploy"
 
 
 def needed(program: str) -> str:
@@ -48,11 +49,6 @@ def test_alerts_are_well_formed_and_fire_when_they_should() -> None:
     checked(promtool, "check", "rules", OBSERVABILITY / "alerts.yaml")
     checked(promtool, "test", "rules", OBSERVABILITY / "alerts_test.yaml")
     assert yaml.safe_load((OBSERVABILITY / "prometheus.yaml").read_text())["scrape_configs"][0]["job_name"] == "tailor"
-
-
-def expressions() -> list[str]:
-    panels = json.loads((OBSERVABILITY / "grafana" / "dashboard.json").read_text())["panels"]
-    return [target["expr"] for panel in panels for target in panel["targets"]]
 
 
 def test_every_query_of_the_dashboard_is_promql(tmp_path: Path) -> None:
