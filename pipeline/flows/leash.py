@@ -1,7 +1,9 @@
 """`python pipeline/flows/leash.py COMMAND...`: a command that never outlives the process which asked for it.
 
 The leash waits on its standard input, a pipe that its owner alone holds open, and so learns of the owner's end whatever
-its cause. A stage that went on alone would hold DVC's locks and train for nobody.
+its cause. A stage that went on alone would hold DVC's locks and train for nobody; so would one that ended and was never
+waited for, since DVC takes the owner of a lock to be alive as long as its process id is known. The leash therefore
+outlives its command, also where the container's first process waits for no orphans.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ POLL = 0.05  # seconds
 def start_on_leash(
     command: Sequence[str], environment: Mapping[str, str] | None = None, output: IO[str] | int | None = subprocess.PIPE
 ) -> subprocess.Popen[str]:
-    """Start a command in a session of its own, which ends when this process does; end it sooner with `end_leash`.
+    """Start a command in a process group of its own, which ends when this process does; end it sooner with `end_leash`.
 
     output: where standard output and error go together; a pipe by default. The process given back exits as the
     command does.
@@ -42,7 +44,7 @@ def start_on_leash(
 
 
 def end_leash(process: subprocess.Popen[str]) -> int:
-    """End the command and all that it started in its session; its exit status."""
+    """End the command and all that it started in its process group; its exit status, 128 + n where signal n ended it."""
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     return process.wait()
@@ -53,34 +55,38 @@ def main(command: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # A function and not SIG_IGN, which the command would inherit.
         signal.signal(number, lambda *_: None)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
     ending = threading.Event()
-    end = threading.Thread(target=_end_with_owner, args=(ending,), daemon=True)
+    end = threading.Thread(target=_end_with_owner, args=(child.pid, ending), daemon=True)
     end.start()
     status = child.wait()
     if ending.is_set():
-        end.join()  # it kills us with the rest
+        end.join()  # it ends what the command started
     return status if status >= 0 else 128 - status
 
 
-def _end_with_owner(ending: threading.Event) -> None:
+def _end_with_owner(group: int, ending: threading.Event) -> None:
     os.read(0, 1)  # nothing is ever written: it returns at the owner's end
     ending.set()
-    os.killpg(0, signal.SIGTERM)
+    _signal(group, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
-    while _others() and time.monotonic() < deadline:
+    while _lives(group) and time.monotonic() < deadline:
         time.sleep(POLL)
-    os.killpg(0, signal.SIGKILL)
+    _signal(group, signal.SIGKILL)
 
 
-def _others() -> bool:
-    """Whether anybody else is left in our process group."""
-    ours = str(os.getpgrp())
+def _signal(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _lives(group: int) -> bool:
+    """Whether anybody is left in the process group who has not ended."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # The second field is the program's name in brackets, which may hold anything.
-            state, _, group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if group == ours and state not in "ZX" and path.parent.name != str(os.getpid()):
+            state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if its_group == str(group) and state not in "ZX":
                 return True
     return False
 

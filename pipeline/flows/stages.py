@@ -82,7 +82,7 @@ def reproduce(name: str, say: Callable[[str], None], limit: float | None = None)
         ) from None
     finally:
         end_leash(process)
-        # Something that left the session may hold the pipe open for as long as it likes.
+        # Something that left the process group may hold the pipe open for as long as it likes.
         reader.join(LAST_WORDS)
     if status:
         raise _failure(name, list(lines))

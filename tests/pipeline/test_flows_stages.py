@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -42,7 +43,12 @@ def project(tmp_path, monkeypatch):
     return set_command
 
 
-def await_file(path: str) -> str:
+def become_subreaper(on: bool) -> None:
+    """Whether orphans of this process's descendants become its children. prctl(2), PR_SET_CHILD_SUBREAPER."""
+    assert ctypes.CDLL(None, use_errno=True).prctl(36, int(on), 0, 0, 0) == 0
+
+
+def await_file(path: str | Path) -> str:
     deadline = time.monotonic() + 60
     while not Path(path).exists() or not Path(path).read_text().strip():
         assert time.monotonic() < deadline
@@ -50,11 +56,12 @@ def await_file(path: str) -> str:
     return Path(path).read_text().strip()
 
 
-def gone(process_id: int) -> bool:
+def gone(process_id: int, waited_for: bool = False) -> bool:
+    """Whether the process ends in time; and is waited for, without which its id stays known."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            if psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE:
+            if psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE and not waited_for:
                 return True
         except psutil.NoSuchProcess:
             return True
@@ -116,10 +123,32 @@ def test_a_stage_ends_when_whoever_asked_for_it_is_killed(project):
     children, dvc = psutil.Process(shell).children(), psutil.Process(shell).ppid()
     owner.kill()
     owner.wait()
-    assert gone(shell) and all(gone(child.pid) for child in children) and gone(dvc)
+    assert gone(shell) and all(gone(child.pid) for child in children) and gone(dvc, waited_for=True)
     # Its locks went with it.
     project("cp one two")
     assert reproduce("export", lambda _line: None) is True
+
+
+def test_a_command_on_a_leash_leaves_no_process_id_behind_where_nobody_waits_for_orphans(tmp_path):
+    # As in a container whose first process waits for nothing: the orphans come to this process, which lets them be.
+    stubborn = "trap '' TERM; echo $$ > pid; while :; do sleep 0.1; done"
+    owner = (
+        "import time; from pipeline.flows.leash import start_on_leash\n"
+        f"start_on_leash(['sh', '-c', {stubborn!r}]); time.sleep(600)"
+    )
+    become_subreaper(True)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", owner], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path
+        )
+        command = int(await_file(tmp_path / "pid"))
+        leash = psutil.Process(command).ppid()
+        process.kill()
+        process.wait()
+        assert gone(leash) and not psutil.pid_exists(command)
+        os.waitpid(leash, 0)
+    finally:
+        become_subreaper(False)
 
 
 def test_a_command_on_a_leash_keeps_its_exit_status_and_ignores_a_signal_to_the_leash():
@@ -131,4 +160,4 @@ def test_a_command_on_a_leash_keeps_its_exit_status_and_ignores_a_signal_to_the_
     process.terminate()
     time.sleep(0.2)
     assert process.poll() is None
-    assert end_leash(process) < 0
+    assert end_leash(process) == 128 + 15
