@@ -10,6 +10,7 @@ from pathlib import Path
 
 from serving.errors import InputError
 from serving.installation import Installation
+from serving.local_tree import TREE
 from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT
 
 ADMIN_KEY_VARIABLE = "TAILOR_ADMIN_KEY"
@@ -30,12 +31,12 @@ def triton_arguments(
     grace: int,
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The command line. runtime: holds the links `backends` and `repository`; ports by option; grace: seconds on SIGTERM;
+    """The command line. runtime: holds `backends` and the repository's tree; ports by option; grace: seconds on SIGTERM;
     options: further ones of Triton's own (see server_options).
     """
     return [
         str(installation.server),
-        f"--model-repository={runtime / 'repository'}",
+        f"--model-repository={runtime / TREE}",
         f"--backend-directory={runtime / 'backends'}",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
         f"--backend-config=python,stub-timeout-seconds={STUB_START_TIMEOUT}",

@@ -32,14 +32,13 @@ class Installation:
     backend_files: dict[str, Path]
     environment: dict[str, str]
 
-    def link(self, repository: Path, runtime: Path, niceness: int) -> dict[str, str]:
+    def link(self, runtime: Path, niceness: int) -> dict[str, str]:
         """Links that Triton sees instead of the true paths, which may hold spaces; environment variables for its stubs."""
         backend = runtime / "backends" / "python"
         backend.mkdir(parents=True)
         for name, path in self.backend_files.items():
             if name != STUB_NAME:
                 (backend / name).symlink_to(path)
-        (runtime / "repository").symlink_to(repository.absolute())
         return write_stub_starter(backend / STUB_NAME, self.backend_files[STUB_NAME], niceness)
 
 

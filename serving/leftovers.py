@@ -42,6 +42,11 @@ def runtime_folder(prefix: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent if re.fullmatch(r"[A-Za-z0-9._/+-]+", parent) else "/tmp"))
 
 
+def runtime_folders(prefix: str) -> list[Path]:
+    """The runtime folder of a run, for whoever may read it; none where it has gone or lies out of sight."""
+    return [path for path in _temporary(prefix) if path.is_dir()]
+
+
 def sweep(prefix: str, patience: float = 0.0) -> None:
     """Remove everything of a run: its processes are killed if they have not gone within `patience` seconds.
 

@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,8 @@ from tritonclient.utils import InferenceServerException
 
 from serving.arguments import ADMIN_HEADER
 from serving.errors import ServingError
-from serving.leftovers import processes_of
+from serving.leftovers import processes_of, runtime_folders
+from serving.local_tree import link_tree
 from serving.running import RunningServer
 from serving.transport import parse_url
 
@@ -46,8 +48,12 @@ class ModelControl:
     def load(self, model: str) -> None:
         """Load what the model's config says now; versions that it no longer lists go when the others are ready.
 
-        Raises LoadTimeout when it takes too long.
+        What is loaded already stays as it is, unless its files or more of the config than its versions and instances have
+        changed. Raises LoadTimeout when it takes too long.
         """
+        if self.server.prefix:
+            for runtime in runtime_folders(self.server.prefix):
+                link_tree(Path(self.server.repository), runtime)
         self._ask(model, "load", self._client.load_model)
 
     def unload(self, model: str) -> None:

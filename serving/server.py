@@ -19,6 +19,7 @@ from serving.dry_run import dry_run
 from serving.errors import ServingError
 from serving.installation import Installation, find_installation
 from serving.leftovers import new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
+from serving.local_tree import link_tree
 from serving.logs import ServerLog
 from serving.ports import choose_ports
 from serving.process import POLL, end_process, start_process
@@ -197,7 +198,8 @@ class TritonServer:
         self._watchdog = start_watchdog(self.prefix)
         runtime, self._away = self._away or runtime_folder(self.prefix), None
         niceness = self.niceness or priority.niceness()
-        links = installation.link(self.repository, runtime, niceness)
+        link_tree(self.repository, runtime)
+        links = installation.link(runtime, niceness)
         environment = {**installation.environment, **self.environment, **links}
         command = triton_arguments(
             installation, runtime, self.prefix, self.host, self.ports, key, self.grace, self.options

@@ -26,7 +26,8 @@ class TritonPythonModel:
 
     def initialize(self, args):
         """Read the manifest of this version and load the arithmetic that it shares with training."""
-        folder = Path(args["model_repository"]) / args["model_version"]
+        # The true one: what Triton was given may be a tree of links.
+        folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         asked, live_prior, preprocess = sibling("asked"), sibling("live_prior"), sibling("preprocess")
         self.prior, self.refused = sibling("prior"), asked.Refused

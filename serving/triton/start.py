@@ -7,6 +7,7 @@ TAILOR_NICENESS what it shall be raised to.
 
 from __future__ import annotations
 
+import asyncio  # noqa: F401 (Triton's stub imports it at its first answer, which would take 15 ms more)
 import io
 import os
 from pathlib import Path
