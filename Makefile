@@ -8,6 +8,8 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Threads that wait sleep: by default they spin, and two processes on two cores then take several times as long.
 export OMP_WAIT_POLICY := passive
+# Compiled modules are kept: DVC's stages, Triton's stubs and the tests are hundreds of Python processes.
+unexport PYTHONDONTWRITEBYTECODE
 # No tool that Tailor uses reports home.
 export ORT_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
@@ -59,7 +61,7 @@ test-docs: install ## every command of the docs, those that take minutes too
 
 .PHONY: test-fast
 test-fast: install lint ## the layer without DVC, Triton, training, browsers; under a minute
-	@python -m pytest -n 2 -m "not end_to_end and not slow"
+	@OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup -m "not end_to_end and not slow"
 
 .PHONY: lint
 lint: install ## style, types of the public parts, the arrows between the rooms

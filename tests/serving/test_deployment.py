@@ -123,6 +123,7 @@ def installed_with(requirements: list[str]) -> set[str]:
     return {name for name, _ in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train-build", "gateway-config"])
 def test_every_package_that_the_command_imports_is_installed_in_its_stage(stage: str) -> None:
     text = (ROOT / "Dockerfile").read_text()

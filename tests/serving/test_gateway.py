@@ -139,6 +139,7 @@ def test_port_in_use_fails_the_start_and_leaves_nothing(server: TritonServer) ->
     assert not [process for process in psutil.Process().children(recursive=True) if process.name() == "nginx"]
 
 
+@pytest.mark.slow
 def test_command_writes_the_configuration_for_an_nginx_elsewhere(
     tailor: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_command_writes_the_configuration_for_an_nginx_elsewhere(
     assert "pid /tmp/nginx.pid;" in written.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

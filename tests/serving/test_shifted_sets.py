@@ -26,6 +26,7 @@ from serving.manifest import Manifest
 
 PACKS = Path(os.environ.get("TAILOR_IMAGE_PACKS", Path(__file__).parents[3] / "shared/data"))
 COUNTS = [int(400 * 25 ** (-c / 9)) for c in range(10)]  # many to few
+PHOTOGRAPHS = pytest.param("photographs", marks=[pytest.mark.slow, pytest.mark.xdist_group("shifted photographs")])
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def described(release: Release, counts: list[int]) -> Manifest:
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("kind", ["digits", "photographs"])
+@pytest.mark.parametrize("kind", ["digits", PHOTOGRAPHS])
 def test_a_shifted_set_is_found_in_the_log_as_quapys_em_finds_it_and_its_distance_lies_in_the_interval(
     kind: str,
     name: str,
