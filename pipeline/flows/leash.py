@@ -3,7 +3,7 @@
 The leash waits on its standard input, a pipe that its owner alone holds open, and so learns of the owner's end whatever
 its cause. A stage that went on alone would hold DVC's locks and train for nobody; so would one that ended and was never
 waited for, since DVC takes the owner of a lock to be alive as long as its process id is known. The leash therefore
-outlives its command, also where the container's first process waits for no orphans.
+outlives its command, also where the container's first process waits for no orphans, and ends what its command left.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def start_on_leash(
 
 
 def end_leash(process: subprocess.Popen[str]) -> int:
-    """End the command and all that it started in its process group; its exit status, 128 + n where signal n ended it."""
+    """End the command, unless it has ended, and all that it started in its process group; its exit status, 128 + n where signal n ended it."""
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     return process.wait()
@@ -56,18 +56,21 @@ def main(command: Sequence[str]) -> int:
         # A function and not SIG_IGN, which the command would inherit.
         signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    ending = threading.Event()
-    end = threading.Thread(target=_end_with_owner, args=(child.pid, ending), daemon=True)
-    end.start()
+    threading.Thread(target=_end_with_owner, args=(child.pid,), daemon=True).start()
+    # Not waited for yet: until then nobody else can get its id, which is that of its group.
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    _end(child.pid)  # what it started ends with it, also where DVC alone was killed and its stage goes on
     status = child.wait()
-    if ending.is_set():
-        end.join()  # it ends what the command started
     return status if status >= 0 else 128 - status
 
 
-def _end_with_owner(group: int, ending: threading.Event) -> None:
+def _end_with_owner(group: int) -> None:
     os.read(0, 1)  # nothing is ever written: it returns at the owner's end
-    ending.set()
+    _end(group)
+
+
+def _end(group: int) -> None:
+    """SIGTERM to whoever is left in the process group, and SIGKILL after a while."""
     _signal(group, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
     while _lives(group) and time.monotonic() < deadline:

@@ -161,3 +161,13 @@ def test_a_command_on_a_leash_keeps_its_exit_status_and_ignores_a_signal_to_the_
     time.sleep(0.2)
     assert process.poll() is None
     assert end_leash(process) == 128 + 15
+
+
+@pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])
+def test_what_a_command_started_ends_with_it_however_it_ended(end, tmp_path):
+    # As where the system kills DVC alone for its memory: a second try must not train beside its stage.
+    left = tmp_path / "pid"
+    process = start_on_leash(["sh", "-c", f"sleep 600 & echo $! > {left}; {end}"])
+    assert process.wait(30) == (137 if "kill" in end else 0)
+    assert gone(int(left.read_text()))
+    assert end_leash(process) == process.returncode
