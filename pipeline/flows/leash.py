@@ -44,7 +44,10 @@ def start_on_leash(
 
 
 def end_leash(process: subprocess.Popen[str]) -> int:
-    """End the command, unless it has ended, and all that it started in its process group; its exit status, 128 + n where signal n ended it."""
+    """End the command, unless it has ended, and all that it started in its process group.
+
+    Gives its exit status, 128 + n where signal n ended it.
+    """
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     return process.wait()

@@ -6,6 +6,7 @@ anew are its outs, and a promoted version must outlive the next run.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import shutil
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from pipeline.gate import Contender
 from serving import promotion
 from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
-from serving.atomic import sync
+from serving.atomic import sync, write_file
 from serving.client import Client
 from serving.dry_run import dry_run
 from serving.errors import InputError, ServingError
@@ -90,9 +91,10 @@ def export_identity(export: Path) -> str:
 def publish(export: Path, repository: Path, evidence: Path) -> int:
     """Write an export and the evidence that goes with it as the repository's next version; its number.
 
-    Nothing serves it yet. The first version of all is written beside the place that its repository will have. Raises
-    ManifestError for an export that is not what its manifest says, RepositoryError for one that does not fit the
-    versions that are there, OSError when the disk is full; what was half written is gone again then.
+    Nothing serves it yet. The first version of all is written beside the place that its repository will have. A release
+    that lies there already keeps its number and gets this evidence, as it is decided on anew. Raises ManifestError for
+    an export that is not what its manifest says, RepositoryError for one that does not fit the versions that are there,
+    OSError when the disk is full; what was half written is gone again then.
     """
     if find_champion(repository) is None:
         write_repository(export, first(repository), evidence=evidence)
@@ -100,10 +102,24 @@ def publish(export: Path, repository: Path, evidence: Path) -> int:
     with locked(repository):
         clean(repository)
         try:
-            return publish_version(export, repository, evidence=evidence)
+            version = publish_version(export, repository, evidence=evidence)
+            _renew(evidence, repository / CLASSIFIER / str(version))
+            return version
         except BaseException:
             clean(repository)
             raise
+
+
+def _renew(evidence: Path, folder: Path) -> None:
+    """Replace the evidence in a version's folder where it is that of an earlier decision."""
+    for path in sorted(evidence.iterdir()):
+        if not (folder / path.name).is_file() or not filecmp.cmp(path, folder / path.name, shallow=False):
+            write_file(folder / path.name, path.read_bytes())
+
+
+def present(repository: Path) -> set[int]:
+    """The numbers of all versions that lie in a repository, whether anybody serves them or not."""
+    return {*version_folders(repository, STUDENT), *version_folders(repository, CLASSIFIER)}
 
 
 def verify(repository: Path, version: int, timeout: float, rehearsal: bool = True) -> bool:
@@ -143,14 +159,22 @@ def promote(
 def version_before(repository: Path) -> int | None:
     """The champion of before the last promotion, which is still loaded; None after the first, and after a rollback.
 
-    The policies say so, whichever run or try of a task has written them.
+    The policies say so, whichever run or try of a task has written them; after a rollback nobody can tell from the
+    repository whether to go forward again is wanted.
     """
     served = served_versions(repository, CLASSIFIER)
     return served[-2] if len(served) > 1 else None
 
 
-def roll_back(repository: Path, version: int, servers: Sequence[RunningServer] | None, timeout: float) -> Promotion:
-    """Make the champion of before the champion again. Raises as promotion.rollback does."""
+def roll_back(
+    repository: Path, version: int, servers: Sequence[RunningServer] | None, keep: int, timeout: float
+) -> Promotion:
+    """Make the champion of before the champion again, the newer version where the promotion was one back to an older.
+
+    Raises as promotion.rollback and promotion.promote do.
+    """
+    if version > find_releases(repository, hashes=False)[-1].version:
+        return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=False)
     return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
 
 

@@ -150,12 +150,14 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
         write_decided(Decided(release, against, gate_sha256(params.gate), "refused", None))
         outcome = Outcome("refused", "; ".join(decision.reasons), against, str(evidence))
     else:
+        kept = releases.present(repository)
         version = step(publish, params, evidence)
         try:
             rehearsed = step(verify, params, version)
             servers = _go_live(step, params, version, release, against)
         except ACTIONABLE:
-            releases.withdraw(repository, version)
+            if version not in kept:  # a version of old that was best again is still one to roll back to
+                releases.withdraw(repository, version)
             raise
         outcome = Outcome(
             "promoted", _promoted(version, against, rehearsed, servers, repository), version, str(evidence)

@@ -86,12 +86,14 @@ def promote(params: Params, version: int) -> tuple[str, ...]:
     settings = params.retrain
     repository = Path(settings.repository)
     elsewhere = releases.elsewhere(repository, settings.server)
+    champion = releases.find_champion(repository)
     done = releases.promote(repository, version, elsewhere, settings.keep, settings.load_seconds)
     try:
         servers = releases.servers_of(repository, settings.server)
         releases.watch(repository, version, servers, settings.watch_seconds)
     except ServingError as error:
-        before = releases.version_before(repository)
+        changed = champion is not None and champion.version != version  # or an earlier try of this task did it
+        before = champion.version if changed else releases.version_before(repository)
         if before is None:
             raise
         roll_back.with_options(**retries(params))(params, before)
@@ -106,7 +108,8 @@ def roll_back(params: Params, version: int) -> None:
     """Make the champion of before the champion again."""
     settings = params.retrain
     repository = Path(settings.repository)
-    releases.roll_back(repository, version, releases.elsewhere(repository, settings.server), settings.load_seconds)
+    elsewhere = releases.elsewhere(repository, settings.server)
+    releases.roll_back(repository, version, elsewhere, settings.keep, settings.load_seconds)
 
 
 class Steps:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.flows.prefect_server import PrefectServer
@@ -22,6 +24,7 @@ from serving.client import Client
 from serving.errors import ServingError
 from serving.manifest import sha256_of
 from serving.promotion import list_versions
+from serving.promotion_log import LOG_NAME
 from serving.server import TritonServer
 from serving.supervisor import Supervisor
 from tests.end_to_end.retraining import Retraining
@@ -218,6 +221,73 @@ def test_runs_killed_in_the_midst_of_a_swap_leave_a_version_that_answers(project
     assert leftovers(project) == []
 
 
+def spoil_at(model: Path, moment: Path) -> None:
+    """Have a version answer wrongly from the moment that a file is there, which it is tried and promoted without."""
+    code = model.read_text()
+    line = "        logits = self.balanced_logits(images)\n"
+    assert line in code
+    model.write_text(
+        code.replace(line, f"{line}        logits = -logits if Path({str(moment)!r}).exists() else logits\n")
+    )
+
+
+def taken_back(project: Retraining, context, version: int, moment: Path) -> Outcome:
+    """The outcome of a run whose version `version` answers wrongly once it is promoted."""
+    log = project.repository / LOG_NAME
+    known = len(log.read_text().splitlines())
+    run = Begun(context, project.root)
+    run.await_line("publish: done")  # a release that was there before keeps its number
+    spoil_at(project.repository / "classifier" / str(version) / "model.py", moment)
+    deadline = time.monotonic() + WITHIN
+    while len(log.read_text().splitlines()) == known:
+        assert run.process.is_alive() and time.monotonic() < deadline, run.text()
+        time.sleep(0.01)
+    moment.touch()
+    return run.outcome()
+
+
+def test_a_version_that_answers_wrongly_once_it_is_promoted_is_taken_back_and_not_tried_again(
+    project, context, server, tmp_path
+):
+    before = champion_of(project)
+    project.prepare("turncoat", 8, 0.97)
+    project.choose("turncoat")
+    project.set("retrain", watch_seconds=20.0)
+    try:
+        outcome = taken_back(project, context, before + 1, tmp_path / "now")
+    finally:
+        project.set("retrain", watch_seconds=0.0)
+    assert outcome.ending == "failed"
+    assert f"version {before + 1} was promoted and taken back, {before} answers" in outcome.message
+    with Client(server.grpc_url) as client:
+        assert client.predict([picture(1)])[0].version == before
+    assert champion_of(project) == before  # and the version is withdrawn
+    assert Begun(context, project.root).outcome().ending == "unchanged"
+
+
+def test_an_older_version_that_is_best_again_and_answers_wrongly_is_left_for_the_newer_one_and_kept(
+    project, context, server, tmp_path
+):
+    project.prepare("newer", 10, 0.98)
+    project.choose("newer")
+    assert Begun(context, project.root).outcome().ending == "promoted"
+    before = champion_of(project)
+    project.prepare("again", 1, 1.0)
+    shutil.rmtree(project.root / "prepared" / "again" / "export")
+    shutil.copytree(project.root / "prepared" / "first" / "export", project.root / "prepared" / "again" / "export")
+    project.choose("again")
+    project.set("retrain", watch_seconds=20.0)
+    try:
+        outcome = taken_back(project, context, 1, tmp_path / "now")
+    finally:
+        project.set("retrain", watch_seconds=0.0)
+    assert f"version 1 was promoted and taken back, {before} answers" in outcome.message
+    assert champion_of(project) == before
+    assert 1 in {state.version for state in list_versions(project.repository)}
+    with Client(server.grpc_url) as client:
+        assert client.predict([picture(1)])[0].version == before
+
+
 def corrupt_graph(project: Retraining) -> None:
     """A graph cut short, under a manifest that knows no better."""
     export = project.root / "prepared" / "bad" / "export"
@@ -358,3 +428,37 @@ def test_prefects_server_stopped_in_the_midst_of_a_run_keeps_no_better_model_fro
     assert "Prefect's server is not told any more" in run.text()
     with Client(server.grpc_url) as client:
         assert client.predict([picture(1)])[0].version == outcome.version
+
+
+def end_of_all(processes: list[psutil.Process]) -> None:
+    """Wait until none of them lives; a fault of the product if one does."""
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert [process.cmdline() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.faults
+def test_a_run_with_the_settings_as_shipped_takes_its_trial_server_and_its_prefect_server_along(tmp_path):
+    project = Retraining(tmp_path / "project", rehearsal=True, watch_seconds=1.0, load_seconds=60)
+    with (tmp_path / "log").open("w") as log:
+        project.prepare("first", 1, 0.6)
+        project.choose("first")
+        assert project.start_into(log, "retrain").wait(WITHIN) == 0
+        project.prepare("second", 2, 0.9)
+        project.choose("second")
+        run = project.start_into(log, "retrain")
+        deadline = time.monotonic() + WITHIN
+        while not (
+            begun := [one for one in psutil.Process(run.pid).children(recursive=True) if one.name() == "tritonserver"]
+        ):
+            assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        begun = psutil.Process(run.pid).children(recursive=True)
+        assert any("prefect" in " ".join(process.cmdline()) for process in begun)
+        run.kill()
+        run.wait()
+        end_of_all(begun)
+        assert champion_of(project) == 1
+        project.start_into(log, "retrain").wait(WITHIN)
+    assert champion_of(project) == 2 and leftovers(project) == []
+    story = json.loads((project.root / "artifacts" / "retrain" / "last.json").read_text())
+    assert story["outcome"]["ending"] == "promoted" and "on a server of its own" in story["outcome"]["message"]

@@ -115,6 +115,20 @@ def test_a_release_that_is_best_again_is_rolled_back_to(repository, exports, evi
     assert releases.find_champion(repository).version == 1
 
 
+def test_a_release_that_is_best_again_carries_the_new_decision_and_is_left_in_either_direction(
+    repository, exports, evidence
+):
+    go_live(repository, exports / "2", evidence)
+    (evidence / "decision.json").write_text('{"promote": true, "anew": true}')
+    assert releases.present(repository) == {1, 2}
+    go_live(repository, exports / "1", evidence)
+    folder = releases.find_champion(repository).folder
+    assert folder.name == "1" and json.loads((folder / "decision.json").read_text())["anew"] is True
+    assert not list(folder.glob(".*"))
+    assert releases.roll_back(repository, 2, (), KEEP, TIMEOUT).version == 2
+    assert releases.roll_back(repository, 1, (), KEEP, TIMEOUT).version == 1
+
+
 def cut_graph(export: Path) -> None:
     """A graph cut short, under a manifest that knows no better."""
     graph = export / "student.onnx"
@@ -235,7 +249,7 @@ def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(rep
         wrong.write_text(json.dumps(golden))
         with pytest.raises(ServingError, match="answers a golden request wrongly"):
             releases.watch(repository, 2, servers, 5.0)
-        assert releases.roll_back(repository, 1, servers, TIMEOUT).version == 1
+        assert releases.roll_back(repository, 1, servers, KEEP, TIMEOUT).version == 1
         releases.watch(repository, 1, servers, 0.0)
         # A version that does not load there is no champion, and the one before never stopped.
         releases.publish(exports / "3", repository, evidence)
