@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,17 +60,25 @@ class Decision:
 
 
 def decide(
-    challenger: Contender, champion: Contender | None, params: GateParams, ece_bins: int, output: Path | None = DECISION
+    challenger: Contender,
+    champion: Contender | None,
+    params: GateParams,
+    ece_bins: int,
+    output: Path | None = DECISION,
+    fault: GateError | None = None,
 ) -> Decision:
     """Compare, decide and write the decision to `output`. Without a champion the challenger must reach the floor.
 
     Whatever keeps the gate from being computed is a refusal that names it, never an exception: missing or damaged
-    files, other classes, another test set, a latency that a rule needs and nobody measured.
+    files, other classes, another test set, a latency that a rule needs and nobody measured; and `fault`, which whoever
+    gathered the files met. Raises OSError where the decision itself cannot be written.
     """
     named = {"challenger": challenger, "champion": champion}
     inputs = {name: _describe(contender) for name, contender in named.items()}
     samples, measures = None, {}
     try:
+        if fault is not None:
+            raise fault
         mine = load_answers(challenger, params.target_prior)
         samples = len(mine.labels)
         if champion is None:
@@ -163,8 +172,9 @@ def _say(name: str, measure: Measure) -> str:
 def _describe(contender: Contender | None) -> dict[str, Any] | None:
     if contender is None:
         return None
-    path = contender.predictions
-    digest = sha256_of_file(path) if path.is_file() else None
+    path, digest = contender.predictions, None
+    with contextlib.suppress(OSError):  # a file that cannot be read is a reason of the decision
+        digest = sha256_of_file(path)
     return {
         "predictions": str(path),
         "sha256": digest,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from types import TracebackType
 import psutil
 
 from pipeline.artifacts import write_json
-from pipeline.errors import StageError
+from pipeline.errors import ParamsError, StageError
 from pipeline.flows.leash import end_leash, start_on_leash
 from serving.ports import choose_ports
 
@@ -28,6 +30,7 @@ LOG = "server.log"
 HOST = "127.0.0.1"
 API_URL = "PREFECT_API_URL"
 START_WITHIN = 300.0  # seconds; the first start makes the database
+ASK_WITHIN = 10.0  # seconds that a server which PREFECT_API_URL names gets to answer
 POLL = 0.1  # seconds
 
 
@@ -71,14 +74,42 @@ def talking_to(api_url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def some_server(home: Path = HOME) -> Iterator[str]:
-    """The API of a Prefect server for the time of a run: the user's own, else the project's, else a temporary one."""
+    """The API of a Prefect server for the time of a run: the user's own, else the project's, else a temporary one.
+
+    Raises as `given_server` and `PrefectServer.start` do.
+    """
     settle_environment(home)
-    url = os.environ.get(API_URL) or running_server(home)
+    url = given_server() or running_server(home)
     with contextlib.ExitStack() as stack:
         if url is None:
             url = stack.enter_context(PrefectServer(home, scheduling=False)).api_url
         stack.enter_context(talking_to(url))
         yield url
+
+
+def given_server() -> str | None:
+    """The API that PREFECT_API_URL names; None where it names none. To be called after `settle_environment`.
+
+    Prefect's own client asks, which knows the user's keys and certificates. Raises ParamsError where the value is no
+    address, PrefectServerError where no Prefect server answers there, or one of another major version does.
+    """
+    url = os.environ.get(API_URL)
+    if not url:
+        return None
+    _check_address(url)  # Prefect cannot even be imported with an address that it cannot read
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    try:
+        with talking_to(url), get_client(sync_client=True, httpx_settings={"timeout": ASK_WITHIN}) as client:
+            client.raise_for_api_version_mismatch()
+    except (RuntimeError, httpx.HTTPError, httpx.InvalidURL) as error:  # the first is Prefect's own, around any other
+        said = " ".join(str(error.__cause__ or error).split())
+        raise PrefectServerError(
+            f"{API_URL} is {without_password(url)!r}, where no Prefect server of use answers ({said}); "
+            f"start it, correct {API_URL}, or unset it to have one started"
+        ) from error
+    return url
 
 
 def running_server(home: Path = HOME) -> str | None:
@@ -96,7 +127,7 @@ def answers(api_url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{api_url}/health", timeout=5) as response:
             return response.status == 200
-    except (OSError, urllib.error.URLError):
+    except (OSError, urllib.error.URLError, http.client.HTTPException):  # the last: whoever answers speaks no HTTP
         return False
 
 
@@ -198,6 +229,22 @@ def _read_settings_again() -> None:
         from prefect.context import refresh_global_settings_context
 
         refresh_global_settings_context()
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.split() == [url]
+    except ValueError:  # a port that is no number, half an IPv6 address
+        usable = False
+    if not usable:
+        raise ParamsError(f"{API_URL} is {url!r}; expected an address such as http://{HOST}:4200/api, or none")
+
+
+def without_password(url: str) -> str:
+    """An address as it may be shown and logged."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _without_api(environment: os._Environ[str]) -> dict[str, str]:

@@ -147,7 +147,8 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     teller.decision(decision, evidence)
     against = champion.version if champion else None
     if not decision.promote:
-        write_decided(Decided(release, against, gate_sha256(params.gate), "refused", None))
+        if decision.computed:  # else the next run holds the gate again: what was missing may be there by then
+            write_decided(Decided(release, against, gate_sha256(params.gate), "refused", None))
         outcome = Outcome("refused", "; ".join(decision.reasons), against, str(evidence))
     else:
         kept = releases.present(repository)

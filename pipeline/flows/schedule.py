@@ -7,7 +7,6 @@ caught up, the others are cancelled with a word why.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import warnings
@@ -21,11 +20,11 @@ import psutil
 
 from pipeline.errors import ParamsError
 from pipeline.flows.prefect_server import (
-    API_URL,
     HOME,
     PrefectServer,
     PrefectServerError,
     answers,
+    given_server,
     running_server,
     settle_environment,
     talking_to,
@@ -37,6 +36,7 @@ LOOK_EVERY = 1.0  # seconds
 PATIENCE = 15.0  # seconds that a run gets to end itself
 PAUSE = 5.0  # seconds before a runner that lost its server is started again
 BECAUSE = "the schedule"
+LEASH = "leash.py"
 
 
 def keep_schedule(
@@ -45,13 +45,14 @@ def keep_schedule(
     """Serve the flow on a schedule until SIGTERM or Ctrl-C, under a server of our own unless PREFECT_API_URL names one.
 
     cron: five fields. timezone: an IANA name; UTC if None. Raises ParamsError for either, and for params.yaml, before
-    anything is started; PrefectServerError where the project's schedule runs already or the server does not start.
+    anything is started; PrefectServerError where the project's schedule runs already, the server does not start, or the
+    one that is named does not answer.
     """
     settle_environment(home)
     load_params()
+    url = given_server()
     _check(cron, timezone)
     with ExitStack() as stack:
-        url = os.environ.get(API_URL)
         if url is None:
             if running := running_server(home):
                 raise PrefectServerError(f"a schedule runs for this project already, at {running}; stop it first")
@@ -76,12 +77,12 @@ def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str
     from pipeline.flows.retraining import retrain
 
     while True:
-        caught_up = cancel_all_missed_but_one()
-        if caught_up:
-            say(f"{caught_up[0]} runs were missed; the one of {caught_up[1]:%F %T} UTC is caught up now")
-        say(f"retrains at {cron!r} ({timezone or 'UTC'}) until it is told to end")
         begun = time.monotonic()
         try:
+            caught_up = cancel_all_missed_but_one()
+            if caught_up:
+                say(f"{caught_up[0]} runs were missed; the one of {caught_up[1]:%F %T} UTC is caught up now")
+            say(f"retrains at {cron!r} ({timezone or 'UTC'}) until it is told to end")
             retrain.serve(
                 name=NAME,
                 schedule=Cron(cron, timezone=timezone or "UTC"),
@@ -132,7 +133,8 @@ def _end_runs() -> None:
     runs = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if not any("leash" in word for word in child.cmdline()):
+            # The server is on a leash, which ends it later; a run's own words may say "leash" too, as in a path.
+            if not any(Path(word).name == LEASH for word in child.cmdline()):
                 child.terminate()
                 runs.append(child)
     for run in psutil.wait_procs(runs, timeout=PATIENCE)[1]:

@@ -96,7 +96,7 @@ def promote(params: Params, version: int) -> tuple[str, ...]:
         before = champion.version if changed else releases.version_before(repository)
         if before is None:
             raise
-        roll_back.with_options(**retries(params))(params, before)
+        roll_back.with_options(**options(params, roll_back))(params, before)
         raise releases.TakenBack(
             f"version {version} was promoted and taken back, {before} answers: {error}", before
         ) from error
@@ -123,16 +123,16 @@ class Steps:
         name = name or step.name
         self._logger.info("%s: starts", name)
         begun = time.monotonic()
-        result = step.with_options(**retries(self._params))(*arguments)
+        result = step.with_options(**options(self._params, step))(*arguments)
         self._logger.info("%s: done (%.1f s)", name, time.monotonic() - begun)
         return result
 
 
-def retries(params: Params) -> dict[str, Any]:
-    """The options of every task."""
+def options(params: Params, step: Any) -> dict[str, Any]:
+    """How often a task is tried, and how long it may take. The gate gets one try: what it cannot compute it refuses."""
     settings = params.retrain
     return {
-        "retries": settings.retries,
+        "retries": 0 if step is hold_gate else settings.retries,
         "retry_delay_seconds": exponential_backoff(settings.retry_seconds),
         "retry_condition_fn": worth_retrying,
         "timeout_seconds": settings.stage_hours * HOUR + SPARE,

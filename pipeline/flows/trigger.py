@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError
-from pipeline.flows.prefect_server import API_URL, HOME, running_server, settle_environment, some_server, talking_to
+from pipeline.flows.prefect_server import (
+    HOME,
+    PrefectServerError,
+    given_server,
+    running_server,
+    settle_environment,
+    some_server,
+    talking_to,
+    without_password,
+)
 from pipeline.flows.records import Outcome, read_run
 
 NAME = "schedule"  # of the deployment that `tailor schedule` serves
@@ -23,13 +32,13 @@ def trigger_retrain(reason: str, home: Path = HOME) -> str:
 
     Where `tailor schedule` runs, or PREFECT_API_URL names a server with its deployment, that is asked and this returns at
     once; a run that was asked for and has not begun is not asked for twice. Else the run takes place here, and this
-    returns at its end. Raises StageError where the run failed.
+    returns at its end. Raises StageError where the run failed, or the server that PREFECT_API_URL names does not answer.
     """
     settle_environment(home)
-    url = os.environ.get(API_URL) or running_server(home)
+    url = given_server() or running_server(home)
     if url:
         with talking_to(url):
-            asked = _ask_schedule(reason)
+            asked = _ask_schedule(url, reason)
         if asked:
             return asked
     outcome = run_once(reason, home=home)
@@ -42,7 +51,7 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
     """Run the flow in this process, under a temporary Prefect server where no other is there; how it ended.
 
     tracebacks: whether Prefect's log shows them; what a user can act on is in the outcome's one line. Raises StageError
-    where Prefect's server cannot be started.
+    where Prefect's server cannot be started, or the one that PREFECT_API_URL names does not answer.
     """
     with some_server(home):
         import httpx
@@ -69,8 +78,20 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
         return last.outcome
 
 
-def _ask_schedule(reason: str) -> str | None:
-    """Ask the deployment for a run; None where the server has no such deployment."""
+def _ask_schedule(url: str, reason: str) -> str | None:
+    """Ask the deployment for a run; None where the server has no such deployment. Raises PrefectServerError."""
+    import httpx
+
+    try:
+        return _create_run(reason)
+    except httpx.HTTPError as error:
+        said = " ".join(str(error).split())
+        raise PrefectServerError(
+            f"Prefect's server at {without_password(url)} was asked for a retraining and did not take it: {said}"
+        ) from error
+
+
+def _create_run(reason: str) -> str | None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.exceptions import ObjectNotFound

@@ -1,6 +1,6 @@
 """What can go wrong with a retraining does, while a real server is asked all the time: nothing is lost, the champion answers.
 
-Each run is a process forked from one that has imported Prefect already; what it does is all of `tailor retrain`.
+Each run is `tailor retrain --json` in a process forked from one that has imported Prefect already.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from pipeline.flows.prefect_server import PrefectServer
 from pipeline.flows.records import Outcome
+from pipeline.params import load_params
 from serving.client import Client
 from serving.errors import ServingError
 from serving.manifest import sha256_of
@@ -29,6 +31,7 @@ from serving.promotion_log import LOG_NAME
 from serving.server import TritonServer
 from serving.supervisor import Supervisor
 from tests.end_to_end.retraining import Retraining
+from tests.end_to_end.shown import check_refusal, last_run
 from tests.serving.conftest import CLASSES, picture
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain"), pytest.mark.timeout(1800)]
@@ -38,16 +41,13 @@ WITHIN = 300.0  # seconds that a run gets; a busy machine is slow
 
 
 def run_in(root: str, log: str, because: str) -> None:
-    """`tailor retrain` in a process that has imported it; its outcome is the log's last line."""
+    """`tailor retrain --json` in a process that has imported it: its log, and its answer beside that."""
     os.chdir(root)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
-    sys.stdout.reconfigure(line_buffering=True)
-    from pipeline.flows.trigger import run_once
+    for number, path in ((1, f"{log}.json"), (2, log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    from serving.commands import main
 
-    outcome = run_once(because)
-    print(f"outcome {json.dumps(vars(outcome))}", flush=True)
+    sys.exit(main(["retrain", "--because", because, "--json"]))
 
 
 class Begun:
@@ -77,9 +77,11 @@ class Begun:
 
     def outcome(self) -> Outcome:
         self.process.join(WITHIN)
-        assert self.process.exitcode == 0, self.text()
-        line = [line for line in self.text().splitlines() if line.startswith("outcome ")][-1]
-        return Outcome(**json.loads(line.removeprefix("outcome ")))
+        answer = self.log.with_name(f"{self.log.name}.json").read_text()
+        assert answer, self.text()
+        outcome = Outcome(**json.loads(answer))  # nothing else is printed there, and no key is left out
+        assert self.process.exitcode == (1 if outcome.ending in ("failed", "busy") else 0), self.text()
+        return outcome
 
 
 class Asking(threading.Thread):
@@ -131,7 +133,7 @@ def context(prefect, tmp_path_factory):
             patch.setenv(name, value)
         made = multiprocessing.get_context("forkserver")
         made.set_forkserver_preload(
-            ["pipeline.flows.retraining", "pipeline.flows.trigger", "tests.end_to_end.test_retrain"]
+            ["pipeline.flows.retraining", "pipeline.flows.trigger", "serving.commands", "tests.end_to_end.test_retrain"]
         )
         yield made
 
@@ -310,6 +312,10 @@ def other_classes(project: Retraining) -> None:
     prior.write_text(json.dumps(json.loads(prior.read_text()) | {"classes": renamed}))
 
 
+def no_report(project: Retraining) -> None:
+    (project.root / "prepared" / "bad" / "evaluate" / "report.html").unlink()
+
+
 def nothing_else(_project: Retraining) -> None:
     pass
 
@@ -320,12 +326,13 @@ def nothing_else(_project: Retraining) -> None:
         (corrupt_graph, 0.95, "failed", "ONNX Runtime cannot run it"),
         (wrong_hash, 0.95, "failed", "the manifest says"),
         (other_classes, 0.95, "refused", "cannot be computed: challenger and champion have other classes"),
+        (no_report, 0.95, "refused", "cannot be computed: artifacts/evaluation/report.html: no such file"),
         (nothing_else, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),
     ],
-    ids=["corrupt graph", "wrong hash", "other classes", "worse on few only"],
+    ids=["corrupt graph", "wrong hash", "other classes", "no report", "worse on few only"],
 )
 def test_a_challenger_that_is_not_fit_never_reaches_the_server(
-    project, context, server, damage, accuracy, ending, message
+    project, context, server, prefect, damage, accuracy, ending, message
 ):
     before = champion_of(project)
     project.prepare("bad", 9, accuracy)
@@ -338,6 +345,42 @@ def test_a_challenger_that_is_not_fit_never_reaches_the_server(
     assert outcome.ending == ending and message in outcome.message
     assert asking.failures == [] and set(asking.versions) == {before}
     assert champion_of(project) == before
+    if ending == "refused":
+        check_refusal(last_run(prefect.api_url), project.root / outcome.evidence)
+    if damage is no_report:  # what was missing may be there by the next run, which therefore asks again
+        assert Begun(context, project.root).outcome().ending == "refused"
+
+
+def hold_gate_in(root: str, log: str) -> None:
+    """A flow of the gate alone."""
+    os.chdir(root)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    from prefect import flow
+
+    from pipeline.flows.tasks import Steps, hold_gate
+
+    made = load_params()
+
+    @flow(name="gate alone")
+    def gate_alone() -> None:
+        Steps(made)(hold_gate, made, None, {"release": "0" * 64})
+
+    gate_alone(return_state=True)
+
+
+def test_a_gate_whose_decision_cannot_be_written_fails_and_is_not_tried_again(project, context, prefect, tmp_path):
+    made = yaml.safe_load((project.root / "params.yaml").read_text())
+    made["retrain"]["retries"] = 2
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(made))
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "retrain").write_text("no folder")
+    run = context.Process(target=hold_gate_in, args=(str(tmp_path), str(tmp_path / "log")))
+    run.start()
+    run.join(WITHIN)
+    log = (tmp_path / "log").read_text()
+    assert last_run(prefect.api_url).state == "Failed" and "File exists: 'artifacts/retrain'" in log
+    assert "Retry" not in log, log
 
 
 @pytest.mark.faults

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from making import params
 from prefect.states import Failed
 
 from pipeline.comparison import Measure
@@ -15,7 +16,7 @@ from pipeline.flows.records import Run, now, write_run
 from pipeline.flows.retraining import Busy, one_at_a_time
 from pipeline.flows.schedule import keep_schedule
 from pipeline.flows.stages import StageFailed
-from pipeline.flows.tasks import worth_retrying
+from pipeline.flows.tasks import hold_gate, options, publish, worth_retrying
 from pipeline.flows.telling import comparison
 from pipeline.gate import GateError
 from serving.manifest import ManifestError
@@ -88,6 +89,11 @@ def test_a_second_run_is_refused_and_told_of_the_first_waits_for_it_or_follows_i
 )
 def test_what_may_do_better_is_tried_again_and_what_cannot_is_not(error, again):
     assert worth_retrying(None, None, Failed(data=error)) is again
+
+
+def test_every_task_is_tried_again_but_the_gate():
+    made = params({"retrain.retries": 3})
+    assert (options(made, publish)["retries"], options(made, hold_gate)["retries"]) == (3, 0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models.prior import shot_group
 from pipeline.comparison import Answers, calibration_of, compare, mcnemar, paired_interval
-from pipeline.gate import Contender, decide, main
+from pipeline.gate import Contender, GateError, decide, main
 from pipeline.metrics import expected_calibration_error
 from pipeline.params import GateParams
 from pipeline.prior import Prior
@@ -157,6 +157,8 @@ def test_a_gate_that_cannot_be_computed_is_a_refusal_with_its_reason(tmp_path):
         assert not found.promote and not found.computed
         assert found.reasons[0].startswith("cannot be computed: ") and said in found.reasons[0], found.reasons
         assert json.loads((tmp_path / "decision.json").read_text())["computed"] is False
+    found = decide(champion, None, FAST, 15, None, GateError("report.html: no such file"))
+    assert not found.promote and found.reasons == ["cannot be computed: report.html: no such file"]
     timed = GateParams(resamples=100, latency_ratio=1.2)
     assert "was not measured" in decide(champion, champion, timed, 15, None).reasons[0]
 
