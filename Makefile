@@ -48,7 +48,7 @@ retrain-demo: install ## two rounds of retraining on the embedded data: one prom
 	@python -m pipeline.flows.demo
 
 .PHONY: test
-test: install lint ## the whole test suite
+test: install lint ## style, types and every test but those of test-faults and test-docs
 	@python -m pytest -n 2 --dist loadgroup -m "not faults and not docs_commands"
 
 .PHONY: test-faults

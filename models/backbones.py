@@ -32,7 +32,8 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] → features [B,feature_dim]."""
-        return self.network(images)
+        features: Tensor = self.network(images)
+        return features
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put pretrained weights in: a state of the same network from its library, or of a classifier of ours.

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from models.prior import check_target_prior, softmax
+from models.prior import Floats, check_target_prior, softmax
+
+Labels = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,10 @@ class Calibration:
     """logits / temperature + bias; bias float64 [C], its mean 0."""
 
     temperature: float
-    bias: np.ndarray
+    bias: Floats
 
 
-def calibrate(logits: Any, calibration: Calibration) -> np.ndarray:
+def calibrate(logits: Any, calibration: Calibration) -> Floats:
     """Calibrated logits, float64 [N,C]: logits / temperature + bias."""
     return np.asarray(logits, dtype=np.float64) / calibration.temperature + calibration.bias
 
@@ -84,7 +87,7 @@ def fit_temperature(logits: Any, labels: Any, source_prior: Any = None, *, max_i
     return unit / slope
 
 
-def _check(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+def _check(logits: Any, labels: Any) -> tuple[Floats, Labels]:
     scores, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if scores.ndim != 2 or scores.shape[1] < 2 or y.shape != scores.shape[:1] or not len(y):
         raise ValueError(f"logits has shape {list(scores.shape)} and labels {list(y.shape)}; expected [N, C] and [N]")
@@ -95,23 +98,22 @@ def _check(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     return scores, y
 
 
-def _weights(labels: np.ndarray, classes: int, source_prior: Any) -> np.ndarray:
+def _weights(labels: Labels, classes: int, source_prior: Any) -> Floats:
     source = np.full(classes, 1 / classes) if source_prior is None else check_target_prior(source_prior, classes)
     counts = np.bincount(labels, minlength=classes)
-    weights = source[labels] / counts[labels]
-    return weights / weights.sum()
+    weights: Floats = source[labels] / counts[labels]
+    weights /= weights.sum()
+    return weights
 
 
-def _loss(scores: np.ndarray, y: np.ndarray, weights: np.ndarray, ridge: float, theta: np.ndarray) -> float:
+def _loss(scores: Floats, y: Labels, weights: Floats, ridge: float, theta: Floats) -> float:
     z = theta[0] * scores + theta[1:]
     top = z.max(axis=1)
     nll = top + np.log(np.exp(z - top[:, None]).sum(axis=1)) - z[np.arange(len(y)), y]
     return float(weights @ nll + ridge / 2 * (theta[1:] ** 2).sum())
 
 
-def _newton(
-    scores: np.ndarray, y: np.ndarray, weights: np.ndarray, ridge: float, max_iterations: int
-) -> tuple[float, np.ndarray]:
+def _newton(scores: Floats, y: Labels, weights: Floats, ridge: float, max_iterations: int) -> tuple[float, Floats]:
     classes = scores.shape[1]
     theta = np.concatenate([[1.0], np.zeros(classes)])
     value = _loss(scores, y, weights, ridge, theta)
@@ -130,9 +132,7 @@ def _newton(
     raise ValueError(f"max_iterations is {max_iterations}, too few for this calibration; raise it or ridge ({ridge})")
 
 
-def _derivatives(
-    scores: np.ndarray, y: np.ndarray, weights: np.ndarray, ridge: float, theta: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _derivatives(scores: Floats, y: Labels, weights: Floats, ridge: float, theta: Floats) -> tuple[Floats, Floats]:
     p = softmax(theta[0] * scores + theta[1:])
     error = p.copy()
     error[np.arange(len(y)), y] -= 1

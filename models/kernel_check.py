@@ -129,4 +129,5 @@ def device_milliseconds(split: type[torch.autograd.Function], inputs: tuple[Tens
             graph.replay()
         end.record()
         end.synchronize()
-    return begin.elapsed_time(end) / ROUNDS
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed / ROUNDS

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from models.prior import check_target_prior
+from models.prior import Floats, check_target_prior
 
 TOLERANCE = 1e-4
 # The bootstrap may stop earlier: a hundredth of a nat is a seventh of a standard error, along any direction.
@@ -29,7 +29,7 @@ class PriorEstimate:
     converged: gap <= tolerance. iterations: passes over the data.
     """
 
-    prior: np.ndarray
+    prior: Floats
     gap: float
     converged: bool
     iterations: int
@@ -82,7 +82,7 @@ def bootstrap_priors(
     seed: int = 0,
     tolerance: float = BOOTSTRAP_TOLERANCE,
     max_iterations: int = 500,
-) -> np.ndarray:
+) -> Floats:
     """Estimates of data sets drawn with replacement from the samples: float64 [resamples, C]; same seed, same result.
 
     The bootstrap, and not the Fisher information: a tail class lies at the edge of the simplex, where a normal interval
@@ -117,7 +117,7 @@ def bootstrap_priors(
     return np.concatenate(found)
 
 
-def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def interval(values: Floats, confidence: float = 0.95) -> tuple[Floats, Floats]:
     """Lower and upper percentile bounds over the first axis of bootstrap values [B,...]. Raises ValueError outside (0, 1)."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected a number between 0 and 1")
@@ -130,7 +130,7 @@ def total_variation(p: Any, q: Any) -> Any:
     return np.abs(np.asarray(p, dtype=np.float64) - np.asarray(q, dtype=np.float64)).sum(axis=-1) / 2
 
 
-def _likelihood_ratio(probabilities: Any, source_prior: Any) -> np.ndarray:
+def _likelihood_ratio(probabilities: Any, source_prior: Any) -> Floats:
     p = np.asarray(probabilities, dtype=np.float64)
     if p.ndim != 2 or p.shape[0] < 1 or p.shape[1] < 2:
         raise ValueError(f"probabilities has shape {list(p.shape)}; expected [N, C] with N >= 1 and C >= 2")
@@ -143,11 +143,12 @@ def _likelihood_ratio(probabilities: Any, source_prior: Any) -> np.ndarray:
     source = check_target_prior(source_prior, p.shape[1])
     if source.ndim != 1 or np.any(source == 0):
         raise ValueError("source_prior has a class without mass; expected one number > 0 per class")
-    ratio = p / source
-    return ratio / ratio.max(axis=1, keepdims=True)
+    ratio: Floats = p / source
+    ratio /= ratio.max(axis=1, keepdims=True)
+    return ratio
 
 
-def _pseudo_counts(concentration: Any, classes: int) -> np.ndarray:
+def _pseudo_counts(concentration: Any, classes: int) -> Floats:
     alpha = np.broadcast_to(np.asarray(1.0 if concentration is None else concentration, dtype=np.float64), (classes,))
     if not np.all(np.isfinite(alpha)) or np.any(alpha < 1):
         raise ValueError(f"concentration is {concentration}; expected finite numbers >= 1, one or one per class")
@@ -162,8 +163,8 @@ def _check_search(tolerance: float, max_iterations: int) -> None:
 
 
 def _maximise(
-    ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray, tolerance: float, max_iterations: int
-) -> tuple[np.ndarray, np.ndarray, int]:
+    ratio: Floats, weights: Floats, pseudo: Floats, prior: Floats, tolerance: float, max_iterations: int
+) -> tuple[Floats, Floats, int]:
     """Priors [C,B] that maximise Σ_i weights_ib log(ratio_i · p_b) + Σ_c pseudo_c log p_cb; their gaps [B]; passes used."""
     mass = weights.sum(axis=0) + pseudo.sum()
     done = np.zeros(prior.shape[1], dtype=bool)
@@ -193,34 +194,35 @@ def _maximise(
     return prior, np.maximum(gap, 0), passes
 
 
-def _density(ratio: np.ndarray, prior: np.ndarray) -> np.ndarray:
+def _density(ratio: Floats, prior: Floats) -> Floats:
     """Σ_c ratio_ic p_cb of every sample: [N,B], above zero."""
     return np.maximum(ratio @ _above_zero(prior), np.finfo(np.float64).tiny)
 
 
-def _value(density: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray) -> np.ndarray:
+def _value(density: Floats, weights: Floats, pseudo: Floats, prior: Floats) -> Floats:
     """The log-posterior [B]."""
-    return (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(_above_zero(prior))).sum(axis=0)
+    value: Floats = (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(_above_zero(prior))).sum(axis=0)
+    return value
 
 
-def _slope(
-    ratio: np.ndarray, weights: np.ndarray, pseudo: np.ndarray, prior: np.ndarray, density: np.ndarray
-) -> np.ndarray:
+def _slope(ratio: Floats, weights: Floats, pseudo: Floats, prior: Floats, density: Floats) -> Floats:
     """The log-posterior's gradient [C,B]. By concavity it lies at most max(gradient) - mass below its maximum."""
-    return ratio.T @ (weights / density) + pseudo / _above_zero(prior)
+    slope: Floats = ratio.T @ (weights / density) + pseudo / _above_zero(prior)
+    return slope
 
 
-def _above_zero(prior: np.ndarray) -> np.ndarray:
+def _above_zero(prior: Floats) -> Floats:
     return np.maximum(prior, np.finfo(np.float64).tiny)
 
 
-def _extrapolate(p: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _extrapolate(p: Floats, first: Floats, second: Floats) -> Floats:
     """SQUAREM's step along p → first → second, pulled back into the simplex: [C,B]."""
     change = first - p
     bend = second - first - change
     length = np.sqrt((change**2).sum(axis=0) / np.maximum((bend**2).sum(axis=0), 1e-300))
     length = np.clip(length, 1, 1e6)
-    ahead = p + 2 * length * change + length**2 * bend
+    ahead: Floats = p + 2 * length * change + length**2 * bend
     # What would leave the simplex keeps a share of what a plain step gives it.
     ahead = np.maximum(ahead, 0.01 * second)
-    return ahead / ahead.sum(axis=0)
+    ahead /= ahead.sum(axis=0)
+    return ahead

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -162,7 +163,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize(image: Image.Image, size: int, resize_to: int) -> np.ndarray:
+def resize(image: Image.Image, size: int, resize_to: int) -> NDArray[np.uint8]:
     """Shorter side to `resize_to` (antialiased bilinear), centre crop of `size`: uint8 [3, size, size], RGB.
 
     An image that already fits is not resampled, so 32x32 pictures pass through unchanged. Raises ImageError when the
@@ -185,6 +186,6 @@ def scaled_size(width: int, height: int, resize_to: int) -> tuple[int, int]:
     return max(resize_to, round(width * scale)), max(resize_to, round(height * scale))
 
 
-def preprocess(data: bytes, size: int, resize_to: int) -> np.ndarray:
+def preprocess(data: bytes, size: int, resize_to: int) -> NDArray[np.uint8]:
     """Encoded bytes to uint8 [3, size, size]: `decode`, then `resize`. Raises ImageError."""
     return resize(decode(data), size, resize_to)

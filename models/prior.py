@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
 
 MANY_ABOVE = 100
 FEW_BELOW = 20
 
 
-def class_prior(counts: Any, smoothing: float = 0.0) -> np.ndarray:
+def class_prior(counts: Any, smoothing: float = 0.0) -> Floats:
     """Frequency of each class in the training split: (n_c + smoothing) / sum(n + smoothing).
 
     counts: [C] integers, samples per class. smoothing: pseudo-count added to every class, >= 0.
@@ -34,11 +37,12 @@ def class_prior(counts: Any, smoothing: float = 0.0) -> np.ndarray:
             f"class {int(empty[0])} has no training samples ({empty.size} such classes); "
             "add samples, drop the class, or set prior.smoothing above 0"
         )
-    smoothed = n + smoothing
-    return smoothed / smoothed.sum()
+    smoothed: Floats = n + smoothing
+    smoothed /= smoothed.sum()
+    return smoothed
 
 
-def effective_number(counts: Any, beta: float) -> np.ndarray:
+def effective_number(counts: Any, beta: float) -> Floats:
     """Effective number of samples of each class, (1 - β^n) / (1 - β) (Cui et al. 2019, Eq. 2): float64 [C].
 
     counts: [C] numbers >= 0. beta: above 0 and below 1; towards 0 every class counts as one sample, towards 1 as its n.
@@ -48,10 +52,11 @@ def effective_number(counts: Any, beta: float) -> np.ndarray:
         raise ValueError(f"beta is {beta}; expected a number above 0 and below 1")
     n = np.asarray(counts, dtype=np.float64)
     # expm1 keeps the digits that 1 - β^n loses where β is near 1.
-    return -np.expm1(n * np.log1p(-(1 - beta))) / (1 - beta)
+    number: Floats = -np.expm1(n * np.log1p(-(1 - beta))) / (1 - beta)
+    return number
 
 
-def log_class_prior(counts: Any, smoothing: float = 0.0) -> np.ndarray:
+def log_class_prior(counts: Any, smoothing: float = 0.0) -> Floats:
     """Log of `class_prior`, the η_c of Eq. 4 and Eq. 6: float64 [C]. Raises as `class_prior` does."""
     return np.log(class_prior(counts, smoothing))
 
@@ -66,7 +71,7 @@ def adjust_logits(logits: Any, log_prior: Any, strength: Any) -> Any:
     return logits + strength * log_prior
 
 
-def check_target_prior(prior: Any, classes: int) -> np.ndarray:
+def check_target_prior(prior: Any, classes: int) -> Floats:
     """A caller's own target prior, checked: float64 [..., classes], each row >= 0 and summing to 1 within 1e-3, made exact.
 
     Raises ValueError naming what is wrong: shape, a negative or non-finite entry, or the sum.
@@ -82,19 +87,21 @@ def check_target_prior(prior: Any, classes: int) -> np.ndarray:
     if np.any(np.abs(total - 1) > 1e-3):
         worst = float(total.flat[int(np.argmax(np.abs(total - 1)))])
         raise ValueError(f"target_prior sums to {worst:g}; expected a sum of 1")
-    return p / total
+    exact: Floats = p / total
+    return exact
 
 
-def log_target_prior(prior: Any) -> np.ndarray:
+def log_target_prior(prior: Any) -> Floats:
     """Log of a checked target prior, float64. A class given no mass gets a floor instead of -inf: it ranks last, never NaN."""
-    return np.log(np.maximum(np.asarray(prior, dtype=np.float64), np.finfo(np.float32).tiny))
+    log: Floats = np.log(np.maximum(np.asarray(prior, dtype=np.float64), np.finfo(np.float32).tiny))
+    return log
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: NDArray[Any]) -> Floats:
     """Probabilities over the last axis, float64, of finite numpy logits [..., C]."""
     z = np.asarray(logits)
     # In place: of ten thousand classes each further copy is gigabytes.
-    p = np.subtract(z, z.max(axis=-1, keepdims=True), dtype=np.float64)
+    p: Floats = np.subtract(z, z.max(axis=-1, keepdims=True), dtype=np.float64)
     np.exp(p, out=p)
     p /= p.sum(axis=-1, keepdims=True)
     return p

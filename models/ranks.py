@@ -61,7 +61,8 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     if rank_count() == 1:
         return module
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return converted
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             setattr(module, name, SharedBatchNorm.of(child))
@@ -105,7 +106,8 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.get_buffer("running_mean").lerp_(mean, momentum)
             self.get_buffer("running_var").lerp_(variance * count / max(count - 1, 1), momentum)
         scale = self.weight / torch.sqrt(variance + self.eps)
-        return centred * scale.view(shape) + self.bias.view(shape)
+        normalised: Tensor = centred * scale.view(shape) + self.bias.view(shape)
+        return normalised
 
 
 class _SumOverRanks(torch.autograd.Function):

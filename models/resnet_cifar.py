@@ -53,4 +53,5 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [B,3,H,W] → features [B,64], non-negative and unnormalised."""
-        return self.blocks(conv_bn_relu(x, self.conv1, self.bn1)).mean(dim=(2, 3))
+        maps: Tensor = self.blocks(conv_bn_relu(x, self.conv1, self.bn1))
+        return maps.mean(dim=(2, 3))

@@ -204,10 +204,12 @@ class StudentObjective(nn.Module):
     def _contrast_features(self, key_view: Tensor) -> Tensor:
         """[B,3,H,W] → [B,D] of the contrast encoder."""
         if self.momentum_encoder is not None:
-            return self.momentum_encoder(key_view)
-        if self.teacher is None:
+            features: Tensor = self.momentum_encoder(key_view)
+        elif self.teacher is not None:
+            features, _ = self.teacher(key_view)
+        else:
             raise RuntimeError("no contrast encoder; beta is 0")
-        return self.teacher(key_view)[0]
+        return features
 
     @torch.no_grad()
     def _encode(self, views: Tensor, stores: bool) -> tuple[Tensor | None, Tensor | None]:

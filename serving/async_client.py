@@ -104,7 +104,8 @@ class AsyncClient(ClientBase):
                 else:
                     calls = steps.send(answers)
         except StopIteration as done:
-            return done.value
+            result: Result = done.value
+            return result
 
     async def _ask(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
         free = asyncio.Semaphore(self._concurrency)

@@ -122,7 +122,8 @@ class Client(ClientBase):
                 else:
                     calls = steps.send(answers)
         except StopIteration as done:
-            return done.value
+            result: Result = done.value
+            return result
 
     def _ask(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
         if len(calls) == 1:

@@ -7,14 +7,16 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.preprocess import MAX_BYTES, ImageError, check_size, decode, to_rgb, upright
 from serving.errors import InputError
 
-ImageLike = bytes | bytearray | memoryview | str | Path | Image.Image | np.ndarray
+ImageLike = bytes | bytearray | memoryview | str | Path | Image.Image | NDArray[np.uint8]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SINGLE = (bytes, bytearray, memoryview, str, os.PathLike, Image.Image)
@@ -91,7 +93,7 @@ def blank_image() -> bytes:
     return _png(Image.new("RGB", (32, 32), (128, 128, 128)))
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: NDArray[Any]) -> Image.Image:
     given = f"is {array.dtype} {list(array.shape)}"
     if array.dtype != np.uint8:
         raise ImageError("array", f"{given}; {ARRAY_HINT}, with pixels from 0 to 255")

@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from models.prior import check_target_prior
+from models.prior import Floats, check_target_prior
 from serving.errors import InputError
 
-Prior = str | float | Path | Sequence[float] | np.ndarray | Mapping[str, float] | None
+Prior = str | float | Path | Sequence[float] | NDArray[Any] | Mapping[str, float] | None
 
 NAMED = {"balanced": 0.0, "train": 1.0}
 LIVE = "live"  # what `tailor drift --write` estimated; the server has the numbers
@@ -21,7 +23,7 @@ LARGEST = float(np.finfo(np.float32).max)
 EXPECTED = "expected balanced, train, live, a number, or a file with one number per class"
 
 
-def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | str | None:
+def parse_prior(prior: Prior) -> float | Floats | dict[str, float] | str | None:
     """The strength (a number), the target prior as a vector [C] or by class name, LIVE, or None for the server's default.
 
     prior: `balanced` (strength 0), `train` (1), `live` (the estimate of `tailor drift --write`), a number or its text, a
@@ -32,7 +34,7 @@ def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | str | N
     if prior is None:
         return None
     if isinstance(prior, int | float | np.number):
-        return _strength(float(prior))
+        return _strength(prior)
     if isinstance(prior, Mapping):
         return _by_name(prior, "prior")
     if isinstance(prior, np.ndarray | Sequence) and not isinstance(prior, str):
@@ -49,7 +51,7 @@ def parse_prior(prior: Prior) -> float | np.ndarray | dict[str, float] | str | N
     return _read(Path(prior))
 
 
-def vector_of(parsed: np.ndarray | Mapping[str, float], names: Sequence[str] | None, classes: int) -> np.ndarray:
+def vector_of(parsed: Floats | Mapping[str, float], names: Sequence[str] | None, classes: int) -> Floats:
     """The target prior float64 [C], checked against the server's classes. names are needed for a mapping alone.
 
     Classes that a mapping leaves out get 0. Raises InputError naming the class, or what is wrong with the numbers.
@@ -70,24 +72,25 @@ def vector_of(parsed: np.ndarray | Mapping[str, float], names: Sequence[str] | N
         raise InputError(f"prior: {error}") from None
 
 
-def as_text(parsed: float | str | np.ndarray) -> bytes:
+def as_text(parsed: float | str | Floats) -> bytes:
     """A prior as the server's input `prior` takes it: a name, a number, or a JSON list with one number per class."""
     if isinstance(parsed, str):
         return parsed.encode()
     return json.dumps(parsed.tolist() if isinstance(parsed, np.ndarray) else parsed).encode()
 
 
-def _strength(value: float) -> float:
+def _strength(given: float | np.number[Any]) -> float:
+    try:
+        value = float(given)
+    except OverflowError:  # an integer of hundreds of digits
+        value = math.inf
     if not math.isfinite(value) or abs(value) > LARGEST:
         raise InputError(f"prior is {value:g}; as a strength, expected a finite number")
     return value
 
 
-def _vector(values: object, source: str) -> np.ndarray:
-    try:
-        vector = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"{source}: holds something that is not a number; expected one number per class") from None
+def _vector(values: object, source: str) -> Floats:
+    vector = _numbers(values, source)
     if vector.ndim != 1 or vector.size == 0:
         raise InputError(f"{source}: has shape {list(vector.shape)}; expected one number per class")
     try:
@@ -96,15 +99,25 @@ def _vector(values: object, source: str) -> np.ndarray:
         raise InputError(f"{source}: {error}") from None
 
 
+def _numbers(values: object, source: str) -> Floats:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{source}: holds something that is not a number; expected one number per class") from None
+    except OverflowError:
+        raise InputError(f"{source}: holds a number too large for a float; expected numbers that sum to 1") from None
+
+
 def _by_name(values: Mapping[str, object], source: str) -> dict[str, float]:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{source}: class {name!r} has {value!r}; expected a number")
-    _vector(list(values.values()), source)
-    return {str(name): float(value) for name, value in values.items()}  # type: ignore[arg-type]
+    numbers = _numbers(list(values.values()), source)
+    _vector(numbers, source)
+    return {str(name): float(number) for name, number in zip(values, numbers, strict=True)}
 
 
-def _read(path: Path) -> np.ndarray | dict[str, float]:
+def _read(path: Path) -> Floats | dict[str, float]:
     try:
         if not path.is_file():
             raise InputError(
@@ -121,7 +134,7 @@ def _read(path: Path) -> np.ndarray | dict[str, float]:
         return _vector(_lines(text, path), str(path))
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError too for an integer of thousands of digits
         raise InputError(f"{path}: is not JSON: {error}; {EXPECTED}") from None
     return _by_name(content, str(path)) if isinstance(content, dict) else _vector(content, str(path))
 

@@ -56,9 +56,22 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     """The commands of a page: lines after `$ ` in console blocks, continuation lines joined, comments left out."""
-    joined = "\n".join(blocks(page, "console")).replace("\\\n", " ")
-    lines = [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+    return [command for block in blocks(page, "console") for command in commands_in(block)]
+
+
+def commands_in(block: str) -> list[str]:
+    """The commands of one console block."""
+    lines = [line[2:] for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
     return [" ".join(re.sub(r"\s+#\s.*", "", line).split()) for line in lines]
+
+
+def steps(page: Path) -> list[tuple[str, str]]:
+    """What a reader of a page does, in its order: ("console", a command) and ("python", a program)."""
+    found = []
+    for kind, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if kind in ("console", "python"):
+            found += [(kind, text) for text in (commands_in(block) if kind == "console" else [block])]
+    return found
 
 
 def spoken_of(page: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import grimp
 import pytest
 import yaml
-from setuptools import find_packages
+from setuptools import Distribution, find_packages
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "pipeline", "serving")
@@ -119,6 +119,24 @@ def test_every_folder_of_code_is_installed():
     folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     folders -= {ROOT / "serving/deploy"}  # data: its health check runs in a container, alone
     assert sorted(installed) == sorted(folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders)
+
+
+def test_whoever_installs_tailor_gets_the_types_and_every_file_that_the_code_reads(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files()
+    distribution.include_package_data = False  # what is declared, not what git or an older build happens to know
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    installed = {f"{package.replace('.', '/')}/{name}" for package, _, _, names in build.data_files for name in names}
+    assert {"models/py.typed", "serving/py.typed"} <= installed
+    beside = {
+        path.relative_to(ROOT).as_posix()
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert sorted(beside - installed) == []
 
 
 def file_of(module: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ SERVICES = {
     "tailor schedule": (r"retrains at", (0, -signal.SIGTERM)),
 }
 ASKS = ("tailor predict", "tailor status", "tailor playground", "tailor loadtest")
+PAGES_SERVER = "http://127.0.0.1:8000"
 STARTS_WITHIN = 120.0  # seconds
 
 
@@ -57,6 +59,17 @@ class Reader:
             text=True, timeout=900, check=False,
         )  # fmt: skip
         assert done.returncode in expect, f"{text} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def run(self, program: str) -> str:
+        """Run a page's Python in the project, with the address of this run's server; returns what it prints."""
+        assert self.addresses or PAGES_SERVER not in program, "no server was started before it on the page"
+        text = program.replace(PAGES_SERVER, self.addresses[0] if self.addresses else "")
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=self.project.root, env=self.project.environment,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{text}\nended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def as_typed(self, command: str) -> str:

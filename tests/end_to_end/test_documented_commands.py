@@ -1,4 +1,5 @@
-"""Every command in a block of the README and of docs/ is typed as it stands, page by page, or is listed here with the reason.
+"""Every command and every Python program in a block of the README and of docs/ is typed as it stands, page by page, or listed
+here with the reason.
 
 A page is followed in its order in a project that has what it takes for granted. Commands of REFER are typed on another page,
 those of LONG by `make test-docs`, those of ELSEWHERE need what a test has not; the last two are held against the parsers.
@@ -28,7 +29,7 @@ from serving.gateway import Gateway
 from serving.gateway_process import find_nginx
 from serving.manifest import read_manifest
 from serving.repository import write_repository
-from tests.documented import PAGES, ROOT, check_command, commands, name_of
+from tests.documented import PAGES, ROOT, blocks, check_command, commands, name_of, steps
 from tests.end_to_end.project import SHORT, Project
 from tests.end_to_end.reader import Reader
 from tests.end_to_end.retraining import Retraining
@@ -82,6 +83,8 @@ ELSEWHERE = {
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
     ("docs/serving-performance.md", "python3 -m venv"): "downloads other servers",
 }
+# Pages whose Python runs elsewhere; that of FOLLOWED runs where it stands among the commands.
+PROGRAMS_ELSEWHERE = {"docs/losses.md": "needs no project: tests/test_docs.py runs it"}
 # What a test changes of a command, beside ports: how much, never what.
 LESS = {"--log-share 0.01": "--log-share 1"}
 LESS_LOAD = {
@@ -113,6 +116,11 @@ def test_every_command_is_typed_or_listed_and_nothing_is_listed_that_no_page_say
         assert other in FOLLOWED and any(command.startswith(text) for command in commands(ROOT / other)), page
 
 
+def test_every_program_of_a_page_is_run_or_listed_and_nothing_is_listed_that_has_none() -> None:
+    having = {name_of(page) for page in PAGES if blocks(page, "python")}
+    assert having - set(FOLLOWED) == set(PROGRAMS_ELSEWHERE)
+
+
 @pytest.mark.parametrize(
     ("page", "command"),
     sorted({(name_of(page), command) for page in PAGES for command in commands(page)
@@ -126,15 +134,18 @@ def test_a_command_that_is_not_typed_is_one_that_its_program_takes(page: str, co
 
 
 def follow(page: str, reader: Reader, before: dict[str, Callable[[], object]] | None = None) -> dict[str, str]:
-    """Type what is to be typed of a page, in its order; what each command printed. before: what to do ahead of one."""
+    """Type a page's commands and run its programs in their order; what each printed. before: what to do ahead of one."""
     printed = {}
     try:
-        for command in commands(ROOT / page):
+        for kind, text in steps(ROOT / page):
+            if kind == "python":
+                printed[text] = reader.run(text)
+                continue
             for beginning, act in (before or {}).items():
-                if command.startswith(beginning):
+                if text.startswith(beginning):
                     act()
-            if in_no_table(page, command):
-                printed[command] = reader.type(command)
+            if in_no_table(page, text):
+                printed[text] = reader.type(text)
     finally:
         reader.close()
     return printed
@@ -154,6 +165,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
         for place, picture in enumerate(mine[:count]):
             picture.save(folder / f"{place}.png")
     pictures[0][0].save(project.root / "cat.jpg")
+    pictures[1][0].save(project.root / "dog.png")
     for folder, first in (("photos", 100), ("new", 120)):
         (project.root / folder).mkdir()
         for place, picture in enumerate(pictures[0][first : first + 12]):
@@ -210,6 +222,15 @@ def test_the_readme(own: Project) -> None:
     printed = follow("README.md", Reader(own))
     (answer,) = json.loads(printed["tailor predict cat.jpg --prior 0.5 --json"])
     assert len(answer["predictions"]) == 5
+    assert_two_answers("README.md", printed)
+
+
+def assert_two_answers(page: str, printed: dict[str, str]) -> None:
+    """The page's one program printed a class and its probability for each of its two images."""
+    (program,) = blocks(ROOT / page, "python")
+    answers = [line.rsplit(" ", 1) for line in printed[program].splitlines()]
+    assert len(answers) == 2
+    assert all(name in SIZES and 0.1 <= float(probability) <= 1 for name, probability in answers)
 
 
 @own_group
@@ -235,6 +256,7 @@ def test_the_page_on_serving(own: Project) -> None:
         own.set({"serving": {"strength": 0.0}})
         shutil.rmtree(own.root / "releases", ignore_errors=True)
     assert json.loads(printed["tailor status --json"])["answers"]
+    assert_two_answers("docs/serving.md", printed)
     assert "version 2 answers instead of 1" in printed["tailor promote artifacts/export --repository releases"]
     assert "version 1 answers instead of 2" in printed["tailor rollback --repository releases"]
     assert "KIND_GPU" in (own.root / "gpu-repository/student/config.pbtxt").read_text(encoding="utf-8")

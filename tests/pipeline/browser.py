@@ -1,26 +1,10 @@
-"""A headless Chromium of the machine, for looking at pages as a reader does; nothing is ever downloaded."""
+"""A page of a file in the browser of tests/chromium.py, and what a reader of it notices."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from contextlib import contextmanager
 
-import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-
-@contextmanager
-def started():
-    """A browser. Root, as in a container, has no sandbox."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Reader:

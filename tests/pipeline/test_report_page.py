@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-from browser import Reader, needs_chromium, started
+from browser import Reader
 from generated_run import HOSTILE, made_logits, made_prior, made_report
 
 from models.prior import softmax
@@ -11,8 +13,9 @@ from pipeline.comparison import Answers
 from pipeline.params import GateParams
 from pipeline.report import render_comparison
 from pipeline.run_comparison import compare_runs
+from tests.chromium import needs_chromium, started
 
-pytestmark = [pytest.mark.slow, needs_chromium]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("report page"), needs_chromium]
 
 CHARTS = ["long-tail", "groups", "strength", "reliability"]
 CHART_WIDTHS = "[...document.querySelectorAll('.chart')].map((each) => each.querySelector('.main-svg').clientWidth)"
@@ -27,9 +30,14 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Files of the report of 12 and of 1,000 classes, and of a comparison."""
+    """Files of the report of 12 and of 1,000 classes, of one with a champion, and of a comparison."""
     folder = tmp_path_factory.mktemp("pages")
-    texts = {"report": made_report(12, 20), "thousand": made_report(1000, 1), "comparison": made_comparison()}
+    texts = {
+        "report": made_report(12, 20),
+        "thousand": made_report(1000, 1),
+        "champion": made_report(12, 20, champion=True),
+        "comparison": made_comparison(),
+    }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in texts}
@@ -141,6 +149,22 @@ def test_a_thousand_classes_are_drawn_and_the_table_stays_short(browser, pages):
     assert reader.evaluate("document.querySelectorAll('#long-tail .points path').length") == 1000
     assert reader.page.locator("#classes tr").count() == 100
     assert "1,000 of 1,000 classes, the first 100 shown" in reader.page.inner_text("#found")
+    reader.context.close()
+
+
+def test_a_champion_is_drawn_beside_teacher_and_student_each_in_a_colour_of_its_own(browser, pages):
+    reader = Reader(browser, pages["champion"])
+    assert reader.complaints == [] and reader.violations() == []
+    names = reader.page.locator("#groups .legendtext").all_text_contents()
+    assert names == ["champion", "teacher", "student"]
+    bars = "[...document.querySelectorAll('#groups .trace.bars')]"
+    assert reader.evaluate(f"{bars}.map((each) => each.querySelectorAll('.point').length)") == [4, 4, 4]
+    colours = reader.evaluate(f"{bars}.map((each) => getComputedStyle(each.querySelector('.point path')).fill)")
+    assert len(set(colours)) == 3
+    edges = f"{bars}.map((each) => each.querySelectorAll('.point path')[0].getBoundingClientRect())"
+    places = reader.evaluate(f"{edges}.map((box) => [box.left, box.right])")
+    assert all(before[1] <= after[0] + 0.5 for before, after in pairwise(places))
+    assert "No champion is shown" not in reader.page.inner_text("main")
     reader.context.close()
 
 

@@ -13,22 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import CLASSES, Release, picture
 from PIL import Image
 
 from models.prior import log_class_prior, softmax
 from serving.answers import Prediction
+from serving.drift import write_live_prior
 from serving.errors import InputError
 from serving.playground.answers import Answer, as_html, own_prior, thumbnail, told_apart
 from serving.server import TritonServer
+from tests.chromium import needs_chromium, started
 
-CHROMIUM = Path(os.environ.get("TAILOR_CHROMIUM", "/usr/bin/chromium"))
-with_browser = [
-    pytest.mark.end_to_end,
-    pytest.mark.xdist_group("playground"),
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="no Chromium; name one by TAILOR_CHROMIUM"),
-]
+with_browser = [pytest.mark.end_to_end, pytest.mark.xdist_group("playground"), needs_chromium]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -88,24 +86,21 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The playground on the session's server, open in Chromium; `page.strangers`: what it asked of others."""
-    sync_api = pytest.importorskip("playwright.sync_api")
     uploads = tmp_path_factory.mktemp("uploads")
     command = [sys.executable, "-m", "serving.commands", "playground", "--url", server.http_url, "--port", "0"]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads)}
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process,
-        sync_api.sync_playwright() as playwright,
+        started() as browser,
     ):
         try:
             address = next(line for line in process.stdout or [] if line.startswith("playground ")).split()[1]
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page()
             page.strangers = []
             page.on("request", lambda request: page.strangers.append(request.url) if not is_ours(request.url) else None)
             page.goto(address)
             page.wait_for_selector("#image input[type=file]", state="attached", timeout=60_000)
             yield page
-            browser.close()
         finally:
             process.terminate()
             process.wait(timeout=30)
@@ -119,6 +114,17 @@ def columns(page: Any) -> dict[str, str]:
     """The columns on the page: title → its text."""
     sections = page.locator("#answers .column").all()
     return {section.locator("h3").inner_text(): section.inner_text() for section in sections}
+
+
+def tab_to(page: Any, inside: str) -> None:
+    """Press Tab until an element that matches has the focus, and see that the focus shows."""
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("(inside) => document.activeElement.matches(inside)", inside):
+            ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert ring != "none", f"{inside} has the focus and nothing shows it"
+            return
+    pytest.fail(f"{inside} is not reached by Tab")
 
 
 def upload(page: Any, path: Path) -> None:
@@ -157,12 +163,54 @@ class TestInABrowser:
         page.locator("#own textarea").blur()
         page.wait_for_selector("#answers h3:text('your own')")
         assert columns(page)["your own"].splitlines()[1:3] == ["emu", "100.0 %"]
-        # By the keyboard alone.
         page.locator("#strength input[type=range]").focus()
         page.keyboard.press("Home")
         page.wait_for_selector("#answers h3:text-is('strength 0')")
         shown = columns(page)
         assert shown["strength 0"].splitlines()[1:5] == shown["balanced"].splitlines()[1:5]
+
+    def test_a_live_prior_that_drift_has_written_has_its_own_answer(
+        self, page: Any, release: Release, repository: Path, tmp_path: Path
+    ) -> None:
+        shares = np.array([0.01, 0.01, 0.01, 0.01, 0.96])
+        (tmp_path / "noise.png").write_bytes(picture(3))
+        written = write_live_prior(repository, release.manifest, shares, {})
+        try:
+            upload(page, tmp_path / "noise.png")
+            page.wait_for_selector("#answers .column", timeout=60_000)
+            shown = columns(page)
+        finally:
+            written.unlink()  # the server is the whole session's
+        live = softmax(release.logits([picture(3)])[0] + np.log(shares))
+        best = int(live.argmax())
+        assert shown["live"].splitlines()[1:3] == [CLASSES[best], f"{100 * live[best]:.1f} %"]
+        assert "ms, version 1" in shown["live"]
+        assert shown["live"].splitlines()[1:3] not in [shown[name].splitlines()[1:3] for name in ("balanced", "train")]
+
+    def test_by_the_keyboard_alone_an_image_is_chosen_and_a_prior_typed(self, page: Any, tmp_path: Path) -> None:
+        (tmp_path / "noise.png").write_bytes(picture(4))
+        page.reload()
+        page.wait_for_selector("#image input[type=file]", state="attached")
+        tab_to(page, "#image button")
+        with page.expect_file_chooser() as chooser:
+            page.keyboard.press("Enter")
+        chooser.value.set_files(tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        tab_to(page, "#strength input[type=range]")
+        page.keyboard.press("End")
+        page.wait_for_selector("#answers h3:text-is('strength 2')")
+        tab_to(page, "#own textarea")
+        page.keyboard.type("0, 0, 0, 0, 1")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#answers h3:text('your own')")
+        assert columns(page)["your own"].splitlines()[1:3] == ["emu", "100.0 %"]
+        tab_to(page, "[role=tab][aria-selected=false]")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#classify", state="visible")
+        tab_to(page, "#classify")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#said :text('0 images')")
+        page.get_by_role("tab", name="One image").click()
 
     def test_a_broken_file_is_told_what_is_wrong(self, page: Any, tmp_path: Path) -> None:
         (tmp_path / "broken.png").write_bytes(picture(5)[:60])
