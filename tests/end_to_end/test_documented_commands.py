@@ -235,8 +235,8 @@ def test_the_page_on_serving(own: Project) -> None:
         own.set({"serving": {"strength": 0.0}})
         shutil.rmtree(own.root / "releases", ignore_errors=True)
     assert json.loads(printed["tailor status --json"])["answers"]
-    assert "version 2 answers instead of 1" in printed["tailor promote artifacts/export --repository releases"]
-    assert "version 1 answers instead of 2" in printed["tailor rollback --repository releases"]
+    assert "version 2 answers instead of 1" in printed["tailor promote artifacts/export"]
+    assert "version 1 answers instead of 2" in printed["tailor rollback"]
     assert "KIND_GPU" in (own.root / "gpu-repository/student/config.pbtxt").read_text(encoding="utf-8")
 
 
@@ -296,7 +296,7 @@ def test_the_page_on_retraining(tmp_path: Path) -> None:
     printed = follow("docs/retraining.md", Reader(project))
     (retrained,) = (text for command, text in printed.items() if command.startswith("tailor retrain"))
     assert "promoted" in retrained
-    assert "version 1 answers instead of 2" in printed["tailor rollback --repository releases"]
+    assert "version 1 answers instead of 2" in printed["tailor rollback"]
 
 
 @pytest.mark.parametrize("page", ["docs/paper.md", "recipes/README.md"])
