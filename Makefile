@@ -80,7 +80,7 @@ hooks: install ## check style and types before every commit
 	@pre-commit install
 
 .PHONY: serve
-serve: install ## serve the exported student until Ctrl-C
+serve: install ## serve what was promoted, else the exported student, until Ctrl-C
 	@tailor serve
 
 .PHONY: constraints

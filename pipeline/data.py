@@ -7,7 +7,8 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -21,26 +22,30 @@ from pipeline.params import PARAMS_FILE, Params, load_params
 from pipeline.stage import explain
 
 CHECK_OUTPUT = Path("artifacts/data_check")
+PROGRAM = "python -m pipeline.data"  # what help and errors call it, unless whoever calls main says otherwise
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 CHECK_EXAMPLES = """examples:
-  python -m pipeline.data check                       the data of params.yaml; figures to artifacts/data_check/
-  python -m pipeline.data check --near 2              only copies that look all but identical count as near duplicates
-  python -m pipeline.data check --json | jq .list_hash    the hash to compare with a colleague's
+  {program} check                           the data of params.yaml; figures to artifacts/data_check/
+  {program} check --near 2                  only copies that look all but identical count as near duplicates
+  {program} check --json | jq .list_hash    the hash to compare with a colleague's
 
 Interrupted, it goes on where it was; run again, it reads only files that changed. Exit code 1 when `split` would refuse
 the data, or a known data set differs from what was published."""
 PACK_EXAMPLES = """examples:
-  python -m pipeline.data pack data/packed                      shards of about 256 MiB
-  python -m pipeline.data pack data/packed --shard-size 1G      fewer, larger ones
-  python -m pipeline.data pack data/packed --shuffle 0          in random order: for data that training streams
+  {program} pack data/packed                      shards of about 256 MiB
+  {program} pack data/packed --shard-size 1G      fewer, larger ones
+  {program} pack data/packed --shuffle 0          in random order: for data that training streams
 
 Interrupted, it goes on after the last whole shard. It prints the lines for params.yaml that read the pack."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 right, 1 something is wrong with the data, 2 misuse."""
-    options = _parser().parse_args(arguments)
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
+    """The command line; returns the exit code: 0 right, 1 something is wrong with the data, 2 misuse.
+
+    program: the words that it was started by, for its help and its errors.
+    """
+    options = _parsers(program)[0].parse_args(arguments)
     # Pillow warns of oddities in an image that is then used, or refused in one line of our own.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -55,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"data {options.command}: {explain(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, StageError) else 1
+
+
+def help_of(command: str, program: str = PROGRAM, width: int | None = None) -> str:
+    """What `--help` prints of `check` or `pack`; width: columns, those of the terminal if not given."""
+    return _parsers(program, width)[1][command].format_help()
 
 
 def run_check(params: Params, options: argparse.Namespace) -> int:
@@ -81,10 +91,14 @@ def run_pack(params: Params, options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.data", description=__doc__)
+def _parsers(
+    program: str, width: int | None = None
+) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands by their names."""
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|pack")
-    found = _command(commands, "check", run_check, "Is this data set what it should be?", CHECK_EXAMPLES)
+    shown = {"program": program, "width": width}
+    found = _command(commands, "check", run_check, "Is this data set what it should be?", CHECK_EXAMPLES, **shown)
     found.add_argument("--output", type=Path, default=CHECK_OUTPUT, help="folder of the report (default: %(default)s)")
     found.add_argument(
         "--near", type=_bits, default=4, metavar="BITS|off",
@@ -92,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument("--fresh", action="store_true", help="read every image again")
     found.add_argument("--json", action="store_true", help="print report.json instead of tables")
-    made = _command(commands, "pack", run_pack, "Many small files into a few Parquet shards.", PACK_EXAMPLES)
+    made = _command(commands, "pack", run_pack, "Many small files into a few Parquet shards.", PACK_EXAMPLES, **shown)
     made.add_argument("output", type=Path, help="folder to write; must not be there yet")
     made.add_argument(
         "--shard-size", type=_size, default=256 * 1024**2, metavar="BYTES", help="e.g. 64M or 1G (default: 256M)"
@@ -101,13 +115,13 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print what was packed as JSON, with its section of params.yaml"
     )
     made.add_argument("--shuffle", type=_seed, metavar="SEED", help="random order (default: the source's order)")
-    return parser
+    return parser, commands.choices
 
 
-def _command(commands, name: str, run, description: str, examples: str) -> argparse.ArgumentParser:
+def _command(commands, name: str, run, description: str, examples: str, program: str, width: int | None):
     parser = commands.add_parser(
-        name, help=description, description=description, epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=description, description=description, epilog=examples.format(program=program),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width),
     )  # fmt: skip
     parser.set_defaults(run=run)
     parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")

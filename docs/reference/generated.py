@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,20 @@ def commands() -> str:
     lines = ["# Commands", "", "What `tailor COMMAND --help` prints. Exit status: 0 well, 1 failure, 2 misuse.", ""]
     context = program.make_context("tailor", [], resilient_parsing=True, max_content_width=100, terminal_width=100)
     lines += ["```text", program.get_help(context).strip(), "```", ""]
-    for name in program.list_commands(context):
-        command: Any = program.get_command(context, name)
-        inner = command.make_context(f"tailor {name}", [], parent=context, resilient_parsing=True)
-        lines += [f"## tailor {name}", "", "```text", command.get_help(inner).strip(), "```", ""]
+    for words, text in helps(program, context):
+        lines += [f"## {words}", "", "```text", text.strip(), "```", ""]
     return "\n".join(lines)
+
+
+def helps(group: Any, context: Any) -> Iterator[tuple[str, str]]:
+    """Every command beneath a group, those of the groups within it too: as it is typed, and what its --help prints."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        # info_name is what `Usage:` puts after the words of the context above.
+        inner = command.make_context(name, [], parent=context, resilient_parsing=True)
+        yield inner.command_path, command.get_help(inner)
+        if hasattr(command, "list_commands"):
+            yield from helps(command, inner)
 
 
 def params() -> str:

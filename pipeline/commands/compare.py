@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.commands.options import REPOSITORY, AsJson, Debug, RepositoryOption, print_json
+from pipeline.commands.options import RepositoryOption, repository_of
+from serving.commands.options import AsJson, Debug, print_json
 
 if TYPE_CHECKING:
     from pipeline.comparison import Answers
@@ -37,7 +40,7 @@ def compare(
     classes: Annotated[
         int, typer.Option(min=0, help="Classes that the terminal shows, most surely changed first.")
     ] = 10,
-    repository: RepositoryOption = REPOSITORY,
+    repository: RepositoryOption = None,
     params: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +63,9 @@ def compare(
 
     recipe = load_params(params or PARAMS_FILE) if params or PARAMS_FILE.is_file() else None
     gate = (recipe.gate if recipe else GateParams()).model_copy(update={"target_prior": prior.value})
-    runs = [_answers(name, repository, recipe, prior.value) for name in (before, after)]
+    # Chosen where a version is named, as folders and revisions need none; once, as the choice may print a line.
+    chosen = cache(lambda: repository_of(repository, params or PARAMS_FILE))
+    runs = [_answers(name, chosen, recipe, prior.value) for name in (before, after)]
     found = compare_runs(runs[0], runs[1], (before, after), gate, recipe.evaluate.ece_bins if recipe else ECE_BINS)
     if html is not None:
         from pipeline.artifacts import write_file
@@ -79,7 +84,7 @@ def compare(
         print(f"page → {html}")
 
 
-def _answers(name: str, repository: Path, params: Params | None, target_prior: str) -> Answers:
+def _answers(name: str, repository: Callable[[], Path], params: Params | None, target_prior: str) -> Answers:
     """What a run answers for the test set. Raises StageError or ServingError naming the run."""
     from pipeline.commands.served_version import served_answers
     from pipeline.errors import ParamsError, StageError
@@ -95,7 +100,7 @@ def _answers(name: str, repository: Path, params: Params | None, target_prior: s
             raise ParamsError(
                 f"{PARAMS_FILE}: no such file; a version's images are the recipe's, so pass --params FILE"
             )
-        return served_answers(repository, None if name == "champion" else int(name), params, target_prior)
+        return served_answers(repository(), None if name == "champion" else int(name), params, target_prior)
     with tempfile.TemporaryDirectory(prefix="tailor-compare-") as folder:
         try:
             return load_answers(contender_at(name, Path(folder)), target_prior)

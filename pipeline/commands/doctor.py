@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.commands.options import ParamsOption, repository_of
+from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
 from pipeline.params import PARAMS_FILE
 from pipeline.prefect_health import Finding
 from serving.commands.options import AsJson, Debug, print_json
@@ -23,9 +22,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command(epilog="Example: tailor doctor --json | jq '.[] | select(.state != \"ok\")'")
 def doctor(
-    repository: Annotated[
-        Path | None, typer.Option(help="Triton model repository; that of the project's releases if not given.")
-    ] = None,
+    repository: RepositoryOption = None,
     url: Annotated[str | None, typer.Option(help="Server to ask; those of this machine if not given.")] = None,
     run_hours: Annotated[float, typer.Option(min=0, help="Warn when the last run began longer ago.")] = 48.0,
     champion_days: Annotated[float, typer.Option(min=0, help="Warn when the champion is older.")] = 30.0,

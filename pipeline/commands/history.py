@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 from rich.console import Console
 
-from pipeline.commands.options import ParamsOption, repository_of
+from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
 from pipeline.params import PARAMS_FILE
 from serving.commands.options import AsJson, Debug, print_json
 from serving.release_history import history_table, read_history
@@ -18,9 +15,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command(epilog="Example: tailor history --json | jq '.versions[] | {version, state, data_sha256}'")
 def history(
-    repository: Annotated[
-        Path | None, typer.Option(help="Triton model repository; that of the project's releases if not given.")
-    ] = None,
+    repository: RepositoryOption = None,
     params: ParamsOption = PARAMS_FILE,
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from models.calibration import Calibration
-from serving.commands.options import REPOSITORY, AsJson, Debug, print_json
+from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
 from serving.display import drift_table
 from serving.drift import CONFIDENCE, Drift, estimate_drift, write_live_prior
 from serving.drift_calibration import calibration_from
@@ -24,7 +24,6 @@ from serving.manifest import Manifest
 from serving.release import find_releases, read_release
 
 PREDICTIONS = Path("artifacts/evaluation/predictions.parquet")
-RELEASES = Path("releases")
 TRIGGERS = "tailor.triggers"
 
 
@@ -42,13 +41,7 @@ def drift(
             metavar="[FOLDER]", envvar="TAILOR_LOGIT_LOG", help="Folder that `tailor serve` logs logits in."
         ),
     ] = Path("artifacts/logits"),
-    repository: Annotated[
-        Path | None,
-        typer.Option(
-            help=f"Triton model repository that is served; {RELEASES} (what was promoted) where there is that folder, "
-            f"else {REPOSITORY}."
-        ),
-    ] = None,
+    repository: RepositoryOption = None,
     version: Annotated[int | None, typer.Option(min=1, help="Release to look at; the champion if not given.")] = None,
     since: Annotated[
         str | None,
@@ -99,7 +92,7 @@ def drift(
             f"--samples is {samples} and --min-images {min_images}; expected at least as many samples as images"
         )
     trigger = None if retrain_above is None else retraining()
-    root = repository or (RELEASES if RELEASES.is_dir() else REPOSITORY)
+    root = choose_repository(repository)
     manifest = _manifest(root, version)
     start, end = (_moment(text, name) for text, name in ((since, "--since"), (until, "--until")))
     bounds = {name: value for name, value in (("since", start), ("until", end)) if value is not None}

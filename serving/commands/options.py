@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,8 @@ import typer
 from serving.client import DEFAULT_URLS
 from serving.errors import InputError
 
-REPOSITORY = Path("artifacts/repository")
+REPOSITORY = Path("artifacts/repository")  # what `dvc repro` wrote
+RELEASES = Path("releases")  # what was promoted: retrain.repository of params.yaml as it is delivered
 
 
 class Protocol(StrEnum):
@@ -43,9 +45,34 @@ CaFile = Annotated[
     Path | None, typer.Option(help="PEM file of the CAs to trust for https and grpcs; the system's if not given.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-RepositoryOption = Annotated[Path, typer.Option(help="Triton model repository that `dvc repro` wrote.")]
+RepositoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"Triton model repository; {RELEASES} (what was promoted) where there is that folder, else {REPOSITORY}.",
+        show_default=False,
+    ),
+]
 # Read by main itself, so that it also covers errors in the arguments; declared for --help.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def choose_repository(given: Path | None, promoted: Path = RELEASES) -> Path:
+    """The repository that a command is about: the one given, else `promoted` where it is a folder, else `dvc repro`'s.
+
+    Every command asks here, so that `serve` and `rollback`, say, mean the same one. Where both folders are there, a line on
+    stderr says which it is: `dvc repro` may have written a model that the gate has refused.
+    """
+    if given is not None:
+        return given
+    if not promoted.is_dir():
+        return REPOSITORY
+    if REPOSITORY.is_dir() and not promoted.samefile(REPOSITORY):
+        print(
+            f"tailor: --repository is {promoted}, what was promoted; give --repository {REPOSITORY} for what "
+            "`dvc repro` wrote",
+            file=sys.stderr,
+        )
+    return promoted
 
 
 def address(url: str | None, protocol: Protocol | None) -> str:

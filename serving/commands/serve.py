@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from serving.commands.options import REPOSITORY, Debug, RepositoryOption
+from serving.commands.options import Debug, RepositoryOption, choose_repository
 from serving.errors import InputError
 from serving.example import curl_example
 from serving.server import GRACE, TritonServer
@@ -26,7 +26,7 @@ class Stopped(SystemExit):
 
 
 def serve(
-    repository: RepositoryOption = REPOSITORY,
+    repository: RepositoryOption = None,
     http_port: Annotated[int, typer.Option(help="HTTP port; 0 for any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 for any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port; 0 for any free one.")] = 8002,
@@ -57,9 +57,10 @@ def serve(
 ) -> None:
     """Run the Triton server in the foreground until SIGTERM or Ctrl-C.
 
-    Prints one line `ready http://... grpc://...` once the golden requests have been answered as they should be, and an
-    example of a request. Starts the server again when it dies, and loads a model again whose process died. To load new
-    versions meanwhile, use `tailor promote`; its key is TAILOR_ADMIN_KEY, where that is set.
+    Prints one line `ready http://... grpc://...` once the golden requests have been answered as they should be, then where
+    its metrics are, the repository that it serves, and an example of a request. Starts the server again when it dies, and
+    loads a model again whose process died. To load new versions meanwhile, use `tailor promote`; its key is
+    TAILOR_ADMIN_KEY, where that is set.
     """
     forward = None if quiet else sys.stderr
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
@@ -67,7 +68,7 @@ def serve(
         alone = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
         raise InputError(f"{alone} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
     server = TritonServer(
-        repository,
+        choose_repository(repository),
         host,
         http_port,
         grpc_port,
@@ -101,6 +102,7 @@ def serve(
 def _announce(server: TritonServer) -> None:
     print(f"ready {server.http_url} {server.grpc_url}")
     print(f"metrics {server.metrics_url}")
+    print(f"repository {server.repository}")
     print(f"\nask it about an image, from a shell:\n\n{curl_example(server.http_url, server.example)}\n", flush=True)
     if server.host not in LOOPBACK:
         _report(

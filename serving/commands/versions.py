@@ -11,7 +11,7 @@ from rich.console import Console
 
 from serving import promotion
 from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
-from serving.commands.options import REPOSITORY, AsJson, Debug, RepositoryOption, print_json
+from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
 from serving.display import versions_table
 from serving.errors import InputError
 from serving.running import RunningServer
@@ -37,7 +37,7 @@ def promote(
     release: Annotated[
         str, typer.Argument(metavar="EXPORT_OR_VERSION", help="An export folder, or a published version's number.")
     ] = "artifacts/export",
-    repository: RepositoryOption = REPOSITORY,
+    repository: RepositoryOption = None,
     url: ServerUrl = None,
     keep: Annotated[int, typer.Option(min=2, help="Versions that stay on disk.")] = promotion.KEPT,
     timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
@@ -51,9 +51,8 @@ def promote(
     that name no version. If any of that fails, everything is as before and the status is 1.
     """
     given = int(release) if release.isdecimal() else Path(release)
-    done = promotion.promote(
-        repository, given, servers=_servers(repository, url), keep=keep, timeout=timeout, rehearsal=rehearsal
-    )
+    root = choose_repository(repository)
+    done = promotion.promote(root, given, servers=_servers(root, url), keep=keep, timeout=timeout, rehearsal=rehearsal)
     _tell(done, as_json)
 
 
@@ -61,7 +60,7 @@ def rollback(
     version: Annotated[
         int | None, typer.Argument(min=1, help="Version to go back to; the one before the champion if not given.")
     ] = None,
-    repository: RepositoryOption = REPOSITORY,
+    repository: RepositoryOption = None,
     url: ServerUrl = None,
     timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
     rehearsal: Rehearsal = True,
@@ -69,21 +68,21 @@ def rollback(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Make an older release the champion again, without a request lost."""
-    done = promotion.rollback(
-        repository, version, servers=_servers(repository, url), timeout=timeout, rehearsal=rehearsal
-    )
+    root = choose_repository(repository)
+    done = promotion.rollback(root, version, servers=_servers(root, url), timeout=timeout, rehearsal=rehearsal)
     _tell(done, as_json)
 
 
 def versions(
-    repository: RepositoryOption = REPOSITORY,
+    repository: RepositoryOption = None,
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """List the releases of a repository: which answers, which is loaded beside it, what each is."""
-    found = promotion.list_versions(repository)
+    root = choose_repository(repository)
+    found = promotion.list_versions(root)
     if not as_json:
-        Console().print(versions_table(found, str(repository)))
+        Console().print(versions_table(found, str(root)))
         return
     print_json(
         [

@@ -257,8 +257,8 @@ def test_the_page_on_serving(own: Project) -> None:
         shutil.rmtree(own.root / "releases", ignore_errors=True)
     assert json.loads(printed["tailor status --json"])["answers"]
     assert_two_answers("docs/serving.md", printed)
-    assert "version 2 answers instead of 1" in printed["tailor promote artifacts/export --repository releases"]
-    assert "version 1 answers instead of 2" in printed["tailor rollback --repository releases"]
+    assert "version 2 answers instead of 1" in printed["tailor promote artifacts/export"]
+    assert "version 1 answers instead of 2" in printed["tailor rollback"]
     assert "KIND_GPU" in (own.root / "gpu-repository/student/config.pbtxt").read_text(encoding="utf-8")
 
 
@@ -318,7 +318,7 @@ def test_the_page_on_retraining(tmp_path: Path) -> None:
     printed = follow("docs/retraining.md", Reader(project))
     (retrained,) = (text for command, text in printed.items() if command.startswith("tailor retrain"))
     assert "promoted" in retrained
-    assert "version 1 answers instead of 2" in printed["tailor rollback --repository releases"]
+    assert "version 1 answers instead of 2" in printed["tailor rollback"]
 
 
 @pytest.mark.parametrize("page", ["docs/paper.md", "recipes/README.md"])

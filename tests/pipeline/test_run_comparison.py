@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import data_params, folder
 from scipy.stats import false_discovery_control
 from test_gate import COUNTS, LABELS, C, answering, answers_of, contender
 
@@ -19,7 +21,11 @@ from pipeline.errors import ParamsError
 from pipeline.params import GateParams
 from pipeline.run_comparison import compare_runs
 from pipeline.run_folder import contender_of
+from pipeline.split import run as split
 from serving.commands import main
+from serving.promotion import promote
+from serving.repository import write_repository
+from tests.serving.conftest import CLASSES, write_export
 
 pytestmark = pytest.mark.slow
 
@@ -166,3 +172,38 @@ def test_two_revisions_are_compared_from_dvcs_cache(runs, monkeypatch, capsys):
     shutil.rmtree(".dvc/cache")
     assert main(["compare", ".", "HEAD~1"]) == 1
     assert "in DVC's cache or remote; run `dvc fetch`" in capsys.readouterr().err
+
+
+@pytest.fixture
+def retrained(tmp_path, monkeypatch):
+    """A project after a retraining: `releases` with a champion 2, and `artifacts/repository`, which holds one version alone."""
+    monkeypatch.chdir(tmp_path)
+    params = data_params(folder(Path("source"), dict.fromkeys(CLASSES, 8)))
+    Path("params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
+    split(params)
+    for seed in (1, 2):
+        write_export(Path("exports", str(seed)), seed)
+    for repository in ("artifacts/repository", "releases"):
+        write_repository(Path("exports/1"), Path(repository))
+    promote(Path("releases"), Path("exports/2"), servers=[], rehearsal=False)
+
+
+@pytest.mark.usefixtures("retrained")
+def test_the_champion_is_that_of_what_was_promoted_where_repro_wrote_one_too(capsys):
+    assert main(["compare", "champion", "2", "--json"]) == 0
+    printed = capsys.readouterr()
+    content = json.loads(printed.out)
+    assert content["samples"] == 2 * len(CLASSES) and all(row["won"] == row["lost"] == 0 for row in content["classes"])
+    assert (
+        printed.err.startswith("tailor: --repository is releases, what was promoted") and printed.err.count("\n") == 1
+    )
+    assert main(["compare", "1", "champion", "--json"]) == 0
+    assert any(row["won"] or row["lost"] for row in json.loads(capsys.readouterr().out)["classes"])
+    assert main(["compare", "champion", "2", "--repository", "artifacts/repository"]) == 2
+    assert capsys.readouterr().err == "tailor: artifacts/repository: holds no version 2; it has 1\n"
+
+
+@pytest.mark.usefixtures("retrained", "runs")
+def test_runs_that_are_no_versions_are_compared_without_a_word_about_a_repository(capsys):
+    assert main(["compare", "old", "new", "--json"]) == 0
+    assert capsys.readouterr().err == ""

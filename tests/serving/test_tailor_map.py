@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import typer
@@ -38,10 +41,34 @@ def test_the_help_is_a_map_of_every_command_under_a_heading() -> None:
     assert "  predict " in text.partition("Ask:")[2]
 
 
-def test_every_command_shows_an_example() -> None:
+def commands_of(group: Any, context: Any) -> Iterator[tuple[str, str]]:
+    """Every command and group beneath a group: as it is typed, and what its --help prints."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        inner = command.make_context(name, [], parent=context, resilient_parsing=True)
+        yield inner.command_path, command.get_help(inner)
+        if hasattr(command, "list_commands"):
+            yield from commands_of(command, inner)
+
+
+def test_every_command_shows_an_example_those_of_a_group_too() -> None:
     program = typer.main.get_command(app)
-    context = program.make_context("tailor", [], resilient_parsing=True)
-    for name in program.list_commands(context):
-        command = program.get_command(context, name)
-        if not hasattr(command, "list_commands"):
-            assert (command.epilog or "").startswith(f"Example: tailor {name}"), name
+    helps = dict(commands_of(program, program.make_context("tailor", [], resilient_parsing=True)))
+    assert {"tailor serve", "tailor data", "tailor data check", "tailor data pack"} <= set(helps)
+    for words, text in helps.items():
+        assert re.search(rf"^\s*examples?:\s+{words}\b", text, re.MULTILINE | re.IGNORECASE), text
+        assert re.search(rf"^\s*usage: {words} ", text, re.MULTILINE | re.IGNORECASE), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["check", "pack"])
+@pytest.mark.parametrize("program", ["tailor data", "python -m pipeline.data"])
+def test_a_command_on_data_calls_itself_as_it_was_called(program: str, command: str) -> None:
+    start = [*TAILOR, "data"] if program == "tailor data" else [sys.executable, "-m", "pipeline.data"]
+    shown = subprocess.run([*start, command, "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
+    other = {"tailor data", "python -m pipeline.data"} - {program}
+    assert shown.startswith(f"usage: {program} {command} ") and not any(words in shown for words in other)
+    examples = shown.partition("examples:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(examples) == 3 and all(line.startswith(f"  {program} {command}") for line in examples)
+    refused = subprocess.run([*start, command, "--jobs", "0"], capture_output=True, text=True, check=False, timeout=60)
+    assert refused.returncode == 2 and f"\n{program} {command}: error: argument --jobs" in refused.stderr
