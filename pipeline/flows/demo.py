@@ -48,6 +48,8 @@ def run() -> None:
     _command(project, "tailor", "versions", "--repository", "releases")
     _say("nothing new since: the next run ends early")
     _command(project, "tailor", "retrain")
+    _say("DVC lists both rounds")
+    _command(project, "dvc", "exp", "show", "--only-changed")
     versions = sorted(path.name for path in (project / "releases/classifier").iterdir() if path.name.isdecimal())
     if versions != ["1"]:
         raise StageError(f"{project}/releases holds the versions {', '.join(versions)}; expected 1 alone")
@@ -63,10 +65,16 @@ def _make_project() -> Path:
         source, target = ROOT / name, project / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target, ignore=unwanted) if source.is_dir() else shutil.copyfile(source, target)
-    for command in (["git", "init", "--quiet", "."], ["dvc", "init", "--quiet"]):
-        _command(project, *command)
     write_file(project / "short.yaml", RECIPE)
-    _command(project, "python", "-m", "pipeline.recipe", "short.yaml")
+    who = ("-c", "user.name=tailor", "-c", "user.email=tailor@localhost")
+    for command in (
+        ("git", "init", "--quiet", "."),
+        ("dvc", "init", "--quiet"),
+        ("python", "-m", "pipeline.recipe", "short.yaml"),
+        ("git", "add", "-A"),
+        ("git", *who, "commit", "--quiet", "-m", "the project of the demo"),
+    ):
+        _command(project, *command)
     return project
 
 
@@ -117,7 +125,7 @@ class _serving:
 
 def _command(project: Path, *command: str) -> None:
     """Show a command and run it. Raises StageError when it fails."""
-    if command[0] == "tailor":
+    if command[0] == "tailor" or command[:2] == ("dvc", "exp"):
         print(f"\n$ {' '.join(command)}", flush=True)
     done = subprocess.run(_whole(command), cwd=project, env=_environment(), stdin=subprocess.DEVNULL, check=False)
     if done.returncode:

@@ -24,6 +24,7 @@ from prefect.states import Cancelled, Completed, Failed
 from pipeline.artifacts import EXPORT, SPLIT
 from pipeline.errors import StageError
 from pipeline.flows import publish as releases
+from pipeline.flows.experiments import keep_run
 from pipeline.flows.records import (
     FOLDER,
     Decided,
@@ -147,9 +148,9 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     teller.decision(decision, evidence)
     against = champion.version if champion else None
     if not decision.promote:
-        if decision.computed:  # else the next run holds the gate again: what was missing may be there by then
-            write_decided(Decided(release, against, gate_sha256(params.gate), "refused", None))
         outcome = Outcome("refused", "; ".join(decision.reasons), against, str(evidence))
+        if decision.computed:  # else the next run holds the gate again: what was missing may be there by then
+            _keep(Decided(release, against, gate_sha256(params.gate), "refused", None), outcome.message, params)
     else:
         kept = releases.present(repository)
         version = step(publish, params, evidence)
@@ -173,11 +174,20 @@ def _go_live(step: Steps, params: Params, version: int, release: str, against: i
     gate = gate_sha256(params.gate)
     try:
         servers = step(promote, params, version)
-    except releases.TakenBack as error:  # or every run would try it on the users again
-        write_decided(Decided(release, error.before, gate, "refused", None))
+    except releases.TakenBack as error:
+        taken_back = Decided(release, error.before, gate, "refused", None)
+        write_decided(taken_back)  # at once, or the next run might try it on the users again
+        keep_run(taken_back, str(error), params, get_run_logger().info)
         raise
-    write_decided(Decided(release, against, gate, "promoted", version))
+    instead = f" instead of {against}" if against else ""
+    _keep(Decided(release, against, gate, "promoted", version), f"version {version}{instead}", params)
     return servers
+
+
+def _keep(decided: Decided, why: str, params: Params) -> None:
+    """Keep what became of a release, as an experiment first: a run that is ended in between is decided on once more."""
+    keep_run(decided, why, params, get_run_logger().info)
+    write_decided(decided)
 
 
 def _settled(params: Params, champion: releases.Champion | None) -> Outcome | None:

@@ -17,6 +17,7 @@ import yaml
 
 from models.prior import shot_group
 from pipeline.prior import Prior
+from tests.end_to_end.project import GIT_NAME
 from tests.serving.conftest import CLASSES, COUNTS, write_export
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,7 @@ STAGES = {
     "evaluate": "artifacts/evaluation",
     "export": "artifacts/export",
 }
+METRICS = "artifacts/evaluation/metrics/student_balanced.json"
 PER_CLASS = 40  # test samples
 # Where nobody waits for better luck: one try, and no second server.
 QUICK = {"retries": 0, "retry_seconds": 0.1, "rehearsal": False, "watch_seconds": 0.0, "load_seconds": 20}
@@ -62,8 +64,9 @@ class Retraining:
             copy = f"mkdir -p {Path(output).parent} && cp -r prepared/$(cat challenger)/{name} {output}"
             stages[name] = {"cmd": copy, "deps": ["challenger", *before], "outs": [output]}
             before = [output]
-        (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-        for command in (["git", "init", "--quiet", "."], ["dvc", "init", "--quiet"]):
+        (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages, "metrics": [METRICS]}))
+        begin = (["git", "init", "--quiet", "."], ["dvc", "init", "--quiet"], ["git", "add", "-A"])
+        for command in (*begin, ["git", *GIT_NAME, "commit", "--quiet", "-m", "a project"]):
             self.run(*command)
 
     @property
@@ -93,7 +96,8 @@ class Retraining:
         )  # the same luck for all: who has the higher accuracy is right wherever the other is
         right = random.random(len(labels)) < np.broadcast_to(accuracy, len(CLASSES))[labels]
         logits = np.eye(len(CLASSES))[np.where(right, labels, (labels + 1) % len(CLASSES))] * 3.0
-        (folder / "evaluate").mkdir()
+        (folder / "evaluate/metrics").mkdir(parents=True)
+        (folder / "evaluate/metrics/student_balanced.json").write_text(json.dumps({"all": float(right.mean())}))
         rows = pa.array(list(logits.astype(np.float32)), type=pa.list_(pa.float32()))
         answered = pa.table({"sample_id": ids, "label": labels, "logits": rows})
         pyarrow.parquet.write_table(answered, folder / "evaluate" / "predictions.parquet")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 
 import pytest
+
+from tests.end_to_end.project import SHORT
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("digits")]
 
@@ -84,9 +87,24 @@ def test_a_students_parameter_retrains_the_student_and_not_the_teacher(digits):
     done = digits.run("dvc", "exp", "run", "-S", "student.epochs=1")
     assert digits.stages_run(done) == ["student", "evaluate", "export", "seeds"]
     assert (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns == teacher
+    (name,) = re.findall(r"Ran experiment\(s\): (\S+)", done.stdout)
     digits.run("git", "checkout", "params.yaml")
     # The first run's results come back from DVC's cache without training.
     assert digits.stages_run(digits.run("dvc", "repro")) == []
+    # Both are listed: what lies in the project, and the experiment with its own params and metrics.
+    workspace, committed = json.loads(digits.run("dvc", "exp", "show", "--json").stdout)
+    (experiment,) = (
+        revision for row in committed["experiments"] for revision in row["revs"] if revision["name"] == name
+    )
+    shown = [experiment["data"], workspace["data"]]
+    assert [row["params"]["params.yaml"]["data"]["student"]["epochs"] for row in shown] == [
+        1,
+        SHORT["student"]["epochs"],
+    ]
+    metrics = [row["metrics"]["artifacts/evaluation/metrics/student_balanced.json"]["data"]["all"] for row in shown]
+    assert metrics[0] < metrics[1]
+    plots = json.loads(digits.run("dvc", "plots", "diff", "--json", name).stdout)
+    assert {name, "workspace"} <= {revision for plot in plots["data"]["loss"] for revision in plot["revisions"]}
 
 
 def test_a_stage_killed_half_way_leaves_no_half_output_and_the_next_repro_finishes(digits):

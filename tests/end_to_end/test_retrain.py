@@ -30,7 +30,7 @@ from serving.promotion import list_versions
 from serving.promotion_log import LOG_NAME
 from serving.server import TritonServer
 from serving.supervisor import Supervisor
-from tests.end_to_end.retraining import Retraining
+from tests.end_to_end.retraining import METRICS, Retraining
 from tests.end_to_end.shown import check_refusal, last_run
 from tests.serving.conftest import CLASSES, picture
 
@@ -181,6 +181,20 @@ def test_a_run_with_nothing_new_ends_early_and_says_so(project, context):
     outcome = run.outcome()
     assert outcome.ending == "unchanged" and "no new data and no changed params" in outcome.message
     assert "gate: starts" not in run.text() and "split: starts" not in run.text()
+
+
+def test_dvc_exp_show_lists_the_promoted_and_the_refused_run_with_their_metrics_and_the_project_stays(project, context):
+    project.prepare("worse", 8, 0.25)
+    project.choose("worse")
+    before = [project.run("git", *asked).stdout for asked in (["status", "--porcelain"], ["stash", "list"])]
+    run = Begun(context, project.root)
+    assert run.outcome().ending == "refused"
+    assert "kept as the DVC experiment retrain-" in run.text()
+    assert before == [project.run("git", *asked).stdout for asked in (["status", "--porcelain"], ["stash", "list"])]
+    (_, committed) = json.loads(project.run("dvc", "exp", "show", "--json").stdout)
+    runs = [revision for experiment in committed["experiments"] for revision in experiment["revs"]]
+    listed = {run["name"].split("-", 3)[3]: run["data"]["metrics"][METRICS]["data"]["all"] for run in runs}
+    assert listed["promoted-1"] == pytest.approx(0.6, abs=0.05) and listed["refused"] == pytest.approx(0.25, abs=0.05)
 
 
 @pytest.mark.faults
