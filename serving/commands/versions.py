@@ -59,7 +59,7 @@ def promote(
 
 def rollback(
     version: Annotated[
-        int | None, typer.Argument(min=1, help="Version to go back to; the one before the champion if not given.")
+        int | None, typer.Argument(min=1, help="Version to go back to; the one that was champion before if not given.")
     ] = None,
     repository: RepositoryOption = REPOSITORY,
     url: ServerUrl = None,
