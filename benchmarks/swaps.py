@@ -3,7 +3,8 @@
 Serves an export, asks its classifier at a steady rate over HTTP from a process of its own, and promotes release after
 release, each a new version with the same graph. Quiet stretches and swaps take turns, so that both see the same machine.
 A request's latency counts from the moment it was due, so that a stall is not hidden by the requests it holds back. A
-swap is the whole of `tailor promote`: publishing, the rehearsal on a second server, loading, golden requests.
+swap is the whole of `tailor promote` (publishing, the rehearsal on a second server, loading, golden requests) and the two
+seconds after it, in which Triton lets old instances go. A quiet stretch is as long as the swap before it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from serving.repository import write_repository
 from serving.server import TritonServer
 
 GOAL = 2.0  # p99 during swaps / p99 without
+UNLOADING = 2.0  # seconds after a promotion that still count as the swap
 ASKERS = 4  # connections, each a thread
 
 
@@ -98,12 +100,11 @@ def measure(
                 release = new_release(export, folder, number)
                 start = time.monotonic()
                 promote(root, release)
+                time.sleep(UNLOADING)
                 end = time.monotonic()
                 stretches.append(Stretch("swap", start, end))
-                time.sleep(2)  # Triton lets the old instances go
-                start = time.monotonic()
-                time.sleep(end - stretches[-1].start)  # as long as the swap was
-                stretches.append(Stretch("quiet", start, time.monotonic()))
+                time.sleep(end - start)
+                stretches.append(Stretch("quiet", end, time.monotonic()))
                 shutil.rmtree(release)
             output, _ = asker.communicate()
         finally:
@@ -135,7 +136,8 @@ def report(command: str, stretches: list[Stretch], asked: list[tuple[float, floa
         f"`{command}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores; load average at the end {os.getloadavg()[0]:.2f}.",
-        f"{len(swaps)} swaps of {statistics.median(swaps):.1f} s (median), {versions} versions answered, "
+        f"{len(swaps)} swaps of {statistics.median(swaps):.1f} s (median, {UNLOADING:g} s of unloading after the promotion "
+        f"among them), {versions} versions answered, "
         f"{len(asked)} requests, {failed} failed (goal 0).",
         f"p99 during swaps / p99 without: {ratio:.2f} (goal ≤ {GOAL:g}).",
         "",

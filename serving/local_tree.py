@@ -7,9 +7,11 @@ reads the new version policy, and what it has loaded already goes on as it is.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from serving.errors import ServingError
+from serving.leftovers import runtime_folders
 from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT
 from serving.triton import live_prior
 from serving.version_policy import CONFIG_NAME
@@ -28,27 +30,43 @@ def link_tree(repository: Path, runtime: Path) -> Path:
     try:
         for model in (STUDENT, CLASSIFIER):
             (tree / model).mkdir(parents=True, exist_ok=True)
-            _link(repository.absolute() / model, tree / model, _seen(repository / model))
+            present = _names(tree / model)
+            _link(repository.absolute() / model, tree / model, present, _seen(repository / model))
         # A version of an older Tailor looks for it here. No link may lead nowhere: Triton would list no model then.
+        present = _names(tree)
         prior = {live_prior.NAME} if (repository / live_prior.NAME).is_file() else set()
-        _link(repository.absolute(), tree, {STUDENT, CLASSIFIER, *prior})
+        _link(repository.absolute(), tree, present, {STUDENT, CLASSIFIER, *prior})
     except OSError as error:
         raise ServingError(f"{error.filename}: {error.strerror}; check the repository {repository}") from error
     return tree
 
 
+def refresh_trees(repository: Path, prefix: str) -> None:
+    """Bring the tree of a run up to date; nothing is written where nothing came or went. Raises as `link_tree` does."""
+    for runtime in runtime_folders(prefix):
+        link_tree(repository, runtime)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def _seen(folder: Path) -> set[str]:
     """The names in a model's folder that the local server shall see; hidden is what is being written or removed."""
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    names = {name for name in _names(folder) if not name.startswith(".")}
     if (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").is_file():
         names.discard(CONFIG_NAME)
     return names
 
 
-def _link(source: Path, folder: Path, names: set[str]) -> None:
-    """Have the folder hold a link to each of the names in `source`, and nothing else."""
-    present = {path.name for path in folder.iterdir()}
+def _link(source: Path, folder: Path, present: set[str], names: set[str]) -> None:
+    """Have the folder, in which `present` was found, hold a link to each of the names in `source`, and nothing else.
+
+    `present` must have been read before the names: a supervisor and a promotion may both be about it, and what the other
+    one has linked meanwhile would else be taken for something that has gone.
+    """
     for name in present - names:
         (folder / name).unlink(missing_ok=True)
     for name in names - present:
-        (folder / name).symlink_to(source / name)
+        with contextlib.suppress(FileExistsError):
+            (folder / name).symlink_to(source / name)

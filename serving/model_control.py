@@ -5,6 +5,7 @@ Never over HTTP: there a load holds up every request that shares its worker thre
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import time
@@ -13,22 +14,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from serving.arguments import ADMIN_HEADER
 from serving.errors import ServingError
-from serving.leftovers import processes_of, runtime_folders
-from serving.local_tree import link_tree
+from serving.leftovers import processes_of
+from serving.local_tree import refresh_trees
 from serving.running import RunningServer
 from serving.transport import parse_url
+from serving.version_policy import served_versions
 
 REASON_LENGTH = 500
+SEEN_WITHIN = 10.0  # seconds that a server gets to see a version that was just published, or that one has gone
+UNREADABLE = "failed to poll from model repository"  # Triton's words
 DEAD_STUB_TIMEOUT = 10.0  # seconds for Triton to notice that a stub has gone
 
 
 class LoadTimeout(ServingError):
     """A load that did not end in time."""
+
+
+class UnreadableModel(ServingError):
+    """Triton could not read a model's folder, as where a link in it leads to a version that has been removed."""
 
 
 class ModelControl:
@@ -49,12 +58,29 @@ class ModelControl:
         """Load what the model's config says now; versions that it no longer lists go when the others are ready.
 
         What is loaded already stays as it is, unless its files or more of the config than its versions and instances have
-        changed. Raises LoadTimeout when it takes too long.
+        changed. Triton passes over a version whose folder it does not see, and loads nothing while a link leads to one that
+        has gone. Its supervisor or the mount may be about to show what there is, so it is asked again for a while. Raises
+        LoadTimeout when a load takes too long.
         """
-        if self.server.prefix:
-            for runtime in runtime_folders(self.server.prefix):
-                link_tree(Path(self.server.repository), runtime)
-        self._ask(model, "load", self._client.load_model)
+        repository = Path(self.server.repository)
+        deadline = time.monotonic() + SEEN_WITHIN
+        while True:
+            if self.server.prefix:
+                refresh_trees(repository, self.server.prefix)
+            try:
+                self._ask(model, "load", self._client.load_model)
+                missing = sorted({*served_versions(repository, model)} - {*self.ready_versions(model)})
+                if not missing:
+                    return
+                if time.monotonic() > deadline:
+                    raise ServingError(
+                        f"{self.server.grpc_url}: sees no version {missing[0]} of {model}; "
+                        f"expected a server that runs on {repository}"
+                    )
+            except UnreadableModel:
+                if self.server.prefix or time.monotonic() > deadline:  # what we have linked ourselves will not change
+                    raise
+            time.sleep(0.2)
 
     def unload(self, model: str) -> None:
         """Unload every version of a model and wait until it is gone."""
@@ -67,11 +93,7 @@ class ModelControl:
 
     def ready_versions(self, model: str) -> list[int]:
         """The versions of a model that are loaded, ascending."""
-        try:
-            index = self._client.get_model_repository_index(headers=self._headers, client_timeout=self.timeout)
-        except InferenceServerException as error:
-            raise ServingError(f"{self.server.grpc_url}: {_reason(error)}") from error
-        return sorted(int(found.version) for found in index.models if found.name == model and found.state == "READY")
+        return sorted(int(found.version) for found in self._index(model) if found.state == "READY")
 
     def end_hanging_load(self, model: str, version: int) -> bool:
         """Kill the stubs of a version whose load hangs, so that Triton gives it up; whether it then could load again.
@@ -83,12 +105,13 @@ class ModelControl:
         ended = False
         if self.server.prefix:
             for process in processes_of(self.server.prefix):
-                if any(argument.endswith(place) for argument in process.cmdline()):
-                    process.kill()
-                    ended = True
+                with contextlib.suppress(psutil.Error):  # it has just ended by itself
+                    if any(argument.endswith(place) for argument in process.cmdline()):
+                        process.kill()
+                        ended = True
         deadline = time.monotonic() + DEAD_STUB_TIMEOUT
         while ended and time.monotonic() < deadline:
-            if not self._loading(model):
+            if not any(found.state == "LOADING" for found in self._index(model)):
                 return True
             time.sleep(0.1)
         return False
@@ -113,11 +136,16 @@ class ModelControl:
                 raise LoadTimeout(
                     f"{self.server.grpc_url}: the {what} of {model} did not end within {self.timeout:g} s"
                 ) from error
-            raise ServingError(f"{self.server.grpc_url}: Triton did not {what} {model}: {_reason(error)}") from error
+            kind = UnreadableModel if UNREADABLE in str(error.message()) else ServingError
+            raise kind(f"{self.server.grpc_url}: Triton did not {what} {model}: {_reason(error)}") from error
 
-    def _loading(self, model: str) -> bool:
-        index = self._client.get_model_repository_index(headers=self._headers, client_timeout=self.timeout)
-        return any(found.name == model and found.state == "LOADING" for found in index.models)
+    def _index(self, model: str) -> list[Any]:
+        """What Triton says of each version of a model. Raises ServingError."""
+        try:
+            index = self._client.get_model_repository_index(headers=self._headers, client_timeout=self.timeout)
+        except InferenceServerException as error:
+            raise ServingError(f"{self.server.grpc_url}: {_reason(error)}") from error
+        return [found for found in index.models if found.name == model]
 
 
 def _trust(certificate: str, address: str, timeout: float) -> dict[str, Any]:

@@ -3,27 +3,27 @@
 The champion is never touched before the challenger has been tried. A challenger is published (written whole beside the
 others), rehearsed on a server of its own, and only then loaded by the server that answers users: its student first and
 asked its golden requests, then its classifier, which is the moment from which requests that name no version reach it.
-Whatever fails, the version policy and the loaded versions go back to what they were.
+Whatever fails, the version policy and the loaded versions go back to what they were, and what was published for it goes.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from serving.dry_run import dry_run
 from serving.errors import InputError, ServingError
-from serving.model_config import CLASSIFIER, STUDENT
-from serving.promotion_log import record
+from serving.model_config import CLASSIFIER
+from serving.promotion_log import champions, record
 from serving.rehearsal import rehearse
 from serving.release import Release, find_releases, published_versions, read_release
 from serving.repository import publish
 from serving.repository_lock import locked
+from serving.retention import prune, remove_leftovers, withdrawn_on_failure
 from serving.running import RunningServer, find_running
 from serving.swap import bring_up_to_date, swap
-from serving.version_policy import champion, served_versions, version_folders
+from serving.version_policy import champion, served_versions
 
 KEPT = 5  # versions on disk
 LOAD_TIMEOUT = 120.0  # seconds
@@ -74,26 +74,32 @@ def promote(
     disk, the served ones among them. timeout: seconds that a load may take. rehearsal: False tries the graph in ONNX
     Runtime alone, where a second server does not fit on the machine. Afterwards the champion before is still
     loaded, for requests that name it and for a rollback at once. The champion itself is loaded by the servers that have
-    it not, as after a promotion that was killed in its midst. Raises InputError for a version that is not there or is
-    older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError when it failed its
-    trial or the swap, RepositoryBusy while another promotion, a repair or the start of a server is under way.
+    it not, as after a promotion that was killed in its midst. An export that fails is withdrawn from the disk again, if
+    it was not published before; what killed promotions left there goes first. Raises InputError for a version that is
+    not there or is older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError
+    when it failed its trial or the swap, RepositoryBusy while another promotion, a repair or the start of a server is
+    under way.
     """
     if keep < 2:
         raise InputError(f"keep is {keep}; expected at least 2, the champion and the one before it")
     with locked(repository):
         _check_champion(repository)
+        remove_leftovers(repository)
         before = champion(repository)
-        version = publish(release, repository) if isinstance(release, Path) else _published(repository, release)
-        if version < before:
-            raise InputError(f"version {version} is older than the champion {before}; use `tailor rollback {version}`")
-        found = find_running(repository) if servers is None else servers
-        if version == before:
-            _bring_up_to_date(repository, version, found, timeout)
-            return Promotion(version, before, False, tuple(server.grpc_url for server in found))
-        rehearsed = _try(repository, version, before, timeout, rehearsal)
-        _swap(repository, version, (before, version), found, timeout)
+        with withdrawn_on_failure(repository):
+            version = publish(release, repository) if isinstance(release, Path) else _published(repository, release)
+            if version < before:
+                raise InputError(
+                    f"version {version} is older than the champion {before}; use `tailor rollback {version}`"
+                )
+            found = find_running(repository) if servers is None else servers
+            if version == before:
+                _bring_up_to_date(repository, version, found, timeout)
+                return Promotion(version, before, False, tuple(server.grpc_url for server in found))
+            rehearsed = _try(repository, version, before, timeout, rehearsal)
+            _swap(repository, version, (before, version), found, timeout)
         record(repository, "promote", version, before)
-        removed = _prune(repository, keep)
+        removed = prune(repository, keep)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found), removed)
 
 
@@ -105,7 +111,7 @@ def rollback(
     timeout: float = LOAD_TIMEOUT,
     rehearsal: bool = True,
 ) -> Promotion:
-    """Make an older version the champion again: `version`, or the newest one before the champion.
+    """Make an older version the champion again: `version`, or the one that was champion before.
 
     One that is loaded still takes over at once; another is tried as a challenger is. The versions after it stay on
     disk, unloaded, as Triton answers from the newest one that it has. Raises as `promote` does.
@@ -113,12 +119,7 @@ def rollback(
     with locked(repository):
         _check_champion(repository)
         before = champion(repository)
-        older = [number for number in published_versions(repository) if number < before]
-        if version is None:
-            if not older:
-                raise InputError(f"{repository}: holds no version before the champion {before}; nothing to go back to")
-            version = older[-1]
-        version = _published(repository, version)
+        version = _published(repository, _champion_before(repository) if version is None else version)
         if version >= before:
             raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
         found = find_running(repository) if servers is None else servers
@@ -156,6 +157,22 @@ def _published(repository: Path, version: int) -> int:
     return version
 
 
+def _champion_before(repository: Path) -> int:
+    """The version that a rollback goes back to: the one that is still served, or else the champion of before.
+
+    Not simply the newest on disk, which may have failed its trial, or been rolled back from. It is what is left where the
+    promotions were not recorded. Raises InputError where there is none.
+    """
+    served, best = served_versions(repository, CLASSIFIER), champion(repository)
+    if len(served) > 1:
+        return served[-2]
+    older = [version for version in published_versions(repository) if version < best]
+    if not older:
+        raise InputError(f"{repository}: holds no version before the champion {best}; nothing to go back to")
+    recorded = [version for version in champions(repository) if version in older]
+    return (recorded or older)[-1]
+
+
 def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool) -> bool:
     """Whether a version that passed its trial did so on a server of its own. Raises PromotionError when it did not."""
     try:
@@ -182,20 +199,3 @@ def _bring_up_to_date(repository: Path, version: int, servers: Sequence[RunningS
         bring_up_to_date(repository, servers, timeout)
     except ServingError as error:
         raise PromotionError(f"version {version} is the champion and does not answer: {error}") from error
-
-
-def _prune(repository: Path, keep: int) -> tuple[int, ...]:
-    """Delete the oldest versions that are not served, so that `keep` stay; each goes out of sight whole first."""
-    served = served_versions(repository, CLASSIFIER)
-    present = sorted({*version_folders(repository, STUDENT), *version_folders(repository, CLASSIFIER)})
-    others = [version for version in present if version not in served]
-    removed = others[: max(0, len(present) - keep)]
-    for version in removed:
-        for model in (CLASSIFIER, STUDENT):
-            folder = repository / model / str(version)
-            hidden = folder.with_name(f".{version}.removed")
-            if folder.is_dir():
-                shutil.rmtree(hidden, ignore_errors=True)
-                folder.rename(hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
-    return tuple(removed)

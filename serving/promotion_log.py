@@ -50,6 +50,18 @@ def read_changes(repository: Path) -> list[Change]:
     return changes
 
 
+def champions(repository: Path) -> list[int]:
+    """The versions that were champion one after another and led to the one of today, ascending.
+
+    One that was rolled back from is not among them. Empty where nothing was ever promoted.
+    """
+    line: set[int] = set()
+    for change in read_changes(repository):
+        older = {version for version in {*line, change.previous} if 0 < version < change.version}
+        line = {*older, change.version}
+    return sorted(line)
+
+
 def _last_byte(path: str) -> bytes:
     with Path(path).open("rb") as stream:
         stream.seek(-1, os.SEEK_END)

@@ -23,7 +23,7 @@ from serving.model_config import (
     student_local_config,
     to_text,
 )
-from serving.version_policy import CONFIG_NAME, read_config, version_folders
+from serving.version_policy import CONFIG_NAME, present_versions, read_config
 
 
 def write_repository(
@@ -71,7 +71,7 @@ def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
     """
     manifest = load_export(export_dir)
     _check_same_signature(manifest, export_dir, root)
-    present = sorted({*version_folders(root, STUDENT), *version_folders(root, CLASSIFIER)})
+    present = present_versions(root)
     for version in present:
         if _same_release(root, version, manifest):
             return version

@@ -40,6 +40,14 @@ def leave_note(runtime: Path, server: RunningServer) -> None:
     write_file(runtime / NOTE_NAME, server.model_dump_json())
 
 
+def reach(repository: Path, grpc_url: str, key: str) -> RunningServer:
+    """The server at an address that somebody named, with its key; as its own note says where this user runs it here."""
+    for server in find_running(repository):
+        if server.grpc_url == grpc_url.rstrip("/"):
+            return server.model_copy(update={"admin_key": key})
+    return RunningServer(repository=str(repository), http_url=None, grpc_url=grpc_url, admin_key=key, prefix=None)
+
+
 def find_running(repository: Path) -> list[RunningServer]:
     """The servers of this user that run on this repository, as far as they share our folder for temporary files."""
     wanted, found = os.path.realpath(repository), []

@@ -19,6 +19,7 @@ import psutil
 from serving.errors import ServingError
 from serving.failures import DeadlineExceeded
 from serving.leftovers import stubs_of
+from serving.local_tree import refresh_trees
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import ModelControl
 from serving.release import Release, find_releases, instances
@@ -76,6 +77,8 @@ class Supervisor:
             if ended is not None or self.server.process_id is None:
                 self._restart(f"the Triton server ended by itself with status {ended}", stopping)
                 continue
+            with contextlib.suppress(ServingError):  # the disk is gone: what was seen stays
+                refresh_trees(self.server.repository, self.server.prefix)  # for a promotion that cannot reach them
             try:
                 with locked(self.server.repository, shared=True, timeout=0):
                     self._look(stopping)

@@ -54,9 +54,11 @@ def swap(
         try:
             _forward(repository, release, before, final, controls)
         except BaseException as error:
-            if isinstance(error, LoadTimeout):
-                _end_hanging_loads(version, before, controls)
-            _back(repository, before, controls)
+            try:
+                if isinstance(error, LoadTimeout):
+                    _end_hanging_loads(version, before, controls)
+            finally:
+                _back(repository, before, controls)
             raise
 
 
@@ -106,7 +108,8 @@ def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[Model
     for model, served in ((STUDENT, before.student), (CLASSIFIER, before.classifier)):
         for control in controls:
             if version not in served:
-                control.end_hanging_load(model, version)
+                with suppress(ServingError):  # it does not answer: the way back does not wait for it
+                    control.end_hanging_load(model, version)
 
 
 def _back(repository: Path, before: _Policies, controls: Sequence[ModelControl]) -> None:

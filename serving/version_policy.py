@@ -75,6 +75,11 @@ def version_folders(root: Path, model: str) -> list[int]:
     return [version for version in found if version > 0]
 
 
+def present_versions(root: Path) -> list[int]:
+    """The versions that at least one of the two models has a folder of, ascending."""
+    return sorted({*version_folders(root, STUDENT), *version_folders(root, CLASSIFIER)})
+
+
 def champion(root: Path) -> int:
     """The version that answers a request that names none. Raises RepositoryError."""
     served = served_versions(root, CLASSIFIER)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.gate import Contender
-from serving import promotion
+from serving import promotion, retention
 from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
 from serving.atomic import sync
 from serving.client import Client
@@ -29,7 +29,7 @@ from serving.release import find_releases, read_release
 from serving.repository import load_export, write_repository
 from serving.repository import publish as publish_version
 from serving.repository_lock import locked
-from serving.running import RunningServer, find_running
+from serving.running import RunningServer, find_running, reach
 from serving.server import check_golden
 from serving.version_policy import served_versions, version_folders
 
@@ -160,9 +160,7 @@ def withdraw(repository: Path, version: int) -> None:
         shutil.rmtree(first(repository), ignore_errors=True)
         return
     with locked(repository):
-        if version not in {*served_versions(repository, CLASSIFIER), *served_versions(repository, STUDENT)}:
-            for model in (CLASSIFIER, STUDENT):
-                shutil.rmtree(repository / model / str(version), ignore_errors=True)
+        retention.withdraw(repository, version)
 
 
 def watch(repository: Path, version: int, servers: Sequence[RunningServer], seconds: float) -> None:
@@ -208,7 +206,7 @@ def elsewhere(repository: Path, url: str | None) -> list[RunningServer] | None:
     key = admin_key()
     if key is None:
         raise InputError(f"{ADMIN_KEY_VARIABLE} is not set; expected the key that the server at {url} was started with")
-    return [RunningServer(repository=str(repository), http_url=None, grpc_url=url, admin_key=key, prefix=None)]
+    return [reach(repository, url, key)]
 
 
 def clean(repository: Path) -> list[str]:
@@ -216,9 +214,7 @@ def clean(repository: Path) -> list[str]:
 
     To be called under the repository's lock, or where no other run is.
     """
-    removed = []
-    for model in (STUDENT, CLASSIFIER):
-        removed += [path for path in (repository / model).glob(".*") if path.is_dir()]
+    removed = retention.leftovers(repository)
     whole = set(version_folders(repository, STUDENT)) & set(version_folders(repository, CLASSIFIER))
     for model in (STUDENT, CLASSIFIER):
         kept = {*whole, *served_versions(repository, model)}

@@ -14,7 +14,7 @@ from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
 from serving.commands.options import REPOSITORY, AsJson, Debug, RepositoryOption, print_json
 from serving.display import versions_table
 from serving.errors import InputError
-from serving.running import RunningServer
+from serving.running import RunningServer, reach
 
 ServerUrl = Annotated[
     str | None,
@@ -59,7 +59,7 @@ def promote(
 
 def rollback(
     version: Annotated[
-        int | None, typer.Argument(min=1, help="Version to go back to; the one before the champion if not given.")
+        int | None, typer.Argument(min=1, help="Version to go back to; the one that was champion before if not given.")
     ] = None,
     repository: RepositoryOption = REPOSITORY,
     url: ServerUrl = None,
@@ -108,7 +108,7 @@ def _servers(repository: Path, url: str | None) -> list[RunningServer] | None:
     key = admin_key()
     if key is None:
         raise InputError(f"{ADMIN_KEY_VARIABLE} is not set; expected the key that the server at {url} was started with")
-    return [RunningServer(repository=str(repository), http_url=None, grpc_url=url, admin_key=key, prefix=None)]
+    return [reach(repository, url, key)]
 
 
 def _tell(done: promotion.Promotion, as_json: bool) -> None:

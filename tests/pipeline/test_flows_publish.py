@@ -221,11 +221,15 @@ def test_a_folder_that_is_no_repository_is_not_written_into(tmp_path, exports, e
 
 
 @pytest.mark.end_to_end
-def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(repository, exports, evidence):
+def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(
+    repository, exports, evidence, monkeypatch
+):
+    monkeypatch.setenv("TAILOR_ADMIN_KEY", "a-key-known-to-the-tests")
     server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0).start()
     try:
         servers = releases.servers_of(repository, None)
         assert [found.grpc_url for found in servers] == [server.grpc_url]
+        assert releases.servers_of(repository, server.grpc_url) == servers  # its address alone says as much
         assert go_live(repository, exports / "2", evidence, servers).servers == (server.grpc_url,)
         releases.watch(repository, 2, servers, 0.0)
         # Its golden answers change under the watch, as if the graph had begun to answer otherwise.

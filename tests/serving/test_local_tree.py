@@ -6,13 +6,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import picture, write_export
+from steady_load import Load
 
 from serving.client import Client
 from serving.errors import ServingError
 from serving.leftovers import stubs_of
 from serving.local_tree import link_tree
+from serving.manifest import MANIFEST_NAME, load_manifest
 from serving.model_control import ModelControl
 from serving.promotion import promote
 from serving.repository import publish
@@ -105,6 +108,22 @@ def test_swap_starts_the_new_version_alone_and_what_serves_already_goes_on(
     assert promote(root, second).version == 2
     assert processes(serving, 1) == before
     assert len(processes(serving, 2)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_where_the_default_strength_is_another_the_version_before_is_loaded_anew_without_a_request_lost(
+    serving: TritonServer, root: Path, second: Path
+) -> None:
+    manifest = load_manifest(second)
+    (second / MANIFEST_NAME).write_text(manifest.model_copy(update={"strength": 0.25}).model_dump_json())
+    before = {process for process, model, _ in stubs_of(serving.prefix) if model == "classifier"}
+    with Load(serving) as load:
+        assert promote(root, second).version == 2
+        assert set(psutil.wait_procs(before, 20)[0]) == before
+    assert load.failures == []
+    assert set(load.versions()) == {1, 2}
+    assert len(processes(serving, 1)) == len(processes(serving, 2)) == 4
 
 
 @pytest.mark.slow

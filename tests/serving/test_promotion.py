@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -10,16 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import Release, picture, write_export
 from steady_load import Load, assert_each_answer_is_its_versions
 
 from models.preprocess import preprocess
-from serving import promotion, swap
+from serving import model_control, promotion, swap
 from serving.client import Client
 from serving.errors import InputError
-from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, sha256_of
+from serving.leftovers import stubs_of
+from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, sha256_of
 from serving.promotion import PromotionError, list_versions, promote, rollback
+from serving.promotion_log import LOG_NAME
 from serving.repository import publish
 from serving.repository_lock import RepositoryBusy, locked
 from serving.server import TritonServer
@@ -27,6 +31,8 @@ from serving.transport import Transport
 from serving.version_policy import champion, serve_versions, served_versions
 
 pytestmark = pytest.mark.slow
+
+MODELS = ("student", "classifier")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,78 @@ def test_old_versions_go_but_never_one_that_is_served(root: Path, exports: dict[
     assert rollback(root, 3, rehearsal=False).previous == 5
     assert promote(root, exports[6].export_dir, rehearsal=False, keep=2).removed == (4, 5)
     assert [(state.version, state.state) for state in list_versions(root)] == [(3, "served"), (6, "champion")]
+
+
+def test_rollback_passes_over_a_version_that_was_only_published(root: Path, exports: dict[int, Release]) -> None:
+    for number in (2, 3):
+        promote(root, exports[number].export_dir, rehearsal=False)
+    assert publish(exports[4].export_dir, root) == 4
+    assert promote(root, exports[5].export_dir, rehearsal=False).version == 5
+    assert rollback(root).version == 3
+
+
+def test_rollback_passes_over_versions_that_were_rolled_back_from(root: Path, exports: dict[int, Release]) -> None:
+    for number in (2, 3, 4):
+        promote(root, exports[number].export_dir, rehearsal=False)
+    assert rollback(root).version == 3
+    promote(root, exports[5].export_dir, rehearsal=False)
+    assert rollback(root).version == 3
+    for number in (6, 7):
+        promote(root, exports[number].export_dir, rehearsal=False, keep=9)
+    assert [rollback(root, rehearsal=False).version for _ in range(3)] == [6, 3, 2]
+
+
+def test_rollback_goes_to_the_newest_on_disk_where_no_promotion_was_recorded(
+    root: Path, exports: dict[int, Release]
+) -> None:
+    for number in (2, 3):
+        promote(root, exports[number].export_dir, rehearsal=False)
+    rollback(root)
+    (root / LOG_NAME).unlink()
+    assert rollback(root, rehearsal=False).version == 1
+
+
+def cut_short(export: Path, copy: Path) -> Path:
+    """An export that is what its manifest says, and whose graph does not load."""
+    shutil.copytree(export, copy)
+    graph = copy / STUDENT_NAME
+    graph.write_bytes(graph.read_bytes()[:-40])
+    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+    manifest["files"][STUDENT_NAME] = sha256_of(graph)
+    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return copy
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_export_that_fails_its_trial_is_withdrawn_unless_it_was_there_before(
+    root: Path, exports: dict[int, Release], tmp_path: Path, rehearsal: bool
+) -> None:
+    unfit = cut_short(exports[2].export_dir, tmp_path / "unfit")
+    with pytest.raises(PromotionError, match="version 2 is not fit to serve, version 1 stays"):
+        promote(root, unfit, rehearsal=rehearsal)
+    for model in MODELS:
+        assert sorted(path.name for path in (root / model).iterdir() if path.name.strip(".")[0].isdecimal()) == ["1"]
+    assert publish(unfit, root) == 2
+    with pytest.raises(PromotionError, match="version 2 is not fit to serve, version 1 stays"):
+        promote(root, unfit, rehearsal=rehearsal)
+    assert [(state.version, state.state) for state in list_versions(root)] == [(1, "champion"), (2, "kept")]
+
+
+def test_publishing_that_fails_between_the_two_models_leaves_neither_half(
+    root: Path, exports: dict[int, Release]
+) -> None:
+    (root / "classifier" / ".2.partial").write_text("a file where the folder would be written")
+    with pytest.raises(OSError, match=r"\.2\.partial"):
+        promote(root, exports[2].export_dir, rehearsal=False)
+    assert not (root / "student" / "2").exists()
+
+
+def test_promotion_clears_what_a_killed_one_left(root: Path, exports: dict[int, Release]) -> None:
+    for leftover in ("student/.3.removed", "classifier/.2.partial", "classifier/.9.old", "student/.mine"):
+        (root / leftover / "folder").mkdir(parents=True)
+    promote(root, exports[2].export_dir, rehearsal=False)
+    hidden = [path.name for model in MODELS for path in (root / model).glob(".*")]
+    assert hidden == [".mine"]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +373,28 @@ def test_swap_that_is_interrupted_leaves_the_champion(
     monkeypatch.setattr(swap, "ask_student", interrupted)
     with pytest.raises(KeyboardInterrupt):
         promote(root, exports[2].export_dir, rehearsal=False)
-    assert champion(root) == 1
+    assert [(state.version, state.state) for state in list_versions(root)] == [(1, "champion")]
     with Client(serving.http_url) as client:
         assert client.predict([picture(1)])[0].version == 1
+
+
+@pytest.mark.end_to_end
+def test_policies_go_back_also_where_the_server_dies_while_a_hanging_load_is_ended(
+    serving: TritonServer, root: Path, exports: dict[int, Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(exports[2].export_dir, root)
+    never_finish_loading(root)
+
+    def processes_of_a_dying_server(prefix: str) -> list[psutil.Process]:
+        stubs = [stub for stub, _, _ in stubs_of(prefix)]
+        with contextlib.suppress(psutil.NoSuchProcess):  # asked once more, for the other model
+            server = psutil.Process(serving.process_id)
+            server.kill()
+            server.wait(10)
+        return stubs
+
+    monkeypatch.setattr(promotion, "rehearse", lambda *_arguments: True)  # as if it had gone well
+    monkeypatch.setattr(model_control, "processes_of", processes_of_a_dying_server)
+    with pytest.raises(PromotionError, match=r"version 1 stays: .*the load of classifier did not end within 4 s"):
+        promote(root, 2, timeout=4)
+    assert served_versions(root, "classifier") == served_versions(root, "student") == (1,)
