@@ -27,12 +27,17 @@ from serving.transport import parse_url
 from serving.version_policy import served_versions
 
 REASON_LENGTH = 500
-SEEN_WITHIN = 10.0  # seconds that a server gets to see a version that was just published
+SEEN_WITHIN = 10.0  # seconds that a server gets to see a version that was just published, or that one has gone
+UNREADABLE = "failed to poll from model repository"  # Triton's words
 DEAD_STUB_TIMEOUT = 10.0  # seconds for Triton to notice that a stub has gone
 
 
 class LoadTimeout(ServingError):
     """A load that did not end in time."""
+
+
+class UnreadableModel(ServingError):
+    """Triton could not read a model's folder, as where a link in it leads to a version that has been removed."""
 
 
 class ModelControl:
@@ -53,23 +58,28 @@ class ModelControl:
         """Load what the model's config says now; versions that it no longer lists go when the others are ready.
 
         What is loaded already stays as it is, unless its files or more of the config than its versions and instances have
-        changed. Triton passes over a version whose folder it does not see; its supervisor or the mount may be about to
-        show it, so it is asked again for a while. Raises LoadTimeout when a load takes too long.
+        changed. Triton passes over a version whose folder it does not see, and loads nothing while a link leads to one that
+        has gone. Its supervisor or the mount may be about to show what there is, so it is asked again for a while. Raises
+        LoadTimeout when a load takes too long.
         """
         repository = Path(self.server.repository)
         deadline = time.monotonic() + SEEN_WITHIN
         while True:
             if self.server.prefix:
                 refresh_trees(repository, self.server.prefix)
-            self._ask(model, "load", self._client.load_model)
-            missing = sorted({*served_versions(repository, model)} - {*self.ready_versions(model)})
-            if not missing:
-                return
-            if time.monotonic() > deadline:
-                raise ServingError(
-                    f"{self.server.grpc_url}: sees no version {missing[0]} of {model}; "
-                    f"expected a server that runs on {repository}"
-                )
+            try:
+                self._ask(model, "load", self._client.load_model)
+                missing = sorted({*served_versions(repository, model)} - {*self.ready_versions(model)})
+                if not missing:
+                    return
+                if time.monotonic() > deadline:
+                    raise ServingError(
+                        f"{self.server.grpc_url}: sees no version {missing[0]} of {model}; "
+                        f"expected a server that runs on {repository}"
+                    )
+            except UnreadableModel:
+                if self.server.prefix or time.monotonic() > deadline:  # what we have linked ourselves will not change
+                    raise
             time.sleep(0.2)
 
     def unload(self, model: str) -> None:
@@ -126,7 +136,8 @@ class ModelControl:
                 raise LoadTimeout(
                     f"{self.server.grpc_url}: the {what} of {model} did not end within {self.timeout:g} s"
                 ) from error
-            raise ServingError(f"{self.server.grpc_url}: Triton did not {what} {model}: {_reason(error)}") from error
+            kind = UnreadableModel if UNREADABLE in str(error.message()) else ServingError
+            raise kind(f"{self.server.grpc_url}: Triton did not {what} {model}: {_reason(error)}") from error
 
     def _index(self, model: str) -> list[Any]:
         """What Triton says of each version of a model. Raises ServingError."""
