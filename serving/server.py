@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import subprocess
@@ -81,6 +82,7 @@ class TritonServer:
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._running: RunningServer | None = None
         self._away: Path | None = None  # the runtime folder of the next start, while it is about to come back
+        self._unswept: list[str] = []  # prefixes of runs that may have left something
 
     @property
     def http_url(self) -> str:
@@ -114,10 +116,12 @@ class TritonServer:
         """Check everything, start the server, load both models and ask every release its golden requests.
 
         What killed runs left on this machine is cleared first; a promotion that is under way is waited for. Raises
-        ServingError, or a subclass, in one line; if the server itself failed, the end of its log follows.
+        ServingError, or a subclass, in one line; if the server itself failed, the end of its log follows. Raises OSError
+        where this machine lacks what a process needs: a place for temporary files, descriptors, memory.
         """
         if self._process:
             raise ServingError("this server runs already; stop it first")
+        self._clear()  # what a stop that failed has left
         key = admin_key() or new_admin_key()
         self.ports = choose_ports(self.host, self.ports)
         self.releases = find_releases(self.repository)
@@ -162,20 +166,15 @@ class TritonServer:
         fails and is tried again, instead of taking it that nobody serves the repository. Returns its exit status (0 after
         a clean stop), None when it was not running.
         """
-        gone, gone_folder = self.prefix, self._away
-        self._away = self._leave_word() if comes_back else None
-        process, self._process = self._process, None
-        watchdog, self._watchdog = self._watchdog, None
-        output, self._output = self._output, None
-        self._running = self.example = None
-        status = end_process(process, 0 if at_once else self.grace + KILL_AFTER) if process else None
-        if process or watchdog or gone_folder:
-            sweep(gone)  # stubs outlive a server that was killed or that lost one of them
-        if output:
-            output.close()
-        if watchdog:
-            dismiss(watchdog)
-        return status
+        if not comes_back:
+            self._away = None
+        elif not self._away:
+            with contextlib.suppress(OSError):  # a full disk: promotions are not told, and all else is still to be done
+                self._leave_word()
+        try:
+            return end_process(self._process, 0 if at_once else self.grace + KILL_AFTER) if self._process else None
+        finally:
+            self._clear()
 
     def log_tail(self) -> str:
         """The last lines of what the server printed, empty when there are none."""
@@ -193,7 +192,26 @@ class TritonServer:
     ) -> None:
         self.stop()
 
+    def _clear(self) -> None:
+        """Remove what runs that ended have left. A signal's exception may cut it short anywhere: the next call goes on."""
+        self._running = self.example = None
+        if self._process:
+            end_process(self._process, 0)  # still there only where the wait for its end was cut short
+            self._process = None
+        coming = self.prefix if self._away else None
+        for prefix in [found for found in self._unswept if found != coming]:
+            sweep(prefix)  # stubs outlive a server that was killed or that lost one of them
+            self._unswept.remove(prefix)
+        if self._output:
+            self._output.close()
+            self._output = None
+        if self._watchdog:
+            dismiss(self._watchdog)
+            self._watchdog = None
+
     def _launch(self, installation: Installation, key: str) -> None:
+        if self.prefix not in self._unswept:
+            self._unswept.append(self.prefix)
         self._output = ServerLog(self.log, self._forward)
         self._watchdog = start_watchdog(self.prefix)
         runtime, self._away = self._away or runtime_folder(self.prefix), None
@@ -211,13 +229,14 @@ class TritonServer:
         self.example = runtime / "example-image"
         self.example.write_bytes(self.releases[-1].golden[0].image_bytes())
 
-    def _leave_word(self) -> Path:
-        """The runtime folder of the next start, with the note of where the server was and will be; its prefix is new."""
+    def _leave_word(self) -> None:
+        """Make the runtime folder of the next start, with the note of where the server was and will be; a new prefix."""
+        key = self._running.admin_key if self._running else new_admin_key()
         prefix = new_prefix()
+        self._unswept.append(prefix)
         folder = runtime_folder(prefix)
-        leave_note(folder, self._note(prefix, self._running.admin_key if self._running else new_admin_key()))
-        self.prefix = prefix
-        return folder
+        leave_note(folder, self._note(prefix, key))
+        self.prefix, self._away = prefix, folder
 
     def _note(self, prefix: str, key: str) -> RunningServer:
         return RunningServer(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from serving.canary import Busy, Canary, Hanging
 from serving.errors import ServingError
-from serving.failures import DeadlineExceeded
 from serving.leftovers import stubs_of
 from serving.local_tree import refresh_trees
 from serving.model_config import CLASSIFIER, STUDENT
@@ -25,18 +25,15 @@ from serving.model_control import ModelControl
 from serving.release import Release, find_releases, instances
 from serving.repository_lock import RepositoryBusy, locked
 from serving.server import TritonServer
-from serving.swap import ask_student
 from serving.version_policy import served_versions
-
-IDLE_SHARE = 0.02  # of a core, below which a stub is at rest: its threads look round once a second
 
 
 @dataclass(frozen=True)
 class Patience:
     """How often a supervisor looks and how long it goes on, in seconds.
 
-    canary_timeout is what a golden request may take; a second failure in a row counts, the first may be load. ending is
-    what a stub that has been replaced gets to finish, before it is killed. After
+    canary_timeout is what a golden request may take; a second failure in a row counts, and none that load explains.
+    ending is what a stub that has been replaced gets to finish, before it is killed. After
     `restarts` starts that were not followed by `stable` seconds of health it gives up, waiting between them twice as
     long each time, from `first_delay` to `longest_delay`.
     """
@@ -63,6 +60,7 @@ class Supervisor:
         self.server = server
         self.report = report
         self.patience = patience or Patience()
+        self._canary = Canary(server, self.patience.canary_timeout)
         self._failures = 0
         self._restarts = 0
         self._resting = 0.0  # until when no repair is tried, the last one having been impossible
@@ -86,7 +84,7 @@ class Supervisor:
                 raise
             except RepositoryBusy:  # it loads and unloads just now, and asks golden requests itself
                 self._lacking = {}
-            except ServingError:  # the disk is gone: what is loaded answers on, and is still asked
+            except (ServingError, OSError):  # the disk is gone: what is loaded answers on, and is still asked
                 self._ask_canary(stopping)
             if time.monotonic() - self._healthy_since > self.patience.stable:
                 self._restarts = 0
@@ -124,43 +122,20 @@ class Supervisor:
     def _ask_canary(self, stopping: threading.Event) -> None:
         if time.monotonic() - self._asked < self.patience.canary_every * (0.2 if self._failures else 1):
             return
-        worked, began = self._processor_seconds(), time.monotonic()
         try:
-            self._canary()
+            self._canary.ask()
             self._failures = 0
-        except ServingError as error:
+        except Busy as error:  # nothing is broken, and to load anything now would take from those that work
+            self._failures = 0
+            self.report(f"{error}; left alone")
+        except (ServingError, OSError) as error:
             self._failures += 1
-            hanging = isinstance(error, DeadlineExceeded) and self._at_rest(worked, time.monotonic() - began)
-            if self._failures < 2 and not hanging:
+            if self._failures < 2 and not isinstance(error, Hanging):
                 self.report(f"{error}; asking once more")
             else:
                 self._failures = 0
-                fault = f"{error}, though a stub was at rest" if hanging else str(error)
-                self._heal(fault, [STUDENT, CLASSIFIER], stopping)
+                self._heal(str(error), [STUDENT, CLASSIFIER], stopping)
         self._asked = time.monotonic()
-
-    def _canary(self) -> None:
-        """Ask both models of every release their golden requests: a small network is asked nothing by its classifier."""
-        self.server.canary(self.patience.canary_timeout)
-        for release in self.server.releases:
-            ask_student(self.server.grpc_url, release, self.patience.canary_timeout)
-
-    def _processor_seconds(self) -> dict[int, float]:
-        """Processor time of every stub so far, by process id."""
-        found = {}
-        for stub, _, _ in stubs_of(self.server.prefix):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found[stub.pid] = sum(stub.cpu_times()[:2])
-        return found
-
-    def _at_rest(self, before: dict[int, float], seconds: float) -> bool:
-        """Whether a stub did next to nothing for these seconds, in which a request was not answered.
-
-        Under load all of them work. One that hangs keeps the request it was given and gets no other: asked once more,
-        the others would answer, and nobody would notice that they are fewer.
-        """
-        now = self._processor_seconds()
-        return any(now.get(stub, had) - had < IDLE_SHARE * seconds for stub, had in before.items())
 
     def _heal(self, fault: str, models: list[str], stopping: threading.Event) -> None:
         """Load models again, beside what still answers; where that does not help, start the server again."""
@@ -175,44 +150,50 @@ class Supervisor:
             self._resting = self._asked + self.patience.longest_delay
             return
         self.report(f"{fault}; loading {' and '.join(models)} again")
-        replaced = [
-            stub
-            for stub, model, version in stubs_of(self.server.prefix)
-            if model in models and version in {release.version for release in releases}
-        ]
         try:
+            replaced = [
+                stub
+                for stub, model, version in stubs_of(self.server.prefix)
+                if model in models and version in {release.version for release in releases}
+            ]
             with ModelControl(self.server.running, self.patience.load_timeout) as control:
                 for model in models:
                     _reload(control, self.server.repository, model, releases)
-            self._canary()
             # Triton asks a stub to end; one that hangs never will.
             for stub in psutil.wait_procs(replaced, self.patience.ending)[1]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     stub.kill()
+            with contextlib.suppress(Busy):
+                self._canary.ask()
             if lacking := self._count_lacking():
                 raise ServingError(f"stubs of {sorted(lacking)} are still missing")
-        except ServingError as error:
+        except (ServingError, OSError) as error:
             self._restart(f"loading again did not help: {error}", stopping)
             return
         self._asked = time.monotonic()
         self.report(f"{' and '.join(models)} answers again")
 
     def _restart(self, fault: str, stopping: threading.Event) -> None:
-        """Start the server again, on the same ports, after a pause. Raises GivenUp after too many tries."""
+        """Start the server again, on the same ports, after a pause. Raises GivenUp after too many tries.
+
+        Descriptors, memory or the disk may be short for a while, which is no reason to end either.
+        """
         tail = self.server.log_tail()
         while not stopping.is_set():
             if self._restarts >= self.patience.restarts:
-                self.server.stop()
+                with contextlib.suppress(OSError):
+                    self.server.stop()
                 raise GivenUp(f"{fault}; given up after {self._restarts} restarts" + (f":\n{tail}" if tail else ""))
             delay = self._delay()
             self._restarts += 1
             self.report(f"{fault}; starting it again in {delay:g} s ({self._restarts} of {self.patience.restarts})")
-            self.server.stop(comes_back=True)
+            with contextlib.suppress(OSError):  # the start goes on with what is left
+                self.server.stop(comes_back=True)
             if stopping.wait(delay):
                 return
             try:
                 self.server.start()
-            except ServingError as error:
+            except (ServingError, OSError) as error:
                 fault, _, tail = str(error).partition("\n")
                 continue
             self._failures, self._lacking = 0, {}

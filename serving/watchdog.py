@@ -11,7 +11,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import psutil
 
 from serving.leftovers import processes_of, sweep
 
@@ -35,9 +38,19 @@ def start_watchdog(prefix: str) -> subprocess.Popen[bytes]:
 
 def dismiss(watchdog: subprocess.Popen[bytes]) -> None:
     """Tell the watchdog that nothing is left to clean up, and wait for its end."""
-    with contextlib.suppress(BrokenPipeError):  # it has been killed itself
-        watchdog.communicate(DISMISSED)
+    # Closed where a signal has cut an earlier call short, after it had told the watchdog.
+    if watchdog.stdin and not watchdog.stdin.closed:
+        with contextlib.suppress(BrokenPipeError):  # it has been killed itself
+            watchdog.communicate(DISMISSED)
     watchdog.wait()
+
+
+def end_servers(processes: Iterable[psutil.Process]) -> None:
+    """Ask those that are a Triton server to end; one that goes by itself just now is let go."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "tritonserver":
+                process.terminate()
 
 
 def main(prefix: str) -> int:
@@ -46,9 +59,7 @@ def main(prefix: str) -> int:
         signal.signal(number, signal.SIG_IGN)  # a whole process group may be told to end; we go last
     if os.read(0, 1) == DISMISSED:
         return 0
-    for process in processes_of(prefix):
-        if process.name() == "tritonserver":
-            process.terminate()
+    end_servers(processes_of(prefix))
     sweep(prefix, PATIENCE)
     return 0
 

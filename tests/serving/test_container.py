@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from serving.client import Client
 from serving.promotion import promote, rollback
 from serving.running import RunningServer
 from serving.transport import Refused, Transport
-from tests.serving.container import metrics_text, running_container
+from tests.serving.container import DEPLOY, Container, metrics_text, running_container
 
 pytestmark = pytest.mark.end_to_end
 
@@ -47,6 +50,49 @@ def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repos
     asked_for = set(re.findall(r"\b(?:nv|tailor)_[a-z_]+", " ".join(expressions()) + alerts))
     assert len(asked_for) > 10
     assert asked_for <= shown
+
+
+def health(server: Container, *options: str, metrics_url: str | None = None) -> tuple[int, str]:
+    """What the container's health check says of a server when it waits two seconds, and its exit status."""
+    code = "import sys, healthcheck as h; h.TIMEOUT = h.LIVE_TIMEOUT = 2.0; sys.exit(h.main(*sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *options, server.http_url, metrics_url or server.metrics_url]
+    ended = subprocess.run(command, cwd=DEPLOY, capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stderr
+
+
+def test_a_server_that_is_only_busy_is_alive_and_one_that_answers_nobody_is_not(
+    repository: Path, tmp_path: Path
+) -> None:
+    root, seconds = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "seconds"
+    path, begin = root / "classifier" / "1" / "model.py", "        asked = {}\n"
+    assert begin in path.read_text()
+    path.write_text(
+        path.read_text().replace(begin, f"        time.sleep(float(open({str(seconds)!r}).read()))\n{begin}")
+    )
+    seconds.write_text("0")
+    (tmp_path / "run").mkdir()
+    with running_container(root, tmp_path / "run", ADMIN_KEY) as server, ThreadPoolExecutor(20) as pool:
+        assert health(server) == health(server, "--live") == (0, "")
+        seconds.write_text("0.4")
+
+        def ask() -> None:
+            with Client(server.http_url, timeout=60) as client:
+                while seconds.read_text() == "0.4":
+                    client.predict([picture(1)] * 8)  # a whole batch: they wait one behind the other
+
+        asked = [pool.submit(ask) for _ in range(20)]
+        time.sleep(2)
+        unready, alive = health(server), health(server, "--live")
+        seconds.write_text("12")
+        time.sleep(2)
+        hung = health(server, "--live")
+        unknown = health(server, "--live", metrics_url="http://127.0.0.1:9/metrics")
+        seconds.write_text("0")
+        assert [each.exception() for each in asked] == [None] * 20
+    assert unready[0] == 1 and "timed out" in unready[1]
+    assert alive[0] == 0 and alive[1].endswith("it is busy\n")
+    assert hung[0] == 1 and hung[1].endswith("nor does it answer others\n")
+    assert unknown[0] == 0  # then Triton's own word counts
 
 
 def test_versions_change_places_in_a_container_as_in_the_local_server(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -86,11 +87,24 @@ def test_container_entry_refuses_in_one_line(
     assert message in ended.stderr
 
 
-def test_healthcheck_says_why_nobody_answers() -> None:
-    command = [sys.executable, DEPLOY / "healthcheck.py", "http://127.0.0.1:9"]
+@pytest.mark.parametrize("options", [[], ["--live"]])
+def test_healthcheck_says_why_nobody_answers(options: list[str]) -> None:
+    command = [sys.executable, DEPLOY / "healthcheck.py", *options, "http://127.0.0.1:9", "http://127.0.0.1:9/metrics"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr.startswith("classifier at http://127.0.0.1:9 does not answer")
+
+
+def test_only_the_probe_that_ends_a_pod_forgives_a_busy_server_and_all_outlast_what_they_run() -> None:
+    check = runpy.run_path(str(DEPLOY / "healthcheck.py"))
+    deployment = next(manifest for manifest in manifests() if manifest["kind"] == "Deployment")
+    triton = deployment["spec"]["template"]["spec"]["containers"][0]
+    command = ["python3", "/opt/tailor/healthcheck.py"]
+    for probe in ("startupProbe", "readinessProbe"):
+        assert triton[probe]["exec"]["command"] == command
+        assert triton[probe]["timeoutSeconds"] > check["TIMEOUT"]
+    assert triton["livenessProbe"]["exec"]["command"] == [*command, "--live"]
+    assert triton["livenessProbe"]["timeoutSeconds"] > check["LIVE_TIMEOUT"] + 3 * check["SHORT_TIMEOUT"]
 
 
 def test_dockerfile_passes_its_linter() -> None:

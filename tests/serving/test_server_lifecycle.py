@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 import psutil
 import pytest
@@ -27,11 +31,13 @@ from serving import installation
 from serving.client import Client
 from serving.errors import InputError, ServingError
 from serving.installation import InstallationError, find_installation
-from serving.leftovers import new_prefix, runtime_folder, sweep, sweep_dead_runs
+from serving.leftovers import new_prefix, runtime_folder, runtime_folders, sweep, sweep_dead_runs
 from serving.manifest import ManifestError
 from serving.repository import write_repository
-from serving.server import TritonServer
+from serving.running import find_running
+from serving.server import KILL_AFTER, TritonServer
 from serving.version_policy import serve_versions
+from serving.watchdog import end_servers
 
 ANY_PORT = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 
@@ -200,6 +206,168 @@ def test_server_that_is_killed_is_started_again_on_the_same_ports(serving: subpr
     serving.communicate(timeout=30)
     assert serving.returncode == 0
     assert of_run(serving.pid) == []
+
+
+@pytest.mark.end_to_end
+def test_serve_outlives_a_shortage_of_descriptors_when_its_server_dies(serving: subprocess.Popen[str]) -> None:
+    _, http, _ = serving.stdout.readline().split()
+    few, before = 3, resource.prlimit(serving.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(serving.pid, resource.RLIMIT_NOFILE, (few, before[1]))
+    triton_of(serving).kill()
+    assert "status -9; starting it again in 1 s (1 of 8)" in serving.stderr.readline()
+    assert re.search("Too many open files.*; starting it again in 2 s", serving.stderr.readline())
+    resource.prlimit(serving.pid, resource.RLIMIT_NOFILE, before)
+    assert f"ready again at {http}" in serving.stderr.readline()
+    with Client(http) as client:
+        assert client.predict([picture(1)])[0].version == 1
+    serving.send_signal(signal.SIGTERM)
+    serving.communicate(timeout=30)
+    assert serving.returncode == 0
+    assert of_run(serving.pid) == []
+
+
+def started(repository: Path) -> tuple[TritonServer, list[psutil.Process]]:
+    """A server in this process, and all that it started: there may be another."""
+    before = family(os.getpid())
+    server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0).start()
+    return server, [process for process in family(os.getpid()) if process not in before]
+
+
+class CutShort(BaseException):
+    """What a signal's handler raises, as that of `tailor serve` does."""
+
+
+@pytest.fixture
+def interrupted_after() -> Iterator[Callable[[float], None]]:
+    """Has this thread interrupted once, in so many seconds, wherever it then is."""
+
+    def cut_short(_number: int, _frame: FrameType | None) -> None:
+        raise CutShort
+
+    before = signal.signal(signal.SIGALRM, cut_short)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.end_to_end
+def test_signal_while_a_hung_server_is_ended_for_a_restart_leaves_nothing(
+    repository: Path, interrupted_after: Callable[[float], None]
+) -> None:
+    server, processes = started(repository)
+    prefix = server.prefix
+    assert any("serving.watchdog" in process.cmdline() for process in processes)
+    psutil.Process(server.process_id).suspend()
+    interrupted_after(1.0)
+    with pytest.raises(CutShort):
+        server.stop(comes_back=True)
+    server.stop()
+    assert not living(processes)
+    assert not {running.prefix for running in find_running(repository)} & {prefix, server.prefix}
+    for left in (prefix, server.prefix):
+        assert shared_memory(left) == []
+        assert runtime_folders(left) == []
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("seconds", [1e-6, 0.01, 0.12])
+def test_signal_at_any_moment_of_a_stop_is_made_good_by_the_next(
+    repository: Path, interrupted_after: Callable[[float], None], seconds: float
+) -> None:
+    server, processes = started(repository)
+    prefix = server.prefix
+    with contextlib.suppress(CutShort):
+        interrupted_after(seconds)
+        server.stop(at_once=True, comes_back=True)
+    server.stop()
+    assert not living(processes)
+    for left in (prefix, server.prefix):
+        assert shared_memory(left) == []
+        assert runtime_folders(left) == []
+
+
+@pytest.mark.end_to_end
+def test_server_is_stopped_for_a_restart_although_no_note_of_it_can_be_written(repository: Path) -> None:
+    folders = runtime_folders("tailor_")
+    server, processes = started(repository)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # as a full disk does, it refuses what is written
+    try:
+        assert server.stop(comes_back=True) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not living(processes)
+    assert {path for path in runtime_folders("tailor_") if f"_{os.getpid()}_" in path.name} <= set(folders)
+    with server:
+        server.canary()
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("seconds", [0.2, 1.3, 1.8], ids=["before the start", "in its beginning", "later"])
+def test_serve_that_is_told_to_end_during_a_restart_leaves_nothing(
+    serving: subprocess.Popen[str], tmp_path: Path, seconds: float
+) -> None:
+    serving.stdout.readline()
+    triton_of(serving).kill()
+    assert "starting it again in 1 s" in serving.stderr.readline()
+    time.sleep(seconds)
+    processes = family(serving.pid)
+    serving.send_signal(signal.SIGTERM)
+    output, _ = serving.communicate(timeout=30)
+    assert (serving.returncode, output.splitlines()[-1]) == (0, "stopped")
+    assert not living(processes)
+    assert of_run(serving.pid) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["triton.log"]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(("work", "grace", "answered"), [(3, 20, True), (60, 1, False)], ids=["in time", "too long"])
+def test_request_in_flight_gets_the_grace_period_and_no_more_on_sigterm(
+    repository: Path, tmp_path: Path, work: int, grace: int, answered: bool
+) -> None:
+    root, slow = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "slow"
+    path, begin = root / "classifier" / "1" / "model.py", "        asked = {}\n"
+    assert begin in path.read_text()
+    wait = f"import os; os.path.exists({str(slow)!r}) and (print('asked', flush=True), time.sleep({work}))"
+    path.write_text(path.read_text().replace(begin, f"        {wait}\n{begin}"))
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(root), *ANY_PORT]
+    with (
+        subprocess.Popen([*command, "--grace", str(grace)], stdout=-1, stderr=-1, text=True) as serving,
+        ThreadPoolExecutor(1) as pool,
+    ):
+
+        def ask() -> int:
+            with Client(http, timeout=50) as client:
+                return client.predict([picture(1)])[0].version
+
+        _, http, _ = serving.stdout.readline().split()
+        slow.touch()
+        asking = pool.submit(ask)
+        while serving.stderr.readline() != "asked\n":
+            assert serving.poll() is None
+        told = time.monotonic()
+        serving.send_signal(signal.SIGTERM)
+        serving.communicate(timeout=60)
+        took = time.monotonic() - told
+        error = asking.exception()
+    assert serving.returncode == 0
+    assert of_run(serving.pid) == []
+    assert took < grace + KILL_AFTER + 5
+    if answered:
+        assert (error, asking.result()) == (None, 1)
+    else:
+        assert isinstance(error, ServingError)
+
+
+def test_watchdog_is_not_ended_by_a_process_that_goes_while_it_looks(tmp_path: Path) -> None:
+    (tmp_path / "tritonserver").symlink_to(shutil.which("sleep"))
+    gone, left = (subprocess.Popen([tmp_path / "tritonserver", "60"]) for _ in range(2))
+    with gone, left:
+        known = [psutil.Process(process.pid) for process in (gone, left)]
+        gone.kill()
+        gone.wait()
+        end_servers(known)
+        assert left.wait(10) == -signal.SIGTERM
 
 
 @pytest.mark.end_to_end

@@ -6,6 +6,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -36,8 +38,9 @@ IMPATIENT = Patience(
 class Watched:
     """A server under a supervisor that runs in a thread, and what it reports."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, patience: Patience = IMPATIENT) -> None:
         self.root = root
+        self.patience = patience
         self.server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
         self.reports: list[str] = []
         self.ended: BaseException | None = None
@@ -79,7 +82,7 @@ class Watched:
 
     def _run(self) -> None:
         try:
-            Supervisor(self.server, self.reports.append, IMPATIENT).run(self._stopping)
+            Supervisor(self.server, self.reports.append, self.patience).run(self._stopping)
         except GivenUp as error:
             self.ended = error
 
@@ -89,6 +92,14 @@ def watched(repository: Path, tmp_path: Path) -> Iterator[Watched]:
     watched = Watched(shutil.copytree(repository, tmp_path / "repository"))
     yield watched
     watched.stop()
+
+
+def insert_at_execute(root: Path, model: str, line: str) -> None:
+    """Have a model of version 1 run one more line, as Python, at the start of each batch."""
+    path = root / model / "1" / "model.py"
+    begin = {"student": "        responses = [None] * len(requests)\n", "classifier": "        asked = {}\n"}[model]
+    assert begin in path.read_text()
+    path.write_text(path.read_text().replace(begin, f"        {line}\n{begin}"))
 
 
 def test_dead_stubs_are_replaced_without_a_restart(watched: Watched) -> None:
@@ -116,10 +127,8 @@ def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repos
     # Triton hears a stub's heart beat on: whoever asks once more is answered by the other instance.
     root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
     waiting.touch()
-    path, begin = root / "student" / "1" / "model.py", "        responses = [None] * len(requests)\n"
-    hang = f"        import os, time; str(os.getpid()) in open({str(waiting)!r}).read() and time.sleep(1000)\n"
-    assert begin in path.read_text()
-    path.write_text(path.read_text().replace(begin, hang + begin))
+    hang = f"import os, time; str(os.getpid()) in open({str(waiting)!r}).read() and time.sleep(1000)"
+    insert_at_execute(root, "student", hang)
     watched = Watched(root)
     try:
         [hanging, _] = [stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "student"]
@@ -128,6 +137,63 @@ def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repos
         watched.await_report("student and classifier answers again")
         assert watched.answers() == 8
         assert not hanging.is_running() or hanging.status() == psutil.STATUS_ZOMBIE
+    finally:
+        watched.stop()
+
+
+def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repository: Path, tmp_path: Path) -> None:
+    # The classifier runs the network itself: the student's stubs have nothing to do, however busy the server is.
+    root = shutil.copytree(repository, tmp_path / "repository")
+    work = "from time import process_time as t; end = t() + 0.16; any(iter(lambda: t() > end, True))"
+    insert_at_execute(root, "classifier", work)
+    watched = Watched(root, replace(IMPATIENT, canary_timeout=3.0))
+    try:
+        stubs = {stub.pid for stub, _, _ in stubs_of(watched.server.prefix)}
+        over = threading.Event()
+
+        def ask() -> None:
+            with Client(watched.server.http_url, timeout=120) as client:
+                while not over.is_set():
+                    client.predict([picture(1)] * 8)  # a whole batch: they wait one behind the other
+
+        with ThreadPoolExecutor(60) as pool:
+            asking = [pool.submit(ask) for _ in range(60)]
+            try:
+                watched.await_that(lambda: sum("left alone" in line for line in watched.reports) == 2, 120)
+            finally:
+                over.set()
+        assert [asked.exception() for asked in asking] == [None] * 60
+        assert all("classifier 1 is overloaded: " in line for line in watched.reports[-2:]), watched.reports
+        assert not any("loading" in line or "restart" in line for line in watched.reports), watched.reports
+        assert {stub.pid for stub, _, _ in stubs_of(watched.server.prefix)} == stubs
+    finally:
+        watched.stop()
+
+
+def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(repository: Path, tmp_path: Path) -> None:
+    root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
+    waiting.touch()
+    spin = f"import os; str(os.getpid()) in open({str(waiting)!r}).read() and any(iter(int, 1))"
+    insert_at_execute(root, "classifier", spin)
+    watched = Watched(root)
+    try:
+        spinning = [stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "classifier"]
+
+        def lost(seconds: float) -> None:
+            time.sleep(seconds)
+            with Client(watched.server.http_url, timeout=60) as client, pytest.raises(ServingError):
+                client.predict([picture(1)])
+
+        with ThreadPoolExecutor(3) as pool:
+            waiting.write_text(" ".join(str(stub.pid) for stub in spinning))
+            asked = pool.map(lost, [0.0, 0.3, 0.6])  # one each, and no batch of all
+            watched.await_report("; asking once more")
+            watched.await_report("; loading student and classifier again")
+            waiting.write_text("")
+            watched.await_report("student and classifier answers again")
+            list(asked)
+        assert not any("overloaded" in line or "at rest" in line for line in watched.reports), watched.reports
+        assert watched.answers() == 8
     finally:
         watched.stop()
 
@@ -185,3 +251,22 @@ def test_server_that_cannot_be_started_again_is_given_up_and_leaves_nothing(watc
     assert find_running(watched.root) == []
     assert list(processes_of(watched.server.prefix)) == []
     assert list(SHARED_MEMORY.glob(f"{watched.server.prefix}*")) == []
+
+
+def test_server_is_started_again_once_there_is_room_for_its_runtime_folder(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / "room"
+    watched = Watched(repository, replace(IMPATIENT, restarts=8))
+    try:
+        monkeypatch.setattr("tempfile.tempdir", str(room))
+        before = watched.server.prefix
+        psutil.Process(watched.server.process_id).kill()
+        watched.await_report(f"No such file or directory: '{room}/tailor_")
+        assert list(SHARED_MEMORY.glob(f"{before}*")) == []
+        room.mkdir()
+        watched.await_report("ready again at")
+        assert watched.answers() == 8
+    finally:
+        watched.stop()
+    assert list(room.iterdir()) == []

@@ -1,0 +1,109 @@
+"""A running server's answers to its golden requests, and what it means when none comes in time: hanging, or only busy."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+
+import psutil
+import urllib3
+
+from serving.client import Client
+from serving.errors import ServingError
+from serving.failures import DeadlineExceeded
+from serving.leftovers import stubs_of
+from serving.model_config import CLASSIFIER, STUDENT
+from serving.server import TritonServer, check_golden
+from serving.swap import ask_student
+
+# Of a core, below which a stub is at rest: its threads look round once a second, which takes up to 0.0005. A classifier
+# that waits for a slow student does little more than to decode.
+IDLE_SHARE = 0.005
+TICKS = 0.02  # seconds: two of the clock's, the least that counts as work
+METRICS_TIMEOUT = 5.0  # seconds
+
+
+class Hanging(ServingError):
+    """A request was not answered in time, and a stub of the model that was asked did nothing meanwhile."""
+
+
+class Busy(ServingError):
+    """A request was not answered in time, but others were, and every stub of the model that was asked worked on them."""
+
+
+class Canary:
+    """Asks a server its golden requests. timeout: seconds that each may take."""
+
+    def __init__(self, server: TritonServer, timeout: float) -> None:
+        self.server = server
+        self.timeout = timeout
+
+    def ask(self) -> None:
+        """Ask both models of every release: a small network is asked nothing by its classifier.
+
+        Raises Hanging or Busy, and ServingError when an answer is wrong or its absence has another cause.
+        """
+        busy = None
+        with Client(self.server.http_url, timeout=self.timeout) as client:
+            for model, version, question in self._questions(client):
+                try:
+                    self._judged(model, version, question)
+                except Busy as error:  # says nothing of the other model
+                    busy = error
+        if busy:
+            raise busy
+
+    def _questions(self, client: Client) -> list[tuple[str, int, Callable[[], None]]]:
+        releases, url = self.server.releases, self.server.grpc_url
+        return [
+            *((CLASSIFIER, release.version, partial(check_golden, client, release)) for release in releases),
+            *((STUDENT, release.version, partial(ask_student, url, release, self.timeout)) for release in releases),
+        ]
+
+    def _judged(self, model: str, version: int, question: Callable[[], None]) -> None:
+        """Ask one model, and judge by its own stubs alone: those of another model or version may have nothing to do.
+
+        While requests wait for a model, each of its stubs has one. A stub that hangs keeps the request it was given and
+        gets no other: asked once more, the others would answer, and nobody would notice that they are fewer.
+        """
+        worked, answered, began = (
+            self._processor_seconds(model, version),
+            self._answered(model, version),
+            time.monotonic(),
+        )
+        try:
+            question()
+        except DeadlineExceeded as error:
+            now, seconds = self._processor_seconds(model, version), time.monotonic() - began
+            work = [now[stub] - had for stub, had in worked.items() if stub in now]
+            if any(done < max(IDLE_SHARE * seconds, TICKS) for done in work):
+                raise Hanging(f"{error}, though a stub was at rest") from error
+            others = self._answered(model, version) - answered
+            if work and others > 0:
+                raise Busy(f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}") from error
+            raise
+
+    def _processor_seconds(self, model: str, version: int) -> dict[int, float]:
+        """Processor time so far of a version's stubs, by process id."""
+        found = {}
+        for stub, *place in stubs_of(self.server.prefix):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if place == [model, version]:
+                    found[stub.pid] = sum(stub.cpu_times()[:2])
+        return found
+
+    def _answered(self, model: str, version: int) -> float:
+        """How many requests Triton counts as answered by a version so far; 0 where it does not say."""
+        try:
+            with urllib3.PoolManager(
+                timeout=METRICS_TIMEOUT, retries=False
+            ) as pool:  # an open connection holds a stop up
+                shown = pool.request("GET", self.server.metrics_url).data.decode()
+        except (urllib3.exceptions.HTTPError, UnicodeDecodeError):
+            return 0.0
+        counted = re.findall(r"^nv_inference_request_success\{(.+)\} (\S+)$", shown, re.MULTILINE)
+        wanted = {f'model="{model}"', f'version="{version}"'}
+        return sum(float(value) for labels, value in counted if wanted <= set(labels.split(",")))
