@@ -1,8 +1,8 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the asked target prior out.
 
 Runs inside Triton's stub process with numpy and Pillow, and with the files beside it: prior.py and preprocess.py, the
-copies of what training uses, asked.py, integrity.py, metrics.py, live_prior.py and the logs. The network runs in `student` of the same
-version; or here, where the config's parameter `network` says own: what a small one computes takes less time than asking.
+copies of what training uses, asked.py, integrity.py, metrics.py, live_prior.py and the logs. The network runs in `student` of
+the same version; or here, where the config's parameter `network` says own: a small one takes less time than asking does.
 """
 
 from __future__ import annotations

@@ -96,6 +96,8 @@ def test_graph_that_changed_under_a_container_is_refused_by_classifier_though_st
             with pytest.raises(ServingError, match=refused) as caught:
                 control.load("classifier")
             assert "\n" not in str(caught.value)
-    with pytest.raises(EndedWhileStarting, match=rf"'classifier' version 1.*{refused}"):
-        with running_container(root, tmp_path / "again", ADMIN_KEY):
-            pass
+    with (
+        pytest.raises(EndedWhileStarting, match=rf"'classifier' version 1.*{refused}"),
+        running_container(root, tmp_path / "again", ADMIN_KEY),
+    ):
+        pass
