@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -28,6 +29,7 @@ import tritonclient.http
 from bad_requests import INFER, good_body
 from conftest import ADMIN_KEY, CLASSES, Release, picture
 from running_gateway import make_certificate, require_nginx, running_gateway
+from steady_load import Load, assert_each_answer_is_its_versions
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -332,9 +334,23 @@ def test_misbehaving_connection_is_closed_or_told_why(gateway: GatewayProcess, n
 
 
 @pytest.mark.end_to_end
-def test_slow_headers_and_bodies_are_cut_off_in_time(gateway: GatewayProcess) -> None:
-    assert bad_connections.slow_headers(gateway.gateway.http_port, seconds=8) < 4
-    assert bad_connections.slow_body(gateway.gateway.http_port, seconds=8) < 4
+def test_slow_headers_and_bodies_are_cut_off_in_time_while_good_requests_are_answered(
+    gateway: GatewayProcess, release: Release
+) -> None:
+    """Six slow callers of each kind over HTTP at once, six idle streams over HTTP/2, and three good callers beside them."""
+    port = gateway.gateway.http_port
+    with ThreadPoolExecutor(18) as pool, Load(gateway) as load:
+        slow = [
+            pool.submit(writer, port, seconds=8)
+            for writer in (bad_connections.slow_headers, bad_connections.slow_body)
+            for _ in range(6)
+        ]
+        idle = [pool.submit(bad_connections.idle_streams, gateway.gateway.grpc_port, streams=1) for _ in range(6)]
+        assert max(one.result() for one in slow) < 4
+        for one in idle:
+            one.result()
+    assert_each_answer_is_its_versions(load, {1: release})
+    assert len(load.answers) > 20
 
 
 @pytest.mark.end_to_end
