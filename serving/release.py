@@ -12,7 +12,7 @@ from serving.manifest import GOLDEN_NAME, STUDENT_NAME, Golden, Manifest, check_
 from serving.model_config import CLASSIFIER, STUDENT, RepositoryError
 from serving.version_policy import CONFIG_NAME, config_paths, read_config, served_versions, version_folders
 
-# Not start.py, asked.py and network.py: releases of an older Tailor have none, and need none.
+# Not start.py, asked.py, integrity.py and network.py: releases of an older Tailor have none, and need none.
 NEEDED = {
     STUDENT: ("model.onnx", "model.py", "manifest.json"),
     CLASSIFIER: (

@@ -25,6 +25,18 @@ from serving.model_config import (
 )
 from serving.version_policy import CONFIG_NAME, present_versions, read_config
 
+# What lies beside the classifier's model.py, which loads each by its path.
+CLASSIFIER_MODULES = (
+    "asked.py",
+    "integrity.py",
+    "network.py",
+    "metrics.py",
+    "access_log.py",
+    "logit_log.py",
+    "live_prior.py",
+    "start.py",
+)
+
 
 def write_repository(
     export_dir: Path, root: Path, device: Device | Placement = "cpu", evidence: Path | None = None
@@ -107,7 +119,7 @@ def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
     sources = Path(__file__).with_name("triton")
     shutil.copyfile(sources / "student_model.py", folder / "model.py")
-    for name in ("network.py", "start.py"):
+    for name in ("integrity.py", "network.py", "start.py"):
         shutil.copyfile(sources / name, folder / name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     _keep_bytecode_out(folder)
@@ -120,7 +132,7 @@ def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, eviden
         shutil.copyfile(path, folder / path.name)  # first, so that what the model runs on prevails
     sources = Path(__file__).with_name("triton")
     shutil.copyfile(sources / "classifier_model.py", folder / "model.py")
-    for name in ("asked.py", "network.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py", "start.py"):
+    for name in CLASSIFIER_MODULES:
         shutil.copyfile(sources / name, folder / name)
     for module in (prior, preprocess):
         shutil.copyfile(Path(module.__file__), folder / Path(module.__file__).name)

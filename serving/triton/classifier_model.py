@@ -1,8 +1,8 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the asked target prior out.
 
 Runs inside Triton's stub process with numpy and Pillow, and with the files beside it: prior.py and preprocess.py, the
-copies of what training uses, asked.py, metrics.py, live_prior.py and the logs. The network runs in `student` of the same
-version; or here, where the config's parameter `network` says own: what a small one computes takes less time than asking.
+copies of what training uses, asked.py, integrity.py, metrics.py, live_prior.py and the logs. The network runs in `student` of
+the same version; or here, where the config's parameter `network` says own: a small one takes less time than asking does.
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ class TritonPythonModel:
     """Triton calls initialize once, execute per batch."""
 
     def initialize(self, args):
-        """Read the manifest of this version and load the arithmetic that it shares with training."""
+        """Read the manifest of this version and load the arithmetic that it shares with training.
+
+        Fails the load where the graph of `student` is not the manifest's: the backend that runs it may not look.
+        """
         # The true one: what Triton was given may be a tree of links.
         folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        graph = folder.parents[1] / "student" / args["model_version"] / "model.onnx"
+        sibling("integrity").check_graph(graph, manifest)
         asked, live_prior, preprocess = sibling("asked"), sibling("live_prior"), sibling("preprocess")
         self.prior, self.refused = sibling("prior"), asked.Refused
         self.version, self.top_k = int(args["model_version"]), manifest["top_k"]
@@ -37,7 +42,7 @@ class TritonPythonModel:
         self.reader = asked.Reader(manifest, self.prior, preprocess, live, live_prior.NoLivePrior)
         config = json.loads(args["model_config"])
         self.max_batch_size = config["max_batch_size"]
-        self.network = self.own_network(folder, manifest, config)
+        self.network = self.own_network(graph, config)
         groups = [self.prior.shot_group(count) for count in manifest["counts"]]
         ranks = np.argsort(np.argsort(-np.asarray(manifest["counts"]), kind="stable"), kind="stable")
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
@@ -47,12 +52,11 @@ class TritonPythonModel:
         start.decode_each_format(preprocess, self.reader.size, self.reader.resize_to)
         start.take_up()
 
-    def own_network(self, folder, manifest, config):
+    def own_network(self, graph, config):
         """The graph of `student` of this version, loaded here; None where `student` is asked."""
         if config["parameters"].get("network", {}).get("string_value") != "own":
             return None
-        graph = folder.parents[1] / "student" / str(self.version) / "model.onnx"
-        network = sibling("network").Network(graph, manifest["files"]["student.onnx"], config)
+        network = sibling("network").Network(graph, config)
         network.warm_up((3, self.reader.size, self.reader.size))
         return network
 

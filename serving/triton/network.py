@@ -8,7 +8,6 @@ one each. Runs with numpy and onnxruntime alone.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import struct
 
@@ -28,15 +27,13 @@ FLOCK = "hhqqi"  # struct flock: type, whence, start, length, process
 
 
 class Network:
-    """A model.onnx, loaded once its sha256 is the manifest's.
+    """A model.onnx, loaded.
 
-    path: the graph. sha256: what the manifest says of it. config: the model's own, with the parameters
-    `execution_provider` and `intra_op_thread_count`, 0 meaning the cores that this process may use. Raises
-    TritonModelException.
+    path: the graph. config: the model's own, with the parameters `execution_provider` and `intra_op_thread_count`, 0
+    meaning the cores that this process may use. Raises TritonModelException.
     """
 
-    def __init__(self, path, sha256, config):
-        check_sha256(path, sha256)
+    def __init__(self, path, config):
         provider = config["parameters"]["execution_provider"]["string_value"]
         if provider not in onnxruntime.get_available_providers():
             raise pb_utils.TritonModelException(
@@ -89,13 +86,3 @@ def session_of(path, provider, threads):
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     return onnxruntime.InferenceSession(str(path), options, providers=[provider])
-
-
-def check_sha256(path, expected):
-    """Raise TritonModelException unless the file has this sha256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    if digest.hexdigest() != expected:
-        raise pb_utils.TritonModelException(f"{path.name}: sha256 is not the one in manifest.json; export again")

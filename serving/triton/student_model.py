@@ -1,7 +1,7 @@
 """`student` for Triton's python backend: runs the model.onnx beside it where the onnxruntime backend is missing.
 
 Same signature and same answers as the onnxruntime backend gives for the same file. Runs inside Triton's stub process,
-with numpy and onnxruntime, and with network.py beside it.
+with numpy and onnxruntime, and with integrity.py, network.py and start.py beside it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         # The numbers are strings where the config came through protobuf's JSON.
         self.image_shape = tuple(int(side) for side in config["input"][0]["dims"])
-        files = json.loads((folder / "manifest.json").read_bytes())["files"]
-        self.network = sibling("network").Network(folder / "model.onnx", files["student.onnx"], config)
+        sibling("integrity").check_graph(folder / "model.onnx", json.loads((folder / "manifest.json").read_bytes()))
+        self.network = sibling("network").Network(folder / "model.onnx", config)
         self.network.warm_up(self.image_shape)
         sibling("start").take_up()
 

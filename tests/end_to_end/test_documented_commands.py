@@ -81,6 +81,10 @@ ELSEWHERE = {
         "docs/serving.md",
         "tailor promote artifacts/export --repository releases --url grpc://127.0.0.1:8001",
     ): "that container; the same swap: tests/serving/test_container.py",
+    (
+        "docs/observability.md",
+        "tailor serve --trace-url",
+    ): "a collector; with one: tests/serving/test_server_options.py",
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
     ("docs/serving-performance.md", "python3 -m venv"): "downloads other servers",
 }

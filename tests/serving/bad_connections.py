@@ -85,7 +85,19 @@ def endless_chunks(port: Port, most: int = 200_000) -> int:
             while sent < most:
                 opened.sendall(b"1\r\nx\r\n" * 1000)
                 sent += 1000
+            opened.sendall(b"0\r\n\r\n")
         return status_of(answer(opened))
+
+
+@contextmanager
+def body_without_end(port: Port, most: int) -> Iterator[socket.socket]:
+    """A connection that has announced 8 GiB and sent the first `most` bytes of them, or as many as were taken."""
+    with connected(port) as opened:
+        opened.sendall(head(8 * 1024**3, "Inference-Header-Content-Length: 10"))
+        with contextlib.suppress(OSError):
+            for _ in range(most // 2**20):
+                opened.sendall(bytes(2**20))
+        yield opened
 
 
 def header_flood(port: Port) -> int:

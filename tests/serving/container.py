@@ -33,6 +33,10 @@ class Container:
     metrics_url: str
 
 
+class EndedWhileStarting(Exception):
+    """The server ended before it was healthy; the message is its log."""
+
+
 def backends() -> Path | None:
     """The folder with a real onnxruntime backend, None where the caller named none."""
     given = os.environ.get(BACKENDS_VARIABLE)
@@ -41,7 +45,10 @@ def backends() -> Path | None:
 
 @contextmanager
 def running_container(repository: Path, folder: Path, key: str) -> Iterator[Container]:
-    """Run the entry point on a repository until the block is left; folder: an empty one for links and the log."""
+    """Run the entry point on a repository until the block is left; folder: an empty one for links and the log.
+
+    Raises EndedWhileStarting.
+    """
     (folder / "models").symlink_to(repository)  # Triton takes no space in a path
     installation = find_installation()
     python = folder / "backends" / "python"
@@ -84,7 +91,9 @@ def await_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         command = [sys.executable, DEPLOY / "healthcheck.py", url]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             return
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        if process.poll() is not None:
+            raise EndedWhileStarting(log.read_text())
+        assert time.monotonic() < deadline, log.read_text()
 
 
 def metrics_text(url: str) -> str:

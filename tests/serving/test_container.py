@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,15 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ADMIN_KEY, Release, picture, write_export
+from conftest import ADMIN_KEY, Release, picture, write_export, write_graph
 from steady_load import Load, assert_each_answer_is_its_versions
 from watched import OBSERVABILITY, expressions
 
 from serving.client import Client
+from serving.errors import ServingError
+from serving.manifest import sha256_of
+from serving.model_control import ModelControl
 from serving.promotion import promote, rollback
 from serving.running import RunningServer
 from serving.transport import Refused, Transport
-from tests.serving.container import DEPLOY, Container, metrics_text, running_container
+from tests.serving.container import DEPLOY, Container, EndedWhileStarting, backends, metrics_text, running_container
 
 pytestmark = pytest.mark.end_to_end
 
@@ -113,3 +117,33 @@ def test_versions_change_places_in_a_container_as_in_the_local_server(
     assert_each_answer_is_its_versions(load, exports)
     assert sorted(set(load.versions())) == [1, 2]
     assert load.versions()[-1] == 1
+
+
+def test_graph_that_changed_under_a_container_is_refused_by_classifier_though_student_takes_it(
+    repository: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    path, manifest = (root / "student" / "1" / name for name in ("model.onnx", "manifest.json"))
+    refused = rf"student/1/model\.onnx: sha256 is [0-9a-f]{{12}}\.\.\., manifest\.json says {sha256_of(path)[:12]}"
+    for name in ("run", "again"):
+        (tmp_path / name).mkdir()
+    with running_container(root, tmp_path / "run", ADMIN_KEY) as server:
+        write_graph(path, seed=2)  # that runs and answers otherwise
+        if not backends():  # what stands in for the onnxruntime backend shall look at the graph as little as it does
+            content = json.loads(manifest.read_text())
+            content["files"]["student.onnx"] = sha256_of(path)
+            manifest.write_text(json.dumps(content))
+        reached = RunningServer(
+            repository=str(root), http_url=None, grpc_url=server.grpc_url, admin_key=ADMIN_KEY, prefix=None
+        )
+        with ModelControl(reached, timeout=30) as control:
+            control.unload("classifier")
+            control.load("student")
+            with pytest.raises(ServingError, match=refused) as caught:
+                control.load("classifier")
+            assert "\n" not in str(caught.value)
+    with (
+        pytest.raises(EndedWhileStarting, match=rf"'classifier' version 1.*{refused}"),
+        running_container(root, tmp_path / "again", ADMIN_KEY),
+    ):
+        pass

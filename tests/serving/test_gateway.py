@@ -1,4 +1,4 @@
-"""The gateway: what its configuration accepts, what it lets through, and where the raw server's killers end."""
+"""The gateway: what its configuration accepts, and what it lets through. What it keeps out: test_killing_requests.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -25,9 +26,10 @@ import psutil
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from bad_requests import INFER, good_body, with_length
+from bad_requests import INFER, good_body
 from conftest import ADMIN_KEY, CLASSES, Release, picture
 from running_gateway import make_certificate, require_nginx, running_gateway
+from steady_load import Load, assert_each_answer_is_its_versions
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -332,9 +334,23 @@ def test_misbehaving_connection_is_closed_or_told_why(gateway: GatewayProcess, n
 
 
 @pytest.mark.end_to_end
-def test_slow_headers_and_bodies_are_cut_off_in_time(gateway: GatewayProcess) -> None:
-    assert bad_connections.slow_headers(gateway.gateway.http_port, seconds=8) < 4
-    assert bad_connections.slow_body(gateway.gateway.http_port, seconds=8) < 4
+def test_slow_headers_and_bodies_are_cut_off_in_time_while_good_requests_are_answered(
+    gateway: GatewayProcess, release: Release
+) -> None:
+    """Six slow callers of each kind over HTTP at once, six idle streams over HTTP/2, and three good callers beside them."""
+    port = gateway.gateway.http_port
+    with ThreadPoolExecutor(18) as pool, Load(gateway) as load:
+        slow = [
+            pool.submit(writer, port, seconds=8)
+            for writer in (bad_connections.slow_headers, bad_connections.slow_body)
+            for _ in range(6)
+        ]
+        idle = [pool.submit(bad_connections.idle_streams, gateway.gateway.grpc_port, streams=1) for _ in range(6)]
+        assert max(one.result() for one in slow) < 4
+        for one in idle:
+            one.result()
+    assert_each_answer_is_its_versions(load, {1: release})
+    assert len(load.answers) > 20
 
 
 @pytest.mark.end_to_end
@@ -378,42 +394,6 @@ def test_access_log_names_no_query_and_no_header(server: TritonServer, tmp_path:
     entry = json.loads(log.read_text())
     assert (entry["path"], entry["status"], entry["method"]) == ("/v2/health/ready", 200, "GET")
     assert "secret" not in log.read_text()
-
-
-def nested() -> tuple[bytes, dict[str, str]]:
-    inside = b"[" * 40_000 + b"]" * 40_000
-    return b'{"inputs":[{"name":"image","shape":[1,1],"datatype":"BYTES","data":' + inside + b"}]}", {}
-
-
-def beyond_memory() -> tuple[bytes, dict[str, str]]:
-    tensor = {"name": "strength", "shape": [2**45, 1], "datatype": "FP32", "data": [0.5]}
-    return json.dumps({"inputs": [tensor]}).encode(), {}
-
-
-def beyond_memory_in_the_json_part() -> tuple[bytes, dict[str, str]]:
-    body, _ = beyond_memory()
-    return body, with_length(body)
-
-
-KILLERS = [nested, beyond_memory, beyond_memory_in_the_json_part]
-
-
-@pytest.mark.end_to_end
-@pytest.mark.parametrize("killer", KILLERS)
-def test_one_request_that_ends_the_raw_server_stops_at_the_gateway(
-    gateway: GatewayProcess, server: TritonServer, repository: Path, killer: Any
-) -> None:
-    body, headers = killer()
-    status, content = ask(gateway.http_url, "POST", INFER, body, headers)
-    assert status == 400
-    assert "error" in content
-    assert server.wait(0.2) is None
-    with (
-        TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as victim,
-        pytest.raises((http.client.HTTPException, OSError)),
-    ):
-        ask(victim.http_url, "POST", INFER, body, headers)
-        pytest.fail("the raw server withstood it; is the gateway still needed for this?")
 
 
 @pytest.mark.end_to_end

@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from serving.client import Client, Prediction
 from serving.errors import ServingError
+from serving.gateway import Gateway
 from serving.gateway_process import GatewayProcess
 from serving.server import TritonServer
 from serving.transport import Refused, Transport
@@ -270,6 +272,34 @@ def test_gateway_keeps_the_servers_descriptors_for_requests(own_server: TritonSe
             with contextlib.suppress(OSError):
                 idle.enter_context(bad_connections.connected(running.gateway.http_port, timeout=1))
         assert psutil.Process(own_server.process_id).num_fds() <= before + 2
+
+
+def test_gateway_whose_descriptors_are_exhausted_answers_again_once_callers_have_gone(
+    own_server: TritonServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, render = 24, Gateway.render  # a dozen are nginx's own
+
+    def with_few_descriptors(gateway: Gateway, *folders: Path) -> str:
+        return re.sub(r"worker_rlimit_nofile \d+;", f"worker_rlimit_nofile {limit};", render(gateway, *folders))
+
+    monkeypatch.setattr(Gateway, "render", with_few_descriptors)
+    with running_gateway(own_server, header_seconds=30) as running, Client(own_server.http_url) as direct:
+        [worker] = psutil.Process(running.process_id).children()
+        wanted = direct.predict([picture(1)], 0.5)
+        with contextlib.ExitStack() as idle:
+            for _ in range(40):
+                idle.enter_context(bad_connections.connected(running.gateway.http_port))
+            deadline = time.monotonic() + 10
+            while worker.num_fds() < limit and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert worker.num_fds() == limit
+            with Client(running.http_url, timeout=1) as client, pytest.raises(ServingError):
+                client.predict([picture(1)], 0.5)
+            assert direct.predict([picture(1)], 0.5) == wanted  # the server feels nothing of it
+        for url in (running.http_url, running.grpc_url):
+            with Client(url, timeout=20) as client:
+                assert client.predict([picture(1)], 0.5) == wanted
+        assert [process.pid for process in psutil.Process(running.process_id).children()] == [worker.pid]
 
 
 def test_grammar_draws_the_same_requests_from_the_same_seed() -> None:

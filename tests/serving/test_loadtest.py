@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -248,6 +249,35 @@ def test_load_over_grpc_by_two_processes_fails_below_its_thresholds(
     # Four seconds of a fifth, two, three and four fifths and all of the rate; Poisson arrivals scatter.
     assert 30 < found["total"]["requests"] < 160
     assert found["processor_seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(("shape", "seconds"), [("spike", 10), ("soak", 5)])
+def test_users_come_and_go_as_the_shape_says_and_each_is_answered(
+    tailor: Tailor, server: TritonServer, images: Path, tmp_path: Path, shape: str, seconds: int
+) -> None:
+    users, report = 10, tmp_path / "report"
+    ended = tailor(
+        *("loadtest", "--url", server.grpc_url, "--images", images, "--users", users, "--time", f"{seconds}s"),
+        *("--shape", shape, "--no-overhead", "--report", report, "--json"),
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    found = json.loads(ended.stdout)["total"]
+    assert found["failures"] == 0
+    assert found["requests"] > 100
+    with (report / "loadtest_stats_history.csv").open() as lines:
+        counted = [int(row["User Count"]) for row in csv.DictReader(lines) if row["Name"] == "Aggregated"]
+    history = [count for count in counted if count]  # one a second, the first before anyone was there
+    assert max(history) == users
+    if shape == "soak":
+        assert history == sorted(history)
+        return
+    first = history.index(users)
+    assert history[:first] == sorted(history[:first])
+    assert history[first:] == sorted(history[first:], reverse=True)
+    assert (history[0], history[-1]) == (users / 5, users / 5)
+    assert history.count(users) <= 4  # two seconds of ten, as far as counts a second apart can tell
 
 
 @pytest.mark.end_to_end

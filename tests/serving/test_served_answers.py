@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CLASSES, MAX_BATCH_SIZE, SIZE, TAU_S, TOP_K, Release, picture, run_graph
+from held_requests import answers_at_once
 
 from models.preprocess import preprocess
 from serving.client import Client, Prediction
@@ -128,25 +129,19 @@ def test_forty_concurrent_requests_get_each_their_own_answer(server: TritonServe
         assert_answers(answer, release.probabilities([picture(place)], adjustment))
 
 
-def test_two_hundred_mixed_requests_at_once_are_answered_as_one_by_one(server: TritonServer) -> None:
+def test_two_hundred_mixed_requests_in_flight_at_once_are_answered_as_one_by_one(server: TritonServer) -> None:
     random = np.random.default_rng(0)
     priors = ["balanced", "train", *random.normal(size=40).round(3), *random.dirichlet(np.ones(len(CLASSES)), 40)]
     asked = [(picture(place % 16), priors[int(random.integers(len(priors)))]) for place in range(200)]
     with Client(server.grpc_url) as client:
         alone = [client.predict([image], prior)[0] for image, prior in asked]
-
-    def ask(places: range) -> list[tuple[int, Prediction]]:
-        with Client(server.http_url if places.start % 2 else server.grpc_url) as own:
-            return [(place, own.predict([asked[place][0]], asked[place][1])[0]) for place in places]
-
-    with ThreadPoolExecutor(25) as pool:
-        together = dict(
-            pair for pairs in pool.map(ask, [range(first, 200, 25) for first in range(25)]) for pair in pairs
-        )
+        calls = [client.request([image], prior) for image, prior in asked]
+    http_port, grpc_port = (int(url.rpartition(":")[2]) for url in (server.http_url, server.grpc_url))
+    together = answers_at_once(http_port, grpc_port, calls)
     assert len({answer.probabilities for answer in alone}) > 100  # the priors matter
-    for place, answer in enumerate(alone):
-        assert together[place].classes == answer.classes
-        np.testing.assert_allclose(together[place].probabilities, answer.probabilities, rtol=1e-4, atol=1e-6)
+    for mine, answer in zip(together, alone, strict=True):
+        assert tuple(name.decode() for name in mine.outputs["class"][0]) == answer.classes
+        np.testing.assert_allclose(mine.outputs["probability"][0], answer.probabilities, rtol=1e-4, atol=1e-6)
 
 
 def test_every_finite_strength_has_finite_probabilities(client: Client) -> None:

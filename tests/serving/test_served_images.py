@@ -13,7 +13,7 @@ import pytest
 from conftest import CLASSES, SIZE, TOP_K, Release, encode, picture
 from PIL import Image
 
-from models.preprocess import MAX_BYTES, preprocess
+from models.preprocess import MAX_BYTES, MAX_PIXELS, preprocess
 from serving.client import Client, read_image
 from serving.errors import InputError
 from serving.server import TritonServer
@@ -114,6 +114,25 @@ def test_server_refuses_what_the_client_would_have(server: TritonServer, name: s
     try:
         with pytest.raises(Refused, match=r"image (is|has) "):
             transport.infer("classifier", {"image": np.array([[BAD[name][0]]], dtype=np.object_)}, {"index": 0})
+    finally:
+        transport.close()
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_request_has_at_most_200_million_pixels_however_small_its_files(server: TritonServer) -> None:
+    """Each image keeps within the bound of one; five of them together are above the bound of a request."""
+    image = saved(Image.new("L", (7000, 7000)), "PNG", compress_level=1)
+    assert MAX_PIXELS >= 7000 * 7000 and len(image) < 500_000
+    transport = Transport(server.grpc_url, timeout=60)
+    try:
+        four, five = ({"image": np.array([[image]] * count, dtype=np.object_)} for count in (4, 5))
+        with pytest.raises(
+            Refused,
+            match="row 4: image brings the request to 245000000 pixels, above the limit of 200000000; send fewer images",
+        ):
+            transport.infer("classifier", five, {"index": 0})
+        assert transport.infer("classifier", four, {"index": 0})[0]["index"].shape == (4, TOP_K)
     finally:
         transport.close()
 

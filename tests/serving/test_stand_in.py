@@ -23,6 +23,8 @@ from google.protobuf import json_format, text_format
 from PIL import Image
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from serving.local_tree import link_tree
+from serving.manifest import sha256_of
 from serving.repository import write_repository
 
 
@@ -366,13 +368,39 @@ def test_student_gives_what_is_asked_for(student: Any, monkeypatch: pytest.Monke
         np.testing.assert_array_equal(one[name], both[name])
 
 
-@pytest.mark.parametrize("model", ["student", "classifier"])
-def test_tampered_graph_is_not_loaded(repository: Path, tmp_path: Path, model: str) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
+# The config of a container is among them: there the classifier asks `student`, whose backend looks at no hash.
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        ("student", "configs/local.pbtxt"),
+        ("classifier", "configs/local.pbtxt"),
+        ("classifier", "config.pbtxt"),
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True], ids=["repository", "local tree"])
+def test_changed_or_absent_graph_is_not_loaded(
+    repository: Path, tmp_path: Path, model: str, config: str, linked: bool
+) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository of versions")
     path = root / "student" / "1" / "model.onnx"
+    seen = root
+    if linked:
+        (tmp_path / "seen").mkdir()
+        seen = link_tree(root, tmp_path / "seen")
+        shutil.copyfile(root / model / "config.pbtxt", seen / model / "config.pbtxt")  # `load` reads it there
+    load(seen, model, config, backend())
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(TritonModelException, match=r"model\.onnx: sha256 is not the one in manifest\.json"):
-        load(root, model, "configs/local.pbtxt", backend())
+    with pytest.raises(TritonModelException) as caught:
+        load(seen, model, config, backend())
+    expected = json.loads((path.parent / "manifest.json").read_text())["files"]["student.onnx"]
+    assert str(caught.value) == (
+        f"student/1/model.onnx: sha256 is {sha256_of(path)[:12]}..., manifest.json says {expected[:12]}...; "
+        "write the version again"
+    )
+    path.unlink()
+    with pytest.raises(TritonModelException) as caught:
+        load(seen, model, config, backend())
+    assert str(caught.value) == "student/1/model.onnx: No such file or directory; write the version again"
 
 
 def test_student_that_lacks_its_provider_says_what_to_install(release: Release, tmp_path: Path) -> None:
