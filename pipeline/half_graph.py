@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, compose, helper, numpy_helper, shape_inference
 from torch import Tensor, nn
 
 from pipeline.errors import StageError
@@ -84,7 +84,7 @@ def to_half(served: ServedStudent, size: int, opset: int) -> HalfGraph:
     backbone = trace(served.backbone, {"pixels": torch.zeros_like(pixels)}, ["features"], opset)
     after = trace(_Answer(served), {"features": features, "strength": strength}, ["logits", "feature"], opset)
     _check_weights(backbone)
-    backbone = onnx.shape_inference.infer_shapes(backbone)
+    backbone = shape_inference.infer_shapes(backbone)
     half = _converted(backbone)
     rounding, values = _rounding(backbone, half)
     return HalfGraph(_joined(before, half, after), _joined(before, rounding, after), values)
@@ -179,11 +179,11 @@ def _magnitude(name: str) -> list[onnx.NodeProto]:
 def _joined(before: onnx.ModelProto, backbone: onnx.ModelProto, after: onnx.ModelProto) -> bytes:
     """One graph of three, names kept at its inputs and outputs and apart inside."""
     parts = [
-        onnx.compose.add_prefix(model, f"{name}/", rename_inputs=False, rename_outputs=False)
+        compose.add_prefix(model, f"{name}/", rename_inputs=False, rename_outputs=False)
         for name, model in (("normalisation", before), ("backbone", backbone), ("answer", after))
     ]
-    whole = onnx.compose.merge_models(parts[0], parts[1], [("pixels", "pixels")])
-    whole = onnx.compose.merge_models(whole, parts[2], [("features", "features")])
+    whole = compose.merge_models(parts[0], parts[1], [("pixels", "pixels")])
+    whole = compose.merge_models(whole, parts[2], [("features", "features")])
     whole.graph.name, whole.producer_name = "student", "tailor"
     del whole.opset_import[1:]  # one line for each part, all the same
     return whole.SerializeToString()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
-import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.cosine_classifier import ImageClassifier
 from models.prior import adjust_logits
+
+if TYPE_CHECKING:
+    import onnx
 
 TRACED_BATCH = 3
 LARGEST_IR = 10

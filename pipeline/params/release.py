@@ -29,7 +29,7 @@ class HalfParams(Section):
     """
 
     tolerance: Positive = 0.002
-    agreement: Share = 0.99
+    agreement: Share = 0.98
 
 
 class ExportParams(Section):
