@@ -7,6 +7,7 @@ told to leave in float32, and the logits themselves: a cosine rounded to float16
 from __future__ import annotations
 
 import graphlib
+import os
 import sys
 from dataclasses import dataclass
 
@@ -105,6 +106,9 @@ def _check_weights(backbone: onnx.ModelProto) -> None:
 
 def _converted(backbone: onnx.ModelProto) -> onnx.ModelProto:
     """The backbone in float16, between a cast at its input and one at its output."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = (
+        "1"  # its package would otherwise write a file; read when it is first imported
+    )
     path = list(sys.path)
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
