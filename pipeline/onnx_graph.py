@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from models.cosine_classifier import ImageClassifier
 from models.prior import adjust_logits
+
+if TYPE_CHECKING:
+    import onnx
 
 TRACED_BATCH = 3
 LARGEST_IR = 10
@@ -37,24 +41,41 @@ class ServedStudent(nn.Module):
 
     def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """image uint8 [B,3,H,W], strength float32 [B,1] → logits [B,C] = cos/tau_s + strength·log_prior, unit feature [B,D]."""
-        feature = F.normalize(self.backbone(image.float() * self.scale + self.shift), dim=1)
+        return self.answer(self.backbone(self.normalise(image)), strength)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """image uint8 [B,3,H,W] → what the backbone sees, float32 [B,3,H,W]."""
+        return image.float() * self.scale + self.shift
+
+    def answer(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B,D] of the backbone, strength [B,1] → logits [B,C], unit feature [B,D]."""
+        feature = F.normalize(features, dim=1)
         return adjust_logits(F.linear(feature, self.class_matrix), self.log_prior, strength), feature
 
 
 def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:
     """The graph as one ONNX file with a dynamic batch. Opset at most 20 and IR at most 10: older Triton images refuse newer."""
-    # A batch of 1 would be specialised into the graph, so a larger one is traced.
-    example = (torch.zeros(TRACED_BATCH, 3, size, size, dtype=torch.uint8), torch.zeros(TRACED_BATCH, 1))
+    example = {"image": example_image(size), "strength": torch.zeros(TRACED_BATCH, 1)}
+    return trace(served, example, ["logits", "feature"], opset).SerializeToString()
+
+
+def example_image(size: int) -> Tensor:
+    """An image input to trace with; a batch of 1 would be specialised into the graph, so there are more."""
+    return torch.zeros(TRACED_BATCH, 3, size, size, dtype=torch.uint8)
+
+
+def trace(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], opset: int) -> onnx.ModelProto:
+    """A network as an ONNX graph, its inputs [B,...] by name, of any batch."""
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
         # The exporter deprecates its own internals on every call; nothing in it is for our user.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            served,
-            example,
-            input_names=["image", "strength"],
-            output_names=["logits", "feature"],
-            dynamic_shapes=({0: batch}, {0: batch}),
+            network,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
             opset_version=opset,
             dynamo=True,
             verbose=False,
@@ -64,4 +85,4 @@ def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:
     for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):
         # Stack traces of the exporting machine: they would leak its paths and make the file differ from machine to machine.
         del part.metadata_props[:]
-    return graph.SerializeToString()
+    return graph

@@ -33,8 +33,23 @@ class ImageFormat(BaseModel):
     resize_to: int = Field(ge=1)
 
 
+class HalfPrecision(BaseModel):
+    """What float16 changed, against PyTorch in float32, on the images that export looked at.
+
+    logit: largest difference of a logit. agreement: share of `images` whose best class is the same.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    logit: float = Field(ge=0, allow_inf_nan=False)
+    agreement: float = Field(ge=0, le=1)
+    images: int = Field(ge=1)
+
+
 class Manifest(BaseModel):
-    """Everything the serving room knows of a release. `files` maps names beside the manifest to their sha256."""
+    """Everything the serving room knows of a release. `files` maps names beside the manifest to their sha256.
+
+    half: of a graph whose backbone is in float16; None where all of it is float32.
+    """
 
     model_config = ConfigDict(extra="forbid")
     format: Literal[1] = 1
@@ -54,6 +69,7 @@ class Manifest(BaseModel):
     code_revision: str
     versions: dict[str, str]
     metrics: dict[str, Any]
+    half: HalfPrecision | None = None
 
     @model_validator(mode="after")
     def _one_entry_per_class(self) -> Manifest:
@@ -65,13 +81,17 @@ class Manifest(BaseModel):
 
 
 class Golden(BaseModel):
-    """One golden request, an encoded image (base64) at a strength, and what the classifier must say of it."""
+    """One golden request, an encoded image (base64) at a strength, and what the classifier must say of it.
+
+    tolerance: how far a probability may be from the golden one; more where the graph is float16.
+    """
 
     model_config = ConfigDict(extra="forbid")
     image: str
     strength: float = Field(allow_inf_nan=False)
     index: list[int] = Field(min_length=1)
     probability: list[float] = Field(min_length=1)
+    tolerance: float = Field(default=GOLDEN_TOLERANCE, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _answer_is_whole(self) -> Golden:
@@ -92,7 +112,7 @@ class Golden(BaseModel):
         if len(index) < len(self.index) or len(probability) < len(self.probability):
             return f"{len(index)} classes answered, {len(self.index)} expected"
         for rank, (expected, wanted) in enumerate(zip(self.index, self.probability, strict=True)):
-            if not abs(float(probability[rank]) - wanted) <= GOLDEN_TOLERANCE:
+            if not abs(float(probability[rank]) - wanted) <= self.tolerance:
                 return f"probability {float(probability[rank]):.4f} at rank {rank + 1}, {wanted:.4f} expected"
             if int(index[rank]) != expected and not self._tied(rank):
                 return f"class {int(index[rank])} at rank {rank + 1}, class {expected} expected"
@@ -103,7 +123,7 @@ class Golden(BaseModel):
         near = [r for r in (rank - 1, rank + 1) if 0 <= r < len(self.probability)]
         if rank + 1 == len(self.probability) and rank > 0:
             return True
-        return any(abs(self.probability[r] - self.probability[rank]) <= 2 * GOLDEN_TOLERANCE for r in near)
+        return any(abs(self.probability[r] - self.probability[rank]) <= 2 * self.tolerance for r in near)
 
 
 def sha256_of(path: Path) -> str:

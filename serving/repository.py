@@ -39,7 +39,8 @@ def write_repository(
     """
     placement = device if isinstance(device, Placement) else Placement(device)
     manifest = load_export(export_dir)
-    local = placement.decided((export_dir / STUDENT_NAME).stat().st_size)
+    # A CPU holds the weights of a float16 graph as float32.
+    local = placement.decided((export_dir / STUDENT_NAME).stat().st_size * (2 if manifest.half else 1))
     root = Path(os.path.abspath(root))  # noqa: PTH100 (a link given as root stays a name, it is not followed)
     _check_replaceable(root)
     with whole_folder(root) as partial:

@@ -21,12 +21,28 @@ class EvaluateParams(Section):
     champion: str | None = None
 
 
+class HalfParams(Section):
+    """What float16 may change. tolerance: of a cosine (a logit as a share of its scale 1/tau_s) and of a unit feature.
+
+    agreement: least share of held-out images whose best class stays the same. Measured with every value of the backbone
+    rounded to float16, as a GPU stores it.
+    """
+
+    tolerance: Positive = 0.002
+    agreement: Share = 0.98
+
+
 class ExportParams(Section):
-    """ONNX export: opset, largest batch, how far ONNX Runtime's logits may be from PyTorch's (absolute)."""
+    """ONNX export: opset, largest batch, how far ONNX Runtime's logits may be from PyTorch's (absolute).
+
+    precision: of the backbone; float16 is for GPUs, and has the bounds of section half in the place of tolerance.
+    """
 
     opset: Annotated[int, Field(ge=18, le=20)]
     max_batch_size: Annotated[int, Field(ge=2, le=1024)]
+    precision: Literal["float32", "float16"] = "float32"
     tolerance: Positive
+    half: HalfParams = HalfParams()
     golden: PositiveInt
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 
 from models.prior import adjust_logits, softmax
 from serving.client import Client
+from serving.dry_run import dry_run
+from serving.release import find_releases
 from serving.server import TritonServer
 from tests.end_to_end.project import ROOT, SHORT, Project
 
@@ -42,11 +45,11 @@ def assert_served_as_evaluated(project: Project, images: list[bytes], logits: np
                         assert np.allclose(answer.probabilities, np.sort(row)[::-1][:5], rtol=0, atol=tolerance)
 
 
-@pytest.mark.xdist_group("digits")
-def test_digits_are_served_as_they_were_evaluated(digits):
+def some_digits(project: Project) -> tuple[list[bytes], np.ndarray]:
+    """Test scans as PNG files, and the logits that the evaluation wrote down for them."""
     from sklearn.datasets import load_digits
 
-    table = pyarrow.parquet.read_table(digits.root / "artifacts/evaluation/predictions.parquet").to_pylist()[::40]
+    table = pyarrow.parquet.read_table(project.root / "artifacts/evaluation/predictions.parquet").to_pylist()[::40]
     scans = load_digits().images
     images = []
     for row in table:
@@ -54,7 +57,38 @@ def test_digits_are_served_as_they_were_evaluated(digits):
         pixels = np.round(scans[int(row["sample_id"].removeprefix("digits/"))] * (255 / 16)).astype(np.uint8)
         Image.fromarray(pixels).save(stream, format="PNG")
         images.append(stream.getvalue())
-    assert_served_as_evaluated(digits, images, np.array([row["logits"] for row in table]), 1e-4)
+    return images, np.array([row["logits"] for row in table])
+
+
+@pytest.mark.xdist_group("digits")
+def test_digits_are_served_as_they_were_evaluated(digits):
+    assert_served_as_evaluated(digits, *some_digits(digits), 1e-4)
+
+
+@pytest.mark.xdist_group("digits")
+def test_digits_are_served_in_float16_as_they_were_evaluated(digits, tmp_path):
+    project = Project(tmp_path / "half")
+    for name in ("artifacts", "data/split"):
+        shutil.copytree(digits.root / name, project.root / name)
+    shutil.copy(digits.root / "params.yaml", project.root)
+    graph = project.root / "artifacts/export/student.onnx"
+    full_size = graph.stat().st_size
+    project.set({"export": {"precision": "float16"}})
+    done = project.run("python", "-m", "pipeline.export")
+    (release,) = find_releases(project.root / "artifacts/repository")
+    found = release.manifest.half
+    assert 0 < found.logit <= 0.002 * 30 and found.agreement >= 0.98 and found.images == 100
+    assert f"{found.logit:.1e}, in float16 {found.agreement:.1%} of 100 images keep their class" in done.stdout
+    assert graph.stat().st_size < 0.55 * full_size
+    assert release.golden[0].tolerance == pytest.approx(0.002 + found.logit)
+    dry_run(project.root / "artifacts/repository", [release], 60)
+    assert_served_as_evaluated(project, *some_digits(project), 0.015)
+
+    before = (project.root / "artifacts/export/manifest.json").read_bytes()
+    project.set({"export": {"half": {"tolerance": 1e-6}}})
+    done = project.run("python", "-m", "pipeline.export", expect=1)
+    assert done.stderr.count("\n") == 1 and "above export.half.tolerance = 1e-06" in done.stderr
+    assert (project.root / "artifacts/export/manifest.json").read_bytes() == before
 
 
 @pytest.mark.timeout(1800)  # as long as its training may take on a busy machine

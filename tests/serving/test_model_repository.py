@@ -19,7 +19,7 @@ from serving import release as releases
 from serving import repository as repositories
 from serving.commands import main
 from serving.errors import InputError
-from serving.manifest import MANIFEST_NAME, ManifestError, sha256_of
+from serving.manifest import MANIFEST_NAME, Golden, HalfPrecision, ManifestError, sha256_of
 from serving.model_config import Placement, RepositoryError
 from serving.repository import publish, write_repository
 from serving.version_policy import serve_versions, served_versions
@@ -132,6 +132,27 @@ def test_small_network_has_two_instances_and_a_place_in_the_classifier_of_the_lo
     assert decided(own) == [(3, ""), (3, "own")]
     monkeypatch.setattr(model_config, "SMALL_GRAPH_BYTES", 10)
     assert decided(write_repository(release.export_dir, tmp_path / "large")) == [(1, ""), (2, "")]
+
+
+def test_a_float16_graph_counts_for_twice_its_file_because_a_cpu_holds_it_in_float32(
+    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = shutil.copytree(release.export_dir, tmp_path / "export")
+    half = HalfPrecision(logit=0.01, agreement=1.0, images=100)
+    (export / "manifest.json").write_text(release.manifest.model_copy(update={"half": half}).model_dump_json())
+    size = (export / "student.onnx").stat().st_size
+    for bound, instances in ((2 * size, 2), (2 * size - 1, 1)):
+        monkeypatch.setattr(model_config, "SMALL_GRAPH_BYTES", bound)
+        root = write_repository(export, tmp_path / "repository")
+        assert parse(root / "student/configs/local.pbtxt").instance_group[0].count == instances
+
+
+def test_a_golden_answer_may_bring_a_wider_tolerance_of_its_own() -> None:
+    usual = Golden(image="", strength=0, index=[1, 0], probability=[0.7, 0.3])
+    wider = usual.model_copy(update={"tolerance": 0.02})
+    assert usual.difference([1, 0], [0.69, 0.31]) == "probability 0.6900 at rank 1, 0.7000 expected"
+    assert wider.difference([1, 0], [0.69, 0.31]) is None
+    assert wider.difference([1, 0], [0.67, 0.33]) == "probability 0.6700 at rank 1, 0.7000 expected"
 
 
 def test_gpu_repository_puts_the_student_on_the_gpu(release: Release, tmp_path: Path) -> None:
