@@ -38,9 +38,9 @@ REMEDY = "keep export.precision at float32"
 class HalfGraph:
     """served: the ONNX file. rounding: the same computed in float32, each value of the backbone rounded to float16.
 
-    ONNX Runtime computes float16 in float32 on a CPU that has no arithmetic of it, and rounds nowhere in between: only
-    `rounding` shows there what a GPU will answer. Its third output `magnitude` [V] is the largest absolute value, before
-    rounding, of each of `values`.
+    On a CPU, ONNX Runtime computes a float16 graph in float32 and rounds nowhere in between: only `rounding` shows there
+    what a GPU will answer, and whether a value is beyond float16's range. Its third output `magnitude` [V] is the largest
+    absolute value, before rounding, of each of `values`.
     """
 
     served: bytes
@@ -67,7 +67,7 @@ class _Normalisation(nn.Module):
 
 
 class _Answer(_Normalisation):
-    def forward(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         return self.served.answer(features, strength)
 
 
