@@ -53,6 +53,7 @@ class Retraining:
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "200",
         }
+        self.environment.pop("PREFECT_API_URL", None)  # another test's server
         if api:
             self.environment["PREFECT_API_URL"] = api
         params = yaml.safe_load((ROOT / "params.yaml").read_text())
