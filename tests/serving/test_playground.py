@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import os
@@ -135,6 +136,18 @@ def upload(page: Any, path: Path) -> None:
     page.set_input_files("#image input[type=file]", path)
 
 
+def file_chooser(page: Any) -> Any:
+    """What Enter on the image's button opens. A page that has just loaded may not listen yet: one presses again."""
+    from playwright.sync_api import TimeoutError as NothingOpened
+
+    for _ in range(6):
+        tab_to(page, "#image button")
+        with contextlib.suppress(NothingOpened), page.expect_file_chooser(timeout=5_000) as chooser:
+            page.keyboard.press("Enter")
+            return chooser.value
+    raise AssertionError("Enter on the image's button opens no file chooser")
+
+
 class TestInABrowser:
     """Each test uploads what it needs."""
 
@@ -191,10 +204,7 @@ class TestInABrowser:
         (tmp_path / "noise.png").write_bytes(picture(4))
         page.reload()
         page.wait_for_selector("#image input[type=file]", state="attached")
-        tab_to(page, "#image button")
-        with page.expect_file_chooser() as chooser:
-            page.keyboard.press("Enter")
-        chooser.value.set_files(tmp_path / "noise.png")
+        file_chooser(page).set_files(tmp_path / "noise.png")
         page.wait_for_selector("#answers .column", timeout=60_000)
         tab_to(page, "#strength input[type=range]")
         page.keyboard.press("End")
