@@ -117,11 +117,6 @@ def _renew(evidence: Path, folder: Path) -> None:
             write_file(folder / path.name, path.read_bytes())
 
 
-def present(repository: Path) -> set[int]:
-    """The numbers of all versions that lie in a repository, whether anybody serves them or not."""
-    return {*version_folders(repository, STUDENT), *version_folders(repository, CLASSIFIER)}
-
-
 def verify(repository: Path, version: int, timeout: float, rehearsal: bool = True) -> bool:
     """Try a published version apart from whoever serves; whether a second server could be had for it.
 

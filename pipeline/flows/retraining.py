@@ -47,6 +47,7 @@ from pipeline.lineage import code_revision, data_sha256
 from pipeline.params import Params, load_params
 from pipeline.stage import explain
 from serving.errors import ServingError
+from serving.version_policy import present_versions
 
 LOCK = FOLDER / "lock"
 ACTIONABLE = (StageError, ServingError, OSError)
@@ -152,7 +153,7 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
         if decision.computed:  # else the next run holds the gate again: what was missing may be there by then
             _keep(Decided(release, against, gate_sha256(params.gate), "refused", None), outcome.message, params)
     else:
-        kept = releases.present(repository)
+        kept = present_versions(repository)
         version = step(publish, params, evidence)
         try:
             rehearsed = step(verify, params, version)

@@ -18,6 +18,7 @@ from serving.model_config import RepositoryError
 from serving.promotion import PromotionError, list_versions
 from serving.promotion_log import read_changes
 from serving.server import TritonServer
+from serving.version_policy import present_versions
 from tests.serving.conftest import write_export
 
 pytestmark = pytest.mark.slow
@@ -120,7 +121,7 @@ def test_a_release_that_is_best_again_carries_the_new_decision_and_is_left_in_ei
 ):
     go_live(repository, exports / "2", evidence)
     (evidence / "decision.json").write_text('{"promote": true, "anew": true}')
-    assert releases.present(repository) == {1, 2}
+    assert present_versions(repository) == [1, 2]
     go_live(repository, exports / "1", evidence)
     folder = releases.find_champion(repository).folder
     assert folder.name == "1" and json.loads((folder / "decision.json").read_text())["anew"] is True
