@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -202,3 +203,23 @@ def tailor(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def exports(release: Release, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Release]:
+    """Exports whose graphs differ, by the version that each gets when they are promoted in order."""
+    folder = tmp_path_factory.mktemp("exports")
+    return {1: release} | {n: Release(folder / str(n), write_export(folder / str(n), version=n)) for n in range(2, 10)}
+
+
+@pytest.fixture
+def root(repository: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(repository, tmp_path / "repository")
+
+
+@pytest.fixture
+def serving(root: Path) -> Iterator[TritonServer]:
+    """A server on a repository of its own, which a test may change."""
+    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
+    yield server
+    server.stop(at_once=True)

@@ -7,13 +7,13 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import Release, picture, write_export
+from conftest import Release, picture
 from steady_load import Load, assert_each_answer_is_its_versions
 
 from models.preprocess import preprocess
@@ -33,26 +33,6 @@ from serving.version_policy import champion, serve_versions, served_versions
 pytestmark = pytest.mark.slow
 
 MODELS = ("student", "classifier")
-
-
-@pytest.fixture(scope="module")
-def exports(release: Release, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Release]:
-    """Exports whose graphs differ, by the version that each gets when they are promoted in order."""
-    folder = tmp_path_factory.mktemp("exports")
-    return {1: release} | {n: Release(folder / str(n), write_export(folder / str(n), version=n)) for n in range(2, 10)}
-
-
-@pytest.fixture
-def root(repository: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(repository, tmp_path / "repository")
-
-
-@pytest.fixture
-def serving(root: Path) -> Iterator[TritonServer]:
-    """A server on a repository of its own, which a test may change."""
-    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
-    yield server
-    server.stop(at_once=True)
 
 
 def test_promotion_without_a_server_takes_effect_at_the_next_start(root: Path, exports: dict[int, Release]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Release, write_export
+from conftest import Release
 from steady_load import Load, assert_each_answer_is_its_versions
 
 from serving import model_control
@@ -28,24 +28,6 @@ from serving.version_policy import present_versions, served_versions, version_fo
 pytestmark = [pytest.mark.slow, pytest.mark.end_to_end]
 
 MODELS = ("student", "classifier")
-
-
-@pytest.fixture(scope="module")
-def exports(release: Release, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Release]:
-    folder = tmp_path_factory.mktemp("exports")
-    return {1: release} | {n: Release(folder / str(n), write_export(folder / str(n), version=n)) for n in range(2, 5)}
-
-
-@pytest.fixture
-def root(repository: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(repository, tmp_path / "repository")
-
-
-@pytest.fixture
-def serving(root: Path) -> Iterator[TritonServer]:
-    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
-    yield server
-    server.stop(at_once=True)
 
 
 @pytest.fixture

@@ -192,6 +192,15 @@ def test_ctrl_c_while_starting_ends_with_status_0(serving: subprocess.Popen[str]
     assert of_run(serving.pid) == []
 
 
+def assert_it_answers_and_ends_clean(serving: subprocess.Popen[str], http: str) -> None:
+    with Client(http) as client:
+        assert client.predict([picture(1)])[0].version == 1
+    serving.send_signal(signal.SIGTERM)
+    serving.communicate(timeout=30)
+    assert serving.returncode == 0
+    assert of_run(serving.pid) == []
+
+
 @pytest.mark.end_to_end
 def test_server_that_is_killed_is_started_again_on_the_same_ports(serving: subprocess.Popen[str]) -> None:
     _, http, _ = serving.stdout.readline().split()
@@ -200,12 +209,7 @@ def test_server_that_is_killed_is_started_again_on_the_same_ports(serving: subpr
     line = serving.stderr.readline()
     assert "the Triton server ended by itself with status -9; starting it again in 1 s (1 of 8)" in line
     assert f"ready again at {http}" in serving.stderr.readline()
-    with Client(http) as client:
-        assert client.predict([picture(1)])[0].version == 1
-    serving.send_signal(signal.SIGTERM)
-    serving.communicate(timeout=30)
-    assert serving.returncode == 0
-    assert of_run(serving.pid) == []
+    assert_it_answers_and_ends_clean(serving, http)
 
 
 @pytest.mark.end_to_end
@@ -218,12 +222,7 @@ def test_serve_outlives_a_shortage_of_descriptors_when_its_server_dies(serving: 
     assert re.search("Too many open files.*; starting it again in 2 s", serving.stderr.readline())
     resource.prlimit(serving.pid, resource.RLIMIT_NOFILE, before)
     assert f"ready again at {http}" in serving.stderr.readline()
-    with Client(http) as client:
-        assert client.predict([picture(1)])[0].version == 1
-    serving.send_signal(signal.SIGTERM)
-    serving.communicate(timeout=30)
-    assert serving.returncode == 0
-    assert of_run(serving.pid) == []
+    assert_it_answers_and_ends_clean(serving, http)
 
 
 def started(repository: Path) -> tuple[TritonServer, list[psutil.Process]]:
