@@ -9,7 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
 from serving.atomic import write_file
+from serving.errors import InputError
 from serving.leftovers import owner_lives
 
 NOTE_NAME = "server.json"
@@ -46,6 +48,21 @@ def reach(repository: Path, grpc_url: str, key: str) -> RunningServer:
         if server.grpc_url == grpc_url.rstrip("/"):
             return server.model_copy(update={"admin_key": key})
     return RunningServer(repository=str(repository), http_url=None, grpc_url=grpc_url, admin_key=key, prefix=None)
+
+
+def servers_at(repository: Path, url: str | None) -> list[RunningServer] | None:
+    """The server at `url`, whose key is in TAILOR_ADMIN_KEY; None for those of this machine, which promotion finds.
+
+    Raises InputError where the address is not one of gRPC or the key is not set.
+    """
+    if url is None:
+        return None
+    if not url.startswith(("grpc://", "grpcs://")):
+        raise InputError(f"--url is {url!r}; expected grpc://host:port, as loads never go over HTTP")
+    key = admin_key()
+    if key is None:
+        raise InputError(f"{ADMIN_KEY_VARIABLE} is not set; expected the key that the server at {url} was started with")
+    return [reach(repository, url, key)]
 
 
 def find_running(repository: Path) -> list[RunningServer]:

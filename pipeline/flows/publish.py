@@ -16,11 +16,10 @@ from pathlib import Path
 
 from pipeline.gate import Contender
 from serving import promotion, retention
-from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
 from serving.atomic import sync, write_file
 from serving.client import Client
 from serving.dry_run import dry_run
-from serving.errors import InputError, ServingError
+from serving.errors import ServingError
 from serving.manifest import Manifest, read_manifest
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.promotion import Promotion
@@ -30,7 +29,7 @@ from serving.release import find_releases, read_release
 from serving.repository import load_export, write_repository
 from serving.repository import publish as publish_version
 from serving.repository_lock import locked
-from serving.running import RunningServer, find_running, reach
+from serving.running import RunningServer, find_running, servers_at
 from serving.server import check_golden
 from serving.version_policy import served_versions, version_folders
 
@@ -210,22 +209,9 @@ def watch(repository: Path, version: int, servers: Sequence[RunningServer], seco
 
 
 def servers_of(repository: Path, url: str | None) -> list[RunningServer]:
-    """Who serves the repository: those of this user on this machine, or the one at `url`. Raises as `elsewhere` does."""
-    servers = elsewhere(repository, url)
+    """Who serves the repository: those of this user on this machine, or the one at `url`. Raises as `servers_at` does."""
+    servers = servers_at(repository, url)
     return find_running(repository) if servers is None else servers
-
-
-def elsewhere(repository: Path, url: str | None) -> list[RunningServer] | None:
-    """The server at `url`, whose key is in TAILOR_ADMIN_KEY; None for those of this machine, which promotion finds.
-
-    Raises InputError where the key is not set.
-    """
-    if url is None:
-        return None
-    key = admin_key()
-    if key is None:
-        raise InputError(f"{ADMIN_KEY_VARIABLE} is not set; expected the key that the server at {url} was started with")
-    return [reach(repository, url, key)]
 
 
 def clean(repository: Path) -> list[str]:

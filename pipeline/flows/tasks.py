@@ -21,6 +21,7 @@ from pipeline.params import Params
 from serving.errors import InputError, ServingError
 from serving.manifest import ManifestError
 from serving.model_config import RepositoryError
+from serving.running import servers_at
 
 HOUR = 3600.0  # seconds
 SPARE = 60.0  # seconds that Prefect waits longer than a limit of ours, which says more when it is passed
@@ -85,7 +86,7 @@ def promote(params: Params, version: int) -> tuple[str, ...]:
     """
     settings = params.retrain
     repository = Path(settings.repository)
-    elsewhere = releases.elsewhere(repository, settings.server)
+    elsewhere = servers_at(repository, settings.server)
     champion = releases.find_champion(repository)
     done = releases.promote(repository, version, elsewhere, settings.keep, settings.load_seconds)
     try:
@@ -108,7 +109,7 @@ def roll_back(params: Params, version: int) -> None:
     """Make the champion of before the champion again."""
     settings = params.retrain
     repository = Path(settings.repository)
-    elsewhere = releases.elsewhere(repository, settings.server)
+    elsewhere = servers_at(repository, settings.server)
     releases.roll_back(repository, version, elsewhere, settings.keep, settings.load_seconds)
 
 

@@ -10,11 +10,10 @@ import typer
 from rich.console import Console
 
 from serving import promotion
-from serving.arguments import ADMIN_KEY_VARIABLE, admin_key
+from serving.arguments import ADMIN_KEY_VARIABLE
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
 from serving.display import versions_table
-from serving.errors import InputError
-from serving.running import RunningServer, reach
+from serving.running import servers_at
 
 ServerUrl = Annotated[
     str | None,
@@ -52,7 +51,9 @@ def promote(
     """
     given = int(release) if release.isdecimal() else Path(release)
     root = choose_repository(repository)
-    done = promotion.promote(root, given, servers=_servers(root, url), keep=keep, timeout=timeout, rehearsal=rehearsal)
+    done = promotion.promote(
+        root, given, servers=servers_at(root, url), keep=keep, timeout=timeout, rehearsal=rehearsal
+    )
     _tell(done, as_json)
 
 
@@ -69,7 +70,7 @@ def rollback(
 ) -> None:
     """Make an older release the champion again, without a request lost."""
     root = choose_repository(repository)
-    done = promotion.rollback(root, version, servers=_servers(root, url), timeout=timeout, rehearsal=rehearsal)
+    done = promotion.rollback(root, version, servers=servers_at(root, url), timeout=timeout, rehearsal=rehearsal)
     _tell(done, as_json)
 
 
@@ -97,17 +98,6 @@ def versions(
             for state in found
         ]
     )
-
-
-def _servers(repository: Path, url: str | None) -> list[RunningServer] | None:
-    if url is None:
-        return None
-    if not url.startswith(("grpc://", "grpcs://")):
-        raise InputError(f"--url is {url!r}; expected grpc://host:port, as loads never go over HTTP")
-    key = admin_key()
-    if key is None:
-        raise InputError(f"{ADMIN_KEY_VARIABLE} is not set; expected the key that the server at {url} was started with")
-    return [reach(repository, url, key)]
 
 
 def _tell(done: promotion.Promotion, as_json: bool) -> None:
