@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -34,13 +33,6 @@ def root(repository: Path, tmp_path: Path) -> Path:
 def second(tmp_path: Path) -> Path:
     write_export(tmp_path / "second", version=2)
     return tmp_path / "second"
-
-
-@pytest.fixture
-def serving(root: Path) -> Iterator[TritonServer]:
-    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
-    yield server
-    server.stop(at_once=True)
 
 
 def seen(tree: Path) -> dict[str, list[str]]:
