@@ -133,7 +133,6 @@ class Gateway(BaseModel):
             folder=folder,
             runtime=runtime or folder,
             errors=self.refusals(),
-            admin_header=ADMIN_HEADER,
             admin_grpc_header=f"triton-grpc-protocol-{ADMIN_HEADER}",
         )
 

@@ -1,79 +1,62 @@
--- What both protocols' checks share: a request's body read in places, and the rules for its tensors.
-local body = { LONGEST_NAME = 100, MOST_TENSORS = 8, LARGEST_SIDE = 2147483647, MOST_STRINGS = 4096 }
+-- The body of a request: read by offset, and replaced by the rebuilt one. nginx keeps it in memory or in a file.
+local body = {}
+local CHUNK = 65536 -- bytes copied at a time from file to file
 
--- The body of this request, which nginx keeps in memory or in a file: its size, and read(offset, count) from 0.
+-- The body of this request: its size, and read(offset, count) from 0.
 function body.open()
     ngx.req.read_body()
-    local data = ngx.req.get_body_data()
-    if data then
-        return {
-            size = #data,
-            read = function(offset, count)
-                return data:sub(offset + 1, offset + count)
-            end,
-            close = function() end,
-        }
-    end
     local path = ngx.req.get_body_file()
     local file = path and io.open(path, "rb")
-    if not file then
-        return { size = 0, read = function() return "" end, close = function() end }
-    end
-    return {
-        size = file:seek("end"),
-        read = function(offset, count)
+    if file then
+        local function read(offset, count)
             file:seek("set", offset)
             return file:read(count) or ""
-        end,
-        close = function()
-            file:close()
-        end,
-    }
+        end
+        return { size = file:seek("end"), path = path, file = file, read = read }
+    end
+    local data = ngx.req.get_body_data() or ""
+    return { size = #data, read = function(offset, count) return data:sub(offset + 1, offset + count) end }
 end
 
-function body.whole(value, least, most)
-    return type(value) == "number" and value % 1 == 0 and value >= least and value <= most
+function body.close(source)
+    if source.file then
+        source.file:close()
+    end
 end
 
--- Why a shape does not pass, or nil and the number of its elements.
-function body.check_shape(shape)
-    if #shape > body.MOST_TENSORS then
-        return "shape has more than " .. body.MOST_TENSORS .. " sides"
-    end
-    local elements = 1
-    for _, side in ipairs(shape) do
-        if not body.whole(side, 1, body.LARGEST_SIDE) then
-            return "shape has a number that is not whole, below 1 or too large"
+local function copy(source, parts, file)
+    for _, part in ipairs(parts) do
+        if type(part) == "string" then
+            assert(file:write(part))
+        else
+            local stop = part.offset + part.size
+            for offset = part.offset, stop - 1, CHUNK do
+                assert(file:write(source.read(offset, math.min(CHUNK, stop - offset))))
+            end
         end
-        elements = elements * side
     end
-    return nil, elements
+    assert(file:close())
 end
 
--- Why the strings of a BYTES tensor do not fill its bytes, or nil. Triton 24.10 finds it too, but then refuses every
--- request of the batch.
-function body.check_strings(source, offset, size, expected)
-    if expected > body.MOST_STRINGS then
-        return "has more than " .. body.MOST_STRINGS .. " strings"
-    end
-    local place, stop, found = offset, offset + size, 0
-    while place < stop do
-        local first, second, third, fourth = source.read(place, 4):byte(1, 4)
-        if stop - place < 4 or not fourth then
-            return "ends within the length of a string"
+-- Send this body instead. parts: strings, and tables whose `offset` and `size` name a piece of the source.
+-- Returns false when a file cannot be written.
+function body.replace(source, parts)
+    if source.file then
+        local path = source.path .. ".rebuilt"
+        local file = io.open(path, "wb")
+        if not (file and pcall(copy, source, parts, file)) then
+            os.remove(path)
+            return false
         end
-        place = place + 4 + first + 256 * (second + 256 * (third + 256 * fourth))
-        found = found + 1
-        if place > stop then
-            return "has a string that is longer than its data"
-        end
-        if found > expected then
-            break
-        end
+        ngx.req.set_body_file(path, true) -- nginx removes it with the request
+        return true
     end
-    if found ~= expected then
-        return "has not the " .. expected .. " strings that its shape says"
+    local pieces = {}
+    for index, part in ipairs(parts) do
+        pieces[index] = type(part) == "string" and part or source.read(part.offset, part.size)
     end
+    ngx.req.set_body_data(table.concat(pieces))
+    return true
 end
 
 return body

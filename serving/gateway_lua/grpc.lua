@@ -1,151 +1,227 @@
--- What the gateway reads of an inference over gRPC before Triton does: the frame, and a ModelInferRequest's tensors.
+-- An inference over gRPC: the ModelInferRequest is parsed, checked, and written again, so that Triton parses bytes that
+-- this file wrote. A field that is not listed here is refused.
 local body = require("body")
+local decoding = require("decoding")
+local ffi = require("ffi")
+local tensors = require("tensors")
+local refuse, shown = tensors.refuse, tensors.shown
 
--- Field numbers of inference.ModelInferRequest and of its InferInputTensor, from Triton's grpc_service.proto.
-local REQUEST = { parameters = 4, inputs = 5, raw = 7 }
-local INPUT = { name = 1, datatype = 2, shape = 3, parameters = 4, contents = 5 }
-local MOST_FIELDS = 64
-local FRAME = 5
+local FRAME, LONGEST_TEXT, MOST_FIELDS = 5, 200, 8192
+local INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNAVAILABLE = 3, 5, 8, 14
 local NOT_PROTOBUF = "message is not a ModelInferRequest"
 
-local function refuse(source, message)
-    source.close()
+-- Name and kind of each field by its number, from Triton's grpc_service.proto. A kind that is a table is a message.
+local VALUE = { { "bool", "numbers" }, { "int64", "numbers" }, { "string", "texts" }, [5] = { "uint64", "numbers" } }
+local PARAMETER = { { "key", "texts" }, { "value", VALUE } }
+local CONTENTS = { [4] = { "UINT8", "numbers" }, [6] = { "FP32", "floats" }, [8] = { "BYTES", "strings" } }
+local INPUT = { { "name", "texts" }, { "datatype", "texts" }, { "shape", "numbers" }, { "parameters", PARAMETER }, { "contents", CONTENTS } }
+local OUTPUT = { { "name", "texts" }, { "parameters", PARAMETER } }
+local REQUEST = {
+    { "model_name", "texts" },
+    { "model_version", "texts" },
+    { "id", "texts" },
+    { "parameters", PARAMETER },
+    { "inputs", INPUT },
+    { "outputs", OUTPUT },
+    { "raw", "pieces" },
+}
+
+local function answer(status, message)
     ngx.header["Content-Type"] = "application/grpc"
-    ngx.header["grpc-status"] = "3"
+    ngx.header["grpc-status"] = tostring(status)
     ngx.header["grpc-message"] = ngx.escape_uri(message)
     return ngx.exit(204)
 end
 
--- The number at a place and the place behind it; nil where there is none.
-local function varint(source, place, stop)
+-- The number at an offset and the offset behind it.
+local function varint(source, offset, stop)
     local value, factor = 0, 1
-    for _, byte in ipairs({ source.read(place, math.min(10, stop - place)):byte(1, 10) }) do
-        value = value + byte % 128 * factor
-        factor = factor * 128
-        place = place + 1
+    for index, byte in ipairs({ source.read(offset, math.min(10, stop - offset)):byte(1, 10) }) do
+        value, factor = value + byte % 128 * factor, factor * 128
         if byte < 128 then
-            return value, place
+            return value, offset + index
         end
     end
+    refuse(NOT_PROTOBUF)
 end
 
--- Calls each(field, number) or each(field, nil, offset, size) for the fields from place to stop. True when well formed
--- and not cut short by each returning false.
-local function fields(source, place, stop, each)
-    local count = 0
-    while place < stop do
-        local tag, number, size
-        tag, place = varint(source, place, stop)
+-- How the bytes of a field are added to the list of its values.
+local ADD = {
+    texts = function(source, offset, size, values)
+        table.insert(values, size <= LONGEST_TEXT and source.read(offset, size) or refuse("message has a text of " .. size .. " bytes"))
+    end,
+    strings = function(source, offset, size, values)
+        table.insert(values, source.read(offset, size))
+    end,
+    pieces = function(_, offset, size, values)
+        table.insert(values, { offset = offset, size = size })
+    end,
+    numbers = function(source, offset, size, values)
+        local stop, number = offset + size, nil
+        while offset < stop do
+            number, offset = varint(source, offset, stop)
+            table.insert(values, number)
+        end
+    end,
+    floats = function(source, offset, size, values)
+        local floats = ffi.new("float[?]", size / 4)
+        ffi.copy(floats, source.read(offset, size), size - size % 4)
+        for index = 0, size / 4 - 1 do
+            table.insert(values, tonumber(floats[index]))
+        end
+    end,
+}
+
+-- The message of a schema: the list of each field's values by its name.
+local function decode(source, offset, size, schema)
+    local message, stop, count = {}, offset + size, 0
+    for _, field in pairs(schema) do
+        message[field[1]] = {}
+    end
+    while offset < stop do
+        local tag, start, number
+        tag, start = varint(source, offset, stop)
+        number, offset = varint(source, start, stop)
+        local field, wire = schema[math.floor(tag / 8)], tag % 8
         count = count + 1
-        if not tag or count > MOST_FIELDS then
-            return false
-        end
-        local field, wire = math.floor(tag / 8), tag % 8
-        if wire == 0 then
-            number, place = varint(source, place, stop)
-            if not number then
-                return false
-            end
-            each(field, number)
-        elseif wire == 2 then
-            size, place = varint(source, place, stop)
-            if not size or place + size > stop then
-                return false
-            end
-            each(field, nil, place, size)
-            place = place + size
+        if not field or count > MOST_FIELDS then
+            refuse("message has a field that is not accepted here, or too many")
+        elseif wire == 0 and field[2] == "numbers" then
+            table.insert(message[field[1]], number)
+        elseif wire ~= 2 or offset + number > stop then
+            refuse(NOT_PROTOBUF)
+        elseif type(field[2]) == "table" then
+            table.insert(message[field[1]], decode(source, offset, number, field[2]))
+            offset = offset + number
         else
-            return false
-        end
-    end
-    return true
-end
-
--- Name, datatype, shape of an input, and whether it brings parameters or typed contents; nil where it is not protobuf.
-local function read_input(source, offset, size)
-    local input = { name = "", datatype = "", shape = {} }
-    local formed = fields(source, offset, offset + size, function(field, number, at, length)
-        if (field == INPUT.name or field == INPUT.datatype) and at then
-            input[field == INPUT.name and "name" or "datatype"] = source.read(at, math.min(length, body.LONGEST_NAME + 1))
-        elseif field == INPUT.shape and number then
-            table.insert(input.shape, number)
-        elseif field == INPUT.shape then
-            local place, stop = at, at + length
-            -- One side too many is enough to be refused for it.
-            while place and place < stop and #input.shape <= body.MOST_TENSORS do
-                number, place = varint(source, place, stop)
-                table.insert(input.shape, number or 0)
+            if number > tensors.MOST_JSON and field[2] ~= "pieces" then
+                refuse("contents have more than " .. tensors.MOST_JSON .. " bytes; send raw_input_contents")
             end
-        elseif field == INPUT.parameters then
-            input.parameters = true
-        elseif field == INPUT.contents then
-            input.contents = true
+            ADD[field[2]](source, offset, number, message[field[1]])
+            offset = offset + number
         end
-    end)
-    return formed and input or nil
+    end
+    return message
 end
 
-local function check_input(source, input, raw)
-    if input.name == "" or #input.name > body.LONGEST_NAME then
-        return "an input has no usable name"
+-- The value of a field that is given at most once.
+local function single(message, name)
+    if #message[name] > 1 then
+        refuse(name .. " is given twice")
     end
-    local where = "input '" .. input.name .. "': "
-    if input.contents then
-        return where .. "contents is not accepted here; send raw_input_contents"
-    end
-    if input.parameters then
-        return where .. "parameters are not accepted here"
-    end
-    local fault, elements = body.check_shape(input.shape)
-    if not fault and not raw then
-        fault = "has no entry in raw_input_contents"
-    elseif not fault and input.datatype == "BYTES" then
-        fault = body.check_strings(source, raw.offset, raw.size, elements)
-    end
-    return fault and where .. fault
+    return message[name][1]
 end
 
-local function check(source)
+-- The whole number of the one parameter that a tensor may have.
+local function parameter(message, name, where)
+    local given = message.parameters[1]
+    if given then
+        local key, value = single(given, "key"), single(given, "value")
+        if key ~= name or #message.parameters > 1 or not (value and value.int64[1]) then
+            refuse(where .. ": parameter " .. shown(key) .. " is not accepted here")
+        end
+        return single(value, "int64")
+    end
+end
+
+local function read_input(message, raw)
+    local input = { name = single(message, "name"), datatype = single(message, "datatype"), shape = message.shape }
+    local contents = single(message, "contents")
+    if contents and raw then
+        refuse("input " .. shown(input.name) .. " has both contents and raw_input_contents")
+    elseif contents then
+        input.values = contents[input.datatype] or {}
+    elseif raw then
+        input.offset, input.size = raw.offset, raw.size
+    end
+    -- KServe's client sends the size here too.
+    local size = parameter(message, "binary_data_size", "input " .. shown(input.name))
+    if size and not (raw and size == raw.size) then
+        refuse("input " .. shown(input.name) .. ": binary_data_size is not the size of its raw_input_contents")
+    end
+    return input
+end
+
+local function parse(source)
     local frame = { source.read(0, FRAME):byte(1, FRAME) }
     if #frame < FRAME or frame[1] ~= 0 then
-        return "message is missing or compressed; send one plain message"
+        refuse("message is missing or compressed; send one plain message")
     end
     if FRAME + ((frame[2] * 256 + frame[3]) * 256 + frame[4]) * 256 + frame[5] ~= source.size then
-        return "message is not as long as its frame says, or is not the only one"
+        refuse("message is not as long as its frame says, or is not the only one")
     end
-    local inputs, raws, parameters = {}, {}, false
-    local formed = fields(source, FRAME, source.size, function(field, number, at, length)
-        if field == REQUEST.inputs and at then
-            table.insert(inputs, read_input(source, at, length) or { name = "", shape = {} })
-        elseif field == REQUEST.raw and at then
-            table.insert(raws, { offset = at, size = length })
-        elseif field == REQUEST.parameters then
-            parameters = true
+    local message = decode(source, FRAME, source.size - FRAME, REQUEST)
+    local version = single(message, "model_version") or ""
+    local request = { model = single(message, "model_name"), version = version, id = single(message, "id") or "" }
+    if not tensors.MODELS[request.model] or not version:match("^%d*$") or #version > 9 then
+        error({ refused = "model_name or model_version is unknown; expected student or classifier", status = NOT_FOUND }, 0)
+    elseif message.parameters[1] then
+        local key = shown(single(message.parameters[1], "key"))
+        refuse("parameter " .. key .. " is not accepted here; set the deadline of the call instead")
+    elseif #message.raw > 0 and #message.raw ~= #message.inputs then
+        refuse("raw_input_contents has " .. #message.raw .. " entries for " .. #message.inputs .. " inputs")
+    end
+    request.inputs, request.outputs = {}, {}
+    for index, input in ipairs(message.inputs) do
+        request.inputs[index] = read_input(input, message.raw[index])
+    end
+    for index, output in ipairs(message.outputs) do
+        local name = single(output, "name")
+        request.outputs[index] = { name = name, classification = parameter(output, "classification", "output " .. shown(name)) }
+    end
+    tensors.check(request, source)
+    return request
+end
+
+local function write_varint(value)
+    local bytes = ""
+    while value > 127 do
+        bytes, value = bytes .. string.char(value % 128 + 128), math.floor(value / 128)
+    end
+    return bytes .. string.char(value)
+end
+
+local function field(number, data)
+    return string.char(number * 8 + 2) .. write_varint(#data) .. data
+end
+
+-- The message that Triton gets, in parts.
+local function rebuild(request)
+    local parts = { "", field(1, request.model) .. field(2, request.version) .. field(3, request.id) }
+    for _, input in ipairs(request.inputs) do
+        local shape = {}
+        for index, side in ipairs(input.shape) do
+            shape[index] = write_varint(side)
         end
-    end)
-    if not formed then
-        return NOT_PROTOBUF
+        table.insert(parts, field(5, field(1, input.name) .. field(2, input.datatype) .. field(3, table.concat(shape))))
     end
-    if parameters then
-        return "parameters of a request (timeout, priority) are not accepted here; set the deadline of the call instead"
+    for _, output in ipairs(request.outputs) do
+        local wish = output.classification
+        local value = wish and field(2, string.char(2 * 8) .. write_varint(wish))
+        table.insert(parts, field(6, field(1, output.name) .. (wish and field(2, field(1, "classification") .. value) or "")))
     end
-    if #inputs == 0 or #inputs > body.MOST_TENSORS then
-        return "inputs are no list of 1 to " .. body.MOST_TENSORS .. " tensors"
+    for _, input in ipairs(request.inputs) do
+        table.insert(parts, string.char(7 * 8 + 2) .. write_varint(input.size))
+        table.insert(parts, input.data or input)
     end
-    for place, input in ipairs(inputs) do
-        local fault = check_input(source, input, raws[place])
-        if fault then
-            return fault
-        end
+    local size = 0
+    for _, part in ipairs(parts) do
+        size = size + (type(part) == "string" and #part or part.size)
     end
-    if #raws > #inputs then
-        return "raw_input_contents has " .. #raws .. " entries for " .. #inputs .. " inputs"
-    end
+    parts[1] = "\0" .. tensors.length_prefix(size):reverse()
+    return parts
 end
 
 local source = body.open()
-local fault = check(source)
+local request, fault, status = tensors.parsed(parse, source)
+local sent = request and body.replace(source, rebuild(request))
+body.close(source)
 if fault then
-    return refuse(source, fault)
+    return answer(status or INVALID_ARGUMENT, fault)
+elseif not sent then
+    return answer(UNAVAILABLE, "the gateway cannot write to its disk; try again later")
 end
-source.close()
+fault = decoding.enter(request.pixels)
+if fault then
+    return answer(RESOURCE_EXHAUSTED, fault)
+end

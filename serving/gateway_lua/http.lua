@@ -1,147 +1,185 @@
--- What the gateway reads of an inference over HTTP before Triton does: the JSON part of the binary form.
--- Triton 24.10 ends itself over data written as JSON (a shape beyond memory, brackets in brackets), so none passes.
+-- An inference over HTTP: the JSON part is parsed, checked, and written again with its tensors in the binary form, so that
+-- Triton parses bytes that this file wrote. Triton 24.10 exits on data written as JSON (a shape beyond memory, nested
+-- brackets) and keeps the first of two equal keys where cjson keeps the last.
 local body = require("body")
+local decoding = require("decoding")
+local tensors = require("tensors")
 local cjson = require("cjson.safe").new()
-cjson.decode_max_depth(8)
+cjson.decode_max_depth(10)
 cjson.decode_invalid_numbers(false)
 
-local LONGEST_HEAD = 16384
+local MOST_TENSORS, MOST_STRINGS = 8, 10000
 local LENGTH_HEADER = "Inference-Header-Content-Length"
+local refuse, shown = tensors.refuse, tensors.shown
 
-local function refuse(message)
-    ngx.status = 400
+local function answer(status, message)
+    ngx.status = status
     ngx.header["Content-Type"] = "application/json"
     ngx.print(cjson.encode({ error = message }))
-    return ngx.exit(400)
+    return ngx.exit(status)
 end
 
--- The length of a list; nil for anything else.
-local function count(value)
-    if type(value) ~= "table" then
-        return nil
-    end
+local function keys_in(value)
     local keys = 0
-    for _ in pairs(value) do
-        keys = keys + 1
+    for key, inner in pairs(value) do
+        keys = keys + (type(key) == "string" and 1 or 0) + (type(inner) == "table" and keys_in(inner) or 0)
     end
-    return keys == #value and keys or nil
+    return keys
 end
 
--- Why an entry of `inputs`, whose data begin at offset, does not pass; or nil and the size of its data.
-local function check_input(input, source, offset)
-    local name = type(input) == "table" and input.name
-    if type(name) ~= "string" or name == "" or #name > body.LONGEST_NAME then
-        return "an input has no usable name"
+-- The object that a text spells. A key given twice in one object is found by counting: the decoded one has it once.
+local function decode(text)
+    local object = cjson.decode(text)
+    if type(object) ~= "table" then
+        refuse("the JSON part is not JSON, or not an object")
     end
-    local where = "input '" .. name .. "': "
-    if type(input.datatype) ~= "string" or input.datatype == "" then
-        return where .. "datatype is missing"
+    local plain, keys, offset, strings = text:gsub("\\.", "__"), 0, 1, 0
+    local first, last = plain:find('"[^"]*"')
+    while first do
+        strings, offset = strings + 1, last + 1
+        if strings > MOST_STRINGS then
+            refuse("the JSON part has more than " .. MOST_STRINGS .. " strings")
+        end
+        keys = keys + (plain:find("^%s*:", offset) and 1 or 0)
+        first, last = plain:find('"[^"]*"', offset)
     end
-    if not count(input.shape) then
-        return where .. "shape is no list of numbers"
+    if keys ~= keys_in(object) then
+        refuse("the JSON part has a key twice")
     end
-    local fault, elements = body.check_shape(input.shape)
-    if fault then
-        return where .. fault
+    return object
+end
+
+-- Refuses a value that is not an object with these keys alone, by the type or the check of each.
+local function check_object(object, where, kinds)
+    if type(object) ~= "table" or object[1] ~= nil then
+        refuse(where .. "is not an object")
     end
-    local parameters = input.parameters
-    if type(parameters) ~= "table" or not body.whole(parameters.binary_data_size, 0, body.LARGEST_SIDE) then
-        return where .. "parameters.binary_data_size is missing; send tensors in the binary form"
-    end
-    for key in pairs(parameters) do
-        if key ~= "binary_data_size" then
-            return where .. "parameter '" .. tostring(key):sub(1, body.LONGEST_NAME) .. "' is not accepted here"
+    for key, value in pairs(object) do
+        local kind = kinds[key]
+        if not kind then
+            refuse(where .. "parameter " .. shown(key) .. " is not accepted here; leave it out, bound the time in the client")
+        elseif type(value) ~= kind then
+            refuse(where .. key .. " is no " .. kind)
         end
     end
+end
+
+local function list(value, where)
+    if value == nil then
+        return {}
+    elseif next(value) ~= nil and value[1] == nil or #value > MOST_TENSORS then
+        refuse(where .. " is not a list of at most " .. MOST_TENSORS .. " entries")
+    end
+    return value
+end
+
+local function flatten(data, into)
+    for _, value in ipairs(data) do
+        if type(value) == "table" then
+            flatten(value, into)
+        else
+            table.insert(into, value)
+        end
+    end
+    return into
+end
+
+-- An entry of `inputs`, whose binary data would begin at the offset; and the offset behind it.
+local function read_input(entry, offset, source)
+    local name = type(entry) == "table" and entry.name
+    local where = "input " .. shown(name) .. ": "
+    check_object(entry, where, { name = "string", datatype = "string", shape = "table", data = "table", parameters = "table" })
+    local parameters = entry.parameters or {}
+    check_object(parameters, where, { binary_data_size = "number" })
+    local input = { name = name, datatype = entry.datatype, shape = list(entry.shape, where .. "shape") }
     local size = parameters.binary_data_size
-    if offset + size > source.size then
-        return where .. "binary_data_size is beyond the body"
+    if size == nil then
+        input.values = entry.data and flatten(entry.data, {})
+        return input, offset
+    elseif entry.data then
+        refuse(where .. "has both data and binary_data_size")
+    elseif not tensors.whole(size, 0, source.size - offset) then
+        refuse(where .. "binary_data_size is no number, or is beyond the body")
     end
-    fault = input.datatype == "BYTES" and body.check_strings(source, offset, size, elements)
-    if fault then
-        return where .. fault
-    end
-    return nil, size
+    input.offset, input.size = offset, size
+    return input, offset + size
 end
 
-local function check_output(output)
-    if type(output) ~= "table" or type(output.name) ~= "string" then
-        return "an output has no usable name"
-    end
-    for key, value in pairs(output.parameters or {}) do
-        if not (key == "binary_data" and type(value) == "boolean" or key == "classification" and body.whole(value, 0, 1e6)) then
-            return "output '" .. output.name:sub(1, body.LONGEST_NAME) .. "': parameter '" .. tostring(key) .. "' is not accepted here"
-        end
-    end
-end
-
--- Why the JSON part, the first `length` bytes, or a tensor behind it does not pass; or nil.
-local function check(source, length)
-    local head = source.read(0, length)
-    -- Decoders differ over a key that comes twice, so what must not be there is looked for in the text, and no escape may
-    -- hide it.
-    if head:find("\\", 1, true) then
-        return "the JSON part has a backslash; send plain names"
-    end
-    if head:find('"data"', 1, true) then
-        return "the JSON part has data in it; send tensors in the binary form"
-    end
-    local asked = cjson.decode(head)
-    if type(asked) ~= "table" then
-        return "the JSON part is not JSON, or not an object"
-    end
-    local inputs = count(asked.inputs)
-    if not inputs or inputs == 0 or inputs > body.MOST_TENSORS then
-        return "inputs is no list of 1 to " .. body.MOST_TENSORS .. " tensors"
-    end
+-- The request of a body whose first `length` bytes are JSON.
+local function parse(source, length)
+    local object = decode(source.read(0, length))
+    check_object(object, "", { id = "string", inputs = "table", outputs = "table", parameters = "table" })
+    local parameters = object.parameters or {}
+    check_object(parameters, "", { binary_data_output = "boolean" })
+    local request = { model = ngx.var.model, id = object.id or "", inputs = {}, outputs = {} }
     local offset = length
-    for _, input in ipairs(asked.inputs) do
-        local fault, size = check_input(input, source, offset)
-        if fault then
-            return fault
-        end
-        offset = offset + size
+    for index, entry in ipairs(list(object.inputs, "inputs")) do
+        request.inputs[index], offset = read_input(entry, offset, source)
     end
     if offset ~= source.size then
-        return "binary_data_size of all inputs leaves " .. source.size - offset .. " bytes of the body over"
+        refuse("binary_data_size of all inputs leaves " .. source.size - offset .. " bytes of the body over")
     end
-    if asked.outputs ~= nil then
-        local outputs = count(asked.outputs)
-        if not outputs or outputs > body.MOST_TENSORS then
-            return "outputs is no list of at most " .. body.MOST_TENSORS .. " tensors"
-        end
-        for _, output in ipairs(asked.outputs) do
-            local fault = check_output(output)
-            if fault then
-                return fault
-            end
-        end
+    request.binary = parameters.binary_data_output or false
+    for index, entry in ipairs(list(object.outputs, "outputs")) do
+        local where = "output " .. shown(type(entry) == "table" and entry.name) .. ": "
+        check_object(entry, where, { name = "string", parameters = "table" })
+        local wish = entry.parameters or {}
+        check_object(wish, where, { binary_data = "boolean", classification = "number" })
+        local binary = wish.binary_data == nil and request.binary or wish.binary_data or false
+        request.outputs[index] = { name = entry.name, binary = binary, classification = wish.classification }
     end
-    if asked.id ~= nil and type(asked.id) ~= "string" then
-        return "id is no text"
-    end
-    for key, value in pairs(asked.parameters or {}) do
-        if key ~= "binary_data_output" or type(value) ~= "boolean" then
-            return "parameter '" .. tostring(key):sub(1, body.LONGEST_NAME) .. "' is not accepted here; leave it out, the client bounds its own time"
-        end
-    end
+    tensors.check(request, source)
+    return request
 end
 
-local given = ngx.req.get_headers()[LENGTH_HEADER]
-if given == nil then
-    return refuse(LENGTH_HEADER .. " is missing; send tensors in the binary form, not as JSON")
+-- The body that Triton gets: one form for each request, its names from the list in tensors.lua.
+local function rebuild(request)
+    local inputs, outputs, parts = {}, {}, { "" }
+    for index, input in ipairs(request.inputs) do
+        inputs[index] = ('{"name":"%s","datatype":"%s","shape":[%s],"parameters":{"binary_data_size":%d}}'):format(
+            input.name, input.datatype, table.concat(input.shape, ","), input.size
+        )
+        table.insert(parts, input.data or input)
+    end
+    for index, output in ipairs(request.outputs) do
+        outputs[index] = ('{"name":"%s","parameters":{"binary_data":%s%s}}'):format(
+            output.name, output.binary, output.classification and ',"classification":' .. output.classification or ""
+        )
+    end
+    parts[1] = ('{"id":"%s","inputs":[%s],%s}'):format(
+        request.id,
+        table.concat(inputs, ","),
+        #outputs > 0 and '"outputs":[' .. table.concat(outputs, ",") .. "]"
+            or ('"parameters":{"binary_data_output":%s}'):format(request.binary)
+    )
+    ngx.var.head_length = #parts[1]
+    return parts
 end
-local length = type(given) == "string" and given:match("^[1-9]%d?%d?%d?%d?$") and tonumber(given)
-if not length or length > LONGEST_HEAD then
-    return refuse(LENGTH_HEADER .. " is not a number from 1 to " .. LONGEST_HEAD .. "; send the size of the JSON part")
-end
-local size = tonumber(ngx.var.content_length) or 0
-if length > size then
-    return refuse(LENGTH_HEADER .. " is " .. length .. ", above the " .. size .. " bytes of the body")
+
+if ngx.var.args then
+    return answer(400, "query parameters are not accepted here; leave out what follows the question mark")
 end
 local source = body.open()
-local fault = check(source, length)
-source.close()
+local given = ngx.req.get_headers()[LENGTH_HEADER]
+local length = source.size
+if given ~= nil then
+    length = type(given) == "string" and given:match("^[1-9]%d*$") and #given < 10 and tonumber(given)
+    if not length or length > source.size then
+        return answer(400, LENGTH_HEADER .. " is not a number from 1 to the " .. source.size .. " bytes of the body")
+    end
+end
+if length > tensors.MOST_JSON then
+    return answer(400, "the JSON part has more than " .. tensors.MOST_JSON .. " bytes; send tensors in the binary form")
+end
+local request, fault = tensors.parsed(parse, source, length)
+local sent = request and body.replace(source, rebuild(request))
+body.close(source)
 if fault then
-    return refuse(fault)
+    return answer(400, fault)
+elseif not sent then
+    return answer(503, "the gateway cannot write to its disk; try again later")
+end
+fault = decoding.enter(request.pixels)
+if fault then
+    return answer(429, fault)
 end

@@ -1,0 +1,176 @@
+-- The rules for an inference request, whichever protocol it came by. Each model takes the tensors listed here and no
+-- others; what is not listed is refused, and what passes is written again in one fixed form (http.lua, grpc.lua).
+local decoding = require("decoding")
+local ffi = require("ffi")
+
+local tensors = { MOST_JSON = 1048576 } -- bytes of data that are not in the binary form
+local LARGEST_SIDE, MOST_SIDES, MOST_STRINGS, MOST_LABELS = 2147483647, 8, 4096, 100000
+local ITEM = {
+    UINT8 = { bytes = 1, ctype = "uint8_t[?]", least = 0, most = 255, whole = true },
+    FP32 = { bytes = 4, ctype = "float[?]", least = -math.huge, most = math.huge },
+}
+-- A test compares them with the model configurations of a repository. labels: Triton may give the best classes with their
+-- labels instead of the numbers ("classification"); asked so of an output of strings, Triton 24.10 exits with SIGFPE.
+tensors.MODELS = {
+    student = { inputs = { image = "UINT8", strength = "FP32" }, outputs = { logits = { labels = true }, feature = {} } },
+    classifier = {
+        inputs = { image = "BYTES", prior = "BYTES", strength = "FP32", target_prior = "FP32" },
+        outputs = { class = {}, index = {}, probability = {} },
+    },
+}
+
+-- A name of the caller's as it may stand in a message.
+function tensors.shown(name)
+    return type(name) == "string" and name:match("^[%w_.-]+$") and #name <= 100 and "'" .. name .. "'" or "of unusable name"
+end
+
+function tensors.whole(value, least, most)
+    return type(value) == "number" and value % 1 == 0 and value >= least and value <= most
+end
+
+local function refuse(message)
+    error({ refused = message }, 0)
+end
+tensors.refuse = refuse
+
+-- The number of elements of a shape.
+local function elements_of(shape, where)
+    if #shape > MOST_SIDES then
+        refuse(where .. "shape has more than " .. MOST_SIDES .. " sides")
+    end
+    local elements = 1
+    for _, side in ipairs(shape) do
+        if not tensors.whole(side, 1, LARGEST_SIDE) then
+            refuse(where .. "shape has a number that is not whole, below 1 or too large")
+        end
+        elements = elements * side
+    end
+    return elements
+end
+
+-- Calls each(offset, size) for the strings of a BYTES tensor, which must fill its bytes: Triton 24.10 finds out too, but
+-- then refuses every request of the batch.
+local function each_string(source, input, expected, where, each)
+    local offset, stop, found = input.offset, input.offset + input.size, 0
+    while offset < stop and found <= expected do
+        local first, second, third, fourth = source.read(offset, 4):byte(1, 4)
+        if stop - offset < 4 or not fourth then
+            refuse(where .. "ends within the length of a string")
+        end
+        local size = first + 256 * (second + 256 * (third + 256 * fourth))
+        if offset + 4 + size > stop then
+            refuse(where .. "has a string that is longer than its data")
+        end
+        each(offset + 4, size)
+        offset, found = offset + 4 + size, found + 1
+    end
+    if found ~= expected then
+        refuse(where .. "has not the " .. expected .. " strings that its shape says")
+    end
+end
+
+function tensors.length_prefix(size)
+    return string.char(size % 256, math.floor(size / 256) % 256, math.floor(size / 65536) % 256, math.floor(size / 16777216))
+end
+
+-- Values of JSON or of gRPC's typed contents as the bytes of a tensor.
+local function packed(values, datatype, where)
+    local item, out = ITEM[datatype], {}
+    for index, value in ipairs(values) do
+        if item then
+            if type(value) ~= "number" or value < item.least or value > item.most or item.whole and value % 1 ~= 0 then
+                refuse(where .. "data has a value that is no " .. datatype)
+            end
+        elseif type(value) ~= "string" then
+            refuse(where .. "data has a value that is no text")
+        else
+            out[index] = tensors.length_prefix(#value) .. value
+        end
+    end
+    return item and ffi.string(ffi.new(item.ctype, #values, values), #values * item.bytes) or table.concat(out)
+end
+
+local function check_input(input, request, source)
+    local model = tensors.MODELS[request.model]
+    local datatype = model.inputs[input.name]
+    if not datatype then
+        local names = {}
+        for name in pairs(model.inputs) do
+            table.insert(names, name)
+        end
+        table.sort(names)
+        refuse("input " .. tensors.shown(input.name) .. " is not accepted; expected some of " .. table.concat(names, ", "))
+    end
+    local where = "input '" .. input.name .. "': "
+    if input.datatype ~= datatype then
+        refuse(where .. "datatype is " .. tensors.shown(input.datatype) .. "; expected " .. datatype)
+    end
+    local elements = elements_of(input.shape, where)
+    if input.values then
+        if #input.values ~= elements then
+            refuse(where .. "data has " .. #input.values .. " values; its shape says " .. elements)
+        end
+        input.data = packed(input.values, datatype, where)
+        input.offset, input.size = 0, #input.data
+        source = { read = function(offset, count) return input.data:sub(offset + 1, offset + count) end }
+    end
+    if not input.offset then
+        refuse(where .. "data is missing")
+    end
+    if datatype == "BYTES" then
+        if elements > MOST_STRINGS then
+            refuse(where .. "has more than " .. MOST_STRINGS .. " strings")
+        end
+        each_string(source, input, elements, where, function(offset, size)
+            if input.name == "image" then
+                request.pixels = request.pixels + decoding.pixels(source.read, offset, size)
+            end
+        end)
+    elseif elements * ITEM[datatype].bytes ~= input.size then
+        refuse(where .. "has " .. input.size .. " bytes of data; its shape says " .. elements * ITEM[datatype].bytes)
+    end
+end
+
+-- Refuses a request that breaks a rule: {model, id, inputs, outputs}. An input has name, datatype, shape and either
+-- `offset` and `size` of its bytes in the source, or `values`, which become its `data`. Counts the `pixels` to decode.
+function tensors.check(request, source)
+    local model, seen = tensors.MODELS[request.model], {}
+    request.pixels = 0
+    if #request.inputs == 0 then
+        refuse("inputs are missing; expected a list of tensors")
+    end
+    for _, input in ipairs(request.inputs) do
+        check_input(input, request, source)
+        if seen[input.name] then
+            refuse("input '" .. input.name .. "' is given twice")
+        end
+        seen[input.name] = true
+    end
+    seen = {}
+    for _, output in ipairs(request.outputs) do
+        local known = model.outputs[output.name]
+        if not known or seen[output.name] then
+            refuse("output " .. tensors.shown(output.name) .. " is given twice, or is none of " .. request.model)
+        elseif output.classification and not (known.labels and tensors.whole(output.classification, 1, MOST_LABELS)) then
+            refuse("output '" .. output.name .. "': parameter 'classification' is not accepted here")
+        end
+        seen[output.name] = true
+    end
+    if not request.id:match("^[%w_.:/+= -]*$") or #request.id > 128 then
+        refuse("id is not usable; expected at most 128 letters, digits and _ . : / + = - or spaces")
+    end
+end
+
+-- Runs parse() and gives its result; or nil, the message of the refusal and the status that goes with it.
+function tensors.parsed(parse, ...)
+    local fine, result = pcall(parse, ...)
+    if fine then
+        return result
+    end
+    if type(result) == "table" and result.refused then
+        return nil, result.refused, result.status
+    end
+    error(result, 0)
+end
+
+return tensors
