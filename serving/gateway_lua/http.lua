@@ -108,7 +108,11 @@ end
 -- The request of a body whose first `length` bytes are JSON.
 local function parse(source, length)
     local object = decode(source.read(0, length))
-    check_object(object, "", { id = "string", inputs = "table", outputs = "table", parameters = "table" })
+    local kinds = { id = "string", model_name = "string", inputs = "table", outputs = "table", parameters = "table" }
+    check_object(object, "", kinds)
+    if (object.model_name or ngx.var.model) ~= ngx.var.model then
+        refuse("model_name is not " .. ngx.var.model .. ", the one of the path") -- KServe's client gives both
+    end
     local parameters = object.parameters or {}
     check_object(parameters, "", { binary_data_output = "boolean" })
     local request = { model = ngx.var.model, id = object.id or "", inputs = {}, outputs = {} }

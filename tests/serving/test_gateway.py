@@ -115,7 +115,9 @@ def test_nginx_accepts_the_configuration_as_it_is_written(tmp_path: Path, full: 
     gateway = read_gateway(**values)
     config = write_config(gateway, tmp_path)
     check_config(find_nginx(gateway), config)
-    assert {path.name for path in tmp_path.glob("*.lua")} == {path.name for path in Path(gateway_process.__file__).with_name("gateway_lua").glob("*.lua")}
+    assert {path.name for path in tmp_path.glob("*.lua")} == {
+        path.name for path in Path(gateway_process.__file__).with_name("gateway_lua").glob("*.lua")
+    }
 
 
 def test_missing_nginx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
