@@ -322,6 +322,56 @@ def typed_over_grpc(draw: random.Random) -> service_pb2.ModelInferRequest:
     return message
 
 
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def protobuf_field(tag: int, data: bytes) -> bytes:
+    """A field of bytes by its tag, which is 8 times its number, plus 2."""
+    return varint(tag) + varint(len(data)) + data
+
+
+def message_bytes(draw: random.Random) -> tuple[str, bytes]:
+    """A name and a message that protobuf reads otherwise than a careless parser, or that asks for what none may."""
+    model = draw.choice(["classifier", "student"])
+    good = over_grpc(TensorRequest("", "", model, good_inputs(model, 1)))
+    plain = good.SerializeToString()
+    tag, extra = draw.choice([1, 2, 8, 64]) << 32, good.inputs[0].SerializeToString()
+    output = {"classifier": "class", "student": "feature"}[model]
+    asking = type(good)()
+    asking.outputs.add(name=output).parameters["classification"].int64_param = draw.choice([1, -1, 2**40])
+    region = type(good)()
+    region.outputs.add(name=output).parameters["shared_memory_region"].string_param = "x"
+    shared = type(good)()
+    shared.inputs.add(name="prior").parameters["shared_memory_region"].string_param = "x"
+    priority = type(good)()
+    priority.parameters["priority"].uint64_param = 1
+    typed = type(good)()
+    typed.inputs.add(name="strength", datatype="FP32", shape=[1, 1]).contents.fp32_contents.append(0.5)
+    return draw.choice(
+        [
+            ("tag above 2^32", plain + protobuf_field(tag + (5 << 3 | 2), extra)),
+            ("unknown field", plain + protobuf_field(99 << 3 | 2, b"x")),
+            ("field number 0", plain + protobuf_field(2, b"x")),
+            ("classification", plain + asking.SerializeToString()),
+            ("shared memory of an output", plain + region.SerializeToString()),
+            ("shared memory of an input", plain + shared.SerializeToString()),
+            ("priority", plain + priority.SerializeToString()),
+            ("typed beside raw", typed.SerializeToString() + plain),
+            ("model twice", plain + protobuf_field(1 << 3 | 2, b"student")),
+            ("other model", protobuf_field(1 << 3 | 2, b"nothing") + plain.partition(model.encode())[2]),
+            ("group", plain + bytes([5 << 3 | 3, 5 << 3 | 4])),
+            ("fixed", plain + bytes([5 << 3 | 5]) + b"abcd"),
+            ("cut", plain[: draw.randrange(1, len(plain))]),
+            ("many fields", plain + protobuf_field(6 << 3 | 2, b"") * 20_000),
+            ("endless number", plain + bytes([5 << 3 | 2]) + b"\xff" * 12),
+        ]
+    )
+
+
 def good_body() -> tuple[bytes, dict[str, str]]:
     _, body, headers = over_http(TensorRequest("", "", "classifier", good_inputs("classifier", 1)))
     return body, headers
@@ -349,38 +399,79 @@ def not_json(draw: random.Random) -> HttpRequest:
 
 
 def json_tensors(draw: random.Random) -> HttpRequest:
-    """Tensors written as JSON: good ones, and those that end Triton 24.10."""
-    entry = {"name": "strength", "datatype": "FP32", "shape": [1, 1], "data": [0.5]}
+    """Tensors written as JSON that do not hold together, some of which end Triton 24.10."""
+    entry: dict[str, object] = {"name": "strength", "datatype": "FP32", "shape": [1, 1], "data": [0.5]}
+    empty = {"name": "strength", "datatype": "FP32", "shape": [2**45, 1]}
+    image = {"name": "image", "datatype": "BYTES", "shape": [1, 1]}
+    region = {"shared_memory_region": "x", "binary_data_size": 0}
     fault, entry, culprit = draw.choice(
         [
-            ("json: data", entry, "binary form"),
-            ("json: shape beyond memory", entry | {"shape": [2**45, 1]}, "binary form"),
-            ("json: shape beyond memory", {"name": "strength", "datatype": "FP32", "shape": [2**45, 1]}, "strength"),
-            ("json: shape", entry | {"shape": "wide"}, "binary form"),
-            ("json: hidden data", entry | {"d\u0061t\\u0061": 1}, "backslash"),
+            ("json: no image", entry, "image"),
+            ("json: shape beyond memory", entry | {"shape": [2**45, 1]}, "strength"),
+            ("json: shape beyond memory", empty, "strength"),
+            ("json: shape beyond data", entry | {"shape": [2**20, 1]}, "strength"),
+            ("json: shape", entry | {"shape": "wide"}, "strength"),
             (
-                "json: shared memory",
-                {
-                    "name": "image",
-                    "datatype": "BYTES",
-                    "shape": [1, 1],
-                    "parameters": {"shared_memory_region": "x", "binary_data_size": 0},
-                },
-                "shared_memory_region",
+                "json: value",
+                entry | {"data": draw.choice([["0.5"], [None], [True], [{"a": 1}], [[[[[[[[1]]]]]]]]])},
+                "",
             ),
+            ("json: value", image | {"data": [0]}, "image"),
+            ("json: more values", entry | {"data": [0.5] * draw.randint(2, 50_000)}, "strength"),
+            ("json: both forms", entry | {"parameters": {"binary_data_size": 4}}, "strength"),
+            ("json: unknown key", entry | {"d\u0061t\\u0061": 1}, "strength"),
+            ("json: shared memory", image | {"parameters": region}, "shared_memory_region"),
         ]
     )
     body = json.dumps({"inputs": [entry]}).encode()
-    if draw.random() < 0.3:
-        return HttpRequest(fault, "Inference-Header-Content-Length", INFER, body)
-    return HttpRequest(fault, culprit, INFER, body, with_length(body))
+    return HttpRequest(fault, culprit, INFER, body, with_length(body) if draw.random() < 0.5 else {})
+
+
+def twice_in_json(draw: random.Random) -> HttpRequest:
+    """A key that comes twice: of the two values cjson keeps the last and RapidJSON the first."""
+    body, headers = good_body()
+    length = int(headers["Inference-Header-Content-Length"])
+    key, hidden = draw.choice(
+        [
+            ('"datatype": "BYTES"', '"datatype": "UINT8"'),
+            ('"shape": [1, 1]', '"shape": [4294967297, 1]'),
+            ('"name": "image"', '"name": "prior"'),
+            ('"parameters": {"binary_data_size"', '"parameters": {"shared_memory_region": "x"}'),
+            ('"inputs": [', '"parameters": {"priority": 1}, "parameters": {}'),
+            ('"inputs": [', '"outputs": [{"name": "class", "parameters": {"classification": 1}}], "outputs": []'),
+            ('"inputs": [', '"id": "a", "\\u0069d": "b"'),
+        ]
+    )
+    head = body[:length].decode().replace(key, f"{hidden}, {key}", 1).encode()
+    return HttpRequest("json: key twice", "twice", INFER, head + body[length:], with_length(head))
+
+
+def outputs_asked(draw: random.Random) -> HttpRequest:
+    """Outputs with a wish that Triton 24.10 does not survive, or that is not the caller's to have."""
+    body, headers = good_body()
+    length = int(headers["Inference-Header-Content-Length"])
+    wish, culprit = draw.choice(
+        [
+            ({"classification": 1}, "classification"),
+            ({"classification": -1}, "classification"),
+            ({"shared_memory_region": "x", "shared_memory_byte_size": 8}, "shared_memory"),
+            ({"binary_data": 1}, "binary_data"),
+        ]
+    )
+    name = draw.choice(["class", "probability", "index"])
+    head = json.dumps(json.loads(body[:length]) | {"outputs": [{"name": name, "parameters": wish}]}).encode()
+    return HttpRequest(f"output: {culprit}", culprit, INFER, head + body[length:], with_length(head))
 
 
 def nested_json(draw: random.Random) -> HttpRequest:
-    depth = draw.choice([5000, 32_000, 300_000])
-    body = b'{"inputs":[{"name":"image","shape":[1,1],"datatype":"BYTES","x":' + b"[" * depth + b"]" * depth + b"}]}"
-    culprit = "JSON" if depth == 5000 else "Inference-Header-Content-Length"
-    return HttpRequest("json: nested", culprit, INFER, body, with_length(body))
+    depth = draw.choice([20, 5000, 300_000, 600_000])
+    body = b'{"inputs":[{"name":"image","shape":[1,1],"datatype":"BYTES","data":' + b"[" * depth + b"]" * depth + b"}]}"
+    return HttpRequest("json: nested", "JSON", INFER, body, with_length(body) if draw.random() < 0.5 else {})
+
+
+def many_keys(draw: random.Random) -> HttpRequest:
+    body = b'{"inputs":[' + b",".join(b'{"a":"b"}' for _ in range(draw.choice([9, 20_000]))) + b"]}"
+    return HttpRequest("json: many keys", "", INFER, body)
 
 
 def bad_json_part(draw: random.Random) -> HttpRequest:
@@ -437,7 +528,10 @@ HTTP_FAULTS: list[Callable[[random.Random], HttpRequest]] = [
     not_json,
     json_tensors,
     json_tensors,
+    twice_in_json,
+    outputs_asked,
     nested_json,
+    many_keys,
     bad_json_part,
     encoded_body,
     elsewhere,

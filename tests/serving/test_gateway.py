@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import re
 import select
 import socket
 import ssl
@@ -28,9 +29,11 @@ import tritonclient.grpc
 import tritonclient.http
 from bad_requests import INFER, good_body
 from conftest import ADMIN_KEY, CLASSES, Release, picture
+from google.protobuf import text_format
 from running_gateway import make_certificate, require_nginx, running_gateway
 from steady_load import Load, assert_each_answer_is_its_versions
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from serving import gateway_process
@@ -118,6 +121,18 @@ def test_nginx_accepts_the_configuration_as_it_is_written(tmp_path: Path, full: 
     assert {path.name for path in tmp_path.glob("*.lua")} == {
         path.name for path in Path(gateway_process.__file__).with_name("gateway_lua").glob("*.lua")
     }
+
+
+def test_tensors_that_pass_are_those_of_the_models(repository: Path) -> None:
+    source = (Path(gateway_process.__file__).with_name("gateway_lua") / "tensors.lua").read_text()
+    table = source.partition("tensors.MODELS = {")[2].partition("\n}\n")[0]
+    for model in ("student", "classifier"):
+        config = text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())
+        entry = re.search(rf"{model} = {{\s*inputs = {{(.*?)}},\s*outputs = {{(.*?)}},?\s*}},\n", table, re.DOTALL)
+        inputs = dict(re.findall(r'(\w+) = "(\w+)"', entry[1]))
+        kinds = {kind: name.removeprefix("TYPE_").replace("STRING", "BYTES") for name, kind in DataType.items()}
+        assert inputs == {tensor.name: kinds[tensor.data_type] for tensor in config.input}
+        assert set(re.findall(r"(\w+) = {", entry[2])) == {tensor.name for tensor in config.output}
 
 
 def test_missing_nginx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ WORKERS = 4
 # What a caller may be told of a request of his that is wrong; the rest would say that the server is.
 CALLERS_FAULT = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED"}
 GROWTH = 0.05
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 Outcome = tuple[str, str, bool]  # fault, what came back, whether that was right
 
@@ -89,6 +90,8 @@ class Attacker:
             return self.http_answer(
                 f"http {fault.fault}", fault.culprit, ("POST", path, body, headers), range(400, 500)
             )
+        if kind < 0.42:
+            return self.message_answer(*bad_requests.message_bytes(self.draw))
         if kind < 0.65:
             fault = self.draw.choice(bad_requests.TENSOR_FAULTS)(self.draw)
             return self.grpc_answer(f"grpc {fault.fault}", fault.culprit, bad_requests.over_grpc(fault))
@@ -133,9 +136,12 @@ class Attacker:
             status in statuses and told,
         )
 
-    def grpc_answer(self, fault: str, culprit: str, message: Any) -> Outcome:
+    def message_answer(self, fault: str, message: bytes) -> Outcome:
+        return self.grpc_answer(f"grpc bytes: {fault}", "", message, self.channel.unary_unary(MODEL_INFER))
+
+    def grpc_answer(self, fault: str, culprit: str, message: Any, call: Any = None) -> Outcome:
         try:
-            self.stub.ModelInfer(message, timeout=30)
+            (call or self.stub.ModelInfer)(message, timeout=30)
         except grpc.RpcError as error:
             code, details = error.code().name, error.details() or ""
             right = code in CALLERS_FAULT and culprit.lower() in details.lower()

@@ -24,7 +24,7 @@ import bad_requests
 import grpc
 import psutil
 import pytest
-from bad_requests import INFER, TensorRequest, good_inputs, with_length
+from bad_requests import INFER, TensorRequest, good_body, good_inputs, with_length
 from conftest import picture
 from running_gateway import running_gateway
 from tritonclient.grpc import service_pb2_grpc
@@ -95,6 +95,15 @@ def beyond_memory_in_the_json_part() -> tuple[bytes, dict[str, str]]:
     return body, with_length(body)
 
 
+def classification_of_strings() -> tuple[bytes, dict[str, str]]:
+    """A valid request but for one wish: the best classes of an output that holds strings."""
+    body, headers = good_body()
+    length = int(headers["Inference-Header-Content-Length"])
+    wish = [{"name": "class", "parameters": {"classification": 1}}]
+    head = json.dumps(json.loads(body[:length]) | {"outputs": wish}).encode()
+    return head + body[length:], with_length(head)
+
+
 def gzip_of_two_gibibytes() -> tuple[bytes, dict[str, str]]:
     """Zeros: one block of 16 MiB, flushed so that it can stand for itself, 128 times over."""
     zeros, times = bytes(2**24), 128
@@ -114,6 +123,7 @@ def gzip_of_two_gibibytes() -> tuple[bytes, dict[str, str]]:
         (nested, signal.SIGSEGV, 400),
         (beyond_memory, signal.SIGABRT, 400),
         (beyond_memory_in_the_json_part, signal.SIGABRT, 400),
+        (classification_of_strings, signal.SIGFPE, 400),
         (gzip_of_two_gibibytes, signal.SIGABRT, 415),
     ],
 )
