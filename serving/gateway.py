@@ -16,6 +16,12 @@ from serving.client import REQUEST_BYTES
 from serving.errors import InputError
 
 MIB = 1024 * 1024
+# TLS 1.2 with forward secrecy and authenticated encryption; TLS 1.3 has nothing else.
+CIPHERS = ":".join(
+    f"ECDHE-{key}-{cipher}"
+    for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
+    for key in ("ECDSA", "RSA")
+)
 # What nginx reads as one word and Triton never sees; a quote or a semicolon would end the directive.
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+@-]+")
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -86,6 +92,30 @@ class Gateway(BaseModel):
             raise ValueError(f"http_port and grpc_port are both {self.http_port}; expected different ports")
         return self
 
+    @property
+    def open_per_address(self) -> int:
+        """Bound on the TCP connections of one address. Twice its requests, so that idle ones do not count against it."""
+        return 2 * self.connections_per_address
+
+    @property
+    def open_connections(self) -> int:
+        """Bound on the TCP connections of all callers."""
+        return 2 * self.connections
+
+    @property
+    def worker_connections(self) -> int:
+        """Sockets that one worker needs if it has all callers.
+
+        For each caller one socket of its own and the two ends of a Unix socket, for each request one to Triton; and
+        the listening, the idle and the closing ones.
+        """
+        return 3 * self.open_connections + self.connections + 256
+
+    @property
+    def open_files(self) -> int:
+        """File descriptors that one worker needs: its sockets and a file for each body that it buffers."""
+        return self.worker_connections + self.connections + 64
+
     def refusals(self) -> list[Refusal]:
         """What the gateway answers of its own, each once per HTTP status."""
         size = f"{self.body_bytes // MIB} MiB"
@@ -111,6 +141,11 @@ class Gateway(BaseModel):
             ),
         ]
 
+    def routes(self) -> list[tuple[str, str]]:
+        """Names of the routes from accepted connections to nginx's servers, and where each finds the caller's address."""
+        direct, proxied = ("direct", "proxy_protocol"), ("proxied", "X-Forwarded-For")
+        return [direct, proxied] if self.trusted_proxies else [direct]
+
     def render(self, folder: Path, runtime: Path | None = None) -> str:
         """The nginx.conf. Raises InputError for a path that nginx would read.
 
@@ -132,6 +167,8 @@ class Gateway(BaseModel):
             gateway=self,
             folder=folder,
             runtime=runtime or folder,
+            ciphers=CIPHERS,
+            routes=self.routes(),
             errors=self.refusals(),
             admin_grpc_header=f"triton-grpc-protocol-{ADMIN_HEADER}",
         )
