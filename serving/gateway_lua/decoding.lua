@@ -1,5 +1,146 @@
-local decoding = {}
-function decoding.pixels() return 0 end
-function decoding.enter() end
-function decoding.leave() end
+-- A fair share of decoding time: what an encoded image costs the classifier, from its header, and turns for costly requests.
+-- nginx.conf needs `lua_shared_dict decoding 1m;`, `lua_check_client_abort on;` and, for each server, leave() in log_by_lua.
+local decoding = {
+    -- Costs are in pixels of PNG. One takes NANOSECONDS of a core, with its resize (docs/serving-performance.md).
+    NANOSECONDS = 25,
+    MOST = 100e6, -- of an image whose header is too long to read
+    MOST_PARTS = 200, -- JPEG segments or PNG chunks that are read
+    cheap = 200e3, -- 5 ms: what never waits
+    costly_at_once = 1, -- instances of the classifier - 1, so that one is free for small images
+    wait_seconds = 10,
+    slot_seconds = 60, -- after which a slot whose worker crashed is free again
+}
+-- By format, the cost of a pixel and of an encoded byte. A JPEG costs half as much, and less where it is large enough to be
+-- decoded at a fraction of its size; of a progressive one most is left.
+local WEIGHTS = { png = { 1, 0.4 }, webp = { 1, 1.8 }, jpeg = { 0.5, 0.4 }, progressive = { 1, 0.4 } }
+-- A JPEG marker that has a segment, or the end of the image: no stuffed byte, restart or fill byte.
+local MARKER = "\255[^%z\1\208-\216\255]"
+local SEARCHED = 4096 -- bytes
+
+-- The unsigned number in bytes first to last; the most significant byte is at `first`, which may be the higher index.
+local function number(text, first, last)
+    local value = 0
+    for index = first, last, first <= last and 1 or -1 do
+        value = value * 256 + (text:byte(index) or 0)
+    end
+    return value
+end
+
+-- Each parser returns the pixels and the format; no pixels where the header does not end within MOST_PARTS. Where a size
+-- comes twice, the largest counts: decoders differ in which one they take.
+local function png(part)
+    local pixels, place = 0, 8
+    for _ = 1, decoding.MOST_PARTS do
+        local head = part(place, 16)
+        local kind = head:sub(5, 8)
+        if kind == "IDAT" or kind == "fdAT" or #head < 8 then
+            return #head < 8 and 0 or pixels, "png"
+        elseif kind == "IHDR" then
+            pixels = math.max(pixels, number(head, 9, 12) * number(head, 13, 16))
+        end
+        place = place + 12 + number(head, 1, 4)
+    end
+end
+
+local function jpeg(part)
+    local pixels, form, place = 0, "jpeg", 2
+    for _ = 1, decoding.MOST_PARTS do
+        local searched = part(place, SEARCHED)
+        local at = searched:find(MARKER)
+        if not at then
+            return #searched < SEARCHED and 0 or nil, form
+        end
+        local head = part(place + at - 1, 9)
+        local marker = head:byte(2)
+        if marker == 0xDA or marker == 0xD9 then -- start of the first scan, end of the image
+            return marker == 0xDA and pixels or 0, form
+        elseif marker >= 0xC0 and marker <= 0xCF and (marker == 0xC0 or marker % 4 ~= 0) then -- a frame header
+            pixels = math.max(pixels, number(head, 6, 7) * number(head, 8, 9))
+            form = marker > 0xC1 and "progressive" or form
+        end
+        place = place + at + 1 + math.max(2, number(head, 3, 4))
+    end
+end
+
+local function webp(part)
+    local head = part(0, 30)
+    local kind, packed = head:sub(13, 16), number(head, 25, 22)
+    if kind == "VP8X" then
+        return (1 + number(head, 27, 25)) * (1 + number(head, 30, 28)), "webp"
+    elseif kind == "VP8L" then
+        return (1 + packed % 16384) * (1 + math.floor(packed / 16384) % 16384), "webp"
+    end
+    return kind == "VP8 " and number(head, 28, 27) % 16384 * (number(head, 30, 29) % 16384) or 0, "webp"
+end
+
+-- The cost of the encoded image of `size` bytes at `offset`; read(offset, count) returns up to count bytes of the body.
+-- 0 where Pillow refuses the file without decoding a pixel.
+function decoding.pixels(read, offset, size)
+    local function part(place, count)
+        return place < size and read(offset + place, math.min(count, size - place)) or ""
+    end
+    local head = part(0, 12)
+    local parse = head:sub(1, 8) == "\137PNG\r\n\26\n" and png
+        or head:sub(1, 3) == "\255\216\255" and jpeg
+        or head:sub(1, 4) == "RIFF" and head:sub(9, 12) == "WEBP" and webp
+    if not parse then
+        return 0
+    end
+    local pixels, form = parse(part)
+    if pixels and pixels > 0 then
+        pixels = math.min(decoding.MOST, pixels * WEIGHTS[form][1] + size * WEIGHTS[form][2])
+    end
+    return pixels or decoding.MOST
+end
+
+-- What names this request in all its phases: an error page clears ngx.ctx.
+local function id()
+    return ngx.var.connection .. ":" .. ngx.var.connection_requests
+end
+
+-- Wait for a turn to have images of that cost decoded, in the access phase. A message where none came in time, else nil.
+-- One request of an address competes for the slots at a time, so that a caller with many gets no larger share.
+function decoding.enter(pixels)
+    if pixels <= decoding.cheap then
+        return nil
+    end
+    local dict, own, caller = ngx.shared.decoding, id(), "caller " .. ngx.var.binary_remote_addr
+    local arrived, milliseconds, first = ngx.now(), math.ceil(pixels * decoding.NANOSECONDS / 1e6), nil
+    repeat
+        first = first or dict:add(caller, own, decoding.wait_seconds + 1) and ngx.now()
+        for slot = 1, first and decoding.costly_at_once or 0 do
+            if dict:add("slot " .. slot, own, decoding.slot_seconds, milliseconds) then
+                dict:delete(caller)
+                return nil
+            end
+        end
+        -- The longer a request has waited, the more often it tries, and the sooner it is the next.
+        ngx.sleep(first and 0.002 + 0.02 / (1 + 2 * (ngx.now() - first)) or 0.05 + 0.05 * math.random())
+    until ngx.now() - arrived > decoding.wait_seconds
+    if first then
+        dict:delete(caller)
+    end
+    return "other large images are decoded for more than " .. decoding.wait_seconds .. " s; send smaller ones, or try again later"
+end
+
+-- Free what this request holds, in the log phase. Where its client or the gateway gave up first, Triton still decodes, so the
+-- slot stays taken for as long as that takes.
+function decoding.leave()
+    local dict, caller = ngx.shared.decoding, "caller " .. ngx.var.binary_remote_addr
+    for slot = 1, decoding.costly_at_once do
+        local holder, milliseconds = dict:get("slot " .. slot)
+        if holder and holder == id() then
+            if ngx.var.status == "499" or ngx.var.status == "504" then
+                dict:set("slot " .. slot, "left early", milliseconds / 1000)
+            else
+                dict:delete("slot " .. slot)
+            end
+        end
+    end
+    local first = dict:get(caller)
+    if first and first == id() then
+        dict:delete(caller)
+    end
+end
+
 return decoding
