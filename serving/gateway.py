@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from serving.arguments import ADMIN_HEADER
 from serving.client import REQUEST_BYTES
 from serving.errors import InputError
+from serving.model_config import CLASSIFIER_INSTANCES
 
 MIB = 1024 * 1024
 # TLS 1.2 with forward secrecy and authenticated encryption; TLS 1.3 has nothing else.
@@ -43,7 +44,8 @@ class Gateway(BaseModel):
 
     body_bytes bounds a request; header_seconds the reading of its headers, body_seconds each wait for a piece of its body,
     answer_seconds the server's work on it. connections bounds the requests at once, connections_per_address those of one
-    caller, requests_per_second a caller's rate (0: no bound). trusted_proxies: networks whose X-Forwarded-For is believed.
+    caller, requests_per_second a caller's rate (0: no bound). large_images bounds the requests at once whose images take
+    more than 5 ms to decode; a caller's wait their turn. trusted_proxies: networks whose X-Forwarded-For is believed.
     workers: nginx's processes, 0 for one per core. modules: where nginx's module for Lua lies. Without certificate and key
     there is no TLS.
     """
@@ -66,6 +68,7 @@ class Gateway(BaseModel):
     connections: int = Field(default=512, ge=8, le=65536)
     connections_per_address: int = Field(default=128, ge=1, le=65536)
     requests_per_second: int = Field(default=0, ge=0, le=1_000_000)
+    large_images: int = Field(default=CLASSIFIER_INSTANCES - 1, ge=1, le=256)
     trusted_proxies: tuple[IPv4Network, ...] = ()
     workers: int = Field(default=0, ge=0, le=256)
     modules: Path = Path("/usr/lib/nginx/modules")

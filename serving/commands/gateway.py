@@ -36,6 +36,12 @@ def gateway(
     requests_per_second: Annotated[
         int, typer.Option(help="Requests a second of one address; 0 for no bound.")
     ] = DEFAULT.requests_per_second,
+    large_images: Annotated[
+        int,
+        typer.Option(
+            help="Requests at once whose images take more than 5 ms to decode; instances of `classifier` less 1."
+        ),
+    ] = DEFAULT.large_images,
     trusted_proxy: Annotated[
         list[str] | None,
         typer.Option(help="Network, as 10.0.0.0/8, whose X-Forwarded-For names the caller; may be given again."),
@@ -68,6 +74,7 @@ def gateway(
         connections=connections,
         connections_per_address=connections_per_address,
         requests_per_second=requests_per_second,
+        large_images=large_images,
         trusted_proxies=trusted_proxy or (),
         access_log=access_log,
         workers=workers,
