@@ -57,10 +57,14 @@ local ADD = {
         table.insert(values, { offset = offset, size = size })
     end,
     numbers = function(source, offset, size, values)
-        local stop, number = offset + size, nil
-        while offset < stop do
-            number, offset = varint(source, offset, stop)
-            table.insert(values, number)
+        local data, count, value, factor = source.read(offset, size), #values, 0, 1
+        for index = 1, size do
+            local byte = data:byte(index)
+            value, factor = value + byte % 128 * factor, factor * 128
+            if byte < 128 then
+                count = count + 1
+                values[count], value, factor = value, 0, 1
+            end
         end
     end,
     floats = function(source, offset, size, values)
@@ -72,9 +76,10 @@ local ADD = {
     end,
 }
 
--- The message of a schema: the list of each field's values by its name.
+-- The message of a schema: the list of each field's values by its name. The source counts the fields of a
+-- request and the bytes of its typed contents.
 local function decode(source, offset, size, schema)
-    local message, stop, count = {}, offset + size, 0
+    local message, stop = {}, offset + size
     for _, field in pairs(schema) do
         message[field[1]] = {}
     end
@@ -83,8 +88,8 @@ local function decode(source, offset, size, schema)
         tag, start = varint(source, offset, stop)
         number, offset = varint(source, start, stop)
         local field, wire = schema[math.floor(tag / 8)], tag % 8
-        count = count + 1
-        if not field or count > MOST_FIELDS then
+        source.fields = (source.fields or 0) + 1
+        if not field or source.fields > MOST_FIELDS then
             refuse("message has a field that is not accepted here, or too many")
         elseif wire == 0 and field[2] == "numbers" then
             table.insert(message[field[1]], number)
@@ -94,7 +99,8 @@ local function decode(source, offset, size, schema)
             table.insert(message[field[1]], decode(source, offset, number, field[2]))
             offset = offset + number
         else
-            if number > tensors.MOST_JSON and field[2] ~= "pieces" then
+            source.typed = (source.typed or 0) + (field[2] ~= "pieces" and number or 0)
+            if source.typed > tensors.MOST_JSON then
                 refuse("contents have more than " .. tensors.MOST_JSON .. " bytes; send raw_input_contents")
             end
             ADD[field[2]](source, offset, number, message[field[1]])

@@ -57,7 +57,7 @@ local function check_object(object, where, kinds)
     for key, value in pairs(object) do
         local kind = kinds[key]
         if not kind then
-            refuse(where .. "parameter " .. shown(key) .. " is not accepted here; leave it out, bound the time in the client")
+            refuse(where .. "parameter " .. shown(key) .. " is not accepted here; leave it out")
         elseif type(value) ~= kind then
             refuse(where .. key .. " is no " .. kind)
         end

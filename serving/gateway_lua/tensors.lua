@@ -140,10 +140,10 @@ function tensors.check(request, source)
         refuse("inputs are missing; expected a list of tensors")
     end
     for _, input in ipairs(request.inputs) do
-        check_input(input, request, source)
-        if seen[input.name] then
+        if input.name and seen[input.name] then
             refuse("input '" .. input.name .. "' is given twice")
         end
+        check_input(input, request, source)
         seen[input.name] = true
     end
     seen = {}

@@ -367,6 +367,7 @@ def message_bytes(draw: random.Random) -> tuple[str, bytes]:
             ("fixed", plain + bytes([5 << 3 | 5]) + b"abcd"),
             ("cut", plain[: draw.randrange(1, len(plain))]),
             ("many fields", plain + protobuf_field(6 << 3 | 2, b"") * 20_000),
+            ("many fields in fields", plain + protobuf_field(4 << 3 | 2, protobuf_field(1 << 3 | 2, b"") * 500) * 500),
             ("endless number", plain + bytes([5 << 3 | 2]) + b"\xff" * 12),
         ]
     )
