@@ -15,7 +15,6 @@ from serving.gateway_process import PACKAGES, GatewayProcess, find_nginx
 from serving.ports import choose_ports
 from serving.server import TritonServer
 
-
 EC = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
 RSA = ("rsa:2048",)
 
