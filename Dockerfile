@@ -72,7 +72,7 @@ RUN python -m serving.commands gateway --write /etc/tailor-gateway --runtime-fol
 FROM ${DEBIAN_IMAGE} AS gateway
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends nginx-light libnginx-mod-http-lua lua-cjson \
+    && apt-get install -y --no-install-recommends nginx-light libnginx-mod-http-lua libnginx-mod-stream lua-cjson \
     && rm -rf /var/lib/apt/lists/* /etc/nginx/sites-enabled /etc/nginx/modules-enabled \
     && useradd --system --uid 10002 tailor
 COPY --from=gateway-config --chown=10002 /etc/tailor-gateway /etc/tailor-gateway
@@ -81,4 +81,5 @@ EXPOSE 8443 8444
 STOPSIGNAL SIGQUIT
 # nginx listens where its certificate could be read; a connection is all that can be asked without trusting it.
 HEALTHCHECK --interval=15s --timeout=5s --retries=3 CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8443"]
-ENTRYPOINT ["nginx", "-p", "/tmp", "-c", "/etc/tailor-gateway/nginx.conf", "-e", "stderr"]
+# A container that was killed may find its Unix sockets in /tmp again, on which nginx could not listen.
+ENTRYPOINT ["sh", "-c", "rm -f /tmp/*.sock && exec nginx -p /tmp -c /etc/tailor-gateway/nginx.conf -e stderr"]

@@ -131,17 +131,21 @@ class Gateway(BaseModel):
             Refusal(405, 12, "method not allowed here; POST to infer, GET the rest"),
             Refusal(408, 4, f"request body did not come within {self.body_seconds} s; send it faster"),
             Refusal(411, 3, "Transfer-Encoding is not accepted; send Content-Length"),
+            Refusal(412, 9, "conditional requests are not accepted; leave out If-Match and If-Unmodified-Since"),
             Refusal(413, 8, f"request body is too large; send at most {size}, and health or metadata without one"),
             Refusal(414, 3, "request line is too long"),
             Refusal(415, 12, "compressed requests are not accepted; send the body as it is"),
             Refusal(429, 8, "too many requests at once; wait for answers before you send more"),
             Refusal(494, 3, "request headers are too large"),
             Refusal(497, 3, "this port speaks TLS; use https"),
+            Refusal(500, 13, "internal error of the gateway; its log has the reason"),
+            Refusal(501, 12, "this Transfer-Encoding is not accepted; send Content-Length"),
             Refusal(502, 14, unavailable),
             Refusal(503, 14, unavailable),
             Refusal(
                 504, 4, f"Triton did not answer within {self.answer_seconds} s; send less at once or try again later"
             ),
+            Refusal(505, 12, "this HTTP version is not accepted; send HTTP/1.1"),
         ]
 
     def routes(self) -> list[tuple[str, str]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -21,9 +23,22 @@ from serving.ports import choose_ports
 from serving.process import POLL, end_session, start_process
 
 START_TIMEOUT = 20.0  # seconds
-PACKAGES = "nginx-light libnginx-mod-http-lua lua-cjson"
+PACKAGES = "nginx-light libnginx-mod-http-lua libnginx-mod-stream lua-cjson"
+MODULES = ("ngx_http_lua_module.so", "ngx_stream_module.so")
 # Debian's nginx lies in /usr/sbin, which is on no plain user's PATH.
 PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+
+
+@dataclass(frozen=True)
+class RestartDelay:
+    """Seconds to wait before nginx is restarted: `first`, doubled each time up to `longest`.
+
+    A run of at least `stable` seconds resets the delay to `first`. There is no last attempt.
+    """
+
+    first: float = 0.1
+    longest: float = 30.0
+    stable: float = 30.0
 
 
 class GatewayProcess:
@@ -37,6 +52,7 @@ class GatewayProcess:
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
+        self._nginx = ""
         self._output: ServerLog | None = None
 
     @property
@@ -58,7 +74,8 @@ class GatewayProcess:
         """Check the configuration and start nginx. Raises ServingError: nginx missing, its complaint, a port in use."""
         if self._process:
             raise ServingError("this gateway runs already; stop it first")
-        nginx = find_nginx(self.gateway)
+        self._nginx = find_nginx(self.gateway)
+        check_open_files(self.gateway)
         # nginx would try for seconds, and meanwhile whoever has the port would answer for it.
         choose_ports(str(self.gateway.host), {"http_port": self.gateway.http_port, "grpc_port": self.gateway.grpc_port})
         self._folder = Path(tempfile.mkdtemp(prefix="tailor-gateway-", dir="/tmp"))
@@ -66,16 +83,35 @@ class GatewayProcess:
         self._folder.chmod(0o711)
         try:
             config = write_config(self.gateway, self._folder)
-            check_config(nginx, config)
+            check_config(self._nginx, config)
             self._output = ServerLog(self.log)
-            command = [nginx, "-p", str(self._folder), "-c", str(config), "-e", "stderr"]
-            self._process = start_process(command, dict(os.environ), self._folder)
-            self._output.follow(self._process.stdout)
-            self._await_ports()
+            self._launch()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def keep_running(self, report: Callable[[str], None], delay: RestartDelay | None = None) -> None:
+        """Restart nginx each time its master process ends; never returns. report: called with one line per restart.
+
+        The workers of a killed master still accept connections, and hold the ports that its successor needs, so they
+        are killed first.
+        """
+        delay = delay or RestartDelay()
+        pause, started, reason = delay.first, time.monotonic(), ""
+        while True:
+            reason = reason or f"nginx ended by itself with status {self.wait()}"
+            if time.monotonic() - started >= delay.stable:
+                pause = delay.first
+            report(f"{reason}; restarting it in {pause:g} s")
+            end_session(self._process, patience=0)
+            time.sleep(pause)
+            pause, started, reason = min(2 * pause, delay.longest), time.monotonic(), ""
+            try:
+                self._launch()
+            except (ServingError, OSError) as error:
+                first, *log = str(error).splitlines()
+                reason = f"{first} {log[-1].strip()}" if log else first
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for nginx to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
@@ -92,8 +128,10 @@ class GatewayProcess:
         status = None
         if process:
             process.send_signal(signal.SIGQUIT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(self.gateway.shutdown_seconds + 2)
+            deadline = time.monotonic() + self.gateway.shutdown_seconds + 2
+            time.sleep(POLL)
+            while process.poll() is None and self._has_requests() and time.monotonic() < deadline:
+                time.sleep(POLL)
             status = end_session(process, patience=5.0)  # workers outlive a master that was killed
         if self._output:
             self._output.close()
@@ -114,6 +152,23 @@ class GatewayProcess:
         """The last lines that nginx printed, empty when there are none."""
         return self._output.tail() if self._output else ""
 
+    def _has_requests(self) -> bool:
+        """Whether nginx's http block has open connections: state 3 of the accepted ends of its Unix sockets.
+
+        nginx itself would also wait for idle callers that have not closed their end, worker_shutdown_timeout long.
+        """
+        entries = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+        return any(entry[-1].startswith(f"{self._folder}/") and entry[5] == "03" for entry in entries)
+
+    def _launch(self) -> None:
+        """Start nginx in its folder, whose configuration is checked, and wait until it listens."""
+        for socket_path in self._folder.glob("*.sock"):  # of an nginx that was killed; this one could not bind them
+            socket_path.unlink()
+        command = [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf"), "-e", "stderr"]
+        self._process = start_process(command, dict(os.environ), self._folder)
+        self._output.follow(self._process.stdout)
+        self._await_ports()
+
     def _await_ports(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         for port in (self.gateway.http_port, self.gateway.grpc_port):
@@ -129,10 +184,22 @@ class GatewayProcess:
 def find_nginx(gateway: Gateway) -> str:
     """The nginx program. Raises ServingError saying how to get it, or its module for Lua."""
     nginx = shutil.which("nginx", path=PLACES)
-    if nginx is None or not (gateway.modules / "ngx_http_lua_module.so").is_file():
-        what = "nginx" if nginx is None else f"{gateway.modules}/ngx_http_lua_module.so"
-        raise ServingError(f"{what} is missing; install it (Debian: apt install {PACKAGES})")
+    missing = [str(gateway.modules / name) for name in MODULES if not (gateway.modules / name).is_file()]
+    if nginx is None or missing:
+        raise ServingError(
+            f"{missing[0] if nginx else 'nginx'} is missing; install it (Debian: apt install {PACKAGES})"
+        )
     return nginx
+
+
+def check_open_files(gateway: Gateway) -> None:
+    """Raises ServingError if the hard limit on open files is below what nginx needs; nginx would only log it."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < gateway.open_files:
+        raise ServingError(
+            f"ulimit -n (hard) is {limit}; connections={gateway.connections} needs {gateway.open_files} open files: "
+            f"raise it with ulimit -Hn {gateway.open_files}, or lower --connections"
+        )
 
 
 def check_config(nginx: str, config: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from serving.errors import ServingError
 from serving.gateway import MIB, Gateway, read_gateway
 from serving.gateway_process import GatewayProcess, write_config
 
@@ -94,8 +94,7 @@ def _run(wanted: Gateway) -> None:
     try:
         with GatewayProcess(wanted) as running:
             print(f"ready {running.http_url} {running.grpc_url}", flush=True)
-            status = running.wait()
-            raise ServingError(f"nginx ended by itself with status {status}:\n{running.log_tail()}")
+            running.keep_running(lambda line: print(f"tailor: {line}", file=sys.stderr, flush=True))
     except Stopped:
         pass
     print("stopped", flush=True)

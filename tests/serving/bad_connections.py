@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import select
 import selectors
 import socket
 import ssl
@@ -11,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import h2.config
 import h2.connection
+import h2.events
 import h2.exceptions
 from bad_requests import INFER, good_body
 
@@ -111,6 +114,44 @@ def header_flood(port: Port) -> int:
         return status_of(answer(opened))
 
 
+def odd(first_line: str, *more: str, body: str = "") -> bytes:
+    return ("\r\n".join([first_line, "Host: tailor", *more]) + "\r\n\r\n" + body).encode()
+
+
+# Requests that nginx itself refuses, most of them before it chooses a location, and the status of the refusal.
+ODD_REQUESTS: dict[str, tuple[bytes, int]] = {
+    "odd: gzip and chunked": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: gzip, chunked", body="0\r\n\r\n"), 501),
+    "odd: unknown encoding": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: x"), 501),
+    "odd: identity": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: identity"), 501),
+    "odd: chunked twice": (odd(f"POST {INFER} HTTP/1.1", *["Transfer-Encoding: chunked"] * 2, body="0\r\n\r\n"), 400),
+    "odd: chunked in HTTP/1.0": (odd(f"POST {INFER} HTTP/1.0", "Transfer-Encoding: chunked", body="0\r\n\r\n"), 400),
+    "odd: malformed chunk": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: chunked", body="zz\r\n\r\n"), 400),
+    "odd: HTTP/2.0": (odd("GET /v2 HTTP/2.0"), 505),
+    "odd: HTTP/3.0": (odd("GET /v2 HTTP/3.0"), 505),
+    "odd: HTTP/0.1": (odd("GET /v2 HTTP/0.1"), 400),
+    "odd: no version": (odd("GET /v2 SPEECH/1.1"), 400),
+    "odd: request line": (odd("HELLO"), 400),
+    "odd: lower case method": (odd("get /v2 HTTP/1.1"), 400),
+    "odd: unknown method": (odd("FETCH /v2 HTTP/1.1"), 405),
+    "odd: TRACE": (odd("TRACE /v2 HTTP/1.1"), 405),
+    "odd: CONNECT": (odd("CONNECT tailor:443 HTTP/1.1"), 400),
+    "odd: two hosts": (odd("GET /v2 HTTP/1.1", "Host: other"), 400),
+    "odd: zero byte": (odd("GET /v2 HTTP/1.1", "X-Odd: a\0b"), 400),
+    "odd: condition": (odd("GET /gateway/health HTTP/1.1", 'If-Match: "x"'), 412),
+    "odd: PROXY line": (b"PROXY TCP4 10.0.0.1 10.0.0.1 1 2\r\n" + odd("GET /gateway/health HTTP/1.1"), 400),
+}
+
+
+def odd_answer(port: Port, name: str) -> bytes:
+    with connected(port, timeout=1.5) as opened:
+        opened.sendall(ODD_REQUESTS[name][0])
+        return answer(opened)
+
+
+def odd_status(port: Port, name: str) -> int:
+    return status_of(odd_answer(port, name))
+
+
 HTTP_CONNECTIONS: dict[str, tuple[Callable[[Port], int], tuple[int, ...]]] = {
     "connection: cut body": (cut_body, (0, 400)),
     "connection: garbage": (garbage, (0, 400)),
@@ -119,6 +160,7 @@ HTTP_CONNECTIONS: dict[str, tuple[Callable[[Port], int], tuple[int, ...]]] = {
     "connection: length of 8 GiB": (huge_length, (413,)),
     "connection: endless chunks": (endless_chunks, (0, 411)),
     "connection: header flood": (header_flood, (0, 400, 494)),
+    **{name: (partial(odd_status, name=name), (status,)) for name, (_, status) in ODD_REQUESTS.items()},
 }
 
 
@@ -167,6 +209,19 @@ HEADERS = [
 ]
 
 
+def http2_headers(port: Port, headers: list[tuple[str, str]]) -> dict[str, str]:
+    """The headers that answer a request without a body."""
+    with http2(port) as (opened, connection):
+        stream = connection.get_next_available_stream_id()
+        connection.send_headers(stream, headers, end_stream=True)
+        opened.sendall(connection.data_to_send())
+        while data := opened.recv(65536):
+            for event in connection.receive_data(data):
+                if isinstance(event, h2.events.ResponseReceived):
+                    return {name.decode(): value.decode() for name, value in event.headers}
+    raise AssertionError("closed without headers")
+
+
 def rapid_reset(port: Port, streams: int = 300) -> None:
     """Streams that are opened and reset at once (CVE-2023-44487), within reason."""
     with http2(port) as (opened, connection), contextlib.suppress(OSError, h2.exceptions.ProtocolError):
@@ -175,6 +230,34 @@ def rapid_reset(port: Port, streams: int = 300) -> None:
             connection.send_headers(stream, HEADERS)
             connection.reset_stream(stream)
             opened.sendall(connection.data_to_send())
+
+
+GOAWAY = 7
+
+
+def frame_types(data: bytes) -> list[int]:
+    """The types of the whole frames of HTTP/2 in `data`."""
+    types, position = [], 0
+    while position + 9 <= len(data):
+        types.append(data[position + 3])
+        position += 9 + int.from_bytes(data[position : position + 3], "big")
+    return types
+
+
+def resets_until_goaway(port: Port, most: int) -> int:
+    """How many streams the other side lets one connection open and reset before it sends GOAWAY; at most `most`."""
+    received = b""
+    with http2(port) as (opened, connection):
+        for count in range(1, most + 1):
+            stream = connection.get_next_available_stream_id()
+            connection.send_headers(stream, HEADERS)
+            connection.reset_stream(stream)
+            opened.sendall(connection.data_to_send())
+            if select.select([opened], [], [], 0)[0]:
+                received += opened.recv(65536)
+                if GOAWAY in frame_types(received):
+                    return count
+    return most
 
 
 def ping_flood(port: Port, pings: int = 1000) -> None:

@@ -515,6 +515,10 @@ def elsewhere(draw: random.Random) -> HttpRequest:
             ("GET", "/" + "a" * 4000, 404),
             ("GET", "/" + "a" * 40_000, 414),
             ("POST", "/v2/models/classifier/versions/99999999999/infer", 404),
+            ("GET", "/v2%0A", 404),
+            ("GET", "/v2/health/ready%0A", 404),
+            ("GET", "/v2/models/classifier/config%0A", 404),
+            ("POST", f"{INFER}%0A", 404),
         ]
     )
     return HttpRequest(f"path: {status}", "", path, b"", method=method, statuses=(status,))

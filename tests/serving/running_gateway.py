@@ -15,6 +15,9 @@ from serving.gateway_process import PACKAGES, GatewayProcess, find_nginx
 from serving.ports import choose_ports
 from serving.server import TritonServer
 
+EC = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+RSA = ("rsa:2048",)
+
 
 def require_nginx() -> None:
     try:
@@ -42,10 +45,10 @@ def running_gateway(server: TritonServer, log: Path | None = None, **values: obj
         yield running
 
 
-def make_certificate(folder: Path) -> tuple[Path, Path]:
+def make_certificate(folder: Path, algorithm: tuple[str, ...] = EC) -> tuple[Path, Path]:
     """A self-signed certificate for 127.0.0.1 and its key."""
     certificate, key = folder / "tls.crt", folder / "tls.key"
-    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    kind = ["-x509", "-newkey", *algorithm, "-nodes", "-days", "2"]
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
     files = ["-out", str(certificate), "-keyout", str(key)]
     subprocess.run(["openssl", "req", *kind, *subject, *files], check=True, capture_output=True)

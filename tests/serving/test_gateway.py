@@ -268,6 +268,10 @@ def test_tls_ends_at_the_gateway_for_both_protocols(server: TritonServer, tmp_pa
         ("POST", "/v2/logging"),
         ("GET", "/metrics"),
         ("GET", "//v2/repository/../repository/index"),
+        ("GET", "/v2%0A"),
+        ("GET", "/v2/health/ready%0A"),
+        ("GET", "/v2/models/classifier%0A"),
+        ("POST", f"{INFER}%0A"),
     ],
 )
 def test_controls_do_not_exist_at_the_gateway_even_with_the_key(
@@ -348,6 +352,39 @@ def test_large_bodies_are_refused_by_both_protocols(gateway: GatewayProcess) -> 
 def test_misbehaving_connection_is_closed_or_told_why(gateway: GatewayProcess, name: str) -> None:
     misbehave, statuses = bad_connections.HTTP_CONNECTIONS[name]
     assert misbehave(gateway.gateway.http_port) in statuses
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", bad_connections.ODD_REQUESTS)
+def test_odd_request_is_refused_in_the_documented_form(gateway: GatewayProcess, name: str) -> None:
+    head, _, content = bad_connections.odd_answer(gateway.gateway.http_port, name).partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == bad_connections.ODD_REQUESTS[name][1]
+    assert b"Content-Type: application/json" in head
+    assert list(json.loads(content)) == ["error"]
+
+
+@pytest.mark.end_to_end
+def test_request_of_http_09_is_answered_in_json_without_a_head(gateway: GatewayProcess) -> None:
+    """A status is not part of that version."""
+    with bad_connections.connected(gateway.gateway.http_port) as opened:
+        opened.sendall(b"GET /nothing\r\n")
+        assert list(json.loads(bad_connections.answer(opened))) == ["error"]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("path", "authority", "status"),
+    [("/nothing", "tailor", 12), ("/inference.GRPCInferenceService/ServerLive%0A", "tailor", 12), ("/nothing", "", 3)],
+)
+def test_refusal_over_http2_has_the_form_of_grpc(
+    gateway: GatewayProcess, path: str, authority: str, status: int
+) -> None:
+    """Clients take the status of gRPC from headers only where their content type is that of gRPC."""
+    headers = dict(bad_connections.HEADERS) | {":path": path, ":authority": authority}
+    found = bad_connections.http2_headers(gateway.gateway.grpc_port, [pair for pair in headers.items() if pair[1]])
+    assert found["content-type"] == "application/grpc"
+    assert found["grpc-status"] == f"{status}"
+    assert found["grpc-message"]
 
 
 @pytest.mark.end_to_end
