@@ -221,7 +221,7 @@ def test_stop_waits_for_running_requests_and_not_for_idle_callers(server: Triton
     ):
         idle.sendall(bad_connections.odd("GET /gateway/health HTTP/1.1"))
         assert idle.recv(4096).startswith(b"HTTP/1.1 200")
-        busy.sendall(bad_connections.odd("GET /v2/health/ready HTTP/1.1"))
+        busy.sendall(bad_connections.odd("GET /v2 HTTP/1.1"))
         time.sleep(0.3)
         started = time.monotonic()
         assert gateway.stop() == 0
