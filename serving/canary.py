@@ -24,11 +24,19 @@ from serving.server import TritonServer
 IDLE_SHARE = 0.005
 TICKS = 0.02  # seconds: two of the clock's, the least that counts as work
 METRICS_TIMEOUT = 5.0  # seconds
-UNHEALTHY = "is not healthy"  # Triton's error where an inference process (Triton's stub) does not react for a second
+# Triton's error where an inference process (Triton's stub), named by model and instance, does not react for a second.
+UNHEALTHY = re.compile(r"Stub process '(\w+)_\d+_\d+' is not healthy")
 
 
 class Hanging(ServingError):
-    """An inference process does not work: Triton reports it, or a request timed out and the process used no CPU time."""
+    """An inference process does not work: Triton reports it, or a request timed out and the process used no CPU time.
+
+    models: those whose processes may be the cause, in the order in which they are loaded.
+    """
+
+    def __init__(self, message: str, *models: str) -> None:
+        super().__init__(message)
+        self.models = list(models or (STUDENT, CLASSIFIER))
 
 
 class Busy(ServingError):
@@ -91,8 +99,8 @@ class Canary:
                 raise Busy(f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}") from error
             raise
         except Refused as error:
-            if UNHEALTHY in str(error):
-                raise Hanging(str(error)) from error
+            if unhealthy := UNHEALTHY.search(str(error)):
+                raise Hanging(str(error), unhealthy[1]) from error
             raise
 
     def _processor_seconds(self, model: str, version: int) -> dict[int, float]:

@@ -144,7 +144,8 @@ class Supervisor:
                 self.report(f"{error}; asking once more")
             else:
                 self._failures = 0
-                self._heal(str(error), [STUDENT, CLASSIFIER], stopping)
+                models = error.models if isinstance(error, Hanging) else [STUDENT, CLASSIFIER]
+                self._heal(str(error), models, stopping)
         self._asked = time.monotonic()
 
     def _heal(self, fault: str, models: list[str], stopping: threading.Event) -> None:
