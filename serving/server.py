@@ -82,6 +82,7 @@ class TritonServer:
         self.example: Path | None = None  # a file with one golden image, while it runs
         self._forward = forward
         self._output: ServerLog | None = None
+        self._tail = ""  # of the log of the last run
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._running: RunningServer | None = None
@@ -127,6 +128,7 @@ class TritonServer:
         if self._process:
             raise ServingError("this server runs already; stop it first")
         self._clear()  # what a stop that failed has left
+        self._tail = ""
         check_open_files()
         key = admin_key() or new_admin_key()
         self.ports = choose_ports(self.host, self.ports)
@@ -189,9 +191,9 @@ class TritonServer:
             self._clear()
 
     def log_tail(self) -> str:
-        """The last lines of what the server printed, empty when there are none."""
+        """The last lines that the server printed, after stop those of the last run; empty when there are none."""
         if self._output is None:
-            return ""
+            return self._tail
         if self.wait(0) is not None:
             self._output.drain()
         return self._output.tail()
@@ -216,7 +218,7 @@ class TritonServer:
             self._unswept.remove(prefix)
         if self._output:
             self._output.close()
-            self._output = None
+            self._tail, self._output = self._output.tail(), None
         if self._watchdog:
             dismiss(self._watchdog)
             self._watchdog = None

@@ -80,8 +80,10 @@ class Supervisor:
                 continue
             before, self._server_stopped = self._server_stopped, self.server.is_stopped()
             if self._server_stopped:
-                if before:  # seen twice: when a suspended machine resumes, the processes do not resume in the same moment
-                    self._restart("the process of the Triton server is stopped (SIGSTOP)", stopping, at_once=True)
+                if (
+                    before
+                ):  # seen twice: when a suspended machine resumes, the processes do not resume in the same moment
+                    self._restart("the process of the Triton server is stopped (SIGSTOP)", stopping)
                 continue
             with contextlib.suppress(ServingError):  # the disk is gone: what was seen stays
                 refresh_trees(self.server.repository, self.server.prefix)  # for a promotion that cannot reach them
@@ -182,35 +184,32 @@ class Supervisor:
         self._asked = time.monotonic()
         self.report(f"{' and '.join(models)} answers again")
 
-    def _restart(self, fault: str, stopping: threading.Event, at_once: bool = False) -> None:
-        """Start the server again on the same ports; at_once: kill it first. Raises GivenUp after too many failed starts.
+    def _restart(self, fault: str, stopping: threading.Event) -> None:
+        """Kill what remains of the server and start it again on the same ports. Raises GivenUp after too many failed starts.
 
         A start may fail for lack of memory or disk space for a while, which ends the supervisor no sooner.
         """
-        tail, limit = self.server.log_tail(), self.patience.restarts
+        limit = self.patience.restarts
         if time.monotonic() - self._started > self.patience.served:
             self._failed_starts = -1  # this start has worked
         while not stopping.is_set():
             self._failed_starts += 1
             if limit is not None and self._failed_starts > limit:
                 with contextlib.suppress(OSError):
-                    self.server.stop(at_once)
+                    self.server.stop(at_once=True)
+                tail = self.server.log_tail()
                 raise GivenUp(f"{fault}; given up after {limit} restarts" + (f":\n{tail}" if tail else ""))
             delay = self._delay()
-            of = "" if limit is None else f" of {limit}"
-            self.report(
-                f"{fault}; starting it again in {delay:g} s ({self._failed_starts}{of})"
-                if delay
-                else f"{fault}; starting it again at once"
-            )
+            number = f"{self._failed_starts}" + ("" if limit is None else f" of {limit}")
+            self.report(f"{fault}; starting it again " + (f"in {delay:g} s ({number})" if delay else "at once"))
             with contextlib.suppress(OSError):  # the next start clears what remains
-                self.server.stop(at_once, comes_back=True)
+                self.server.stop(at_once=True, comes_back=True)
             if stopping.wait(delay):
                 return
             try:
                 self.server.start()
             except (ServingError, OSError) as error:
-                fault, _, tail = str(error).partition("\n")
+                fault = str(error).partition("\n")[0]
                 continue
             self._failures, self._lacking, self._server_stopped, self._suspicious = 0, {}, False, False
             self._backend_failures = 0.0

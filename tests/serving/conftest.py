@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,13 +215,6 @@ def exports(release: Release, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture
 def root(repository: Path, tmp_path: Path) -> Path:
     return shutil.copytree(repository, tmp_path / "repository")
-
-
-def date_files(root: Path, hours: float) -> None:
-    """Give all files of a repository a modification time in the future, as if the clock had been set back since."""
-    later = time.time() + 3600 * hours
-    for path in root.rglob("*"):
-        os.utime(path, (later, later))
 
 
 @pytest.fixture

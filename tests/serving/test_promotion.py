@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import Release, date_files, picture
+from conftest import Release, picture
 from steady_load import Load, assert_each_answer_is_its_versions
 
 from models.preprocess import preprocess
@@ -21,7 +21,6 @@ from serving import model_control, promotion, swap
 from serving.client import Client
 from serving.errors import InputError
 from serving.leftovers import stubs_of
-from serving.local_tree import link_tree
 from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, sha256_of
 from serving.promotion import PromotionError, list_versions, promote, rollback
 from serving.promotion_log import LOG_NAME
@@ -226,23 +225,6 @@ def test_champion_that_a_killed_promotion_told_no_server_of_is_loaded_when_it_is
         done = promote(root, 2)
         assert (done.version, done.previous, done.servers) == (2, 2, (serving.grpc_url,))
         assert client.predict([picture(1)])[0].version == 2
-
-
-@pytest.mark.end_to_end
-def test_promotion_takes_effect_also_after_the_clock_was_set_back(root: Path, exports: dict[int, Release]) -> None:
-    # Triton compares times of files: what is written now is older than what it has loaded.
-    date_files(root, hours=3)
-    with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server, Client(server.http_url) as client:
-        for version in (2, 3):
-            assert promote(root, exports[version].export_dir, rehearsal=False).servers == (server.grpc_url,)
-            assert client.predict([picture(1)])[0].version == version
-        assert rollback(root).version == 2
-        assert client.predict([picture(1)])[0].version == 2
-
-
-def test_folders_that_triton_reads_hide_no_change_after_the_clock_was_set_back(root: Path, tmp_path: Path) -> None:
-    tree = link_tree(root, tmp_path)
-    assert [(tree / model).stat().st_mtime for model in MODELS] == [0, 0]
 
 
 def test_versions_of_killed_promotions_do_not_displace_former_champions(
