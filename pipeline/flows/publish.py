@@ -147,7 +147,7 @@ def promote(
         return Promotion(version, 0, False, ())
     if version < champion.version:  # the very release that was rolled back from, or retrained away from, is best again
         return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
-    return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=False)
+    return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=None)
 
 
 def version_before(repository: Path) -> int | None:
