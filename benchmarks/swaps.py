@@ -28,6 +28,7 @@ from serving.errors import ServingError
 from serving.manifest import MANIFEST_NAME, Golden, load_golden, load_manifest
 from serving.promotion import promote
 from serving.repository import write_repository
+from serving.retries import Retries
 from serving.server import TritonServer
 
 GOAL = 2.0  # p99 during swaps / p99 without
@@ -44,15 +45,15 @@ class Stretch:
     end: float
 
 
-def ask(url: str, golden: list[Golden], rate: float) -> int:
-    """Ask at `rate` requests/s until standard input ends, then print [due, latency, version or 0] of each as JSON."""
+def ask(url: str, golden: list[Golden], rate: float, retries: Retries | None = None) -> int:
+    """Send `rate` requests/s until standard input ends, then print [due, latency, version or 0] of each as JSON."""
     stop = threading.Event()
     asked: list[tuple[float, float, int]] = []
 
     def asker(number: int) -> None:
         due, step = time.monotonic() + number / rate, ASKERS / rate
         image, strength = golden[number % len(golden)].image_bytes(), golden[number % len(golden)].strength
-        with Client(url, timeout=30) as client:
+        with Client(url, timeout=30, retries=retries) as client:
             while not stop.is_set():
                 time.sleep(max(0.0, due - time.monotonic()))
                 try:

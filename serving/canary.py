@@ -1,4 +1,4 @@
-"""A running server's answers to its golden requests, and what it means when none comes in time: hanging, or only busy."""
+"""Health checks of a running server: golden requests, and whether a failed one shows a hanging or only a busy server."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ import urllib3
 
 from serving.client import Client
 from serving.errors import ServingError
-from serving.failures import DeadlineExceeded
+from serving.failures import DeadlineExceeded, Refused
+from serving.golden import ask_student, check_golden
 from serving.leftovers import stubs_of
 from serving.model_config import CLASSIFIER, STUDENT
-from serving.server import TritonServer, check_golden
-from serving.swap import ask_student
+from serving.server import TritonServer
 
 # Of a core, below which a stub is at rest: its threads look round once a second, which takes up to 0.0005. A classifier
 # that waits for a slow student does little more than to decode.
 IDLE_SHARE = 0.005
 TICKS = 0.02  # seconds: two of the clock's, the least that counts as work
 METRICS_TIMEOUT = 5.0  # seconds
+# Triton's error where an inference process (Triton's stub), named by model and instance, does not react for a second.
+UNHEALTHY = re.compile(r"Stub process '(\w+)_\d+_\d+' is not healthy")
 
 
 class Hanging(ServingError):
-    """A request was not answered in time, and a stub of the model that was asked did nothing meanwhile."""
+    """An inference process does not work: Triton reports it, or a request timed out and the process used no CPU time.
+
+    models: those whose processes may be the cause, in the order in which they are loaded.
+    """
+
+    def __init__(self, message: str, *models: str) -> None:
+        super().__init__(message)
+        self.models = list(models or (STUDENT, CLASSIFIER))
 
 
 class Busy(ServingError):
@@ -40,6 +49,10 @@ class Canary:
     def __init__(self, server: TritonServer, timeout: float) -> None:
         self.server = server
         self.timeout = timeout
+
+    def backend_failures(self) -> float:
+        """How many requests Triton has failed because of an inference process; bad requests are not counted."""
+        return self._counted("failure", 'reason="BACKEND"')
 
     def ask(self) -> None:
         """Ask both models of every release: a small network is asked nothing by its classifier.
@@ -57,7 +70,7 @@ class Canary:
             raise busy
 
     def _questions(self, client: Client) -> list[tuple[str, int, Callable[[], None]]]:
-        releases, url = self.server.releases, self.server.grpc_url
+        releases, url = self.server.releases, self.server.http_url
         return [
             *((CLASSIFIER, release.version, partial(check_golden, client, release)) for release in releases),
             *((STUDENT, release.version, partial(ask_student, url, release, self.timeout)) for release in releases),
@@ -85,6 +98,10 @@ class Canary:
             if work and others > 0:
                 raise Busy(f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}") from error
             raise
+        except Refused as error:
+            if unhealthy := UNHEALTHY.search(str(error)):
+                raise Hanging(str(error), unhealthy[1]) from error
+            raise
 
     def _processor_seconds(self, model: str, version: int) -> dict[int, float]:
         """Processor time so far of a version's stubs, by process id."""
@@ -96,7 +113,11 @@ class Canary:
         return found
 
     def _answered(self, model: str, version: int) -> float:
-        """How many requests Triton counts as answered by a version so far; 0 where it does not say."""
+        """How many requests Triton counts as answered by a version so far."""
+        return self._counted("success", f'model="{model}"', f'version="{version}"')
+
+    def _counted(self, result: str, *labels: str) -> float:
+        """Triton's number of requests with this result and these labels so far; 0 where the metrics are unavailable."""
         try:
             with urllib3.PoolManager(
                 timeout=METRICS_TIMEOUT, retries=False
@@ -104,6 +125,5 @@ class Canary:
                 shown = pool.request("GET", self.server.metrics_url).data.decode()
         except (urllib3.exceptions.HTTPError, UnicodeDecodeError):
             return 0.0
-        counted = re.findall(r"^nv_inference_request_success\{(.+)\} (\S+)$", shown, re.MULTILINE)
-        wanted = {f'model="{model}"', f'version="{version}"'}
-        return sum(float(value) for labels, value in counted if wanted <= set(labels.split(",")))
+        counted = re.findall(rf"^nv_inference_request_{result}\{{(.+)\}} (\S+)$", shown, re.MULTILINE)
+        return sum(float(value) for present, value in counted if set(labels) <= set(present.split(",")))

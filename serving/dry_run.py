@@ -1,7 +1,7 @@
-"""The golden requests of releases run through ONNX Runtime in a process of their own, before a server loads the graph.
+"""Dry run: the golden requests of releases run through ONNX Runtime alone, in a separate process.
 
-A graph can do worse than answer wrongly: it can end the process that runs it, or never end. Neither shall happen to a
-process that serves.
+It is the trial of a version where no second server can be started, and names the graph as the cause of a failed start.
+A graph can end the process that runs it, or never finish, so that process must not be one that serves.
 """
 
 from __future__ import annotations

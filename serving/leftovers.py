@@ -102,6 +102,14 @@ def stubs_of(prefix: str) -> list[tuple[psutil.Process, str, int]]:
     return found
 
 
+def is_stopped(process: psutil.Process) -> bool:
+    """Whether a process is stopped by a signal (SIGSTOP); a process that has exited is not."""
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _temporary(prefix: str) -> Iterator[Path]:
     for parent in {tempfile.gettempdir(), "/tmp"}:
         yield from Path(parent).glob(f"{prefix}*")

@@ -8,6 +8,7 @@ reads the new version policy, and what it has loaded already goes on as it is.
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from serving.errors import ServingError
@@ -70,3 +71,5 @@ def _link(source: Path, folder: Path, present: set[str], names: set[str]) -> Non
     for name in names - present:
         with contextlib.suppress(FileExistsError):
             (folder / name).symlink_to(source / name)
+    if names != present:
+        os.utime(folder, (0, 0))  # else a time from before the clock was set back would hide later changes from Triton

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from serving.errors import ServingError
 from serving.priority import stand_back
 
 POLL = 0.05  # seconds
+# Triton holds about 70 with two models on two cores, and one for each connection; at 64 it crashes while it starts.
+OPEN_FILES = 512
+
+
+def check_open_files() -> None:
+    """Raise ServingError where the limit of open files, which child processes inherit, is too small for Triton."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= limit < OPEN_FILES:  # RLIM_INFINITY is negative
+        raise ServingError(
+            f"the limit of open files (ulimit -n) is {limit}; Triton needs at least {OPEN_FILES}; "
+            f"raise it: ulimit -n {2 * OPEN_FILES}, or LimitNOFILE= of a systemd unit"
+        )
 
 
 def start_process(

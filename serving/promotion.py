@@ -66,13 +66,14 @@ def promote(
     servers: Sequence[RunningServer] | None = None,
     keep: int = KEPT,
     timeout: float = LOAD_TIMEOUT,
-    rehearsal: bool = True,
+    rehearsal: bool | None = True,
 ) -> Promotion:
     """Make a release the champion: an export folder, which is published first, or the number of a published version.
 
     servers: who serves the repository; None finds those of this user on this machine. keep: how many versions stay on
     disk, the served ones among them. timeout: seconds that a load may take. rehearsal: False tries the graph in ONNX
-    Runtime alone, where a second server does not fit on the machine. Afterwards the champion before is still
+    Runtime alone, where a second server does not fit on the machine; None compares the files' sha256 only, where the
+    caller has just tried the version. Afterwards the champion before is still
     loaded, for requests that name it and for a rollback at once. The champion itself is loaded by the servers that have
     it not, as after a promotion that was killed in its midst. An export that fails is withdrawn from the disk again, if
     it was not published before; what killed promotions left there goes first. Raises InputError for a version that is
@@ -173,12 +174,14 @@ def _champion_before(repository: Path) -> int:
     return (recorded or older)[-1]
 
 
-def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool) -> bool:
+def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> bool:
     """Whether a version that passed its trial did so on a server of its own. Raises PromotionError when it did not."""
     try:
         if rehearsal:
             return rehearse(repository, version, timeout)
-        dry_run(repository, [read_release(repository, version)], timeout)
+        release = read_release(repository, version)
+        if rehearsal is False:
+            dry_run(repository, [release], timeout)
         return False
     except ServingError as error:
         raise PromotionError(f"version {version} is not fit to serve, version {before} stays: {error}") from error

@@ -62,6 +62,11 @@ def champions(repository: Path) -> list[int]:
     return sorted(line)
 
 
+def ever_champion(repository: Path) -> set[int]:
+    """The versions that were champion at any time. Empty where no promotion was recorded."""
+    return {version for change in read_changes(repository) for version in (change.version, change.previous)}
+
+
 def _last_byte(path: str) -> bytes:
     with Path(path).open("rb") as stream:
         stream.seek(-1, os.SEEK_END)

@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 from serving.dry_run import dry_run
+from serving.golden import send_whole_batch
 from serving.installation import InstallationError, find_installation
 from serving.leftovers import new_prefix, runtime_folder
 from serving.model_config import CLASSIFIER, LABELS_NAME, STUDENT
 from serving.release import read_release
 from serving.server import TritonServer
-from serving.swap import ask_student
 from serving.version_policy import config_paths, serve_versions
 
 NICENESS = 5  # a champion may be serving on the same cores
@@ -24,7 +24,7 @@ def rehearse(root: Path, version: int, timeout: float) -> bool:
     """Serve one version of a repository alone, ask its golden requests, stop; nothing of it listens beyond loopback.
 
     Whether a server could be had: without a local Triton installation the graph is run in ONNX Runtime alone. timeout:
-    seconds for the graph's own run, and again for the server's start. Raises ServingError with what went wrong.
+    seconds for the server's start, or for the graph's own run. Raises ServingError with what went wrong.
     """
     try:
         find_installation()
@@ -44,8 +44,8 @@ def rehearse(root: Path, version: int, timeout: float) -> bool:
         server = TritonServer(stage, http_port=0, grpc_port=0, metrics_port=0, start_timeout=timeout, niceness=NICENESS)
         try:
             server.start()
-            # Here a whole batch harms nobody; in the champion's server it would hold up everyone else for its time.
-            ask_student(server.grpc_url, server.releases[-1], timeout, whole_batch=True)
+            # In the champion's server a whole batch would delay the requests of users.
+            send_whole_batch(server.http_url, server.releases[-1], timeout)
         finally:
             server.stop(at_once=True)
         return True

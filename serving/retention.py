@@ -1,6 +1,6 @@
-"""Which versions stay on disk: the newest few. What is not fit goes again, and so does what killed runs left.
+"""Retention: which versions stay on disk, and the removal of unfit ones and of what killed runs left.
 
-Whoever calls these functions holds the repository's lock.
+The caller holds the repository's lock.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from serving.errors import ServingError
 from serving.model_config import CLASSIFIER, STUDENT
+from serving.promotion_log import ever_champion
 from serving.version_policy import present_versions, served_versions
 
 # A version that was being written, replaced or removed: see serving.atomic, and `_remove` below.
@@ -20,10 +21,16 @@ LEFTOVER = re.compile(r"\.\d+\.(partial|old|removed)")
 
 
 def prune(repository: Path, keep: int) -> tuple[int, ...]:
-    """Delete the oldest versions that are not served, so that `keep` stay on disk; which they were."""
-    served = served_versions(repository, CLASSIFIER)
-    present = present_versions(repository)
+    """Delete the oldest versions that are not served, so that `keep` stay on disk; returns the deleted ones.
+
+    A version that was never champion, as a killed promotion leaves it, is deleted first once a newer champion exists.
+    Before that it may still be promoted, and is neither counted nor deleted.
+    """
+    served, tried = served_versions(repository, CLASSIFIER), ever_champion(repository)
+    present = [v for v in present_versions(repository) if v < served[-1] or v in {*served, *tried}]
     others = [version for version in present if version not in served]
+    if tried:  # empty where no promotion was recorded
+        others.sort(key=lambda version: (version in tried, version))
     removed = others[: max(0, len(present) - keep)]
     for version in removed:
         _remove(repository, version)

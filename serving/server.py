@@ -13,17 +13,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+import psutil
+
 from serving import priority
 from serving.arguments import admin_key, new_admin_key, triton_arguments
 from serving.client import Client
 from serving.dry_run import dry_run
 from serving.errors import ServingError
+from serving.golden import ask_student, check_golden
 from serving.installation import Installation, find_installation
-from serving.leftovers import new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
+from serving.leftovers import is_stopped, new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
 from serving.local_tree import link_tree
 from serving.logs import ServerLog
 from serving.ports import choose_ports
-from serving.process import POLL, end_process, start_process
+from serving.process import POLL, check_open_files, end_process, start_process
 from serving.release import Release, find_releases
 from serving.repository_lock import locked
 from serving.running import RunningServer, leave_note
@@ -33,6 +36,7 @@ from serving.watchdog import dismiss, start_watchdog
 GRACE = 10  # seconds that Triton grants running requests, and a dead stub, on SIGTERM
 KILL_AFTER = 5.0  # seconds more; a load that hangs makes Triton ignore SIGTERM
 CANARY_TIMEOUT = 60.0  # seconds
+DIAGNOSIS_TIMEOUT = 30.0  # seconds for ONNX Runtime, after a start that failed
 
 
 class TritonServer:
@@ -78,6 +82,7 @@ class TritonServer:
         self.example: Path | None = None  # a file with one golden image, while it runs
         self._forward = forward
         self._output: ServerLog | None = None
+        self._tail = ""  # of the log of the last run
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._running: RunningServer | None = None
@@ -113,19 +118,21 @@ class TritonServer:
         return self._running
 
     def start(self) -> TritonServer:
-        """Check everything, start the server, load both models and ask every release its golden requests.
+        """Check the files, start the server, load both models and send each the golden requests of every release.
 
         What killed runs left on this machine is cleared first; a promotion that is under way is waited for. Raises
-        ServingError, or a subclass, in one line; if the server itself failed, the end of its log follows. Raises OSError
-        where this machine lacks what a process needs: a place for temporary files, descriptors, memory.
+        ServingError, or a subclass, in one line; if the server itself failed, the end of its log follows, unless ONNX
+        Runtime rejects a graph by itself, which is then the error. Raises OSError where this machine lacks what a process
+        needs: a place for temporary files, memory.
         """
         if self._process:
             raise ServingError("this server runs already; stop it first")
         self._clear()  # what a stop that failed has left
+        self._tail = ""
+        check_open_files()
         key = admin_key() or new_admin_key()
         self.ports = choose_ports(self.host, self.ports)
         self.releases = find_releases(self.repository)
-        dry_run(self.repository, self.releases, self.start_timeout)
         installation = find_installation()
         sweep_dead_runs()
         comes_back = self._away is not None
@@ -135,20 +142,27 @@ class TritonServer:
                 self._launch(installation, key)
                 self._await_http()
                 self.canary()
-            except BaseException:
+            except BaseException as error:
                 self.stop(comes_back=comes_back)
+                if isinstance(error, ServingError):  # a fault of a graph has a shorter message than Triton's log
+                    dry_run(self.repository, self.releases, min(DIAGNOSIS_TIMEOUT, self.start_timeout))
                 raise
         return self
 
     def canary(self, timeout: float = CANARY_TIMEOUT) -> None:
-        """Ask every release its golden requests over HTTP. Raises ServingError when one is not answered rightly."""
+        """Send both models the golden requests of every release. Raises ServingError when an answer fails or is wrong."""
         with Client(self.http_url, timeout=timeout) as client:
             for release in self.releases:
-                check_golden(client, release)
+                check_golden(client, release, rest=False)
+                ask_student(self.http_url, release, timeout, rest=False)
 
     def stubs(self) -> Counter[tuple[str, int]]:
-        """How many stub processes live by model and version."""
-        return Counter((model, version) for _, model, version in stubs_of(self.prefix))
+        """How many inference processes (Triton's stubs) run by model and version; stopped ones are not counted."""
+        return Counter((model, version) for stub, model, version in stubs_of(self.prefix) if not is_stopped(stub))
+
+    def is_stopped(self) -> bool:
+        """Whether the server's process is stopped by a signal."""
+        return self._process is not None and is_stopped(psutil.Process(self._process.pid))
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the server to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
@@ -177,9 +191,9 @@ class TritonServer:
             self._clear()
 
     def log_tail(self) -> str:
-        """The last lines of what the server printed, empty when there are none."""
+        """The last lines that the server printed, after stop those of the last run; empty when there are none."""
         if self._output is None:
-            return ""
+            return self._tail
         if self.wait(0) is not None:
             self._output.drain()
         return self._output.tail()
@@ -204,7 +218,7 @@ class TritonServer:
             self._unswept.remove(prefix)
         if self._output:
             self._output.close()
-            self._output = None
+            self._tail, self._output = self._output.tail(), None
         if self._watchdog:
             dismiss(self._watchdog)
             self._watchdog = None
@@ -258,15 +272,6 @@ class TritonServer:
             if time.monotonic() > deadline:
                 waited = f"{self.start_timeout:.0f} s"
                 raise ServingError(f"the Triton server was not ready within {waited}:\n{self.log_tail()}")
-
-
-def check_golden(client: Client, release: Release) -> None:
-    """Ask a release its golden requests. Raises ServingError when one is not answered, or not rightly."""
-    for golden in priority.unhurried(release.golden):
-        answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
-        wrong = golden.difference(answer.indexes, answer.probabilities)
-        if wrong:
-            raise ServingError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
 
 
 def _answers(host: str, port: int) -> bool:

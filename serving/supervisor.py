@@ -1,13 +1,12 @@
-"""Keeps a server answering: starts it again when it dies, revives a model whose stub died, within bounds.
+"""Supervises a server: restarts it when it dies, and reloads a model whose inference process died, stopped or hangs.
 
-Triton never restarts a stub that died, and its model stays "ready" all the same. So two things are watched: whether
-every stub that should live does, each second, and what the server answers to its golden requests, from time to time.
+Triton never restarts an inference process (its "stub") that died, and the model stays "ready". So the supervisor checks
+every second that each expected process runs, and sends golden requests from time to time, sooner while requests fail.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,24 +17,25 @@ import psutil
 
 from serving.canary import Busy, Canary, Hanging
 from serving.errors import ServingError
-from serving.leftovers import stubs_of
+from serving.leftovers import is_stopped, stubs_of
 from serving.local_tree import refresh_trees
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import ModelControl
 from serving.release import Release, find_releases, instances
 from serving.repository_lock import RepositoryBusy, locked
 from serving.server import TritonServer
-from serving.version_policy import served_versions
+from serving.version_policy import mark_changed, served_versions
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How often a supervisor looks and how long it goes on, in seconds.
+    """Intervals and limits of a supervisor, in seconds.
 
-    canary_timeout is what a golden request may take; a second failure in a row counts, and none that load explains.
-    ending is what a stub that has been replaced gets to finish, before it is killed. After
-    `restarts` starts that were not followed by `stable` seconds of health it gives up, waiting between them twice as
-    long each time, from `first_delay` to `longest_delay`.
+    canary_timeout: limit of one golden request; the second failure in a row counts, and none that load explains.
+    ending: time that a replaced inference process gets to exit before it is killed. A server that ran for `served`
+    seconds is restarted at once. One that failed earlier, or did not start, is a failed start: after n of them in a row
+    the delay is first_delay * 2^(n-1), at most longest_delay, and after more than `restarts` (None: no limit) the
+    supervisor gives up.
     """
 
     poll: float = 1.0
@@ -45,8 +45,8 @@ class Patience:
     ending: float = 10.0
     first_delay: float = 1.0
     longest_delay: float = 30.0
-    stable: float = 120.0
-    restarts: int = 8
+    served: float = 5.0
+    restarts: int | None = 8
 
 
 class GivenUp(ServingError):
@@ -61,10 +61,13 @@ class Supervisor:
         self.report = report
         self.patience = patience or Patience()
         self._canary = Canary(server, self.patience.canary_timeout)
-        self._failures = 0
-        self._restarts = 0
+        self._failures = 0  # of the canary in a row
+        self._failed_starts = 0  # in a row
+        self._backend_failures = 0.0
+        self._suspicious = False  # requests failed since the last canary
+        self._server_stopped = False
         self._resting = 0.0  # until when no repair is tried, the last one having been impossible
-        self._healthy_since = self._asked = time.monotonic()
+        self._started = self._asked = time.monotonic()
         self._lacking: dict[tuple[str, int], int] = {}
         self._expected: dict[tuple[str, int], int] = {}
 
@@ -74,6 +77,13 @@ class Supervisor:
             ended = self.server.wait(self.patience.poll)
             if ended is not None or self.server.process_id is None:
                 self._restart(f"the Triton server ended by itself with status {ended}", stopping)
+                continue
+            before, self._server_stopped = self._server_stopped, self.server.is_stopped()
+            if self._server_stopped:
+                if (
+                    before
+                ):  # seen twice: when a suspended machine resumes, the processes do not resume in the same moment
+                    self._restart("the process of the Triton server is stopped (SIGSTOP)", stopping)
                 continue
             with contextlib.suppress(ServingError):  # the disk is gone: what was seen stays
                 refresh_trees(self.server.repository, self.server.prefix)  # for a promotion that cannot reach them
@@ -86,20 +96,19 @@ class Supervisor:
                 self._lacking = {}
             except (ServingError, OSError):  # the disk is gone: what is loaded answers on, and is still asked
                 self._ask_canary(stopping)
-            if time.monotonic() - self._healthy_since > self.patience.stable:
-                self._restarts = 0
 
     def _look(self, stopping: threading.Event) -> None:
         """One look at stubs and, when it is time, at answers."""
         self._learn_releases()
         lacking = self._count_lacking()
-        # Seen twice: a stub that has just been started, or that a load has just taken down, is no dead one.
+        # Seen twice, because a load has just started or ended a process.
         dead = sorted(place for place, number in lacking.items() if self._lacking.get(place) == number)
         self._lacking = lacking
         if dead and time.monotonic() > self._resting:
             self._lacking = {}
             names = ", ".join(f"{model} {version}" for model, version in dead)
-            self._heal(f"a stub of {names} died", sorted({model for model, _ in dead}, reverse=True), stopping)
+            models = sorted({model for model, _ in dead}, reverse=True)
+            self._heal(f"an inference process of {names} died or is stopped", models, stopping)
         else:
             self._ask_canary(stopping)
 
@@ -120,8 +129,11 @@ class Supervisor:
         return {place: wanted - living[place] for place, wanted in self._expected.items() if living[place] < wanted}
 
     def _ask_canary(self, stopping: threading.Event) -> None:
-        if time.monotonic() - self._asked < self.patience.canary_every * (0.2 if self._failures else 1):
+        before, self._backend_failures = self._backend_failures, self._canary.backend_failures()
+        self._suspicious |= self._failures > 0 or self._backend_failures > before
+        if time.monotonic() - self._asked < self.patience.canary_every * (0.2 if self._suspicious else 1):
             return
+        self._suspicious = False
         try:
             self._canary.ask()
             self._failures = 0
@@ -134,12 +146,12 @@ class Supervisor:
                 self.report(f"{error}; asking once more")
             else:
                 self._failures = 0
-                self._heal(str(error), [STUDENT, CLASSIFIER], stopping)
+                models = error.models if isinstance(error, Hanging) else [STUDENT, CLASSIFIER]
+                self._heal(str(error), models, stopping)
         self._asked = time.monotonic()
 
     def _heal(self, fault: str, models: list[str], stopping: threading.Event) -> None:
-        """Load models again, beside what still answers; where that does not help, start the server again."""
-        self._healthy_since = time.monotonic()
+        """Load models again, beside what still answers; where that does not help, restart the server."""
         try:
             # Their sha256 too: a load of other files would lose what still works.
             releases = find_releases(self.server.repository)
@@ -159,14 +171,13 @@ class Supervisor:
             with ModelControl(self.server.running, self.patience.load_timeout) as control:
                 for model in models:
                     _reload(control, self.server.repository, model, releases)
-            # Triton asks a stub to end; one that hangs never will.
-            for stub in psutil.wait_procs(replaced, self.patience.ending)[1]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    stub.kill()
             with contextlib.suppress(Busy):
                 self._canary.ask()
+            # Triton requests the old processes to exit; one that hangs or is stopped never does.
+            _kill([stub for stub in replaced if is_stopped(stub)])
+            _kill(psutil.wait_procs(replaced, self.patience.ending)[1])
             if lacking := self._count_lacking():
-                raise ServingError(f"stubs of {sorted(lacking)} are still missing")
+                raise ServingError(f"inference processes of {sorted(lacking)} are still missing")
         except (ServingError, OSError) as error:
             self._restart(f"loading again did not help: {error}", stopping)
             return
@@ -174,47 +185,60 @@ class Supervisor:
         self.report(f"{' and '.join(models)} answers again")
 
     def _restart(self, fault: str, stopping: threading.Event) -> None:
-        """Start the server again, on the same ports, after a pause. Raises GivenUp after too many tries.
+        """Kill what remains of the server and start it again on the same ports. Raises GivenUp after too many failed starts.
 
-        Descriptors, memory or the disk may be short for a while, which is no reason to end either.
+        A start may fail for lack of memory or disk space for a while, which ends the supervisor no sooner.
         """
-        tail = self.server.log_tail()
+        limit = self.patience.restarts
+        if time.monotonic() - self._started > self.patience.served:
+            self._failed_starts = -1  # this start has worked
         while not stopping.is_set():
-            if self._restarts >= self.patience.restarts:
+            self._failed_starts += 1
+            if limit is not None and self._failed_starts > limit:
                 with contextlib.suppress(OSError):
-                    self.server.stop()
-                raise GivenUp(f"{fault}; given up after {self._restarts} restarts" + (f":\n{tail}" if tail else ""))
+                    self.server.stop(at_once=True)
+                tail = self.server.log_tail()
+                raise GivenUp(f"{fault}; given up after {limit} restarts" + (f":\n{tail}" if tail else ""))
             delay = self._delay()
-            self._restarts += 1
-            self.report(f"{fault}; starting it again in {delay:g} s ({self._restarts} of {self.patience.restarts})")
-            with contextlib.suppress(OSError):  # the start goes on with what is left
-                self.server.stop(comes_back=True)
+            number = f"{self._failed_starts}" + ("" if limit is None else f" of {limit}")
+            self.report(f"{fault}; starting it again " + (f"in {delay:g} s ({number})" if delay else "at once"))
+            with contextlib.suppress(OSError):  # the next start clears what remains
+                self.server.stop(at_once=True, comes_back=True)
             if stopping.wait(delay):
                 return
             try:
                 self.server.start()
             except (ServingError, OSError) as error:
-                fault, _, tail = str(error).partition("\n")
+                fault = str(error).partition("\n")[0]
                 continue
-            self._failures, self._lacking = 0, {}
-            self._healthy_since = self._asked = time.monotonic()
+            self._failures, self._lacking, self._server_stopped, self._suspicious = 0, {}, False, False
+            self._backend_failures = 0.0
+            self._started = self._asked = time.monotonic()
             self.report(f"ready again at {self.server.http_url} {self.server.grpc_url}")
             return
 
     def _delay(self) -> float:
-        return min(self.patience.first_delay * 2**self._restarts, self.patience.longest_delay)
+        """Seconds before the next start: none after a start that worked."""
+        failed = self._failed_starts
+        return min(self.patience.first_delay * 2 ** (failed - 1), self.patience.longest_delay) if failed else 0.0
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _reload(control: ModelControl, root: Path, model: str, releases: list[Release]) -> None:
-    """Have Triton load a model's versions anew, the new ones before it lets the old ones go.
+    """Have Triton load a model's versions again, the new ones before it unloads the old ones.
 
-    It only does so where a model file has changed, so each is touched; where that is not allowed the model is unloaded
-    first, and requests are refused for a moment.
+    Triton does so only where a model file has changed, so each is marked as changed; where that is not permitted the
+    model is unloaded first, and requests fail for a moment.
     """
     touched = False
     with contextlib.suppress(OSError):
         for release in releases:
-            os.utime(root / model / str(release.version) / "model.py")
+            mark_changed(root, model, root / model / str(release.version) / "model.py")
             touched = True
     if not touched:
         control.unload(model)

@@ -11,19 +11,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from models.preprocess import preprocess
-from models.prior import softmax
 from serving.client import Client
 from serving.errors import ServingError
+from serving.golden import ask_student, check_golden
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import LoadTimeout, ModelControl
-from serving.priority import unhurried
 from serving.release import Release, read_release
 from serving.running import RunningServer
-from serving.server import check_golden
-from serving.transport import Transport
 from serving.version_policy import champion, serve_versions, served_versions
 
 
@@ -125,28 +119,3 @@ def _back(repository: Path, before: _Policies, controls: Sequence[ModelControl])
 def _load(controls: Sequence[ModelControl], model: str) -> None:
     for control in controls:
         control.load(model)
-
-
-def ask_student(url: str, release: Release, timeout: float, whole_batch: bool = False) -> None:
-    """Ask `student` of a release its golden requests, and with `whole_batch` one batch of as many rows as it takes.
-
-    Raises ServingError when it does not answer, or not rightly.
-    """
-    form, transport = release.manifest.image, Transport(url, timeout)
-    try:
-        for golden in unhurried(release.golden):
-            image = preprocess(golden.image_bytes(), form.size, form.resize_to)[None]
-            logits = _logits(transport, release.version, image, golden.strength)[0]
-            best = np.argsort(-logits, kind="stable")
-            wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
-            if wrong:
-                raise ServingError(f"student {release.version} answers a golden request wrongly: {wrong}")
-        if whole_batch:
-            _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
-    finally:
-        transport.close()
-
-
-def _logits(transport: Transport, version: int, images: np.ndarray, strength: float) -> np.ndarray:
-    inputs = {"image": images, "strength": np.full((len(images), 1), strength, dtype=np.float32)}
-    return transport.infer(STUDENT, inputs, {"logits": 0}, str(version))[0]["logits"]

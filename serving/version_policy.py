@@ -7,6 +7,8 @@ list and is loaded by no restart.
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -16,6 +18,7 @@ from serving.atomic import write_file
 from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT, RepositoryError, to_text
 
 CONFIG_NAME = "config.pbtxt"
+STEP_NS = 1_000_000  # a millisecond, which file systems that round times keep apart
 
 
 def config_paths(root: Path, model: str) -> list[Path]:
@@ -64,6 +67,18 @@ def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_st
             config.parameters["default_strength"].string_value = repr(default_strength)
         if config.SerializeToString(deterministic=True) != before:
             write_file(path, to_text(config))
+            mark_changed(root, model, path)
+
+
+def mark_changed(root: Path, model: str, path: Path) -> None:
+    """Give a file of a model a later modification time than every other file and folder of that model has.
+
+    Triton loads a model again only when the latest time of all its files has increased. After the system clock was set
+    back, a file that was just written would be older than the others, and every load without effect. Raises OSError.
+    """
+    latest = max(entry.lstat().st_mtime_ns for entry in (root / model).rglob("*"))
+    time_ns = max(time.time_ns(), latest + STEP_NS)
+    os.utime(path, ns=(time_ns, time_ns))
 
 
 def version_folders(root: Path, model: str) -> list[int]:

@@ -20,6 +20,7 @@ from serving.atomic import sync, write_file
 from serving.client import Client
 from serving.dry_run import dry_run
 from serving.errors import ServingError
+from serving.golden import check_golden
 from serving.manifest import Manifest, read_manifest
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.promotion import Promotion
@@ -30,7 +31,6 @@ from serving.repository import load_export, write_repository
 from serving.repository import publish as publish_version
 from serving.repository_lock import locked
 from serving.running import RunningServer, find_running, servers_at
-from serving.server import check_golden
 from serving.version_policy import served_versions, version_folders
 
 PAUSE = 0.5  # seconds between two rounds of golden requests of a watched version
@@ -147,7 +147,7 @@ def promote(
         return Promotion(version, 0, False, ())
     if version < champion.version:  # the very release that was rolled back from, or retrained away from, is best again
         return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
-    return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=False)
+    return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=None)
 
 
 def version_before(repository: Path) -> int | None:

@@ -16,7 +16,7 @@ from serving.errors import InputError
 from serving.example import curl_example
 from serving.server import GRACE, TritonServer
 from serving.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
-from serving.supervisor import Supervisor
+from serving.supervisor import Patience, Supervisor
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -53,6 +53,13 @@ def serve(
     grace: Annotated[
         int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is told to end.")
     ] = GRACE,
+    restarts: Annotated[
+        str,
+        typer.Option(
+            help="Give up after this many failed starts in a row; `unlimited` never gives up. A start whose server "
+            f"ran for {Patience.served:g} s has not failed."
+        ),
+    ] = str(Patience.restarts),
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Run the Triton server in the foreground until SIGTERM or Ctrl-C.
@@ -62,6 +69,7 @@ def serve(
     loads a model again whose process died. To load new versions meanwhile, use `tailor promote`; its key is
     TAILOR_ADMIN_KEY, where that is set.
     """
+    patience = Patience(restarts=_restarts(restarts))
     forward = None if quiet else sys.stderr
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
@@ -93,10 +101,19 @@ def serve(
     try:
         with server:
             _announce(server)
-            Supervisor(server, _report).run(stopping)
+            Supervisor(server, _report, patience).run(stopping)
     except Stopped:
         pass
     print("stopped", flush=True)
+
+
+def _restarts(text: str) -> int | None:
+    """The number of failed starts, None for no limit. Raises InputError."""
+    if text == "unlimited":
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise InputError(f"--restarts is {text!r}; expected 0, 1, 2, ... or unlimited")
+    return int(text)
 
 
 def _announce(server: TritonServer) -> None:

@@ -227,6 +227,28 @@ def test_champion_that_a_killed_promotion_told_no_server_of_is_loaded_when_it_is
         assert client.predict([picture(1)])[0].version == 2
 
 
+def test_versions_of_killed_promotions_do_not_displace_former_champions(
+    root: Path, exports: dict[int, Release]
+) -> None:
+    promote(root, exports[2].export_dir, rehearsal=False)
+    for number in (3, 4, 5):  # published by promotions that were killed then
+        assert publish(exports[number].export_dir, root) == number
+    assert promote(root, exports[6].export_dir, rehearsal=False, keep=4).removed == (3, 4)
+    assert [state.version for state in list_versions(root)] == [1, 2, 5, 6]
+    assert promote(root, exports[7].export_dir, rehearsal=False, keep=4).removed == (5,)
+    assert [state.version for state in list_versions(root)] == [1, 2, 6, 7]
+
+
+def test_version_that_may_still_be_promoted_is_neither_counted_nor_deleted(
+    root: Path, exports: dict[int, Release]
+) -> None:
+    for number in (2, 3, 4, 5):
+        assert publish(exports[number].export_dir, root) == number
+    assert promote(root, 2, rehearsal=False, keep=2).removed == ()
+    assert promote(root, 3, rehearsal=False, keep=2).removed == (1,)
+    assert [state.version for state in list_versions(root)] == [2, 3, 4, 5]
+
+
 def corrupt_graph(root: Path) -> None:
     path = root / "student" / "2" / "model.onnx"
     path.write_bytes(path.read_bytes()[:-40])

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import picture
 from serve_process import ANY_PORT, family, living, of_run, started_serve, triton_of
+from test_tailor_command import Tailor
 
 from serving.client import Client
 from serving.errors import ServingError
@@ -147,6 +148,40 @@ def test_serve_outlives_a_shortage_of_descriptors_when_its_server_dies(serving: 
     resource.prlimit(serving.pid, resource.RLIMIT_NOFILE, before)
     assert f"ready again at {http}" in serving.stderr.readline()
     assert_it_answers_and_ends_clean(serving, http)
+
+
+@pytest.mark.end_to_end
+def test_too_small_a_limit_of_open_files_is_one_line_before_triton_starts(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), *ANY_PORT]
+    command += ["--log", str(tmp_path / "triton.log")]
+    small = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *command]  # with 64, Triton crashes while it starts
+    ended = subprocess.run(small, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    [line] = ended.stderr.splitlines()
+    assert "open files (ulimit -n) is 64; Triton needs at least 512" in line
+    assert not (tmp_path / "triton.log").exists()
+
+
+@pytest.mark.parametrize("restarts", ["-1", "many", "1_0", ""])
+def test_number_of_restarts_that_is_none_is_misuse(tailor: Tailor, restarts: str) -> None:
+    ended = tailor("serve", f"--restarts={restarts}")
+    assert ended.returncode == 2
+    assert f"--restarts is {restarts!r}; expected 0, 1, 2, ... or unlimited" in ended.stderr
+
+
+@pytest.mark.end_to_end
+def test_server_that_an_operator_never_gives_up_counts_its_restarts_without_an_end(
+    repository: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(root), *ANY_PORT]
+    with subprocess.Popen([*command, "--quiet", "--restarts", "unlimited"], stdout=-1, stderr=-1, text=True) as serving:
+        serving.stdout.readline()
+        triton_of(serving).kill()
+        assert "starting it again in 1 s (1)\n" in serving.stderr.readline()
+        serving.send_signal(signal.SIGTERM)
+        serving.communicate(timeout=30)
+    assert serving.returncode == 0
 
 
 @pytest.mark.end_to_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
@@ -18,7 +19,8 @@ from tritonclient.utils import InferenceServerException
 
 from serving.client import Client
 from serving.errors import InputError, ServingError
-from serving.manifest import ManifestError
+from serving.manifest import MANIFEST_NAME, STUDENT_NAME, ManifestError, sha256_of
+from serving.model_config import RepositoryError
 from serving.repository import write_repository
 from serving.server import TritonServer
 from serving.version_policy import serve_versions
@@ -121,6 +123,30 @@ def test_tampered_graph_is_refused_before_anything_starts(repository: Path, tmp_
     with pytest.raises(ManifestError, match=r"model\.onnx: sha256 is"):
         server.start()
     assert server.process_id is None
+
+
+@pytest.mark.end_to_end
+def test_graph_that_does_not_load_is_the_error_instead_of_the_end_of_tritons_log(
+    release: Release, tmp_path: Path
+) -> None:
+    root = write_repository(release.export_dir, tmp_path / "repository")
+    cut_graph(root, release.export_dir / STUDENT_NAME)
+    server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0)
+    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime cannot run it") as caught:
+        server.start()
+    assert "\n" not in str(caught.value)
+    assert (server.process_id, shared_memory(server.prefix)) == (None, [])
+
+
+def cut_graph(root: Path, graph: Path) -> None:
+    """Cut the end of version 1's graph off, and have its manifests say so."""
+    path = root / "student" / "1" / "model.onnx"
+    path.write_bytes(graph.read_bytes()[:-40])
+    for model in ("student", "classifier"):
+        manifest = root / model / "1" / MANIFEST_NAME
+        content = json.loads(manifest.read_text())
+        content["files"][STUDENT_NAME] = sha256_of(path)
+        manifest.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("option", ["http_port", "grpc_port", "metrics_port"])

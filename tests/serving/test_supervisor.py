@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from conftest import picture
 from serving.client import Client
 from serving.errors import ServingError
 from serving.leftovers import SHARED_MEMORY, processes_of, stubs_of
+from serving.retries import Retries
 from serving.running import find_running
 from serving.server import TritonServer
 from serving.supervisor import GivenUp, Patience, Supervisor
@@ -33,15 +35,16 @@ IMPATIENT = Patience(
     longest_delay=1.0,
     restarts=2,
 )
+RECOVERY = 10.0  # seconds
 
 
 class Watched:
     """A server under a supervisor that runs in a thread, and what it reports."""
 
-    def __init__(self, root: Path, patience: Patience = IMPATIENT) -> None:
+    def __init__(self, root: Path, patience: Patience = IMPATIENT, server: TritonServer | None = None) -> None:
         self.root = root
         self.patience = patience
-        self.server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
+        self.server = (server or TritonServer(root, http_port=0, grpc_port=0, metrics_port=0)).start()
         self.reports: list[str] = []
         self.ended: BaseException | None = None
         self._stopping = threading.Event()
@@ -106,25 +109,121 @@ def test_dead_stubs_are_replaced_without_a_restart(watched: Watched) -> None:
     server = watched.server.process_id
     for model in ("classifier", "student"):
         watched.kill_stub(model)
-        watched.await_report(f"a stub of {model} 1 died; loading {model} again")
+        watched.await_report(f"an inference process of {model} 1 died or is stopped; loading {model} again")
         watched.await_report(f"{model} answers again")
         assert watched.answers() == 8
     assert watched.server.process_id == server
     watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
 
 
+@contextlib.contextmanager
+def failures_under_load(server: TritonServer) -> Iterator[list[float]]:
+    """The moments at which requests failed, while four callers send one after another without retries."""
+    over, failed = threading.Event(), []
+
+    def call(seed: int) -> None:
+        with Client(server.http_url, timeout=20, retries=Retries(attempts=1)) as client:
+            while not over.wait(0.1):
+                try:
+                    client.predict([picture(seed)])
+                except ServingError:
+                    failed.append(time.monotonic())
+
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(call, seed) for seed in range(4)]
+        try:
+            yield failed
+        finally:
+            over.set()
+    assert [call.exception() for call in calls] == [None] * 4
+
+
 @pytest.mark.parametrize("model", ["student", "classifier"])
-def test_stub_that_hangs_beside_one_that_answers_is_found_replaced_and_ended(watched: Watched, model: str) -> None:
-    hanging = watched.kill_stub(model, "suspend")
-    watched.await_report("; asking once more")
-    watched.await_report("student and classifier answers again")
-    assert watched.answers() == 8
-    assert not hanging.is_running() or hanging.status() == psutil.STATUS_ZOMBIE
-    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
+def test_stopped_inference_process_is_replaced_within_ten_seconds_and_ended(repository: Path, model: str) -> None:
+    watched = Watched(repository, Patience())
+    try:
+        with failures_under_load(watched.server) as failed:
+            stopped, moment = watched.kill_stub(model, "suspend"), time.monotonic()
+            watched.await_report(f"an inference process of {model} 1 died or is stopped; loading {model} again")
+            watched.await_report(f"{model} answers again")
+            time.sleep(3)
+        assert max(failed, default=moment) - moment < RECOVERY
+        assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
+        watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
+    finally:
+        watched.stop()
+
+
+def test_one_unhealthy_process_is_replaced_within_ten_seconds_though_it_is_not_stopped(
+    repository: Path, tmp_path: Path
+) -> None:
+    # As where its control group is frozen: Triton fails its requests with these words, and the process looks asleep.
+    root, chosen = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "chosen"
+    chosen.touch()
+    words = "Stub process 'classifier_0_0' is not healthy."
+    insert_at_execute(
+        root, "classifier", f"import os\n        if str(os.getpid()) in open({str(chosen)!r}).read(): 1 / 0"
+    )
+    path = root / "classifier" / "1" / "model.py"
+    path.write_text(path.read_text().replace("1 / 0", f"raise RuntimeError({words!r})"))
+    watched = Watched(root, Patience())
+    try:
+        with failures_under_load(watched.server) as failed:
+            unhealthy = next(stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "classifier")
+            chosen.write_text(str(unhealthy.pid))
+            moment = time.monotonic()
+            watched.await_report("is not healthy")
+            watched.await_report("classifier answers again")
+            time.sleep(3)
+        assert failed and max(failed) - moment < RECOVERY
+        assert not any("asking once more" in line for line in watched.reports), watched.reports
+    finally:
+        watched.stop()
+
+
+def test_stopped_server_is_killed_and_started_again_within_ten_seconds(repository: Path) -> None:
+    watched = Watched(repository, Patience())
+    try:
+        time.sleep(Patience.served)
+        psutil.Process(watched.server.process_id).suspend()
+        watched.await_report("is stopped (SIGSTOP); starting it again at once", 5)
+        watched.await_report("ready again at", RECOVERY)
+        assert watched.answers() == 8
+    finally:
+        watched.stop()
+
+
+def test_server_that_dies_again_and_again_but_serves_in_between_is_never_given_up(repository: Path) -> None:
+    watched = Watched(repository, replace(IMPATIENT, served=0.5))
+    try:
+        for death in range(1, 5):  # more than the two failed starts that are allowed
+            time.sleep(0.6)
+            psutil.Process(watched.server.process_id).kill()
+            watched.await_that(lambda death=death: sum("ready again" in line for line in watched.reports) == death)
+        assert watched.answers() == 8
+        assert [line.rpartition("; ")[2] for line in watched.reports[::2]] == ["starting it again at once"] * 4
+    finally:
+        watched.stop()
+
+
+def test_without_a_limit_of_restarts_a_server_is_started_again_after_any_number_of_failures(
+    repository: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    watched = Watched(root, replace(IMPATIENT, restarts=None, first_delay=0.01, longest_delay=0.02))
+    try:
+        away = root.rename(tmp_path / "away")
+        psutil.Process(watched.server.process_id).kill()
+        watched.await_report("starting it again in 0.02 s (20)")
+        away.rename(root)
+        watched.await_report("ready again at")
+        assert watched.answers() == 8
+    finally:
+        watched.stop()
 
 
 def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repository: Path, tmp_path: Path) -> None:
-    # Triton hears a stub's heart beat on: whoever asks once more is answered by the other instance.
+    # Triton receives the heartbeat of this process, and a second request is answered by the other instance.
     root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
     waiting.touch()
     hang = f"import os, time; str(os.getpid()) in open({str(waiting)!r}).read() and time.sleep(1000)"

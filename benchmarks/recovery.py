@@ -1,0 +1,102 @@
+"""What the death of Triton costs callers: `python -m benchmarks.recovery [--kills 5] [--rate 40]`.
+
+Serves an export with `tailor serve`, sends its classifier requests at a steady rate over HTTP without retries, and kills
+Triton again and again with SIGKILL. A recovery is the time from the kill to the last failed request's due time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from benchmarks.swaps import ask
+from serving.manifest import load_golden
+from serving.repository import write_repository
+from serving.retries import Retries
+
+GOAL = 4.0  # seconds
+SETTLING = 8.0  # seconds before a kill; above Patience.served, so that each start counts as one that worked
+LONGEST = 30.0  # seconds after a kill in which failures are attributed to it
+PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+
+
+def measure(export: Path, kills: int, rate: float, folder: Path) -> tuple[list[float], list[tuple[float, float, int]]]:
+    """The moments of the kills, and every request: due time, latency, version or 0; times in seconds, monotonic."""
+    root = write_repository(export, folder / "repository")
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(root), *PORTS, "--quiet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout is not None
+        url = serving.stdout.readline().split()[1]
+        load = [sys.executable, "-m", "benchmarks.recovery", "--ask", url, "--export", str(export), "--rate", str(rate)]
+        caller = subprocess.Popen(
+            load, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        moments = []
+        try:
+            for _ in range(kills):
+                time.sleep(SETTLING)
+                family = psutil.Process(serving.pid).children(recursive=True)
+                triton = next(process for process in family if process.name() == "tritonserver")
+                moments.append(time.monotonic())
+                triton.kill()
+                while serving.stdout and not _restarted(serving.pid, triton.pid):
+                    time.sleep(0.1)
+            time.sleep(SETTLING)
+            output, _ = caller.communicate()
+        finally:
+            caller.kill()
+            serving.terminate()
+            serving.stdout.read()
+    return moments, [tuple(row) for row in json.loads(output)]
+
+
+def _restarted(owner: int, killed: int) -> bool:
+    names = [(process.pid, process.name()) for process in psutil.Process(owner).children()]
+    return any(name == "tritonserver" and process != killed for process, name in names)
+
+
+def report(command: str, moments: list[float], asked: list[tuple[float, float, int]]) -> tuple[str, bool]:
+    """A text with the figures, and whether the median recovery reached the goal."""
+    failed = [due for due, _, version in asked if version == 0]
+    recoveries = [max([due - kill for due in failed if 0 <= due - kill < LONGEST], default=0.0) for kill in moments]
+    median = statistics.median(recoveries)
+    lines = [
+        f"`{command}`",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores; load average at the end {os.getloadavg()[0]:.2f}.",
+        f"{len(asked)} requests, {len(failed)} failed, {len(moments)} kills; seconds until the last failed request: "
+        f"{', '.join(f'{seconds:.1f}' for seconds in recoveries)}; median {median:.1f} (goal ≤ {GOAL:g}).",
+    ]
+    return "\n".join(lines), median <= GOAL
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recovery", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--export", type=Path, default=Path("artifacts/export"), help="default: %(default)s")
+    parser.add_argument("--kills", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rate", type=float, default=40.0, help="requests/s, default: %(default)s")
+    parser.add_argument("--ask", metavar="URL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ask:
+        return ask(options.ask, load_golden(options.export), options.rate, Retries(attempts=1))
+    with tempfile.TemporaryDirectory(prefix="tailor-recovery-") as folder:
+        found = measure(options.export.absolute(), options.kills, options.rate, Path(folder))
+    text, met = report(f"python -m benchmarks.recovery --kills {options.kills} --rate {options.rate:g}", *found)
+    print(text)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Golden requests sent to a running server: both models of a release must return the answers stored in its export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from models.preprocess import preprocess
+from models.prior import softmax
+from serving.client import Client
+from serving.errors import ServingError
+from serving.manifest import Golden
+from serving.model_config import STUDENT
+from serving.priority import unhurried
+from serving.release import Release
+from serving.transport import Transport
+
+
+def check_golden(client: Client, release: Release, rest: bool = True) -> None:
+    """Send the golden requests of a release to `classifier`. Raises ServingError when one fails or its answer is wrong.
+
+    rest: pause after each request, so that the requests of users get most of the server's time.
+    """
+    for golden in _paced(release.golden, rest):
+        answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
+        wrong = golden.difference(answer.indexes, answer.probabilities)
+        if wrong:
+            raise ServingError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
+
+
+def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -> None:
+    """Send the golden requests of a release to `student`, which a small network's classifier does not use.
+
+    Raises ServingError when one fails or its answer is wrong.
+    """
+    form, transport = release.manifest.image, Transport(url, timeout)
+    try:
+        for golden in _paced(release.golden, rest):
+            image = preprocess(golden.image_bytes(), form.size, form.resize_to)[None]
+            logits = _logits(transport, release.version, image, golden.strength)[0]
+            best = np.argsort(-logits, kind="stable")
+            wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
+            if wrong:
+                raise ServingError(f"student {release.version} answers a golden request wrongly: {wrong}")
+    finally:
+        transport.close()
+
+
+def send_whole_batch(url: str, release: Release, timeout: float) -> None:
+    """Send `student` a request of max_batch_size images. Raises ServingError when it fails."""
+    form, transport = release.manifest.image, Transport(url, timeout)
+    try:
+        image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to)[None]
+        _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
+    finally:
+        transport.close()
+
+
+def _paced(golden: list[Golden], rest: bool) -> Iterable[Golden]:
+    return unhurried(golden) if rest else golden
+
+
+def _logits(transport: Transport, version: int, images: np.ndarray, strength: float) -> np.ndarray:
+    inputs = {"image": images, "strength": np.full((len(images), 1), strength, dtype=np.float32)}
+    return transport.infer(STUDENT, inputs, {"logits": 0}, str(version))[0]["logits"]
