@@ -135,7 +135,7 @@ def ask_student(url: str, release: Release, timeout: float, whole_batch: bool = 
     form, transport = release.manifest.image, Transport(url, timeout)
     try:
         for golden in unhurried(release.golden):
-            image = preprocess(golden.image_bytes(), form.size, form.resize_to)[None]
+            image = preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
             best = np.argsort(-logits, kind="stable")
             wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
