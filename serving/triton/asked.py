@@ -108,7 +108,7 @@ class Reader:
         if text.startswith(b"["):
             return self.prior.log_target_prior(self.read_list(text, row, rows)), 1.0, "own"
         try:
-            strength = float(text) if len(text) <= NUMBER_BYTES else math.nan
+            strength = self.prior.parse_number(text.decode()) if len(text) <= NUMBER_BYTES else math.nan
         except ValueError:
             strength = math.nan
         if not abs(strength) <= LARGEST:  # nor where it is not a number
@@ -122,7 +122,7 @@ class Reader:
         if len(text) > limit:
             raise Refused("prior", f"{at(row, rows)}prior has {len(text)} bytes; expected at most {limit}")
         try:
-            numbers = np.asarray(json.loads(text), dtype=np.float64)
+            numbers = self.prior.check_numbers(json.loads(text))
         except (ValueError, TypeError, OverflowError, RecursionError):
             shown = ascii(text[:40].decode(errors="replace"))
             raise Refused("prior", f"{at(row, rows)}prior is {shown}, no list of numbers; {EXPECTED}") from None

@@ -213,6 +213,11 @@ def bad_prior_text(draw: random.Random) -> TensorRequest:
             ("nested", b"[[0.2, 0.2, 0.2, 0.2, 0.2]]"),
             ("deep", b"[" * draw.choice([50, 380, 100_000])),
             ("cut", b"[0.2, 0.2, 0.2"),
+            ("underscore", draw.choice([b"1_0", b"[0_1, 1, 0, 0, 0]"])),
+            ("other digits", "\u0661".encode()),
+            ("text in a list", b'["1", 0, 0, 0, 0]'),
+            ("boolean in a list", b"[true, 0, 0, 0, 0]"),
+            ("null in a list", b"[1, null, 0, 0, 0]"),
             ("no list", b'[{"ant": 1}, 0, 0, 0, 0]'),
             ("integer", b"[1" + b"0" * 360 + b"]"),
         ]
