@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,22 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 32 * 1024 * 1024
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 64
-# Encoders write about ten scans into a progressive JPEG. Each is a pass over all pixels and may take no more than ten
-# bytes, so that without a bound half a megabyte is a minute's work, and the largest file an hour's.
-MAX_SCANS = 100
+# Encoders write about ten scans into a progressive JPEG. Each is a pass over all pixels (1 ns a pixel) and may take no more
+# than ten bytes, so that without a bound half a megabyte is a minute's work, and the largest file an hour's.
+MAX_SCANS = 30
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
 # JPEG segments before the first scan, or PNG chunks: Pillow walks them in Python, and the largest file has room for
 # millions of empty ones.
-MAX_PARTS = 20_000
+MAX_PARTS = 5_000
+# Metadata that Pillow unpacks (3 ms a PNG chunk of 1 kB), copies (JPEG segments of EXIF, 64 kB each time) or walks in Python
+# (5 ms a segment of Photoshop's). Files have one or two of a kind; 500 kB of colour profiles took 1.3 s.
+MAX_METADATA = 8
+PNG_METADATA = (b"iCCP", b"zTXt", b"iTXt")
+JPEG_METADATA = ((0xE1, b"Exif\0\0"), (0xED, b"Photoshop"))
+MAX_TAGS = 1000  # of EXIF; 65,535 took 280 ms
+# A JPEG whose shorter side is at least 2 * ROOM times the one that is needed is decoded at 1/2, 1/4 or 1/8 of its size, which
+# leaves ROOM times as much (docs/serving-performance.md has what that changes).
+ROOM = 2
 WEBP_HEADER = 30  # bytes
 ORIENTATION = 0x0112  # the EXIF tag, and how to turn the picture upright for each of its values but 1
 # A marker of a JPEG stream that has a segment, or its end: no stuffed byte, no restart, no fill byte.
@@ -52,16 +62,19 @@ class ImageError(ValueError):
         self.kind = kind
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(
+    data: bytes, resize_to: int = 0, room: int = ROOM, allow: Callable[[int], None] | None = None
+) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an upright RGB image.
 
     The size is read from the header and bounded before any pixel is decoded. EXIF orientation is applied; grayscale,
     palette, CMYK and 16-bit images become 8-bit RGB (16-bit by its high byte). Of an animation the first frame is taken.
-    Raises ImageError otherwise.
+    resize_to: the shorter side that `resize` will make. A JPEG that is larger by far is then decoded at a fraction of its
+    size, never below room * resize_to, and comes resized to it; room 0: never. allow: called with the pixels that decoding
+    costs before it starts; may raise ImageError. Raises ImageError for what cannot be decoded.
     """
     with opened(data) as image:
-        image.load()
-        return to_rgb(upright(image))
+        return decoded(image, resize_to, room, allow)
 
 
 @contextlib.contextmanager
@@ -94,6 +107,27 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         raise ImageError("damaged", "is damaged or truncated: its pixels cannot be decoded") from None
 
 
+def decoded(
+    image: Image.Image, resize_to: int = 0, room: int = ROOM, allow: Callable[[int], None] | None = None
+) -> Image.Image:
+    """The pixels of an image that `opened` gives; see `decode`."""
+    width, height = image.size
+    pixels, box = width * height, None
+    if room * resize_to and image.format in ("JPEG", "MPO"):
+        drafted = image.draft(None, (room * resize_to, room * resize_to))
+        if drafted and image.size != (width, height):
+            # What is left is to read the coefficients: a quarter of the time at most, half where scans are many.
+            pixels, box = pixels // (2 if "progressive" in image.info else 4), drafted[1]
+    if allow:
+        allow(pixels)
+    image.load()
+    if box is None:
+        return to_rgb(upright(image))
+    # By the box, as the last row and column may stand for less than a whole pixel, which would shift all others.
+    size = scaled_size(width, height, resize_to)
+    return upright(to_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box), image)
+
+
 def check_size(width: int, height: int) -> None:
     """Refuse, by ImageError, an image whose header promises too many pixels or a shape that a resize would blow up."""
     if width * height > MAX_PIXELS:
@@ -110,22 +144,27 @@ def check_webp_canvas(data: bytes) -> None:
 
 
 def check_parts(data: bytes) -> None:
-    """Refuse, by ImageError, a file cut into so many pieces that only walking through them would take seconds."""
+    """Refuse, by ImageError, a file of so many pieces, or pieces of metadata, that walking through them would take seconds."""
     png = data[:8] == b"\x89PNG\r\n\x1a\n"
     if not png and data[:2] != b"\xff\xd8":
         return
-    place, parts = 8 if png else 2, 0
-    while parts <= MAX_PARTS and place < len(data):
+    place, parts, metadata = 8 if png else 2, 0, 0
+    while parts <= MAX_PARTS and metadata <= MAX_METADATA and place < len(data):
         if png:
+            metadata += data[place + 4 : place + 8] in PNG_METADATA
             place += 12 + int.from_bytes(data[place : place + 4], "big")
         else:
             found = MARKER.search(data, place)
             if not found or data[found.start() + 1] in (START_OF_SCAN, END_OF_IMAGE):
                 return
-            place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+            kind, start = data[found.start() + 1], found.end() + 2
+            metadata += any(kind == marker and data.startswith(name, start) for marker, name in JPEG_METADATA)
+            place = found.end() + int.from_bytes(data[found.end() : start], "big")
         parts += 1
     if parts > MAX_PARTS:
         raise ImageError("parts", f"is cut into more than {MAX_PARTS} parts; save it again")
+    if metadata > MAX_METADATA:
+        raise ImageError("parts", f"has more than {MAX_METADATA} parts of metadata; save it again without them")
 
 
 def check_scans(data: bytes, pixels: int) -> None:
@@ -149,10 +188,25 @@ def has_more_scans(data: bytes, most: int) -> bool:
     return scans > most or parts > MAX_PARTS
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation asks. The tag alone is read: other tags may be damaged, the pixels are not."""
-    turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+def upright(image: Image.Image, tagged: Image.Image | None = None) -> Image.Image:
+    """The image turned as the EXIF orientation of `tagged` (the image itself where not given) asks.
+
+    The tag alone is read: other tags may be damaged, the pixels are not. Raises ImageError for too many tags.
+    """
+    tagged = tagged or image
+    check_tags(tagged)
+    turn = UPRIGHT.get(tagged.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
+
+
+def check_tags(image: Image.Image) -> None:
+    """Refuse, by ImageError, EXIF with so many tags that reading them would take long."""
+    tiff = (image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+    start = int.from_bytes(tiff[4:8], order)
+    as_text = len(image.info.get("Raw profile type exif", ""))  # hexadecimal, in the text of a PNG; a tag has 12 bytes
+    if max(int.from_bytes(tiff[start : start + 2], order), as_text // 24) > MAX_TAGS:
+        raise ImageError("parts", f"has more than {MAX_TAGS} EXIF tags; save it again without them")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -186,6 +240,8 @@ def scaled_size(width: int, height: int, resize_to: int) -> tuple[int, int]:
     return max(resize_to, round(width * scale)), max(resize_to, round(height * scale))
 
 
-def preprocess(data: bytes, size: int, resize_to: int) -> NDArray[np.uint8]:
+def preprocess(
+    data: bytes, size: int, resize_to: int, room: int = ROOM, allow: Callable[[int], None] | None = None
+) -> NDArray[np.uint8]:
     """Encoded bytes to uint8 [3, size, size]: `decode`, then `resize`. Raises ImageError."""
-    return resize(decode(data), size, resize_to)
+    return resize(decode(data, resize_to, room, allow), size, resize_to)

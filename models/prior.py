@@ -6,6 +6,7 @@ torch tensors all the same, through the operators that both libraries share.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE | re.ASCII)
 MANY_ABOVE = 100
 FEW_BELOW = 20
 
@@ -69,6 +71,25 @@ def adjust_logits(logits: Any, log_prior: Any, strength: Any) -> Any:
     (0) to the training prior (1).
     """
     return logits + strength * log_prior
+
+
+def parse_number(text: str) -> float:
+    """A decimal number, nan or inf. Raises ValueError for what Python alone reads as one: 1_0, digits of other scripts."""
+    if not NUMBER.fullmatch(text):
+        raise ValueError("not a decimal number")
+    return float(text)
+
+
+def check_numbers(values: Any) -> Floats:
+    """A list or array of numbers as float64. Raises ValueError for text and booleans, which numpy would convert."""
+    given = values if isinstance(values, np.ndarray) else np.array(values, dtype=object)
+    if given.dtype.kind not in "iuf":
+        kinds = set(map(type, given.ravel().tolist()))
+        for kind in kinds:
+            if kind is bool or not issubclass(kind, int | float | np.integer | np.floating):
+                raise ValueError(f"holds a {kind.__name__}, which is not a number")
+    numbers: Floats = given.astype(np.float64)
+    return numbers
 
 
 def check_target_prior(prior: Any, classes: int) -> Floats:

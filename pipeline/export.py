@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import onnx
 import torch
 
 from models.cosine_classifier import ImageClassifier
+from models.preprocess import ROOM, ImageError, decode
 from models.prior import softmax
 from pipeline.artifacts import (
     EVALUATION,
@@ -48,6 +50,7 @@ from serving.manifest import (
     Golden,
     HalfPrecision,
     ImageFormat,
+    Limits,
     Manifest,
     sha256_of,
 )
@@ -140,15 +143,16 @@ def golden_answers(
 ) -> list[Golden]:
     """Requests whose answers are known: validation images at strength 0 and 1 in turn, answered by ONNX Runtime."""
     generator = np.random.default_rng(params.data.seed)
-    chosen = generator.permutation(len(examples))[: params.export.golden]
+    order = map(int, generator.permutation(len(examples)))
+    served = (example for example in order if _is_served(examples.encoded(example), params))
     golden = []
-    for number, example in enumerate(chosen):
+    for number, example in enumerate(islice(served, params.export.golden)):
         strength = float(number % 2)
         pixels = examples.pixels(torch.tensor([example])).numpy()
         logits = session.run(["logits"], {"image": pixels, "strength": np.array([[strength]], dtype=np.float32)})[0][0]
         probability = softmax(logits)
         index = np.argsort(-probability, kind="stable")[:best]
-        image = base64.b64encode(examples.encoded(int(example))).decode()
+        image = base64.b64encode(examples.encoded(example)).decode()
         golden.append(
             Golden(
                 image=image,
@@ -158,7 +162,26 @@ def golden_answers(
                 tolerance=tolerance,
             )
         )
+    if not golden:
+        raise StageError(
+            f"serving.image_pixels is {params.serving.image_pixels}, and every validation image has more; give a larger one"
+        )
     return golden
+
+
+def _is_served(data: bytes, params: Params) -> bool:
+    """Whether the classifier decodes an image: serving.image_pixels bounds it, above what training reads."""
+    most = min(params.serving.image_pixels, params.serving.request_pixels)
+
+    def allow(pixels: int) -> None:
+        if pixels > most:
+            raise ImageError("pixels", "is above the limit")
+
+    try:
+        decode(data, params.image.resize_to, allow=allow)
+    except ImageError:
+        return False
+    return True
 
 
 def build_manifest(
@@ -170,7 +193,7 @@ def build_manifest(
         classes=prior.classes,
         counts=prior.counts,
         log_prior=prior.log_prior,
-        image=ImageFormat(size=params.image.size, resize_to=params.image.resize_to),
+        image=ImageFormat(size=params.image.size, resize_to=params.image.resize_to, room=ROOM),
         feature_dim=model.feature_dim,
         tau_s=model.tau_s,
         strength=params.serving.strength,
@@ -183,6 +206,7 @@ def build_manifest(
         versions={name: version(name) for name in ("torch", "onnx", "onnxruntime")},
         metrics=metrics,
         half=HalfPrecision(**asdict(half)) if half else None,
+        limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
     )
 
 

@@ -1,8 +1,7 @@
 """Encoded images to the network's size, quickly: libjpeg-turbo through torchvision, reduced while decoding, or nvJPEG.
 
-`models.preprocess` is the reference, and what the server runs. Everything here is it to within one grey level of a few
-values, except where a picture is so large that decoding it at half size or less (never below twice the wanted side) is
-indistinguishable, and on the GPU, whose decoder rounds in its own way.
+`models.preprocess` is the reference, and what the server runs. Everything here is within one grey level of it, except on the
+GPU, whose decoder rounds in its own way and always decodes at full size.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.preprocess import ORIENTATION, UPRIGHT, opened, preprocess, scaled_size, to_rgb, upright
+from models.preprocess import ORIENTATION, ROOM, UPRIGHT, decoded, opened, preprocess, scaled_size
 from pipeline.params import ImageParams
-
-ROOM = 2  # a picture decoded at a fraction of its size keeps at least so many times the wanted side
 
 
 def exact(data: bytes, image: ImageParams) -> Tensor:
@@ -31,19 +28,15 @@ def exact(data: bytes, image: ImageParams) -> Tensor:
 def fast(data: bytes, image: ImageParams) -> Tensor:
     """uint8 [3,size,size], within a grey level of `exact`. Raises ImageError.
 
-    Of a plain JPEG pixels come from libjpeg-turbo in one go; of a very large one at 1/2, 1/4 or 1/8 of its size, where that
-    leaves ROOM; of everything else (PNG, WebP, CMYK) from Pillow. Resized by torch, on vectors.
+    Of a plain JPEG pixels come from libjpeg-turbo in one go; of one that `exact` decodes at a fraction of its size, and of
+    everything else (PNG, WebP, CMYK), from Pillow. Resized by torch, on vectors.
     """
     with opened(data) as picture:
-        room = ROOM * image.resize_to
-        large = picture.format == "JPEG" and min(picture.size) >= 2 * room
+        large = min(picture.size) >= 2 * ROOM * image.resize_to
         if is_plain_jpeg(picture) and not large and _torchvision() is not None:
             pixels = _libjpeg(data)
         else:
-            if large:
-                picture.draft("RGB", (room, room))
-            picture.load()
-            pixels = torch.from_numpy(np.array(to_rgb(upright(picture)))).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(decoded(picture, image.resize_to))).permute(2, 0, 1)
     return _cropped(pixels, image)
 
 

@@ -16,7 +16,8 @@ from serving.answers import ModelStatus, Prediction, Status
 from serving.calls import Answer, Call, Infer, ModelConfig, ModelMetadata, ServerMetadata
 from serving.errors import InputError, ServingError
 from serving.failures import Refused, foreign
-from serving.images import blank_image
+from serving.images import blank_image, header_pixels
+from serving.manifest import Limits
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.priors import Prior, as_text, parse_prior, vector_of
 
@@ -26,6 +27,7 @@ Steps = Generator[Sequence[Call], Sequence[Any], Result]
 OUTPUTS = {"class": 0, "index": 0, "probability": 0}
 # Bytes of images in one request; recent Triton servers refuse HTTP bodies above 64 MB.
 REQUEST_BYTES = 48 * 1024 * 1024
+REQUEST_PIXELS = Limits().request_pixels  # of images in one request, where the release has no limit of its own
 SERVE_AGAIN = "serve a repository that `dvc repro` wrote"
 
 
@@ -207,13 +209,16 @@ def classifier_call(encoded: Sequence[bytes], name: str, row: np.ndarray | None,
 
 
 def chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:
-    """Runs of images that one request takes: at most `rows`, and bounded in bytes."""
+    """Runs of images that one request takes: at most `rows`, and bounded in bytes and pixels."""
     chunk: list[bytes] = []
+    size = pixels = 0
     for data in encoded:
-        if chunk and (len(chunk) == rows or sum(map(len, chunk)) + len(data) > REQUEST_BYTES):
+        more = header_pixels(data) if len(encoded) > 1 else 0
+        if chunk and (len(chunk) == rows or size + len(data) > REQUEST_BYTES or pixels + more > REQUEST_PIXELS):
             yield chunk
-            chunk = []
+            chunk, size, pixels = [], 0, 0
         chunk.append(data)
+        size, pixels = size + len(data), pixels + more
     yield chunk
 
 

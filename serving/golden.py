@@ -37,7 +37,7 @@ def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -
     form, transport = release.manifest.image, Transport(url, timeout)
     try:
         for golden in _paced(release.golden, rest):
-            image = preprocess(golden.image_bytes(), form.size, form.resize_to)[None]
+            image = preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
             best = np.argsort(-logits, kind="stable")
             wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.preprocess import MAX_BYTES, ImageError, check_size, decode, to_rgb, upright
+from models.preprocess import MAX_BYTES, ImageError, check_size, decode, opened, to_rgb, upright
 from serving.errors import InputError
 
 ImageLike = bytes | bytearray | memoryview | str | Path | Image.Image | NDArray[np.uint8]
@@ -86,6 +86,15 @@ def image_files(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"{folder}: holds no image; expected files that end in {', '.join(SUFFIXES)}")
     return found
+
+
+def header_pixels(data: bytes) -> int:
+    """The pixels that an encoded image's header gives; 0 for a file that the server will refuse."""
+    try:
+        with opened(data) as image:
+            return image.width * image.height
+    except ImageError:
+        return 0
 
 
 def blank_image() -> bytes:

@@ -26,11 +26,24 @@ class ManifestError(ServingError, ValueError):
 
 
 class ImageFormat(BaseModel):
-    """How `models.preprocess` makes the network's input: shorter side to resize_to, centre crop of size (pixels)."""
+    """How `models.preprocess` makes the network's input: shorter side to resize_to, centre crop of size (pixels).
+
+    room: a large JPEG is decoded at a fraction of its size, never below room * resize_to; 0, as in exports from before this
+    was recorded, is never.
+    """
 
     model_config = ConfigDict(extra="forbid")
     size: int = Field(ge=1)
     resize_to: int = Field(ge=1)
+    room: int = Field(default=0, ge=0)
+
+
+class Limits(BaseModel):
+    """Pixels that the classifier decodes for an image and for all images of a request; a large JPEG counts a quarter."""
+
+    model_config = ConfigDict(extra="forbid")
+    image_pixels: int = Field(default=16_000_000, ge=1)
+    request_pixels: int = Field(default=25_000_000, ge=1)
 
 
 class HalfPrecision(BaseModel):
@@ -70,6 +83,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     metrics: dict[str, Any]
     half: HalfPrecision | None = None
+    limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _one_entry_per_class(self) -> Manifest:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.prior import Floats, check_target_prior
+from models.prior import Floats, check_numbers, check_target_prior, parse_number
 from serving.errors import InputError
 
 Prior = str | float | Path | Sequence[float] | NDArray[Any] | Mapping[str, float] | None
@@ -33,6 +33,8 @@ def parse_prior(prior: Prior) -> float | Floats | dict[str, float] | str | None:
     """
     if prior is None:
         return None
+    if isinstance(prior, bool | np.bool_):
+        raise InputError(f"prior is {prior}; {EXPECTED}")
     if isinstance(prior, int | float | np.number):
         return _strength(prior)
     if isinstance(prior, Mapping):
@@ -45,7 +47,7 @@ def parse_prior(prior: Prior) -> float | Floats | dict[str, float] | str | None:
         if prior == LIVE:
             return LIVE
         try:
-            return _strength(float(prior))
+            return _strength(parse_number(prior))
         except ValueError:
             pass
     return _read(Path(prior))
@@ -101,7 +103,7 @@ def _vector(values: object, source: str) -> Floats:
 
 def _numbers(values: object, source: str) -> Floats:
     try:
-        return np.asarray(values, dtype=np.float64)
+        return check_numbers(values)
     except (TypeError, ValueError):
         raise InputError(f"{source}: holds something that is not a number; expected one number per class") from None
     except OverflowError:
@@ -145,7 +147,7 @@ def _lines(text: str, path: Path) -> list[float]:
         if not line.strip():
             continue
         try:
-            numbers.append(float(line))
+            numbers.append(parse_number(line.strip()))
         except ValueError:
             raise InputError(f"{path}: line {number} is {line.strip()[:40]!r}; expected a number") from None
     return numbers

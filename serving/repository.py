@@ -8,7 +8,17 @@ from pathlib import Path
 
 from models import preprocess, prior
 from serving.atomic import whole_folder
-from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, check_file, load_golden, load_manifest
+from serving.manifest import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    STUDENT_NAME,
+    Manifest,
+    ManifestError,
+    check_file,
+    load_golden,
+    load_manifest,
+    read_manifest,
+)
 from serving.model_config import (
     CLASSIFIER,
     LABELS_NAME,
@@ -149,9 +159,12 @@ def _labels(manifest: Manifest) -> str:
 
 def _same_release(root: Path, version: int, manifest: Manifest) -> bool:
     """Whether both folders of a version are there and were written from an export with this manifest."""
-    wanted = manifest.model_copy(update={"version": version}).model_dump_json(indent=2).encode() + b"\n"
-    paths = [root / model / str(version) / MANIFEST_NAME for model in (STUDENT, CLASSIFIER)]
-    return all(path.is_file() and path.read_bytes() == wanted for path in paths)
+    wanted = manifest.model_copy(update={"version": version})
+    try:
+        # As read, because an older version wrote fewer keys.
+        return all(read_manifest(root / model / str(version)) == wanted for model in (STUDENT, CLASSIFIER))
+    except ManifestError:
+        return False
 
 
 def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> None:

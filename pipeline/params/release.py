@@ -47,10 +47,15 @@ class ExportParams(Section):
 
 
 class ServingParams(Section):
-    """Defaults of the served classifier: adjustment strength when a request names none, answers per image."""
+    """The served classifier: adjustment strength when a request names none, answers per image.
+
+    image_pixels, request_pixels: what it decodes for an image and for all images of a request; a large JPEG counts a quarter.
+    """
 
     strength: Annotated[Number, Field(allow_inf_nan=False)]
     top_k: PositiveInt
+    image_pixels: PositiveInt = 16_000_000
+    request_pixels: PositiveInt = 25_000_000
 
 
 class GateRule(Section):

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 
 from models.preprocess import decode
+from models.prior import parse_number
 from serving.answers import Prediction
 from serving.client import Client
 from serving.display import CSV_COLUMNS, as_rows
@@ -71,7 +72,7 @@ def own_prior(text: str) -> Prior:
         typed = json.loads(text)
     except ValueError:
         try:
-            return [float(word) for word in text.replace(",", " ").split()]
+            return [parse_number(word) for word in text.replace(",", " ").split()]
         except ValueError:
             raise InputError(
                 'your own prior is neither numbers nor JSON; expected for example 0.7, 0.2, 0.1 or {"cat": 0.7, "dog": 0.3}'

@@ -12,9 +12,9 @@ from collections import Counter
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Pixels that the images of one request may have together: a solid image of 50 megapixels is a file of a few kilobytes
-# and half a second's work, and a batch of them would keep every other caller waiting.
-MAX_REQUEST_PIXELS = 200_000_000
+# Pixels that are decoded for an image and for a request, where the manifest has no limits: a solid image of 16 megapixels
+# is a file of 34 bytes and 0.4 s of work, and a batch of them would keep every other caller waiting.
+IMAGE_PIXELS, REQUEST_PIXELS = 16_000_000, 25_000_000
 NUMBER_BYTES = 64  # of a number in the text of a prior, with what stands between two
 LARGEST = float(np.finfo(np.float32).max)  # of a strength, as what is not text has it
 STRENGTHS = {b"balanced": 0.0, b"train": 1.0}
@@ -50,6 +50,9 @@ class Reader:
         self.classes = len(manifest["classes"])
         self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
         self.size, self.resize_to = manifest["image"]["size"], manifest["image"]["resize_to"]
+        self.room, limits = manifest["image"].get("room", 0), manifest.get("limits", {})
+        self.image_pixels = limits.get("image_pixels", IMAGE_PIXELS)
+        self.request_pixels = limits.get("request_pixels", REQUEST_PIXELS)
         self.strength = float(manifest["strength"])
 
     def read(self, request):
@@ -105,7 +108,7 @@ class Reader:
         if text.startswith(b"["):
             return self.prior.log_target_prior(self.read_list(text, row, rows)), 1.0, "own"
         try:
-            strength = float(text) if len(text) <= NUMBER_BYTES else math.nan
+            strength = self.prior.parse_number(text.decode()) if len(text) <= NUMBER_BYTES else math.nan
         except ValueError:
             strength = math.nan
         if not abs(strength) <= LARGEST:  # nor where it is not a number
@@ -119,7 +122,7 @@ class Reader:
         if len(text) > limit:
             raise Refused("prior", f"{at(row, rows)}prior has {len(text)} bytes; expected at most {limit}")
         try:
-            numbers = np.asarray(json.loads(text), dtype=np.float64)
+            numbers = self.prior.check_numbers(json.loads(text))
         except (ValueError, TypeError, OverflowError, RecursionError):
             shown = ascii(text[:40].decode(errors="replace"))
             raise Refused("prior", f"{at(row, rows)}prior is {shown}, no list of numbers; {EXPECTED}") from None
@@ -136,21 +139,29 @@ class Reader:
             raise Refused(name, f"{at(row, rows)}{said}") from None
 
     def read_images(self, encoded):
-        """uint8 [n,3,S,S] of a request's encoded images. Raises Refused."""
-        images, pixels = [], 0
+        """uint8 [n,3,S,S] of a request's encoded images. Raises Refused, before an image above the limits is decoded."""
+        images, total = [], 0
+
+        def allow(pixels):
+            nonlocal total
+            total += pixels
+            if pixels > self.image_pixels:
+                raise self.preprocess.ImageError(
+                    "pixels", f"has {pixels} pixels to decode, above the limit of {self.image_pixels}; make it smaller"
+                )
+            if total > self.request_pixels:
+                raise self.preprocess.ImageError(
+                    "request_pixels",
+                    f"brings the request to {total} pixels, above the limit of {self.request_pixels}; "
+                    "send fewer images at once",
+                )
+
         for row, data in enumerate(encoded):
             try:
-                image = self.preprocess.decode(data)
-                pixels += image.width * image.height
-                if pixels > MAX_REQUEST_PIXELS:
-                    raise Refused(
-                        "request_pixels",
-                        f"{at(row, len(encoded))}image brings the request to {pixels} pixels, "
-                        f"above the limit of {MAX_REQUEST_PIXELS}; send fewer images at once",
-                    )
-                images.append(self.preprocess.resize(image, self.size, self.resize_to))
+                images.append(self.preprocess.preprocess(data, self.size, self.resize_to, self.room, allow))
             except self.preprocess.ImageError as error:
-                raise Refused(f"image_{error.kind}", f"{at(row, len(encoded))}image {error}") from None
+                reason = error.kind if error.kind == "request_pixels" else f"image_{error.kind}"
+                raise Refused(reason, f"{at(row, len(encoded))}image {error}") from None
             except MemoryError:
                 raise Refused(
                     "image_memory",

@@ -56,6 +56,6 @@ class LivePrior:
         if classes != self.classes:
             raise NoLivePrior(f"{NAME} is of other classes; {HINT}")
         try:
-            return self.arithmetic.check_target_prior(prior, len(self.classes))
-        except (ValueError, TypeError) as error:
+            return self.arithmetic.check_target_prior(self.arithmetic.check_numbers(prior), len(self.classes))
+        except (ValueError, TypeError, OverflowError) as error:
             raise NoLivePrior(f"{NAME}: {error}; {HINT}") from None

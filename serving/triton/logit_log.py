@@ -49,7 +49,8 @@ def open_logit_log(args, manifest, read_images, metrics):
     if limit < SMALLEST_LIMIT:
         raise ValueError(f"{LIMIT_VARIABLE} is {limit}; expected at least {SMALLEST_LIMIT} bytes")
     golden = Path(args["model_repository"], args["model_version"], "golden.json")
-    probes = read_images([base64.b64decode(entry["image"]) for entry in json.loads(golden.read_bytes())])
+    entries = json.loads(golden.read_bytes())
+    probes = np.concatenate([read_images([base64.b64decode(entry["image"])]) for entry in entries])
     about = {
         "tailor_logits": FORMAT,
         "version": args["model_version"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from models.preprocess import decode, preprocess, resize, to_rgb
+from models.preprocess import ImageError, decode, preprocess, resize, to_rgb
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (20, 28, 3), dtype=np.uint8)
@@ -157,3 +157,61 @@ def test_a_tiny_picture_is_enlarged():
     assert (
         preprocess(encode(np.full((1, 1, 3), 77, dtype=np.uint8)), 16, 20).tolist() == np.full((3, 16, 16), 77).tolist()
     )
+
+
+def photograph(width, height):
+    """Smooth light and fine grain, as a camera's."""
+    random = np.random.default_rng(width)
+    light = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    grain = random.normal(0, 8, (height, width, 3))
+    return Image.fromarray((np.asarray(light) + grain).clip(0, 255).astype(np.uint8))
+
+
+def apart(found, expected):
+    return np.abs(found.astype(int) - expected.astype(int))
+
+
+# 477 does not divide by 8: without Pillow's box the crop is half a pixel off, which an edge shows.
+@pytest.mark.parametrize("size", [(720, 477), (477, 720), (513, 515), (1201, 903)])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
+def test_a_large_jpeg_decoded_at_a_fraction_looks_as_decoded_whole(size, orientation):
+    data = oriented(photograph(*size), orientation, "JPEG", quality=92)
+    reduced, whole = preprocess(data, 56, 64), preprocess(data, 56, 64, room=0)
+    assert reduced.shape == whole.shape == (3, 56, 56)
+    assert apart(reduced, whole).mean() < 1.2 and apart(reduced, whole).max() <= 20
+    assert (apart(reduced, whole) > 0).any(), "decoded at a fraction, not whole"
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_large_jpeg_of_any_kind_is_decoded_at_a_fraction(mode, progressive):
+    data = encode(photograph(800, 600).convert(mode), "JPEG", quality=92, progressive=progressive)
+    assert 0 < apart(preprocess(data, 56, 64), preprocess(data, 56, 64, room=0)).mean() < 1.2
+
+
+@pytest.mark.parametrize(
+    ("size", "reduced"), [((128, 128), True), ((300, 128), True), ((300, 127), False), ((64, 40), False)]
+)
+def test_a_jpeg_is_decoded_at_a_fraction_only_where_twice_the_side_is_left(size, reduced):
+    data, seen = encode(photograph(*size), "JPEG"), []
+    found = preprocess(data, 32, 32, allow=seen.append)
+    assert seen == [size[0] * size[1] // (4 if reduced else 1)]
+    assert (not np.array_equal(found, preprocess(data, 32, 32, room=0))) == reduced
+
+
+def test_a_large_picture_of_another_format_is_decoded_whole():
+    for form in ("PNG", "WEBP"):
+        data = encode(photograph(400, 300), form)
+        assert np.array_equal(preprocess(data, 32, 32), preprocess(data, 32, 32, room=0))
+        assert decode(data, 32).size == (400, 300)
+
+
+def test_pixels_that_are_not_allowed_are_not_decoded(monkeypatch):
+    def refuse(pixels):
+        raise ImageError("pixels", f"has {pixels}")
+
+    encoded = [encode(photograph(400, 300), form) for form in ("PNG", "WEBP", "JPEG")]
+    monkeypatch.setattr(Image.Image, "load", None)
+    for data in encoded:
+        with pytest.raises(ImageError, match=r"has 120000$"):
+            preprocess(data, 200, 200, allow=refuse)

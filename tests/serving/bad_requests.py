@@ -99,6 +99,13 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
+def solid_webp(side: int) -> bytes:
+    """A lossless WebP of side x side pixels, all of one colour: 36 bytes."""
+    one = saved(Image.new("RGB", (1, 1), "red"), "WEBP", lossless=True)
+    sizes = int.from_bytes(one[21:25], "little") & ~(2**28 - 1) | (side - 1) | (side - 1) << 14
+    return one[:21] + sizes.to_bytes(4, "little") + one[25:]
+
+
 @cache
 def hostile_images() -> dict[str, bytes]:
     """Files that no decoder should be made to work on, by fault."""
@@ -128,10 +135,25 @@ def hostile_images() -> dict[str, bytes]:
         "many scans": progressive[:-2] + last_scan * 200 + progressive[-2:],
         "many segments": jpeg[:2] + b"\xff\xfe\0\2" * 30_000 + jpeg[2:],
         "many chunks": png[:33] + chunk(b"prVt", b"") * 30_000 + png[33:],
+        "49 megapixels in 36 bytes": solid_webp(7000),
+        "16 megapixels and one more row": saved(Image.new("1", (4000, 4001)), "PNG"),
+        "many profiles": png[:33] + chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(1_000_000))) * 500 + png[33:],
+        "many compressed texts": png[:33] + chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1_000_000))) * 60 + png[33:],
+        "many exif tags": png[:33] + chunk(b"eXIf", b"II*\0\x08\0\0\0\xff\xff" + bytes(786_424)) + png[33:],
+        "many exif segments": jpeg[:2] + (b"\xff\xe1\xf0\x02Exif\0\0" + bytes(61_434)) * 200 + jpeg[2:],
+        "many photoshop blocks": jpeg[:2]
+        + (b"\xff\xed\xef\xf8Photoshop 3.0\0" + b"8BIM\0\1\0\0\0\0\0\0" * 5118) * 9
+        + jpeg[2:],
         "wrong checksum": png[:40] + bytes([png[40] ^ 255]) + png[41:],
         "no pixels": png[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0)) + png[33:],
         "above the bytes of an image": jpeg + bytes(33 * 1024 * 1024),
     }
+
+
+def many_pixels(draw: random.Random) -> TensorRequest:
+    """Images that are each small enough, and together above the pixels of a request."""
+    images = [draw.choice([solid_webp(4000), saved(Image.new("1", (4000, 4000)), "PNG")]) for _ in range(2)]
+    return TensorRequest("image: 32 megapixels in two", "25000000", "classifier", classifier(images))
 
 
 def bad_image(draw: random.Random) -> TensorRequest:
@@ -191,6 +213,11 @@ def bad_prior_text(draw: random.Random) -> TensorRequest:
             ("nested", b"[[0.2, 0.2, 0.2, 0.2, 0.2]]"),
             ("deep", b"[" * draw.choice([50, 380, 100_000])),
             ("cut", b"[0.2, 0.2, 0.2"),
+            ("underscore", draw.choice([b"1_0", b"[0_1, 1, 0, 0, 0]"])),
+            ("other digits", "\u0661".encode()),
+            ("text in a list", b'["1", 0, 0, 0, 0]'),
+            ("boolean in a list", b"[true, 0, 0, 0, 0]"),
+            ("null in a list", b"[1, null, 0, 0, 0]"),
             ("no list", b'[{"ant": 1}, 0, 0, 0, 0]'),
             ("integer", b"[1" + b"0" * 360 + b"]"),
         ]
@@ -260,6 +287,7 @@ def bad_target(draw: random.Random) -> TensorRequest:
 TENSOR_FAULTS = [
     bad_image,
     bad_image,
+    many_pixels,
     damaged_image,
     bad_strength,
     bad_prior,

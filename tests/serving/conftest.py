@@ -22,7 +22,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from models.preprocess import preprocess
+from models.preprocess import ROOM, preprocess
 from models.prior import log_class_prior, softmax
 from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, sha256_of
 from serving.repository import write_repository
@@ -147,7 +147,7 @@ def write_export(folder: Path, version: int = 1) -> Manifest:
         classes=CLASSES,
         counts=COUNTS,
         log_prior=log_class_prior(COUNTS).tolist(),
-        image={"size": SIZE, "resize_to": SIZE},
+        image={"size": SIZE, "resize_to": SIZE, "room": ROOM},
         feature_dim=FEATURE_DIM,
         tau_s=TAU_S,
         strength=0.5,

@@ -86,6 +86,8 @@ def test_name_that_is_none_and_a_name_beside_numbers_are_refused(classifier: Any
         (content(format=2), "format is 2, expected 1"),
         (content(classes=CLASSES[::-1]), "live_prior.json is of other classes"),
         (content(prior=PRIOR[1:]), "live_prior.json: target_prior has shape [4]; expected 5 numbers"),
+        (content(prior=["1", 0, 0, 0, 0]), "live_prior.json: holds a str, which is not a number"),
+        (content(prior=[True, 0, 0, 0, 0]), "live_prior.json: holds a bool, which is not a number"),
         (content(prior=[2, 0, 0, 0, 0]), "live_prior.json: target_prior sums to 2"),
         (content(prior="many"), "live_prior.json: "),
     ],

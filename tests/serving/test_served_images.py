@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_requests import solid_webp
 from conftest import CLASSES, SIZE, TOP_K, Release, encode, picture
 from PIL import Image
 
-from models.preprocess import MAX_BYTES, MAX_PIXELS, preprocess
+from models.preprocess import MAX_BYTES, preprocess
 from serving.client import Client, read_image
 from serving.errors import InputError
 from serving.server import TritonServer
@@ -118,23 +120,57 @@ def test_server_refuses_what_the_client_would_have(server: TritonServer, name: s
         transport.close()
 
 
-@pytest.mark.slow
-@pytest.mark.end_to_end
-def test_request_has_at_most_200_million_pixels_however_small_its_files(server: TritonServer) -> None:
-    """Each image keeps within the bound of one; five of them together are above the bound of a request."""
-    image = saved(Image.new("L", (7000, 7000)), "PNG", compress_level=1)
-    assert MAX_PIXELS >= 7000 * 7000 and len(image) < 500_000
-    transport = Transport(server.grpc_url, timeout=60)
+def infer(url: str, *images: bytes) -> int:
+    """How many images were answered. Raises Refused."""
+    transport = Transport(url, timeout=60)
     try:
-        four, five = ({"image": np.array([[image]] * count, dtype=np.object_)} for count in (4, 5))
-        with pytest.raises(
-            Refused,
-            match="row 4: image brings the request to 245000000 pixels, above the limit of 200000000; send fewer images",
-        ):
-            transport.infer("classifier", five, {"index": 0})
-        assert transport.infer("classifier", four, {"index": 0})[0]["index"].shape == (4, TOP_K)
+        inputs = {"image": np.array([[image] for image in images], dtype=np.object_)}
+        return len(transport.infer("classifier", inputs, {"index": 0})[0]["index"])
     finally:
         transport.close()
+
+
+@pytest.mark.end_to_end
+def test_image_above_16_million_pixels_is_refused_before_it_is_decoded(server: TritonServer) -> None:
+    image = solid_webp(7000)
+    assert Image.open(io.BytesIO(image)).size == (7000, 7000) and len(image) <= 36
+    started = time.monotonic()
+    for _ in range(8):
+        with pytest.raises(
+            Refused, match="image has 49000000 pixels to decode, above the limit of 16000000; make it smaller"
+        ):
+            infer(server.grpc_url, image, image, image, image)
+    assert time.monotonic() - started < 0.6  # one of them took that long before
+
+
+@pytest.mark.end_to_end
+def test_request_has_at_most_25_million_pixels_however_small_its_files(server: TritonServer) -> None:
+    image = saved(Image.new("L", (3500, 3500)), "PNG", compress_level=1)
+    with pytest.raises(
+        Refused,
+        match="row 2: image brings the request to 36750000 pixels, above the limit of 25000000; send fewer images",
+    ):
+        infer(server.grpc_url, image, image, image)
+    assert infer(server.grpc_url, image, image) == 2
+
+
+@pytest.mark.end_to_end
+def test_large_jpeg_counts_a_quarter_as_it_is_decoded_at_a_fraction(server: TritonServer) -> None:
+    image = Image.new("L", (7000, 7000), 99)
+    photo, progressive = saved(image, "JPEG"), saved(image, "JPEG", progressive=True)
+    assert infer(server.grpc_url, photo, photo) == 2
+    with pytest.raises(Refused, match="row 2: image brings the request to 36750000 pixels"):
+        infer(server.grpc_url, photo, photo, photo)
+    with pytest.raises(Refused, match="image has 24500000 pixels to decode, above the limit of 16000000"):
+        infer(server.grpc_url, progressive)
+
+
+@pytest.mark.end_to_end
+def test_client_sends_images_above_the_limit_of_a_request_in_several(server: TritonServer) -> None:
+    images = [saved(Image.new("L", (3500, 3500), level), "PNG", compress_level=1) for level in (0, 100, 200)]
+    with Client(server.http_url) as client:
+        together, alone = client.predict(images), [client.predict([image])[0] for image in images]
+    assert [answer.indexes for answer in together] == [answer.indexes for answer in alone]
 
 
 def test_missing_file_folder_pipe_and_oversized_file_are_named(tmp_path: Path) -> None:
