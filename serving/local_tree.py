@@ -3,6 +3,9 @@
 Triton loads every version of a model anew when a file of the model has changed that is neither its config nor another
 version's, and takes the container's config.pbtxt for such a file. A swap writes both configs; without the one, Triton
 reads the new version policy, and what it has loaded already goes on as it is.
+
+A server with the compiled backend (serving/compiled_backend.py) reads the container's configs, and the tree lacks the
+local ones; other servers read the local configs.
 """
 
 from __future__ import annotations
@@ -10,11 +13,14 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
+
+from serving.compiled_backend import BACKEND
 from serving.errors import ServingError
 from serving.leftovers import runtime_folders
 from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT
 from serving.triton import live_prior
-from serving.version_policy import CONFIG_NAME
+from serving.version_policy import CONFIG_NAME, read_config
 
 TREE = "repository"
 
@@ -27,11 +33,12 @@ def link_tree(repository: Path, runtime: Path) -> Path:
     tree = runtime / TREE
     if tree.is_symlink():  # a server of an older Tailor
         return tree
+    compiled = runs_compiled(repository, runtime)
     try:
         for model in (STUDENT, CLASSIFIER):
             (tree / model).mkdir(parents=True, exist_ok=True)
             present = _names(tree / model)
-            _link(repository.absolute() / model, tree / model, present, _seen(repository / model))
+            _link(repository.absolute() / model, tree / model, present, _seen(repository / model, compiled))
         # A version of an older Tailor looks for it here. No link may lead nowhere: Triton would list no model then.
         present = _names(tree)
         prior = {live_prior.NAME} if (repository / live_prior.NAME).is_file() else set()
@@ -47,15 +54,26 @@ def refresh_trees(repository: Path, prefix: str) -> None:
         link_tree(repository, runtime)
 
 
+def runs_compiled(repository: Path, runtime: Path) -> bool:
+    """Whether the server of a runtime folder runs `student` in the compiled backend, which computes on the CPU alone.
+
+    Raises RepositoryError when the config of `student` cannot be read.
+    """
+    if not (runtime / "backends" / BACKEND).is_dir():
+        return False
+    groups = read_config(repository / STUDENT / CONFIG_NAME).instance_group
+    return all(group.kind == ModelInstanceGroup.Kind.KIND_CPU for group in groups)
+
+
 def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def _seen(folder: Path) -> set[str]:
+def _seen(folder: Path, compiled: bool) -> set[str]:
     """The names in a model's folder that the local server shall see; hidden is what is being written or removed."""
     names = {name for name in _names(folder) if not name.startswith(".")}
     if (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").is_file():
-        names.discard(CONFIG_NAME)
+        names.discard("configs" if compiled else CONFIG_NAME)
     return names
 
 
