@@ -18,7 +18,7 @@ from serving.errors import ServingError
 
 SOURCES = [Path(__file__).with_name("triton") / name for name in ("student_backend.cpp", "student_backend_api.h")]
 ONNXRUNTIME_NAME = "libonnxruntime.so."
-BACKEND = "onnxruntime"  # the `backend` of the config that a container reads
+BACKEND = "student"
 LIBRARY_NAME = f"libtriton_{BACKEND}.so"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra")
 COMPILE_TIMEOUT = 120.0  # seconds
@@ -53,7 +53,9 @@ def compiled_backend() -> Path:
     except OSError as error:
         raise NotCompiled(f"{error.filename}: {error.strerror}; set XDG_CACHE_HOME to a writable folder") from None
     if not os.access(library, os.X_OK):
-        raise NotCompiled(f"{library}: its file system is mounted noexec; set XDG_CACHE_HOME to a folder on another one")
+        raise NotCompiled(
+            f"{library}: its file system is mounted noexec; set XDG_CACHE_HOME to a folder on another one"
+        )
     return library
 
 
@@ -63,7 +65,9 @@ def _onnxruntime() -> dict[str, str]:
     folders = spec.submodule_search_locations if spec else None
     libraries = [path for folder in folders or () for path in Path(folder).glob(f"capi/{ONNXRUNTIME_NAME}*")]
     if len(libraries) != 1:
-        raise NotCompiled(f"the installed onnxruntime has {len(libraries)} files capi/{ONNXRUNTIME_NAME}*; expected one")
+        raise NotCompiled(
+            f"the installed onnxruntime has {len(libraries)} files capi/{ONNXRUNTIME_NAME}*; expected one"
+        )
     return {"ORT_LIBRARY": str(libraries[0]), "ORT_VERSION": libraries[0].name.removeprefix(ONNXRUNTIME_NAME)}
 
 

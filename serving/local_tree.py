@@ -4,23 +4,22 @@ Triton loads every version of a model anew when a file of the model has changed 
 version's, and takes the container's config.pbtxt for such a file. A swap writes both configs; without the one, Triton
 reads the new version policy, and what it has loaded already goes on as it is.
 
-A server with the compiled backend (serving/compiled_backend.py) reads the container's configs, and the tree lacks the
-local ones; other servers read the local configs.
+A repository does not assume that the compiled backend exists (serving/compiled_backend.py): for a server that has it the
+tree holds a config of `student` that names it, written from the local config.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
-
-from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
 from serving.compiled_backend import BACKEND
 from serving.errors import ServingError
 from serving.leftovers import runtime_folders
-from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT
+from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT, ModelConfig, to_text
 from serving.triton import live_prior
-from serving.version_policy import CONFIG_NAME, read_config
+from serving.version_policy import CONFIG_NAME, config_paths, read_config
 
 TREE = "repository"
 
@@ -33,12 +32,15 @@ def link_tree(repository: Path, runtime: Path) -> Path:
     tree = runtime / TREE
     if tree.is_symlink():  # a server of an older Tailor
         return tree
-    compiled = runs_compiled(repository, runtime)
     try:
         for model in (STUDENT, CLASSIFIER):
             (tree / model).mkdir(parents=True, exist_ok=True)
-            present = _names(tree / model)
-            _link(repository.absolute() / model, tree / model, present, _seen(repository / model, compiled))
+            present, names = _names(tree / model), _seen(repository / model)
+            if model == STUDENT and runs_compiled(repository, runtime):
+                _write_compiled_config(repository, runtime)
+                present.discard(CONFIG_NAME)
+                names.discard("configs")
+            _link(repository.absolute() / model, tree / model, present, names)
         # A version of an older Tailor looks for it here. No link may lead nowhere: Triton would list no model then.
         present = _names(tree)
         prior = {live_prior.NAME} if (repository / live_prior.NAME).is_file() else set()
@@ -61,19 +63,34 @@ def runs_compiled(repository: Path, runtime: Path) -> bool:
     """
     if not (runtime / "backends" / BACKEND).is_dir():
         return False
-    groups = read_config(repository / STUDENT / CONFIG_NAME).instance_group
-    return all(group.kind == ModelInstanceGroup.Kind.KIND_CPU for group in groups)
+    return _local_config(repository).parameters["execution_provider"].string_value == "CPUExecutionProvider"
+
+
+def _local_config(repository: Path) -> ModelConfig:
+    return read_config(config_paths(repository, STUDENT)[-1])
+
+
+def _write_compiled_config(repository: Path, runtime: Path) -> None:
+    """Write the config of `student` for the compiled backend into the tree; nothing is written where it has not changed."""
+    config, path = _local_config(repository), runtime / TREE / STUDENT / CONFIG_NAME
+    config.backend, config.default_model_filename = BACKEND, "model.onnx"
+    text = to_text(config)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        # Not beside it, where Triton would see one more file of the model; a supervisor and a promotion may both write.
+        partial = runtime / f"{CONFIG_NAME}.{os.getpid()}"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def _seen(folder: Path, compiled: bool) -> set[str]:
+def _seen(folder: Path) -> set[str]:
     """The names in a model's folder that the local server shall see; hidden is what is being written or removed."""
     names = {name for name in _names(folder) if not name.startswith(".")}
     if (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").is_file():
-        names.discard("configs" if compiled else CONFIG_NAME)
+        names.discard(CONFIG_NAME)
     return names
 
 

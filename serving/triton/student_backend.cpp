@@ -1,7 +1,7 @@
 // `student` for the local server on a CPU: runs model.onnx with ONNX Runtime inside the server process.
 //
 // serving/compiled_backend.py compiles it: ORT_LIBRARY is the path of the installed libonnxruntime.so, ORT_VERSION its
-// version. Same config, inputs and outputs as Triton's own onnxruntime backend; same error messages as student_model.py.
+// version. Inputs, outputs and error messages are those of student_model.py.
 
 #include "student_backend_api.h"
 
@@ -125,19 +125,33 @@ std::vector<char> read_graph(const std::string& folder, const std::string& versi
     return graph;
 }
 
-// The config's parameter intra_op_thread_count; 0 means the number of cores that this process may use.
-int thread_count(TRITONBACKEND_Model* triton_model) {
+// The number that JSON text begins with, in quotes or not; 0 where there is none.
+int number(const std::string& json) { return std::atoi(json.c_str() + (json[0] == '"' ? 1 : 0)); }
+
+// The model's config as JSON.
+std::string config_of(TRITONBACKEND_Model* triton_model) {
     TRITONSERVER_Message* message = nullptr;
     const char* text = nullptr;
     size_t size = 0;
     check(TRITONBACKEND_ModelConfig(triton_model, 1, &message));
     check(TRITONSERVER_MessageSerializeToJson(message, &text, &size));
-    const std::string parameter = after_key({text, size}, "intra_op_thread_count");
+    const std::string config(text, size);
     TRITONSERVER_MessageDelete(message);
-    const int threads = std::atoi(json_string(after_key(parameter, "string_value")).c_str());
+    return config;
+}
+
+// The cores that this process may use, which can be fewer than the machine has.
+int available_cores() {
     cpu_set_t cores;
-    if (threads > 0 || sched_getaffinity(0, sizeof cores, &cores) != 0) return std::max(threads, 1);
-    return CPU_COUNT(&cores);
+    return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
+}
+
+void create_session(const std::vector<char>& graph, int threads, Owned<OrtSession>& session) {
+    Owned<OrtSessionOptions> options(ort->ReleaseSessionOptions);
+    check(ort->CreateSessionOptions(&options.value));
+    check(ort->SetIntraOpNumThreads(options.value, threads));
+    check(ort->AddSessionConfigEntry(options.value, "session.intra_op.spin_duration_us", SPIN_MICROSECONDS));
+    check(ort->CreateSessionFromArray(environment, graph.data(), graph.size(), options.value, &session.value));
 }
 
 // The rows of all usable requests of a batch.
@@ -159,7 +173,9 @@ struct Model {
     explicit Model(TRITONBACKEND_Model* triton_model);
     std::vector<Output> run(Batch& batch);
 
-    Owned<OrtSession> session{ort->ReleaseSession}, whole{ort->ReleaseSession};
+    // A run on its own takes every core, so that a lone request is answered soonest. Beside another run each takes its
+    // share: a small network loses a third of its throughput when two runs compete for the threads of one session.
+    Owned<OrtSession> alone{ort->ReleaseSession}, shared{ort->ReleaseSession};
     std::atomic<int> running{0};
     Shape image_shape;       // of one row
     size_t image_bytes = 1;  // of one row
@@ -185,25 +201,20 @@ Model::Model(TRITONBACKEND_Model* triton_model) {
     uint64_t version = 0;
     check(TRITONBACKEND_ModelRepository(triton_model, &artifact_type, &location));
     check(TRITONBACKEND_ModelVersion(triton_model, &version));
-    const std::string number = std::to_string(version);
-    const std::vector<char> graph = read_graph(std::string(location) + "/" + number, number);
-    const char* form = getenv("TRY_FORM");
-    std::string f = form ? form : "all";
-    auto make = [&](int threads, Owned<OrtSession>& session) {
-    Owned<OrtSessionOptions> options(ort->ReleaseSessionOptions);
-    check(ort->CreateSessionOptions(&options.value));
-    check(ort->SetIntraOpNumThreads(options.value, threads));
-    check(ort->AddSessionConfigEntry(options.value, "session.intra_op.spin_duration_us", getenv("TRY_SPIN") ? getenv("TRY_SPIN") : SPIN_MICROSECONDS));
-    check(ort->CreateSessionFromArray(environment, graph.data(), graph.size(), options.value, &session.value));
-    };
-    if (f == "all") make(thread_count(triton_model), session);
-    else if (f == "one") make(1, session);
-    else { make(1, session); make(thread_count(triton_model), whole); }
-    image_shape = row_shape(session.value);
+    const std::string name = std::to_string(version);
+    const std::vector<char> graph = read_graph(std::string(location) + "/" + name, name);
+    const std::string config = config_of(triton_model);
+    const int threads = number(after_key(after_key(config, "intra_op_thread_count"), "string_value"));
+    const int instances = number(after_key(after_key(config, "instance_group"), "count"));
+    const int cores = available_cores();
+    create_session(graph, threads > 0 ? threads : cores, alone);
+    if (threads == 0 && instances > 1 && cores > 1) create_session(graph, std::max(1, cores / instances), shared);
+    image_shape = row_shape(alone.value);
     for (int64_t side : image_shape) image_bytes *= side;
-    // The first run lays a session's memory out.
+    // The first run lays a session's memory out; the second is one beside another.
     Batch empty{std::vector<uint8_t>(image_bytes), {0.0f}, {std::begin(OUTPUTS), std::end(OUTPUTS)}};
-    run(empty);
+    for (running = 0; running < 2; ++running) run(empty);
+    running = 0;
 }
 
 // The outputs of one run. Throws what ONNX Runtime reports.
@@ -220,9 +231,10 @@ std::vector<Output> Model::run(Batch& batch) {
         &strength.value));
     const OrtValue* const inputs[] = {image.value, strength.value};
     std::vector<OrtValue*> values(batch.outputs.size(), nullptr);
-    const bool alone = running++ == 0;
+    const bool others = running++ > 0;
+    OrtSession* session = others && shared.value != nullptr ? shared.value : alone.value;
     OrtStatus* status = ort->Run(
-        alone && whole.value ? whole.value : session.value, nullptr, INPUTS, inputs, 2, batch.outputs.data(), values.size(), values.data());
+        session, nullptr, INPUTS, inputs, 2, batch.outputs.data(), values.size(), values.data());
     running--;
     check(status);
     std::vector<Output> outputs;

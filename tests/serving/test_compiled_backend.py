@@ -49,7 +49,9 @@ def transport(server: TritonServer, request: pytest.FixtureRequest) -> Transport
 def counts_of(server: TritonServer, version: str = "1") -> dict[str, int]:
     """Triton's counters of `student`."""
     labels = f'{{model="student",version="{version}"}}'
-    lines = re.findall(rf"^(nv_inference_\w+){re.escape(labels)} (\d+)$", metrics_text(server.metrics_url), re.MULTILINE)
+    lines = re.findall(
+        rf"^(nv_inference_\w+){re.escape(labels)} (\d+)$", metrics_text(server.metrics_url), re.MULTILINE
+    )
     return {name: int(value) for name, value in lines}
 
 
@@ -161,7 +163,7 @@ def test_library_is_compiled_once_for_each_compiler(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("CXX", str(compiler(tmp_path, counting)))
     first = compiled_backend()
     assert compiled_backend() == first and first.is_relative_to(tmp_path / "cache" / "tailor")
-    assert [path.name for path in first.parent.iterdir()] == ["libtriton_onnxruntime.so"]
+    assert [path.name for path in first.parent.iterdir()] == ["libtriton_student.so"]
     assert (tmp_path / "runs").read_text() == "run\n"
     compiler(tmp_path, counting.replace("echo 1", "echo 2"))
     assert compiled_backend() != first
@@ -170,7 +172,10 @@ def test_library_is_compiled_once_for_each_compiler(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ('[ "$1" = --version ] && exit; echo "a.cpp: note" >&2; echo "a.cpp: error: no\nway" >&2; exit 1', "a.cpp: error: no"),
+        (
+            '[ "$1" = --version ] && exit; echo "a.cpp: note" >&2; echo "a.cpp: error: no\nway" >&2; exit 1',
+            "a.cpp: error: no",
+        ),
         ("exit 3", "compiler: "),
     ],
 )
