@@ -21,8 +21,8 @@ from serving.errors import ServingError
 from serving.installation import Installation, find_installation
 from serving.leftovers import new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
 from serving.local_tree import link_tree, runs_compiled
-from serving.model_config import CLASSIFIER, STUDENT
 from serving.logs import ServerLog
+from serving.model_config import CLASSIFIER, STUDENT
 from serving.ports import choose_ports
 from serving.process import POLL, end_process, start_process
 from serving.release import Release, find_releases

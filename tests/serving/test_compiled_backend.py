@@ -126,7 +126,7 @@ def test_changed_graph_is_not_loaded_and_the_loaded_one_answers(
         with pytest.raises(ServingError, match=refused):
             control.load("student")
         path.unlink()
-        with pytest.raises(ServingError, match="student/1/model.onnx: No such file or directory; write the version"):
+        with pytest.raises(ServingError, match=r"student/1/model\.onnx: No such file or directory; write the version"):
             control.load("student")
     transport, inputs = Transport(serving.http_url, timeout=30), inputs_of(2)
     answered, _ = transport.infer("student", inputs, {"logits": 0})
@@ -159,7 +159,10 @@ def compiler(folder: Path, body: str) -> Path:
 
 def test_library_is_compiled_once_for_each_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    counting = f'[ "$1" = --version ] && echo 1 && exit; echo run >> {tmp_path}/runs; for last; do :; done; echo x > "$last"; chmod 700 "$last"'
+    counting = f'''[ "$1" = --version ] && echo 1 && exit
+echo run >> {tmp_path}/runs
+for last; do :; done
+echo a library > "$last" && chmod 700 "$last"'''
     monkeypatch.setenv("CXX", str(compiler(tmp_path, counting)))
     first = compiled_backend()
     assert compiled_backend() == first and first.is_relative_to(tmp_path / "cache" / "tailor")
@@ -191,7 +194,7 @@ def test_failing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(NotCompiled, match="file/tailor.*: Not a directory; set XDG_CACHE_HOME to a writable folder"):
+    with pytest.raises(NotCompiled, match=r"file/tailor.*: Not a directory; set XDG_CACHE_HOME to a writable folder"):
         compiled_backend()
 
 
