@@ -51,7 +51,7 @@ def send_whole_batch(url: str, release: Release, timeout: float) -> None:
     """Send `student` a request of max_batch_size images. Raises ServingError when it fails."""
     form, transport = release.manifest.image, Transport(url, timeout)
     try:
-        image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to)[None]
+        image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to, form.room)[None]
         _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
     finally:
         transport.close()
