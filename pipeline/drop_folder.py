@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import sys
 import time
@@ -18,11 +17,12 @@ from pipeline.sources.folder import IMAGE_SUFFIXES
 from pipeline.sources.shards import RowGroups, Shard
 from pipeline.sources.source import BadImageError, read_image_file, reading_order
 from pipeline.sources.storage import Storage
+from pipeline.sources.table import WHOLE_NUMBER
+from serving.bounded_parquet import MIB, MemoryLimit
 
 MARKER = ".complete"
-MAX_CSV_BYTES = 256 * 1024 * 1024  # read whole
+ROW_BYTES = 1024  # that a DropRow of a table takes, with its name, its path and what reads it
 LONGEST_PATH = 200  # characters of one that are told
-WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it
 TABLE_SUFFIXES = {".csv", ".parquet"}
 Stamp = tuple[int, int, int]  # inode, bytes, time of change of the content in nanoseconds
 
@@ -85,7 +85,9 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
         if table not in waiting:
             rows, named = _table_rows(root, table, params)
             claimed |= named
-            if named & waiting:
+            # Many small tables of many rows: what does not fit beside the others is read in the next run.
+            full = drop.rows and (len(drop.rows) + len(rows)) * ROW_BYTES > params.max_table_mib * MIB
+            if named & waiting or full:
                 waiting |= named | {table}
             else:
                 drop.rows += rows
@@ -207,13 +209,10 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
     columns = params.columns
     if problem := _problem(root, table):
         return [DropRow(table.name, None, partial(read_image_file, table), table, problem)], set()
-    size = table.stat().st_size
-    if table.suffix.lower() == ".csv" and size > MAX_CSV_BYTES:
-        said = f"{table}: has {size} bytes, above the limit of {MAX_CSV_BYTES} of a CSV file; write it as Parquet"
-        return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", said))], set()
+    limit = _limit(params)
     try:
-        shard = Shard(Storage(str(root)), table.name, text=[columns.label, columns.path])
-        column = columns.image if columns.image in shard.schema.names else columns.path
+        shard = Shard(Storage(str(root)), table.name, [columns.label, columns.path], limit)
+        column = columns.image if columns.image in shard.names else columns.path
         shard.check_column(column)
         labels = shard.column(columns.label).to_pylist()
         paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
@@ -232,6 +231,10 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
         read = partial(read_image_file, file) if file else partial(_cell, images, shard, index)
         rows.append(DropRow(f"{table.name}#{index}", _label(label, as_text), read, file, problem))
     return rows, named
+
+
+def _limit(params: IngestParams) -> MemoryLimit:
+    return MemoryLimit(params.max_table_mib, "ingest.max_table_mib", ROW_BYTES)
 
 
 def _label(value: object, as_text: bool) -> str | int | None:

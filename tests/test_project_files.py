@@ -36,6 +36,8 @@ PLUMBING = {
     "pipeline.training_state",
     "pipeline.watch",
     "serving.atomic",
+    "serving.bounded_parquet",
+    "serving.terminal",
     "serving.errors",
 }
 READ_BACK = {"pipeline.prior", "pipeline.sources"}

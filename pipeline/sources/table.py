@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -11,9 +12,21 @@ import pyarrow as pa
 
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import TableParams
-from pipeline.sources.shards import CACHE_BYTES, CLASSES_KEY, ORIGIN_KEY, RowGroups, Shard, open_shards, row_groups
+from pipeline.sources.shards import (
+    CACHE_BYTES,
+    CLASSES_KEY,
+    LIMIT,
+    ORIGIN_KEY,
+    RowGroups,
+    Shard,
+    open_shards,
+    row_groups,
+)
 from pipeline.sources.source import BadImageError, Groups, Row, in_parts
 from pipeline.sources.storage import Storage, is_address
+from serving.bounded_parquet import MemoryLimit
+
+WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it: `007` is a name
 
 
 class TableReader:
@@ -30,8 +43,11 @@ class TableReader:
         self._storage, self._params = Storage(location), params
         files = {"train": params.train, "validation": params.validation, "test": params.test}
         columns = [column for column in (params.image, params.path, params.label, params.id) if column]
+        limit = MemoryLimit(params.max_mib, LIMIT.key)
         self._splits = {
-            split: open_shards(self._storage, names, columns) for split, names in files.items() if names is not None
+            split: open_shards(self._storage, names, columns, limit)
+            for split, names in files.items()
+            if names is not None
         }
         self._shards = {shard.name: shard for shards in self._splits.values() for shard in shards}
         self._images = RowGroups(params.image or params.path or "", cache_bytes)
@@ -90,8 +106,19 @@ class TableSource(TableReader):
                 or pa.types.is_large_string(column.type)
             ):
                 raise DataError(f"{where} is {column.type}; expected integers or text")
-            labels += column.to_pylist()
+            labels += self._typed(column.to_pylist(), where, shard.name.lower().endswith(".csv"))
         return labels
+
+    def _typed(self, labels: list, where: str, as_csv: bool) -> list[int] | list[str]:
+        """Labels as data.table.label_type reads them. Cells of a CSV file are text, and integers only where params say so."""
+        kind = self._params.label_type
+        if kind == "text":
+            return [str(label) for label in labels]
+        if kind == "auto" and not (as_csv and self._params.class_names):
+            return labels
+        if wrong := next((label for label in labels if not WHOLE_NUMBER.fullmatch(str(label))), None):
+            raise DataError(f"{where} has the label {wrong!r}; expected integers, or set data.table.label_type: text")
+        return [int(label) for label in labels]
 
     def _class_names(self, labels: dict[str, list]) -> list[str]:
         known = sorted(set(labels["train"]))
