@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
 
 from pipeline import data_report
 from pipeline.data_check import check
@@ -20,6 +19,7 @@ from pipeline.data_pack import pack
 from pipeline.errors import StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
 from pipeline.stage import explain
+from serving.terminal import Console, print
 
 CHECK_OUTPUT = Path("artifacts/data_check")
 PROGRAM = "python -m pipeline.data"  # what help and errors call it, unless whoever calls main says otherwise

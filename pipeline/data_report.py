@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from models.prior import shot_group
@@ -14,11 +13,12 @@ from pipeline.data_check import GROUPS, Report
 from pipeline.inspection import SHOWN
 from pipeline.long_tail import draw_long_tail, show_long_tail
 from pipeline.split import SPLITS, as_csv
+from serving.terminal import Console, cell
 
 
 def show(report: Report, console: Console) -> None:
     """Print the report for people."""
-    console.print(f"[bold]{report.source}[/] at {report.location}", highlight=False)
+    console.print(f"[bold]{cell(report.source)}[/] at {cell(report.location)}", highlight=False)
     console.print(_splits(report))
     groups = ", ".join(f"{number:,} {group}" for group, number in report.groups().items())
     train = report.counts["train"]

@@ -19,6 +19,7 @@ from pipeline.sources.source import BadImageError, read_image_file, reading_orde
 from pipeline.sources.storage import Storage
 from pipeline.sources.table import WHOLE_NUMBER
 from serving.bounded_parquet import MIB, MemoryLimit
+from serving.terminal import print
 
 MARKER = ".complete"
 ROW_BYTES = 1024  # that a DropRow of a table takes, with its name, its path and what reads it

@@ -21,6 +21,7 @@ from pipeline.params import PARAMS_FILE, GateParams, load_params
 from pipeline.prior import load_prior
 from pipeline.stage import explain
 from serving.bounded_parquet import MemoryLimit, TooLargeError, read_column
+from serving.terminal import print
 
 LIMIT = MemoryLimit(1024)  # 24,000 test images of 8,000 classes take 760 MiB
 EPILOG = """\

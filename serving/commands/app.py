@@ -21,6 +21,7 @@ from serving.commands.repository import repository
 from serving.commands.serve import serve
 from serving.commands.version import version
 from serving.commands.versions import promote, rollback, versions
+from serving.terminal import print
 
 # typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
 USAGE_ERROR = typer.BadParameter.__mro__[1]
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         if "--debug" in given:
-            traceback.print_exc()
+            print(traceback.format_exc(), end="", file=sys.stderr)
         where = f"{error.filename}: " if error.filename else ""
         print(f"tailor: {where}{error.strerror or error}", file=sys.stderr)
         return 1
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(status := getattr(error, "exit_code", None), int):
             raise
         if "--debug" in given:
-            traceback.print_exc()
+            print(traceback.format_exc(), end="", file=sys.stderr)
         message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)
         print(f"tailor: {message}", file=sys.stderr)
         return status
