@@ -24,6 +24,7 @@ def served_answers(repository: Path, version: int | None, params: Params, target
 
     from pipeline.dataset import evaluation_images
     from pipeline.export import open_session
+    from pipeline.inference import NotFiniteError, check_finite
     from serving.errors import InputError
     from serving.model_config import STUDENT
     from serving.release import find_releases, published_versions, read_release
@@ -49,5 +50,8 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     groups = [shot_group(count) for count in manifest.counts]
     prior = Prior(manifest.classes, manifest.counts, p.tolist(), manifest.log_prior, groups)
     order = np.argsort(np.array(list(test.sample_ids)))
-    found = softmax(np.concatenate(logits))[order]
+    try:
+        found = softmax(check_finite(np.concatenate(logits)))[order]
+    except NotFiniteError as error:
+        raise StageError(f"version {version} of {repository}: {error}") from None
     return Answers([test.sample_ids[i] for i in order], test.labels.numpy()[order], found, prior)
