@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from models.prior import class_key
 from pipeline.errors import DataError
 from pipeline.params import IngestParams
 from pipeline.sources.folder import IMAGE_SUFFIXES
@@ -200,8 +201,8 @@ def _folder_row(root: Path, path: Path, known: set[str]) -> DropRow:
     read = partial(read_image_file, path)
     if len(name.parts) == 1:
         return DropRow(str(name), None, read, path, ("no label", "lies beside the class folders"))
-    parents = ["/".join(name.parts[:depth]) for depth in range(1, len(name.parts))]
-    label = next((parent for parent in parents if parent in known), name.parts[0])
+    parents = [class_key("/".join(name.parts[:depth])) for depth in range(1, len(name.parts))]
+    label = next((parent for parent in parents if parent in known), parents[0])
     return DropRow(name.as_posix(), label, read, path, _problem(root, path))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from models.prior import class_key
 from pipeline.artifacts import EVALUATION, PRIOR, sha256_of_file, write_json
 from pipeline.comparison import Answers, Measure, compare
 from pipeline.errors import ParamsError, StageError
@@ -135,8 +136,9 @@ def load_answers(contender: Contender, target_prior: str = "balanced") -> Answer
 
 def check_comparable(challenger: Answers, champion: Answers, names: str = "challenger and champion") -> None:
     """Raise GateError unless both have the same classes in the same order and the same samples under the same labels."""
-    if challenger.prior.classes != champion.prior.classes:
-        other = sorted(set(challenger.prior.classes) ^ set(champion.prior.classes))
+    mine, theirs = ([class_key(name) for name in answers.prior.classes] for answers in (challenger, champion))
+    if mine != theirs:
+        other = sorted(set(mine) ^ set(theirs))
         which = f"{other[0]!r} is a class of one alone" if other else "their order differs"
         raise GateError(f"{names} have other classes: {which}; compare models of the same classes")
     if challenger.sample_ids != champion.sample_ids:

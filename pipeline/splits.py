@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from models.prior import class_key
 from pipeline.artifacts import SPLIT
 from pipeline.errors import ParamsError, StageError
 
@@ -57,7 +58,7 @@ def load_classes(folder: Path = SPLIT) -> list[str]:
     """Class names in label order. Raises ParamsError when the split is not made, StageError when the file is damaged."""
     path = folder / "classes.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return [class_key(name) for name in json.loads(path.read_text(encoding="utf-8"))]
     except OSError as error:
         raise ParamsError(f"{path}: {error.strerror}; run `dvc repro split` first") from None
     except ValueError as error:

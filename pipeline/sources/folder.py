@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from models.prior import class_key
 from pipeline.errors import DataError
 from pipeline.sources.source import FilesUnderRoot, Row
 
@@ -28,7 +29,7 @@ class FolderSource(FilesUnderRoot):
         parts = {SPLIT_FOLDERS[name]: path for name, path in folders.items() if name in SPLIT_FOLDERS}
         if "train" not in parts:
             parts = {"train": root}
-        self.classes = [entry.name for entry in _folders(parts["train"])]
+        self.classes = _class_names(parts["train"])
         if len(self.classes) < 2:
             raise DataError(
                 f"{parts['train']}: holds {len(self.classes)} class folders; expected at least 2, one per class"
@@ -43,7 +44,8 @@ class FolderSource(FilesUnderRoot):
                     f"{path}: lies beside the class folders; move it into the folder of its class or remove it"
                 )
         for class_folder in _folders(folder):
-            if class_folder.name not in number:
+            name = class_key(class_folder.name)
+            if name not in number:
                 raise DataError(
                     f"{class_folder}: is a class of {split} that train does not have; add training images or remove it"
                 )
@@ -56,13 +58,26 @@ class FolderSource(FilesUnderRoot):
                 if path.suffix.lower() not in IMAGE_SUFFIXES:
                     raise DataError(f"{path}: is not a .jpg, .jpeg, .png or .webp file; remove it or convert it")
                 reference = path.relative_to(self._root).as_posix()
-                yield Row(reference, number[class_folder.name], reference, split)
+                yield Row(reference, number[name], reference, split)
             if not files and split == "train":
                 raise DataError(f"{class_folder}: class without training images; add some or remove the folder")
 
     def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
         """Always the same: every other file was there a moment ago."""
         return "they are links whose targets are gone"
+
+
+def _class_names(folder: Path) -> list[str]:
+    """Class names of the folders in one, sorted. Raises DataError for two spellings of one name."""
+    folders = _folders(folder)
+    names = [class_key(entry.name) for entry in folders]
+    if len(set(names)) < len(names):
+        name = next(name for name in names if names.count(name) > 1)
+        raise DataError(
+            f"{folder}: has {names.count(name)} folders named {name!r} that differ in their Unicode form (NFC, NFD) alone; "
+            "move their images into one"
+        )
+    return sorted(names)
 
 
 def _folders(root: Path) -> list[Path]:

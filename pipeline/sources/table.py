@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from models.prior import class_key
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import TableParams
 from pipeline.sources.shards import (
@@ -113,9 +114,9 @@ class TableSource(TableReader):
         """Labels as data.table.label_type reads them. Cells of a CSV file are text, and integers only where params say so."""
         kind = self._params.label_type
         if kind == "text":
-            return [str(label) for label in labels]
+            return [class_key(str(label)) for label in labels]
         if kind == "auto" and not (as_csv and self._params.class_names):
-            return labels
+            return [class_key(label) if isinstance(label, str) else label for label in labels]
         if wrong := next((label for label in labels if not WHOLE_NUMBER.fullmatch(str(label))), None):
             raise DataError(f"{where} has the label {wrong!r}; expected integers, or set data.table.label_type: text")
         return [int(label) for label in labels]
@@ -137,10 +138,13 @@ class TableSource(TableReader):
             missing = next(i for i, value in enumerate([*known, None]) if value != i)
             raise DataError(f"{where} skips {missing}; integer labels must be 0..C-1 without a gap")
         carried = self._splits["train"][0].carried(CLASSES_KEY) if isinstance(known[0], int) else None
-        names = self._params.class_names or carried or [str(value) for value in known]
+        names = [class_key(str(name)) for name in self._params.class_names or carried or known]
         if len(names) != len(known):
             given = "data.table.class_names has" if self._params.class_names else f"{self._place('train')} carries"
             raise ParamsError(f"{given} {len(names)} names for {len(known)} classes; expected one per class")
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ParamsError(f"data.table.class_names has {repeated!r} twice; expected names that differ")
         return names
 
     def _rows(self, split: str, labels: list, number: dict) -> Iterator[Row]:
