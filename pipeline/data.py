@@ -76,7 +76,8 @@ def run_check(params: Params, options: argparse.Namespace) -> int:
         print((options.output / "report.json").read_text(encoding="utf-8"), end="")
     else:
         data_report.show(report, Console())
-        print(f"data check: {'not right' if report.verdict else 'right'} → {options.output}")
+        found = "not right" if report.verdict else f"{len(report.problems)} problems" if report.problems else "right"
+        print(f"data check: {found} → {options.output}")
     return 1 if report.verdict else 0
 
 

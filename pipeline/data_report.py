@@ -33,6 +33,8 @@ def show(report: Report, console: Console) -> None:
         console.print(_published(report))
     for name, value in (("list", report.list_hash), ("content", report.content_hash)):
         console.print(f"{name} hash {value}", soft_wrap=True, highlight=False)
+    for line in report.problems:
+        console.print(f"problem: {line}", soft_wrap=True, markup=False, highlight=False)
     for line in report.verdict:
         console.print(f"not right: {line}", soft_wrap=True, markup=False, highlight=False)
 
@@ -130,5 +132,6 @@ def as_json(report: Report) -> dict[str, Any]:
             {"figure": figure.figure, "published": figure.published, "found": figure.found, "same": figure.same}
             for figure in report.published
         ],
+        "problems": report.problems,
         "verdict": report.verdict,
     }

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from models.image_names import has_image_suffix, is_passed_over
 from models.prior import class_key
 from pipeline.errors import DataError
 from pipeline.params import IngestParams
-from pipeline.sources.folder import IMAGE_SUFFIXES
 from pipeline.sources.shards import RowGroups, Shard
 from pipeline.sources.source import BadImageError, read_image_file, reading_order
 from pipeline.sources.storage import Storage
@@ -99,7 +99,7 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
     for path in found.keys() - claimed - set(tables):
         if path in waiting or waiting & set(tables) or (path.parent != root and _top(root, path) in folders_of_tables):
             waiting.add(path)
-        elif path.parent != root or path.suffix.lower() in IMAGE_SUFFIXES:
+        elif path.parent != root or has_image_suffix(path):
             drop.rows.append(_folder_row(root, path, known))
             drop.files[path] = found[path]
     drop.files |= {path: markers[path] for path in _markers_of(root, drop.files) & markers.keys()}  # used up
@@ -114,8 +114,8 @@ def _files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         fit = [name for name in names if _is_utf8(name)]
         unfit += len(names) - len(fit) + sum(not _is_utf8(name) for name in folders)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and _is_utf8(name))
-        yield from (Path(folder) / name for name in sorted(fit) if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_passed_over(Path(name)) and _is_utf8(name))
+        yield from (Path(folder) / name for name in sorted(fit) if not is_passed_over(Path(name)))
     if unfit:
         print(f"ingest: {root}: {unfit:,} names are not UTF-8 and were passed over; rename them", file=sys.stderr)
 

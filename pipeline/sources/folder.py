@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from models.image_names import has_image_suffix, is_passed_over
 from models.prior import class_key
 from pipeline.errors import DataError
 from pipeline.sources.source import FilesUnderRoot, Row
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
@@ -39,7 +39,7 @@ class FolderSource(FilesUnderRoot):
     def _rows(self, split: str, folder: Path) -> Iterator[Row]:
         number = {name: index for index, name in enumerate(self.classes)}
         for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
+            if has_image_suffix(path) and not is_passed_over(path.relative_to(folder)):
                 raise DataError(
                     f"{path}: lies beside the class folders; move it into the folder of its class or remove it"
                 )
@@ -52,10 +52,12 @@ class FolderSource(FilesUnderRoot):
             files = sorted(
                 path
                 for path in class_folder.rglob("*")
-                if (path.is_symlink() or path.is_file()) and not path.name.startswith(".")
+                if (path.is_symlink() or path.is_file()) and not is_passed_over(path.relative_to(class_folder))
             )
             for path in files:
-                if path.suffix.lower() not in IMAGE_SUFFIXES:
+                if path.is_dir():
+                    raise DataError(f"{path}: is a link to a folder; put the images there, or link them one by one")
+                if not has_image_suffix(path):
                     raise DataError(f"{path}: is not a .jpg, .jpeg, .png or .webp file; remove it or convert it")
                 reference = path.relative_to(self._root).as_posix()
                 yield Row(reference, number[name], reference, split)
@@ -81,4 +83,4 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_passed_over(Path(entry.name)))
