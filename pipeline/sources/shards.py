@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, BinaryIO
+from functools import partial
+from itertools import islice
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 
 from pipeline.errors import DataError
 from pipeline.sources.source import Groups
 from pipeline.sources.storage import Storage
-from serving.bounded_parquet import MIB, MemoryLimit, TooLargeError, read_column
+from serving.bounded_parquet import MAX_BATCH, MIB, MemoryLimit, TooLargeError, read_column
 
 LIMIT = MemoryLimit(1024, "data.table.max_mib")
-MAX_HEADER_BYTES, MAX_CSV_COLUMNS = MIB, 1000  # of a CSV file, whose every column costs memory in every block
+MAX_LINE, MAX_CSV_COLUMNS = MIB, 1000  # of a CSV file
+CELL_BYTES = 64  # of a text in Python, beside its characters
 CACHE_BYTES = 256 * 1024 * 1024  # of images kept in memory, over all shards
 # Parquet metadata that `data pack` writes, as JSON: class names in label order, and the source that was packed.
 CLASSES_KEY, ORIGIN_KEY = b"tailor.classes", b"tailor.origin"
@@ -46,8 +49,7 @@ class Shard:
         with self._readable(), storage.open(name) as stream:
             if name.lower().endswith(".csv"):
                 self._limit.check("the file", storage.size(name) or 0)
-                self.names = _csv_header(stream)
-                self._table = _read_csv(stream, [name for name in columns if self.names.count(name) == 1], limit)
+                self.names, self._table = _read_csv(stream, columns, limit)
                 self.schema, groups = self._table.schema, [self._table.num_rows]
                 self._metadata: dict[bytes, bytes] = {}
             else:
@@ -123,40 +125,41 @@ class Shard:
             raise DataError(f"{self.place}: not readable as a table: {reason}") from None
 
 
-def _csv_header(stream: BinaryIO) -> list[str]:
-    """Column names of a CSV file, its first line bounded; leaves the stream at its beginning. Raises ValueError."""
-    line = stream.readline(MAX_HEADER_BYTES + 1)
-    stream.seek(0)
-    if len(line) > MAX_HEADER_BYTES:
-        raise ValueError(f"its first line has more than {MAX_HEADER_BYTES:,} bytes; expected column names")
-    if line.count(b",") >= MAX_CSV_COLUMNS:
-        raise ValueError(f"it has {line.count(b',') + 1:,} columns; expected at most {MAX_CSV_COLUMNS:,}")
+def _read_csv(stream: BinaryIO, wanted: Sequence[str], limit: MemoryLimit) -> tuple[list[str], pa.Table]:
+    """Column names of a CSV file, and some of its columns as text; an empty cell is a missing value, and not a label "".
+
+    Read with Python's csv: pyarrow's reader leaves threads behind that abort a program which ends at once (status 134).
+    Raises ValueError for a line or a header that is too long, and for a row of another width.
+    """
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    rows = csv.reader(_short_lines(text), strict=True)
     try:
-        return next(csv.reader([line.decode("utf-8-sig")]), [])
-    except csv.Error as error:
-        raise ValueError(f"{error} in its first line") from None
-
-
-def _read_csv(stream: BinaryIO, columns: list[str], limit: MemoryLimit) -> pa.Table:
-    """Some columns of a CSV file as text, block by block. A line longer than a block is an error of pyarrow's."""
-    if not columns:
-        return pa.table({})
-    # An empty cell is a missing value, as in Parquet, and not a label "".
-    convert = pyarrow.csv.ConvertOptions(
-        null_values=[""],
-        strings_can_be_null=True,
-        include_columns=columns,
-        column_types=dict.fromkeys(columns, pa.string()),
-    )
-    batches: list[pa.RecordBatch] = []
-    size = 0
-    read = pyarrow.csv.ReadOptions(use_threads=False, block_size=MIB)
-    with pyarrow.csv.open_csv(stream, read, convert_options=convert) as reader:
-        for batch in reader:
-            batches.append(batch)
-            size += batch.nbytes
+        names = next(rows, [])
+        if not names or len(names) > MAX_CSV_COLUMNS:
+            raise ValueError(f"it has {len(names):,} columns; expected 1 to {MAX_CSV_COLUMNS:,}")
+        places = {name: names.index(name) for name in wanted if names.count(name) == 1}
+        cells: dict[str, list[str | None]] = {name: [] for name in places}
+        size = count = 0
+        while part := list(islice(filter(None, rows), MAX_BATCH)):
+            if (wrong := next((i for i, row in enumerate(part) if len(row) != len(names)), None)) is not None:
+                raise ValueError(f"row {count + wrong:,} has {len(part[wrong])} cells; expected {len(names)}")
+            for name, place in places.items():
+                column = [row[place] for row in part]
+                cells[name] += [cell or None for cell in column]
+                size += sum(map(len, column)) + CELL_BYTES * len(column)
+            count += len(part)
             limit.check("the file", size)
-        return pa.Table.from_batches(batches, reader.schema)
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num:,}: {error}") from None
+    return names, pa.table({name: pa.array(column, pa.string()) for name, column in cells.items()})
+
+
+def _short_lines(text: TextIO) -> Iterator[str]:
+    """The lines of a file. Raises ValueError for one that is longer than any row of a table."""
+    for number, line in enumerate(iter(partial(text.readline, MAX_LINE + 1), ""), 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"line {number:,} has more than {MAX_LINE:,} characters")
+        yield line
 
 
 class RowGroups:

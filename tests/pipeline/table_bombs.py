@@ -17,7 +17,7 @@ MEASURED = """
 import json, os, sys
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
-import pyarrow.csv, pyarrow.parquet, pipeline.ingest, pipeline.sources, pipeline.params, serving.logged_logits
+import pyarrow.parquet, pipeline.ingest, pipeline.sources, pipeline.params, serving.logged_logits
 before = peak()
 exec(sys.argv[1])
 print(json.dumps([result, peak() - before]))
