@@ -20,3 +20,12 @@ def has_image_suffix(path: PurePath) -> bool:
 def is_passed_over(path: PurePath) -> bool:
     """Whether a path below a folder of images is hidden or a tool's own, itself or by a folder on the way to it."""
     return any(part.startswith(".") or part.lower() in TOOL_NAMES for part in path.parts)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written into tables and JSON: Python keeps other bytes as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from models.image_names import has_image_suffix, is_passed_over
+from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.errors import DataError
 from pipeline.params import IngestParams
@@ -112,20 +112,12 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
 def _files(root: Path) -> Iterator[Path]:
     unfit = 0
     for folder, folders, names in os.walk(root):
-        fit = [name for name in names if _is_utf8(name)]
-        unfit += len(names) - len(fit) + sum(not _is_utf8(name) for name in folders)
-        folders[:] = sorted(name for name in folders if not is_passed_over(Path(name)) and _is_utf8(name))
+        fit = [name for name in names if is_utf8(name)]
+        unfit += len(names) - len(fit) + sum(not is_utf8(name) for name in folders)
+        folders[:] = sorted(name for name in folders if not is_passed_over(Path(name)) and is_utf8(name))
         yield from (Path(folder) / name for name in sorted(fit) if not is_passed_over(Path(name)))
     if unfit:
         print(f"ingest: {root}: {unfit:,} names are not UTF-8 and were passed over; rename them", file=sys.stderr)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _unsettled(found: dict[Path, Stamp], seconds: float) -> set[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from models.image_names import has_image_suffix, is_passed_over
+from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.errors import DataError
 from pipeline.sources.source import FilesUnderRoot, Row
@@ -55,6 +55,7 @@ class FolderSource(FilesUnderRoot):
                 if (path.is_symlink() or path.is_file()) and not is_passed_over(path.relative_to(class_folder))
             )
             for path in files:
+                _check_name(path, path.relative_to(self._root))
                 if path.is_dir():
                     raise DataError(f"{path}: is a link to a folder; put the images there, or link them one by one")
                 if not has_image_suffix(path):
@@ -69,9 +70,16 @@ class FolderSource(FilesUnderRoot):
         return "they are links whose targets are gone"
 
 
+def _check_name(path: Path, name: Path) -> None:
+    if not is_utf8(str(name)):
+        raise DataError(f"{path}: its name is not UTF-8; rename it, for instance with convmv")
+
+
 def _class_names(folder: Path) -> list[str]:
     """Class names of the folders in one, sorted. Raises DataError for two spellings of one name."""
     folders = _folders(folder)
+    for entry in folders:
+        _check_name(entry, Path(entry.name))
     names = [class_key(entry.name) for entry in folders]
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)

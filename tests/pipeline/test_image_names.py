@@ -1,5 +1,6 @@
 """One definition of what is an image of a class, for training, ingest and predict; copies of it in two splits are named."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from making import data_params, encode, folder, png, write
 from test_data_check import command, report
 from test_duplicates import scene
 
+from pipeline import split
 from pipeline.errors import DataError
 from pipeline.ingest import ingest
 from pipeline.sources import open_source
+from pipeline.stage import stage_main
 from serving.images import image_files
 
 TOOLS = [".thumbnails", ".ipynb_checkpoints", "@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"]
@@ -57,3 +60,17 @@ def test_near_duplicates_in_two_splits_are_a_problem_that_data_check_names(tmp_p
     assert "data check: 1 problems" in printed and "problem: 1 groups of near duplicates lie in two splits" in printed
     (problem,) = report(tmp_path)["problems"]
     assert "train/ant/scene.png (train)" in problem and "test/ant/scene.jpg (test)" in problem
+
+
+@pytest.mark.parametrize("name", [b"cat/caf\xe9.png", b"caf\xe9/0.png"], ids=["file", "class"])
+def test_a_name_that_is_not_utf8_is_one_line_in_every_command_on_the_source(tmp_path, capsys, name):
+    root = folder(tmp_path / "photos", {"cat": 6, "dog": 6})
+    write(root / os.fsdecode(name), png(99))
+    made = data_params(root)
+    shown = f"{root}/{name.decode(errors='surrogateescape')}".replace("\udce9", "\\udce9").removesuffix("/0.png")
+    expected = f"{shown}: its name is not UTF-8; rename it, for instance with convmv\n"
+    assert command(tmp_path, made) == 1 and capsys.readouterr().err == f"data check: {expected}"
+    assert command(tmp_path, made, str(tmp_path / "packed"), name="pack") == 1
+    assert capsys.readouterr().err == f"data pack: {expected}"
+    assert stage_main(split.run, "", ["--params", str(tmp_path / "params.yaml")]) == 1
+    assert capsys.readouterr().err == f"split: {expected}"
