@@ -7,6 +7,7 @@ torch tensors all the same, through the operators that both libraries share.
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,14 @@ Floats = NDArray[np.float64]
 NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE | re.ASCII)
 MANY_ABOVE = 100
 FEW_BELOW = 20
+
+
+def class_key(name: str) -> str:
+    """The form in which class names are compared and kept: Unicode's composed form (NFC).
+
+    One name typed on Linux (NFC) and copied from macOS (NFD) is two texts: `\u00e9` and `e\u0301`.
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def class_prior(counts: Any, smoothing: float = 0.0) -> Floats:

@@ -13,6 +13,7 @@ from typing import Any
 from serving.atomic import place_file as place_file
 from serving.atomic import whole_folder as whole_folder
 from serving.atomic import write_file as write_file
+from serving.terminal import csv_cell
 
 INGESTED = Path("data/ingested")
 QUARANTINE = Path("data/quarantine")
@@ -46,11 +47,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as CSV, which DVC can plot; None is an empty cell."""
+    """Rows with the same keys as CSV, which DVC can plot, its cells safe in a spreadsheet; None is an empty cell."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return stream.getvalue()
 
 

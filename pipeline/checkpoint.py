@@ -61,7 +61,7 @@ def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
 
 
 def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
-    """Read a network back, in eval mode on the CPU. Raises ParamsError when it is not there, StageError when damaged."""
+    """Read a network back, in eval mode on the CPU. Raises ParamsError when it is missing, StageError when damaged or NaN."""
     try:
         config = ModelConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with torch.random.fork_rng(devices=[]):
@@ -73,4 +73,10 @@ def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
         raise StageError(
             f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`"
         ) from None
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise StageError(
+            f"{folder}: {len(bad)} tensors are not finite, {bad[0]} the first: training diverged; lower "
+            f"{stage}.learning_rate and run `dvc repro -f {stage}`"
+        )
     return model.eval(), config

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.run_comparison import Comparison
+from serving.terminal import Console, cell
 
 
 def show(found: Comparison, classes: int) -> None:
     """Print the measures, and so many of the classes that changed most surely."""
     console = Console()
-    before, after = escape(found.before), escape(found.after)
+    before, after = cell(found.before), cell(found.after)
     within = f"{100 * found.confidence:g} % interval"
     table = Table(title=f"{after} against {before}: {found.samples:,} test images, {found.target_prior} prior")
     _columns(table, "measure", before, after, "difference", within, "p")
@@ -29,7 +28,7 @@ def show(found: Comparison, classes: int) -> None:
         _columns(table, "class", "group", "training images", before, after, "difference", within, "q")
         for row in changed:
             table.add_row(
-                escape(row.name), row.group, f"{row.train_count:,}", _share(row.champion), _share(row.challenger),
+                cell(row.name), row.group, f"{row.train_count:,}", _share(row.champion), _share(row.challenger),
                 _points(row.difference), _range(row.low, row.high), f"{row.q:.2g}",
             )  # fmt: skip
         console.print(table)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
 
 from pipeline import data_report
 from pipeline.data_check import check
@@ -20,6 +19,7 @@ from pipeline.data_pack import pack
 from pipeline.errors import StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
 from pipeline.stage import explain
+from serving.terminal import Console, print
 
 CHECK_OUTPUT = Path("artifacts/data_check")
 PROGRAM = "python -m pipeline.data"  # what help and errors call it, unless whoever calls main says otherwise
@@ -76,7 +76,8 @@ def run_check(params: Params, options: argparse.Namespace) -> int:
         print((options.output / "report.json").read_text(encoding="utf-8"), end="")
     else:
         data_report.show(report, Console())
-        print(f"data check: {'not right' if report.verdict else 'right'} → {options.output}")
+        found = "not right" if report.verdict else f"{len(report.problems)} problems" if report.problems else "right"
+        print(f"data check: {found} → {options.output}")
     return 1 if report.verdict else 0
 
 

@@ -40,7 +40,8 @@ class Difference:
 
 @dataclass
 class Report:
-    """What a check found. Counts are of images unless they say otherwise; `verdict` is what stops `split`, one line each."""
+    """What a check found. Counts are of images unless they say otherwise; `verdict` is what stops `split`, `problems`
+    what it lets through and makes figures wrong, one line each."""
 
     source: str
     location: str
@@ -56,6 +57,7 @@ class Report:
     content_hash: str
     published: list[Difference]
     verdict: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def imbalance_factor(self) -> float:
@@ -125,12 +127,30 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     published = compare(params, source)
     if any(not figure.same for figure in published):
         verdict.append(f"{source.origin} differs from what was published")
+    duplicates, near_duplicates = group_duplicates(assigned, hashes), _near(assigned, inspected, near)
+    problems = []
+    if source.origin not in PUBLISHED:
+        for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", near_duplicates or [])):
+            problems += _across(kind, groups, source)
     return Report(
         source.origin, data.location, source.classes, assigned, inspected,
         {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
-        bad, conflicts, group_duplicates(assigned, hashes), _near(assigned, inspected, near),
-        hash_split(assigned), hash_split(assigned, hashes), published, verdict,
+        bad, conflicts, duplicates, near_duplicates,
+        hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems,
     )  # fmt: skip
+
+
+def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> list[str]:
+    """A line on groups of duplicates that lie in two splits, where there are any: a test image known from training."""
+    shared = [group for group in groups if len({split for split, _ in group}) > 1]
+    if not shared:
+        return []
+    (split, row), *others = shared[0]
+    other, second = next(member for member in others if member[0] != split)
+    return [
+        f"{len(shared):,} groups of {kind} lie in two splits, so that figures on held-out images are too good; the first: "
+        f"{source.place(row)} ({split}) and {source.place(second)} ({other}); keep each image in one split"
+    ]
 
 
 def count_classes(rows: list[Row], classes: int) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from models.prior import shot_group
@@ -14,11 +13,12 @@ from pipeline.data_check import GROUPS, Report
 from pipeline.inspection import SHOWN
 from pipeline.long_tail import draw_long_tail, show_long_tail
 from pipeline.split import SPLITS, as_csv
+from serving.terminal import Console, cell
 
 
 def show(report: Report, console: Console) -> None:
     """Print the report for people."""
-    console.print(f"[bold]{report.source}[/] at {report.location}", highlight=False)
+    console.print(f"[bold]{cell(report.source)}[/] at {cell(report.location)}", highlight=False)
     console.print(_splits(report))
     groups = ", ".join(f"{number:,} {group}" for group, number in report.groups().items())
     train = report.counts["train"]
@@ -33,6 +33,8 @@ def show(report: Report, console: Console) -> None:
         console.print(_published(report))
     for name, value in (("list", report.list_hash), ("content", report.content_hash)):
         console.print(f"{name} hash {value}", soft_wrap=True, highlight=False)
+    for line in report.problems:
+        console.print(f"problem: {line}", soft_wrap=True, markup=False, highlight=False)
     for line in report.verdict:
         console.print(f"not right: {line}", soft_wrap=True, markup=False, highlight=False)
 
@@ -130,5 +132,6 @@ def as_json(report: Report) -> dict[str, Any]:
             {"figure": figure.figure, "published": figure.published, "found": figure.found, "same": figure.same}
             for figure in report.published
         ],
+        "problems": report.problems,
         "verdict": report.verdict,
     }

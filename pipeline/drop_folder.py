@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import sys
 import time
@@ -12,17 +11,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from models.image_names import has_image_suffix, is_passed_over, is_utf8
+from models.prior import class_key
 from pipeline.errors import DataError
 from pipeline.params import IngestParams
-from pipeline.sources.folder import IMAGE_SUFFIXES
 from pipeline.sources.shards import RowGroups, Shard
 from pipeline.sources.source import BadImageError, read_image_file, reading_order
 from pipeline.sources.storage import Storage
+from pipeline.sources.table import WHOLE_NUMBER
+from serving.bounded_parquet import MIB, MemoryLimit
+from serving.terminal import print
 
 MARKER = ".complete"
-MAX_CSV_BYTES = 256 * 1024 * 1024  # read whole
+ROW_BYTES = 1024  # that a DropRow of a table takes, with its name, its path and what reads it
 LONGEST_PATH = 200  # characters of one that are told
-WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it
 TABLE_SUFFIXES = {".csv", ".parquet"}
 Stamp = tuple[int, int, int]  # inode, bytes, time of change of the content in nanoseconds
 
@@ -85,7 +87,9 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
         if table not in waiting:
             rows, named = _table_rows(root, table, params)
             claimed |= named
-            if named & waiting:
+            # Many small tables of many rows: what does not fit beside the others is read in the next run.
+            full = drop.rows and (len(drop.rows) + len(rows)) * ROW_BYTES > params.max_table_mib * MIB
+            if named & waiting or full:
                 waiting |= named | {table}
             else:
                 drop.rows += rows
@@ -95,7 +99,7 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
     for path in found.keys() - claimed - set(tables):
         if path in waiting or waiting & set(tables) or (path.parent != root and _top(root, path) in folders_of_tables):
             waiting.add(path)
-        elif path.parent != root or path.suffix.lower() in IMAGE_SUFFIXES:
+        elif path.parent != root or has_image_suffix(path):
             drop.rows.append(_folder_row(root, path, known))
             drop.files[path] = found[path]
     drop.files |= {path: markers[path] for path in _markers_of(root, drop.files) & markers.keys()}  # used up
@@ -108,20 +112,12 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
 def _files(root: Path) -> Iterator[Path]:
     unfit = 0
     for folder, folders, names in os.walk(root):
-        fit = [name for name in names if _is_utf8(name)]
-        unfit += len(names) - len(fit) + sum(not _is_utf8(name) for name in folders)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and _is_utf8(name))
-        yield from (Path(folder) / name for name in sorted(fit) if not name.startswith("."))
+        fit = [name for name in names if is_utf8(name)]
+        unfit += len(names) - len(fit) + sum(not is_utf8(name) for name in folders)
+        folders[:] = sorted(name for name in folders if not is_passed_over(Path(name)) and is_utf8(name))
+        yield from (Path(folder) / name for name in sorted(fit) if not is_passed_over(Path(name)))
     if unfit:
         print(f"ingest: {root}: {unfit:,} names are not UTF-8 and were passed over; rename them", file=sys.stderr)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _unsettled(found: dict[Path, Stamp], seconds: float) -> set[Path]:
@@ -197,8 +193,8 @@ def _folder_row(root: Path, path: Path, known: set[str]) -> DropRow:
     read = partial(read_image_file, path)
     if len(name.parts) == 1:
         return DropRow(str(name), None, read, path, ("no label", "lies beside the class folders"))
-    parents = ["/".join(name.parts[:depth]) for depth in range(1, len(name.parts))]
-    label = next((parent for parent in parents if parent in known), name.parts[0])
+    parents = [class_key("/".join(name.parts[:depth])) for depth in range(1, len(name.parts))]
+    label = next((parent for parent in parents if parent in known), parents[0])
     return DropRow(name.as_posix(), label, read, path, _problem(root, path))
 
 
@@ -207,13 +203,10 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
     columns = params.columns
     if problem := _problem(root, table):
         return [DropRow(table.name, None, partial(read_image_file, table), table, problem)], set()
-    size = table.stat().st_size
-    if table.suffix.lower() == ".csv" and size > MAX_CSV_BYTES:
-        said = f"{table}: has {size} bytes, above the limit of {MAX_CSV_BYTES} of a CSV file; write it as Parquet"
-        return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", said))], set()
+    limit = _limit(params)
     try:
-        shard = Shard(Storage(str(root)), table.name, text=[columns.label, columns.path])
-        column = columns.image if columns.image in shard.schema.names else columns.path
+        shard = Shard(Storage(str(root)), table.name, [columns.label, columns.path], limit)
+        column = columns.image if columns.image in shard.names else columns.path
         shard.check_column(column)
         labels = shard.column(columns.label).to_pylist()
         paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
@@ -232,6 +225,10 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
         read = partial(read_image_file, file) if file else partial(_cell, images, shard, index)
         rows.append(DropRow(f"{table.name}#{index}", _label(label, as_text), read, file, problem))
     return rows, named
+
+
+def _limit(params: IngestParams) -> MemoryLimit:
+    return MemoryLimit(params.max_table_mib, "ingest.max_table_mib", ROW_BYTES)
 
 
 def _label(value: object, as_text: bool) -> str | int | None:

@@ -17,9 +17,9 @@ from pipeline.checkpoint import BEST, check_image, load_model
 from pipeline.comparison import Answers
 from pipeline.data_card import SplitSizes, data_card
 from pipeline.dataset import AnyImages, evaluation_images
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StageError
 from pipeline.gate import GateError, check_comparable, load_answers
-from pipeline.inference import EVALUATION_BATCH, outputs
+from pipeline.inference import EVALUATION_BATCH, NotFiniteError, outputs
 from pipeline.metrics import answers, evaluate_answers, per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.params import Params
@@ -125,7 +125,12 @@ def network_logits(folder: Path, stage: str, test: AnyImages, params: Params, de
     check_image(config, params.image, folder)
     model = model.to(device, memory_format=torch.channels_last)
     images = test.batches(torch.arange(len(test)), EVALUATION_BATCH)
-    return outputs(model, images, params.image, device)[1].numpy()
+    try:
+        return outputs(model, images, params.image, device)[1].numpy()
+    except NotFiniteError as error:
+        raise StageError(
+            f"{folder}: {error}: training diverged; lower {stage}.learning_rate and run `dvc repro -f {stage}`"
+        ) from None
 
 
 def flat(values: dict[str, Any]) -> dict[str, float | None]:

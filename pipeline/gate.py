@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from models.prior import class_key
 from pipeline.artifacts import EVALUATION, PRIOR, sha256_of_file, write_json
 from pipeline.comparison import Answers, Measure, compare
 from pipeline.errors import ParamsError, StageError
@@ -20,7 +21,10 @@ from pipeline.metrics import answers, mean_of, per_class_accuracy
 from pipeline.params import PARAMS_FILE, GateParams, load_params
 from pipeline.prior import load_prior
 from pipeline.stage import explain
+from serving.bounded_parquet import MemoryLimit, TooLargeError, read_column
+from serving.terminal import print
 
+LIMIT = MemoryLimit(1024)  # 24,000 test images of 8,000 classes take 760 MiB
 EPILOG = """\
 examples:
   python -m pipeline.gate                                               the first model: is it good enough?
@@ -104,18 +108,22 @@ def load_answers(contender: Contender, target_prior: str = "balanced") -> Answer
     """A contender's answers for the target prior. Raises StageError naming the file and what is wrong with it."""
     path, prior = contender.predictions, load_prior(contender.prior)
     try:
-        table = pyarrow.parquet.read_table(path, columns=["sample_id", "label", "logits"])
-        logits = np.array(table.column("logits").to_pylist(), dtype=np.float64)
+        with path.open("rb") as stream, pyarrow.parquet.ParquetFile(path) as file:
+            columns = (read_column(file, name, LIMIT, stream=stream) for name in ("sample_id", "label", "logits"))
+            sample_ids, sample_labels, rows = columns
+        logits = np.array(rows.to_pylist(), dtype=np.float64)
     except FileNotFoundError:
         raise GateError(f"{path}: no such file; run `dvc repro evaluate` first") from None
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+    except TooLargeError as error:
+        raise GateError(f"{path}: {error}") from None
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         raise GateError(f"{path}: damaged ({str(error).splitlines()[0]}); run `dvc repro -f evaluate`") from None
     classes = len(prior.classes)
     if logits.ndim != 2 or not len(logits) or logits.shape[1] != classes:
         raise GateError(f"{path}: logits have shape {list(logits.shape)}; {contender.prior} has {classes} classes")
     if not np.all(np.isfinite(logits)):
         raise GateError(f"{path}: has a logit that is not finite")
-    ids, labels = table.column("sample_id").to_pylist(), table.column("label").to_numpy()
+    ids, labels = sample_ids.to_pylist(), sample_labels.to_numpy()
     if len(set(ids)) != len(ids):
         raise GateError(f"{path}: a sample id stands twice; expected each once")
     if labels.min() < 0 or labels.max() >= classes:
@@ -128,8 +136,9 @@ def load_answers(contender: Contender, target_prior: str = "balanced") -> Answer
 
 def check_comparable(challenger: Answers, champion: Answers, names: str = "challenger and champion") -> None:
     """Raise GateError unless both have the same classes in the same order and the same samples under the same labels."""
-    if challenger.prior.classes != champion.prior.classes:
-        other = sorted(set(challenger.prior.classes) ^ set(champion.prior.classes))
+    mine, theirs = ([class_key(name) for name in answers.prior.classes] for answers in (challenger, champion))
+    if mine != theirs:
+        other = sorted(set(mine) ^ set(theirs))
         which = f"{other[0]!r} is a class of one alone" if other else "their order differs"
         raise GateError(f"{names} have other classes: {which}; compare models of the same classes")
     if challenger.sample_ids != champion.sample_ids:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from serving.terminal import Console
 
 History = list[dict[str, float]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,9 +12,25 @@ from torch import Tensor
 from models.cosine_classifier import ImageClassifier
 from models.ranks import rank, rank_count
 from pipeline.dataset import AnyImages, normalise
+from pipeline.errors import StageError
 from pipeline.params import ImageParams
 
 EVALUATION_BATCH = 512
+
+
+class NotFiniteError(StageError):
+    """A network gives logits that are not finite; the message counts the images, and the caller names the network."""
+
+    def __init__(self, bad: int, images: int) -> None:
+        super().__init__(f"its logits are not finite for {bad:,} of {images:,} images")
+
+
+def check_finite(logits: np.ndarray) -> np.ndarray:
+    """Logits [N,C] as they are. Raises NotFiniteError: argmax would take NaN for the best class."""
+    bad = int((~np.isfinite(logits).all(axis=1)).sum())
+    if bad:
+        raise NotFiniteError(bad, len(logits))
+    return logits
 
 
 @torch.inference_mode()
@@ -22,8 +39,16 @@ def outputs(
 ) -> tuple[Tensor, Tensor]:
     """Features [N,D] and logits [N,C] (cosine / tau_s, no prior) of uint8 images [N,3,H,W], float32 on the CPU, eval mode.
 
-    images may also come in batches [b,3,H,W], one after another.
+    images may also come in batches [b,3,H,W], one after another. Raises NotFiniteError for a logit that is not finite.
     """
+    feature, logit = _outputs(model, images, image, device)
+    check_finite(logit.numpy())
+    return feature, logit
+
+
+def _outputs(
+    model: ImageClassifier, images: Tensor | Iterable[Tensor], image: ImageParams, device: torch.device
+) -> tuple[Tensor, Tensor]:
     was_training = model.training
     model.eval()
     features, logits = [], []
@@ -36,13 +61,21 @@ def outputs(
 
 
 def accuracy(model: ImageClassifier, data: AnyImages, image: ImageParams, device: torch.device) -> float:
-    """Share of a split that the balanced answer (the unadjusted logits) gets right; every image is asked by one rank, once."""
+    """Share of a split that the balanced answer (the unadjusted logits) gets right; every image is asked by one rank, once.
+
+    Raises NotFiniteError on every rank when any rank finds a logit that is not finite.
+    """
     mine = torch.arange(rank(), len(data), rank_count())
-    right = torch.zeros(1, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.float64)  # right answers, and images whose logits are not finite
     if len(mine):
-        _, logits = outputs(model, data.batches(mine, EVALUATION_BATCH), image, device)
-        right += (logits.argmax(1) == data.labels[mine]).sum()
+        with torch.inference_mode():
+            _, logits = _outputs(model, data.batches(mine, EVALUATION_BATCH), image, device)
+        counts[0] += (logits.argmax(1) == data.labels[mine]).sum()
+        counts[1] += (~logits.isfinite().all(1)).sum()
     if rank_count() > 1:
-        right = right.to(device)
-        dist.all_reduce(right)
-    return right.item() / len(data)
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+    right, bad = counts.tolist()
+    if bad:
+        raise NotFiniteError(int(bad), len(data))
+    return right / len(data)

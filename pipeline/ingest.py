@@ -17,6 +17,7 @@ from pipeline.quarantine import list_refused
 from pipeline.sources import Ingested
 from pipeline.splits import load_classes
 from pipeline.stage import stage_main
+from serving.terminal import print
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.preprocess import ImageError
+from models.prior import class_key
 from pipeline.artifacts import SPLIT
 from pipeline.drop_folder import DropRow
 from pipeline.errors import DataError
@@ -139,14 +140,16 @@ def _class_of(
     """
     if label is None or label == "":
         return None, ("no label", "has no label that is text or an integer")
-    name = str(label)
+    name = class_key(str(label))
     if name in known:
         return name, ("", "")
     if isinstance(label, int):
         if 0 <= label < len(classes):
             return classes[label], ("", "")
         return None, ("unknown class", f"has the label {label}; expected 0 to {len(classes) - 1}, or a class's name")
-    if params.new_classes == "accept" or (name in params.new_classes and isinstance(params.new_classes, list)):
+    if params.new_classes == "accept" or (
+        isinstance(params.new_classes, list) and name in map(class_key, params.new_classes)
+    ):
         if name.isprintable() and name.strip() == name and len(name) <= LONGEST_NAME:
             return name, ("", "")
         return None, ("class name", f"has the label {name[:40]!r}; expected printable text without spaces around it")

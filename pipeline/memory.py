@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -37,6 +36,7 @@ from pipeline.step import Step
 from pipeline.student import student_objective
 from pipeline.training import precision_of
 from pipeline.training_run import check_recipe, model_config
+from serving.terminal import Console, print
 
 EPILOG = """\
 examples:

@@ -23,6 +23,7 @@ from pipeline.artifacts import TEACHER
 from pipeline.errors import ParamsError, StageError
 from pipeline.params import PARAMS_FILE, load_params
 from pipeline.stage import explain
+from serving.terminal import print
 
 STAGES = ("teacher", "student")
 EPILOG = """\

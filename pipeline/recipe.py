@@ -12,6 +12,7 @@ from pipeline.artifacts import write_file
 from pipeline.errors import ParamsError, StageError
 from pipeline.params import PARAMS_FILE, parse_params, read_yaml
 from pipeline.stage import explain
+from serving.terminal import print
 
 EPILOG = """\
 examples:

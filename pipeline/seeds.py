@@ -34,6 +34,7 @@ from pipeline.params import Params
 from pipeline.prior import load_prior
 from pipeline.ranks import choose_device
 from pipeline.stage import stage_main
+from serving.terminal import print
 
 Metrics = dict[str, Any]
 # What a seed's metrics depend on; dvc.yaml lists the same. Of evaluate nothing that only the report shows.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from models.label_shift import TOLERANCE, estimate_prior, mapls_concentration, total_variation
@@ -17,6 +16,7 @@ from pipeline.artifacts import EVALUATION, PRIOR, as_csv, write_file
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.gate import Contender, load_answers
 from pipeline.stage import explain
+from serving.terminal import Console, print
 
 EPILOG = """\
 examples:

@@ -21,6 +21,7 @@ from pipeline.profiles import choose, class_members, class_sizes
 from pipeline.published import PUBLISHED, check_published_choice
 from pipeline.sources import Row, Source, WithIngested, open_source
 from pipeline.stage import stage_main
+from serving.terminal import csv_cell, print
 
 SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
@@ -216,11 +217,11 @@ def _hold_out_validation(
 
 
 def as_csv(header: list[str], rows: list[tuple[str, ...]]) -> str:
-    """A table as CSV."""
+    """A table as CSV, its cells safe in a spreadsheet."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([csv_cell(value) for value in row] for row in rows)
     return stream.getvalue()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from models.prior import class_key
 from pipeline.artifacts import SPLIT
 from pipeline.errors import ParamsError, StageError
 
@@ -24,7 +25,9 @@ def read_split(split: str, columns: list[str], folder: Path = SPLIT, only: Filte
     """
     path = folder / f"{split}.parquet"
     with _explained(path):
-        return pyarrow.parquet.read_table(path, columns=columns, filters=only)
+        # read_table would leave threads behind that abort a program which ends at once, as after an error (status 134).
+        table = pyarrow.parquet.ParquetFile(path).read(columns, use_threads=False)
+        return table if only is None else table.filter(pyarrow.parquet.filters_to_expression(only))
 
 
 def count_rows(split: str, folder: Path = SPLIT) -> int:
@@ -57,7 +60,7 @@ def load_classes(folder: Path = SPLIT) -> list[str]:
     """Class names in label order. Raises ParamsError when the split is not made, StageError when the file is damaged."""
     path = folder / "classes.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return [class_key(name) for name in json.loads(path.read_text(encoding="utf-8"))]
     except OSError as error:
         raise ParamsError(f"{path}: {error.strerror}; run `dvc repro split` first") from None
     except ValueError as error:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.errors import StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
+from serving.terminal import print
 
 
 def stage_main(run: Callable[[Params], Any], description: str, arguments: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from pipeline.prior import Prior, load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
 from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run
+from serving.terminal import print
 
 
 def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Result:

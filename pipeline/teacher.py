@@ -18,6 +18,7 @@ from pipeline.prior import load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
 from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run
+from serving.terminal import print
 
 
 def run(params: Params, output: Path = TEACHER) -> Result:

@@ -15,6 +15,7 @@ from pipeline.errors import ParamsError, StageError
 from pipeline.params import Params
 from pipeline.sources.storage import shown
 from pipeline.stage import stage_main
+from serving.terminal import print
 
 EVALUATED = ("report.html", "metrics.json", "per_class.csv", "confusion.csv")
 EXPORTED = ("manifest.json", "model_card.md")

@@ -24,7 +24,7 @@ from pipeline.errors import ParamsError, StageError
 from pipeline.failure_dump import dump_failure
 from pipeline.history import History, epoch_line, progress_bar
 from pipeline.host_memory import keep_freed_memory
-from pipeline.inference import accuracy
+from pipeline.inference import NotFiniteError, accuracy, outputs
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.resume import RunFolder, Snapshot
 from pipeline.schedule import learning_rate
@@ -168,13 +168,21 @@ class Training:
         means = self._watch.means(steps)
         if failure := self._watch.last_failure():
             self._fail(failure, steps, rate)
+        self._check_network()
         seconds = time.perf_counter() - started
         data = self._train.epoch_record(seconds)
         if told := self._train.replaced() or replaced_elsewhere(data):
             self._say(progress, told)
         record = {"epoch": at.epoch + 1, **means, "learning_rate": rate, **self.objective.observations()}
+        try:
+            if len(validation):
+                record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device)
+            elif at.epoch + 1 == self.params.epochs:
+                some = torch.arange(min(batch, len(self._train)))
+                outputs(self.model, self._train.pixels(some), self.image, self.device)
+        except NotFiniteError as error:
+            raise self._diverged(str(error)) from None
         if len(validation):
-            record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device)
             self._keep_best(record)
         record["images_per_second"] = (steps - first) * batch / seconds
         record["memory_mib"] = peak_memory_mib(self.device)
@@ -184,6 +192,19 @@ class Training:
         if self.on_epoch:
             self.on_epoch(self._at.history)
         return record
+
+    def _check_network(self) -> None:
+        """Raise StageError when the last step has left a weight or a statistic that is not finite: no later loss shows it."""
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
+        finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
+        if bad := [name for name, good in zip(state, finite, strict=True) if not good]:
+            raise self._diverged(f"{len(bad)} of {len(state)} tensors are not finite, {bad[0]} the first")
+
+    def _diverged(self, what: str) -> StageError:
+        return StageError(
+            f"{self.name}: the network has diverged by the end of epoch {self._at.epoch + 1}: {what}; lower "
+            f"{self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs"
+        )
 
     def _keep_best(self, record: dict[str, float]) -> None:
         if self.best is None or record["validation_accuracy"] > self.best.accuracy:

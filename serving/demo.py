@@ -8,13 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from serving.client import Client, Prediction
 from serving.errors import InputError, ServingError
 from serving.server import TritonServer
+from serving.terminal import Console, cell, plain_cell, print
 
 PRIORS = ("balanced", "train")
 TOLERANCE = 1e-5
@@ -78,7 +77,7 @@ def read_samples(folder: Path) -> list[Sample]:
             raise InputError(f"{path}: line {line} lacks a file or a label")
     if not rows:
         raise InputError(f"{path}: lists no image; run `dvc repro evaluate`")
-    return [Sample(folder / row["file"], row["label"]) for row in rows]
+    return [Sample(folder / plain_cell(row["file"]), plain_cell(row["label"])) for row in rows]
 
 
 def check_same(images: list[Sample], over_http: list[Prediction], over_grpc: list[Prediction]) -> None:
@@ -102,9 +101,9 @@ def comparison(images: list[Sample], answers: dict[str, list[Prediction]], diffe
         for prior in PRIORS:
             answer = answers[prior][place]
             right = answer.classes[0] == sample.label
-            text = f"{escape(answer.classes[0])} {answer.probabilities[0]:.3f}"
+            text = f"{cell(answer.classes[0])} {answer.probabilities[0]:.3f}"
             cells.append(f"[green]{text}[/]" if right else text)
-        table.add_row(escape(sample.path.name), escape(sample.label), *cells, "≠" if differing[place] else "")
+        table.add_row(cell(sample.path.name), cell(sample.label), *cells, "≠" if differing[place] else "")
     return table
 
 

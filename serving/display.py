@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from models.prior import shot_group
@@ -17,6 +16,7 @@ from serving.errors import ServingError
 from serving.manifest import Manifest
 from serving.promotion import VersionState
 from serving.release_history import scores
+from serving.terminal import cell, csv_cell
 
 CSV_COLUMNS = ("image", "version", "rank", "class", "index", "probability", "error")
 
@@ -32,9 +32,9 @@ def as_mapping(image: Path, answer: Prediction | ServingError, top: int | None) 
 def as_rows(image: Path, answer: Prediction | ServingError, top: int | None) -> list[list[object]]:
     """One image's answer as rows of CSV_COLUMNS, best class first; or one row with its error."""
     if isinstance(answer, ServingError):
-        return [[image, "", "", "", "", "", answer]]
+        return [[csv_cell(image), "", "", "", "", "", csv_cell(answer)]]
     best = enumerate(_best(answer, top), start=1)
-    return [[image, answer.version, rank, name, index, p, ""] for rank, (name, index, p) in best]
+    return [[csv_cell(image), answer.version, rank, csv_cell(name), index, p, ""] for rank, (name, index, p) in best]
 
 
 def prediction_table(
@@ -43,55 +43,55 @@ def prediction_table(
     """A table of every image's best `top` classes with their probabilities."""
     found = {answer.version for _, answer in pairs if isinstance(answer, Prediction)}
     versions = ", ".join(str(version) for version in sorted(found)) or "none"
-    table = Table(title=f"prior {prior or 'as the server defaults to'}, version {versions}")
+    table = Table(title=f"prior {cell(prior or 'as the server defaults to')}, version {versions}")
     table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right")
     for image, answer in pairs:
         if isinstance(answer, ServingError):
-            table.add_row(escape(str(image)), "not classified", "")
+            table.add_row(cell(str(image)), "not classified", "")
         else:
             for rank, (name, _, p) in enumerate(_best(answer, top)):
-                table.add_row("" if rank else escape(str(image)), escape(name), f"{p:.4f}")
+                table.add_row("" if rank else cell(str(image)), cell(name), f"{p:.4f}")
         table.add_section()
     return table
 
 
 def status_table(found: Status) -> Table:
     """A table of the models, their versions and whether they answer."""
-    table = Table(title=f"{found.server} {found.server_version} at {found.url}")
+    table = Table(title=cell(f"{found.server} {found.server_version} at {found.url}"))
     table.add_column("model")
     table.add_column("versions")
     table.add_column("state")
     for model in found.models:
         state = "not loaded" if not model.versions else "answers" if found.answers else "does not answer"
-        table.add_row(model.name, ", ".join(map(str, model.versions)), state)
+        table.add_row(cell(model.name), ", ".join(map(str, model.versions)), state)
     return table
 
 
 def versions_table(found: Sequence[VersionState], repository: str) -> Table:
     """A table of a repository's releases: state, age, and the test accuracy that their manifests report."""
-    table = Table(title=f"releases in {repository}")
+    table = Table(title=cell(f"releases in {repository}"))
     for heading in ("version", "state", "published", "balanced accuracy", "few", "code"):
         table.add_column(heading)
     for state in reversed(found):
         manifest = state.release.manifest
         shown = scores(manifest.metrics, ("all", "few"))
         published = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.published))
-        table.add_row(str(state.version), state.state, published, *shown, escape(manifest.code_revision[:12]))
+        table.add_row(str(state.version), state.state, published, *shown, cell(manifest.code_revision[:12]))
     return table
 
 
 def drift_table(found: Drift, manifest: Manifest, top: int, title: str) -> Table:
     """A table of the live class prior: the groups, then the `top` most shifted classes."""
-    table = Table(title=f"class prior of {escape(title)}")
+    table = Table(title=f"class prior of {cell(title)}")
     table.add_column("classes", overflow="fold")
     for name in ("training", "live", f"{found.confidence:.0%} interval", "times"):
         table.add_column(name, justify="right")
 
     def add(name: str, training: float, live: float, low: float, high: float) -> None:
         times = f"{live / training:.2f}" if training > 1e-6 else ""
-        table.add_row(escape(name), f"{training:.3f}", f"{live:.3f}", f"{low:.3f} to {high:.3f}", times)
+        table.add_row(cell(name), f"{training:.3f}", f"{live:.3f}", f"{low:.3f} to {high:.3f}", times)
 
     groups = [shot_group(count) for count in manifest.counts]
     for group, share in found.groups.items():
@@ -105,7 +105,7 @@ def drift_table(found: Drift, manifest: Manifest, top: int, title: str) -> Table
 
 def load_table(found: Mapping[str, Any], url: str) -> Table:
     """A table of a load test: a row for each kind of request, by the version that answered, and one for all."""
-    table = Table(title=f"load on {url}: {'held' if found['passed'] else 'failed'}")
+    table = Table(title=f"load on {cell(url)}: {'held' if found['passed'] else 'failed'}")
     table.add_column("requests")
     for name in ("number", "failed", "per second", "p50 ms", "p99 ms"):
         table.add_column(name, justify="right")
@@ -113,7 +113,7 @@ def load_table(found: Mapping[str, Any], url: str) -> Table:
         if kind is found["total"]:
             table.add_section()
         counts = (f"{kind['requests']}", f"{kind['failures']}", f"{kind['rps']:.1f}")
-        table.add_row(escape(kind["name"]), *counts, f"{kind['p50_ms']:.0f}", f"{kind['p99_ms']:.0f}")
+        table.add_row(cell(kind["name"]), *counts, f"{kind['p50_ms']:.0f}", f"{kind['p99_ms']:.0f}")
     return table
 
 

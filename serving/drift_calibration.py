@@ -8,9 +8,11 @@ import numpy as np
 
 from models.calibration import Calibration, fit_calibration
 from models.prior import softmax
+from serving.bounded_parquet import MemoryLimit, TooLargeError, read_column
 from serving.errors import ServingError
 from serving.manifest import Manifest
 
+LIMIT = MemoryLimit(1024)
 SAME = 1e-6  # nats; the manifest's own figure is of these very answers
 
 
@@ -25,13 +27,15 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
 
     classes, balanced = len(manifest.classes), manifest.metrics.get("balanced")
     try:
-        with pyarrow.parquet.ParquetFile(predictions) as file:
-            table = file.read(["label", "logits"], use_threads=False)
-        labels = table["label"].to_numpy()
-        logits = np.array(table["logits"].to_pylist(), dtype=np.float64)
+        with predictions.open("rb") as stream, pyarrow.parquet.ParquetFile(predictions) as file:
+            label, logit = (read_column(file, name, LIMIT, stream=stream) for name in ("label", "logits"))
+        labels = label.to_numpy()
+        logits = np.array(logit.to_pylist(), dtype=np.float64)
     except FileNotFoundError:
         raise ServingError(f"{predictions}: no such file; run `dvc repro evaluate`, or give --calibration") from None
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+    except TooLargeError as error:
+        raise ServingError(f"{predictions}: {error}") from None
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         raise ServingError(f"{predictions}: damaged ({str(error).splitlines()[0][:100]})") from None
     usable = logits.ndim == 2 and len(logits) and logits.shape[1] == classes and labels.dtype.kind in "iu"
     if not usable or not np.isfinite(logits).all() or labels.min() < 0 or labels.max() >= classes:

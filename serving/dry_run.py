@@ -22,6 +22,7 @@ from serving.model_config import CLASSIFIER, STUDENT
 from serving.priority import stand_back
 from serving.release import Release, read_release
 from serving.repository import RepositoryError
+from serving.terminal import print
 
 NICENESS = 5  # a champion may be serving on the same cores
 

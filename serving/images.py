@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.image_names import SUFFIXES, has_image_suffix, is_passed_over
 from models.preprocess import MAX_BYTES, ImageError, check_size, decode, opened, to_rgb, upright
 from serving.errors import InputError
 
 ImageLike = bytes | bytearray | memoryview | str | Path | Image.Image | NDArray[np.uint8]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SINGLE = (bytes, bytearray, memoryview, str, os.PathLike, Image.Image)
 # Lossless at the least effort: the bytes live for one request.
 PNG_EFFORT = 1
@@ -75,13 +75,10 @@ def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
 
 def image_files(folder: Path) -> list[Path]:
     """The JPEG, PNG and WebP files (by name) in a folder and the folders below it, sorted. Raises InputError if none."""
-    # Hidden files and folders are a program's own (.git, .thumbnails).
     found = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        if has_image_suffix(path) and not is_passed_over(path.relative_to(folder)) and path.is_file()
     ]
     if not found:
         raise InputError(f"{folder}: holds no image; expected files that end in {', '.join(SUFFIXES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from serving.bounded_parquet import MemoryLimit, TooLargeError, read_column
 from serving.errors import InputError, ServingError
 from serving.manifest import STUDENT_NAME, Manifest
 from serving.triton.logit_log import FORMAT, classes_sha256, log_files
@@ -18,6 +20,7 @@ from serving.triton.logit_log import FORMAT, classes_sha256, log_files
 if TYPE_CHECKING:
     import pyarrow as pa
 
+LIMIT = MemoryLimit(256)  # a file of the log has at most 4 MiB
 SPAN = re.compile(r"(\d{1,9})([smhdw])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -115,11 +118,18 @@ def _read(path: Path, manifest: Manifest) -> tuple[int, str, np.ndarray, np.ndar
     import pyarrow.parquet
 
     try:
+        LIMIT.check("the file", path.stat().st_size)
+        data = path.read_bytes()
         # read_table would leave threads behind that abort a program which ends at once (pyarrow 24).
-        table = pyarrow.parquet.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False)
+        with pyarrow.parquet.ParquetFile(pa.BufferReader(data)) as file:
+            names = file.schema_arrow.names
+            columns = {name: read_column(file, name, LIMIT, stream=io.BytesIO(data)) for name in dict.fromkeys(names)}
+            table = pa.table(columns, metadata=file.schema_arrow.metadata)
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except TooLargeError as error:
+        raise _Unusable(str(error)) from None
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise _Unusable(f"is damaged ({str(error).splitlines()[0][:100]})") from None
     about = {key.decode(): value.decode(errors="replace") for key, value in (table.schema.metadata or {}).items()}
     if about.get("tailor_logits") != FORMAT:

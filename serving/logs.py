@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from serving.errors import InputError
+from serving.terminal import print
 
 TAIL_LINES = 12
 FILE_BYTES = 64 * 1024 * 1024  # a log file this large is put aside, as FILE.1 to FILE.3

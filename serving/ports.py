@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import socket
 from collections.abc import Collection, Mapping
@@ -82,3 +83,12 @@ def _bound(host: str, port: int) -> socket.socket:
         opened.close()
         raise
     return opened
+
+
+def bypass_proxy_on_loopback() -> None:
+    """Have every HTTP client of this process and its children reach loopback directly, whatever HTTP_PROXY says."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if "*" not in names:
+        names += [name for name in ("127.0.0.1", "localhost", "::1") if name not in names]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(names)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.prior import Floats, check_numbers, check_target_prior, parse_number
+from models.prior import Floats, check_numbers, check_target_prior, class_key, parse_number
 from serving.errors import InputError
 
 Prior = str | float | Path | Sequence[float] | NDArray[Any] | Mapping[str, float] | None
@@ -59,13 +59,13 @@ def vector_of(parsed: Floats | Mapping[str, float], names: Sequence[str] | None,
     Classes that a mapping leaves out get 0. Raises InputError naming the class, or what is wrong with the numbers.
     """
     if isinstance(parsed, Mapping):
-        place = {name: index for index, name in enumerate(names or ())}
+        place = {class_key(name): index for index, name in enumerate(names or ())}
         vector = np.zeros(classes)
         for name, probability in parsed.items():
-            if name not in place:
+            if class_key(name) not in place:
                 known = ", ".join(list(place)[:5])
                 raise InputError(f"prior names class {name!r}, which the server does not have; it has {known}, …")
-            vector[place[name]] = probability
+            vector[place[class_key(name)]] = probability
     else:
         vector = parsed
     try:
@@ -114,6 +114,8 @@ def _by_name(values: Mapping[str, object], source: str) -> dict[str, float]:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{source}: class {name!r} has {value!r}; expected a number")
+    if len({class_key(str(name)) for name in values}) < len(values):
+        raise InputError(f"{source}: names a class twice, in two Unicode forms (NFC, NFD)")
     numbers = _numbers(list(values.values()), source)
     _vector(numbers, source)
     return {str(name): float(number) for name, number in zip(values, numbers, strict=True)}

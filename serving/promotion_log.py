@@ -10,6 +10,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from serving.terminal import print
+
 LOG_NAME = "promotions.jsonl"  # Triton looks at folders alone
 
 

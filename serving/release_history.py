@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from serving.manifest import ManifestError
@@ -17,6 +16,7 @@ from serving.model_config import CLASSIFIER
 from serving.promotion import VersionState, list_versions
 from serving.promotion_log import Change, read_changes
 from serving.running import find_running
+from serving.terminal import cell
 
 # Beside the manifest of a version, where a retraining put them: what the gate decided, and why there was a run.
 DECISION_NAME, STORY_NAME = "decision.json", "retrain.json"
@@ -88,7 +88,7 @@ def read_history(repository: Path) -> RepositoryHistory:
 def history_table(found: RepositoryHistory) -> Table:
     """A row a version, the newest first."""
     by = f", served at {', '.join(found.servers)}" if found.servers else ", served by nobody here"
-    table = Table(title=f"{found.repository}{by}")
+    table = Table(title=cell(f"{found.repository}{by}"))
     for heading in ("version", "state", "promoted", "images", "data", "params", "code", "all", "few", "decision"):
         table.add_column(heading)
     for version in reversed(found.versions):
@@ -101,9 +101,9 @@ def history_table(found: RepositoryHistory) -> Table:
             f"{sum(manifest.counts):,}",
             manifest.data_sha256[:8],
             manifest.params_sha256[:8],
-            escape(manifest.code_revision[:8]),
+            cell(manifest.code_revision[:8]),
             *scores(manifest.metrics, ("all", "few")),
-            escape(said(version.decision)),
+            cell(said(version.decision)),
         )
     return table
 

@@ -36,9 +36,11 @@ PLUMBING = {
     "pipeline.training_state",
     "pipeline.watch",
     "serving.atomic",
+    "serving.bounded_parquet",
+    "serving.terminal",
     "serving.errors",
 }
-READ_BACK = {"pipeline.prior", "pipeline.sources"}
+READ_BACK = {"models.image_names", "pipeline.prior", "pipeline.sources"}
 # Of stage `seeds` its own code is looked at: what trains a further seed has made artifacts/student, which is a dep.
 # A step can be either's; a change of what is the student's alone must not train the teacher again.
 STUDENT_ALONE = {

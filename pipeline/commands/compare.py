@@ -13,6 +13,7 @@ import typer
 
 from pipeline.commands.options import RepositoryOption, repository_of
 from serving.commands.options import AsJson, Debug, print_json
+from serving.terminal import print
 
 if TYPE_CHECKING:
     from pipeline.comparison import Answers

@@ -6,14 +6,13 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
 from pipeline.params import PARAMS_FILE
 from pipeline.prefect_health import Finding
 from serving.commands.options import AsJson, Debug, print_json
+from serving.terminal import Console, cell
 
 COLOURS = {"ok": "green", "warning": "yellow", "failing": "red"}
 
@@ -48,6 +47,6 @@ def doctor(
 def _table(found: list[Finding]) -> Table:
     table = Table(box=None, show_header=False)
     for finding in found:
-        said = escape(finding.message) + (f"\n[dim]→ {escape(finding.remedy)}[/dim]" if finding.remedy else "")
+        said = cell(finding.message) + (f"\n[dim]→ {cell(finding.remedy)}[/dim]" if finding.remedy else "")
         table.add_row(finding.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", said)
     return table

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
 
 from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
 from pipeline.params import PARAMS_FILE
 from serving.commands.options import AsJson, Debug, print_json
 from serving.release_history import history_table, read_history
+from serving.terminal import Console
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

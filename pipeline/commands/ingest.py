@@ -12,6 +12,7 @@ from pipeline.commands.options import ParamsOption
 from pipeline.ingest import ingest as take_in
 from pipeline.params import PARAMS_FILE, load_params
 from serving.commands.options import AsJson, Debug, print_json
+from serving.terminal import print
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from serving.commands.options import AsJson, Debug, print_json
+from serving.terminal import print
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -56,7 +58,7 @@ def init(
             print(f"  {key} = {value}  # {why}")
         print(f"→ {output}; next: tailor data check, then: dvc repro")
     for reference in found.unreadable[:5]:
-        typer.echo(f"init: {folder / reference}: cannot be read; `tailor data check` says why", err=True)
+        print(f"init: {folder / reference}: cannot be read; `tailor data check` says why", file=sys.stderr)
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from serving.commands.options import AsJson, Debug, print_json
+from serving.terminal import Console, cell, print
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -45,7 +46,6 @@ def _show(evidence: str | None) -> None:
     """The comparison of champion and challenger as a table."""
     import json
 
-    from rich.console import Console
     from rich.table import Table
 
     from pipeline.comparison import Measure
@@ -62,5 +62,5 @@ def _show(evidence: str | None) -> None:
         for name in shown:
             table.add_column(name, no_wrap=True)
         for row in rows:
-            table.add_row(*(row[name] for name in shown))
+            table.add_row(*(cell(row[name]) for name in shown))
         Console().print(table)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from serving.commands.options import Debug
+from serving.terminal import print
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import class_prior, shot_group, softmax
+from models.prior import class_key, class_prior, shot_group, softmax
 from pipeline.comparison import Answers
 from pipeline.errors import StageError
 from pipeline.params import Params
@@ -24,6 +24,7 @@ def served_answers(repository: Path, version: int | None, params: Params, target
 
     from pipeline.dataset import evaluation_images
     from pipeline.export import open_session
+    from pipeline.inference import NotFiniteError, check_finite
     from serving.errors import InputError
     from serving.model_config import STUDENT
     from serving.release import find_releases, published_versions, read_release
@@ -33,7 +34,7 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     if version not in (there := published_versions(repository)):
         raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, there))}")
     manifest = read_release(repository, version).manifest
-    if load_classes() != manifest.classes:
+    if load_classes() != [class_key(name) for name in manifest.classes]:
         raise StageError(f"version {version} of {repository} has other classes than data/split/classes.json")
     seen = {"size": manifest.image.size, "resize_to": manifest.image.resize_to}
     test = evaluation_images(params.model_copy(update={"image": params.image.model_copy(update=seen)}), "test")
@@ -49,5 +50,8 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     groups = [shot_group(count) for count in manifest.counts]
     prior = Prior(manifest.classes, manifest.counts, p.tolist(), manifest.log_prior, groups)
     order = np.argsort(np.array(list(test.sample_ids)))
-    found = softmax(np.concatenate(logits))[order]
+    try:
+        found = softmax(check_finite(np.concatenate(logits)))[order]
+    except NotFiniteError as error:
+        raise StageError(f"version {version} of {repository}: {error}") from None
     return Answers([test.sample_ids[i] for i in order], test.labels.numpy()[order], found, prior)

@@ -19,6 +19,7 @@ import pyarrow.parquet
 from pipeline.artifacts import write_file
 from pipeline.errors import StageError
 from pipeline.sources.digits import DigitsSource
+from serving.terminal import print
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("build/retrain-demo")

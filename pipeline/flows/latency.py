@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from serving.terminal import print
+
 ROUNDS = 100
 WARM_UP = 10
 

@@ -22,7 +22,7 @@ import psutil
 from pipeline.artifacts import write_json
 from pipeline.errors import ParamsError, StageError
 from pipeline.flows.leash import end_leash, start_on_leash
-from serving.ports import choose_ports
+from serving.ports import bypass_proxy_on_loopback, choose_ports
 
 HOME = Path(".prefect")
 NOTE = "tailor-server.json"
@@ -52,6 +52,7 @@ def settle_environment(home: Path = HOME) -> None:
 
     What the user has set stays.
     """
+    bypass_proxy_on_loopback()
     os.environ.setdefault("PREFECT_HOME", str(home.absolute()))
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -124,6 +125,7 @@ def running_server(home: Path = HOME) -> str | None:
 
 def answers(api_url: str) -> bool:
     """Whether a Prefect API is there and well."""
+    bypass_proxy_on_loopback()
     try:
         with urllib.request.urlopen(f"{api_url}/health", timeout=5) as response:
             return response.status == 200

@@ -12,7 +12,9 @@ from pipeline.params.section import Count, NonNegative, Number, Positive, Positi
 class TableParams(Section):
     """Columns and files of the `table` source; paths are relative to data.location. A null split is held out of train.
 
-    A split is a file, a glob pattern, a folder of Parquet shards, or a list of these.
+    A split is a file, a glob pattern, a folder of Parquet shards, or a list of these. label_type: of a CSV file, whose cells
+    are text; auto reads integers where class_names are given. max_mib: the most memory that one column of a row group, or
+    a whole column of labels, paths or ids, may take.
     """
 
     train: str | list[str] = "train.parquet"
@@ -21,8 +23,10 @@ class TableParams(Section):
     image: str | None = "image"
     path: str | None = None
     label: str = "label"
+    label_type: Literal["auto", "text", "integer"] = "auto"
     id: str | None = None
     class_names: list[str] | None = None
+    max_mib: PositiveInt = 1024
 
     @model_validator(mode="after")
     def _one_way_to_the_image(self) -> TableParams:

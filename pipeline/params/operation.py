@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.params.section import NonNegative, Section, Share
+from pipeline.params.section import NonNegative, PositiveInt, Section, Share
 
 
 class IngestColumns(Section):
@@ -23,7 +23,7 @@ class IngestParams(Section):
     settle_seconds: a file counts as written once it has not changed for so long. require_marker: a folder of the drop is
     read only once a file `.complete` lies in it. new_classes: `refuse`, `accept`, or the names that may appear.
     min_good_share: of a drop's rows; with fewer good ones it is refused whole. taken: files whose images were taken in are
-    kept in the drop folder's own `.taken`, or removed.
+    kept in the drop folder's own `.taken`, or removed. max_table_mib: the most memory that one column of a table may take.
     """
 
     drop: str = "data/drop"
@@ -32,6 +32,7 @@ class IngestParams(Section):
     new_classes: Literal["refuse", "accept"] | list[str] = "refuse"
     min_good_share: Share = 0.7
     taken: Literal["keep", "remove"] = "keep"
+    max_table_mib: PositiveInt = 256
     columns: IngestColumns = IngestColumns()
 
 

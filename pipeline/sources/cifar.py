@@ -114,6 +114,8 @@ class _Archive:
     def _bytes(self, file: str) -> bytes:
         try:
             if self._packed is None:
+                if (size := (self._folder / file).stat().st_size) > MAX_MEMBER:
+                    raise DataError(f"{self._place(file)}: has {size} bytes, above the limit of {MAX_MEMBER}")
                 return (self._folder / file).read_bytes()
             if self._members is None:
                 self._members = self._unpacked(self._packed)
@@ -125,10 +127,18 @@ class _Archive:
             raise DataError(f"{self._place(file)}: not readable ({reason}); fetch the archive anew") from None
 
     def _unpacked(self, packed: Path) -> dict[str, bytes]:
-        # In one pass: a .tar.gz has no index, and every look-up would unpack it from the start.
+        # In one pass: a .tar.gz has no index, and every look-up would unpack it from the start. Only the published files
+        # are kept, so that an archive with others in it takes no memory for them.
+        published = [file for file, _ in self.published.train_list + self.published.test_list]
+        names = {f"{self._folder.name}/{file}" for file in (self.published.meta["filename"], *published)}
+        found: dict[str, bytes] = {}
         with tarfile.open(packed, "r|gz") as archive:
-            members = (member for member in archive if member.isreg() and member.size <= MAX_MEMBER)
-            return {member.name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+            for member in archive:
+                if member.name in names - found.keys() and member.isreg() and member.size <= MAX_MEMBER:
+                    found[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+                if len(found) == len(names):
+                    break
+        return found
 
     def _place(self, file: str) -> str:
         return str(self._folder / file) if self._packed is None else f"{self._packed}: {self._folder.name}/{file}"

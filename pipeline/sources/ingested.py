@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from models.prior import class_key
 from pipeline.artifacts import INGESTED, sha256_of_file
 from pipeline.errors import DataError
 from pipeline.sources.shards import RowGroups, Shard, row_groups
@@ -41,12 +42,14 @@ class Ingested:
     def new_classes(self) -> list[str]:
         """Classes that came with a shard, sorted, so that a later shard does not renumber them unless it adds one."""
         found = (shard.carried(NEW_CLASSES_KEY) or [] for shard in self._shards.values())
-        return sorted({name for names in found for name in names})
+        return sorted({class_key(name) for names in found for name in names})
 
     def content(self) -> list[tuple[str, str]]:
         """(sha256, class name) of every image."""
         return [
-            pair for shard in self._shards.values() for pair in zip(*_columns(shard, "sha256", "label"), strict=True)
+            (digest, class_key(label))
+            for shard in self._shards.values()
+            for digest, label in zip(*_columns(shard, "sha256", "label"), strict=True)
         ]
 
     def rows(self, classes: list[str]) -> list[Row]:
@@ -55,6 +58,7 @@ class Ingested:
         rows = []
         for shard in self._shards.values():
             for index, (label, digest) in enumerate(zip(*_columns(shard, "label", "sha256"), strict=True)):
+                label = class_key(label)
                 if label not in number:
                     raise DataError(
                         f"{shard.place}: holds the class {label!r}, which the source does not have; it was taken in for "

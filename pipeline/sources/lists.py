@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError, ParamsError
@@ -45,6 +46,8 @@ OFFICIAL = {
     ),
 }
 Entry = tuple[str, int]
+MAX_LIST_BYTES = 512 * 1024 * 1024  # iNaturalist's train2018.json, the largest official one, has 125 million
+MAX_LINE = 8192  # characters
 
 
 class ListSource(FilesUnderRoot):
@@ -150,6 +153,8 @@ def _find_lists(name: str, root: Path, lists: ListParams) -> dict[str, Path]:
 
 
 def _entries(path: Path, classes: int) -> Iterator[Entry]:
+    if (size := path.stat().st_size) > MAX_LIST_BYTES:
+        raise DataError(f"{path}: has {size} bytes, above the limit of {MAX_LIST_BYTES} of a list")
     read = _read_json if path.suffix == ".json" else _read_lines
     for where, image, label in read(path):
         if not 0 <= label < classes:
@@ -162,7 +167,7 @@ def _entries(path: Path, classes: int) -> Iterator[Entry]:
 def _read_lines(path: Path) -> Iterator[tuple[str, str, int]]:
     try:
         with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(iter(partial(stream.readline, MAX_LINE), ""), 1):
                 if not line.strip():
                     continue
                 image, _, label = line.strip().rpartition(" ")

@@ -3,50 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 
 from pipeline.errors import DataError
 from pipeline.sources.source import Groups
 from pipeline.sources.storage import Storage
+from serving.bounded_parquet import MAX_BATCH, MIB, MemoryLimit, TooLargeError, read_column
 
+LIMIT = MemoryLimit(1024, "data.table.max_mib")
+MAX_LINE, MAX_CSV_COLUMNS = MIB, 1000  # of a CSV file
+CELL_BYTES = 64  # of a text in Python, beside its characters
 CACHE_BYTES = 256 * 1024 * 1024  # of images kept in memory, over all shards
 # Parquet metadata that `data pack` writes, as JSON: class names in label order, and the source that was packed.
 CLASSES_KEY, ORIGIN_KEY = b"tailor.classes", b"tailor.origin"
 
 
-class Shard:
-    """A Parquet file, known by its footer until a column or image is asked for; or a CSV file, read whole.
+class TableTooLargeError(DataError):
+    """A column of a table whose content would take more memory than the limit; reading it again would end in the same way."""
 
-    text: columns of a CSV file that are taken as they are written, whatever they look like. Raises DataError naming the
-    file when it is missing, no table, or cut off.
+
+class Shard:
+    """A Parquet file, known by its footer until a column or image is asked for; or a CSV file, of which some columns are read.
+
+    columns: those that are read of a CSV file, all as text. limit: the most memory that one column may take. Raises DataError
+    naming the file when it is missing, no table, cut off, or too large.
     """
 
-    def __init__(self, storage: Storage, name: str, text: Sequence[str] = ()) -> None:
-        self._storage, self.name, self.place = storage, name, storage.place(name)
+    def __init__(self, storage: Storage, name: str, columns: Sequence[str] = (), limit: MemoryLimit = LIMIT) -> None:
+        self._storage, self.name, self.place, self._limit = storage, name, storage.place(name), limit
         self._table: pa.Table | None = None
         with self._readable(), storage.open(name) as stream:
             if name.lower().endswith(".csv"):
-                # An empty cell is a missing value, as in Parquet, and not a label "".
-                options = pyarrow.csv.ConvertOptions(
-                    null_values=[""], strings_can_be_null=True, column_types=dict.fromkeys(text, pa.string())
-                )
-                self._table = pyarrow.csv.read_csv(stream, convert_options=options)
+                self._limit.check("the file", storage.size(name) or 0)
+                self.names, self._table = _read_csv(stream, columns, limit)
                 self.schema, groups = self._table.schema, [self._table.num_rows]
                 self._metadata: dict[bytes, bytes] = {}
             else:
                 self._footer = pyarrow.parquet.read_metadata(stream)
                 self.schema = self._footer.schema.to_arrow_schema()
+                self.names = self.schema.names
                 # A key that was written behind the rows is in the file's own metadata, and not in the schema's.
                 self._metadata = (self.schema.metadata or {}) | (self._footer.metadata or {})
                 groups = [self._footer.row_group(i).num_rows for i in range(self._footer.num_row_groups)]
@@ -61,17 +70,18 @@ class Shard:
         return json.loads(text) if text else None
 
     def column(self, column: str) -> pa.ChunkedArray:
-        """A whole column. Raises DataError when there is none of that name, with those there are."""
+        """A whole column. Raises DataError when there is none of that name, with those there are, or too many rows to list."""
         self.check_column(column)
-        if self._table is not None:
-            return self._table.column(column)
-        with self._parquet() as file:
-            return _plain(file.read(columns=[column]).column(column))
+        with self._readable():
+            self._limit.check(f"the list of {len(self):,} rows", len(self) * self._limit.row_bytes)
+        return self._read(column, None)
 
     def check_column(self, column: str) -> None:
-        """Raise DataError unless there is a column of that name."""
-        if column not in self.schema.names:
-            raise DataError(f"{self.place}: has no column {column!r}; it has {', '.join(self.schema.names)}")
+        """Raise DataError unless there is one column of that name."""
+        if column not in self.names:
+            raise DataError(f"{self.place}: has no column {column!r}; it has {', '.join(self.names)[:1000]}")
+        if self.names.count(column) > 1:
+            raise DataError(f"{self.place}: has {self.names.count(column)} columns {column!r}; rename all but one")
 
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
         """The row groups that hold some rows, int64."""
@@ -83,12 +93,9 @@ class Shard:
         return group, row - int(self._starts[group])
 
     def read_group(self, group: int, column: str) -> pa.ChunkedArray:
-        """One column of one row group."""
+        """One column of one row group. Raises TableTooLargeError above the limit."""
         self.check_column(column)
-        if self._table is not None:
-            return self._table.column(column)
-        with self._parquet() as file:
-            return _plain(file.read_row_group(group, columns=[column]).column(column))
+        return self._read(column, [group])
 
     def group_bytes(self, column: str) -> list[int]:
         """Bytes that a column of each row group takes in memory."""
@@ -98,19 +105,61 @@ class Shard:
         groups = (self._footer.row_group(i) for i in range(self._footer.num_row_groups))
         return [group.column(place).total_uncompressed_size for group in groups]
 
-    @contextlib.contextmanager
-    def _parquet(self) -> Iterator[pyarrow.parquet.ParquetFile]:
+    def _read(self, column: str, groups: list[int] | None) -> pa.ChunkedArray:
+        if self._table is not None:
+            return self._table.column(column)
         # Opened for each read: no handle is shared by threads, and a thousand shards hold none open.
         with self._readable(), self._storage.open(self.name) as stream:
-            yield pyarrow.parquet.ParquetFile(stream, metadata=self._footer)
+            file = pyarrow.parquet.ParquetFile(stream, metadata=self._footer)
+            # A bucket is written by its owner, and each page header would be a request.
+            return read_column(file, column, self._limit, groups, stream if self._storage.is_local else None)
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except TooLargeError as error:
+            raise TableTooLargeError(f"{self.place}: {error}") from None
+        except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{self.place}: not readable as a table: {reason}") from None
+
+
+def _read_csv(stream: BinaryIO, wanted: Sequence[str], limit: MemoryLimit) -> tuple[list[str], pa.Table]:
+    """Column names of a CSV file, and some of its columns as text; an empty cell is a missing value, and not a label "".
+
+    Read with Python's csv: pyarrow's reader leaves threads behind that abort a program which ends at once (status 134).
+    Raises ValueError for a line or a header that is too long, and for a row of another width.
+    """
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    rows = csv.reader(_short_lines(text), strict=True)
+    try:
+        names = next(rows, [])
+        if not names or len(names) > MAX_CSV_COLUMNS:
+            raise ValueError(f"it has {len(names):,} columns; expected 1 to {MAX_CSV_COLUMNS:,}")
+        places = {name: names.index(name) for name in wanted if names.count(name) == 1}
+        cells: dict[str, list[str | None]] = {name: [] for name in places}
+        size = count = 0
+        while part := list(islice(filter(None, rows), MAX_BATCH)):
+            if (wrong := next((i for i, row in enumerate(part) if len(row) != len(names)), None)) is not None:
+                raise ValueError(f"row {count + wrong:,} has {len(part[wrong])} cells; expected {len(names)}")
+            for name, place in places.items():
+                column = [row[place] for row in part]
+                cells[name] += [cell or None for cell in column]
+                size += sum(map(len, column)) + CELL_BYTES * len(column)
+            count += len(part)
+            limit.check("the file", size)
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num:,}: {error}") from None
+    return names, pa.table({name: pa.array(column, pa.string()) for name, column in cells.items()})
+
+
+def _short_lines(text: TextIO) -> Iterator[str]:
+    """The lines of a file. Raises ValueError for one that is longer than any row of a table."""
+    for number, line in enumerate(iter(partial(text.readline, MAX_LINE + 1), ""), 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"line {number:,} has more than {MAX_LINE:,} characters")
+        yield line
 
 
 class RowGroups:
@@ -135,6 +184,10 @@ class RowGroups:
                 future.set_result(shard.read_group(group, self._column))
             except BaseException as error:
                 future.set_exception(error)
+                if isinstance(
+                    error, TableTooLargeError
+                ):  # kept: every row of the group would read up to the limit again
+                    raise
                 with self._lock:
                     self._kept.pop(key, None)
                 raise
@@ -143,7 +196,11 @@ class RowGroups:
 
     def _make_room(self, newest: tuple[str, int]) -> None:
         with self._lock:
-            done = [(key, future.result().nbytes) for key, future in self._kept.items() if future.done()]
+            done = [
+                (key, future.result().nbytes)
+                for key, future in self._kept.items()
+                if future.done() and not future.exception()
+            ]
             total = sum(size for _, size in done)
             for key, size in done:
                 if total <= self._room:
@@ -153,9 +210,11 @@ class RowGroups:
                     total -= size
 
 
-def open_shards(storage: Storage, names: str | list[str], columns: list[str]) -> list[Shard]:
+def open_shards(
+    storage: Storage, names: str | list[str], columns: list[str], limit: MemoryLimit = LIMIT
+) -> list[Shard]:
     """The files that a params value names, all with these columns and of one schema in them. Raises DataError otherwise."""
-    shards = [Shard(storage, name) for name in storage.expand(names)]
+    shards = [Shard(storage, name, columns, limit) for name in storage.expand(names)]
     first = shards[0]
     for column in columns:
         for shard in shards:
@@ -183,7 +242,3 @@ def row_groups(references: pa.ChunkedArray, shards: Mapping[str, Shard], column:
         number[mine] = len(sizes) + shards[name].groups_of(rows[mine])
         sizes += shards[name].group_bytes(column)
     return Groups(number, np.array(sizes, dtype=np.int64))
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column

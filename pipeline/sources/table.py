@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -9,11 +10,24 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from models.prior import class_key
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import TableParams
-from pipeline.sources.shards import CACHE_BYTES, CLASSES_KEY, ORIGIN_KEY, RowGroups, Shard, open_shards, row_groups
+from pipeline.sources.shards import (
+    CACHE_BYTES,
+    CLASSES_KEY,
+    LIMIT,
+    ORIGIN_KEY,
+    RowGroups,
+    Shard,
+    open_shards,
+    row_groups,
+)
 from pipeline.sources.source import BadImageError, Groups, Row, in_parts
 from pipeline.sources.storage import Storage, is_address
+from serving.bounded_parquet import MemoryLimit
+
+WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it: `007` is a name
 
 
 class TableReader:
@@ -30,8 +44,11 @@ class TableReader:
         self._storage, self._params = Storage(location), params
         files = {"train": params.train, "validation": params.validation, "test": params.test}
         columns = [column for column in (params.image, params.path, params.label, params.id) if column]
+        limit = MemoryLimit(params.max_mib, LIMIT.key)
         self._splits = {
-            split: open_shards(self._storage, names, columns) for split, names in files.items() if names is not None
+            split: open_shards(self._storage, names, columns, limit)
+            for split, names in files.items()
+            if names is not None
         }
         self._shards = {shard.name: shard for shards in self._splits.values() for shard in shards}
         self._images = RowGroups(params.image or params.path or "", cache_bytes)
@@ -90,8 +107,19 @@ class TableSource(TableReader):
                 or pa.types.is_large_string(column.type)
             ):
                 raise DataError(f"{where} is {column.type}; expected integers or text")
-            labels += column.to_pylist()
+            labels += self._typed(column.to_pylist(), where, shard.name.lower().endswith(".csv"))
         return labels
+
+    def _typed(self, labels: list, where: str, as_csv: bool) -> list[int] | list[str]:
+        """Labels as data.table.label_type reads them. Cells of a CSV file are text, and integers only where params say so."""
+        kind = self._params.label_type
+        if kind == "text":
+            return [class_key(str(label)) for label in labels]
+        if kind == "auto" and not (as_csv and self._params.class_names):
+            return [class_key(label) if isinstance(label, str) else label for label in labels]
+        if wrong := next((label for label in labels if not WHOLE_NUMBER.fullmatch(str(label))), None):
+            raise DataError(f"{where} has the label {wrong!r}; expected integers, or set data.table.label_type: text")
+        return [int(label) for label in labels]
 
     def _class_names(self, labels: dict[str, list]) -> list[str]:
         known = sorted(set(labels["train"]))
@@ -110,10 +138,13 @@ class TableSource(TableReader):
             missing = next(i for i, value in enumerate([*known, None]) if value != i)
             raise DataError(f"{where} skips {missing}; integer labels must be 0..C-1 without a gap")
         carried = self._splits["train"][0].carried(CLASSES_KEY) if isinstance(known[0], int) else None
-        names = self._params.class_names or carried or [str(value) for value in known]
+        names = [class_key(str(name)) for name in self._params.class_names or carried or known]
         if len(names) != len(known):
             given = "data.table.class_names has" if self._params.class_names else f"{self._place('train')} carries"
             raise ParamsError(f"{given} {len(names)} names for {len(known)} classes; expected one per class")
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ParamsError(f"data.table.class_names has {repeated!r} twice; expected names that differ")
         return names
 
     def _rows(self, split: str, labels: list, number: dict) -> Iterator[Row]:

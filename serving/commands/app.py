@@ -21,6 +21,8 @@ from serving.commands.repository import repository
 from serving.commands.serve import serve
 from serving.commands.version import version
 from serving.commands.versions import promote, rollback, versions
+from serving.ports import bypass_proxy_on_loopback
+from serving.terminal import print
 
 # typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
 USAGE_ERROR = typer.BadParameter.__mro__[1]
@@ -56,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error is one line on stderr; its traceback is shown with --debug alone. What a user can act on carries its exit
     status: errors of this room, usage errors, and those of the rooms that add commands.
     """
+    bypass_proxy_on_loopback()
     # Pillow warns of an image that is refused, in one line, a moment later.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         if "--debug" in given:
-            traceback.print_exc()
+            print(traceback.format_exc(), end="", file=sys.stderr)
         where = f"{error.filename}: " if error.filename else ""
         print(f"tailor: {where}{error.strerror or error}", file=sys.stderr)
         return 1
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(status := getattr(error, "exit_code", None), int):
             raise
         if "--debug" in given:
-            traceback.print_exc()
+            print(traceback.format_exc(), end="", file=sys.stderr)
         message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)
         print(f"tailor: {message}", file=sys.stderr)
         return status

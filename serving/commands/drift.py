@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from models.calibration import Calibration
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
@@ -22,6 +21,7 @@ from serving.errors import InputError, ServingError
 from serving.logged_logits import LoggedLogits, moment_of, read_logits
 from serving.manifest import Manifest
 from serving.release import find_releases, read_release
+from serving.terminal import Console, print
 
 PREDICTIONS = Path("artifacts/evaluation/predictions.parquet")
 TRIGGERS = "tailor.triggers"

@@ -11,6 +11,7 @@ import typer
 
 from serving.gateway import MIB, Gateway, read_gateway
 from serving.gateway_process import GatewayProcess, write_config
+from serving.terminal import print
 
 DEFAULT = Gateway()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from serving.commands.options import (
@@ -28,6 +27,7 @@ from serving.errors import ServingError
 from serving.load.plan import LoadPlan, Thresholds, seconds_of
 from serving.load.shapes import SHAPES
 from serving.loadtest import run
+from serving.terminal import Console
 
 
 def loadtest(

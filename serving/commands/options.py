@@ -12,6 +12,7 @@ import typer
 
 from serving.client import DEFAULT_URLS
 from serving.errors import InputError
+from serving.terminal import print
 
 REPOSITORY = Path("artifacts/repository")  # what `dvc repro` wrote
 RELEASES = Path("releases")  # what was promoted: retrain.repository of params.yaml as it is delivered

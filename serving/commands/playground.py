@@ -11,6 +11,7 @@ from serving.client import Client
 from serving.commands.options import CaFile, Debug, Headers, Timeout, Url, address, parse_headers
 from serving.errors import InputError
 from serving.ports import choose_ports
+from serving.terminal import print
 
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port of the page on 127.0.0.1; 0 takes any free one.")]
 

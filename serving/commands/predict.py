@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
 from serving.answers import Prediction
@@ -30,6 +29,7 @@ from serving.commands.options import (
 from serving.display import CSV_COLUMNS, as_mapping, as_rows, prediction_table, status_table
 from serving.errors import InputError, ServingError
 from serving.images import image_files
+from serving.terminal import Console, print
 
 BAR_FROM = 100  # images; fewer are done before one could read a bar
 

@@ -14,6 +14,7 @@ from serving.model_config import STUDENT, Placement
 from serving.release import instances as count_instances
 from serving.repository import write_repository
 from serving.running import find_running
+from serving.terminal import print
 from serving.version_policy import version_folders
 
 EXPORT = Path("artifacts/export")

@@ -17,6 +17,7 @@ from serving.example import curl_example
 from serving.server import GRACE, TritonServer
 from serving.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
 from serving.supervisor import Patience, Supervisor
+from serving.terminal import print
 
 LOOPBACK = ("127.0.0.1", "localhost")
 

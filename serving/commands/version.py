@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from serving.terminal import print
+
 
 def _tell(asked: bool) -> None:
     if not asked:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from serving import promotion
 from serving.arguments import ADMIN_KEY_VARIABLE
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
 from serving.display import versions_table
 from serving.running import servers_at
+from serving.terminal import Console, print
 
 ServerUrl = Annotated[
     str | None,

@@ -26,6 +26,7 @@ from serving.connection import GRPC_OPTIONS, Connection
 from serving.errors import InputError, ServingError
 from serving.load.mix import ADJUSTED, BALANCED, make_mix
 from serving.load.plan import HEADERS_VARIABLE
+from serving.terminal import print
 
 PATIENCE = 10.0  # seconds without an answer
 

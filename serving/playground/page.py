@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.image_names import SUFFIXES
 from serving.client import Client
 from serving.errors import ServingError
-from serving.images import SUFFIXES
 from serving.playground.answers import as_html, batch_csv, own_prior, side_by_side, thumbnail
 
 if TYPE_CHECKING:

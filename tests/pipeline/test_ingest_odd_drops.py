@@ -10,7 +10,7 @@ import pytest
 from dropping import FIRST_NEW, drop_images, files, listing, project, shards
 from making import png, table, write
 
-from pipeline import drop_folder, quarantine
+from pipeline import quarantine
 from pipeline.ingest import ingest
 
 
@@ -91,12 +91,22 @@ def test_a_table_without_the_columns_is_one_bad_row(tmp_path, columns):
     assert report.reasons == {"table": 2} and {row["name"] for row in listing()} == {"odd.parquet", "cut.parquet"}
 
 
-def test_a_csv_table_too_large_to_be_read_whole_is_one_bad_row(tmp_path, monkeypatch):
-    params = project(tmp_path, min_good_share=0.0)
-    monkeypatch.setattr(drop_folder, "MAX_CSV_BYTES", 10)
-    table(Path("data/drop/labels.csv"), {"path": ["photos/0.png"], "label": ["cat"]})
+def test_a_csv_table_above_the_limit_is_one_bad_row_that_names_the_key(tmp_path):
+    params = project(tmp_path, min_good_share=0.0, max_table_mib=1)
+    table(Path("data/drop/labels.csv"), {"path": ["p" * 1000] * 1100, "label": ["cat"] * 1100})
     assert ingest(params).reasons == {"table": 1}
-    assert "above the limit of 10" in listing()[0]["detail"]
+    assert (
+        "takes at least 2 MiB when it is read, above the limit of 1 MiB; raise ingest.max_table_mib"
+        in (listing()[0]["detail"])
+    )
+
+
+def test_tables_whose_rows_do_not_fit_beside_those_of_the_others_wait_for_the_next_run(tmp_path):
+    params = project(tmp_path, min_good_share=0.0, max_table_mib=1)
+    for name in ("a", "b"):
+        table(Path(f"data/drop/{name}.csv"), {"path": ["none.png"] * 600, "label": ["cat"] * 600})
+    first, second = ingest(params), ingest(params)
+    assert (first.quarantined, first.waiting) == (600, 1) and (second.quarantined, second.waiting) == (600, 0)
 
 
 def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path, capsys):

@@ -246,3 +246,10 @@ def test_an_image_that_a_published_set_lists_under_two_labels_is_kept_and_counte
     (root / "train/n01443537/n01443537_24.JPEG").write_bytes(twice)
     assert split.run(data_params(root, "imagenet_lt"), tmp_path / "out").sizes["train"] == 6
     assert "split: 1 images lie under two labels; kept, as imagenet_lt is published" in capsys.readouterr().err
+
+
+def test_a_list_with_a_line_of_megabytes_is_refused_and_the_line_is_not_printed_whole(tmp_path):
+    root = tree(tmp_path / "imagenet", IMAGENET)
+    write(root / "ImageNet_LT_train.txt", b"train/a.JPEG 0\n" + b"x" * 3_000_000 + b" 1\n")
+    message = refusal(DataError, root)
+    assert "ImageNet_LT_train.txt: line 2 is 'xxx" in message and len(message) < 500

@@ -42,6 +42,7 @@ TOO_LOW = {
     **{f"gate.{name}.margin": -0.1 for name in ("all", "many", "medium", "few", "ece")},
     "gate.confidence": 0.5, "gate.resamples": 99, "gate.seed": -1, "gate.floor": -0.1,
     "stream.prefetch": 0, "stream.shuffle_mib": 0, "ingest.settle_seconds": -1, "ingest.min_good_share": -0.01,
+    "ingest.max_table_mib": 0, "data.table.max_mib": 0,
     "retrain.keep": 1, "retrain.retries": -1, "retrain.retry_seconds": -1, "retrain.load_seconds": 0.0,
     "retrain.stage_hours": 0.0, "retrain.watch_seconds": -1,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,

@@ -72,7 +72,7 @@ def test_folders_that_make_no_data_set(tmp_path, sizes, said):
     assert said in refused(DataError, folder(tmp_path, sizes))
 
 
-@pytest.mark.parametrize("stray", ["notes.txt", "Thumbs.db", "image", "movie.gif"])
+@pytest.mark.parametrize("stray", ["notes.txt", "Thumbs.txt", "image", "movie.gif"])
 def test_a_stray_file_among_the_images_is_named(tmp_path, stray):
     write(folder(tmp_path, {"a": 2, "b": 2}) / "b" / stray, b"stray")
     message = refused(DataError, tmp_path)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_training import CPU, IMAGE, made_images, made_training
+from small_training import CPU, IMAGE, made_images, made_objective, made_training
 
 from pipeline.artifacts import as_csv
+from pipeline.checkpoint import ModelConfig, load_model, save_model
 from pipeline.errors import ParamsError, StageError
 from pipeline.history import as_jsonl
 from pipeline.inference import accuracy, outputs
@@ -129,3 +130,24 @@ def test_precision_auto_is_bfloat16_on_cuda_alone():
     assert precision_of(engine, torch.device("cuda")) == torch.bfloat16
     assert precision_of(EngineParams(precision="bfloat16"), CPU) == torch.bfloat16
     assert precision_of(EngineParams(precision="float32"), torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize("held_out", [0, 6], ids=["without validation", "with validation"])
+@pytest.mark.parametrize("rate", [1e6, 1e38], ids=["overflow in the forward pass", "weights"])
+def test_a_divergence_in_the_last_step_ends_the_run_and_is_no_accuracy(held_out, rate):
+    made = made_training(epochs=1, learning_rate=rate)
+    with pytest.raises(StageError) as caught:
+        made.run(made_images(8), made_images(held_out, seed=1))  # one step: every loss part is finite
+    message = str(caught.value)
+    assert message.startswith("teacher: the network has diverged by the end of epoch 1: "), message
+    assert f"lower teacher.learning_rate ({rate:g})" in message and "\n" not in message
+
+
+def test_a_network_that_is_not_finite_is_named_with_its_own_rate(tmp_path):
+    model = made_objective("teacher").model
+    config = ModelConfig("resnet20", 3, 1 / 30, 8, [0.5] * 3, [0.25] * 3)
+    weights = model.state_dict()
+    weights["backbone." + next(iter(model.backbone.state_dict()))].fill_(float("nan"))
+    save_model(weights, config, tmp_path / "teacher")
+    with pytest.raises(StageError, match=r"teacher: \d+ tensors are not finite, .*lower teacher.learning_rate"):
+        load_model(tmp_path / "teacher", "teacher")

@@ -1,0 +1,61 @@
+"""Text that others wrote (class names, file names, server responses), safe to print on a terminal or to write as CSV.
+
+Every module prints through `print` and `Console` of this module; ruff refuses the builtin and rich's own.
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+import sys
+from os import PathLike
+from typing import IO, Any
+
+from rich import console as rich_console
+from rich.markup import escape
+from rich.text import Text
+
+# C0 but tab and line feed, DEL, C1, line separators, bidi embeddings, overrides and isolates, and the surrogates that stand
+# for bytes of a file name that is not UTF-8.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+FORMULA = re.compile("[=+\\-@\t\r＝＋－＠]")  # what a spreadsheet takes for the beginning of a formula
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def safe_text(text: object) -> str:
+    """Text with each control character as `\\u001b`, which is also JSON's form: JSON text keeps its meaning."""
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+
+def cell(text: object) -> str:
+    """Text for one cell of a rich table: on one line, its brackets no markup."""
+    return escape(safe_text(text).replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def csv_cell(value: Any) -> Any:
+    """A value for a CSV file that a spreadsheet may open: text that it would compute gets an apostrophe before it."""
+    if not isinstance(value, str | PathLike | Exception):
+        return value
+    text = str(value)
+    return safe_text(f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text)
+
+
+def plain_cell(text: str) -> str:
+    """The text of a cell that `csv_cell` wrote, without its apostrophe."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text, 1) else text
+
+
+def print(*values: object, file: IO[str] | None = None, end: str = "\n", flush: bool = False) -> None:
+    """As the builtin, with `safe_text` for each value."""
+    builtins.print(*map(safe_text, values), file=file or sys.stdout, end=end, flush=flush)
+
+
+class Console(rich_console.Console):  # noqa: TID251
+    """Rich's console with `safe_text` for every text that it renders; a class called `:cat:` stays one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """As rich's, of safe text."""
+        return super().render_str(safe_text(text), **options)
