@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.gml_forms import FORMS, FUSED, ONE_HOT, OURS, Case, Form, check, make_case, step
 from benchmarks.machine import hardware, versions
+from benchmarks.other_work import OtherWork, quiet_ratio
 from models.contrast_losses import SplitAtOwnClass
 from models.gml_kernel import FusedSplit
 from models.kernel_check import device_milliseconds, fault_of_kernels, made_inputs
@@ -127,7 +128,9 @@ def rows(
         case.similarity.device, *size[:2], case.runs.longest, SplitAtOwnClass, timed=False
     ):
         names.remove(FUSED)
+    others = OtherWork()
     taken = times(case, names, repeat)
+    share = others.share()
     del case
     medians = {name: statistics.median(values) for name, values in taken.items()}
     peaks = {name: peak(name, size, device) for name in names}
@@ -135,7 +138,7 @@ def rows(
         time_goal, memory_goal = (f"≥ {goal}" if goal and name in (OURS, FUSED) else "" for goal in goals)
         yield (
             f"| {', '.join(map(str, size))} | {name} | {medians[name]:.2f} | {min(taken[name]):.2f} to {max(taken[name]):.2f} "
-            f"| {medians[ONE_HOT] / medians[name]:.1f} | {time_goal} "
+            f"| {quiet_ratio(f'{medians[ONE_HOT] / medians[name]:.1f}', share)} | {time_goal} "
             f"| {peaks[name]:.0f} | {peaks[ONE_HOT] / peaks[name]:.1f} | {memory_goal} |"
         )
 

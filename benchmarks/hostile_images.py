@@ -121,7 +121,9 @@ def ask(url: str, rate: float) -> int:
     return 0
 
 
-def attack(port: int, address: str, request: tuple[bytes, dict[str, str]], over: threading.Event, statuses: Counter) -> None:
+def attack(
+    port: int, address: str, request: tuple[bytes, dict[str, str]], over: threading.Event, statuses: Counter
+) -> None:
     """Send one request again and again from an address, and count the answers by status."""
     while not over.is_set():
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=(address, 0))

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.machine import hardware, versions
+from benchmarks.other_work import OtherWork, quiet_ratio
 from benchmarks.photographs import CLASSES, PACK, photographs
 from benchmarks.turns import Cost, Turn, Work, in_turns
 from models.classification_objective import TeacherObjective
@@ -166,7 +167,7 @@ SIDES = {
 }
 
 
-def table(costs: dict[str, list[Cost]], images: int) -> str:
+def table(costs: dict[str, list[Cost]], images: int, others: float) -> str:
     """Speed of each side, and ratios over the DataLoader: by the clock with its range, and in processor time."""
     lines = ["| | images/s | over the DataLoader | smallest to largest | in processor time | of the decoding limit |"]
     lines.append("|---|--:|--:|--:|--:|--:|")
@@ -177,8 +178,9 @@ def table(costs: dict[str, list[Cost]], images: int) -> str:
         )
         limit = [a.wall / b.wall for a, b in zip(costs["decode"], taken, strict=True)]
         speed = images / statistics.median(cost.wall for cost in taken)
+        ratio = quiet_ratio(f"{statistics.median(wall):.2f}", others)
         lines.append(
-            f"| {NAMES[name]} | {speed:,.0f} | {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} "
+            f"| {NAMES[name]} | {speed:,.0f} | {ratio} | {min(wall):.2f} to {max(wall):.2f} "
             f"| {statistics.median(cpu):.2f} | {statistics.median(limit):.0%} |"
         )
     return "\n".join(lines) + "\n"
@@ -237,7 +239,9 @@ def main() -> None:
             f"{arguments.workers} workers on each side; median of {arguments.rounds} epochs, of which one more was dropped.\n\n"
         )
         given = Given(root, recipe(root, arguments.workers, "cpu"), arguments.batch, arguments.workers)
-        text += table(in_turns(SIDES, given, ["epoch"], arguments.rounds, 1)["epoch"], images)
+        others = OtherWork()
+        costs = in_turns(SIDES, given, ["epoch"], arguments.rounds, 1)["epoch"]
+        text += table(costs, images, others.share())
         print(text, flush=True)
         given = Given(root, recipe(root, arguments.workers, arguments.device), arguments.batch, arguments.workers)
         share = wait_share(given, torch.device(arguments.device), backbone)

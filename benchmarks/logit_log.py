@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.other_work import OtherWork
 from models.preprocess import preprocess
 from serving.triton.logit_log import LogitLog
 
@@ -75,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.logit_log", description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=20_000, help="images a row (default: %(default)s)")
     images = parser.parse_args().images
+    others = OtherWork()
     decoding = seconds_of_decoding()
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     print(f"`python -m benchmarks.logit_log --images {images}`\n")
@@ -87,8 +89,11 @@ def main() -> None:
             asked = images if share < 1 else max(BATCH, min(images, 4_000_000 // classes))
             costs = [seconds_of_logging(classes, share, asked) for _ in range(3)]
             answering, behind = (min(column) for column in zip(*costs, strict=True))
-            ratio = answering / decoding
-            print(f"| {classes} | {share:g} | {answering * 1e6:.2f} | {ratio:.4f} | {behind * 1e6:.2f} |", flush=True)
+            ratio = others.ratio(f"{answering / decoding:.4f}")
+            print(
+                f"| {classes} | {share:g} | {answering * 1e6:.2f} | {ratio} | {behind * 1e6:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ class OtherWork:
         return quiet_ratio(text, self.share())
 
 
-def quiet_ratio(text: str, others: float) -> str:
-    """The text of a ratio; in its place why there is none, where the share of other work is above MOST."""
-    return text if others <= MOST else f"none: other work took {others:.0%} of the cores"
+def quiet_ratio(text: str, others: float, most: float = MOST) -> str:
+    """The text of a ratio; in its place why there is none, where the share of other work is above `most`."""
+    return text if others <= most else f"none: other work took {others:.0%} of the cores"
 
 
 def cores_ticks() -> tuple[int, int]:

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from benchmarks.other_work import OtherWork
 from pipeline.prior import BATCH_ROWS, count_labels
 from pipeline.splits import read_batches
 
@@ -104,6 +105,7 @@ def main() -> None:
         name, path = arguments.measure
         print(json.dumps(measure_here(name, Path(path), classes)))
         return
+    others = OtherWork()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "labels.parquet"
         write_labels(path, rows, classes)
@@ -125,9 +127,9 @@ def main() -> None:
     )
     print("| way | CPU seconds | million labels/s | of reading alone | peak MiB |\n|---|--:|--:|--:|--:|")
     for name, figures in found.items():
-        ratio = found[LIMIT]["seconds"] / figures["seconds"]
+        ratio = others.ratio(f"{found[LIMIT]['seconds'] / figures['seconds']:.2f}")
         speed = rows / figures["seconds"] / 1e6
-        print(f"| {name} | {figures['seconds']:.2f} | {speed:.1f} | {ratio:.2f} | {figures['mebibytes']:.0f} |")
+        print(f"| {name} | {figures['seconds']:.2f} | {speed:.1f} | {ratio} | {figures['mebibytes']:.0f} |")
 
 
 if __name__ == "__main__":

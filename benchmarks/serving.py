@@ -4,8 +4,8 @@ In one run on the same cores, in turns, round by round: raw ONNX Runtime in a pr
 run itself finds, against `student`; decoding and inference in a process against `classifier`; LitServe, BentoML, Ray Serve
 and FastAPI on the same ONNX file against `student` over HTTP. And what a request's prior costs, and what Locust costs. A
 ratio is the median over the rounds, beside the smallest and the largest; p50 and p99 are medians of the turns'. The load
-generator (benchmarks.serving_load) shares the cores; its part of them is in the tables. Before each turn the machine is
-watched for a moment: what other work takes is in the tables too.
+generator (benchmarks.serving_load) shares the cores; its part of them is in the tables, and what other work took during a
+turn. Where that was more than a tenth, no ratio is printed.
 
 The models are exports of untrained networks, made by the pipeline's stages, in the repository that `tailor repository`
 writes, on the Triton server that `tailor serve` starts. Each section's result is kept in --work, so that a run may be cut
@@ -26,6 +26,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from benchmarks.other_work import MOST
 from benchmarks.serving_load import LoadError
 from benchmarks.serving_raw import PROVIDERS
 from benchmarks.serving_releases import TRIAL
@@ -87,6 +88,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="default: %(default)s")
     parser.add_argument("--kept", action="store_true", help="measure nothing: the tables of what is kept in --work")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept in --work")
+    parser.add_argument(
+        "--others", type=float, default=MOST, metavar="SHARE",
+        help="of the cores that other work may take for a ratio to be printed (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     options = parser.parse_args(arguments)
     if not options.seconds > 0 or options.rounds < 1:
@@ -111,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse(arguments)
     python = options.peers_python.absolute() if options.peers_python else None
-    given = Given(options.work, options.seconds, options.rounds, options.device, python)
+    given = Given(options.work, options.seconds, options.rounds, options.device, python, options.others)
     given.work.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.serving {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     found, failed = {}, False

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import serving_load
+from benchmarks.other_work import MOST
 from benchmarks.serving_grpc import GrpcWire, grpc_request
 from benchmarks.serving_load import Load, http_request
 from benchmarks.serving_peers import PEERS, serving, version_of
@@ -34,13 +35,14 @@ SEARCH = 0.5  # of a turn's seconds, for each setting that is tried
 
 @dataclass(frozen=True)
 class Given:
-    """What a section is made with."""
+    """What a section is made with. others: share of the cores that other work may take for a ratio to be printed."""
 
     work: Path
     seconds: float
     rounds: int
     device: Device
     peers_python: Path | None
+    others: float = MOST
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from benchmarks.machine import processor
+from benchmarks.other_work import quiet_ratio
 from benchmarks.serving_peers import PEERS, how_to_install
 from benchmarks.serving_releases import NETWORKS
 from benchmarks.serving_sections import Given, Section, sections
@@ -54,11 +55,11 @@ LOCUST_HEADING = (
 
 def report(command: str, given: Given, found: Found) -> str:
     """The whole text, Markdown."""
-    parts = [head(command, found)]
+    parts = [head(command, given, found)]
     tables = [
-        ("Against raw ONNX Runtime", LIMIT_HEADING, limit_rows(found)),
+        ("Against raw ONNX Runtime", LIMIT_HEADING, limit_rows(found, given)),
         ("Against other servers: `student` over HTTP, batch 1", PEER_HEADING, peer_rows(found, given)),
-        ("What a request's prior costs", COST_HEADING, cost_rows(found)),
+        ("What a request's prior costs", COST_HEADING, cost_rows(found, given)),
         ("What Locust costs, with 16 users on `classifier`", LOCUST_HEADING, locust_rows(found)),
     ]
     for title, heading, rows in tables:
@@ -67,7 +68,7 @@ def report(command: str, given: Given, found: Found) -> str:
     return "\n".join([*parts, *([empty_gpu_rows()] if given.device == "cpu" else [])])
 
 
-def head(command: str, found: Found) -> str:
+def head(command: str, given: Given, found: Found) -> str:
     """Command, hardware, versions, and how quiet the machine was."""
     records = [record for result in found.values() for record in _records(result)]
     days = sorted({result["started"][:10] for result in found.values()})
@@ -87,13 +88,14 @@ def head(command: str, found: Found) -> str:
         lines.append(
             f"Other work on the cores, watched before each of the {len(records)} turns: {busy[len(busy) // 2]:.0%} of them in "
             f"the median, {busy[-1]:.0%} at most; load average {min(load):.2f} to {max(load):.2f}, our own included. "
-            "In the tables, others is the largest share before a turn of that row, generator what the load generator took of "
+            "In the tables, others is the largest share during a turn of that row, above "
+            f"{given.others:.0%} of which there is no ratio; generator what the load generator took of "
             "all cores in its turns."
         )
     return "\n".join([*lines, ""])
 
 
-def limit_rows(found: Found) -> Iterator[str]:
+def limit_rows(found: Found, given: Given) -> Iterator[str]:
     for section, result in found.items():
         for side, (against, goals) in LIMITS.items() if section.kind == "limit" else ():
             if side not in result["turns"]:
@@ -103,7 +105,7 @@ def limit_rows(found: Found) -> Iterator[str]:
             name = "`classifier`, HTTP, JPEG" if side == "classifier" else f"`student`, {side}"
             yield (
                 f"| {NETWORKS[section.network].name} | {name} | {_speed(ours)} | {_rate(limit)} "
-                f"| {_ratio(ratios(ours, limit))} | {goal} | {median(ours, 'own'):.1%} | {_others(ours, limit)} |"
+                f"| {_ratio(given, ours, limit)} | {goal} | {median(ours, 'own'):.1%} | {_others(ours, limit)} |"
             )
 
 
@@ -115,13 +117,14 @@ def limit_lines(found: Found) -> Iterator[str]:
             yield f"\n{NETWORKS[section.network].name}, {limit}: best at {search['best']} (images/s when tried: {tried})."
 
 
-def cost_rows(found: Found) -> Iterator[str]:
+def cost_rows(found: Found, given: Given) -> Iterator[str]:
     for section, result in found.items():
         for side, (against, goal) in COSTS.items() if section.kind == "adjustment" else ():
             ours, plain = result["turns"][side], result["turns"][against]
             costs = [1 - ratio for ratio in ratios(ours, plain)]
+            cost = quiet_ratio(f"{statistics.median(costs):.1%}", _most_others(ours, plain), given.others)
             yield (
-                f"| {NETWORKS[section.network].name} | {side} | {_speed(ours)} | {against} | {statistics.median(costs):.1%} "
+                f"| {NETWORKS[section.network].name} | {side} | {_speed(ours)} | {against} | {cost} "
                 f"| {min(costs):.1%} to {max(costs):.1%} | ≤ {goal:.0%} | {_others(ours, plain)} |"
             )
 
@@ -138,7 +141,7 @@ def peer_rows(found: Found, given: Given) -> Iterator[str]:
         goal = PEER_GOALS.get((section.network, section.peer or ""))
         yield (
             f"| {network} | {peer} {result['version']} | {_rate(theirs)} | {_latency(theirs)} "
-            f"| {_rate(ours)} | {_latency(ours)} | {_ratio(ratios(ours, theirs))} "
+            f"| {_rate(ours)} | {_latency(ours)} | {_ratio(given, ours, theirs)} "
             f"| {f'≥ {goal:g}' if goal else ''} | {result['half_rate']:,.0f} | {median(half['peer'], 'p99'):.1f} "
             f"| {median(half['Tailor'], 'p99'):.1f} | {_others(ours, theirs, *half.values())} |"
         )
@@ -195,9 +198,16 @@ def _latency(records: list[Record]) -> str:
     return f"{median(records, 'p50'):.1f} / {median(records, 'p99'):.1f}"
 
 
-def _ratio(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} | {min(values):.2f} to {max(values):.2f}"
+def _ratio(given: Given, ours: list[Record], against: list[Record]) -> str:
+    values = ratios(ours, against)
+    middle = quiet_ratio(f"{statistics.median(values):.2f}", _most_others(ours, against), given.others)
+    return f"{middle} | {min(values):.2f} to {max(values):.2f}"
 
 
 def _others(*sides: list[Record]) -> str:
-    return f"{max(record['busy'] for side in sides for record in side):.0%}"
+    return f"{_most_others(*sides):.0%}"
+
+
+def _most_others(*sides: list[Record]) -> float:
+    # Of a result that was kept from before other work was measured during a turn, what was seen before it.
+    return max(record.get("others", record["busy"]) for side in sides for record in side)

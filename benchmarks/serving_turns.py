@@ -7,8 +7,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
+from benchmarks.other_work import OtherWork, cores_ticks
 from benchmarks.serving_load import Measured
 
 WATCHED = 0.3  # seconds before a turn
@@ -34,20 +34,22 @@ def in_rounds(name: str, sides: Mapping[str, Side], rounds: int, seconds: float)
 
 
 def turn(measure: Side, seconds: float) -> Record:
-    """One turn: images/s, p50 and p99 (ms), the generator's share of all cores; load average and busy share before it."""
+    """One turn: images/s, p50 and p99 (ms), shares of all cores of the generator and of other work; load average before it."""
     busy, load = busy_share(), os.getloadavg()[0]
+    others = OtherWork()
     found = measure(seconds)
     own = found.own_share / len(os.sched_getaffinity(0))
     return {
         "rate": found.rate, "p50": found.quantile(0.5), "p99": found.quantile(0.99), "own": own, "busy": busy, "load": load,
+        "others": others.share(),
     }  # fmt: skip
 
 
 def busy_share() -> float:
     """How much of all cores' time other work takes, watched for a moment in which we do nothing."""
-    before = _times()
+    before = cores_ticks()
     time.sleep(WATCHED)
-    total, idle = (after - then for after, then in zip(_times(), before, strict=True))
+    total, idle = (after - then for after, then in zip(cores_ticks(), before, strict=True))
     return max(0.0, 1 - idle / total) if total else 0.0
 
 
@@ -58,9 +60,3 @@ def median(records: list[Record], field: str) -> float:
 def ratios(ours: list[Record], against: list[Record], field: str = "rate") -> list[float]:
     """Ours / theirs, round by round."""
     return [a[field] / b[field] for a, b in zip(ours, against, strict=True)]
-
-
-def _times() -> tuple[int, int]:
-    """Ticks of all cores since the start, and those of them in which nothing ran (proc(5))."""
-    fields = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
-    return sum(fields), fields[3] + fields[4]

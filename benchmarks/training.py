@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.machine import hardware, versions
+from benchmarks.other_work import OtherWork, quiet_ratio
 from benchmarks.training_setup import Setup, objective_of, setup_of
 from benchmarks.training_sides import SIDES, difference
 from benchmarks.turns import Cost, in_turns
@@ -94,16 +95,17 @@ def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
     )
 
 
-def table(timings: dict[str, Timing], device: str) -> str:
-    """The ratios. Goals stand where there is one."""
+def table(timings: dict[str, Timing], device: str, others: float) -> str:
+    """The ratios. Goals stand where there is one. others: share of the cores that other work took."""
     lines = [HEADING]
     for row, timing in timings.items():
         wall, cpu = timing.ratios("wall"), timing.ratios("cpu")
         speeds = [timing.images / timing.seconds(side) for side in ("baseline", "engine")]
         goal = GOALS[device] if row == GOAL_ROW else ""
+        ratio = quiet_ratio(f"{statistics.median(wall):.2f}", others)
         lines.append(
             f"| {row} | {speeds[0]:,.0f} | {speeds[1]:,.0f} "
-            f"| {statistics.median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} | {statistics.median(cpu):.2f} | {goal} |"
+            f"| {ratio} | {min(wall):.2f} to {max(wall):.2f} | {statistics.median(cpu):.2f} | {goal} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -178,9 +180,10 @@ def main() -> None:
     setup = setup_of(arguments)
     text = head(arguments, setup, difference(setup))
     print(text, flush=True)
+    others = OtherWork()
     costs = in_turns(SIDES, setup, ROWS, arguments.rounds, arguments.threads)
     timings = {row: Timing(taken["baseline"], taken["engine"], len(setup.train)) for row, taken in costs.items()}
-    text += "\n" + table(timings, arguments.device)
+    text += "\n" + table(timings, arguments.device, others.share())
     if arguments.device == "cuda" or arguments.full:
         text += whole_run_lines(timings, setup, arguments.full)
     if arguments.device == "cpu":

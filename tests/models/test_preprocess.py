@@ -171,14 +171,14 @@ def apart(found, expected):
     return np.abs(found.astype(int) - expected.astype(int))
 
 
-# 477 does not divide by 8: without Pillow's box the crop is half a pixel off, which an edge shows.
-@pytest.mark.parametrize("size", [(720, 477), (477, 720), (513, 515), (1201, 903)])
+# 573 does not divide by 8: without Pillow's box the crop is half a pixel off, which an edge shows.
+@pytest.mark.parametrize("size", [(720, 573), (573, 720), (513, 515), (1201, 1103)])
 @pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
 def test_a_large_jpeg_decoded_at_a_fraction_looks_as_decoded_whole(size, orientation):
     data = oriented(photograph(*size), orientation, "JPEG", quality=92)
     reduced, whole = preprocess(data, 56, 64), preprocess(data, 56, 64, room=0)
     assert reduced.shape == whole.shape == (3, 56, 56)
-    assert apart(reduced, whole).mean() < 1.2 and apart(reduced, whole).max() <= 20
+    assert apart(reduced, whole).mean() < 0.8 and apart(reduced, whole).max() <= 8
     assert (apart(reduced, whole) > 0).any(), "decoded at a fraction, not whole"
 
 
@@ -186,13 +186,13 @@ def test_a_large_jpeg_decoded_at_a_fraction_looks_as_decoded_whole(size, orienta
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_large_jpeg_of_any_kind_is_decoded_at_a_fraction(mode, progressive):
     data = encode(photograph(800, 600).convert(mode), "JPEG", quality=92, progressive=progressive)
-    assert 0 < apart(preprocess(data, 56, 64), preprocess(data, 56, 64, room=0)).mean() < 1.2
+    assert 0 < apart(preprocess(data, 56, 64), preprocess(data, 56, 64, room=0)).mean() < 0.8
 
 
 @pytest.mark.parametrize(
-    ("size", "reduced"), [((128, 128), True), ((300, 128), True), ((300, 127), False), ((64, 40), False)]
+    ("size", "reduced"), [((256, 256), True), ((600, 256), True), ((600, 255), False), ((64, 40), False)]
 )
-def test_a_jpeg_is_decoded_at_a_fraction_only_where_twice_the_side_is_left(size, reduced):
+def test_a_jpeg_is_decoded_at_a_fraction_only_where_four_times_the_side_is_left(size, reduced):
     data, seen = encode(photograph(*size), "JPEG"), []
     found = preprocess(data, 32, 32, allow=seen.append)
     assert seen == [size[0] * size[1] // (4 if reduced else 1)]

@@ -326,10 +326,10 @@ def test_bad_row_fails_its_request_and_its_mates_are_answered(classifier: Any, r
 def test_image_that_exhausts_memory_fails_one_request(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = classifier.reader.preprocess.decode
 
-    def exhausted(data: bytes) -> Image.Image:
+    def exhausted(data: bytes, *options: Any) -> Image.Image:
         if data == b"vast":
             raise MemoryError
-        return whole(data)
+        return whole(data, *options)
 
     monkeypatch.setattr(classifier.reader.preprocess, "decode", exhausted)
     answers = classifier.execute([request([b"vast"]), request([picture(1)])])

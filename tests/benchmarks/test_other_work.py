@@ -1,0 +1,68 @@
+"""Other work on the cores is told from a benchmark's own, and a ratio that it spoils is not printed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from benchmarks.other_work import OtherWork, cores_ticks, own_seconds, quiet_ratio
+
+BUSY = "import time\nend = time.process_time() + {seconds}\nwhile time.process_time() < end: pass"
+
+
+def run_busy(seconds: float) -> None:
+    subprocess.run([sys.executable, "-c", BUSY.format(seconds=seconds)], check=True)
+
+
+def test_own_work_counts_in_this_process_in_a_running_child_and_in_one_that_has_ended() -> None:
+    before = own_seconds()
+    run_busy(0.4)
+    ended = own_seconds() - before
+    assert 0.4 <= ended < 1.2
+    running = subprocess.Popen([sys.executable, "-c", BUSY.format(seconds=60)])
+    try:
+        psutil.Process(running.pid).cpu_percent()
+        deadline = time.monotonic() + 30
+        while psutil.Process(running.pid).cpu_times().user < 0.4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert own_seconds() - before >= ended + 0.4
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_a_process_that_is_no_descendant_is_other_work() -> None:
+    """Started by a shell that ends at once, so that it becomes a child of the machine's first process."""
+    command = f'"{sys.executable}" -c "{BUSY.format(seconds=1.0).replace(chr(10), "; ", 1)}" >/dev/null 2>&1 & echo $!'
+    others = OtherWork()
+    started = time.monotonic()
+    process = psutil.Process(
+        int(subprocess.run(["sh", "-c", command], check=True, capture_output=True, text=True).stdout)
+    )
+    assert os.getpid() not in [parent.pid for parent in process.parents()]
+    used = 0.0
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < started + 30:
+        used = max(used, process.cpu_times().user)
+        time.sleep(0.05)
+    cores = psutil.cpu_count() or 1
+    assert used > 0.5 and others.share() >= 0.8 * used / cores / (time.monotonic() - started)
+
+
+def test_share_is_between_nothing_and_all_of_the_cores() -> None:
+    others = OtherWork()
+    run_busy(0.3)
+    assert 0 <= others.share() <= 1
+    total, idle = cores_ticks()
+    assert 0 <= idle <= total
+
+
+@pytest.mark.parametrize(
+    ("others", "text"), [(0.0, "1.25"), (0.1, "1.25"), (0.11, "none: other work took 11% of the cores")]
+)
+def test_a_ratio_measured_beside_more_than_a_tenth_of_other_work_is_not_printed(others: float, text: str) -> None:
+    assert quiet_ratio("1.25", others) == text
