@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -35,6 +36,9 @@ MAX_TAGS = 1000  # of EXIF; 65,535 took 280 ms
 # A JPEG whose shorter side is at least 2 * ROOM times the one that is needed is decoded at 1/2, 1/4 or 1/8 of its size, which
 # leaves ROOM times as much. With 2 instead of 4, accuracy fell by half a point (docs/serving-performance.md).
 ROOM = 4
+PNG = b"\x89PNG\r\n\x1a\n"
+MAX_TEXT = 1024 * 1024  # bytes of text in a PNG that are kept: its orientation may be in there
+MAX_DROPPED = 8  # texts that are unpacked (each up to MAX_TEXT) before every further one is dropped unread
 WEBP_HEADER = 30  # bytes
 ORIENTATION = 0x0112  # the EXIF tag, and how to turn the picture upright for each of its values but 1
 # A marker of a JPEG stream that has a segment, or its end: no stuffed byte, no restart, no fill byte.
@@ -89,6 +93,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         raise ImageError("bytes", f"has {len(data)} bytes, above the limit of {MAX_BYTES}")
     check_webp_canvas(data)
     check_parts(data)
+    data = without_large_text(data)
     try:
         # Image.open reads headers only. Its own bomb check is replaced by the tighter bound below, checked before load.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -165,6 +170,42 @@ def check_parts(data: bytes) -> None:
         raise ImageError("parts", f"is cut into more than {MAX_PARTS} parts; save it again")
     if metadata > MAX_METADATA:
         raise ImageError("parts", f"has more than {MAX_METADATA} parts of metadata; save it again without them")
+
+
+def without_large_text(data: bytes) -> bytes:
+    """A PNG without its colour profile, which is not used, and without text beyond MAX_TEXT bytes; other bytes as they are.
+
+    Pillow refuses the whole image for a text or profile that unpacks to more than a megabyte.
+    """
+    if data[:8] != PNG or not any(kind in data for kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP")):
+        return data
+    kept, place, room, dropped = [data[:8]], 8, MAX_TEXT, 0
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        kind = data[place + 4 : place + 8]
+        size = text_size(kind, data[place + 8 : end - 4], room) if kind in (b"tEXt", b"zTXt", b"iTXt") else 0
+        if kind != b"iCCP" and size <= room:
+            kept.append(data[place:end])
+            room -= size
+        elif size > room:
+            dropped += 1
+            room = room if dropped < MAX_DROPPED else 0
+        place = end
+    return b"".join(kept)
+
+
+def text_size(kind: bytes, body: bytes, most: int) -> int:
+    """Bytes of a PNG text chunk when it is unpacked, at most one above `most`; a damaged one counts as too large."""
+    if not most:
+        return 1
+    _, _, rest = body.partition(b"\0")
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] == b"\0"):
+        return len(body)
+    packed = rest[1:] if kind == b"zTXt" else rest[2:].partition(b"\0")[2].partition(b"\0")[2]
+    try:
+        return len(zlib.decompressobj().decompress(packed, most + 1))
+    except zlib.error:
+        return most + 1
 
 
 def check_scans(data: bytes, pixels: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,17 @@ def class_key(name: str) -> str:
     One name typed on Linux (NFC) and copied from macOS (NFD) is two texts: `\u00e9` and `e\u0301`.
     """
     return unicodedata.normalize("NFC", name)
+
+
+def class_names_problem(names: Sequence[str]) -> str | None:
+    """What makes class names unusable, or None: the server's label file has one name a line, and each once."""
+    for name in names:
+        if not name.strip() or name.splitlines() != [name]:
+            return f"class name {name!r} is empty or has a line break; rename the class"
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        return f"class name {twice!r} occurs twice; rename one of the two classes"
+    return None
 
 
 def class_prior(counts: Any, smoothing: float = 0.0) -> Floats:

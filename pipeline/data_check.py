@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import shot_group
+from models.prior import class_names_problem, shot_group
 from pipeline.artifacts import sha256_of_json
 from pipeline.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, looks_of
 from pipeline.errors import StageError
@@ -101,7 +101,8 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     about = sha256_of_json([data.source, data.location, data.table.model_dump(), near is not None])
     inspected = inspect_images(source, "check", looks_of if near is not None else None, Journal(journal, about), jobs)
     bad = [row for row in source.rows if inspected[row.reference].problem]
-    verdict = []
+    names = class_names_problem(source.classes)
+    verdict = [names] if names else []
     if bad and data.on_bad_image == "fail":
         verdict.append(
             f"{len(bad):,} images are missing or cannot be used; the first: {inspected[bad[0].reference].problem}"

@@ -15,7 +15,7 @@ from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.errors import DataError
 from pipeline.params import IngestParams
-from pipeline.sources.shards import RowGroups, Shard
+from pipeline.sources.shards import RowGroups, Shard, image_bytes
 from pipeline.sources.source import BadImageError, read_image_file, reading_order
 from pipeline.sources.storage import Storage
 from pipeline.sources.table import WHOLE_NUMBER
@@ -239,7 +239,7 @@ def _label(value: object, as_text: bool) -> str | int | None:
 
 
 def _cell(images: RowGroups, shard: Shard, index: int) -> bytes:
-    value = images.value(shard, index)
+    value = image_bytes(images.value(shard, index))
     if not isinstance(value, bytes):
         raise BadImageError(f"{shard.place}: row {index} holds {type(value).__name__}; expected encoded image bytes")
     return value

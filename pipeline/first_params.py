@@ -180,6 +180,9 @@ def write_text(template: str, chosen: dict[str, tuple[Any, str]]) -> tuple[str, 
     """
     import yaml
 
+    from pipeline.recipe import dump_document, load_document
+
+    template = dump_document(load_document(template))  # each key on a line of its own, lists as well
     left, lines, above = dict(chosen), [], []
     for line in template.splitlines():
         body = line.split(" #")[0]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
+from pipeline.errors import StageError
 from pipeline.splits import read_split
+from serving.terminal import print
 
 
 def data_sha256(split: Path) -> str:
@@ -19,16 +23,39 @@ def data_sha256(split: Path) -> str:
     return digest.hexdigest()
 
 
-def code_revision() -> str:
-    """The git commit that runs, with `+changes` when the working tree differs from it; `unknown` outside a repository."""
-    root = Path(__file__).parent
+class GitError(StageError):
+    """Git refuses to read a repository, as one of another owner; that is no answer to what was asked."""
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
 
+def git(folder: Path, *arguments: str) -> str | None:
+    """What a git command prints in a folder; None where there is no git, no repository or no such revision.
+
+    Raises GitError with git's reason where the repository exists and git refuses to read it.
+    """
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+    except OSError:
+        return None
+    if "dubious ownership" in done.stderr:
+        raise GitError(
+            f"{folder.absolute()}: {done.stderr.splitlines()[0]}; if you trust it, "
+            f"run `git config --global --add safe.directory {folder.absolute()}`"
+        )
+    return None if done.returncode else done.stdout.strip("\n")
+
+
+def code_revision() -> str:
+    """The git commit that runs, with `+changes` when the working tree differs from it; `unknown` outside a repository.
+
+    `unknown` too where git refuses to read it, with a line on stderr that gives its reason.
+    """
+    root = Path(__file__).parent
+    try:
+        revision = git(root, "rev-parse", "HEAD")
+        if revision is None:
+            return "unknown"
+        return revision + ("+changes" if git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except GitError as error:
+        print(f"the commit is recorded as unknown: {error}", file=sys.stderr)
         return "unknown"

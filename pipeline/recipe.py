@@ -32,20 +32,59 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
     from ruamel.yaml import YAML
 
     read_yaml(target)  # a file that is not YAML is refused in the same words as everywhere
+    document = load_document(target.read_text(encoding="utf-8"))
+    applied: set[Path] = set()
+    lines = [line for overlay in overlays for line in _merge(document, resolve(overlay, applied), "")]
+    text = dump_document(document)
+    parse_params(YAML(typ="safe").load(text), overlays[-1])
+    return text, lines
+
+
+def load_document(text: str) -> Any:
+    """A params file to edit: its comments stay, and its lists are on one line, as `dvc exp run -S` does not leave them."""
+    document = _yaml().load(text)
+    _lists_on_one_line(document)
+    return document
+
+
+def dump_document(document: Any) -> str:
+    """The text of an edited params file."""
+    stream = io.StringIO()
+    _yaml().dump(document, stream)
+    return stream.getvalue()
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 160
     yaml.representer.add_representer(
         type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
     )
-    document = yaml.load(target.read_text(encoding="utf-8"))
-    applied: set[Path] = set()
-    lines = [line for overlay in overlays for line in _merge(document, resolve(overlay, applied), "")]
-    stream = io.StringIO()
-    yaml.dump(document, stream)
-    text = stream.getvalue()
-    parse_params(YAML(typ="safe").load(text), overlays[-1])
-    return text, lines
+    return yaml
+
+
+def _lists_on_one_line(mapping: Any) -> None:
+    """Each block list in flow style, its key's comment behind it: a new list in its place would else break the file."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    for key, value in mapping.items():
+        if isinstance(value, CommentedMap):
+            _lists_on_one_line(value)
+        elif (
+            isinstance(value, CommentedSeq)
+            and not value.fa.flow_style()
+            and not any(isinstance(entry, CommentedMap | CommentedSeq) for entry in value)
+        ):
+            head = mapping.ca.items.pop(key, None)
+            comments = [head[2]] if head and head[2] else []
+            comments += [tokens[0] for _, tokens in sorted(value.ca.items.items()) if tokens and tokens[0]]
+            mapping[key] = _flow(list(value))
+            texts = [text.strip() for comment in comments for text in comment.value.splitlines()]
+            if any(texts):
+                mapping.yaml_add_eol_comment(" ".join(filter(None, texts)), key)
 
 
 def resolve(overlay: Path, applied: set[Path], below: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.artifacts import EVALUATION, PRIOR, write_file
 from pipeline.errors import ParamsError, StageError
 from pipeline.gate import Contender
+from pipeline.lineage import git
 from pipeline.run_folder import PREDICTIONS
 
 
@@ -14,7 +15,7 @@ def contender_at(revision: str, folder: Path) -> Contender:
     """Copy a revision's predictions.parquet and prior.json into `folder`, from the cache or else the default remote.
 
     revision: whatever git or DVC resolves in the repository of the working folder: a commit, a branch, a tag, an
-    experiment. Raises ParamsError for one that is not, StageError where its files are not to be had.
+    experiment. Raises ParamsError for one that is not, StageError where its files are not to be had or git refuses to read it.
     """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
@@ -22,9 +23,11 @@ def contender_at(revision: str, folder: Path) -> Contender:
 
     found = Contender(folder / PREDICTIONS, folder / PRIOR.name)
     try:
-        files = DVCFileSystem(".", rev=revision)
+        # Paths are those of the repository, of which the working folder may be a part, with a DVC project of its own.
+        project = Path(git(Path(), "rev-parse", "--show-prefix") or "")
+        files = DVCFileSystem(".", rev=revision, subrepos=True)
         for source, target in ((EVALUATION / PREDICTIONS, found.predictions), (PRIOR, found.prior)):
-            write_file(target, files.read_bytes(source.as_posix()))
+            write_file(target, files.read_bytes((project / source).as_posix()))
     except RevError:
         raise ParamsError(
             f"{revision!r} is no folder, no published version and no revision; expected one of them "

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from models.prior import class_names_problem
 from pipeline.artifacts import INGESTED, SPLIT, whole_folder, write_file, write_json
 from pipeline.duplicates import check_labels, conflicting_labels, find_duplicates
 from pipeline.errors import DataError, ParamsError, StageError
@@ -59,6 +60,8 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     shards = _taken_in()
     everything = open_source(params.data)
     everything.check()
+    if problem := class_names_problem(everything.classes):
+        raise DataError(f"{params.data.location}: {problem}")
     source = everything.own
     skip = params.data.on_bad_image == "skip"
     if not skip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -9,8 +10,10 @@ import tenacity
 
 from serving.calls import SERVICE, Call, Garbled
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection
+from serving.errors import InputError
 from serving.failures import check_http, foreign, from_grpc, late, nobody, untrusted
 from serving.retries import Deadline, Retries
+from serving.transport import check_open
 
 
 class AsyncWire(Protocol):
@@ -30,14 +33,25 @@ class AsyncTransport:
     def __init__(self, connection: Connection, retries: Retries) -> None:
         self.url = connection.url
         self._retries = retries
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
         self._wire: AsyncWire = (AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire)(connection)
 
     async def ask(self, call: Call, deadline: Deadline) -> Any:
-        """The answer to a call, retried where that is safe, before the deadline or not at all."""
+        """The answer to a call, retried where that is safe, before the deadline or not at all.
+
+        Raises InputError after `close`, and in another event loop than the first call's: its connections belong to that one.
+        """
+        check_open(self.url, self._closed)
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise InputError(f"the client of {self.url} was used in another event loop; make a client in each loop")
+        self._loop = loop
         return await tenacity.AsyncRetrying(**self._retries.policy(deadline))(self._wire.send, call, deadline)
 
     async def close(self) -> None:
         """Close the connections; open ones would hold up the server's shutdown."""
+        self._closed = True
         await self._wire.close()
 
 

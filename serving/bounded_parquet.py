@@ -62,7 +62,7 @@ def read_column(
 
     footer, what = file.metadata, f"column {column!r}"
     chosen = range(footer.num_row_groups) if groups is None else groups
-    place = [i for i in range(footer.num_columns) if _is_part(footer.schema.column(i).path, column)]
+    place = [i for i in range(footer.num_columns) if is_part(footer.schema.column(i).path, column)]
     chunks = [footer.row_group(group).column(i) for group in chosen for i in place]
     rows = sum(footer.row_group(group).num_rows for group in chosen)
     values = sum(chunk.num_values for chunk in chunks)  # more than the rows in a column of lists
@@ -86,7 +86,8 @@ def read_column(
     return pa.chunked_array(parts, parts[0].type if parts else _plain_type(file.schema_arrow.field(column).type))
 
 
-def _is_part(path: str, column: str) -> bool:
+def is_part(path: str, column: str) -> bool:
+    """Whether a leaf of the schema is a column or lies in one that is a struct or list."""
     return path == column or path.startswith(f"{column}.")
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from models import preprocess, prior
+from models.prior import class_names_problem
 from serving.atomic import whole_folder
 from serving.manifest import (
     GOLDEN_NAME,
@@ -185,14 +186,8 @@ def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> N
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:
-    """Class names become lines of a label file, so each is one line with something on it, and none comes twice."""
-    seen: set[str] = set()
-    for name in manifest.classes:
-        if not name.strip() or name.splitlines() != [name]:
-            raise RepositoryError(f"{path}: class name {name!r} is empty or has a line break; rename the class")
-        if name in seen:
-            raise RepositoryError(f"{path}: class name {name!r} occurs twice; rename one of the two classes")
-        seen.add(name)
+    if problem := class_names_problem(manifest.classes):
+        raise RepositoryError(f"{path}: {problem}")
 
 
 def _check_replaceable(root: Path) -> None:

@@ -13,6 +13,7 @@ import tenacity
 
 from serving.calls import SERVICE, Call, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection, parse_url
+from serving.errors import InputError
 from serving.failures import Refused, check_http, foreign, from_grpc, late, nobody, untrusted
 from serving.http_deadline import timed_connection
 from serving.retries import Deadline, Retries
@@ -43,10 +44,12 @@ class Transport:
         self.timeout = Deadline(timeout).budget
         self.retries = retries or Retries()
         wire = HttpWire if self.connection.protocol == "http" else GrpcWire
+        self._closed = False
         self._wire: Wire = wire(self.connection)
 
     def ask(self, call: Call, deadline: Deadline | None = None) -> Any:
-        """The answer to a call, retried where that is safe, before the deadline or not at all."""
+        """The answer to a call, retried where that is safe, before the deadline or not at all. InputError after `close`."""
+        check_open(self.url, self._closed)
         deadline = deadline or Deadline(self.timeout)
         return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send, call, deadline)
 
@@ -71,7 +74,14 @@ class Transport:
 
     def close(self) -> None:
         """Close the connections; open ones would hold up the server's shutdown."""
+        self._closed = True
         self._wire.close()
+
+
+def check_open(url: str, closed: bool) -> None:
+    """Raise InputError for a client that was closed."""
+    if closed:
+        raise InputError(f"the client of {url} is closed; make a new one")
 
 
 class HttpWire:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +62,11 @@ def init(
 
 
 def _changed(path: Path) -> bool:
-    """Whether git would lose something by an overwrite: the file differs from the last commit, or nothing holds it."""
-    asked = ["git", "status", "--porcelain", "--", path.name]
-    done = subprocess.run(asked, cwd=path.resolve().parent, capture_output=True, text=True, check=False)
-    return done.returncode != 0 or bool(done.stdout.strip())
+    """Whether git would lose something by an overwrite: the file differs from the last commit, or nothing holds it.
+
+    Raises GitError where git refuses to read the repository.
+    """
+    from pipeline.lineage import git
+
+    changes = git(path.resolve().parent, "status", "--porcelain", "--", path.name)
+    return changes is None or bool(changes)

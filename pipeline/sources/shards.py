@@ -22,7 +22,7 @@ import pyarrow.parquet
 from pipeline.errors import DataError
 from pipeline.sources.source import Groups
 from pipeline.sources.storage import Storage
-from serving.bounded_parquet import MAX_BATCH, MIB, MemoryLimit, TooLargeError, read_column
+from serving.bounded_parquet import MAX_BATCH, MIB, MemoryLimit, TooLargeError, is_part, read_column
 
 LIMIT = MemoryLimit(1024, "data.table.max_mib")
 MAX_LINE, MAX_CSV_COLUMNS = MIB, 1000  # of a CSV file
@@ -101,9 +101,9 @@ class Shard:
         """Bytes that a column of each row group takes in memory."""
         if self._table is not None:
             return [self._table.column(column).nbytes]
-        place = [self._footer.schema.column(i).path for i in range(len(self._footer.schema))].index(column)
+        places = [i for i in range(len(self._footer.schema)) if is_part(self._footer.schema.column(i).path, column)]
         groups = (self._footer.row_group(i) for i in range(self._footer.num_row_groups))
-        return [group.column(place).total_uncompressed_size for group in groups]
+        return [sum(group.column(place).total_uncompressed_size for place in places) for group in groups]
 
     def _read(self, column: str, groups: list[int] | None) -> pa.ChunkedArray:
         if self._table is not None:
@@ -226,6 +226,11 @@ def open_shards(
                     "write all shards with one schema"
                 )
     return shards
+
+
+def image_bytes(value: Any) -> Any:
+    """The bytes of an image cell: of itself, or of a struct {bytes, path}, as Hugging Face's data sets have it."""
+    return value.get("bytes", value) if isinstance(value, dict) else value
 
 
 def row_groups(references: pa.ChunkedArray, shards: Mapping[str, Shard], column: str) -> Groups:

@@ -20,6 +20,7 @@ from pipeline.sources.shards import (
     ORIGIN_KEY,
     RowGroups,
     Shard,
+    image_bytes,
     open_shards,
     row_groups,
 )
@@ -65,7 +66,7 @@ class TableReader:
     def _value(self, reference: str) -> bytes | str:
         name, _, index = reference.rpartition("#")
         shard = self._shards[name]
-        value = self._images.value(shard, int(index))
+        value = image_bytes(self._images.value(shard, int(index)))
         if value is None:
             raise BadImageError(f"{shard.place}: row {index} has no image; remove the row or give it one")
         if not isinstance(value, bytes if self._params.image else str):

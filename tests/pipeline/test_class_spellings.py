@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from dropping import drop_images, project, rows_of
 from making import data_params, folder, png, table, write
+from test_data_check import command
 
 from pipeline import split
 from pipeline.errors import DataError, ParamsError
@@ -73,3 +74,15 @@ def test_a_prior_by_name_finds_a_class_in_either_form_and_names_it_once():
     assert np.allclose(vector_of(parse_prior({NFC: 0.75, "dog": 0.25}), [NFD, "dog"], 2), [0.75, 0.25])
     with pytest.raises(InputError, match="names a class twice"):
         parse_prior({NFC: 0.5, NFD: 0.25, "dog": 0.25})
+
+
+@pytest.mark.parametrize("name", ["a\nb", " ", "a\x85b", "\u2028"])
+def test_a_name_that_the_label_file_of_the_server_cannot_hold_is_refused_before_anything_is_trained(
+    tmp_path, capsys, name
+):
+    made = data_params(folder(tmp_path / "photos", {name: 6, "dog": 6}))
+    with pytest.raises(DataError) as caught:
+        split.run(made, tmp_path / "out")
+    assert f"class name {name!r} is empty or has a line break; rename the class" in str(caught.value)
+    assert command(tmp_path, made, "--near", "off") == 1
+    assert f"not right: class name {name!r} is empty" in capsys.readouterr().out

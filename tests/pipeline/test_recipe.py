@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
 from pipeline.errors import ParamsError
+from pipeline.first_params import Found, choices, write_text
 from pipeline.params import load_params
 from pipeline.recipe import apply_recipe, main
 
@@ -158,3 +161,30 @@ def test_a_bad_extends_is_one_line_exit_2_and_leaves_params_alone(params, tmp_pa
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert params.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["block lists", "as dvc exp run -S writes it"])
+def test_lists_over_several_lines_are_edited_by_recipe_and_init_alike(params, tmp_path, form):
+    delivered = params.read_text(encoding="utf-8")
+    if form == "block lists":
+        written = yaml.safe_dump(yaml.safe_load(delivered), sort_keys=False)
+    else:
+        editor, stream = YAML(), io.StringIO()
+        document = editor.load(delivered)
+        document["seeds"], document["student"]["augment"]["crop_scale"] = [1, 2], [0.1, 1.0]
+        document["data"]["table"]["class_names"] = ["a", "b"]
+        editor.dump(document, stream)
+        written = stream.getvalue()
+        assert "seeds:    # seeds trained besides" in written
+    params.write_text(written, encoding="utf-8")
+    text = "image: {mean: [0.1, 0.2, 0.3]}\nseeds: [3]\nstudent: {augment: {crop_scale: [0.3, 1.0]}}\n"
+    assert main([str(overlay(tmp_path, text)), "--params", str(params)]) == 0
+    after = load_params(params)
+    assert (after.seeds, after.image.mean, after.student.augment.crop_scale) == ([3], [0.1, 0.2, 0.3], [0.3, 1.0])
+    if form != "block lists":
+        assert "seeds: [3] # seeds trained besides" in params.read_text(encoding="utf-8")
+    found = Found(["a", "b"], [300, 30], False, False, 400, [])
+    chosen = choices(found, "photos", gpu=False)
+    content = yaml.safe_load(write_text(written, chosen)[0])
+    assert content["data"]["location"] == "photos" and content["image"]["mean"] == [0.485, 0.456, 0.406]
+    assert content["gate"] == yaml.safe_load(written)["gate"]

@@ -207,7 +207,7 @@ def test_a_table_that_is_a_folder(tmp_path):
     ("images", "said"),
     [
         ([None, None], "train.parquet: row 0 has no image"),
-        ([{"bytes": b"x"}, {"bytes": b"y"}], "train.parquet: column 'image' holds dict; expected encoded image bytes"),
+        ([{"data": b"x"}, {"data": b"y"}], "train.parquet: column 'image' holds dict; expected encoded image bytes"),
         ([1, 2], "train.parquet: column 'image' holds int; expected encoded image bytes"),
     ],
 )

@@ -185,3 +185,21 @@ def test_no_secret_of_an_address_is_shown():
     assert shown("https://host/x.parquet?X-Amz-Signature=abc&b=c") == "https://host/x.parquet?…"
     assert shown("s3://bucket/shard-?.parquet") == "s3://bucket/shard-?.parquet"
     assert shown("/local/odd@name?a=b") == "/local/odd@name?a=b"
+
+
+def test_image_columns_that_are_structs_of_bytes_and_path_are_read_as_plain_ones(tmp_path):
+    for name, images in {"plain": IMAGES, "struct": [{"bytes": data, "path": "x.png"} for data in IMAGES]}.items():
+        pyarrow.parquet.write_table(pa.table({"image": images, "label": LABELS}), tmp_path / f"{name}.parquet")
+    plain, struct = (opened(tmp_path, train=f"{name}.parquet") for name in ("plain", "struct"))
+    assert [struct.read(row.reference) for row in struct.rows] == IMAGES
+    split.run(data_params(tmp_path, "table", table={"train": "struct.parquet"}), tmp_path / "out")
+    references = pa.chunked_array([[row.reference for row in struct.rows]])
+    assert (
+        struct.own.groups(references).sizes[0]
+        >= plain.own.groups(pa.chunked_array([[row.reference for row in plain.rows]])).sizes[0]
+    )
+    missing = pa.table({"image": [{"bytes": None, "path": "x"}, {"bytes": b"x", "path": None}], "label": [0, 1]})
+    pyarrow.parquet.write_table(missing, tmp_path / "missing.parquet")
+    source = opened(tmp_path, train="missing.parquet")
+    with pytest.raises(DataError, match="row 0 has no image"):
+        source.read(source.rows[0].reference)
