@@ -160,6 +160,26 @@ def test_supervisor_expects_no_inference_process_of_student(root: Path) -> None:
         watched.stop()
 
 
+def compiler(folder: Path, body: str) -> Path:
+    """A program in the place of g++."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o700)
+    return path
+
+
+@pytest.mark.end_to_end
+def test_library_that_expects_another_onnxruntime_fails_the_start(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, """exec g++ "$@" -UORT_VERSION '-DORT_VERSION="0.1"'""")))
+    log = tmp_path / "triton.log"
+    with pytest.raises(ServingError, match="the Triton server ended"):
+        TritonServer(root, http_port=0, grpc_port=0, metrics_port=0, log=log).start()
+    assert re.search(r"libonnxruntime\.so\.\S+: version is [0-9.]+; expected 0\.1", log.read_text())
+
+
 @pytest.mark.end_to_end
 def test_server_without_a_compiler_runs_student_in_pythons_backend(
     root: Path, session: object, monkeypatch: pytest.MonkeyPatch
@@ -173,14 +193,6 @@ def test_server_without_a_compiler_runs_student_in_pythons_backend(
         answered, _ = transport.infer("student", inputs, OUTPUTS)
         transport.close()
         np.testing.assert_array_equal(answered["logits"], session.run(["logits"], inputs)[0])
-
-
-def compiler(folder: Path, body: str) -> Path:
-    """A program in the place of g++."""
-    path = folder / "compiler"
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o700)
-    return path
 
 
 def test_library_is_compiled_once_for_each_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
