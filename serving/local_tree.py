@@ -38,7 +38,7 @@ def link_tree(repository: Path, runtime: Path) -> Path:
             present, names = _names(tree / model), _seen(repository / model)
             if model == STUDENT and runs_compiled(repository, runtime):
                 _write_compiled_config(repository, runtime)
-                present.discard(CONFIG_NAME)
+                present.discard("configs")
                 names.discard("configs")
             _link(repository.absolute() / model, tree / model, present, names)
         # A version of an older Tailor looks for it here. No link may lead nowhere: Triton would list no model then.
@@ -72,11 +72,12 @@ def _local_config(repository: Path) -> ModelConfig:
 
 def _write_compiled_config(repository: Path, runtime: Path) -> None:
     """Write the config of `student` for the compiled backend into the tree; nothing is written where it has not changed."""
-    config, path = _local_config(repository), runtime / TREE / STUDENT / CONFIG_NAME
+    config, path = _local_config(repository), config_paths(runtime / TREE, STUDENT)[-1]
     config.backend, config.default_model_filename = BACKEND, "model.onnx"
     text = to_text(config)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         # Not beside it, where Triton would see one more file of the model; a supervisor and a promotion may both write.
+        path.parent.mkdir(exist_ok=True)
         partial = runtime / f"{CONFIG_NAME}.{os.getpid()}"
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

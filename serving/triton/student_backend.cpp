@@ -85,9 +85,9 @@ std::string text_of(const Shape& shape) {
 
 // A file's bytes. path_name: what an error message calls it.
 std::vector<char> read_file(const std::string& path, const std::string& path_name) {
-    std::ifstream stream(path, std::ios::binary);
-    std::vector<char> bytes{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
-    if (!stream.is_open() || stream.bad())
+    std::ifstream stream(path, std::ios::binary | std::ios::ate);
+    std::vector<char> bytes(stream ? static_cast<size_t>(stream.tellg()) : 0);
+    if (!stream.seekg(0) || !stream.read(bytes.data(), bytes.size()))
         throw std::runtime_error(path_name + ": " + std::strerror(errno) + "; write the version again");
     return bytes;
 }

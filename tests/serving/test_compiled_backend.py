@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSES, FEATURE_DIM, MAX_BATCH_SIZE, SIZE, Release
+from conftest import CLASSES, FEATURE_DIM, MAX_BATCH_SIZE, SIZE, Release, write_export
 from container import backends, metrics_text
+from test_supervisor import Watched
 
 from serving.compiled_backend import NotCompiled, compiled_backend
 from serving.errors import ServingError
 from serving.failures import Refused
 from serving.manifest import sha256_of
 from serving.model_control import ModelControl
+from serving.promotion import promote
 from serving.server import TritonServer
 from serving.transport import Transport
 
@@ -135,6 +137,50 @@ def test_changed_graph_is_not_loaded_and_the_loaded_one_answers(
 
 
 @pytest.mark.end_to_end
+def test_swap_loads_the_new_version_alone(root: Path, tmp_path: Path) -> None:
+    write_export(tmp_path / "second", version=2)
+    log = tmp_path / "triton.log"
+    with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0, log=log) as server:
+        assert promote(root, tmp_path / "second").version == 2
+        with ModelControl(server.running, timeout=30) as control:
+            assert control.ready_versions("student") == [1, 2]
+        # Triton prints this of a version that it has loaded a second time.
+        assert "successfully unloaded 'student' version 1" not in log.read_text()
+
+
+@pytest.mark.end_to_end
+def test_supervisor_expects_no_inference_process_of_student(root: Path) -> None:
+    watched = Watched(root)
+    try:
+        watched.kill_stub("classifier")
+        watched.await_report("classifier answers again")
+        assert watched.answers() == 8
+        assert not any("student" in line for line in watched.reports)
+    finally:
+        watched.stop()
+
+
+def compiler(folder: Path, body: str) -> Path:
+    """A program in the place of g++."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o700)
+    return path
+
+
+@pytest.mark.end_to_end
+def test_library_that_expects_another_onnxruntime_fails_the_start(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, """exec g++ "$@" -UORT_VERSION '-DORT_VERSION="0.1"'""")))
+    log = tmp_path / "triton.log"
+    with pytest.raises(ServingError, match="the Triton server ended"):
+        TritonServer(root, http_port=0, grpc_port=0, metrics_port=0, log=log).start()
+    assert re.search(r"libonnxruntime\.so\.\S+: version is [0-9.]+; expected 0\.1", log.read_text())
+
+
+@pytest.mark.end_to_end
 def test_server_without_a_compiler_runs_student_in_pythons_backend(
     root: Path, session: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,14 +193,6 @@ def test_server_without_a_compiler_runs_student_in_pythons_backend(
         answered, _ = transport.infer("student", inputs, OUTPUTS)
         transport.close()
         np.testing.assert_array_equal(answered["logits"], session.run(["logits"], inputs)[0])
-
-
-def compiler(folder: Path, body: str) -> Path:
-    """A program in the place of g++."""
-    path = folder / "compiler"
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o700)
-    return path
 
 
 def test_library_is_compiled_once_for_each_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

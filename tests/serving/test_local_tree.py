@@ -61,11 +61,8 @@ def test_tree_shows_all_but_the_configs_of_other_servers(root: Path, tmp_path: P
 
 def test_server_with_the_compiled_backend_sees_a_config_that_names_it(root: Path, tmp_path: Path) -> None:
     (tmp_path / "backends" / "student").mkdir(parents=True)
-    path = link_tree(root, tmp_path) / "student" / "config.pbtxt"
-    assert seen(tmp_path / "repository") == {
-        "student": ["1", "config.pbtxt", "labels.txt"],
-        "classifier": ["1", "configs"],
-    }
+    path = link_tree(root, tmp_path) / "student" / "configs" / "local.pbtxt"
+    assert seen(tmp_path / "repository")["student"] == ["1", "configs", "labels.txt"]
     local = read_config(root / "student/configs/local.pbtxt")
     local.backend, local.default_model_filename = "student", "model.onnx"
     assert read_config(path) == local
