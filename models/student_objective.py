@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.accumulation import WholeBatch
+from models.accumulation import WholeBatch, share_of_batch
 from models.classification_objective import Mixed, classification_loss
 from models.contrast_losses import ContrastLosses, KeyRuns, contrast_losses, queries_with_keys
 from models.cosine_classifier import ImageClassifier
@@ -19,7 +19,7 @@ from models.losses import distillation_loss
 from models.precision import without_autocast
 from models.projection_head import ProjectionHead
 from models.queues import ClassQueues
-from models.ranks import gather_batch
+from models.ranks import gather_batch, rank_count, sum_over_ranks
 
 ContrastEncoder = Literal["teacher", "momentum"]
 
@@ -149,14 +149,15 @@ class StudentObjective(nn.Module):
     def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> WholeBatch | None:
         """Store the contrast features of a batch whose views [V,b,3,H,W] come in parts, and embed the queue for all of them.
 
-        target and sample_ids are the whole batch's. None without beta.
+        views, target and sample_ids are those of this rank's share of the batch. None without beta.
         """
         if not self.weights.beta:
             return None
         features = torch.cat([self._contrast_features(part[2]) for part in views])
         self._enqueue(features, target, sample_ids)
         with_keys = queries_with_keys(self._runs(), target, sample_ids, self.queues.sample_ids)
-        return WholeBatch.of(self.key_head(self.queues.features), len(target), with_keys)
+        batch = len(target) * rank_count()
+        return WholeBatch.of(self.key_head(self.queues.features), batch, sum_over_ranks(with_keys))
 
     def forward(
         self,
@@ -252,9 +253,10 @@ class StudentObjective(nn.Module):
             key_ids=self.queues.sample_ids,
             fused=self.fused_contrast,
         )
-        if whole is None:
+        queries, ranks = len(target), rank_count()
+        if whole is not None:
+            return share_of_batch(found, queries, whole.batch, whole.with_keys)
+        if ranks == 1:
             return found
-        samples, without = len(target), found.queries_without_keys
-        return ContrastLosses(
-            found.gml, found.tau * whole.tau_share(samples, without), without * whole.count_share(samples)
-        )
+        with_keys = sum_over_ranks(queries - found.queries_without_keys)
+        return share_of_batch(found, queries, queries * ranks, with_keys)
