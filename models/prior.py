@@ -71,6 +71,16 @@ def adjust_logits(logits: Any, log_prior: Any, strength: Any) -> Any:
     return logits + strength * log_prior
 
 
+def balanced_shift(log_prior: Any, loss_log_prior: Any, strength: float) -> Any:
+    """What to add to a network's logits so that they answer for the balanced target prior: strength * η - log p, [C].
+
+    log_prior: log p, of the frequencies of the training data. loss_log_prior, strength: η and its factor in L_cls. That
+    loss is least where logit + strength * η is log p(class | image), so the logit holds log p - strength * η besides
+    log p(image | class). Exactly 0 for Eq. 6 (η = log p, strength 1); (strength - 1) * log p for another strength.
+    """
+    return strength * loss_log_prior - log_prior
+
+
 def check_target_prior(prior: Any, classes: int) -> Floats:
     """A caller's own target prior, checked: float64 [..., classes], each row >= 0 and summing to 1 within 1e-3, made exact.
 

@@ -17,6 +17,7 @@ from models.contrast_losses import ContrastLosses, KeyRuns, contrast_losses, que
 from models.cosine_classifier import ImageClassifier
 from models.losses import distillation_loss
 from models.precision import without_autocast
+from models.prior import adjust_logits
 from models.projection_head import ProjectionHead
 from models.queues import ClassQueues
 from models.ranks import gather_batch, rank_count, sum_over_ranks
@@ -81,12 +82,18 @@ class StudentObjective(nn.Module):
         projection_dim: int,
         contrast_encoder: ContrastEncoder = "teacher",
         encoder_momentum: float = 0.999,
+        teacher_adjustment: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """A teacher that no term needs is dropped. Raises ValueError when one is needed and not given."""
+        """A teacher that no term needs is dropped. Raises ValueError when one is needed and not given.
+
+        teacher_adjustment: the strength in the teacher's L_cls; None: the student's. Where the two differ, L_KD moves the
+        teacher's logits by the difference, so that it and L_cls have the same minimum.
+        """
         super().__init__()
         self.model = model
         self.weights = weights
+        self.teacher_excess = 0.0 if teacher_adjustment is None else teacher_adjustment - weights.adjustment
         self.views = 3 if weights.beta else 1
         self.register_buffer("log_prior", log_prior)
         self.teacher: ImageClassifier | None = None
@@ -191,6 +198,8 @@ class StudentObjective(nn.Module):
                 terms.append(weights.beta * contrast.tau)
                 parts["queries_without_keys"] = contrast.queries_without_keys
         if teacher_logits is not None:
+            if self.teacher_excess:
+                teacher_logits = adjust_logits(teacher_logits, self.log_prior, self.teacher_excess)
             parts["distillation"] = distillation_loss(logits, teacher_logits, weights.distillation_temperature)
             terms.append(weights.alpha * parts["distillation"])
         if weights.beta:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,12 +36,30 @@ def outputs(
     return torch.cat(features), torch.cat(logits)
 
 
-def accuracy(model: ImageClassifier, data: AnyImages, image: ImageParams, device: torch.device) -> float:
-    """Share of a split that the balanced answer (the unadjusted logits) gets right; every image is asked by one rank, once."""
+def balanced_logits(
+    model: ImageClassifier,
+    images: Tensor | Iterable[Tensor],
+    image: ImageParams,
+    device: torch.device,
+    shift: np.ndarray | None = None,
+) -> Tensor:
+    """Logits [N,C] for the balanced target prior, float32 on the CPU. images: as in `outputs`; shift: Prior.balanced_shift."""
+    logits = outputs(model, images, image, device)[1]
+    return logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
+
+
+def accuracy(
+    model: ImageClassifier,
+    data: AnyImages,
+    image: ImageParams,
+    device: torch.device,
+    shift: np.ndarray | None = None,
+) -> float:
+    """Share of a split that the answer for the balanced prior gets right. Each image is evaluated once, by one rank."""
     mine = torch.arange(rank(), len(data), rank_count())
     right = torch.zeros(1, dtype=torch.float64)
     if len(mine):
-        _, logits = outputs(model, data.batches(mine, EVALUATION_BATCH), image, device)
+        logits = balanced_logits(model, data.batches(mine, EVALUATION_BATCH), image, device, shift)
         right += (logits.argmax(1) == data.labels[mine]).sum()
     if rank_count() > 1:
         right = right.to(device)

@@ -9,7 +9,7 @@ import torch
 
 from models.classification_objective import TeacherObjective
 from models.ranks import rank
-from pipeline.artifacts import SPLIT, TEACHER
+from pipeline.artifacts import PRIOR, SPLIT, TEACHER
 from pipeline.checkpoint import build_model
 from pipeline.dataset import training_images
 from pipeline.params import Params
@@ -30,9 +30,9 @@ def run(params: Params, output: Path = TEACHER) -> Result:
             torch.manual_seed(params.seed)
             model = build_model(config, "teacher.backbone")
         start_from(model.backbone, params.teacher.pretrained, "teacher.pretrained")
-        objective = TeacherObjective(model, torch.tensor(prior.log_prior), params.teacher.adjustment)
-        folder = run_folder(params.teacher, params, output, SPLIT / "train.parquet")
-        training = make_training("teacher", objective, params, device, folder)
+        objective = TeacherObjective(model, torch.tensor(prior.in_losses), params.teacher.adjustment)
+        folder = run_folder(params.teacher, params, output, SPLIT / "train.parquet", PRIOR)
+        training = make_training("teacher", objective, params, prior, device, folder)
         train, validation, said = training_images(params, device)
         if said and rank() == 0:
             print(f"teacher  {said}", flush=True)

@@ -47,13 +47,14 @@ class Result:
 def model_config(section: TrainingParams, params: Params, classes: int) -> ModelConfig:
     """The config of a network trained by a params section."""
     image = params.image
-    return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std)
+    return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment)
 
 
 def make_training(
     name: str,
     objective: TeacherObjective | StudentObjective,
     params: Params,
+    prior: Prior,
     device: torch.device,
     folder: RunFolder,
 ) -> Training:
@@ -66,7 +67,10 @@ def make_training(
             if params.engine.tensorboard:
                 write_scalars(TENSORBOARD / name, history)
 
-    return Training(name, objective, section, params.image, params.seed, device, folder, params.engine, show)
+    shift = prior.balanced_shift(section.adjustment)
+    return Training(
+        name, objective, section, params.image, params.seed, device, folder, params.engine, show, shift=shift
+    )
 
 
 def run_folder(section: TrainingParams, params: Params, output: Path, *inputs: Path) -> RunFolder:

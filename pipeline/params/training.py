@@ -75,7 +75,8 @@ class PretrainedParams(Section):
 class TrainingParams(Section):
     """What teacher and student training share: network, SGD, schedule, augmentation.
 
-    adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. ema_decay: of the average of
+    adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. Evaluation and export add the
+    rest, so that `balanced` and `train` mean the same for every strength. ema_decay: of the average of
     weights that is evaluated and kept instead of the last step's; 0 for none. accumulate: parts in which a batch goes
     through the network, for batches that the device cannot hold. pretrained: weights that the network starts from.
     """

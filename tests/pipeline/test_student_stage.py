@@ -11,6 +11,7 @@ import pipeline.prior
 import pipeline.split
 import pipeline.student
 import pipeline.teacher
+import pipeline.training_run
 from pipeline.artifacts import STUDENT, TEACHER
 from pipeline.errors import ParamsError
 
@@ -72,3 +73,18 @@ def test_a_teacher_of_another_library_and_width_teaches_a_small_student(made):
     assert (objective.teacher.feature_dim, objective.model.feature_dim) == (512, 64)
     assert objective.queues.features.shape == (24, 512)
     assert last_record()["distillation"] > 0
+
+
+@pytest.mark.parametrize(("weighting", "resumes"), [("frequency", True), ("effective_number", False)])
+def test_an_interrupted_run_resumes_under_the_same_prior_alone(made, monkeypatch, capsys, weighting, resumes):
+    recipe = made(teacher={"teacher.epochs": 2})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline.training_run, "write_file", stop)  # called once the first epoch is kept
+        pipeline.teacher.run(recipe)
+    pipeline.prior.run(made(teacher={"prior.weighting": weighting, "prior.beta": 0.9}))
+    pipeline.teacher.run(recipe)
+    assert ("goes on at step" in capsys.readouterr().out) is resumes
