@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+# Finite, as -inf times a strength of 0 is NaN; below every logit whatever tau_s, and half of what float32 holds.
+RULED_OUT = float(np.finfo(np.float32).min) / 2
 MANY_ABOVE = 100
 FEW_BELOW = 20
 
@@ -102,8 +104,9 @@ def check_target_prior(prior: Any, classes: int) -> Floats:
 
 
 def log_target_prior(prior: Any) -> Floats:
-    """Log of a checked target prior, float64. A class given no mass gets a floor instead of -inf: it ranks last, never NaN."""
-    log: Floats = np.log(np.maximum(np.asarray(prior, dtype=np.float64), np.finfo(np.float32).tiny))
+    """Log of a checked target prior, float64. A class of prior 0 gets RULED_OUT: probability 0, and never NaN."""
+    p = np.asarray(prior, dtype=np.float64)
+    log: Floats = np.log(p, out=np.full(p.shape, RULED_OUT), where=p > 0)
     return log
 
 
