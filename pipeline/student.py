@@ -18,7 +18,7 @@ from pipeline.pretrained import start_from
 from pipeline.prior import Prior, load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
-from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run
+from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run, stage_seed
 
 
 def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Result:
@@ -43,7 +43,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
 
 
 def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjective:
-    """The student's objective, freshly initialised from params.seed, its teacher read from a folder if a term needs it."""
+    """The student's objective, freshly initialised from the stage's seed, its teacher read from a folder if a term needs it."""
     student = params.student
     config = model_config(student, params, len(prior.classes))
     frozen, taught = None, None
@@ -52,7 +52,7 @@ def build_objective(params: Params, prior: Prior, teacher: Path) -> StudentObjec
         check_image(trained, params.image, teacher)
         taught = trained.adjustment
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(params.seed)
+        torch.manual_seed(stage_seed(params.seed, "student"))
         model = build_model(config, "student.backbone")
         start_from(model.backbone, student.pretrained, "student.pretrained")
         return student_objective(params, prior, model, frozen, taught)

@@ -17,7 +17,7 @@ from pipeline.pretrained import start_from
 from pipeline.prior import load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
-from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run
+from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run, stage_seed
 
 
 def run(params: Params, output: Path = TEACHER) -> Result:
@@ -27,7 +27,7 @@ def run(params: Params, output: Path = TEACHER) -> Result:
     config = model_config(params.teacher, params, len(prior.classes))
     with joined_ranks(params.device) as device:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(params.seed)
+            torch.manual_seed(stage_seed(params.seed, "teacher"))
             model = build_model(config, "teacher.backbone")
         start_from(model.backbone, params.teacher.pretrained, "teacher.pretrained")
         objective = TeacherObjective(model, torch.tensor(prior.in_losses), params.teacher.adjustment)
