@@ -12,7 +12,7 @@ from pipeline.params.section import Count, NonNegative, Number, Positive, Positi
 class ScheduleParams(Section):
     """Learning rate by epoch: `cosine` to nearly zero, or `steps` times `factor` at each milestone; linear warm-up first.
 
-    `rule` says when warm-up and steps end: `paper` where they are stated, `official` an epoch later, as the authors' code.
+    `rule` official is that of the authors' programs: warm-up and steps end an epoch later, a cosine starts after warm-up.
     """
 
     kind: Literal["cosine", "steps"]
