@@ -36,7 +36,8 @@ class AugmentParams(Section):
     `crop: pad` adds crop_padding black pixels on each side, `crop: resized` enlarges a box of crop_scale of the area.
     `contrast_policy` is that of the query and key views. randaugment, simaugment and stacked (both, with grey and
     blur before RandAugment) begin with colour jitter of strength `jitter`. simaugment always crops `resized`, and
-    has no Cutout.
+    has no Cutout. `bicubic`: the resampling of the authors' programs, where a shear of autoaugment is bicubic and not of
+    the nearest pixel, and a move of randaugment bicubic instead of bilinear half of the time.
     """
 
     crop: Literal["pad", "resized"] = "pad"
@@ -45,6 +46,7 @@ class AugmentParams(Section):
     flip: bool
     policy: Literal["none", "autoaugment", "randaugment", "simaugment", "stacked"] = "none"
     contrast_policy: Literal["same", "none", "autoaugment", "randaugment", "simaugment", "stacked"] = "same"
+    bicubic: bool = False
     jitter: Share = 0.4
     cutout: Count
     mix: Literal["none", "cutmix", "mixup"] = "none"
