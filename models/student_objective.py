@@ -53,14 +53,15 @@ class StudentObjective(nn.Module):
     """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views: classifier, query, key. Without beta on one.
 
     The contrast encoder fills the class-wise queues with its feature of the key view *before* the loss, so a query always
-    meets its own image's key; the whole queue is embedded afresh by the key head at every step. L_tau is L_GML with the
+    meets its own image's key; the key head embeds the whole queue again at every step. L_tau is L_GML with the
     similarities detached and the query's own image left out: its only gradient is to log tau_g (from the official code).
 
     contrast_encoder `teacher`: the frozen teacher; the key head learns through the keys (Sec. 3.3). `momentum`: "GML
     without teacher" of Table 5, a copy of the student's backbone that follows it by `encoder_momentum` after every step
     (He et al. 2020). Its key head follows the query head likewise and gets no gradient, as in the official code; the
     batch stays in one order, where that code files a feature under another image's label. The encoder's batch norm takes
-    the key view's own statistics (as there): weights that lag a thousand steps behind have no running ones that fit.
+    the statistics of the key view, in that code those of classifier and key view together: weights that lag a thousand
+    steps behind have no running ones that fit.
     """
 
     fused_contrast: bool | Literal["auto"] = "auto"  # see contrast_losses
