@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.preprocess import ORIENTATION, UPRIGHT, opened, preprocess, scaled_size, to_rgb, upright
+from models.preprocess import ORIENTATION, UPRIGHT, centred, opened, preprocess, scaled_size, to_rgb, upright
 from pipeline.params import ImageParams
 
 ROOM = 2  # a picture decoded at a fraction of its size keeps at least so many times the wanted side
@@ -99,5 +99,5 @@ def _cropped(pixels: Tensor, image: ImageParams) -> Tensor:
         batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2).to(kind)
         pixels = F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
         pixels = pixels if kind == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
-    left, top = (width - image.size) // 2, (height - image.size) // 2
+    left, top = centred(width, height, image.size)
     return pixels[:, top : top + image.size, left : left + image.size]

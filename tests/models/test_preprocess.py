@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from torchvision import transforms
 
 from models.preprocess import decode, preprocess, resize, to_rgb
 
@@ -157,3 +158,15 @@ def test_a_tiny_picture_is_enlarged():
     assert (
         preprocess(encode(np.full((1, 1, 3), 77, dtype=np.uint8)), 16, 20).tolist() == np.full((3, 16, 16), 77).tolist()
     )
+
+
+@pytest.mark.parametrize(("size", "resize_to"), [(224, 256), (17, 20), (16, 16)])
+@pytest.mark.parametrize(
+    "picture",
+    [(467, 352), (352, 467), (500, 375), (333, 500), (451, 300), (257, 256), (256, 301), (21, 20), (64, 3001)],
+)
+def test_the_network_sees_what_torchvisions_resize_and_centre_crop_show(picture, size, resize_to):
+    width, height = picture
+    image = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    expected = transforms.CenterCrop(size)(transforms.Resize(resize_to)(image))
+    assert np.array_equal(resize(image, size, resize_to).transpose(1, 2, 0), np.asarray(expected))
