@@ -4,13 +4,13 @@
     python -m benchmarks.accuracy recipes/cifar10-parquet-if100-cpu.yaml --data DIR --plus recipes/variants/plus-short.yaml
 
 Methods, all with params.student's network, schedule and augmentation:
-- cross-entropy: L_cls without the logit adjustment. balanced softmax: L_cls of Eq. 6 alone.
+- cross-entropy: L_cls without the logit adjustment, judged by its plain logits. balanced softmax: L_cls of Eq. 6 alone.
 - gml: the student of the recipe, with the recipe's teacher.
 - gml + <switch>: one switch of the plus recipe alone. plus: all of them.
 
 Every finished run is kept under --work and not repeated, so an interrupted comparison goes on. The accuracies are for the
-balanced target prior; many, medium and few are means over the classes of a group. The test split is read once a run,
-after its last epoch; nothing is chosen by it.
+balanced target prior, of cross-entropy for the training prior, which its plain logits answer for; many, medium and few are
+means over the classes of a group. The test split is read once a run, after its last epoch; nothing is chosen by it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from pipeline.recipe import apply_recipe
 PLUS = Path("recipes/variants/plus.yaml")
 # Of params.yaml, what the figures of one seed depend on.
 SECTIONS = {"device", "engine", "data", "stream", "image", "prior", "teacher", "student", "evaluate"}
+TARGET_PRIORS = {"cross-entropy": "train"}  # of the others balanced
 COLUMNS = ("all", "many", "medium", "few")
 
 
@@ -123,18 +124,24 @@ def train_all(
                 print(f"seed {seed}, {name}", flush=True)
                 started = time.perf_counter()
                 folder = known[name](mine, taught_by, output)
-                write_json(kept, {**evaluated(mine, folder), "seconds": time.perf_counter() - started})
+                write_json(
+                    kept,
+                    {
+                        **evaluated(mine, folder, TARGET_PRIORS.get(name, "balanced")),
+                        "seconds": time.perf_counter() - started,
+                    },
+                )
             found[name].append(json.loads(kept.read_text(encoding="utf-8")))
     return found
 
 
-def evaluated(params: Params, folder: Path) -> dict[str, Any]:
-    """Metrics for the balanced target prior on the test split, and the last validation accuracy."""
+def evaluated(params: Params, folder: Path, target_prior: str) -> dict[str, Any]:
+    """Metrics for the target prior on the test split, and the last validation accuracy."""
     device, test, classes = choose_device(params.device), load_images(params, "test"), load_prior()
-    logits = network_logits(folder, folder.name, test, params, device)
+    logits = network_logits(folder, folder.name, test, params, classes, device)
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return {
-        **network_metrics(logits, test.labels.numpy(), classes, params)["balanced"],
+        **network_metrics(logits, test.labels.numpy(), classes, params)[target_prior],
         "validation_accuracy": last.get("validation_accuracy"),
     }
 
@@ -150,7 +157,10 @@ def table(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
         seconds = statistics.median(run["seconds"] for run in runs)
         took = "" if name == "teacher" else f"{seconds:,.0f}"
         lines.append(f"| {name} | {' | '.join(cells)} | {against} | {took} |")
-    return "\n".join(lines) + f"\n\nSeeds {', '.join(map(str, seeds))}; last epoch; target prior balanced; percent.\n"
+    return (
+        "\n".join(lines)
+        + f"\n\nSeeds {', '.join(map(str, seeds))}; last epoch; target prior balanced, of cross-entropy train; percent.\n"
+    )
 
 
 def spread(values: list[float | None], sign: str = "") -> str:

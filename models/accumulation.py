@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.contrast_losses import ContrastLosses
+
 
 @dataclass(frozen=True)
 class WholeBatch:
     """What the parts of one batch share.
 
     embedded: keys [K,P] with their graph. keys: the same values, a leaf, in which the parts' gradients add up. batch: its
-    samples B. with_keys: over how many of its queries L_tau is a mean, a scalar.
+    queries B, of all ranks. with_keys: over how many of them L_tau is a mean, a scalar.
     """
 
     embedded: Tensor
@@ -36,13 +38,14 @@ class WholeBatch:
         if self.keys.grad is not None:
             self.embedded.backward(self.keys.grad)
 
-    def tau_share(self, samples: int, without_keys: Tensor) -> Tensor:
-        """By what a part's mean over its own queries is multiplied, so that the mean over parts is that of the batch.
 
-        samples: of the part; without_keys: how many of them L_tau left out.
-        """
-        return (samples - without_keys) * (self.batch / samples) / torch.clamp(self.with_keys, min=1)
+def share_of_batch(losses: ContrastLosses, queries: int, batch: int, with_keys: Tensor) -> ContrastLosses:
+    """Contrast losses of a part of a batch, scaled so that their mean over equal parts is the value of the batch.
 
-    def count_share(self, samples: int) -> float:
-        """By what a count in a part is multiplied, so that the mean over parts is the count in the batch."""
-        return self.batch / samples
+    L_tau is a mean over the queries that have keys, of which parts may hold unequal numbers; the count of queries without
+    keys is a sum. L_GML leaves no query out. queries: of the part. batch: queries of all parts on all ranks. with_keys:
+    how many of those have keys.
+    """
+    scale = batch / queries
+    tau_scale = (queries - losses.queries_without_keys) * scale / torch.clamp(with_keys, min=1)
+    return ContrastLosses(losses.gml, losses.tau * tau_scale, losses.queries_without_keys * scale)

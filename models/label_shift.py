@@ -46,7 +46,7 @@ def estimate_prior(
     """The prior under which the answers are most likely: EM (Saerens, Latinne and Decaestecker 2002, Eq. 2.9), or MAP.
 
     probabilities: [N,C], each row summing to 1. source_prior: [C], the prior that they answer for; None is uniform,
-    which a student's plain logits answer for. concentration: of a Dirichlet prior on the estimate, a number or [C],
+    which a student's balanced logits answer for. concentration: of a Dirichlet prior on the estimate, a number or [C],
     >= 1; None or 1 is EM, above 1 is MAP with concentration - 1 samples added to every class (MAPLS, Ye et al. 2024;
     `mapls_concentration` turns its λ into one). Both objectives are concave, so there is one maximum; steps are
     extrapolated (SQUAREM, Varadhan and Roland 2008) and kept only where they raise it.

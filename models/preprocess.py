@@ -270,15 +270,20 @@ def resize(image: Image.Image, size: int, resize_to: int) -> NDArray[np.uint8]:
         raise ImageError(
             "shape", f"would be cropped to {size} pixels after a resize to {resize_to}; expected resize_to >= size"
         )
-    left, top = (image.size[0] - size) // 2, (image.size[1] - size) // 2
+    left, top = centred(*image.size, size)
     image = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1))
 
 
 def scaled_size(width: int, height: int, resize_to: int) -> tuple[int, int]:
-    """Width and height of an image once its shorter side is `resize_to`."""
-    scale = resize_to / min(width, height)
-    return max(resize_to, round(width * scale)), max(resize_to, round(height * scale))
+    """Width and height of an image once its shorter side is `resize_to`; the longer is cut off, as in torchvision's Resize."""
+    shorter = min(width, height)
+    return resize_to * width // shorter, resize_to * height // shorter
+
+
+def centred(width: int, height: int, size: int) -> tuple[int, int]:
+    """Left and top of the square of `size` in the centre; halves go to the even pixel, as in torchvision's CenterCrop."""
+    return round((width - size) / 2), round((height - size) / 2)
 
 
 def preprocess(

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE | re.ASCII)
+# Finite, as -inf times a strength of 0 is NaN; below every logit whatever tau_s, and half of what float32 holds.
+RULED_OUT = float(np.finfo(np.float32).min) / 2
 MANY_ABOVE = 100
 FEW_BELOW = 20
 
@@ -113,6 +115,16 @@ def check_numbers(values: Any) -> Floats:
     return numbers
 
 
+def balanced_shift(log_prior: Any, loss_log_prior: Any, strength: float) -> Any:
+    """What to add to a network's logits so that they answer for the balanced target prior: strength * η - log p, [C].
+
+    log_prior: log p, of the frequencies of the training data. loss_log_prior, strength: η and its factor in L_cls. That
+    loss is least where logit + strength * η is log p(class | image), so the logit holds log p - strength * η besides
+    log p(image | class). Exactly 0 for Eq. 6 (η = log p, strength 1); (strength - 1) * log p for another strength.
+    """
+    return strength * loss_log_prior - log_prior
+
+
 def check_target_prior(prior: Any, classes: int) -> Floats:
     """A caller's own target prior, checked: float64 [..., classes], each row >= 0 and summing to 1 within 1e-3, made exact.
 
@@ -134,8 +146,9 @@ def check_target_prior(prior: Any, classes: int) -> Floats:
 
 
 def log_target_prior(prior: Any) -> Floats:
-    """Log of a checked target prior, float64. A class given no mass gets a floor instead of -inf: it ranks last, never NaN."""
-    log: Floats = np.log(np.maximum(np.asarray(prior, dtype=np.float64), np.finfo(np.float32).tiny))
+    """Log of a checked target prior, float64. A class of prior 0 gets RULED_OUT: probability 0, and never NaN."""
+    p = np.asarray(prior, dtype=np.float64)
+    log: Floats = np.log(p, out=np.full(p.shape, RULED_OUT), where=p > 0)
     return log
 
 

@@ -34,13 +34,18 @@ def gather_batch(share: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of a tensor over the ranks; its own value in a single process."""
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a tensor over the ranks; its own value in a single process. No gradient."""
     if rank_count() == 1:
         return value
     total = value.clone()
     dist.all_reduce(total)
-    return total / rank_count()
+    return total
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of a tensor over the ranks; its own value in a single process. No gradient."""
+    return value if rank_count() == 1 else sum_over_ranks(value) / rank_count()
 
 
 @torch.no_grad()

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.accumulation import WholeBatch
+from models.accumulation import WholeBatch, share_of_batch
 from models.classification_objective import Mixed, classification_loss
 from models.contrast_losses import ContrastLosses, KeyRuns, contrast_losses, queries_with_keys
 from models.cosine_classifier import ImageClassifier
 from models.losses import distillation_loss
 from models.precision import without_autocast
+from models.prior import adjust_logits
 from models.projection_head import ProjectionHead
 from models.queues import ClassQueues
-from models.ranks import gather_batch
+from models.ranks import gather_batch, rank_count, sum_over_ranks
 
 ContrastEncoder = Literal["teacher", "momentum"]
 
@@ -52,14 +53,15 @@ class StudentObjective(nn.Module):
     """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views: classifier, query, key. Without beta on one.
 
     The contrast encoder fills the class-wise queues with its feature of the key view *before* the loss, so a query always
-    meets its own image's key; the whole queue is embedded afresh by the key head at every step. L_tau is L_GML with the
+    meets its own image's key; the key head embeds the whole queue again at every step. L_tau is L_GML with the
     similarities detached and the query's own image left out: its only gradient is to log tau_g (from the official code).
 
     contrast_encoder `teacher`: the frozen teacher; the key head learns through the keys (Sec. 3.3). `momentum`: "GML
     without teacher" of Table 5, a copy of the student's backbone that follows it by `encoder_momentum` after every step
     (He et al. 2020). Its key head follows the query head likewise and gets no gradient, as in the official code; the
     batch stays in one order, where that code files a feature under another image's label. The encoder's batch norm takes
-    the key view's own statistics (as there): weights that lag a thousand steps behind have no running ones that fit.
+    the statistics of the key view, in that code those of classifier and key view together: weights that lag a thousand
+    steps behind have no running ones that fit.
     """
 
     fused_contrast: bool | Literal["auto"] = "auto"  # see contrast_losses
@@ -81,12 +83,18 @@ class StudentObjective(nn.Module):
         projection_dim: int,
         contrast_encoder: ContrastEncoder = "teacher",
         encoder_momentum: float = 0.999,
+        teacher_adjustment: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """A teacher that no term needs is dropped. Raises ValueError when one is needed and not given."""
+        """A teacher that no term needs is dropped. Raises ValueError when one is needed and not given.
+
+        teacher_adjustment: the strength in the teacher's L_cls; None: the student's. Where the two differ, L_KD moves the
+        teacher's logits by the difference, so that it and L_cls have the same minimum.
+        """
         super().__init__()
         self.model = model
         self.weights = weights
+        self.teacher_excess = 0.0 if teacher_adjustment is None else teacher_adjustment - weights.adjustment
         self.views = 3 if weights.beta else 1
         self.register_buffer("log_prior", log_prior)
         self.teacher: ImageClassifier | None = None
@@ -149,14 +157,15 @@ class StudentObjective(nn.Module):
     def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> WholeBatch | None:
         """Store the contrast features of a batch whose views [V,b,3,H,W] come in parts, and embed the queue for all of them.
 
-        target and sample_ids are the whole batch's. None without beta.
+        views, target and sample_ids are those of this rank's share of the batch. None without beta.
         """
         if not self.weights.beta:
             return None
         features = torch.cat([self._contrast_features(part[2]) for part in views])
         self._enqueue(features, target, sample_ids)
         with_keys = queries_with_keys(self._runs(), target, sample_ids, self.queues.sample_ids)
-        return WholeBatch.of(self.key_head(self.queues.features), len(target), with_keys)
+        batch = len(target) * rank_count()
+        return WholeBatch.of(self.key_head(self.queues.features), batch, sum_over_ranks(with_keys))
 
     def forward(
         self,
@@ -190,6 +199,8 @@ class StudentObjective(nn.Module):
                 terms.append(weights.beta * contrast.tau)
                 parts["queries_without_keys"] = contrast.queries_without_keys
         if teacher_logits is not None:
+            if self.teacher_excess:
+                teacher_logits = adjust_logits(teacher_logits, self.log_prior, self.teacher_excess)
             parts["distillation"] = distillation_loss(logits, teacher_logits, weights.distillation_temperature)
             terms.append(weights.alpha * parts["distillation"])
         if weights.beta:
@@ -252,9 +263,10 @@ class StudentObjective(nn.Module):
             key_ids=self.queues.sample_ids,
             fused=self.fused_contrast,
         )
-        if whole is None:
+        queries, ranks = len(target), rank_count()
+        if whole is not None:
+            return share_of_batch(found, queries, whole.batch, whole.with_keys)
+        if ranks == 1:
             return found
-        samples, without = len(target), found.queries_without_keys
-        return ContrastLosses(
-            found.gml, found.tau * whole.tau_share(samples, without), without * whole.count_share(samples)
-        )
+        with_keys = sum_over_ranks(queries - found.queries_without_keys)
+        return share_of_batch(found, queries, queries * ranks, with_keys)

@@ -24,7 +24,10 @@ BEST = "best"  # folder of the network of the best epoch on validation, beside t
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What rebuilds the network: its backbone, number of classes, tau_s and the image it expects."""
+    """What rebuilds the network: its backbone, number of classes, tau_s and the image it expects.
+
+    adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift.
+    """
 
     backbone: str
     classes: int
@@ -32,6 +35,7 @@ class ModelConfig:
     image_size: int
     mean: list[float]
     std: list[float]
+    adjustment: float = 1.0
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:

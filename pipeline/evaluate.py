@@ -19,7 +19,7 @@ from pipeline.data_card import SplitSizes, data_card
 from pipeline.dataset import AnyImages, evaluation_images
 from pipeline.errors import DataError, StageError
 from pipeline.gate import GateError, check_comparable, load_answers
-from pipeline.inference import EVALUATION_BATCH, NotFiniteError, outputs
+from pipeline.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
 from pipeline.metrics import answers, evaluate_answers, per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.params import Params
@@ -59,14 +59,14 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         )
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(params, test, labels, prior)
-    logits = {name: network_logits(folder, name, test, params, device) for name, folder in NETWORKS.items()}
+    logits = {name: network_logits(folder, name, test, params, prior, device) for name, folder in NETWORKS.items()}
     found = {name: _answers(values, prior) for name, values in logits.items()}
     metrics = {name: network_metrics(values, labels, prior, params) for name, values in logits.items()}
     if (STUDENT / BEST).is_dir():
         # An extra under a name of its own: whoever picks an epoch by a score must say so.
-        best = network_logits(STUDENT / BEST, "student", test, params, device)
+        best = network_logits(STUDENT / BEST, "student", test, params, prior, device)
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, params)
-    validation = _validation(params, device)
+    validation = _validation(params, prior, device)
     shown = study(logits, labels, prior, params, validation=validation, champion=champion)
     chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)
     sizes = SplitSizes(sum(prior.counts), len(validation[1]) if validation else 0, len(test))
@@ -94,12 +94,12 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     return Result(metrics, output)
 
 
-def _validation(params: Params, device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:
+def _validation(params: Params, prior: Prior, device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:
     """The student's logits and the labels of the validation split, which its temperature is fitted on; None without one."""
     held_out = evaluation_images(params, "validation")
     if len(held_out) == 0:
         return None
-    return network_logits(STUDENT, "student", held_out, params, device), held_out.labels.numpy()
+    return network_logits(STUDENT, "student", held_out, params, prior, device), held_out.labels.numpy()
 
 
 def _champion(params: Params, test: AnyImages, labels: np.ndarray, prior: Prior) -> tuple[Answers | None, list[str]]:
@@ -119,14 +119,17 @@ def _champion(params: Params, test: AnyImages, labels: np.ndarray, prior: Prior)
     return champion, []
 
 
-def network_logits(folder: Path, stage: str, test: AnyImages, params: Params, device: torch.device) -> np.ndarray:
-    """Unadjusted logits [N,C] of the network that `stage` left in `folder`. Raises as load_model and check_image do."""
+def network_logits(
+    folder: Path, stage: str, test: AnyImages, params: Params, prior: Prior, device: torch.device
+) -> np.ndarray:
+    """Balanced logits [N,C] of the network that `stage` left in `folder`. Raises as load_model and check_image do."""
     model, config = load_model(folder, stage)
     check_image(config, params.image, folder)
     model = model.to(device, memory_format=torch.channels_last)
     images = test.batches(torch.arange(len(test)), EVALUATION_BATCH)
+    shift = prior.balanced_shift(config.adjustment)
     try:
-        return outputs(model, images, params.image, device)[1].numpy()
+        return balanced_logits(model, images, params.image, device, shift).numpy()
     except NotFiniteError as error:
         raise StageError(
             f"{folder}: {error}: training diverged; lower {stage}.learning_rate and run `dvc repro -f {stage}`"
@@ -154,7 +157,7 @@ def _answers(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
 
 
 def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params: Params) -> dict[str, Any]:
-    """Target prior → metric, of a network's unadjusted logits [N,C] for labels [N]."""
+    """Target prior → metric, of a network's balanced logits [N,C] for labels [N]."""
     found = _answers(logits, prior)
     classes = len(prior.classes)
     targets = {"balanced": np.full(classes, 1 / classes), "train": np.array(prior.p)}

@@ -87,7 +87,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     image = params.image
     held_out = evaluation_images(params, "validation")
     examples = held_out if len(held_out) else evaluation_images(params, "train")
-    served = ServedStudent(model, image.mean, image.std, prior.log_prior).eval()
+    shift = prior.balanced_shift(config.adjustment).tolist()
+    served = ServedStudent(model, image.mean, image.std, prior.log_prior, shift).eval()
     with whole_folder(output) as folder:
         path, half = folder / ONNX_NAME, None
         if params.export.precision == "float16":

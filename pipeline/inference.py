@@ -60,17 +60,39 @@ def _outputs(
     return torch.cat(features), torch.cat(logits)
 
 
-def accuracy(model: ImageClassifier, data: AnyImages, image: ImageParams, device: torch.device) -> float:
-    """Share of a split that the balanced answer (the unadjusted logits) gets right; every image is asked by one rank, once.
+def balanced_logits(
+    model: ImageClassifier,
+    images: Tensor | Iterable[Tensor],
+    image: ImageParams,
+    device: torch.device,
+    shift: np.ndarray | None = None,
+) -> Tensor:
+    """Logits [N,C] for the balanced target prior, float32 on the CPU. images: as in `outputs`; shift: Prior.balanced_shift.
 
-    Raises NotFiniteError on every rank when any rank finds a logit that is not finite.
+    Raises NotFiniteError as `outputs` does.
+    """
+    logits = outputs(model, images, image, device)[1]
+    return logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
+
+
+def accuracy(
+    model: ImageClassifier,
+    data: AnyImages,
+    image: ImageParams,
+    device: torch.device,
+    shift: np.ndarray | None = None,
+) -> float:
+    """Share of a split that the answer for the balanced prior gets right. Each image is evaluated once, by one rank.
+
+    shift: as in `balanced_logits`. Raises NotFiniteError on every rank when any rank finds a logit that is not finite.
     """
     mine = torch.arange(rank(), len(data), rank_count())
     counts = torch.zeros(2, dtype=torch.float64)  # right answers, and images whose logits are not finite
     if len(mine):
         with torch.inference_mode():
             _, logits = _outputs(model, data.batches(mine, EVALUATION_BATCH), image, device)
-        counts[0] += (logits.argmax(1) == data.labels[mine]).sum()
+        shifted = logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
+        counts[0] += (shifted.argmax(1) == data.labels[mine]).sum()
         counts[1] += (~logits.isfinite().all(1)).sum()
     if rank_count() > 1:
         counts = counts.to(device)

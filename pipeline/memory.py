@@ -115,7 +115,7 @@ def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective 
     config = model_config(getattr(params, stage), params, len(prior.classes))
     model = build_model(config, f"{stage}.backbone")
     if stage == "teacher":
-        return TeacherObjective(model, torch.tensor(prior.log_prior), params.teacher.adjustment)
+        return TeacherObjective(model, torch.tensor(prior.in_losses), params.teacher.adjustment)
     teacher = build_model(model_config(params.teacher, params, len(prior.classes)), "teacher.backbone")
     return student_objective(params, prior, model, teacher)
 

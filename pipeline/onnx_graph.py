@@ -22,25 +22,38 @@ LARGEST_IR = 10
 class ServedStudent(nn.Module):
     """A student with its preprocessing and adjustment inside, everything constant folded ahead.
 
-    The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here.
+    The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here. shift:
+    [C], Prior.balanced_shift of the network, so that strength 0 answers for the balanced prior whatever the loss added.
     """
 
     scale: Tensor
     shift: Tensor
     class_matrix: Tensor
+    class_bias: Tensor | None
     log_prior: Tensor
 
-    def __init__(self, model: ImageClassifier, mean: list[float], std: list[float], log_prior: list[float]) -> None:
+    def __init__(
+        self,
+        model: ImageClassifier,
+        mean: list[float],
+        std: list[float],
+        log_prior: list[float],
+        shift: list[float] | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = model.backbone
         spread, centre = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
         self.register_buffer("scale", 1 / (255 * spread))
         self.register_buffer("shift", -centre / spread)
         self.register_buffer("class_matrix", F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s)
+        # Most recipes need no shift; their graph then has no bias.
+        self.register_buffer("class_bias", torch.tensor(shift) if shift is not None and any(shift) else None)
         self.register_buffer("log_prior", torch.tensor(log_prior))
 
     def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """image uint8 [B,3,H,W], strength float32 [B,1] → logits [B,C] = cos/tau_s + strength·log_prior, unit feature [B,D]."""
+        """image uint8 [B,3,H,W], strength float32 [B,1] → logits [B,C] = cos/tau_s + shift + strength·log_prior, unit feature
+        [B,D].
+        """
         return self.answer(self.backbone(self.normalise(image)), strength)
 
     def normalise(self, image: Tensor) -> Tensor:
@@ -50,7 +63,7 @@ class ServedStudent(nn.Module):
     def answer(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B,D] of the backbone, strength [B,1] → logits [B,C], unit feature [B,D]."""
         feature = F.normalize(features, dim=1)
-        return adjust_logits(F.linear(feature, self.class_matrix), self.log_prior, strength), feature
+        return adjust_logits(F.linear(feature, self.class_matrix, self.class_bias), self.log_prior, strength), feature
 
 
 def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:

@@ -141,5 +141,6 @@ def _reference(
 ) -> Reference:
     with torch.inference_mode():
         features, logits = model(normalise(torch.from_numpy(pixels), params.image))
-        adjusted = adjust_logits(logits, torch.tensor(prior.log_prior), torch.from_numpy(strength)).numpy()
+        balanced = logits + torch.from_numpy(prior.balanced_shift(params.student.adjustment)).to(logits.dtype)
+        adjusted = adjust_logits(balanced, torch.tensor(prior.log_prior), torch.from_numpy(strength)).numpy()
         return Reference(pixels, strength, adjusted, torch.nn.functional.normalize(features, dim=1).numpy())

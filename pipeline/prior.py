@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import class_prior, effective_number, log_class_prior, shot_group
+from models.prior import balanced_shift, class_prior, effective_number, log_class_prior, shot_group
 from pipeline.artifacts import PRIOR, SPLIT, write_json
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.params import Params
@@ -23,8 +23,8 @@ BATCH_ROWS = 1 << 20  # 8 MB of labels at a time
 class Prior:
     """Content of prior.json, one entry per class: name, training samples, p, log_prior, shot group.
 
-    log_prior is what the losses add to the logits, and what serving adds to answer for the training prior: log p, unless
-    params weight the classes by their effective number.
+    log_prior is log p, what is added to balanced logits to answer for the training prior. loss_log_prior is what the
+    losses add in its place where params weight the classes by their effective number; None: log_prior.
     """
 
     classes: list[str]
@@ -32,6 +32,17 @@ class Prior:
     p: list[float]
     log_prior: list[float]
     groups: list[str]
+    loss_log_prior: list[float] | None = None
+
+    @property
+    def in_losses(self) -> list[float]:
+        """The log prior that the losses add to the logits, [C]."""
+        return self.log_prior if self.loss_log_prior is None else self.loss_log_prior
+
+    def balanced_shift(self, adjustment: float) -> np.ndarray:
+        """What to add to the logits of a network trained with `adjustment` in L_cls, so that they answer `balanced`: [C]."""
+        shift: np.ndarray = balanced_shift(np.array(self.log_prior), np.array(self.in_losses), adjustment)
+        return shift
 
     def __str__(self) -> str:
         sizes = {group: self.groups.count(group) for group in ("many", "medium", "few")}
@@ -53,10 +64,11 @@ def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:
             "set prior.smoothing above 0"
         )
     p = class_prior(counts, smoothing)
-    log_prior = np.log(p)
+    in_losses = None
     if params.prior.weighting == "effective_number":
-        log_prior = log_class_prior(effective_number(counts, params.prior.beta), smoothing)
-    prior = Prior(classes, counts, p.tolist(), log_prior.tolist(), [shot_group(count) for count in counts])
+        in_losses = log_class_prior(effective_number(counts, params.prior.beta), smoothing).tolist()
+    groups = [shot_group(count) for count in counts]
+    prior = Prior(classes, counts, p.tolist(), np.log(p).tolist(), groups, in_losses)
     write_json(output, asdict(prior))
     return prior
 

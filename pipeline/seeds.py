@@ -16,6 +16,7 @@ from typing import Any
 from pipeline import student, teacher
 from pipeline.artifacts import (
     EVALUATION,
+    PRIOR,
     SEEDS,
     SPLIT,
     as_csv,
@@ -116,6 +117,7 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
         {
             "params": mine.model_dump(mode="json", include=DEPENDS),
             "data": [sha256_of_file(SPLIT / f"{name}.parquet") for name in ("train", "validation", "test")],
+            "prior": sha256_of_file(PRIOR),
         }
     )
     done = folder / "metrics.json"
@@ -138,7 +140,7 @@ def _evaluate(params: Params, folder: Path) -> Metrics:
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
     return {
-        name: network_metrics(network_logits(where, name, test, params, device), labels, prior, params)
+        name: network_metrics(network_logits(where, name, test, params, prior, device), labels, prior, params)
         for name, where in networks.items()
     }
 

@@ -62,7 +62,7 @@ def shift_table(
 ) -> list[dict[str, Any]]:
     """A row per way of adjusting: mean accuracy over `draws` test subsets of each shifted set; same seed, same table.
 
-    logits: unadjusted, [N,C], for a balanced prior; labels: [N]; counts: training samples per class. The estimates see
+    logits: balanced, [N,C]; labels: [N]; counts: training samples per class. The estimates see
     the logits of the subset that they are used on, and no label; tolerance: nats that they may be short of the best. The
     last two rows are the estimates' total variation from the true prior. Raises DataError when a class has no test sample.
     """

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.preprocess import ORIENTATION, ROOM, UPRIGHT, decoded, opened, preprocess, scaled_size
+from models.preprocess import ORIENTATION, ROOM, UPRIGHT, centred, decoded, opened, preprocess, scaled_size
 from pipeline.params import ImageParams
 
 
@@ -92,5 +92,5 @@ def _cropped(pixels: Tensor, image: ImageParams) -> Tensor:
         batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2).to(kind)
         pixels = F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
         pixels = pixels if kind == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
-    left, top = (width - image.size) // 2, (height - image.size) // 2
+    left, top = centred(width, height, image.size)
     return pixels[:, top : top + image.size, left : left + image.size]

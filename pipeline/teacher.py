@@ -9,7 +9,7 @@ import torch
 
 from models.classification_objective import TeacherObjective
 from models.ranks import rank
-from pipeline.artifacts import SPLIT, TEACHER
+from pipeline.artifacts import PRIOR, SPLIT, TEACHER
 from pipeline.checkpoint import build_model
 from pipeline.dataset import training_images
 from pipeline.params import Params
@@ -17,7 +17,7 @@ from pipeline.pretrained import start_from
 from pipeline.prior import load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
-from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run
+from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run, stage_seed
 from serving.terminal import print
 
 
@@ -28,12 +28,12 @@ def run(params: Params, output: Path = TEACHER) -> Result:
     config = model_config(params.teacher, params, len(prior.classes))
     with joined_ranks(params.device) as device:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(params.seed)
+            torch.manual_seed(stage_seed(params.seed, "teacher"))
             model = build_model(config, "teacher.backbone")
         start_from(model.backbone, params.teacher.pretrained, "teacher.pretrained")
-        objective = TeacherObjective(model, torch.tensor(prior.log_prior), params.teacher.adjustment)
-        folder = run_folder(params.teacher, params, output, SPLIT / "train.parquet")
-        training = make_training("teacher", objective, params, device, folder)
+        objective = TeacherObjective(model, torch.tensor(prior.in_losses), params.teacher.adjustment)
+        folder = run_folder(params.teacher, params, output, SPLIT / "train.parquet", PRIOR)
+        training = make_training("teacher", objective, params, prior, device, folder)
         train, validation, said = training_images(params, device)
         if said and rank() == 0:
             print(f"teacher  {said}", flush=True)

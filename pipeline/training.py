@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -39,6 +40,7 @@ class Training:
 
     With a run folder its state is kept there after every epoch, and every engine.checkpoint_seconds within one, and a
     run that finds such a state goes on from it, to the same bits on the CPU as if it had never stopped.
+    shift: [C], what makes the network's logits answer for the balanced prior in validation; None: nothing.
     After `run`: `model` is the network of the last epoch (the average of weights where the recipe keeps one), `best` the
     one of the epoch with the best validation accuracy.
     """
@@ -53,6 +55,7 @@ class Training:
     engine: EngineParams = field(default_factory=EngineParams)
     on_epoch: Callable[[History], None] | None = None
     best: Best | None = None
+    shift: np.ndarray | None = None
 
     @property
     def model(self) -> ImageClassifier:
@@ -176,7 +179,7 @@ class Training:
         record = {"epoch": at.epoch + 1, **means, "learning_rate": rate, **self.objective.observations()}
         try:
             if len(validation):
-                record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device)
+                record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device, self.shift)
             elif at.epoch + 1 == self.params.epochs:
                 some = torch.arange(min(batch, len(self._train)))
                 outputs(self.model, self._train.pixels(some), self.image, self.device)

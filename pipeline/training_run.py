@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +48,26 @@ class Result:
 def model_config(section: TrainingParams, params: Params, classes: int) -> ModelConfig:
     """The config of a network trained by a params section."""
     image = params.image
-    return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std)
+    return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment)
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """The seed of a training stage: `seed` itself for the teacher, one drawn from it for the student.
+
+    With one for both, a student whose backbone is its teacher's starts with its teacher's initial weights and sees the
+    images in the same order.
+    """
+    if stage == "teacher":
+        return seed
+    digest = hashlib.sha256(f"{stage} {seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def make_training(
     name: str,
     objective: TeacherObjective | StudentObjective,
     params: Params,
+    prior: Prior,
     device: torch.device,
     folder: RunFolder,
 ) -> Training:
@@ -66,7 +80,9 @@ def make_training(
             if params.engine.tensorboard:
                 write_scalars(TENSORBOARD / name, history)
 
-    return Training(name, objective, section, params.image, params.seed, device, folder, params.engine, show)
+    shift = prior.balanced_shift(section.adjustment)
+    seed = stage_seed(params.seed, name)
+    return Training(name, objective, section, params.image, seed, device, folder, params.engine, show, shift=shift)
 
 
 def run_folder(section: TrainingParams, params: Params, output: Path, *inputs: Path) -> RunFolder:

@@ -76,7 +76,7 @@ def estimate_drift(
 ) -> Drift:
     """Estimate the class prior of unlabelled data and its distance from the training prior.
 
-    logits: unadjusted, [N,C], so for a balanced prior. counts: training samples per class. calibration: None takes the
+    logits: balanced, [N,C]. counts: training samples per class. calibration: None takes the
     logits as they are. method `em` is Saerens's maximum likelihood, `map` adds pseudo_samples (None: one for
     ten classes) that follow the training prior: with little data it stays near that, and no class gets nothing. Bounds
     are the bootstrap's percentiles. The distance's are not, because noise alone makes a distance: the bootstrap says how

@@ -17,7 +17,7 @@ SAME = 1e-6  # nats; the manifest's own figure is of these very answers
 
 
 def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
-    """Temperature and biases fitted on evaluation's predictions.parquet (label, unadjusted logits) of this release.
+    """Temperature and biases fitted on evaluation's predictions.parquet (label, balanced logits) of this release.
 
     Raises ServingError naming the file: missing, damaged, of another student than the manifest's, a class without test
     answers, or answers that say nothing about the labels.

@@ -29,7 +29,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 class LoggedLogits:
     """Answers of one release in a time window, in the log's order.
 
-    logits: unadjusted, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. found: how many the window holds,
+    logits: balanced, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. found: how many the window holds,
     N or more. others: answers of other releases in it, by version. skipped: files that could not be used, and why.
     """
 

@@ -7,6 +7,7 @@ int32, which holds them for images of up to 8192 pixels a side.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from pipeline.augment.pixels import in_bytes
 
 AFFINE = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
+Method = Literal["nearest", "bilinear", "bicubic"]
 FRACTION_BITS = 16
 ONE = 1 << FRACTION_BITS
 
@@ -53,7 +55,7 @@ def fixed_matrix(name: str, value: Tensor, height: int, width: int) -> Tensor:
     return torch.floor(torch.stack(centred, -1) * ONE + 0.5).long()
 
 
-def resample(images: Tensor, matrix: Tensor, *, fill: tuple[int, int, int], bilinear: bool) -> Tensor:
+def resample(images: Tensor, matrix: Tensor, *, fill: tuple[int, int, int], method: Method) -> Tensor:
     """uint8 [N,3,H,W] seen through matrix int64 [N,6] of `fixed_matrix`; what lies outside the image is `fill`."""
     height, width = images.shape[2:]
     column = torch.arange(width, dtype=torch.int32, device=images.device)
@@ -61,8 +63,10 @@ def resample(images: Tensor, matrix: Tensor, *, fill: tuple[int, int, int], bili
     a, b, c, d, e, f = (entry[:, None, None] for entry in matrix.to(torch.int32).unbind(1))
     x, y = (a * column + c) + b * row, d * column + (e * row + f)
     inside = (x >= 0) & (x < width * ONE) & (y >= 0) & (y < height * ONE)
-    if bilinear:
+    if method == "bilinear":
         found = _between_four(images, x, y)
+    elif method == "bicubic":
+        found = _between_sixteen(images, x, y)
     else:
         found = _pixels(images, (x >> FRACTION_BITS).clamp(0, width - 1), (y >> FRACTION_BITS).clamp(0, height - 1))
     outside = torch.stack([torch.full((), level, dtype=torch.uint8, device=images.device) for level in fill])
@@ -86,6 +90,26 @@ def _between_four(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     upper, lower = line(rows[0]), line(rows[1])
     # Cut off like Pillow's filter.
     return in_bytes(upper + down * (lower - upper))
+
+
+def _between_sixteen(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    height, width = images.shape[2:]
+    x, y = x - ONE // 2, y - ONE // 2
+    across, down = (_cubic_weights((place & (ONE - 1)).float().div(ONE)[:, None]) for place in (x, y))
+    x, y = x >> FRACTION_BITS, y >> FRACTION_BITS
+    found: Tensor | float = 0.0
+    for step, weight in zip(range(-1, 3), down, strict=True):
+        row = (y + step).clamp(0, height - 1)
+        columns = ((x + at).clamp(0, width - 1) for at in range(-1, 3))
+        line = sum(w * _pixels(images, column, row).float() for w, column in zip(across, columns, strict=True))
+        found = found + weight * line
+    return in_bytes(torch.as_tensor(found).clamp(0, 255))
+
+
+def _cubic_weights(d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the two values before and the two after a place at 0 <= d < 1 between the middle ones: cubic convolution, a = -1."""
+    square, cube = d * d, d * d * d
+    return 2 * square - d - cube, 1 - 2 * square + cube, d + square - cube, cube - square
 
 
 def _pixels(images: Tensor, column: Tensor, row: Tensor) -> Tensor:

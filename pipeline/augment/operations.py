@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pipeline.augment.affine import AFFINE, resample
+from pipeline.augment.affine import AFFINE, Method, resample
 from pipeline.augment.lookup import LOOKUP, look_up
 from pipeline.augment.pixels import blurred, coloured, grey_only, sharpened
 
@@ -31,13 +32,15 @@ def apply_slot(
     *,
     possible: tuple[str, ...],
     fill: tuple[int, int, int],
-    bilinear: bool,
+    method: Method,
+    bicubic: Tensor | None = None,
 ) -> Tensor:
     """uint8 [N,3,H,W] → the same, image i changed by operation OPERATIONS[code[i]] with argument value[i]; may work in place.
 
     code int64 [N]; value float32 [N], in the operation's own unit (a factor, pixels, degrees, bits, a threshold, a
     radius); matrix int64 [N,6] as of `affine.fixed_matrix`, needed where the slot has a geometric operation. `possible`
-    names what the slot may hold, so that nothing else costs anything. The operations of one slot exclude each other,
+    names what the slot may hold, so that nothing else costs anything. method: how geometric operations find a value between
+    pixels; bicubic: bool [N], of which images they are bicubic instead. The operations of one slot exclude each other,
     hence the families may run one after the other.
     """
     lookups = [name for name in possible if name in LOOKUP]
@@ -46,7 +49,9 @@ def apply_slot(
         images = replaced(images, chosen, lambda *rows: _looked_up(lookups, *rows), images, code, value)
     if matrix is not None:
         chosen = _is_any(code, [name for name in possible if name in AFFINE])
-        images = replaced(images, chosen, lambda *rows: resample(*rows, fill=fill, bilinear=bilinear), images, matrix)
+        passes = [(chosen, method)] if bicubic is None else [(chosen & ~bicubic, method), (chosen & bicubic, "bicubic")]
+        for rows, by in passes:
+            images = replaced(images, rows, partial(resample, fill=fill, method=by), images, matrix)
     for name in possible:
         if name in PIXELS:
             images = replaced(images, code == CODE[name], PIXELS[name], images, value)

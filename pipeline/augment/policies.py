@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.augment.affine import AFFINE
+from pipeline.augment.affine import AFFINE, Method
 from pipeline.augment.operations import CODE, IDENTITY
 from pipeline.params import AugmentParams
 
@@ -90,7 +90,7 @@ class Plan:
     resized: bool
     slots: tuple[Slot, ...]
     fill: tuple[int, int, int]
-    bilinear: bool
+    method: Method
     cutout: int
 
 
@@ -112,7 +112,7 @@ def plan_of(policy: str, params: AugmentParams) -> Plan:
         resized=sim or params.crop == "resized",
         slots=tuple(slots),
         fill=(128, 128, 128) if policy == "autoaugment" else (124, 116, 104),
-        bilinear=policy != "autoaugment",
+        method="nearest" if policy == "autoaugment" else "bilinear",
         cutout=0 if sim else params.cutout,
     )
 
@@ -192,6 +192,16 @@ def draw_randaugment_step(count: int, height: int, width: int, generator: torch.
     codes = torch.tensor([CODE[name] for name in RANDAUGMENT])
     code = torch.where(taken < RANDAUGMENT_SHARE, codes[which], CODE[IDENTITY])
     return code, table.gather(0, which[None]).squeeze(0)
+
+
+def draw_bicubic(policy: str, code: Tensor, generator: torch.Generator) -> Tensor:
+    """The images bool [count] whose geometric operation code [count] is bicubic, in the authors' programs.
+
+    AutoAugment: every shear. RandAugment: half of all, drawn.
+    """
+    if policy == "autoaugment":
+        return (code == CODE["shear_x"]) | (code == CODE["shear_y"])
+    return torch.randint(2, code.shape, generator=generator).bool()
 
 
 def draw_jitter(count: int, strength: float, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:

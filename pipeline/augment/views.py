@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.augment.affine import AFFINE, fixed_matrix
 from pipeline.augment.crops import cutout, draw_boxes, padded_crop, resized_crop
 from pipeline.augment.operations import CODE, apply_slot
-from pipeline.augment.policies import Plan, draw_slots, plan_of
+from pipeline.augment.policies import Plan, draw_bicubic, draw_slots, plan_of
 from pipeline.params import AugmentParams
 
 
@@ -21,7 +21,8 @@ class Draws:
     """The random numbers of a batch's views: a table float64 [views,B,columns] for each run of views with one policy.
 
     Columns are, in this order: the crop (top, left; of a resized crop also height, width), the flip, for each slot
-    its operation, argument and, where it may move pixels, matrix (six), the hole's row and column. float64 holds
+    its operation, argument and, where it may move pixels, matrix (six) and, with params.bicubic, whether it is bicubic, the
+    hole's row and column. float64 holds
     the integers among them exactly. A table is all that a step needs: copy into it to replay a captured step.
     """
 
@@ -110,6 +111,8 @@ def _draw_table(
         columns += [code, value]
         if slot.geometric:
             columns += _matrices(code, value, height, width).unbind(1)
+            if params.bicubic:
+                columns.append(draw_bicubic(policy, code, generator))
     if plan.cutout:
         columns.append(torch.randint(height, (count,), generator=generator))
         columns.append(torch.randint(width, (count,), generator=generator))
@@ -135,10 +138,13 @@ def _apply_table(images: Tensor, table: Tensor, plan: Plan, params: AugmentParam
     batch = cropped.flatten(0, 1)
     for slot in plan.slots:
         code, value = next(columns).flatten().long(), next(columns).flatten().float()
-        matrix = None
+        matrix = bicubic = None
         if slot.geometric:
             matrix = torch.stack([next(columns).flatten() for _ in range(6)], 1).long()
-        batch = apply_slot(batch, code, value, matrix, possible=slot.possible, fill=plan.fill, bilinear=plan.bilinear)
+            bicubic = next(columns).flatten().bool() if params.bicubic else None
+        batch = apply_slot(
+            batch, code, value, matrix, possible=slot.possible, fill=plan.fill, method=plan.method, bicubic=bicubic
+        )
     if plan.cutout:
         batch = cutout(batch, next(columns).flatten().long(), next(columns).flatten().long(), plan.cutout)
     return batch.view_as(cropped)

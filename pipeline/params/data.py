@@ -98,7 +98,8 @@ class ImageParams(Section):
 class PriorParams(Section):
     """Pseudo-count added to every class before the prior is taken; 0 refuses a class without training samples.
 
-    weighting effective_number puts (1 - beta^n) / (1 - beta) in the place of n (Cui et al. 2019) in the prior of the losses.
+    weighting effective_number puts (1 - beta^n) / (1 - beta) in the place of n (Cui et al. 2019) in the prior of the losses,
+    and nowhere else: evaluation and export add the difference.
     """
 
     smoothing: NonNegative

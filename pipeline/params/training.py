@@ -12,7 +12,7 @@ from pipeline.params.section import Count, NonNegative, Number, Positive, Positi
 class ScheduleParams(Section):
     """Learning rate by epoch: `cosine` to nearly zero, or `steps` times `factor` at each milestone; linear warm-up first.
 
-    `rule` says when warm-up and steps end: `paper` where they are stated, `official` an epoch later, as the authors' code.
+    `rule` official is that of the authors' programs: warm-up and steps end an epoch later, a cosine starts after warm-up.
     """
 
     kind: Literal["cosine", "steps"]
@@ -36,7 +36,8 @@ class AugmentParams(Section):
     `crop: pad` adds crop_padding black pixels on each side, `crop: resized` enlarges a box of crop_scale of the area.
     `contrast_policy` is that of the query and key views. randaugment, simaugment and stacked (both, with grey and
     blur before RandAugment) begin with colour jitter of strength `jitter`. simaugment always crops `resized`, and
-    has no Cutout.
+    has no Cutout. `bicubic`: the resampling of the authors' programs, where a shear of autoaugment is bicubic and not of
+    the nearest pixel, and a move of randaugment bicubic instead of bilinear half of the time.
     """
 
     crop: Literal["pad", "resized"] = "pad"
@@ -45,6 +46,7 @@ class AugmentParams(Section):
     flip: bool
     policy: Literal["none", "autoaugment", "randaugment", "simaugment", "stacked"] = "none"
     contrast_policy: Literal["same", "none", "autoaugment", "randaugment", "simaugment", "stacked"] = "same"
+    bicubic: bool = False
     jitter: Share = 0.4
     cutout: Count
     mix: Literal["none", "cutmix", "mixup"] = "none"
@@ -75,7 +77,8 @@ class PretrainedParams(Section):
 class TrainingParams(Section):
     """What teacher and student training share: network, SGD, schedule, augmentation.
 
-    adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. ema_decay: of the average of
+    adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. Evaluation and export add the
+    rest, so that `balanced` and `train` mean the same for every strength. ema_decay: of the average of
     weights that is evaluated and kept instead of the last step's; 0 for none. accumulate: parts in which a batch goes
     through the network, for batches that the device cannot hold. pretrained: weights that the network starts from.
     """

@@ -27,7 +27,7 @@ class StrengthRow:
 
 
 def strength_sweep(logits: np.ndarray, labels: np.ndarray, prior: Prior) -> list[StrengthRow]:
-    """A row for each of STRENGTHS. logits: unadjusted, [N,C]; labels: [N]. Classes without test images are left out."""
+    """A row for each of STRENGTHS. logits: balanced, [N,C]; labels: [N]. Classes without test images are left out."""
     classes = len(prior.classes)
     tested = np.bincount(labels, minlength=classes)
     there = tested > 0

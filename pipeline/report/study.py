@@ -73,7 +73,7 @@ def study(
     champion: Answers | None = None,
     draws: int = DRAWS,
 ) -> Study:
-    """Everything that the page shows. logits: `teacher` and `student`, unadjusted, [N,C]; labels: [N].
+    """Everything that the page shows. logits: `teacher` and `student`, balanced, [N,C]; labels: [N].
 
     validation: the student's logits and the labels that the temperature is fitted on. champion: its balanced answers for
     the same test set. draws: test subsets of each shifted set, fewer where they would take minutes.

@@ -1,6 +1,6 @@
 """The logit log of `classifier`: what the student said of a sample of the images, before any prior, for `tailor drift`.
 
-Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the unadjusted logits of one image; nothing of the image,
+Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the balanced logits of one image; nothing of the image,
 the caller or the answer. Files are Parquet, each written whole beside its name and renamed, so that a server that is
 killed leaves readable ones; the oldest go where the folder would exceed its limit. All of it happens in a thread of its
 own, which requests never wait for. Needs pyarrow beside numpy.

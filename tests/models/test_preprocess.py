@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from torchvision import transforms
 
 from models.preprocess import ImageError, decode, preprocess, resize, to_rgb
 
@@ -215,3 +216,15 @@ def test_pixels_that_are_not_allowed_are_not_decoded(monkeypatch):
     for data in encoded:
         with pytest.raises(ImageError, match=r"has 120000$"):
             preprocess(data, 200, 200, allow=refuse)
+
+
+@pytest.mark.parametrize(("size", "resize_to"), [(224, 256), (17, 20), (16, 16)])
+@pytest.mark.parametrize(
+    "picture",
+    [(467, 352), (352, 467), (500, 375), (333, 500), (451, 300), (257, 256), (256, 301), (21, 20), (64, 3001)],
+)
+def test_the_network_sees_what_torchvisions_resize_and_centre_crop_show(picture, size, resize_to):
+    width, height = picture
+    image = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    expected = transforms.CenterCrop(size)(transforms.Resize(resize_to)(image))
+    assert np.array_equal(resize(image, size, resize_to).transpose(1, 2, 0), np.asarray(expected))

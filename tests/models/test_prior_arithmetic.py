@@ -138,6 +138,20 @@ def test_a_class_without_mass_in_the_target_prior_ranks_last_and_stays_finite():
     assert answered.argsort().tolist()[::-1] == [2, 1, 0] and answered[0] < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("tau_s", [1 / 30, 0.01, 1e-4])
+def test_a_prior_of_0_rules_a_class_out_for_every_tau_s(tau_s, dtype):
+    log_prior = log_target_prior([0.0, 0.4, 0.6]).astype(dtype)
+    cosines = np.array([[1.0, -1.0, -1.0]])  # an image that could not look more like the excluded class
+    adjusted = adjust_logits((cosines / tau_s).astype(dtype), log_prior, 1.0)
+    assert np.isfinite(adjusted).all()
+    assert softmax(adjusted)[0].tolist() == pytest.approx([0, 0.4, 0.6], rel=1e-3 if dtype == np.float32 else 1e-9)
+
+
+def test_a_prior_far_below_what_float32_holds_is_taken_as_it_is():
+    assert log_target_prior([1e-300, 1 - 1e-300])[0] == pytest.approx(-300 * math.log(10))
+
+
 @pytest.mark.parametrize(
     ("count", "group"),
     [(0, "few"), (19, "few"), (20, "medium"), (100, "medium"), (101, "many"), (5000, "many")],

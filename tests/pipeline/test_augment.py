@@ -189,9 +189,10 @@ def test_the_rows_of_a_share_give_that_share_of_the_whole_batch(policy, contrast
     assert torch.equal(apply_views(images[start:stop], draws.rows(start, stop), params), whole[:, start:stop])
 
 
+@pytest.mark.parametrize("bicubic", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_computing_all_rows_as_a_gpu_does_gives_the_same_bytes(policy, monkeypatch):
-    images, params = pictures(200, 16, 12), everything(policy)
+def test_computing_all_rows_as_a_gpu_does_gives_the_same_bytes(policy, bicubic, monkeypatch):
+    images, params = pictures(200, 16, 12), everything(policy).model_copy(update={"bicubic": bicubic})
     draws = draw_views(200, 16, 12, 3, params, seeded())
     chosen_rows = apply_views(images, draws, params)
     monkeypatch.setattr(operations, "computes_all_rows", lambda _: True)
@@ -203,7 +204,8 @@ def test_what_a_gpu_computes_is_one_graph_without_a_look_at_the_data(monkeypatch
     from torch.fx.experimental.proxy_tensor import make_fx
 
     monkeypatch.setattr(operations, "computes_all_rows", lambda _: True)
-    images, params = pictures(4), everything("stacked", "autoaugment")
+    images = pictures(4)
+    params = everything("stacked", "autoaugment").model_copy(update={"bicubic": True})
     draws = draw_views(4, 8, 8, 3, params, seeded())
 
     def applied(*tables):

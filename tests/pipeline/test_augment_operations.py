@@ -48,7 +48,7 @@ def one_by_one(change, images, values):
 def batched(name, images, values):
     """The operation as the policies call it, on the batch with a fresh argument an image."""
     codes = torch.full((len(images),), CODE[name])
-    return apply_slot(images.clone(), codes, values.float(), None, possible=(name,), fill=FILL, bilinear=False)
+    return apply_slot(images.clone(), codes, values.float(), None, possible=(name,), fill=FILL, method="nearest")
 
 
 def levels_apart(one, other):
@@ -166,13 +166,13 @@ def transformed(name, image, value, resampling):
 LARGEST = {"shear_x": 0.3, "shear_y": 0.3, "translate_x": 15, "translate_y": 15, "rotate": 30}
 
 
-def moved(name, size, seed, *, bilinear):
+def moved(name, size, seed, method):
     """The batch moved by arguments of its own and Pillow's answer."""
     generator = seeded(seed)
     images = pictures(COUNT, *size, generator)
     values = LARGEST[name] * (2 * torch.rand(COUNT, dtype=torch.float64, generator=generator) - 1)
-    resampling = Image.Resampling.BILINEAR if bilinear else Image.Resampling.NEAREST
-    found = resample(images, fixed_matrix(name, values, *size), fill=FILL, bilinear=bilinear)
+    resampling = Image.Resampling[method.upper()]
+    found = resample(images, fixed_matrix(name, values, *size), fill=FILL, method=method)
     return found, one_by_one(lambda image, value: transformed(name, image, value, resampling), images, values)
 
 
@@ -180,15 +180,16 @@ def moved(name, size, seed, *, bilinear):
 @given(SIZES, SEEDS)
 @settings(max_examples=12, deadline=None)
 def test_a_move_to_the_nearest_pixel_is_pillows_to_the_last_bit(name, size, seed):
-    found, expected = moved(name, size, seed, bilinear=False)
+    found, expected = moved(name, size, seed, "nearest")
     # A translation is in double precision there: a place within 2^-17 of a pixel's edge may fall to either side.
     assert (found != expected).float().mean() <= (0.02 if name.startswith("translate") else 0)
 
 
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", LARGEST)
-def test_a_bilinear_move_is_pillows_within_one_grey_level(name):
+def test_a_move_between_pixels_is_pillows_within_one_grey_level(name, method):
     for seed, size in enumerate([(32, 32), (17, 23)]):
-        found, expected = moved(name, size, seed, bilinear=True)
+        found, expected = moved(name, size, seed, method)
         apart = levels_apart(found, expected)
         # Places are rounded to 2^-16 here: a thousandth of the pixels may also fall on the other side of the image's edge.
         assert (apart > 1).float().mean() < 1e-3 and (apart > 0).float().mean() < 0.01
@@ -208,7 +209,7 @@ def test_the_operations_of_one_slot_each_find_their_own_images():
     matrices = fixed_matrix("rotate", value.double(), 12, 12)
     shifts = fixed_matrix("translate_x", value.double(), 12, 12)
     matrices = torch.where((code == CODE["translate_x"])[:, None], shifts, matrices)
-    options = {"possible": tuple(names[1:]), "fill": FILL, "bilinear": True}
+    options = {"possible": tuple(names[1:]), "fill": FILL, "method": "bilinear"}
     together = apply_slot(images.clone(), code, value, matrices, **options)
     for i in range(count):
         row = slice(i, i + 1)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
-from pipeline.augment import random_views
+from pipeline.augment import apply_views, draw_views, random_views
 from pipeline.augment.crops import draw_boxes
 from pipeline.augment.operations import OPERATIONS
 from pipeline.augment.policies import (
@@ -16,6 +16,7 @@ from pipeline.augment.policies import (
     RANDAUGMENT,
     autoaugment_argument,
     draw_autoaugment,
+    draw_bicubic,
     draw_jitter,
     draw_randaugment_step,
     draw_soft,
@@ -294,3 +295,33 @@ def test_stacked_is_jitter_grey_and_blur_before_randaugment():
     assert names("randaugment", jitter=0.0) == rand
     assert plan_of("stacked", params("stacked", crop="resized")).resized
     assert not plan_of("stacked", params("stacked")).resized
+
+
+def test_bicubic_takes_every_shear_of_autoaugment_and_half_of_randaugments_moves():
+    codes = torch.arange(len(OPERATIONS)).repeat(2000)
+    shears = (codes == OPERATIONS.index("shear_x")) | (codes == OPERATIONS.index("shear_y"))
+    assert torch.equal(draw_bicubic("autoaugment", codes, seeded()), shears)
+    drawn = draw_bicubic("randaugment", codes, seeded())
+    for code in range(len(OPERATIONS)):
+        assert abs(drawn[codes == code].double().mean() - 0.5) < 5 * 0.5 / 2000**0.5
+
+
+def test_bicubic_autoaugment_is_pillows_where_its_one_step_is_a_shear_and_the_plain_one_where_nothing_is_sheared():
+    images, plain, cubic = scenes(SOME), params("autoaugment"), params("autoaugment", bicubic=True)
+    draws = [draw_views(SOME, SIDE, SIDE, 1, policy, seeded(3)) for policy in (plain, cubic)]
+    codes = draws[0].tables[0][0][:, [3, 11]].long()  # after crop, flip; operation, argument and six of a matrix a slot
+    moved_by = {OPERATIONS.index("shear_y"): draws[0].tables[0][0][:, 4]}
+    found = [apply_views(images, drawn, policy)[0] for drawn, policy in zip(draws, (plain, cubic), strict=True)]
+    sheared = (codes == OPERATIONS.index("shear_y")).any(1)
+    assert 0.02 < sheared.double().mean() < 0.2
+    assert torch.equal(found[0][~sheared], found[1][~sheared]) and not torch.equal(found[0][sheared], found[1][sheared])
+    alone = (codes[:, 0] == OPERATIONS.index("shear_y")) & (codes[:, 1] == 0)
+    for row in alone.nonzero().squeeze(1).tolist():
+        factor = moved_by[OPERATIONS.index("shear_y")][row].item()
+        picture = Image.fromarray(images[row].permute(1, 2, 0).numpy())
+        matrix = (1, 0, 0, factor, 1, 0)
+        answer = picture.transform(
+            picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=(128,) * 3
+        )
+        apart = (found[1][row].int() - torch.from_numpy(np.array(answer)).permute(2, 0, 1).int()).abs()
+        assert (apart > 1).double().mean() < 5e-3

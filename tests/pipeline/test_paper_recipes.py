@@ -205,6 +205,7 @@ def test_a_recipe_leaves_nothing_of_the_one_before_it(name, earlier, tmp_path):
     assert found == expected
 
 
+BICUBIC = {"student.augment.bicubic": True, "teacher.augment.bicubic": True}
 CHANGES = {
     "batch-64": ("cifar100-if100-200", {}),
     "batch-128": ("cifar100-if100-200", {"student.batch_size": 128, "student.learning_rate": 0.1}),
@@ -227,12 +228,14 @@ CHANGES = {
             "student.schedule.rule": "official",
             "teacher.schedule.rule": "official",
             "student.train_tau_g": True,
+            **BICUBIC,
         },
     ),
     "official-code-imagenet-lt": (
         "imagenet-lt-90",
-        {"student.queue_minimum": 3, "student.augment.contrast_policy": "stacked"},
+        {"student.queue_minimum": 3, "student.augment.contrast_policy": "stacked", **BICUBIC},
     ),
+    "bicubic": ("cifar100-if100-200", BICUBIC),
     "without-contrast": ("imagenet-lt-90", {"student.beta": 0.0}),
     "without-teacher": ("cifar100-if100-200", {"student.contrast_encoder": "momentum", "student.alpha": 0.0}),
     "without-distillation": ("cifar100-if100-200", {"student.alpha": 0.0}),

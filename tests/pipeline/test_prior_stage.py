@@ -66,7 +66,8 @@ def test_the_effective_number_changes_the_prior_of_the_losses_and_nothing_else(s
     )
     assert (made.counts, made.p, made.groups) == (plain.counts, plain.p, plain.groups)
     weights = [sum(0.99**k for k in range(n)) for n in (150, 30, 20)]
-    assert made.log_prior == pytest.approx([math.log(w / sum(weights)) for w in weights], abs=1e-12)
+    assert made.log_prior == plain.log_prior == plain.in_losses
+    assert made.in_losses == pytest.approx([math.log(w / sum(weights)) for w in weights], abs=1e-12)
     assert load_prior(tmp_path / "prior.json") == made
 
 

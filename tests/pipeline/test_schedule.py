@@ -59,3 +59,13 @@ def test_the_official_rule_overshoots_after_warm_up_and_drops_an_epoch_later(m):
 def test_the_rules_agree_where_there_is_neither_warm_up_nor_milestone():
     assert rates(0.05, 90, kind="cosine", rule="official") == rates(0.05, 90, kind="cosine", rule="paper")
     assert ScheduleParams(kind="cosine", warmup_epochs=0).rule == "paper"
+
+
+def test_the_official_cosine_is_counted_from_the_end_of_a_warm_up_that_does_not_overshoot():
+    found = rates(0.05, 90, kind="cosine", rule="official", warmup_epochs=3)
+    # As the authors' ImageNet program gives them, to the digits that it prints.
+    assert [float(f"{rate:.4g}") for rate in found[:3]] == [0.01667, 0.03333, 0.05]
+    assert found[3] == pytest.approx(0.04998, abs=6e-6) and found[4] == pytest.approx(0.0499, abs=6e-5)
+    assert max(found) == pytest.approx(0.05, rel=1e-12) and found[3:] == sorted(found[3:], reverse=True)
+    # The wave after warm-up is one over the 87 epochs that are left.
+    assert found[3:] == pytest.approx(rates(0.05, 87, kind="cosine"), rel=1e-12)

@@ -95,6 +95,32 @@ def test_an_interrupted_stage_keeps_the_seeds_that_had_finished(project, monkeyp
     assert trained == [3, 4, 4]
 
 
+def test_a_seed_that_had_finished_under_another_prior_is_trained_again(project, monkeypatch):
+    root, made = project
+    monkeypatch.chdir(root)
+    several = with_changes(made, {"seeds": [5, 6]})
+    trained, train = [], teacher.run
+
+    def counted(params, output):
+        trained.append(params.seed)
+        if trained == [5, 6]:
+            raise KeyboardInterrupt
+        return train(params, output)
+
+    monkeypatch.setattr(teacher, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        seeds.run(several)
+    path = root / "artifacts/prior.json"
+    before = path.read_text()
+    kept = json.loads(before)
+    path.write_text(json.dumps(kept | {"loss_log_prior": [-1.0 for _ in kept["classes"]]}))
+    try:
+        seeds.run(several)
+    finally:
+        path.write_text(before)
+    assert trained == [5, 6, 5, 6]
+
+
 def test_a_setting_of_the_report_alone_trains_no_seed_again():
     stage = yaml.safe_load((Path(seeds.__file__).parents[1] / "dvc.yaml").read_text())["stages"]["seeds"]
     keys = {

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from making import data_params, folder, params
 
 import pipeline.prior
 import pipeline.split
 import pipeline.student
 import pipeline.teacher
+import pipeline.training_run
+from models.classification_objective import TeacherObjective
 from pipeline.artifacts import STUDENT, TEACHER
+from pipeline.checkpoint import load_model
+from pipeline.dataset import training_images
 from pipeline.errors import ParamsError
+from pipeline.training_run import make_training, run_folder, stage_seed
 
 pytestmark = pytest.mark.slow
 
@@ -72,3 +80,49 @@ def test_a_teacher_of_another_library_and_width_teaches_a_small_student(made):
     assert (objective.teacher.feature_dim, objective.model.feature_dim) == (512, 64)
     assert objective.queues.features.shape == (24, 512)
     assert last_record()["distillation"] > 0
+
+
+@pytest.mark.parametrize(("weighting", "resumes"), [("frequency", True), ("effective_number", False)])
+def test_an_interrupted_run_resumes_under_the_same_prior_alone(made, monkeypatch, capsys, weighting, resumes):
+    recipe = made(teacher={"teacher.epochs": 2})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline.training_run, "write_file", stop)  # called once the first epoch is kept
+        pipeline.teacher.run(recipe)
+    pipeline.prior.run(made(teacher={"prior.weighting": weighting, "prior.beta": 0.9}))
+    pipeline.teacher.run(recipe)
+    assert ("goes on at step" in capsys.readouterr().out) is resumes
+
+
+def test_a_student_starts_with_weights_and_an_order_of_images_that_are_not_its_teachers(made):
+    still = {"learning_rate": 1e-12, "epochs": 2}  # what is kept are the initial weights
+    recipe = made(
+        **still, gamma=1.0, beta=0.0, alpha=0.0, teacher={f"teacher.{key}": value for key, value in still.items()}
+    )
+    pipeline.teacher.run(recipe)
+    pipeline.student.run(recipe)
+    taught, learnt = load_model(TEACHER, "teacher")[0], load_model(STUDENT, "student")[0]
+    for one, other in zip(taught.parameters(), learnt.parameters(), strict=True):
+        # Those of batch norm start at 0 and 1.
+        assert one.ndim == 1 or not torch.allclose(one, other, rtol=0, atol=1e-3)
+
+    # With the teacher's weights in the student's place only order and augmentation are left to differ.
+    losses = []
+    for stage, section in (("teacher", recipe.teacher), ("student", recipe.student)):
+        prior = pipeline.prior.load_prior()
+        objective = TeacherObjective(copy.deepcopy(taught), torch.tensor(prior.in_losses))
+        unfinished = run_folder(section, recipe, Path(f"{stage}-again"))
+        training = make_training(stage, objective, recipe, prior, torch.device("cpu"), unfinished)
+        train, validation, _ = training_images(recipe, training.device)
+        losses.append([record["loss"] for record in training.run(train, validation)])
+    assert losses[0] != losses[1]
+
+
+def test_the_seed_of_a_stage_is_the_teachers_own_and_one_drawn_from_it_for_the_student():
+    students = [stage_seed(seed, "student") for seed in (*range(100), 2**63 - 1)]
+    assert [stage_seed(seed, "teacher") for seed in (0, 7)] == [0, 7]
+    assert len({*students, *range(100)}) == 201 and all(0 <= seed < 2**63 for seed in students)
+    assert stage_seed(0, "student") == students[0]
