@@ -39,7 +39,7 @@ class ImageFormat(BaseModel):
 
 
 class Limits(BaseModel):
-    """Pixels that the classifier decodes for an image and for all images of a request; a large JPEG counts a quarter."""
+    """Pixels that the classifier decodes for an image and for all images of a request; a large JPEG counts less."""
 
     model_config = ConfigDict(extra="forbid")
     image_pixels: int = Field(default=16_000_000, ge=1)

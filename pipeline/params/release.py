@@ -49,7 +49,7 @@ class ExportParams(Section):
 class ServingParams(Section):
     """The served classifier: adjustment strength when a request names none, answers per image.
 
-    image_pixels, request_pixels: what it decodes for an image and for all images of a request; a large JPEG counts a quarter.
+    image_pixels, request_pixels: decoded for an image and for all images of a request; a large JPEG counts less.
     """
 
     strength: Annotated[Number, Field(allow_inf_nan=False)]

@@ -59,6 +59,7 @@ TOO_LOW = {
     "student.queue_minimum": 0, "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0,
     "evaluate.samples": 0,
     "export.opset": 17, "export.max_batch_size": 1, "export.tolerance": 0.0, "export.golden": 0, "serving.top_k": 0,
+    "serving.image_pixels": 0, "serving.request_pixels": 0,
     "export.half.tolerance": 0.0, "export.half.agreement": -0.01,
 }  # fmt: skip
 TOO_HIGH = {

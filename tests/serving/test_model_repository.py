@@ -406,3 +406,20 @@ def test_classifier_without_its_student_is_refused(repository: Path, tmp_path: P
     serve_versions(root, "classifier", (1, 2))
     with pytest.raises(RepositoryError, match=r"classifier serves versions \[1, 2\], student \[1\]"):
         releases.find_releases(root)
+
+
+def test_manifest_from_before_limits_and_reduced_decoding_is_read_and_served_as_it_was(
+    release: Release, tmp_path: Path
+) -> None:
+    """Such an export keeps its version too: what an older Tailor wrote lacks the keys, and is the same release."""
+    export = shutil.copytree(release.export_dir, tmp_path / "export")
+    older = json.loads((export / MANIFEST_NAME).read_text())
+    del older["limits"], older["image"]["room"]
+    (export / MANIFEST_NAME).write_text(json.dumps(older))
+    root = write_repository(export, tmp_path / "repository")
+    for model in ("student", "classifier"):
+        (root / model / "1" / MANIFEST_NAME).write_text(json.dumps(older))
+    manifest = repositories.load_export(export)
+    assert manifest.image.room == 0, "never decoded at a fraction"
+    assert (manifest.limits.image_pixels, manifest.limits.request_pixels) == (16_000_000, 25_000_000)
+    assert publish(export, root) == 1
