@@ -95,7 +95,7 @@ class Canary:
             if any(done < max(IDLE_SHARE * seconds, TICKS) for done in work):
                 raise Hanging(f"{error}, though a stub was at rest") from error
             others = self._answered(model, version) - answered
-            if others > 0 and (work or model not in self.server.stub_models):
+            if work and others > 0:
                 raise Busy(f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}") from error
             raise
         except Refused as error:

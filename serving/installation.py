@@ -1,4 +1,4 @@
-"""The Triton server of the nvidia-pytriton package: where it is, and whether its backends can work here."""
+"""The Triton server of the nvidia-pytriton package: where it is, and whether its Python stubs can work here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.compiled_backend import BACKEND, LIBRARY_NAME, NotCompiled, compiled_backend
 from serving.errors import ServingError
 from serving.priority import write_stub_starter
 
@@ -27,16 +26,11 @@ class InstallationError(ServingError):
 
 @dataclass(frozen=True)
 class Installation:
-    """The files of a Triton server that works in this Python environment, and the environment variables it needs.
-
-    compiled: the compiled backend for `student`; None where there is none, for the reason `not_compiled`.
-    """
+    """The files of a Triton server that works in this Python environment, and the environment variables it needs."""
 
     server: Path
     backend_files: dict[str, Path]
     environment: dict[str, str]
-    compiled: Path | None = None
-    not_compiled: str = ""
 
     def link(self, runtime: Path, niceness: int) -> dict[str, str]:
         """Links that Triton sees instead of the true paths, which may hold spaces; environment variables for its stubs."""
@@ -45,9 +39,6 @@ class Installation:
         for name, path in self.backend_files.items():
             if name != STUB_NAME:
                 (backend / name).symlink_to(path)
-        if self.compiled:
-            (runtime / "backends" / BACKEND).mkdir()
-            (runtime / "backends" / BACKEND / LIBRARY_NAME).symlink_to(self.compiled)
         return write_stub_starter(backend / STUB_NAME, self.backend_files[STUB_NAME], niceness)
 
 
@@ -80,11 +71,7 @@ def find_installation() -> Installation:
     _check_packages()
     environment = child_environment()
     _check_stub(stub, environment)
-    try:
-        compiled, not_compiled = compiled_backend(), ""
-    except NotCompiled as error:
-        compiled, not_compiled = None, str(error)
-    return Installation(root / "bin" / "tritonserver", files, environment, compiled, not_compiled)
+    return Installation(root / "bin" / "tritonserver", files, environment)
 
 
 def child_environment() -> dict[str, str]:

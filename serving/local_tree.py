@@ -3,9 +3,6 @@
 Triton loads every version of a model anew when a file of the model has changed that is neither its config nor another
 version's, and takes the container's config.pbtxt for such a file. A swap writes both configs; without the one, Triton
 reads the new version policy, and what it has loaded already goes on as it is.
-
-A repository does not assume that the compiled backend exists (serving/compiled_backend.py): for a server that has it the
-tree holds a config of `student` that names it, written from the local config.
 """
 
 from __future__ import annotations
@@ -14,12 +11,11 @@ import contextlib
 import os
 from pathlib import Path
 
-from serving.compiled_backend import BACKEND
 from serving.errors import ServingError
 from serving.leftovers import runtime_folders
-from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT, ModelConfig, to_text
+from serving.model_config import CLASSIFIER, LOCAL_CONFIG, STUDENT
 from serving.triton import live_prior
-from serving.version_policy import CONFIG_NAME, config_paths, read_config
+from serving.version_policy import CONFIG_NAME
 
 TREE = "repository"
 
@@ -35,12 +31,8 @@ def link_tree(repository: Path, runtime: Path) -> Path:
     try:
         for model in (STUDENT, CLASSIFIER):
             (tree / model).mkdir(parents=True, exist_ok=True)
-            present, names = _names(tree / model), _seen(repository / model)
-            if model == STUDENT and runs_compiled(repository, runtime):
-                _write_compiled_config(repository, runtime)
-                present.discard("configs")
-                names.discard("configs")
-            _link(repository.absolute() / model, tree / model, present, names)
+            present = _names(tree / model)
+            _link(repository.absolute() / model, tree / model, present, _seen(repository / model))
         # A version of an older Tailor looks for it here. No link may lead nowhere: Triton would list no model then.
         present = _names(tree)
         prior = {live_prior.NAME} if (repository / live_prior.NAME).is_file() else set()
@@ -54,33 +46,6 @@ def refresh_trees(repository: Path, prefix: str) -> None:
     """Bring the tree of a run up to date; nothing is written where nothing came or went. Raises as `link_tree` does."""
     for runtime in runtime_folders(prefix):
         link_tree(repository, runtime)
-
-
-def runs_compiled(repository: Path, runtime: Path) -> bool:
-    """Whether the server of a runtime folder runs `student` in the compiled backend, which computes on the CPU alone.
-
-    Raises RepositoryError when the config of `student` cannot be read.
-    """
-    if not (runtime / "backends" / BACKEND).is_dir():
-        return False
-    return _local_config(repository).parameters["execution_provider"].string_value == "CPUExecutionProvider"
-
-
-def _local_config(repository: Path) -> ModelConfig:
-    return read_config(config_paths(repository, STUDENT)[-1])
-
-
-def _write_compiled_config(repository: Path, runtime: Path) -> None:
-    """Write the config of `student` for the compiled backend into the tree; nothing is written where it has not changed."""
-    config, path = _local_config(repository), config_paths(runtime / TREE, STUDENT)[-1]
-    config.backend, config.default_model_filename = BACKEND, "model.onnx"
-    text = to_text(config)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        # Not beside it, where Triton would see one more file of the model; a supervisor and a promotion may both write.
-        path.parent.mkdir(exist_ok=True)
-        partial = runtime / f"{CONFIG_NAME}.{os.getpid()}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
 
 
 def _names(folder: Path) -> set[str]:

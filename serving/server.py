@@ -23,9 +23,8 @@ from serving.errors import ServingError
 from serving.golden import ask_student, check_golden
 from serving.installation import Installation, find_installation
 from serving.leftovers import is_stopped, new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
-from serving.local_tree import link_tree, runs_compiled
+from serving.local_tree import link_tree
 from serving.logs import ServerLog
-from serving.model_config import CLASSIFIER, STUDENT
 from serving.ports import choose_ports
 from serving.process import POLL, check_open_files, end_process, start_process
 from serving.release import Release, find_releases
@@ -81,8 +80,6 @@ class TritonServer:
         self.releases: list[Release] = []
         self.prefix = new_prefix()
         self.example: Path | None = None  # a file with one golden image, while it runs
-        self.stub_models: tuple[str, ...] = ()  # the models that run in stub processes, known after start
-        self.not_compiled = ""  # why there is no compiled backend, known after start; empty where there is one
         self._forward = forward
         self._output: ServerLog | None = None
         self._tail = ""  # of the log of the last run
@@ -233,10 +230,8 @@ class TritonServer:
         self._watchdog = start_watchdog(self.prefix)
         runtime, self._away = self._away or runtime_folder(self.prefix), None
         niceness = self.niceness or priority.niceness()
-        links = installation.link(runtime, niceness)
         link_tree(self.repository, runtime)
-        self.not_compiled = installation.not_compiled
-        self.stub_models = (CLASSIFIER,) if runs_compiled(self.repository, runtime) else (STUDENT, CLASSIFIER)
+        links = installation.link(runtime, niceness)
         environment = {**installation.environment, **self.environment, **links}
         command = triton_arguments(
             installation, runtime, self.prefix, self.host, self.ports, key, self.grace, self.options

@@ -117,7 +117,7 @@ class Supervisor:
         root = self.server.repository
         self._expected = {
             (model, version): instances(root, model)
-            for model in self.server.stub_models
+            for model in (STUDENT, CLASSIFIER)
             for version in served_versions(root, model)
         }
         versions = tuple(release.version for release in self.server.releases)

@@ -67,14 +67,14 @@ def files_of_the_tree() -> list[str]:
 
 
 def files_of_the_rooms() -> list[str]:
-    """Every module, template and C++ source, and every folder of them."""
+    """Every module and template, and every folder of them."""
     found = []
     for room in ROOMS:
         for path in (ROOT / room).rglob("*"):
             name = path.relative_to(ROOT).as_posix()
             if path.is_dir() and path.name != "__pycache__":
                 found.append(f"{name}/")
-            elif path.suffix in (".py", ".jinja", ".cpp", ".h") and path.name != "__init__.py":
+            elif path.suffix in (".py", ".jinja") and path.name != "__init__.py":
                 found.append(name)
     return [f"{room}/" for room in ROOMS] + found
 

@@ -122,8 +122,6 @@ def _announce(server: TritonServer) -> None:
     print(f"metrics {server.metrics_url}")
     print(f"repository {server.repository}")
     print(f"\nask it about an image, from a shell:\n\n{curl_example(server.http_url, server.example)}\n", flush=True)
-    if server.not_compiled:
-        _report(f"student runs in Triton's slower python backend: {server.not_compiled}")
     if server.host not in LOOPBACK:
         _report(
             f"--host {server.host}: this Triton release can be killed by one hostile request; "

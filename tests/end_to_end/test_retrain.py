@@ -23,7 +23,6 @@ from pipeline.flows.records import Outcome
 from pipeline.params import load_params
 from serving.client import Client
 from serving.manifest import sha256_of
-from serving.model_control import ModelControl
 from serving.promotion import list_versions
 from serving.promotion_log import LOG_NAME
 from serving.server import TritonServer
@@ -371,14 +370,6 @@ def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project,
     assert "set retrain.when_busy: wait" in outcomes["busy"].message
 
 
-def loads(server: TritonServer, model: str, version: int) -> bool:
-    """Whether the server has begun to load a version; of a model without stub processes, whether it has loaded it."""
-    if model in server.stub_models:
-        return (model, version) in server.stubs()  # there from the load's begin on
-    with ModelControl(server.running, timeout=10) as control:
-        return version in control.ready_versions(model)
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize(("model", "seed", "accuracy"), [("student", 5, 0.93), ("classifier", 6, 0.96)])
 def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(
@@ -396,7 +387,7 @@ def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(
         with Asking(server) as asking:
             run = Begun(context, project.root)
             run.await_line("promote: starts")
-            while not loads(server, model, before + 1):
+            while (model, before + 1) not in server.stubs():  # it is there from the load's begin on
                 assert run.process.is_alive(), run.text()
             os.kill(server.process_id, signal.SIGKILL)
             outcome = run.outcome()

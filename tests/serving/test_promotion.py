@@ -267,7 +267,7 @@ def fail_to_load(root: Path) -> None:
 
 
 def kill_its_stub(root: Path) -> None:
-    path = root / "classifier" / "2" / "model.py"
+    path = root / "student" / "2" / "model.py"
     path.write_text(path.read_text() + "\nos._exit(3)\n")
 
 

@@ -46,7 +46,7 @@ def test_serve_is_ready_answers_and_leaves_nothing_behind_on_sigterm(
         with Client(url) as client:
             assert client.predict([picture(1)], "train")[0].version == 1
     processes = family(serving.pid)
-    assert len(processes) >= 4  # the watchdog, the server and two stubs
+    assert len(processes) >= 5  # the watchdog, the server and three stubs
     assert of_run(serving.pid)
     serving.send_signal(signal.SIGTERM)
     output, errors = serving.communicate(timeout=30)
@@ -89,7 +89,7 @@ def test_killed_serve_leaves_no_process_and_no_shared_memory(
     serving.kill()
     gone, alive = psutil.wait_procs(processes, timeout=30)
     assert not living(alive)
-    assert len(gone) >= 4
+    assert len(gone) >= 5
     assert of_run(serving.pid) == []
     assert [path.name for path in tmp_path.iterdir()] == ["triton.log"]
 

@@ -90,12 +90,6 @@ class Watched:
             self.ended = error
 
 
-@pytest.fixture(autouse=True)
-def student_in_a_stub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests kill, stop and change the stubs of both models."""
-    monkeypatch.setenv("CXX", "")  # no compiler, so no compiled backend
-
-
 @pytest.fixture
 def watched(repository: Path, tmp_path: Path) -> Iterator[Watched]:
     watched = Watched(shutil.copytree(repository, tmp_path / "repository"))
