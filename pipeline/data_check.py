@@ -20,6 +20,7 @@ from pipeline.published import PUBLISHED, hash_of_ranks, published_choice
 from pipeline.sources import Row, Source, open_own
 from pipeline.split import SPLITS, assign, without
 
+HASHED_SIDE = 32
 GROUPS = ("many", "medium", "few")
 Assigned = dict[str, list[Row]]
 
@@ -131,7 +132,8 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     duplicates, near_duplicates = group_duplicates(assigned, hashes), _near(assigned, inspected, near)
     problems = []
     if source.origin not in PUBLISHED:
-        for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", near_duplicates or [])):
+        alike = [group for group in near_duplicates or [] if _large_enough(group, inspected)]
+        for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", alike)):
             problems += _across(kind, groups, source)
     return Report(
         source.origin, data.location, source.classes, assigned, inspected,
@@ -139,6 +141,12 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
         bad, conflicts, duplicates, near_duplicates,
         hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems,
     )  # fmt: skip
+
+
+def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, Inspected]) -> bool:
+    """Whether a perceptual hash, which is of 32 x 32 pixels, can tell these images apart: smaller ones are enlarged to it."""
+    sizes = [inspected[row.reference] for _, row in group]
+    return all(min(size.width, size.height) >= HASHED_SIDE for size in sizes)
 
 
 def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> list[str]:

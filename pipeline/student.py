@@ -18,7 +18,16 @@ from pipeline.pretrained import start_from
 from pipeline.prior import Prior, load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
-from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run, stage_seed
+from pipeline.training_run import (
+    Result,
+    check_backbones,
+    check_recipe,
+    make_training,
+    model_config,
+    run_folder,
+    save_run,
+    stage_seed,
+)
 from serving.terminal import print
 
 
@@ -30,6 +39,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     """
     prior = load_prior()
     check_recipe(params, prior)
+    check_backbones(params)
     config = model_config(params.student, params, len(prior.classes))
     with joined_ranks(params.device) as device:
         objective = build_objective(params, prior, teacher)

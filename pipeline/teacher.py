@@ -17,7 +17,16 @@ from pipeline.pretrained import start_from
 from pipeline.prior import load_prior
 from pipeline.ranks import joined_ranks
 from pipeline.stage import stage_main
-from pipeline.training_run import Result, check_recipe, make_training, model_config, run_folder, save_run, stage_seed
+from pipeline.training_run import (
+    Result,
+    check_backbones,
+    check_recipe,
+    make_training,
+    model_config,
+    run_folder,
+    save_run,
+    stage_seed,
+)
 from serving.terminal import print
 
 
@@ -25,6 +34,7 @@ def run(params: Params, output: Path = TEACHER) -> Result:
     """Train the teacher on one view with L_cls (Eq. 6), last epoch kept. An interrupted run goes on where it was."""
     prior = load_prior()
     check_recipe(params, prior)
+    check_backbones(params)
     config = model_config(params.teacher, params, len(prior.classes))
     with joined_ranks(params.device) as device:
         with torch.random.fork_rng(devices=[]):

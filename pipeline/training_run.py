@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,3 +135,27 @@ def check_recipe(params: Params, prior: Prior) -> None:
         queue_lengths(prior.counts, params.student.queue_total, params.student.queue_minimum)
     except ValueError as error:
         raise ParamsError(f"student.queue_total, student.queue_minimum: {error}") from None
+
+
+def check_backbones(params: Params) -> None:
+    """Raise ParamsError when a network of torchvision or timm does not run at image.size, or the student does not export.
+
+    Found on untrained networks, as a backbone that no export takes would else be known after hours. Once per run: by rank 0.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    size, opset = str(params.image.size), str(params.export.opset)
+    wanted = {("teacher.backbone", params.teacher.backbone): [size]}
+    wanted[("student.backbone", params.student.backbone)] = [size, opset]
+    for (key, name), arguments in wanted.items():
+        if "/" not in name:  # our own CIFAR ResNets take every size and are exported by the tests
+            continue
+        command = [sys.executable, "-m", "pipeline.backbone_check", name, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            reason = next((line for line in reversed(lines) if ": " in line), f"status {done.returncode}")
+            raise ParamsError(
+                f"{key} is {name!r}, which does not {'run or export' if len(arguments) > 1 else 'run'} at image.size = {size}: "
+                f"{reason[:300]}; choose another backbone or size"
+            )
