@@ -222,7 +222,7 @@ def main() -> int:
             others = OtherWork()
             found, statuses = measure(running, infer_request(costliest), options.seconds)
             text, met = report(found, statuses, others)
-    print(text)
+            print(text, flush=True)
     return 0 if met else 1
 
 
