@@ -39,6 +39,7 @@ GOAL_ANSWERED, GOAL_P99 = 0.99, 5.0  # of the good requests; p99 beside hostile 
 HOSTILE = 8
 RATE = 40.0  # good requests a second
 CONNECTIONS = 4  # of the good caller, each a thread
+PATIENCE = 10.0  # seconds, of the good caller
 SIDE, REST = 4000, 3000  # pixels: 16 megapixels, and what a request of 25 has room for beside it
 
 
@@ -94,16 +95,20 @@ def infer_request(images: list[bytes]) -> tuple[bytes, dict[str, str]]:
 
 
 def ask(url: str, rate: float) -> int:
-    """Ask at `rate` requests/s until standard input ends, then print [due, latency, answered] of each as JSON."""
-    stop, asked = threading.Event(), []
+    """Ask at `rate` requests/s until standard input ends, then print [due, latency, answered] of each as JSON.
+
+    What was due before the end and could not be sent within PATIENCE after it, because answers were missing, is not answered.
+    """
+    ends, asked = [], []
 
     def asker(number: int) -> None:
         due, step, image = time.monotonic() + number / rate, CONNECTIONS / rate, blank_image()
-        with Client(url, timeout=10) as client:
-            while not stop.is_set():
+        with Client(url, timeout=PATIENCE) as client:
+            while not ends or due < ends[0]:
                 time.sleep(max(0.0, due - time.monotonic()))
                 try:
-                    answered = bool(client.predict([image], 0.0))
+                    late = ends and time.monotonic() > ends[0] + PATIENCE
+                    answered = not late and bool(client.predict([image], 0.0))
                 except ServingError as error:
                     print(error, file=sys.stderr)
                     answered = False
@@ -114,7 +119,7 @@ def ask(url: str, rate: float) -> int:
     for thread in threads:
         thread.start()
     sys.stdin.read()
-    stop.set()
+    ends.append(time.monotonic())
     for thread in threads:
         thread.join()
     json.dump(asked, sys.stdout)
@@ -182,7 +187,7 @@ def report(found: dict, statuses: Counter, others: OtherWork) -> tuple[str, bool
         rows.append(f"| {kind} | {len(requests)} | {share[kind]:.1%} | {cuts[49]:.1f} | {cuts[98]:.1f} |")
     ratio = p99["loaded"] / p99["quiet"]
     lines = [
-        "| good requests | sent | answered | p50 ms | p99 ms |",
+        "| good requests | due | answered | p50 ms | p99 ms |",
         "|---|--:|--:|--:|--:|",
         *rows,
         "",
@@ -222,7 +227,7 @@ def main() -> int:
             others = OtherWork()
             found, statuses = measure(running, infer_request(costliest), options.seconds)
             text, met = report(found, statuses, others)
-    print(text)
+            print(text, flush=True)
     return 0 if met else 1
 
 
