@@ -1,4 +1,4 @@
-"""The system clock is set, or the machine was suspended: what runs goes on, and what is changed later takes effect."""
+"""The system clock is set, or the machine was suspended: running models keep answering, and later changes take effect."""
 
 from __future__ import annotations
 

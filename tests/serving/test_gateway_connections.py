@@ -14,6 +14,7 @@ import bad_connections
 import grpc
 import pytest
 from bad_requests import INFER, good_body
+from crowds import CROWDS, crowd
 from running_gateway import RSA, make_certificate, running_gateway
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -55,12 +56,12 @@ def infer_status(gateway: GatewayProcess) -> int | str:
         connection.close()
 
 
-@pytest.mark.parametrize("name", bad_connections.CROWDS)
+@pytest.mark.parametrize("name", CROWDS)
 def test_connections_of_one_address_fail_no_request_of_another(gateways: dict[bool, GatewayProcess], name: str) -> None:
-    protocol, tls, first_bytes = bad_connections.CROWDS[name]
+    protocol, tls, first_bytes = CROWDS[name]
     attacked = gateways[tls].gateway
     port = attacked.http_port if protocol == "http" else attacked.grpc_port
-    with bad_connections.crowd(port, first_bytes, CONNECTIONS, ATTACKER):
+    with crowd(port, first_bytes, CONNECTIONS, ATTACKER):
         statuses = [infer_status(gateways[tls]) for _ in range(100)]
     assert statuses == [200] * 100
 
