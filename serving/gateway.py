@@ -17,6 +17,9 @@ from serving.errors import InputError
 from serving.model_config import CLASSIFIER_INSTANCES
 
 MIB = 1024 * 1024
+GRPC_QUERIES = (
+    r'~ "^/inference\.GRPCInferenceService/(?:Server(?:Live|Ready|Metadata)|Model(?:Ready|Metadata|Config))\z"'
+)
 # TLS 1.2 with forward secrecy and authenticated encryption; TLS 1.3 has nothing else.
 CIPHERS = ":".join(
     f"ECDHE-{key}-{cipher}"
@@ -177,6 +180,7 @@ class Gateway(BaseModel):
             ciphers=CIPHERS,
             routes=self.routes(),
             errors=self.refusals(),
+            grpc_queries=GRPC_QUERIES,
             admin_grpc_header=f"triton-grpc-protocol-{ADMIN_HEADER}",
         )
 

@@ -3,12 +3,12 @@
 local decoding = {
     -- Costs are in pixels of PNG. One takes NANOSECONDS of a core, with its resize (docs/serving-performance.md).
     NANOSECONDS = 25,
-    MOST = 100e6, -- of an image whose header is too long to read
-    MOST_PARTS = 200, -- JPEG segments or PNG chunks that are read
+    MOST = 25e6, -- of an image whose header is too long to read: the pixels of a request that the classifier decodes
+    MOST_PARTS = 2000, -- JPEG segments or PNG chunks that are read of a request, each 2 reads of the body
     cheap = 200e3, -- 5 ms: what never waits
     costly_at_once = 1, -- instances of the classifier - 1, so that one is free for small images
     wait_seconds = 10,
-    slot_seconds = 60, -- after which a slot whose worker crashed is free again
+    slot_seconds = 5, -- after which a slot whose worker crashed is free again; decoding takes 0.6 s at most
 }
 -- By format, the cost of a pixel and of an encoded byte. A JPEG costs half as much, and less where it is large enough to be
 -- decoded at a fraction of its size; of a progressive one most is left.
@@ -28,9 +28,9 @@ end
 
 -- Each parser returns the pixels and the format; no pixels where the header does not end within MOST_PARTS. Where a size
 -- comes twice, the largest counts: decoders differ in which one they take.
-local function png(part)
+local function png(part, more)
     local pixels, place = 0, 8
-    for _ = 1, decoding.MOST_PARTS do
+    while more() do
         local head = part(place, 16)
         local kind = head:sub(5, 8)
         if kind == "IDAT" or kind == "fdAT" or #head < 8 then
@@ -42,9 +42,9 @@ local function png(part)
     end
 end
 
-local function jpeg(part)
+local function jpeg(part, more)
     local pixels, form, place = 0, "jpeg", 2
-    for _ = 1, decoding.MOST_PARTS do
+    while more() do
         local searched = part(place, SEARCHED)
         local at = searched:find(MARKER)
         if not at then
@@ -75,7 +75,13 @@ end
 
 -- The cost of the encoded image of `size` bytes at `offset`; read(offset, count) returns up to count bytes of the body.
 -- 0 where Pillow refuses the file without decoding a pixel.
-function decoding.pixels(read, offset, size)
+-- counted: a table for each request, which keeps the number of parts that were read.
+function decoding.pixels(read, offset, size, counted)
+    counted = counted or {}
+    local function more()
+        counted.parts = (counted.parts or 0) + 1
+        return counted.parts <= decoding.MOST_PARTS
+    end
     local function part(place, count)
         return place < size and read(offset + place, math.min(count, size - place)) or ""
     end
@@ -86,7 +92,7 @@ function decoding.pixels(read, offset, size)
     if not parse then
         return 0
     end
-    local pixels, form = parse(part)
+    local pixels, form = parse(part, more)
     if pixels and pixels > 0 then
         pixels = math.min(decoding.MOST, pixels * WEIGHTS[form][1] + size * WEIGHTS[form][2])
     end
@@ -123,7 +129,7 @@ function decoding.enter(pixels)
     return "other large images are decoded for more than " .. decoding.wait_seconds .. " s; send smaller ones, or try again later"
 end
 
--- Free what this request holds, in the log phase. Where its client or the gateway gave up first, Triton still decodes, so the
+-- Free what this request holds, when Triton has answered, or in the log phase. Where its client or the gateway gave up first, Triton still decodes, so the
 -- slot stays taken for as long as that takes.
 function decoding.leave()
     local dict, caller = ngx.shared.decoding, "caller " .. ngx.var.binary_remote_addr

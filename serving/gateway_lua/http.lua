@@ -1,5 +1,5 @@
 -- An inference over HTTP: the JSON part is parsed, checked, and written again with its tensors in the binary form, so that
--- Triton parses bytes that this file wrote. Triton 24.10 exits on data written as JSON (a shape beyond memory, nested
+-- Triton parses bytes that tensors.lua wrote. Triton 24.10 exits on data written as JSON (a shape beyond memory, nested
 -- brackets) and keeps the first of two equal keys where cjson keeps the last.
 local body = require("body")
 local decoding = require("decoding")
@@ -74,6 +74,11 @@ local function list(value, where)
 end
 
 local function flatten(data, into)
+    for key in pairs(data) do
+        if type(key) ~= "number" then
+            refuse("data has an object in it")
+        end
+    end
     for _, value in ipairs(data) do
         if type(value) == "table" then
             flatten(value, into)
@@ -136,30 +141,6 @@ local function parse(source, length)
     return request
 end
 
--- The body that Triton gets: one form for each request, its names from the list in tensors.lua.
-local function rebuild(request)
-    local inputs, outputs, parts = {}, {}, { "" }
-    for index, input in ipairs(request.inputs) do
-        inputs[index] = ('{"name":"%s","datatype":"%s","shape":[%s],"parameters":{"binary_data_size":%d}}'):format(
-            input.name, input.datatype, table.concat(input.shape, ","), input.size
-        )
-        table.insert(parts, input.data or input)
-    end
-    for index, output in ipairs(request.outputs) do
-        outputs[index] = ('{"name":"%s","parameters":{"binary_data":%s%s}}'):format(
-            output.name, output.binary, output.classification and ',"classification":' .. output.classification or ""
-        )
-    end
-    parts[1] = ('{"id":"%s","inputs":[%s],%s}'):format(
-        request.id,
-        table.concat(inputs, ","),
-        #outputs > 0 and '"outputs":[' .. table.concat(outputs, ",") .. "]"
-            or ('"parameters":{"binary_data_output":%s}'):format(request.binary)
-    )
-    ngx.var.head_length = #parts[1]
-    return parts
-end
-
 if ngx.var.args then
     return answer(400, "query parameters are not accepted here; leave out what follows the question mark")
 end
@@ -176,7 +157,7 @@ if length > tensors.MOST_JSON then
     return answer(400, "the JSON part has more than " .. tensors.MOST_JSON .. " bytes; send tensors in the binary form")
 end
 local request, fault = tensors.parsed(parse, source, length)
-local sent = request and body.replace(source, rebuild(request))
+local sent = request and body.replace(source, tensors.rebuild(request))
 body.close(source)
 if fault then
     return answer(400, fault)

@@ -123,7 +123,7 @@ local function check_input(input, request, source)
         end
         each_string(source, input, elements, where, function(offset, size)
             if input.name == "image" then
-                request.pixels = request.pixels + decoding.pixels(source.read, offset, size)
+                request.pixels = request.pixels + decoding.pixels(source.read, offset, size, request)
             end
         end)
     elseif elements * ITEM[datatype].bytes ~= input.size then
@@ -156,9 +156,33 @@ function tensors.check(request, source)
         end
         seen[output.name] = true
     end
-    if not request.id:match("^[%w_.:/+= -]*$") or #request.id > 128 then
-        refuse("id is not usable; expected at most 128 letters, digits and _ . : / + = - or spaces")
+    if request.id:find('[%z\1-\31"\\\127-\255]') or #request.id > 128 then
+        refuse("id is not usable; expected at most 128 printable ASCII characters without quotes and backslashes")
     end
+end
+
+-- The body that Triton gets over HTTP, in parts: one form for each request, of either protocol. Sets the length of its JSON.
+function tensors.rebuild(request)
+    local inputs, outputs, parts = {}, {}, { "" }
+    for index, input in ipairs(request.inputs) do
+        inputs[index] = ('{"name":"%s","datatype":"%s","shape":[%s],"parameters":{"binary_data_size":%d}}'):format(
+            input.name, input.datatype, table.concat(input.shape, ","), input.size
+        )
+        table.insert(parts, input.data or input)
+    end
+    for index, output in ipairs(request.outputs) do
+        outputs[index] = ('{"name":"%s","parameters":{"binary_data":%s%s}}'):format(
+            output.name, output.binary, output.classification and ',"classification":' .. output.classification or ""
+        )
+    end
+    parts[1] = ('{"id":"%s","inputs":[%s],%s}'):format(
+        request.id,
+        table.concat(inputs, ","),
+        #outputs > 0 and '"outputs":[' .. table.concat(outputs, ",") .. "]"
+            or ('"parameters":{"binary_data_output":%s}'):format(request.binary)
+    )
+    ngx.var.head_length = #parts[1]
+    return parts
 end
 
 -- Runs parse() and gives its result; or nil, the message of the refusal and the status that goes with it.

@@ -206,16 +206,19 @@ HEADERS = [
 
 
 def http2_headers(port: Port, headers: list[tuple[str, str]]) -> dict[str, str]:
-    """The headers that answer a request without a body."""
+    """The headers and trailers that answer a request without a body."""
+    found: dict[str, str] = {}
     with http2(port) as (opened, connection):
         stream = connection.get_next_available_stream_id()
         connection.send_headers(stream, headers, end_stream=True)
         opened.sendall(connection.data_to_send())
         while data := opened.recv(65536):
             for event in connection.receive_data(data):
-                if isinstance(event, h2.events.ResponseReceived):
-                    return {name.decode(): value.decode() for name, value in event.headers}
-    raise AssertionError("closed without headers")
+                if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+                    found |= {name.decode(): value.decode() for name, value in event.headers}
+                if isinstance(event, h2.events.StreamEnded):
+                    return found
+    raise AssertionError("closed before the end of the stream")
 
 
 def rapid_reset(port: Port, streams: int = 300) -> None:

@@ -379,10 +379,10 @@ def test_request_of_http_09_is_answered_in_json_without_a_head(gateway: GatewayP
 def test_refusal_over_http2_has_the_form_of_grpc(
     gateway: GatewayProcess, path: str, authority: str, status: int
 ) -> None:
-    """Clients take the status of gRPC from headers only where their content type is that of gRPC."""
+    """Clients take the status of gRPC only from a response with status 200 and the content type of gRPC."""
     headers = dict(bad_connections.HEADERS) | {":path": path, ":authority": authority}
     found = bad_connections.http2_headers(gateway.gateway.grpc_port, [pair for pair in headers.items() if pair[1]])
-    assert found["content-type"] == "application/grpc"
+    assert (found[":status"], found["content-type"]) == ("200", "application/grpc")
     assert found["grpc-status"] == f"{status}"
     assert found["grpc-message"]
 

@@ -25,6 +25,7 @@ import grpc
 import psutil
 import pytest
 from bad_requests import INFER, TensorRequest, good_body, good_inputs, with_length
+from cancelled_calls import cancel_calls
 from conftest import picture
 from running_gateway import running_gateway
 from tritonclient.grpc import service_pb2_grpc
@@ -147,6 +148,16 @@ def test_millions_of_chunks_end_the_raw_server_and_stop_at_the_gateway(
     assert_answers(gateway)
     bad_connections.endless_chunks(raw.ports["--http-port"], most=3_000_000)
     assert raw.wait(DEATH) == -signal.SIGSEGV
+
+
+def test_cancelled_calls_end_the_raw_server_and_stop_at_the_gateway(
+    gateway: GatewayProcess, guarded: TritonServer, raw: TritonServer
+) -> None:
+    assert cancel_calls(gateway.grpc_url, seconds=20) > 100
+    assert guarded.wait(1) is None
+    assert_answers(gateway)
+    cancel_calls(raw.grpc_url, seconds=90)
+    assert raw.wait(DEATH) in (-signal.SIGSEGV, -signal.SIGABRT)
 
 
 def test_body_without_end_fills_the_raw_server_and_stops_at_the_gateway(

@@ -1,0 +1,76 @@
+-- The response to an inference over gRPC, made of Triton's answer over HTTP: head() and then body() for each of its pieces.
+-- The status goes into the trailers, by the variables grpc_status and grpc_message.
+local cjson = require("cjson.safe")
+
+local response = {}
+local LENGTH_HEADER = "Inference-Header-Content-Length"
+-- By Triton's HTTP status: INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNIMPLEMENTED, UNAVAILABLE.
+local STATUS = { [400] = 3, [404] = 5, [500] = 13, [501] = 12, [503] = 14 }
+local UNKNOWN, MOST_MESSAGE = 2, 1000
+
+local function varint(value)
+    local bytes = ""
+    while value > 127 do
+        bytes, value = bytes .. string.char(value % 128 + 128), math.floor(value / 128)
+    end
+    return bytes .. string.char(value)
+end
+
+local function field(number, data)
+    return string.char(number * 8 + 2) .. varint(#data) .. data
+end
+
+-- A ModelInferResponse with gRPC's frame. answer: Triton's JSON object, whose outputs are all binary; data: the bytes of the
+-- outputs, one after another.
+local function message(answer, data)
+    local parts, raw, offset = {}, {}, 1
+    for _, output in ipairs(answer.outputs) do
+        local shape, size = {}, output.parameters.binary_data_size
+        for index, side in ipairs(output.shape) do
+            shape[index] = varint(side)
+        end
+        table.insert(parts, field(5, field(1, output.name) .. field(2, output.datatype) .. field(3, table.concat(shape))))
+        table.insert(raw, field(6, data:sub(offset, offset + size - 1)))
+        offset = offset + size
+    end
+    local head = field(1, answer.model_name) .. field(2, answer.model_version) .. field(3, answer.id or "")
+    local whole = head .. table.concat(parts) .. table.concat(raw)
+    local size = #whole
+    local length = string.char(math.floor(size / 16777216), math.floor(size / 65536) % 256, math.floor(size / 256) % 256, size % 256)
+    return "\0" .. length .. whole
+end
+
+function response.head()
+    if ngx.var.grpc_status ~= "" then -- refused by the gateway
+        return
+    end
+    ngx.ctx.answered = { status = ngx.status, length = tonumber(ngx.header[LENGTH_HEADER]) }
+    ngx.status = 200
+    ngx.header[LENGTH_HEADER] = nil
+    ngx.header.content_length = nil
+    ngx.header.content_type = "application/grpc"
+end
+
+function response.body()
+    local answered = ngx.ctx.answered
+    if not answered then
+        return
+    end
+    table.insert(answered, ngx.arg[1])
+    if not ngx.arg[2] then
+        ngx.arg[1] = nil
+        return
+    end
+    local data = table.concat(answered)
+    local length = answered.length or #data
+    local answer = cjson.decode(data:sub(1, length))
+    if answered.status == 200 and answer then
+        ngx.var.grpc_status, ngx.arg[1] = 0, message(answer, data:sub(length + 1))
+        return
+    end
+    ngx.var.grpc_status = STATUS[answered.status] or UNKNOWN
+    ngx.var.grpc_message = ngx.escape_uri(tostring(answer and answer.error or data):sub(1, MOST_MESSAGE))
+    ngx.arg[1] = nil
+end
+
+return response
