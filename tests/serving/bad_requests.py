@@ -171,6 +171,13 @@ def damaged_image(draw: random.Random) -> TensorRequest:
     return TensorRequest("image: cut anywhere", "image", "classifier", classifier([bytes(data)]))
 
 
+def many_images(draw: random.Random) -> TensorRequest:
+    """Thousands of files of many parts, whose headers take seconds to read."""
+    jpeg = saved(Image.new("RGB", (16, 16), "red"), "JPEG")
+    images = [jpeg[:2] + b"\xff\xfe\0\2" * draw.choice([10, 200]) + jpeg[2:]] * draw.choice([MAX_BATCH_SIZE + 1, 4096])
+    return TensorRequest("image: many of many parts", "batch-size", "classifier", classifier(images))
+
+
 def bad_strength(draw: random.Random) -> TensorRequest:
     value = draw.choice([np.nan, np.inf, -np.inf])
     model = draw.choice(["classifier", "student"])
@@ -287,6 +294,7 @@ TENSOR_FAULTS = [
     bad_image,
     many_pixels,
     damaged_image,
+    many_images,
     bad_strength,
     bad_prior,
     bad_prior_text,
