@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -265,14 +266,13 @@ def orientation(exif: bytes, xmp: bytes) -> int:
     tags = int.from_bytes(tiff[max(start, 10) - 2 : start], order)  # none within the header
     if tags > MAX_TAGS:
         raise ImageError("parts", f"has more than {MAX_TAGS} EXIF tags; save it again without them")
-    for place in range(start, min(start + 12 * tags, len(tiff) - 11), 12):
-        tag, kind = (int.from_bytes(tiff[at : at + 2], order) for at in (place, place + 2))
-        count, offset = (int.from_bytes(tiff[at : at + 4], order) for at in (place + 4, place + 8))
+    entries = tiff[start : start + 12 * min(tags, max(len(tiff) - start, 0) // 12)]
+    for tag, kind, count, field in struct.iter_unpack("<HHI4s" if order == "little" else ">HHI4s", entries):
         width = TAG_WIDTHS[kind] if kind < len(TAG_WIDTHS) else 0
-        if 4 < count * width <= len(tiff) - offset:
+        if 4 < count * width <= len(tiff) - int.from_bytes(field, order):
             total += count * width
-        if tag == ORIENTATION and count == 1 and kind in (3, 4):  # short or long
-            value = int.from_bytes(tiff[place + 8 : place + 8 + width], order)
+        if tag == ORIENTATION and kind in (3, 4) and 0 < count * width <= 4:  # short or long; the first of them
+            value = int.from_bytes(field[:width], order)
     if total > len(tiff):
         raise ImageError("parts", "has EXIF tags whose values overlap; save it again without them")
     found = XMP_ORIENTATION.search(xmp) if value is None else None

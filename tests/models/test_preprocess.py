@@ -122,6 +122,7 @@ EXIF_TEXT = b"\nexif\n      42\n" + exif_of(">", 3, 8).hex().encode() + b"\n"
 TAGGED = {
     "short, little endian": with_segments(exif_of("<", 3, 6)),
     "long, big endian": with_segments(exif_of(">", 4, 5)),
+    "two values": with_segments(exif_of("<", 3, 6).replace(b"\3\0\1\0\0\0", b"\3\0\2\0\0\0")),
     "behind other tags": with_segments(exif_of("<", 3, 7, [(0x10F, 2, 12, 30), (0x110, 2, 12, 30)])),
     "in two segments": with_segments(exif_of("<", 3, 8)[:20], b"Exif\0\0" + exif_of("<", 3, 8)[20:]),
     "exif and xmp": with_segments(exif_of("<", 3, 3), b"http://ns.adobe.com/xap/1.0/\0" + xmp(6)),
@@ -135,6 +136,7 @@ TAGGED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
 @pytest.mark.parametrize("data", TAGGED.values(), ids=TAGGED)
 def test_orientation_is_read_as_pillow_reads_it(data):
     image = Image.open(io.BytesIO(data))
