@@ -163,6 +163,7 @@ def check_webp_canvas(data: bytes) -> None:
 def without_metadata(data: bytes) -> tuple[bytes, bytes, bytes]:
     """A JPEG or PNG file with only the parts that its pixels need, its EXIF, and its XMP; any other file as it is.
 
+    Bytes between JPEG segments are dropped too: Pillow reads them one by one, fill bytes at 0.6 s a megabyte.
     Raises ImageError for a file of so many parts, or parts of metadata, that reading them would take seconds.
     """
     if data[:8] != PNG and data[:3] != b"\xff\xd8\xff":

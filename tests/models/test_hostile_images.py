@@ -158,9 +158,10 @@ def test_exif_that_only_pillow_would_see_is_never_parsed(hidden_behind: bytes) -
         JPEG[:2]
         + b"".join(segment(0xE1, b"Exif\0\0" + TAGS[at : at + 65_000]) for at in range(0, 455_000, 65_000))
         + JPEG[20:],  # without JFIF's segment, as Pillow takes the resolution from there first
+        JPEG[:20] + bytes(300_000) + JPEG[20:],
         PNG[:33] + chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1_048_577), 9)) * MAX_METADATA + PNG[33:],
     ],
-    ids=["pictures of a second format", "tags in seven segments", "texts"],
+    ids=["pictures of a second format", "tags in seven segments", "bytes between segments", "texts"],
 )
 def test_metadata_that_is_not_used_costs_no_time(data: bytes) -> None:
     times = []
