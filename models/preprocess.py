@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -27,21 +28,26 @@ MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
 # JPEG segments before the first scan, or PNG chunks: Pillow walks them in Python, and the largest file has room for
 # millions of empty ones.
 MAX_PARTS = 5_000
-# Metadata that Pillow unpacks (3 ms a PNG chunk of 1 kB), copies (JPEG segments of EXIF, 64 kB each time) or walks in Python
-# (5 ms a segment of Photoshop's). Files have one or two of a kind; 500 kB of colour profiles took 1.3 s.
+# Pillow parses metadata when it opens a file (EXIF of 480 kB took 496 MiB, a segment of MPF 60 ms, 500 kB of colour profiles
+# 1.3 s), so that it gets JPEG and PNG files without any. Files have one or two pieces of a kind.
 MAX_METADATA = 8
 PNG_METADATA = (b"iCCP", b"zTXt", b"iTXt")
+PNG_DROPPED = (*PNG_METADATA, b"tEXt", b"eXIf")
 JPEG_METADATA = ((0xE1, b"Exif\0\0"), (0xED, b"Photoshop"))
-MAX_TAGS = 1000  # of EXIF; 65,535 took 280 ms
+# Frames, tables, the scan, JFIF and Adobe's segment, which name the colour space. Pillow and libjpeg take no other to decode.
+JPEG_KEPT = frozenset((*range(0xC0, 0xC8), *range(0xC9, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE))
+MAX_TAGS = 1000  # of EXIF
+TAG_WIDTHS = bytes((0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8))  # bytes of a value, by the type's number
 # A JPEG whose shorter side is at least 2 * ROOM times the one that is needed is decoded at 1/2, 1/4 or 1/8 of its size, which
 # leaves ROOM times as much. With 2 instead of 4, the best class of 0.8 % of images changed instead of 0.35 %
 # (docs/serving-performance.md).
 ROOM = 4
 PNG = b"\x89PNG\r\n\x1a\n"
-MAX_TEXT = 1024 * 1024  # bytes of text in a PNG that are kept: its orientation may be in there
-MAX_DROPPED = 8  # texts that are unpacked (each up to MAX_TEXT) before every further one is dropped unread
+MAX_TEXT = 1024 * 1024  # bytes of a PNG's text that are unpacked: its orientation may be in there
 WEBP_HEADER = 30  # bytes
 ORIENTATION = 0x0112  # the EXIF tag, and how to turn the picture upright for each of its values but 1
+ORIENTATION_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0%c\0\0\0\0\0\0"  # with that tag alone
+XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 # A marker of a JPEG stream that has a segment, or its end: no stuffed byte, no restart, no fill byte.
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
@@ -86,6 +92,8 @@ def decode(
 def opened(data: bytes) -> Iterator[Image.Image]:
     """JPEG, PNG or WebP bytes of which the headers are read and bounded, and no pixel yet. Closed when the block ends.
 
+    Of its metadata the image has the orientation alone, as EXIF, where the picture has to be turned.
+
     Raises ImageError for what is refused, and in the place of whatever a decoder raises within the block.
     """
     if len(data) == 0:
@@ -93,14 +101,17 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     if len(data) > MAX_BYTES:
         raise ImageError("bytes", f"has {len(data)} bytes, above the limit of {MAX_BYTES}")
     check_webp_canvas(data)
-    check_parts(data)
-    data = without_large_text(data)
+    data, exif, xmp = without_metadata(data)
     try:
         # Image.open reads headers only. Its own bomb check is replaced by the tighter bound below, checked before load.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size)
-            if image.format in ("JPEG", "MPO"):
+            if image.format == "JPEG":
                 check_scans(data, image.width * image.height)
+            # Of a WebP, from its decoder, which does not parse them.
+            exif, xmp = image.info.pop("exif", exif), image.info.pop("xmp", xmp)
+            if (turn := orientation(exif, xmp)) in UPRIGHT:
+                image.info["exif"] = ORIENTATION_EXIF % turn
             yield image
     except (ImageError, MemoryError):
         raise
@@ -119,7 +130,7 @@ def decoded(
     """The pixels of an image that `opened` gives; see `decode`."""
     width, height = image.size
     pixels, box = width * height, None
-    if room * resize_to and image.format in ("JPEG", "MPO"):
+    if room * resize_to and image.format == "JPEG":
         drafted = image.draft(None, (room * resize_to, room * resize_to))
         if drafted and image.size != (width, height):
             # What is left is to read the coefficients: a quarter of the time at most, half where scans are many.
@@ -149,64 +160,68 @@ def check_webp_canvas(data: bytes) -> None:
         check_size(1 + int.from_bytes(header[24:27], "little"), 1 + int.from_bytes(header[27:30], "little"))
 
 
-def check_parts(data: bytes) -> None:
-    """Refuse, by ImageError, a file of so many pieces, or pieces of metadata, that walking through them would take seconds."""
-    png = data[:8] == b"\x89PNG\r\n\x1a\n"
-    if not png and data[:2] != b"\xff\xd8":
-        return
-    place, parts, metadata = 8 if png else 2, 0, 0
-    while parts <= MAX_PARTS and metadata <= MAX_METADATA and place < len(data):
-        if png:
-            metadata += data[place + 4 : place + 8] in PNG_METADATA
-            place += 12 + int.from_bytes(data[place : place + 4], "big")
-        else:
-            found = MARKER.search(data, place)
-            if not found or data[found.start() + 1] in (START_OF_SCAN, END_OF_IMAGE):
-                return
-            kind, start = data[found.start() + 1], found.end() + 2
-            metadata += any(kind == marker and data.startswith(name, start) for marker, name in JPEG_METADATA)
-            place = found.end() + int.from_bytes(data[found.end() : start], "big")
-        parts += 1
-    if parts > MAX_PARTS:
-        raise ImageError("parts", f"is cut into more than {MAX_PARTS} parts; save it again")
-    if metadata > MAX_METADATA:
-        raise ImageError("parts", f"has more than {MAX_METADATA} parts of metadata; save it again without them")
+def without_metadata(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """A JPEG or PNG file with only the parts that its pixels need, its EXIF, and its XMP; any other file as it is.
 
-
-def without_large_text(data: bytes) -> bytes:
-    """A PNG without its colour profile, which is not used, and without text beyond MAX_TEXT bytes; other bytes as they are.
-
-    Pillow refuses the whole image for a text or profile that unpacks to more than a megabyte.
+    Bytes between JPEG segments are dropped too: Pillow reads them one by one, fill bytes at 0.6 s a megabyte.
+    Raises ImageError for a file of so many parts, or parts of metadata, that reading them would take seconds.
     """
-    if data[:8] != PNG or not any(kind in data for kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP")):
-        return data
-    kept, place, room, dropped = [data[:8]], 8, MAX_TEXT, 0
-    while place < len(data):
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        kind = data[place + 4 : place + 8]
-        size = text_size(kind, data[place + 8 : end - 4], room) if kind in (b"tEXt", b"zTXt", b"iTXt") else 0
-        if kind != b"iCCP" and size <= room:
-            kept.append(data[place:end])
-            room -= size
-        elif size > room:
-            dropped += 1
-            room = room if dropped < MAX_DROPPED else 0
-        place = end
-    return b"".join(kept)
+    if data[:8] != PNG and data[:3] != b"\xff\xd8\xff":
+        return data, b"", b""
+    kept, metadata, exif, text, xmp = [memoryview(data)[: 8 if data[:8] == PNG else 2]], 0, b"", b"", b""
+    for number, (kind, start, body, end) in enumerate(parts(data)):
+        name, content = data[body : body + 32], memoryview(data)[body:end]
+        if kind in JPEG_KEPT or (isinstance(kind, bytes) and kind not in PNG_DROPPED):
+            kept.append(memoryview(data)[start:end])
+        elif (kind, name[:6]) == (0xE1, b"Exif\0\0"):
+            exif += content[6:] if exif else content
+        elif kind == 0xE1 and name.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+            xmp = bytes(content)
+        elif kind == b"eXIf":
+            exif = bytes(content[:-4])
+        elif isinstance(kind, bytes) and name.startswith(b"Raw profile type exif\0"):
+            text = kind + content[:-4]
+        elif isinstance(kind, bytes) and name.startswith(b"XML:com.adobe.xmp\0"):
+            xmp = kind + content[:-4]
+        metadata += kind in PNG_METADATA or any(kind == code and name.startswith(tag) for code, tag in JPEG_METADATA)
+        if number >= MAX_PARTS:
+            raise ImageError("parts", f"is cut into more than {MAX_PARTS} parts; save it again")
+        if metadata > MAX_METADATA:
+            raise ImageError("parts", f"has more than {MAX_METADATA} parts of metadata; save it again without them")
+    if text and not exif:
+        with contextlib.suppress(ValueError):  # hexadecimal, behind a line each of nothing, a name and a length
+            exif = bytes.fromhex(b"".join(png_text(text).split(b"\n", 3)[3:]).decode("ascii"))
+    return b"".join(kept), exif, png_text(xmp) if data[:8] == PNG else xmp
 
 
-def text_size(kind: bytes, body: bytes, most: int) -> int:
-    """Bytes of a PNG text chunk when it is unpacked, at most one above `most`; a damaged one counts as too large."""
-    if not most:
-        return 1
-    _, _, rest = body.partition(b"\0")
-    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] == b"\0"):
-        return len(body)
-    packed = rest[1:] if kind == b"zTXt" else rest[2:].partition(b"\0")[2].partition(b"\0")[2]
+def parts(data: bytes) -> Iterator[tuple[int | bytes, int, int, int]]:
+    """Kind, start, start of the content, and end of every JPEG segment or PNG chunk; the first scan goes to the file's end."""
+    if data[:8] == PNG:
+        kind, end = b"", 8
+        while end < len(data) and kind != b"IEND":
+            start, kind = end, data[end + 4 : end + 8]
+            end += 12 + int.from_bytes(data[start : start + 4], "big")
+            yield kind, start, start + 8, end
+        return
+    marker, end = 0, 2
+    while marker != START_OF_SCAN and (found := MARKER.search(data, end)):
+        marker, body = data[found.start() + 1], found.end() + 2
+        if marker == END_OF_IMAGE:
+            return
+        end = max(body, found.end() + int.from_bytes(data[found.end() : body], "big"))
+        yield marker, found.start(), body, len(data) if marker == START_OF_SCAN else end
+
+
+def png_text(chunk: bytes) -> bytes:
+    """At most MAX_TEXT bytes of the text in a PNG chunk, given from its kind on; empty where it is damaged."""
+    kind, text = chunk[:4], chunk[4:].partition(b"\0")[2]
+    packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
+    if kind == b"iTXt":
+        text = text[2:].split(b"\0", 2)[-1]  # behind a language and a translated keyword
     try:
-        return len(zlib.decompressobj().decompress(packed, most + 1))
+        return zlib.decompressobj().decompress(text[kind == b"zTXt" :], MAX_TEXT) if packed else text[:MAX_TEXT]
     except zlib.error:
-        return most + 1
+        return b""
 
 
 def check_scans(data: bytes, pixels: int) -> None:
@@ -233,22 +248,36 @@ def has_more_scans(data: bytes, most: int) -> bool:
 def upright(image: Image.Image, tagged: Image.Image | None = None) -> Image.Image:
     """The image turned as the EXIF orientation of `tagged` (the image itself where not given) asks.
 
-    The tag alone is read: other tags may be damaged, the pixels are not. Raises ImageError for too many tags.
+    The tag alone is read: other tags may be damaged, the pixels are not. Raises ImageError as `orientation`.
     """
     tagged = tagged or image
-    check_tags(tagged)
+    orientation(tagged.info.get("exif") or b"", b"")  # bounds what Pillow parses of an image that a caller has opened
     turn = UPRIGHT.get(tagged.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
 
-def check_tags(image: Image.Image) -> None:
-    """Refuse, by ImageError, EXIF with so many tags that reading them would take long."""
-    tiff = (image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
+def orientation(exif: bytes, xmp: bytes) -> int:
+    """The orientation that EXIF names, else XMP, else 1; as Pillow reads it, which copies the values of all tags.
+
+    Raises ImageError for too many tags, and where the values overlap: 1,000 tags may share the same megabytes.
+    """
+    tiff = exif.removeprefix(b"Exif\0\0")
     order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
-    start = int.from_bytes(tiff[4:8], order)
-    as_text = len(image.info.get("Raw profile type exif", ""))  # hexadecimal, in the text of a PNG; a tag has 12 bytes
-    if max(int.from_bytes(tiff[start : start + 2], order), as_text // 24) > MAX_TAGS:
+    start, value, total = int.from_bytes(tiff[4:8], order) + 2, None, 0
+    tags = int.from_bytes(tiff[max(start, 10) - 2 : start], order)  # none within the header
+    if tags > MAX_TAGS:
         raise ImageError("parts", f"has more than {MAX_TAGS} EXIF tags; save it again without them")
+    entries = tiff[start : start + 12 * min(tags, max(len(tiff) - start, 0) // 12)]
+    for tag, kind, count, field in struct.iter_unpack("<HHI4s" if order == "little" else ">HHI4s", entries):
+        width = TAG_WIDTHS[kind] if kind < len(TAG_WIDTHS) else 0
+        if 4 < count * width <= len(tiff) - int.from_bytes(field, order):
+            total += count * width
+        if tag == ORIENTATION and kind in (3, 4) and 0 < count * width <= 4:  # short or long; the first of them
+            value = int.from_bytes(field[:width], order)
+    if total > len(tiff):
+        raise ImageError("parts", "has EXIF tags whose values overlap; save it again without them")
+    found = XMP_ORIENTATION.search(xmp) if value is None else None
+    return int(found[1]) if found else value or 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

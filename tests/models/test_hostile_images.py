@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import time
+import tracemalloc
 import zlib
 
 import pytest
 from PIL import Image
 
 from models import preprocess
-from models.preprocess import MAX_METADATA, MAX_PARTS, MAX_SCANS, MAX_TAGS, ImageError, decode
+from models.preprocess import MAX_METADATA, MAX_PARTS, MAX_SCANS, MAX_TAGS, ImageError, decode, opened
 
 
 def saved(image: Image.Image, form: str, **options: object) -> bytes:
@@ -39,6 +41,25 @@ def tags(count: int) -> bytes:
 
 
 TAGS = tags(65_000)
+
+
+def shared_tags(size: int, count: int = 999) -> bytes:
+    """EXIF whose tags all have the same bytes as their values, `size` of them."""
+    entries = b"".join(struct.pack(">HHII", 1000 + tag, 1, size, 14 + 12 * count) for tag in range(count))
+    return b"MM\0*\0\0\0\x08" + struct.pack(">H", count) + entries + bytes(4 + size)
+
+
+def webp_with(exif: bytes) -> bytes:
+    return saved(RED, "WEBP", lossless=True, exif=exif)
+
+
+def as_text(exif: bytes) -> bytes:
+    """EXIF in a PNG's compressed text."""
+    return chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n9\n" + exif.hex().encode()))
+
+
+SHARED = shared_tags(50_000)
+MPF = b"MPF\0MM\0*\0\0\0\x08" + struct.pack(">H", 5400) + struct.pack(">HHII", 1, 4, 1, 4000) * 5400
 
 
 def segment(marker: int, data: bytes) -> bytes:
@@ -95,6 +116,79 @@ def test_file_that_would_stall_a_decoder_is_refused_at_once(data: bytes, kind: s
         decode(data)
     assert caught.value.kind == kind
     assert time.process_time() - started < 0.3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PNG[:33] + chunk(b"eXIf", SHARED) + PNG[33:],
+        PNG[:-12] + chunk(b"eXIf", SHARED) + PNG[-12:],
+        PNG[:33] + as_text(SHARED) + PNG[33:],
+        JPEG[:2] + segment(0xE1, b"Exif\0\0" + SHARED) + JPEG[2:],
+        webp_with(SHARED),
+        webp_with(b"Exif\0\0" + SHARED),
+    ],
+    ids=["png", "png behind pixels", "png text", "jpeg", "webp", "webp with prefix"],
+)
+def test_exif_whose_tags_share_their_values_is_refused_before_they_are_copied(data: bytes) -> None:
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="EXIF tags whose values overlap") as caught:
+        decode(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.kind == "parts"
+    assert peak < 1_000_000, "all values together have 50 MB"
+
+
+@pytest.mark.parametrize("hidden_behind", [b"\xff\xc8\xff\xff", b"\xff\xf0\xff\xff", b"\xff\xd9"])
+def test_exif_that_only_pillow_would_see_is_never_parsed(hidden_behind: bytes) -> None:
+    data = JPEG[:2] + hidden_behind + segment(0xE1, b"Exif\0\0" + SHARED) + bytes(3_518) + JPEG[2:]
+    tracemalloc.start()
+    with contextlib.suppress(ImageError):
+        decode(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        JPEG[:2] + segment(0xE2, MPF) + JPEG[2:],
+        JPEG[:2]
+        + b"".join(segment(0xE1, b"Exif\0\0" + TAGS[at : at + 65_000]) for at in range(0, 455_000, 65_000))
+        + JPEG[20:],  # without JFIF's segment, as Pillow takes the resolution from there first
+        JPEG[:20] + bytes(300_000) + JPEG[20:],
+        PNG[:33] + chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1_048_577), 9)) * MAX_METADATA + PNG[33:],
+    ],
+    ids=["pictures of a second format", "tags in seven segments", "bytes between segments", "texts"],
+)
+def test_metadata_that_is_not_used_costs_no_time(data: bytes) -> None:
+    times = []
+    for _ in range(5):
+        started = time.process_time()
+        with contextlib.suppress(ImageError):
+            decode(data)
+        times.append(time.process_time() - started)
+    assert min(times) < 0.003
+
+
+def test_what_follows_the_end_of_a_png_is_not_counted_as_parts() -> None:
+    assert decode(PNG + bytes(600_000)).size == (16, 16)
+
+
+@pytest.mark.parametrize("data", [JPEG, PNG], ids=["jpeg", "png"])
+def test_pillow_gets_no_metadata_but_the_orientation(data: bytes) -> None:
+    turned, kinds = tags(1), (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+    if data == PNG:
+        data = data[:33] + b"".join(chunk(kind, b"x\0\0\0\0\0") for kind in kinds) + chunk(b"eXIf", turned) + data[33:]
+    else:
+        others = [segment(marker, b"ICC_PROFILE\0\1\1Photoshop 3.0\0") for marker in (*range(0xE1, 0xEE), 0xEF, 0xFE)]
+        data = data[:2] + segment(0xE1, b"Exif\0\0" + turned) + b"".join(others) + segment(0xE2, MPF) + data[2:]
+    with opened(data) as image:
+        image.load()
+        assert not set(image.info) - {"exif", "jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        assert dict(image.getexif()) == {0x112: 6}
 
 
 def test_a_bomb_in_a_colour_profile_is_dropped_unread() -> None:

@@ -1,6 +1,8 @@
 """From encoded bytes to the array that the network takes: every kind of picture, upright, at the right place and size."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -92,6 +94,70 @@ def test_every_exif_orientation_is_turned_upright(kind, orientation):
     assert np.array_equal(pixels(data), expected)
 
 
+def xmp(orientation):
+    return f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+
+
+def with_segments(*contents):
+    data = encode(COLOUR, "JPEG")
+    return data[:2] + b"".join(b"\xff\xe1" + (len(part) + 2).to_bytes(2, "big") + part for part in contents) + data[2:]
+
+
+def exif_of(order, kind, value, others=()):
+    """EXIF with the orientation as a tag of that type (3 short, 4 long), behind other tags (number, type, count, value)."""
+    field = struct.pack(order + ("Hxx" if kind == 3 else "I"), value)
+    entries = b"".join(struct.pack(order + "HHII", *tag) for tag in others) + struct.pack(order + "HHI", 0x112, kind, 1)
+    head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(others) + 1)
+    return b"Exif\0\0" + head + entries + field + bytes(4)
+
+
+def png_with(kind, text):
+    data = encode(COLOUR)
+    return (
+        data[:33] + struct.pack(">I", len(text)) + kind + text + struct.pack(">I", zlib.crc32(kind + text)) + data[33:]
+    )
+
+
+EXIF_TEXT = b"\nexif\n      42\n" + exif_of(">", 3, 8).hex().encode() + b"\n"
+TAGGED = {
+    "short, little endian": with_segments(exif_of("<", 3, 6)),
+    "long, big endian": with_segments(exif_of(">", 4, 5)),
+    "two values": with_segments(exif_of("<", 3, 6).replace(b"\3\0\1\0\0\0", b"\3\0\2\0\0\0")),
+    "behind other tags": with_segments(exif_of("<", 3, 7, [(0x10F, 2, 12, 30), (0x110, 2, 12, 30)])),
+    "in two segments": with_segments(exif_of("<", 3, 8)[:20], b"Exif\0\0" + exif_of("<", 3, 8)[20:]),
+    "exif and xmp": with_segments(exif_of("<", 3, 3), b"http://ns.adobe.com/xap/1.0/\0" + xmp(6)),
+    "exif upright and xmp": with_segments(exif_of("<", 3, 1), b"http://ns.adobe.com/xap/1.0/\0" + xmp(6)),
+    "xmp in jpeg": with_segments(b"http://ns.adobe.com/xap/1.0/\0" + xmp(6)),
+    "xmp in webp": encode(COLOUR, "WEBP", xmp=xmp(8)),
+    "xmp in png": png_with(b"iTXt", b"XML:com.adobe.xmp\0\0\0en\0key\0" + xmp(5)),
+    "xmp in png, packed": png_with(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp(6))),
+    "exif in a png's text": png_with(b"tEXt", b"Raw profile type exif\0" + EXIF_TEXT),
+    "exif in a png's text, packed": png_with(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(EXIF_TEXT)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
+@pytest.mark.parametrize("data", TAGGED.values(), ids=TAGGED)
+def test_orientation_is_read_as_pillow_reads_it(data):
+    image = Image.open(io.BytesIO(data))
+    expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.array_equal(pixels(data), expected)
+    assert np.array_equal(expected, np.asarray(image)) == (data is TAGGED["exif upright and xmp"])
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"II", b"no tags at all", b"II*\0\0\0\0\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\5\1"]
+)
+def test_exif_that_cannot_be_read_costs_the_picture_nothing(exif):
+    assert np.array_equal(pixels(png_with(b"eXIf", exif)), COLOUR)
+    assert np.array_equal(pixels(with_segments(b"Exif\0\0" + exif)), pixels(encode(COLOUR, "JPEG")))
+
+
+def test_several_pictures_in_one_file_give_the_first():
+    data = encode(COLOUR, "MPO", save_all=True, append_images=[Image.fromarray(COLOUR[::-1])])
+    assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data))))
+
+
 def test_an_upright_picture_looks_the_same_however_it_was_stored():
     stored_sideways = np.rot90(COLOUR)  # counter-clockwise; orientation 6 says: turn clockwise to view
     assert np.array_equal(pixels(oriented(np.ascontiguousarray(stored_sideways), 6, "PNG")), COLOUR)
@@ -110,8 +176,6 @@ def test_a_damaged_exif_tag_costs_the_picture_nothing():
     # XResolution declared as text: Pillow reads it, and stumbles when it has to write it back.
     kind = data.index(bytes.fromhex("011a") if data[at : at + 2] == b"MM" else bytes.fromhex("1a01"), at) + 2
     data[kind : kind + 2] = b"\x00\x02" if data[at : at + 2] == b"MM" else b"\x02\x00"
-    import zlib
-
     length = int.from_bytes(data[at - 8 : at - 4], "big")
     data[at + length : at + length + 4] = zlib.crc32(data[at - 4 : at + length]).to_bytes(4, "big")
     assert np.array_equal(pixels(bytes(data)), COLOUR[::-1, ::-1])

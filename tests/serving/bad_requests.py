@@ -106,6 +106,12 @@ def solid_webp(side: int) -> bytes:
     return one[:21] + sizes.to_bytes(4, "little") + one[25:]
 
 
+def shared_exif() -> bytes:
+    """EXIF of 999 tags that all have the same 50 kB as their value, which Pillow would copy for each."""
+    entries = b"".join(struct.pack(">HHII", 1000 + tag, 1, 50_000, 14 + 12 * 999) for tag in range(999))
+    return b"MM\0*\0\0\0\x08" + struct.pack(">H", 999) + entries + bytes(4 + 50_000)
+
+
 @cache
 def hostile_images() -> dict[str, bytes]:
     """Files that no decoder should be made to work on, by fault."""
@@ -138,6 +144,7 @@ def hostile_images() -> dict[str, bytes]:
         "many profiles": png[:33] + chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(1_000_000))) * 500 + png[33:],
         "many compressed texts": png[:33] + chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1_000_000))) * 60 + png[33:],
         "many exif tags": png[:33] + chunk(b"eXIf", b"II*\0\x08\0\0\0\xff\xff" + bytes(786_424)) + png[33:],
+        "exif tags that share their values": png[:33] + chunk(b"eXIf", shared_exif()) + png[33:],
         "many exif segments": jpeg[:2] + (b"\xff\xe1\xf0\x02Exif\0\0" + bytes(61_434)) * 200 + jpeg[2:],
         "many photoshop blocks": jpeg[:2]
         + (b"\xff\xed\xef\xf8Photoshop 3.0\0" + b"8BIM\0\1\0\0\0\0\0\0" * 5118) * 9
