@@ -308,8 +308,8 @@ def test_a_caller_with_many_costly_requests_gets_no_larger_share(port: int) -> N
         turns = StandIn.done["costly"]
         over.set()
     assert [future.result() for future in greedy] == [None] * 20
-    # Every second turn, or 6 turns in all; without a fair share, every 21st, or 63.
-    assert answered == [200] * 3 and turns <= 18
+    # Every second turn, or 6 turns in all, up to 22 on a busy machine; without a fair share, every 21st, or 63.
+    assert answered == [200] * 3 and turns <= 30
 
 
 def test_a_costly_request_that_gets_no_turn_is_refused(port: int) -> None:
