@@ -104,6 +104,8 @@ local function id()
     return ngx.var.connection .. ":" .. ngx.var.connection_requests
 end
 
+local entered = {} -- costly requests of this worker, so that all others cost leave() nothing
+
 -- Wait for a turn to have images of that cost decoded, in the access phase. A message where none came in time, else nil.
 -- One request of an address competes for the slots at a time, so that a caller with many gets no larger share.
 function decoding.enter(pixels)
@@ -111,6 +113,7 @@ function decoding.enter(pixels)
         return nil
     end
     local dict, own, caller = ngx.shared.decoding, id(), "caller " .. ngx.var.binary_remote_addr
+    entered[own] = true
     local arrived, milliseconds, first = ngx.now(), math.ceil(pixels * decoding.NANOSECONDS / 1e6), nil
     repeat
         first = first or dict:add(caller, own, decoding.wait_seconds + 1) and ngx.now()
@@ -129,9 +132,13 @@ function decoding.enter(pixels)
     return "other large images are decoded for more than " .. decoding.wait_seconds .. " s; send smaller ones, or try again later"
 end
 
--- Free what this request holds, when Triton has answered, or in the log phase. Where its client or the gateway gave up first, Triton still decodes, so the
--- slot stays taken for as long as that takes.
+-- Free what this request holds, when Triton has answered, or in the log phase. Where its client or the gateway gave up first,
+-- Triton still decodes, so the slot stays taken for as long as that takes.
 function decoding.leave()
+    if next(entered) == nil or not entered[id()] then
+        return
+    end
+    entered[id()] = nil
     local dict, caller = ngx.shared.decoding, "caller " .. ngx.var.binary_remote_addr
     for slot = 1, decoding.costly_at_once do
         local holder, milliseconds = dict:get("slot " .. slot)
