@@ -68,7 +68,11 @@ def _restarted(owner: int, killed: int) -> bool:
 def report(command: str, moments: list[float], asked: list[tuple[float, float, int]]) -> tuple[str, bool]:
     """A text with the figures, and whether the median recovery reached the goal."""
     failed = [due for due, _, version in asked if version == 0]
-    recoveries = [max([due - kill for due in failed if 0 <= due - kill < LONGEST], default=0.0) for kill in moments]
+    ends = [*moments[1:], moments[-1] + LONGEST]
+    recoveries = [
+        max([due - kill for due in failed if kill <= due < end], default=0.0)
+        for kill, end in zip(moments, ends, strict=True)
+    ]
     median = statistics.median(recoveries)
     lines = [
         f"`{command}`",
