@@ -27,6 +27,8 @@ from serving.gateway import Gateway
 from serving.gateway_process import find_nginx
 from serving.ports import choose_ports
 
+pytestmark = pytest.mark.slow
+
 LUA = Path(__file__).parents[2] / "serving" / "gateway_lua"
 CONFIG = """
 load_module {modules}/ndk_http_module.so;
