@@ -1,4 +1,4 @@
-"""Other work on the cores is told from a benchmark's own, and a ratio that it spoils is not printed."""
+"""Other work on the cores is measured apart from a benchmark's own, and a ratio that it spoils is not printed."""
 
 from __future__ import annotations
 

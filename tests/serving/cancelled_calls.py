@@ -14,7 +14,7 @@ IN_FLIGHT = 8
 
 def cancel_calls(grpc_url: str, seconds: float, seed: int = 0) -> int:
     """Inferences for some seconds, eight at a time, of which every second one is cancelled and the others have a deadline
-    about as long as an answer takes. Ends early where the server has gone; the number of calls.
+    about as long as an answer takes. Stops early when the server has exited. Returns the number of calls.
     """
     draw, calls, end = random.Random(seed), 0, time.monotonic() + seconds
     message = over_grpc(TensorRequest("", "", "classifier", good_inputs("classifier", 1)))
