@@ -6,6 +6,8 @@
 Methods, all with params.student's network, schedule and augmentation:
 - cross-entropy: L_cls without the logit adjustment, judged by its plain logits. balanced softmax: L_cls of Eq. 6 alone.
 - gml: the student of the recipe, with the recipe's teacher.
+- gml without ...: ablations, a term of the loss at weight 0; without both leaves L_cls.
+- balanced softmax, 2.5 times the epochs: L_cls alone at about the cost of the GML student.
 - gml + <switch>: one switch of the plus recipe alone. plus: all of them.
 
 Every finished run is kept under --work and not repeated, so an interrupted comparison goes on. The accuracies are for the
@@ -28,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 import yaml
 
@@ -44,6 +47,12 @@ PLUS = Path("recipes/variants/plus.yaml")
 # Of params.yaml, what the figures of one seed depend on.
 SECTIONS = {"device", "engine", "data", "stream", "image", "prior", "teacher", "student", "evaluate"}
 TARGET_PRIORS = {"cross-entropy": "train"}  # of the others balanced
+ABLATIONS = {
+    "gml without contrast": {"beta": 0.0},
+    "gml without distillation": {"alpha": 0.0},
+    "gml without both": {"alpha": 0.0, "beta": 0.0},
+}
+LONGER = 2.5
 COLUMNS = ("all", "many", "medium", "few")
 
 
@@ -80,9 +89,10 @@ def _value(change: dict[str, Any]) -> str:
 Trainer = Callable[[Params, Path, Path], Path]
 
 
-def classification_alone(params: Params, adjustment: float, output: Path) -> Path:
-    """Train the student's network on L_cls alone."""
+def classification_alone(params: Params, adjustment: float, output: Path, longer: float = 1) -> Path:
+    """Train the student's network on L_cls alone, `longer` times its epochs."""
     section = params.student.model_dump(mode="json", include=set(params.teacher.model_dump()))
+    section["epochs"] = round(longer * section["epochs"])
     teacher.run(merged(params, {"teacher": {**section, "adjustment": adjustment}}), output)
     return output
 
@@ -100,8 +110,12 @@ def methods(plus: Path = PLUS) -> dict[str, Trainer]:
     return {
         "cross-entropy": lambda params, _, output: classification_alone(params, 0.0, output),
         "balanced softmax": lambda params, _, output: classification_alone(params, 1.0, output),
+        f"balanced softmax, {LONGER} times the epochs": lambda params, _, output: classification_alone(
+            params, 1.0, output, LONGER
+        ),
         "teacher": lambda params, taught_by, output: taught_by,  # noqa: ARG005
         "gml": contrast({}),
+        **{name: contrast({"student": change}) for name, change in ABLATIONS.items()},
         **{name: contrast(change) for name, change in switches(plus).items()},
     }
 
@@ -118,7 +132,7 @@ def train_all(
             output = Path(f"runs/{seed}/{name.replace(' ', '-')}")
             kept = output.with_name(f"{output.name}.json")
             if not kept.is_file():
-                needs_teacher = name not in ("cross-entropy", "balanced softmax")
+                needs_teacher = name == "teacher" or "gml" in name or name == "plus"
                 if needs_teacher and not (taught_by / "model.safetensors").is_file():
                     teacher.run(mine, taught_by)
                 print(f"seed {seed}, {name}", flush=True)
@@ -147,27 +161,39 @@ def evaluated(params: Params, folder: Path, target_prior: str) -> dict[str, Any]
 
 
 def table(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
-    """A row a method: mean ± std over the seeds, in percent, and the difference of `all` to gml seed by seed."""
-    lines = [f"| method | {' | '.join(COLUMNS)} | all, against gml | s a run |", "|---|" + "--:|" * (len(COLUMNS) + 2)]
+    """A row a method: mean ± std over the seeds, in percent, and the difference of `all` seed by seed to two methods."""
+    against = [name for name in ("balanced softmax", "gml") if name in found]
+    heads = [*COLUMNS, *(f"all, against {name}" for name in against), "s a run"]
+    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
     for name, runs in found.items():
         cells = [spread([run[column] for run in runs]) for column in COLUMNS]
-        against = ""
-        if name != "gml" and "gml" in found:
-            against = spread([mine["all"] - its["all"] for mine, its in zip(runs, found["gml"], strict=True)], "+")
+        for other in against:
+            pairs = zip(runs, found[other], strict=True)
+            cells.append("" if name == other else difference([mine["all"] - its["all"] for mine, its in pairs]))
         seconds = statistics.median(run["seconds"] for run in runs)
         took = "" if name == "teacher" else f"{seconds:,.0f}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {against} | {took} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {took} |")
     return (
         "\n".join(lines)
-        + f"\n\nSeeds {', '.join(map(str, seeds))}; last epoch; target prior balanced, of cross-entropy train; percent.\n"
+        + f"\n\nSeeds {', '.join(map(str, seeds))}; last epoch; target prior balanced, of cross-entropy train; percent; "
+        "mean ± sample standard deviation; differences seed by seed with their 95 % t interval.\n"
     )
 
 
-def spread(values: list[float | None], sign: str = "") -> str:
+def difference(values: list[float]) -> str:
+    """Mean of the differences of the seeds, in percent, and the 95 % interval of Student's t."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{100 * mean:+.2f}"
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{100 * mean:+.2f} ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
+
+
+def spread(values: list[float | None]) -> str:
     """mean ± sample standard deviation, in percent; n/a of an empty group."""
     if any(value is None for value in values):
         return "n/a"
-    mean = f"{100 * statistics.fmean(values):{sign}.2f}"
+    mean = f"{100 * statistics.fmean(values):.2f}"
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 

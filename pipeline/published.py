@@ -53,7 +53,7 @@ CIFAR_LT = {
 
 def published_choice(origin: str, params: DataParams) -> tuple[int, str] | None:
     """Images and hash of the published CIFAR-LT split that these params ask of a source; None where they ask for none."""
-    if params.profile != "exponential" or params.seed != 0:
+    if params.profile != "exponential" or params.seed != 0 or params.max_per_class:
         return None
     return CIFAR_LT.get((origin, int(params.imbalance_factor))) if params.imbalance_factor % 1 == 0 else None
 

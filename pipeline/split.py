@@ -160,16 +160,20 @@ def without(source: Source, skipped: list[Row]) -> list[Row]:
 def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
     """Rows of each split, from the source's hints and params.data. Rows that the profile drops are in no split.
 
-    Test is held out first (unless the source brings one), then the profile picks what training keeps, then validation
-    is held out (unless the source brings one): validation_per_class images, from those that the profile dropped and,
-    where they do not suffice, at most validation_share of what the class keeps. What the profile picks from a data set
-    of known origin is held against the published choice.
+    Test is held out first (unless the source brings one), then each class is cut to max_per_class images, then the
+    profile picks what training keeps, then validation is held out (unless the source brings one): validation_per_class
+    images, from those that the profile dropped and, where they do not suffice, at most validation_share of what the
+    class keeps. What the profile picks from a data set of known origin is held against the published choice.
     """
     hinted = {split: [row for row in rows if row.split == split] for split in SPLITS}
     pool, test = hinted["train"], hinted["test"]
     generator = np.random.default_rng(params.seed)
     if not test:
         pool, test = _hold_out_test(pool, classes, params.test_per_class, generator)
+    if params.max_per_class:
+        labels = np.array([row.label for row in pool])
+        chosen = choose(labels, [params.max_per_class] * len(classes), params.seed)
+        pool = [pool[i] for i in np.sort(np.concatenate(chosen))]
     labels = np.array([row.label for row in pool])
     available = np.bincount(labels, minlength=len(classes)).tolist()
     try:

@@ -44,7 +44,10 @@ class ListParams(Section):
 
 
 class DataParams(Section):
-    """Where the images come from, how long the tail is made, and what is held out."""
+    """Where the images come from, how long the tail is made, and what is held out.
+
+    max_per_class: training images of a class that are used at most, chosen by `seed` before the profile; null is all.
+    """
 
     source: Literal["digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018"]
     location: str
@@ -55,6 +58,7 @@ class DataParams(Section):
     profile: Literal["natural", "exponential", "pareto", "step"]
     imbalance_factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+    max_per_class: PositiveInt | None = None
     test_per_class: PositiveInt
     validation_per_class: Count
     validation_share: Share

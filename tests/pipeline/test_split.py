@@ -70,6 +70,22 @@ def test_validation_is_balanced_and_taken_first_from_what_the_profile_drops():
     assert {r.sample_id for r in with_validation["train"]} < {r.sample_id for r in kept["train"]}
 
 
+def test_max_per_class_cuts_training_and_validation_before_the_profile_and_leaves_the_test_images():
+    rows = rows_of([50, 40, 12, 6])
+    whole, cut = (assigned(rows, 4, max_per_class=n, validation_per_class=2) for n in (None, 10))
+    assert cut["test"] == whole["test"] and by_class(cut["test"]) == dict.fromkeys(range(4), 2)
+    assert {c: by_class(cut["train"])[c] + by_class(cut["validation"])[c] for c in range(4)} == {
+        0: 10,
+        1: 10,
+        2: 10,
+        3: 4,
+    }
+    tailed = assigned(rows, 4, max_per_class=10, profile="exponential", imbalance_factor=5, validation_per_class=2)
+    # 34 images remain, the head's size is their mean, 8.5; the profile of the whole would begin at 25.
+    assert by_class(tailed["train"]) == {0: 8, 1: 4, 2: 2, 3: 1} and by_class(tailed["validation"])[0] == 2
+    assert assigned(rows, 4, max_per_class=10, seed=1)["train"] != cut["train"]
+
+
 def test_a_small_class_gives_at_most_its_share_to_validation():
     found = assigned(rows_of([102, 12, 4, 3]), 4, validation_per_class=10, validation_share=0.2)
     assert by_class(found["validation"]) == {0: 10, 1: 2}
