@@ -75,8 +75,10 @@ def end_with_dvc(name: str) -> None:
 def _end_after(owner: int, name: str) -> None:
     """Wait until the process `owner` has exited, then end this one."""
     started = _status_fields(owner)[19]
-    # Process 1 is DVC in a container of its own; otherwise it adopted the stage, as DVC exited before this call.
-    if owner != 1 or b"dvc" in _read_process(owner, "cmdline"):
+    # A process of DVC that exited before this call, during the imports, left the stage to process 1 or the user's systemd.
+    # In a container process 1 may be DVC itself.
+    command = _read_process(owner, "cmdline")
+    if not ((owner == 1 and b"dvc" not in command) or command.endswith(b"systemd\0--user\0")):
         while (fields := _status_fields(owner))[0] not in "ZX" and fields[19] == started:
             time.sleep(POLL)
     with contextlib.suppress(OSError):  # the terminal or the pipe may be closed
