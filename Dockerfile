@@ -16,10 +16,11 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/tailor
 WORKDIR /build
-COPY constraints.txt pyproject.toml README.md ./
+COPY constraints.txt pyproject.toml setup.py README.md ./
 COPY models models
 COPY pipeline pipeline
 COPY serving serving
+COPY tailor tailor
 RUN /opt/tailor/bin/pip install -c constraints.txt setuptools \
     && /opt/tailor/bin/pip install --no-build-isolation -c constraints.txt ".[pipeline,export,cpu]"
 

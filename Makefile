@@ -28,7 +28,7 @@ help: ## what can be made
 .PHONY: install
 install: $(VENV)/installed ## set up .venv from the exact versions of constraints.txt
 
-$(VENV)/installed: constraints.txt pyproject.toml
+$(VENV)/installed: constraints.txt pyproject.toml setup.py
 	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or 3.12 found; install one or pass PYTHON=/path/to/python3.12" >&2; exit 2; fi
 	@[ -x $(VENV)/bin/python ] || "$(PYTHON)" -m venv $(VENV) || \
 		{ echo "make: $(PYTHON) cannot make a virtual environment; install its venv package (python3-venv)" >&2; exit 2; }

@@ -22,7 +22,7 @@ import pipeline
 from pipeline.artifacts import TEACHER
 from pipeline.errors import ParamsError, StageError
 from pipeline.params import PARAMS_FILE, load_params
-from pipeline.stage import explain
+from pipeline.stage import end_with_dvc, explain
 from serving.terminal import print
 
 STAGES = ("teacher", "student")
@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"stage is {stage!r}; expected one of {', '.join(STAGES)}")
     if options.workers < 1 or options.cpus < 1 or options.restarts < 0:
         parser.error("expected --workers and --cpus of at least 1 and --restarts of at least 0")
+    end_with_dvc(stage)
     try:
         load_params(options.params)  # a mistake is told before a cluster is asked for anything
         print(f"{stage}: {run(stage, options)}")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +19,9 @@ from PIL import Image
 from pipeline.errors import StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
 from serving.terminal import print
+
+DVC_STAGE = "DVC_STAGE"  # the variable in which DVC names the stage to the command that it starts
+POLL = 1.0  # seconds
 
 
 def stage_main(run: Callable[[Params], Any], description: str, arguments: list[str] | None = None) -> int:
@@ -34,6 +41,7 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
     # Pillow warns of oddities in an image that is then used, or refused in one line of our own.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    end_with_dvc(name)
     try:
         result = run(load_params(options.params))
     except KeyboardInterrupt:
@@ -47,6 +55,53 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes by here, one speaks
         print(f"{name}: {result}")
     return 0
+
+
+def end_with_dvc(name: str) -> None:
+    """End this process when the DVC process that runs it as a stage has exited; without DVC or /proc nothing happens.
+
+    DVC passes no SIGTERM on and cannot pass on SIGKILL. The stage would train beside the next `dvc repro`.
+    """
+    stage = f"{DVC_STAGE}={os.environ.get(DVC_STAGE)}".encode()
+    if DVC_STAGE not in os.environ or not Path("/proc/self/environ").exists():
+        return
+    # Between DVC and this process may be a shell and torchrun, which have the variable too and may outlive DVC.
+    owner = os.getppid()
+    while owner > 1 and stage in _read_process(owner, "environ").split(b"\0"):
+        owner = int(_status_fields(owner)[1])
+    threading.Thread(target=_end_after, args=(owner, name), daemon=True).start()
+
+
+def _end_after(owner: int, name: str) -> None:
+    """Wait until the process `owner` has exited, then end this one."""
+    started = _status_fields(owner)[19]
+    # A process of DVC that exited before this call, during the imports, left the stage to process 1 or the user's systemd.
+    # In a container process 1 may be DVC itself.
+    command = _read_process(owner, "cmdline")
+    if not ((owner == 1 and b"dvc" not in command) or command.endswith(b"systemd\0--user\0")):
+        while (fields := _status_fields(owner))[0] not in "ZX" and fields[19] == started:
+            time.sleep(POLL)
+    with contextlib.suppress(OSError):  # the terminal or the pipe may be closed
+        print(
+            f"{name}: ends, because dvc (process {owner}) has exited; `dvc repro` resumes it",
+            file=sys.stderr,
+            flush=True,
+        )
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _status_fields(process: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name: state, parent, ...; state X where there is no such process."""
+    # The name in brackets may hold anything.
+    text = _read_process(process, "stat").decode(errors="replace").rpartition(")")[2]
+    return text.split() or ["X", "0", *["0"] * 18]
+
+
+def _read_process(process: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{process}/{name}").read_bytes()
+    except OSError:
+        return b""
 
 
 def explain(error: Exception) -> str:

@@ -26,8 +26,9 @@ CIPHERS = ":".join(
     for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
     for key in ("ECDSA", "RSA")
 )
-# What nginx reads as one word and Triton never sees; a quote or a semicolon would end the directive.
-PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+@-]+")
+# What a path may not hold, although it stands in quotes: nginx reads them (Lua the semicolon and the question mark).
+READ_BY_NGINX = re.compile(r"""["'$\\;?{}#]""")
+EXPECTED = "expected an absolute path without quotes, $ \\ ; ? { } # and control characters"
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[int, Field(ge=1, le=3600)]
 Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?:[0-9]{1,5}$")]
@@ -82,10 +83,8 @@ class Gateway(BaseModel):
         if path is None:
             return None
         absolute = Path.cwd() / path
-        if not PLAIN_PATH.fullmatch(str(absolute)):
-            raise ValueError(
-                f"{absolute} has a character that nginx would read; expected letters, digits and . _ + @ - /"
-            )
+        if _nginx_reads(absolute):
+            raise ValueError(f"{absolute} has a character that nginx would read; {EXPECTED}")
         return absolute
 
     @model_validator(mode="after")
@@ -163,8 +162,8 @@ class Gateway(BaseModel):
         given.
         """
         for path in (folder, runtime or folder):
-            if not PLAIN_PATH.fullmatch(str(path)):
-                raise InputError(f"{path}: has a character that nginx would read; give a plain absolute path")
+            if _nginx_reads(path):
+                raise InputError(f"{path}: has a character that nginx would read; {EXPECTED}")
         environment = Environment(
             loader=PackageLoader("serving", "."),
             undefined=StrictUndefined,
@@ -194,3 +193,9 @@ def read_gateway(**values: object) -> Gateway:
         where = ".".join(map(str, first["loc"]))
         reason = str(first["msg"]).removeprefix("Value error, ")
         raise InputError(f"{where} is {first['input']!s}: {reason}" if where else reason) from None
+
+
+def _nginx_reads(path: Path) -> bool:
+    """Whether nginx would take a part of the path, in quotes, for something else."""
+    text = str(path)
+    return not text.isprintable() or not path.is_absolute() or READ_BY_NGINX.search(text) is not None

@@ -12,7 +12,7 @@ import yaml
 from setuptools import Distribution, find_packages
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("models", "pipeline", "serving")
+ROOMS = ("models", "pipeline", "serving", "tailor")
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 
 # What a stage imports and whose change cannot change its result: how values are checked, files written and errors worded,
@@ -131,7 +131,7 @@ def test_whoever_installs_tailor_gets_the_types_and_every_file_that_the_code_rea
     build = distribution.get_command_obj("build_py")
     build.ensure_finalized()
     installed = {f"{package.replace('.', '/')}/{name}" for package, _, _, names in build.data_files for name in names}
-    assert {"models/py.typed", "serving/py.typed"} <= installed
+    assert {"models/py.typed", "serving/py.typed", "tailor/py.typed"} <= installed
     beside = {
         path.relative_to(ROOT).as_posix()
         for room in ROOMS

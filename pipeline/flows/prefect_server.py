@@ -29,6 +29,10 @@ NOTE = "tailor-server.json"
 LOG = "server.log"
 HOST = "127.0.0.1"
 API_URL = "PREFECT_API_URL"
+UI_URL = "PREFECT_UI_URL"  # the beginning of the links that Prefect logs; empty for no links
+UI_API_URL = (
+    "PREFECT_UI_API_URL"  # where the pages send their requests; Prefect's default is port 4200, whatever --port is
+)
 START_WITHIN = 300.0  # seconds; the first start makes the database
 ASK_WITHIN = 10.0  # seconds that a server which PREFECT_API_URL names gets to answer
 POLL = 0.1  # seconds
@@ -59,17 +63,22 @@ def settle_environment(home: Path = HOME) -> None:
 
 
 @contextlib.contextmanager
-def talking_to(api_url: str) -> Iterator[None]:
-    """Have Prefect talk to the server at `api_url` for a while, in this process and in those that it starts."""
-    before = os.environ.get(API_URL)
-    os.environ[API_URL] = api_url
+def talking_to(api_url: str, links: bool = True) -> Iterator[None]:
+    """Have Prefect talk to the server at `api_url` for a while, in this process and in those that it starts.
+
+    links: whether Prefect logs links to the server's pages.
+    """
+    before = {name: os.environ.get(name) for name in (API_URL, UI_URL)}
+    os.environ.update({API_URL: api_url} if links else {API_URL: api_url, UI_URL: ""})
     _read_settings_again()
     try:
         yield
     finally:
-        os.environ.pop(API_URL)
-        if before is not None:
-            os.environ[API_URL] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         _read_settings_again()
 
 
@@ -82,9 +91,10 @@ def some_server(home: Path = HOME) -> Iterator[str]:
     settle_environment(home)
     url = given_server() or running_server(home)
     with contextlib.ExitStack() as stack:
-        if url is None:
+        temporary = url is None
+        if temporary:
             url = stack.enter_context(PrefectServer(home, scheduling=False)).api_url
-        stack.enter_context(talking_to(url))
+        stack.enter_context(talking_to(url, links=not temporary))  # a temporary server has no pages
         yield url
 
 
@@ -156,6 +166,11 @@ class PrefectServer:
         return f"http://{HOST}:{self.port}"
 
     @property
+    def _pages(self) -> dict[str, str]:
+        """Settings of the pages, where the user has set no others. The second version of the pages calls amplitude.com."""
+        return {UI_API_URL: self.api_url, "PREFECT_SERVER_UI_V2_ENABLED": "false"}
+
+    @property
     def process_id(self) -> int | None:
         """Of the server's leash, which leads its session; None when it does not run."""
         return self._process.pid if self._process else None
@@ -185,7 +200,8 @@ class PrefectServer:
             "DO_NOT_TRACK": "1",
         }
         with (self.home / LOG).open("a", encoding="utf-8") as log:
-            self._process = start_on_leash(command, {**_without_api(os.environ), **settings}, log)
+            environment = {**self._pages, **_without_api(os.environ), **settings}
+            self._process = start_on_leash(command, environment, log)
         try:
             self._await()
         except BaseException:

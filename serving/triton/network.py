@@ -85,4 +85,5 @@ def session_of(path, provider, threads):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
-    return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    # The Python inside a stub takes paths for ASCII, whatever the locale is; ONNX Runtime encodes them as UTF-8.
+    return onnxruntime.InferenceSession(os.fsencode(path).decode(), options, providers=[provider])

@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 CODE = (
     "models",
+    "tailor",
     "pipeline",
     "serving",
     "recipes",

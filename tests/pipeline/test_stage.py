@@ -1,11 +1,15 @@
 """A stage's command line: one line and an exit code for what a user can act on, the traceback on request."""
 
 import errno
+import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from making import ROOT, content, folder, write
@@ -93,6 +97,37 @@ def test_a_100_megapixel_image_leaves_one_line_and_nothing_else(tmp_path):
         "replace the image or remove it\n"
     )
     assert not (tmp_path / "data/split").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+@pytest.mark.parametrize("stage", ["teacher", None], ids=["under dvc", "by hand"])
+def test_a_stage_whose_dvc_exited_during_its_imports_ends_and_one_started_by_hand_continues(tmp_path, stage):
+    code = """
+import os, sys, time
+from pipeline.stage import end_with_dvc
+parent = os.getppid()
+print(os.getpid(), flush=True)
+while os.getppid() == parent:
+    time.sleep(0.05)
+end_with_dvc("teacher")
+time.sleep(8)
+print("continued", flush=True)
+"""
+    (tmp_path / "stage.py").write_text(code)
+    # The shell has no variable of DVC's, and exits when the stage has printed its id.
+    variable = f"DVC_STAGE={stage}" if stage else ""
+    shell = f"{variable} {sys.executable} stage.py >out 2>&1 & until [ -s out ]; do sleep 0.1; done"
+    environment = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"} | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=environment, check=True, timeout=60)
+    process = int((tmp_path / "out").read_text().split()[0])
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    printed = (tmp_path / "out").read_text()
+    assert ("has exited; `dvc repro` resumes it" in printed) == bool(stage)
+    assert ("continued" in printed) == (stage is None)
 
 
 @pytest.mark.parametrize("name", ["split", "prior"])

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from watched import OBSERVABILITY, expressions
 
+from tests.requirements import installed_with
+
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = {canonicalize_name(found.metadata["Name"]) for found in metadata.distributions()}
 DEPLOY = ROOT / "serving" / "deploy"
 
 
@@ -122,19 +122,6 @@ def test_dockerfile_parses_as_docker_reads_it_and_copies_only_what_is_there() ->
     users = [command.value[0] for command in commands if command.cmd == "USER"]
     assert len(users) == 3
     assert all(re.fullmatch(r"[1-9]\d*(:\d+)?", user) for user in users)
-
-
-def installed_with(requirements: list[str]) -> set[str]:
-    """Names of the distributions that requirements bring, as the metadata of what is installed here says."""
-    found, waiting = set(), [Requirement(text) for text in requirements]
-    while waiting:
-        wanted = waiting.pop()
-        extras = {"", *wanted.extras}
-        for name, extra in {(canonicalize_name(wanted.name), extra) for extra in extras} - found:
-            found.add((name, extra))
-            needs = map(Requirement, metadata.requires(name) or []) if name in DISTRIBUTIONS else ()
-            waiting += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
-    return {name for name, _ in found}
 
 
 @pytest.mark.slow

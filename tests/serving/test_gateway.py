@@ -86,6 +86,7 @@ def grpc_failure(call: Any, *arguments: Any, **options: Any) -> tuple[str, str]:
         ({"certificate": "/a.crt"}, "certificate and key come together"),
         ({"certificate": "/a.crt;}", "key": "/a.key"}, "has a character that nginx would read"),
         ({"access_log": '/tmp/"log'}, "has a character that nginx would read"),
+        ({"access_log": "/tmp/$host"}, "has a character that nginx would read"),
         ({"upstream_http": "127.0.0.1:8000; include /etc/passwd"}, "upstream_http is 127.0.0.1:8000; include"),
         ({"upstream_grpc": "127.0.0.1"}, "upstream_grpc is 127.0.0.1"),
         ({"body_bytes": "many"}, "body_bytes is many"),
@@ -101,14 +102,18 @@ def test_unusable_value_is_named_in_one_line(values: dict[str, object], message:
     assert "\n" not in str(caught.value)
 
 
-def test_folder_that_nginx_would_read_is_refused() -> None:
+@pytest.mark.parametrize("folder", ["/tmp/folder;", "/tmp/$host", '/tmp/a"b', "/tmp/a\nb", "/tmp/a\\", "relative"])
+def test_folder_that_nginx_would_read_is_refused(folder: str) -> None:
     with pytest.raises(InputError, match="has a character that nginx would read"):
-        Gateway().render(Path("/tmp/a folder;"))
+        Gateway().render(Path(folder))
 
 
+@pytest.mark.parametrize("name", ["plain", "ü – 図 b", "nfd-u\u0308"], ids=["plain", "not ASCII, blanks", "NFD"])
 @pytest.mark.parametrize("full", [False, True], ids=["defaults", "everything"])
-def test_nginx_accepts_the_configuration_as_it_is_written(tmp_path: Path, full: bool) -> None:
+def test_nginx_accepts_the_configuration_as_it_is_written(tmp_path: Path, full: bool, name: str) -> None:
     require_nginx()
+    tmp_path = tmp_path / name
+    tmp_path.mkdir()
     values: dict[str, object] = {"http_port": 28080, "grpc_port": 28081}
     if full:
         certificate, key = make_certificate(tmp_path)

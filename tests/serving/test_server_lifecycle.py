@@ -23,6 +23,7 @@ from serving.manifest import MANIFEST_NAME, STUDENT_NAME, ManifestError, sha256_
 from serving.model_config import RepositoryError
 from serving.repository import write_repository
 from serving.server import TritonServer
+from serving.triton import logit_log
 from serving.version_policy import serve_versions
 
 
@@ -39,6 +40,23 @@ def test_log_is_forwarded_to_standard_error(repository: Path) -> None:
         _, errors = process.communicate(timeout=30)
     assert "Started HTTPService" in errors
     assert process.returncode == 0
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", ["ü – 図 b", "nfd-u\u0308"], ids=["not ASCII, blanks", "NFD"])
+def test_a_repository_and_a_log_of_logits_are_served_at_a_path_that_is_not_ascii(
+    release: Release, tmp_path: Path, name: str
+) -> None:
+    root = write_repository(release.export_dir, tmp_path / name / "repository")
+    log = {logit_log.FOLDER_VARIABLE: str(tmp_path / name / "logits"), logit_log.SHARE_VARIABLE: "1"}
+    with (
+        TritonServer(root, http_port=0, grpc_port=0, metrics_port=0, environment=log) as server,
+        Client(server.http_url) as client,
+    ):
+        answer = client.predict([picture(3)], "balanced")[0]
+    expected = release.probabilities([picture(3)], 0.0)[0]
+    assert answer.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
+    assert list((tmp_path / name / "logits").glob("*.parquet"))
 
 
 @pytest.mark.end_to_end

@@ -1,0 +1,111 @@
+"""Tailor in another program's environment: `tailor[client]` brings no PyTorch, and the program may have its own `models`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from tests.documented import ROOT, blocks
+from tests.requirements import installed_with
+
+# What only training needs; each is in the closure of `tailor[train]`.
+TRAINING = {"torch", "torchvision", "pyarrow", "pyyaml", "safetensors", "fsspec"}
+
+# Reaches no server: what is under test is that the import and the types hold.
+CLIENT = """
+import sys
+from tailor.client import Client, InputError, Prediction, ServingError
+
+def answers(prior: str) -> list[Prediction]:
+    with Client("http://127.0.0.1:9", timeout=1.0) as client:
+        return client.predict([b"not sent"], prior=prior, check=False)
+
+try:
+    answers("no prior")
+except InputError as error:
+    assert isinstance(error, ServingError)
+    print(error)
+print({"models", "serving", "pipeline", "torch"} & {name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def test_the_client_brings_no_package_of_training_and_the_extra_train_brings_them_all() -> None:
+    for extra in ("client", "serve"):
+        assert {"torch", "torchvision"}.isdisjoint(installed_with([f"tailor[{extra}]"]))
+    assert TRAINING.isdisjoint(installed_with(["tailor[client]"]))
+    assert {"numpy", "tritonclient", "typer"} <= installed_with(["tailor"])
+    for extra in ("train", "pipeline", "export", "ray"):
+        assert installed_with([f"tailor[{extra}]"]) >= TRAINING
+
+
+@pytest.mark.parametrize("module", ["serving.client", "tailor.client"])
+def test_the_client_imports_neither_torch_nor_the_pipeline(module: str, tmp_path: Path) -> None:
+    tops = "{name.partition('.')[0] for name in sys.modules}"
+    code = f"import sys, {module}; print({{'torch', 'pipeline', 'pyarrow'}} & {tops})"
+    assert run_in(tmp_path, code, ROOT) == "set()"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The content of a wheel of this checkout, as it lies in site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("models", "pipeline", "serving", "tailor"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, folder / "source")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "--no-deps", "--no-build-isolation", "-w", folder, folder / "source"], check=True, timeout=300
+    )
+    [wheel] = folder.glob("*.whl")
+    ZipFile(wheel).extractall(folder / "site-packages")
+    return folder / "site-packages"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """The folder of a program whose own modules have the names of Tailor's."""
+    for name in ("models", "pipeline", "serving"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('Tailor imported the {name}.py of the program')")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_client_runs_beside_modules_of_the_same_names_and_type_checkers_resolve_it(
+    installed: Path, program: Path
+) -> None:
+    said, foreign = run_in(program, CLIENT, installed).splitlines()
+    assert said.startswith("prior")
+    assert foreign == "set()"
+    (program / "use.py").write_text(CLIENT + "answers(1)\nreveal_type(answers('train')[0].probabilities)\n")
+    mypy = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", "--cache-dir", program / "cache"]
+    ended = subprocess.run(
+        [*mypy, "--strict", "use.py"], cwd=program, env={**os.environ, "MYPYPATH": str(installed)}, capture_output=True,
+        text=True, check=False, timeout=300,
+    )  # fmt: skip
+    [wrong, revealed, _] = ended.stdout.splitlines()
+    assert 'incompatible type "int"' in wrong
+    assert "tuple[float, ...]" in revealed
+
+
+@pytest.mark.slow
+def test_the_example_of_the_losses_runs_beside_modules_of_the_same_names(installed: Path, program: Path) -> None:
+    (example,) = blocks(ROOT / "docs/losses.md", "python")
+    assert run_in(program, example, installed) == ""
+
+
+def run_in(folder: Path, code: str, installed: Path) -> str:
+    """What a script of `folder` prints, with `installed` in the place of site-packages."""
+    (folder / "script.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
