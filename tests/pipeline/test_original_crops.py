@@ -123,9 +123,10 @@ def test_a_view_is_torchvisions_crop_of_the_decoded_file_at_the_box_that_was_dra
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("width", "height"), [(1600, 1200), (2400, 3200)])
 def test_a_larger_photograph_is_reduced_to_what_the_smallest_box_needs_and_keeps_its_gradients(width, height, form):
-    picture = photograph(width, height)
-    most = enough_pixels(IMAGE, CROPS.crop_scale)
-    small = original(encode(picture, form, quality=92), most)
+    colours = {"subsampling": 0} if form == "JPEG" else {}  # else a JPEG decoded at half size is sharper in blue than the whole one
+    data = encode(photograph(width, height), form, **colours)
+    picture, most = Image.open(io.BytesIO(data)), enough_pixels(IMAGE, CROPS.crop_scale)
+    small = original(data, most)
     assert 0.99 * most < small.shape[1] * small.shape[2] <= most
     boxes = boxes_of(drawn(60).tables[0][0][:, :CHANCES], torch.tensor(height), torch.tensor(width), [0.08, 1.0])
     scale, views, expected = small.shape[1] / height, [], []
@@ -156,8 +157,8 @@ def test_the_mode_says_how_many_originals_stay_in_memory_and_not_what_views_show
     monkeypatch.setattr("pipeline.dataset.free_bytes", lambda: 5 * one)  # a half of it is room for two
     found = {mode: images_of(tmp_path, mode=mode) for mode in ("on", "off", "auto")}
     expected = found["on"].pixels(places, draws)
+    assert all(torch.equal(images.pixels(places, draws), expected) for images in found.values())
     for path in (tmp_path / "source").glob("*/*"):
-        assert all(torch.equal(images.pixels(places, draws), expected) for images in found.values())
         path.unlink()
     with pytest.raises(DataError):
         found["on"].pixels(places[:1], draws.rows(0, 1))
