@@ -83,9 +83,7 @@ def cut(pixels: Tensor, box: list[int] | None, image: ImageParams, *, exactly: b
     part = pixels[:, top : top + height, left : left + width]
     if exactly:
         size = (image.size, image.size)
-        part = _from_pillow(
-            Image.fromarray(part.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BILINEAR)
-        )
+        part = _from_pillow(Image.fromarray(part.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BILINEAR))
     else:
         part = _resized(part, image.size, image.size)
     return part.flip(2) if flipped else part

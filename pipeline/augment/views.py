@@ -82,9 +82,7 @@ def cuts_originals(views: int, params: AugmentParams) -> bool:
     return any(plan_of(policy, params).resized for policy, _ in _runs(views, params))
 
 
-def cut_boxes(
-    draws: Draws, height: Tensor, width: Tensor, params: AugmentParams
-) -> list[tuple[list[int] | None, ...]]:
+def cut_boxes(draws: Draws, height: Tensor, width: Tensor, params: AugmentParams) -> list[tuple[list[int] | None, ...]]:
     """For each of B images of height x width, int64 [B]: the box of each view (top, left, height, width, flipped).
 
     None for a view that is cut with `apply_views`, by padding.

@@ -123,7 +123,9 @@ def test_a_view_is_torchvisions_crop_of_the_decoded_file_at_the_box_that_was_dra
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("width", "height"), [(1600, 1200), (2400, 3200)])
 def test_a_larger_photograph_is_reduced_to_what_the_smallest_box_needs_and_keeps_its_gradients(width, height, form):
-    colours = {"subsampling": 0} if form == "JPEG" else {}  # else a JPEG decoded at half size is sharper in blue than the whole one
+    colours = (
+        {"subsampling": 0} if form == "JPEG" else {}
+    )  # else a JPEG decoded at half size is sharper in blue than the whole one
     data = encode(photograph(width, height), form, **colours)
     picture, most = Image.open(io.BytesIO(data)), enough_pixels(IMAGE, CROPS.crop_scale)
     small = original(data, most)
