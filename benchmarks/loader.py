@@ -2,8 +2,8 @@
 
 Both read the same JPEGs of photograph size from the disk, on the same cores, and end with the same kind of batch: float32
 [B,3,224,224], randomly cropped and resized, flipped, normalised. The DataLoader does so in worker processes with Pillow
-(ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize). The stream decodes, and cuts and resizes a box of the
-original in threads; the rest of the view is made in batches on the device, which here is the same cores. Each side works in a
+(ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize). The stream decodes, cuts a box of the original and
+resizes it in threads; the rest of the view is made in batches on the device, which here is the same cores. Each side works in a
 process of its own, in turns, round by round; a ratio is the median over rounds, beside the smallest and the largest.
 
 Limits, in as many threads, of bytes that lie in memory: libjpeg-turbo alone, and what the stream does with each image (decode,

@@ -190,7 +190,7 @@ class ImageStream:
                 out[slot, view] = cut(pixels, box, self._image, exactly=self._kind == "exact")
 
     def decode_on_gpu(self, pixels: Tensor, left: list[Left], draws: Draws | None = None) -> Tensor:
-        """A batch on the device, its pixels those of the CPU but for images that are `left` to nvJPEG; shapes as of `decode`."""
+        """A batch on the device, its pixels those of the CPU but for images that are `left` to nvJPEG; as `decode`."""
         pixels = pixels.to(self._device, non_blocking=True)
         if not left:
             return pixels

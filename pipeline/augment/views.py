@@ -21,9 +21,9 @@ class Draws:
     """The random numbers of a batch's views: a table float64 [views,B,columns] for each run of views with one policy.
 
     Columns are, in this order: the crop (top, left; of a resized crop CHANCES, as the box depends on the image's size), the
-    flip, for each slot its operation, argument and, where it may move pixels, matrix (six) and, with params.bicubic, whether it is bicubic, the
-    hole's row and column. float64 holds
-    the integers among them exactly. A table is all that a step needs: copy into it to replay a captured step.
+    flip, for each slot its operation, argument and, where it may move pixels, matrix (six) and, with params.bicubic, whether
+    it is bicubic, the hole's row and column. float64 holds the integers among them exactly. A table is all that a step
+    needs: copy into it to replay a captured step.
     """
 
     tables: tuple[Tensor, ...]
@@ -66,7 +66,7 @@ def draw_views(
 def apply_views(images: Tensor, draws: Draws, params: AugmentParams) -> Tensor:
     """uint8 [B,3,H,W] → uint8 [views,B,3,H,W] by draws on the same device: crop and flip, policy, Cutout, in that order.
 
-    Of images uint8 [B,views,3,H,W] each view has its own pixels: a resized crop is then cut and flipped already, by `cut_boxes`.
+    Of images uint8 [B,views,3,H,W] each view has its own pixels; resized crops are then cut and flipped already: `cut_boxes`.
     """
     parts, first = [], 0
     with _one_thread(images.device):

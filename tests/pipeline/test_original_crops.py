@@ -41,7 +41,7 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def measures(views: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Of views uint8 [N,3,S,S]: share of the image's area, output pixels per source pixel both ways, and energy of gradients."""
+    """Of views uint8 [N,3,S,S]: share of the image's area, output pixels per source pixel both ways, gradient energy."""
     values, size = views.double(), views.shape[-1]
     middle = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
 
@@ -123,9 +123,8 @@ def test_a_view_is_torchvisions_crop_of_the_decoded_file_at_the_box_that_was_dra
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("width", "height"), [(1600, 1200), (2400, 3200)])
 def test_a_larger_photograph_is_reduced_to_what_the_smallest_box_needs_and_keeps_its_gradients(width, height, form):
-    colours = (
-        {"subsampling": 0} if form == "JPEG" else {}
-    )  # else a JPEG decoded at half size is sharper in blue than the whole one
+    # With subsampled colours a JPEG is sharper in blue when it is decoded at half size.
+    colours = {"subsampling": 0} if form == "JPEG" else {}
     data = encode(photograph(width, height), form, **colours)
     picture, most = Image.open(io.BytesIO(data)), enough_pixels(IMAGE, CROPS.crop_scale)
     small = original(data, most)
