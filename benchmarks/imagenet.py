@@ -27,7 +27,7 @@ import yaml
 import pipeline.prior
 import pipeline.split
 from benchmarks.machine import hardware, versions
-from pipeline.dataset import load_images
+from pipeline.dataset import load_images, training_images
 from pipeline.memory import GIB, account, new_objective
 from pipeline.params import PARAMS_FILE, Params, parse_params
 from pipeline.prior import Prior
@@ -156,7 +156,7 @@ def main(given: list[str] | None = None) -> None:
         params = params_of(arguments, {}, folder)
         split = pipeline.split.run(params)
         prior = pipeline.prior.run(params)
-        images = load_images(params, "train")
+        images, _, _ = training_images(params, device, augment=params.student.augment, views=3)
         for name, row in rows_on(arguments.device).items():
             print(f"{name} ...", file=sys.stderr, flush=True)
             found[name] = measured(params_of(arguments, row, folder), prior, images, device)

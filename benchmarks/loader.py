@@ -2,12 +2,12 @@
 
 Both read the same JPEGs of photograph size from the disk, on the same cores, and end with the same kind of batch: float32
 [B,3,224,224], randomly cropped and resized, flipped, normalised. The DataLoader does so in worker processes with Pillow
-(ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize). The stream decodes, resizes to 256 and cuts 224 in
-threads; the views are then made in batches on the device, which here is the same cores. Each side works in a process of its
-own, in turns, round by round; a ratio is the median over rounds, beside the smallest and the largest.
+(ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize). The stream decodes, cuts a box of the original and
+resizes it in threads; the rest of the view is made in batches on the device, which here is the same cores. Each side works in a
+process of its own, in turns, round by round; a ratio is the median over rounds, beside the smallest and the largest.
 
 Limits, in as many threads, of bytes that lie in memory: libjpeg-turbo alone, and what the stream does with each image (decode,
-resize, crop). The JPEGs are made on the fly: mosaics of pictures of the pack, or of made ones.
+cut, resize). The JPEGs are made on the fly: mosaics of pictures of the pack, or of made ones.
 
   python -m benchmarks.loader --data FOLDER --output benchmarks/results/loader-cpu.md
   python -m benchmarks.loader --data FOLDER --device cuda --output benchmarks/results/loader-cuda.md
@@ -38,12 +38,13 @@ from benchmarks.photographs import CLASSES, PACK, photographs
 from benchmarks.turns import Cost, Turn, Work, in_turns
 from models.classification_objective import TeacherObjective
 from models.cosine_classifier import ImageClassifier
-from pipeline.augment import random_views
+from pipeline.augment import Draws, apply_views, draw_views
+from pipeline.augment.crops import boxes_of, draw_chances
 from pipeline.dataset import Normalisation
 from pipeline.host_memory import keep_freed_memory
 from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
 from pipeline.stream import ImageStream
-from pipeline.stream_decoding import fast
+from pipeline.stream_decoding import cut, enough_pixels, original
 from pipeline.training import Training
 from serving.atomic import write_file
 
@@ -51,8 +52,8 @@ RATIO_GOAL, LIMIT_GOAL, WAIT_GOAL = 1.5, 0.9, 0.05
 NAMES = {
     "dataloader": "torchvision DataLoader, Pillow",
     "loader": "stream, views made on the CPU",
-    "pixels": "stream, pixels alone (views are the device's work)",
-    "decode": "limit: decode, resize, crop alone",
+    "pixels": "stream, crops alone (the rest of a view is the device's work)",
+    "decode": "limit: decode, cut, resize alone",
     "libjpeg": "limit: libjpeg-turbo alone",
 }
 
@@ -100,23 +101,26 @@ def dataloader_side(given: Given) -> dict[str, Work]:
     return {"epoch": every_round(lambda: [None for _ in loader] and None)}
 
 
-def batches_of(given: Given) -> Iterator[torch.Tensor]:
-    """An epoch of the stream: uint8 [B,3,224,224]."""
-    stream = ImageStream(given.params, "train", torch.device("cpu"), given.root)
-    order = stream.order(torch.Generator().manual_seed(0))
-    with stream.feed(order[: len(order) // given.batch * given.batch].view(-1, given.batch)) as feed:
-        yield from feed
+def batches_of(given: Given) -> Iterator[tuple[Draws, torch.Tensor]]:
+    """An epoch of the stream: the draws of a batch and its crops, uint8 [B,1,3,224,224]."""
+    augment, size = given.params.teacher.augment, given.params.image.size
+    stream = ImageStream(given.params, "train", torch.device("cpu"), given.root, augment=augment)
+    generator = torch.Generator().manual_seed(0)
+    order = stream.order(generator)
+    places = order[: len(order) // given.batch * given.batch].view(-1, given.batch)
+    draws = [draw_views(given.batch, size, size, 1, augment, generator) for _ in places]
+    with stream.feed(places, draws=draws) as feed:
+        yield from zip(draws, feed, strict=True)
 
 
 def loader_side(given: Given) -> dict[str, Work]:
     """The stream, and the views of the engine."""
     keep_freed_memory()
     normalised, augment = Normalisation(given.params.image, torch.device("cpu")), given.params.teacher.augment
-    generator = torch.Generator().manual_seed(0)
 
     def work() -> None:
-        for pixels in batches_of(given):
-            normalised(random_views(pixels, 1, augment, generator)[0])
+        for draws, pixels in batches_of(given):
+            normalised(apply_views(pixels, draws, augment)[0])
 
     return {"epoch": every_round(work)}
 
@@ -147,7 +151,16 @@ def limit_side(given: Given, work: Callable[[bytes], object]) -> dict[str, Work]
 
 def decode_side(given: Given) -> dict[str, Work]:
     """What the stream does with an image."""
-    return limit_side(given, lambda data: fast(data, given.params.image))
+    image, scale = given.params.image, given.params.teacher.augment.crop_scale
+    generator = torch.Generator().manual_seed(0)
+
+    def work(data: bytes) -> None:
+        pixels = original(data, enough_pixels(image, scale))
+        sides = (torch.tensor(side) for side in pixels.shape[1:])
+        box = boxes_of(draw_chances(1, generator)[0], *sides, scale)
+        cut(pixels, [*box.tolist(), 0], image)
+
+    return limit_side(given, work)
 
 
 def libjpeg_side(given: Given) -> dict[str, Work]:
@@ -193,7 +206,8 @@ def wait_share(given: Given, device: torch.device, backbone: str) -> float:
     # On a CPU a step is so slow that a few images show it.
     split, batch = ("train", given.batch) if device.type == "cuda" else ("few", 16)
     section = given.params.teacher.model_copy(update={"batch_size": batch, "epochs": 2})
-    train, held_out = (ImageStream(given.params, name, device, given.root) for name in (split, "none"))
+    train = ImageStream(given.params, split, device, given.root, augment=section.augment)
+    held_out = ImageStream(given.params, "none", device, given.root)
     history = Training("teacher", objective, section, given.params.image, 0, device).run(train, held_out)
     return history[-1]["data_wait"]
 

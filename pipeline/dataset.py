@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.preprocess import ImageError, preprocess
+from models.preprocess import ImageError, decode, preprocess, resize
 from models.ranks import mean_over_ranks
 from pipeline.artifacts import SPLIT
+from pipeline.augment import Draws, cuts_originals
 from pipeline.errors import DataError
 from pipeline.host_memory import free_bytes
-from pipeline.params import ImageParams, Params
+from pipeline.params import AugmentParams, ImageParams, Params
 from pipeline.sources import Source, in_parts, open_source, reading_order
 from pipeline.splits import count_rows, read_split
 from pipeline.stream import ImageStream
@@ -55,7 +58,11 @@ class Images:
         """`pixels` of the places `chosen` in order, `size` at a time."""
         return map(self.pixels, chosen.split(size))
 
-    def feed(self, places: Tensor) -> AbstractContextManager[Iterator[None]]:  # noqa: ARG002
+    def feed(
+        self,
+        places: Tensor,  # noqa: ARG002
+        draws: Iterable[Draws] | None = None,  # noqa: ARG002
+    ) -> AbstractContextManager[Iterator[None]]:
         """Nothing for each batch of places int64 [steps,B]: the step has the images."""
         return nullcontext(itertools.repeat(None))
 
@@ -73,12 +80,23 @@ class Images:
 AnyImages = Images | ImageStream
 
 
-def training_images(
-    params: Params, device: torch.device, folder: Path = SPLIT
-) -> tuple[AnyImages, AnyImages, str | None]:
-    """The training and the validation split, in memory or both as streams, and what there is to say of that, in a line.
+class OtherSizeError(Exception):
+    """An image is no square of image.size pixels."""
 
-    Every rank streams where one must. Raises as `load_images` does.
+
+def training_images(
+    params: Params,
+    device: torch.device,
+    folder: Path = SPLIT,
+    *,
+    augment: AugmentParams | None = None,
+    views: int = 1,
+) -> tuple[AnyImages, AnyImages, str | None]:
+    """The training and the validation split, in memory or as streams, and what there is to say of that, in a line.
+
+    augment, views: of the section that trains. A resized crop is cut from the original: training images are then read by a
+    stream that holds the originals as far as stream.mode lets it, unless all are squares of image.size, where the device
+    can cut. Every rank streams where one must. Raises as `load_images` does.
     """
     rows = sum(count_rows(split, folder) for split in ("train", "validation"))
     streamed, reason = should_stream(params, rows, device)
@@ -86,12 +104,19 @@ def training_images(
     if mean_over_ranks(torch.tensor(float(streamed), device=device)).item() > 0 and not streamed:
         streamed = True
         reason = "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
+    originals = augment is not None and cuts_originals(views, augment)
     if not streamed:
-        return load_images(params, "train", folder), load_images(params, "validation", folder), None
+        validation: AnyImages = load_images(params, "validation", folder)
+        with contextlib.suppress(OtherSizeError):
+            return load_images(params, "train", folder, as_they_are=originals), validation, None
+    else:
+        validation = ImageStream(params, "validation", device, folder)
     skip = params.data.on_bad_image == "skip"
-    train = ImageStream(params, "train", device, folder, replace_bad=skip)
+    hold = {"on": 0.0, "off": math.inf, "auto": SHARE * free_bytes()}[params.stream.mode] if originals else 0.0
+    cut = augment if originals else None
+    train = ImageStream(params, "train", device, folder, replace_bad=skip, augment=cut, hold=hold)
     said = "; ".join(filter(None, [reason, train.warning()]))
-    return train, ImageStream(params, "validation", device, folder), said or None
+    return train, validation, said or None
 
 
 def evaluation_images(params: Params, split: str, folder: Path = SPLIT) -> AnyImages:
@@ -120,8 +145,11 @@ def should_stream(params: Params, rows: int, device: torch.device) -> tuple[bool
     return False, None
 
 
-def load_images(params: Params, split: str, folder: Path = SPLIT) -> Images:
-    """Decode and resize every image of a split. Raises ParamsError when the split is not made, DataError naming a bad file."""
+def load_images(params: Params, split: str, folder: Path = SPLIT, *, as_they_are: bool = False) -> Images:
+    """Decode and resize every image of a split. Raises ParamsError when the split is not made, DataError naming a bad file.
+
+    as_they_are: no image is resized; raises OtherSizeError at the first that is no square of image.size.
+    """
     table = read_split(split, ["sample_id", "label", "reference"], folder)
     source = open_source(params.data)
     references = table.column("reference").to_pylist()
@@ -129,11 +157,17 @@ def load_images(params: Params, split: str, folder: Path = SPLIT) -> Images:
 
     stacked = np.empty((len(references), 3, size, size), dtype=np.uint8)
 
+    def square(data: bytes) -> np.ndarray:
+        picture = decode(data)
+        if picture.size != (size, size):
+            raise OtherSizeError
+        return resize(picture, size, size)
+
     def load(positions: Sequence[int]) -> None:
         for position in positions:
             data = source.read(references[position])
             try:
-                stacked[position] = preprocess(data, size, resize_to)
+                stacked[position] = square(data) if as_they_are else preprocess(data, size, resize_to)
             except ImageError as error:
                 raise DataError(
                     f"{references[position]}: {error}; replace the image and run `dvc repro` again"

@@ -30,7 +30,8 @@ def dump_failure(
     for number, inputs in watch.inputs:
         if number == failure.step:
             content["sample_ids"] = [train.sample_ids[i] for i in inputs.chosen.tolist()]
-            pixels = train.pixels(own_rows(inputs).chosen) if train.images is None else None
+            own = own_rows(inputs)
+            pixels = train.pixels(own.chosen, own.draws) if train.images is None else None
             # This rank is alone here: of a mix the partners on other ranks cannot be asked for.
             mix = inputs.mix if rank_count() == 1 else None
             tensors["views"] = step.views(replace(inputs, pixels=pixels, mix=mix).to(step.device))[0]

@@ -24,6 +24,7 @@ from models.classification_objective import TeacherObjective
 from models.student_objective import StudentObjective
 from models.weight_average import WeightAverage
 from pipeline.artifacts import PRIOR
+from pipeline.augment import cuts_originals
 from pipeline.checkpoint import build_model
 from pipeline.dataset import Images
 from pipeline.errors import ParamsError, StageError
@@ -33,6 +34,7 @@ from pipeline.prior import Prior, load_prior
 from pipeline.published import PUBLISHED
 from pipeline.stage import explain
 from pipeline.step import Step
+from pipeline.stream_decoding import enough_pixels
 from pipeline.student import student_objective
 from pipeline.training import precision_of
 from pipeline.training_run import check_recipe, model_config
@@ -50,12 +52,16 @@ ALLOWANCE = 0.1  # of the card, for what is not counted
 
 @dataclass(frozen=True)
 class Account:
-    """Bytes: at the step's fullest moment (peak) by kind, and the most of each kind. images: the training split as bytes."""
+    """Bytes: at the step's fullest moment (peak) by kind, and the most of each kind.
+
+    images: the training split as bytes; with originals at most so many, in the host's memory instead of the device's.
+    """
 
     peak: int
     at_peak: dict[str, int]
     largest: dict[str, int]
     images: int
+    originals: bool
 
     def fits(self, card: float) -> bool:
         """Whether a step fits a card of so many bytes, the allowance for what is not counted left free."""
@@ -107,7 +113,9 @@ def measured_step(
         live.declare("views", [views])
         with _named(live, objective):
             step.descend(views, target, chosen, None)
-    return Account(live.peak, live.at_peak, dict(live.largest), images * 3 * size * size)
+    originals = cuts_originals(objective.views, section.augment)
+    pixels = int(enough_pixels(params.image, section.augment.crop_scale)) if originals else size * size
+    return Account(live.peak, live.at_peak, dict(live.largest), images * 3 * pixels, originals)
 
 
 def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
@@ -251,9 +259,13 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(table(found, title))
     card = options.card * 1e9
     fits = found.fits(card)
+    besides = f"all training images as bytes are {size_of(found.images)} besides, unless they are streamed"
+    if found.originals:
+        besides = (
+            f"originals for resized crops take no more than {size_of(found.images)}, in the host's memory (stream.mode)"
+        )
     console.print(
-        f"{'fits' if fits else 'does not fit'} a card of {options.card:g} GB with a tenth of it left free; "
-        f"all training images as bytes are {size_of(found.images)} besides, unless they are streamed",
+        f"{'fits' if fits else 'does not fit'} a card of {options.card:g} GB with a tenth of it left free; {besides}",
         highlight=False,
     )
     if not fits:

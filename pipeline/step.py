@@ -24,7 +24,8 @@ from pipeline.params import ImageParams, TrainingParams
 class StepInputs:
     """A global batch of B images: their places in the training split, int64 [B], and the random numbers of their views.
 
-    pixels: of a stream, uint8 [b,3,H,W] of this rank's run of the batch; None where the images lie on the device.
+    pixels: of a stream, uint8 [b,3,H,W] of this rank's run of the batch, or [b,views,3,H,W] where views are cut from the
+    originals; None where the images lie on the device.
     """
 
     chosen: Tensor
@@ -82,11 +83,11 @@ class Step:
         self._labels, self._size = train.labels.to(device), image.size
         self._normalise = Normalisation(image, device)
 
-    def draw(self, chosen: Tensor, generator: torch.Generator, pixels: Tensor | None = None) -> StepInputs:
-        """The inputs of a step on the images `chosen` int64 [B], from and on the CPU; pixels as in StepInputs."""
+    def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
+        """The inputs of a step on the images `chosen` int64 [B], from and on the CPU, but for a stream's pixels."""
         size = self._size
         draws = draw_views(len(chosen), size, size, self.objective.views, self._augment, generator)
-        return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator), pixels)
+        return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator))
 
     def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
         """This rank's views uint8 [views,b,3,H,W] of inputs on the device, and what the classifier view was mixed with."""

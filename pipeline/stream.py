@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,21 @@ from torch import Tensor
 from models.preprocess import ImageError
 from models.ranks import mean_over_ranks, rank_count
 from pipeline.artifacts import SPLIT
+from pipeline.augment import Draws, cut_boxes
 from pipeline.errors import DataError, ParamsError
-from pipeline.params import Params
+from pipeline.params import AugmentParams, Params
 from pipeline.sources import BadImageError, open_reader
 from pipeline.splits import read_split
-from pipeline.stream_decoding import exact, fast, left_to_gpu, nvjpeg
+from pipeline.stream_decoding import (
+    cut,
+    enough_pixels,
+    exact,
+    fast,
+    left_to_gpu,
+    nvjpeg,
+    nvjpeg_originals,
+    original,
+)
 from pipeline.stream_feed import Feed, Left
 from pipeline.stream_order import class_share, shuffled, windows_of
 
@@ -49,8 +59,9 @@ class ImageStream:
 
     replace_bad: an image that cannot be read is replaced by another of its class, which is counted and told, so that
     batches keep their shape and classes their share; without it such an image raises DataError. exactly: pixels are those
-    of the server's decoder whatever stream.decode says. Raises ParamsError when the split is not made or stream.decode is
-    gpu and the device is none.
+    of the server's decoder whatever stream.decode says. augment: of a section with resized crops; its views are cut from the
+    originals where draws come with the places. hold: bytes of decoded originals that stay in memory. Raises ParamsError when
+    the split is not made or stream.decode is gpu and the device is none.
     """
 
     images = None
@@ -64,11 +75,16 @@ class ImageStream:
         *,
         replace_bad: bool = False,
         exactly: bool = False,
+        augment: AugmentParams | None = None,
+        hold: float = 0,
     ) -> None:
         table = read_split(split, ["sample_id", "label", "reference"], folder)
         self.labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
         self.sample_ids, self.references = Texts(table.column("sample_id")), Texts(table.column("reference"))
         self._image, self._device, self._replace = params.image, device, replace_bad
+        self._augment, self._room = augment, hold
+        self._held: dict[int, Tensor] = {}
+        self._most = enough_pixels(params.image, augment.crop_scale) if augment else 0.0
         self._window = params.stream.shuffle_mib * 2**20
         # Of the window that is read and of the next.
         self._reader = open_reader(params.data, 2 * self._window)
@@ -108,9 +124,12 @@ class ImageStream:
             "classes that they should; raise stream.shuffle_mib, or write the shards in random order (data pack --shuffle)"
         )
 
-    def pixels(self, chosen: Tensor) -> Tensor:
-        """uint8 [B,3,H,W] of the images at places `chosen` int64 [B]; on the CPU, or on the device where that decodes."""
-        with self.feed(chosen[None]) as feed:
+    def pixels(self, chosen: Tensor, draws: Draws | None = None) -> Tensor:
+        """uint8 [B,3,H,W] of the images at places `chosen` int64 [B]; on the CPU, or on the device where that decodes.
+
+        draws: as of `feed`.
+        """
+        with self.feed(chosen[None], draws=None if draws is None else [draws]) as feed:
             return next(feed)
 
     def batches(self, chosen: Tensor, size: int) -> Iterator[Tensor]:
@@ -121,9 +140,13 @@ class ImageStream:
         if whole < len(chosen):
             yield self.pixels(chosen[whole:])
 
-    def feed(self, places: Tensor, prefetch: int | None = None) -> Feed:
-        """The batches of places int64 [steps,B], `prefetch` (or stream.prefetch) of them read ahead while its block lasts."""
-        return Feed(self, places, self._workers, prefetch or self._prefetch)
+    def feed(self, places: Tensor, prefetch: int | None = None, draws: Iterable[Draws] | None = None) -> Feed:
+        """The batches of places int64 [steps,B], `prefetch` (or stream.prefetch) of them read ahead while its block lasts.
+
+        draws: of the views of each batch. With resized crops a batch is then uint8 [B,views,3,H,W], as `apply_views` takes it.
+        """
+        drawn = iter(draws) if self._augment is not None and draws is not None else None
+        return Feed(self, places, self._workers, prefetch or self._prefetch, drawn)
 
     def epoch_record(self, seconds: float) -> dict[str, float]:
         """Of the epoch that ends after `seconds`: share of it spent waiting for data, images replaced on all ranks."""
@@ -143,61 +166,83 @@ class ImageStream:
             f"{min(SHOWN, len(told))}: {'; '.join(told[:SHOWN])}; run `dvc repro -f split` to leave them out"
         )
 
-    def decode(self, places: Sequence[int], out: Tensor) -> list[Left]:
-        """Read some images into out uint8 [n,3,H,W]; those left to the GPU, by their slot in `out`."""
-        left = []
+    def decode(self, places: Sequence[int], out: Tensor, draws: Draws | None = None) -> list[Left]:
+        """Read some images into out uint8 [n,3,H,W], or with draws their views [n,V,3,H,W]; those left to the GPU, by slot."""
+        left, slots, originals = [], [], []
         for slot, place in enumerate(places):
-            found, data, pixels = self._usable(place, self._kind)
+            found, data, pixels = self._usable(place, self._kind, whole=draws is not None)
             if pixels is None:
                 left.append((slot, found, data))
-            else:
+            elif draws is None:
                 out[slot] = pixels
+            else:
+                slots.append(slot)
+                originals.append(pixels)
+        if draws is not None and slots:
+            self._cut(originals, draws, slots, out)
         return left
 
-    def decode_on_gpu(self, pixels: Tensor, left: list[Left]) -> Tensor:
-        """A batch on the device, its pixels uint8 [B,3,H,W] those of the CPU but for images that are `left` to nvJPEG."""
+    def _cut(self, originals: Sequence[Tensor], draws: Draws, slots: Sequence[int], out: Tensor) -> None:
+        height, width = torch.tensor([pixels.shape[1:] for pixels in originals]).unbind(1)
+        boxes = cut_boxes(draws.of(list(slots)), height, width, self._augment)
+        for slot, pixels, views in zip(slots, originals, boxes, strict=True):
+            for view, box in enumerate(views):
+                out[slot, view] = cut(pixels, box, self._image, exactly=self._kind == "exact")
+
+    def decode_on_gpu(self, pixels: Tensor, left: list[Left], draws: Draws | None = None) -> Tensor:
+        """A batch on the device, its pixels those of the CPU but for images that are `left` to nvJPEG; as `decode`."""
         pixels = pixels.to(self._device, non_blocking=True)
-        if left:
-            slots, places, encoded = zip(*left, strict=True)
-            try:
+        if not left:
+            return pixels
+        slots, places, encoded = zip(*left, strict=True)
+        decoded: Tensor | list[Tensor]
+        try:
+            if draws is None:
                 decoded = nvjpeg(list(encoded), self._image, self._device)
-            except RuntimeError:  # one image that nvJPEG does not know spoils the batch
-                decoded = torch.stack([self._on_cpu(place) for place in places]).to(self._device)
-            pixels[torch.tensor(slots, device=self._device)] = decoded
+            else:
+                decoded = nvjpeg_originals(list(encoded), self._device)
+        except RuntimeError:  # one image that nvJPEG does not know spoils the batch
+            decoded = [self._on_cpu(place, draws is not None).to(self._device) for place in places]
+        if draws is not None:
+            self._cut(decoded, draws, slots, pixels)
+        else:
+            for slot, view in zip(slots, decoded, strict=True):
+                pixels[slot] = view
         return pixels
 
-    def empty(self, count: int) -> Tensor:
-        """Room for a batch; pinned where it goes on to a GPU."""
+    def empty(self, count: int, views: int | None = None) -> Tensor:
+        """Room for a batch, of so many views of each image where they are given; pinned where it goes on to a GPU."""
         size = self._image.size
         # A tensor made in inference mode, as evaluation asks for, cannot be filled by a thread that is not in it.
         with torch.inference_mode(False):
-            return torch.empty(
-                (count, 3, size, size),
+            room = torch.empty(
+                (count * (views or 1), 3, size, size),
                 dtype=torch.uint8,
                 memory_format=torch.channels_last,  # as decoders write
                 pin_memory=self._device.type == "cuda",
             )
+        return room if views is None else room.unflatten(0, (count, views))
 
     def waited(self, seconds: float) -> None:
         """Count time that the step has waited for a batch."""
         self._waited += seconds
 
-    def _on_cpu(self, place: int) -> Tensor:
-        _, _, pixels = self._usable(place, "fast")
+    def _on_cpu(self, place: int, whole: bool) -> Tensor:
+        _, _, pixels = self._usable(place, "fast", whole)
         assert pixels is not None  # only "gpu" leaves any
         return pixels
 
-    def _usable(self, place: int, kind: str) -> tuple[int, bytes, Tensor | None]:
+    def _usable(self, place: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
         # Of the image at a place, or of one that takes it: its own place, its bytes, its pixels unless left to the GPU.
         try:
-            return self._decoded(place, kind)
+            return self._decoded(place, kind, whole)
         except BadImageError as error:
             if not self._replace:
                 raise
             problem = error
         for other in self._others(place):
             try:
-                found = self._decoded(other, kind)
+                found = self._decoded(other, kind, whole)
             except BadImageError:
                 continue
             with self._lock:
@@ -205,13 +250,27 @@ class ImageStream:
             return found
         raise DataError(f"{problem}; and no other image of its class can be read in its place")
 
-    def _decoded(self, place: int, kind: str) -> tuple[int, bytes, Tensor | None]:
+    def _decoded(self, place: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
+        if whole and place in self._held:
+            return place, b"", self._held[place]
         reference = self.references[place]
         data = self._reader.read(reference)
         try:
-            return place, data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[kind](data, self._image)
+            if not whole:
+                return place, data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[kind](data, self._image)
+            gpu = kind == "gpu"
+            pixels = left_to_gpu(data, self._image, self._most) if gpu else original(data, self._most)
         except ImageError as error:
             raise BadImageError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
+        if pixels is not None:
+            self._hold(place, pixels)
+        return place, data, pixels
+
+    def _hold(self, place: int, pixels: Tensor) -> None:
+        with self._lock:
+            if pixels.nbytes <= self._room and place not in self._held:
+                self._held[place] = pixels
+                self._room -= pixels.nbytes
 
     def _others(self, place: int) -> Iterator[int]:
         # Those behind it first: the same on every rank and after every restart.

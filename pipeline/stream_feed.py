@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pipeline.augment import Draws
 from pipeline.sources import in_parts
 
 PART = 16  # images that a thread reads at a time
@@ -20,15 +21,15 @@ Left = tuple[int, int, bytes]  # of an image left to the GPU: its slot in the ba
 class Decoding(Protocol):
     """What a feed asks of an `ImageStream`."""
 
-    def empty(self, count: int) -> Tensor:
-        """Room for a batch."""
+    def empty(self, count: int, *views: int) -> Tensor:
+        """Room for a batch, of so many views of each image where they are given."""
         ...
 
-    def decode(self, places: Sequence[int], out: Tensor) -> list[Left]:
-        """Read some images into `out`; those left to the GPU."""
+    def decode(self, places: Sequence[int], out: Tensor, *draws: Draws) -> list[Left]:
+        """Read some images into `out`, their views where draws are given; those left to the GPU."""
         ...
 
-    def decode_on_gpu(self, pixels: Tensor, left: list[Left]) -> Tensor:
+    def decode_on_gpu(self, pixels: Tensor, left: list[Left], *draws: Draws) -> Tensor:
         """The batch on the device, with the images that were left."""
         ...
 
@@ -38,12 +39,17 @@ class Decoding(Protocol):
 
 
 class Feed(Iterator[Tensor]):
-    """Batches of a stream in order, `prefetch` of them read ahead by threads that end with its block."""
+    """Batches of a stream in order, `prefetch` of them read ahead by threads that end with its block.
 
-    def __init__(self, stream: Decoding, places: Tensor, workers: int, prefetch: int) -> None:
-        self._stream, self._places = stream, iter(places)
+    draws: of each batch, where its views are cut from the originals; taken as far ahead as images are read.
+    """
+
+    def __init__(
+        self, stream: Decoding, places: Tensor, workers: int, prefetch: int, draws: Iterator[Draws] | None = None
+    ) -> None:
+        self._stream, self._places, self._draws = stream, iter(places), draws
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
-        self._ahead: deque[tuple[Tensor, list[tuple[int, Future[list[Left]]]]]] = deque()
+        self._ahead: deque[tuple[Tensor, list[tuple[int, Future[list[Left]]]], list[Draws]]] = deque()
         for _ in range(prefetch + 1):
             self._read_on()
 
@@ -51,23 +57,26 @@ class Feed(Iterator[Tensor]):
         if not self._ahead:
             raise StopIteration
         started = time.perf_counter()
-        pixels, parts = self._ahead.popleft()
+        pixels, parts, draws = self._ahead.popleft()
         left = [(start + slot, *rest) for start, part in parts for slot, *rest in part.result()]
         self._stream.waited(time.perf_counter() - started)
         self._read_on()
-        return self._stream.decode_on_gpu(pixels, left) if left else pixels
+        return self._stream.decode_on_gpu(pixels, left, *draws) if left else pixels
 
     def _read_on(self) -> None:
         places = next(self._places, None)
         if places is None:
             return
-        pixels = self._stream.empty(len(places))
+        draws = [] if self._draws is None else [next(self._draws)]
+        pixels = self._stream.empty(len(places), *(drawn.views for drawn in draws))
         parts, start = [], 0
         for part in in_parts(places.tolist(), PART):
-            work = partial(self._stream.decode, part, pixels[start : start + len(part)])
+            stop = start + len(part)
+            own = (drawn.rows(start, stop) for drawn in draws)
+            work = partial(self._stream.decode, part, pixels[start:stop], *own)
             parts.append((start, self._pool.submit(work)))
-            start += len(part)
-        self._ahead.append((pixels, parts))
+            start = stop
+        self._ahead.append((pixels, parts, draws))
 
     def close(self) -> None:
         """End the threads: what has not begun is dropped, what has is a few images."""

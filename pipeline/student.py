@@ -46,7 +46,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
         inputs = [SPLIT / "train.parquet", PRIOR, *([teacher / WEIGHTS] if objective.teacher is not None else [])]
         folder = run_folder(params.student, params, output, *inputs)
         training = make_training("student", objective, params, prior, device, folder)
-        train, validation, said = training_images(params, device)
+        train, validation, said = training_images(params, device, augment=params.student.augment, views=objective.views)
         if said and rank() == 0:
             print(f"student  {said}", flush=True)
         history = training.run(train, validation)

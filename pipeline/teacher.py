@@ -44,7 +44,7 @@ def run(params: Params, output: Path = TEACHER) -> Result:
         objective = TeacherObjective(model, torch.tensor(prior.in_losses), params.teacher.adjustment)
         folder = run_folder(params.teacher, params, output, SPLIT / "train.parquet", PRIOR)
         training = make_training("teacher", objective, params, prior, device, folder)
-        train, validation, said = training_images(params, device)
+        train, validation, said = training_images(params, device, augment=params.teacher.augment, views=objective.views)
         if said and rank() == 0:
             print(f"teacher  {said}", flush=True)
         history = training.run(train, validation)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from pipeline.inference import NotFiniteError, accuracy, outputs
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.resume import RunFolder, Snapshot
 from pipeline.schedule import learning_rate
-from pipeline.step import Step, StepInputs, own_places
+from pipeline.step import Step, StepInputs, own_places, own_rows
 from pipeline.training_state import Best, Position, check_same_everywhere, snapshot_of, take_snapshot
 from pipeline.watch import Failure, Watch
 
@@ -135,8 +136,9 @@ class Training:
         if self.device.type != "cuda" or not self.engine.capture or rank_count() > 1:
             return plain
         chosen = torch.arange(self.params.batch_size)
-        pixels = self._train.pixels(chosen) if self._train.images is None else None
-        example = self._step.draw(chosen, torch.Generator().manual_seed(self.seed), pixels)
+        example = self._step.draw(chosen, torch.Generator().manual_seed(self.seed))
+        if self._train.images is None:
+            example = replace(example, pixels=self._train.pixels(chosen, example.draws))
         try:
             return CapturedStep(self._step, example)
         except CaptureError as error:
@@ -156,11 +158,14 @@ class Training:
         self._watch.begin(at.sums)
         started, first = time.perf_counter(), at.step
         batches = at.order.view(steps, batch)
-        with self._train.feed(own_places(batches[first:])) as feed:
-            for step, pixels in zip(range(first, steps), feed, strict=False):
-                inputs = self._step.draw(batches[step], self._generator, pixels)
+        drawn, ahead = itertools.tee(self._drawn(batches[first:]))
+        draws = (own_rows(inputs).draws for inputs, _ in ahead)
+        with self._train.feed(own_places(batches[first:]), draws=draws) as feed:
+            del ahead, draws  # a feed that does not draw ahead would have tee keep the draws of all steps
+            for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
+                self._generator.set_state(state)
                 # The look-out remembers many steps; pixels are read again where one of them is wanted.
-                failure = self._watch.add(step, replace(inputs, pixels=None), self._take_step(inputs))
+                failure = self._watch.add(step, inputs, self._take_step(replace(inputs, pixels=pixels)))
                 if failure:
                     self._fail(failure, steps, rate)
                 at.step = step + 1
@@ -195,6 +200,14 @@ class Training:
         if self.on_epoch:
             self.on_epoch(self._at.history)
         return record
+
+    def _drawn(self, batches: Tensor) -> Iterator[tuple[StepInputs, Tensor]]:
+        """The inputs of each batch and the generator's state after it: a stream draws ahead of the steps, and the run's own
+        generator must not, as a checkpoint keeps it."""
+        ahead = torch.Generator()
+        ahead.set_state(self._generator.get_state())
+        for chosen in batches:
+            yield self._step.draw(chosen, ahead), ahead.get_state()
 
     def _check_network(self) -> None:
         """Raise StageError when the last step has left a weight or a statistic that is not finite: no later loss shows it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 RATIO = (3 / 4, 4 / 3)  # of a resized crop's width to its height (Szegedy et al. 2015)
 ATTEMPTS = 10
+CHANCES = 2 * ATTEMPTS + 2  # random numbers of a resized crop: area and ratio of each attempt, then row and column
 WEIGHT_BITS = 22  # of Pillow's resize
 LARGE = 64 * 64  # pixels from which the CPU is quicker with an image at a time
 
@@ -104,28 +105,35 @@ def _columns(width: int, flipped: Tensor) -> Tensor:
     return torch.where(flipped[..., None], width - 1 - column, column)
 
 
-def draw_boxes(count: int, height: int, width: int, scale: list[float], generator: torch.Generator) -> Tensor:
-    """int64 [count,4] (top, left, height, width) of random resized crops, drawn as torchvision's RandomResizedCrop does.
-
-    Area uniform in `scale` of the image, ratio log-uniform in 3/4 .. 4/3, the first of ten attempts that fits, or the
-    largest centred box of an allowed ratio; then a uniform place.
-    """
+def draw_chances(count: int, generator: torch.Generator) -> Tensor:
+    """float64 [count, CHANCES], uniform in 0..1: what `boxes_of` needs for a box in an image of any size."""
     chance = torch.rand(2, count, ATTEMPTS, dtype=torch.float64, generator=generator)
     place = torch.rand(2, count, dtype=torch.float64, generator=generator)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * chance[0])
+    return torch.cat([chance[0], chance[1], place.T], 1)
+
+
+def boxes_of(chances: Tensor, height: Tensor, width: Tensor, scale: list[float]) -> Tensor:
+    """int64 [...,4] (top, left, height, width) of random resized crops, as torchvision's RandomResizedCrop draws them.
+
+    chances: [...,CHANCES] of `draw_chances`; height, width: int64 of the images, broadcast to [...]. Area uniform in `scale` of
+    the image, ratio log-uniform in 3/4 .. 4/3, the first of ten attempts that fits, or the largest centred box of an
+    allowed ratio; then a uniform place.
+    """
+    chance, down, across = chances[..., : 2 * ATTEMPTS].unflatten(-1, (2, ATTEMPTS)), chances[..., -2], chances[..., -1]
+    area = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * chance[..., 0, :])
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
-    ratio = torch.exp(low + (high - low) * chance[1])
+    ratio = torch.exp(low + (high - low) * chance[..., 1, :])
     wide, tall = torch.round(torch.sqrt(area * ratio)).long(), torch.round(torch.sqrt(area / ratio)).long()
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    first = fits.long().argmax(1, keepdim=True)  # argmax gives the first of equals
-    found = fits.any(1)
-    largest_wide = min(width, round(height * RATIO[1]))
-    largest_tall = min(height, round(width / RATIO[0]))
-    wide = torch.where(found, wide.gather(1, first).squeeze(1), largest_wide)
-    tall = torch.where(found, tall.gather(1, first).squeeze(1), largest_tall)
-    top = torch.where(found, (place[0] * (height - tall + 1)).long(), (height - largest_tall) // 2)
-    left = torch.where(found, (place[1] * (width - wide + 1)).long(), (width - largest_wide) // 2)
-    return torch.stack([top, left, tall, wide], 1)
+    fits = (wide > 0) & (wide <= width[..., None]) & (tall > 0) & (tall <= height[..., None])
+    first = fits.long().argmax(-1, keepdim=True)  # argmax gives the first of equals
+    found = fits.any(-1)
+    largest_wide = torch.minimum(width, torch.round(height.double() * RATIO[1]).long())
+    largest_tall = torch.minimum(height, torch.round(width.double() / RATIO[0]).long())
+    wide = torch.where(found, wide.gather(-1, first).squeeze(-1), largest_wide)
+    tall = torch.where(found, tall.gather(-1, first).squeeze(-1), largest_tall)
+    top = torch.where(found, (down * (height - tall + 1)).long(), (height - largest_tall) // 2)
+    left = torch.where(found, (across * (width - wide + 1)).long(), (width - largest_wide) // 2)
+    return torch.stack([top, left, tall, wide], -1)
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:

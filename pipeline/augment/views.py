@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.augment.affine import AFFINE, fixed_matrix
-from pipeline.augment.crops import cutout, draw_boxes, padded_crop, resized_crop
+from pipeline.augment.crops import CHANCES, boxes_of, cutout, draw_chances, padded_crop, resized_crop
 from pipeline.augment.operations import CODE, apply_slot
 from pipeline.augment.policies import Plan, draw_bicubic, draw_slots, plan_of
 from pipeline.params import AugmentParams
@@ -20,17 +20,26 @@ from pipeline.params import AugmentParams
 class Draws:
     """The random numbers of a batch's views: a table float64 [views,B,columns] for each run of views with one policy.
 
-    Columns are, in this order: the crop (top, left; of a resized crop also height, width), the flip, for each slot
-    its operation, argument and, where it may move pixels, matrix (six) and, with params.bicubic, whether it is bicubic, the
-    hole's row and column. float64 holds
-    the integers among them exactly. A table is all that a step needs: copy into it to replay a captured step.
+    Columns are, in this order: the crop (top, left; of a resized crop CHANCES, as the box depends on the image's size), the
+    flip, for each slot its operation, argument and, where it may move pixels, matrix (six) and, with params.bicubic, whether
+    it is bicubic, the hole's row and column. float64 holds the integers among them exactly. A table is all that a step
+    needs: copy into it to replay a captured step.
     """
 
     tables: tuple[Tensor, ...]
 
+    @property
+    def views(self) -> int:
+        """The number of views."""
+        return sum(len(table) for table in self.tables)
+
     def rows(self, start: int, stop: int) -> Draws:
         """The draws of images start..stop of each view, a rank's share of a global batch."""
         return Draws(tuple(table[:, start:stop] for table in self.tables))
+
+    def of(self, rows: list[int]) -> Draws:
+        """The draws of some images of each view."""
+        return Draws(tuple(table[:, rows] for table in self.tables))
 
     def to(self, device: torch.device | str) -> Draws:
         """The same on a device; to a GPU without waiting for it."""
@@ -55,14 +64,37 @@ def draw_views(
 
 
 def apply_views(images: Tensor, draws: Draws, params: AugmentParams) -> Tensor:
-    """uint8 [B,3,H,W] → uint8 [views,B,3,H,W] by draws on the same device: crop and flip, policy, Cutout, in that order."""
-    views = sum(len(table) for table in draws.tables)
+    """uint8 [B,3,H,W] → uint8 [views,B,3,H,W] by draws on the same device: crop and flip, policy, Cutout, in that order.
+
+    Of images uint8 [B,views,3,H,W] each view has its own pixels; resized crops are then cut and flipped already: `cut_boxes`.
+    """
+    parts, first = [], 0
     with _one_thread(images.device):
-        parts = [
-            _apply_table(images, table, plan_of(policy, params), params)
-            for (policy, _), table in zip(_runs(views, params), draws.tables, strict=True)
-        ]
+        for (policy, members), table in zip(_runs(draws.views, params), draws.tables, strict=True):
+            own = images[:, first : first + members].transpose(0, 1) if images.dim() == 5 else images
+            parts.append(_apply_table(own, table, plan_of(policy, params), params))
+            first += members
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def cuts_originals(views: int, params: AugmentParams) -> bool:
+    """Whether any of so many views is a resized crop, which is cut from the whole image."""
+    return any(plan_of(policy, params).resized for policy, _ in _runs(views, params))
+
+
+def cut_boxes(draws: Draws, height: Tensor, width: Tensor, params: AugmentParams) -> list[tuple[list[int] | None, ...]]:
+    """For each of B images of height x width, int64 [B]: the box of each view (top, left, height, width, flipped).
+
+    None for a view that is cut with `apply_views`, by padding.
+    """
+    found: list[list[list[int] | None]] = []
+    for (policy, members), table in zip(_runs(draws.views, params), draws.tables, strict=True):
+        if plan_of(policy, params).resized:
+            boxes = boxes_of(table[..., :CHANCES], height, width, params.crop_scale)
+            found += torch.cat([boxes, table[..., CHANCES, None].long()], -1).tolist()
+        else:
+            found += [[None] * len(height)] * members
+    return list(zip(*found, strict=True))
 
 
 def random_views(images: Tensor, views: int, params: AugmentParams, generator: torch.Generator) -> Tensor:
@@ -101,7 +133,7 @@ def _draw_table(
     plan = plan_of(policy, params)
     columns: list[Tensor] = []
     if plan.resized:
-        columns += draw_boxes(count, height, width, params.crop_scale, generator).unbind(1)
+        columns += draw_chances(count, generator).unbind(1)
     else:
         columns += torch.randint(2 * params.crop_padding + 1, (2, count), generator=generator).unbind(0)
     columns.append(torch.randint(2 if params.flip else 1, (count,), generator=generator))
@@ -128,13 +160,8 @@ def _matrices(code: Tensor, value: Tensor, height: int, width: int) -> Tensor:
 
 
 def _apply_table(images: Tensor, table: Tensor, plan: Plan, params: AugmentParams) -> Tensor:
-    columns = iter(table.unbind(-1))
-    corner = [next(columns).long() for _ in range(4 if plan.resized else 2)]
-    flipped = next(columns).bool()
-    if plan.resized:
-        cropped = resized_crop(images, torch.stack(corner, -1), flipped)
-    else:
-        cropped = padded_crop(images, corner[0], corner[1], flipped, params.crop_padding)
+    cropped = _cropped(images, table, plan, params)
+    columns = iter(table[..., CHANCES + 1 if plan.resized else 3 :].unbind(-1))
     batch = cropped.flatten(0, 1)
     for slot in plan.slots:
         code, value = next(columns).flatten().long(), next(columns).flatten().float()
@@ -148,3 +175,18 @@ def _apply_table(images: Tensor, table: Tensor, plan: Plan, params: AugmentParam
     if plan.cutout:
         batch = cutout(batch, next(columns).flatten().long(), next(columns).flatten().long(), plan.cutout)
     return batch.view_as(cropped)
+
+
+def _cropped(images: Tensor, table: Tensor, plan: Plan, params: AugmentParams) -> Tensor:
+    # uint8 [V,B,3,H,W] of images [B,3,H,W], or [V,B,3,H,W] where each view has its own.
+    if plan.resized:
+        if images.dim() == 5:
+            return images.clone(memory_format=torch.contiguous_format)  # operations may work in place
+        height, width = (torch.full((), side, dtype=torch.int64, device=images.device) for side in images.shape[2:])
+        box = boxes_of(table[..., :CHANCES], height, width, params.crop_scale)
+        return resized_crop(images, box, table[..., CHANCES].bool())
+    top, left, flipped = table[..., 0].long(), table[..., 1].long(), table[..., 2].bool()
+    if images.dim() == 4:
+        return padded_crop(images, top, left, flipped, params.crop_padding)
+    top, left, flipped = (column.flatten()[None] for column in (top, left, flipped))
+    return padded_crop(images.flatten(0, 1), top, left, flipped, params.crop_padding).view_as(images)

@@ -72,9 +72,10 @@ def _on_or_off(value: Any) -> Any:
 class StreamParams(Section):
     """Whether training reads images as it needs them or holds them all. Changes rounding and, for tables, the order; no more.
 
-    mode auto: a stream where the decoded split is more than half of what is free on device or host. workers: threads that
-    read and decode; auto is one a core. prefetch: batches read ahead. decode: `fast` may differ from `exact`, the
-    server's, by one grey level; `gpu` is nvJPEG on CUDA. shuffle_mib: of a table, how much is shuffled at a time.
+    mode auto: a stream where the decoded split is more than half of what is free on device or host; of originals that
+    resized crops are cut from, as many stay in memory as fit into half of it. workers: threads that read and decode; auto
+    is one a core. prefetch: batches read ahead. decode: `fast` may differ from `exact`, the server's, by one grey level;
+    `gpu` is nvJPEG on CUDA. shuffle_mib: of a table, how much is shuffled at a time.
     """
 
     mode: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"

@@ -33,7 +33,8 @@ class ScheduleParams(Section):
 class AugmentParams(Section):
     """Random changes of each view, in this order: crop, flip, policy, Cutout; then the mix of the classifier view.
 
-    `crop: pad` adds crop_padding black pixels on each side, `crop: resized` enlarges a box of crop_scale of the area.
+    `crop: pad` adds crop_padding black pixels on each side of the test view, `crop: resized` resizes a box of the original
+    image, of crop_scale of its area.
     `contrast_policy` is that of the query and key views. randaugment, simaugment and stacked (both, with grey and
     blur before RandAugment) begin with colour jitter of strength `jitter`. simaugment always crops `resized`, and
     has no Cutout. `bicubic`: the resampling of the authors' programs, where a shear of autoaugment is bicubic and not of

@@ -125,7 +125,8 @@ def test_padding_is_black():
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 80), (97, 64)])
 def test_resized_crops_are_the_same_an_image_at_a_time_and_all_at_once(height, width):
     images = pictures(4, height, width)
-    box = crops.draw_boxes(12, height, width, [0.05, 1.0], seeded(1)).view(3, 4, 4)
+    sides = torch.tensor(height), torch.tensor(width)
+    box = crops.boxes_of(crops.draw_chances(12, seeded(1)), *sides, [0.05, 1.0]).view(3, 4, 4)
     flipped = torch.randint(2, (3, 4), generator=seeded(2)).bool()
     found = crops._one_by_one(images, box, flipped)
     assert torch.equal(found, crops._all_at_once(images, box, flipped))
@@ -200,12 +201,14 @@ def test_computing_all_rows_as_a_gpu_does_gives_the_same_bytes(policy, bicubic, 
 
 
 @pytest.mark.slow
-def test_what_a_gpu_computes_is_one_graph_without_a_look_at_the_data(monkeypatch):
+@pytest.mark.parametrize("contrast", ["autoaugment", "simaugment", "cut"])
+def test_what_a_gpu_computes_is_one_graph_without_a_look_at_the_data(contrast, monkeypatch):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     monkeypatch.setattr(operations, "computes_all_rows", lambda _: True)
-    images = pictures(4)
-    params = everything("stacked", "autoaugment").model_copy(update={"bicubic": True})
+    cut = contrast == "cut"  # each view has its own pixels
+    images = pictures(12).view(4, 3, 3, 8, 8) if cut else pictures(4)
+    params = everything("stacked", "simaugment" if cut else contrast).model_copy(update={"bicubic": True})
     draws = draw_views(4, 8, 8, 3, params, seeded())
 
     def applied(*tables):

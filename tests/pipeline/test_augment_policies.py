@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
 from pipeline.augment import apply_views, draw_views, random_views
-from pipeline.augment.crops import draw_boxes
+from pipeline.augment.crops import boxes_of, draw_chances
 from pipeline.augment.operations import OPERATIONS
 from pipeline.augment.policies import (
     AUTOAUGMENT,
@@ -40,6 +40,10 @@ def scenes(count):
     smooth = torch.nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bicubic", align_corners=False)
     noise = 0.08 * torch.randn(count, 3, SIDE, SIDE, generator=generator)
     return ((smooth * 0.8 + 0.05 + noise).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def draw_boxes(count, height, width, scale):
+    return boxes_of(draw_chances(count, seeded()), torch.tensor(height), torch.tensor(width), scale)
 
 
 def params(policy, **keys):
@@ -253,7 +257,7 @@ def test_boxes_of_a_resized_crop_are_drawn_as_torchvisions(height, width):
     keys = ("top", "left", "height", "width")
     drawn = (reference.make_params([image]) for _ in range(count))
     expected = torch.tensor([[box[key] for key in keys] for box in drawn], dtype=torch.float64)
-    found = draw_boxes(count, height, width, [0.2, 1.0], seeded()).double()
+    found = draw_boxes(count, height, width, [0.2, 1.0]).double()
     for one, other in ((found, expected), (_squares(found), _squares(expected))):
         error = (one.var(0) / count + other.var(0) / count).sqrt()
         assert ((one.mean(0) - other.mean(0)).abs() <= 5 * error).all()
@@ -261,7 +265,7 @@ def test_boxes_of_a_resized_crop_are_drawn_as_torchvisions(height, width):
 
 
 def test_a_box_that_never_fits_is_the_largest_of_an_allowed_ratio_in_the_middle():
-    boxes = draw_boxes(50, 10, 100, [1.0, 1.0], seeded())
+    boxes = draw_boxes(50, 10, 100, [1.0, 1.0])
     assert torch.equal(boxes, torch.tensor([0, 43, 10, 13]).expand(50, 4))
 
 

@@ -121,6 +121,18 @@ def test_a_step_that_does_not_fit_is_told_with_what_would_help(capsys):
     assert "less memory: student.accumulate, engine.checkpoint_activations" in said
 
 
+def test_originals_of_resized_crops_are_counted_in_the_hosts_memory_at_their_largest(tmp_path, capsys):
+    given, prior = made(**{"teacher.augment.crop": "resized"})
+    padded, resized = account(given, "student", prior), account(given, "teacher", prior)
+    assert (padded.originals, padded.images) == (False, 3000 * 3 * 32 * 32)
+    # A box of 8 % and ratio 3/4 or 4/3 has 32 pixels each way.
+    assert resized.originals and resized.images == pytest.approx(3000 * 3 * 32 * 32 * (4 / 3) / 0.08, rel=1e-3)
+    recipe = tmp_path / "params.yaml"
+    recipe.write_text((ROOT / "params.yaml").read_text().replace("crop: pad", "crop: resized"))
+    main(["--params", str(recipe), "--classes", "10", "--images", "1000"])
+    assert "originals for resized crops take no more than" in " ".join(capsys.readouterr().out.split())
+
+
 def test_without_a_split_the_number_of_classes_is_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--params", str(ROOT / "params.yaml")]) == 2
