@@ -44,7 +44,11 @@ class ListParams(Section):
 
 
 class DataParams(Section):
-    """Where the images come from, how long the tail is made, and what is held out."""
+    """Where the images come from, how long the tail is made, and what is held out.
+
+    test_share: test images as a share of each class, at least one and at most test_per_class; null is test_per_class of
+    every class.
+    """
 
     source: Literal["digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018"]
     location: str
@@ -56,6 +60,7 @@ class DataParams(Section):
     imbalance_factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     test_per_class: PositiveInt
+    test_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     validation_per_class: Count
     validation_share: Share
 
