@@ -12,16 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.prior import Floats, check_target_prior, softmax
+from models.sample_size import SampleSize, sample_size
 
 Labels = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """logits / temperature + bias; bias float64 [C], its mean 0."""
+    """logits / temperature + bias; bias float64 [C], its mean 0. size: of the samples that it was fitted on."""
 
     temperature: float
     bias: Floats
+    size: SampleSize | None = None
 
 
 def calibrate(logits: Any, calibration: Calibration) -> Floats:
@@ -51,7 +53,7 @@ def fit_calibration(
     slope, bias = _newton(scores / unit, y, weights, ridge, max_iterations)
     if slope <= 1e-6:
         raise ValueError("logits do not grow with the labels' probability; no temperature calibrates them")
-    return Calibration(unit / slope, bias - bias.mean())
+    return Calibration(unit / slope, bias - bias.mean(), sample_size(np.bincount(y)))
 
 
 def fit_temperature(logits: Any, labels: Any, source_prior: Any = None, *, max_iterations: int = 100) -> float:

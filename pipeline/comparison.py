@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
 
 import numpy as np
 
-from pipeline.metrics import GROUPS, expected_calibration_error
+from models.sample_size import GROUPS, SampleSize, sample_size
+from pipeline.metrics import expected_calibration_error
 from pipeline.params import GateParams, GateRule
 from pipeline.prior import Prior
 
@@ -28,7 +29,9 @@ class Answers:
 class Measure:
     """One comparison. difference is challenger - champion, low and high its bootstrap interval; None where there is none.
 
-    mcnemar: two-sided exact p-value over the measure's samples. passed: None where the rule is none.
+    mcnemar: two-sided exact p-value over the measure's samples. passed: None where the rule is none, and where the test
+    images are too few to judge by. images, effective: the measure's `models.sample_size.SampleSize`; None where it rests on
+    none, as latency and a group without classes do.
     """
 
     champion: float | None
@@ -40,6 +43,18 @@ class Measure:
     rule: str
     margin: float
     passed: bool | None
+    images: int | None = None
+    effective: float | None = None
+
+    @property
+    def size(self) -> SampleSize | None:
+        """How many test images the measure rests on."""
+        return None if self.images is None or self.effective is None else SampleSize(self.images, self.effective)
+
+    @property
+    def too_few(self) -> bool:
+        """Whether it rests on too few test images."""
+        return self.size is not None and self.size.too_few
 
 
 @dataclass(frozen=True)
@@ -76,13 +91,24 @@ def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins
     group = np.array(champion.prior.groups)[labels]
     counts = np.bincount(labels, minlength=classes)
     found = {"all": _accuracy(*right, np.full(len(labels), 1 / len(labels)), params, "all")}
+    sizes = {"all": SampleSize(len(labels), len(labels)), "ece": SampleSize(len(labels), len(labels))}
     for name in GROUPS:
         inside = group == name
         share = 1 / counts[labels[inside]]
         weights = share / share.sum() if inside.any() else share
         found[name] = _accuracy(right[0][inside], right[1][inside], weights, params, name)
+        if name in champion.prior.groups:
+            sizes[name] = sample_size(counts[np.array(champion.prior.groups) == name])
     found["ece"] = _calibration(champion.probabilities, challenger.probabilities, labels, params, ece_bins)
-    return found
+    return {name: _sized(measure, sizes.get(name)) for name, measure in found.items()}
+
+
+def _sized(measure: Measure, size: SampleSize | None) -> Measure:
+    """The measure with its sample size; without a verdict where the test images are too few."""
+    if size is None:
+        return measure
+    passed = None if size.too_few else measure.passed
+    return replace(measure, images=size.images, effective=size.effective, passed=passed)
 
 
 def _accuracy(

@@ -17,10 +17,13 @@ def show(found: Comparison, classes: int) -> None:
     _columns(table, "measure", before, after, "difference", within, "p")
     for name, measure in found.measures.items():
         table.add_row(
-            name, _share(measure.champion), _share(measure.challenger), _points(measure.difference),
+            f"{name} (few images)" if measure.too_few else name,
+            _share(measure.champion), _share(measure.challenger), _points(measure.difference),
             _range(measure.low, measure.high), "n/a" if measure.mcnemar is None else f"{measure.mcnemar:.2g}",
         )  # fmt: skip
     console.print(table)
+    for line in found.warnings:
+        console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)
     changed = found.changed(classes)
     moved = sum(bool(row.won or row.lost) for row in found.classes)
     if changed:

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline import data_report
-from pipeline.data_check import check
+from pipeline.data_check import Report, check
 from pipeline.data_pack import pack
 from pipeline.errors import StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
@@ -31,7 +31,8 @@ CHECK_EXAMPLES = """examples:
   {program} check --json | jq .list_hash    the hash to compare with a colleague's
 
 Interrupted, it goes on where it was; run again, it reads only files that changed. Exit code 1 when `split` would refuse
-the data, or a known data set differs from what was published."""
+the data, when images of two splits are duplicates or near duplicates, or when a known data set differs from what was
+published. Too few test images are a warning."""
 PACK_EXAMPLES = """examples:
   {program} pack data/packed                      shards of about 256 MiB
   {program} pack data/packed --shard-size 1G      fewer, larger ones
@@ -76,9 +77,20 @@ def run_check(params: Params, options: argparse.Namespace) -> int:
         print((options.output / "report.json").read_text(encoding="utf-8"), end="")
     else:
         data_report.show(report, Console())
-        found = "not right" if report.verdict else "right, but for the problem above" if report.problems else "right"
-        print(f"data check: {found} → {options.output}")
-    return 1 if report.verdict else 0
+        print(f"data check: {_conclusion(report, options.allow_duplicates)} → {options.output}")
+    return 1 if report.verdict or (report.problems and not options.allow_duplicates) else 0
+
+
+def _conclusion(report: Report, allowed: bool) -> str:
+    if report.verdict:
+        return "not right"
+    if not report.problems:
+        return "right"
+    return (
+        "right, but for the duplicates above, which --allow-duplicates accepts"
+        if allowed
+        else "not right, see the problem above; remove the copies, or accept them with --allow-duplicates"
+    )
 
 
 def run_pack(params: Params, options: argparse.Namespace) -> int:
@@ -104,6 +116,10 @@ def _parsers(
     found.add_argument(
         "--near", type=_bits, default=4, metavar="BITS|off",
         help="bits of 64 in which the perceptual hashes of near duplicates may differ (default: %(default)s)",
+    )  # fmt: skip
+    found.add_argument(
+        "--allow-duplicates", action="store_true",
+        help="exit code 0 although duplicates or near duplicates lie in two splits; they are reported all the same",
     )  # fmt: skip
     found.add_argument("--fresh", action="store_true", help="read every image again")
     found.add_argument("--json", action="store_true", help="print report.json instead of tables")

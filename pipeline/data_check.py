@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from models.prior import class_names_problem, shot_group
+from models.sample_size import GROUPS, SampleSize, sample_sizes
 from pipeline.artifacts import sha256_of_json
 from pipeline.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, looks_of
 from pipeline.errors import StageError
@@ -21,7 +22,6 @@ from pipeline.sources import Row, Source, open_own
 from pipeline.split import SPLITS, assign, without
 
 HASHED_SIDE = 32
-GROUPS = ("many", "medium", "few")
 Assigned = dict[str, list[Row]]
 
 
@@ -42,7 +42,7 @@ class Difference:
 @dataclass
 class Report:
     """What a check found. Counts are of images unless they say otherwise; `verdict` is what stops `split`, `problems`
-    what it lets through and makes figures wrong, one line each."""
+    what it lets through and makes figures wrong (duplicates in two splits), one line each."""
 
     source: str
     location: str
@@ -70,6 +70,11 @@ class Report:
         """Classes by shot group."""
         found = [shot_group(count) for count in self.counts["train"]]
         return {group: found.count(group) for group in GROUPS}
+
+    def test_sizes(self) -> dict[str, SampleSize]:
+        """Sample sizes of the test split, of all classes and by shot group; none where nothing could be assigned."""
+        groups = [shot_group(count) for count in self.counts["train"]]
+        return sample_sizes(self.counts["test"], groups)
 
     def missing(self) -> int:
         """Images without a file."""

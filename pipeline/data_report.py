@@ -8,8 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from models.prior import shot_group
+from models.sample_size import ADVICE, GROUPS, warnings_of
+from models.sample_size import as_json as sizes_as_json
 from pipeline.artifacts import whole_folder, write_file, write_json
-from pipeline.data_check import GROUPS, Report
+from pipeline.data_check import Report
 from pipeline.inspection import SHOWN
 from pipeline.long_tail import draw_long_tail, show_long_tail
 from pipeline.split import SPLITS, as_csv
@@ -33,6 +35,9 @@ def show(report: Report, console: Console) -> None:
         console.print(_published(report))
     for name, value in (("list", report.list_hash), ("content", report.content_hash)):
         console.print(f"{name} hash {value}", soft_wrap=True, highlight=False)
+    few = warnings_of(report.test_sizes())
+    for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
+        console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)
     for line in report.problems:
         console.print(f"problem: {line}", soft_wrap=True, markup=False, highlight=False)
     for line in report.verdict:
@@ -132,6 +137,8 @@ def as_json(report: Report) -> dict[str, Any]:
             {"figure": figure.figure, "published": figure.published, "found": figure.found, "same": figure.same}
             for figure in report.published
         ],
+        "test_images": sizes_as_json(report.test_sizes()),
+        "warnings": warnings_of(report.test_sizes()),
         "problems": report.problems,
         "verdict": report.verdict,
     }

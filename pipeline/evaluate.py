@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
+from models.sample_size import from_json, warnings_of
 from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
 from pipeline.checkpoint import BEST, check_image, load_model
 from pipeline.comparison import Answers
@@ -29,6 +30,7 @@ from pipeline.report import render_report, study
 from pipeline.report.study import write_plots
 from pipeline.run_folder import contender_of
 from pipeline.stage import stage_main
+from serving.terminal import print
 
 TARGET_PRIORS = {"balanced": 0.0, "train": 1.0}
 NETWORKS = {"teacher": TEACHER, "student": STUDENT}
@@ -70,6 +72,8 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     shown = study(logits, labels, prior, params, validation=validation, champion=champion)
     chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)
     sizes = SplitSizes(sum(prior.counts), len(validation[1]) if validation else 0, len(test))
+    for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
+        print(f"evaluate: warning: {line}", file=sys.stderr)
     with whole_folder(output) as folder:
         write_json(folder / "metrics.json", metrics)
         for network, by_prior in metrics.items():
@@ -139,7 +143,8 @@ def network_logits(
 def flat(values: dict[str, Any]) -> dict[str, float | None]:
     """Metrics of one target prior without their inner mapping: a row of `dvc metrics show`, which has one per file."""
     plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
-    return plain | {f"{name}_at_prior": value for name, value in values["at_target_prior"].items()}
+    plain |= {f"{name}_at_prior": value for name, value in values["at_target_prior"].items()}
+    return plain | {"test_images": values["test_images"]["all"]["images"]}
 
 
 def choose_samples(found: dict[str, np.ndarray], wanted: int, seed: int) -> list[int]:

@@ -12,23 +12,30 @@ import numpy as np
 
 from models.preprocess import ImageError, decode
 from models.prior import shot_group
+from models.sample_size import SampleSize, sample_sizes
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import Params, parse_params
+from pipeline.profiles import test_size, validation_size
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.source import Row
 
 LOOKED_AT = 300  # images that are decoded
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
 LARGEST_QUEUE = 65536  # the paper's for iNaturalist 2018
+TEST_SHARE, MOST_TESTED = 0.2, 50  # of a class; 50 bound what a large class gives, as all classes weigh the same
+VALIDATION_SHARE, MOST_VALIDATED = 0.1, 20
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds. counts: images of each class that training may use; shorter: median shorter side, pixels."""
+    """What a folder holds. counts: images of each class that training may use; shorter: median shorter side, pixels.
+
+    tested: test images of each class in a test folder of its own, None without one.
+    """
 
     classes: list[str]
     counts: list[int]
-    own_test: bool
+    tested: list[int] | None
     own_validation: bool
     shorter: int
     unreadable: list[str]
@@ -69,9 +76,10 @@ def look(folder: Path) -> Found:
         raise DataError(
             f"{folder}: none of {len(unreadable):,} images looked at can be read, {unreadable[0]} the first"
         )
-    splits = {row.split for row in source.rows}
-    median = round(statistics.median(sides))
-    return Found(source.classes, counts, "test" in splits, "validation" in splits, median, unreadable)
+    own = [row.label for row in source.rows if row.split == "test"]
+    tested = np.bincount(own, minlength=len(source.classes)).tolist() if own else None
+    own_validation = any(row.split == "validation" for row in source.rows)
+    return Found(source.classes, counts, tested, own_validation, round(statistics.median(sides)), unreadable)
 
 
 def _shorter_side(source: FolderSource, row: Row) -> int | None:
@@ -92,26 +100,36 @@ def choices(found: Found, location: str, gpu: bool) -> dict[str, tuple[Any, str]
         "data.location": (location, "your images"),
         "data.profile": ("natural", f"your own tail is kept: {max(found.counts):,} images down to {smallest:,}"),
     }
-    if not found.own_test:
+    if found.tested is None:
         if smallest < 2:
             name = found.classes[found.counts.index(smallest)]
             raise DataError(
                 f"class {name!r} has 1 image: nothing is left to train on once one is held out; add images, merge the "
                 "class into another, or give a test/ folder of your own"
             )
-        held = max(1, min(50, smallest // 4))
-        total -= held * classes
-        reason = f"a quarter of the smallest class ({smallest:,}), at most 50; every class weighs the same"
-        chosen["data.test_per_class"] = (held, reason)
+        total -= sum(test_size(count, MOST_TESTED, TEST_SHARE) for count in found.counts)
+        reason = "of each class, at least one image; see docs/own-images.md"
+        chosen["data.test_share"] = (TEST_SHARE, reason)
+        chosen["data.test_per_class"] = (MOST_TESTED, "at most; small classes give less, see the next line")
     if not found.own_validation:
-        chosen["data.validation_per_class"] = (20, "at most; small classes give less, see the next line")
-        chosen["data.validation_share"] = (0.1, "of what a class keeps for training")
+        chosen["data.validation_per_class"] = (MOST_VALIDATED, "at most; small classes give less, see the next line")
+        chosen["data.validation_share"] = (VALIDATION_SHARE, "of what a class keeps for training")
     chosen |= _network(found, total, gpu)
     chosen |= _queues(total, classes)
     top = min(5, classes)
     chosen["evaluate.top_k"] = (top, "of your classes")
     chosen["serving.top_k"] = (top, "answers per image")
     return chosen
+
+
+def expected_tests(found: Found) -> dict[str, SampleSize]:
+    """Sample sizes of the test split that `choices` makes: of all classes, and of each shot group after holding out."""
+    held = [test_size(count, MOST_TESTED, TEST_SHARE) for count in found.counts]
+    tested = held if found.tested is None else found.tested
+    kept = [count - (size if found.tested is None else 0) for count, size in zip(found.counts, held, strict=True)]
+    if not found.own_validation:
+        kept = [count - validation_size(count, 0, MOST_VALIDATED, VALIDATION_SHARE) for count in kept]
+    return sample_sizes(tested, [shot_group(count) for count in kept])
 
 
 def _network(found: Found, total: int, gpu: bool) -> dict[str, tuple[Any, str]]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from models.prior import class_key
+from models.sample_size import ADVICE, sample_size
 from pipeline.artifacts import EVALUATION, PRIOR, sha256_of_file, write_json
 from pipeline.comparison import Answers, Measure, compare
 from pipeline.errors import ParamsError, StageError
@@ -29,9 +30,11 @@ EPILOG = """\
 examples:
   python -m pipeline.gate                                               the first model: is it good enough?
   python -m pipeline.gate --champion versions/7/predictions.parquet --champion-prior versions/7/prior.json
-Exit code 0: promote. 1: refuse, which includes a gate that cannot be computed. 2: misuse.
+Exit code 0: promote. 1: refuse, which includes a gate that cannot be computed. 2: misuse. 3: not decided, because a rule
+rests on too few test images.
 """
 DECISION = Path("artifacts/decision.json")
+UNDECIDED = 3  # exit code
 
 
 class GateError(StageError):
@@ -49,9 +52,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Decision:
-    """Content of decision.json. computed is False when the gate could not be computed; reasons then says why."""
+    """Content of decision.json. computed is False when the gate could not be computed; reasons then says why.
+
+    undecided: the test images are too few for a rule, and no other rule refuses; promote is then False.
+    """
 
     promote: bool
+    undecided: bool
     computed: bool
     reasons: list[str]
     measures: dict[str, Measure]
@@ -60,7 +67,12 @@ class Decision:
     params: dict[str, Any]
 
     def __str__(self) -> str:
-        return f"{'promote' if self.promote else 'refuse'}: {'; '.join(self.reasons)}"
+        return f"{self.verdict}: {'; '.join(self.reasons)}"
+
+    @property
+    def verdict(self) -> str:
+        """promote, refuse or not decided."""
+        return "promote" if self.promote else "not decided" if self.undecided else "refuse"
 
 
 def decide(
@@ -79,26 +91,29 @@ def decide(
     """
     named = {"challenger": challenger, "champion": champion}
     inputs = {name: _describe(contender) for name, contender in named.items()}
-    samples, measures = None, {}
+    samples, measures, undecided = None, {}, False
     try:
         if fault is not None:
             raise fault
         mine = load_answers(challenger, params.target_prior)
         samples = len(mine.labels)
         if champion is None:
-            promote, reasons = _first(mine, params)
+            promote, undecided, reasons = _first(mine, params)
         else:
             theirs = load_answers(champion, params.target_prior)
             check_comparable(mine, theirs)
             measures = compare(mine, theirs, params, ece_bins)
             measures["latency_ms"] = _latency(challenger.latency_ms, champion.latency_ms, params)
             reasons = [_say(name, measure) for name, measure in measures.items() if measure.passed is False]
-            promote = not reasons
-            reasons = reasons or ["not worse than the champion by any rule of params.gate"]
+            few = _too_few(measures)
+            promote, undecided = not reasons and not few, bool(few) and not reasons
+            reasons = reasons or few or ["not worse than the champion by any rule of params.gate"]
         computed = True
     except (StageError, OSError) as error:
         promote, computed, reasons, measures = False, False, [f"cannot be computed: {explain(error)}"], {}
-    decision = Decision(promote, computed, reasons, measures, samples, inputs, params.model_dump(mode="json"))
+    decision = Decision(
+        promote, undecided, computed, reasons, measures, samples, inputs, params.model_dump(mode="json")
+    )
     if output is not None:
         write_json(output, asdict(decision))
     return decision
@@ -163,13 +178,26 @@ def _latency(challenger: float | None, champion: float | None, params: GateParam
     return Measure(champion, challenger, difference, None, None, None, rule, ratio or 0.0, passed)
 
 
-def _first(mine: Answers, params: GateParams) -> tuple[bool, list[str]]:
+def _too_few(measures: dict[str, Measure]) -> list[str]:
+    """A line for each rule whose measure rests on too few test images, with what to do."""
+    return [
+        f"{name}: {measure.size}; {ADVICE}, or set gate.{name}.rule: none"
+        for name, measure in measures.items()
+        if measure.rule != "none" and measure.too_few
+    ]
+
+
+def _first(mine: Answers, params: GateParams) -> tuple[bool, bool, list[str]]:
+    """Whether the first model reaches the floor, whether the test images are too few for an answer, and why."""
     predicted = mine.probabilities.argmax(1)
     score = mean_of(per_class_accuracy(predicted, mine.labels, len(mine.prior.classes))) or 0.0
     said = f"first model, balanced accuracy {score:.1%}"
+    size = sample_size(np.bincount(mine.labels))
+    if size.too_few and params.floor > 0:
+        return False, True, [f"{said} of {size}; {ADVICE}, or set gate.floor: 0"]
     if score >= params.floor:
-        return True, [f"{said}, at least gate.floor {params.floor:.1%}"]
-    return False, [f"{said}, below gate.floor {params.floor:.1%}"]
+        return True, False, [f"{said}, at least gate.floor {params.floor:.1%}"]
+    return False, False, [f"{said}, below gate.floor {params.floor:.1%}"]
 
 
 def _say(name: str, measure: Measure) -> str:
@@ -224,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gate: {explain(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, StageError) else 1
     print(f"gate: {decision} → {options.output}")
-    return 0 if decision.promote else 1
+    return UNDECIDED if decision.undecided else int(not decision.promote)
 
 
 if __name__ == "__main__":

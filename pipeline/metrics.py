@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from models.prior import adjust_logits, softmax
+from models.sample_size import GROUPS, as_json, sample_sizes
 
-GROUPS = ("many", "medium", "few")
 AT_ONCE = 4_000_000  # probabilities looked at in one piece
 
 
@@ -70,13 +70,15 @@ def evaluate_answers(
 
     probabilities [N,C], labels [N], groups: shot group of each class, target_prior [C]. `many`, `medium` and `few` are
     means of per-class accuracies. `at_target_prior` weighs the samples as if the test set followed the target prior,
-    which is the data that the answers were adjusted for; the other figures take the test set as it is.
+    which is the data that the answers were adjusted for; the other figures take the test set as it is. `test_images`:
+    of all and of each group that has classes, how many there are and whether they are too few to judge by.
     """
     classes = len(groups)
     predicted = probabilities.argmax(axis=1)
     by_class = per_class_accuracy(predicted, labels, classes)
     in_group = {group: [by_class[c] for c in range(classes) if groups[c] == group] for group in GROUPS}
-    weights = target_prior[labels] / np.bincount(labels, minlength=classes)[labels]
+    tested = np.bincount(labels, minlength=classes)
+    weights = target_prior[labels] / tested[labels]
     return {
         "all": float((predicted == labels).mean()),
         **{group: mean_of(values) for group, values in in_group.items()},
@@ -89,4 +91,5 @@ def evaluate_answers(
             "nll": negative_log_likelihood(probabilities, labels, weights),
             "ece": expected_calibration_error(probabilities, labels, bins, weights),
         },
+        "test_images": as_json(sample_sizes(tested, groups)),
     }

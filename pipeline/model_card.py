@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from models.sample_size import from_json, warnings_of
 from pipeline.params import Params
 from pipeline.prior import Prior
 
@@ -41,6 +42,10 @@ likely, 1 where classes come as often as in training, or a prior of your own.
 | {{ m.balanced_accuracy | percent }} | {{ "%.3f" % m.nll }} | {{ m.ece | percent }} |
 {% endfor %}
 
+{% for line in few %}
+**Too few test images.** {{ line }}.
+
+{% endfor %}
 Last epoch, seed {{ params.seed }}, one run. Few means fewer than 20 training samples, many more than 100.
 
 ## Classes
@@ -60,6 +65,7 @@ def model_card(params: Params, prior: Prior, metrics: dict[str, Any]) -> str:
     return environment.from_string(CARD).render(
         metadata=yaml.safe_dump(_metadata(params, metrics), sort_keys=False, allow_unicode=True),
         facts=model_facts(params, prior), params=params, prior=prior, metrics=metrics,
+        few=warnings_of(from_json(metrics["balanced"].get("test_images", {}))),
     )  # fmt: skip
 
 

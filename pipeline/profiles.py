@@ -38,6 +38,22 @@ def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> 
     return sizes
 
 
+def test_size(images: int, per_class: int, share: float | None) -> int:
+    """Test images held out of a class of so many: per_class, or its `share`, at least one and at most per_class.
+
+    One image at least stays for training where there is a share; without one the caller refuses a class of per_class or less.
+    """
+    if share is None:
+        return per_class
+    # Rounding to 1e-9 keeps 0.29 of 100 images at 29.
+    return max(min(per_class, max(1, int(round(share * images, 9))), images - 1), 0)
+
+
+def validation_size(kept: int, spare: int, per_class: int, share: float) -> int:
+    """Validation images held out of the `kept` images of a class, beside those from `spare` that the profile dropped."""
+    return max(0, min(per_class - min(spare, per_class), int(share * kept), kept - 1))
+
+
 def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
     """Indexes kept of each class, in shuffled order: the sample choice of CIFAR-LT (Cao et al. 2019).
 

@@ -22,6 +22,11 @@ class Comparison:
     measures: dict[str, Measure]
     classes: list[ClassDifference]
 
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each measure that rests on too few test images."""
+        return [f"{name}: {measure.size}" for name, measure in self.measures.items() if measure.too_few]
+
     def changed(self, most: int) -> list[ClassDifference]:
         """The classes whose change is least likely chance, at most so many; classes without a changed sample are none."""
         moved = [row for row in self.classes if row.won or row.lost]
@@ -44,13 +49,17 @@ def compare_runs(
 def as_json(found: Comparison) -> dict[str, Any]:
     """The comparison for programs: every measure and every class."""
     measures = {name: _measure(measure) for name, measure in found.measures.items()}
-    return asdict(found) | {"measures": measures, "classes": [_class(row) for row in found.classes]}
+    return asdict(found) | {
+        "warnings": found.warnings,
+        "measures": measures,
+        "classes": [_class(row) for row in found.classes],
+    }
 
 
 def _measure(measure: Measure) -> dict[str, Any]:
     return {
         "before": measure.champion, "after": measure.challenger, "difference": measure.difference,
-        "low": measure.low, "high": measure.high, "p": measure.mcnemar,
+        "low": measure.low, "high": measure.high, "p": measure.mcnemar, "images": measure.images, "too_few": measure.too_few,
     }  # fmt: skip
 
 

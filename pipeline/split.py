@@ -18,7 +18,7 @@ from pipeline.duplicates import check_labels, conflicting_labels, find_duplicate
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.inspection import check_missing, check_usable, inspect_images
 from pipeline.params import DataParams, Params
-from pipeline.profiles import choose, class_members, class_sizes
+from pipeline.profiles import choose, class_members, class_sizes, test_size, validation_size
 from pipeline.published import PUBLISHED, check_published_choice
 from pipeline.sources import Row, Source, WithIngested, open_source
 from pipeline.stage import stage_main
@@ -160,16 +160,17 @@ def without(source: Source, skipped: list[Row]) -> list[Row]:
 def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
     """Rows of each split, from the source's hints and params.data. Rows that the profile drops are in no split.
 
-    Test is held out first (unless the source brings one), then each class is cut to max_per_class images, then the
-    profile picks what training keeps, then validation is held out (unless the source brings one): validation_per_class
-    images, from those that the profile dropped and, where they do not suffice, at most validation_share of what the
-    class keeps. What the profile picks from a data set of known origin is held against the published choice.
+    Test is held out first (unless the source brings one): `profiles.test_size` images of each class. Then each class is cut
+    to max_per_class images. Then the profile picks what training keeps. Then validation is held out (unless the source
+    brings one): validation_per_class images, from those that the profile dropped and, where they do not suffice, at most
+    validation_share of what the class keeps. What the profile picks from a data set of known origin is held against the
+    published choice.
     """
     hinted = {split: [row for row in rows if row.split == split] for split in SPLITS}
     pool, test = hinted["train"], hinted["test"]
     generator = np.random.default_rng(params.seed)
     if not test:
-        pool, test = _hold_out_test(pool, classes, params.test_per_class, generator)
+        pool, test = _hold_out_test(pool, classes, params, generator)
     if params.max_per_class:
         labels = np.array([row.label for row in pool])
         chosen = choose(labels, [params.max_per_class] * len(classes), params.seed)
@@ -193,17 +194,19 @@ def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str 
 
 
 def _hold_out_test(
-    pool: list[Row], classes: list[str], per_class: int, generator: np.random.Generator
+    pool: list[Row], classes: list[str], params: DataParams, generator: np.random.Generator
 ) -> tuple[list[Row], list[Row]]:
     labels = np.array([row.label for row in pool])
     held: list[int] = []
     for name, members in zip(classes, class_members(labels, len(classes)), strict=True):
-        if len(members) <= per_class:
+        size = test_size(len(members), params.test_per_class, params.test_share)
+        if not size or len(members) <= size:
             raise DataError(
-                f"class {name!r} has {len(members)} images, too few to hold out data.test_per_class = {per_class} and train; "
-                "lower it, add images, or give the source a test split"
+                f"class {name!r} has {len(members)} images, too few to hold out "
+                + (f"data.test_per_class = {size} and train; lower it, " if size else "one and train; ")
+                + "add images, or give the source a test split"
             )
-        held.extend(sorted(generator.permutation(members)[:per_class].tolist()))
+        held.extend(sorted(generator.permutation(members)[:size].tolist()))
     out = set(held)
     return [row for i, row in enumerate(pool) if i not in out], [pool[i] for i in held]
 
@@ -214,9 +217,7 @@ def _hold_out_validation(
     remaining, held = [], []
     for chosen, spare in zip(kept, dropped, strict=True):
         free = generator.permutation(spare)[: params.validation_per_class]
-        wanted = min(
-            params.validation_per_class - len(free), int(params.validation_share * len(chosen)), len(chosen) - 1
-        )
+        wanted = validation_size(len(chosen), len(spare), params.validation_per_class, params.validation_share)
         taken = generator.permutation(chosen)[:wanted] if wanted > 0 else chosen[:0]
         remaining.append(chosen[~np.isin(chosen, taken)])
         held.extend(sorted([*free.tolist(), *taken.tolist()]))

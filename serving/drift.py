@@ -14,13 +14,13 @@ import numpy as np
 from models.calibration import Calibration, calibrate
 from models.label_shift import bootstrap_priors, estimate_prior, interval, total_variation
 from models.prior import check_target_prior, class_prior, shot_group, softmax
+from models.sample_size import GROUPS
 from serving.atomic import write_file
 from serving.errors import InputError, ServingError
 from serving.manifest import Manifest
 from serving.triton.live_prior import FORMAT, NAME
 
 Method = Literal["em", "map"]
-GROUPS = ("many", "medium", "few")
 CONFIDENCE = 0.95
 BOOTSTRAP_STEPS = 20_000  # only the few resamples that have not settled take them
 

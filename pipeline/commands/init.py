@@ -33,9 +33,10 @@ def init(
     Looks at how many there are, how long their tail is and how large they are, and chooses network, epochs, queues and
     what is held out; the reason stands beside each value. Nothing is trained, and a value is yours to change.
     """
+    from models.sample_size import ADVICE, warnings_of
     from pipeline.artifacts import write_file
     from pipeline.errors import ParamsError
-    from pipeline.first_params import choices, look, write_text
+    from pipeline.first_params import choices, expected_tests, look, write_text
     from pipeline.ranks import choose_device
 
     if not output.is_file():
@@ -56,6 +57,9 @@ def init(
         for key, (value, why) in chosen.items():
             print(f"  {key} = {value}  # {why}")
         print(f"→ {output}; next: tailor data check, then: dvc repro")
+    few = warnings_of(expected_tests(found))
+    for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
+        print(f"init: warning: {line}", file=sys.stderr)
     for reference in found.unreadable[:5]:
         print(f"init: {folder / reference}: cannot be read; `tailor data check` says why", file=sys.stderr)
     return 0

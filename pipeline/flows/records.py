@@ -21,7 +21,7 @@ from pipeline.params import GateParams
 FOLDER = Path("artifacts/retrain")
 KEPT = 20  # folders of evidence
 
-Ending = Literal["promoted", "refused", "unchanged", "failed", "skipped", "busy"]
+Ending = Literal["promoted", "refused", "undecided", "unchanged", "failed", "skipped", "busy"]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pipeline.flows.experiments import keep_run
 from pipeline.flows.records import (
     FOLDER,
     Decided,
+    Ending,
     Outcome,
     Run,
     gate_sha256,
@@ -50,6 +51,7 @@ from serving.errors import ServingError
 from serving.version_policy import present_versions
 
 LOCK = FOLDER / "lock"
+HOW = {"undecided": "not decided on for want of test images"}  # how a release ended that was not promoted, in words
 ACTIONABLE = (StageError, ServingError, OSError)
 
 
@@ -68,7 +70,8 @@ def retrain(because: str = "somebody asked", drop: str | None = None) -> State[A
     """Take in what is new, retrain what has changed, and promote the result where the gate lets it.
 
     because: why this run was started, kept with the decision. drop: a drop folder in the place of params.ingest.drop.
-    The state's name says how it ended: Promoted, Refused, Unchanged, Skipped; Cancelled where another run is under way.
+    The state's name says how it ended: Promoted, Refused, Undecided, Unchanged, Skipped; Cancelled where
+    another run is under way.
     """
     logger = get_run_logger()
     begun = time.monotonic()
@@ -149,9 +152,10 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     teller.decision(decision, evidence)
     against = champion.version if champion else None
     if not decision.promote:
-        outcome = Outcome("refused", "; ".join(decision.reasons), against, str(evidence))
+        ending: Ending = "undecided" if decision.undecided else "refused"
+        outcome = Outcome(ending, "; ".join(decision.reasons), against, str(evidence))
         if decision.computed:  # else the next run holds the gate again: what was missing may be there by then
-            _keep(Decided(release, against, gate_sha256(params.gate), "refused", None), outcome.message, params)
+            _keep(Decided(release, against, gate_sha256(params.gate), ending, None), outcome.message, params)
     else:
         kept = present_versions(repository)
         version = step(publish, params, evidence)
@@ -196,7 +200,7 @@ def _settled(params: Params, champion: releases.Champion | None) -> Outcome | No
     against = champion.version if champion else None
     decided = read_decided()
     if decided and decided.settles(releases.export_identity(EXPORT), against, params.gate):
-        how = f"promoted as version {decided.version}" if decided.version else "refused"
+        how = f"promoted as version {decided.version}" if decided.version else HOW.get(decided.ending, "refused")
         return Outcome("unchanged", f"no new data and no changed params; what they make was {how} before", against)
     return None
 

@@ -71,10 +71,16 @@ def comparison(measures: dict[str, Measure]) -> list[dict[str, str]]:
             "interval": "–" if measure.low is None else f"{measure.low:+.4f} to {measure.high:+.4f}",
             "McNemar p": _number(measure.mcnemar, ".3g"),
             "rule": measure.rule if measure.rule == "none" else f"{measure.rule}, margin {measure.margin:g}",
-            "verdict": {True: "passed", False: "refused", None: "–"}[measure.passed],
+            "verdict": _verdict(measure),
         }
         for name, measure in measures.items()
     ]
+
+
+def _verdict(measure: Measure) -> str:
+    if measure.rule != "none" and measure.too_few:
+        return "too few images"
+    return {True: "passed", False: "refused", None: "–"}[measure.passed]
 
 
 def _number(value: float | None, form: str = ".4f") -> str:
@@ -82,7 +88,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 
 def _as_markdown(decision: Decision) -> str:
-    lines = [f"# {'Promote' if decision.promote else 'Refuse'}", ""]
+    lines = [f"# {decision.verdict.capitalize()}", ""]
     if not decision.computed:
         lines += ["The gate could not be computed, which is a refusal.", ""]
     return "\n".join([*lines, *(f"- {reason}" for reason in decision.reasons)])

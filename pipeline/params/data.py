@@ -47,6 +47,8 @@ class DataParams(Section):
     """Where the images come from, how long the tail is made, and what is held out.
 
     max_per_class: training images of a class that are used at most, chosen by `seed` before the profile; null is all.
+    test_share: test images as a share of each class, at least one and at most test_per_class; null is test_per_class of
+    every class.
     """
 
     source: Literal["digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018"]
@@ -60,6 +62,7 @@ class DataParams(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     max_per_class: PositiveInt | None = None
     test_per_class: PositiveInt
+    test_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     validation_per_class: Count
     validation_share: Share
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from models.sample_size import ADVICE, from_json
 from pipeline.data_card import SplitSizes, data_facts
 from pipeline.model_card import model_facts
 from pipeline.params import Params
@@ -39,6 +40,7 @@ def render_report(
     names and numbers alone.
     """
     pictures: dict[int, str] = {}
+    tested = from_json(metrics["student"]["balanced"]["test_images"])
 
     def picture(row: int) -> str:
         if row not in pictures:
@@ -77,6 +79,8 @@ def render_report(
         model_facts=model_facts(params, prior),
         picture=picture,
         notes=notes,
+        few={name: str(size) for name, size in tested.items() if size.too_few},
+        advice=ADVICE,
         command=COMMAND,
     )
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from models.calibration import Calibration
+from models.sample_size import ADVICE
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
 from serving.display import drift_table
 from serving.drift import CONFIDENCE, Drift, estimate_drift, write_live_prior
@@ -100,7 +101,7 @@ def drift(
     for name, reason in logged.skipped.items():
         print(f"tailor: {log / name}: {reason}; left out", file=sys.stderr)
     _check_enough(logged, log, manifest, min_images)
-    calibrated, how = _calibration(calibration, manifest)
+    calibrated, how = _calibration(calibration, manifest, write)
     found = estimate_drift(
         logged.logits,
         manifest.counts,
@@ -172,8 +173,13 @@ def _check_enough(logged: LoggedLogits, log: Path, manifest: Manifest, wanted: i
     )
 
 
-def _calibration(given: Path | None, manifest: Manifest) -> tuple[Calibration | None, dict[str, Any] | None]:
-    """The calibration to use and what is told of it; none where evaluation's own file is not of this release."""
+def _calibration(
+    given: Path | None, manifest: Manifest, write: bool
+) -> tuple[Calibration | None, dict[str, Any] | None]:
+    """The calibration to use and what is told of it; none where evaluation's own file is not of this release.
+
+    write: whether a live prior shall be written. Raises ServingError then for a calibration of too few test images.
+    """
     path = given or PREDICTIONS
     if given is None and not path.is_file():
         print(f"tailor: {path} is not here; not calibrated", file=sys.stderr)
@@ -185,7 +191,17 @@ def _calibration(given: Path | None, manifest: Manifest) -> tuple[Calibration | 
             raise
         print(f"tailor: {error}; not calibrated", file=sys.stderr)
         return None, None
-    return found, {"file": str(path), "temperature": found.temperature}
+    told: dict[str, Any] = {"file": str(path), "temperature": found.temperature}
+    if found.size is not None:
+        told |= {"test_images": found.size.images, "too_few_test_images": found.size.too_few}
+        if found.size.too_few and not write:
+            print(f"tailor: warning: {path}: the calibration rests on {found.size}", file=sys.stderr)
+        if found.size.too_few and write:
+            raise ServingError(
+                f"{path}: no live prior is written, because its calibration rests on {found.size}; {ADVICE}, then train, "
+                "evaluate and publish again"
+            )
+    return found, told
 
 
 def _facts(found: Drift, logged: LoggedLogits, manifest: Manifest, how: dict[str, Any] | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pipeline.split import assign
 from serving.commands.app import main
 
 TEMPLATE = (ROOT / "params.yaml").read_text(encoding="utf-8")
-NO_OPTIONS = {"own_test": False, "own_validation": False, "shorter": 32, "unreadable": []}
+NO_OPTIONS = {"tested": None, "own_validation": False, "shorter": 32, "unreadable": []}
 
 
 def found(counts: list[int], **changes: object) -> Found:
@@ -63,13 +63,13 @@ def test_every_choice_is_valid_and_leaves_each_class_something_to_train_on(
 def test_the_choices_for_the_papers_data_sets_are_near_the_papers() -> None:
     """CIFAR-100-LT: ResNet-32, K 4096, 200 epochs; ImageNet-LT: the ResNet-50 family at 224 pixels."""
     cifar = chosen_params(
-        found([round(500 * 0.01 ** (c / 99)) for c in range(100)], own_test=True, own_validation=True)
+        found([round(500 * 0.01 ** (c / 99)) for c in range(100)], tested=[100] * 100, own_validation=True)
     )
     assert (cifar.student.backbone, cifar.image.size, cifar.student.epochs) == ("resnet32", 32, 200)
     assert cifar.student.queue_total == 4096
     assert cifar.student.learning_rate == pytest.approx(0.05)
     counts = class_counts(1000, 1.0)["train"]
-    imagenet = chosen_params(found(counts, own_test=True, own_validation=True, shorter=375))
+    imagenet = chosen_params(found(counts, tested=[50] * 1000, own_validation=True, shorter=375))
     assert (imagenet.student.backbone, imagenet.image.size, imagenet.image.resize_to) == (
         "torchvision/resnet50",
         224,
@@ -88,7 +88,7 @@ def test_the_folder_is_counted_and_its_images_measured(folder: Path) -> None:
     seen = look(folder)
     assert (seen.classes, seen.counts, seen.shorter) == (["elm", "oak", "yew"], [6, 12, 2], 40)
     assert "imbalance factor 6.0" in str(seen)
-    assert not seen.own_test
+    assert seen.tested is None
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_used(folder: Path) -> None:
@@ -102,9 +102,9 @@ def test_splits_of_ones_own_are_kept(folder: Path, tmp_path: Path) -> None:
     for part in ("train", "test"):
         shutil.copytree(folder, tmp_path / "split" / part)
     seen = look(tmp_path / "split")
-    assert seen.own_test and not seen.own_validation
+    assert seen.tested == [6, 12, 2] and not seen.own_validation
     assert seen.counts == [6, 12, 2]
-    assert "data.test_per_class" not in choices(seen, "x", gpu=False)
+    assert not {"data.test_per_class", "data.test_share"} & set(choices(seen, "x", gpu=False))
 
 
 def test_a_class_of_one_image_is_refused_by_name() -> None:

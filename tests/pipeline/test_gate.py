@@ -30,7 +30,7 @@ def prior_of(classes=None):
     return Prior(names, COUNTS, p.tolist(), np.log(p).tolist(), [shot_group(n) for n in COUNTS])
 
 
-LABELS = np.repeat(np.arange(C), 40)
+LABELS = np.repeat(np.arange(C), 60)
 
 
 def answering(accuracy, seed):

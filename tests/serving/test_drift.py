@@ -256,9 +256,9 @@ def test_unusable_argument_of_an_estimate_is_named(arguments: dict, said: str) -
         estimate_drift(drawn(LIVE, 100)[1], COUNTS, **arguments)
 
 
-def write_predictions(path: Path, manifest: Manifest, temperature: float = 1.0) -> Manifest:
+def write_predictions(path: Path, manifest: Manifest, temperature: float = 1.0, images: int = 2000) -> Manifest:
     """Test answers as evaluation keeps them, and the manifest of the release that they are of."""
-    labels, logits = drawn(np.full(5, 0.2), 2000, 9)
+    labels, logits = drawn(np.full(5, 0.2), images, 9)
     logits = logits * temperature
     path.parent.mkdir(parents=True, exist_ok=True)
     column = pa.array(list(logits.astype(np.float32)), pa.list_(pa.float32()))
@@ -266,7 +266,7 @@ def write_predictions(path: Path, manifest: Manifest, temperature: float = 1.0) 
         pa.table({"sample_id": list(map(str, labels)), "label": labels, "logits": column}), path
     )
     p = softmax(logits.astype(np.float32).astype(np.float64))
-    metrics = {"balanced": {"nll": float(-np.log(p[np.arange(2000), labels]).mean())}}
+    metrics = {"balanced": {"nll": float(-np.log(p[np.arange(images), labels]).mean())}}
     return manifest.model_copy(update={"metrics": metrics})
 
 
@@ -386,7 +386,21 @@ def test_calibration_of_this_release_is_used_unasked_and_of_another_one_is_not(d
     for model in ("student", "classifier"):
         Path("artifacts/repository", model, "1", "manifest.json").write_text(manifest.model_dump_json())
     found = json.loads(drift("--json").stdout)["calibration"]
-    assert found == {"file": str(path), "temperature": pytest.approx(2, rel=0.15)}
+    tested = {"test_images": 2000, "too_few_test_images": False}
+    assert found == {"file": str(path), "temperature": pytest.approx(2, rel=0.15)} | tested
+    assert drift("--write").returncode == 0
+
+
+def test_a_live_prior_is_not_written_from_a_calibration_of_too_few_test_images(drift: Drift, release: Release) -> None:
+    path = Path("artifacts/evaluation/predictions.parquet")
+    manifest = write_predictions(path, release.manifest, 2.0, images=40)
+    for model in ("student", "classifier"):
+        Path("artifacts/repository", model, "1", "manifest.json").write_text(manifest.model_dump_json())
+    ended = drift("--json")
+    assert ended.returncode == 0 and "the calibration rests on 40 test images" in ended.stderr
+    assert json.loads(ended.stdout)["calibration"]["too_few_test_images"] is True
+    assert_one_line(drift("--write"), 1, "no live prior is written, because its calibration rests on 40 test images")
+    assert not Path("artifacts/repository/live_prior.json").exists()
 
 
 def pull(reason: str) -> str:
