@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.end_to_end.project import ROOT, Project
 
-SOURCES = ("models", "pipeline", "serving", "recipes", "pyproject.toml", "README.md")
+SOURCES = ("models", "pipeline", "serving", "tailor", "recipes", "pyproject.toml", "setup.py", "README.md")
 PNG = b"\x89PNG\r\n"
 QUICK = {
     part: {"backbone": "resnet20", "epochs": 1, "batch_size": 8, "schedule": {"warmup_epochs": 0}}
@@ -34,7 +34,7 @@ class Installed:
             target = source / name
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, target, ignore=ignored, symlinks=True)
-            else:
+            elif (ROOT / name).is_file():
                 shutil.copyfile(ROOT / name, target)
         self.root = folder / "environment"
         venv.create(self.root, symlinks=True)
