@@ -14,6 +14,7 @@ from pipeline.errors import ParamsError, StageError
 from pipeline.lineage import git
 
 FILES = Path(__file__).with_name("project_files")
+HINT = "Put one folder of images per class here, named for the class. Then run: tailor init data/source\n"
 DVC_CONFIG = {"core.analytics": "false", "core.check_update": "false", "core.autostage": "false"}
 
 
@@ -33,7 +34,7 @@ def create_project(folder: Path) -> list[str]:
     for name in ("params.yaml", "dvc.yaml"):
         if (folder / name).exists():
             raise ParamsError(f"{folder / name}: exists already; expected a folder without it for a new project")
-    (folder / "data/source").mkdir(parents=True, exist_ok=True)
+    write_file(folder / "data/source/README.md", HINT)  # git ignores it; DVC warns of a folder that is empty
     _add_lines(folder / ".gitignore", (FILES / "gitignore").read_text(encoding="utf-8").splitlines())
     write_file(folder / "data/ingested/.gitignore", "*.parquet\n")  # keeps the folder, which stage split reads, in git
     _initialise(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.end_to_end.project import ROOT, Project
+from tests.end_to_end.project import ROOT, OwnProject
 
 SOURCES = ("models", "pipeline", "serving", "tailor", "recipes", "pyproject.toml", "setup.py", "README.md")
 PNG = b"\x89PNG\r\n"
@@ -51,25 +50,9 @@ class Installed:
 
     def new(self, folder: Path, *options: str) -> OwnProject:
         """The project that `tailor new` makes."""
-        project = OwnProject(folder, self.root / "bin")
+        project = OwnProject(folder, self.root / "bin", code=None)
         run(self.root / "bin/tailor", "new", folder, *options, environment=project.environment)
         return project
-
-
-class OwnProject(Project):
-    """A user's own project; `set` and `commit` as those of a copy of the repository."""
-
-    def __init__(self, root: Path, binaries: Path) -> None:
-        self.root = root
-        self.environment = {
-            **os.environ,
-            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-            "DVC_NO_ANALYTICS": "1",
-            "ORT_DISABLE_TELEMETRY": "1",
-            "COLUMNS": "200",
-        }
-        self.environment.pop("PYTHONPATH", None)
-        self.environment.pop("VIRTUAL_ENV", None)
 
 
 def run(*command: object, environment: dict[str, str] | None = None) -> None:

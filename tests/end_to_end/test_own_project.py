@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.installed import PNG, QUICK, Installed, OwnProject, put_images
-from tests.end_to_end.project import ROOT, Project
+from tests.end_to_end.installed import PNG, QUICK, Installed, put_images
+from tests.end_to_end.project import ROOT, OwnProject, Project
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("own project")]
 
@@ -119,7 +119,7 @@ def test_init_makes_the_working_folder_a_project_and_keeps_the_images_out_of_git
 ) -> None:
     """The folder is part of a git repository, as in a repository of several projects."""
     put_images(tmp_path / "work/photos [1]")
-    project = OwnProject(tmp_path / "work", installed.root / "bin")
+    project = OwnProject(tmp_path / "work", installed.root / "bin", code=None)
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     printed = project.run("tailor", "init", "photos [1]", "--dry-run").stdout
     assert "location: photos [1]" in printed and not (project.root / "params.yaml").exists()
@@ -127,7 +127,7 @@ def test_init_makes_the_working_folder_a_project_and_keeps_the_images_out_of_git
     assert not (project.root / ".git").exists() and (project.root / ".dvc").is_dir()
     project.commit()
     assert PNG not in git_objects(project)
-    inside = OwnProject(project.root / "data", installed.root / "bin")
+    inside = OwnProject(project.root / "data", installed.root / "bin", code=None)
     refused = inside.run("tailor", "init", "../photos [1]", expect=2)
     assert "lies in the project" in refused.stderr and not (inside.root / "params.yaml").exists()
     assert "exists already" in project.run("tailor", "new", ".", expect=2).stderr
