@@ -26,7 +26,15 @@ help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 .PHONY: install
-install: $(VENV)/installed ## set up .venv from the exact versions of constraints.txt
+install: not-moved $(VENV)/installed ## set up .venv from the exact versions of constraints.txt
+
+# The programs of a virtual environment start with the absolute path of its Python.
+.PHONY: not-moved
+not-moved:
+	@[ -f $(VENV)/bin/pip ] || exit 0; \
+	made=$$(sed -nE '1,2s|.*[!"](/[^"]*)/python[0-9.]*.*|\1|p' $(VENV)/bin/pip | head -n 1); \
+	[ "$$made" -ef $(VENV)/bin ] || { echo "make: $(VENV) was made as $${made%/bin} and works only there;" \
+		"run \`make clean\`, then \`make install\`" >&2; exit 2; }
 
 $(VENV)/installed: constraints.txt pyproject.toml setup.py
 	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or 3.12 found; install one or pass PYTHON=/path/to/python3.12" >&2; exit 2; fi
@@ -38,10 +46,12 @@ $(VENV)/installed: constraints.txt pyproject.toml setup.py
 		-e '.[pipeline,export,cpu,serve,loadtest,monitor,playground,mlflow,ray,docs,test]'
 	@touch $@
 
+DEMO := build/demo
+
 .PHONY: demo
-demo: install ## train, evaluate, export and serve the embedded data, then ask the real server
-	@dvc repro
-	@python -m serving.demo
+demo: install ## train, evaluate, export and serve the embedded data in a project of its own, build/demo
+	@[ -f $(DEMO)/params.yaml ] || python -m serving.commands new $(DEMO) > /dev/null
+	@cd $(DEMO) && export PYTHONPATH="$(CURDIR)" && dvc repro && python -m serving.demo
 
 .PHONY: retrain-demo
 retrain-demo: install ## two rounds of retraining on the embedded data: one promoted, one refused

@@ -18,6 +18,7 @@ from pipeline.data_check import Report, check
 from pipeline.data_pack import pack
 from pipeline.errors import StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
+from pipeline.project import keep_out_of_git
 from pipeline.stage import explain
 from serving.terminal import Console, print
 
@@ -96,6 +97,7 @@ def _conclusion(report: Report, allowed: bool) -> str:
 def run_pack(params: Params, options: argparse.Namespace) -> int:
     """Pack the data set and say how to read the pack."""
     packed = pack(params, options.output, options.shard_size, options.jobs, options.shuffle)
+    keep_out_of_git(options.output)
     if options.json:
         print(json.dumps(packed.as_mapping(), indent=2, ensure_ascii=False))
     else:

@@ -33,6 +33,7 @@ from pipeline.artifacts import (
 from pipeline.checkpoint import check_image, load_model
 from pipeline.dataset import AnyImages, evaluation_images
 from pipeline.errors import StageError
+from pipeline.fingerprint import code_sha256
 from pipeline.half_graph import to_half
 from pipeline.lineage import code_revision, data_sha256
 from pipeline.model_card import model_card
@@ -204,7 +205,8 @@ def build_manifest(
         params_sha256=sha256_of_json(params.model_dump(mode="json")),
         data_sha256=data_sha256(SPLIT),
         code_revision=code_revision(),
-        versions={name: version(name) for name in ("torch", "onnx", "onnxruntime")},
+        code_sha256=code_sha256(),
+        versions={name: version(name) for name in ("tailor", "torch", "onnx", "onnxruntime")},
         metrics=metrics,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),

@@ -1,4 +1,4 @@
-"""What a result came from: the data by their content, the code by its commit."""
+"""What a result came from: the data by their content, the project by its commit (the code: pipeline/fingerprint.py)."""
 
 from __future__ import annotations
 
@@ -46,16 +46,15 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 
 def code_revision() -> str:
-    """The git commit that runs, with `+changes` when the working tree differs from it; `unknown` outside a repository.
+    """The git commit of the working folder's project, with `+changes` when its tree differs; `unknown` outside a repository.
 
     `unknown` too where git refuses to read it, with a line on stderr that gives its reason.
     """
-    root = Path(__file__).parent
     try:
-        revision = git(root, "rev-parse", "HEAD")
+        revision = git(Path(), "rev-parse", "--verify", "--quiet", "HEAD")
         if revision is None:
             return "unknown"
-        return revision + ("+changes" if git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        return revision + ("+changes" if git(Path(), "status", "--porcelain", "--untracked-files=no") else "")
     except GitError as error:
         print(f"the commit is recorded as unknown: {error}", file=sys.stderr)
         return "unknown"

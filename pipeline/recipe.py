@@ -22,6 +22,7 @@ examples:
 `git checkout params.yaml` takes it back.
 """
 EXTENDS = "extends"
+RECIPES = Path(__file__).with_name("recipes")  # in the repository a link to the folder at its root
 
 
 def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
@@ -31,6 +32,7 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
     """
     from ruamel.yaml import YAML
 
+    overlays = [find_recipe(overlay) for overlay in overlays]
     read_yaml(target)  # a file that is not YAML is refused in the same words as everywhere
     document = load_document(target.read_text(encoding="utf-8"))
     applied: set[Path] = set()
@@ -38,6 +40,12 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
     text = dump_document(document)
     parse_params(YAML(typ="safe").load(text), overlays[-1])
     return text, lines
+
+
+def find_recipe(path: Path) -> Path:
+    """The overlay at `path`; where no such file exists, the recipe of that name that comes with Tailor, if there is one."""
+    shipped = RECIPES / path.relative_to("recipes") if path.is_relative_to("recipes") else path
+    return shipped if shipped.is_file() and not path.exists() else path
 
 
 def load_document(text: str) -> Any:

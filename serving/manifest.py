@@ -61,7 +61,8 @@ class HalfPrecision(BaseModel):
 class Manifest(BaseModel):
     """Everything the serving room knows of a release. `files` maps names beside the manifest to their sha256.
 
-    half: of a graph whose backbone is in float16; None where all of it is float32.
+    half: of a graph whose backbone is in float16; None where all of it is float32. code_revision: the git commit of the
+    project. code_sha256: over the source files that made the release; empty in releases from before it was recorded.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -80,6 +81,7 @@ class Manifest(BaseModel):
     params_sha256: str
     data_sha256: str
     code_revision: str
+    code_sha256: str = ""
     versions: dict[str, str]
     metrics: dict[str, Any]
     half: HalfPrecision | None = None

@@ -46,7 +46,10 @@ def find_releases(root: Path, hashes: bool = True) -> list[Release]:
     sha256 is not the manifest's.
     """
     if not (root / STUDENT / CONFIG_NAME).is_file():
-        raise RepositoryError(f"{root}: holds no {STUDENT}/{CONFIG_NAME}; run `dvc repro` or give --repository")
+        raise RepositoryError(
+            f"{root}: holds no {STUDENT}/{CONFIG_NAME}, nothing has been promoted yet; run `dvc repro`, then "
+            "`tailor promote artifacts/export`, or give --repository"
+        )
     served = served_versions(root, CLASSIFIER)
     students = served_versions(root, STUDENT)
     if not served or not set(served) <= set(students):

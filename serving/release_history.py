@@ -50,6 +50,7 @@ class VersionHistory:
             "data_sha256": manifest.data_sha256,
             "params_sha256": manifest.params_sha256,
             "code_revision": manifest.code_revision,
+            "code_sha256": manifest.code_sha256,
             "training_images": sum(manifest.counts),
             "metrics": manifest.metrics,
             "decision": self.decision,

@@ -35,6 +35,7 @@ FOREIGN = {
     "pip",
     "curl",
     "git",
+    "cd",
     "tensorboard",
     "python3",
     "promtool",

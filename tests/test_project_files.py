@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,8 +14,11 @@ import pytest
 import yaml
 from setuptools import Distribution, find_packages
 
+from pipeline import fingerprint
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "pipeline", "serving", "tailor")
+PROJECT_FILES = ROOT / "pipeline/project_files"
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 
 # What a stage imports and whose change cannot change its result: how values are checked, files written and errors worded,
@@ -108,6 +114,41 @@ def test_a_stage_depends_on_all_code_that_can_change_its_result(stage, graph):
         if not any(path == dep or path.startswith(f"{dep}/") for dep in deps) and not path.endswith("/__init__.py")
     )
     assert missing == []
+
+
+def test_the_dvc_yaml_of_a_new_project_is_this_one_with_hashes_of_the_code_in_the_place_of_the_code():
+    own = yaml.safe_load((PROJECT_FILES / "dvc.yaml").read_text(encoding="utf-8"))
+    here = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    code = own["stages"].pop("code")
+    assert code["always_changed"] and code["cmd"].endswith(f"-m {fingerprint.__name__}")
+    assert code["outs"] == [{f"{fingerprint.FOLDER}/{stage}": {"cache": False}} for stage in fingerprint.STAGES]
+    assert list(here["stages"]) == list(own["stages"]) == list(fingerprint.STAGES)
+    for name, stage in here["stages"].items():
+        stage["deps"] = [f"{fingerprint.FOLDER}/{name}", *(dep for dep in stage["deps"] if not dep.startswith(ROOMS))]
+        stage["cmd"] = stage["cmd"].replace("python", "python -P")
+    assert own == here
+
+
+def test_a_new_project_begins_with_the_params_of_this_one():
+    assert (PROJECT_FILES / "params.yaml").read_text() == (ROOT / "params.yaml").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_names_an_environment_that_was_moved(tmp_path):
+    """A link to the environment of another folder is none."""
+    (tmp_path / "here/bin").mkdir(parents=True)
+    (tmp_path / ".venv").symlink_to("here")
+    command = ["make", "-f", ROOT / "Makefile", "-C", tmp_path, "--no-print-directory", "not-moved"]
+    for first_lines, status in (
+        (f"#!{tmp_path}/here/bin/python3.11", 0),
+        (f'#!/bin/sh\n\'\'\'exec\' "{tmp_path}/here/bin/python3" "$0" "$@"', 0),
+        ("#!/nowhere/.venv/bin/python3.11", 2),
+        (f"#!{sys.prefix}/bin/python", 2),
+    ):
+        (tmp_path / "here/bin/pip").write_text(f"{first_lines}\n")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status, (first_lines, done.stderr)
+    assert done.stderr.startswith(f"make: .venv was made as {sys.prefix} and works only there; run `make clean`")
 
 
 def test_what_dvc_yaml_names_is_there():

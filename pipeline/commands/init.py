@@ -11,6 +11,7 @@ import typer
 from serving.commands.options import AsJson, Debug, print_json
 from serving.terminal import print
 
+PARAMS = Path("params.yaml")
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 Images = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images for each class, in one folder.")]
@@ -22,7 +23,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the file, write n
 @app.command(epilog="Example: tailor init data/source, then: dvc repro")
 def init(
     folder: Images,
-    output: Output = Path("params.yaml"),
+    output: Output = PARAMS,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -31,23 +32,30 @@ def init(
     """Write a params.yaml for your own images.
 
     Looks at how many there are, how long their tail is and how large they are, and chooses network, epochs, queues and
-    what is held out; the reason stands beside each value. Nothing is trained, and a value is yours to change.
+    what is held out; the reason stands beside each value. Nothing is trained, and a value is yours to change. Outside a
+    project it makes the working folder one first, as `tailor new` does.
     """
     from models.sample_size import ADVICE, warnings_of
     from pipeline.artifacts import write_file
     from pipeline.errors import ParamsError
     from pipeline.first_params import choices, expected_tests, look, write_text
+    from pipeline.project import create_project, enclosing_project, first_params, keep_out_of_git
     from pipeline.ranks import choose_device
 
-    if not output.is_file():
-        raise ParamsError(f"{output}: no such file; run this in Tailor's folder, where params.yaml is")
-    if not (force or dry_run) and _changed(output):
+    template = output.read_text(encoding="utf-8") if output.is_file() else first_params()
+    if not output.is_file() and output != PARAMS:
+        raise ParamsError(f"{output}: no such file; expected a params.yaml to change")
+    if not output.is_file() and (project := enclosing_project(Path())):
+        raise ParamsError(f"params.yaml: no such file here; this folder lies in the project {project}, run it there")
+    if not (force or dry_run) and template != first_params() and _changed(output):
         raise ParamsError(f"{output}: has changes that no commit holds; commit it, or give --force to overwrite it")
     found = look(folder)
     chosen = choices(found, folder.as_posix(), choose_device("auto").type == "cuda")
-    text, _ = write_text(output.read_text(encoding="utf-8"), chosen)
+    text, _ = write_text(template, chosen)
+    steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:
         write_file(output, text)
+        keep_out_of_git(folder)
     if as_json:
         print_json({key: {"value": value, "why": why} for key, (value, why) in chosen.items()})
     elif dry_run:
@@ -56,7 +64,7 @@ def init(
         print(f"{folder}: {found}")
         for key, (value, why) in chosen.items():
             print(f"  {key} = {value}  # {why}")
-        print(f"→ {output}; next: tailor data check, then: dvc repro")
+        print(f"→ {output}; next: {''.join(f'{step}, ' for step in steps)}tailor data check, then: dvc repro")
     few = warnings_of(expected_tests(found))
     for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
         print(f"init: warning: {line}", file=sys.stderr)

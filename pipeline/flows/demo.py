@@ -1,6 +1,6 @@
 """`make retrain-demo`: two rounds of retraining on the embedded data, one promoted and one refused, by the true commands.
 
-The project is a copy in build/retrain-demo, which stays for you to look at. In the second round the drop folder holds real
+The project is a new one in build/retrain-demo, which stays for you to look at. In the second round the drop folder holds real
 images under wrong labels: the rows are well-formed, so ingest takes them, and the gate sees what they do.
 """
 
@@ -18,12 +18,12 @@ import pyarrow.parquet
 
 from pipeline.artifacts import write_file
 from pipeline.errors import StageError
+from pipeline.project import create_project
 from pipeline.sources.digits import DigitsSource
 from serving.terminal import print
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("build/retrain-demo")
-CODE = ("models", "pipeline", "serving", "dvc.yaml", "params.yaml", ".dvcignore", "data/source", "data/ingested")
 RECIPE = """
 teacher: {epochs: 12, schedule: {warmup_epochs: 0}}
 student: {epochs: 12, schedule: {warmup_epochs: 0}}
@@ -58,19 +58,13 @@ def run() -> None:
 
 
 def _make_project() -> Path:
-    """A copy of the project without what it has made, with shorter training."""
+    """A new project with the default recipe and shorter training."""
     project = FOLDER.absolute()
     shutil.rmtree(project, ignore_errors=True)
-    unwanted = shutil.ignore_patterns("__pycache__", "*.pyc", "*.parquet")
-    for name in CODE:
-        source, target = ROOT / name, project / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target, ignore=unwanted) if source.is_dir() else shutil.copyfile(source, target)
+    create_project(project)
     write_file(project / "short.yaml", RECIPE)
     who = ("-c", "user.name=tailor", "-c", "user.email=tailor@localhost")
     for command in (
-        ("git", "init", "--quiet", "."),
-        ("dvc", "init", "--quiet"),
         ("python", "-m", "pipeline.recipe", "short.yaml"),
         ("git", "add", "-A"),
         ("git", *who, "commit", "--quiet", "-m", "the project of the demo"),
@@ -138,8 +132,9 @@ def _whole(command: tuple[str, ...] | list[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    binaries = str(Path(sys.executable).parent)
-    return os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    first = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}  # this interpreter and this code, also of a clone
+    values = {name: [str(path), *filter(None, [os.environ.get(name)])] for name, path in first.items()}
+    return os.environ | {name: os.pathsep.join(paths) for name, paths in values.items()}
 
 
 def _say(line: str) -> None:

@@ -40,7 +40,7 @@ from pipeline.flows.records import (
     write_decided,
     write_run,
 )
-from pipeline.flows.stages import changed_stages, stage_names
+from pipeline.flows.stages import CODE, changed_stages, stage_names
 from pipeline.flows.tasks import HOUR, Steps, hold_gate, ingest_images, promote, publish, reproduce_stage, verify
 from pipeline.flows.telling import Teller
 from pipeline.ingest import IngestReport
@@ -127,6 +127,9 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     step = Steps(params)
     limit = params.retrain.stage_hours * HOUR
     names = stage_names()
+    if CODE in names:  # it always runs; what has changed is known after it
+        names.remove(CODE)
+        step(reproduce_stage, CODE, limit, name=CODE)
     if not (SPLIT / "classes.json").is_file():  # ingest asks it which classes there are
         step(reproduce_stage, names[0], limit, name=names[0])
     taken = step(ingest_images, params, drop)

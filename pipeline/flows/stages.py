@@ -25,6 +25,7 @@ from pipeline.errors import StageError
 from pipeline.flows.leash import end_leash, start_on_leash
 
 RELEASE = "export"  # the stage whose outs are a release
+CODE = "code"  # the stage of a user's project that hashes the installed source files, for all others to depend on
 MISUSE = 2
 # What DVC adds for whoever typed the command.
 HINTS = ("To track the changes with git", "To enable auto staging", "Use `dvc push`", "git add ", "dvc config ")

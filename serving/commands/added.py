@@ -13,7 +13,7 @@ from serving.errors import ServingError
 GROUP = "tailor.commands"
 # The map that --help draws, in the order of a user's way; a command that is not here comes last.
 MAP = {
-    "Prepare": ("init", "data", "ingest"),
+    "Prepare": ("new", "init", "data", "ingest"),
     "Serve": ("serve", "repository", "gateway", "promote", "rollback", "versions"),
     "Ask": ("predict", "status", "playground", "loadtest"),
     "Look after it": ("compare", "history", "drift", "retrain", "schedule", "doctor"),

@@ -24,6 +24,7 @@ CODE = (
     ".dvcignore",
 )
 FILES = (".gitignore", "dvc.yaml", "params.yaml")
+SETTINGS = {"DVC_NO_ANALYTICS": "1", "ORT_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}
 GIT_NAME = ("-c", "user.name=test", "-c", "user.email=test@example.invalid")
 
 
@@ -40,9 +41,7 @@ class Project:
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "DVC_NO_ANALYTICS": "1",
-            "ORT_DISABLE_TELEMETRY": "1",
-            "COLUMNS": "200",
+            **SETTINGS,
         }
         # The copy runs its own code: it comes first on the path of `python -m`, also under an editable install.
         self.environment.pop("PYTHONPATH", None)
@@ -80,6 +79,22 @@ class Project:
     def stages_run(self, done: subprocess.CompletedProcess[str]) -> list[str]:
         """The stages that a `dvc repro` or `dvc exp run` ran."""
         return [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+
+
+class OwnProject(Project):
+    """A folder for a user's own project, which `tailor new` makes; nothing is copied.
+
+    binaries: where `tailor`, `python` and `dvc` are. code: what they run; None for the package that is installed there.
+    """
+
+    def __init__(self, root: Path, binaries: Path = Path(sys.executable).parent, code: Path | None = ROOT) -> None:
+        self.root = root
+        author = {f"GIT_{who}_{what}": "test@example" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        self.environment = os.environ | author | SETTINGS | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+        for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+            self.environment.pop(name, None)
+        if code:
+            self.environment["PYTHONPATH"] = str(code)
 
 
 SHORT = {

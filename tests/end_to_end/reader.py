@@ -39,24 +39,28 @@ class Reader:
     """Types into `project`. altered: text of a command → what is typed instead, beside ports and addresses.
 
     Ports differ from the pages' as others may serve on this machine: those that listen take free ones, those that ask get
-    the address of the server that was started last.
+    the address of the server that was started last. folder: where the reader is, at first the project if not given.
     """
 
     project: Project
     altered: dict[str, str] = field(default_factory=dict)
     terminals: list[Terminal] = field(default_factory=list)
     addresses: tuple[str, str] | None = None
+    folder: Path | None = None
 
     def type(self, command: str, expect: tuple[int, ...] = (0,)) -> str:
         """Run a command to its end, or start a service and wait until it is ready; returns what it prints."""
+        if command.startswith("cd "):
+            self.folder = (self.folder or self.project.root) / command.removeprefix("cd ")
+            return ""
         service = next((name for name in SERVICES if command.startswith(name)), None)
         text = self.as_typed(command)
         if service:
             return self._start(text, *SERVICES[service])
         shell = ["bash", "-e", "-o", "pipefail", "-c", text]
         done = subprocess.run(
-            shell, cwd=self.project.root, env=self.project.environment, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, timeout=900, check=False,
+            shell, cwd=self.folder or self.project.root, env=self.project.environment, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
         assert done.returncode in expect, f"{text} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -66,7 +70,7 @@ class Reader:
         assert self.addresses or PAGES_SERVER not in program, "no server was started before it on the page"
         text = program.replace(PAGES_SERVER, self.addresses[0] if self.addresses else "")
         done = subprocess.run(
-            [sys.executable, "-c", text], cwd=self.project.root, env=self.project.environment,
+            [sys.executable, "-c", text], cwd=self.folder or self.project.root, env=self.project.environment,
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{text}\nended with {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -95,7 +99,7 @@ class Reader:
         log = self.project.root / f".terminal-{len(self.terminals)}.log"
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                ["bash", "-c", f"exec {text}"], cwd=self.project.root, env=self.project.environment,
+                ["bash", "-c", f"exec {text}"], cwd=self.folder or self.project.root, env=self.project.environment,
                 stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
                 preexec_fn=_hear_ctrl_c,
             )  # fmt: skip

@@ -31,7 +31,7 @@ from serving.gateway_process import find_nginx
 from serving.manifest import read_manifest
 from serving.repository import write_repository
 from tests.documented import PAGES, ROOT, blocks, check_command, commands, name_of, steps
-from tests.end_to_end.project import SHORT, Project
+from tests.end_to_end.project import SHORT, OwnProject, Project
 from tests.end_to_end.reader import Reader
 from tests.end_to_end.retraining import Retraining
 from tests.serving.running_gateway import make_certificate
@@ -48,6 +48,7 @@ FOLLOWED = ["docs/index.md", *OWN, "docs/retraining.md", "docs/paper.md", "recip
 # (page, beginning of the command) → the page on which the same command is typed in the same project.
 REFER = {
     ("README.md", "make demo"): "docs/index.md",
+    ("README.md", "tailor new trees"): "docs/own-images.md",
     ("README.md", "tailor init"): "docs/own-images.md",
     ("README.md", "tailor data check"): "docs/own-images.md",
     ("README.md", "dvc repro"): "docs/own-images.md",
@@ -62,6 +63,8 @@ LONG = {
     ("docs/security.md", "TAILOR_HOSTILE_REQUESTS"): "ten thousand requests; the suite sends 500 of them",
 }
 ELSEWHERE = {
+    ("docs/own-images.md", "dvc remote add"): "a bucket",
+    ("docs/own-images.md", "dvc push"): "a bucket",
     ("README.md", "make test"): "this suite itself",
     ("CONTRIBUTING.md", "make install"): "downloads 8 GB",
     ("CONTRIBUTING.md", "make test"): "this suite itself",
@@ -159,8 +162,16 @@ def follow(page: str, reader: Reader, before: dict[str, Callable[[], object]] | 
 @pytest.fixture(scope="session")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A user's own 200 images of ten classes, led by docs/own-images.md to trained, exported networks."""
-    project = Project(tmp_path_factory.mktemp("own") / "project")
-    project.commit()
+    parent = tmp_path_factory.mktemp("own")
+    project = OwnProject(parent / "trees")
+    reader = Reader(project, folder=parent)
+    hooks = {"tailor init": lambda: put_pictures(project), "tailor data check": lambda: project.set(QUICK)}
+    project.printed = follow("docs/own-images.md", reader, hooks)
+    return project
+
+
+def put_pictures(project: Project) -> None:
+    """The images of a project's classes, others to ask about, and what else the pages take for granted."""
     scans = load_digits()
     pictures = [[Image.fromarray((scan * 15.9).astype("uint8")).resize((32, 32)) for scan in scans.images[scans.target == c]]
                 for c in range(10)]  # fmt: skip
@@ -178,8 +189,6 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
     shares = dict.fromkeys(SIZES, 0.0125) | {"cat": 0.7, "dog": 0.2}
     (project.root / "shop.json").write_text(json.dumps(shares), encoding="utf-8")
     make_certificate(project.root)
-    project.printed = follow("docs/own-images.md", Reader(project), {"tailor data check": lambda: project.set(QUICK)})
-    return project
 
 
 own_group = pytest.mark.xdist_group("own images")
@@ -305,9 +314,15 @@ def test_the_first_page_and_the_demo(digits: Project) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copyfile(ROOT / name, digits.root / name)
     (digits.root / ".venv").symlink_to(sys.prefix)
+
+    def make_it_short() -> None:
+        digits.run("python", "-m", "serving.commands", "new", "build/demo")
+        OwnProject(digits.root / "build/demo").set(SHORT)
+
     try:
-        printed = follow("docs/index.md", Reader(digits))
+        printed = follow("docs/index.md", Reader(digits), {"make demo": make_it_short})
     finally:
+        shutil.rmtree(digits.root / "build", ignore_errors=True)
         for name in ("Makefile", "pyproject.toml", "constraints.txt", ".venv"):
             (digits.root / name).unlink()
     demo = printed["make demo"]

@@ -56,6 +56,20 @@ def test_what_is_named_is_taken_then_what_was_promoted_then_what_repro_wrote(
     assert capsys.readouterr() == ("", NOTE)
 
 
+@pytest.mark.parametrize("folder", [None, RELEASES], ids=["missing", "empty"])
+def test_serve_reports_that_nothing_has_been_promoted_and_what_to_run(
+    folder: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if folder:
+        folder.mkdir()
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err == (
+        f"tailor: {folder or REPOSITORY}: holds no student/config.pbtxt, nothing has been promoted yet; "
+        "run `dvc repro`, then `tailor promote artifacts/export`, or give --repository\n"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("project")
 def test_versions_are_those_of_what_was_promoted_and_their_json_stays_json(

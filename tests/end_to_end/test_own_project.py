@@ -1,0 +1,140 @@
+"""A project of one's own, in which the installed package runs, and what git holds of the images in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.installed import PNG, QUICK, Installed, put_images
+from tests.end_to_end.project import ROOT, OwnProject, Project
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("own project")]
+
+STAGES = ["code", "split", "prior", "teacher", "student", "evaluate", "export", "seeds"]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return Installed(tmp_path_factory.mktemp("installed"))
+
+
+@pytest.fixture(scope="module")
+def trees(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> OwnProject:
+    """A project with images in three classes, trained by one `dvc repro`. A module of the user's has a name of Tailor's."""
+    project = installed.new(tmp_path_factory.mktemp("own") / "trees")
+    put_images(project.root / "data/source")
+    (project.root / "models.py").write_text("raise SystemExit('this is not Tailor')\n")
+    project.run("tailor", "init", "data/source")
+    project.set(QUICK)
+    assert "data check: right" in project.run("tailor", "data", "check").stdout
+    project.first = project.run("dvc", "repro")
+    project.commit()
+    return project
+
+
+def git_objects(project: Project) -> bytes:
+    """The content of everything that the project's git repository holds, on a branch, in refs/exps or on no ref."""
+    command = ["git", "cat-file", "--batch-all-objects", "--batch"]
+    return subprocess.run(command, cwd=project.root, check=True, capture_output=True).stdout
+
+
+def test_a_new_project_trains_evaluates_and_exports_with_the_installed_package(trees: OwnProject) -> None:
+    assert trees.stages_run(trees.first) == STAGES
+    manifest = json.loads((trees.root / "artifacts/export/manifest.json").read_text())
+    assert manifest["classes"] == ["class0", "class1", "class2"]
+    assert len(manifest["code_sha256"]) == 64 and manifest["versions"]["tailor"]
+    ours = (str(ROOT), str(trees.root))
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".gitignore", ".dvc/config"):
+        assert not any(path in (trees.root / name).read_text() for path in ours), name
+
+
+def test_a_second_repro_hashes_the_code_and_runs_nothing_else(trees: OwnProject) -> None:
+    assert trees.stages_run(trees.run("dvc", "repro")) == ["code"]
+
+
+def test_an_upgrade_runs_the_stages_that_can_run_what_has_changed(installed: Installed, trees: OwnProject) -> None:
+    modules = {name: installed.packages / f"pipeline/{name}.py" for name in ("prior", "seeds", "metrics")}
+    before = {path: path.read_text() for path in modules.values()}
+    try:
+        modules["prior"].write_text(before[modules["prior"]] + "\n# a comment\n")
+        assert trees.stages_run(trees.run("dvc", "repro")) == ["code"]
+        modules["metrics"].write_text(before[modules["metrics"]] + "\nNEW = 1\n")
+        changed = trees.stages_run(trees.run("dvc", "repro"))
+        assert changed[:2] == ["code", "evaluate"] and "seeds" in changed
+    finally:
+        for path, text in before.items():
+            path.write_text(text)
+    assert trees.stages_run(trees.run("dvc", "repro")) == ["code"]  # the results of before are in DVC's cache
+
+
+def test_a_second_project_shares_the_environment_and_nothing_else(
+    installed: Installed, trees: OwnProject, tmp_path: Path
+) -> None:
+    birds = installed.new(tmp_path / "birds")
+    put_images(birds.root / "data/source", (12, 8), seed=1)
+    birds.run("tailor", "init", "data/source")
+    birds.set(QUICK)
+    assert birds.stages_run(birds.run("dvc", "repro", "split")) == ["code", "split"]
+    classes = [json.loads((root / "data/split/classes.json").read_text()) for root in (birds.root, trees.root)]
+    assert "class2" not in json.dumps(classes[0]) and "class2" in json.dumps(classes[1])
+
+
+def test_no_image_of_a_new_project_gets_into_git(trees: OwnProject) -> None:
+    put_images(trees.root / "data/drop", (2, 1))
+    trees.run("git", "add", "-A")
+    trees.run("dvc", "exp", "run", "-S", "prior.smoothing=0.5", "prior")
+    trees.run("git", "checkout", "params.yaml")
+    assert "refs/exps" in trees.run("git", "for-each-ref").stdout
+    objects = git_objects(trees)
+    assert b"queue_total" in objects and PNG not in objects
+
+
+def test_no_image_in_a_clone_gets_into_git(tmp_path: Path) -> None:
+    clone = Project(tmp_path / "clone")
+    clone.commit()
+    for folder in ("data/source", "data/drop"):
+        put_images(clone.root / folder)
+    clone.set({"data": {"source": "folder", "profile": "natural", "test_per_class": 1, "validation_per_class": 1}})
+    clone.run("git", "add", "-A")
+    clone.run("dvc", "exp", "run", "split")
+    assert "refs/exps" in clone.run("git", "for-each-ref").stdout
+    objects = git_objects(clone)
+    assert b"queue_total" in objects and PNG not in objects
+
+
+def test_the_images_of_a_project_are_shared_by_dvc(installed: Installed, tmp_path: Path) -> None:
+    project = installed.new(tmp_path / "shared")
+    put_images(project.root / "data/source", (3, 2))
+    project.run("dvc", "add", "data/source")
+    project.commit()
+    assert "data/source.dvc" in project.run("git", "ls-files").stdout
+    assert PNG not in git_objects(project)
+
+
+def test_init_makes_the_working_folder_a_project_and_keeps_the_images_out_of_git(
+    installed: Installed, tmp_path: Path
+) -> None:
+    """The folder is part of a git repository, as in a repository of several projects."""
+    put_images(tmp_path / "work/photos [1]")
+    project = OwnProject(tmp_path / "work", installed.root / "bin", code=None)
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    printed = project.run("tailor", "init", "photos [1]", "--dry-run").stdout
+    assert "location: photos [1]" in printed and not (project.root / "params.yaml").exists()
+    project.run("tailor", "init", "photos [1]")
+    assert not (project.root / ".git").exists() and (project.root / ".dvc").is_dir()
+    project.commit()
+    assert PNG not in git_objects(project)
+    inside = OwnProject(project.root / "data", installed.root / "bin", code=None)
+    refused = inside.run("tailor", "init", "../photos [1]", expect=2)
+    assert "lies in the project" in refused.stderr and not (inside.root / "params.yaml").exists()
+    assert "exists already" in project.run("tailor", "new", ".", expect=2).stderr
+
+
+def test_the_recipes_come_with_the_package(installed: Installed, tmp_path: Path) -> None:
+    project = installed.new(tmp_path / "cifar", "--recipe", "recipes/cifar100-if100-200.yaml")
+    assert "source: cifar100" in (project.root / "params.yaml").read_text()
+    printed = project.run("python", "-P", "-m", "pipeline.recipe", "recipes/variants/k-m-2.yaml").stdout
+    assert "student.queue_minimum: 3 → 2" in printed or "has these values already" in printed

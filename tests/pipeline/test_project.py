@@ -1,0 +1,88 @@
+"""The files of a new project, its git and DVC wherever it lies, and which folders of images git is made to ignore."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from making import encode, picture
+
+from pipeline.errors import ParamsError
+from pipeline.project import create_project, keep_out_of_git
+from serving.commands.app import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("git"), reason="needs git")]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", folder, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def staged(folder: Path) -> set[str]:
+    """What `git add -A` in a folder would commit."""
+    git(folder, "add", "-A")
+    return set(git(folder, "ls-files").splitlines())
+
+
+def test_a_project_is_a_repository_of_its_own_unless_it_is_part_of_one(tmp_path: Path) -> None:
+    create_project(tmp_path / "alone")
+    assert (tmp_path / "alone/.git").is_dir() and (tmp_path / "alone/.dvc/config").is_file()
+    git(tmp_path, "init", "--quiet", "shared")
+    (tmp_path / "shared/.gitignore").write_text("/build/\n")
+    create_project(tmp_path / "shared/part")
+    assert not (tmp_path / "shared/part/.git").exists() and (tmp_path / "shared/part/.dvc/config").is_file()
+    create_project(tmp_path / "shared/build/demo")  # the outer repository ignores it
+    assert (tmp_path / "shared/build/demo/.git").is_dir()
+    files = {
+        ".dvc/.gitignore",
+        ".dvc/config",
+        ".dvcignore",
+        ".gitignore",
+        "data/ingested/.gitignore",
+        "dvc.yaml",
+        "params.yaml",
+    }
+    assert staged(tmp_path / "alone") == staged(tmp_path / "shared/part") == files
+    assert "analytics = false" in (tmp_path / "alone/.dvc/config").read_text()
+
+
+def test_no_file_of_the_folder_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("/notes\n")
+    git(tmp_path, "init", "--quiet")
+    create_project(tmp_path)
+    rules = (tmp_path / ".gitignore").read_text().splitlines()
+    assert rules[0] == "/notes" and "/data/source" in rules
+    for folder, message in ((tmp_path, "params.yaml: exists already"), (tmp_path / "params.yaml", "is a file")):
+        with pytest.raises(ParamsError, match=message):
+            create_project(folder)
+
+
+def test_git_ignores_a_folder_of_images_once_and_leaves_alone_what_it_tracks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "a*b [c]", "axb c", "tracked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"")
+    assert not keep_out_of_git(Path("photos")), "no repository"
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "tracked")
+    kept = [keep_out_of_git(Path(name)) for name in ("photos", "photos", "a*b [c]", "tracked", ".", "/")]
+    assert kept == [True, False, True, False, False, False]
+    assert staged(tmp_path) == {".gitignore", "axb c/1.jpg", "tracked/1.jpg"}
+
+
+def test_a_pack_of_images_stays_out_of_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    create_project(Path())
+    for name in ("a", "b"):
+        for number in range(4):
+            path = tmp_path / "data/source" / name / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(encode(picture(number + (10 if name == "b" else 0))))
+    assert main(["init", "data/source"]) == 0
+    assert main(["data", "pack", "data/packed"]) == 0
+    assert list((tmp_path / "data/packed").rglob("*.parquet"))
+    assert not any(name.startswith(("data/packed", "data/source")) for name in staged(tmp_path))
