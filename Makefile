@@ -73,6 +73,11 @@ test-docs: install ## every command of the docs, those that take minutes too
 test-fast: install lint ## the layer without DVC, Triton, training, browsers; under a minute
 	@OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup -m "not end_to_end and not slow"
 
+.PHONY: test-random
+test-random: install ## as `test`, in random order; SEED=1 for one order, WORKERS=2 for two processes
+	@python -m pytest -p randomly --randomly-seed=$(or $(SEED),default) --randomly-dont-reset-seed \
+		-n $(or $(WORKERS),0) --dist loadgroup -m "not faults and not docs_commands" $(TESTS)
+
 .PHONY: lint
 lint: install ## style, types of the public parts, the arrows between the rooms
 	@ruff check --quiet .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -15,13 +17,21 @@ pytestmark = pytest.mark.end_to_end
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project with its split made. Tests leave it as they find it."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with its split made, to copy."""
     made = Project(tmp_path_factory.mktemp("ingest") / "project")
     made.set({"ingest": {"settle_seconds": 0}})
     made.commit()
     made.run("dvc", "repro", "split")
     return made
+
+
+@pytest.fixture
+def project(made: Project, tmp_path: Path) -> Project:
+    """A copy of that project for one test."""
+    own = copy.copy(made)
+    own.root = shutil.copytree(made.root, tmp_path / "project")
+    return own
 
 
 def drop(project: Project, wanted: int) -> None:
@@ -53,6 +63,10 @@ def test_a_new_shard_runs_split_again_and_changes_training_alone(project):
     assert project.stages_run(done) == ["split"] and "30 of the training images taken in" in done.stdout
     after = md5s(project)
     assert {name for name in after if after[name] != before[name]} == {"train.parquet"}
+    # Its class folders stay, empty, for the next images.
+    folders = [folder for folder in (project.root / "data/drop").iterdir() if not folder.name.startswith(".")]
+    assert folders and not any(list(folder.iterdir()) for folder in folders)
+    assert "no new data" in project.run("tailor", "ingest").stdout
     # Taken back: the split of before is in DVC's cache, and nothing runs.
     next((project.root / "data/ingested").glob("*.parquet")).unlink()
     assert project.stages_run(project.run("dvc", "repro", "split")) == []
@@ -66,7 +80,6 @@ def test_a_refused_drop_ends_with_status_1_and_one_line(project):
     assert "1 of 1 rows are bad" in done.stdout and (project.root / "data/drop/3/notes.png").exists()
     failed = project.run("python", "-m", "pipeline.ingest", expect=1)
     assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("ingest: data/drop: refused: 1 of 1 rows")
-    shutil.rmtree(project.root / "data/drop")
 
 
 def test_misuse_is_one_line_and_status_2(project):

@@ -37,6 +37,7 @@ def drawn(prior, samples, seed=0):
     return labels, points @ MEANS.T - (MEANS**2).sum(1) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", RATIOS.values(), ids=RATIOS)
 def test_em_finds_the_prior_of_each_shifted_set_where_quapys_em_finds_it(ratio, monkeypatch):
     from quapy.method.aggregative import EMQ

@@ -137,12 +137,12 @@ def test_a_view_is_a_crop_then_a_flip_then_a_hole():
     image = pictures(1)[0]
     for seed in range(20):
         view = views_of(image[None], crop=1, flip=True, cut=3, seed=seed)[0, 0]
-        explained = [
+        explained = (
             (crop.flip(2) if flipped else crop).masked_fill(hole, 0)
             for crop in crops_of(image, 1).values()
             for flipped in (False, True)
             for hole in holes_of(3, 8, 8).values()
-        ]
+        )
         assert any(torch.equal(view, candidate) for candidate in explained)
 
 

@@ -55,6 +55,23 @@ def test_the_files_leave_the_drop_for_its_own_taken_folder_or_for_good(tmp_path)
     assert len(list(Path("data/drop").rglob("*.png"))) == 2
 
 
+@pytest.mark.parametrize("taken", ["keep", "remove"])
+def test_class_folders_stay_in_the_drop_and_empty_ones_are_no_data(tmp_path, taken):
+    params = project(tmp_path, taken=taken, new_classes="refuse")
+    drop_images("cat", range(1))
+    drop_images("dog/monday", range(1, 2))
+    Path("data/drop/unknown").mkdir()
+    assert ingest(params).added == 2
+    folders = {path for path in Path("data/drop").rglob("*") if path.is_dir() and ".taken" not in path.parts}
+    assert {str(path.relative_to("data/drop")) for path in folders} == {"cat", "dog", "dog/monday", "unknown"}
+    assert ingest(params) == IngestReport()
+    # `cp new.png data/drop/cat` between two rounds: without the folder it would make a file of that name.
+    shutil.copy(write(Path("new.png"), png(FIRST_NEW + 2)), "data/drop/cat")
+    assert ingest(params).added == 1
+    split.run(params)
+    assert [row["label"] for row in rows_of("train")[-3:]].count(0) == 2
+
+
 def test_nothing_new_is_said_and_changes_nothing(tmp_path):
     params = project(tmp_path)
     assert ingest(params) == IngestReport()

@@ -277,6 +277,7 @@ def test_damaged_repository_is_refused_before_a_server_starts(
         releases.find_releases(root)
 
 
+@pytest.mark.slow
 def test_dry_run_refuses_a_graph_that_onnx_runtime_cannot_read(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     found = releases.find_releases(root)[0]
@@ -285,6 +286,7 @@ def test_dry_run_refuses_a_graph_that_onnx_runtime_cannot_read(repository: Path,
         dry_runs.dry_run(root, [found], timeout=60)
 
 
+@pytest.mark.slow
 def test_dry_run_refuses_a_graph_with_other_answers_than_the_golden_ones(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     found = releases.find_releases(root)[0]
@@ -299,6 +301,7 @@ def test_dry_run_that_takes_too_long_is_ended(repository: Path) -> None:
         dry_runs.dry_run(repository, releases.find_releases(repository), timeout=0.01)
 
 
+@pytest.mark.slow
 def test_graph_that_kills_onnx_runtime_kills_nobody_else(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from serve_process import ANY_PORT, family, living, of_run, started_serve, trito
 from test_tailor_command import Tailor
 
 from serving.client import Client
+from serving.commands import main
 from serving.errors import ServingError
 from serving.leftovers import sweep_dead_runs
 from serving.server import KILL_AFTER
@@ -163,10 +164,9 @@ def test_too_small_a_limit_of_open_files_is_one_line_before_triton_starts(reposi
 
 
 @pytest.mark.parametrize("restarts", ["-1", "many", "1_0", ""])
-def test_number_of_restarts_that_is_none_is_misuse(tailor: Tailor, restarts: str) -> None:
-    ended = tailor("serve", f"--restarts={restarts}")
-    assert ended.returncode == 2
-    assert f"--restarts is {restarts!r}; expected 0, 1, 2, ... or unlimited" in ended.stderr
+def test_number_of_restarts_that_is_none_is_misuse(capsys: pytest.CaptureFixture[str], restarts: str) -> None:
+    assert main(["serve", f"--restarts={restarts}"]) == 2
+    assert f"--restarts is {restarts!r}; expected 0, 1, 2, ... or unlimited" in capsys.readouterr().err
 
 
 @pytest.mark.end_to_end

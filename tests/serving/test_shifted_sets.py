@@ -86,6 +86,7 @@ def described(release: Release, counts: list[int]) -> Manifest:
     return release.manifest.model_copy(update={"classes": names, "counts": counts})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("kind", ["digits", PHOTOGRAPHS])
 def test_a_shifted_set_is_found_in_the_log_as_quapys_em_finds_it_and_its_distance_lies_in_the_interval(
