@@ -264,6 +264,8 @@ def test_the_page_on_serving(own: Project) -> None:
         own.set({"serving": {"strength": 0.0}})
         shutil.rmtree(own.root / "releases", ignore_errors=True)
     assert json.loads(printed["tailor status --json"])["answers"]
+    (answer,) = (json.loads(text) for command, text in printed.items() if command.startswith("curl"))
+    assert {output["name"] for output in answer["outputs"]} == {"class", "index", "probability"}
     assert_two_answers("docs/serving.md", printed)
     assert "version 2 answers instead of 1" in printed["tailor promote artifacts/export"]
     assert "version 1 answers instead of 2" in printed["tailor rollback"]
