@@ -41,6 +41,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 .PHONY: demo
 demo: install ## train, evaluate, export and serve the embedded data, then ask the real server
 	@dvc repro
+	@python -m pipeline.baseline
 	@python -m serving.demo
 
 .PHONY: retrain-demo

@@ -33,6 +33,7 @@ import yaml
 
 from pipeline import prior, split, student, teacher
 from pipeline.artifacts import sha256_of_json, write_file, write_json
+from pipeline.baseline import classification_params
 from pipeline.dataset import load_images
 from pipeline.evaluate import network_logits, network_metrics
 from pipeline.params import Params, parse_params, read_yaml
@@ -82,8 +83,7 @@ Trainer = Callable[[Params, Path, Path], Path]
 
 def classification_alone(params: Params, adjustment: float, output: Path) -> Path:
     """Train the student's network on L_cls alone."""
-    section = params.student.model_dump(mode="json", include=set(params.teacher.model_dump()))
-    teacher.run(merged(params, {"teacher": {**section, "adjustment": adjustment}}), output)
+    teacher.run(classification_params(params, adjustment), output)
     return output
 
 

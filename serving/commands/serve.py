@@ -121,10 +121,8 @@ def _announce(server: TritonServer) -> None:
     print(f"ready {server.http_url} {server.grpc_url}")
     print(f"metrics {server.metrics_url}")
     print(f"repository {server.repository}")
-    print(
-        f"\na request from a shell, with the image as base64 text:\n\n{json_example(server.http_url, server.example)}"
-    )
-    print(f"\nthe same in the binary form:\n\n{curl_example(server.http_url, server.example)}\n", flush=True)
+    print(f"\na request from a shell, in the binary form:\n\n{curl_example(server.http_url, server.example)}")
+    print(f"\nthe same as plain JSON:\n\n{json_example(server.http_url, server.example)}\n", flush=True)
     if server.host not in LOOPBACK:
         _report(
             f"--host {server.host}: this Triton release can be killed by one hostile request; "
