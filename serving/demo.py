@@ -66,10 +66,10 @@ def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differin
         for prior, found in answers.items()
     }
     return (
-        f"of these {len(changed)}, balanced is right for {right['balanced']}, train for {right['train']}. Images with changed "
-        "answers were selected for this table,\nso it shows what the prior does, not how accurate the model is. balanced is for "
-        "data whose classes are equally\nfrequent, as in the embedded data's test split; train is for data whose classes are as "
-        "frequent as in training."
+        f"of these {len(changed)}, balanced is right for {right['balanced']}, train for {right['train']}. Images with "
+        "changed answers were selected for this table,\nso it shows what the prior does, not how accurate the model is. "
+        "balanced is for data whose classes are equally\nfrequent, as in the embedded data's test split; train is for data "
+        "whose classes are as frequent as in training."
     )
 
 

@@ -61,12 +61,19 @@ def test_a_group_without_test_images_has_no_figure() -> None:
 
 def test_the_limits_name_images_classes_and_that_there_is_one_seed() -> None:
     text = limits(params({"student.epochs": 7}), PRIOR, 60)
-    for part in ("epochs (7)", "255 training images of 3 classes", "200 of the largest and 5 of", "One seed and 60 test"):
+    for part in (
+        "epochs (7)",
+        "255 training images of 3 classes",
+        "200 of the largest and 5 of",
+        "One seed and 60 test",
+    ):
         assert part in text
 
 
 def test_plain_cross_entropy_has_the_students_recipe_without_adjustment() -> None:
-    chosen = params({"student.epochs": 7, "student.learning_rate": 0.03, "student.augment.cutout": 3, "teacher.epochs": 9})
+    chosen = params(
+        {"student.epochs": 7, "student.learning_rate": 0.03, "student.augment.cutout": 3, "teacher.epochs": 9}
+    )
     plain = classification_params(chosen, adjustment=0.0).teacher
     expected = {**chosen.student.model_dump(), "adjustment": 0.0}
     assert plain.model_dump() == {key: expected[key] for key in plain.model_dump()}
