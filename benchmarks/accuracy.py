@@ -36,6 +36,7 @@ import yaml
 
 from pipeline import prior, split, student, teacher
 from pipeline.artifacts import sha256_of_json, write_file, write_json
+from pipeline.baseline import classification_params
 from pipeline.dataset import load_images
 from pipeline.evaluate import network_logits, network_metrics
 from pipeline.params import Params, parse_params, read_yaml
@@ -91,9 +92,8 @@ Trainer = Callable[[Params, Path, Path], Path]
 
 def classification_alone(params: Params, adjustment: float, output: Path, longer: float = 1) -> Path:
     """Train the student's network on L_cls alone, `longer` times its epochs."""
-    section = params.student.model_dump(mode="json", include=set(params.teacher.model_dump()))
-    section["epochs"] = round(longer * section["epochs"])
-    teacher.run(merged(params, {"teacher": {**section, "adjustment": adjustment}}), output)
+    alone = classification_params(params, adjustment)
+    teacher.run(merged(alone, {"teacher": {"epochs": round(longer * alone.teacher.epochs)}}), output)
     return output
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from pipeline.dataset import AnyImages, evaluation_images
 from pipeline.errors import DataError, StageError
 from pipeline.gate import GateError, check_comparable, load_answers
 from pipeline.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
+from pipeline.lineage import code_revision
 from pipeline.metrics import answers, evaluate_answers, per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.params import Params
 from pipeline.prior import Prior, load_prior
 from pipeline.ranks import choose_device
-from pipeline.report import render_report, study
+from pipeline.report import Origin, render_report, study
 from pipeline.report.study import write_plots
 from pipeline.run_folder import contender_of
 from pipeline.stage import stage_main
@@ -93,9 +96,20 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         samples = _write_samples(folder / "samples", test, chosen, found["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(params, prior, sizes))
         write_file(folder / "model_card.md", model_card(params, prior, metrics["student"]))
-        page = render_report(shown, metrics, classes, samples, params, prior, sizes, encoded=test.encoded, notes=notes)
+        page = render_report(
+            shown, metrics, classes, samples, params, prior, sizes, encoded=test.encoded, notes=notes, origin=_origin()
+        )
         write_file(folder / "report.html", page)
     return Result(metrics, output)
+
+
+def _origin() -> Origin:
+    """Date, commit and the epochs of both networks, for the report."""
+    histories = {
+        name: [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name, folder in NETWORKS.items()
+    }
+    return Origin(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), code_revision(), histories)
 
 
 def _validation(params: Params, prior: Prior, device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:

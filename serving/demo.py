@@ -49,14 +49,28 @@ def run(repository: Path, samples: Path) -> int:
     differing = [a.indexes[0] != b.indexes[0] for a, b in zip(*(answers[prior] for prior in PRIORS), strict=True)]
     console.print(comparison(images, answers, differing))
     console.print(f"HTTP and gRPC agree on {len(images)} images; the prior changes the answer for {sum(differing)}")
-    if not any(differing):
-        console.print(
-            "here it moves the probabilities alone: this student is sure of these images, or knows too little yet"
-        )
+    console.print(meaning(images, answers, differing), highlight=False)
     if status != 0:
         raise ServingError(f"the Triton server ended with status {status}, not 0")
     console.print("the server was stopped cleanly")
     return sum(differing)
+
+
+def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> str:
+    """What the table can show and what it cannot."""
+    if not any(differing):
+        return "here it moves the probabilities alone: this student is sure of these images, or knows too little yet"
+    changed = [place for place, differs in enumerate(differing) if differs]
+    right = {
+        prior: sum(found[place].classes[0] == images[place].label for place in changed)
+        for prior, found in answers.items()
+    }
+    return (
+        f"of these {len(changed)}, balanced is right for {right['balanced']}, train for {right['train']}. Images with "
+        "changed answers were selected for this table,\nso it shows what the prior does, not how accurate the model is. "
+        "balanced is for data whose classes are equally\nfrequent, as in the embedded data's test split; train is for data "
+        "whose classes are as frequent as in training."
+    )
 
 
 def read_samples(folder: Path) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""What is taken for what, and the classes that fare worst and best, each with the test images that show it."""
+"""Confusions between classes, and the least and most accurate classes, with test images that show them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pipeline.intervals import Estimate, wilson
 from pipeline.prior import Prior
 
 PAIRS, CLASSES, IMAGES = 12, 6, 4  # shown: confusion pairs, classes at each end, images of each
+MATRIX = 30  # most classes of the confusion matrix
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,15 @@ class ConfusionPair:
     count: int
     share: float
     rows: list[int]
+
+
+@dataclass(frozen=True)
+class ConfusionMatrix:
+    """counts[i][j]: test images of class i that were predicted as class j; tested[i]: all test images of class i."""
+
+    classes: list[str]
+    counts: list[list[int]]
+    tested: list[int]
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,25 @@ def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> 
         )
         for a, b, n in zip(actual[order], answered[order], counts[order], strict=True)
     ]  # fmt: skip
+
+
+def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> ConfusionMatrix:
+    """Counts of test images by actual and predicted class, the class with the most training images first.
+
+    Of more than MATRIX classes, those that take part in the most mistakes.
+    """
+    classes = len(prior.classes)
+    wrong = predicted != labels
+    mistakes = np.bincount(labels[wrong], minlength=classes) + np.bincount(predicted[wrong], minlength=classes)
+    order = np.argsort(-np.array(prior.counts), kind="stable")
+    shown = order if classes <= MATRIX else order[np.isin(order, np.argsort(-mistakes, kind="stable")[:MATRIX])]
+    place = np.full(classes, -1)
+    place[shown] = np.arange(len(shown))
+    inside = (place[labels] >= 0) & (place[predicted] >= 0)
+    counts = np.zeros((len(shown), len(shown)), dtype=np.int64)
+    np.add.at(counts, (place[labels[inside]], place[predicted[inside]]), 1)
+    tested = np.bincount(labels, minlength=classes)[shown]
+    return ConfusionMatrix([prior.classes[c] for c in shown], counts.tolist(), tested.tolist())
 
 
 def extreme_classes(

@@ -17,7 +17,14 @@ from pipeline.intervals import NOTHING, Estimate, weighted_accuracy
 from pipeline.metrics import GROUPS
 from pipeline.params import Params
 from pipeline.prior import Prior
-from pipeline.report.mistakes import ClassResult, ConfusionPair, confusion_pairs, extreme_classes
+from pipeline.report.mistakes import (
+    ClassResult,
+    ConfusionMatrix,
+    ConfusionPair,
+    confusion_matrix,
+    confusion_pairs,
+    extreme_classes,
+)
 from pipeline.report.reliability import Reliability, reliability
 from pipeline.report.strength import StrengthRow, strength_sweep
 from pipeline.shift_table import SETS, shift_table
@@ -58,6 +65,7 @@ class Study:
     strength: list[StrengthRow]
     reliability: Reliability
     shift: Shift
+    confusion: ConfusionMatrix
     pairs: list[ConfusionPair]
     worst: list[ClassResult]
     best: list[ClassResult]
@@ -96,6 +104,7 @@ def study(
         strength=strength_sweep(student, labels, prior),
         reliability=calibration,
         shift=_shift(student, labels, prior.counts, seed, draws),
+        confusion=confusion_matrix(predicted["student"], labels, prior),
         pairs=confusion_pairs(predicted["student"], labels, prior),
         worst=worst,
         best=best,

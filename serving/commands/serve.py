@@ -13,7 +13,7 @@ import typer
 
 from serving.commands.options import Debug, RepositoryOption, choose_repository
 from serving.errors import InputError
-from serving.example import curl_example
+from serving.example import curl_example, json_example
 from serving.server import GRACE, TritonServer
 from serving.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
 from serving.supervisor import Patience, Supervisor
@@ -121,7 +121,8 @@ def _announce(server: TritonServer) -> None:
     print(f"ready {server.http_url} {server.grpc_url}")
     print(f"metrics {server.metrics_url}")
     print(f"repository {server.repository}")
-    print(f"\nask it about an image, from a shell:\n\n{curl_example(server.http_url, server.example)}\n", flush=True)
+    print(f"\na request from a shell, in the binary form:\n\n{curl_example(server.http_url, server.example)}")
+    print(f"\nthe same as plain JSON:\n\n{json_example(server.http_url, server.example)}\n", flush=True)
     if server.host not in LOOPBACK:
         _report(
             f"--host {server.host}: this Triton release can be killed by one hostile request; "

@@ -16,6 +16,8 @@ local WEIGHTS = { png = { 1, 0.4 }, webp = { 1, 1.8 }, jpeg = { 0.5, 0.4 }, prog
 -- A JPEG marker that has a segment, or the end of the image: no stuffed byte, restart or fill byte.
 local MARKER = "\255[^%z\1\208-\216\255]"
 local SEARCHED = 4096 -- bytes
+-- What stands before an image given as base64 text, which the classifier accepts (triton/asked.py), and its most bytes.
+local DATA_URL, LONGEST_PREFIX = "^data:image/%l+;base64,", 23
 
 -- The unsigned number in bytes first to last; the most significant byte is at `first`, which may be the higher index.
 local function number(text, first, last)
@@ -73,6 +75,16 @@ local function webp(part)
     return kind == "VP8 " and number(head, 28, 27) % 16384 * (number(head, 30, 29) % 16384) or 0, "webp"
 end
 
+-- read(place, count) of the file whose base64 text `read_text` reads: decodes the groups of four letters that spell these bytes.
+-- Text that is not base64 reads as empty; the classifier refuses it.
+local function base64_reader(read_text)
+    return function(place, count)
+        local first = math.floor(place / 3)
+        local text = read_text(4 * first, 4 * (math.ceil((place + count) / 3) - first))
+        return (ngx.decode_base64(text) or ""):sub(place - 3 * first + 1, place - 3 * first + count)
+    end
+end
+
 -- The cost of the encoded image of `size` bytes at `offset`; read(offset, count) returns up to count bytes of the body.
 -- 0 where Pillow refuses the file without decoding a pixel.
 -- counted: a table for each request, which keeps the number of parts that were read.
@@ -82,8 +94,13 @@ function decoding.pixels(read, offset, size, counted)
         counted.parts = (counted.parts or 0) + 1
         return counted.parts <= decoding.MOST_PARTS
     end
+    local _, prefix = read(offset, math.min(LONGEST_PREFIX, size)):find(DATA_URL)
+    local start, stop = offset + (prefix or 0), offset + size
     local function part(place, count)
-        return place < size and read(offset + place, math.min(count, size - place)) or ""
+        return start + place < stop and read(start + place, math.min(count, stop - start - place)) or ""
+    end
+    if prefix then
+        part, size = base64_reader(part), math.floor((stop - start) * 3 / 4)
     end
     local head = part(0, 12)
     local parse = head:sub(1, 8) == "\137PNG\r\n\26\n" and png

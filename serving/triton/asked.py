@@ -5,8 +5,10 @@ Runs in the stub, with numpy; preprocess.py decodes, prior.py checks and owns th
 
 from __future__ import annotations
 
+import binascii
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -15,6 +17,10 @@ import triton_python_backend_utils as pb_utils
 # Pixels that are decoded for an image and for a request, where the manifest has no limits: a solid image of 16 megapixels
 # is a file of 34 bytes and 0.4 s of work, and a batch of them would keep every other caller waiting.
 IMAGE_PIXELS, REQUEST_PIXELS = 16_000_000, 25_000_000
+# An image as text, for JSON, which has no bytes. No image file begins with these letters. The base64 is canonical: no blanks,
+# no line breaks, padding at its end alone, because the gateway reads the image's header from the middle of the text
+# (gateway_lua/decoding.lua).
+DATA_URL = re.compile(rb"data:image/(?:jpeg|png|webp);base64,")
 NUMBER_BYTES = 64  # of a number in the text of a prior, with what stands between two
 LARGEST = float(np.finfo(np.float32).max)  # of a strength, as what is not text has it
 STRENGTHS = {b"balanced": 0.0, b"train": 1.0}
@@ -158,7 +164,8 @@ class Reader:
 
         for row, data in enumerate(encoded):
             try:
-                images.append(self.preprocess.preprocess(data, self.size, self.resize_to, self.room, allow))
+                file = image_file(data, self.preprocess)
+                images.append(self.preprocess.preprocess(file, self.size, self.resize_to, self.room, allow))
             except self.preprocess.ImageError as error:
                 reason = error.kind if error.kind == "request_pixels" else f"image_{error.kind}"
                 raise Refused(reason, f"{at(row, len(encoded))}image {error}") from None
@@ -186,6 +193,25 @@ def read_input(request, name, shape, rows=None):
         expected = f"[{count}, {', '.join(map(str, shape or ['classes']))}]"
         raise Refused(f"{name}_shape", f"{name} has shape {list(array.shape)}; expected {expected}")
     return array
+
+
+def image_file(data, preprocess):
+    """The bytes of an image file that are given as they are, or as text `data:image/png;base64,...`.
+
+    Raises ImageError for text that is not base64, and before it is decoded for more than MAX_BYTES.
+    """
+    prefix = DATA_URL.match(data)
+    if prefix is None:
+        return data
+    text, most = memoryview(data)[prefix.end() :], preprocess.MAX_BYTES
+    if len(text) > 4 * -(-most // 3):
+        raise preprocess.ImageError("bytes", f"has more than {most} bytes")
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except binascii.Error:
+        raise preprocess.ImageError(
+            "base64", "is not base64 behind `;base64,`; expected A-Z, a-z, 0-9, + and /, without blanks, padded with ="
+        ) from None
 
 
 def at(row, rows):

@@ -91,6 +91,9 @@ class Reader:
             command = re.sub(r"--(http|grpc)-port \d+", lambda found: f"--{found[1]}-port {free[found[1]]}", command)
             triton = [address.partition("://")[2] for address in self.addresses]
             command += f" --upstream-http {triton[0]} --upstream-grpc {triton[1]}"
+        if command.startswith("curl"):
+            assert self.addresses, f"{command}: no server was started before it on the page"
+            command = command.replace(PAGES_SERVER, self.addresses[0])
         if command.startswith(("tailor playground", "tailor schedule")):
             command += " --port 0"
         return command.replace("make ", "make -o install ")  # what runs the tests is installed

@@ -273,6 +273,8 @@ def test_the_page_on_serving(own: Project) -> None:
         own.set({"serving": {"strength": 0.0}})
         shutil.rmtree(own.root / "releases", ignore_errors=True)
     assert json.loads(printed["tailor status --json"])["answers"]
+    (answer,) = (json.loads(text) for command, text in printed.items() if command.startswith("curl"))
+    assert {output["name"] for output in answer["outputs"]} == {"class", "index", "probability"}
     assert_two_answers("docs/serving.md", printed)
     assert "version 2 answers instead of 1" in printed["tailor promote artifacts/export"]
     assert "version 1 answers instead of 2" in printed["tailor rollback"]
@@ -326,6 +328,7 @@ def test_the_first_page_and_the_demo(digits: Project) -> None:
         for name in ("Makefile", "pyproject.toml", "constraints.txt", ".venv"):
             (digits.root / name).unlink()
     demo = printed["make demo"]
+    assert "plain cross-entropy" in demo and "One seed and 400 test images" in demo
     assert "HTTP and gRPC agree on 12 images" in demo and "the server was stopped cleanly" in demo and "≠" in demo
     assert "student_balanced.json" in printed["dvc metrics show"]
 

@@ -12,7 +12,7 @@ from pipeline.data_card import SplitSizes
 from pipeline.evaluate import choose_samples, network_metrics
 from pipeline.metrics import answers, per_class_accuracy
 from pipeline.prior import Prior
-from pipeline.report import render_report, study
+from pipeline.report import Origin, render_report, study
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -44,7 +44,9 @@ def made_logits(labels: np.ndarray, prior: Prior, seed: int, skill: float = 4.0)
 
 
 @lru_cache
-def made_report(classes: int, per_class: int, validation: bool = True, champion: bool = False) -> str:
+def made_report(
+    classes: int, per_class: int, validation: bool = True, champion: bool = False, warnings: tuple[str, ...] = ()
+) -> str:
     """The report of made-up predictions, as `evaluate` puts it together."""
     prior, recipe = made_prior(classes), params()
     labels = np.repeat(np.arange(classes), per_class)
@@ -74,7 +76,19 @@ def made_report(classes: int, per_class: int, validation: bool = True, champion:
         for row in choose_samples(given, 12, 0)
     ]  # fmt: skip
     sizes = SplitSizes(sum(prior.counts), len(labels), len(labels))
-    return render_report(found, metrics, rows, samples, recipe, prior, sizes, encoded=png)
+    origin = Origin("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
+    return render_report(
+        found, metrics, rows, samples, recipe, prior, sizes, encoded=png, warnings=warnings, origin=origin
+    )
+
+
+def made_histories(validation: bool) -> dict[str, list[dict[str, float]]]:
+    """Five epochs of teacher and student, with validation accuracies or without."""
+    score = {"validation_accuracy": 0.5} if validation else {}
+    return {
+        name: [{"epoch": epoch, "loss": loss / epoch, **score} for epoch in range(1, 6)]
+        for name, loss in (("teacher", 3.0), ("student", 6.0))
+    }
 
 
 def champion_of(labels: np.ndarray, prior: Prior, there: bool):

@@ -23,7 +23,7 @@ from pipeline.model_card import model_card
 from pipeline.prior import Prior
 from pipeline.report import page as page_module
 from pipeline.report import study
-from pipeline.report.mistakes import confusion_pairs, extreme_classes
+from pipeline.report.mistakes import confusion_matrix, confusion_pairs, extreme_classes
 from pipeline.report.page import as_script, render_page
 from pipeline.report.pictures import SIDE, thumbnail
 from pipeline.report.reliability import reliability
@@ -85,9 +85,10 @@ def coloured(figure):
 
 
 def test_every_chart_is_one_that_plotly_knows(content):
-    assert set(content["figures"]) == {"long-tail", "groups", "strength", "reliability"}
-    for figure in content["figures"].values():
-        assert len(go.Figure(coloured(figure)).data) >= 2
+    lines = {"long-tail", "groups", "strength", "reliability", "loss", "validation"}
+    assert set(content["figures"]) == {*lines, "confusion-matrix"}
+    for name, figure in content["figures"].items():
+        assert len(go.Figure(coloured(figure)).data) >= (2 if name in lines else 1)
 
 
 def test_the_page_refers_to_nothing_outside_itself_and_lets_the_browser_run_its_own_scripts_alone(parsed):
@@ -99,6 +100,55 @@ def test_the_page_refers_to_nothing_outside_itself_and_lets_the_browser_run_its_
         assert attributes.get("src", "data:").startswith("data:")
         assert attributes.get("href", "#").startswith("#")
         assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_the_first_card_is_the_balanced_accuracy_with_the_number_of_test_images(parsed):
+    cards = [value for place, (tag, value) in enumerate(parsed.texts) if tag in ("dt", "span")]
+    first = cards.index("Balanced accuracy")
+    assert re.fullmatch(r"\d+\.\d%", cards[first + 1]) and cards[first + 3] == "240 test images, 12 classes"
+    prior = made_prior(12)
+    for group in ("many", "medium", "few"):
+        classes = prior.groups.count(group)
+        assert f"{20 * classes} test images, {classes} {'class' if classes == 1 else 'classes'}" in cards
+
+
+def test_the_page_names_date_commit_and_parameters(parsed):
+    shown = " ".join(value for _, value in parsed.texts)
+    assert "Evaluated 2026-11-28 04:00 UTC, commit 0123abc+changes" in re.sub(" +", " ", shown)
+    (recipe,) = (value for tag, value in parsed.texts if tag == "pre")
+    assert yaml.safe_load(recipe) == params().model_dump(mode="json")
+
+
+def test_warnings_stand_in_a_red_box_before_the_figures_and_first_among_the_next_steps(text):
+    assert 'class="warning"' not in text
+    warned = made_report(12, 20, warnings=("few has 3 <b>test</b> images",))
+    box = re.search(r'<div class="warning" role="alert">(.*?)</div>', warned, re.DOTALL)
+    assert "few has 3 &lt;b&gt;test&lt;/b&gt; images" in box[1] and box.end() < warned.index('class="figures"')
+    assert "Add test images first" in warned and "Add test images first" not in text
+
+
+def test_learning_curves_are_those_of_the_epochs_and_without_validation_there_is_one_chart(content):
+    loss = {trace["name"]: trace for trace in content["figures"]["loss"]["data"]}
+    assert loss["student"]["x"] == [1, 2, 3, 4, 5] and loss["student"]["y"] == [6.0, 3.0, 2.0, 1.5, 1.2]
+    assert [trace["y"] for trace in content["figures"]["validation"]["data"]] == [[0.5] * 5] * 2
+    without = made_report(12, 20, validation=False)
+    assert '"validation":' not in without and 'id="loss"' in without and "There is no validation split." in without
+
+
+def test_the_confusion_matrix_counts_as_scikit_learn_and_keeps_the_classes_of_most_mistakes():
+    from sklearn.metrics import confusion_matrix as reference
+
+    for classes in (12, 80):
+        prior, labels = made_prior(classes), np.repeat(np.arange(classes), 5)
+        predicted = made_logits(labels, prior, 3, skill=3.0).argmax(1)
+        found = confusion_matrix(predicted, labels, prior)
+        shown = [prior.classes.index(name) for name in found.classes]
+        assert len(shown) == min(classes, 30) and shown == sorted(shown)  # counts fall with the index
+        full = reference(labels, predicted, labels=range(classes))
+        assert (np.array(found.counts) == full[np.ix_(shown, shown)]).all() and found.tested == [5] * len(shown)
+        mistakes = full.sum(0) + full.sum(1) - 2 * full.diagonal()
+        hidden = set(range(classes)) - set(shown)
+        assert not hidden or max(mistakes[list(hidden)]) <= min(mistakes[shown])
 
 
 def test_a_class_name_is_text_and_never_a_tag(text, parsed, content):

@@ -17,7 +17,7 @@ from tests.chromium import needs_chromium, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("report page"), needs_chromium]
 
-CHARTS = ["long-tail", "groups", "strength", "reliability"]
+CHARTS = ["loss", "validation", "long-tail", "groups", "strength", "reliability", "confusion-matrix"]
 CHART_WIDTHS = "[...document.querySelectorAll('.chart')].map((each) => each.querySelector('.main-svg').clientWidth)"
 COLOUR = "getComputedStyle(document.querySelector('#long-tail .scatterlayer .points path')).fill"
 
@@ -35,7 +35,7 @@ def pages(tmp_path_factory):
     texts = {
         "report": made_report(12, 20),
         "thousand": made_report(1000, 1),
-        "champion": made_report(12, 20, champion=True),
+        "champion": made_report(12, 20, champion=True, warnings=("few-shot classes have 3 test images",)),
         "comparison": made_comparison(),
     }
     for name, text in texts.items():

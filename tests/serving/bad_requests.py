@@ -6,6 +6,7 @@ gRPC) or of the protocol itself. `culprit` is what a useful answer names; nothin
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -155,9 +156,37 @@ def hostile_images() -> dict[str, bytes]:
     }
 
 
+def data_url(image: bytes) -> bytes:
+    """An image as text, as a JSON request carries it."""
+    return b"data:image/png;base64," + base64.b64encode(image)
+
+
+def bad_text_image(draw: random.Random) -> TensorRequest:
+    """Images as base64 text: not base64, a text in a text, or a hostile file, which must be bounded as its bytes are."""
+    text, hostile = data_url(picture(1)), hostile_images()
+    broken = {
+        "space": text[:60] + b" " + text[60:],
+        "padding inside": text[:60] + b"====" + text[60:],
+        "no padding": data_url(b"ab").rstrip(b"="),
+        "url alphabet": text[:60] + b"-_-_" + text[60:],
+        "nothing": data_url(b""),
+        "text in a text": data_url(text),
+        "above the bytes": text[:22] + b"A" * (45 * 1024 * 1024),
+    }
+    if draw.random() < 0.3:
+        fault = draw.choice([name for name in broken if name != "above the bytes" or draw.random() < 0.1])
+        image = broken[fault]
+    else:
+        fault = draw.choice([name for name, data in hostile.items() if len(data) < 1024 * 1024])
+        image = data_url(hostile[fault])
+    return TensorRequest(f"image as text: {fault}", "image", "classifier", classifier([image]))
+
+
 def many_pixels(draw: random.Random) -> TensorRequest:
     """Images that are each small enough, and together above the pixels of a request."""
     images = [draw.choice([solid_webp(4000), saved(Image.new("1", (4000, 4000)), "PNG")]) for _ in range(2)]
+    if draw.random() < 0.5:
+        images = [data_url(image) for image in images]
     return TensorRequest("image: 32 megapixels in two", "25000000", "classifier", classifier(images))
 
 
@@ -299,6 +328,7 @@ def bad_target(draw: random.Random) -> TensorRequest:
 TENSOR_FAULTS = [
     bad_image,
     bad_image,
+    bad_text_image,
     many_pixels,
     damaged_image,
     many_images,
@@ -459,6 +489,12 @@ def json_tensors(draw: random.Random) -> HttpRequest:
                 "",
             ),
             ("json: value", image | {"data": [0]}, "image"),
+            (
+                "json: image as text",
+                image
+                | {"data": [draw.choice(["cat.png", "data:image/png;base64,", data_url(solid_webp(7000)).decode()])]},
+                "image",
+            ),
             ("json: more values", entry | {"data": [0.5] * draw.randint(2, 50_000)}, "strength"),
             ("json: both forms", entry | {"parameters": {"binary_data_size": 4}}, "strength"),
             ("json: unknown key", entry | {"d\u0061t\\u0061": 1}, "strength"),

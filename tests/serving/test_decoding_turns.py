@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
-from bad_requests import chunk, hostile_images, saved
+from bad_requests import chunk, data_url, hostile_images, saved
 from PIL import Image
 from running_gateway import require_nginx
 
@@ -207,6 +207,22 @@ def test_an_image_between_other_bytes_costs_the_same(port: int) -> None:
     for data, _, _ in PICTURES.values():
         around = send(port, "/pixels?before=100&behind=50", bytes(100) + data + PICTURES["png"][0][:50])[1]
         assert float(around.split()[0]) == cost(port, data)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_an_image_as_base64_text_costs_what_its_file_costs(port: int, name: str) -> None:
+    data, _, _ = PICTURES[name]
+    for extra in range(3):  # the lengths of base64's padding
+        file = data + bytes(extra)
+        around = send(port, "/pixels?before=7&behind=5", b"QUJDREE" + data_url(file) + b"QUJDR")[1]
+        assert float(around.split()[0]) == pytest.approx(cost(port, file), abs=4)
+
+
+def test_a_hostile_image_as_base64_text_costs_what_its_file_costs(port: int) -> None:
+    for name, data in hostile_images().items():
+        if len(data) < 20_000_000:
+            found, reads = send(port, "/pixels", data_url(data))[1].split()
+            assert float(found) == pytest.approx(cost(port, data), abs=4) and int(reads) <= 4002, name
 
 
 @pytest.mark.parametrize("side", [1, 2, 255, 256, 16383])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import time
 import zlib
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_requests import solid_webp
+from bad_requests import data_url, solid_webp
 from conftest import CLASSES, SIZE, TOP_K, Release, encode, picture
 from PIL import Image
 
@@ -118,6 +119,42 @@ def test_server_refuses_what_the_client_would_have(server: TritonServer, name: s
             transport.infer("classifier", {"image": np.array([[BAD[name][0]]], dtype=np.object_)}, {"index": 0})
     finally:
         transport.close()
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", GOOD)
+def test_image_as_base64_text_is_answered_as_its_file(server: TritonServer, name: str) -> None:
+    transport = Transport(server.grpc_url, timeout=30)
+    try:
+        for media_type in (b"jpeg", b"png", b"webp"):  # the bytes decide, not the type that a browser guessed
+            text = data_url(GOOD[name]).replace(b"png", media_type, 1)
+            images = np.array([[GOOD[name]], [text]], dtype=np.object_)
+            answer = transport.infer("classifier", {"image": images}, {"index": 0, "probability": 0})[0]
+            assert answer["index"][0].tolist() == answer["index"][1].tolist()
+            assert answer["probability"][0].tolist() == answer["probability"][1].tolist()
+    finally:
+        transport.close()
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (data_url(b"")[:-1], "is not a JPEG, PNG or WebP image"),
+        (data_url(b""), "is empty"),
+        (data_url(picture(1)) + b"\n", "is not base64"),
+        (data_url(picture(1))[:60] + b"====", "is not base64"),
+        (data_url(b"ab").rstrip(b"="), "is not base64"),
+        (data_url(b"a letter"), "is not a JPEG, PNG or WebP image"),
+        (data_url(data_url(picture(1))), "is not a JPEG, PNG or WebP image"),
+        (data_url(header_of_100_megapixels()), "has 10000x10000 = 100000000 pixels"),
+        (data_url(solid_webp(7000)), "has 49000000 pixels to decode, above the limit of 16000000"),
+        (data_url(bytes(MAX_BYTES + 3)), f"has more than {MAX_BYTES} bytes"),
+    ],
+)  # fmt: skip
+def test_bad_base64_text_is_refused_with_its_fault(server: TritonServer, text: bytes, fault: str) -> None:
+    with pytest.raises(Refused, match=re.escape(f"image {fault}")):
+        infer(server.grpc_url, text)
 
 
 def infer(url: str, *images: bytes) -> int:

@@ -46,6 +46,13 @@ def test_demo_shows_where_the_prior_changes_the_answer(repository: Path, release
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.count("≠") == 1
     assert "HTTP and gRPC agree on 4 images; the prior changes the answer for 1" in ended.stdout
+    (seed,), log_prior = seeds[:1], np.array(release.manifest.log_prior)
+    balanced, trained = (
+        int(release.probabilities([picture(seed)], prior)[0].argmax() == seed % len(CLASSES))
+        for prior in (0, log_prior)
+    )
+    assert f"of these 1, balanced is right for {balanced}, train for {trained}" in ended.stdout
+    assert "it shows what the prior does, not how accurate the model is" in ended.stdout
     assert ended.stdout.rstrip().endswith("the server was stopped cleanly")
 
 

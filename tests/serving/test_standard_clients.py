@@ -18,10 +18,11 @@ from running_gateway import running_gateway
 from tritonclient.utils import serialize_byte_tensor
 
 from models.preprocess import preprocess
-from serving.example import curl_example
+from serving.example import curl_example, json_example
 from serving.gateway_process import GatewayProcess
 from serving.server import TritonServer
 from tests.chromium import needs_chromium, started
+from tests.documented import ROOT, commands, commands_in
 
 pytestmark = pytest.mark.end_to_end
 
@@ -102,6 +103,31 @@ def test_printed_curl_command_is_answered(gateway: GatewayProcess, names: list[b
     )
     outputs = {output["name"]: output["data"] for output in json.loads(ended.stdout)["outputs"]}
     assert [name.encode() for name in outputs["class"]] == names
+
+
+@pytest.mark.parametrize("through", ["gateway", "server"])
+def test_printed_json_request_is_answered(
+    server: TritonServer, gateway: GatewayProcess, release: Release, tmp_path: Path, through: str
+) -> None:
+    image = tmp_path / "an image's copy.png"
+    image.write_bytes(picture(1))
+    url = gateway.http_url if through == "gateway" else server.http_url
+    commands = ["sh", "-ec", json_example(url, image)]
+    ended = subprocess.run(commands, capture_output=True, text=True, timeout=30, check=True, cwd=tmp_path)
+    request = json.loads((tmp_path / "request.json").read_text())
+    assert [tensor["name"] for tensor in request["inputs"]] == ["image", "prior"]
+    outputs = {output["name"]: output["data"] for output in json.loads(ended.stdout)["outputs"]}
+    expected = release.probabilities([picture(1)], np.zeros(len(release.manifest.classes)))[0]
+    assert outputs["index"] == np.argsort(-expected)[: release.manifest.top_k].tolist()
+    np.testing.assert_allclose(outputs["probability"], np.sort(expected)[::-1][: len(outputs["index"])], rtol=1e-4)
+
+
+def test_documented_json_request_is_the_one_that_serve_prints() -> None:
+    documented = commands(ROOT / "docs/serving.md")
+    printed = json_example("http://127.0.0.1:8000", Path("cat.jpg"))
+    assert commands_in("$ " + printed.replace("\ncurl", "\n$ curl")) == [
+        one for one in documented if "request.json" in one
+    ]
 
 
 FETCH = """async ({path, head, data}) => {

@@ -1,0 +1,128 @@
+"""`python -m pipeline.baseline`: the student against plain cross-entropy on the same data, in one table for `make demo`.
+
+Trains the student's network with plain cross-entropy (the student's epochs, schedule, augmentation and seed; no adjustment,
+no teacher), evaluates both on the test split and prints accuracy for all images and by group. Nothing is chosen by the test
+split: both networks are those of the last epoch. Memory and time are those of one teacher.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from pipeline import teacher
+from pipeline.artifacts import PRIOR, SPLIT, STUDENT
+from pipeline.comparison import Answers, Measure, compare
+from pipeline.dataset import AnyImages, evaluation_images
+from pipeline.errors import DataError
+from pipeline.evaluate import TARGET_PRIORS, network_logits
+from pipeline.metrics import GROUPS, answers
+from pipeline.params import Params, TrainingParams
+from pipeline.prior import Prior, load_prior
+from pipeline.ranks import choose_device
+from pipeline.stage import stage_main
+from pipeline.training_run import run_folder
+from serving.terminal import Console
+
+FOLDER = Path("artifacts/baseline")
+PLAIN = "plain cross-entropy"
+CORRECTED = "  + class prior subtracted after training"
+STUDENT_ROW = "Tailor's student, balanced"
+COLUMNS = ("all", *GROUPS)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How many test images were compared, and where the network of plain cross-entropy lies."""
+
+    images: int
+    output: Path
+
+    def __str__(self) -> str:
+        return f"compared on {self.images:,} test images → {self.output}"
+
+
+def run(params: Params, folder: Path = FOLDER) -> Result:
+    """Train plain cross-entropy unless `folder` has it already, and print the table. Raises DataError without a test split."""
+    prior, test = load_prior(), evaluation_images(params, "test")
+    if len(test) == 0:
+        raise DataError("data/split/test.parquet: holds no images; the comparison needs a test split")
+    plain = classification_params(params, adjustment=0.0)
+    output = folder / run_folder(plain.teacher, plain, folder, SPLIT / "train.parquet", PRIOR).fingerprint[:12]
+    if not (output / "model.safetensors").is_file():
+        teacher.run(plain, output)
+    answered = {
+        PLAIN: _answers(output, "teacher", plain, test, prior, "train"),
+        CORRECTED: _answers(output, "teacher", plain, test, prior, "balanced"),
+        STUDENT_ROW: _answers(STUDENT, "student", params, test, prior, "balanced"),
+    }
+    measures = {
+        name: compare(one, answered[PLAIN], params.gate, params.evaluate.ece_bins) for name, one in answered.items()
+    }
+    console = Console()
+    console.print(gain_table(measures, answered[PLAIN], params.gate.confidence))
+    console.print(limits(params, prior, len(test)), highlight=False)
+    return Result(len(test), output)
+
+
+def classification_params(params: Params, adjustment: float) -> Params:
+    """Params whose teacher is the student's network, trained like the student on L_cls alone, with this logit adjustment."""
+    section = params.student.model_dump(include=set(TrainingParams.model_fields))
+    return params.model_copy(update={"teacher": TrainingParams.model_validate({**section, "adjustment": adjustment})})
+
+
+def _answers(folder: Path, stage: str, params: Params, test: AnyImages, prior: Prior, target_prior: str) -> Answers:
+    logits = network_logits(folder, stage, test, params, prior, choose_device(params.device))
+    probabilities = answers(logits, np.array(prior.log_prior), TARGET_PRIORS[target_prior])
+    return Answers(list(test.sample_ids), test.labels.numpy(), probabilities, prior)
+
+
+def gain_table(measures: dict[str, dict[str, Measure]], plain: Answers, confidence: float) -> Table:
+    """Accuracy in percent of each row of measures, and the last row's difference from plain cross-entropy with its interval.
+
+    measures: row → all, many, medium, few, compared with plain cross-entropy.
+    """
+    of_group = np.array(plain.prior.groups)[plain.labels]
+    tested = [int((of_group == group).sum()) for group in GROUPS]
+    table = Table(title=f"Accuracy on {len(plain.labels):,} test images: what Tailor gains")
+    table.add_column("")
+    for column, images in zip(COLUMNS, (len(plain.labels), *tested), strict=True):
+        table.add_column(f"{column}\n{images:,} images", justify="right")
+    for name, row in measures.items():
+        table.add_row(name, *(_percent(row[column].challenger) for column in COLUMNS), end_section=name == STUDENT_ROW)
+    student = measures[STUDENT_ROW]
+    table.add_row(f"student − {PLAIN}", *(_points(student[column].difference) for column in COLUMNS))
+    table.add_row(f"  its {100 * confidence:g} % interval", *(_interval(student[column]) for column in COLUMNS))
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f} %"
+
+
+def _points(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:+.1f}"
+
+
+def _interval(measure: Measure) -> str:
+    return "n/a" if measure.low is None else f"{_points(measure.low)} to {_points(measure.high)}"
+
+
+def limits(params: Params, prior: Prior, tested: int) -> str:
+    """What the table can show and what it cannot, in a few lines."""
+    images, names = sum(prior.counts), len(prior.classes)
+    return (
+        f"Same network, epochs ({params.student.epochs}), augmentation and seed for both; {images:,} training images of "
+        f"{names} classes, {max(prior.counts):,} of the largest and {min(prior.counts):,} of the smallest.\n"
+        f"The table shows in which direction accuracy moves on these data. One seed and {tested:,} test images: a "
+        "difference whose interval holds 0 may be chance, the interval leaves out the spread between seeds, and other "
+        "data gain more or less. docs/results.md has several seeds on CIFAR."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(run, "Compare the student with plain cross-entropy on the test split."))

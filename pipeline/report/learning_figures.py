@@ -1,0 +1,49 @@
+"""The charts of training and of confusions as plotly figures; colours and axes as in figures.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.report.figures import SHARE, Figure, axis, layout, text
+from pipeline.report.mistakes import ConfusionMatrix
+
+NUMBERED = 15  # most classes of a confusion matrix whose cells show their counts
+
+
+def learning_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key: str, title: str) -> Figure:
+    """A value of each finished epoch, a line a network. histories: network → records of metrics.jsonl."""
+    share = key == "validation_accuracy"
+    traces = [
+        {
+            "type": "scatter", "mode": "lines" if len(rows) > 1 else "markers", "name": network,
+            "x": [row["epoch"] for row in rows], "y": [round(row[key], 5) for row in rows],
+            "line": {"color": f"var(--{network})", "width": 2.2, "dash": "dot" if network == "teacher" else "solid"},
+            "hovertemplate": "epoch %{x}: <b>%{y:" + (".1%" if share else ".4f") + f"}}</b><extra>{network}</extra>",
+        }
+        for network, history in histories.items()
+        if (rows := [row for row in history if key in row])
+    ]  # fmt: skip
+    y = axis(title, tickformat=SHARE, range=[-0.03, 1.03]) if share else axis(title, rangemode="tozero")
+    return {"data": traces, "layout": layout(axis("epoch"), y, 320, showlegend=True)}
+
+
+def confusion_heatmap(found: ConfusionMatrix) -> Figure:
+    """Share of each actual class (row) that was predicted as each class (column)."""
+    places, names = list(range(len(found.classes))), [text(name, 18) for name in found.classes]
+    ticks: dict[str, Any] = {"tickvals": places, "ticktext": names, "showgrid": False}
+    shares = [
+        [round(count / max(tested, 1), 4) for count in row]
+        for row, tested in zip(found.counts, found.tested, strict=True)
+    ]
+    few = len(places) <= NUMBERED
+    trace = {
+        "type": "heatmap", "x": places, "y": places, "z": shares, "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1,
+        "colorscale": [[0, "var(--card)"], [1, "var(--accent)"]], "text": found.counts,
+        "customdata": [[[text(actual), text(predicted)] for predicted in found.classes] for actual in found.classes],
+        "hovertemplate": "%{customdata[0]} predicted as %{customdata[1]}<br><b>%{text:,} images</b>, "
+        "%{z:.1%} of the class<extra></extra>",
+        "colorbar": {"tickformat": SHARE, "outlinewidth": 0, "thickness": 12},
+    } | ({"texttemplate": "%{text}"} if few else {})  # fmt: skip
+    x, y = axis("predicted class", tickangle=-45, **ticks), axis("actual class", autorange="reversed", **ticks)
+    return {"data": [trace], "layout": layout(x, y, 200 + 24 * len(places))}
