@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from models.sample_size import ADVICE, from_json
 import yaml
 
+from models.sample_size import ADVICE, from_json
 from pipeline.data_card import SplitSizes, data_facts
 from pipeline.metrics import GROUPS
 from pipeline.model_card import model_facts
