@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from models.sample_size import GROUPS, SampleSize, sample_size
+from models.sample_size import ADVICE, GROUPS, SampleSize, sample_size
 from pipeline.metrics import expected_calibration_error
 from pipeline.params import GateParams, GateRule
 from pipeline.prior import Prior
@@ -101,6 +101,15 @@ def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins
             sizes[name] = sample_size(counts[np.array(champion.prior.groups) == name])
     found["ece"] = _calibration(champion.probabilities, challenger.probabilities, labels, params, ece_bins)
     return {name: _sized(measure, sizes.get(name)) for name, measure in found.items()}
+
+
+def too_few_images(measures: dict[str, Measure]) -> list[str]:
+    """A line for each rule whose measure rests on too few test images, with what to do."""
+    return [
+        f"{name}: {measure.size}; {ADVICE}, or set gate.{name}.rule: none"
+        for name, measure in measures.items()
+        if measure.rule != "none" and measure.too_few
+    ]
 
 
 def _sized(measure: Measure, size: SampleSize | None) -> Measure:

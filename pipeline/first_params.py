@@ -109,8 +109,8 @@ def choices(found: Found, location: str, gpu: bool) -> dict[str, tuple[Any, str]
             )
         total -= sum(test_size(count, MOST_TESTED, TEST_SHARE) for count in found.counts)
         reason = "of each class, at least one image; see docs/own-images.md"
-        chosen["data.test_share"] = (TEST_SHARE, reason)
         chosen["data.test_per_class"] = (MOST_TESTED, "at most; small classes give less, see the next line")
+        chosen["data.test_share"] = (TEST_SHARE, reason)
     if not found.own_validation:
         chosen["data.validation_per_class"] = (MOST_VALIDATED, "at most; small classes give less, see the next line")
         chosen["data.validation_share"] = (VALIDATION_SHARE, "of what a class keeps for training")

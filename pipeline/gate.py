@@ -16,7 +16,7 @@ import pyarrow.parquet
 from models.prior import class_key
 from models.sample_size import ADVICE, sample_size
 from pipeline.artifacts import EVALUATION, PRIOR, sha256_of_file, write_json
-from pipeline.comparison import Answers, Measure, compare
+from pipeline.comparison import Answers, Measure, compare, too_few_images
 from pipeline.errors import ParamsError, StageError
 from pipeline.metrics import answers, mean_of, per_class_accuracy
 from pipeline.params import PARAMS_FILE, GateParams, load_params
@@ -105,7 +105,7 @@ def decide(
             measures = compare(mine, theirs, params, ece_bins)
             measures["latency_ms"] = _latency(challenger.latency_ms, champion.latency_ms, params)
             reasons = [_say(name, measure) for name, measure in measures.items() if measure.passed is False]
-            few = _too_few(measures)
+            few = too_few_images(measures)
             promote, undecided = not reasons and not few, bool(few) and not reasons
             reasons = reasons or few or ["not worse than the champion by any rule of params.gate"]
         computed = True
@@ -176,15 +176,6 @@ def _latency(challenger: float | None, champion: float | None, params: GateParam
     difference = challenger - champion if known else None
     rule = "none" if ratio is None else "ratio"
     return Measure(champion, challenger, difference, None, None, None, rule, ratio or 0.0, passed)
-
-
-def _too_few(measures: dict[str, Measure]) -> list[str]:
-    """A line for each rule whose measure rests on too few test images, with what to do."""
-    return [
-        f"{name}: {measure.size}; {ADVICE}, or set gate.{name}.rule: none"
-        for name, measure in measures.items()
-        if measure.rule != "none" and measure.too_few
-    ]
 
 
 def _first(mine: Answers, params: GateParams) -> tuple[bool, bool, list[str]]:

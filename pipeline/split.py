@@ -202,9 +202,8 @@ def _hold_out_test(
         size = test_size(len(members), params.test_per_class, params.test_share)
         if not size or len(members) <= size:
             raise DataError(
-                f"class {name!r} has {len(members)} images, too few to hold out "
-                + (f"data.test_per_class = {size} and train; lower it, " if size else "one and train; ")
-                + "add images, or give the source a test split"
+                f"class {name!r} has {len(members)} images, too few to hold out data.test_per_class = {size or 1} and train; "
+                f"{'lower it, ' if size > 1 else ''}add images, or give the source a test split"
             )
         held.extend(sorted(generator.permutation(members)[:size].tolist()))
     out = set(held)

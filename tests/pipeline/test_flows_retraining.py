@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from making import params
@@ -12,13 +13,14 @@ from prefect.states import Failed
 
 from pipeline.comparison import Measure
 from pipeline.errors import ParamsError, StageError
-from pipeline.flows.records import Run, now, write_run
+from pipeline.flows.records import Decided, Run, gate_sha256, now, write_run
 from pipeline.flows.retraining import Busy, one_at_a_time
 from pipeline.flows.schedule import keep_schedule
 from pipeline.flows.stages import StageFailed
 from pipeline.flows.tasks import hold_gate, options, publish, worth_retrying
 from pipeline.flows.telling import comparison
 from pipeline.gate import GateError
+from pipeline.params import GateParams
 from serving.manifest import ManifestError
 from serving.promotion import PromotionError
 
@@ -127,3 +129,18 @@ def test_the_comparison_is_shown_with_what_is_not_known_as_a_dash():
         {"measure": "latency_ms", "champion": "–", "challenger": "–", "difference": "–", "interval": "–",
          "McNemar p": "–", "rule": "none", "verdict": "–"},
     ]  # fmt: skip
+
+
+def test_a_decision_on_too_few_test_images_is_shown_as_such():
+    measure = Measure(0.5, 0.5, 0.0, 0.0, 0.0, 1.0, "estimate", 0.0, None, 8, 8.0)
+    (row,) = comparison({"few": measure})
+    assert row["verdict"] == "too few images"
+    assert comparison({"few": replace(measure, images=160, effective=160.0, passed=True)})[0]["verdict"] == "passed"
+
+
+def test_a_release_that_was_not_decided_on_is_settled_until_the_gate_or_the_champion_changes():
+    gate = GateParams()
+    left = Decided("release", 3, gate_sha256(gate), "undecided", None)
+    assert left.settles("release", 3, gate) and not left.settles("release", 4, gate)
+    other = GateParams.model_validate({"few": {"rule": "none"}})
+    assert not left.settles("release", 3, other)

@@ -146,9 +146,9 @@ def test_a_gate_that_cannot_be_computed_is_a_refusal_with_its_reason(tmp_path):
         "no such file": Contender(tmp_path / "nowhere.parquet", champion.prior),
         "damaged": Contender(tmp_path / "damaged.parquet", champion.prior),
         "other classes: 'b' is a class of one alone": contender(tmp_path / "c", logits, classes=["owl", *"bcdef"]),
-        "logits have shape [240, 5]": contender(tmp_path / "d", logits[:, :5]),
-        "tested on other samples": contender(tmp_path / "e", logits, ids=[f"t{i}" for i in range(240)]),
-        "a sample id stands twice": contender(tmp_path / "f", logits, ids=["s0"] * 240),
+        "logits have shape [360, 5]": contender(tmp_path / "d", logits[:, :5]),
+        "tested on other samples": contender(tmp_path / "e", logits, ids=[f"t{i}" for i in range(360)]),
+        "a sample id stands twice": contender(tmp_path / "f", logits, ids=["s0"] * 360),
         "has two labels": contender(tmp_path / "g", logits, labels=other_label),
         "not finite": contender(tmp_path / "h", nan),
     }

@@ -50,7 +50,7 @@ def test_a_class_is_told_by_mcnemars_test_and_its_q_by_benjamini_and_hochberg():
     for c, row in enumerate(rows):
         assert row.p == pytest.approx(mcnemar(right[0][c == LABELS], right[1][c == LABELS]))
         assert row.difference == pytest.approx(right[1][c == LABELS].mean() - right[0][c == LABELS].mean())
-        assert (row.test_count, row.train_count) == (40, COUNTS[c])
+        assert (row.test_count, row.train_count) == (60, COUNTS[c])
     assert [row.q for row in rows] == pytest.approx(false_discovery_control([row.p for row in rows]).tolist())
     assert rows[-1].high < 0 and rows[-1].q < 0.01 and min(row.q for row in rows[:-1]) > 0.05
 
@@ -104,7 +104,7 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(runs, monkeypatch
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["compare", "old", "new", "--html", "page.html", "--classes", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "new against old: 240 test images, balanced prior" in printed and "page → page.html" in printed
+    assert "new against old: 360 test images, balanced prior" in printed and "page → page.html" in printed
     assert "the surest 3 of them" in printed and "\x1b[" not in printed
     assert "tailor compare old new" in Path("page.html").read_text()
     assert main(["compare", "old", "new", "--json", "--prior", "train"]) == 0
@@ -121,7 +121,7 @@ def test_runs_of_other_classes_or_other_samples_are_refused_by_their_names(runs,
     contender(runs / "samples", answering(0.6, 0), ids=[f"other{i}" for i in range(len(LABELS))])
     for name, said in (
         ("classes", "classes and old have other classes: 'b' is"),
-        ("samples", "samples and old were tested on other samples (480"),
+        ("samples", "samples and old were tested on other samples (720"),
     ):
         assert main(["compare", "old", name]) == 1
         printed = capsys.readouterr()
