@@ -119,8 +119,8 @@ def limits(params: Params, prior: Prior, tested: int) -> str:
     return (
         f"cross-entropy: plain, with the student's network, epochs ({params.student.epochs}), augmentation and seed, on "
         f"the same {images:,} training images of {names} classes, {max(prior.counts):,} of the largest and "
-        f"{min(prior.counts):,} of the smallest. minus log prior: the same network, its logits adjusted after training. difference: student − cross-"
-        "entropy; the student also needs its teacher, two trainings instead of one.\n"
+        f"{min(prior.counts):,} of the smallest. minus log prior: the same network, its logits adjusted after training. "
+        "difference: student − cross-entropy; the student also needs its teacher, two trainings instead of one.\n"
         f"The table shows in which direction accuracy moves on these data. One seed and {tested:,} test images: a "
         "difference whose interval holds 0 may be chance, the interval leaves out the spread between seeds, and other "
         "data gain more or less. docs/results.md has several seeds on CIFAR."
