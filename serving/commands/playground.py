@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,10 +16,16 @@ from serving.terminal import print
 
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port of the page on 127.0.0.1; 0 takes any free one.")]
 
+Samples = Annotated[
+    Path,
+    typer.Option(help="Folder of images to click; by default those that evaluation keeps. None where it is missing."),
+]
+
 
 def playground(
     url: Url = None,
     port: Port = 7860,
+    samples: Samples = Path("artifacts/evaluation/samples"),
     timeout: Timeout = 60.0,
     header: Headers = None,
     ca_file: CaFile = None,
@@ -36,13 +43,15 @@ def playground(
         import gradio  # noqa: F401
     except ImportError:
         raise InputError("tailor playground needs Gradio; pip install 'tailor[playground]'") from None
-    from serving.playground.page import build, launch_options
+    from serving.playground.page import build, find_samples, launch_options
 
     with Client(address(url, None), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
         client.class_names()  # a server that cannot be reached is told now, in one line
-        page = build(client)
+        page = build(client, find_samples(samples.absolute()))
         chosen = choose_ports("127.0.0.1", {"--port": port})["--port"]
-        _, local, _ = page.launch(server_port=chosen, prevent_thread_lock=True, **launch_options())
+        _, local, _ = page.launch(
+            server_port=chosen, prevent_thread_lock=True, allowed_paths=[str(samples.absolute())], **launch_options()
+        )
         print(f"playground {local}", flush=True)
         try:
             page.block_thread()

@@ -6,6 +6,8 @@ import base64
 import csv
 import io
 import json
+import math
+import re
 import tempfile
 import time
 from collections import Counter
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from models.preprocess import decode
 from models.prior import parse_number
@@ -23,6 +26,8 @@ from serving.errors import InputError, ServingError
 from serving.priors import LIVE, Prior
 
 MAX_PRIOR_TEXT = 1024 * 1024
+SHOWN = 100  # most rows of a batch with a thumbnail
+EXPECTED = "`cat: 3, dog: 1`, one number per class, or JSON; weights need not sum to 1"
 
 
 @dataclass(frozen=True)
@@ -65,29 +70,62 @@ def side_by_side(client: Client, image: bytes, strength: float, own: str) -> lis
 
 
 def own_prior(text: str) -> Prior:
-    """What was typed as a prior: a JSON list or object, or numbers apart by commas, spaces or lines. Raises InputError."""
+    """A typed prior, scaled to sum to 1: `cat: 3, dog: 1`, one number per class, or a JSON list or object.
+
+    Entries stand apart by commas, semicolons or lines; a class name that holds one of these needs JSON. Classes without a
+    weight have 0. Raises InputError.
+    """
     if len(text) > MAX_PRIOR_TEXT:
         raise InputError(f"your own prior has {len(text):,} characters; expected at most {MAX_PRIOR_TEXT:,}")
     try:
         typed = json.loads(text)
     except ValueError:
-        try:
-            return [parse_number(word) for word in text.replace(",", " ").split()]
-        except ValueError:
-            raise InputError(
-                'your own prior is neither numbers nor JSON; expected for example 0.7, 0.2, 0.1 or {"cat": 0.7, "dog": 0.3}'
-            ) from None
-    if isinstance(typed, dict | list):
-        return typed
-    raise InputError(f"your own prior is {text.strip()[:40]!r}; expected one number per class, summing to 1")
+        typed = _weights(text)
+    if not isinstance(typed, dict | list):
+        raise InputError(f"your own prior is {text.strip()[:40]!r}; expected {EXPECTED}")
+    return _normalised(typed)
+
+
+def _weights(text: str) -> dict[str, float] | list[float]:
+    entries = [entry.strip() for entry in re.split(r"[,;\n]", text) if entry.strip()]
+    try:
+        if all(":" in entry for entry in entries):
+            pairs = [entry.rpartition(":") for entry in entries]
+            weights = {name.strip(): parse_number(value.strip()) for name, _, value in pairs}
+            if len(weights) < len(pairs):
+                raise InputError("your own prior names a class twice; expected each class at most once")
+            return weights
+        return [parse_number(word) for entry in entries for word in entry.split()]
+    except ValueError:
+        raise InputError(f"your own prior is {text.strip()[:40]!r}; expected {EXPECTED}") from None
+
+
+def _normalised(typed: dict[str, Any] | list[Any]) -> Prior:
+    values = list(typed.values() if isinstance(typed, dict) else typed)
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    try:
+        total = math.fsum(numbers)
+    except (OverflowError, ValueError):
+        total = math.inf
+    if len(numbers) < len(values) or not 0 < total < math.inf or min(numbers) < 0:
+        raise InputError(
+            f"your own prior has weights that are not numbers of at least 0, or all 0; expected {EXPECTED}"
+        )
+    if isinstance(typed, dict):
+        return {name: value / total for name, value in typed.items()}
+    return [value / total for value in numbers]
 
 
 def as_html(answers: Sequence[Answer]) -> str:
-    """The columns as HTML: the best classes with a bar each, the time, the version. Names are text, whatever they hold."""
-    return f'<div class="columns">{"".join(_column(answer) for answer in answers)}</div>'
+    """The columns as HTML: the best classes with a bar each, the time, the version. Names are text, whatever they hold.
+
+    A column whose best class is not that of the first column is marked.
+    """
+    first = next((answer.prediction.classes[0] for answer in answers[:1] if answer.prediction), None)
+    return f'<div class="columns">{"".join(_column(answer, answers[0].title, first) for answer in answers)}</div>'
 
 
-def _column(answer: Answer) -> str:
+def _column(answer: Answer, reference: str, first: str | None) -> str:
     title = f"<h3>{escape(answer.title)}</h3>"
     if answer.prediction is None:
         return f'<section class="column">{title}<p class="none">{escape(answer.error)}</p></section>'
@@ -98,36 +136,70 @@ def _column(answer: Answer) -> str:
         for name, p in best
     )
     told = f"{answer.milliseconds:.1f} ms, version {answer.prediction.version}"
-    return f'<section class="column">{title}<ol>{rows}</ol><p class="told">{told}</p></section>'
+    changed = first is not None and answer.prediction.classes[0] != first
+    mark = f'<p class="mark">other class than {escape(reference)}</p>' if changed else ""
+    return (
+        f'<section class="column{" changed" if changed else ""}">{title}<ol>{rows}</ol>{mark}'
+        f'<p class="told">{told}</p></section>'
+    )
 
 
-def thumbnail(image: bytes, name: str) -> str:
-    """The image as HTML, at most 256 pixels, drawn anew from its pixels. Raises ImageError for what is no image."""
-    small = decode(image)
-    small.thumbnail((256, 256))
+def thumbnail(image: bytes, name: str, side: int = 256) -> str:
+    """The image as HTML, of at most `side` pixels, encoded again from its pixels. Raises ImageError for what is no image."""
+    small = decode(image, resize_to=side)
+    small.thumbnail((side, side))
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode("ascii")
     return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(name)}">'
 
 
-def batch_csv(client: Client, files: Sequence[Path], prior: Prior) -> tuple[Path, int]:
-    """Answers for many files as a CSV file, a row for each image and class, and how many images failed.
+@dataclass(frozen=True)
+class Batch:
+    """Answers for many files: a CSV file with a row for each image and class, how many images failed, and the first SHOWN
+    images with their answers."""
+
+    csv: Path
+    failed: int
+    shown: list[tuple[str, Path, Prediction | ServingError]]
+
+
+def classify_batch(client: Client, files: Sequence[Path], prior: Prior) -> Batch:
+    """Classify many files.
 
     An upload keeps no folders (Gradio hands on the name alone), so that `cat/1.jpg` and `dog/1.jpg` have the same name:
     names that repeat are numbered in the order of the upload, `1.jpg (1)` and `1.jpg (2)`.
     Raises InputError for a prior that cannot be, ServingError when no server answers.
     """
-    failed = 0
+    failed, shown = 0, []
     with tempfile.NamedTemporaryFile(
         "w", prefix="tailor-", suffix=".csv", delete=False, encoding="utf-8", newline=""
     ) as stream:
         writer = csv.writer(stream)
         writer.writerow(CSV_COLUMNS)
-        for name, answer in zip(told_apart(files), client.stream(files, prior, keep_going=True), strict=True):
+        answers = client.stream(files, prior, keep_going=True)
+        for name, path, answer in zip(told_apart(files), files, answers, strict=True):
             failed += isinstance(answer, ServingError)
             writer.writerows(as_rows(Path(name), answer, None))
-    return Path(stream.name), failed
+            if len(shown) < SHOWN:
+                shown.append((name, path, answer))
+    return Batch(Path(stream.name), failed, shown)
+
+
+def batch_table(batch: Batch) -> str:
+    """The first images of a batch as an HTML table: thumbnail, name, best class, probability. Names are text."""
+    rows = "".join(_batch_row(*row) for row in batch.shown)
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("image", "file", "class", "probability"))
+    return f'<div class="batch"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _batch_row(name: str, path: Path, answer: Prediction | ServingError) -> str:
+    if isinstance(answer, ServingError):
+        fault = str(answer).removeprefix(f"{path}: ")  # the upload's own folder means nothing to the user
+        return f'<tr><td></td><td>{escape(name)}</td><td class="none" colspan="2">{escape(fault)}</td></tr>'
+    best, probability = escape(answer.classes[0]), answer.probabilities[0]
+    image = thumbnail(path.read_bytes(), name, side=64)
+    return f"<tr><td>{image}</td><td>{escape(name)}</td><td>{best}</td><td>{100 * probability:.1f} %</td></tr>"
 
 
 def told_apart(files: Sequence[Path]) -> list[str]:

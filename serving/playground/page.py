@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from models.image_names import SUFFIXES
 from serving.client import Client
 from serving.errors import ServingError
-from serving.playground.answers import as_html, batch_csv, own_prior, side_by_side, thumbnail
+from serving.playground.answers import SHOWN, as_html, batch_table, classify_batch, own_prior, side_by_side, thumbnail
 
 if TYPE_CHECKING:
     import gradio
@@ -17,29 +18,43 @@ if TYPE_CHECKING:
 MAX_IMAGE = 16 * 1024 * 1024  # bytes of one upload
 MAX_FILES = 2000  # of a batch
 STYLE = Path(__file__).with_name("page.css")
-OWN = 'e.g. {"cat": 0.7, "dog": 0.3}, or one number per class'
+OWN = "e.g. cat: 3, dog: 1; press Enter"
+MAX_SAMPLES = 24
 
 
-def build(client: Client) -> gradio.Blocks:
-    """The page on a server. Nothing is asked before somebody does something."""
+def find_samples(folder: Path) -> list[Path]:
+    """The first images of a folder, by name; none where there is no such folder."""
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return found[:MAX_SAMPLES]
+
+
+def build(client: Client, samples: Sequence[Path] = ()) -> gradio.Blocks:
+    """The page on a server. samples: images to click. No request is sent before the user acts."""
     import gradio as gr
 
     with gr.Blocks(title="Tailor playground", analytics_enabled=False) as page:
         gr.HTML(f"<h1>Tailor playground</h1><p>One image, several worlds. Server: {escape(client.url)}</p>")
         with gr.Tab("One image"):
-            _one_image(gr, client)
+            _one_image(gr, client, samples)
         with gr.Tab("Many images"):
             _many_images(gr, client)
     return page
 
 
-def _one_image(gr: Any, client: Client) -> None:
+def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             upload = gr.File(label="Image", file_types=sorted(SUFFIXES), type="filepath", elem_id="image")
+            if samples:
+                gallery = gr.Gallery(
+                    [str(path) for path in samples], label="Or click a sample image", columns=4, height=180,
+                    allow_preview=False, elem_id="samples",
+                )  # fmt: skip
             shown = gr.HTML(elem_id="shown")
             strength = gr.Slider(0, 2, 0.5, step=0.05, label="Strength: 0 is balanced, 1 is train", elem_id="strength")
-            own = gr.Textbox(label="Your own prior", placeholder=OWN, lines=2, elem_id="own")
+            own = gr.Textbox(
+                label="Your own prior: class: weight, ...", placeholder=OWN, lines=1, max_lines=8, elem_id="own"
+            )
         with gr.Column(scale=3, min_width=320):
             columns = gr.HTML("<p>Drop an image to see its classes.</p>", elem_id="answers")
 
@@ -56,6 +71,14 @@ def _one_image(gr: Any, client: Client) -> None:
 
     asked = {"fn": answer, "inputs": [upload, strength, own], "outputs": [columns, shown], "api_visibility": "private"}
     upload.change(**asked, show_progress="minimal")
+    if samples:
+
+        def choose(event: gradio.SelectData) -> str:
+            return str(samples[event.index])
+
+        # Gradio reads the annotation as an object to pass the event, which a string of a lazy import is not.
+        choose.__annotations__["event"] = gr.SelectData
+        gallery.select(choose, None, upload, show_progress="hidden", api_visibility="private")
     strength.release(**asked, show_progress="hidden")
     strength.change(**asked, show_progress="hidden", trigger_mode="always_last")
     own.submit(**asked, show_progress="hidden")
@@ -68,21 +91,27 @@ def _many_images(gr: Any, client: Client) -> None:
     start = gr.Button("Classify", variant="primary", elem_id="classify")
     said = gr.HTML(elem_id="said")
     table = gr.File(label="Answers as CSV", interactive=False, elem_id="csv")
+    rows = gr.HTML(elem_id="rows")
 
-    def classify(paths: list[str] | None, prior: str, progress: Any = gr.Progress()) -> tuple[str, str | None]:  # noqa: B008
+    def classify(paths: list[str] | None, prior: str, progress: Any = gr.Progress()) -> tuple[str, str | None, str]:  # noqa: B008
         images = [Path(path) for path in paths or [] if Path(path).suffix.lower() in SUFFIXES]
         if not images or len(images) > MAX_FILES:
             wanted = f"{len(images):,} images; expected 1 to {MAX_FILES:,} JPEG, PNG or WebP files"
-            return f'<p class="wrong" role="alert">{wanted}</p>', None
+            return f'<p class="wrong" role="alert">{wanted}</p>', None, ""
         progress(0.1, desc=f"{len(images):,} images")
         plain = prior.strip()
         try:
-            path, failed = batch_csv(client, images, own_prior(plain) if plain[:1] in ("[", "{") else plain or None)
+            own = plain[:1] in ("[", "{") or ":" in plain or "," in plain
+            batch = classify_batch(client, images, own_prior(plain) if own else plain or None)
         except ServingError as error:
-            return f'<p class="wrong" role="alert">{escape(str(error))}</p>', None
-        return f"<p>{len(images) - failed:,} classified, {failed:,} could not be; the CSV says why</p>", str(path)
+            return f'<p class="wrong" role="alert">{escape(str(error))}</p>', None, ""
+        more = f"; the first {SHOWN:,} are shown, the CSV has all" if len(images) > SHOWN else ""
+        done = f"<p>{len(images) - batch.failed:,} classified, {batch.failed:,} failed{more}</p>"
+        return done, str(batch.csv), batch_table(batch)
 
-    start.click(classify, [files, prior], [said, table], api_visibility="private")
+    asked = {"fn": classify, "inputs": [files, prior], "outputs": [said, table, rows], "api_visibility": "private"}
+    start.click(**asked)
+    prior.submit(**asked)
 
 
 def launch_options() -> dict[str, Any]:

@@ -328,7 +328,9 @@ def test_the_first_page_and_the_demo(digits: Project) -> None:
         for name in ("Makefile", "pyproject.toml", "constraints.txt", ".venv"):
             (digits.root / name).unlink()
     demo = printed["make demo"]
-    assert "plain cross-entropy" in demo and "One seed and 400 test images" in demo
+    assert "student − cross-entropy" in " ".join(demo.split()) and "One seed and 400 test images" in " ".join(
+        demo.split()
+    )
     assert "HTTP and gRPC agree on 12 images" in demo and "the server was stopped cleanly" in demo and "≠" in demo
     assert "student_balanced.json" in printed["dvc metrics show"]
 

@@ -24,6 +24,7 @@ from serving.answers import Prediction
 from serving.drift import write_live_prior
 from serving.errors import InputError
 from serving.playground.answers import Answer, as_html, own_prior, thumbnail, told_apart
+from serving.playground.page import find_samples
 from serving.server import TritonServer
 from tests.chromium import needs_chromium, started
 
@@ -38,17 +39,61 @@ def test_a_class_name_is_text_whatever_it_holds() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("0.7, 0.3", [0.7, 0.3]), ("0.7 0.3\n", [0.7, 0.3]), ("[0.7, 0.3]", [0.7, 0.3]), ('{"a": 1}', {"a": 1})],
+    [
+        ("0.7, 0.3", [0.7, 0.3]),
+        ("0.7 0.3\n", [0.7, 0.3]),
+        ("[0.7, 0.3]", [0.7, 0.3]),
+        ('{"a": 1}', {"a": 1}),
+        ("3 1", [0.75, 0.25]),
+        ("cat: 3, dog: 1", {"cat": 0.75, "dog": 0.25}),
+        ("cat: big: 3\ndog : 1\n", {"cat: big": 0.75, "dog": 0.25}),
+        ('{"a, b": 6, "c": 2}', {"a, b": 0.75, "c": 0.25}),
+    ],
 )
 def test_a_prior_is_typed_as_numbers_or_as_json(typed: str, meant: object) -> None:
     assert own_prior(typed) == meant
 
 
-@pytest.mark.parametrize("typed", ["cat and dog", '"train"', "true", "{", "9" * 2_000_000])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "cat and dog",
+        '"train"',
+        "true",
+        "{",
+        "9" * 2_000_000,
+        "cat: many",
+        "cat: 1, cat: 2",
+        "cat: -1, dog: 3",
+        "0 0",
+        "cat: nan",
+        "[1e308, 1e308]",
+        "[true]",
+        '["1"]',
+        "[]",
+        "1e400",
+    ],
+)
 def test_what_is_no_prior_is_refused_in_one_line(typed: str) -> None:
     with pytest.raises(InputError, match="your own prior") as refused:
         own_prior(typed)
     assert len(str(refused.value)) < 250
+
+
+def test_a_column_whose_best_class_differs_from_the_first_is_marked() -> None:
+    ant, bee = (Prediction((name, "cow"), (0, 1), (0.9, 0.1), 1) for name in ("<ant>", "bee"))
+    html = as_html([Answer("bal & anced", ant, 1.0), Answer("train", bee, 1.0), Answer("live", ant, 1.0)])
+    assert re.findall(r'section class="([^"]+)"><h3>([^<]+)', html) == [
+        ("column", "bal &amp; anced"), ("column changed", "train"), ("column", "live"),
+    ]  # fmt: skip
+    assert html.count("other class than bal &amp; anced") == 1
+
+
+def test_samples_are_the_images_of_the_folder_and_none_where_there_is_no_folder(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "samples.csv"):
+        (tmp_path / name).touch()
+    assert find_samples(tmp_path) == [tmp_path / "a.JPG", tmp_path / "b.png"]
+    assert find_samples(tmp_path / "missing") == []
 
 
 def test_a_picture_taken_sideways_is_shown_upright() -> None:
@@ -87,8 +132,11 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The playground on the session's server, open in Chromium; `page.strangers`: what it asked of others."""
-    uploads = tmp_path_factory.mktemp("uploads")
+    uploads, samples = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("samples")
+    for seed in (7, 8):
+        (samples / f"sample-{seed}.png").write_bytes(picture(seed))
     command = [sys.executable, "-m", "serving.commands", "playground", "--url", server.http_url, "--port", "0"]
+    command += ["--samples", str(samples)]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads)}
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process,
@@ -210,8 +258,8 @@ class TestInABrowser:
         page.keyboard.press("End")
         page.wait_for_selector("#answers h3:text-is('strength 2')")
         tab_to(page, "#own textarea")
-        page.keyboard.type("0, 0, 0, 0, 1")
-        page.keyboard.press("Tab")
+        page.keyboard.type("emu: 5")
+        page.keyboard.press("Enter")
         page.wait_for_selector("#answers h3:text('your own')")
         assert columns(page)["your own"].splitlines()[1:3] == ["emu", "100.0 %"]
         tab_to(page, "[role=tab][aria-selected=false]")
@@ -221,6 +269,12 @@ class TestInABrowser:
         page.keyboard.press("Enter")
         page.wait_for_selector("#said :text('0 images')")
         page.get_by_role("tab", name="One image").click()
+
+    def test_a_sample_image_is_classified_when_it_is_clicked(self, page: Any, release: Release) -> None:
+        page.locator("#samples button img").nth(1).click()
+        page.wait_for_selector("#shown :text('sample-8.png')", timeout=60_000)
+        best = int(release.logits([picture(8)])[0].argmax())
+        assert columns(page)["balanced"].splitlines()[1] == CLASSES[best]
 
     def test_a_broken_file_is_told_what_is_wrong(self, page: Any, tmp_path: Path) -> None:
         (tmp_path / "broken.png").write_bytes(picture(5)[:60])
@@ -241,7 +295,14 @@ class TestInABrowser:
         page.set_input_files("#folder input[type=file]", folder)
         page.locator("#folder [aria-label='4.png']").first.wait_for(timeout=60_000)
         page.click("#classify")
-        page.wait_for_selector("#said :text('6 classified, 1 could not be')", timeout=60_000)
+        page.wait_for_selector("#said :text('6 classified, 1 failed')", timeout=60_000)
+        assert page.locator("#rows tbody tr").count() == 7 and page.locator("#rows tbody img").count() == 6
+        shown = {
+            cells[1]: cells[2]
+            for line in page.inner_text("#rows tbody").splitlines()
+            if len(cells := line.split("\t")) > 2
+        }
+        assert shown["broken.png"] == "is not a JPEG, PNG or WebP image" and shown["0.png"] in CLASSES
         with page.expect_download() as download:
             page.locator("#csv a[download]").first.click()
         rows = list(csv.DictReader(Path(download.value.path()).read_text(encoding="utf-8").splitlines()))
