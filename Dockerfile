@@ -19,6 +19,7 @@ WORKDIR /build
 COPY constraints.txt pyproject.toml README.md ./
 COPY models models
 COPY pipeline pipeline
+COPY recipes recipes
 COPY serving serving
 RUN /opt/tailor/bin/pip install -c constraints.txt setuptools \
     && /opt/tailor/bin/pip install --no-build-isolation -c constraints.txt ".[pipeline,export,cpu]"
