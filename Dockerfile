@@ -19,6 +19,7 @@ WORKDIR /build
 COPY constraints.txt pyproject.toml setup.py README.md ./
 COPY models models
 COPY pipeline pipeline
+COPY recipes recipes
 COPY serving serving
 COPY tailor tailor
 RUN /opt/tailor/bin/pip install -c constraints.txt setuptools \

@@ -43,7 +43,8 @@ class Installed:
         run(*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", folder, source)
         (wheel,) = folder.glob("*.whl")
         run(*pip, "--python", self.root / "bin/python", "install", *offline, wheel)
-        (self.packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+        others = [path for path in sys.path if Path(path).name == "site-packages"]
+        (self.packages / "others.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
         dvc = self.root / "bin/dvc"
         dvc.write_text(f"#!{self.root}/bin/python\nimport sys\nfrom dvc.cli import main\nsys.exit(main())\n")
         dvc.chmod(0o755)
