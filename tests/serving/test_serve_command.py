@@ -17,7 +17,6 @@ import psutil
 import pytest
 from conftest import picture
 from serve_process import ANY_PORT, family, living, of_run, started_serve, triton_of
-from test_tailor_command import Tailor
 
 from serving.client import Client
 from serving.commands import main
