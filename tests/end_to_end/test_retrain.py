@@ -77,6 +77,8 @@ def project(prefect, context, tmp_path_factory):
     made.prepare("first", 1, 0.6)
     made.choose("first")
     assert Begun(context, made.root).outcome().version == 1
+    # A test promotes version 1 again, which changes its folder.
+    made.first = shutil.copytree(made.repository / "classifier" / "1", tmp_path_factory.mktemp("first") / "1")
     return made
 
 
@@ -101,7 +103,7 @@ def leftovers(project: Retraining) -> list[str]:
 
 
 def test_the_first_version_is_served_with_its_decision_beside_it(project):
-    folder = project.repository / "classifier" / "1"
+    folder = project.first
     assert json.loads((folder / "decision.json").read_text())["promote"] is True
     story = json.loads((folder / "retrain.json").read_text())
     assert story["because"] == "a test" and story["compared_with"] is None
@@ -127,7 +129,9 @@ def test_dvc_exp_show_lists_the_promoted_and_the_refused_run_with_their_metrics_
     assert before == [project.run("git", *asked).stdout for asked in (["status", "--porcelain"], ["stash", "list"])]
     (_, committed) = json.loads(project.run("dvc", "exp", "show", "--json").stdout)
     runs = [revision for experiment in committed["experiments"] for revision in experiment["revs"]]
-    runs.sort(key=lambda run: run["name"])  # the name begins with the time: of several that were refused, the last counts
+    runs.sort(
+        key=lambda run: run["name"]
+    )  # the name begins with the time: of several that were refused, the last counts
     listed = {run["name"].split("-", 3)[3]: run["data"]["metrics"][METRICS]["data"]["all"] for run in runs}
     assert listed["promoted-1"] == pytest.approx(0.6, abs=0.05) and listed["refused"] == pytest.approx(0.25, abs=0.05)
 
@@ -270,21 +274,21 @@ def nothing_else(_project: Retraining) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "accuracy", "ending", "message"),
+    ("damage", "seed", "accuracy", "ending", "message"),
     [
-        (corrupt_graph, 0.95, "failed", "ONNX Runtime cannot run it"),
-        (wrong_hash, 0.95, "failed", "the manifest says"),
-        (other_classes, 0.95, "refused", "cannot be computed: challenger and champion have other classes"),
-        (no_report, 0.95, "refused", "cannot be computed: artifacts/evaluation/report.html: no such file"),
-        (nothing_else, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),
+        (corrupt_graph, 21, 0.95, "failed", "ONNX Runtime cannot run it"),
+        (wrong_hash, 22, 0.95, "failed", "the manifest says"),
+        (other_classes, 23, 0.95, "refused", "cannot be computed: challenger and champion have other classes"),
+        (no_report, 24, 0.95, "refused", "cannot be computed: artifacts/evaluation/report.html: no such file"),
+        (nothing_else, 25, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),
     ],
     ids=["corrupt graph", "wrong hash", "other classes", "no report", "worse on few only"],
 )
 def test_a_challenger_that_is_not_fit_never_reaches_the_server(
-    project, context, server, prefect, damage, accuracy, ending, message
+    project, context, server, prefect, damage, seed, accuracy, ending, message
 ):
     before = champion_of(project)
-    project.prepare("bad", 9, accuracy)
+    project.prepare("bad", seed, accuracy)  # of one release that is decided upon once, nothing is decided again
     damage(project)
     # The stages see one file change, the challenger's name.
     (project.root / "prepared" / "bad").rename(project.root / "prepared" / damage.__name__)
