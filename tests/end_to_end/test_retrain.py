@@ -34,6 +34,7 @@ from tests.serving.conftest import CLASSES, picture
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain"), pytest.mark.timeout(1800)]
 
+GOOD = 0.9  # accuracy of each challenger that is to be promoted, whichever of the others was before it
 TASKS = ["ingest", "split", "prior", "teacher", "student", "evaluate", "export", "gate", "publish", "verify", "promote"]
 
 
@@ -76,6 +77,8 @@ def project(prefect, context, tmp_path_factory):
     made.prepare("first", 1, 0.6)
     made.choose("first")
     assert Begun(context, made.root).outcome().version == 1
+    # A test promotes version 1 again, which changes its folder.
+    made.first = shutil.copytree(made.repository / "classifier" / "1", tmp_path_factory.mktemp("first") / "1")
     return made
 
 
@@ -100,7 +103,7 @@ def leftovers(project: Retraining) -> list[str]:
 
 
 def test_the_first_version_is_served_with_its_decision_beside_it(project):
-    folder = project.repository / "classifier" / "1"
+    folder = project.first
     assert json.loads((folder / "decision.json").read_text())["promote"] is True
     story = json.loads((folder / "retrain.json").read_text())
     assert story["because"] == "a test" and story["compared_with"] is None
@@ -108,6 +111,8 @@ def test_the_first_version_is_served_with_its_decision_beside_it(project):
 
 
 def test_a_run_with_nothing_new_ends_early_and_says_so(project, context):
+    project.choose("first")
+    assert Begun(context, project.root).outcome().ending in ("unchanged", "refused")
     run = Begun(context, project.root)
     outcome = run.outcome()
     assert outcome.ending == "unchanged" and "no new data and no changed params" in outcome.message
@@ -124,6 +129,9 @@ def test_dvc_exp_show_lists_the_promoted_and_the_refused_run_with_their_metrics_
     assert before == [project.run("git", *asked).stdout for asked in (["status", "--porcelain"], ["stash", "list"])]
     (_, committed) = json.loads(project.run("dvc", "exp", "show", "--json").stdout)
     runs = [revision for experiment in committed["experiments"] for revision in experiment["revs"]]
+    runs.sort(
+        key=lambda run: run["name"]
+    )  # the name begins with the time: of several that were refused, the last counts
     listed = {run["name"].split("-", 3)[3]: run["data"]["metrics"][METRICS]["data"]["all"] for run in runs}
     assert listed["promoted-1"] == pytest.approx(0.6, abs=0.05) and listed["refused"] == pytest.approx(0.25, abs=0.05)
 
@@ -131,7 +139,7 @@ def test_dvc_exp_show_lists_the_promoted_and_the_refused_run_with_their_metrics_
 @pytest.mark.faults
 def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_finishes(project, context, server):
     before = champion_of(project)
-    project.prepare("second", 2, 0.8)
+    project.prepare("second", 2, GOOD)
     project.choose("second")
     moments = [f"{task}: {moment}" for task in TASKS for moment in ("starts", "done")]
     with Asking(server) as asking:
@@ -153,7 +161,7 @@ def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_f
 @pytest.mark.faults
 def test_runs_killed_in_the_midst_of_a_swap_leave_a_version_that_answers(project, context, server):
     before = champion_of(project)
-    project.prepare("third", 3, 0.85)
+    project.prepare("third", 3, GOOD)
     project.choose("third")
     with Asking(server) as asking:
         for after in (0.1, 0.4, 0.8):
@@ -198,7 +206,7 @@ def test_a_version_that_answers_wrongly_once_it_is_promoted_is_taken_back_and_no
     project, context, server, tmp_path
 ):
     before = champion_of(project)
-    project.prepare("turncoat", 18, 0.7)
+    project.prepare("turncoat", 18, GOOD)
     project.choose("turncoat")
     project.set("retrain", watch_seconds=20.0)
     try:
@@ -216,11 +224,11 @@ def test_a_version_that_answers_wrongly_once_it_is_promoted_is_taken_back_and_no
 def test_an_older_version_that_is_best_again_and_answers_wrongly_is_left_for_the_newer_one_and_kept(
     project, context, server, tmp_path
 ):
-    project.prepare("newer", 10, 0.72)
+    project.prepare("newer", 10, GOOD)
     project.choose("newer")
     assert Begun(context, project.root).outcome().ending == "promoted"
     before = champion_of(project)
-    project.prepare("again", 1, 0.77)
+    project.prepare("again", 1, GOOD)
     shutil.rmtree(project.root / "prepared" / "again" / "export")
     shutil.copytree(project.root / "prepared" / "first" / "export", project.root / "prepared" / "again" / "export")
     project.choose("again")
@@ -266,21 +274,21 @@ def nothing_else(_project: Retraining) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "accuracy", "ending", "message"),
+    ("damage", "seed", "accuracy", "ending", "message"),
     [
-        (corrupt_graph, 0.95, "failed", "ONNX Runtime cannot run it"),
-        (wrong_hash, 0.95, "failed", "the manifest says"),
-        (other_classes, 0.95, "refused", "cannot be computed: challenger and champion have other classes"),
-        (no_report, 0.95, "refused", "cannot be computed: artifacts/evaluation/report.html: no such file"),
-        (nothing_else, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),
+        (corrupt_graph, 21, 0.95, "failed", "ONNX Runtime cannot run it"),
+        (wrong_hash, 22, 0.95, "failed", "the manifest says"),
+        (other_classes, 23, 0.95, "refused", "cannot be computed: challenger and champion have other classes"),
+        (no_report, 24, 0.95, "refused", "cannot be computed: artifacts/evaluation/report.html: no such file"),
+        (nothing_else, 25, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),
     ],
     ids=["corrupt graph", "wrong hash", "other classes", "no report", "worse on few only"],
 )
 def test_a_challenger_that_is_not_fit_never_reaches_the_server(
-    project, context, server, prefect, damage, accuracy, ending, message
+    project, context, server, prefect, damage, seed, accuracy, ending, message
 ):
     before = champion_of(project)
-    project.prepare("bad", 9, accuracy)
+    project.prepare("bad", seed, accuracy)  # of one release that is decided upon once, nothing is decided again
     damage(project)
     # The stages see one file change, the challenger's name.
     (project.root / "prepared" / "bad").rename(project.root / "prepared" / damage.__name__)
