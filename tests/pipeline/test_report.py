@@ -119,7 +119,8 @@ def test_the_page_names_date_commit_and_parameters(parsed):
     assert yaml.safe_load(recipe) == params().model_dump(mode="json")
 
 
-def test_warnings_stand_in_a_red_box_before_the_figures_and_first_among_the_next_steps(text):
+def test_warnings_stand_in_a_red_box_before_the_figures_and_first_among_the_next_steps():
+    text = made_report(12, 30)  # 120 test images in each group: enough
     assert 'class="warning"' not in text
     warned = made_report(12, 20, warnings=("few has 3 <b>test</b> images",))
     box = re.search(r'<div class="warning" role="alert">(.*?)</div>', warned, re.DOTALL)
