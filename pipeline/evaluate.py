@@ -104,10 +104,11 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
 
 
 def _origin() -> Origin:
-    """Date, commit and the epochs of both networks, for the report."""
+    """Date, commit, and the epochs of each network that was trained here, for the report."""
     histories = {
         name: [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for name, folder in NETWORKS.items()
+        if (folder / "metrics.jsonl").is_file()
     }
     return Origin(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), code_revision(), histories)
 

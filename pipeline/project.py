@@ -13,7 +13,7 @@ from pipeline.artifacts import write_file
 from pipeline.errors import ParamsError, StageError
 from pipeline.lineage import git
 
-FILES = Path(__file__).with_name("project_files")
+FILES = Path(__file__).with_name("project_files")  # DVC would run a dvc.yaml there, so it is stages.yaml
 HINT = "Put one folder of images per class here, named for the class. Then run: tailor init data/source\n"
 DVC_CONFIG = {"core.analytics": "false", "core.check_update": "false", "core.autostage": "false"}
 
@@ -38,7 +38,7 @@ def create_project(folder: Path) -> list[str]:
     _add_lines(folder / ".gitignore", (FILES / "gitignore").read_text(encoding="utf-8").splitlines())
     write_file(folder / "data/ingested/.gitignore", "*.parquet\n")  # keeps the folder, which stage split reads, in git
     _initialise(folder)
-    write_file(folder / "dvc.yaml", (FILES / "dvc.yaml").read_text(encoding="utf-8"))
+    write_file(folder / "dvc.yaml", (FILES / "stages.yaml").read_text(encoding="utf-8"))
     write_file(folder / "params.yaml", first_params())  # last: the folder counts as a project once this file exists
     return _missing()
 

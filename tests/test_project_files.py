@@ -117,7 +117,7 @@ def test_a_stage_depends_on_all_code_that_can_change_its_result(stage, graph):
 
 
 def test_the_dvc_yaml_of_a_new_project_is_this_one_with_hashes_of_the_code_in_the_place_of_the_code():
-    own = yaml.safe_load((PROJECT_FILES / "dvc.yaml").read_text(encoding="utf-8"))
+    own = yaml.safe_load((PROJECT_FILES / "stages.yaml").read_text(encoding="utf-8"))
     here = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     code = own["stages"].pop("code")
     assert code["always_changed"] and code["cmd"].endswith(f"-m {fingerprint.__name__}")
