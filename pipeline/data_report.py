@@ -26,13 +26,15 @@ def show(report: Report, console: Console) -> None:
         f"train: {len(report.classes):,} classes of {max(train):,} to {min(train):,} images, imbalance factor "
         f"{report.imbalance_factor:.4g}; {groups}"
     )
-    console.print(show_long_tail(train))
+    console.print(show_long_tail(train, report.classes))
     for line in _findings(report):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if report.published:
         console.print(_published(report))
     for name, value in (("list", report.list_hash), ("content", report.content_hash)):
         console.print(f"{name} hash {value}", soft_wrap=True, highlight=False)
+    for line in report.remarks:
+        console.print(f"note: {line}", soft_wrap=True, markup=False, highlight=False)
     for line in report.problems:
         console.print(f"problem: {line}", soft_wrap=True, markup=False, highlight=False)
     for line in report.verdict:
@@ -132,6 +134,7 @@ def as_json(report: Report) -> dict[str, Any]:
             {"figure": figure.figure, "published": figure.published, "found": figure.found, "same": figure.same}
             for figure in report.published
         ],
+        "remarks": report.remarks,
         "problems": report.problems,
         "verdict": report.verdict,
     }

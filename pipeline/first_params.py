@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Found:
     own_validation: bool
     shorter: int
     unreadable: list[str]
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def imbalance(self) -> float:
@@ -71,7 +72,8 @@ def look(folder: Path) -> Found:
         )
     splits = {row.split for row in source.rows}
     median = round(statistics.median(sides))
-    return Found(source.classes, counts, "test" in splits, "validation" in splits, median, unreadable)
+    own = "test" in splits, "validation" in splits
+    return Found(source.classes, counts, *own, median, unreadable, source.remarks)
 
 
 def _shorter_side(source: FolderSource, row: Row) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.errors import StageError
+from pipeline.errors import DataProblems, StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
 from serving.terminal import print
 
@@ -50,7 +50,9 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
 
 
 def explain(error: Exception) -> str:
-    """An error in one line; an operating-system error with its file and cause."""
+    """An error in one line, DataProblems in a line for each problem; an operating-system error with its file and cause."""
+    if isinstance(error, DataProblems):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         where = error.filename if error.filename else "a file of the stage"
         return f"{where}: {error.strerror}"

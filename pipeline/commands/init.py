@@ -56,6 +56,8 @@ def init(
         for key, (value, why) in chosen.items():
             print(f"  {key} = {value}  # {why}")
         print(f"→ {output}; next: tailor data check, then: dvc repro")
+    for line in found.remarks:
+        print(f"init: {line}", file=sys.stderr)
     for reference in found.unreadable[:5]:
         print(f"init: {folder / reference}: cannot be read; `tailor data check` says why", file=sys.stderr)
     return 0
