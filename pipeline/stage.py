@@ -36,8 +36,9 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         result = run(load_params(options.params))
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        how = str(interrupt) or "the same command runs it again"
+        print(f"{name}: interrupted; {how}", file=sys.stderr)
         return 130
     except (StageError, OSError) as error:
         if options.debug:

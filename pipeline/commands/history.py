@@ -20,7 +20,7 @@ def history(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Tell every version's story: data, params and code it was made of, metrics, decision, when promoted, who serves."""
+    """List every version with its data, metrics and decision."""
     found = read_history(repository_of(repository, params))
     if as_json:
         print_json(found.as_mapping())

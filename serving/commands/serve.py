@@ -63,7 +63,7 @@ def serve(
     ] = str(Patience.restarts),
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Run the Triton server in the foreground until SIGTERM or Ctrl-C.
+    """Run the Triton server until SIGTERM or Ctrl-C.
 
     Prints one line `ready http://... grpc://...` once the golden requests have been answered as they should be, then where
     its metrics are, the repository that it serves, and an example of a request. Starts the server again when it dies, and
@@ -77,7 +77,7 @@ def serve(
         alone = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
         raise InputError(f"{alone} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
     server = TritonServer(
-        choose_repository(repository),
+        choose_repository(repository, note=True),
         host,
         http_port,
         grpc_port,

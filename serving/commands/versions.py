@@ -68,7 +68,7 @@ def rollback(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Make an older release the champion again, without a request lost."""
+    """Make an older release the champion again; no request is lost."""
     root = choose_repository(repository)
     done = promotion.rollback(root, version, servers=servers_at(root, url), timeout=timeout, rehearsal=rehearsal)
     _tell(done, as_json)
@@ -79,7 +79,7 @@ def versions(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """List the releases of a repository: which answers, which is loaded beside it, what each is."""
+    """List the releases of a repository, with the state of each."""
     root = choose_repository(repository)
     found = promotion.list_versions(root)
     if not as_json:
