@@ -8,7 +8,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Folders and files that programs leave beside images; those of a desktop hold smaller copies of the images themselves.
 TOOL_NAMES = {
     "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx", "__pycache__",
-    "thumbs.db", "ehthumbs.db", "desktop.ini",
+    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info", "icon\r",
+    "@recycle", "@tmp", "#snapshot", "lost.dir",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from pipeline.inspection import Inspected, Journal, inspect_images
 from pipeline.params import Params
 from pipeline.profiles import choose, class_sizes
 from pipeline.published import PUBLISHED, hash_of_ranks, published_choice
-from pipeline.sources import Row, Source, open_own
+from pipeline.sources import FolderSource, Row, Source, open_own
 from pipeline.split import SPLITS, assign, without
 
 HASHED_SIDE = 32
@@ -42,7 +42,8 @@ class Difference:
 @dataclass
 class Report:
     """What a check found. Counts are of images unless they say otherwise; `verdict` is what stops `split`, `problems`
-    what it lets through and makes figures wrong (duplicates in two splits), one line each."""
+    what it lets through and makes figures wrong (duplicates in two splits), `remarks` what the source reads otherwise than
+    one may expect, one line each."""
 
     source: str
     location: str
@@ -59,6 +60,7 @@ class Report:
     published: list[Difference]
     verdict: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def imbalance_factor(self) -> float:
@@ -145,6 +147,7 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
         {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
         bad, conflicts, duplicates, near_duplicates,
         hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems,
+        source.remarks if isinstance(source, FolderSource) else [],
     )  # fmt: skip
 
 

@@ -28,13 +28,15 @@ def show(report: Report, console: Console) -> None:
         f"train: {len(report.classes):,} classes of {max(train):,} to {min(train):,} images, imbalance factor "
         f"{report.imbalance_factor:.4g}; {groups}"
     )
-    console.print(show_long_tail(train))
+    console.print(show_long_tail(train, report.classes))
     for line in _findings(report):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if report.published:
         console.print(_published(report))
     for name, value in (("list", report.list_hash), ("content", report.content_hash)):
         console.print(f"{name} hash {value}", soft_wrap=True, highlight=False)
+    for line in report.remarks:
+        console.print(f"note: {line}", soft_wrap=True, markup=False, highlight=False)
     few = warnings_of(report.test_sizes())
     for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
         console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)
@@ -139,6 +141,7 @@ def as_json(report: Report) -> dict[str, Any]:
         ],
         "test_images": sizes_as_json(report.test_sizes()),
         "warnings": warnings_of(report.test_sizes()),
+        "remarks": report.remarks,
         "problems": report.problems,
         "verdict": report.verdict,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Found:
     own_validation: bool
     shorter: int
     unreadable: list[str]
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def imbalance(self) -> float:
@@ -79,7 +80,8 @@ def look(folder: Path) -> Found:
     own = [row.label for row in source.rows if row.split == "test"]
     tested = np.bincount(own, minlength=len(source.classes)).tolist() if own else None
     own_validation = any(row.split == "validation" for row in source.rows)
-    return Found(source.classes, counts, tested, own_validation, round(statistics.median(sides)), unreadable)
+    median = round(statistics.median(sides))
+    return Found(source.classes, counts, tested, own_validation, median, unreadable, source.remarks)
 
 
 def _shorter_side(source: FolderSource, row: Row) -> int | None:

@@ -9,9 +9,11 @@ from rich.bar import Bar
 from rich.table import Table
 
 from models.prior import FEW_BELOW, MANY_ABOVE, shot_group
+from serving.terminal import cell
 
 COLOURS = {"many": "#4477aa", "medium": "#ccbb44", "few": "#ee6677"}
 ROWS = 20  # of the picture in the terminal
+NAME_WIDTH, BAR_WIDTH = 24, 40  # columns of the terminal; with the numbers they fit into 80
 
 
 def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
@@ -37,20 +39,29 @@ def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def show_long_tail(counts: list[int]) -> Table:
-    """The picture for a terminal: classes in up to 20 runs by size, a bar as long as the log of their mean size."""
-    sizes = np.sort(np.array(counts))[::-1]
+def show_long_tail(counts: list[int], classes: list[str]) -> Table:
+    """The long tail for a terminal: classes by size in up to 20 rows, each with a bar, and the bars' scale.
+
+    The scale is logarithmic, so that small classes can be seen: a bar's length is log(1 + images), of a row's mean.
+    """
+    order = np.argsort(-np.array(counts), kind="stable")
+    sizes = np.array(counts)[order]
     parts = np.array_split(sizes, min(ROWS, len(sizes)))
     longest = np.log1p(sizes[0])
-    table = Table.grid(padding=(0, 1))
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column(width=60)
+    grouped = len(parts) < len(sizes)
+    table = Table(box=None, padding=(0, 1), pad_edge=False, title_justify="left", title_style="")
+    table.add_column("class", max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis")
+    if grouped:
+        table.add_column("classes", justify="right", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
+    table.add_column(f"log scale, full length {sizes[0]:,} images", width=BAR_WIDTH, no_wrap=True)
     start = 0
     for part in parts:
-        name = f"{start + 1:,}" if len(part) == 1 else f"{start + 1:,}–{start + len(part):,}"
+        names = [cell(classes[c]) for c in order[start : start + len(part)]]
         number = f"{part[0]:,}" if part[0] == part[-1] else f"{part[0]:,}…{part[-1]:,}"
         length = float(np.log1p(part.mean()) / longest) if longest else 0.0
-        table.add_row(name, number, Bar(1, 0, length, color=COLOURS[shot_group(int(np.median(part)))]))
+        bar = Bar(1, 0, length, color=COLOURS[shot_group(int(np.median(part)))])
+        name = names[0] if len(part) == 1 else f"{names[0]} … {names[-1]}"
+        table.add_row(name, *([f"{len(part):,}"] if grouped else []), number, bar)
         start += len(part)
     return table

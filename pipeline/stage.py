@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.errors import StageError
+from pipeline.errors import DataProblems, StageError
 from pipeline.params import PARAMS_FILE, Params, load_params
 from serving.terminal import print
 
@@ -44,8 +44,9 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
     end_with_dvc(name)
     try:
         result = run(load_params(options.params))
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        how = str(interrupt) or "the same command runs it again"
+        print(f"{name}: interrupted; {how}", file=sys.stderr)
         return 130
     except (StageError, OSError) as error:
         if options.debug:
@@ -105,7 +106,9 @@ def _read_process(process: int, name: str) -> bytes:
 
 
 def explain(error: Exception) -> str:
-    """An error in one line; an operating-system error with its file and cause."""
+    """An error in one line, DataProblems in a line for each problem; an operating-system error with its file and cause."""
+    if isinstance(error, DataProblems):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         where = error.filename if error.filename else "a file of the stage"
         return f"{where}: {error.strerror}"

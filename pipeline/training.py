@@ -83,12 +83,23 @@ class Training:
                 if done:
                     self._say(progress, f"goes on at step {done + 1} of {total}")
                 self._take_step = self._captured(progress)
-                while self._at.epoch < self.params.epochs:
-                    record = self._epoch(progress, bar, steps, validation)
-                    progress.console.print(
-                        epoch_line(self.name, record, self.params.epochs), highlight=False, soft_wrap=True
-                    )
+                try:
+                    while self._at.epoch < self.params.epochs:
+                        record = self._epoch(progress, bar, steps, validation)
+                        progress.console.print(
+                            epoch_line(self.name, record, self.params.epochs), highlight=False, soft_wrap=True
+                        )
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(self._how_to_resume(steps)) from None
         return self._at.history
+
+    def _how_to_resume(self, steps: int) -> str:
+        """What an interrupted run has kept, and how it is resumed, for the line that ends the stage."""
+        if not self._kept or self.run_folder is None:
+            return "no checkpoint is kept yet, so the same command starts from the first step"
+        epoch, step = self._kept
+        where = f"step {step:,} of {steps:,} in epoch {epoch + 1}" if step else f"epoch {epoch}"
+        return f"the same command resumes after {where} of {self.params.epochs}, kept in {self.run_folder.folder}"
 
     def _check_batch(self, samples: int) -> None:
         batch, ranks = self.params.batch_size, rank_count()
@@ -125,6 +136,7 @@ class Training:
         self._watch = Watch(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._at = Position()
+        self._kept: tuple[int, int] | None = None  # finished epochs and steps of the newest checkpoint
         self._saved = time.monotonic()
 
     def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:
@@ -252,12 +264,14 @@ class Training:
         if rank() == 0:
             kept = snapshot_of(at, self._step, self._generator, self.best)
             self.run_folder.save(at.epoch * 1_000_000 + at.step, kept)
+        self._kept = at.epoch, at.step
 
     def _restore(self) -> None:
         snapshot: Snapshot | None = self.run_folder.load() if self.run_folder else None
         check_same_everywhere(snapshot, self.device, self.run_folder.folder if self.run_folder else None)
         if snapshot is not None:
             self._at, self.best = take_snapshot(snapshot, self._step, self._generator)
+            self._kept = self._at.epoch, self._at.step
 
 
 def replaced_elsewhere(data: dict[str, float]) -> str | None:

@@ -34,6 +34,7 @@ from pipeline.prior import Prior
 from pipeline.resume import RunFolder
 from pipeline.tensorboard import write_scalars
 from pipeline.training import Training
+from serving.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Result:
 
     def __str__(self) -> str:
         score = f", validation {self.last['validation_accuracy']:.1%}" if "validation_accuracy" in self.last else ""
-        return f"{self.last['epoch']} epochs, loss {self.last['loss']:.4f}{score} → {self.output}"
+        return f"{counted(self.last['epoch'], 'epoch')}, loss {self.last['loss']:.4f}{score} → {self.output}"
 
 
 def model_config(section: TrainingParams, params: Params, classes: int) -> ModelConfig:

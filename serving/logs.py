@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
+import tempfile
 import threading
 from collections import deque
 from pathlib import Path
@@ -15,6 +17,19 @@ from serving.terminal import print
 TAIL_LINES = 12
 FILE_BYTES = 64 * 1024 * 1024  # a log file this large is put aside, as FILE.1 to FILE.3
 FILES_KEPT = 3
+
+
+def new_log_file() -> Path:
+    """An empty file for a server's log in the folder for temporary files, readable by its owner alone."""
+    descriptor, name = tempfile.mkstemp(prefix="tailor-serve-", suffix=".log")
+    os.close(descriptor)
+    return Path(name)
+
+
+def remove_log_files(path: Path) -> None:
+    """Remove a log file and the older ones that were put aside."""
+    for number in range(FILES_KEPT + 1):
+        path.with_name(f"{path.name}.{number}" if number else path.name).unlink(missing_ok=True)
 
 
 class ServerLog:

@@ -82,16 +82,18 @@ def read_history(repository: Path) -> RepositoryHistory:
     for state in list_versions(repository):
         folder = repository / CLASSIFIER / str(state.version)
         mine = tuple(change for change in changes if change.version == state.version)
-        versions.append(VersionHistory(state, _read(folder / DECISION_NAME), _read(folder / STORY_NAME), mine))
+        versions.append(VersionHistory(state, read_optional_json(folder / DECISION_NAME), read_optional_json(folder / STORY_NAME), mine))
     return RepositoryHistory(repository, versions, tuple(server.grpc_url for server in find_running(repository)))
 
 
-def history_table(found: RepositoryHistory) -> Table:
-    """A row a version, the newest first."""
+def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
+    """A row a version, the newest first; `wide` adds the hashes of data, params and code, for which 120 columns are too few."""
     by = f", served at {', '.join(found.servers)}" if found.servers else ", served by nobody here"
     table = Table(title=cell(f"{found.repository}{by}"))
-    for heading in ("version", "state", "promoted", "images", "data", "params", "code", "all", "few", "decision"):
-        table.add_column(heading)
+    hashes = ("data", "params", "code") if wide else ()
+    for heading in ("version", "state", "promoted", "images", *hashes, "all", "few"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("decision")
     for version in reversed(found.versions):
         manifest = version.state.release.manifest
         when = version.promoted
@@ -100,9 +102,7 @@ def history_table(found: RepositoryHistory) -> Table:
             version.state.state,
             time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) if when else "",
             f"{sum(manifest.counts):,}",
-            manifest.data_sha256[:8],
-            manifest.params_sha256[:8],
-            cell(manifest.code_revision[:8]),
+            *((manifest.data_sha256[:8], manifest.params_sha256[:8], cell(manifest.code_revision[:8])) if wide else ()),
             *scores(manifest.metrics, ("all", "few")),
             cell(said(version.decision)),
         )
@@ -130,7 +130,8 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_optional_json(path: Path) -> dict[str, Any] | None:
+    """Content of a JSON file of a version; None where there is no such file. Raises ManifestError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -45,6 +45,11 @@ def plain_cell(text: str) -> str:
     return text[1:] if text.startswith("'") and FORMULA.match(text, 1) else text
 
 
+def counted(number: int | float, noun: str) -> str:
+    """A number with its noun: 1 epoch, 2 epochs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def print(*values: object, file: IO[str] | None = None, end: str = "\n", flush: bool = False) -> None:
     """As the builtin, with `safe_text` for each value."""
     builtins.print(*map(safe_text, values), file=file or sys.stdout, end=end, flush=flush)

@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Check a data set, or pack it into a few shards, before anything is trained.",
+    help="Check a data set, or pack it into a few shards.",
     epilog="Example: tailor data check, then: tailor data pack data/packed",
 )
 

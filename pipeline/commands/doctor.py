@@ -30,9 +30,9 @@ def doctor(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> int:
-    """Look at all that has to be well: versions, params, server, champion, Prefect, worker, last run, ingest, disk.
+    """Check everything that Tailor needs, from params to disk.
 
-    Each line is ok, warning or failing, with what to do. Status 1 when something is failing.
+    That is: versions, params, server, champion, Prefect, worker, last run, ingest, disk. Each line is ok, warning or failing, with what to do. Status 1 when something is failing.
     """
     from pipeline.doctor import Limits, examine
 

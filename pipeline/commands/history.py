@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
@@ -17,12 +19,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def history(
     repository: RepositoryOption = None,
     params: ParamsOption = PARAMS_FILE,
+    wide: Annotated[bool, typer.Option("--wide", help="Show the hashes of data, params and code too.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Tell every version's story: data, params and code it was made of, metrics, decision, when promoted, who serves."""
+    """List every version with its data, metrics and decision."""
     found = read_history(repository_of(repository, params))
     if as_json:
         print_json(found.as_mapping())
     else:
-        Console().print(history_table(found))
+        Console().print(history_table(found, wide))

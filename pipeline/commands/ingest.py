@@ -26,9 +26,9 @@ def ingest(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> int:
-    """Take new labelled images from the drop folder into the training split.
+    """Add labelled images of the drop folder to the training split.
 
-    A folder per class, or tables (CSV, Parquet) with a label column. Good rows become one shard of data/ingested/, bad
+    It holds a folder per class, or tables (CSV, Parquet) with a label column. Good rows become one shard of data/ingested/, bad
     ones go to data/quarantine/ with the reason; `dvc repro` then trains on all. Status 1 when the drop is refused whole.
     """
     report = take_in(load_params(params), drop)

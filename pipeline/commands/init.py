@@ -65,6 +65,8 @@ def init(
         for key, (value, why) in chosen.items():
             print(f"  {key} = {value}  # {why}")
         print(f"→ {output}; next: {''.join(f'{step}, ' for step in steps)}tailor data check, then: dvc repro")
+    for line in found.remarks:
+        print(f"init: {line}", file=sys.stderr)
     few = warnings_of(expected_tests(found))
     for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
         print(f"init: warning: {line}", file=sys.stderr)

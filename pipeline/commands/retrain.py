@@ -22,11 +22,12 @@ def retrain(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Take in new data, retrain what has changed, and promote the result if the gate lets it.
+    """Ingest new data, retrain, and promote if the gate passes.
 
-    One run of the flow, here and now; Prefect's server is started for it unless one is there. Run it again after it was
-    killed: it finishes what it began. The status is 0 where the run came to its end, be that promoted, refused,
-    not decided because the test images are too few, or nothing to do, and 1 where it failed or another run was under way.
+    What has not changed is not trained again. One run of the flow, here and now; a Prefect server is started for it unless one
+    runs. Run the command again after it was killed: it finishes the run. The status is 0 where the run came to its end, be
+    that promoted, refused, not decided because the test images are too few, or nothing to do, and 1 where it failed or
+    another run was under way.
     """
     from pipeline.flows.trigger import run_once
 

@@ -20,7 +20,7 @@ def schedule(
     port: Annotated[int, typer.Option(help="Port of Prefect's server and its pages; 0 for any free one.")] = 4200,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Retrain on a schedule, in the foreground until SIGTERM or Ctrl-C.
+    """Retrain on a schedule until SIGTERM or Ctrl-C.
 
     Runs a Prefect server on loopback, its database in .prefect/, or uses the one that PREFECT_API_URL names. The schedule
     survives a restart; of the runs that were missed meanwhile one is caught up. For a work pool of your own, see prefect.yaml.

@@ -9,7 +9,7 @@ from pipeline.errors import ParamsError
 from pipeline.params import DataParams
 from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
-from pipeline.sources.folder import FolderSource
+from pipeline.sources.folder import FolderSource as FolderSource
 from pipeline.sources.ingested import Ingested as Ingested
 from pipeline.sources.ingested import ReaderWithIngested as ReaderWithIngested
 from pipeline.sources.ingested import WithIngested as WithIngested

@@ -2,84 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
-from pipeline.errors import DataError
+from pipeline.errors import DataError, raise_problems
 from pipeline.sources.source import FilesUnderRoot, Row
 
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+# Other names of folders that hold a split, in lower case, and the name that is read.
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test", "eval": "test",
+}  # fmt: skip
+SHOWN = 5  # names in a message
+NOT_UTF8 = "its name is not UTF-8; rename it, for instance with convmv"
+ClassFiles = dict[Path, list[Path]]
 
 
 class FolderSource(FilesUnderRoot):
     """A folder per class, named for the class; or train/, validation/ (or val/) and test/, each with a folder per class.
 
-    Classes are numbered in the sorted order of their names in train. Raises DataError for a class folder without
-    images, for a class that only a held-out split has, and for a file that is not an image by its suffix.
+    Classes are numbered in the sorted order of their names in train. Raises DataError for folders that cannot be the
+    classes, and, all of them in one error, for class folders without images, classes that only a held-out split has, and
+    files that are not images by their suffix. remarks: lines on what is read otherwise than a user may expect.
     """
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.origin = "folder"
-        folders = {entry.name: entry for entry in _folders(root)}
-        if {"val", "validation"} <= set(folders):
-            raise DataError(f"{root}: has both val/ and validation/; keep one of them")
-        parts = {SPLIT_FOLDERS[name]: path for name, path in folders.items() if name in SPLIT_FOLDERS}
-        if "train" not in parts:
-            parts = {"train": root}
-        self.classes = _class_names(parts["train"])
-        if len(self.classes) < 2:
-            raise DataError(
-                f"{parts['train']}: holds {len(self.classes)} class folders; expected at least 2, one per class"
-            )
-        self.rows = [row for split, folder in parts.items() for row in self._rows(split, folder)]
+        self._problems: list[tuple[Path, str]] = []
+        self._passed_over: Counter[str] = Counter()
+        folders, files = self._entries(root)
+        parts = _split_folders(root, folders)
+        self.remarks = _not_read(folders, parts)
+        listed = {}
+        for split, folder in parts.items():
+            inside, beside = (folders, files) if folder == root else self._entries(folder)
+            beside = [path for path in beside if has_image_suffix(path)]
+            text = "lies beside the class folders; move it into the folder of its class or remove it"
+            self._problems += [(path, text) for path in beside]
+            listed[split] = {path: sorted(self._files_below(path)) for path in inside}
+        self.remarks += _check_levels(parts["train"], listed["train"], root)
+        self.classes = _class_names(parts["train"], list(listed["train"]))
+        self._problems += [(path, NOT_UTF8) for path in listed["train"] if not is_utf8(path.name)]
+        self.rows = [row for split in parts for row in self._rows(split, listed[split])]
+        raise_problems(root, self._problems)
+        if self._passed_over:
+            named = _names([f"{name} ({count:,})" for name, count in self._passed_over.most_common()])
+            number = self._passed_over.total()
+            self.remarks.append(f"{number:,} hidden files and files or folders of tools were passed over: {named}")
 
-    def _rows(self, split: str, folder: Path) -> Iterator[Row]:
+    def _entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """Folders and files of a folder, sorted, without what is passed over, which is counted."""
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        kept = [entry for entry in entries if not is_passed_over(Path(entry.name))]
+        self._passed_over.update(entry.name for entry in entries if is_passed_over(Path(entry.name)))
+        folders = [entry for entry in kept if entry.is_dir()]
+        files = [entry for entry in kept if not entry.is_dir() and (entry.is_symlink() or entry.is_file())]
+        return [folder / entry.name for entry in folders], [folder / entry.name for entry in files]
+
+    def _files_below(self, folder: Path) -> Iterator[Path]:
+        folders, files = self._entries(folder)
+        yield from files
+        for path in folders:
+            if path.is_symlink():
+                self._problems.append((path, "is a link to a folder; put the images there, or link them one by one"))
+            else:
+                yield from self._files_below(path)
+
+    def _rows(self, split: str, listed: ClassFiles) -> Iterator[Row]:
         number = {name: index for index, name in enumerate(self.classes)}
-        for path in sorted(folder.iterdir()):
-            if has_image_suffix(path) and not is_passed_over(path.relative_to(folder)):
-                raise DataError(
-                    f"{path}: lies beside the class folders; move it into the folder of its class or remove it"
-                )
-        for class_folder in _folders(folder):
+        for class_folder, files in listed.items():
             name = class_key(class_folder.name)
             if name not in number:
-                raise DataError(
-                    f"{class_folder}: is a class of {split} that train does not have; add training images or remove it"
-                )
-            files = sorted(
-                path
-                for path in class_folder.rglob("*")
-                if (path.is_symlink() or path.is_file()) and not is_passed_over(path.relative_to(class_folder))
-            )
+                text = f"is a class of {split} that train does not have; add training images or remove it"
+                self._problems.append((class_folder, text))
+                continue
+            images = 0
             for path in files:
-                _check_name(path, path.relative_to(self._root))
-                if path.is_dir():
-                    raise DataError(f"{path}: is a link to a folder; put the images there, or link them one by one")
-                if not has_image_suffix(path):
-                    raise DataError(f"{path}: is not a .jpg, .jpeg, .png or .webp file; remove it or convert it")
-                reference = path.relative_to(self._root).as_posix()
-                yield Row(reference, number[name], reference, split)
-            if not files and split == "train":
-                raise DataError(f"{class_folder}: class without training images; add some or remove the folder")
+                if not is_utf8(str(path.relative_to(class_folder))):
+                    self._problems.append((path, NOT_UTF8))
+                elif not has_image_suffix(path):
+                    text = "is not a .jpg, .jpeg, .png or .webp file; remove it or convert it"
+                    self._problems.append((path, text))
+                else:
+                    reference = path.relative_to(self._root).as_posix()
+                    yield Row(reference, number[name], reference, split)
+                images += has_image_suffix(path)
+            if not images and split == "train":
+                text = "class without training images; add some or remove the folder"
+                self._problems.append((class_folder, text))
 
     def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
         """Always the same: every other file was there a moment ago."""
         return "they are links whose targets are gone"
 
 
-def _check_name(path: Path, name: Path) -> None:
-    if not is_utf8(str(name)):
-        raise DataError(f"{path}: its name is not UTF-8; rename it, for instance with convmv")
+def _split_folders(root: Path, folders: list[Path]) -> dict[str, Path]:
+    """The folder of each split; the root alone, as train, where it has no train/. Raises DataError."""
+    names = {path.name for path in folders}
+    if {"val", "validation"} <= names:
+        raise DataError(f"{root}: has both val/ and validation/; keep one of them")
+    if "train" not in names:
+        return {"train": root}
+    for path in folders:
+        meant = SPLIT_NAMES.get(path.name.lower())
+        if meant and path.name not in SPLIT_FOLDERS:
+            raise DataError(f"{path}: is not read beside train/; rename it to {meant}, or move it out of {root}")
+    return {SPLIT_FOLDERS[path.name]: path for path in folders if path.name in SPLIT_FOLDERS}
 
 
-def _class_names(folder: Path) -> list[str]:
+def _not_read(folders: list[Path], parts: Mapping[str, Path]) -> list[str]:
+    """A line on the folders beside train/ that are no split, where there are any."""
+    others = [path for path in folders if path not in parts.values()]
+    if not others or folders[0].parent in parts.values():
+        return []
+    named = _names([str(path) for path in others])
+    return [f"{named}: not read; beside train/ only val/ (or validation/) and test/ are"]
+
+
+def _check_levels(folder: Path, listed: ClassFiles, root: Path) -> list[str]:
+    """Detect class folders that hold folders of images and no images: splits of another name, or classes one level lower.
+
+    Returns a line on those that are read as one class each. Raises DataError where they cannot be classes.
+    """
+    inner = {}
+    for path, files in listed.items():
+        below = [file.relative_to(path).parts for file in files if has_image_suffix(file)]
+        if below and all(len(parts) > 1 for parts in below):
+            inner[path] = sorted({parts[0] for parts in below})
+    splits = [path for path in inner if path.name.lower() in SPLIT_NAMES]
+    if splits and folder == root and len(listed) > 1:
+        others = [path.name for path in inner if path not in splits]
+        meant = {path.name: SPLIT_NAMES[path.name.lower()] for path in splits}
+        steps = [f"rename {name} to {right}" for name, right in meant.items() if name != right]
+        if "train" not in meant.values():
+            steps.append(f"name the folder of the training images train{f' ({_names(others)}?)' if others else ''}")
+        raise DataError(
+            f"{root}: {_names([path.name for path in splits])} would be read as classes, but hold folders of images "
+            f"({_names(inner[splits[0]])}) and no train/ is beside; for splits of your own {', '.join(steps)}; otherwise "
+            f"move the class folders up into {root}"
+        )
+    if len(listed) < 2:
+        hint = ""
+        for path, names in inner.items():
+            # A folder that holds nothing but one folder is no class either.
+            while len(names) == 1 and len(deeper := _inner_names(path / names[0])) > 0:
+                path, names = path / names[0], deeper
+            either = f"give {path} as the folder of images, or " if folder == root else ""
+            hint = f"; if the folders in {path} ({_names(names)}) are the classes, {either}move them up into {folder}"
+        raise DataError(f"{folder}: holds {len(listed)} class folders; expected at least 2, one per class{hint}")
+    nested = {path.name: names for path, names in inner.items() if len(names) > 1}
+    if not nested:
+        return []
+    shown = _names([f"{name} ({_names(names)})" for name, names in nested.items()])
+    return [
+        f"{folder}: {len(nested):,} of {len(listed):,} classes hold folders of images and no images of their own, and each "
+        f"is read as one class: {shown}; if the inner folders are the classes, move them up into {folder}"
+    ]
+
+
+def _inner_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_passed_over(Path(path.name)))
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _class_names(folder: Path, folders: list[Path]) -> list[str]:
     """Class names of the folders in one, sorted. Raises DataError for two spellings of one name."""
-    folders = _folders(folder)
-    for entry in folders:
-        _check_name(entry, Path(entry.name))
     names = [class_key(entry.name) for entry in folders]
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
@@ -88,7 +186,3 @@ def _class_names(folder: Path) -> list[str]:
             "move their images into one"
         )
     return sorted(names)
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_passed_over(Path(entry.name)))

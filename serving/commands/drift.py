@@ -80,9 +80,9 @@ def drift(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Estimate the classes' shares among the images that are asked about, without a label, and compare with training.
+    """Estimate the class prior of live images, without labels.
 
-    Holds where the classes look as in training and only their shares changed. The distance is the total variation: the
+    It is compared with training. Holds where the classes look as in training and only their shares changed. The distance is the total variation: the
     share of images whose class would have to change.
     """
     for option, threshold in (("--fail-above", fail_above), ("--retrain-above", retrain_above)):

@@ -58,9 +58,9 @@ def gateway(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
-    """Run the gateway, nginx with bounds on size, time and connections, in front of a Triton server until SIGTERM.
+    """Run nginx in front of a Triton server until SIGTERM.
 
-    Prints one line `ready http://... grpc://...`. Only health, metadata, configuration and inference pass.
+    It bounds size, time and connections. Prints one line `ready http://... grpc://...`. Only health, metadata, configuration and inference pass.
     """
     wanted = read_gateway(
         host=host,

@@ -67,7 +67,10 @@ def loadtest(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Put load on a running server with Locust and judge it; status 1 when a threshold is missed. Starts no server."""
+    """Put load on a running server with Locust and judge it.
+
+    Status 1 when a threshold is missed. Starts no server.
+    """
     plan = LoadPlan(
         Connection(address(url, protocol), parse_headers(header), ca_file),
         images,

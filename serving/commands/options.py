@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from enum import StrEnum
@@ -12,6 +13,8 @@ import typer
 
 from serving.client import DEFAULT_URLS
 from serving.errors import InputError
+from serving.manifest import MANIFEST_NAME, STUDENT_NAME, ManifestError, read_manifest
+from serving.model_config import STUDENT
 from serving.terminal import print
 
 REPOSITORY = Path("artifacts/repository")  # what `dvc repro` wrote
@@ -57,23 +60,32 @@ RepositoryOption = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def choose_repository(given: Path | None, promoted: Path = RELEASES) -> Path:
+def choose_repository(given: Path | None, promoted: Path = RELEASES, note: bool = False) -> Path:
     """The repository that a command is about: the one given, else `promoted` where it is a folder, else `dvc repro`'s.
 
-    Every command asks here, so that `serve` and `rollback`, say, mean the same one. Where both folders are there, a line on
-    stderr says which it is: `dvc repro` may have written a model that the gate has refused.
+    All commands use this rule, so that `serve` and `rollback` mean the same repository. note: print a line on stderr where
+    `dvc repro` has written a model that has not been promoted, for a command whose user may expect that model.
     """
     if given is not None:
         return given
     if not promoted.is_dir():
         return REPOSITORY
-    if REPOSITORY.is_dir() and not promoted.samefile(REPOSITORY):
+    if note and REPOSITORY.is_dir() and not _models(REPOSITORY) <= _models(promoted):
         print(
-            f"tailor: --repository is {promoted}, what was promoted; give --repository {REPOSITORY} for what "
-            "`dvc repro` wrote",
+            f"tailor: {REPOSITORY}, which `dvc repro` wrote, holds a model that has not been promoted; --repository is "
+            f"{promoted}, what was promoted",
             file=sys.stderr,
         )
     return promoted
+
+
+def _models(repository: Path) -> set[str]:
+    """The sha256 of each version's graph, by its manifest; a manifest that cannot be read is left to the command."""
+    found = set()
+    for path in repository.glob(f"{STUDENT}/[0-9]*/{MANIFEST_NAME}"):
+        with contextlib.suppress(ManifestError):
+            found.add(read_manifest(path.parent).files.get(STUDENT_NAME, ""))
+    return found
 
 
 def address(url: str | None, protocol: Protocol | None) -> str:

@@ -31,9 +31,9 @@ def playground(
     ca_file: CaFile = None,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Open a page on a running server: drop images, compare priors side by side.
+    """Open a page that compares priors on images of your own.
 
-    Needs Gradio (pip install 'tailor[playground]'). The page is for this machine alone and sends images nowhere but to
+    It uses a running server. Needs Gradio (pip install 'tailor[playground]'). The page is for this machine alone and sends images nowhere but to
     the server. Ends with Ctrl-C.
     """
     # Read at Gradio's import: no telemetry, no look for a newer version, and no more than one page's files kept.

@@ -63,9 +63,9 @@ def repository(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Write the Triton model repository of an export: one tree for `tailor serve` and for NVIDIA's container.
+    """Write the Triton model repository of an export.
 
-    The container takes the onnxruntime backend from config.pbtxt; the local server runs the same model.onnx in Python.
+    One tree serves `tailor serve` and NVIDIA's container. The container takes the onnxruntime backend from config.pbtxt; the local server runs the same model.onnx in Python.
     To add a release to a repository, use `tailor promote`.
     """
     placement = Placement(device.value, _numbers(gpus), instances, tensorrt.value if tensorrt else None, own_network)

@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from serving.commands.options import Debug, RepositoryOption, choose_repository
-from serving.errors import InputError
+from serving.errors import InputError, ServingError
 from serving.example import curl_example, json_example
+from serving.logs import new_log_file, remove_log_files
 from serving.server import GRACE, TritonServer
 from serving.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
 from serving.supervisor import Patience, Supervisor
@@ -32,8 +33,16 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 for any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port; 0 for any free one.")] = 8002,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    log: Annotated[Path | None, typer.Option(help="File to keep the server's log in as well.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Do not forward the server's log to standard error.")] = False,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the server's log, 64 MiB and three older ones; a temporary file, removed after a clean stop, "
+            "if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print the server's log on standard error too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No temporary log file.")] = False,
     trace_url: Annotated[
         str | None, typer.Option(help="Send OpenTelemetry traces here, e.g. http://127.0.0.1:4318/v1/traces.")
     ] = None,
@@ -63,27 +72,26 @@ def serve(
     ] = str(Patience.restarts),
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Run the Triton server in the foreground until SIGTERM or Ctrl-C.
+    """Run the Triton server until SIGTERM or Ctrl-C.
 
     Prints one line `ready http://... grpc://...` once the golden requests have been answered as they should be, then where
-    its metrics are, the repository that it serves, and an example of a request. Starts the server again when it dies, and
+    its metrics are, the repository that it serves, its log file, and an example of a request. Triton's log goes to that
+    file; its last lines are printed when a start fails. Starts the server again when it dies, and
     loads a model again whose process died. To load new versions meanwhile, use `tailor promote`; its key is
     TAILOR_ADMIN_KEY, where that is set.
     """
     patience = Patience(restarts=_restarts(restarts))
-    forward = None if quiet else sys.stderr
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
         alone = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
         raise InputError(f"{alone} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
     server = TritonServer(
-        choose_repository(repository),
+        choose_repository(repository, note=True),
         host,
         http_port,
         grpc_port,
         metrics_port,
-        log,
-        forward=forward,
+        forward=sys.stderr if verbose else None,
         grace=grace,
         grpc_tls=(grpc_tls_cert, grpc_tls_key) if grpc_tls_cert and grpc_tls_key else None,
         options=options,
@@ -99,12 +107,22 @@ def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_once)
+    own_log = None if log or quiet else new_log_file()
+    server.log = log or own_log
     try:
         with server:
             _announce(server)
             Supervisor(server, _report, patience).run(stopping)
     except Stopped:
         pass
+    except ServingError:
+        if own_log and own_log.stat().st_size:
+            _report(f"the whole log of the server is in {own_log}")
+            own_log = None
+        raise
+    finally:
+        if own_log:
+            remove_log_files(own_log)
     print("stopped", flush=True)
 
 
@@ -121,6 +139,8 @@ def _announce(server: TritonServer) -> None:
     print(f"ready {server.http_url} {server.grpc_url}")
     print(f"metrics {server.metrics_url}")
     print(f"repository {server.repository}")
+    if server.log:
+        print(f"log {server.log}")
     print(f"\na request from a shell, in the binary form:\n\n{curl_example(server.http_url, server.example)}")
     print(f"\nthe same as plain JSON:\n\n{json_example(server.http_url, server.example)}\n", flush=True)
     if server.host not in LOOPBACK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,8 @@ from serving import promotion
 from serving.arguments import ADMIN_KEY_VARIABLE
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
 from serving.display import versions_table
+from serving.errors import ServingError
+from serving.promotion_check import PromotionCheck, check_promotion, promotion_table
 from serving.running import servers_at
 from serving.terminal import Console, print
 
@@ -41,16 +44,22 @@ def promote(
     keep: Annotated[int, typer.Option(min=2, help="Versions that stay on disk.")] = promotion.KEPT,
     timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
     rehearsal: Rehearsal = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Do not ask before a release that is worse, or that cannot be compared.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Make a release the champion, without a request lost.
 
+    Its test accuracies are shown beside the champion's. If it is worse, if a manifest has no figures, or if the gate has
+    refused it, a confirmation is requested; without a terminal --force is needed.
     It is published beside the others, tried on its golden requests, loaded, asked again, and only then answers requests
     that name no version. If any of that fails, everything is as before and the status is 1.
     """
     given = int(release) if release.isdecimal() else Path(release)
     root = choose_repository(repository)
+    _confirm(check_promotion(root, given), force)
     done = promotion.promote(
         root, given, servers=servers_at(root, url), keep=keep, timeout=timeout, rehearsal=rehearsal
     )
@@ -68,7 +77,7 @@ def rollback(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """Make an older release the champion again, without a request lost."""
+    """Make an older release the champion again; no request is lost."""
     root = choose_repository(repository)
     done = promotion.rollback(root, version, servers=servers_at(root, url), timeout=timeout, rehearsal=rehearsal)
     _tell(done, as_json)
@@ -79,7 +88,7 @@ def versions(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """List the releases of a repository: which answers, which is loaded beside it, what each is."""
+    """List the releases of a repository, with the state of each."""
     root = choose_repository(repository)
     found = promotion.list_versions(root)
     if not as_json:
@@ -98,6 +107,22 @@ def versions(
             for state in found
         ]
     )
+
+
+def _confirm(found: PromotionCheck | None, force: bool) -> None:
+    """Show a release beside the champion on stderr; request a confirmation where there is doubt. Raises ServingError."""
+    if found is None:
+        return
+    terminal = Console(file=sys.stderr)
+    terminal.print(promotion_table(found))
+    if found.decision:
+        print(f"the gate: {found.decision}", file=sys.stderr)
+    if found.doubt is None or force:
+        return
+    if not sys.stdin.isatty():
+        raise ServingError(f"{found.release} is not promoted: {found.doubt}; give --force to promote it")
+    if not typer.confirm(f"{found.release}: {found.doubt}. Promote it?", err=True):
+        raise ServingError(f"{found.release} is not promoted; version {found.champion} stays the champion")
 
 
 def _tell(done: promotion.Promotion, as_json: bool) -> None:

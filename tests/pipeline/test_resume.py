@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from making import ROOT
 from small_training import made_images, made_training
 
 from pipeline.params import AugmentParams
@@ -112,3 +113,34 @@ def test_a_finished_stage_leaves_no_state_behind(tmp_path):
     folder.clear()
     assert not folder.folder.exists()
     folder.clear()
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (0, "no checkpoint is kept yet, so the same command starts from the first step"),
+        (3, "the same command resumes after step 3 of 5 in epoch 1 of 2, kept in {folder}"),
+        (5, "the same command resumes after epoch 1 of 2, kept in {folder}"),
+        (7, "the same command resumes after step 2 of 5 in epoch 2 of 2, kept in {folder}"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept_and_how_the_run_is_resumed(tmp_path, capsys, steps, said):
+    from pipeline.stage import stage_main
+
+    folder = tmp_path / "unfinished"
+    training = made_training("teacher", run_folder=RunFolder(folder, "run"), checkpoint_seconds=0.0)
+    forward, done = training.objective.forward, []
+
+    def interrupted(*arguments):
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(1)
+        return forward(*arguments)
+
+    training.objective.forward = interrupted
+    params = tmp_path / "params.yaml"
+    params.write_text((ROOT / "params.yaml").read_text())
+    status = stage_main(lambda _: training.run(made_images(40), made_images(9, seed=1)), "", ["--params", str(params)])
+    assert status == 130
+    line = capsys.readouterr().err
+    assert line == f"test_resume: interrupted; {said.format(folder=folder)}\n"

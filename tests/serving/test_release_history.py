@@ -63,12 +63,23 @@ def test_decision_and_story_are_read_where_a_retraining_left_them(repository: Pa
 
 def test_the_table_is_newest_first_and_names_data_params_and_decision(repository: Path) -> None:
     console = Console(width=200, record=True)
-    console.print(history_table(read_history(repository)))
+    console.print(history_table(read_history(repository), wide=True))
     lines = console.export_text().splitlines()
     rows = [line for line in lines if "champion" in line or "kept" in line]
     assert [row.split()[1] for row in rows] == ["3", "2", "1"]
     assert "promote: not worse than the champion" in rows[1] and "00000000" in rows[1]
     assert "served by nobody here" in lines[0]
+
+
+def test_the_table_fits_120_columns_with_a_long_decision(repository: Path) -> None:
+    path = repository / CLASSIFIER / "2" / "decision.json"
+    path.write_text(json.dumps({**DECISION, "reasons": ["few 0.4125 → 0.4375 (+0.0250, interval -0.01 to +0.06)"] * 3}))
+    console = Console(width=120, record=True)
+    console.print(history_table(read_history(repository)))
+    lines = console.export_text().splitlines()
+    rows = [line for line in lines if "champion" in line or "kept" in line]
+    assert len(rows) == 3 and all("…" not in line and len(line) <= 120 for line in lines)
+    assert "data" not in " ".join(lines) and len(lines) <= 14  # the decision has room
 
 
 def test_the_json_is_complete_and_has_times_in_utc(repository: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -162,6 +163,38 @@ def test_too_small_a_limit_of_open_files_is_one_line_before_triton_starts(reposi
     assert not (tmp_path / "triton.log").exists()
 
 
+@pytest.mark.end_to_end
+def test_serve_prints_less_than_a_screen_and_names_its_log_which_a_clean_stop_removes(
+    repository: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), *ANY_PORT]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) as serving:
+        assert serving.stdout.readline().startswith("ready ")
+        lines = [serving.stdout.readline() for _ in range(3)]
+        path = Path(lines[2].removeprefix("log ").strip())
+        assert path.parent == tmp_path and "Started HTTPService" in path.read_text()
+        serving.send_signal(signal.SIGTERM)
+        output, errors = serving.communicate(timeout=30)
+    assert (serving.returncode, errors) == (0, "") and len(output.splitlines()) < 40
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.end_to_end
+def test_a_start_that_fails_prints_the_end_of_the_log_and_where_the_whole_is(repository: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(repository, tmp_path / "repository")
+    (root / "classifier" / "1" / "model.py").write_text("raise RuntimeError('no classifier today')\n")
+    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(root), *ANY_PORT]
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    first, *rest = ended.stderr.splitlines()
+    (path,) = (tmp_path / "temporary").iterdir()
+    assert (ended.returncode, first) == (1, f"tailor: the whole log of the server is in {path}")
+    assert "no classifier today" in path.read_text()
+    assert rest[0].startswith("tailor: the Triton server ") and len(rest) < 20
+
+
 @pytest.mark.parametrize("restarts", ["-1", "many", "1_0", ""])
 def test_number_of_restarts_that_is_none_is_misuse(capsys: pytest.CaptureFixture[str], restarts: str) -> None:
     assert main(["serve", f"--restarts={restarts}"]) == 2
@@ -213,7 +246,7 @@ def test_request_in_flight_gets_the_grace_period_and_no_more_on_sigterm(
     path.write_text(path.read_text().replace(begin, f"        {wait}\n{begin}"))
     command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(root), *ANY_PORT]
     with (
-        subprocess.Popen([*command, "--grace", str(grace)], stdout=-1, stderr=-1, text=True) as serving,
+        subprocess.Popen([*command, "--grace", str(grace), "--verbose"], stdout=-1, stderr=-1, text=True) as serving,
         ThreadPoolExecutor(1) as pool,
     ):
 

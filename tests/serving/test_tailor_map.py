@@ -60,6 +60,28 @@ def test_every_command_shows_an_example_those_of_a_group_too() -> None:
         assert re.search(rf"^\s*usage: {words} ", text, re.MULTILINE | re.IGNORECASE), text
 
 
+def helps_of_groups(group: Any, context: Any) -> Iterator[tuple[str, str]]:
+    """Each group with the map of its commands, as a terminal of 80 columns shows it."""
+    yield context.command_path, group.get_help(context)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if hasattr(command, "list_commands"):
+            yield from helps_of_groups(
+                command, command.make_context(name, [], parent=context, resilient_parsing=True, terminal_width=80)
+            )
+
+
+def test_no_summary_of_a_command_is_cut_at_80_columns() -> None:
+    program = typer.main.get_command(app)
+    context = program.make_context("tailor", [], resilient_parsing=True, terminal_width=80)
+    helps = dict(helps_of_groups(program, context))
+    assert {"tailor", "tailor data"} <= set(helps)
+    for words, text in helps.items():
+        assert all(len(line) <= 80 for line in text.splitlines()), words
+        cut = [line for line in text.splitlines() if line.endswith("...") and not line.startswith("Usage:")]
+        assert cut == [], words
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["check", "pack"])
 @pytest.mark.parametrize("program", ["tailor data", "python -m pipeline.data"])

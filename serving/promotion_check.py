@@ -1,0 +1,82 @@
+"""A release beside the champion before it is promoted by hand: the figures of both manifests, and the gate's decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from serving.manifest import Manifest, read_manifest
+from serving.model_config import CLASSIFIER
+from serving.release import find_releases, published_versions, read_release
+from serving.release_history import DECISION_NAME, read_optional_json, said
+from serving.terminal import cell
+
+GROUPS = ("all", "many", "medium", "few")  # test accuracies for the balanced prior, as `evaluate` wrote them
+
+
+@dataclass(frozen=True)
+class PromotionCheck:
+    """What is known of a release and the champion. figures: group → (champion's, release's), None where it is unknown.
+
+    decision: the gate's, in a line; empty where there was none. doubt: why the promotion needs a confirmation, else None.
+    """
+
+    champion: int
+    release: str
+    figures: dict[str, tuple[float | None, float | None]]
+    decision: str
+    doubt: str | None
+
+
+def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | None:
+    """Compare a release with the champion of a repository; None where it is the champion, older, or not published.
+
+    Raises RepositoryError or ManifestError naming a file that is damaged.
+    """
+    champion = find_releases(repository, hashes=False)[-1]
+    decision = None
+    if isinstance(release, int):
+        if release <= champion.version or release not in published_versions(repository):
+            return None  # promotion itself refuses it, or has nothing to do
+        manifest = read_release(repository, release, hashes=False).manifest
+        decision = read_optional_json(repository / CLASSIFIER / str(release) / DECISION_NAME)
+    else:
+        manifest = read_manifest(release)
+    if manifest.files == champion.manifest.files:
+        return None
+    figures = {name: (_figure(champion.manifest, name), _figure(manifest, name)) for name in GROUPS}
+    name = f"version {release}" if isinstance(release, int) else str(release)
+    return PromotionCheck(champion.version, name, figures, said(decision), _doubt(figures["all"], decision))
+
+
+def _figure(manifest: Manifest, name: str) -> float | None:
+    found = manifest.metrics.get("balanced")
+    value = found.get(name) if isinstance(found, dict) else None
+    return value if isinstance(value, float) else None
+
+
+def _doubt(figures: tuple[float | None, float | None], decision: dict[str, Any] | None) -> str | None:
+    before, after = figures
+    if decision is not None and decision.get("promote") is not True:
+        return "the gate has refused it"
+    if before is None or after is None:
+        return "it cannot be compared with the champion, as a manifest has no test accuracy"
+    if after < before:
+        return f"its balanced test accuracy is {after:.1%}, below the champion's {before:.1%}"
+    return None
+
+
+def promotion_table(found: PromotionCheck) -> Table:
+    """Both in a table, a row a group."""
+    table = Table(title=cell(f"{found.release} beside the champion"), title_justify="left", box=None)
+    table.add_column("test accuracy, balanced prior")
+    for name in (f"champion {found.champion}", "release", "difference"):
+        table.add_column(cell(name), justify="right")
+    for group, (before, after) in found.figures.items():
+        shown = ["unknown" if value is None else f"{value:.1%}" for value in (before, after)]
+        points = "" if before is None or after is None else f"{100 * (after - before):+.1f} points"
+        table.add_row(group, *shown, points)
+    return table
