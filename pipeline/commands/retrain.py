@@ -24,9 +24,9 @@ def retrain(
 ) -> int:
     """Ingest new data, retrain, and promote if the gate passes.
 
-    What has not changed is not trained again. One run of the flow, here and now; Prefect's server is started for it unless one is there. Run it again after it was
-    killed: it finishes what it began. The status is 0 where the run came to its end, be that promoted, refused, or
-    nothing to do, and 1 where it failed or another run was under way.
+    What has not changed is not trained again. One run of the flow, here and now; Prefect's server is started for it
+    unless one is there. Run it again after it was killed: it finishes what it began. The status is 0 where the run came
+    to its end, be that promoted, refused, or nothing to do, and 1 where it failed or another run was under way.
     """
     from pipeline.flows.trigger import run_once
 
