@@ -10,6 +10,7 @@ import yaml
 from models.sample_size import from_json, warnings_of
 from pipeline.params import Params
 from pipeline.prior import Prior
+from serving.terminal import counted
 
 # Of the metadata: our name → the field's.
 METRICS = {"balanced_accuracy": "balanced_accuracy", "all": "accuracy", "ece": "expected_calibration_error"}
@@ -76,8 +77,9 @@ def model_facts(params: Params, prior: Prior) -> list[tuple[str, str]]:
         ("Network", f"{student.backbone} with a cosine classifier of {len(prior.classes):,} classes"),
         (
             "Training",
-            f"{student.epochs} epochs with the GML loss (ICML 2023, Mutual Information Maximization between Latent "
-            f"Features and Ground-Truth Labels), distilled from a {teacher.backbone} teacher of {teacher.epochs} epochs",
+            f"{counted(student.epochs, 'epoch')} with the GML loss (ICML 2023, Mutual Information Maximization between Latent "
+            f"Features and Ground-Truth Labels), distilled from a {teacher.backbone} teacher of "
+            f"{counted(teacher.epochs, 'epoch')}",
         ),
         ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
         ("Output", "logits of every class; strength 0 answers for a balanced target prior, 1 for the training prior"),

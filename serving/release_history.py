@@ -82,7 +82,11 @@ def read_history(repository: Path) -> RepositoryHistory:
     for state in list_versions(repository):
         folder = repository / CLASSIFIER / str(state.version)
         mine = tuple(change for change in changes if change.version == state.version)
-        versions.append(VersionHistory(state, read_optional_json(folder / DECISION_NAME), read_optional_json(folder / STORY_NAME), mine))
+        versions.append(
+            VersionHistory(
+                state, read_optional_json(folder / DECISION_NAME), read_optional_json(folder / STORY_NAME), mine
+            )
+        )
     return RepositoryHistory(repository, versions, tuple(server.grpc_url for server in find_running(repository)))
 
 

@@ -55,8 +55,9 @@ def compare(
 ) -> None:
     """Compare run B with run A on their common test set.
 
-    Prints paired differences with intervals, in all, by group and by class. A and B are folders of runs (a project, its artifacts, or a copy of predictions.parquet and prior.json), revisions whose
-    results DVC has kept, or published versions, which answer the current test split in ONNX Runtime.
+    Prints paired differences with intervals, in all, by group and by class. A and B are folders of runs (a project, its
+    artifacts, or a copy of predictions.parquet and prior.json), revisions whose results DVC has kept, or published
+    versions, which answer the current test split in ONNX Runtime.
     """
     from pipeline.params import PARAMS_FILE, GateParams, load_params
     from pipeline.run_comparison import as_json as content

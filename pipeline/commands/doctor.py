@@ -32,7 +32,8 @@ def doctor(
 ) -> int:
     """Check everything that Tailor needs, from params to disk.
 
-    That is: versions, params, server, champion, Prefect, worker, last run, ingest, disk. Each line is ok, warning or failing, with what to do. Status 1 when something is failing.
+    That is: versions, params, server, champion, Prefect, worker, last run, ingest, disk. Each line is ok, warning or
+    failing, with what to do. Status 1 when something is failing.
     """
     from pipeline.doctor import Limits, examine
 

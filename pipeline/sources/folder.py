@@ -145,7 +145,7 @@ def _check_levels(folder: Path, listed: ClassFiles, root: Path) -> list[str]:
             steps.append(f"name the folder of the training images train{f' ({_names(others)}?)' if others else ''}")
         raise DataError(
             f"{root}: {_names([path.name for path in splits])} would be read as classes, but hold folders of images "
-            f"({_names(inner[splits[0]])}) and no train/ is beside; for splits of your own {', '.join(steps)}; otherwise "
+            f"({_names(inner[splits[0]])}) and no train/ is beside; for splits of your own, {', '.join(steps)}; otherwise "
             f"move the class folders up into {root}"
         )
     if len(listed) < 2:

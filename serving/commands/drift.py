@@ -82,8 +82,8 @@ def drift(
 ) -> None:
     """Estimate the class prior of live images, without labels.
 
-    It is compared with training. Holds where the classes look as in training and only their shares changed. The distance is the total variation: the
-    share of images whose class would have to change.
+    It is compared with training. Holds where the classes look as in training and only their shares changed. The
+    distance is the total variation: the share of images whose class would have to change.
     """
     for option, threshold in (("--fail-above", fail_above), ("--retrain-above", retrain_above)):
         if threshold is not None and not 0 <= threshold < 1:

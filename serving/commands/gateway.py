@@ -60,7 +60,8 @@ def gateway(
 ) -> None:
     """Run nginx in front of a Triton server until SIGTERM.
 
-    It bounds size, time and connections. Prints one line `ready http://... grpc://...`. Only health, metadata, configuration and inference pass.
+    It bounds size, time and connections. Prints one line `ready http://... grpc://...`. Only health, metadata,
+    configuration and inference pass.
     """
     wanted = read_gateway(
         host=host,

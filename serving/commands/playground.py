@@ -33,8 +33,8 @@ def playground(
 ) -> None:
     """Open a page that compares priors on images of your own.
 
-    It uses a running server. Needs Gradio (pip install 'tailor[playground]'). The page is for this machine alone and sends images nowhere but to
-    the server. Ends with Ctrl-C.
+    It uses a running server. Needs Gradio (pip install 'tailor[playground]'). The page is for this machine alone and
+    sends images nowhere but to the server. Ends with Ctrl-C.
     """
     # Read at Gradio's import: no telemetry, no look for a newer version, and no more than one page's files kept.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -65,8 +65,9 @@ def repository(
 ) -> None:
     """Write the Triton model repository of an export.
 
-    One tree serves `tailor serve` and NVIDIA's container. The container takes the onnxruntime backend from config.pbtxt; the local server runs the same model.onnx in Python.
-    To add a release to a repository, use `tailor promote`.
+    One tree serves `tailor serve` and NVIDIA's container. The container takes the onnxruntime backend from
+    config.pbtxt; the local server runs the same model.onnx in Python. To add a release to a repository, use `tailor
+    promote`.
     """
     placement = Placement(device.value, _numbers(gpus), instances, tensorrt.value if tensorrt else None, own_network)
     if not replace:

@@ -10,9 +10,12 @@ from test_data_check import command, report
 
 from pipeline.errors import DataError, DataProblems
 from pipeline.first_params import look
+from pipeline.long_tail import show_long_tail
 from pipeline.sources import open_source
 from pipeline.split import run as run_split
 from pipeline.stage import stage_main
+from pipeline.training_run import Result
+from serving.terminal import Console
 
 
 def error_of(root: Path) -> str:
@@ -86,10 +89,10 @@ def test_what_is_never_an_image_is_passed_over_and_counted(
     [
         ({"photos/ant": 3, "photos/bee": 3, "test/ant": 1, "test/bee": 1},
          "test would be read as classes, but hold folders of images (ant, bee) and no train/ is beside; for splits of "
-         "your own name the folder of the training images train (photos?); otherwise move the class folders up into"),
+         "your own, name the folder of the training images train (photos?); otherwise move the class folders up into"),
         ({"Training/ant": 3, "Training/bee": 3, "Testing/ant": 1},
          "Testing, Training would be read as classes, but hold folders of images (ant) and no train/ is beside; for "
-         "splits of your own rename Testing to test, rename Training to train; otherwise"),
+         "splits of your own, rename Testing to test, rename Training to train; otherwise"),
         ({"val/ant": 3, "val/bee": 3, "test/ant": 1}, "val would be read as classes"),
         ({"ant": 3, "bee": 3, "test/ant": 1, "test/bee": 1}, "test would be read as classes"),
         ({"train/ant": 3, "train/bee": 3, "testing/ant": 1},
@@ -127,3 +130,20 @@ def test_a_right_folder_has_no_remarks_and_a_class_may_have_one_inner_folder(tmp
 
 def test_more_than_one_problem_is_still_an_error_of_data(tmp_path: Path) -> None:
     assert issubclass(DataProblems, DataError) and DataProblems(tmp_path, []).exit_code == 1
+
+
+def test_the_long_tail_has_class_names_and_its_scale_in_80_columns() -> None:
+    console = Console(width=80, record=True)
+    classes = ["ant", "bee [x]", "a name of a class that is longer than its column"]
+    console.print(show_long_tail([5, 1280, 30], classes))
+    lines = console.export_text().splitlines()
+    assert "log scale, full length 1,280 images" in lines[0]
+    assert [line.split("  ")[0] for line in lines[1:]] == ["bee [x]", "a name of a class that …", "ant"]
+    assert all(len(line) <= 80 for line in lines)
+    console.print(show_long_tail(list(range(100, 0, -1)), [f"c{number}" for number in range(100)]))
+    assert "c0 … c4" in console.export_text()
+
+
+def test_one_epoch_is_not_one_epochs(tmp_path: Path) -> None:
+    assert str(Result({"epoch": 1, "loss": 0.5}, tmp_path)).startswith("1 epoch, loss")
+    assert str(Result({"epoch": 2, "loss": 0.5}, tmp_path)).startswith("2 epochs, loss")

@@ -51,7 +51,7 @@ def test_a_stage_that_succeeds_says_its_summary(recipe, capsys):
             1,
             "artifacts/x: No space left on device",
         ),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command runs it again"),
     ],
 )
 def test_a_stage_that_fails_says_one_line_and_its_exit_code(recipe, capsys, error, code, said):

@@ -33,7 +33,16 @@ def address(url: str) -> str:
 
 @pytest.mark.end_to_end
 def test_log_is_printed_on_standard_error_with_verbose(repository: Path) -> None:
-    command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), *ANY_PORT, "--verbose"]
+    command = [
+        sys.executable,
+        "-m",
+        "serving.commands",
+        "serve",
+        "--repository",
+        str(repository),
+        *ANY_PORT,
+        "--verbose",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("ready")
         process.send_signal(signal.SIGTERM)
