@@ -23,7 +23,7 @@ Recipes = Annotated[
 
 @app.command(epilog="Example: tailor new trees, then put a folder of images per class into trees/data/source")
 def new(folder: Folder, recipe: Recipes = None, debug: Debug = False) -> int:  # noqa: ARG001
-    """Create a project: params.yaml, dvc.yaml and .gitignore, with git and DVC set up.
+    """Create a project of your own, with git and DVC.
 
     Its stages run from the installed package, so that several projects share one environment. The default recipe trains on
     scanned digits that come with Tailor; `tailor init` writes the recipe for your own images.
