@@ -174,7 +174,7 @@ def test_command_writes_the_configuration_for_an_nginx_elsewhere(
     source = Path(gateway_process.__file__).with_name("gateway_lua") / "http.lua"
     assert (written.parent / "http.lua").read_text() == source.read_text()
     assert "server server:8000 " in written.read_text()
-    assert "pid /tmp/nginx.pid;" in written.read_text()
+    assert 'pid "/tmp/nginx.pid";' in written.read_text()
 
 
 @pytest.mark.slow
