@@ -200,7 +200,9 @@ def test_misuse_is_one_line_and_status_2(tailor: Tailor, arguments: list[str], m
 
 def test_serve_without_a_repository_says_how_to_get_one(tailor: Tailor) -> None:
     ended = tailor("serve", "--http-port", 0, "--grpc-port", 0, "--metrics-port", 0)
-    assert_one_line(ended, 1, "artifacts/repository: holds no student/config.pbtxt, nothing has been promoted yet; run `dvc repro`")
+    assert_one_line(
+        ended, 1, "artifacts/repository: holds no student/config.pbtxt, nothing has been promoted yet; run `dvc repro`"
+    )
 
 
 def test_serve_on_a_port_in_use_names_port_and_option(tailor: Tailor, repository: Path) -> None:
