@@ -211,7 +211,7 @@ class ImageStream:
         return pixels
 
     def empty(self, count: int, views: int | None = None) -> Tensor:
-        """Room for a batch, of so many views of each image where they are given; pinned where it goes on to a GPU."""
+        """An empty batch tensor, with `views` images for each row if given; in pinned memory if the device is a GPU."""
         size = self._image.size
         # A tensor made in inference mode, as evaluation asks for, cannot be filled by a thread that is not in it.
         with torch.inference_mode(False):

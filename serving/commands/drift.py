@@ -176,7 +176,7 @@ def _check_enough(logged: LoggedLogits, log: Path, manifest: Manifest, wanted: i
 def _calibration(
     given: Path | None, manifest: Manifest, write: bool
 ) -> tuple[Calibration | None, dict[str, Any] | None]:
-    """The calibration to use and what is told of it; none where evaluation's own file is not of this release.
+    """The calibration, and the facts that are printed about it; None if the evaluation file is of another release.
 
     write: whether a live prior shall be written. Raises ServingError then for a calibration of too few test images.
     """
