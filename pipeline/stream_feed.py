@@ -22,7 +22,7 @@ class Decoding(Protocol):
     """What a feed asks of an `ImageStream`."""
 
     def empty(self, count: int, *views: int) -> Tensor:
-        """Room for a batch, of so many views of each image where they are given."""
+        """An empty batch, with `views` images for each row if given."""
         ...
 
     def decode(self, places: Sequence[int], out: Tensor, *draws: Draws) -> list[Left]:
