@@ -81,7 +81,7 @@ class Training:
                 done = self._at.epoch * steps + self._at.step
                 bar = progress.add_task(self.name, total=total, completed=done, rate="")
                 if done:
-                    self._say(progress, f"goes on at step {done + 1} of {total}")
+                    self._say(progress, f"resumes at step {done + 1} of {total}")
                 self._take_step = self._captured(progress)
                 try:
                     while self._at.epoch < self.params.epochs:

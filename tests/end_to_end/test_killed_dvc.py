@@ -85,7 +85,7 @@ def test_training_ends_when_dvc_is_killed_and_the_next_repro_resumes_it(
             stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         try:
-            wait_until(lambda: "teacher  goes on at step" in after.read_text(), 300, after)
+            wait_until(lambda: "teacher  resumes at step" in after.read_text(), 300, after)
             assert len(stages_of(project.root)) == 1
         finally:
             os.killpg(second.pid, signal.SIGKILL)

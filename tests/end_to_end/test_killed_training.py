@@ -60,7 +60,7 @@ def killed_at_random(project: Project, stages: tuple[str, ...], calm: Project) -
         kills = sum(kill_stage(project, stage, draw.uniform(0.0, 0.8)) for _ in range(KILLS))
         assert kills == KILLS, f"{stage} finished between the kills; give it more epochs"
         done = project.run("dvc", "repro", stage)
-        assert f"{stage}  goes on at step" in done.stdout
+        assert f"{stage}  resumes at step" in done.stdout
         weights = f"artifacts/{stage}/model.safetensors"
         assert (project.root / weights).read_bytes() == (calm.root / weights).read_bytes()
     assert not list((project.root / "artifacts").glob(".*.unfinished"))

@@ -81,7 +81,7 @@ def test_a_run_goes_on_rather_than_starting_again(tmp_path, capsys):
     folder = RunFolder(tmp_path / "unfinished", "run")
     cut_off(made_training(run_folder=folder, checkpoint_seconds=0.0), after=7)
     made_training(run_folder=folder).run(made_images(40), made_images(9))
-    assert "teacher  goes on at step 8 of 10" in capsys.readouterr().out
+    assert "teacher  resumes at step 8 of 10" in capsys.readouterr().out
 
 
 def test_only_the_last_two_checkpoints_are_kept(tmp_path):

@@ -94,7 +94,7 @@ def test_an_interrupted_run_resumes_under_the_same_prior_alone(made, monkeypatch
         pipeline.teacher.run(recipe)
     pipeline.prior.run(made(teacher={"prior.weighting": weighting, "prior.beta": 0.9}))
     pipeline.teacher.run(recipe)
-    assert ("goes on at step" in capsys.readouterr().out) is resumes
+    assert ("resumes at step" in capsys.readouterr().out) is resumes
 
 
 def test_a_student_starts_with_weights_and_an_order_of_images_that_are_not_its_teachers(made):
