@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from models.sample_size import sample_sizes, warnings_of
 from pipeline import teacher
 from pipeline.artifacts import PRIOR, SPLIT, STUDENT
 from pipeline.comparison import Answers, Measure, compare
@@ -65,6 +66,9 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
     console = Console()
     console.print(gain_table(measures, answered[PLAIN], params.gate.confidence))
     console.print(limits(params, prior, len(test)), highlight=False)
+    tested = np.bincount(test.labels.numpy(), minlength=len(prior.classes))
+    for line in warnings_of(sample_sizes(tested, prior.groups)):
+        console.print(f"warning: {line}", highlight=False)
     return Result(len(test), output)
 
 

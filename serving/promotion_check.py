@@ -14,12 +14,14 @@ from serving.release import find_releases, published_versions, read_release
 from serving.release_history import DECISION_NAME, read_optional_json, said
 from serving.terminal import cell
 
-GROUPS = ("all", "many", "medium", "few")  # test accuracies for the balanced prior, as `evaluate` wrote them
+# Test accuracies for the balanced prior in a manifest, each a mean over classes → how the table names it.
+FIGURES = {"balanced_accuracy": "all classes", "many": "many", "medium": "medium", "few": "few"}
+DECIDING = ("balanced_accuracy", "few")  # a release is worse where one of these is lower
 
 
 @dataclass(frozen=True)
 class PromotionCheck:
-    """What is known of a release and the champion. figures: group → (champion's, release's), None where it is unknown.
+    """A release and the champion. figures: name of FIGURES → (champion's, release's), None where a manifest has none.
 
     decision: the gate's, in a line; empty where there was none. doubt: why the promotion needs a confirmation, else None.
     """
@@ -47,9 +49,9 @@ def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | N
         manifest = read_manifest(release)
     if manifest.files == champion.manifest.files:
         return None
-    figures = {name: (_figure(champion.manifest, name), _figure(manifest, name)) for name in GROUPS}
+    figures = {name: (_figure(champion.manifest, name), _figure(manifest, name)) for name in FIGURES}
     name = f"version {release}" if isinstance(release, int) else str(release)
-    return PromotionCheck(champion.version, name, figures, said(decision), _doubt(figures["all"], decision))
+    return PromotionCheck(champion.version, name, figures, said(decision), _doubt(figures, decision))
 
 
 def _figure(manifest: Manifest, name: str) -> float | None:
@@ -58,14 +60,15 @@ def _figure(manifest: Manifest, name: str) -> float | None:
     return value if isinstance(value, float) else None
 
 
-def _doubt(figures: tuple[float | None, float | None], decision: dict[str, Any] | None) -> str | None:
-    before, after = figures
+def _doubt(figures: dict[str, tuple[float | None, float | None]], decision: dict[str, Any] | None) -> str | None:
     if decision is not None and decision.get("promote") is not True:
-        return "the gate has refused it"
-    if before is None or after is None:
+        return "the gate did not decide on it" if decision.get("undecided") is True else "the gate has refused it"
+    if None in figures["balanced_accuracy"]:
         return "it cannot be compared with the champion, as a manifest has no test accuracy"
-    if after < before:
-        return f"its balanced test accuracy is {after:.1%}, below the champion's {before:.1%}"
+    for name in DECIDING:
+        before, after = figures[name]
+        if before is not None and after is not None and after < before:
+            return f"its test accuracy of {FIGURES[name]} is {after:.1%}, below the champion's {before:.1%}"
     return None
 
 
@@ -75,8 +78,8 @@ def promotion_table(found: PromotionCheck) -> Table:
     table.add_column("test accuracy, balanced prior")
     for name in (f"champion {found.champion}", "release", "difference"):
         table.add_column(cell(name), justify="right")
-    for group, (before, after) in found.figures.items():
+    for name, (before, after) in found.figures.items():
         shown = ["unknown" if value is None else f"{value:.1%}" for value in (before, after)]
         points = "" if before is None or after is None else f"{100 * (after - before):+.1f} points"
-        table.add_row(group, *shown, points)
+        table.add_row(FIGURES[name], *shown, points)
     return table

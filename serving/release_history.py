@@ -126,7 +126,8 @@ def said(decision: dict[str, Any] | None) -> str:
         return ""
     reasons = decision.get("reasons")
     why = "; ".join(map(str, reasons)) if isinstance(reasons, list) else ""
-    return f"{'promote' if decision.get('promote') is True else 'refuse'}: {why}"
+    verdict = "promote" if decision.get("promote") is True else "refuse"
+    return f"{'not decided' if decision.get('undecided') is True else verdict}: {why}"
 
 
 def utc(seconds: float) -> str:

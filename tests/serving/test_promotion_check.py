@@ -15,6 +15,7 @@ from serving.commands import main
 from serving.manifest import MANIFEST_NAME
 from serving.model_config import CLASSIFIER
 from serving.promotion import list_versions
+from serving.promotion_check import FIGURES
 from serving.repository import publish, write_repository
 
 
@@ -26,11 +27,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def export(folder: Path, version: int, accuracy: float | None) -> Path:
-    """An export whose manifest has a balanced test accuracy, or none."""
+def export(folder: Path, version: int, accuracy: float | None, **others: float) -> Path:
+    """An export whose manifest has test accuracies for the balanced prior, all of them `accuracy` but for others; or none."""
     write_export(folder, version)
     path = folder / MANIFEST_NAME
-    figures = {} if accuracy is None else {"balanced": dict.fromkeys(("all", "many", "medium", "few"), accuracy)}
+    figures = {} if accuracy is None else {"balanced": dict.fromkeys(FIGURES, accuracy) | others}
     path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": figures}))
     return folder
 
@@ -55,7 +56,7 @@ def champion(root: Path) -> int:
 @pytest.mark.parametrize(
     ("accuracy", "doubt"),
     [
-        (0.458, "its balanced test accuracy is 45.8%, below the champion's 50.0%"),
+        (0.458, "its test accuracy of all classes is 45.8%, below the champion's 50.0%"),
         (None, "it cannot be compared with the champion, as a manifest has no test accuracy"),
     ],
 )
@@ -76,7 +77,16 @@ def test_a_better_release_is_promoted_at_once_and_shown_beside_the_champion(
 ) -> None:
     assert promote(root, export(tmp_path / "second", 2, 0.55)) == 0
     (row,) = [line.split() for line in capsys.readouterr().err.splitlines() if line.startswith(("all", " all"))]
-    assert row == ["all", "50.0%", "55.0%", "+5.0", "points"] and champion(root) == 2
+    assert row == ["all", "classes", "50.0%", "55.0%", "+5.0", "points"] and champion(root) == 2
+
+
+def test_a_release_that_is_better_on_average_and_worse_for_few_shot_classes_needs_force(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert promote(root, export(tmp_path / "second", 2, 0.6, few=0.4)) == 1
+    assert "its test accuracy of few is 40.0%, below the champion's 50.0%" in capsys.readouterr().err
+    # More test images of one class count no more than those of another.
+    assert promote(root, export(tmp_path / "third", 3, 0.6, all=0.3)) == 0
 
 
 @pytest.mark.parametrize(("answer", "status", "after"), [("y\n", 0, 2), ("n\n", 1, 1), ("\n", 1, 1)])
@@ -98,6 +108,17 @@ def test_a_published_version_that_the_gate_refused_needs_force(
     printed = capsys.readouterr().err
     assert "the gate: refuse: few 0.9 → 0.1" in printed and "the gate has refused it; give --force" in printed
     assert promote(root, 2, "--force") == 0 and champion(root) == 2
+
+
+def test_a_published_version_that_the_gate_did_not_decide_on_needs_force(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(export(tmp_path / "second", 2, 0.9), root)
+    decision = {"promote": False, "undecided": True, "reasons": ["few: 8 test images"]}
+    (root / CLASSIFIER / "2" / "decision.json").write_text(json.dumps(decision))
+    assert promote(root, 2) == 1
+    printed = capsys.readouterr().err
+    assert "the gate: not decided: few: 8 test images" in printed and "the gate did not decide on it; give" in printed
 
 
 def test_the_champion_again_asks_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
