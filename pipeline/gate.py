@@ -52,7 +52,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Decision:
-    """Content of decision.json. computed is False when the gate could not be computed; reasons then says why.
+    """Content of decision.json. computed is False when the gate could not be computed; reasons then holds the cause.
 
     undecided: the test images are too few for a rule, and no other rule refuses; promote is then False.
     """

@@ -54,7 +54,7 @@ ALLOWANCE = 0.1  # of the card, for what is not counted
 class Account:
     """Bytes: at the step's fullest moment (peak) by kind, and the most of each kind.
 
-    images: the training split as bytes; with originals at most so many, in the host's memory instead of the device's.
+    images: bytes of the training split; with originals the most that they take, in the host's memory instead of the device's.
     """
 
     peak: int

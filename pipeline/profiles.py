@@ -39,7 +39,7 @@ def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> 
 
 
 def test_size(images: int, per_class: int, share: float | None) -> int:
-    """Test images held out of a class of so many: per_class, or its `share`, at least one and at most per_class.
+    """Number of test images held out of a class of `images`: per_class, or its `share`, at least one and at most per_class.
 
     One image at least stays for training where there is a share; without one the caller refuses a class of per_class or less.
     """

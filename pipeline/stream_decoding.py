@@ -58,7 +58,7 @@ def enough_pixels(image: ImageParams, crop_scale: list[float]) -> float:
 def original(data: bytes, most: float) -> Tensor:
     """uint8 [3,H,W] of the whole image, upright, its channels together. Raises ImageError.
 
-    An image of more than `most` pixels is reduced to so many, by half and quarter while a JPEG is decoded and by a Lanczos
+    An image of more than `most` pixels is reduced to `most`, by half and quarter while a JPEG is decoded and by a Lanczos
     filter, as a bilinear one takes a tenth of the gradients' energy off the crops (tests/pipeline/test_original_crops.py).
     """
     with opened(data) as picture:
@@ -152,7 +152,7 @@ def evaluation_view(pixels: Tensor, image: ImageParams) -> Tensor:
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    kind = torch.float32 if pixels.is_cuda else torch.uint8  # CUDA's interpolation knows no uint8
+    kind = torch.float32 if pixels.is_cuda else torch.uint8  # CUDA's interpolation does not support uint8
     # A batch of one whose strides say that its channels lie together, which is quickest; pixels[None] would not say it.
     batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2).to(kind)
     pixels = F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]

@@ -59,7 +59,7 @@ def run(repository: Path, samples: Path) -> int:
 def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> str:
     """What the table can show and what it cannot."""
     if not any(differing):
-        return "here it moves the probabilities alone: this student is sure of these images, or knows too little yet"
+        return "here it moves the probabilities alone: this student is sure of these images, or has learned too little"
     changed = [place for place, differs in enumerate(differing) if differs]
     right = {
         prior: sum(found[place].classes[0] == images[place].label for place in changed)

@@ -78,7 +78,7 @@ def apply_views(images: Tensor, draws: Draws, params: AugmentParams) -> Tensor:
 
 
 def cuts_originals(views: int, params: AugmentParams) -> bool:
-    """Whether any of so many views is a resized crop, which is cut from the whole image."""
+    """Whether any of a number of views is a resized crop, which is cut from the whole image."""
     return any(plan_of(policy, params).resized for policy, _ in _runs(views, params))
 
 

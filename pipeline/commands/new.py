@@ -37,7 +37,7 @@ def new(folder: Folder, recipe: Recipes = None, debug: Debug = False) -> int:  #
         text, _ = apply_recipe(recipe, folder / "params.yaml")
         write_file(folder / "params.yaml", text)
     print(f"→ {folder}; next:")
-    first = "dvc repro" if recipe else "tailor init data/source, once a folder of images per class lies there"
+    first = "dvc repro" if recipe else "tailor init data/source, once it holds a folder of images per class"
     for line in [f"cd {folder}", *steps, first, "git add . && git commit -m 'a project'"]:
         print(f"  {line}")
     return 0

@@ -16,7 +16,7 @@ local WEIGHTS = { png = { 1, 0.4 }, webp = { 1, 1.8 }, jpeg = { 0.5, 0.4 }, prog
 -- A JPEG marker that has a segment, or the end of the image: no stuffed byte, restart or fill byte.
 local MARKER = "\255[^%z\1\208-\216\255]"
 local SEARCHED = 4096 -- bytes
--- What stands before an image given as base64 text, which the classifier accepts (triton/asked.py), and its most bytes.
+-- The prefix of an image given as base64 text, which the classifier accepts (triton/asked.py), and its greatest length in bytes.
 local DATA_URL, LONGEST_PREFIX = "^data:image/%l+;base64,", 23
 
 -- The unsigned number in bytes first to last; the most significant byte is at `first`, which may be the higher index.
