@@ -85,7 +85,7 @@ def test_a_ray_job_of_two_workers_trains_the_network_that_torchrun_does_and_leav
     done = project.run("python", "-m", "pipeline.ray_train", "--workers", "2", "-m", "pipeline.teacher", timeout=540)
     # The stage's own words and no others.
     first, last = done.stdout.splitlines()
-    assert first.startswith("teacher  epoch 1/1  loss") and last.startswith("teacher: 1 epochs, loss")
+    assert first.startswith("teacher  epoch 1/1  loss") and last.startswith("teacher: 1 epoch, loss")
     found = trained(project)
     assert found.keys() == by_torchrun.keys()
     for name, value in by_torchrun.items():
