@@ -90,6 +90,10 @@ docs: install ## the documentation as a site in build/site/
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
+.PHONY: pages
+pages: install ## write docs/architecture.md and what else is generated from the source
+	@python docs/reference/pages.py
+
 .PHONY: hooks
 hooks: install ## check style and types before every commit
 	@pre-commit install

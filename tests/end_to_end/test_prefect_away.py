@@ -47,6 +47,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [["retrain"], ["schedule", "--cron", "0 3 * * *", "--port", "0"], ["drift", "--retrain-above", "0"]],
     ids=["retrain", "schedule", "drift"],
 )
+@pytest.mark.fault_case("prefect-unreachable")
 def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
     project: Path, arguments: list[str]
 ) -> None:

@@ -137,6 +137,7 @@ def test_dvc_exp_show_lists_the_promoted_and_the_refused_run_with_their_metrics_
 
 
 @pytest.mark.faults
+@pytest.mark.fault_case("killed-between-tasks")
 def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_finishes(project, context, server):
     before = champion_of(project)
     project.prepare("second", 2, GOOD)
@@ -159,6 +160,7 @@ def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_f
 
 
 @pytest.mark.faults
+@pytest.mark.fault_case("killed-during-swap")
 def test_runs_killed_in_the_midst_of_a_swap_leave_a_version_that_answers(project, context, server):
     before = champion_of(project)
     project.prepare("third", 3, GOOD)
@@ -202,6 +204,7 @@ def taken_back(project: Retraining, context, version: int, moment: Path) -> Outc
     return run.outcome()
 
 
+@pytest.mark.fault_case("wrong-answers")
 def test_a_version_that_answers_wrongly_once_it_is_promoted_is_taken_back_and_not_tried_again(
     project, context, server, tmp_path
 ):
@@ -221,6 +224,7 @@ def test_a_version_that_answers_wrongly_once_it_is_promoted_is_taken_back_and_no
     assert Begun(context, project.root).outcome().ending == "unchanged"
 
 
+@pytest.mark.fault_case("wrong-answers-of-older-version")
 def test_an_older_version_that_is_best_again_and_answers_wrongly_is_left_for_the_newer_one_and_kept(
     project, context, server, tmp_path
 ):
@@ -284,6 +288,7 @@ def nothing_else(_project: Retraining) -> None:
     ],
     ids=["corrupt graph", "wrong hash", "other classes", "no report", "worse on few only"],
 )
+@pytest.mark.fault_case("corrupt-release", "wrong-hash", "other-classes", "missing-evaluation-file", "worse-on-few")
 def test_a_challenger_that_is_not_fit_never_reaches_the_server(
     project, context, server, prefect, damage, seed, accuracy, ending, message
 ):
@@ -322,6 +327,7 @@ def hold_gate_in(root: str, log: str) -> None:
     gate_alone(return_state=True)
 
 
+@pytest.mark.fault_case("decision-not-written")
 def test_a_gate_whose_decision_cannot_be_written_fails_and_is_not_tried_again(project, context, prefect, tmp_path):
     made = yaml.safe_load((project.root / "params.yaml").read_text())
     made["retrain"]["retries"] = 2
@@ -337,6 +343,7 @@ def test_a_gate_whose_decision_cannot_be_written_fails_and_is_not_tried_again(pr
 
 
 @pytest.mark.faults
+@pytest.mark.fault_case("drop-being-written", "few-bad-rows", "many-bad-rows")
 def test_a_drop_that_is_still_being_written_waits_with_three_bad_rows_of_ten_it_is_taken_and_with_four_refused(
     project, context, server
 ):
@@ -368,6 +375,7 @@ def test_a_drop_that_is_still_being_written_waits_with_three_bad_rows_of_ten_it_
 
 
 @pytest.mark.faults
+@pytest.mark.fault_case("two-runs")
 def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project, context):
     project.prepare("fourth", 4, 0.9)
     project.choose("fourth")
@@ -380,6 +388,7 @@ def test_of_two_runs_at_once_one_does_the_work_and_the_other_is_refused(project,
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("model", "seed", "accuracy"), [("student", 5, 0.93), ("classifier", 6, 0.96)])
+@pytest.mark.fault_case("triton-killed-during-load")
 def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(
     project, context, server, model, seed, accuracy
 ):
@@ -412,6 +421,7 @@ def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(
 
 
 @pytest.mark.faults
+@pytest.mark.fault_case("prefect-stops")
 def test_prefects_server_stopped_in_the_midst_of_a_run_keeps_no_better_model_from_going_live(
     project, context, server, prefect
 ):
@@ -428,6 +438,7 @@ def test_prefects_server_stopped_in_the_midst_of_a_run_keeps_no_better_model_fro
 
 
 @pytest.mark.faults
+@pytest.mark.fault_case("killed-between-tasks")
 def test_a_run_with_the_settings_as_shipped_takes_its_trial_server_and_its_prefect_server_along(tmp_path):
     project = Retraining(tmp_path / "project", rehearsal=True, watch_seconds=1.0, load_seconds=60)
     with (tmp_path / "log").open("w") as log:

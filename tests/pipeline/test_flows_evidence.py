@@ -38,6 +38,7 @@ def test_a_decision_is_kept_with_what_it_rests_on():
 
 @pytest.mark.parametrize("name", ["evaluation/predictions.parquet", "prior.json", "evaluation/report.html"])
 @pytest.mark.parametrize("how", ["missing", "unreadable"])
+@pytest.mark.fault_case("missing-evaluation-file")
 def test_a_file_of_the_evaluation_that_cannot_be_had_is_a_refusal_that_names_it(name, how):
     path = Path("artifacts") / name
     path.unlink()

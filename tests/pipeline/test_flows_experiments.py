@@ -165,6 +165,7 @@ def test_a_project_in_a_folder_of_a_repository_whose_lock_git_does_not_track_yet
 
 
 @pytest.mark.usefixtures("folder")
+@pytest.mark.fault_case("no-git")
 def test_a_project_that_git_does_not_know_goes_on_and_is_told_what_to_do():
     write_project()
     said = []
@@ -207,6 +208,7 @@ def slow_git(project):
     return project / ".git/hangs"
 
 
+@pytest.mark.fault_case("killed-during-experiment-record")
 def test_a_git_that_hangs_is_ended_in_time_with_what_it_started(project, slow_git):
     with pytest.raises(ExperimentError, match=r"^git add did not end in time; try it by hand$"):
         save("retrain-1", "a message", limit=2.0)
@@ -214,6 +216,7 @@ def test_a_git_that_hangs_is_ended_in_time_with_what_it_started(project, slow_gi
     assert not (project / ".git/refs/exps").exists()
 
 
+@pytest.mark.fault_case("killed-during-experiment-record")
 def test_whoever_is_killed_in_the_midst_of_it_leaves_the_project_as_it_was(project, slow_git):
     files = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
     index = (project / ".git/index").read_bytes()

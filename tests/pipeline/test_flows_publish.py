@@ -116,6 +116,7 @@ def test_a_release_that_is_best_again_is_rolled_back_to(repository, exports, evi
     assert releases.find_champion(repository).version == 1
 
 
+@pytest.mark.fault_case("wrong-answers-of-older-version")
 def test_a_release_that_is_best_again_carries_the_new_decision_and_is_left_in_either_direction(
     repository, exports, evidence
 ):
@@ -165,6 +166,7 @@ def wrong_golden_answer(export: Path) -> None:
         (wrong_golden_answer, RepositoryError, "a golden request is answered wrongly"),
     ],
 )
+@pytest.mark.fault_case("corrupt-release", "wrong-hash", "other-classes")
 def test_a_challenger_that_is_not_fit_changes_nothing_that_is_served(
     repository, exports, evidence, tmp_path, damage, error, message
 ):
@@ -179,6 +181,7 @@ def test_a_challenger_that_is_not_fit_changes_nothing_that_is_served(
 
 
 @pytest.mark.parametrize("size", [200, 3_000])
+@pytest.mark.fault_case("disk-full-during-publish")
 def test_a_file_that_grows_too_large_is_published_not_even_half(repository, exports, evidence, size):
     """A limit on the size of a file, which fails as a full disk does: in the midst of a write."""
     before = files(repository)
@@ -194,6 +197,7 @@ def test_a_file_that_grows_too_large_is_published_not_even_half(repository, expo
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own")
+@pytest.mark.fault_case("disk-full-during-publish")
 def test_a_disk_that_fills_while_a_version_is_published_leaves_the_champion_and_room(tmp_path, exports, evidence):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -216,6 +220,7 @@ def test_a_disk_that_fills_while_a_version_is_published_leaves_the_champion_and_
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.fault_case("killed-during-publish")
 def test_what_a_killed_publish_left_is_cleared_by_the_next(repository, exports, evidence):
     releases.publish(exports / "2", repository, evidence)
     shutil.rmtree(repository / "classifier" / "2")  # killed between the two models
@@ -236,6 +241,7 @@ def test_a_folder_that_is_no_repository_is_not_written_into(tmp_path, exports, e
 
 
 @pytest.mark.end_to_end
+@pytest.mark.fault_case("wrong-answers")
 def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(
     repository, exports, evidence, monkeypatch
 ):

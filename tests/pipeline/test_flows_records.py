@@ -39,6 +39,7 @@ def test_a_refused_release_is_decided_on_again_only_against_another_champion_or_
     assert not refused.settles("a", 4, GateParams(floor=0.5))
 
 
+@pytest.mark.fault_case("rolled-back-by-operator")
 def test_what_was_promoted_once_is_not_promoted_again_by_itself_after_a_rollback():
     promoted = Decided("a", 4, gate_sha256(GATE), "promoted", 5)
     assert promoted.settles("a", 5, GATE) and promoted.settles("a", 4, GATE) and promoted.settles("a", 3, GATE)
@@ -78,6 +79,7 @@ def test_a_run_that_did_no_work_catches_nothing_up(tmp_path, ending):
     assert missed(now() - timedelta(days=1), tmp_path) is None
 
 
+@pytest.mark.fault_case("clock-set-back")
 def test_a_clock_that_was_set_back_keeps_no_scheduled_run_from_taking_place(tmp_path):
     write_run(run_of(now() + timedelta(hours=5)), tmp_path)
     assert missed(now(), tmp_path) is None

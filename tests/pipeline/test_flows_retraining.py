@@ -51,6 +51,7 @@ def other_run(tmp_path, monkeypatch):
     process.join()
 
 
+@pytest.mark.fault_case("two-runs")
 def test_a_second_run_is_refused_and_told_of_the_first_waits_for_it_or_follows_its_death(other_run):
     process = other_run
     refused = pytest.raises(Busy, match=rf"another retraining is under way \(process {process.pid}, since 20")

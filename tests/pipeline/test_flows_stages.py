@@ -106,6 +106,7 @@ def test_a_stage_that_fails_is_told_in_its_own_words_with_its_status(project, co
     assert caught.value.status == status
 
 
+@pytest.mark.fault_case("stage-hangs")
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(project):
     reproduce("split", lambda _line: None)
     project(FOREVER)
@@ -164,6 +165,7 @@ def test_a_command_on_a_leash_keeps_its_exit_status_and_ignores_a_signal_to_the_
 
 
 @pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])
+@pytest.mark.fault_case("dvc-killed")
 def test_what_a_command_started_ends_with_it_however_it_ended(end, tmp_path):
     # As where the system kills DVC alone for its memory: a second try must not train beside its stage.
     left = tmp_path / "pid"

@@ -134,6 +134,7 @@ def test_the_same_image_twice_under_one_label_is_taken_once(tmp_path):
 
 
 @pytest.mark.parametrize(("bad", "refused"), [(3, False), (4, True)])
+@pytest.mark.fault_case("few-bad-rows", "many-bad-rows")
 def test_three_bad_rows_of_ten_pass_and_four_refuse_the_drop_whole(tmp_path, bad, refused):
     params = project(tmp_path, min_good_share=0.7)
     drop_images("cat", range(10 - bad))

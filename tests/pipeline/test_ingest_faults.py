@@ -23,6 +23,7 @@ def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.fault_case("disk-full-during-ingest")
 def test_a_disk_that_fills_while_the_round_is_written_changes_nothing(tmp_path, monkeypatch):
     params = project(tmp_path, min_good_share=0.0)
     drop_images("cat", range(2))
@@ -86,6 +87,7 @@ def outcome() -> tuple:
 
 
 @pytest.mark.slow
+@pytest.mark.fault_case("killed-during-ingest")
 def test_killed_at_any_change_of_the_disk_the_next_run_ends_as_if_nothing_had_happened(tmp_path):
     root = tmp_path / "made"
     root.mkdir()

@@ -19,6 +19,7 @@ def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.fault_case("drop-being-written")
 def test_files_still_being_written_wait_and_the_settled_ones_go_ahead(tmp_path, monkeypatch):
     params = project(tmp_path, settle_seconds=60.0)
     settled = drop_images("cat", range(3))
@@ -50,6 +51,7 @@ def test_a_file_is_young_by_its_ctime_whatever_time_a_copy_gave_it(tmp_path):
     assert ingest(params).waiting == 1
 
 
+@pytest.mark.fault_case("clock-set-back")
 def test_after_a_clock_was_set_back_files_of_the_future_are_watched_instead(tmp_path, monkeypatch, capsys):
     params = project(tmp_path, settle_seconds=30.0)
     still, growing = drop_images("cat", range(2))

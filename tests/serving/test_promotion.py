@@ -192,6 +192,7 @@ def test_five_swaps_under_load_lose_no_request_and_mix_no_answers(
 
 
 @pytest.mark.end_to_end
+@pytest.mark.fault_case("server-starts-during-promotion")
 def test_server_that_starts_waits_for_a_promotion_and_serves_what_it_made(
     root: Path, exports: dict[int, Release]
 ) -> None:
@@ -214,6 +215,7 @@ def test_server_that_starts_waits_for_a_promotion_and_serves_what_it_made(
 
 
 @pytest.mark.end_to_end
+@pytest.mark.fault_case("killed-during-swap")
 def test_champion_that_a_killed_promotion_told_no_server_of_is_loaded_when_it_is_promoted_again(
     serving: TritonServer, root: Path, exports: dict[int, Release]
 ) -> None:

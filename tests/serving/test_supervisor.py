@@ -323,6 +323,7 @@ def test_stub_is_not_replaced_from_a_graph_that_was_changed(watched: Watched) ->
     assert watched.server.process_id == server
 
 
+@pytest.mark.fault_case("triton-killed-during-load")
 def test_promotions_know_all_the_time_of_a_server_that_is_being_started_again(watched: Watched) -> None:
     url = watched.server.grpc_url
     psutil.Process(watched.server.process_id).kill()
