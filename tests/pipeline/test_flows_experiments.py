@@ -217,7 +217,7 @@ def test_a_git_that_hangs_is_ended_in_time_with_what_it_started(project, slow_gi
 
 
 @pytest.mark.fault_case("killed-during-experiment-record")
-def test_whoever_is_killed_in_the_midst_of_it_leaves_the_project_as_it_was(project, slow_git):
+def test_a_run_killed_while_it_is_recorded_leaves_the_project_as_it_was(project, slow_git):
     files = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
     index = (project / ".git/index").read_bytes()
     program = "from pipeline.flows.experiments import save; save('retrain-1', 'a message')"

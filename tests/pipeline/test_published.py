@@ -58,8 +58,8 @@ def test_published_figures_agree_with_themselves():
         assert known.smallest * known.classes <= known.images["train"] <= known.largest * known.classes
 
 
-def test_the_page_on_data_sources_shows_the_figures_that_the_check_compares_with():
-    page = (ROOT / "docs/data-sources.md").read_text(encoding="utf-8")
+def test_the_page_on_published_data_shows_the_figures_that_the_check_compares_with():
+    page = (ROOT / "docs/published-data.md").read_text(encoding="utf-8")
     for name, known in published.PUBLISHED.items():
         images = [known.images.get(split) for split in ("train", "validation", "test")]
         figures = [*images, known.classes, known.largest, known.smallest, *known.groups.values()]
