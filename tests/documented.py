@@ -42,7 +42,7 @@ FOREIGN = {
     "mkdir",
 }
 WIDE = {**os.environ, "COLUMNS": "200"}
-RUN_BY_MODULE = re.compile(r"(pipeline|benchmarks|serving)\.\w+|pytest")
+RUN_BY_MODULE = re.compile(r"(pipeline|benchmarks|serving)(\.\w+)+|pytest")
 
 
 def name_of(page: Path) -> str:

@@ -1,4 +1,4 @@
-"""The pages under docs/ and the README say what is so: they build, link, and name commands and messages that exist.
+"""The pages under docs/ and the README are correct: they build, link, and name commands and messages that exist.
 
 The commands themselves are run by tests/end_to_end/test_documented_commands.py.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,15 @@ import pytest
 
 from tests.documented import FENCE, NO_COMMANDS, PAGES, ROOT, blocks, check_command, commands, name_of, spoken_of
 
+PAGES_SCRIPT = ROOT / "docs/reference/pages.py"
+LOGS = {"results", "experiments"}  # records of runs, which teach no task
+LEVELS = """
+[[tool.importlinter.contracts]]
+name = "levels of the pipeline"
+type = "layers"
+containers = ["pipeline"]
+layers = ["commands", "evaluate | (export)", "shared"]
+"""
 SPOKEN_OF = sorted({(name_of(page), command) for page in PAGES for command in spoken_of(page)})
 
 
@@ -74,16 +84,70 @@ def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path: P
         assert not loaded.search(page.read_text(encoding="utf-8")), page
 
 
-def test_each_failure_of_a_retraining_names_tests_that_there_are():
-    page = (ROOT / "docs/retraining.md").read_text(encoding="utf-8").partition("## What happens when")[2]
-    rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
-    there = " ".join(name for path in (ROOT / "tests").rglob("test_*.py") for name in _tests_of(path))
-    assert len(rows) > 20
-    for what, *_, shown in rows:
-        named = re.findall(r"`(\w+)(\[[^`]*\])?`", shown)
-        missing = [name for name, _ in named if name not in there]
-        assert missing == [] and (named or "the same tests" in shown), f"{what}: {missing}"
+def test_each_fault_of_a_retraining_is_shown_by_a_test_and_each_marked_test_shows_a_fault_of_the_page():
+    page = (ROOT / "docs/retraining-faults.md").read_text(encoding="utf-8")
+    faults = re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
+    assert len(faults) == len(set(faults)) > 20
+    assert sorted(re.findall(r"^- \*\*([\w-]+)\*\*:", page, re.MULTILINE)) == sorted(faults)
 
 
-def _tests_of(path: Path) -> list[str]:
-    return re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+def test_the_generated_pages_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, PAGES_SCRIPT, "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_module_without_a_line_a_renamed_test_and_new_levels_make_the_generated_pages_stale(tmp_path: Path) -> None:
+    for room in ("models", "pipeline", "serving", "tailor", "docs"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__", "recipes"))
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pyproject.toml").write_text(LEVELS, encoding="utf-8")
+    check = [sys.executable, tmp_path / "docs/reference/pages.py"]
+    test = tmp_path / "tests/test_faults.py"
+    test.write_text('@pytest.mark.fault_case("stage-hangs")\ndef test_one(): pass\n', encoding="utf-8")
+    subprocess.run(check, check=True)
+    architecture = (tmp_path / "docs/architecture.md").read_text(encoding="utf-8")
+    assert 'level0["commands"]' in architecture and 'level1["evaluate, export"]' in architecture
+    assert "level1 --> level2" in architecture and 'level2["shared"]' in architecture
+    changes = {
+        "modules-models.md": (tmp_path / "models/new.py", '"""A new module."""\n'),
+        "retraining-faults.md": (test, '@pytest.mark.fault_case("stage-hangs")\ndef test_two(): pass\n'),
+        "architecture.md": (tmp_path / "pyproject.toml", LEVELS.replace("shared", "common")),
+    }
+    for page, (path, text) in changes.items():
+        path.write_text(text, encoding="utf-8")
+        done = subprocess.run([*check, "--check"], capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and page in done.stderr
+        subprocess.run(check, check=True)
+        assert subprocess.run([*check, "--check"], check=False).returncode == 0
+
+
+def test_the_readme_and_the_pages_are_short_and_the_first_page_lists_all_of_them() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.encode()) <= 8192 and readme.count("\n") <= 130
+    assert (ROOT / "docs/images/long_tail.png").stat().st_size < 60_000
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert text.count("\n") <= 200, page.name
+        assert page.name == "index.md" or f"]({page.name})" in index, page.name
+        assert page.stem in LOGS or "After this page you " in text.partition("\n## ")[0], page.name
+
+
+@pytest.mark.skipif(not (ROOT / "pipeline/data").is_dir(), reason="the modules are not in packages yet")
+def test_the_readme_has_every_package_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Packages")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`((?:models|pipeline|serving|tailor)/[\w/]*)`", readme))
+    folders = {
+        path.parent
+        for room in ("models", "pipeline", "serving", "tailor")
+        for path in (ROOT / room).rglob("__init__.py")
+    }
+    assert named == {f"{folder.relative_to(ROOT).as_posix()}/" for folder in folders}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.name.startswith("modules-")], ids=name_of)
+def test_a_page_is_in_plain_words(page: Path) -> None:
+    words = "anew|whoever|nobody|somebody|goes on|went on|to the bit|is told"
+    assert re.findall(rf"\b({words})\b", page.read_text(encoding="utf-8"), re.IGNORECASE) == []

@@ -1,8 +1,7 @@
-"""What describes the project's files says what is there: the README's tree, the deps of dvc.yaml, the installed packages."""
+"""What describes the project's files agrees with them: the deps of dvc.yaml, a new project's files, the installed packages."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -57,38 +56,6 @@ STUDENT_ALONE = {
     "models.queues",
     "models.student_objective",
 }
-
-
-def files_of_the_tree() -> list[str]:
-    """Paths of the README's tree, folders with a slash at the end."""
-    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2].split("```")[1]
-    paths, folders = [], []
-    for line in block.splitlines()[1:]:
-        indent, name, gloss = re.fullmatch(r"( *)(\S+)  +(\S.*)", line).groups()
-        del folders[len(indent) // 2 :]
-        paths.append("".join([*folders, name]))
-        folders.append(name)
-        assert gloss
-    return paths
-
-
-def files_of_the_rooms() -> list[str]:
-    """Every module and template, and every folder of them."""
-    found = []
-    for room in ROOMS:
-        for path in (ROOT / room).rglob("*"):
-            name = path.relative_to(ROOT).as_posix()
-            if path.is_dir() and path.name != "__pycache__":
-                found.append(f"{name}/")
-            elif path.suffix in (".py", ".jinja") and path.name != "__init__.py":
-                found.append(name)
-    return [f"{room}/" for room in ROOMS] + found
-
-
-def test_the_readmes_tree_has_one_line_for_every_file_of_the_rooms_and_none_for_what_is_not_there():
-    tree = files_of_the_tree()
-    assert [path for path in tree if not (ROOT / path).exists()] == []
-    assert sorted(path for path in tree if path.startswith(ROOMS)) == sorted(files_of_the_rooms())
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,8 @@ SIZES = {"cat": 60, "dog": 40, "oak": 28, "elm": 20, "ant": 15, "bee": 12, "cow"
 QUICK = {part: {**SHORT[part], "epochs": 2} for part in ("teacher", "student")}
 OWN = ["docs/own-images.md", "docs/target-prior.md", "docs/drift.md", "README.md", "docs/data-sources.md",
        "docs/serving.md", "docs/new-images.md"]  # fmt: skip
-FOLLOWED = ["docs/index.md", *OWN, "docs/retraining.md", "docs/paper.md", "recipes/README.md", "CONTRIBUTING.md"]
+RETRAINING = ["docs/retraining.md", "docs/retraining-schedule.md", "docs/retraining-faults.md"]
+FOLLOWED = ["docs/index.md", *OWN, *RETRAINING, "docs/paper.md", "recipes/README.md", "CONTRIBUTING.md"]
 
 # (page, beginning of the command) → the page on which the same command is typed in the same project.
 REFER = {
@@ -52,11 +53,10 @@ REFER = {
     ("README.md", "tailor init"): "docs/own-images.md",
     ("README.md", "tailor data check"): "docs/own-images.md",
     ("README.md", "dvc repro"): "docs/own-images.md",
-    ("README.md", "tailor playground"): "docs/serving.md",
+    ("docs/published-data.md", "tailor data check"): "docs/data-sources.md",
 }
 LONG = {
-    ("README.md", "tailor loadtest"): "load for two and for ten minutes",
-    ("docs/serving.md", "tailor loadtest"): "load for two minutes",
+    ("docs/serving.md", "tailor loadtest"): "load for two and for ten minutes",
     ("docs/new-images.md", "dvc repro"): "trains once more",
     ("docs/retraining.md", "make retrain-demo"): "three minutes of a processor",
     ("docs/many-machines.md", "python -m pipeline.ray_train student --workers 2"): "a Ray cluster of its own",
@@ -250,6 +250,8 @@ def test_the_readme(own: Project) -> None:
     (answer,) = json.loads(printed["tailor predict cat.jpg --prior 0.5 --json"])
     assert len(answer["predictions"]) == 5
     assert_two_answers("README.md", printed)
+    (answer,) = (json.loads(text) for command, text in printed.items() if command.startswith("curl"))
+    assert {output["name"] for output in answer["outputs"]} == {"class", "index", "probability"}
 
 
 def assert_two_answers(page: str, printed: dict[str, str]) -> None:
@@ -346,7 +348,7 @@ def test_the_first_page_and_the_demo(digits: Project) -> None:
 
 
 @pytest.mark.xdist_group("retraining page")
-def test_the_page_on_retraining(tmp_path: Path) -> None:
+def test_the_pages_on_retraining(tmp_path: Path) -> None:
     project = Retraining(tmp_path / "project")
     project.prepare("old", 1, 0.6)
     project.prepare("new", 2, 0.9)
@@ -354,12 +356,15 @@ def test_the_page_on_retraining(tmp_path: Path) -> None:
     for name, target in (("evaluate/predictions.parquet", "predictions.parquet"), ("prior", "prior.json")):
         shutil.copy(project.root / "prepared/old" / name, project.repository / "classifier/1" / target)
     project.choose("new")
-    printed = follow("docs/retraining.md", Reader(project))
+    printed = {}
+    for page in RETRAINING:
+        printed |= follow(page, Reader(project))
     (retrained,) = (text for command, text in printed.items() if command.startswith("tailor retrain"))
     assert "promoted" in retrained
     for command in ("dvc exp show", "dvc exp list --all-commits"):
         assert re.search(r"retrain-\d{8}-\d{6}-promoted-2", printed[command])
     assert "version 1 answers instead of 2" in printed["tailor rollback"]
+    assert "refused" not in printed["tailor history"] and "Prefect" in printed["tailor doctor"]
 
 
 @pytest.mark.parametrize("page", ["docs/paper.md", "recipes/README.md"])
@@ -388,7 +393,7 @@ class TestWhatTakesLong:
         reader = Reader(own, LESS_LOAD)
         try:
             reader.type("tailor serve")
-            for command in typed_of("README.md", "tailor loadtest") + typed_of("docs/serving.md", "tailor loadtest"):
+            for command in typed_of("docs/serving.md", "tailor loadtest"):
                 # On a busy machine a threshold may be missed, which is status 1 and no fault of the page.
                 printed = reader.type(command, expect=(0, 1))
                 assert "p99 ms" in printed and "reports in artifacts/loadtest" in printed
