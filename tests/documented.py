@@ -21,7 +21,8 @@ from serving.commands.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")]
-PAGES += sorted((ROOT / "docs").rglob("*.md"))
+# Pages that are written by hand; the lists of modules are docstrings.
+PAGES += sorted(page for page in (ROOT / "docs").rglob("*.md") if not page.name.startswith("modules-"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:tailor|tailor-data|dvc|make|python -m|promtool|pytest) [^`\n]+)`")
 # Kinds of blocks that hold no command; every other block is one of commands.
