@@ -12,7 +12,7 @@ import numpy as np
 import tenacity
 
 from serving.calls import SERVICE, Call, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
-from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection, parse_url
+from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection, parse_url
 from serving.errors import InputError
 from serving.failures import Refused, check_http, foreign, from_grpc, late, nobody, untrusted
 from serving.http_deadline import timed_connection
@@ -154,11 +154,7 @@ class GrpcWire:
 
         self._connection = connection
         self._error = grpc.RpcError
-        credentials = connection.grpc_credentials()
-        if credentials is None:
-            self._channel = grpc.insecure_channel(connection.address, options=GRPC_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(connection.address, credentials, options=GRPC_OPTIONS)
+        self._channel = connection.grpc_channel()
         self._metadata = tuple(connection.headers.items())
 
     def send(self, call: Call, deadline: Deadline) -> Any:
