@@ -2,7 +2,7 @@
 
 In one run on the same cores, in turns, round by round: raw ONNX Runtime in a process, at the best batch and threads that the
 run itself finds, against `student`; decoding and inference in a process against `classifier`; LitServe, BentoML, Ray Serve
-and FastAPI on the same ONNX file against `student` over HTTP. And what a request's prior costs, and what Locust costs. A
+and FastAPI on the same ONNX file against `student` over HTTP. And what a request's prior costs. A
 ratio is the median over the rounds, beside the smallest and the largest; p50 and p99 are medians of the turns'. The load
 generator (benchmarks.serving_load) shares the cores; its part of them is in the tables, and what other work took during a
 turn. Where that was more than a tenth, no ratio is printed.

@@ -24,8 +24,6 @@ from benchmarks.serving_turns import Side, in_rounds, median
 from serving.calls import Infer
 from serving.client import Client
 from serving.connection import Connection
-from serving.load.plan import LoadPlan
-from serving.loadtest import run as loadtest
 from serving.model_config import Device
 from serving.server import TritonServer
 
@@ -68,7 +66,7 @@ def sections() -> list[Section]:
     for network in NETWORKS:
         found.append(Section("limit", network))
         if network in ("resnet32", TRIAL):  # where a larger network hides what surrounds it, nothing would be seen
-            found += [Section("adjustment", network), Section("locust", network)]
+            found.append(Section("adjustment", network))
         if network in ("resnet32", "resnet50", TRIAL):
             found += [Section("peer", network, peer) for peer in PEERS]
     return sorted(found, key=lambda section: section.network == TRIAL)
@@ -111,20 +109,6 @@ def measure_adjustment(section: Section, given: Given, release: Release) -> dict
         return {"turns": in_rounds(section.name, sides, given.rounds, given.seconds)}
 
 
-def measure_locust(section: Section, given: Given, release: Release) -> dict[str, Any]:  # noqa: ARG001
-    """What `tailor loadtest` finds of itself: Locust and a bare client with the same requests, one after the other."""
-    folder = given.work.absolute() / "locust"
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for number, photo in enumerate(release.photos):
-        (folder / "images" / f"{number}.jpg").write_bytes(photo)
-    found = {}
-    with tailor(release, given) as server:
-        for protocol, url in (("HTTP", server.http_url), ("gRPC", server.grpc_url)):
-            plan = LoadPlan(Connection(url), folder / "images", users=16, seconds=max(2, round(given.seconds)))
-            found[protocol] = loadtest(plan, folder / protocol, True, lambda *_: None)["overhead"]
-    return {"overhead": found}
-
-
 def measure_peer(section: Section, given: Given, release: Release) -> dict[str, Any]:
     """A peer against `student` over HTTP, batch 1: at saturation, then both at half the peer's own rate."""
     peer, python = PEERS[section.peer or ""], given.peers_python
@@ -157,7 +141,6 @@ def measure_peer(section: Section, given: Given, release: Release) -> dict[str, 
 MEASURES: dict[str, Callable[[Section, Given, Release], dict[str, Any]]] = {
     "limit": measure_limit,
     "adjustment": measure_adjustment,
-    "locust": measure_locust,
     "peer": measure_peer,
 }
 

@@ -47,10 +47,6 @@ PEER_HEADING = (
     "| network | peer | its images/s | p50 / p99 ms | Tailor's images/s | p50 / p99 ms | ratio | smallest to largest | goal "
     "| half load, images/s | its p99 ms | Tailor's p99 ms | others |\n|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
-LOCUST_HEADING = (
-    "| network | protocol | Locust, requests/s | bare client, requests/s | ratio | Locust, CPU ms a request | bare client |\n"
-    "|---|---|--:|--:|--:|--:|--:|"
-)
 
 
 def report(command: str, given: Given, found: Found) -> str:
@@ -60,7 +56,6 @@ def report(command: str, given: Given, found: Found) -> str:
         ("Against raw ONNX Runtime", LIMIT_HEADING, limit_rows(found, given)),
         ("Against other servers: `student` over HTTP, batch 1", PEER_HEADING, peer_rows(found, given)),
         ("What a request's prior costs", COST_HEADING, cost_rows(found, given)),
-        ("What Locust costs, with 16 users on `classifier`", LOCUST_HEADING, locust_rows(found)),
     ]
     for title, heading, rows in tables:
         if lines := list(rows):
@@ -145,15 +140,6 @@ def peer_rows(found: Found, given: Given) -> Iterator[str]:
             f"| {f'≥ {goal:g}' if goal else ''} | {result['half_rate']:,.0f} | {median(half['peer'], 'p99'):.1f} "
             f"| {median(half['Tailor'], 'p99'):.1f} | {_others(ours, theirs, *half.values())} |"
         )
-
-
-def locust_rows(found: Found) -> Iterator[str]:
-    for section, result in found.items():
-        for protocol, cost in result.get("overhead", {}).items():
-            yield (
-                f"| {NETWORKS[section.network].name} | {protocol} | {cost['locust_rps']:,.0f} | {cost['bare_rps']:,.0f} "
-                f"| {cost['locust_rps'] / cost['bare_rps']:.2f} | {cost['locust_ms']:.3f} | {cost['bare_ms']:.3f} |"
-            )
 
 
 def empty_gpu_rows() -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import tenacity
 
 from serving.calls import SERVICE, Call, Garbled
-from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection
+from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection
 from serving.errors import InputError
 from serving.failures import check_http, foreign, from_grpc, late, nobody, untrusted
 from serving.retries import Deadline, Retries
@@ -112,7 +112,7 @@ class AsyncGrpcWire:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._credentials = connection.grpc_credentials()
+        connection.grpc_credentials()  # an unusable file fails here and not at the first request
         self._metadata = tuple(connection.headers.items())
         self._channel: Any = None
 
@@ -121,11 +121,7 @@ class AsyncGrpcWire:
 
         url = self._connection.url
         if self._channel is None:
-            address = self._connection.address
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
-            else:
-                self._channel = grpc.aio.secure_channel(address, self._credentials, options=GRPC_OPTIONS)
+            self._channel = self._connection.grpc_channel(asynchronous=True)  # belongs to the running event loop
         try:
             method = self._channel.unary_unary(SERVICE + call.rpc)
             data = await method(call.message, timeout=deadline.left(url), metadata=self._metadata)

@@ -111,6 +111,15 @@ class Connection:
         self.ssl_context()  # gRPC takes a wrong key in silence and fails at the first request; OpenSSL says so now
         return grpc.ssl_channel_credentials(ca, key, certificate)
 
+    def grpc_channel(self, asynchronous: bool = False) -> Any:
+        """A new gRPC channel to the address, of grpc or of grpc.aio."""
+        import grpc
+
+        api, credentials = grpc.aio if asynchronous else grpc, self.grpc_credentials()
+        if credentials is None:
+            return api.insecure_channel(self.address, options=GRPC_OPTIONS)
+        return api.secure_channel(self.address, credentials, options=GRPC_OPTIONS)
+
     def _pem_files(self) -> tuple[bytes | None, bytes | None, bytes | None]:
         ca = _pem(self.ca_file, "ca_file")
         if ca is not None:

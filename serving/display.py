@@ -114,18 +114,9 @@ def load_table(found: Mapping[str, Any], url: str) -> Table:
             table.add_section()
         counts = (f"{kind['requests']}", f"{kind['failures']}", f"{kind['rps']:.1f}")
         table.add_row(cell(kind["name"]), *counts, f"{kind['p50_ms']:.0f}", f"{kind['p99_ms']:.0f}")
+    if found["generator_saturated"]:
+        table.caption = "Locust used over 90% of a core and may be the limit; add --workers"
     return table
-
-
-def overhead_line(overhead: Mapping[str, float] | None, users: int) -> str:
-    """What the load generator itself cost, against a bare client loop."""
-    if overhead is None:
-        return "overhead of Locust: not measured"
-    return (
-        f"overhead of Locust: {overhead['locust_rps']:.0f} requests/s at {overhead['locust_ms']:.2f} ms of processor "
-        f"each; a bare client {overhead['bare_rps']:.0f} at {overhead['bare_ms']:.2f} "
-        f"(closed, {users} users, one process each): {overhead['locust_rps'] / max(overhead['bare_rps'], 1e-9):.2f} of it"
-    )
 
 
 def _best(answer: Prediction, top: int | None) -> list[tuple[str, int, float]]:

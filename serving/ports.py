@@ -1,4 +1,4 @@
-"""TCP ports for the server: whether a wanted one is free, and free ones where none is wanted."""
+"""TCP ports of servers: check the requested ones and choose free ones; HTTP clients that bypass a proxy on loopback."""
 
 from __future__ import annotations
 
@@ -6,87 +6,57 @@ import errno
 import os
 import random
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from serving.errors import InputError, ServingError
 
-# Below the range that Linux hands to outgoing connections (32768 up), so that none of those takes a port between the
-# moment it is found free and the moment the server binds it.
-LOWEST_FREE, HIGHEST_FREE = 20000, 32000
-ATTEMPTS = 200
+# Below the ports of outgoing connections on Linux (32768 up), none of which can take a chosen port before the server does.
+FREE_PORTS, ATTEMPTS = range(20000, 32001), 200
+PROBLEMS = {
+    errno.EADDRINUSE: "the port is in use on {host}; stop what uses it or give another {option}",
+    errno.EACCES: "this user may not open it; give a port above 1023",
+}
 
 
-def choose_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
-    """The ports to open by option, a free one where 0 is wanted.
+def choose_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
+    """The ports to open by option; a free one where 0 is requested.
 
-    Raises InputError for a bad host or number and for two options that want the same port, ServingError when a port is
-    taken.
+    Raises InputError for a bad host or number and for two options with one port, ServingError when a port is taken.
     """
     chosen: dict[str, int] = {}
-    for option, port in sorted(wanted.items(), key=lambda item: item[1] == 0):
-        chosen[option] = port or _free_port(host, taken=chosen.values())
-        if port:
-            _check_port(host, port, option)
-            for other, same in chosen.items():
-                if same == port and other != option:
-                    raise InputError(f"{option} is {port} and so is {other}; expected different ports")
+    for option, port in sorted(requested.items(), key=lambda item: item[1] == 0):
+        if not 0 <= port <= 65535:
+            raise InputError(f"{option} is {port}; expected a port from 1 to 65535, or 0 for any free one")
+        for other in (name for name, used in chosen.items() if used == port):
+            raise InputError(f"{option} is {port} and so is {other}; expected different ports")
+        # The system's random numbers: two processes with one seed would choose the same ports.
+        for candidate in [port] if port else random.SystemRandom().sample(FREE_PORTS, ATTEMPTS):
+            problem = _bind_problem(host, candidate)
+            if problem is None and candidate not in chosen.values():
+                chosen[option] = candidate
+                break
+        else:
+            raise ServingError(f"{option} {port}: {problem}".format(host=host, option=option))
     return chosen
 
 
-def _check_port(host: str, port: int, option: str) -> None:
-    if not 1 <= port <= 65535:
-        raise InputError(f"{option} is {port}; expected a port from 1 to 65535, or 0 for any free one")
+def _bind_problem(host: str, port: int) -> str | None:
+    """Why no server can open the port; None where one can. Raises InputError for a host that is not this machine."""
     try:
-        with _bound(host, port):
-            return
-    except socket.gaierror:
-        raise InputError(
-            f"--host is {host!r}; expected an IPv4 address of this machine, for example 127.0.0.1"
-        ) from None
-    except PermissionError:
-        raise ServingError(f"{option} {port}: this user may not open it; give a port above 1023") from None
+        with socket.socket() as opened:
+            # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.bind(socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4])
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ServingError(
-                f"{option} {port}: the port is in use on {host}; stop what uses it or give another {option}"
-            ) from None
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise InputError(
-                f"--host is {host!r}, no address of this machine; expected for example 127.0.0.1"
-            ) from None
-        raise ServingError(f"{option} {port} on {host}: {error.strerror}") from None
-
-
-def _free_port(host: str, taken: Collection[int]) -> int:
-    for _ in range(ATTEMPTS):
-        port = random.SystemRandom().randint(LOWEST_FREE, HIGHEST_FREE)
-        if port in taken:
-            continue
-        try:
-            _check_port(host, port, "port")
-        except InputError:
-            raise
-        except ServingError:
-            continue
-        return port
-    raise ServingError(f"no free port found on {host} from {LOWEST_FREE} to {HIGHEST_FREE}; give the ports yourself")
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0]
-    opened = socket.socket(family, kind, protocol)
-    try:
-        # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
-    except OSError:
-        opened.close()
-        raise
-    return opened
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            hint = "expected an IPv4 address of this machine, for example 127.0.0.1"
+            raise InputError(f"--host is {host!r}; {hint}") from None
+        return PROBLEMS.get(error.errno or 0, error.strerror)
+    return None
 
 
 def bypass_proxy_on_loopback() -> None:
-    """Have every HTTP client of this process and its children reach loopback directly, whatever HTTP_PROXY says."""
+    """Make every HTTP client of this process and its children reach loopback directly, whatever HTTP_PROXY is."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     names = [name.strip() for name in given.split(",") if name.strip()]
     if "*" not in names:

@@ -17,13 +17,13 @@ from serving.errors import InputError, ServingError
 from serving.model_config import CLASSIFIER
 from serving.promotion_log import champions, record
 from serving.rehearsal import rehearse
-from serving.release import Release, find_releases, published_versions, read_release
+from serving.release import Release, published_versions, read_champion, read_release
 from serving.repository import publish
 from serving.repository_lock import locked
 from serving.retention import prune, remove_leftovers, withdrawn_on_failure
 from serving.running import RunningServer, find_running
 from serving.swap import bring_up_to_date, swap
-from serving.version_policy import champion, served_versions
+from serving.version_policy import served_versions, version_before
 
 KEPT = 5  # versions on disk
 LOAD_TIMEOUT = 120.0  # seconds
@@ -84,9 +84,8 @@ def promote(
     if keep < 2:
         raise InputError(f"keep is {keep}; expected at least 2, the champion and the one before it")
     with locked(repository):
-        _check_champion(repository)
+        before = read_champion(repository).version
         remove_leftovers(repository)
-        before = champion(repository)
         with withdrawn_on_failure(repository):
             version = publish(release, repository) if isinstance(release, Path) else _published(repository, release)
             if version < before:
@@ -98,7 +97,7 @@ def promote(
                 _bring_up_to_date(repository, version, found, timeout)
                 return Promotion(version, before, False, tuple(server.grpc_url for server in found))
             rehearsed = _try(repository, version, before, timeout, rehearsal)
-            _swap(repository, version, (before, version), found, timeout)
+            _swap(repository, version, before, (before, version), found, timeout)
         record(repository, "promote", version, before)
         removed = prune(repository, keep)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found), removed)
@@ -118,37 +117,30 @@ def rollback(
     disk, unloaded, as Triton answers from the newest one that it has. Raises as `promote` does.
     """
     with locked(repository):
-        _check_champion(repository)
-        before = champion(repository)
-        version = _published(repository, _champion_before(repository) if version is None else version)
+        before = read_champion(repository).version
+        version = _published(repository, _champion_before(repository, before) if version is None else version)
         if version >= before:
             raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
         found = find_running(repository) if servers is None else servers
         loaded = version in served_versions(repository, CLASSIFIER)
         rehearsed = False if loaded else _try(repository, version, before, timeout, rehearsal)
-        _swap(repository, version, (version,), found, timeout)
+        _swap(repository, version, before, (version,), found, timeout)
         record(repository, "rollback", version, before)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found))
 
 
 def list_versions(repository: Path) -> list[VersionState]:
     """The published versions, oldest first. Raises RepositoryError or ManifestError naming the file."""
-    _check_champion(repository)
-    served, best = served_versions(repository, CLASSIFIER), champion(repository)
+    champion, served = read_champion(repository).version, served_versions(repository, CLASSIFIER)
     return [
         VersionState(
             version,
-            "champion" if version == best else "served" if version in served else "kept",
+            "champion" if version == champion else "served" if version in served else "kept",
             read_release(repository, version, hashes=False),
             (repository / CLASSIFIER / str(version)).stat().st_mtime,
         )
         for version in published_versions(repository)
     ]
-
-
-def _check_champion(repository: Path) -> None:
-    """Refuse to work on a repository that no server would start from."""
-    find_releases(repository, hashes=False)
 
 
 def _published(repository: Path, version: int) -> int:
@@ -158,18 +150,17 @@ def _published(repository: Path, version: int) -> int:
     return version
 
 
-def _champion_before(repository: Path) -> int:
-    """The version that a rollback goes back to: the one that is still served, or else the champion of before.
+def _champion_before(repository: Path, champion: int) -> int:
+    """The version that a rollback returns to: the one that is still served, or else the previous champion.
 
-    Not simply the newest on disk, which may have failed its trial, or been rolled back from. It is what is left where the
-    promotions were not recorded. Raises InputError where there is none.
+    The newest on disk may have failed its trial, or may have been rolled back from; it is chosen only where no promotion
+    was recorded. Raises InputError where there is none.
     """
-    served, best = served_versions(repository, CLASSIFIER), champion(repository)
-    if len(served) > 1:
-        return served[-2]
-    older = [version for version in published_versions(repository) if version < best]
+    if (served := version_before(repository)) is not None:
+        return served
+    older = [version for version in published_versions(repository) if version < champion]
     if not older:
-        raise InputError(f"{repository}: holds no version before the champion {best}; nothing to go back to")
+        raise InputError(f"{repository}: holds no version before the champion {champion}; nothing to go back to")
     recorded = [version for version in champions(repository) if version in older]
     return (recorded or older)[-1]
 
@@ -188,9 +179,13 @@ def _try(repository: Path, version: int, before: int, timeout: float, rehearsal:
 
 
 def _swap(
-    repository: Path, version: int, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
+    repository: Path,
+    version: int,
+    before: int,
+    final: tuple[int, ...],
+    servers: Sequence[RunningServer],
+    timeout: float,
 ) -> None:
-    before = champion(repository)
     try:
         swap(repository, version, final, servers, timeout)
     except ServingError as error:

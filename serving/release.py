@@ -1,6 +1,6 @@
 """A release inside a model repository, checked before a server loads it: files, hashes, versions that go together.
 
-Triton waits for ever on a model without its model.py, so whatever can be known without the server is known first.
+Triton waits forever for a model without its model.py, so everything that needs no server is checked before.
 """
 
 from __future__ import annotations
@@ -8,24 +8,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.manifest import GOLDEN_NAME, STUDENT_NAME, Golden, Manifest, check_file, load_golden, read_manifest
+from models import preprocess, prior
+from serving.manifest import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    STUDENT_NAME,
+    Golden,
+    Manifest,
+    check_file,
+    load_golden,
+    read_manifest,
+)
 from serving.model_config import CLASSIFIER, STUDENT, RepositoryError
 from serving.version_policy import CONFIG_NAME, config_paths, read_config, served_versions, version_folders
 
-# Not start.py, asked.py, integrity.py and network.py: releases of an older Tailor have none, and need none.
+# The files that run inside Triton by model: name in a version's folder -> the source that it is copied from.
+TRITON = Path(__file__).with_name("triton")
+_BOTH = ("integrity.py", "network.py", "start.py")
+_CLASSIFIER = ("asked.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
+RUNTIME_FILES = {
+    STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
+    CLASSIFIER: {
+        "model.py": TRITON / "classifier_model.py",
+        **{name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
+        **{f"{name}.py": Path(module.__file__) for name, module in {"prior": prior, "preprocess": preprocess}.items()},
+    },
+}
+LATER_FILES = {*_BOTH, "asked.py"}  # releases of an older Tailor have none of these, and need none
 NEEDED = {
-    STUDENT: ("model.onnx", "model.py", "manifest.json"),
-    CLASSIFIER: (
-        "model.py",
-        "prior.py",
-        "preprocess.py",
-        "metrics.py",
-        "access_log.py",
-        "logit_log.py",
-        "live_prior.py",
-        "manifest.json",
-        "golden.json",
-    ),
+    STUDENT: ("model.onnx", *RUNTIME_FILES[STUDENT], MANIFEST_NAME),
+    CLASSIFIER: (*RUNTIME_FILES[CLASSIFIER], MANIFEST_NAME, GOLDEN_NAME),
 }
 
 
@@ -39,7 +51,7 @@ class Release:
 
 
 def find_releases(root: Path, hashes: bool = True) -> list[Release]:
-    """The releases that a server of this repository loads, oldest first; the last is the champion.
+    """The releases that a server of this repository loads, oldest first; the last is the champion (`read_champion`).
 
     hashes: whether to compare the files' sha256 too. Raises RepositoryError or ManifestError naming the file: no
     repository, a config that does not parse, a version whose student is not served, a missing file, or a file whose
@@ -58,6 +70,11 @@ def find_releases(root: Path, hashes: bool = True) -> list[Release]:
             "expected at least one, and each to have its student; write the repository again"
         )
     return [read_release(root, version, hashes) for version in served]
+
+
+def read_champion(root: Path) -> Release:
+    """The release that answers a request without a version. Raises as `find_releases` does, without comparing sha256."""
+    return find_releases(root, hashes=False)[-1]
 
 
 def published_versions(root: Path) -> list[int]:
@@ -90,5 +107,7 @@ def instances(root: Path, model: str) -> int:
 
 
 def _missing(root: Path, version: int) -> list[Path]:
-    paths = [root / name / str(version) / file for name, files in NEEDED.items() for file in files]
+    paths = [
+        root / name / str(version) / file for name, files in NEEDED.items() for file in files if file not in LATER_FILES
+    ]
     return [path for path in paths if not path.is_file()]

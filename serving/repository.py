@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-from models import preprocess, prior
 from models.prior import class_names_problem
 from serving.atomic import whole_folder
 from serving.manifest import (
@@ -34,19 +33,8 @@ from serving.model_config import (
     student_local_config,
     to_text,
 )
+from serving.release import RUNTIME_FILES
 from serving.version_policy import CONFIG_NAME, present_versions, read_config
-
-# What lies beside the classifier's model.py, which loads each by its path.
-CLASSIFIER_MODULES = (
-    "asked.py",
-    "integrity.py",
-    "network.py",
-    "metrics.py",
-    "access_log.py",
-    "logit_log.py",
-    "live_prior.py",
-    "start.py",
-)
 
 
 def write_repository(
@@ -119,38 +107,28 @@ def load_export(export_dir: Path) -> Manifest:
     return manifest
 
 
-def _keep_bytecode_out(folder: Path) -> None:
-    """Put a file where Python's stubs would write __pycache__, which they then do without.
-
-    Triton would take the new folder for a change of the model, and load every version anew at the next load call.
-    """
+def _write_runtime(folder: Path, model: str, manifest: Manifest) -> None:
+    """The manifest, and the files that run inside Triton."""
+    for name, source in RUNTIME_FILES[model].items():
+        shutil.copyfile(source, folder / name)
+    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    # A file where Python would create the folder __pycache__: Triton takes a new folder for a change of the model, and
+    # would load every version again at the next load call.
     (folder / "__pycache__").touch()
 
 
 def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
-    sources = Path(__file__).with_name("triton")
-    shutil.copyfile(sources / "student_model.py", folder / "model.py")
-    for name in ("integrity.py", "network.py", "start.py"):
-        shutil.copyfile(sources / name, folder / name)
-    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    _keep_bytecode_out(folder)
-    # The export may have been written anew while it was copied: what counts is what lies in the tree.
+    _write_runtime(folder, STUDENT, manifest)
+    # The export may have been written again while it was copied: the files in the tree count.
     check_file(folder / "model.onnx", manifest.files[STUDENT_NAME])
 
 
 def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, evidence: Path | None) -> None:
     for path in sorted(evidence.iterdir()) if evidence else []:
-        shutil.copyfile(path, folder / path.name)  # first, so that what the model runs on prevails
-    sources = Path(__file__).with_name("triton")
-    shutil.copyfile(sources / "classifier_model.py", folder / "model.py")
-    for name in CLASSIFIER_MODULES:
-        shutil.copyfile(sources / name, folder / name)
-    for module in (prior, preprocess):
-        shutil.copyfile(Path(module.__file__), folder / Path(module.__file__).name)
-    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(path, folder / path.name)  # first, so that none replaces a file of the model
+    _write_runtime(folder, CLASSIFIER, manifest)
     shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)
-    _keep_bytecode_out(folder)
     check_file(folder / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
 
 
@@ -159,11 +137,11 @@ def _labels(manifest: Manifest) -> str:
 
 
 def _same_release(root: Path, version: int, manifest: Manifest) -> bool:
-    """Whether both folders of a version are there and were written from an export with this manifest."""
-    wanted = manifest.model_copy(update={"version": version})
+    """Whether both folders of a version exist and were written from an export with this manifest."""
+    expected = manifest.model_copy(update={"version": version})
     try:
-        # As read, because an older version wrote fewer keys.
-        return all(read_manifest(root / model / str(version)) == wanted for model in (STUDENT, CLASSIFIER))
+        # Compared as read, because an older Tailor wrote fewer keys.
+        return all(read_manifest(root / model / str(version)) == expected for model in (STUDENT, CLASSIFIER))
     except ManifestError:
         return False
 
@@ -175,14 +153,14 @@ def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> N
         raise RepositoryError(f"{labels}: is missing; write the repository again")
     if labels.read_text(encoding="utf-8") != _labels(manifest):
         raise RepositoryError(f"{export_dir}: has other classes than {labels}; {hint}")
-    wanted = {STUDENT: student_config(manifest, Placement()), CLASSIFIER: classifier_config(manifest)}
-    for model, config in wanted.items():
+    expected = {STUDENT: student_config(manifest, Placement()), CLASSIFIER: classifier_config(manifest)}
+    for model, config in expected.items():
         path = root / model / CONFIG_NAME
-        there = read_config(path)
-        for tensor, other in zip((*config.input, *config.output), (*there.input, *there.output), strict=False):
+        existing = read_config(path)
+        for tensor, other in zip((*config.input, *config.output), (*existing.input, *existing.output), strict=False):
             if (tensor.name, list(tensor.dims)) != (other.name, list(other.dims)):
-                found, expected = f"{tensor.name} {list(tensor.dims)}", f"{other.name} {list(other.dims)}"
-                raise RepositoryError(f"{export_dir}: {model} has {found}, but {path} has {expected}; {hint}")
+                ours, theirs = f"{tensor.name} {list(tensor.dims)}", f"{other.name} {list(other.dims)}"
+                raise RepositoryError(f"{export_dir}: {model} has {ours}, but {path} has {theirs}; {hint}")
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:
@@ -191,7 +169,7 @@ def _check_names(manifest: Manifest, path: Path) -> None:
 
 
 def _check_replaceable(root: Path) -> None:
-    """Refuse to replace a folder that is not ours: an empty one or a repository may go, someone's data may not."""
+    """Raise RepositoryError for a folder with other data; an empty folder or a repository may be replaced."""
     if root.is_symlink() or (root.exists() and not root.is_dir()):
         raise RepositoryError(f"{root}: is not a folder; give the path of a new or an old model repository")
     if root.is_dir() and any(root.iterdir()) and not (root / STUDENT / "config.pbtxt").is_file():

@@ -16,9 +16,9 @@ from serving.errors import ServingError
 from serving.golden import ask_student, check_golden
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import LoadTimeout, ModelControl
-from serving.release import Release, read_release
+from serving.release import Release, read_champion, read_release
 from serving.running import RunningServer
-from serving.version_policy import champion, serve_versions, served_versions
+from serving.version_policy import serve_versions, served_versions
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def swap(
     before = _Policies(
         served_versions(repository, STUDENT),
         served_versions(repository, CLASSIFIER),
-        read_release(repository, champion(repository), hashes=False),
+        read_champion(repository),
     )
     with ExitStack() as stack:
         controls = [stack.enter_context(ModelControl(server, timeout)) for server in servers]
@@ -61,7 +61,7 @@ def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout
 
     Triton loads nothing that it has already. Raises ServingError when the champion is not loaded or not answered rightly.
     """
-    release = read_release(repository, champion(repository), hashes=False)
+    release = read_champion(repository)
     for server in servers:
         with ModelControl(server, timeout) as control:
             control.load(STUDENT)

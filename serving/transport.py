@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import tenacity
 
-from serving.calls import SERVICE, Call, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
-from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, GRPC_OPTIONS, Connection, parse_url
+from serving.calls import SERVICE, Call, Garbled, Infer
+from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection, parse_url
 from serving.errors import InputError
 from serving.failures import Refused, check_http, foreign, from_grpc, late, nobody, untrusted
 from serving.http_deadline import timed_connection
@@ -52,18 +52,6 @@ class Transport:
         check_open(self.url, self._closed)
         deadline = deadline or Deadline(self.timeout)
         return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send, call, deadline)
-
-    def server_metadata(self) -> dict[str, Any]:
-        """Triton's own name and version."""
-        return self.ask(ServerMetadata())
-
-    def model_metadata(self, model: str, version: str = "") -> dict[str, Any]:
-        """A model's versions, inputs and outputs; shapes as Triton writes them, -1 for the batch."""
-        return self.ask(ModelMetadata(model, version))
-
-    def model_config(self, model: str) -> dict[str, Any]:
-        """A model's config.pbtxt as a mapping."""
-        return self.ask(ModelConfig(model))
 
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, int], version: str = ""
@@ -154,11 +142,7 @@ class GrpcWire:
 
         self._connection = connection
         self._error = grpc.RpcError
-        credentials = connection.grpc_credentials()
-        if credentials is None:
-            self._channel = grpc.insecure_channel(connection.address, options=GRPC_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(connection.address, credentials, options=GRPC_OPTIONS)
+        self._channel = connection.grpc_channel()
         self._metadata = tuple(connection.headers.items())
 
     def send(self, call: Call, deadline: Deadline) -> Any:

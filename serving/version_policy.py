@@ -95,9 +95,7 @@ def present_versions(root: Path) -> list[int]:
     return sorted({*version_folders(root, STUDENT), *version_folders(root, CLASSIFIER)})
 
 
-def champion(root: Path) -> int:
-    """The version that answers a request that names none. Raises RepositoryError."""
+def version_before(root: Path) -> int | None:
+    """The champion before the last promotion, which is still loaded; None after the first promotion and a rollback."""
     served = served_versions(root, CLASSIFIER)
-    if not served:
-        raise RepositoryError(f"{root / CLASSIFIER / CONFIG_NAME}: serves no version; write the repository again")
-    return served[-1]
+    return served[-2] if len(served) > 1 else None

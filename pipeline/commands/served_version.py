@@ -27,9 +27,9 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     from pipeline.inference import NotFiniteError, check_finite
     from serving.errors import InputError
     from serving.model_config import STUDENT
-    from serving.release import find_releases, published_versions, read_release
+    from serving.release import published_versions, read_champion, read_release
 
-    champion = find_releases(repository, hashes=False)[-1].version
+    champion = read_champion(repository).version  # also where a version is given: a damaged repository is refused
     version = champion if version is None else version
     if version not in (there := published_versions(repository)):
         raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, there))}")

@@ -26,7 +26,7 @@ from serving.model_config import CLASSIFIER, STUDENT
 from serving.promotion import Promotion
 from serving.promotion_log import LOG_NAME, record
 from serving.rehearsal import rehearse
-from serving.release import find_releases, read_release
+from serving.release import read_champion, read_release
 from serving.repository import load_export, write_repository
 from serving.repository import publish as publish_version
 from serving.repository_lock import locked
@@ -73,7 +73,7 @@ def find_champion(repository: Path) -> Champion | None:
     """The champion of a repository; None where nothing was ever promoted. Raises ServingError for a damaged one."""
     if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
         return None
-    release = find_releases(repository, hashes=False)[-1]
+    release = read_champion(repository)
     return Champion(release.version, release.manifest, repository / CLASSIFIER / str(release.version))
 
 
@@ -150,16 +150,6 @@ def promote(
     return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=None)
 
 
-def version_before(repository: Path) -> int | None:
-    """The champion of before the last promotion, which is still loaded; None after the first, and after a rollback.
-
-    The policies say so, whichever run or try of a task has written them; after a rollback nobody can tell from the
-    repository whether to go forward again is wanted.
-    """
-    served = served_versions(repository, CLASSIFIER)
-    return served[-2] if len(served) > 1 else None
-
-
 def roll_back(
     repository: Path, version: int, servers: Sequence[RunningServer] | None, keep: int, timeout: float
 ) -> Promotion:
@@ -167,7 +157,7 @@ def roll_back(
 
     Raises as promotion.rollback and promotion.promote do.
     """
-    if version > find_releases(repository, hashes=False)[-1].version:
+    if version > read_champion(repository).version:
         return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=False)
     return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
 

@@ -22,6 +22,7 @@ from serving.errors import InputError, ServingError
 from serving.manifest import ManifestError
 from serving.model_config import RepositoryError
 from serving.running import servers_at
+from serving.version_policy import version_before
 
 HOUR = 3600.0  # seconds
 SPARE = 60.0  # seconds that Prefect waits longer than a limit of ours, which says more when it is passed
@@ -94,7 +95,7 @@ def promote(params: Params, version: int) -> tuple[str, ...]:
         releases.watch(repository, version, servers, settings.watch_seconds)
     except ServingError as error:
         changed = champion is not None and champion.version != version  # or an earlier try of this task did it
-        before = champion.version if changed else releases.version_before(repository)
+        before = champion.version if changed else version_before(repository)
         if before is None:
             raise
         roll_back.with_options(**options(params, roll_back))(params, before)

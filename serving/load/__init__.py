@@ -1,1 +1,1 @@
-"""Load tests: what is asked, how often, by whom, and whether the server held."""
+"""Load tests: the options, the prepared requests, the senders, the users over time, the verdict."""

@@ -1,4 +1,4 @@
-"""The requests of a load test: images of a folder, each under the balanced prior and under the one that is tried."""
+"""The requests of a load test: images of a folder, each under the balanced prior and under the one that is tested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BALANCED, ADJUSTED = "balanced", "adjusted"
 
 @dataclass(frozen=True)
 class Mix:
-    """Prepared requests by label, and the share of those that are adjusted. Bytes are made once, before the test."""
+    """Prepared requests by label, and the share of adjusted ones. The bytes are made once, before the test."""
 
     requests: dict[str, list[Infer]]
     adjusted_share: float
@@ -32,22 +32,21 @@ class Mix:
 def make_mix(client: Client, folder: Path, prior: str, adjusted_share: float, batch: int) -> Mix:
     """Requests of `batch` images each from the folder, at most MAX_REQUESTS of them and MAX_BYTES in all.
 
-    From a larger folder a sample is taken, the same each time. Every image is decoded once here. Raises InputError for
-    a folder without images, an image or a prior that is not usable, ServingError when the server cannot say its classes.
+    A larger folder is sampled, the same way each time. Every image is decoded once here. Raises InputError for a folder
+    without images and for an unusable image or prior, ServingError when the server does not return its classes.
     """
     files = image_files(folder)
     random.Random(SEED).shuffle(files)
     groups: list[list[bytes]] = []
     size = 0
     for start in range(0, min(len(files), MAX_REQUESTS * batch), batch):
-        # The last group is filled up from the beginning, so that all requests are alike.
-        group = [read_image(files[(start + place) % len(files)]) for place in range(batch)]
+        # The last group is filled up from the beginning, so that all requests have the same size.
+        group = [read_image(files[(start + offset) % len(files)]) for offset in range(batch)]
         size += sum(map(len, group))
         if groups and size > MAX_BYTES:
             break
         groups.append(group)
     requests = {}
-    for label, asked in ((BALANCED, "balanced"), (ADJUSTED, prior)):
-        wanted = adjusted_share < 1 if label == BALANCED else adjusted_share > 0
-        requests[label] = [client.request(group, asked) for group in groups] if wanted else []
+    for label, requested, share in ((BALANCED, "balanced", 1 - adjusted_share), (ADJUSTED, prior, adjusted_share)):
+        requests[label] = [client.request(group, requested) for group in groups] if share > 0 else []
     return Mix(requests, adjusted_share)

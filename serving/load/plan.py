@@ -1,117 +1,163 @@
-"""What a load test shall do, checked before anything is started."""
+"""The options of a load test, each written once: `tailor loadtest` and the Locust file read them from `LoadPlan`."""
 
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+
+from typer import Option
 
 from serving.connection import Connection
 from serving.errors import InputError
 from serving.load.shapes import SHAPES
 from serving.priors import parse_prior
 
-MAX_USERS = 1000
-MAX_SECONDS = 24 * 3600
-MAX_RATE = 100_000.0
-MAX_WORKERS = 64
-# How the headers reach the processes that send; on their command lines ps would show them.
+# Passes the headers to the processes that send; in their command lines `ps` would show them.
 HEADERS_VARIABLE = "TAILOR_LOADTEST_HEADERS"
 TIMESPAN = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+# What Locust has itself, or has another option for; and what concerns the run as a whole and not what is sent.
+LOCUST_NAMES = {"users": "--users", "seconds": "--run-time", "timeout": "--request-timeout"}
+RUN_OPTIONS = ("workers", "allow_remote")
+POSITIVE = math.ulp(0.0)
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """What the server must hold for the test to pass; None is not asked for. p99_ms: milliseconds. failures: a share."""
+class Bounds(NamedTuple):
+    """The smallest and largest allowed value of an option, and the same in words."""
 
-    p99_ms: float | None = None
-    failures: float = 0.0
-    rps: float | None = None
+    low: float
+    high: float
+    expected: str
 
-    def __post_init__(self) -> None:
-        if self.p99_ms is not None and not self.p99_ms > 0:
-            raise InputError(f"--max-p99 is {self.p99_ms:g}; expected milliseconds above 0")
-        if not 0 <= self.failures <= 1:
-            raise InputError(f"--max-failures is {self.failures:g}; expected a share from 0 to 1")
-        if self.rps is not None and not self.rps > 0:
-            raise InputError(f"--min-rps is {self.rps:g}; expected requests per second above 0")
+
+class PlanOption(NamedTuple):
+    """One option. kind: int, float, str, Path or bool. annotation: what Typer reads."""
+
+    name: str
+    flag: str
+    kind: type
+    default: Any
+    annotation: Any
+    bounds: Bounds | None
+    help: str
+
+
+def seconds_of(text: str | int) -> int:
+    """Seconds of a time span such as 90, 90s, 10m or 1h30m. Raises InputError."""
+    match = TIMESPAN.fullmatch(str(text).strip())
+    if not match or not any(match.groups()):
+        raise InputError(f"--time is {text!r}; expected a time such as 90s, 10m or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """One load test. Raises InputError naming the option that is not usable.
+    """One load test. Every field but `connection` is an option. Raises InputError naming the option that is not usable.
 
-    connection: the server. images: a folder. seconds: how long. users: askers that each wait for their answer (a closed
-    workload), or, with rate, sources whose requests come at random times whether or not the server keeps up (an open
-    one), `rate` a second in all. shape: how many of the users are at work over time. adjusted_share: the share of
-    requests under `prior`, the others being balanced. batch: images a request. workers: processes that send.
+    Without `rate` the workload is closed: each user waits for its response. With `rate` it is open: requests are sent at
+    random times, `rate` a second in total, whether or not the server keeps up.
     """
 
     connection: Connection
-    images: Path
-    users: int = 16
-    seconds: int = 30
-    rate: float | None = None
-    shape: str = "constant"
-    prior: str = "train"
-    adjusted_share: float = 0.5
-    batch: int = 1
-    workers: int = 1
-    timeout: float = 10.0
-    allow_remote: bool = False
-    thresholds: Thresholds = field(default_factory=Thresholds)
+    images: Annotated[Path, Option(help="Folder of images to send, with the folders in it.")] = Path(
+        "artifacts/evaluation/samples"
+    )
+    users: Annotated[
+        int, Option(help="Concurrent users, each waiting for its response."), Bounds(1, 1000, "1 to 1000")
+    ] = 16
+    seconds: Annotated[
+        int,
+        Option("--time", parser=seconds_of, metavar="TIME", help="Duration: 90s, 10m, 1h30m."),
+        Bounds(1, 86_400, "1 to 86400"),
+    ] = 30
+    rate: Annotated[
+        float | None,
+        Option(help="Requests per second in total, sent whether or not responses arrive; without it users wait."),
+        Bounds(POSITIVE, 100_000, "requests per second above 0, at most 100000"),
+    ] = None
+    shape: Annotated[
+        str, Option(metavar="|".join(SHAPES), help="Users over time: all, in steps, a spike, or a soak.")
+    ] = "constant"
+    prior: Annotated[str, Option(metavar="balanced|train|live|NUMBER|FILE", help="Prior of the adjusted requests.")] = (
+        "train"
+    )
+    adjusted_share: Annotated[
+        float,
+        Option(help="Share of requests under --prior; the others are balanced."),
+        Bounds(0, 1, "a share from 0 to 1"),
+    ] = 0.5
+    batch: Annotated[int, Option(help="Images in a request."), Bounds(1, 64, "1 to 64")] = 1
+    workers: Annotated[
+        int, Option(help="Processes that send; one is not enough for a fast model."), Bounds(1, 64, "1 to 64")
+    ] = 1
+    timeout: Annotated[
+        float, Option(help="Seconds after which a request has failed."), Bounds(POSITIVE, math.inf, "seconds above 0")
+    ] = 10.0
+    max_p99: Annotated[
+        float | None,
+        Option(help="Fail above this 99th percentile of the response time, in milliseconds."),
+        Bounds(POSITIVE, math.inf, "milliseconds above 0"),
+    ] = None
+    max_failures: Annotated[
+        float, Option(help="Fail above this share of failed requests, 0 to 1."), Bounds(0, 1, "a share from 0 to 1")
+    ] = 0.0
+    min_rps: Annotated[
+        float | None,
+        Option(help="Fail below this number of responses per second."),
+        Bounds(POSITIVE, math.inf, "requests per second above 0"),
+    ] = None
+    allow_remote: Annotated[bool, Option(help="Allow a server that is not on this machine.")] = False
 
     def __post_init__(self) -> None:
         if not self.allow_remote and not is_loopback(self.connection.host):
             raise InputError(
-                f"{self.connection.url} is not on this machine; load may go to a server of your own alone: "
+                f"{self.connection.url} is not on this machine; put load only on a server of your own: "
                 "add --allow-remote if it is"
             )
-        bounds = {
-            "--users": (self.users, MAX_USERS),
-            "--time": (self.seconds, MAX_SECONDS),
-            "--batch": (self.batch, 64),
-        }
-        for option, (value, most) in {**bounds, "--workers": (self.workers, MAX_WORKERS)}.items():
-            if not 1 <= value <= most:
-                raise InputError(f"{option} is {value}; expected 1 to {most}")
+        for option in plan_options():
+            value = getattr(self, option.name)
+            if option.bounds and value is not None and not option.bounds.low <= value <= option.bounds.high:
+                raise InputError(f"{option.flag} is {value:.15g}; expected {option.bounds.expected}")
         if self.workers > self.users:
-            raise InputError(f"--workers is {self.workers}, above --users {self.users}; a worker needs a user at least")
-        if self.rate is not None and not 0 < self.rate <= MAX_RATE:
-            raise InputError(f"--rate is {self.rate:g}; expected requests per second above 0, at most {MAX_RATE:g}")
+            raise InputError(f"--workers is {self.workers}, above --users {self.users}; each worker needs a user")
         if self.shape not in SHAPES:
             raise InputError(f"--shape is {self.shape!r}; expected one of {', '.join(SHAPES)}")
-        if not 0 <= self.adjusted_share <= 1:
-            raise InputError(f"--adjusted-share is {self.adjusted_share:g}; expected a share from 0 to 1")
         parse_prior(self.prior)
         if not self.images.is_dir():
-            raise InputError(f"--images is {self.images}, no folder; give one with JPEG, PNG or WebP files")
+            raise InputError(f"--images is {self.images}, not a folder; give one with JPEG, PNG or WebP files")
 
     def locust_arguments(self) -> list[str]:
-        """The plan as arguments of `locust -f serving/locustfile.py`. Headers are not among them: ps would show them."""
-        given: dict[str, object] = {
-            "--host": self.connection.url,
-            "--users": self.users,
-            "--run-time": f"{self.seconds}s",
-            "--images": self.images,
-            "--rate": self.rate,
-            "--shape": self.shape,
-            "--prior": self.prior,
-            "--adjusted-share": self.adjusted_share,
-            "--batch": self.batch,
-            "--request-timeout": self.timeout,
-            "--ca-file": self.connection.ca_file,
-            "--max-p99": self.thresholds.p99_ms,
-            "--max-failures": self.thresholds.failures,
-            "--min-rps": self.thresholds.rps,
-        }
+        """The plan as arguments of `locust -f serving/locustfile.py`, without the headers, which `ps` would show."""
+        given = {"--host": self.connection.url, "--ca-file": self.connection.ca_file}
+        for option in plan_options():
+            if option.name not in RUN_OPTIONS:
+                given[LOCUST_NAMES.get(option.name, option.flag)] = getattr(self, option.name)
         return [f"{name}={value}" for name, value in given.items() if value is not None]
 
     def described(self) -> str:
-        """The command that makes this test again, without its secrets."""
+        """The command that repeats this test, without its secrets."""
         return shlex.join(["locust", "-f", "serving/locustfile.py", "--headless", *self.locust_arguments()])
+
+
+@cache
+def plan_options() -> tuple[PlanOption, ...]:
+    """The options of a load test, from the fields of LoadPlan."""
+    hints, options = get_type_hints(LoadPlan, include_extras=True), []
+    for field in fields(LoadPlan)[1:]:
+        kind, info, *bounds = get_args(hints[field.name])
+        flag = info.default if isinstance(info.default, str) else f"--{field.name.replace('_', '-')}"
+        plain = (get_args(kind) or (kind,))[0]
+        annotation = Annotated[kind, info]
+        options.append(
+            PlanOption(field.name, flag, plain, field.default, annotation, next(iter(bounds), None), info.help)
+        )
+    return tuple(options)
 
 
 def is_loopback(host: str) -> bool:
@@ -122,12 +168,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def seconds_of(text: str) -> int:
-    """Seconds of a time span such as 90, 90s, 10m or 1h30m. Raises InputError."""
-    found = TIMESPAN.fullmatch(text.strip())
-    if not found or not any(found.groups()):
-        raise InputError(f"--time is {text!r}; expected a time such as 90s, 10m or 1h30m")
-    hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return hours * 3600 + minutes * 60 + seconds

@@ -1,34 +1,27 @@
-"""Who sends a prepared request and reads no more of the answer than it must: the version that answered."""
+"""Send prepared requests of a load test over HTTP or gRPC, and read only the model version of each response.
+
+HTTP uses geventhttpclient itself: Locust's FastHttpUser, which wraps it, follows redirects, keeps cookies, opens a pool
+per user and takes 40 to 80 % more processor time per request (0.33 to 0.44 ms against 0.24 ms, 16 users, one core).
+"""
 
 from __future__ import annotations
 
 import json
 from http.client import HTTPException
-from typing import Any, Protocol
+from typing import Any
 
 from serving.calls import HEADER_LENGTH, SERVICE, Infer
-from serving.connection import CONNECT_TIMEOUT, GRPC_OPTIONS, Connection
+from serving.connection import CONNECT_TIMEOUT, Connection
 
-CONNECTIONS = 4096  # more than a process has users or arrivals in flight
+CONNECTIONS = 4096  # above the users or arrivals in flight of one process
 
 
 class Failed(Exception):
     """A request of the test was not answered with a prediction."""
 
 
-class Sender(Protocol):
-    """Sends for all users of a process. kind: what reports call it."""
-
-    kind: str
-
-    def send(self, call: Infer) -> tuple[int, int]:
-        """The version that answered, and the answer's bytes. Raises Failed."""
-
-    def close(self) -> None: ...
-
-
 class HttpSender:
-    """HTTP in Triton's binary form over kept connections, as many as are needed at once (geventhttpclient)."""
+    """HTTP in Triton's binary form over kept connections, one for each request in flight. `send` raises Failed."""
 
     kind = "HTTP"
 
@@ -47,6 +40,7 @@ class HttpSender:
         )
 
     def send(self, call: Infer) -> tuple[int, int]:
+        """The version that answered, and the response's bytes."""
         request = call.http
         headers = {**self._headers, **request.headers}
         try:
@@ -67,7 +61,7 @@ class HttpSender:
 
 
 class GrpcSender:
-    """gRPC over one channel. In a gevent process grpc.experimental.gevent.init_gevent() must have been called before."""
+    """gRPC over one channel; a gevent process calls grpc.experimental.gevent.init_gevent() before. `send` raises Failed."""
 
     kind = "gRPC"
 
@@ -75,11 +69,7 @@ class GrpcSender:
         import grpc
 
         self._timeout, self._metadata, self._error = timeout, tuple(connection.headers.items()), grpc.RpcError
-        credentials = connection.grpc_credentials()
-        if credentials is None:
-            self._channel = grpc.insecure_channel(connection.address, options=GRPC_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(connection.address, credentials, options=GRPC_OPTIONS)
+        self._channel = connection.grpc_channel()
         self._method = self._channel.unary_unary(SERVICE + Infer.rpc)
 
     def send(self, call: Infer) -> tuple[int, int]:
@@ -95,11 +85,14 @@ class GrpcSender:
         self._channel.close()
 
 
+Sender = HttpSender | GrpcSender
+
+
 def make_sender(connection: Connection, timeout: float) -> Sender:
-    """The sender that the address asks for."""
+    """The sender for the protocol of the address."""
     return (HttpSender if connection.protocol == "http" else GrpcSender)(connection, timeout)
 
 
 def _shown(body: bytes) -> str:
-    """The beginning of an answer on one line; reports group failures by it."""
+    """The beginning of a response on one line; reports group failures by it."""
     return " ".join(body[:200].decode("utf-8", "replace").split())

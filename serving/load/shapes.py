@@ -1,4 +1,4 @@
-"""How many users are at work over the time of a load test."""
+"""The number of active users over the time of a load test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def users_at(shape: str, elapsed: float, seconds: float, users: int) -> int | None:
-    """The users at work `elapsed` seconds after the start, from 1 to `users`; None when the time is over.
+    """The active users `elapsed` seconds after the start, from 1 to `users`; None when the time is over.
 
     constant: all of them. steps: a fifth more in each fifth of the time. spike: a fifth of them, all in the middle fifth.
     soak: filled up over the first twentieth, then all.

@@ -1,4 +1,4 @@
-"""What a load test found, by model version, and whether that is within the thresholds."""
+"""The result of a load test by model version, and whether it is within the thresholds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from serving.load.plan import Thresholds
+from serving.load.plan import LoadPlan
 
 VERSION = re.compile(r"version (\d+), (\w+)")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Requests of one kind, or all: number, failures, requests a second, milliseconds until what was answered was."""
+    """Requests of one kind, or all: number, failures, requests per second, response time in milliseconds."""
 
     name: str
     requests: int
@@ -25,7 +25,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A finished test: everything, each kind of request, and each threshold that was missed, in words."""
+    """A finished test: the total, each kind of request, and each missed threshold in words."""
 
     total: Measured
     kinds: tuple[Measured, ...]
@@ -43,20 +43,20 @@ class Verdict:
         return {**asdict(self), "versions": versions, "passed": not self.missed}
 
 
-def judge(total: Measured, kinds: Iterable[Measured], thresholds: Thresholds) -> Verdict:
-    """Hold what was measured against the thresholds; a test in which no request was answered has failed."""
+def judge(total: Measured, kinds: Iterable[Measured], plan: LoadPlan) -> Verdict:
+    """Compare the measurement with the plan's thresholds; a test in which no request was answered has failed."""
     missed = []
     share = total.failures / total.requests if total.requests else 1.0
     answered = total.requests > total.failures
     if not answered:
-        missed.append(f"no request was answered, of {total.requests} that were made")
-    elif share > thresholds.failures:
-        missed.append(f"failures {share:.2%}, allowed {thresholds.failures:.2%}")
-    if answered and thresholds.p99_ms is not None and not total.p99_ms <= thresholds.p99_ms:
-        missed.append(f"p99 {total.p99_ms:.0f} ms, allowed {thresholds.p99_ms:g} ms")
+        missed.append(f"no request was answered, of {total.requests} sent")
+    elif share > plan.max_failures:
+        missed.append(f"failures {share:.2%}, allowed {plan.max_failures:.2%}")
+    if answered and plan.max_p99 is not None and not total.p99_ms <= plan.max_p99:
+        missed.append(f"p99 {total.p99_ms:.0f} ms, allowed {plan.max_p99:g} ms")
     rps = total.rps * (1 - share)
-    if answered and thresholds.rps is not None and not rps >= thresholds.rps:
-        missed.append(f"{rps:.1f} answers/s, asked for {thresholds.rps:g}")
+    if answered and plan.min_rps is not None and not rps >= plan.min_rps:
+        missed.append(f"{rps:.1f} answers/s, required {plan.min_rps:g}")
     return Verdict(total, tuple(kinds), tuple(missed))
 
 
@@ -66,5 +66,5 @@ def is_answer(name: str) -> bool:
 
 
 def request_name(version: int | None, label: str) -> str:
-    """What reports call a kind of request: the version that answered and the prior that was asked."""
+    """The name of a kind of request in the reports: the version that answered and the requested prior."""
     return f"version {version}, {label}" if version is not None else f"no answer, {label}"

@@ -1,12 +1,10 @@
-"""The logit log of `classifier`: what the student said of a sample of the images, before any prior, for `tailor drift`.
+"""The logit log of `classifier`: balanced logits of a sample of the images, which `tailor drift` reads.
 
-Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the balanced logits of one image; nothing of the image,
-the caller or the answer. Files are Parquet, each written whole beside its name and renamed, so that a server that is
-killed leaves readable ones; the oldest go where the folder would exceed its limit. All of it happens in a thread of its
-own, which requests never wait for. Needs pyarrow beside numpy.
+Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the logits of one image before any prior; nothing of the
+image, the caller or the answer. Each Parquet file is written beside its name and renamed, so that a killed server leaves
+readable ones; the oldest are deleted where the folder would exceed its limit. One thread writes, for which no request
+waits. Needs pyarrow beside numpy.
 """
-
-from __future__ import annotations
 
 import base64
 import contextlib
@@ -14,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import queue
 import re
 import secrets
 import threading
@@ -25,11 +24,11 @@ import numpy as np
 FOLDER_VARIABLE = "TAILOR_LOGIT_LOG"
 SHARE_VARIABLE = "TAILOR_LOGIT_LOG_SHARE"
 LIMIT_VARIABLE = "TAILOR_LOGIT_LOG_LIMIT"  # bytes of the whole folder
-SHARE, LIMIT, SMALLEST_LIMIT = "0.01", str(1 << 30), 1 << 20
-# A file grows by being written again, until it has this size (a sixteenth of the limit if that is less) or this age.
+SMALLEST_LIMIT = 1 << 20
+# A file grows by being rewritten, until it has this size (a sixteenth of the limit if that is less) or this age.
 FILE_BYTES, FILE_SECONDS, FILES = 4 << 20, 3600.0, 16
 WRITE_EVERY = 10.0  # seconds: what a killed server loses
-WAITING_BYTES = 16 << 20  # rows that wait for the thread; of more, none is kept
+WAITING_BYTES = 16 << 20  # rows in the queue; further ones are dropped and counted
 NAME = re.compile(r"logits-(\d{8,})-[0-9a-f]{8}\.parquet")
 FORMAT = "1"
 
@@ -43,22 +42,21 @@ def open_logit_log(args, manifest, read_images, metrics):
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return None
-    share, limit = setting(SHARE_VARIABLE, SHARE, float), setting(LIMIT_VARIABLE, LIMIT, int)
+    share, limit = setting(SHARE_VARIABLE, "0.01", float), setting(LIMIT_VARIABLE, str(1 << 30), int)
     if not 0 < share <= 1:
         raise ValueError(f"{SHARE_VARIABLE} is {share:g}; expected a share above 0, at most 1")
     if limit < SMALLEST_LIMIT:
         raise ValueError(f"{LIMIT_VARIABLE} is {limit}; expected at least {SMALLEST_LIMIT} bytes")
-    golden = Path(args["model_repository"], args["model_version"], "golden.json")
-    entries = json.loads(golden.read_bytes())
-    probes = np.concatenate([read_images([base64.b64decode(entry["image"])]) for entry in entries])
-    about = {
+    golden = json.loads(Path(args["model_repository"], args["model_version"], "golden.json").read_bytes())
+    probes = read_images([base64.b64decode(entry["image"]) for entry in golden])
+    metadata = {
         "tailor_logits": FORMAT,
         "version": args["model_version"],
         "student_sha256": manifest["files"]["student.onnx"],
         "classes_sha256": classes_sha256(manifest["classes"]),
     }
     try:
-        return LogitLog(Path(folder), share, limit, len(manifest["classes"]), about, probes, metrics)
+        return LogitLog(Path(folder), share, limit, len(manifest["classes"]), metadata, probes, metrics)
     except ImportError:
         raise ValueError(f"{FOLDER_VARIABLE} is set, which needs pyarrow; install it") from None
     except OSError as error:
@@ -66,140 +64,119 @@ def open_logit_log(args, manifest, read_images, metrics):
 
 
 class LogitLog:
-    """An open log, with its thread. about: the metadata of its files. probes: uint8 [n,3,S,S], images never logged.
+    """An open log, with its thread. metadata: of its files. probes: uint8 [n,3,S,S], images that are never logged.
 
-    What monitors ask is no traffic: neither the golden images nor a blank one is logged.
+    Requests of monitors are no traffic: neither the golden images nor an image of one colour is logged.
     """
 
-    def __init__(self, folder, share, limit, classes, about, probes, metrics):
+    def __init__(self, folder, share, limit, classes, metadata, probes, metrics):
         import pyarrow.parquet
 
-        self.parquet, self.arrow = pyarrow.parquet, pyarrow
+        self.arrow, self.parquet = pyarrow, pyarrow.parquet
         folder.mkdir(parents=True, exist_ok=True, mode=0o750)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "is not writable")
-        self.folder, self.share, self.limit, self.about, self.metrics = folder, share, limit, about, metrics
-        self.probes = {image.tobytes() for image in probes}
-        self.random = np.random.default_rng()
-        self.row_bytes = 4 * classes + 8
-        self.rows_per_file = max(1, min(FILE_BYTES, limit // FILES) // self.row_bytes)
-        self.lock = threading.Lock()
-        self.waiting, self.waiting_bytes = [], 0  # (milliseconds, float32 [n,C]) since the thread looked last
-        self._begin()
+        self.folder, self.share, self.limit, self.metadata, self.metrics = folder, share, limit, metadata, metrics
+        self.probes, self.random = {image.tobytes() for image in probes}, np.random.default_rng()
+        row_bytes = 4 * classes + 8
+        self.queue = queue.Queue(max(1, WAITING_BYTES // row_bytes))
+        rows = max(1, min(FILE_BYTES, limit // FILES) // row_bytes)
+        self.times, self.logits = np.zeros(rows, "datetime64[ms]"), np.zeros((rows, classes), np.float32)
+        self._begin_file()
         self.closed, self.wake = False, threading.Event()
-        self.thread = threading.Thread(target=self._write_often, name="logit log", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="logit log", daemon=True)
         self.thread.start()
 
     def offer(self, images, logits):
         """Log a sample of answered images, uint8 [n,3,S,S], by their logits [n,C]; returns at once."""
-        chosen = np.flatnonzero(self.random.random(len(logits)) < self.share)
-        chosen = [row for row in chosen if not self._is_probe(images[row])]
-        if not chosen:
-            return
-        size = len(chosen) * self.row_bytes
-        with self.lock:
-            full = self.waiting_bytes + size > WAITING_BYTES
-            if not full:
-                self.waiting.append((int(time.time() * 1000), logits[chosen].astype(np.float32)))
-                self.waiting_bytes += size
-                if self.waiting_bytes > WAITING_BYTES // 4:
-                    self.wake.set()
-        if full:
-            self.metrics.logits_lost(len(chosen), "queue")
+        now = int(time.time() * 1000)
+        for row in np.flatnonzero(self.random.random(len(logits)) < self.share):
+            image = images[row]
+            if image.min() == image.max() or image.tobytes() in self.probes:
+                continue
+            try:
+                self.queue.put_nowait((now, logits[row].astype(np.float32)))
+            except queue.Full:
+                self.metrics.logits_lost(1, "queue")
+        if self.queue.qsize() > self.queue.maxsize // 4:
+            self.wake.set()
 
     def close(self):
-        """Write what waits and end the thread; a disk that hangs is waited for a few seconds."""
+        """Write what waits and end the thread, waiting at most 5 s for a disk that hangs."""
         self.closed = True
         self.wake.set()
         self.thread.join(5)
         if self.thread.is_alive():
-            self.metrics.logits_lost(self.held - self.saved + sum(len(rows) for _, rows in self.waiting), "disk")
+            self.metrics.logits_lost(self.held - self.saved + self.queue.qsize(), "disk")
 
     def write(self):
-        """Put all that waits on disk."""
-        with self.lock:
-            waiting, self.waiting, self.waiting_bytes = self.waiting, [], 0
-        for moment, rows in waiting:
-            while len(rows):
-                part = rows[: self.rows_per_file - self.held]
-                self.parts.append((moment, part))
-                self.held += len(part)
-                rows = rows[len(part) :]
-                if self.held == self.rows_per_file:
-                    self._save()
-                    self._begin()
-        expired = self.held and time.monotonic() - self.begun > FILE_SECONDS
-        if self.held > self.saved:
-            self._save(last=expired)
-        if expired:
-            self._begin()
+        """Put all waiting rows on disk."""
+        for _ in range(self.queue.qsize()):
+            self.times[self.held], self.logits[self.held] = self.queue.get_nowait()
+            self.held += 1
+            if self.held == len(self.times):
+                self._save(last=True)
+        self._save(last=time.monotonic() - self.begun > FILE_SECONDS)
 
-    def _begin(self):
-        """A file anew: rows in memory, and how many of them are on disk."""
-        self.name, self.parts, self.held, self.saved, self.begun = None, [], 0, 0, time.monotonic()
-
-    def _save(self, last=True):
-        """The file that grows, on disk. Rows that a full disk does not take are tried again, until their file is full."""
-        try:
-            with locked(self.folder):
-                for leftover in self.folder.glob(".logits-*.partial"):  # of the killed: who writes holds the lock
-                    leftover.unlink()
-                name = self.name or self._new_name()
-                content = self._content()
-                make_room(self.folder, name, len(content), self.limit)
-                write_whole(self.folder / name, content)
-        except OSError:
-            if last:
-                self.metrics.logits_lost(self.held - self.saved, "disk")
-            return
-        self.metrics.logits_logged(self.held - self.saved)
-        self.name, self.saved = name, self.held
-
-    def _content(self):
-        times = np.concatenate([np.full(len(rows), moment) for moment, rows in self.parts])
-        logits = np.concatenate([rows for _, rows in self.parts])
-        arrow = self.arrow
-        columns = {
-            "time": arrow.array(times, arrow.timestamp("ms", tz="UTC")),
-            "logits": arrow.FixedSizeListArray.from_arrays(arrow.array(logits.reshape(-1)), logits.shape[1]),
-        }
-        stream = arrow.BufferOutputStream()
-        table = arrow.table(columns).replace_schema_metadata(self.about)
-        self.parquet.write_table(table, stream, compression="zstd", use_dictionary=False, write_statistics=["time"])
-        return stream.getvalue()
-
-    def _new_name(self):
-        # Numbered, as a clock may jump back; the rest keeps two servers apart whose files were taken away.
-        newest = max((int(NAME.fullmatch(path.name)[1]) for path in log_files(self.folder)), default=0)
-        return f"logits-{newest + 1:08d}-{secrets.token_hex(4)}.parquet"
-
-    def _is_probe(self, image):
-        return image.min() == image.max() or image.tobytes() in self.probes
-
-    def _write_often(self):
+    def _run(self):
         while not self.closed:
             self.wake.wait(WRITE_EVERY)
             self.wake.clear()
             self.write()
-        self.write()  # what came while the last was on its way
+        self.write()  # what arrived during the last write
+
+    def _begin_file(self):
+        """Begin another file: its number of rows in memory, and of those on disk."""
+        self.name, self.held, self.saved, self.begun = None, 0, 0, time.monotonic()
+
+    def _save(self, last):
+        """Write the file again if it has new rows. last: begin another one; rows that a full disk did not take are lost."""
+        new = self.held - self.saved
+        try:
+            if new:
+                self._write_file()
+                self.metrics.logits_logged(new)
+                self.saved = self.held
+        except OSError:
+            if last:
+                self.metrics.logits_lost(new, "disk")
+        if last:
+            self._begin_file()
+
+    def _write_file(self):
+        times, logits, arrow = self.times[: self.held], self.logits[: self.held], self.arrow
+        columns = {
+            "time": arrow.array(times, arrow.timestamp("ms", tz="UTC")),
+            "logits": arrow.FixedSizeListArray.from_arrays(arrow.array(logits.reshape(-1)), logits.shape[1]),
+        }
+        stream, table = arrow.BufferOutputStream(), arrow.table(columns).replace_schema_metadata(self.metadata)
+        self.parquet.write_table(table, stream, compression="zstd", use_dictionary=False, write_statistics=["time"])
+        with locked(self.folder):
+            for leftover in self.folder.glob(".logits-*.partial"):  # of killed processes: this one holds the lock
+                leftover.unlink()
+            files = log_files(self.folder)
+            # Numbered, as a clock may jump back; the random part separates two servers whose files were moved away.
+            number = int(NAME.fullmatch(files[-1].name)[1]) + 1 if files else 1
+            name = self.name or f"logits-{number:08d}-{secrets.token_hex(4)}.parquet"
+            content = stream.getvalue()
+            make_room(files, name, len(content), self.limit)
+            write_whole(self.folder / name, content)
+        self.name = name
 
 
 def log_files(folder):
     """The files of a log, oldest first."""
-    found = [path for path in Path(folder).iterdir() if NAME.fullmatch(path.name) and path.is_file()]
-    return sorted(found, key=lambda path: (int(NAME.fullmatch(path.name)[1]), path.name))
+    files = [path for path in Path(folder).iterdir() if NAME.fullmatch(path.name) and path.is_file()]
+    return sorted(files, key=lambda path: (int(NAME.fullmatch(path.name)[1]), path.name))
 
 
-def make_room(folder, name, size, limit):
+def make_room(files, name, size, limit):
     """Delete the oldest files, never `name`, until `size` bytes more fit under the limit. Hold the folder's lock."""
-    sizes = {path: path.stat().st_size for path in log_files(folder)}
-    total = sum(sizes.values()) + size
-    for path, freed in sizes.items():
-        if total <= limit:
-            return
-        if path.name != name:
+    excess = size + sum(path.stat().st_size for path in files) - limit
+    for path in files:
+        if excess > 0 and path.name != name:
+            excess -= path.stat().st_size
             path.unlink()
-            total -= freed
 
 
 @contextlib.contextmanager
@@ -214,7 +191,7 @@ def locked(folder):
 
 
 def write_whole(path, content):
-    """Write beside `path`, sync, rename over it."""
+    """Write beside `path`, sync, and rename over it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as stream:
@@ -228,7 +205,7 @@ def write_whole(path, content):
 
 
 def classes_sha256(names):
-    """What tells one list of classes from another in a file's metadata."""
+    """Identifies a list of classes in a file's metadata."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from serving.model_config import RepositoryError
 from serving.promotion import PromotionError, list_versions
 from serving.promotion_log import read_changes
 from serving.server import TritonServer
-from serving.version_policy import present_versions
+from serving.version_policy import present_versions, version_before
 from tests.serving.conftest import write_export
 
 pytestmark = pytest.mark.slow
@@ -105,12 +105,12 @@ def test_publishing_the_same_release_again_makes_no_second_version(repository, e
 
 
 def test_a_release_that_is_best_again_is_rolled_back_to(repository, exports, evidence):
-    assert releases.version_before(repository) is None
+    assert version_before(repository) is None
     go_live(repository, exports / "2", evidence)
-    assert releases.version_before(repository) == 1
+    assert version_before(repository) == 1
     done = go_live(repository, exports / "1", evidence)
     assert (done.version, done.previous) == (1, 2)
-    assert releases.version_before(repository) is None
+    assert version_before(repository) is None
     assert [(change.action, change.version) for change in read_changes(repository)] == [
         ("promote", 1), ("promote", 2), ("rollback", 1)]  # fmt: skip
     assert releases.find_champion(repository).version == 1
