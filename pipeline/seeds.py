@@ -140,7 +140,9 @@ def _evaluate(params: Params, folder: Path) -> Metrics:
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
     return {
-        name: network_metrics(network_logits(where, name, test, params, prior, device), labels, prior, params)
+        name: network_metrics(
+            network_logits(where, name, test, params.image, prior, device), labels, prior, params.evaluate
+        )
         for name, where in networks.items()
     }
 
