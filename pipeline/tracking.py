@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER, sha256_of_file
+from pipeline.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER, sha256_of
 from pipeline.errors import ParamsError, StageError
 from pipeline.params import Params
 from pipeline.sources.storage import shown
@@ -91,7 +91,7 @@ def collect(params: Params, tags: Mapping[str, str] | None = None, export: Path 
         raise ParamsError(f"{error.filename}: {error.strerror}; run `dvc repro` first") from None
     except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{path}: damaged ({error}); run `dvc repro -f export`") from None
-    release = sha256_of_file(path)
+    release = sha256_of(path)
     content = params.model_dump(mode="json", exclude=NOT_TOLD)
     files = [EVALUATION / name for name in EVALUATED] + [export / name for name in EXPORTED]
     content["data"]["location"] = shown(params.data.location)

@@ -20,7 +20,7 @@ from models.student_objective import StudentObjective
 from pipeline.artifacts import (
     TENSORBOARD,
     as_csv,
-    sha256_of_file,
+    sha256_of,
     sha256_of_json,
     unfinished,
     whole_folder,
@@ -130,7 +130,7 @@ def run_folder(
         "precision": engine.precision,
         "stream": stream.model_dump(mode="json", include={"mode", "decode", "shuffle_mib"}),
         "torch": torch.__version__,
-        "inputs": [sha256_of_file(path) for path in inputs],
+        "inputs": [sha256_of(path) for path in inputs],
     }
     return RunFolder(unfinished(output), sha256_of_json(depends))
 
