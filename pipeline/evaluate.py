@@ -31,7 +31,7 @@ from pipeline.prior import Prior, load_prior
 from pipeline.ranks import choose_device
 from pipeline.report import Evaluation, Origin, render_report, study
 from pipeline.report.study import write_plots
-from pipeline.run_folder import contender_of
+from pipeline.run_folder import load_run
 from pipeline.stage import stage_main
 from serving.terminal import print
 
@@ -142,7 +142,7 @@ def _champion(
     if folder is None:
         return None, []
     try:
-        champion = load_answers(contender_of(Path(folder)))
+        champion = load_answers(load_run(Path(folder)))
         order = np.argsort(np.array(test.sample_ids))
         challenger = Answers([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
         check_comparable(challenger, champion)

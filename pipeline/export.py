@@ -42,7 +42,7 @@ from pipeline.params import Params
 from pipeline.parity import Parity, check_half, check_parity
 from pipeline.prior import Prior, load_prior
 from pipeline.stage import stage_main
-from pipeline.tracking import tell_after
+from pipeline.tracking import record_after_stage
 from serving.errors import ServingError
 from serving.manifest import (
     GOLDEN_NAME,
@@ -114,7 +114,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         write_repository(output, repository)
     except ServingError as error:
         raise StageError(str(error)) from None
-    tell_after("export", params, output)
+    record_after_stage("export", params, output)
     return Result(difference, manifest, output, half)
 
 

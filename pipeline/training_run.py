@@ -30,12 +30,11 @@ from pipeline.artifacts import (
 from pipeline.checkpoint import BEST, ModelConfig, build_model, save_model
 from pipeline.dataset import training_images
 from pipeline.errors import ParamsError
-from pipeline.history import History, as_jsonl
+from pipeline.history import History, as_jsonl, write_scalars
 from pipeline.params import EngineParams, ImageParams, Params, StreamParams, StudentParams, TrainingParams
 from pipeline.pretrained import start_from
 from pipeline.prior import Prior
 from pipeline.resume import RunFolder
-from pipeline.tensorboard import write_scalars
 from pipeline.training import Training
 from serving.terminal import counted, print
 

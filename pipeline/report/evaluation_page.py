@@ -14,8 +14,7 @@ from pipeline.metrics import GROUPS
 from pipeline.prior import Prior
 from pipeline.report import figures
 from pipeline.report.learning_figures import confusion_heatmap, learning_curves
-from pipeline.report.page import render_page
-from pipeline.report.pictures import thumbnail
+from pipeline.report.page import render_page, thumbnail
 from pipeline.report.study import Study
 from pipeline.shift_table import SETS
 

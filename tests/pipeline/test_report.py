@@ -23,8 +23,7 @@ from pipeline.prior import Prior
 from pipeline.report import page as page_module
 from pipeline.report import study
 from pipeline.report.mistakes import confusion_matrix, confusion_pairs, extreme_classes
-from pipeline.report.page import as_script, render_page
-from pipeline.report.pictures import SIDE, thumbnail
+from pipeline.report.page import SIDE, as_script, render_page, thumbnail
 from pipeline.report.reliability import reliability
 from pipeline.report.strength import STRENGTHS, strength_sweep
 from pipeline.report.study import write_plots
