@@ -1,4 +1,4 @@
-"""What `data check` shows and writes: tables on the terminal; report.json, CSV files and long_tail.png in a folder."""
+"""What `data check` prints and writes: tables on the terminal; report.json, CSV files and long_tail.svg in a folder."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def write(report: Report, folder: Path) -> None:
             ]
             write_file(output / f"{name}.csv", as_csv(members, ["group", "split", "sample_id", "class"]))
         title = f"{report.source}: {sum(report.counts['train']):,} training images, {len(report.classes):,} classes"
-        draw_long_tail(report.counts["train"], title, output / "long_tail.png")
+        draw_long_tail(report.counts["train"], title, output / "long_tail.svg")
 
 
 def as_json(report: Report) -> dict[str, Any]:
