@@ -36,7 +36,7 @@ import yaml
 
 from pipeline import prior, split, student, teacher
 from pipeline.artifacts import sha256_of_json, write_file, write_json
-from pipeline.baseline import classification_params
+from pipeline.baseline import classification_section
 from pipeline.dataset import load_images
 from pipeline.evaluate import network_logits, network_metrics
 from pipeline.params import Params, parse_params, read_yaml
@@ -92,7 +92,8 @@ Trainer = Callable[[Params, Path, Path], Path]
 
 def classification_alone(params: Params, adjustment: float, output: Path, longer: float = 1) -> Path:
     """Train the student's network on L_cls alone, `longer` times its epochs."""
-    alone = classification_params(params, adjustment)
+    section = classification_section(params.student, adjustment)
+    alone = params.model_copy(update={"teacher": section})
     teacher.run(merged(alone, {"teacher": {"epochs": round(longer * alone.teacher.epochs)}}), output)
     return output
 
@@ -151,11 +152,11 @@ def train_all(
 
 def evaluated(params: Params, folder: Path, target_prior: str) -> dict[str, Any]:
     """Metrics for the target prior on the test split, and the last validation accuracy."""
-    device, test, classes = choose_device(params.device), load_images(params, "test"), load_prior()
-    logits = network_logits(folder, folder.name, test, params, classes, device)
+    device, test, classes = choose_device(params.device), load_images(params.data, params.image, "test"), load_prior()
+    logits = network_logits(folder, folder.name, test, params.image, classes, device)
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return {
-        **network_metrics(logits, test.labels.numpy(), classes, params)[target_prior],
+        **network_metrics(logits, test.labels.numpy(), classes, params.evaluate)[target_prior],
         "validation_accuracy": last.get("validation_accuracy"),
     }
 

@@ -94,7 +94,7 @@ def measured(params: Params, prior: Prior, images: Any, device: torch.device) ->
     torch.manual_seed(0)
     objective = new_objective(params, "student", prior)
     training = Training("student", objective, params.student, params.image, 0, device, engine=params.engine)
-    validation = load_images(params, "validation")
+    validation = load_images(params.data, params.image, "validation")
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     begin = clock()
     record = training.run(images, validation)[-1]

@@ -42,7 +42,7 @@ from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.augment.crops import boxes_of, draw_chances
 from pipeline.dataset import Normalisation
 from pipeline.host_memory import keep_freed_memory
-from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
+from pipeline.params import PARAMS_FILE, DataParams, ImageParams, Params, StreamParams, parse_params, read_yaml
 from pipeline.stream import ImageStream
 from pipeline.stream_decoding import cut, enough_pixels, original
 from pipeline.training import Training
@@ -66,6 +66,11 @@ class Given:
     params: Params
     batch: int
     workers: int
+
+    @property
+    def sections(self) -> tuple[DataParams, ImageParams, StreamParams]:
+        """The sections that a stream takes."""
+        return self.params.data, self.params.image, self.params.stream
 
 
 def recipe(root: Path, workers: int, device: str) -> Params:
@@ -104,7 +109,7 @@ def dataloader_side(given: Given) -> dict[str, Work]:
 def batches_of(given: Given) -> Iterator[tuple[Draws, torch.Tensor]]:
     """An epoch of the stream: the draws of a batch and its crops, uint8 [B,1,3,224,224]."""
     augment, size = given.params.teacher.augment, given.params.image.size
-    stream = ImageStream(given.params, "train", torch.device("cpu"), given.root, augment=augment)
+    stream = ImageStream(*given.sections, "train", torch.device("cpu"), given.root, augment=augment)
     generator = torch.Generator().manual_seed(0)
     order = stream.order(generator)
     places = order[: len(order) // given.batch * given.batch].view(-1, given.batch)
@@ -206,8 +211,8 @@ def wait_share(given: Given, device: torch.device, backbone: str) -> float:
     # On a CPU a step is so slow that a few images show it.
     split, batch = ("train", given.batch) if device.type == "cuda" else ("few", 16)
     section = given.params.teacher.model_copy(update={"batch_size": batch, "epochs": 2})
-    train = ImageStream(given.params, split, device, given.root, augment=section.augment)
-    held_out = ImageStream(given.params, "none", device, given.root)
+    train = ImageStream(*given.sections, split, device, given.root, augment=section.augment)
+    held_out = ImageStream(*given.sections, "none", device, given.root)
     history = Training("teacher", objective, section, given.params.image, 0, device).run(train, held_out)
     return history[-1]["data_wait"]
 

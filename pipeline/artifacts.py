@@ -1,4 +1,4 @@
-"""Files that stages hand on: where they lie, and how they are written."""
+"""Files that one stage writes and another reads: their paths, and how they are written."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from serving.atomic import place_file as place_file
+from serving.atomic import sha256_of as sha256_of
 from serving.atomic import whole_folder as whole_folder
 from serving.atomic import write_file as write_file
 from serving.terminal import csv_cell
@@ -35,23 +36,21 @@ def unfinished(output: Path) -> Path:
     return output.with_name(f".{output.name}.unfinished")
 
 
-def sha256_of_file(path: Path) -> str:
-    """sha256 of a file's content as hexadecimal text."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_json(path: Path, content: Any) -> None:
     """`write_file` of indented JSON; refuses NaN and infinity, which are not JSON."""
     write_file(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as CSV, which DVC can plot, its cells safe in a spreadsheet; None is an empty cell."""
+def as_csv(rows: Iterable[Any], columns: Sequence[str] | None = None) -> str:
+    """Rows as CSV, which DVC can plot, its cells safe in a spreadsheet; None is an empty cell.
+
+    Rows are mappings with the same keys, at least one; or, with `columns`, tuples of cells, of which there may be none.
+    """
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    named = [dict(zip(columns, row, strict=True)) if columns else row for row in rows]
+    writer = csv.DictWriter(stream, fieldnames=columns or list(named[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in named)
     return stream.getvalue()
 
 

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from models.sample_size import sample_sizes, warnings_of
-from pipeline import teacher
 from pipeline.artifacts import PRIOR, SPLIT, STUDENT
 from pipeline.comparison import Answers, Measure, compare
 from pipeline.dataset import AnyImages, evaluation_images
 from pipeline.errors import DataError
 from pipeline.evaluate import TARGET_PRIORS, network_logits
 from pipeline.metrics import GROUPS, answers
-from pipeline.params import Params, TrainingParams
+from pipeline.params import ImageParams, Params, StudentParams, TrainingParams
 from pipeline.prior import Prior, load_prior
-from pipeline.ranks import choose_device
+from pipeline.ranks import choose_device, joined_ranks
 from pipeline.stage import stage_main
-from pipeline.training_run import run_folder
+from pipeline.training_run import model_config, run_folder, stage_seed, teacher_objective, train_network
 from serving.terminal import Console
 
 FOLDER = Path("artifacts/baseline")
@@ -47,39 +47,48 @@ class Result:
 
 
 def run(params: Params, folder: Path = FOLDER) -> Result:
-    """Train plain cross-entropy unless `folder` has it already, and print the table. Raises DataError without a test split."""
+    """Train plain cross-entropy unless `folder` holds it already, print the table. Raises DataError without a test split."""
     prior, test = load_prior(), evaluation_images(params, "test")
     if len(test) == 0:
         raise DataError("data/split/test.parquet: holds no images; the comparison needs a test split")
-    plain = classification_params(params, adjustment=0.0)
-    output = folder / run_folder(plain.teacher, plain, folder, SPLIT / "train.parquet", PRIOR).fingerprint[:12]
+    plain = classification_section(params.student, adjustment=0.0)
+    inputs = [SPLIT / "train.parquet", PRIOR]
+    name = run_folder(plain, params.image, params.engine, params.stream, params.seed, folder, inputs).fingerprint[:12]
+    output = folder / name
     if not (output / "model.safetensors").is_file():
-        teacher.run(plain, output)
+        recipe = params.model_copy(update={"teacher": plain})
+        config = model_config(plain, params.image, len(prior.classes))
+        with joined_ranks(params.device) as device:
+            objective = teacher_objective(plain, config, prior, stage_seed(params.seed, "teacher"))
+            train_network("teacher", objective, config, recipe, prior, device, output, inputs)
+    device, image = choose_device(params.device), params.image
     answered = {
-        PLAIN: _answers(output, "teacher", plain, test, prior, "train"),
-        CORRECTED: _answers(output, "teacher", plain, test, prior, "balanced"),
-        STUDENT_ROW: _answers(STUDENT, "student", params, test, prior, "balanced"),
+        PLAIN: _answers(output, "teacher", image, test, prior, device, "train"),
+        CORRECTED: _answers(output, "teacher", image, test, prior, device, "balanced"),
+        STUDENT_ROW: _answers(STUDENT, "student", image, test, prior, device, "balanced"),
     }
     measures = {
         name: compare(one, answered[PLAIN], params.gate, params.evaluate.ece_bins) for name, one in answered.items()
     }
     console = Console()
     console.print(gain_table(measures, answered[PLAIN], params.gate.confidence))
-    console.print(limits(params, prior, len(test)), highlight=False)
+    console.print(limits(params.student.epochs, prior, len(test)), highlight=False)
     tested = np.bincount(test.labels.numpy(), minlength=len(prior.classes))
     for line in warnings_of(sample_sizes(tested, prior.groups)):
         console.print(f"warning: {line}", highlight=False)
     return Result(len(test), output)
 
 
-def classification_params(params: Params, adjustment: float) -> Params:
-    """Params whose teacher is the student's network, trained like the student on L_cls alone, with this logit adjustment."""
-    section = params.student.model_dump(include=set(TrainingParams.model_fields))
-    return params.model_copy(update={"teacher": TrainingParams.model_validate({**section, "adjustment": adjustment})})
+def classification_section(student: StudentParams, adjustment: float) -> TrainingParams:
+    """The student's section without its teacher: the same network, trained on L_cls alone with this logit adjustment."""
+    section = student.model_dump(include=set(TrainingParams.model_fields))
+    return TrainingParams.model_validate({**section, "adjustment": adjustment})
 
 
-def _answers(folder: Path, stage: str, params: Params, test: AnyImages, prior: Prior, target_prior: str) -> Answers:
-    logits = network_logits(folder, stage, test, params, prior, choose_device(params.device))
+def _answers(
+    folder: Path, stage: str, image: ImageParams, test: AnyImages, prior: Prior, device: torch.device, target_prior: str
+) -> Answers:
+    logits = network_logits(folder, stage, test, image, prior, device)
     probabilities = answers(logits, np.array(prior.log_prior), TARGET_PRIORS[target_prior])
     return Answers(list(test.sample_ids), test.labels.numpy(), probabilities, prior)
 
@@ -117,11 +126,11 @@ def _interval(measure: Measure) -> str:
     return f"{100 * measure.low:.1f} to {100 * measure.high:.1f}"
 
 
-def limits(params: Params, prior: Prior, tested: int) -> str:
+def limits(epochs: int, prior: Prior, tested: int) -> str:
     """What the table can show and what it cannot, in a few lines."""
     images, names = sum(prior.counts), len(prior.classes)
     return (
-        f"cross-entropy: plain, with the student's network, epochs ({params.student.epochs}), augmentation and seed, on "
+        f"cross-entropy: plain, with the student's network, epochs ({epochs}), augmentation and seed, on "
         f"the same {images:,} training images of {names} classes, {max(prior.counts):,} of the largest and "
         f"{min(prior.counts):,} of the smallest. minus log prior: the same network, its logits adjusted after training. "
         "difference: student − cross-entropy; the student also needs its teacher, two trainings instead of one.\n"

@@ -10,7 +10,8 @@ from statistics import NormalDist
 import numpy as np
 
 from models.sample_size import ADVICE, GROUPS, SampleSize, sample_size
-from pipeline.metrics import expected_calibration_error
+from pipeline.intervals import bootstrap
+from pipeline.metrics import confidence_bins, expected_calibration_error
 from pipeline.params import GateParams, GateRule
 from pipeline.prior import Prior
 
@@ -149,14 +150,13 @@ def _calibration(
 
 
 def calibration_of(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The calibration error of resampled rows: index [..., N] → ECE [...], as `expected_calibration_error` has it."""
-    confidence = probabilities.max(axis=1)
-    gap = (probabilities.argmax(axis=1) == labels) - confidence
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    """The calibration error of resampled rows: index [..., N] → ECE [...], equal to `expected_calibration_error`."""
+    bin_index, confidence, right = confidence_bins(probabilities, labels, bins)
+    gap = right - confidence
 
     def error(index: np.ndarray) -> np.ndarray:
         rows = np.atleast_2d(index)
-        bin_of = place[rows] + bins * np.arange(len(rows))[:, None]
+        bin_of = bin_index[rows] + bins * np.arange(len(rows))[:, None]
         sums = np.bincount(bin_of.ravel(), gap[rows].ravel(), minlength=bins * len(rows)).reshape(len(rows), bins)
         return (np.abs(sums).sum(axis=1) / rows.shape[1]).reshape(index.shape[:-1])
 
@@ -167,17 +167,9 @@ def paired_interval(
     statistic: Callable[[np.ndarray], np.ndarray], samples: int, params: GateParams
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic of sample indices; the same draws for the same seed and size."""
-    from scipy.stats import bootstrap
-
-    index = np.arange(samples)
-    if samples < 2:  # one sample shows no noise: nothing is beyond it
+    if samples < 2:  # one sample shows no noise, so no difference would be within it
         return -1.0, 1.0
-    found = bootstrap(
-        (index,), lambda drawn, axis: statistic(drawn), vectorized=True, method="percentile", axis=-1,  # noqa: ARG005
-        n_resamples=params.resamples, batch=max(1, 4_000_000 // samples), confidence_level=params.confidence,
-        rng=np.random.default_rng(params.seed),
-    )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return bootstrap(statistic, samples, params.resamples, params.confidence, params.seed)
 
 
 def compare_classes(challenger: Answers, champion: Answers, confidence: float) -> list[ClassDifference]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import jinja2
 import yaml
 
+from models.sample_size import GROUPS
 from pipeline.model_card import as_cell
-from pipeline.params import Params
+from pipeline.params import DataParams, ImageParams
 from pipeline.prior import Prior
 
 # The Hub's own brackets; a set is in the first whose end it does not reach.
@@ -66,11 +67,11 @@ class SplitSizes:
     test: int
 
 
-def data_card(params: Params, prior: Prior, sizes: SplitSizes) -> str:
-    """The card's text: a YAML block that huggingface_hub reads, then Markdown."""
+def data_card(data: DataParams, facts: list[tuple[str, str]], prior: Prior, sizes: SplitSizes) -> str:
+    """The card's text: a YAML block that huggingface_hub reads, then Markdown. facts: of `data_facts`."""
     total = sizes.train + sizes.validation + sizes.test
     metadata = {
-        "pretty_name": f"Tailor {params.data.source}, {params.data.profile} profile",
+        "pretty_name": f"Tailor {data.source}, {data.profile} profile",
         "task_categories": ["image-classification"],
         "size_categories": [next((name for end, name in BRACKETS.items() if total < end), "100M<n<1B")],
         "tags": ["long-tailed", "image"],
@@ -79,17 +80,16 @@ def data_card(params: Params, prior: Prior, sizes: SplitSizes) -> str:
     environment.filters["cell"] = as_cell
     return environment.from_string(CARD).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
-        facts=data_facts(params, prior, sizes), prior=prior, sizes=sizes, shown=SHOWN,
+        facts=facts, prior=prior, sizes=sizes, shown=SHOWN,
     )  # fmt: skip
 
 
-def data_facts(params: Params, prior: Prior, sizes: SplitSizes) -> list[tuple[str, str]]:
-    """What there is to say of the data in a line each: term and text."""
-    data, image = params.data, params.image
+def data_facts(data: DataParams, image: ImageParams, prior: Prior, sizes: SplitSizes) -> list[tuple[str, str]]:
+    """Facts about the data, one line each: term and text."""
     made = (
         "as it is" if data.profile == "natural" else f"made {data.profile}, imbalance factor {data.imbalance_factor:g}"
     )
-    groups = ", ".join(f"{prior.groups.count(name):,} {name}" for name in ("many", "medium", "few"))
+    groups = ", ".join(f"{prior.groups.count(name):,} {name}" for name in GROUPS)
     return [
         ("Source", data.source if data.source == "digits" else f"{data.source} at {data.location}"),
         ("Images", f"{sizes.train:,} for training, {sizes.validation:,} for validation, {sizes.test:,} for the test"),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
-from pipeline.artifacts import sha256_of_file, sha256_of_json, unfinished, write_json
+from pipeline.artifacts import sha256_of, sha256_of_json, unfinished, write_json
 from pipeline.errors import ParamsError
 from pipeline.history import progress_bar
 from pipeline.inspection import check_missing
@@ -98,9 +98,7 @@ def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None
         "classes": len(source.classes),
         "images": images,
         "skipped": skipped,
-        "sha256": {
-            path.relative_to(work).as_posix(): sha256_of_file(path) for found in shards.values() for path in found
-        },
+        "sha256": {path.relative_to(work).as_posix(): sha256_of(path) for found in shards.values() for path in found},
     }
     write_json(work / SUMMARY, summary)
     (work / PLAN).unlink()

@@ -1,4 +1,4 @@
-"""What `data check` shows and writes: tables on the terminal; report.json, CSV files and long_tail.png in a folder."""
+"""What `data check` prints and writes: tables on the terminal; report.json, CSV files and long_tail.svg in a folder."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.table import Table
 from models.prior import shot_group
 from models.sample_size import ADVICE, GROUPS, warnings_of
 from models.sample_size import as_json as sizes_as_json
-from pipeline.artifacts import whole_folder, write_file, write_json
+from pipeline.artifacts import as_csv, whole_folder, write_file, write_json
 from pipeline.data_check import Report
 from pipeline.inspection import SHOWN
 from pipeline.long_tail import draw_long_tail, show_long_tail
-from pipeline.split import SPLITS, as_csv
+from pipeline.split import SPLITS
 from serving.terminal import Console, cell
 
 
@@ -92,12 +92,12 @@ def write(report: Report, folder: Path) -> None:
             (name, *(str(report.counts[split][c]) for split in SPLITS), shot_group(report.counts["train"][c]))
             for c, name in enumerate(report.classes)
         ]
-        write_file(output / "classes.csv", as_csv(["class", *SPLITS, "group"], classes))
+        write_file(output / "classes.csv", as_csv(classes, ["class", *SPLITS, "group"]))
         problems = [
             (row.split, row.sample_id, report.classes[row.label], str(report.inspected[row.reference].problem))
             for row in report.bad
         ]
-        write_file(output / "problems.csv", as_csv(["split", "sample_id", "class", "problem"], problems))
+        write_file(output / "problems.csv", as_csv(problems, ["split", "sample_id", "class", "problem"]))
         for name, groups in (
             ("duplicates", list(report.duplicates.values())),
             ("near_duplicates", report.near_duplicates),
@@ -107,9 +107,9 @@ def write(report: Report, folder: Path) -> None:
                 for number, group in enumerate(groups or [])
                 for split, row in group
             ]
-            write_file(output / f"{name}.csv", as_csv(["group", "split", "sample_id", "class"], members))
+            write_file(output / f"{name}.csv", as_csv(members, ["group", "split", "sample_id", "class"]))
         title = f"{report.source}: {sum(report.counts['train']):,} training images, {len(report.classes):,} classes"
-        draw_long_tail(report.counts["train"], title, output / "long_tail.png")
+        draw_long_tail(report.counts["train"], title, output / "long_tail.svg")
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pipeline.artifacts import SPLIT
 from pipeline.augment import Draws, cuts_originals
 from pipeline.errors import DataError
 from pipeline.host_memory import free_bytes
-from pipeline.params import AugmentParams, ImageParams, Params
+from pipeline.params import AugmentParams, DataParams, ImageParams, Params, StreamParams
 from pipeline.sources import Source, in_parts, open_source, reading_order
 from pipeline.splits import count_rows, read_split
 from pipeline.stream import ImageStream
@@ -92,47 +92,47 @@ def training_images(
     augment: AugmentParams | None = None,
     views: int = 1,
 ) -> tuple[AnyImages, AnyImages, str | None]:
-    """The training and the validation split, in memory or as streams, and what there is to say of that, in a line.
+    """The training and the validation split, in memory or as streams, and a line of text on why they are streamed, or None.
 
     augment, views: of the section that trains. A resized crop is cut from the original: training images are then read by a
-    stream that holds the originals as far as stream.mode lets it, unless all are squares of image.size, where the device
-    can cut. Every rank streams where one must. Raises as `load_images` does.
+    stream that keeps as many originals in memory as stream.mode allows, unless all are squares of image.size, which the
+    device can cut. If one rank must stream, all ranks do. Raises as `load_images` does.
     """
     rows = sum(count_rows(split, folder) for split in ("train", "validation"))
-    streamed, reason = should_stream(params, rows, device)
-    # Free memory differs between processes; those that do not do the same wait for one another for good.
+    data, image, settings = params.data, params.image, params.stream
+    streamed, reason = should_stream(settings, image.size, rows, device)
+    # Free memory differs between processes; processes that decide differently would wait for one another forever.
     if mean_over_ranks(torch.tensor(float(streamed), device=device)).item() > 0 and not streamed:
         streamed = True
         reason = "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
     originals = augment is not None and cuts_originals(views, augment)
     if not streamed:
-        validation: AnyImages = load_images(params, "validation", folder)
+        validation: AnyImages = load_images(data, image, "validation", folder)
         with contextlib.suppress(OtherSizeError):
-            return load_images(params, "train", folder, as_they_are=originals), validation, None
+            return load_images(data, image, "train", folder, as_they_are=originals), validation, None
     else:
-        validation = ImageStream(params, "validation", device, folder)
-    skip = params.data.on_bad_image == "skip"
-    hold = {"on": 0.0, "off": math.inf, "auto": SHARE * free_bytes()}[params.stream.mode] if originals else 0.0
-    cut = augment if originals else None
-    train = ImageStream(params, "train", device, folder, replace_bad=skip, augment=cut, hold=hold)
-    said = "; ".join(filter(None, [reason, train.warning()]))
-    return train, validation, said or None
+        validation = ImageStream(data, image, settings, "validation", device, folder)
+    hold = {"on": 0.0, "off": math.inf, "auto": SHARE * free_bytes()}[settings.mode] if originals else 0.0
+    train = ImageStream(
+        data, image, settings, "train", device, folder,
+        replace_bad=data.on_bad_image == "skip", augment=augment if originals else None, hold=hold,
+    )  # fmt: skip
+    return train, validation, "; ".join(filter(None, [reason, train.warning()])) or None
 
 
 def evaluation_images(params: Params, split: str, folder: Path = SPLIT) -> AnyImages:
     """A split with the pixels that the server would see, on the CPU: in memory, or a stream. Raises as `load_images` does."""
-    cpu = torch.device("cpu")
-    if should_stream(params, count_rows(split, folder), cpu)[0]:
-        return ImageStream(params, split, cpu, folder, exactly=True)
-    return load_images(params, split, folder)
+    data, image, cpu = params.data, params.image, torch.device("cpu")
+    if should_stream(params.stream, image.size, count_rows(split, folder), cpu)[0]:
+        return ImageStream(data, image, params.stream, split, cpu, folder, exactly=True)
+    return load_images(data, image, split, folder)
 
 
-def should_stream(params: Params, rows: int, device: torch.device) -> tuple[bool, str | None]:
-    """Whether so many images are read as they are needed, and why where stream.mode leaves it open."""
-    mode = params.stream.mode
-    if mode != "auto":
-        return mode == "on", None
-    needed = rows * 3 * params.image.size**2
+def should_stream(stream: StreamParams, size: int, rows: int, device: torch.device) -> tuple[bool, str | None]:
+    """Whether `rows` images of size x size pixels are streamed, and the reason where stream.mode is auto."""
+    if stream.mode != "auto":
+        return stream.mode == "on", None
+    needed = rows * 3 * size**2
     places = {"in memory": free_bytes()}
     if device.type == "cuda":
         places[f"on {device}"] = torch.cuda.mem_get_info(device)[0]
@@ -145,29 +145,31 @@ def should_stream(params: Params, rows: int, device: torch.device) -> tuple[bool
     return False, None
 
 
-def load_images(params: Params, split: str, folder: Path = SPLIT, *, as_they_are: bool = False) -> Images:
+def load_images(
+    data: DataParams, image: ImageParams, split: str, folder: Path = SPLIT, *, as_they_are: bool = False
+) -> Images:
     """Decode and resize every image of a split. Raises ParamsError when the split is not made, DataError naming a bad file.
 
     as_they_are: no image is resized; raises OtherSizeError at the first that is no square of image.size.
     """
     table = read_split(split, ["sample_id", "label", "reference"], folder)
-    source = open_source(params.data)
+    source = open_source(data)
     references = table.column("reference").to_pylist()
-    size, resize_to = params.image.size, params.image.resize_to
+    size, resize_to = image.size, image.resize_to
 
     stacked = np.empty((len(references), 3, size, size), dtype=np.uint8)
 
-    def square(data: bytes) -> np.ndarray:
-        picture = decode(data)
+    def square(encoded: bytes) -> np.ndarray:
+        picture = decode(encoded)
         if picture.size != (size, size):
             raise OtherSizeError
         return resize(picture, size, size)
 
     def load(positions: Sequence[int]) -> None:
         for position in positions:
-            data = source.read(references[position])
+            encoded = source.read(references[position])
             try:
-                stacked[position] = square(data) if as_they_are else preprocess(data, size, resize_to)
+                stacked[position] = square(encoded) if as_they_are else preprocess(encoded, size, resize_to)
             except ImageError as error:
                 raise DataError(
                     f"{references[position]}: {error}; replace the image and run `dvc repro` again"

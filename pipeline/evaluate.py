@@ -18,20 +18,20 @@ from models.sample_size import from_json, warnings_of
 from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
 from pipeline.checkpoint import BEST, check_image, load_model
 from pipeline.comparison import Answers
-from pipeline.data_card import SplitSizes, data_card
+from pipeline.data_card import SplitSizes, data_card, data_facts
 from pipeline.dataset import AnyImages, evaluation_images
 from pipeline.errors import DataError, StageError
 from pipeline.gate import GateError, check_comparable, load_answers
 from pipeline.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
 from pipeline.lineage import code_revision
 from pipeline.metrics import answers, evaluate_answers, per_class_accuracy
-from pipeline.model_card import model_card
-from pipeline.params import Params
+from pipeline.model_card import model_card, model_facts
+from pipeline.params import EvaluateParams, ImageParams, Params
 from pipeline.prior import Prior, load_prior
 from pipeline.ranks import choose_device
-from pipeline.report import Origin, render_report, study
+from pipeline.report import Evaluation, Origin, render_report, study
 from pipeline.report.study import write_plots
-from pipeline.run_folder import contender_of
+from pipeline.run_folder import load_run
 from pipeline.stage import stage_main
 from serving.terminal import print
 
@@ -62,45 +62,64 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         raise DataError(
             "data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split"
         )
+    data, image, settings = params.data, params.image, params.evaluate
     device, labels = choose_device(params.device), test.labels.numpy()
-    champion, notes = _champion(params, test, labels, prior)
-    logits = {name: network_logits(folder, name, test, params, prior, device) for name, folder in NETWORKS.items()}
+    champion, notes = _champion(settings.champion, test, labels, prior)
+    logits = {name: network_logits(folder, name, test, image, prior, device) for name, folder in NETWORKS.items()}
     found = {name: _answers(values, prior) for name, values in logits.items()}
-    metrics = {name: network_metrics(values, labels, prior, params) for name, values in logits.items()}
+    metrics = {name: network_metrics(values, labels, prior, settings) for name, values in logits.items()}
     if (STUDENT / BEST).is_dir():
-        # An extra under a name of its own: whoever picks an epoch by a score must say so.
-        best = network_logits(STUDENT / BEST, "student", test, params, prior, device)
-        metrics["student_best_epoch"] = network_metrics(best, labels, prior, params)
-    validation = _validation(params, prior, device)
-    shown = study(logits, labels, prior, params, validation=validation, champion=champion)
-    chosen = choose_samples(found["student"], params.evaluate.samples, params.data.seed)
-    sizes = SplitSizes(sum(prior.counts), len(validation[1]) if validation else 0, len(test))
+        # An extra under its own name: a figure of an epoch that was chosen by a score must be labelled as such.
+        best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
+        metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
+    validation, held_out = None, evaluation_images(params, "validation")
+    if len(held_out):  # the temperature is fitted on it
+        validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
+    shown = study(logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion)
+    chosen = choose_samples(found["student"], settings.samples, data.seed)
+    sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
     for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
         print(f"evaluate: warning: {line}", file=sys.stderr)
+    about_data = data_facts(data, image, prior, sizes)
+    about_model = model_facts(params.teacher, params.student, image.size, params.serving.strength, prior)
     with whole_folder(output) as folder:
-        write_json(folder / "metrics.json", metrics)
-        for network, by_prior in metrics.items():
-            for name, values in by_prior.items():
-                write_json(folder / "metrics" / f"{network}_{name}.json", flat(values))
         classes = _per_class(found, labels, prior)
-        write_file(folder / "per_class.csv", as_csv(classes))
-        predicted = found["student"]["balanced"].argmax(1)
-        pairs = [
-            {"actual": prior.classes[a], "predicted": prior.classes[b]} for a, b in zip(labels, predicted, strict=True)
-        ]
-        write_file(folder / "confusion.csv", as_csv(pairs))
+        _write_tables(folder, metrics, classes, found["student"]["balanced"], labels, prior)
         write_plots(shown, folder / "plots")
         pyarrow.parquet.write_table(
             _predictions(test, found["student"], logits["student"]), folder / "predictions.parquet"
         )
         samples = _write_samples(folder / "samples", test, chosen, found["student"], prior.classes)
-        write_file(folder / "data_card.md", data_card(params, prior, sizes))
-        write_file(folder / "model_card.md", model_card(params, prior, metrics["student"]))
-        page = render_report(
-            shown, metrics, classes, samples, params, prior, sizes, encoded=test.encoded, notes=notes, origin=_origin()
-        )
-        write_file(folder / "report.html", page)
+        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes))
+        card = model_card(data, params.student.backbone, params.seed, about_model, prior, metrics["student"])
+        write_file(folder / "model_card.md", card)
+        evaluation = Evaluation(
+            shown, metrics, classes, samples, prior, test.encoded, about_data, about_model,
+            params.model_dump(mode="json"), notes=notes, origin=_origin(),
+        )  # fmt: skip
+        write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)
+
+
+def _write_tables(
+    folder: Path,
+    metrics: dict[str, Any],
+    classes: list[dict[str, Any]],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    prior: Prior,
+) -> None:
+    """metrics.json, a file of metrics for each network and target prior, per_class.csv and confusion.csv."""
+    write_json(folder / "metrics.json", metrics)
+    for network, by_prior in metrics.items():
+        for name, values in by_prior.items():
+            write_json(folder / "metrics" / f"{network}_{name}.json", flat(values))
+    write_file(folder / "per_class.csv", as_csv(classes))
+    predicted = probabilities.argmax(1)
+    pairs = [
+        {"actual": prior.classes[a], "predicted": prior.classes[b]} for a, b in zip(labels, predicted, strict=True)
+    ]
+    write_file(folder / "confusion.csv", as_csv(pairs))
 
 
 def _origin() -> Origin:
@@ -113,42 +132,36 @@ def _origin() -> Origin:
     return Origin(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), code_revision(), histories)
 
 
-def _validation(params: Params, prior: Prior, device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:
-    """The student's logits and the labels of the validation split, which its temperature is fitted on; None without one."""
-    held_out = evaluation_images(params, "validation")
-    if len(held_out) == 0:
-        return None
-    return network_logits(STUDENT, "student", held_out, params, prior, device), held_out.labels.numpy()
-
-
-def _champion(params: Params, test: AnyImages, labels: np.ndarray, prior: Prior) -> tuple[Answers | None, list[str]]:
-    """Answers of the run that params.evaluate.champion names, if it can be held against this one; else a note that says why.
+def _champion(
+    folder: str | None, test: AnyImages, labels: np.ndarray, prior: Prior
+) -> tuple[Answers | None, list[str]]:
+    """Answers of the run in `folder` (evaluate.champion) if it can be compared with this run; otherwise a note with the reason.
 
     Raises ParamsError when there is no such run.
     """
-    if params.evaluate.champion is None:
+    if folder is None:
         return None, []
     try:
-        champion = load_answers(contender_of(Path(params.evaluate.champion)))
+        champion = load_answers(load_run(Path(folder)))
         order = np.argsort(np.array(test.sample_ids))
-        mine = Answers([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
-        check_comparable(mine, champion)
+        challenger = Answers([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
+        check_comparable(challenger, champion)
     except GateError as error:  # other classes, another test set: no reason to lose the evaluation of this run
         return None, [f"Without the champion of evaluate.champion: {error}."]
     return champion, []
 
 
 def network_logits(
-    folder: Path, stage: str, test: AnyImages, params: Params, prior: Prior, device: torch.device
+    folder: Path, stage: str, test: AnyImages, image: ImageParams, prior: Prior, device: torch.device
 ) -> np.ndarray:
     """Balanced logits [N,C] of the network that `stage` left in `folder`. Raises as load_model and check_image do."""
     model, config = load_model(folder, stage)
-    check_image(config, params.image, folder)
+    check_image(config, image, folder)
     model = model.to(device, memory_format=torch.channels_last)
     images = test.batches(torch.arange(len(test)), EVALUATION_BATCH)
     shift = prior.balanced_shift(config.adjustment)
     try:
-        return balanced_logits(model, images, params.image, device, shift).numpy()
+        return balanced_logits(model, images, image, device, shift).numpy()
     except NotFiniteError as error:
         raise StageError(
             f"{folder}: {error}: training diverged; lower {stage}.learning_rate and run `dvc repro -f {stage}`"
@@ -176,14 +189,15 @@ def _answers(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
     return {name: answers(logits, log_prior, strength) for name, strength in TARGET_PRIORS.items()}
 
 
-def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params: Params) -> dict[str, Any]:
+def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params: EvaluateParams) -> dict[str, Any]:
     """Target prior → metric, of a network's balanced logits [N,C] for labels [N]."""
     found = _answers(logits, prior)
     classes = len(prior.classes)
     targets = {"balanced": np.full(classes, 1 / classes), "train": np.array(prior.p)}
-    bins, top_k = params.evaluate.ece_bins, params.evaluate.top_k
     return {
-        name: evaluate_answers(found[name], labels, prior.groups, targets[name], bins=bins, top_k=top_k)
+        name: evaluate_answers(
+            found[name], labels, prior.groups, targets[name], bins=params.ece_bins, top_k=params.top_k
+        )
         for name in TARGET_PRIORS
     }
 

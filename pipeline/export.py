@@ -36,13 +36,13 @@ from pipeline.errors import StageError
 from pipeline.fingerprint import code_sha256
 from pipeline.half_graph import to_half
 from pipeline.lineage import code_revision, data_sha256
-from pipeline.model_card import model_card
+from pipeline.model_card import model_card, model_facts
 from pipeline.onnx_graph import ServedStudent, to_onnx
 from pipeline.params import Params
 from pipeline.parity import Parity, check_half, check_parity
 from pipeline.prior import Prior, load_prior
 from pipeline.stage import stage_main
-from pipeline.tracking import tell_after
+from pipeline.tracking import record_after_stage
 from serving.errors import ServingError
 from serving.manifest import (
     GOLDEN_NAME,
@@ -105,14 +105,16 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         golden = golden_answers(session, examples, params, top_k(params, prior), golden_tolerance(half))
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
-        write_file(folder / CARD_NAME, model_card(params, prior, metrics))
+        facts = model_facts(params.teacher, params.student, image.size, params.serving.strength, prior)
+        card = model_card(params.data, params.student.backbone, params.seed, facts, prior, metrics)
+        write_file(folder / CARD_NAME, card)
         manifest = build_manifest(folder, params, prior, model, metrics, half)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
     try:
         write_repository(output, repository)
     except ServingError as error:
         raise StageError(str(error)) from None
-    tell_after("export", params, output)
+    record_after_stage("export", params, output)
     return Result(difference, manifest, output, half)
 
 

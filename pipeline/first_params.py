@@ -12,7 +12,7 @@ import numpy as np
 
 from models.preprocess import ImageError, decode
 from models.prior import shot_group
-from models.sample_size import SampleSize, sample_sizes
+from models.sample_size import GROUPS, SampleSize, sample_sizes
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import Params, parse_params
 from pipeline.profiles import test_size, validation_size
@@ -48,7 +48,7 @@ class Found:
 
     def __str__(self) -> str:
         groups = [shot_group(count) for count in self.counts]
-        shots = ", ".join(f"{groups.count(group)} {group}" for group in ("many", "medium", "few"))
+        shots = ", ".join(f"{groups.count(group)} {group}" for group in GROUPS)
         return (
             f"{sum(self.counts):,} images of {len(self.counts):,} classes ({max(self.counts):,} to {min(self.counts):,} a "
             f"class, imbalance factor {self.imbalance:,.1f}; {shots}); shorter side {self.shorter} pixels in the median"

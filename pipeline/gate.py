@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from models.prior import class_key
 from models.sample_size import ADVICE, sample_size
-from pipeline.artifacts import EVALUATION, PRIOR, sha256_of_file, write_json
+from pipeline.artifacts import EVALUATION, PRIOR, sha256_of, write_json
 from pipeline.comparison import Answers, Measure, compare, too_few_images
 from pipeline.errors import ParamsError, StageError
 from pipeline.metrics import answers, mean_of, per_class_accuracy
@@ -202,7 +202,7 @@ def _describe(contender: Contender | None) -> dict[str, Any] | None:
         return None
     path, digest = contender.predictions, None
     with contextlib.suppress(OSError):  # a file that cannot be read is a reason of the decision
-        digest = sha256_of_file(path)
+        digest = sha256_of(path)
     return {
         "predictions": str(path),
         "sha256": digest,

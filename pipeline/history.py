@@ -1,18 +1,20 @@
-"""What training shows: a line an epoch and a bar while it runs, metrics.jsonl and history.csv afterwards."""
+"""The record of a run by epoch: progress bar, a line per epoch, metrics.jsonl, TensorBoard event files."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.errors import ParamsError
 from serving.terminal import Console
 
 History = list[dict[str, float]]
 
 
 def progress_bar(quiet: bool = False, unit: str = "steps") -> Progress:
-    """A bar with steps (or another unit) done and time left, on a terminal; nothing where the output is a file, or `quiet`."""
+    """A bar with steps (or another unit) done and time left; on a terminal only, and not if `quiet`."""
     console = Console(quiet=quiet)
     columns = (
         TextColumn("{task.description}"),
@@ -36,3 +38,23 @@ def epoch_line(name: str, record: dict[str, float], epochs: int) -> str:
 def as_jsonl(history: History) -> str:
     """History as JSON lines, one record an epoch."""
     return "".join(json.dumps(record) + "\n" for record in history)
+
+
+def write_scalars(folder: Path, history: History) -> None:
+    """Write every number of a history under its name, by epoch, as the one event file of `folder`.
+
+    Raises ParamsError when tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ParamsError(
+            "engine.tensorboard is true, but tensorboard is missing; pip install 'tailor[monitor]'"
+        ) from None
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for record in history:
+            for name, value in record.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, int(record["epoch"]))

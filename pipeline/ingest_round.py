@@ -16,7 +16,7 @@ from pipeline.artifacts import (
     INGEST_STATE,
     INGESTED,
     place_file,
-    sha256_of_file,
+    sha256_of,
     sha256_of_json,
     whole_folder,
     write_json,
@@ -57,7 +57,7 @@ def write_round(drop: Drop, verdicts: list[Verdict], classes: list[str], taken: 
     bad = [verdict for verdict in verdicts if verdict.outcome == "bad"]
     with whole_folder(ROUND) as folder:
         kept, changed = write_shard(folder / SHARD, good, classes)
-        shard = f"{sha256_of_file(folder / SHARD)}.parquet" if kept else None
+        shard = f"{sha256_of(folder / SHARD)}.parquet" if kept else None
         quarantine, alone = write_quarantine(folder / BAD, bad) if bad else (None, [])
         new = sorted({str(verdict.label) for verdict in kept} - set(classes))
         there = len(verdicts) - len(good) - len(bad)

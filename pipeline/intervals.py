@@ -8,6 +8,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from models.label_shift import interval
+
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 AT_ONCE = 4_000_000  # resampled rows, or classes, in memory at a time
@@ -59,26 +61,33 @@ def weighted_accuracy(
         return wilson(int(r.sum()), int(n.sum()), confidence)
     value = float((r / n) @ w)
     p = (r + value) / (n + 1)
-    generator, found = np.random.default_rng(seed), []
-    at_once = max(1, AT_ONCE // len(n))
-    for first in range(0, RESAMPLES, at_once):
-        drawn = generator.binomial(n, p, (min(at_once, RESAMPLES - first), len(n)))
-        found.append(np.clip((drawn / n - p) @ w + value, 0, 1))
-    return Estimate(value, *percentiles(np.concatenate(found), confidence))
+    generator = np.random.default_rng(seed)
+
+    def draw(count: int) -> np.ndarray:
+        return np.clip((generator.binomial(n, p, (count, len(n))) / n - p) @ w + value, 0, 1)
+
+    return Estimate(value, *_percentiles(draw, len(n), RESAMPLES, confidence))
 
 
-def resampled(
-    statistic: Callable[[np.ndarray], np.ndarray], samples: int, value: float, resamples: int = 500
-) -> Estimate:
-    """A figure of samples with its percentile bootstrap interval; statistic: rows int [B,N] → [B]."""
-    generator, found = np.random.default_rng(0), []
-    at_once = max(1, AT_ONCE // samples)
-    for first in range(0, resamples, at_once):
-        found.append(statistic(generator.integers(0, samples, (min(at_once, resamples - first), samples))))
-    return Estimate(value, *percentiles(np.concatenate(found)))
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    samples: int,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of samples; statistic: sample indices int [B,N] → [B]."""
+    generator = np.random.default_rng(seed)
+    return _percentiles(
+        lambda count: statistic(generator.integers(0, samples, (count, samples))), samples, resamples, confidence
+    )
 
 
-def percentiles(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The central share `confidence` of bootstrap values [B]: its bounds."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _percentiles(
+    draw: Callable[[int], np.ndarray], width: int, resamples: int, confidence: float
+) -> tuple[float, float]:
+    """Bounds of the central share `confidence` of so many draws; draw: count → [count], from `width` numbers each."""
+    at_once = max(1, AT_ONCE // width)
+    values = [draw(min(at_once, resamples - first)) for first in range(0, resamples, at_once)]
+    low, high = interval(np.concatenate(values), confidence)
     return float(low), float(high)

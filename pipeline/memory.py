@@ -35,7 +35,7 @@ from pipeline.published import PUBLISHED
 from pipeline.stage import explain
 from pipeline.step import Step
 from pipeline.stream_decoding import enough_pixels
-from pipeline.student import student_objective
+from pipeline.student import student_objective, weights_of
 from pipeline.training import precision_of
 from pipeline.training_run import check_recipe, model_config
 from serving.terminal import Console, print
@@ -70,7 +70,7 @@ class Account:
 
 def account(params: Params, stage: str, prior: Prior) -> Account:
     """The account of one step of stage `teacher` or `student` on CUDA, of one process. Raises ParamsError as the stage does."""
-    check_recipe(params, prior)
+    check_recipe(params.teacher, params.student, prior)
     try:
         with torch.device("meta"):
             objective, average = _made(params, stage, prior)
@@ -120,12 +120,13 @@ def measured_step(
 
 def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
     """The objective of a stage, freshly initialised; a student's teacher likewise, as its weights take the same place."""
-    config = model_config(getattr(params, stage), params, len(prior.classes))
-    model = build_model(config, f"{stage}.backbone")
+    configs = [model_config(section, params.image, len(prior.classes)) for section in (params.teacher, params.student)]
     if stage == "teacher":
-        return TeacherObjective(model, torch.tensor(prior.in_losses), params.teacher.adjustment)
-    teacher = build_model(model_config(params.teacher, params, len(prior.classes)), "teacher.backbone")
-    return student_objective(params, prior, model, teacher)
+        return TeacherObjective(
+            build_model(configs[0], "teacher.backbone"), torch.tensor(prior.in_losses), params.teacher.adjustment
+        )
+    model, teacher = build_model(configs[1], "student.backbone"), build_model(configs[0], "teacher.backbone")
+    return student_objective(params.student, weights_of(params.student), prior, model, teacher)
 
 
 def _without_data(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from models.prior import adjust_logits, softmax
 from models.sample_size import GROUPS, as_json, sample_sizes
 
-AT_ONCE = 4_000_000  # probabilities looked at in one piece
+AT_ONCE = 4_000_000  # probabilities compared at a time
 
 
 def answers(logits: np.ndarray, log_prior: np.ndarray, strength: float) -> np.ndarray:
@@ -33,16 +33,16 @@ def mean_of(values: list[float | None]) -> float | None:
 def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Share of samples whose label is among the k most probable classes, the first of equal ones; k above C counts all.
 
-    The label's place is counted, which costs a tenth of sorting ten thousand classes.
+    The label's rank is counted, which costs a tenth of sorting ten thousand classes.
     """
-    place = np.empty(len(labels), dtype=np.int64)
+    ranks = np.empty(len(labels), dtype=np.int64)
     at_once = max(1, AT_ONCE // probabilities.shape[1])
     for first in range(0, len(labels), at_once):
         p, y = probabilities[first : first + at_once], labels[first : first + at_once]
-        mine = p[np.arange(len(y)), y][:, None]
-        before = (p == mine) & (np.arange(p.shape[1]) < y[:, None])
-        place[first : first + at_once] = ((p > mine) | before).sum(axis=1)
-    return float((place < k).mean())
+        of_label = p[np.arange(len(y)), y][:, None]
+        before = (p == of_label) & (np.arange(p.shape[1]) < y[:, None])
+        ranks[first : first + at_once] = ((p > of_label) | before).sum(axis=1)
+    return float((ranks < k).mean())
 
 
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
@@ -51,14 +51,19 @@ def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray, weigh
     return float(np.average(-np.log(np.maximum(p, 1e-12)), weights=weights))
 
 
+def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> tuple[np.ndarray, ...]:
+    """Of each answer its equal-width confidence bin (a, b], its confidence, and 1.0 if it is right, else 0.0; all [N]."""
+    confidence = probabilities.max(axis=1)
+    right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1), confidence, right
+
+
 def expected_calibration_error(
     probabilities: np.ndarray, labels: np.ndarray, bins: int, weights: np.ndarray | None = None
 ) -> float:
-    """ECE (Naeini 2015, Guo 2017): weighted mean over equal-width confidence bins (a, b] of |accuracy - confidence|."""
+    """ECE (Naeini 2015, Guo 2017): weighted mean over the confidence bins of |accuracy - confidence|."""
     weights = np.ones(len(labels)) if weights is None else weights
-    confidence = probabilities.max(axis=1)
-    right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    index, confidence, right = confidence_bins(probabilities, labels, bins)
     gap = np.bincount(index, weights * (right - confidence), minlength=bins)
     return float(np.abs(gap).sum() / weights.sum())
 

@@ -8,7 +8,7 @@ import jinja2
 import yaml
 
 from models.sample_size import from_json, warnings_of
-from pipeline.params import Params
+from pipeline.params import DataParams, StudentParams, TrainingParams
 from pipeline.prior import Prior
 from serving.terminal import counted
 
@@ -22,7 +22,7 @@ CARD = """\
 # Student of a GML run
 
 An image classifier for {{ prior.classes | length }} classes, trained on data whose largest class has {{ prior.counts | max }}
-samples and whose smallest has {{ prior.counts | min }} ({{ params.data.source }}, profile {{ params.data.profile }}).
+samples and whose smallest has {{ prior.counts | min }} ({{ data.source }}, profile {{ data.profile }}).
 
 {% for term, text in facts %}
 - **{{ term }}**: {{ text | cell }}
@@ -47,7 +47,7 @@ likely, 1 where classes come as often as in training, or a prior of your own.
 **Too few test images.** {{ line }}.
 
 {% endfor %}
-Last epoch, seed {{ params.seed }}, one run. Few means fewer than 20 training samples, many more than 100.
+Last epoch, seed {{ seed }}, one run. Few means fewer than 20 training samples, many more than 100.
 
 ## Classes
 
@@ -59,20 +59,23 @@ Last epoch, seed {{ params.seed }}, one run. Few means fewer than 20 training sa
 """
 
 
-def model_card(params: Params, prior: Prior, metrics: dict[str, Any]) -> str:
-    """The card's text. metrics: target prior → metric, of the student on the test split."""
+def model_card(
+    data: DataParams, backbone: str, seed: int, facts: list[tuple[str, str]], prior: Prior, metrics: dict[str, Any]
+) -> str:
+    """The card's text. facts: of `model_facts`; metrics: target prior → metric, of the student on the test split."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"percent": lambda value: "n/a" if value is None else f"{value:.1%}", "cell": as_cell}
     return environment.from_string(CARD).render(
-        metadata=yaml.safe_dump(_metadata(params, metrics), sort_keys=False, allow_unicode=True),
-        facts=model_facts(params, prior), params=params, prior=prior, metrics=metrics,
+        metadata=yaml.safe_dump(_metadata(data, backbone, metrics), sort_keys=False, allow_unicode=True),
+        facts=facts, data=data, seed=seed, prior=prior, metrics=metrics,
         few=warnings_of(from_json(metrics["balanced"].get("test_images", {}))),
     )  # fmt: skip
 
 
-def model_facts(params: Params, prior: Prior) -> list[tuple[str, str]]:
-    """What there is to say of the model in a line each: term and text."""
-    teacher, student, size = params.teacher, params.student, params.image.size
+def model_facts(
+    teacher: TrainingParams, student: StudentParams, size: int, strength: float, prior: Prior
+) -> list[tuple[str, str]]:
+    """Facts about the model, one line each: term and text. size: of an image; strength: the default that is served."""
     return [
         ("Network", f"{student.backbone} with a cosine classifier of {len(prior.classes):,} classes"),
         (
@@ -83,7 +86,7 @@ def model_facts(params: Params, prior: Prior) -> list[tuple[str, str]]:
         ),
         ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
         ("Output", "logits of every class; strength 0 answers for a balanced target prior, 1 for the training prior"),
-        ("Default strength", f"{params.serving.strength:g}"),
+        ("Default strength", f"{strength:g}"),
     ]
 
 
@@ -92,11 +95,11 @@ def as_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _metadata(params: Params, metrics: dict[str, Any]) -> dict[str, Any]:
-    name = f"tailor-{params.data.source}-{params.student.backbone.replace('/', '-')}"
+def _metadata(data: DataParams, backbone: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    name = f"tailor-{data.source}-{backbone.replace('/', '-')}"
     dataset = {
-        "name": f"{params.data.source}, {params.data.profile} profile",
-        "type": params.data.source,
+        "name": f"{data.source}, {data.profile} profile",
+        "type": data.source,
         "split": "test",
     }
     found = [

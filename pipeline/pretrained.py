@@ -8,7 +8,7 @@ import safetensors
 import safetensors.torch
 
 from models.backbones import Backbone
-from pipeline.artifacts import sha256_of_file
+from pipeline.artifacts import sha256_of
 from pipeline.errors import ParamsError
 from pipeline.params import PretrainedParams
 
@@ -23,7 +23,7 @@ def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str
         return
     path = Path(pretrained.file)
     try:
-        found = sha256_of_file(path)
+        found = sha256_of(path)
     except OSError as error:
         raise ParamsError(
             f"{key}.file is {pretrained.file!r}: {error.strerror}; expected a safetensors file on this machine"

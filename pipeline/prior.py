@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from models.prior import balanced_shift, class_prior, effective_number, log_class_prior, shot_group
+from models.sample_size import GROUPS
 from pipeline.artifacts import PRIOR, SPLIT, write_json
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.params import Params
@@ -45,7 +46,7 @@ class Prior:
         return shift
 
     def __str__(self) -> str:
-        sizes = {group: self.groups.count(group) for group in ("many", "medium", "few")}
+        sizes = {group: self.groups.count(group) for group in GROUPS}
         groups = ", ".join(f"{number} {group}" for group, number in sizes.items())
         return (
             f"{len(self.classes)} classes of {max(self.counts):,} to {min(self.counts):,} samples ({groups}) → {PRIOR}"

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import QUARANTINE, as_csv, sha256_of_file, sha256_of_json, write_file
+from pipeline.artifacts import QUARANTINE, as_csv, sha256_of, sha256_of_json, write_file
 from pipeline.errors import DataError
 from pipeline.ingest_checks import Verdict
 
@@ -30,7 +30,7 @@ def write_quarantine(folder: Path, bad: list[Verdict]) -> tuple[str, list[Verdic
     write_file(folder / LISTING, as_csv(listed))
     alone = [verdict for row, verdict in zip(listed, bad, strict=True) if not row["file"]]
     # A damaged table is listed alike every day; what is kept of it is not the same.
-    content = [sha256_of_file(folder / row["file"]) if row["file"] else "" for row in listed]
+    content = [sha256_of(folder / row["file"]) if row["file"] else "" for row in listed]
     return sha256_of_json([listed, content])[:16], alone
 
 

@@ -20,7 +20,7 @@ from pipeline.artifacts import (
     SEEDS,
     SPLIT,
     as_csv,
-    sha256_of_file,
+    sha256_of,
     sha256_of_json,
     unfinished,
     whole_folder,
@@ -116,8 +116,8 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
     fingerprint = sha256_of_json(
         {
             "params": mine.model_dump(mode="json", include=DEPENDS),
-            "data": [sha256_of_file(SPLIT / f"{name}.parquet") for name in ("train", "validation", "test")],
-            "prior": sha256_of_file(PRIOR),
+            "data": [sha256_of(SPLIT / f"{name}.parquet") for name in ("train", "validation", "test")],
+            "prior": sha256_of(PRIOR),
         }
     )
     done = folder / "metrics.json"
@@ -140,7 +140,9 @@ def _evaluate(params: Params, folder: Path) -> Metrics:
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
     return {
-        name: network_metrics(network_logits(where, name, test, params, prior, device), labels, prior, params)
+        name: network_metrics(
+            network_logits(where, name, test, params.image, prior, device), labels, prior, params.evaluate
+        )
         for name, where in networks.items()
     }
 

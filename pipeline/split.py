@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from models.prior import class_names_problem
-from pipeline.artifacts import INGESTED, SPLIT, whole_folder, write_file, write_json
+from pipeline.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
 from pipeline.duplicates import check_labels, conflicting_labels, find_duplicates
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.inspection import check_missing, check_usable, inspect_images
@@ -22,7 +20,7 @@ from pipeline.profiles import choose, class_members, class_sizes, test_size, val
 from pipeline.published import PUBLISHED, check_published_choice
 from pipeline.sources import Row, Source, WithIngested, open_source
 from pipeline.stage import stage_main
-from serving.terminal import csv_cell, print
+from serving.terminal import print
 
 SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
@@ -138,9 +136,9 @@ def _write(
             table = pa.table([*columns, [hashes[row.reference] for row in kept]], schema=SCHEMA)
             pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
         write_json(folder / "classes.json", classes)
-        write_file(folder / "duplicates.csv", as_csv(["sha256", "split", "sample_id", "class"], shared))
+        write_file(folder / "duplicates.csv", as_csv(shared, ["sha256", "split", "sample_id", "class"]))
         reasons = [(row.split, row.sample_id, classes[row.label], problem) for row, problem in left_out]
-        write_file(folder / "skipped.csv", as_csv(["split", "sample_id", "class", "problem"], reasons))
+        write_file(folder / "skipped.csv", as_csv(reasons, ["split", "sample_id", "class", "problem"]))
 
 
 def without(source: Source, skipped: list[Row]) -> list[Row]:
@@ -221,15 +219,6 @@ def _hold_out_validation(
         remaining.append(chosen[~np.isin(chosen, taken)])
         held.extend(sorted([*free.tolist(), *taken.tolist()]))
     return remaining, held
-
-
-def as_csv(header: list[str], rows: list[tuple[str, ...]]) -> str:
-    """A table as CSV, its cells safe in a spreadsheet."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([csv_cell(value) for value in row] for row in rows)
-    return stream.getvalue()
 
 
 if __name__ == "__main__":

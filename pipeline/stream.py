@@ -21,7 +21,7 @@ from models.ranks import mean_over_ranks, rank_count
 from pipeline.artifacts import SPLIT
 from pipeline.augment import Draws, cut_boxes
 from pipeline.errors import DataError, ParamsError
-from pipeline.params import AugmentParams, Params
+from pipeline.params import AugmentParams, DataParams, ImageParams, StreamParams
 from pipeline.sources import BadImageError, open_reader
 from pipeline.splits import read_split
 from pipeline.stream_decoding import (
@@ -68,7 +68,9 @@ class ImageStream:
 
     def __init__(
         self,
-        params: Params,
+        data: DataParams,
+        image: ImageParams,
+        settings: StreamParams,
         split: str,
         device: torch.device,
         folder: Path = SPLIT,
@@ -81,20 +83,20 @@ class ImageStream:
         table = read_split(split, ["sample_id", "label", "reference"], folder)
         self.labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
         self.sample_ids, self.references = Texts(table.column("sample_id")), Texts(table.column("reference"))
-        self._image, self._device, self._replace = params.image, device, replace_bad
+        self._image, self._device, self._replace = image, device, replace_bad
         self._augment, self._room = augment, hold
         self._held: dict[int, Tensor] = {}
-        self._most = enough_pixels(params.image, augment.crop_scale) if augment else 0.0
-        self._window = params.stream.shuffle_mib * 2**20
+        self._most = enough_pixels(image, augment.crop_scale) if augment else 0.0
+        self._window = settings.shuffle_mib * 2**20
         # Of the window that is read and of the next.
-        self._reader = open_reader(params.data, 2 * self._window)
+        self._reader = open_reader(data, 2 * self._window)
         self._groups = self._reader.groups(table.column("reference"))
-        self._kind = "exact" if exactly else params.stream.decode
+        self._kind = "exact" if exactly else settings.decode
         if self._kind == "gpu" and device.type != "cuda":
             raise ParamsError(f"stream.decode is 'gpu', but the device is {device}; expected fast or exact")
-        workers = params.stream.workers
+        workers = settings.workers
         self._workers = workers_of_a_rank() if workers == "auto" else workers
-        self._prefetch = params.stream.prefetch
+        self._prefetch = settings.prefetch
         self._lock = threading.Lock()
         self._replaced: list[str] = []
         self._waited = 0.0

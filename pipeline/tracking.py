@@ -1,18 +1,20 @@
-"""What a run was and how it did, told to whatever keeps records besides DVC: params, metrics, curves, report, manifest."""
+"""Runs recorded in MLflow besides DVC: params, metrics, curves, report and manifest of the run whose artifacts exist here."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pipeline.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER, sha256_of_file
+from pipeline.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER, sha256_of
 from pipeline.errors import ParamsError, StageError
-from pipeline.params import Params
+from pipeline.params import Params, TrackingParams
 from pipeline.sources.storage import shown
 from pipeline.stage import stage_main
 from serving.terminal import print
@@ -20,19 +22,29 @@ from serving.terminal import print
 EVALUATED = ("report.html", "metrics.json", "per_class.csv", "confusion.csv")
 EXPORTED = ("manifest.json", "model_card.md")
 HISTORIES = {"teacher": TEACHER / "history.csv", "student": STUDENT / "history.csv"}
-NOT_TOLD = {"tracking", "device"}  # an address may hold a password; where a run ran is no part of it
+NOT_LOGGED = {"tracking", "device"}  # an address may hold a password; the device is no part of the recipe
+RELEASE_TAG = "tailor.release"
+AT_ONCE = {"metrics": 1000, "params": 100}  # MLflow's limits of one call
+# MLflow reads these when it is imported; a value that the user has set wins. No telemetry; an unreachable server fails after
+# seconds, not minutes; and a folder, which params.yaml named on purpose, is accepted without a further switch.
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+}
 
 
 class TrackingError(StageError):
-    """A run could not be told; everything else of it is there, and it can be told later."""
+    """MLflow did not accept a run. Its artifacts are complete, and it can be recorded later."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it is told.
+    """One run as MLflow records it.
 
-    release: sha256 of its manifest, by which it is told once however often it is asked for. params and metrics by dotted
-    key. curves: (metric, epoch, value). files: to be kept with it. tags: what else is to be known, such as the decision.
+    release: sha256 of its manifest; a release is recorded once. params and metrics by dotted key. curves: (metric, epoch,
+    value). files: uploaded with it. tags: the release, the data, the params and the code by their hashes.
     """
 
     name: str
@@ -44,44 +56,45 @@ class Run:
     tags: dict[str, str]
 
 
-class Sink(Protocol):
-    """Whatever keeps records of runs."""
+def track(params: Params, export: Path = EXPORT) -> str | None:
+    """Record the run whose artifacts exist here; returns its address in MLflow, None where tracking.mlflow is null.
 
-    def tell(self, run: Run) -> str:
-        """Keep the run; one that is kept already gets the new tags alone. Returns where it is seen. Raises TrackingError."""
-        ...
-
-
-def sinks(params: Params) -> list[Sink]:
-    """The sinks that params.tracking names. Raises ParamsError where a package is missing."""
-    if params.tracking.mlflow is None:
-        return []
-    from pipeline.mlflow_sink import MlflowSink  # of the extra `mlflow`
-
-    return [MlflowSink(params.tracking.mlflow, params.tracking.experiment)]
-
-
-def track(params: Params, tags: Mapping[str, str] | None = None, export: Path = EXPORT) -> list[str]:
-    """Tell the run whose artifacts lie here to every sink; where it is seen in each.
-
-    tags: further facts, such as {"tailor.decision": "promote"}. Raises ParamsError when nothing was exported yet,
-    TrackingError when a sink does not take it.
+    Raises ParamsError when nothing was exported yet or mlflow is missing, TrackingError when MLflow does not accept the run.
     """
-    found = sinks(params)
-    return [sink.tell(run) for run in [collect(params, tags, export)] for sink in found] if found else []
-
-
-def tell_after(stage: str, params: Params, export: Path = EXPORT) -> None:
-    """`track` at the end of a stage, whose result is whole: a sink that is away is said on stderr, and costs nothing else."""
+    if params.tracking.mlflow is None:
+        return None
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    uri, address = params.tracking.mlflow, shown(params.tracking.mlflow)
     try:
-        for place in track(params, export=export):
-            print(f"{stage}: told to {place}", file=sys.stderr)
+        from mlflow import MlflowClient  # of the extra `mlflow`
+        from mlflow.exceptions import MlflowException
+    except ModuleNotFoundError as error:
+        raise ParamsError(
+            f"tracking.mlflow is {address!r}, but {error.name} is not installed; pip install 'tailor[mlflow]'"
+        ) from None
+    run = collect(params, export)
+    try:
+        # A client of its own: MLflow's global state is not changed, so the user's runs in this process stay separate.
+        return _record(MlflowClient(tracking_uri=uri), params.tracking, run)
+    except (MlflowException, OSError, ImportError, *_database_errors()) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrackingError(
+            f"tracking.mlflow {address!r} did not accept the run: {reason.replace(uri, address)}"
+        ) from None
+
+
+def record_after_stage(stage: str, params: Params, export: Path = EXPORT) -> None:
+    """`track` at the end of a stage, whose result is complete: a failure is printed to stderr and changes nothing else."""
+    try:
+        if address := track(params, export):
+            print(f"{stage}: recorded at {address}", file=sys.stderr)
     except StageError as error:
-        print(f"{stage}: {error}; `python -m pipeline.tracking` tells it later", file=sys.stderr)
+        print(f"{stage}: {error}; `python -m pipeline.tracking` records it later", file=sys.stderr)
 
 
-def collect(params: Params, tags: Mapping[str, str] | None = None, export: Path = EXPORT) -> Run:
-    """The run whose artifacts lie here. Raises ParamsError when there are none, StageError for a damaged one."""
+def collect(params: Params, export: Path = EXPORT) -> Run:
+    """The run whose artifacts exist here. Raises ParamsError when there are none, StageError for a damaged one."""
     path = export / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -91,8 +104,8 @@ def collect(params: Params, tags: Mapping[str, str] | None = None, export: Path 
         raise ParamsError(f"{error.filename}: {error.strerror}; run `dvc repro` first") from None
     except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{path}: damaged ({error}); run `dvc repro -f export`") from None
-    release = sha256_of_file(path)
-    content = params.model_dump(mode="json", exclude=NOT_TOLD)
+    release = sha256_of(path)
+    content = params.model_dump(mode="json", exclude=NOT_LOGGED)
     files = [EVALUATION / name for name in EVALUATED] + [export / name for name in EXPORTED]
     content["data"]["location"] = shown(params.data.location)
     return Run(
@@ -105,7 +118,7 @@ def collect(params: Params, tags: Mapping[str, str] | None = None, export: Path 
         {key: float(value) for key, value in flat(metrics).items() if isinstance(value, int | float)},
         [point for network, history in HISTORIES.items() for point in _curve(network, history)],
         [file for file in files if file.is_file()],
-        {"tailor.release": release, **{f"tailor.{key}": value for key, value in facts.items()}, **(tags or {})},
+        {RELEASE_TAG: release, **{f"tailor.{key}": value for key, value in facts.items()}},
     )
 
 
@@ -129,13 +142,69 @@ def _curve(network: str, path: Path) -> list[tuple[str, int, float]]:
         ]
 
 
+def _record(client: Any, settings: TrackingParams, run: Run) -> str:
+    """Record a run unless it is recorded already; one that a killed process recorded in part is deleted and recorded again."""
+    experiment = _experiment_id(client, settings)
+    for existing in client.search_runs([experiment], f"tags.`{RELEASE_TAG}` = '{run.release}'", max_results=50):
+        if existing.info.status == "FINISHED":
+            return _address(settings, experiment, existing.info.run_id)
+        client.delete_run(existing.info.run_id)
+    run_id = client.create_run(experiment, run_name=run.name, tags=run.tags).info.run_id
+    _log(client, run_id, run)
+    client.set_terminated(run_id, "FINISHED")
+    return _address(settings, experiment, run_id)
+
+
+def _log(client: Any, run_id: str, run: Run) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, 0) for name, value in run.metrics.items()]
+    metrics += [Metric(name, value, now, epoch) for name, epoch, value in run.curves]
+    params = [Param(name, value) for name, value in run.params.items()]
+    for start in range(0, len(metrics), AT_ONCE["metrics"]):
+        client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE["metrics"]])
+    for start in range(0, len(params), AT_ONCE["params"]):
+        client.log_batch(run_id, params=params[start : start + AT_ONCE["params"]])
+    for file in run.files:
+        client.log_artifact(run_id, str(file))
+
+
+def _experiment_id(client: Any, settings: TrackingParams) -> str:
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is None:
+        return str(client.create_experiment(settings.experiment))
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"tracking.experiment is {settings.experiment!r}, which was deleted at {shown(str(settings.mlflow))}; restore "
+            "it, or name another"
+        )
+    return str(experiment.experiment_id)
+
+
+def _address(settings: TrackingParams, experiment: str, run_id: str) -> str:
+    address = shown(str(settings.mlflow))
+    if address.startswith(("http://", "https://")):
+        return f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{address} (run {run_id})"
+
+
+def _database_errors() -> tuple[type[Exception], ...]:
+    """Errors of a database that MLflow does not wrap; from a package of its own, which the extra does not install."""
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:
+        return ()
+    return (SQLAlchemyError,)
+
+
 def run(params: Params) -> str:
-    """`track`, in a sentence. Raises ParamsError where params name no sink."""
-    places = track(params)
-    if not places:
+    """`track`, in a sentence. Raises ParamsError where tracking.mlflow is null."""
+    address = track(params)
+    if not address:
         raise ParamsError("tracking.mlflow is null; set it to a tracking URI such as http://127.0.0.1:5000")
-    return f"told to {', '.join(places)}"
+    return f"recorded at {address}"
 
 
 if __name__ == "__main__":
-    sys.exit(stage_main(run, "Tell the run whose artifacts lie here to the sinks of params.tracking."))
+    sys.exit(stage_main(run, "Record the run whose artifacts exist here in MLflow, at params.tracking."))

@@ -23,16 +23,15 @@ from pipeline.artifacts import FAILURES
 from pipeline.capture import CapturedStep, CaptureError
 from pipeline.dataset import AnyImages
 from pipeline.errors import ParamsError, StageError
-from pipeline.failure_dump import dump_failure
 from pipeline.history import History, epoch_line, progress_bar
 from pipeline.host_memory import keep_freed_memory
 from pipeline.inference import NotFiniteError, accuracy, outputs
+from pipeline.optimiser import learning_rate
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.resume import RunFolder, Snapshot
-from pipeline.schedule import learning_rate
 from pipeline.step import Step, StepInputs, own_places, own_rows
 from pipeline.training_state import Best, Position, check_same_everywhere, snapshot_of, take_snapshot
-from pipeline.watch import Failure, Watch
+from pipeline.watch import Failure, NonFiniteMonitor, dump_failure
 
 
 @dataclass
@@ -133,7 +132,7 @@ class Training:
         except NoBlocksError as error:
             raise ParamsError(f"engine.checkpoint_activations is true, but {self.name}.backbone: {error}") from None
         self._train = train
-        self._watch = Watch(self.device)
+        self._monitor = NonFiniteMonitor(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._at = Position()
         self._kept: tuple[int, int] | None = None  # finished epochs and steps of the newest checkpoint
@@ -167,7 +166,7 @@ class Training:
         self._step.optimiser.set_rate(rate)
         if at.order is None:
             at.order = self._train.order(self._generator)[: steps * batch]
-        self._watch.begin(at.sums)
+        self._monitor.begin(at.sums)
         started, first = time.perf_counter(), at.step
         batches = at.order.view(steps, batch)
         drawn, ahead = itertools.tee(self._drawn(batches[first:]))
@@ -176,8 +175,8 @@ class Training:
             del ahead, draws  # a feed that does not draw ahead would have tee keep the draws of all steps
             for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
                 self._generator.set_state(state)
-                # The look-out remembers many steps; pixels are read again where one of them is wanted.
-                failure = self._watch.add(step, inputs, self._take_step(replace(inputs, pixels=pixels)))
+                # The monitor keeps the inputs of many steps; a dump reads their pixels again.
+                failure = self._monitor.add(step, inputs, self._take_step(replace(inputs, pixels=pixels)))
                 if failure:
                     self._fail(failure, steps, rate)
                 at.step = step + 1
@@ -185,8 +184,8 @@ class Training:
                 progress.update(bar, advance=1, rate=f"{speed:,.0f} images/s")
                 if time.monotonic() - self._saved > self.engine.checkpoint_seconds:
                     self._save(steps, rate)
-        means = self._watch.means(steps)
-        if failure := self._watch.last_failure():
+        means = self._monitor.means(steps)
+        if failure := self._monitor.last_failure():
             self._fail(failure, steps, rate)
         self._check_network()
         seconds = time.perf_counter() - started
@@ -244,7 +243,7 @@ class Training:
         epoch, folder = self._at.epoch + 1, FAILURES / self.name
         if rank() == 0:
             facts = {"stage": self.name, "epoch": epoch, "steps": steps, "learning_rate": rate, "seed": self.seed}
-            dump_failure(folder, failure, self._watch, self._step, self._train, facts)
+            dump_failure(folder, failure, self._monitor, self._step, self._train, facts)
         raise StageError(
             f"{self.name}: not finite in epoch {epoch}, step {failure.step + 1} of {steps}: {', '.join(failure.terms)}; "
             f"lower {self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs; "
@@ -256,11 +255,11 @@ class Training:
         self._saved = time.monotonic()
         if self.run_folder is None:
             return
-        if failure := self._watch.last_failure():
+        if failure := self._monitor.last_failure():
             self._fail(failure, steps, rate)
         at = self._at
         if at.step:
-            at.sums = self._watch.kept_sums()
+            at.sums = self._monitor.kept_sums()
         if rank() == 0:
             kept = snapshot_of(at, self._step, self._generator, self.best)
             self.run_folder.save(at.epoch * 1_000_000 + at.step, kept)

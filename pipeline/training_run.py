@@ -1,4 +1,4 @@
-"""What the two training stages share around the engine: checks before, state while, files after."""
+"""What the training stages share around the engine: checks before a run, its state while it runs, its files after."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,22 +20,23 @@ from models.student_objective import StudentObjective
 from pipeline.artifacts import (
     TENSORBOARD,
     as_csv,
-    sha256_of_file,
+    sha256_of,
     sha256_of_json,
     unfinished,
     whole_folder,
     write_file,
     write_json,
 )
-from pipeline.checkpoint import BEST, ModelConfig, save_model
+from pipeline.checkpoint import BEST, ModelConfig, build_model, save_model
+from pipeline.dataset import training_images
 from pipeline.errors import ParamsError
-from pipeline.history import History, as_jsonl
-from pipeline.params import Params, TrainingParams
+from pipeline.history import History, as_jsonl, write_scalars
+from pipeline.params import EngineParams, ImageParams, Params, StreamParams, StudentParams, TrainingParams
+from pipeline.pretrained import start_from
 from pipeline.prior import Prior
 from pipeline.resume import RunFolder
-from pipeline.tensorboard import write_scalars
 from pipeline.training import Training
-from serving.terminal import counted
+from serving.terminal import counted, print
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,8 @@ class Result:
         return f"{counted(self.last['epoch'], 'epoch')}, loss {self.last['loss']:.4f}{score} → {self.output}"
 
 
-def model_config(section: TrainingParams, params: Params, classes: int) -> ModelConfig:
-    """The config of a network trained by a params section."""
-    image = params.image
+def model_config(section: TrainingParams, image: ImageParams, classes: int) -> ModelConfig:
+    """The config of a network that a params section trains."""
     return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment)
 
 
@@ -67,47 +68,77 @@ def stage_seed(seed: int, stage: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def make_training(
+def train_network(
     name: str,
     objective: TeacherObjective | StudentObjective,
+    config: ModelConfig,
     params: Params,
     prior: Prior,
     device: torch.device,
-    folder: RunFolder,
-) -> Training:
-    """The run of stage `name`. While it runs, folder/metrics.jsonl holds its finished epochs, and the TensorBoard files too."""
-    section: TrainingParams = getattr(params, name)
+    output: Path,
+    inputs: Sequence[Path],
+) -> Result:
+    """Train the objective of stage `name`, write the network of the last epoch to `output`; resumes an interrupted run.
 
-    def show(history: History) -> None:
+    inputs: files that the run depends on besides params. Finished epochs are written to metrics.jsonl of the run folder.
+    """
+    section: TrainingParams = getattr(params, name)
+    folder = run_folder(section, params.image, params.engine, params.stream, params.seed, output, inputs)
+    tensorboard = TENSORBOARD / name if params.engine.tensorboard else None
+
+    def record(history: History) -> None:
         if rank() == 0:
             write_file(folder.folder / "metrics.jsonl", as_jsonl(history))
-            if params.engine.tensorboard:
-                write_scalars(TENSORBOARD / name, history)
+            if tensorboard:
+                write_scalars(tensorboard, history)
 
-    shift = prior.balanced_shift(section.adjustment)
-    seed = stage_seed(params.seed, name)
-    return Training(name, objective, section, params.image, seed, device, folder, params.engine, show, shift=shift)
+    shift, seed = prior.balanced_shift(section.adjustment), stage_seed(params.seed, name)
+    training = Training(
+        name, objective, section, params.image, seed, device, folder, params.engine, record, shift=shift
+    )
+    train, validation, notice = training_images(params, device, augment=section.augment, views=objective.views)
+    if notice and rank() == 0:
+        print(f"{name}  {notice}", flush=True)
+    history = training.run(train, validation)
+    return save_run(training, config, history, output)
 
 
-def run_folder(section: TrainingParams, params: Params, output: Path, *inputs: Path) -> RunFolder:
-    """Where an unfinished run of `output` keeps its state; another recipe, seed, library or input file starts anew."""
+def teacher_objective(section: TrainingParams, config: ModelConfig, prior: Prior, seed: int) -> TeacherObjective:
+    """L_cls (Eq. 6) of a network freshly initialised from a stage's seed, or from section.pretrained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(config, "teacher.backbone")
+    start_from(model.backbone, section.pretrained, "teacher.pretrained")
+    return TeacherObjective(model, torch.tensor(prior.in_losses), section.adjustment)
+
+
+def run_folder(
+    section: TrainingParams,
+    image: ImageParams,
+    engine: EngineParams,
+    stream: StreamParams,
+    seed: int,
+    output: Path,
+    inputs: Sequence[Path],
+) -> RunFolder:
+    """Where an unfinished run of `output` keeps its state; another recipe, seed, library or input file starts from scratch."""
     depends = {
         "section": section.model_dump(mode="json"),
-        "image": params.image.model_dump(mode="json"),
-        "seed": params.seed,
-        "precision": params.engine.precision,
-        "stream": params.stream.model_dump(mode="json", include={"mode", "decode", "shuffle_mib"}),
+        "image": image.model_dump(mode="json"),
+        "seed": seed,
+        "precision": engine.precision,
+        "stream": stream.model_dump(mode="json", include={"mode", "decode", "shuffle_mib"}),
         "torch": torch.__version__,
-        "inputs": [sha256_of_file(path) for path in inputs],
+        "inputs": [sha256_of(path) for path in inputs],
     }
     return RunFolder(unfinished(output), sha256_of_json(depends))
 
 
 def save_run(training: Training, config: ModelConfig, history: History, output: Path) -> Result:
-    """Write network, config and history as one whole folder, by rank 0; what the run kept to go on is then dropped.
+    """Write network, config and history as one whole folder, by rank 0; the run's checkpoint is then removed.
 
-    The network is the last epoch's. That of the best epoch on validation lies in best/, with best.json, if there was a
-    validation split: an extra, as whoever picks an epoch by a score must say so.
+    The network is the last epoch's. That of the best epoch on validation is written to best/, with best.json, if there is a
+    validation split: an extra, as a figure of an epoch that was chosen by a score must be labelled as such.
     """
     if rank() == 0:
         with whole_folder(output) as folder:
@@ -123,32 +154,30 @@ def save_run(training: Training, config: ModelConfig, history: History, output: 
     return Result(history[-1], output)
 
 
-def check_recipe(params: Params, prior: Prior) -> None:
+def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) -> None:
     """Raise ParamsError for what would only fail after the teacher has been trained: a backbone's name, the queues' size."""
-    for key, name in (("teacher.backbone", params.teacher.backbone), ("student.backbone", params.student.backbone)):
+    for key, name in (("teacher.backbone", teacher.backbone), ("student.backbone", student.backbone)):
         try:
             check_backbone(name)
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
-    if not params.student.beta:
+    if not student.beta:
         return
     try:
-        queue_lengths(prior.counts, params.student.queue_total, params.student.queue_minimum)
+        queue_lengths(prior.counts, student.queue_total, student.queue_minimum)
     except ValueError as error:
         raise ParamsError(f"student.queue_total, student.queue_minimum: {error}") from None
 
 
-def check_backbones(params: Params) -> None:
+def check_backbones(teacher: str, student: str, size: int, opset: int) -> None:
     """Raise ParamsError when a network of torchvision or timm does not run at image.size, or the student does not export.
 
-    Found on untrained networks, as a backbone that no export takes would else be known after hours. Once per run: by rank 0.
+    Checked on untrained networks: otherwise a backbone that cannot be exported fails after hours. Only rank 0 checks.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    size, opset = str(params.image.size), str(params.export.opset)
-    wanted = {("teacher.backbone", params.teacher.backbone): [size]}
-    wanted[("student.backbone", params.student.backbone)] = [size, opset]
-    for (key, name), arguments in wanted.items():
+    arguments_of = {("teacher.backbone", teacher): [str(size)], ("student.backbone", student): [str(size), str(opset)]}
+    for (key, name), arguments in arguments_of.items():
         if "/" not in name:  # our own CIFAR ResNets take every size and are exported by the tests
             continue
         command = [sys.executable, "-m", "pipeline.backbone_check", name, *arguments]

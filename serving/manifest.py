@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from serving.atomic import sha256_of as sha256_of
 from serving.errors import ServingError
 
 MANIFEST_NAME = "manifest.json"
@@ -140,15 +140,6 @@ class Golden(BaseModel):
         if rank + 1 == len(self.probability) and rank > 0:
             return True
         return any(abs(self.probability[r] - self.probability[rank]) <= 2 * self.tolerance for r in near)
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file as hexadecimal text, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -92,11 +92,10 @@ def _answers(name: str, repository: Callable[[], Path], params: Params | None, t
     from pipeline.errors import ParamsError, StageError
     from pipeline.gate import load_answers
     from pipeline.params import PARAMS_FILE
-    from pipeline.run_folder import contender_of
-    from pipeline.run_revision import contender_at
+    from pipeline.run_folder import load_run, load_run_at_revision
 
     if Path(name).is_dir():
-        return load_answers(contender_of(Path(name)), target_prior)
+        return load_answers(load_run(Path(name)), target_prior)
     if name == "champion" or (name.isdecimal() and len(name) < 7):  # a commit's short name has seven figures
         if params is None:
             raise ParamsError(
@@ -105,6 +104,6 @@ def _answers(name: str, repository: Callable[[], Path], params: Params | None, t
         return served_answers(repository(), None if name == "champion" else int(name), params, target_prior)
     with tempfile.TemporaryDirectory(prefix="tailor-compare-") as folder:
         try:
-            return load_answers(contender_at(name, Path(folder)), target_prior)
+            return load_answers(load_run_at_revision(name, Path(folder)), target_prior)
         except StageError as error:
             raise type(error)(str(error).replace(f"{folder}/", f"{name}: ")) from None

@@ -12,13 +12,13 @@ from pipeline.params.file import load_params as load_params
 from pipeline.params.file import parse_params as parse_params
 from pipeline.params.file import read_yaml as read_yaml
 from pipeline.params.operation import IngestParams as IngestParams
+from pipeline.params.operation import RetrainParams as RetrainParams
 from pipeline.params.operation import TrackingParams as TrackingParams
 from pipeline.params.release import EvaluateParams as EvaluateParams
 from pipeline.params.release import ExportParams as ExportParams
 from pipeline.params.release import GateParams as GateParams
 from pipeline.params.release import GateRule as GateRule
 from pipeline.params.release import ServingParams as ServingParams
-from pipeline.params.retrain import RetrainParams as RetrainParams
 from pipeline.params.training import AugmentParams as AugmentParams
 from pipeline.params.training import EngineParams as EngineParams
 from pipeline.params.training import PretrainedParams as PretrainedParams

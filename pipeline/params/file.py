@@ -11,9 +11,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import ParamsError
 from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
-from pipeline.params.operation import IngestParams, TrackingParams
+from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
-from pipeline.params.retrain import RetrainParams
 from pipeline.params.section import Section
 from pipeline.params.training import EngineParams, StudentParams, TrainingParams
 

@@ -1,4 +1,4 @@
-"""Sections `ingest` and `tracking`: how Tailor runs from day to day. No stage of dvc.yaml depends on them."""
+"""Sections `ingest`, `tracking` and `retrain`: how Tailor runs from day to day. No stage of dvc.yaml depends on them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.params.section import NonNegative, PositiveInt, Section, Share
+from pipeline.params.section import Count, NonNegative, Positive, PositiveInt, Section, Share
 
 
 class IngestColumns(Section):
@@ -37,10 +37,33 @@ class IngestParams(Section):
 
 
 class TrackingParams(Section):
-    """Where runs are told of besides DVC.
+    """Where runs are recorded besides DVC.
 
     mlflow: a tracking URI such as http://host:5000 or sqlite:///runs.db; null for none. experiment: its name there.
     """
 
     mlflow: str | None = None
     experiment: Annotated[str, Field(min_length=1)] = "tailor"
+
+
+class RetrainParams(Section):
+    """The flow `retrain`.
+
+    repository: the Triton model repository of what was promoted. server: gRPC address of a server elsewhere that serves
+    it, its key in TAILOR_ADMIN_KEY; null finds the servers of this user on this machine. keep: versions on disk. when_busy:
+    what a second run does. rehearsal: try a version on a server of its own first, else in ONNX Runtime alone. retries of
+    a task, the first after retry_seconds, each later one after twice as long. load_seconds: that one load may take.
+    stage_hours: that one stage may take. watch_seconds: for how long golden requests are sent to a new champion before the
+    run counts it as promoted.
+    """
+
+    repository: Annotated[str, Field(min_length=1)] = "releases"
+    server: Annotated[str, Field(pattern=r"^grpcs?://.+")] | None = None
+    keep: Annotated[int, Field(ge=2)] = 5
+    when_busy: Literal["refuse", "wait"] = "refuse"
+    rehearsal: bool = True
+    retries: Count = 2
+    retry_seconds: NonNegative = 10.0
+    load_seconds: Positive = 120.0
+    stage_hours: Positive = 24.0
+    watch_seconds: NonNegative = 5.0

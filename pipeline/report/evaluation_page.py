@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import yaml
 
 from models.sample_size import ADVICE, from_json
-from pipeline.data_card import SplitSizes, data_facts
 from pipeline.metrics import GROUPS
-from pipeline.model_card import model_facts
-from pipeline.params import Params
 from pipeline.prior import Prior
 from pipeline.report import figures
 from pipeline.report.learning_figures import confusion_heatmap, learning_curves
-from pipeline.report.page import render_page
-from pipeline.report.pictures import thumbnail
+from pipeline.report.page import render_page, thumbnail
 from pipeline.report.study import Study
 from pipeline.shift_table import SETS
 
@@ -35,81 +32,86 @@ class Origin:
     histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
 
 
-def render_report(
-    found: Study,
-    metrics: Mapping[str, Any],
-    classes: Sequence[dict[str, Any]],
-    samples: Sequence[dict[str, Any]],
-    params: Params,
-    prior: Prior,
-    sizes: SplitSizes,
-    encoded: Callable[[int], bytes],
-    notes: Sequence[str] = (),
-    warnings: Sequence[str] = (),
-    origin: Origin = Origin(),
-) -> str:
-    """The page as text.
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that the evaluation page shows.
 
-    metrics: network → target prior → metric; classes: rows of per_class.csv; samples: with their bytes; encoded: the
-    bytes of a test image by its row; notes: what is not there, and why; warnings: reasons not to rely on the figures, in
-    a red box before them. The page's size grows with the classes by their names and numbers alone.
+    metrics: network → target prior → metric; classes: rows of per_class.csv; samples: with their bytes; encoded: row of the
+    test split → the bytes of its image; data_facts, model_facts: term and text; recipe: params as JSON; notes: what is
+    missing, and why; warnings: reasons not to rely on the figures, shown in a red box above them.
     """
-    pictures: dict[int, str] = {}
-    sizes_tested = from_json(metrics["student"]["balanced"]["test_images"])
+
+    study: Study
+    metrics: Mapping[str, Any]
+    classes: Sequence[dict[str, Any]]
+    samples: Sequence[dict[str, Any]]
+    prior: Prior
+    encoded: Callable[[int], bytes]
+    data_facts: Sequence[tuple[str, str]]
+    model_facts: Sequence[tuple[str, str]]
+    recipe: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    origin: Origin = Origin()
+
+
+def render_report(evaluation: Evaluation) -> str:
+    """The page as text. Its size grows with the number of classes by their names and numbers only."""
+    study, classes, recipe = evaluation.study, evaluation.classes, evaluation.recipe
+    sizes_tested = from_json(evaluation.metrics["student"]["balanced"]["test_images"])
     few = {name: str(size) for name, size in sizes_tested.items() if size.too_few}
 
+    @cache
     def picture(row: int) -> str:
-        if row not in pictures:
-            pictures[row] = thumbnail(encoded(row))
-        return pictures[row]
+        return thumbnail(evaluation.encoded(row))
 
     rows = sorted(classes, key=lambda row: -row["train_count"])
-    # The slider starts at the strength that is served by default, or at the nearest that it has.
-    strengths = [row.strength for row in found.strength]
-    start = min(range(len(strengths)), key=lambda place: abs(strengths[place] - params.serving.strength))
-    curves = {}
-    if origin.histories:
-        curves["loss"] = learning_curves(origin.histories, "loss", "training loss")
-        validated = learning_curves(origin.histories, "validation_accuracy", "validation accuracy")
+    # The slider starts at the strength that is served by default, or at the nearest one that it has.
+    strengths = [row.strength for row in study.strength]
+    start = min(range(len(strengths)), key=lambda index: abs(strengths[index] - recipe["serving"]["strength"]))
+    curves, histories = {}, evaluation.origin.histories
+    if histories:
+        curves["loss"] = learning_curves(histories, "loss", "training loss")
+        validated = learning_curves(histories, "validation_accuracy", "validation accuracy")
         if validated["data"]:
             curves["validation"] = validated
     data = {
         "figures": {
             "long-tail": figures.by_count(rows, "student_balanced", "accuracy"),
-            "groups": figures.group_bars(found.groups),
-            "strength": figures.strength_lines(found.strength, strengths[start]),
-            "reliability": figures.reliability_lines(found.reliability),
-            "confusion-matrix": confusion_heatmap(found.confusion),
+            "groups": figures.group_bars(study.groups),
+            "strength": figures.strength_lines(study.strength, strengths[start]),
+            "reliability": figures.reliability_lines(study.reliability),
+            "confusion-matrix": confusion_heatmap(study.confusion),
         }
         | curves,
-        "strength": [asdict(row) for row in found.strength],
+        "strength": [asdict(row) for row in study.strength],
         "forms": FORMS,
         "classes": [[_short(row[column]) for column in COLUMNS] for row in rows],
     }
     return render_page(
         "report.html.jinja",
         data,
-        found=found,
-        metrics=metrics,
-        params=params,
-        prior=prior,
-        top=f"top{params.evaluate.top_k}",
-        champion=any(row["network"] == "champion" for row in found.groups),
+        found=study,
+        metrics=evaluation.metrics,
+        prior=evaluation.prior,
+        top=f"top{recipe['evaluate']['top_k']}",
+        champion=any(row["network"] == "champion" for row in study.groups),
         start=start,
         sets=list(SETS),
-        shift=[row for row in found.shift.rows if "distance" not in row["prior"]],
-        samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in samples],
-        data_facts=data_facts(params, prior, sizes),
-        model_facts=model_facts(params, prior),
+        shift=[row for row in study.shift.rows if "distance" not in row["prior"]],
+        samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in evaluation.samples],
+        data_facts=evaluation.data_facts,
+        model_facts=evaluation.model_facts,
         picture=picture,
-        notes=notes,
+        notes=evaluation.notes,
         few=few,
         advice=ADVICE,
-        warnings=[*warnings, *(f"{name}: {text}" for name, text in few.items())],
-        origin=origin,
+        warnings=[*evaluation.warnings, *(f"{name}: {text}" for name, text in few.items())],
+        origin=evaluation.origin,
         curves=list(curves),
         tested=tested_images(classes),
-        recipe=yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        params=recipe,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         command=COMMAND,
     )
 

@@ -1,9 +1,10 @@
-"""A page with everything in it: one HTML file for any browser, which asks nothing of a network and runs no foreign script."""
+"""A self-contained HTML page: one file for any browser that loads nothing from a network and runs no other scripts."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from PIL import Image
 
+from models.preprocess import decode
 from pipeline.intervals import Estimate
 
 FOLDER = Path(__file__).parent
+SIDE = 96  # pixels of the longer side of a thumbnail, at most
 
 
 def render_page(template: str, data: Mapping[str, Any], **context: Any) -> str:
@@ -70,6 +74,24 @@ def percent(value: float | Estimate | None, digits: int = 1) -> str:
 def points(value: float | None, digits: int = 1) -> str:
     """A difference of shares in percentage points, with its sign; n/a where there is none."""
     return "n/a" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+
+
+def thumbnail(data: bytes) -> str:
+    """A data URI of an encoded image, at most SIDE pixels wide and high: a few kilobytes for any image.
+
+    Decoded and encoded again, so that only the pixels of the file get into the page. Raises ImageError as
+    `models.preprocess.decode` does.
+    """
+    image = decode(data)
+    times = SIDE // max(image.size)
+    exact = times > 1
+    if exact:  # a browser would blur a small image; its pixels are shown unchanged
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    else:
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", lossless=exact, quality=100 if exact else 72, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _hash(source: str) -> str:

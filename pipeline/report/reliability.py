@@ -9,8 +9,10 @@ import numpy as np
 from models.calibration import fit_temperature
 from models.prior import softmax
 from pipeline.comparison import calibration_of
-from pipeline.intervals import Estimate, resampled
-from pipeline.metrics import expected_calibration_error, negative_log_likelihood
+from pipeline.intervals import Estimate, bootstrap
+from pipeline.metrics import confidence_bins, expected_calibration_error, negative_log_likelihood
+
+ECE_RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,14 @@ def reliability(
 
 
 def _side(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Calibrated:
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    sums = [np.bincount(place, weights=values, minlength=bins) for values in (confidence, right)]
+    index, confidence, right = confidence_bins(probabilities, labels, bins)
+    counts = np.bincount(index, minlength=bins)
+    sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidence, right)]
     found = [
         ReliabilityBin(b / bins, (b + 1) / bins, int(n), *(float(total[b] / n) for total in sums))
         for b, n in enumerate(counts)
         if n
     ]
     value = expected_calibration_error(probabilities, labels, bins)
-    ece = resampled(calibration_of(probabilities, labels, bins), len(labels), value)
+    ece = Estimate(value, *bootstrap(calibration_of(probabilities, labels, bins), len(labels), ECE_RESAMPLES))
     return Calibrated(found, ece, negative_log_likelihood(probabilities, labels))

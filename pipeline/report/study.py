@@ -15,7 +15,6 @@ from pipeline.comparison import Answers
 from pipeline.errors import DataError
 from pipeline.intervals import NOTHING, Estimate, weighted_accuracy
 from pipeline.metrics import GROUPS
-from pipeline.params import Params
 from pipeline.prior import Prior
 from pipeline.report.mistakes import (
     ClassResult,
@@ -75,20 +74,21 @@ def study(
     logits: Mapping[str, np.ndarray],
     labels: np.ndarray,
     prior: Prior,
-    params: Params,
+    ece_bins: int,
+    seed: int,
     *,
     validation: tuple[np.ndarray, np.ndarray] | None = None,
     champion: Answers | None = None,
     draws: int = DRAWS,
 ) -> Study:
-    """Everything that the page shows. logits: `teacher` and `student`, balanced, [N,C]; labels: [N].
+    """Everything that the page shows. logits: `teacher` and `student`, balanced, [N,C]; labels: [N]; seed: of the draws.
 
     validation: the student's logits and the labels that the temperature is fitted on. champion: its balanced answers for
     the same test set. draws: test subsets of each shifted set, fewer where they would take minutes.
     """
-    student, seed = logits["student"], params.data.seed
+    student = logits["student"]
     predicted = {name: values.argmax(axis=1) for name, values in logits.items()}
-    calibration = reliability(student, labels, validation, params.evaluate.ece_bins)
+    calibration = reliability(student, labels, validation, ece_bins)
     worst, best = extreme_classes(predicted["student"], labels, prior)
     answered = {name: (found, labels) for name, found in predicted.items()}
     if champion is not None:

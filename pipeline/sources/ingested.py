@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from models.prior import class_key
-from pipeline.artifacts import INGESTED, sha256_of_file
+from pipeline.artifacts import INGESTED, sha256_of
 from pipeline.errors import DataError
 from pipeline.sources.shards import RowGroups, Shard, row_groups
 from pipeline.sources.source import Groups, Reader, Row, Source
@@ -35,7 +35,7 @@ class Ingested:
     def check(self) -> None:
         """Raise DataError for a shard whose content is not what its name says; every byte is read."""
         for path in map(self.folder.joinpath, self._shards):
-            if sha256_of_file(path) != path.stem:
+            if sha256_of(path) != path.stem:
                 raise DataError(f"{path}: its content is not what its name says; restore it from a copy, or remove it")
 
     @cached_property

@@ -8,11 +8,12 @@ import numpy as np
 from making import params, png
 
 from models.prior import shot_group
-from pipeline.data_card import SplitSizes
+from pipeline.data_card import SplitSizes, data_facts
 from pipeline.evaluate import choose_samples, network_metrics
 from pipeline.metrics import answers, per_class_accuracy
+from pipeline.model_card import model_card, model_facts
 from pipeline.prior import Prior
-from pipeline.report import Origin, render_report, study
+from pipeline.report import Evaluation, Origin, render_report, study
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -52,14 +53,22 @@ def made_report(
     labels = np.repeat(np.arange(classes), per_class)
     logits = {name: made_logits(labels, prior, seed) for seed, name in enumerate(("teacher", "student"))}
     held_out = (made_logits(labels, prior, 2), labels) if validation else None
+    previous = champion_of(labels, prior, champion)
     found = study(
-        logits, labels, prior, recipe, validation=held_out, champion=champion_of(labels, prior, champion), draws=1
+        logits,
+        labels,
+        prior,
+        recipe.evaluate.ece_bins,
+        recipe.data.seed,
+        validation=held_out,
+        champion=previous,
+        draws=1,
     )
     log_prior = np.array(prior.log_prior)
     given = {
         name: answers(logits["student"], log_prior, strength) for name, strength in (("balanced", 0), ("train", 1))
     }
-    metrics = {name: network_metrics(values, labels, prior, recipe) for name, values in logits.items()}
+    metrics = {name: network_metrics(values, labels, prior, recipe.evaluate) for name, values in logits.items()}
     right = {name: per_class_accuracy(p.argmax(1), labels, classes) for name, p in given.items()}
     rows = [
         {
@@ -77,9 +86,25 @@ def made_report(
     ]  # fmt: skip
     sizes = SplitSizes(sum(prior.counts), len(labels), len(labels))
     origin = Origin("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
+    facts, about = data_facts(recipe.data, recipe.image, prior, sizes), facts_of_the_model(prior)
     return render_report(
-        found, metrics, rows, samples, recipe, prior, sizes, encoded=png, warnings=warnings, origin=origin
-    )
+        Evaluation(
+            found, metrics, rows, samples, prior, png, facts, about, recipe.model_dump(mode="json"),
+            warnings=warnings, origin=origin,
+        )
+    )  # fmt: skip
+
+
+def facts_of_the_model(prior: Prior) -> list[tuple[str, str]]:
+    """The facts of a model card, of the default params."""
+    recipe = params()
+    return model_facts(recipe.teacher, recipe.student, recipe.image.size, recipe.serving.strength, prior)
+
+
+def made_model_card(prior: Prior, metrics: dict) -> str:
+    """The model card of the default params."""
+    recipe = params()
+    return model_card(recipe.data, recipe.student.backbone, recipe.seed, facts_of_the_model(prior), prior, metrics)
 
 
 def made_histories(validation: bool) -> dict[str, list[dict[str, float]]]:

@@ -109,7 +109,7 @@ def test_balanced_and_train_mean_the_same_for_every_strength_and_prior_in_the_lo
     assert by_class(answered[1.0]) == pytest.approx(BAYES_BY_CLASS, abs=3e-3)
 
     evaluated = balanced_logits(model, images, IMAGE, cpu, shift).numpy()
-    metrics = network_metrics(evaluated, labels.numpy(), prior, params())
+    metrics = network_metrics(evaluated, labels.numpy(), prior, params().evaluate)
     assert metrics["balanced"]["balanced_accuracy"] == pytest.approx(BALANCED, abs=2e-3)
     assert metrics["train"]["at_target_prior"]["all"] == pytest.approx(float(np.dot(P, BAYES_BY_CLASS)), abs=3e-3)
     assert np.allclose(evaluated, answered[0.0], rtol=0, atol=1e-3)
@@ -159,7 +159,7 @@ def test_evaluation_and_the_exported_graph_answer_balanced_after_plain_cross_ent
     counts = np.array(json.loads(PRIOR.read_text())["counts"])
     log_p = np.log(counts / counts.sum())
     model, _ = load_model(STUDENT, "student")
-    test = load_images(recipe, "test")
+    test = load_images(recipe.data, recipe.image, "test")
     with torch.inference_mode():
         cosines = model(normalise(test.images, recipe.image))[1].numpy()
     session = open_session(EXPORT / "student.onnx")

@@ -13,7 +13,7 @@ import pipeline.prior
 import pipeline.split
 import pipeline.student
 import pipeline.teacher
-from pipeline.baseline import CORRECTED, PLAIN, STUDENT_ROW, classification_params, gain_table, limits, run
+from pipeline.baseline import CORRECTED, PLAIN, STUDENT_ROW, classification_section, gain_table, limits, run
 from pipeline.comparison import Answers, compare
 from pipeline.prior import Prior
 from serving.terminal import Console
@@ -60,7 +60,7 @@ def test_a_group_without_test_images_has_no_figure() -> None:
 
 
 def test_the_limits_name_images_classes_and_that_there_is_one_seed() -> None:
-    text = limits(params({"student.epochs": 7}), PRIOR, 60)
+    text = limits(7, PRIOR, 60)
     for part in (
         "epochs (7)",
         "255 training images of 3 classes",
@@ -74,7 +74,7 @@ def test_plain_cross_entropy_has_the_students_recipe_without_adjustment() -> Non
     chosen = params(
         {"student.epochs": 7, "student.learning_rate": 0.03, "student.augment.cutout": 3, "teacher.epochs": 9}
     )
-    plain = classification_params(chosen, adjustment=0.0).teacher
+    plain = classification_section(chosen.student, adjustment=0.0)
     expected = {**chosen.student.model_dump(), "adjustment": 0.0}
     assert plain.model_dump() == {key: expected[key] for key in plain.model_dump()}
 

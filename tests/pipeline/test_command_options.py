@@ -7,7 +7,7 @@ from making import ROOT
 
 from pipeline.artifacts import REPOSITORY
 from pipeline.commands.options import repository_of
-from pipeline.params.retrain import RetrainParams
+from pipeline.params.operation import RetrainParams
 from serving.commands import options as served
 
 

@@ -24,7 +24,7 @@ def made(tmp_path):
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 def test_every_image_has_its_own_pixels_label_and_bytes(made, name):
     settled, where, root = made
-    images = load_images(settled, name, where)
+    images = load_images(settled.data, settled.image, name, where)
     assert images.images.dtype == torch.uint8 and images.labels.dtype == torch.int64 and len(images) > 0
     for index, sample_id in enumerate(images.sample_ids):
         assert images.encoded(index) == (root / sample_id).read_bytes()
@@ -37,19 +37,19 @@ def test_every_image_has_its_own_pixels_label_and_bytes(made, name):
 def test_an_empty_split_is_an_empty_tensor(tmp_path):
     settled = data_params(folder(tmp_path / "source", {"a": 4, "b": 4}), validation_per_class=0)
     split.run(settled, tmp_path / "split")
-    images = load_images(settled, "validation", tmp_path / "split")
+    images = load_images(settled.data, settled.image, "validation", tmp_path / "split")
     assert len(images) == 0 and images.images.shape == (0, 3, 16, 16)
 
 
 def test_an_image_that_was_spoilt_after_the_split_is_named(made):
     settled, where, root = made
-    spoilt = load_images(settled, "train", where).references[0]
+    spoilt = load_images(settled.data, settled.image, "train", where).references[0]
     (root / spoilt).write_bytes(b"spoilt")
     with pytest.raises(DataError, match=re.escape(f"{spoilt}: is not a JPEG, PNG or WebP image; replace the image")):
-        load_images(settled, "train", where)
+        load_images(settled.data, settled.image, "train", where)
     (root / spoilt).unlink()
     with pytest.raises(DataError, match=re.escape(f"{root / spoilt}: No such file or directory")):
-        load_images(settled, "train", where)
+        load_images(settled.data, settled.image, "train", where)
 
 
 def test_a_table_gives_the_pixels_of_its_image_column(tmp_path):
@@ -57,7 +57,7 @@ def test_a_table_gives_the_pixels_of_its_image_column(tmp_path):
     table(tmp_path / "source/train.parquet", {"image": images, "label": [0, 1] * 4})
     settled = data_params(tmp_path / "source", "table", test_per_class=1)
     split.run(settled, tmp_path / "split")
-    found = load_images(settled, "train", tmp_path / "split")
+    found = load_images(settled.data, settled.image, "train", tmp_path / "split")
     for row, reference in enumerate(found.references):
         index = int(reference.rpartition("#")[2])
         assert np.array_equal(found.images[row].numpy(), picture(index).transpose(2, 0, 1))
@@ -65,7 +65,7 @@ def test_a_table_gives_the_pixels_of_its_image_column(tmp_path):
 
 
 def test_a_split_that_was_never_made_names_the_stage(tmp_path):
-    for load in (lambda: load_images(params(), "train", tmp_path), lambda: load_classes(tmp_path)):
+    for load in (lambda: load_images(params().data, params().image, "train", tmp_path), lambda: load_classes(tmp_path)):
         with pytest.raises(ParamsError, match="run `dvc repro split` first"):
             load()
 

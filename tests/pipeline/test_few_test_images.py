@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from generated_run import made_prior, made_report
+from generated_run import made_model_card, made_prior, made_report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import ROOT, data_params, folder, params
@@ -26,7 +26,6 @@ from pipeline.first_params import expected_tests
 from pipeline.gate import decide, main
 from pipeline.intervals import weighted_accuracy
 from pipeline.metrics import evaluate_answers
-from pipeline.model_card import model_card
 from pipeline.params import GateParams
 from pipeline.report import render_comparison
 from pipeline.run_comparison import as_json, compare_runs
@@ -175,5 +174,5 @@ def test_the_report_and_the_model_card_carry_the_warning_only_where_it_holds():
         labels = np.repeat(np.arange(10), per_class)
         p = np.full((len(labels), 10), 0.1)
         values = evaluate_answers(p, labels, prior.groups, np.full(10, 0.1), bins=15, top_k=2)
-        card = model_card(params(), prior, {"balanced": values, "train": values})
+        card = made_model_card(prior, {"balanced": values, "train": values})
         assert ("**Too few test images.** all: 30 test images" in card) is warned

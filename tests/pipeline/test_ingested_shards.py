@@ -87,8 +87,8 @@ def test_images_taken_in_are_streamed_as_they_are_held_in_memory(tmp_path, row_g
     drop_images("cat", range(3))
     ingest(params)
     split.run(params)
-    held = load_images(params, "train")
-    stream = ImageStream(params, "train", torch.device("cpu"))
+    held = load_images(params.data, params.image, "train")
+    stream = ImageStream(params.data, params.image, params.stream, "train", torch.device("cpu"))
     assert torch.equal(stream.pixels(torch.arange(len(held))), held.images)
     if row_groups:
         references = pa.chunked_array([pa.array(list(stream.references))])

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest
 
-from pipeline.intervals import NOTHING, resampled, weighted_accuracy, wilson
+from pipeline.intervals import NOTHING, bootstrap, weighted_accuracy, wilson
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -26,7 +27,9 @@ def test_nothing_tested_has_no_figure_rather_than_a_zero():
 
 def test_the_bootstrap_of_a_class_is_scipys_bootstrap_of_its_samples():
     right = np.repeat([1.0, 0.0], [60, 40])
-    expected = bootstrap((right,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(0))
+    expected = scipy.stats.bootstrap(
+        (right,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(0)
+    )
     found = weighted_accuracy(np.array([60]), np.array([100]), np.ones(1))
     assert found.value == pytest.approx(0.6)
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval), abs=0.011)
@@ -66,8 +69,17 @@ def test_all_right_is_not_taken_for_certainty():
 def test_a_resampled_figure_is_the_same_again_and_widens_with_fewer_samples():
     def spread(samples):
         values = np.arange(samples) % 2
-        found = resampled(lambda rows: values[rows].mean(axis=-1), samples, 0.5)
-        assert found == resampled(lambda rows: values[rows].mean(axis=-1), samples, 0.5)
-        return found.high - found.low
+        found = bootstrap(lambda rows: values[rows].mean(axis=-1), samples)
+        assert found == bootstrap(lambda rows: values[rows].mean(axis=-1), samples)
+        return found[1] - found[0]
 
     assert spread(2000) < spread(200) < spread(20)
+
+
+def test_the_interval_of_resampled_rows_is_that_of_scipy_with_the_same_draws():
+    values = np.random.default_rng(1).normal(size=300)
+    expected = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, confidence_level=0.9, method="percentile", rng=np.random.default_rng(7)
+    ).confidence_interval
+    found = bootstrap(lambda rows: values[rows].mean(axis=-1), len(values), 2000, 0.9, 7)
+    assert found == pytest.approx((expected.low, expected.high), rel=1e-12)

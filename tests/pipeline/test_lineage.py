@@ -11,7 +11,7 @@ from making import ROOT
 
 from pipeline.errors import StageError
 from pipeline.lineage import GitError, code_revision, git
-from pipeline.run_revision import contender_at
+from pipeline.run_folder import load_run_at_revision
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +53,7 @@ def repository(root, project, *init):
 def test_the_files_of_a_revision_are_found_from_the_folder_of_the_project(tmp_path, monkeypatch, project, init):
     (tmp_path / "repository").mkdir()
     monkeypatch.chdir(repository(tmp_path / "repository", project, *init))
-    found = contender_at("HEAD", tmp_path / "copy")
+    found = load_run_at_revision("HEAD", tmp_path / "copy")
     assert (found.predictions.read_bytes(), found.prior.read_bytes()) == (b"predictions", b"prior")
 
 
@@ -66,7 +66,7 @@ def test_a_repository_of_another_owner_is_named_by_compare_and_init_and_is_no_ch
     with pytest.raises(GitError, match=r"dubious ownership.*safe\.directory"):
         git(Path(), "status")
     with pytest.raises(StageError, match="dubious ownership"):
-        contender_at("HEAD", tmp_path / "copy")
+        load_run_at_revision("HEAD", tmp_path / "copy")
     command = [sys.executable, "-m", "serving.commands", "init", "."]
     ended = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}

@@ -13,7 +13,7 @@ import pipeline.prior
 import pipeline.split
 import pipeline.teacher
 from models.backbones import build_backbone
-from pipeline.artifacts import sha256_of_file
+from pipeline.artifacts import sha256_of
 from pipeline.errors import ParamsError
 from pipeline.params import PretrainedParams
 from pipeline.pretrained import start_from
@@ -29,7 +29,7 @@ def weights(tmp_path):
 
 
 def refusal(path, sha256=None, backbone="resnet20") -> str:
-    given = PretrainedParams(file=str(path), sha256=sha256 or sha256_of_file(path))
+    given = PretrainedParams(file=str(path), sha256=sha256 or sha256_of(path))
     with pytest.raises(ParamsError) as caught:
         start_from(build_backbone(backbone), given, "student.pretrained")
     assert "\n" not in str(caught.value)
@@ -38,14 +38,14 @@ def refusal(path, sha256=None, backbone="resnet20") -> str:
 
 def test_a_backbone_starts_from_the_files_weights(weights):
     backbone = build_backbone("resnet20")
-    start_from(backbone, PretrainedParams(file=str(weights), sha256=sha256_of_file(weights)), "student.pretrained")
+    start_from(backbone, PretrainedParams(file=str(weights), sha256=sha256_of(weights)), "student.pretrained")
     expected = safetensors.torch.load_file(weights)
     assert all(torch.equal(value, expected[name]) for name, value in backbone.network.state_dict().items())
 
 
 def test_another_file_than_the_one_that_was_meant_is_refused(weights):
     assert refusal(weights, "0" * 64) == (
-        f"student.pretrained.sha256 is {'0' * 64}, but {weights} has {sha256_of_file(weights)}; it is another file"
+        f"student.pretrained.sha256 is {'0' * 64}, but {weights} has {sha256_of(weights)}; it is another file"
     )
 
 
@@ -76,7 +76,7 @@ def test_a_stage_starts_from_it(weights, tmp_path, monkeypatch):
     given = {
         **{f"data.{key}": value for key, value in base.items()},
         "teacher.epochs": 1, "teacher.batch_size": 8, "teacher.learning_rate": 1e-9, "teacher.backbone": "resnet20",
-        "teacher.pretrained": {"file": str(weights), "sha256": sha256_of_file(weights)},
+        "teacher.pretrained": {"file": str(weights), "sha256": sha256_of(weights)},
     }  # fmt: skip
     made = params(given)
     pipeline.split.run(made)

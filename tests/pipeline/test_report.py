@@ -11,21 +11,19 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import yaml
-from generated_run import HOSTILE, made_logits, made_prior, made_report
+from generated_run import HOSTILE, made_logits, made_model_card, made_prior, made_report
 from huggingface_hub import DatasetCard, ModelCard
 from making import encode, params, picture, png
 from PIL import Image
 
 from models.preprocess import ImageError
-from pipeline.data_card import SplitSizes, data_card
+from pipeline.data_card import SplitSizes, data_card, data_facts
 from pipeline.metrics import answers, evaluate_answers
-from pipeline.model_card import model_card
 from pipeline.prior import Prior
 from pipeline.report import page as page_module
 from pipeline.report import study
 from pipeline.report.mistakes import confusion_matrix, confusion_pairs, extreme_classes
-from pipeline.report.page import as_script, render_page
-from pipeline.report.pictures import SIDE, thumbnail
+from pipeline.report.page import SIDE, as_script, render_page, thumbnail
 from pipeline.report.reliability import reliability
 from pipeline.report.strength import STRENGTHS, strength_sweep
 from pipeline.report.study import write_plots
@@ -172,7 +170,7 @@ def test_json_inside_a_script_element_cannot_end_it():
 
 def test_headline_and_groups_are_the_metrics_of_the_evaluation(made):
     labels, prior, logits = made
-    found = study({"teacher": logits[:, ::-1], "student": logits}, labels, prior, params(), draws=1)
+    found = study({"teacher": logits[:, ::-1], "student": logits}, labels, prior, 15, 0, draws=1)
     expected = evaluate_answers(
         answers(logits, np.array(prior.log_prior), 0.0), labels, prior.groups, np.full(12, 1 / 12), bins=15, top_k=5
     )
@@ -254,14 +252,14 @@ def test_a_hole_in_what_a_template_needs_fails_rather_than_staying_empty():
 def test_an_empty_group_is_not_a_number_and_a_class_without_test_images_leaves_out_the_shift_table(made):
     labels, prior, logits = made
     kept = np.array(prior.groups)[labels] != "few"
-    found = study({"teacher": logits[kept], "student": logits[kept]}, labels[kept], prior, params(), draws=1)
+    found = study({"teacher": logits[kept], "student": logits[kept]}, labels[kept], prior, 15, 0, draws=1)
     assert found.headline["few"].value is None
     assert found.shift.rows == [] and "has no test sample" in found.shift.missing
 
 
 def test_the_plots_files_hold_the_figures_of_the_page(made, tmp_path):
     labels, prior, logits = made
-    found = study({"teacher": logits, "student": logits}, labels, prior, params(), draws=1)
+    found = study({"teacher": logits, "student": logits}, labels, prior, 15, 0, draws=1)
     write_plots(found, tmp_path)
     names = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
     assert names["strength.csv"][0] == "strength,balanced,train,many,medium,few" and len(names["strength.csv"]) == 42
@@ -297,7 +295,7 @@ ROWS = [["aPIPEb", "200", "many"], ["two lines", "50", "medium"], ["&lt;script>x
 
 
 def test_the_model_card_is_one_that_hugging_face_reads_with_a_row_for_every_class_whatever_its_name():
-    card = model_card(params(), PRIOR, metrics_with())
+    card = made_model_card(PRIOR, metrics_with())
     read = ModelCard(card, ignore_metadata_errors=False)
     assert read.data.pipeline_tag == "image-classification" and read.data.library_name == "onnx"
     results = {result.metric_name: result.metric_value for result in read.data.eval_results}
@@ -309,7 +307,8 @@ def test_the_model_card_is_one_that_hugging_face_reads_with_a_row_for_every_clas
 @pytest.mark.parametrize(("images", "bracket"), [(10, "n<1K"), (1000, "1K<n<10K"), (437_513, "100K<n<1M")])
 def test_the_data_card_is_one_that_hugging_face_reads(images, bracket):
     source = "x: [y\n---\n- evil"
-    card = data_card(params({"data.source": "folder", "data.location": source}), PRIOR, SplitSizes(images, 0, 0))
+    recipe, sizes = params({"data.source": "folder", "data.location": source}), SplitSizes(images, 0, 0)
+    card = data_card(recipe.data, data_facts(recipe.data, recipe.image, PRIOR, sizes), PRIOR, sizes)
     read = DatasetCard(card, ignore_metadata_errors=False)
     assert read.data.size_categories == [bracket] and read.data.task_categories == ["image-classification"]
     assert cells_of(card, "| class | training images | group |") == ROWS

@@ -20,7 +20,7 @@ from pipeline.comparison import compare_classes, mcnemar
 from pipeline.errors import ParamsError
 from pipeline.params import GateParams
 from pipeline.run_comparison import compare_runs
-from pipeline.run_folder import contender_of
+from pipeline.run_folder import load_run
 from pipeline.split import run as split
 from serving.commands import main
 from serving.promotion import promote
@@ -81,7 +81,7 @@ def runs(tmp_path):
 
 @pytest.mark.parametrize("place", ["", "artifacts", "artifacts/evaluation"])
 def test_a_run_is_found_in_its_project_its_artifacts_and_its_evaluation(runs, place):
-    found = contender_of(runs / "new" / place)
+    found = load_run(runs / "new" / place)
     assert found.predictions == runs / "new/artifacts/evaluation/predictions.parquet" and found.prior.is_file()
 
 
@@ -89,14 +89,14 @@ def test_a_copy_of_both_files_is_a_run_and_half_of_them_is_refused_by_name(runs)
     copy = runs / "copy"
     copy.mkdir()
     with pytest.raises(ParamsError, match=r"copy: holds no predictions\.parquet"):
-        contender_of(copy)
+        load_run(copy)
     shutil.copy(runs / "old/artifacts/evaluation/predictions.parquet", copy)
     with pytest.raises(ParamsError, match=r"has no prior\.json beside or above it"):
-        contender_of(copy)
+        load_run(copy)
     shutil.copy(runs / "old/artifacts/prior.json", copy)
-    assert contender_of(copy).prior == copy / "prior.json"
+    assert load_run(copy).prior == copy / "prior.json"
     with pytest.raises(ParamsError, match="no such folder"):
-        contender_of(runs / "nowhere")
+        load_run(runs / "nowhere")
 
 
 def test_the_command_prints_tables_or_json_and_writes_the_page(runs, monkeypatch, capsys):

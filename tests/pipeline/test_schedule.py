@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from pipeline.optimiser import learning_rate
 from pipeline.params import ScheduleParams
-from pipeline.schedule import learning_rate
 
 
 def rates(base, epochs, **schedule):

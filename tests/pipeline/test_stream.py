@@ -29,6 +29,16 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
+def stream_of(params, *arguments, **options) -> ImageStream:
+    """A stream under the sections of some params."""
+    return ImageStream(params.data, params.image, params.stream, *arguments, **options)
+
+
+def images_of(params, *arguments) -> Images:
+    """Images in memory under the sections of some params."""
+    return load_images(params.data, params.image, *arguments)
+
+
 def streaming(params: Params, **changes) -> Params:
     """The same params with every split as a stream."""
     return params.model_copy(update={"stream": StreamParams(**{"mode": "on", "workers": 3, **changes})})
@@ -63,7 +73,7 @@ def packed(made, tmp_path):
 @pytest.mark.parametrize("kind", ["made", "packed"])
 def test_a_stream_gives_the_images_that_memory_holds(kind, name, decode, request):
     params, where, _ = request.getfixturevalue(kind)
-    held, stream = load_images(params, name, where), ImageStream(streaming(params, decode=decode), name, CPU, where)
+    held, stream = images_of(params, name, where), stream_of(streaming(params, decode=decode), name, CPU, where)
     assert len(stream) == len(held) and torch.equal(stream.labels, held.labels)
     assert list(stream.sample_ids) == held.sample_ids and stream.encoded(1) == held.encoded(1)
     places = torch.randperm(len(held), generator=torch.Generator().manual_seed(1))
@@ -76,8 +86,8 @@ def test_a_stream_gives_the_images_that_memory_holds(kind, name, decode, request
 @pytest.mark.parametrize("workers", [1, 4])
 def test_batches_come_in_order_however_many_threads_read_them(made, workers):
     params, where, _ = made
-    held = load_images(params, "train", where)
-    stream = ImageStream(streaming(params, workers=workers, prefetch=3), "train", CPU, where)
+    held = images_of(params, "train", where)
+    stream = stream_of(streaming(params, workers=workers, prefetch=3), "train", CPU, where)
     places = held.order(torch.Generator().manual_seed(0))[:35].view(7, 5)
     with stream.feed(places) as feed:
         assert all(torch.equal(found, held.pixels(part)) for found, part in zip(feed, places, strict=True))
@@ -86,7 +96,7 @@ def test_batches_come_in_order_however_many_threads_read_them(made, workers):
 
 def test_no_more_batches_are_read_ahead_than_prefetch_says_and_leaving_early_ends_the_threads(made, monkeypatch):
     params, where, _ = made
-    stream = ImageStream(streaming(params, prefetch=2), "train", CPU, where)
+    stream = stream_of(streaming(params, prefetch=2), "train", CPU, where)
     rooms = []
     empty = stream.empty
     monkeypatch.setattr(stream, "empty", lambda count: rooms.append(count) or empty(count))
@@ -100,7 +110,7 @@ def test_no_more_batches_are_read_ahead_than_prefetch_says_and_leaving_early_end
 def test_an_empty_split_streams_nothing(tmp_path):
     params = streaming(data_params(folder(tmp_path / "source", {"a": 4, "b": 4}), validation_per_class=0))
     split.run(params, tmp_path / "split")
-    stream = ImageStream(params, "validation", CPU, tmp_path / "split")
+    stream = stream_of(params, "validation", CPU, tmp_path / "split")
     assert len(stream) == 0 and list(stream.batches(torch.arange(0), 8)) == []
 
 
@@ -108,7 +118,7 @@ def test_an_empty_split_of_a_table_streams_nothing(packed, tmp_path):
     table = {"train": "train", "id": "name"}
     params = streaming(data_params(packed[2], "table", table=table, validation_per_class=0))
     split.run(params, tmp_path / "without")
-    stream = ImageStream(params, "validation", CPU, tmp_path / "without")
+    stream = stream_of(params, "validation", CPU, tmp_path / "without")
     assert len(stream) == 0 and list(stream.batches(torch.arange(0), 8)) == [] and stream.warning() is None
     assert len(stream.order(torch.Generator().manual_seed(0))) == 0
 
@@ -117,8 +127,8 @@ def test_a_source_that_brings_its_own_images_is_streamed_too(tmp_path):
     params = streaming(data_params(tmp_path, "digits", test_per_class=2, validation_per_class=2), decode="exact")
     split.run(params, tmp_path / "split")
     held, stream = (
-        load_images(params, "train", tmp_path / "split"),
-        ImageStream(params, "train", CPU, tmp_path / "split"),
+        images_of(params, "train", tmp_path / "split"),
+        stream_of(params, "train", CPU, tmp_path / "split"),
     )
     assert torch.equal(stream.pixels(torch.arange(9)), held.pixels(torch.arange(9)))
     assert stream.encoded(3) == held.encoded(3) and stream.warning() is None
@@ -126,7 +136,7 @@ def test_a_source_that_brings_its_own_images_is_streamed_too(tmp_path):
 
 def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, monkeypatch):
     params, where, _ = packed
-    stream = ImageStream(params, "train", CPU, where)
+    stream = stream_of(params, "train", CPU, where)
     stream._window = 9_000
     reads = []
     original = Shard.read_group
@@ -141,7 +151,7 @@ def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, 
 
 def spoilt(source: Path, where: Path, params: Params, *places: int) -> list[str]:
     """Damage the files of some training images; their references."""
-    names = [load_images(params, "train", where).references[place] for place in places]
+    names = [images_of(params, "train", where).references[place] for place in places]
     for name in names:
         write(source / name, b"spoilt")
     return names
@@ -150,7 +160,7 @@ def spoilt(source: Path, where: Path, params: Params, *places: int) -> list[str]
 def test_an_image_that_was_spoilt_after_the_split_ends_the_run_with_its_name(made):
     params, where, source = made
     (name,) = spoilt(source, where, params, 3)
-    stream = ImageStream(params, "train", CPU, where)
+    stream = stream_of(params, "train", CPU, where)
     with (
         pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")),
         stream.feed(torch.arange(36).view(9, 4)) as feed,
@@ -161,10 +171,10 @@ def test_an_image_that_was_spoilt_after_the_split_ends_the_run_with_its_name(mad
 
 def test_under_skip_a_bad_image_gives_way_to_the_next_of_its_class_and_is_counted_and_named(made):
     params, where, source = made
-    held = load_images(params, "train", where)
+    held = images_of(params, "train", where)
     names = spoilt(source, where, params, 3, 4)
     (source / held.references[20]).unlink()
-    stream = ImageStream(params, "train", CPU, where, replace_bad=True)
+    stream = stream_of(params, "train", CPU, where, replace_bad=True)
     last = int(torch.nonzero(held.labels == 0).max())
     for place, instead in ((3, 5), (4, 5), (20, 21), (last, last)):
         assert torch.equal(stream.pixels(torch.tensor([place])), held.pixels(torch.tensor([instead])))
@@ -177,9 +187,9 @@ def test_under_skip_a_bad_image_gives_way_to_the_next_of_its_class_and_is_counte
 
 def test_a_class_without_any_readable_image_is_not_replaced_by_another(made):
     params, where, source = made
-    labels = load_images(params, "train", where).labels
+    labels = images_of(params, "train", where).labels
     spoilt(source, where, params, *torch.nonzero(labels == 1).flatten().tolist())
-    stream = ImageStream(params, "train", CPU, where, replace_bad=True)
+    stream = stream_of(params, "train", CPU, where, replace_bad=True)
     with pytest.raises(DataError, match="no other image of its class can be read in its place"):
         stream.pixels(torch.nonzero(labels == 1)[0])
 
@@ -187,7 +197,7 @@ def test_a_class_without_any_readable_image_is_not_replaced_by_another(made):
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
 def test_a_shard_cut_off_after_the_split_is_named_and_never_skipped(packed, keep):
     params, where, shards = packed
-    stream = ImageStream(params, "train", CPU, where, replace_bad=True)
+    stream = stream_of(params, "train", CPU, where, replace_bad=True)
     shard = shards / "train/00001.parquet"
     shard.write_bytes(shard.read_bytes()[: int(shard.stat().st_size * keep)])
     places = torch.arange(36)
@@ -195,26 +205,26 @@ def test_a_shard_cut_off_after_the_split_is_named_and_never_skipped(packed, keep
         with pytest.raises(DataError, match=re.escape(f"{shard}: not readable as a table")):
             stream.pixels(places)
     with pytest.raises(DataError, match=re.escape(f"{shard}: not readable as a table")):
-        ImageStream(params, "train", CPU, where)
+        stream_of(params, "train", CPU, where)
 
 
 def test_a_folder_that_has_gone_is_one_error_and_not_one_an_image(made):
     params, where, source = made
     source.rename(source.with_name("elsewhere"))
     with pytest.raises(ParamsError, match=r"data\.location is '.*source', which is not a folder"):
-        ImageStream(params, "train", CPU, where, replace_bad=True)
+        stream_of(params, "train", CPU, where, replace_bad=True)
 
 
 def test_the_gpu_decoder_without_a_gpu_is_refused_naming_the_key(made):
     params, where, _ = made
     with pytest.raises(ParamsError, match=r"stream\.decode is 'gpu', but the device is cpu; expected fast or exact"):
-        ImageStream(streaming(params, decode="gpu"), "train", CPU, where)
+        stream_of(streaming(params, decode="gpu"), "train", CPU, where)
 
 
 def test_what_nvjpeg_does_not_take_is_decoded_on_the_cpu(made):
     # There is no GPU here: its decoder fails as it would on a damaged file.
     params, where, _ = made
-    held, stream = load_images(params, "train", where), ImageStream(params, "train", CPU, where)
+    held, stream = images_of(params, "train", where), stream_of(params, "train", CPU, where)
     found = stream.decode_on_gpu(stream.empty(3).zero_(), [(0, 7, held.encoded(7)), (2, 9, held.encoded(9))])
     assert torch.equal(found[0], fast(held.encoded(7), params.image))
     assert torch.equal(found[2], fast(held.encoded(9), params.image))
@@ -223,13 +233,13 @@ def test_what_nvjpeg_does_not_take_is_decoded_on_the_cpu(made):
 
 def test_an_image_that_only_nvjpeg_finds_bad_is_named_or_replaced_as_any_other(made):
     params, where, source = made
-    held = load_images(params, "train", where)
+    held = images_of(params, "train", where)
     (name,) = spoilt(source, where, params, 3)
     left = [(0, 3, b"spoilt"), (1, 9, held.encoded(9))]
-    stream = ImageStream(params, "train", CPU, where)
+    stream = stream_of(params, "train", CPU, where)
     with pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")):
         stream.decode_on_gpu(stream.empty(2), left)
-    stream = ImageStream(params, "train", CPU, where, replace_bad=True)
+    stream = stream_of(params, "train", CPU, where, replace_bad=True)
     found = stream.decode_on_gpu(stream.empty(2), left)
     assert torch.equal(found, held.pixels(torch.tensor([4, 9])))
     assert name in stream.replaced()
@@ -238,7 +248,7 @@ def test_an_image_that_only_nvjpeg_finds_bad_is_named_or_replaced_as_any_other(m
 def test_auto_streams_what_takes_more_than_half_of_the_free_memory_and_says_so(made, monkeypatch):
     params, where, _ = made
     auto = streaming(params, mode="auto")
-    need = sum(len(load_images(params, name, where)) for name in ("train", "validation")) * 3 * 16 * 16
+    need = sum(len(images_of(params, name, where)) for name in ("train", "validation")) * 3 * 16 * 16
     monkeypatch.setattr(dataset, "free_bytes", lambda: 2 * need)
     train, validation, said = training_images(auto, CPU, where)
     assert isinstance(train, Images) and isinstance(validation, Images) and said is None
@@ -266,7 +276,7 @@ def test_a_process_with_memory_enough_streams_where_another_has_not(made, monkey
 
 def test_a_table_sorted_by_class_is_told_with_what_to_do(packed):
     params, where, _ = packed
-    stream = ImageStream(params, "train", CPU, where)
+    stream = stream_of(params, "train", CPU, where)
     assert stream.warning() is None
     stream._window, stream.labels = 3_000, torch.arange(len(stream)) % 3
     assert stream.warning() is None
@@ -287,7 +297,7 @@ for name in ("folder-120", "folder-1200", "table-120", "table-1200"):
     params = data_params(root, kind, **table)
     image = params.image.model_copy(update={"size": 160, "resize_to": 160})
     params = params.model_copy(update={"image": image, "stream": StreamParams(mode="on", workers=2, shuffle_mib=1)})
-    stream = ImageStream(params, "train", torch.device("cpu"), root)
+    stream = ImageStream(params.data, params.image, params.stream, "train", torch.device("cpu"), root)
     order = stream.order(torch.Generator().manual_seed(0))
     with stream.feed(order.view(-1, 8)) as feed:
         seen = sum(len(batch) for batch in feed)

@@ -47,7 +47,9 @@ def data(tmp_path):
 
 
 def streams(data) -> tuple[AnyImages, AnyImages]:
-    return tuple(ImageStream(data[0], name, CPU, data[1]) for name in ("train", "validation"))
+    return tuple(
+        ImageStream(data[0].data, data[0].image, data[0].stream, name, CPU, data[1]) for name in ("train", "validation")
+    )
 
 
 def in_windows(data) -> tuple[AnyImages, AnyImages]:
@@ -87,7 +89,7 @@ def same(found, expected) -> bool:
 
 @pytest.mark.parametrize("name", ["teacher", "student", "mixed"])
 def test_a_stream_trains_to_the_bits_of_the_same_images_in_memory(name, data):
-    held = tuple(load_images(*(data[0], part, data[1])) for part in ("train", "validation"))
+    held = tuple(load_images(data[0].data, data[0].image, part, data[1]) for part in ("train", "validation"))
     expected, found = result(training_of(name), held), result(training_of(name), streams(data))
     assert same(found, expected) and found[1] == expected[1]
 
@@ -138,7 +140,7 @@ def test_a_streamed_run_cut_off_many_times_ends_as_one_that_was_not(name, images
 
 def test_an_epoch_says_how_long_it_waited_and_what_was_replaced(data, capsys):
     params, where = data
-    train = ImageStream(params, "train", CPU, where, replace_bad=True)
+    train = ImageStream(params.data, params.image, params.stream, "train", CPU, where, replace_bad=True)
     write(where.parent / "source" / train.references[0], b"spoilt")
     history = training_of("teacher").run(train, streams(data)[1])
     assert all(0 <= record["data_wait"] < 1 for record in history)

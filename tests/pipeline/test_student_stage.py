@@ -18,9 +18,8 @@ import pipeline.training_run
 from models.classification_objective import TeacherObjective
 from pipeline.artifacts import STUDENT, TEACHER
 from pipeline.checkpoint import load_model
-from pipeline.dataset import training_images
 from pipeline.errors import ParamsError
-from pipeline.training_run import make_training, run_folder, stage_seed
+from pipeline.training_run import model_config, stage_seed, train_network
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +75,9 @@ def test_a_teacher_of_another_library_and_width_teaches_a_small_student(made):
     chosen = made(teacher={"teacher.backbone": "torchvision/resnet18"})
     pipeline.teacher.run(chosen)
     pipeline.student.run(chosen)
-    objective = pipeline.student.build_objective(chosen, pipeline.prior.load_prior(), TEACHER)
+    prior = pipeline.prior.load_prior()
+    config = model_config(chosen.student, chosen.image, len(prior.classes))
+    objective = pipeline.student.build_objective(chosen.student, chosen.image, config, prior, 0, TEACHER)
     assert (objective.teacher.feature_dim, objective.model.feature_dim) == (512, 64)
     assert objective.queues.features.shape == (24, 512)
     assert last_record()["distillation"] > 0
@@ -114,10 +115,9 @@ def test_a_student_starts_with_weights_and_an_order_of_images_that_are_not_its_t
     for stage, section in (("teacher", recipe.teacher), ("student", recipe.student)):
         prior = pipeline.prior.load_prior()
         objective = TeacherObjective(copy.deepcopy(taught), torch.tensor(prior.in_losses))
-        unfinished = run_folder(section, recipe, Path(f"{stage}-again"))
-        training = make_training(stage, objective, recipe, prior, torch.device("cpu"), unfinished)
-        train, validation, _ = training_images(recipe, training.device)
-        losses.append([record["loss"] for record in training.run(train, validation)])
+        config, output = model_config(section, recipe.image, len(prior.classes)), Path(f"{stage}-again")
+        train_network(stage, objective, config, recipe, prior, torch.device("cpu"), output, [])
+        losses.append([json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] != losses[1]
 
 

@@ -9,7 +9,7 @@ from small_training import made_images, made_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.errors import ParamsError
-from pipeline.tensorboard import write_scalars
+from pipeline.history import write_scalars
 
 
 def read_back(folder) -> EventAccumulator:

@@ -1,4 +1,4 @@
-"""Runs told to MLflow, each once, and nothing lost when MLflow is away."""
+"""Runs recorded in MLflow, each once; an unreachable MLflow loses nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from making import params, write
 
 from pipeline.errors import ParamsError, StageError
 from pipeline.params import Params
-from pipeline.tracking import TrackingError, collect, flat, run, tell_after, track
+from pipeline.tracking import TrackingError, collect, flat, record_after_stage, run, track
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ MANIFEST = {"data_sha256": "d" * 64, "params_sha256": "p" * 64, "code_revision":
 
 @pytest.fixture(autouse=True)
 def finished_run(tmp_path, monkeypatch):
-    """What a run leaves that is told."""
+    """The artifacts of a run that are recorded."""
     monkeypatch.chdir(tmp_path)
     write(Path("artifacts/evaluation/metrics.json"), json.dumps(METRICS).encode())
     write(Path("artifacts/evaluation/report.html"), b"<html>")
@@ -48,12 +48,12 @@ def runs(uri: str) -> list:
     return client.search_runs([client.get_experiment_by_name("cloth").experiment_id])
 
 
-def test_a_run_is_told_with_its_params_metrics_curves_files_and_hashes(store):
+def test_a_run_is_recorded_with_its_params_metrics_curves_files_and_hashes(store):
     from mlflow import MlflowClient
 
-    (place,) = track(tracked(store))
+    address = track(tracked(store))
     (kept,) = runs(store)
-    assert kept.info.run_id in place and kept.info.status == "FINISHED"
+    assert kept.info.run_id in address and kept.info.status == "FINISHED"
     assert kept.data.params["student.tau_g"] == "0.1" and kept.data.params["image.mean"] == "[0.5, 0.5, 0.5]"
     assert not [name for name in kept.data.params if name.startswith("tracking")]
     assert kept.data.metrics["student.balanced.all"] == 0.9
@@ -69,17 +69,15 @@ def test_a_run_is_told_with_its_params_metrics_curves_files_and_hashes(store):
     assert kept.data.tags["tailor.data_sha256"] == "d" * 64 and kept.data.tags["tailor.code_revision"] == "abc123"
 
 
-def test_a_run_is_told_once_and_later_facts_are_added_to_it(store):
+def test_a_release_is_recorded_once_and_another_one_beside_it(store):
     first = track(tracked(store))
-    again = track(tracked(store), {"tailor.decision": "promote"})
-    (kept,) = runs(store)
-    assert again == first and kept.data.tags["tailor.decision"] == "promote"
+    assert track(tracked(store)) == first and len(runs(store)) == 1
     write(Path("artifacts/export/manifest.json"), json.dumps(MANIFEST | {"data_sha256": "e" * 64}).encode())
     track(tracked(store))
     assert len(runs(store)) == 2
 
 
-def test_a_run_that_was_half_told_is_told_anew(store, monkeypatch):
+def test_a_run_that_was_recorded_in_part_is_recorded_again(store, monkeypatch):
     from mlflow import MlflowClient
 
     with monkeypatch.context() as patch:
@@ -91,7 +89,7 @@ def test_a_run_that_was_half_told_is_told_anew(store, monkeypatch):
     assert [kept.info.status for kept in runs(store)] == ["FINISHED"]
 
 
-def test_a_server_that_is_away_costs_a_line_without_its_password_and_nothing_else(monkeypatch, capsys):
+def test_an_unreachable_server_costs_one_line_without_its_password_and_nothing_else(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -100,9 +98,9 @@ def test_a_server_that_is_away_costs_a_line_without_its_password_and_nothing_els
     with pytest.raises(TrackingError) as caught:
         track(there)
     assert "secret" not in str(caught.value) and f"127.0.0.1:{port}" in str(caught.value)
-    tell_after("export", there)
+    record_after_stage("export", there)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "secret" not in said and "`python -m pipeline.tracking` tells it later" in said
+    assert said.count("\n") == 1 and "secret" not in said and "`python -m pipeline.tracking` records it later" in said
 
 
 @pytest.mark.parametrize("database", ["sqlite:///{folder}", "postgresql://me:secret@127.0.0.1:1/runs"])
@@ -111,17 +109,17 @@ def test_a_database_that_cannot_be_reached_or_lacks_its_driver_costs_a_line_too(
 ):
     store = pytest.importorskip("mlflow.store.db.utils", exc_type=ImportError)
     monkeypatch.setattr(store, "MAX_RETRY_COUNT", 1)
-    tell_after("export", tracked(database.format(folder=tmp_path)))
+    record_after_stage("export", tracked(database.format(folder=tmp_path)))
     said = capsys.readouterr().err
-    assert said.splitlines()[-1].startswith("export: tracking.mlflow '") and "did not take the run: " in said
+    assert said.splitlines()[-1].startswith("export: tracking.mlflow '") and "did not accept the run: " in said
     assert "secret" not in said
 
 
-def test_without_a_sink_nothing_is_told_and_mlflow_is_not_even_imported(monkeypatch, capsys):
+def test_without_a_tracking_uri_nothing_is_recorded_and_mlflow_is_not_imported(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "mlflow"]:
         monkeypatch.delitem(sys.modules, name)
-    assert track(params()) == []
-    tell_after("export", params())
+    assert track(params()) is None
+    record_after_stage("export", params())
     assert capsys.readouterr().err == "" and "mlflow" not in sys.modules
     with pytest.raises(ParamsError, match=r"tracking\.mlflow is null"):
         run(params())
@@ -143,7 +141,7 @@ def test_an_experiment_that_was_deleted_is_named(store):
         track(tracked(store))
 
 
-def test_before_an_export_there_is_nothing_to_tell_and_a_damaged_one_is_named(store):
+def test_before_an_export_there_is_nothing_to_record_and_a_damaged_one_is_named(store):
     path = Path("artifacts/export/manifest.json")
     path.write_text("{")
     with pytest.raises(StageError, match=r"manifest\.json: damaged"):
@@ -153,7 +151,7 @@ def test_before_an_export_there_is_nothing_to_tell_and_a_damaged_one_is_named(st
         track(tracked(store))
 
 
-def test_what_is_told_of_the_data_has_no_password():
+def test_what_is_recorded_of_the_data_has_no_password():
     made = params({"data.source": "table", "data.location": "s3://key:secret@bucket/cloth"})
     assert "secret" not in json.dumps(collect(made).params)
 

@@ -1,4 +1,4 @@
-"""The look-out: means over an epoch, and the first value that is not finite, with its step and its name."""
+"""Means over an epoch, and the first loss part that is not finite, with its step and its name."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from small_training import CPU, made_images, made_training
 
 from pipeline.errors import StageError
 from pipeline.resume import RunFolder
-from pipeline.watch import WINDOW, Failure, Watch
+from pipeline.watch import WINDOW, Failure, NonFiniteMonitor
 
 
 def parts(loss: float, gml: float) -> dict[str, torch.Tensor]:
     return {"loss": torch.tensor(loss), "gml": torch.tensor(gml)}
 
 
-def test_means_are_those_of_the_epoch_also_when_it_was_gone_on_with():
-    watch = Watch(CPU)
-    watch.begin()
-    assert watch.add(0, None, parts(1.0, 4.0)) is None
-    kept = watch.kept_sums()
-    again = Watch(CPU)
+def test_means_are_those_of_the_epoch_also_when_it_was_resumed():
+    monitor = NonFiniteMonitor(CPU)
+    monitor.begin()
+    assert monitor.add(0, None, parts(1.0, 4.0)) is None
+    kept = monitor.kept_sums()
+    again = NonFiniteMonitor(CPU)
     again.begin(kept)
     again.add(1, None, parts(3.0, 0.0))
     assert again.means(2) == {"loss": 2.0, "gml": 2.0}
 
 
 def test_a_value_that_is_not_finite_is_reported_at_its_step_by_its_name():
-    watch = Watch(CPU)
-    watch.begin()
+    monitor = NonFiniteMonitor(CPU)
+    monitor.begin()
     for step in range(WINDOW + 5):
-        assert watch.add(step, None, parts(1.0, 1.0)) is None
-    assert watch.add(WINDOW + 5, None, parts(1.0, math.inf)) == Failure(WINDOW + 5, ["gml"])
-    assert watch.last_failure() == Failure(WINDOW + 5, ["gml"])
-    recent = watch.recent(WINDOW + 5)
+        assert monitor.add(step, None, parts(1.0, 1.0)) is None
+    assert monitor.add(WINDOW + 5, None, parts(1.0, math.inf)) == Failure(WINDOW + 5, ["gml"])
+    assert monitor.last_failure() == Failure(WINDOW + 5, ["gml"])
+    recent = monitor.recent(WINDOW + 5)
     assert [entry["step"] for entry in recent] == list(range(6, WINDOW + 6))
     assert recent[-1]["gml"] == math.inf
 
 
 def test_another_epoch_begins_without_the_failures_of_the_last():
-    watch = Watch(CPU)
-    watch.begin()
-    watch.add(0, None, parts(math.nan, 1.0))
-    watch.begin()
-    assert watch.add(0, None, parts(1.0, 1.0)) is None and watch.last_failure() is None
+    monitor = NonFiniteMonitor(CPU)
+    monitor.begin()
+    monitor.add(0, None, parts(math.nan, 1.0))
+    monitor.begin()
+    assert monitor.add(0, None, parts(1.0, 1.0)) is None and monitor.last_failure() is None
 
 
 def test_a_run_that_fails_stops_at_the_step_and_leaves_its_batch_and_state(tmp_path, monkeypatch):
