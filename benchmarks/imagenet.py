@@ -4,7 +4,7 @@ A data set of ImageNet's shape (benchmarks.made_imagenet, or the real one) goes 
 the student is trained for an epoch as the recipe says, in parts (`accumulate`), with activations computed again, with both,
 and on a GPU in float32 as well. A ratio is a row's images a second over the first row's; on the CPU these are seconds of
 processor time, which other work on the machine lengthens little. Memory is the most that the run held, beside what
-`python -m pipeline.memory` had said of a step.
+`tailor memory` had said of a step.
 
   python -m benchmarks.made_imagenet imagenet --scale 0.1
   python -m benchmarks.imagenet imagenet --device cuda --output benchmarks/results/imagenet-cuda.md

@@ -16,6 +16,7 @@ from serving.atomic import whole_folder as whole_folder
 from serving.atomic import write_file as write_file
 from serving.terminal import csv_cell
 
+PARAMS_FILE = Path("params.yaml")
 INGESTED = Path("data/ingested")
 QUARANTINE = Path("data/quarantine")
 INGEST_STATE = Path("data/.ingest")
@@ -24,6 +25,7 @@ PRIOR = Path("artifacts/prior.json")
 TEACHER = Path("artifacts/teacher")
 STUDENT = Path("artifacts/student")
 EVALUATION = Path("artifacts/evaluation")
+DECISION = Path("artifacts/decision.json")
 EXPORT = Path("artifacts/export")
 REPOSITORY = Path("artifacts/repository")
 FAILURES = Path("artifacts/failures")

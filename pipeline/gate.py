@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +13,16 @@ import pyarrow.parquet
 
 from models.prior import class_key
 from models.sample_size import ADVICE, sample_size
-from pipeline.artifacts import EVALUATION, PRIOR, sha256_of, write_json
+from pipeline.artifacts import DECISION, sha256_of, write_json
 from pipeline.comparison import Answers, Measure, compare, too_few_images
-from pipeline.errors import ParamsError, StageError
+from pipeline.errors import StageError
 from pipeline.metrics import answers, mean_of, per_class_accuracy
-from pipeline.params import PARAMS_FILE, GateParams, load_params
+from pipeline.params import GateParams
 from pipeline.prior import load_prior
 from pipeline.stage import explain
 from serving.bounded_parquet import MemoryLimit, TooLargeError, read_column
-from serving.terminal import print
 
 LIMIT = MemoryLimit(1024)  # 24,000 test images of 8,000 classes take 760 MiB
-EPILOG = """\
-examples:
-  python -m pipeline.gate                                               the first model: is it good enough?
-  python -m pipeline.gate --champion versions/7/predictions.parquet --champion-prior versions/7/prior.json
-Exit code 0: promote. 1: refuse, which includes a gate that cannot be computed. 2: misuse. 3: not decided, because a rule
-rests on too few test images.
-"""
-DECISION = Path("artifacts/decision.json")
-UNDECIDED = 3  # exit code
 
 
 class GateError(StageError):
@@ -209,42 +197,3 @@ def _describe(contender: Contender | None) -> dict[str, Any] | None:
         "prior": str(contender.prior),
         "latency_ms": contender.latency_ms,
     }
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.gate",
-        description="Decide whether the challenger takes the champion's place.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    file = {"type": Path, "metavar": "FILE"}
-    parser.add_argument("--challenger", default=EVALUATION / "predictions.parquet", help="default: %(default)s", **file)
-    parser.add_argument("--challenger-prior", default=PRIOR, help="default: %(default)s", **file)
-    parser.add_argument("--challenger-latency", type=float, metavar="MS", help="milliseconds per image")
-    parser.add_argument("--champion", help="its predictions.parquet; none for the first model", **file)
-    parser.add_argument("--champion-prior", help="its prior.json; needed with --champion", **file)
-    parser.add_argument("--champion-latency", type=float, metavar="MS", help="milliseconds per image")
-    parser.add_argument("--output", default=DECISION, help="default: %(default)s", **file)
-    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
-    try:
-        if (options.champion is None) != (options.champion_prior is None):
-            raise ParamsError("--champion and --champion-prior go together; pass both, or neither for the first model")
-        params = load_params(options.params)
-        challenger = Contender(options.challenger, options.challenger_prior, options.challenger_latency)
-        champion = options.champion and Contender(options.champion, options.champion_prior, options.champion_latency)
-        decision = decide(challenger, champion, params.gate, params.evaluate.ece_bins, options.output)
-    except (StageError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"gate: {explain(error)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, StageError) else 1
-    print(f"gate: {decision} → {options.output}")
-    return UNDECIDED if decision.undecided else int(not decision.promote)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -149,7 +149,7 @@ def check_missing(source: Source) -> None:
     raise DataError(
         f"{len(rows):,} of {len(source.rows):,} images are missing, the first {min(SHOWN, len(rows))}: {first}; "
         + (f"{cause}, " if cause else "restore them or take them off the list, ")
-        + "or set data.on_bad_image: skip; `python -m pipeline.data check` lists them all"
+        + "or set data.on_bad_image: skip; `tailor data check` lists them all"
     )
 
 

@@ -1,4 +1,4 @@
-"""Command: what one step of a recipe takes of the device's memory, found without the device and without an image.
+"""What one step of a recipe takes of the device's memory, found without the device and without an image.
 
 The step is run on tensors that have shapes and types but no data, as torch.compile does, and every one of them is
 followed from its making to its end. Not in it: CUDA's own context (about half a GiB), workspaces of libraries, and gaps
@@ -8,12 +8,9 @@ that is counted here.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -27,25 +24,17 @@ from pipeline.artifacts import PRIOR
 from pipeline.augment import cuts_originals
 from pipeline.checkpoint import build_model
 from pipeline.dataset import Images
-from pipeline.errors import ParamsError, StageError
+from pipeline.errors import ParamsError
 from pipeline.live_memory import LiveMemory
-from pipeline.params import PARAMS_FILE, Params, load_params
+from pipeline.params import Params
 from pipeline.prior import Prior, load_prior
 from pipeline.published import PUBLISHED
-from pipeline.stage import explain
 from pipeline.step import Step
 from pipeline.stream_decoding import enough_pixels
 from pipeline.student import student_objective, weights_of
 from pipeline.training import precision_of
 from pipeline.training_run import check_recipe, model_config
-from serving.terminal import Console, print
 
-EPILOG = """\
-examples:
-  python -m pipeline.memory                                    params.yaml, classes of artifacts/prior.json
-  python -m pipeline.memory --classes 8142 --images 437513     before there is a split
-  python -m pipeline.memory --stage teacher --card 24
-"""
 GIB = 2**30
 ALLOWANCE = 0.1  # of the card, for what is not counted
 
@@ -227,56 +216,15 @@ def size_of(count: int) -> str:
     return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 when the step fits, 1 when it does not, 2 for misuse."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.memory",
-        description="What a training step of the recipe takes of a GPU's memory, line by line; no GPU is needed.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
-    parser.add_argument("--stage", choices=["teacher", "student"], default="student", help="(default: %(default)s)")
-    parser.add_argument("--classes", type=int, help="number of classes (default: those of artifacts/prior.json)")
-    parser.add_argument(
-        "--images", type=int, help="with --classes: training images (default: as published, or 100 a class)"
-    )
-    parser.add_argument("--card", type=float, default=80, help="memory of the GPU in GB (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
-    if (options.classes or 2) < 2 or options.card <= 0:
-        parser.error("expected --classes of at least 2 and --card above 0")
-    try:
-        params = load_params(options.params)
-        found = account(params, options.stage, prior_of(params, options.classes, options.images))
-    except (StageError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"memory: {explain(error)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, StageError) else 1
-    section = getattr(params, options.stage)
-    title = f"{options.stage}: {section.backbone}, batch {section.batch_size}, {params.image.size} pixels"
-    console = Console(width=100)
-    console.print(table(found, title))
-    card = options.card * 1e9
-    fits = found.fits(card)
-    besides = f"all training images as bytes are {size_of(found.images)} besides, unless they are streamed"
-    if found.originals:
-        besides = (
-            f"originals for resized crops take no more than {size_of(found.images)}, in the host's memory (stream.mode)"
-        )
-    console.print(
-        f"{'fits' if fits else 'does not fit'} a card of {options.card:g} GB with a tenth of it left free; {besides}",
-        highlight=False,
-    )
-    if not fits:
-        console.print(
-            f"less memory: {options.stage}.accumulate, engine.checkpoint_activations, engine.precision: bfloat16, or more "
-            "GPUs to share the batch",
-            highlight=False,
-        )
-    return 0 if fits else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def advice(needed: Account, stage: str, card: float) -> list[str]:
+    """Whether the step of a stage fits a card of so many GB, what the images take, and what would need less memory."""
+    besides = f"all training images as bytes are {size_of(needed.images)} besides, unless they are streamed"
+    if needed.originals:
+        besides = f"originals for resized crops take no more than {size_of(needed.images)}, in the host's memory (stream.mode)"
+    if needed.fits(card * 1e9):
+        return [f"fits a card of {card:g} GB with a tenth of it left free; {besides}"]
+    return [
+        f"does not fit a card of {card:g} GB with a tenth of it left free; {besides}",
+        f"less memory: {stage}.accumulate, engine.checkpoint_activations, engine.precision: bfloat16, or more "
+        "GPUs to share the batch",
+    ]

@@ -1,4 +1,4 @@
-"""Command: a training stage as a Ray Train job, for teams that have Ray; the same stage that `torchrun` starts.
+"""A training stage as a Ray Train job, for teams that have Ray; the same stage that `torchrun` starts.
 
 Ray places the workers, joins them to a process group and starts them again when one is lost; each then runs the stage, and
 goes on where its checkpoint was. Ray is asked for nothing else: checkpoints, metrics and artifacts are the stage's own.
@@ -6,81 +6,50 @@ goes on where its checkpoint was. Ray is asked for nothing else: checkpoints, me
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import os
-import re
 import shutil
-import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pipeline
 from pipeline.artifacts import TEACHER
 from pipeline.errors import ParamsError, StageError
-from pipeline.params import PARAMS_FILE, load_params
-from pipeline.stage import end_with_dvc, explain
+from pipeline.params import load_params
 from serving.terminal import print
 
-STAGES = ("teacher", "student")
-EPILOG = """\
-examples:
-  python -m pipeline.ray_train student --workers 2           two processes here; each a GPU, where there are any
-  RAY_ADDRESS=ray-head:6379 python -m pipeline.ray_train student --workers 16
-  TAILOR_LAUNCH='python -m pipeline.ray_train --workers 8' dvc repro
-The project's folder must be on a disk that all hosts share, at the same path: docs/many-machines.md.
-"""
+
+@dataclass(frozen=True)
+class Job:
+    """A training stage in the project's folder, and the workers of a cluster that run it.
+
+    address: a running cluster; None starts one on this machine. cpus: of a worker. restarts: how often lost workers are
+    restarted. debug: print Ray's log.
+    """
+
+    stage: str
+    folder: Path
+    params: Path
+    workers: int = 1
+    address: str | None = None
+    cpus: int = 1
+    restarts: int = 0
+    debug: bool = False
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code, as the stage itself does."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.ray_train",
-        description="Run a training stage on the workers of a Ray cluster, or on a small one of its own on this machine.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("stage", nargs="?", choices=STAGES)
-    parser.add_argument("-m", dest="module", metavar="pipeline.STAGE", help="the stage, as dvc.yaml names it")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share a batch (default: %(default)s)")
-    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help="a running cluster (RAY_ADDRESS)")
-    parser.add_argument("--cpus", type=int, default=1, help="CPUs a worker (default: %(default)s)")
-    parser.add_argument("--restarts", type=int, default=0, help="how often lost workers are started again (default: 0)")
-    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the recipe (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and Ray's log")
-    options = parser.parse_args(arguments)
-    stage = options.stage or re.sub(r"^pipeline\.", "", options.module or "")
-    if stage not in STAGES:
-        parser.error(f"stage is {stage!r}; expected one of {', '.join(STAGES)}")
-    if options.workers < 1 or options.cpus < 1 or options.restarts < 0:
-        parser.error("expected --workers and --cpus of at least 1 and --restarts of at least 0")
-    end_with_dvc(stage)
-    try:
-        load_params(options.params)  # a mistake is told before a cluster is asked for anything
-        print(f"{stage}: {run(stage, options)}")
-    except KeyboardInterrupt:
-        print(f"{stage}: interrupted", file=sys.stderr)
-        return 130
-    except (StageError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"{stage}: {explain(error)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, StageError) else 1
-    return 0
-
-
-def run(stage: str, options: argparse.Namespace) -> str:
+def run(job: Job) -> str:
     """Run the stage on the workers; its summary line. What Ray started here has ended when this returns.
 
-    Raises the stage's own StageError; ParamsError when Ray is not installed or its cluster not there.
+    Raises the stage's own StageError; ParamsError when Ray is not installed or its cluster cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers import PyTorch, from a shared disk perhaps; after Ray's own 60 s it would start them over, again and again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    if not options.address:
+    if not job.address:
         # Ray's switch for systems that ask about every port: a cluster of one machine then stays on loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
@@ -90,36 +59,40 @@ def run(stage: str, options: argparse.Namespace) -> str:
         from ray.train.torch import TorchConfig, TorchTrainer
     except ModuleNotFoundError as error:
         raise ParamsError(f"{error.name} is not installed; pip install 'tailor[ray]'") from None
-    folder = Path.cwd()
     # Where the code is: workers run the same, also when it is not installed.
     code = {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
     try:
         # "local": without an address Ray would join whatever cluster it finds on this machine.
         ray.init(
-            address=options.address or "local",
+            address=job.address or "local",
             runtime_env={"env_vars": code},
-            log_to_driver=options.debug,
-            logging_level="warning" if options.debug else "error",
-            **_own_cluster(options),
+            log_to_driver=job.debug,
+            logging_level="warning" if job.debug else "error",
+            **_own_cluster(job),
         )
     except ConnectionError as error:
-        raise ParamsError(f"--address is {options.address!r}: {' '.join(str(error).split())}") from None
-    kept = folder / TEACHER.with_name(".ray")
+        raise ParamsError(f"--address is {job.address!r}: {' '.join(str(error).split())}") from None
+    kept = job.folder / TEACHER.with_name(".ray")
     kept.mkdir(parents=True, exist_ok=True)
     said = kept / "said.txt"
     said.write_text("", encoding="utf-8")
     try:
         # What NCCL joins must lie on GPUs: with device: cpu the workers ask for none.
-        gpus = load_params(options.params).device != "cpu" and ray.cluster_resources().get("GPU", 0) >= options.workers
+        gpus = load_params(job.params).device != "cpu" and ray.cluster_resources().get("GPU", 0) >= job.workers
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"stage": stage, "folder": str(folder), "params": str(options.params), "said": str(said)},
+            train_loop_config={
+                "stage": job.stage,
+                "folder": str(job.folder),
+                "params": str(job.params),
+                "said": str(said),
+            },
             scaling_config=ScalingConfig(
-                num_workers=options.workers, use_gpu=gpus, resources_per_worker={"CPU": options.cpus, "GPU": int(gpus)}
+                num_workers=job.workers, use_gpu=gpus, resources_per_worker={"CPU": job.cpus, "GPU": int(gpus)}
             ),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             run_config=RunConfig(
-                name=stage, storage_path=str(kept), failure_config=FailureConfig(max_failures=options.restarts)
+                name=job.stage, storage_path=str(kept), failure_config=FailureConfig(max_failures=job.restarts)
             ),
         )
         with _shown(said):
@@ -128,7 +101,7 @@ def run(stage: str, options: argparse.Namespace) -> str:
         raise _cause(error) from error
     finally:
         # Ray leaves some of its watchers to end by themselves, minutes later, with our output still in their hands.
-        started = [] if options.address else psutil.Process().children(recursive=True)
+        started = [] if job.address else psutil.Process().children(recursive=True)
         ray.shutdown()
         for process in psutil.wait_procs(started, timeout=10)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -136,11 +109,11 @@ def run(stage: str, options: argparse.Namespace) -> str:
         shutil.rmtree(kept, ignore_errors=True)
 
 
-def _own_cluster(options: argparse.Namespace) -> dict[str, Any]:
+def _own_cluster(job: Job) -> dict[str, Any]:
     """What a cluster of our own is given: CPUs for the workers, no dashboard. Nothing for one that runs."""
-    if options.address:
+    if job.address:
         return {}
-    return {"num_cpus": options.workers * options.cpus, "include_dashboard": False}
+    return {"num_cpus": job.workers * job.cpus, "include_dashboard": False}
 
 
 def _work(task: dict[str, str]) -> str:
@@ -186,7 +159,3 @@ def _cause(failed: Exception) -> Exception:
     return StageError(
         f"Ray lost the workers: {' '.join(str(first).split())[-300:]}; run it again and it goes on from its checkpoint"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import write_file
-from pipeline.errors import ParamsError, StageError
-from pipeline.params import PARAMS_FILE, parse_params, read_yaml
-from pipeline.stage import explain
-from serving.terminal import print
+from pipeline.errors import ParamsError
+from pipeline.params import parse_params, read_yaml
 
-EPILOG = """\
-examples:
-  python -m pipeline.recipe recipes/cifar100-if100-400.yaml            write its values into params.yaml, then: dvc repro
-  python -m pipeline.recipe recipes/cifar100-if100-400.yaml --dry-run  show what would change
-  python -m pipeline.recipe recipes/imagenet-lt-90.yaml recipes/variants/k-m-3.yaml
-`git checkout params.yaml` takes it back.
-"""
 EXTENDS = "extends"
 RECIPES = Path(__file__).with_name("recipes")  # in the repository a link to the folder at its root
 
@@ -144,35 +132,3 @@ def _flow(value: Any) -> Any:
     sequence = CommentedSeq(value)
     sequence.fa.set_flow_style()
     return sequence
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.recipe",
-        description="Write a recipe's values into params.yaml.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "overlay", type=Path, nargs="+", help="files of recipes/: the keys that each changes; later ones win"
-    )
-    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="the file to change (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="show the changes, write nothing")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
-    try:
-        text, lines = apply_recipe(options.overlay, options.params)
-        if not options.dry_run:
-            write_file(options.params, text)
-    except (StageError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"recipe: {explain(error)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, ParamsError) else 1
-    print("\n".join(lines) or f"{options.params} has these values already")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from models.label_shift import TOLERANCE, estimate_prior, mapls_concentration, total_variation
 from models.prior import adjust_logits, log_target_prior, softmax
-from pipeline.artifacts import EVALUATION, PRIOR, as_csv, write_file
-from pipeline.errors import DataError, ParamsError, StageError
-from pipeline.gate import Contender, load_answers
-from pipeline.stage import explain
-from serving.terminal import Console, print
+from pipeline.errors import DataError
 
-EPILOG = """\
-examples:
-  python -m pipeline.shift_table
-  python -m pipeline.shift_table --draws 100 --output artifacts/shift.csv
-"""
 SETS = {"forward 50": 50.0, "forward 10": 10.0, "uniform": 1.0, "backward 10": 0.1, "backward 50": 0.02}
 KEPT = 0.9  # λ of MAPLS
 
@@ -86,48 +73,3 @@ def shift_table(
             for way, score in scores.items():
                 found.setdefault(way, {}).setdefault(name, []).append(score)
     return [{"prior": way, **{name: float(np.mean(s)) for name, s in sets.items()}} for way, sets in found.items()]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.shift_table",
-        description="Accuracy on the five shifted test sets, for no adjustment, the known and the estimated prior.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    file = {"type": Path, "metavar": "FILE"}
-    parser.add_argument(
-        "--predictions", default=EVALUATION / "predictions.parquet", help="default: %(default)s", **file
-    )
-    parser.add_argument("--prior", default=PRIOR, help="default: %(default)s", **file)
-    parser.add_argument("--draws", type=int, default=20, help="test subsets per shifted set (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    parser.add_argument("--output", help="write the table as CSV as well", **file)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
-    try:
-        if options.draws < 1 or options.seed < 0:
-            raise ParamsError(
-                f"--draws is {options.draws} and --seed {options.seed}; expected at least 1 and at least 0"
-            )
-        answers = load_answers(Contender(options.predictions, options.prior))
-        # The log of the balanced answers is their logits up to a row's offset, which no adjustment sees.
-        logits = log_target_prior(answers.probabilities)
-        rows = shift_table(logits, answers.labels, answers.prior.counts, draws=options.draws, seed=options.seed)
-        if options.output:
-            write_file(options.output, as_csv(rows))
-    except (StageError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"shift_table: {explain(error)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, StageError) else 1
-    table = Table("accuracy", *SETS)
-    for row in rows:
-        table.add_row(row["prior"], *(f"{row[name]:.1%}" for name in SETS))
-    Console().print(table)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

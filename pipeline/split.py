@@ -150,7 +150,7 @@ def without(source: Source, skipped: list[Row]) -> list[Row]:
     if empty:
         raise DataError(
             f"class {empty[0]!r} has no usable training image ({len(empty)} such classes, {len(skipped):,} images left "
-            "out by data.on_bad_image: skip); `python -m pipeline.data check` lists the images"
+            "out by data.on_bad_image: skip); `tailor data check` lists the images"
         )
     return rows
 

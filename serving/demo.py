@@ -1,22 +1,24 @@
-"""`python -m serving.demo`: all of serving on sample images, each asked under two priors over both protocols."""
+"""`tailor demo`: all of serving on sample images, each sent under two priors over both protocols."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.table import Table
 
 from serving.client import Client, Prediction
+from serving.commands.options import REPOSITORY, Debug
 from serving.errors import InputError, ServingError
 from serving.server import TritonServer
-from serving.terminal import Console, cell, plain_cell, print
+from serving.terminal import Console, cell, plain_cell
 
 PRIORS = ("balanced", "train")
 TOLERANCE = 1e-5
+SAMPLES = Path("artifacts/evaluation/samples")  # written by stage evaluate
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Sample:
 
 
 def run(repository: Path, samples: Path) -> int:
-    """Serve `repository`, ask for every image of `samples`/samples.csv, print a table; returns how many answers differ.
+    """Serve `repository`, send every image of `samples`/samples.csv, print a table; returns how many answers differ.
 
     Raises ServingError when HTTP and gRPC disagree or when the server does not start or stop cleanly; InputError for
     the samples.
@@ -60,10 +62,10 @@ def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differin
     """What the table can show and what it cannot."""
     if not any(differing):
         return "here it moves the probabilities alone: this student is sure of these images, or has learned too little"
-    changed = [place for place, differs in enumerate(differing) if differs]
+    changed = [index for index, differs in enumerate(differing) if differs]
     right = {
-        prior: sum(found[place].classes[0] == images[place].label for place in changed)
-        for prior, found in answers.items()
+        prior: sum(predictions[index].classes[0] == images[index].label for index in changed)
+        for prior, predictions in answers.items()
     }
     return (
         f"of these {len(changed)}, balanced is right for {right['balanced']}, train for {right['train']}. Images with "
@@ -110,42 +112,25 @@ def comparison(images: list[Sample], answers: dict[str, list[Prediction]], diffe
     for prior in PRIORS:
         table.add_column(prior, overflow="fold")
     table.add_column("differs", justify="center")
-    for place, sample in enumerate(images):
+    for index, sample in enumerate(images):
         cells = []
         for prior in PRIORS:
-            answer = answers[prior][place]
+            answer = answers[prior][index]
             right = answer.classes[0] == sample.label
             text = f"{cell(answer.classes[0])} {answer.probabilities[0]:.3f}"
             cells.append(f"[green]{text}[/]" if right else text)
-        table.add_row(cell(sample.path.name), cell(sample.label), *cells, "≠" if differing[place] else "")
+        table.add_row(cell(sample.path.name), cell(sample.label), *cells, "≠" if differing[index] else "")
     return table
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the arguments and run; returns the exit status, an error being one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m serving.demo",
-        description="Serve the repository on free ports, ask for every sample under two priors, compare, stop.",
-        epilog="example: python -m serving.demo --samples artifacts/evaluation/samples",
-    )
-    parser.add_argument("--repository", type=Path, default=Path("artifacts/repository"), help="default: %(default)s")
-    parser.add_argument(
-        "--samples", type=Path, default=Path("artifacts/evaluation/samples"), help="default: %(default)s"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
-    try:
-        run(options.repository, options.samples)
-    except ServingError as error:
-        if options.debug:
-            raise
-        print(f"demo: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("demo: interrupted; the server was stopped", file=sys.stderr)
-        return 130
-    return 0
+def demo(
+    repository: Annotated[Path, typer.Option(help="Triton model repository.")] = REPOSITORY,
+    samples: Annotated[Path, typer.Option(help="Folder with samples.csv and its images.")] = SAMPLES,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Compare two priors on sample images.
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Serves the repository on free ports, sends every sample under both priors and over both protocols, prints a table and
+    stops the server.
+    """
+    run(repository, samples)

@@ -17,14 +17,14 @@ import click
 import pytest
 import typer
 
-from serving.commands.app import app
+from pipeline.commands.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")]
 # Pages that are written by hand; the lists of modules are docstrings.
 PAGES += sorted(page for page in (ROOT / "docs").rglob("*.md") if not page.name.startswith("modules-"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`((?:tailor|tailor-data|dvc|make|python -m|promtool|pytest) [^`\n]+)`")
+INLINE = re.compile(r"`((?:tailor|dvc|make|python -m|promtool|pytest) [^`\n]+)`")
 # Kinds of blocks that hold no command; every other block is one of commands.
 NO_COMMANDS = {"text", "yaml", "json", "python", "mermaid"}
 # Programs of others, whose options no test here looks up.
@@ -114,9 +114,6 @@ def check_tailor(words: list[str]) -> None:
     name, *rest = words
     command: Any = program.get_command(context, name)
     assert command is not None, f"tailor has no command {name}"
-    if name == "data":
-        check_options(rest[1:], "-m", "pipeline.data", rest[0])
-        return
     if isinstance(command, click.Group) or hasattr(command, "get_command"):
         context, (name, *rest) = command.make_context(name, [], parent=context, resilient_parsing=True), rest
         command = command.get_command(context, name)
@@ -133,7 +130,7 @@ def check_command(command: str) -> None:
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name, _, value = words.pop(0).partition("=")
         if name == "TAILOR_LAUNCH":
-            check_command(f"{value} student" if "ray_train" in value else f"{value} -m pipeline.student")
+            check_command(f"{value} -m pipeline.student")
     program, *rest = words
     if program == "tailor":
         check_tailor(rest)
@@ -147,8 +144,8 @@ def check_command(command: str) -> None:
         check_torchrun(rest)
     elif program == "pytest":
         assert (ROOT / rest[0]).exists(), command
-    elif program in ("python", "tailor-data") or program.endswith("/bin/python"):
-        check_python(program, rest, command)
+    elif program == "python" or program.endswith("/bin/python"):
+        check_python(rest, command)
     elif program == ".":
         assert rest == [".venv/bin/activate"]
     else:
@@ -163,17 +160,13 @@ def check_torchrun(words: list[str]) -> None:
     assert options.module and importlib.util.find_spec(options.training_script)
 
 
-def check_python(program: str, words: list[str], command: str) -> None:
-    """The module is there and names the options in its help; of pytest the files are there."""
-    module = "pipeline.data"
-    if program != "tailor-data":
-        assert words[0] == "-m" and RUN_BY_MODULE.fullmatch(words[1]), command
-        module, *words = words[1:]
+def check_python(words: list[str], command: str) -> None:
+    """The module exists and its help lists the options; of pytest the files exist."""
+    assert words[0] == "-m" and RUN_BY_MODULE.fullmatch(words[1]), command
+    module, *words = words[1:]
     if module == "pytest":
         assert all((ROOT / word).exists() for word in words)
         return
     assert importlib.util.find_spec(module), command
-    inner = words[:1] if module == "pipeline.data" else []
-    if not words:  # some take no options, not even --help
-        return
-    check_options(words[len(inner) :], "-m", module, *inner)
+    if words:  # some take no options, not even --help
+        check_options(words, "-m", module)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Everything that a training machine carries; what these need themselves comes with them.
 TRAINING = ["torch", "torchvision", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "rich", "jinja2", "pillow"]
-NEEDS_MORE = {"pipeline.doctor", "pipeline.export", "pipeline.half_graph", "pipeline.parity", "pipeline.recipe"}
+NEEDS_MORE = {"pipeline.doctor", "pipeline.export", "pipeline.half_graph", "pipeline.parity"}
 NEED_MORE = ("pipeline.commands.", "pipeline.flows.")  # typer; Prefect and DVC
 
 # Hides every package that is not among TRAINING or needed by one of them, then imports the modules one after another.

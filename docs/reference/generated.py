@@ -33,7 +33,7 @@ def commands() -> str:
     """The help of `tailor` and of each of its commands."""
     import typer
 
-    from serving.commands.app import app
+    from pipeline.commands.app import app
 
     program: Any = typer.main.get_command(app)
     lines = ["# Commands", "", "What `tailor COMMAND --help` prints. Exit status: 0 well, 1 failure, 2 misuse.", ""]

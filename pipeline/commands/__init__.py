@@ -1,1 +1,1 @@
-"""Commands that the pipeline adds to `tailor`: one module each, named under `tailor.commands` in pyproject.toml."""
+"""The commands of the pipeline, one module per group of commands; `app` adds them to the application `tailor`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.artifacts import PARAMS_FILE
 from pipeline.commands.options import RepositoryOption, repository_of
 from serving.commands.options import AsJson, Debug, print_json
 from serving.terminal import print
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
     from pipeline.comparison import Answers
     from pipeline.params import Params
 
-EXAMPLE = "Example: tailor compare main . --html comparison.html, or: tailor compare champion artifacts, or: tailor compare 3 4"
 ECE_BINS = 15  # where no recipe says how many
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
 HELP = "A run's folder, a git revision or DVC experiment, a published version's number, or `champion`."
 
 
@@ -32,7 +31,6 @@ class TargetPrior(StrEnum):
     train = "train"
 
 
-@app.command(epilog=EXAMPLE)
 def compare(
     before: Annotated[str, typer.Argument(metavar="A", help=HELP)],
     after: Annotated[str, typer.Argument(metavar="B", help="The run that is held against A, named in the same way.")],
@@ -59,7 +57,7 @@ def compare(
     artifacts, or a copy of predictions.parquet and prior.json), revisions whose results DVC has kept, or published
     versions, which answer the current test split in ONNX Runtime.
     """
-    from pipeline.params import PARAMS_FILE, GateParams, load_params
+    from pipeline.params import GateParams, load_params
     from pipeline.run_comparison import as_json as content
     from pipeline.run_comparison import compare_runs
 
@@ -91,7 +89,6 @@ def _answers(name: str, repository: Callable[[], Path], params: Params | None, t
     from pipeline.commands.served_version import served_answers
     from pipeline.errors import ParamsError, StageError
     from pipeline.gate import load_answers
-    from pipeline.params import PARAMS_FILE
     from pipeline.run_folder import load_run, load_run_at_revision
 
     if Path(name).is_dir():

@@ -1,15 +1,46 @@
-"""`tailor data check` and `tailor data pack`: what `python -m pipeline.data` does, under the one program."""
+"""`tailor data check` and `tailor data pack`: commands on a data set before anything is trained."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
-PROGRAM = "tailor data"
+from pipeline.artifacts import PARAMS_FILE
+from pipeline.commands.options import ParamsOption
+from pipeline.errors import ParamsError
+from serving.commands.options import AsJson, Debug
+from serving.terminal import Console, print
+
+if TYPE_CHECKING:
+    from pipeline.data_check import Report
+
+UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+CHECK = """\b
+Examples:
+  tailor data check                           the data of params.yaml; figures to artifacts/data_check/
+  tailor data check --near 2                  only copies that are almost identical count as near duplicates
+  tailor data check --json | jq .list_hash    the hash to compare with a colleague's
+
+After an interruption the same command resumes; run again, it reads only files that changed. Exit status 1 when `split`
+would refuse the data, when images of two splits are duplicates or near duplicates, or when a known data set differs from
+what was published. Too few test images are a warning."""
+PACK = """\b
+Examples:
+  tailor data pack data/packed                      shards of about 256 MiB
+  tailor data pack data/packed --shard-size 1G      fewer, larger ones
+  tailor data pack data/packed --shuffle 0          in random order: for data that training streams
+
+After an interruption the same command resumes after the last whole shard. It prints the lines for params.yaml that read
+the pack."""
+JobsOption = Annotated[
+    int | None, typer.Option(min=1, max=1024, metavar="N", help="Images read at a time; by the cores if not given.")
+]
+
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
     help="Check a data set, or pack it into a few shards.",
@@ -17,36 +48,83 @@ app = typer.Typer(
 )
 
 
-class ToldByParser(TyperCommand):
-    """A command whose help, where it is asked for without a run, is what `--help` prints: that of the parser."""
+@app.command(epilog=CHECK)
+def check(
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("artifacts/data_check"),
+    near: Annotated[
+        str,
+        typer.Option(
+            metavar="BITS|off",
+            help="Bits of 64 in which the perceptual hashes of near duplicates may differ: 0 to 10, or off.",
+        ),
+    ] = "4",
+    allow_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--allow-duplicates",
+            help="Exit status 0 although duplicates or near duplicates are in two splits; they are still reported.",
+        ),
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Read every image again.")] = False,
+    params: ParamsOption = PARAMS_FILE,
+    jobs: JobsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    """Report what is wrong with the data, and draw the long tail."""
+    from pipeline import data_check, data_report
+    from pipeline.params import load_params
 
-    def get_help(self, ctx: Any) -> str:
-        """The help in the width of the context."""
-        from pipeline.data import help_of
-
-        return help_of(str(self.name), PROGRAM, ctx.terminal_width)
-
-
-# The options, their help and their errors are those of pipeline.data.
-PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-
-
-@app.command(cls=ToldByParser, context_settings=PASSED_ON)
-def check(context: typer.Context) -> int:
-    """Say what is wrong with the data, and draw the long tail."""
-    return _run("check", context.args)
+    if near != "off" and not (near.isdecimal() and int(near) <= 10):
+        raise ParamsError(f"--near is {near!r}; expected 0 to 10, or off")
+    journal = output.with_name(f".{output.name}.jsonl")
+    report = data_check.check(load_params(params), journal, None if near == "off" else int(near), jobs, fresh)
+    data_report.write(report, output)
+    if as_json:
+        print((output / "report.json").read_text(encoding="utf-8"), end="")
+    else:
+        data_report.show(report, Console())
+        print(f"data check: {_conclusion(report, allow_duplicates)} → {output}")
+    return 1 if report.verdict or (report.problems and not allow_duplicates) else 0
 
 
-@app.command(cls=ToldByParser, context_settings=PASSED_ON)
-def pack(context: typer.Context) -> int:
+def _conclusion(report: Report, allowed: bool) -> str:
+    if report.verdict:
+        return "not right"
+    if not report.problems:
+        return "right"
+    return (
+        "right, but for the duplicates above, which --allow-duplicates accepts"
+        if allowed
+        else "not right, see the problem above; remove the copies, or accept them with --allow-duplicates"
+    )
+
+
+@app.command(epilog=PACK)
+def pack(
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.", show_default=False)],
+    shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Size of a shard, e.g. 64M or 1G.")] = "256M",
+    shuffle: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**32 - 1, metavar="SEED", help="Random order; the source's order if not given."),
+    ] = None,
+    params: ParamsOption = PARAMS_FILE,
+    jobs: JobsOption = None,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
     """Write many small files into a few Parquet shards."""
-    return _run("pack", context.args)
+    from pipeline import data_pack
+    from pipeline.params import load_params
+    from pipeline.project import keep_out_of_git
 
-
-def _run(name: str, arguments: list[str]) -> int:
-    from pipeline.data import main
-
-    try:
-        return main([name, *arguments], PROGRAM)
-    except SystemExit as end:  # argparse ends the program itself, after --help and after a misuse
-        return int(end.code or 0)
+    size = re.fullmatch(r"(\d+)([KMG]?)", shard_size)
+    if not size or int(size[1]) == 0:
+        raise ParamsError(f"--shard-size is {shard_size!r}; expected bytes such as 64M or 1G")
+    packed = data_pack.pack(load_params(params), output, int(size[1]) * UNITS[size[2]], jobs, shuffle)
+    keep_out_of_git(output)
+    if as_json:
+        print(json.dumps(packed.as_mapping(), indent=2, ensure_ascii=False))
+    else:
+        print(f"data pack: {packed}")
+        print(packed.table())

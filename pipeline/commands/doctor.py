@@ -8,18 +8,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from pipeline.artifacts import PARAMS_FILE
 from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
-from pipeline.params import PARAMS_FILE
 from pipeline.prefect_health import Finding
 from serving.commands.options import AsJson, Debug, print_json
 from serving.terminal import Console, cell
 
 COLOURS = {"ok": "green", "warning": "yellow", "failing": "red"}
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-
-@app.command(epilog="Example: tailor doctor --json | jq '.[] | select(.state != \"ok\")'")
 def doctor(
     repository: RepositoryOption = None,
     url: Annotated[str | None, typer.Option(help="Server to ask; those of this machine if not given.")] = None,

@@ -1,4 +1,4 @@
-"""`tailor init`: a params.yaml for one's own folder of images."""
+"""`tailor new`, `tailor init` and `tailor recipe`: a project of your own, and its params.yaml."""
 
 from __future__ import annotations
 
@@ -8,22 +8,63 @@ from typing import Annotated
 
 import typer
 
+from pipeline.artifacts import PARAMS_FILE, write_file
 from serving.commands.options import AsJson, Debug, print_json
 from serving.terminal import print
 
-PARAMS = Path("params.yaml")
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make; it may exist, without a params.yaml.")]
+Recipes = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--recipe", help="A recipe to apply, e.g. recipes/cifar100-if100-200.yaml; may be repeated.", show_default=False
+    ),
+]
 Images = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images for each class, in one folder.")]
 Output = Annotated[Path, typer.Option(help="The file to write; what it holds now is the template.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a file whose changes no commit holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the file, write nothing.")]
 
 
-@app.command(epilog="Example: tailor init data/source, then: dvc repro")
+def new(folder: Folder, recipe: Recipes = None, debug: Debug = False) -> None:  # noqa: ARG001
+    """Create a project of your own, with git and DVC.
+
+    Its stages run from the installed package, so that several projects share one environment. The default recipe trains on
+    scanned digits that come with Tailor; `tailor init` writes the recipe for your own images.
+    """
+    from pipeline.project import create_project
+    from pipeline.recipe import apply_recipe
+
+    steps = create_project(folder)
+    if recipe:
+        text, _ = apply_recipe(recipe, folder / PARAMS_FILE)
+        write_file(folder / PARAMS_FILE, text)
+    print(f"→ {folder}; next:")
+    first = "dvc repro" if recipe else "tailor init data/source, once it holds a folder of images per class"
+    for line in [f"cd {folder}", *steps, first, "git add . && git commit -m 'a project'"]:
+        print(f"  {line}")
+
+
+def recipe(
+    overlays: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE", help="Files of recipes/; later ones take precedence.", show_default=False),
+    ],
+    params: Annotated[Path, typer.Option(help="The file to change.")] = PARAMS_FILE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes, write nothing.")] = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Write a recipe's values into params.yaml."""
+    from pipeline.recipe import apply_recipe
+
+    text, lines = apply_recipe(overlays, params)
+    if not dry_run:
+        write_file(params, text)
+    print("\n".join(lines) or f"{params} has these values already")
+
+
 def init(
     folder: Images,
-    output: Output = PARAMS,
+    output: Output = PARAMS_FILE,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -31,19 +72,18 @@ def init(
 ) -> int:
     """Write a params.yaml for your own images.
 
-    Looks at how many there are, how long their tail is and how large they are, and chooses network, epochs, queues and
-    what is held out; the reason stands beside each value. Nothing is trained, and a value is yours to change. Outside a
+    Counts the images of each class, reads their sizes, and chooses network, epochs, queues and what is held out; a
+    comment beside each value gives the reason. Nothing is trained, and every value can be changed. Outside a
     project it makes the working folder one first, as `tailor new` does.
     """
     from models.sample_size import ADVICE, warnings_of
-    from pipeline.artifacts import write_file
     from pipeline.errors import ParamsError
     from pipeline.first_params import choices, expected_tests, look, write_text
     from pipeline.project import create_project, enclosing_project, first_params, keep_out_of_git
     from pipeline.ranks import choose_device
 
     template = output.read_text(encoding="utf-8") if output.is_file() else first_params()
-    if not output.is_file() and output != PARAMS:
+    if not output.is_file() and output != PARAMS_FILE:
         raise ParamsError(f"{output}: no such file; expected a params.yaml to change")
     if not output.is_file() and (project := enclosing_project(Path())):
         raise ParamsError(f"params.yaml: no such file here; this folder lies in the project {project}, run it there")

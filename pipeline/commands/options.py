@@ -7,22 +7,24 @@ from typing import Annotated
 
 import typer
 
-from pipeline.artifacts import REPOSITORY
-from pipeline.params import load_params
+from pipeline.artifacts import PARAMS_FILE, REPOSITORY
 from serving.commands.options import RELEASES, choose_repository
 
-ParamsOption = Annotated[Path, typer.Option(help="The recipe.")]
+ParamsOption = Annotated[Path, typer.Option(help="The params file.")]
 RepositoryOption = Annotated[
     Path | None,
     typer.Option(
-        help="Triton model repository; retrain.repository of the recipe (what was promoted) where there is that folder, "
-        f"else {REPOSITORY}.",
+        help=f"Triton model repository; if not given, retrain.repository of {PARAMS_FILE} (what was promoted) where that "
+        f"folder exists, else {REPOSITORY}.",
         show_default=False,
     ),
 ]
 
 
 def repository_of(given: Path | None, params: Path) -> Path:
-    """The repository that a command is about, by the rule of all commands: what was promoted lies where the recipe says."""
-    known = given is None and params.is_file()
-    return choose_repository(given, Path(load_params(params).retrain.repository) if known else RELEASES)
+    """The repository of a command, by the rule of all commands: promoted versions are in the folder that the params name."""
+    if given is not None or not params.is_file():
+        return choose_repository(given, RELEASES)
+    from pipeline.params import load_params
+
+    return choose_repository(None, Path(load_params(params).retrain.repository))

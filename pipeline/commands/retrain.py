@@ -1,33 +1,59 @@
-"""`tailor retrain`: new data in, a better model live, or nothing changed; once and now."""
+"""`tailor ingest`, `retrain`, `schedule` and `history`: new images, a model trained on them, and the record of both."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipeline.artifacts import PARAMS_FILE
+from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
 from serving.commands.options import AsJson, Debug, print_json
+from serving.release_history import history_table, read_history
 from serving.terminal import Console, cell, print
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-
-@app.command(epilog="Example: tailor retrain --because 'labels of class 7 were corrected'")
-def retrain(
-    because: Annotated[str, typer.Option(help="Why; kept with the decision.")] = "somebody asked",
+def ingest(
     drop: Annotated[
-        Path | None, typer.Option(help="Drop folder with new images; the recipe's ingest.drop if not given.")
+        Path | None, typer.Option(help="Folder with the new images; ingest.drop of the params file if not given.")
+    ] = None,
+    params: ParamsOption = PARAMS_FILE,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    """Add labelled images of the drop folder to the training split.
+
+    It holds a folder per class, or tables (CSV, Parquet) with a label column. Good rows become one shard of data/ingested/, bad
+    ones go to data/quarantine/ with the reason; `dvc repro` then trains on all. Status 1 when the drop is refused whole.
+    """
+    from pipeline import ingest
+    from pipeline.params import load_params
+
+    report = ingest.ingest(load_params(params), drop)
+    if as_json:
+        print_json(asdict(report) | {"shard": report.shard and str(report.shard)})
+    else:
+        print(f"ingest: {report}")
+    return 1 if report.refused else 0
+
+
+def retrain(
+    because: Annotated[str, typer.Option(help="The reason; recorded with the decision.")] = "requested by hand",
+    drop: Annotated[
+        Path | None, typer.Option(help="Drop folder with new images; ingest.drop of the params file if not given.")
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Ingest new data, retrain, and promote if the gate passes.
 
-    What has not changed is not trained again. One run of the flow, here and now; a Prefect server is started for it unless one
-    runs. Run the command again after it was killed: it finishes the run. The status is 0 where the run came to its end, be
-    that promoted, refused, not decided because the test images are too few, or nothing to do, and 1 where it failed or
-    another run was under way.
+    What has not changed is not trained again. One run of the flow on this machine; it starts a Prefect server unless one runs.
+    Run the command again after it was killed: it finishes the run. The status is 0 where the run finished, whether it
+    promoted, refused, did not decide because the test images are too few, or had nothing to do, and 1 where it failed or
+    another run was in progress.
     """
     from pipeline.flows.trigger import run_once
 
@@ -44,7 +70,7 @@ def retrain(
 
 
 def _show(evidence: str | None) -> None:
-    """The comparison of champion and challenger as a table."""
+    """Print the comparison of champion and challenger as a table."""
     import json
 
     from rich.table import Table
@@ -59,9 +85,40 @@ def _show(evidence: str | None) -> None:
     rows = comparison({name: Measure(**measure) for name, measure in measures.items()})
     if rows:
         table = Table(title="challenger against champion", box=None, title_justify="left")
-        shown = ("measure", "champion", "challenger", "difference", "interval", "verdict")  # what 80 columns hold
-        for name in shown:
+        columns = ("measure", "champion", "challenger", "difference", "interval", "verdict")  # what 80 columns hold
+        for name in columns:
             table.add_column(name, no_wrap=True)
         for row in rows:
-            table.add_row(*(cell(row[name]) for name in shown))
+            table.add_row(*(cell(row[name]) for name in columns))
         Console().print(table)
+
+
+def schedule(
+    cron: Annotated[str, typer.Option(help="When: minute, hour, day, month, weekday.")],
+    timezone: Annotated[str | None, typer.Option(help="IANA name of the time zone; UTC if not given.")] = None,
+    port: Annotated[int, typer.Option(help="Port of Prefect's server and its pages; 0 for any free one.")] = 4200,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Retrain on a schedule until SIGTERM or Ctrl-C.
+
+    Runs a Prefect server on loopback, its database in .prefect/, or uses the one that PREFECT_API_URL names. The schedule
+    survives a restart; of the runs missed meanwhile one is caught up. For a work pool of your own, see prefect.yaml.
+    """
+    from pipeline.flows.schedule import keep_schedule
+
+    keep_schedule(cron, timezone, lambda line: print(f"schedule: {line}", file=sys.stderr, flush=True), port)
+
+
+def history(
+    repository: RepositoryOption = None,
+    params: ParamsOption = PARAMS_FILE,
+    wide: Annotated[bool, typer.Option("--wide", help="Show the hashes of data, params and code too.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """List every version with its data, metrics and decision."""
+    versions = read_history(repository_of(repository, params))
+    if as_json:
+        print_json(versions.as_mapping())
+    else:
+        Console().print(history_table(versions, wide))

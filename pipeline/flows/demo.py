@@ -65,7 +65,7 @@ def _make_project() -> Path:
     write_file(project / "short.yaml", RECIPE)
     who = ("-c", "user.name=tailor", "-c", "user.email=tailor@localhost")
     for command in (
-        ("python", "-m", "pipeline.recipe", "short.yaml"),
+        ("tailor", "recipe", "short.yaml"),
         ("git", "add", "-A"),
         ("git", *who, "commit", "--quiet", "-m", "the project of the demo"),
     ):

@@ -1,4 +1,4 @@
-"""The command `tailor`, one module per group of commands; `app` lists them all."""
+"""The commands of serving, one module per group of commands; `app` holds the Typer application."""
 
 from serving.commands.app import main
 

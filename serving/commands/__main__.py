@@ -1,4 +1,4 @@
-"""`python -m serving.commands`: the command `tailor` where it is not installed."""
+"""`python -m serving.commands`: the commands of serving alone, where the pipeline is not on the path."""
 
 import sys
 

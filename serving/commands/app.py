@@ -1,4 +1,7 @@
-"""Every command of `tailor` with an example of it, and how an error ends the program."""
+"""The Typer application `tailor`: the commands of serving with an example of each, and how an error ends the program.
+
+The pipeline adds its own commands to the same application in `pipeline.commands.app`, which is what `tailor` runs.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from PIL import Image
+from typer.core import TyperGroup
 
-from serving.commands.added import Commands
 from serving.commands.drift import drift
 from serving.commands.gateway import gateway
 from serving.commands.loadtest import loadtest
@@ -21,68 +25,101 @@ from serving.commands.repository import repository
 from serving.commands.serve import serve
 from serving.commands.version import version
 from serving.commands.versions import promote, rollback, versions
+from serving.demo import demo
 from serving.ports import bypass_proxy_on_loopback
 from serving.terminal import print
 
 # typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
 USAGE_ERROR = typer.BadParameter.__mro__[1]
+# The headings of --help, in the order of a user's way. A command names its heading where it is registered.
+PREPARE, TRAIN, SERVE, REQUEST, OPERATE = HEADINGS = ("Prepare", "Train", "Serve", "Send requests", "Operate")
+
+
+class Commands(TyperGroup):
+    """A group whose --help lists the commands under headings; without rich, Typer does not print its panels."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Print the commands with a line each, under the headings."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        width = formatter.width - 4 - max(len(name) for name, _ in commands)
+        for heading in HEADINGS:
+            lines = [
+                (name, each.get_short_help_str(width)) for name, each in commands if each.rich_help_panel == heading
+            ]
+            if lines:
+                with formatter.section(heading):
+                    formatter.write_dl(lines)
+
 
 app = typer.Typer(
     name="tailor",
     cls=Commands,
-    help="Long-tailed image classification, from images to a served model that is asked for a class prior per request.",
+    help="Long-tailed image classification: from images to a served model that takes a class prior with each request.",
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.callback(help=app.info.help)(version)
-# In the order of --help.
-app.command(epilog="Example: tailor serve --repository artifacts/repository --http-port 9000")(serve)
-app.command(epilog="Example: tailor repository --device gpu --tensorrt fp16 --output artifacts/repository")(repository)
-app.command(epilog="Example: tailor promote artifacts/export --keep 5")(promote)
-app.command(epilog="Example: tailor rollback, or: tailor rollback 3")(rollback)
-app.command(epilog="Example: tailor versions --json")(versions)
-app.command(epilog="Example: tailor gateway --http-port 8443 --grpc-port 8444 --certificate tls.crt --key tls.key")(
-    gateway
-)
-app.command(epilog="Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")(predict)
-app.command(epilog="Example: tailor status --url grpc://127.0.0.1:8001 --json")(status)
-app.command(epilog="Example: tailor drift artifacts/logits --since 24h --write --retrain-above 0.1")(drift)
-app.command(epilog="Example: tailor playground --port 7860")(playground)
-app.command(epilog="Example: tailor loadtest --images photos --users 32 --time 2m --max-p99 200")(loadtest)
+
+
+def add(function: Any, heading: str, example: str) -> None:
+    """Register a function as a command under a heading of --help, with an example at the end of its own --help."""
+    app.command(epilog=example, rich_help_panel=heading)(function)
+
+
+add(serve, SERVE, "Example: tailor serve --repository artifacts/repository --http-port 9000")
+add(repository, SERVE, "Example: tailor repository --device gpu --tensorrt fp16 --output artifacts/repository")
+add(gateway, SERVE, "Example: tailor gateway --http-port 8443 --grpc-port 8444 --certificate tls.crt --key tls.key")
+add(promote, SERVE, "Example: tailor promote artifacts/export --keep 5")
+add(rollback, SERVE, "Example: tailor rollback, or: tailor rollback 3")
+add(versions, SERVE, "Example: tailor versions --json")
+add(predict, REQUEST, "Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")
+add(status, REQUEST, "Example: tailor status --url grpc://127.0.0.1:8001 --json")
+add(playground, REQUEST, "Example: tailor playground --port 7860")
+add(demo, REQUEST, "Example: tailor demo --samples artifacts/evaluation/samples")
+add(loadtest, REQUEST, "Example: tailor loadtest --images photos --users 32 --time 2m --max-p99 200")
+add(drift, OPERATE, "Example: tailor drift artifacts/logits --since 24h --write --retrain-above 0.1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 well, 1 failure, 2 misuse, 130 interrupted.
+    """Run the command line; returns the exit status: 0 success, 1 failure, 2 misuse, 130 interrupted.
 
-    An error is one line on stderr; its traceback is shown with --debug alone. What a user can act on carries its exit
-    status: errors of this room, usage errors, and those of the rooms that add commands.
+    An error that a user can act on is one line on stderr and has its own exit status; --debug adds the traceback. Any
+    other exception is a fault of Tailor and is raised.
     """
     bypass_proxy_on_loopback()
-    # Pillow warns of an image that is refused, in one line, a moment later.
+    # Pillow warns of oddities in an image that is then used, or refused in one line of our own.
+    warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         result = app(given, prog_name="tailor", standalone_mode=False)
     except BrokenPipeError:
-        # Whoever read the output has gone; the interpreter's own flush at exit would complain of it once more.
+        # The reader of the output has exited; the interpreter's own flush at exit would print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if "--debug" in given:
-            print(traceback.format_exc(), end="", file=sys.stderr)
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"tailor: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, typer.Abort):
         print("tailor: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(status := getattr(error, "exit_code", None), int):
-            raise
+        message, status = _explain(error, given[0])
         if "--debug" in given:
             print(traceback.format_exc(), end="", file=sys.stderr)
-        message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)
         print(f"tailor: {message}", file=sys.stderr)
         return status
     return result if isinstance(result, int) else 0
+
+
+def _explain(error: Exception, command: str) -> tuple[str, int]:
+    """The message and the exit status of an error that a user can act on. Raises any other error."""
+    if isinstance(error, USAGE_ERROR):
+        return error.format_message(), error.exit_code
+    if isinstance(status := getattr(error, "exit_code", None), int):  # errors of serving and of the pipeline
+        return str(error), status
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", 1
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package in ("", "models", "pipeline", "serving"):
+        raise error
+    return f"{command} needs the package {package}, which is not installed; install 'tailor[pipeline]'", 1

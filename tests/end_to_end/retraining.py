@@ -125,7 +125,7 @@ class Retraining:
     def start_into(self, log: TextIO, *arguments: str) -> subprocess.Popen[str]:
         """Start `tailor`; what it prints goes to a file."""
         return subprocess.Popen(
-            [sys.executable, "-m", "serving.commands", *arguments],
+            [sys.executable, "-m", "pipeline.commands", *arguments],
             cwd=self.root,
             env=self.environment,
             stdin=subprocess.DEVNULL,

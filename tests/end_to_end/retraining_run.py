@@ -26,7 +26,7 @@ def run_in(root: str, log: str, because: str) -> None:
     os.chdir(root)
     for number, path in ((1, f"{log}.json"), (2, log)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    from serving.commands import main
+    from pipeline.commands.app import main
 
     sys.exit(main(["retrain", "--because", because, "--json"]))
 

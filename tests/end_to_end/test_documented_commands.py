@@ -59,7 +59,7 @@ LONG = {
     ("docs/serving.md", "tailor loadtest"): "load for two and for ten minutes",
     ("docs/new-images.md", "dvc repro"): "trains once more",
     ("docs/retraining.md", "make retrain-demo"): "three minutes of a processor",
-    ("docs/many-machines.md", "python -m pipeline.ray_train student --workers 2"): "a Ray cluster of its own",
+    ("docs/many-machines.md", "tailor ray-train student --workers 2"): "a Ray cluster of its own",
     ("docs/security.md", "TAILOR_HOSTILE_REQUESTS"): "ten thousand requests; the suite sends 500 of them",
 }
 ELSEWHERE = {
@@ -330,7 +330,7 @@ def test_the_first_page_and_the_demo(digits: Project) -> None:
     (digits.root / ".venv").symlink_to(sys.prefix)
 
     def make_it_short() -> None:
-        digits.run("python", "-m", "serving.commands", "new", "build/demo")
+        digits.run("python", "-m", "pipeline.commands", "new", "build/demo")
         OwnProject(digits.root / "build/demo").set(SHORT)
 
     try:
@@ -371,7 +371,7 @@ def test_the_pages_on_retraining(tmp_path: Path) -> None:
 def test_a_page_of_recipes(page: str, tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     for command, text in follow(page, Reader(project)).items():
-        assert command.startswith("python -m pipeline.recipe") and "→" in text
+        assert command.startswith("tailor recipe") and "→" in text
 
 
 def test_the_page_for_contributors(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ class TestWhatTakesLong:
 
     @own_group
     def test_two_workers_of_ray(self, own: Project) -> None:
-        (command,) = typed_of("docs/many-machines.md", "python -m pipeline.ray_train student --workers 2")
+        (command,) = typed_of("docs/many-machines.md", "tailor ray-train student --workers 2")
         own.set({"student": {"batch_size": 16}})
         assert "artifacts/student" in Reader(own).type(command)
 

@@ -136,5 +136,5 @@ def test_init_makes_the_working_folder_a_project_and_keeps_the_images_out_of_git
 def test_the_recipes_come_with_the_package(installed: Installed, tmp_path: Path) -> None:
     project = installed.new(tmp_path / "cifar", "--recipe", "recipes/cifar100-if100-200.yaml")
     assert "source: cifar100" in (project.root / "params.yaml").read_text()
-    printed = project.run("python", "-P", "-m", "pipeline.recipe", "recipes/variants/k-m-2.yaml").stdout
+    printed = project.run("python", "-P", "-m", "pipeline.commands", "recipe", "recipes/variants/k-m-2.yaml").stdout
     assert "student.queue_minimum: 3 → 2" in printed or "has these values already" in printed

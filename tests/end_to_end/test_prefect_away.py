@@ -55,7 +55,7 @@ def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/api"
         done = subprocess.run(
-            [sys.executable, "-m", "serving.commands", *arguments],
+            [sys.executable, "-m", "pipeline.commands", *arguments],
             cwd=project,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": url},
             stdin=subprocess.DEVNULL,

@@ -63,7 +63,7 @@ def context(prefect, tmp_path_factory):
             [
                 "pipeline.flows.retraining",
                 "pipeline.flows.trigger",
-                "serving.commands",
+                "pipeline.commands",
                 "tests.end_to_end.retraining_run",
             ]
         )

@@ -100,7 +100,7 @@ def test_digits_are_served_in_float16_as_they_were_evaluated(digits, tmp_path):
 )
 def test_real_photographs_are_trained_exported_and_served(tmp_path):
     project = Project(tmp_path / "project")
-    project.run("python", "-m", "pipeline.recipe", "recipes/cifar10-parquet-if100-one-epoch.yaml")
+    project.run("python", "-m", "pipeline.commands", "recipe", "recipes/cifar10-parquet-if100-one-epoch.yaml")
     project.set({"data": {"location": str(PHOTOGRAPHS)}})
     project.commit()
     done = project.run("dvc", "repro", timeout=1800)

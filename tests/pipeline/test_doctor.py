@@ -112,7 +112,7 @@ def free_port() -> int:
 def doctor_in_a_process(url: str) -> dict[str, dict[str, str]]:
     """Findings by name, of a process of its own: Prefect reads its settings once."""
     done = subprocess.run(
-        [sys.executable, "-m", "serving.commands", "doctor", "--json"],
+        [sys.executable, "-m", "pipeline.commands", "doctor", "--json"],
         env={**os.environ, "PREFECT_API_URL": url, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,

@@ -19,18 +19,18 @@ from test_split import rows_of
 
 from models.prior import shot_group
 from models.sample_size import ENOUGH
+from pipeline.commands.app import main as tailor
 from pipeline.comparison import Answers
 from pipeline.comparison_table import show
 from pipeline.data_check import sample_sizes
 from pipeline.first_params import expected_tests
-from pipeline.gate import decide, main
+from pipeline.gate import decide
 from pipeline.intervals import weighted_accuracy
 from pipeline.metrics import evaluate_answers
 from pipeline.params import GateParams
 from pipeline.report import render_comparison
 from pipeline.run_comparison import as_json, compare_runs
 from pipeline.split import assign
-from serving.commands.app import main as tailor
 
 
 @settings(max_examples=20)
@@ -124,7 +124,7 @@ def test_the_gate_does_not_decide_by_too_few_test_images_and_says_what_to_do(tmp
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     arguments = ["--challenger", challenger.predictions, "--challenger-prior", challenger.prior, "--champion"]
     arguments += [champion.predictions, "--champion-prior", champion.prior, "--output", tmp_path / "e.json"]
-    assert main([*map(str, arguments), "--params", str(tmp_path / "params.yaml")]) == 3
+    assert tailor(["gate", *map(str, arguments), "--params", str(tmp_path / "params.yaml")]) == 3
     assert capsys.readouterr().out.startswith("gate: not decided: few: 8 test images")
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from making import ROOT, encode, picture
 
 from benchmarks.made_imagenet import class_counts
+from pipeline.commands.app import main
 from pipeline.errors import DataError, ParamsError
 from pipeline.first_params import Found, choices, look, write_text
 from pipeline.params import Params
 from pipeline.sources.source import Row
 from pipeline.split import assign
-from serving.commands.app import main
 
 TEMPLATE = (ROOT / "params.yaml").read_text(encoding="utf-8")
 NO_OPTIONS = {"tested": None, "own_validation": False, "shorter": 32, "unreadable": []}

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.prior import shot_group
+from pipeline.commands.app import main
 from pipeline.comparison import Answers, calibration_of, compare, mcnemar, paired_interval
-from pipeline.gate import Contender, GateError, decide, main
+from pipeline.gate import Contender, GateError, decide
 from pipeline.metrics import expected_calibration_error
 from pipeline.params import GateParams
 from pipeline.prior import Prior
@@ -181,10 +182,10 @@ def test_the_command_says_its_decision_by_line_and_exit_code(tmp_path, capsys):
         "--output",
         str(tmp_path / "d"),
     ]
-    assert main(ours) == 0
+    assert main(["gate", *ours]) == 0
     assert capsys.readouterr().out.startswith("gate: promote: first model, balanced accuracy")
     theirs = ["--champion", str(tmp_path / "none"), "--champion-prior", str(made.prior)]
-    assert main(ours + theirs) == 1
+    assert main(["gate", *ours, *theirs]) == 1
     assert "gate: refuse: cannot be computed" in capsys.readouterr().out
-    assert main([*ours, "--champion", "x"]) == 2
+    assert main(["gate", *ours, "--champion", "x"]) == 2
     assert "--champion and --champion-prior go together" in capsys.readouterr().err

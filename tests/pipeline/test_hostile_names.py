@@ -40,7 +40,7 @@ def project(tmp_path):
 def test_data_check_and_its_csv_files_hold_no_control_character_and_no_formula(tmp_path):
     root = project(tmp_path)
     write(root / "source" / HOSTILE / f"-torn{HOSTILE}.png", png(1)[:60])
-    status, printed = ran(root, "pipeline.data", "check")
+    status, printed = ran(root, "pipeline.commands", "data", "check")
     assert status == 1 and f"-torn{SHOWN}.png" in printed
     with (root / "artifacts/data_check/classes.csv").open(encoding="utf-8") as stream:
         assert [row["class"] for row in csv.DictReader(stream)] == [SHOWN, "'=SUM(A1)"]
@@ -56,7 +56,7 @@ def test_an_error_of_a_stage_and_of_ingest_shows_the_name_written_out(tmp_path):
     (root / "source/=SUM(A1)/again.png").unlink()
     assert ran(root, "pipeline.split")[0] == 0
     write(root / "data/drop" / f"=new{HOSTILE}" / "a.png", png(77))
-    status, printed = ran(root, "serving.commands", "ingest")
+    status, printed = ran(root, "pipeline.commands", "ingest")
     assert status == 1 and "1 of 1 rows are bad" in printed
     (listing,) = (root / "data/quarantine").glob("*/rows.csv")
     (row,) = csv.DictReader(listing.read_text(encoding="utf-8").splitlines())

@@ -74,8 +74,8 @@ def test_a_name_that_is_not_utf8_is_one_line_in_every_command_on_the_source(tmp_
     made = data_params(root)
     shown = f"{root}/{name.decode(errors='surrogateescape')}".replace("\udce9", "\\udce9").removesuffix("/0.png")
     expected = f"{shown}: its name is not UTF-8; rename it, for instance with convmv\n"
-    assert command(tmp_path, made) == 1 and capsys.readouterr().err == f"data check: {expected}"
+    assert command(tmp_path, made) == 1 and capsys.readouterr().err == f"tailor: {expected}"
     assert command(tmp_path, made, str(tmp_path / "packed"), name="pack") == 1
-    assert capsys.readouterr().err == f"data pack: {expected}"
+    assert capsys.readouterr().err == f"tailor: {expected}"
     assert stage_main(split.run, "", ["--params", str(tmp_path / "params.yaml")]) == 1
     assert capsys.readouterr().err == f"split: {expected}"

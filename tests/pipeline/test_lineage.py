@@ -67,7 +67,7 @@ def test_a_repository_of_another_owner_is_named_by_compare_and_init_and_is_no_ch
         git(Path(), "status")
     with pytest.raises(StageError, match="dubious ownership"):
         load_run_at_revision("HEAD", tmp_path / "copy")
-    command = [sys.executable, "-m", "serving.commands", "init", "."]
+    command = [sys.executable, "-m", "pipeline.commands", "init", "."]
     ended = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )

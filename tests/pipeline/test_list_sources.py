@@ -184,7 +184,7 @@ def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
     first = ", ".join(f"{root}/{path}" for path in gone[:5])
     assert refusal(DataError, root) == (
         f"6 of 12 images are missing, the first 5: {first}; restore them or take them off the list, or set "
-        "data.on_bad_image: skip; `python -m pipeline.data check` lists them all"
+        "data.on_bad_image: skip; `tailor data check` lists them all"
     )
     gone = gone[:3]
     root = tree(tmp_path / "again", IMAGENET, missing=gone)

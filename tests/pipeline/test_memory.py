@@ -9,7 +9,8 @@ from small_training import CPU, made_images
 from torch.profiler import ProfilerActivity, profile
 
 import pipeline.memory
-from pipeline.memory import account, main, prior_of
+from pipeline.commands.app import main
+from pipeline.memory import account, prior_of
 from pipeline.step import Step
 
 pytestmark = pytest.mark.slow
@@ -109,13 +110,13 @@ def test_a_queue_of_65536_rows_and_8142_classes_fit_a_card_of_80_gb(tmp_path, ca
     recipe = tmp_path / "params.yaml"
     recipe.write_text(apply_recipe([overlay], ROOT / "params.yaml")[0])
     monkeypatch.chdir(tmp_path)
-    assert main(["--params", str(recipe)]) == 0
+    assert main(["memory", "--params", str(recipe)]) == 0
     said = capsys.readouterr().out
     assert "torchvision/resnext50_32x4d, batch 256, 224 pixels" in said and "fits a card of 80 GB" in said
 
 
 def test_a_step_that_does_not_fit_is_told_with_what_would_help(capsys):
-    assert main(["--params", str(ROOT / "params.yaml"), "--classes", "10", "--card", "0.01"]) == 1
+    assert main(["memory", "--params", str(ROOT / "params.yaml"), "--classes", "10", "--card", "0.01"]) == 1
     said = capsys.readouterr().out
     assert "does not fit a card of 0.01 GB" in said
     assert "less memory: student.accumulate, engine.checkpoint_activations" in said
@@ -129,15 +130,15 @@ def test_originals_of_resized_crops_are_counted_in_the_hosts_memory_at_their_lar
     assert resized.originals and resized.images == pytest.approx(3000 * 3 * 32 * 32 * (4 / 3) / 0.08, rel=1e-3)
     recipe = tmp_path / "params.yaml"
     recipe.write_text((ROOT / "params.yaml").read_text().replace("crop: pad", "crop: resized"))
-    main(["--params", str(recipe), "--classes", "10", "--images", "1000"])
+    main(["memory", "--params", str(recipe), "--classes", "10", "--images", "1000"])
     assert "originals for resized crops take no more than" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_a_split_the_number_of_classes_is_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["--params", str(ROOT / "params.yaml")]) == 2
+    assert main(["memory", "--params", str(ROOT / "params.yaml")]) == 2
     assert "artifacts/prior.json: no such file, so --classes is needed" in capsys.readouterr().err
-    assert main(["--params", str(ROOT / "params.yaml"), "--classes", "10", "--images", "9"]) == 2
+    assert main(["memory", "--params", str(ROOT / "params.yaml"), "--classes", "10", "--images", "9"]) == 2
     assert "--images is 9, below the 10 classes" in capsys.readouterr().err
 
 
@@ -145,7 +146,7 @@ def test_a_number_of_images_beside_those_that_the_split_counts_is_refused(tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts/prior.json").write_text("{}")
-    assert main(["--params", str(ROOT / "params.yaml"), "--images", "500"]) == 2
+    assert main(["memory", "--params", str(ROOT / "params.yaml"), "--images", "500"]) == 2
     said = capsys.readouterr().err
     assert "--images is 500, but artifacts/prior.json counts the images already; give --classes too" in said
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from making import encode, picture
 
+from pipeline.commands.app import main
 from pipeline.errors import ParamsError
 from pipeline.project import create_project, keep_out_of_git
-from serving.commands.app import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("git"), reason="needs git")]
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
-from pipeline.errors import ParamsError
+from pipeline.commands.app import main
 from pipeline.first_params import Found, choices, write_text
 from pipeline.params import load_params
-from pipeline.recipe import apply_recipe, main
+from pipeline.recipe import apply_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,12 @@ def test_a_recipe_changes_its_keys_and_keeps_every_other_value_and_comment(param
     before = params.read_text()
     assert (
         main(
-            [str(overlay(tmp_path, "student: {tau_g: 0.07}\nimage: {mean: [0.1, 0.2, 0.3]}")), "--params", str(params)]
+            [
+                "recipe",
+                str(overlay(tmp_path, "student: {tau_g: 0.07}\nimage: {mean: [0.1, 0.2, 0.3]}")),
+                "--params",
+                str(params),
+            ]
         )
         == 0
     )
@@ -51,7 +56,7 @@ def test_a_recipe_changes_its_keys_and_keeps_every_other_value_and_comment(param
 
 def test_a_recipe_with_the_values_already_there_changes_no_byte(params, tmp_path, capsys):
     before = params.read_bytes()
-    assert main([str(overlay(tmp_path, "student: {tau_g: 0.1}")), "--params", str(params)]) == 0
+    assert main(["recipe", str(overlay(tmp_path, "student: {tau_g: 0.1}")), "--params", str(params)]) == 0
     assert params.read_bytes() == before
     assert "has these values already" in capsys.readouterr().out
 
@@ -68,7 +73,7 @@ def test_later_overlays_win(params, tmp_path):
 
 def test_a_dry_run_says_what_would_change_and_writes_nothing(params, tmp_path, capsys):
     before = params.read_bytes()
-    assert main([str(overlay(tmp_path, "seed: 5")), "--params", str(params), "--dry-run"]) == 0
+    assert main(["recipe", str(overlay(tmp_path, "seed: 5")), "--params", str(params), "--dry-run"]) == 0
     assert capsys.readouterr().out == "seed: 0 → 5\n"
     assert params.read_bytes() == before
 
@@ -84,20 +89,15 @@ def test_a_dry_run_says_what_would_change_and_writes_nothing(params, tmp_path, c
 )
 def test_a_bad_recipe_is_one_line_exit_2_and_leaves_params_alone(params, tmp_path, capsys, text, said):
     before = params.read_bytes()
-    assert main([str(overlay(tmp_path, text)), "--params", str(params)]) == 2
+    assert main(["recipe", str(overlay(tmp_path, text)), "--params", str(params)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "overlay.yaml" in error
     assert params.read_bytes() == before
 
 
 def test_a_missing_recipe_names_the_file(params, capsys):
-    assert main(["recipes/none.yaml", "--params", str(params)]) == 2
+    assert main(["recipe", "recipes/none.yaml", "--params", str(params)]) == 2
     assert "recipes/none.yaml: No such file or directory" in capsys.readouterr().err
-
-
-def test_debug_shows_where_the_error_came_from(params, tmp_path):
-    with pytest.raises(ParamsError):
-        main([str(overlay(tmp_path, "- 1")), "--params", str(params), "--debug"])
 
 
 def files(folder: Path, **texts: str) -> None:
@@ -157,7 +157,7 @@ def test_what_is_extended_twice_is_taken_once_and_undoes_nothing(params, tmp_pat
 def test_a_bad_extends_is_one_line_exit_2_and_leaves_params_alone(params, tmp_path, capsys, text, said):
     files(tmp_path, base="seed: 1", round="extends: overlay.yaml", listed="- 1")
     before = params.read_bytes()
-    assert main([str(overlay(tmp_path, text)), "--params", str(params)]) == 2
+    assert main(["recipe", str(overlay(tmp_path, text)), "--params", str(params)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert params.read_bytes() == before
@@ -178,7 +178,7 @@ def test_lists_over_several_lines_are_edited_by_recipe_and_init_alike(params, tm
         assert "seeds:    # seeds trained besides" in written
     params.write_text(written, encoding="utf-8")
     text = "image: {mean: [0.1, 0.2, 0.3]}\nseeds: [3]\nstudent: {augment: {crop_scale: [0.3, 1.0]}}\n"
-    assert main([str(overlay(tmp_path, text)), "--params", str(params)]) == 0
+    assert main(["recipe", str(overlay(tmp_path, text)), "--params", str(params)]) == 0
     after = load_params(params)
     assert (after.seeds, after.image.mean, after.student.augment.crop_scale) == ([3], [0.1, 0.2, 0.3], [0.3, 1.0])
     if form != "block lists":

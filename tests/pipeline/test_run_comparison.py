@@ -16,13 +16,13 @@ from making import data_params, folder
 from scipy.stats import false_discovery_control
 from test_gate import COUNTS, LABELS, C, answering, answers_of, contender
 
+from pipeline.commands.app import main
 from pipeline.comparison import compare_classes, mcnemar
 from pipeline.errors import ParamsError
 from pipeline.params import GateParams
 from pipeline.run_comparison import compare_runs
 from pipeline.run_folder import load_run
 from pipeline.split import run as split
-from serving.commands import main
 from serving.promotion import promote
 from serving.repository import write_repository
 from tests.serving.conftest import CLASSES, write_export

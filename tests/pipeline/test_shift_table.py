@@ -5,9 +5,10 @@ import pytest
 from generated_run import made_logits, made_prior
 from test_gate import COUNTS, LABELS, answering, contender
 
+from pipeline.commands.app import main
 from pipeline.errors import DataError
 from pipeline.report.study import COARSE_TOLERANCE
-from pipeline.shift_table import SETS, main, shift_table, shifted_prior, shifted_rows
+from pipeline.shift_table import SETS, shift_table, shifted_prior, shifted_rows
 
 
 @pytest.mark.parametrize("ratio", SETS.values(), ids=SETS)
@@ -50,11 +51,11 @@ def test_a_class_without_test_samples_is_refused():
 def test_the_command_prints_the_table_and_refuses_misuse(tmp_path, capsys):
     made = contender(tmp_path, answering(0.8, 0))
     files = ["--predictions", str(made.predictions), "--prior", str(made.prior)]
-    assert main([*files, "--draws", "2", "--output", str(tmp_path / "t.csv")]) == 0
+    assert main(["shifted-priors", *files, "--draws", "2", "--output", str(tmp_path / "t.csv")]) == 0
     assert "known prior" in capsys.readouterr().out
     assert (tmp_path / "t.csv").read_text().startswith("prior,forward 50,forward 10,uniform,backward 10,backward 50\n")
-    assert main([*files, "--draws", "0"]) == 2
-    assert main(["--predictions", str(tmp_path / "none"), "--prior", str(made.prior)]) == 1
+    assert main(["shifted-priors", *files, "--draws", "0"]) == 2
+    assert main(["shifted-priors", "--predictions", str(tmp_path / "none"), "--prior", str(made.prior)]) == 1
     assert "no such file" in capsys.readouterr().err
 
 

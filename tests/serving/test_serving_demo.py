@@ -14,7 +14,16 @@ from conftest import CLASSES, Release, picture
 
 def run_demo(repository: Path, samples: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "120"}
-    command = [sys.executable, "-m", "serving.demo", "--repository", str(repository), "--samples", str(samples)]
+    command = [
+        sys.executable,
+        "-m",
+        "serving.commands",
+        "demo",
+        "--repository",
+        str(repository),
+        "--samples",
+        str(samples),
+    ]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import typer
 
-from serving.commands.app import app
+from pipeline.commands.app import app
 
-TAILOR = [sys.executable, "-c", "import sys; from serving.commands import main; sys.exit(main())"]
+TAILOR = [sys.executable, "-c", "import sys; from pipeline.commands.app import main; sys.exit(main())"]
 
 
 def completed(line: str) -> list[str]:
@@ -37,8 +37,11 @@ def test_a_shell_completes_commands_and_options(line: str, offered: str) -> None
 def test_the_help_is_a_map_of_every_command_under_a_heading() -> None:
     text = subprocess.run([*TAILOR, "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
     headings = [line.strip().rstrip(":") for line in text.splitlines() if line.rstrip().endswith(":")]
-    assert headings == ["Options", "Prepare", "Serve", "Ask", "Look after it"]  # nothing is left for `More`
-    assert "  predict " in text.partition("Ask:")[2]
+    assert headings == ["Options", "Prepare", "Train", "Serve", "Send requests", "Operate"]
+    assert "  predict " in text.partition("Send requests:")[2]
+    program = typer.main.get_command(app)
+    listed = {line.split()[0] for line in text.splitlines() if re.match(r"  [a-z]", line)}
+    assert set(program.list_commands(program.make_context("tailor", [], resilient_parsing=True))) <= listed
 
 
 def commands_of(group: Any, context: Any) -> Iterator[tuple[str, str]]:
@@ -80,17 +83,3 @@ def test_no_summary_of_a_command_is_cut_at_80_columns() -> None:
         assert all(len(line) <= 80 for line in text.splitlines()), words
         cut = [line for line in text.splitlines() if line.endswith("...") and not line.startswith("Usage:")]
         assert cut == [], words
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["check", "pack"])
-@pytest.mark.parametrize("program", ["tailor data", "python -m pipeline.data"])
-def test_a_command_on_data_calls_itself_as_it_was_called(program: str, command: str) -> None:
-    start = [*TAILOR, "data"] if program == "tailor data" else [sys.executable, "-m", "pipeline.data"]
-    shown = subprocess.run([*start, command, "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
-    other = {"tailor data", "python -m pipeline.data"} - {program}
-    assert shown.startswith(f"usage: {program} {command} ") and not any(words in shown for words in other)
-    examples = shown.partition("examples:\n")[2].partition("\n\n")[0].splitlines()
-    assert len(examples) == 3 and all(line.startswith(f"  {program} {command}") for line in examples)
-    refused = subprocess.run([*start, command, "--jobs", "0"], capture_output=True, text=True, check=False, timeout=60)
-    assert refused.returncode == 2 and f"\n{program} {command}: error: argument --jobs" in refused.stderr

@@ -1,0 +1,86 @@
+"""`tailor memory` and `tailor ray-train`: what a training step takes of a GPU, and a training stage on Ray."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.artifacts import PARAMS_FILE
+from pipeline.commands.options import ParamsOption
+from pipeline.errors import ParamsError
+from serving.commands.options import Debug
+from serving.terminal import Console, print
+
+
+class Stage(StrEnum):
+    """A training stage."""
+
+    teacher = "teacher"
+    student = "student"
+
+
+def memory(
+    params: ParamsOption = PARAMS_FILE,
+    stage: Annotated[Stage, typer.Option(help="The training stage.")] = Stage.student,
+    classes: Annotated[
+        int | None, typer.Option(min=2, help="Number of classes; those of artifacts/prior.json if not given.")
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(help="With --classes: training images; as published, or 100 a class, if not given."),
+    ] = None,
+    card: Annotated[float, typer.Option(help="Memory of the GPU in GB.")] = 80.0,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    """Print what a training step takes of a GPU's memory.
+
+    Line by line, without a GPU and without an image. Status 1 when the step does not fit.
+    """
+    from pipeline.memory import account, advice, prior_of, table
+    from pipeline.params import load_params
+
+    if card <= 0:
+        raise ParamsError(f"--card is {card:g}; expected more than 0")
+    recipe = load_params(params)
+    needed = account(recipe, stage.value, prior_of(recipe, classes, images))
+    section = getattr(recipe, stage.value)
+    console = Console(width=100)
+    console.print(table(needed, f"{stage}: {section.backbone}, batch {section.batch_size}, {recipe.image.size} pixels"))
+    for line in advice(needed, stage.value, card):
+        console.print(line, highlight=False)
+    return 0 if needed.fits(card * 1e9) else 1
+
+
+def ray_train(
+    stage: Annotated[Stage | None, typer.Argument(help="The training stage.", show_default=False)] = None,
+    module: Annotated[
+        str | None, typer.Option("-m", metavar="pipeline.STAGE", help="The stage, in the form of dvc.yaml.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share a batch.")] = 1,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="A running cluster; a new one on this machine if not given."),
+    ] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs of a worker.")] = 1,
+    restarts: Annotated[int, typer.Option(min=0, help="How often lost workers are restarted.")] = 0,
+    params: ParamsOption = PARAMS_FILE,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and Ray's log.")] = False,
+) -> None:
+    """Run a training stage on the workers of a Ray cluster.
+
+    Without --address it is a small cluster of its own on this machine. The stage is the same that `torchrun` starts.
+    """
+    from pipeline.params import load_params
+    from pipeline.ray_train import Job, run
+    from pipeline.stage import end_with_dvc
+
+    name = stage.value if stage else re.sub(r"^pipeline\.", "", module or "")
+    if name not in [each.value for each in Stage]:
+        raise ParamsError(f"stage is {name!r}; expected one of {', '.join(Stage)}")
+    end_with_dvc(name)
+    load_params(params)  # an error in the file is reported before a cluster is started
+    print(f"{name}: {run(Job(name, Path.cwd(), params, workers, address, cpus, restarts, debug))}")
