@@ -37,7 +37,8 @@ def show(found: Comparison, classes: int) -> None:
         console.print(table)
     console.print(
         "Differences are in percentage points; of ece less is better. all: mean over classes, weighted by the target prior. "
-        "p: McNemar's test; q: p corrected for the number of classes. Intervals are over test images: another seed of training differs by more.",
+        "p: McNemar's test; q: p corrected for the number of classes. "
+        "Intervals are over test images: another seed of training differs by more.",
         highlight=False,
     )
 
