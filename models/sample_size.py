@@ -45,15 +45,17 @@ class SampleSize:
         return f"{counted}, {compared} {ENOUGH}: figures are uncertain by up to ±{100 * self.half_width:.0f} percentage points"
 
 
-def sample_size(tested: Any) -> SampleSize:
+def sample_size(tested: Any, weights: Any = None) -> SampleSize:
     """Sample size of a mean over classes: (sum w)^2 / (sum w^2) with w = 1/n_c for each image (Kish 1965), C^2 / sum 1/n_c.
 
     tested: int [C], test images of each class; classes without any are left out. With equal counts it is their sum. The
-    variance of the mean over classes is at most 1/4 over it.
+    variance of the mean over classes is at most 1/4 over it. weights: [C] > 0, of the classes in the mean; equal if None.
     """
     counts = np.asarray(tested, dtype=np.float64)
-    counts = counts[counts > 0]
-    return SampleSize(int(counts.sum()), len(counts) ** 2 / float((1 / counts).sum()) if counts.size else 0.0)
+    share = np.ones(counts.shape) if weights is None else np.asarray(weights, dtype=np.float64)
+    counts, share = counts[counts > 0], share[counts > 0]
+    effective = float(share.sum() ** 2 / (share**2 / counts).sum()) if counts.size else 0.0
+    return SampleSize(int(counts.sum()), effective)
 
 
 def sample_sizes(tested: Any, groups: Sequence[str]) -> dict[str, SampleSize]:

@@ -30,7 +30,7 @@ class Answers:
 class Measure:
     """One comparison. difference is challenger - champion, low and high its bootstrap interval; None where there is none.
 
-    mcnemar: two-sided exact p-value over the measure's samples. passed: None where the rule is none, and where the test
+    mcnemar: two-sided p-value over the measure's samples. passed: None where the rule is none, and where the test
     images are too few to judge by. images, effective: the measure's `models.sample_size.SampleSize`; None where it rests on
     none, as latency and a group without classes do.
     """
@@ -82,17 +82,20 @@ class ClassDifference:
 
 
 def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins: int) -> dict[str, Measure]:
-    """Accuracy on all, many, medium and few, and the calibration error, with paired intervals and exact McNemar tests.
+    """Accuracy on all, many, medium and few, and the calibration error, with paired intervals and McNemar's tests.
 
     The champion's groups count: few are the classes that were few when it was trained. many, medium and few are means of
-    class accuracies, as `evaluate` has them, so a sample counts by one over its class's size.
+    class accuracies, as `evaluate` has them, so a sample counts by one over its class's size. all weighs the classes by
+    the target prior, which is the data that the answers are for: with `balanced` it is the balanced accuracy.
     """
     labels, classes = challenger.labels, len(champion.prior.classes)
     right = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
     group = np.array(champion.prior.groups)[labels]
     counts = np.bincount(labels, minlength=classes)
-    found = {"all": _accuracy(*right, np.full(len(labels), 1 / len(labels)), params, "all")}
-    sizes = {"all": SampleSize(len(labels), len(labels)), "ece": SampleSize(len(labels), len(labels))}
+    target = np.array(champion.prior.p) if params.target_prior == "train" else np.ones(classes)
+    weights = target[labels] / counts[labels]
+    found = {"all": _accuracy(*right, weights / weights.sum(), params, "all")}
+    sizes = {"all": sample_size(counts, target), "ece": SampleSize(len(labels), len(labels))}
     for name in GROUPS:
         inside = group == name
         share = 1 / counts[labels[inside]]
@@ -130,7 +133,7 @@ def _accuracy(
         return Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
     change = (challenger.astype(np.float64) - champion) * weights * len(weights)
     low, high = paired_interval(lambda index: change[index].mean(axis=-1), len(change), params)
-    p = mcnemar(champion, challenger)
+    p = mcnemar(champion, challenger, weights, params)
     difference = float(change.mean())
     passed = _judge(rule, difference, low, high, p, 1 - params.confidence)
     before, after = float(weights @ champion), float(weights @ challenger)
@@ -202,9 +205,23 @@ def compare_classes(challenger: Answers, champion: Answers, confidence: float) -
     ]  # fmt: skip
 
 
-def mcnemar(champion: np.ndarray, challenger: np.ndarray) -> float:
-    """Exact two-sided McNemar p-value: are the samples that one alone gets right split evenly? 1 when there are none."""
-    return _mcnemar(int((challenger & ~champion).sum()), int((champion & ~challenger).sum()))
+def mcnemar(champion: np.ndarray, challenger: np.ndarray, weights: np.ndarray, params: GateParams) -> float:
+    """Two-sided McNemar p-value: are the samples that one alone gets right split evenly? 1 when there are none.
+
+    weights: float [N] of the samples. The exact test where those that differ weigh the same, else its permutation form: the
+    share of params.resamples random signs under which the weighted difference is at least as large.
+    """
+    differ = champion != challenger
+    signs, weight = np.where(challenger[differ], 1.0, -1.0), weights[differ]
+    if not len(weight) or np.ptp(weight) <= 1e-9 * weight.max():
+        return _mcnemar(int((signs > 0).sum()), int((signs < 0).sum()))
+    random, reached = np.random.default_rng(params.seed), 0
+    least = abs(signs @ weight) - 1e-9 * weight.sum()
+    at_once = max(1, 4_000_000 // len(weight))
+    for first in range(0, params.resamples, at_once):
+        drawn = random.integers(0, 2, (min(at_once, params.resamples - first), len(weight)), dtype=np.int8)
+        reached += int((np.abs((2.0 * drawn - 1) @ weight) >= least).sum())
+    return (1 + reached) / (1 + params.resamples)
 
 
 @cache

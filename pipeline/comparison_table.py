@@ -36,8 +36,9 @@ def show(found: Comparison, classes: int) -> None:
             )  # fmt: skip
         console.print(table)
     console.print(
-        "Differences are in percentage points; of ece less is better. p: McNemar's exact test; q: p corrected for the number "
-        "of classes. Intervals are over test images: another seed of training differs by more.",
+        "Differences are in percentage points; of ece less is better. all: mean over classes, weighted by the target prior. "
+        "p: McNemar's test; q: p corrected for the number of classes. "
+        "Intervals are over test images: another seed of training differs by more.",
         highlight=False,
     )
 

@@ -72,7 +72,8 @@ class GateRule(Section):
 class GateParams(Section):
     """Whether a challenger takes the champion's place: a rule per measure, and the floor of the first model.
 
-    floor: least balanced accuracy where there is no champion. latency_ratio: largest challenger / champion; null for none.
+    all: mean over classes, weighted by target_prior. floor: least balanced accuracy where there is no champion.
+    latency_ratio: largest challenger / champion; null for none.
     """
 
     target_prior: Literal["balanced", "train"] = "balanced"

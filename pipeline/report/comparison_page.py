@@ -13,7 +13,7 @@ FORMS = {
     "difference": "points", "low": "points", "high": "points", "p": "p", "q": "p",
 }  # fmt: skip
 SHOWN = 8  # classes named at each end
-NAMES = {"all": "all test images", "ece": "calibration error"}
+NAMES = {"all": "all classes", "ece": "calibration error"}
 
 
 def render_comparison(found: Comparison, command: str) -> str:

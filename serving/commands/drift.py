@@ -176,31 +176,36 @@ def _check_enough(logged: LoggedLogits, log: Path, manifest: Manifest, wanted: i
 def _calibration(
     given: Path | None, manifest: Manifest, write: bool
 ) -> tuple[Calibration | None, dict[str, Any] | None]:
-    """The calibration, and the facts that are printed about it; None if the evaluation file is of another release.
+    """The calibration, and the facts that are printed about it; None if there are no test answers of this release.
 
-    write: whether a live prior shall be written. Raises ServingError then for a calibration of too few test images.
+    write: whether a live prior is to be written. Raises ServingError then without a calibration, and for one of too few
+    test images.
     """
     path = given or PREDICTIONS
-    if given is None and not path.is_file():
-        print(f"tailor: {path} is not here; not calibrated", file=sys.stderr)
-        return None, None
     try:
+        if given is None and not path.is_file():
+            raise ServingError(f"{path}: no such file")
         found = calibration_from(path, manifest)
     except ServingError as error:
         if given is not None:
             raise
+        if write:
+            raise ServingError(
+                f"{error}; no live prior is written without a calibration: give --calibration FILE, the predictions.parquet "
+                f"that evaluation wrote for version {manifest.version}"
+            ) from None
         print(f"tailor: {error}; not calibrated", file=sys.stderr)
         return None, None
     told: dict[str, Any] = {"file": str(path), "temperature": found.temperature}
     if found.size is not None:
         told |= {"test_images": found.size.images, "too_few_test_images": found.size.too_few}
-        if found.size.too_few and not write:
-            print(f"tailor: warning: {path}: the calibration rests on {found.size}", file=sys.stderr)
         if found.size.too_few and write:
             raise ServingError(
                 f"{path}: no live prior is written, because its calibration rests on {found.size}; {ADVICE}, then train, "
                 "evaluate and publish again"
             )
+        if found.size.too_few:
+            print(f"tailor: warning: {path}: the calibration rests on {found.size}", file=sys.stderr)
     return found, told
 
 

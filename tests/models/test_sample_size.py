@@ -17,6 +17,13 @@ def test_the_mean_over_classes_varies_like_the_share_of_that_many_images(tested:
     assert sample_size(tested).images == sum(tested)
 
 
+def test_a_mean_with_weights_varies_like_the_share_of_that_many_images() -> None:
+    counts, weights = np.array([50, 20, 5]), np.array([0.7, 0.2, 0.1])
+    right = np.random.default_rng(0).binomial(counts, 0.5, (200_000, 3))
+    expected = 0.25 / (right / counts @ weights).var()
+    assert sample_size([50, 20, 0, 5], [7, 2, 9, 1]).effective == pytest.approx(expected, rel=0.02)
+
+
 def test_with_enough_images_every_interval_is_within_ten_points() -> None:
     assert not sample_size([10] * 10).too_few and sample_size([10] * 9 + [9]).too_few
     assert sample_size([ENOUGH]).half_width == pytest.approx(0.098)

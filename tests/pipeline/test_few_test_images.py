@@ -101,44 +101,55 @@ def test_intervals_of_unequal_test_counts_cover_the_truth_within_binomial_noise(
     assert covered >= 180  # of 200 at 95 %: fewer than 180 come by chance once in 400
 
 
+SMALL_TAIL = [80, 60, 40, 40, 30, 20]  # 270 test images count as 221 in the mean over all classes, those of few as 48
+
+
 def two_runs(tmp_path, tested):
-    """A champion, and a challenger that is worse on few of these test images."""
+    """A champion, and a challenger that is wrong on two of these test images, of the last class."""
     labels = np.repeat(np.arange(C), tested)
     good = np.eye(C)[labels] * 3.0
     worse = good.copy()
-    worse[labels == C - 1] = np.eye(C)[0]
+    worse[np.flatnonzero(labels == C - 1)[:2]] = np.eye(C)[0]
     pair = [contender(tmp_path / name, logits, labels=labels) for name, logits in (("a", good), ("b", worse))]
     return pair, labels
 
 
 def test_the_gate_does_not_decide_by_too_few_test_images_and_says_what_to_do(tmp_path, capsys):
-    (champion, challenger), _ = two_runs(tmp_path, [80, 60, 40, 40, 5, 3])
+    (champion, challenger), _ = two_runs(tmp_path, SMALL_TAIL)
     decided = decide(challenger, champion, FAST, 15, tmp_path / "d.json")
     assert decided.undecided and decided.computed and not decided.promote and decided.verdict == "not decided"
-    assert "few: 8 test images" in decided.reasons[0] and "gate.few.rule: none" in decided.reasons[0]
+    assert "few: 50 test images" in decided.reasons[0] and "gate.few.rule: none" in decided.reasons[0]
     assert decided.measures["few"].passed is None and decided.measures["all"].passed is True
     content = json.loads((tmp_path / "d.json").read_text())
-    assert content["undecided"] is True and content["measures"]["few"]["images"] == 8
+    assert content["undecided"] is True and content["measures"]["few"]["images"] == 50
     equal = decide(champion, champion, FAST, 15, None)
-    assert equal.undecided and not equal.promote  # two equal models too: zero difference on 8 images is no evidence
+    assert equal.undecided and not equal.promote  # two equal models too: zero difference on 50 images is no evidence
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     arguments = ["--challenger", challenger.predictions, "--challenger-prior", challenger.prior, "--champion"]
     arguments += [champion.predictions, "--champion-prior", champion.prior, "--output", tmp_path / "e.json"]
     assert tailor(["gate", *map(str, arguments), "--params", str(tmp_path / "params.yaml")]) == 3
-    assert capsys.readouterr().out.startswith("gate: not decided: few: 8 test images")
+    assert capsys.readouterr().out.startswith("gate: not decided: few: 50 test images")
 
 
 def test_without_a_rule_on_the_small_group_the_gate_decides(tmp_path):
-    (champion, challenger), _ = two_runs(tmp_path, [80, 60, 40, 40, 5, 3])
+    (champion, challenger), _ = two_runs(tmp_path, SMALL_TAIL)
     without = GateParams.model_validate({"resamples": 300, "few": {"rule": "none"}})
     assert decide(challenger, champion, without, 15, None).promote
 
 
 def test_a_loss_on_enough_images_is_a_refusal_whatever_the_small_groups_show(tmp_path):
-    (champion, _), labels = two_runs(tmp_path, [80, 60, 40, 40, 5, 3])
+    (champion, _), labels = two_runs(tmp_path, SMALL_TAIL)
     bad = contender(tmp_path / "c", np.eye(C)[np.zeros(len(labels), int)] * 3.0, labels=labels)
     refused = decide(bad, champion, FAST, 15, None)
     assert not refused.promote and not refused.undecided and refused.reasons[0].startswith("all ")
+
+
+def test_the_gate_does_not_decide_where_the_mean_over_all_classes_rests_on_too_few(tmp_path):
+    """228 test images are enough, but most are of the head: they count as 59, as evaluate and data check print."""
+    (champion, challenger), labels = two_runs(tmp_path, [80, 60, 40, 40, 5, 3])
+    found = decide(challenger, champion, FAST, 15, None)
+    assert found.undecided and found.reasons[0].startswith("all: 228 test images, which count as 59 in a mean over")
+    assert found.measures["all"].size == sample_sizes(np.bincount(labels), ["many"] * C)["all"]
 
 
 def test_a_first_model_on_too_few_images_is_not_decided_unless_there_is_no_floor(tmp_path):

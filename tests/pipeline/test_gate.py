@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 
@@ -11,12 +12,13 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score
 
 from models.prior import shot_group
 from pipeline.commands.app import main
 from pipeline.comparison import Answers, calibration_of, compare, mcnemar, paired_interval
 from pipeline.gate import Contender, GateError, decide
-from pipeline.metrics import expected_calibration_error
+from pipeline.metrics import evaluate_answers, expected_calibration_error
 from pipeline.params import GateParams
 from pipeline.prior import Prior
 
@@ -118,8 +120,55 @@ def test_intervals_cover_the_true_difference_within_binomial_noise():
 def test_mcnemar_counts_the_samples_that_one_alone_gets_right():
     a = np.array([True] * 6 + [False] * 1 + [True] * 9)
     b = np.array([False] * 6 + [True] * 1 + [True] * 9)
-    assert mcnemar(a, b) == pytest.approx(2 * (1 + 7) / 2**7)
-    assert mcnemar(a, a) == 1.0
+    same = np.full(16, 0.25)
+    assert mcnemar(a, b, same, FAST) == pytest.approx(2 * (1 + 7) / 2**7)
+    assert mcnemar(a, a, same, FAST) == 1.0
+
+
+def test_mcnemar_of_samples_that_weigh_unequally_is_the_share_of_signs_with_a_larger_sum():
+    a = np.array([True, True, False, False, False, False, True])
+    b = np.array([False, True, True, True, True, True, True])
+    weights = np.array([5.0, 9, 1, 1, 1, 0.5, 9])
+    differ, signs = [0, 2, 3, 4, 5], np.array(list(itertools.product([-1, 1], repeat=5)))
+    expected = np.mean(np.abs(signs @ weights[differ]) >= abs(-5 + 1 + 1 + 1 + 0.5) - 1e-12)
+    many = GateParams(resamples=20_000)
+    assert mcnemar(a, b, weights, many) == pytest.approx(expected, abs=0.015)  # four standard errors
+    assert mcnemar(b, a, weights, many) == mcnemar(a, b, weights, many)
+
+
+UNEQUAL = np.repeat(np.arange(C), [900, 400, 100, 60, 40, 30])
+
+
+def on_unequal(predicted):
+    """Answers to a test split of unequal classes, which are sure of these predictions."""
+    return Answers([str(i) for i in range(len(UNEQUAL))], UNEQUAL, np.eye(C)[predicted] * 0.9 + 0.1 / C, prior_of())
+
+
+@pytest.mark.parametrize("target", ["balanced", "train"])
+def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
+    random = np.random.default_rng(4)
+    predicted = [np.where(random.random(len(UNEQUAL)) < share, UNEQUAL, 0) for share in (0.5, 0.8)]
+    champion, challenger = map(on_unequal, predicted)
+    found = compare(challenger, champion, GateParams(resamples=100, target_prior=target), 15)["all"]
+    p = np.array(prior_of().p) if target == "train" else np.full(C, 1 / C)
+    metrics = [
+        evaluate_answers(a.probabilities, UNEQUAL, a.prior.groups, p, bins=15, top_k=2) for a in (champion, challenger)
+    ]
+    assert [found.champion, found.challenger] == pytest.approx([m["at_target_prior"]["all"] for m in metrics])
+    if target == "balanced":
+        assert found.challenger == pytest.approx(balanced_accuracy_score(UNEQUAL, predicted[1]))
+        assert found.effective == pytest.approx(metrics[0]["test_images"]["all"]["effective"])
+
+
+def test_a_loss_of_the_tail_is_not_made_up_for_by_the_many_test_images_of_the_head():
+    """70 images of the tail are lost, 120 of the head are won: more images are right, and balanced accuracy is lower."""
+    champion, challenger = UNEQUAL.copy(), UNEQUAL.copy()
+    champion[:120] = 1
+    challenger[UNEQUAL >= 4] = 0
+    few_off = GateParams.model_validate({"resamples": 300, "few": {"rule": "none"}})
+    found = compare(on_unequal(challenger), on_unequal(champion), few_off, 15)["all"]
+    assert found.difference == pytest.approx((120 / 900 - 2) / C)
+    assert found.mcnemar < 0.05 and found.passed is False
 
 
 def test_the_resampled_calibration_error_is_the_evaluations():

@@ -34,6 +34,7 @@ from serving.drift_calibration import calibration_from
 from serving.errors import InputError, ServingError
 from serving.logged_logits import moment_of, read_logits
 from serving.manifest import Manifest
+from serving.release import find_releases
 from serving.triton.logit_log import classes_sha256, log_files
 
 Tailor = Callable[..., CompletedProcess[str]]
@@ -298,7 +299,7 @@ def test_test_answers_of_another_student_calibrate_nothing(release: Release, tmp
 def test_command_prints_groups_and_classes_and_says_what_it_rests_on(drift: Drift) -> None:
     ended = drift("--top", 2)
     assert ended.returncode == 0
-    assert ended.stderr == "tailor: artifacts/evaluation/predictions.parquet is not here; not calibrated\n"
+    assert ended.stderr == "tailor: artifacts/evaluation/predictions.parquet: no such file; not calibrated\n"
     for part in ("many (2)", "few (1)", "ant", "distance from the training prior 0.", "2,000 images, MAP"):
         assert part in ended.stdout
     assert "bee" not in ended.stdout
@@ -356,6 +357,22 @@ def test_drift_above_a_threshold_is_a_status(drift: Drift) -> None:
     assert ended.stderr.endswith("), is above --fail-above 0.3\n")
 
 
+@pytest.fixture
+def tested(own: Path, release: Release) -> Path:
+    """Test answers of the release, enough to calibrate by."""
+    return calibrated(own, release.manifest)
+
+
+def calibrated(root: Path, manifest: Manifest, temperature: float = 1.0, images: int = 2000) -> Path:
+    """Test answers where `tailor drift` looks for them, of the release in the repository of this folder."""
+    path = root / "artifacts/evaluation/predictions.parquet"
+    answered = write_predictions(path, manifest, temperature, images)
+    for model in ("student", "classifier"):
+        (root / "artifacts/repository" / model / "1/manifest.json").write_text(answered.model_dump_json())
+    return path
+
+
+@pytest.mark.usefixtures("tested")
 def test_written_prior_is_whole_and_replaces_the_one_before(drift: Drift) -> None:
     path = Path("artifacts/repository/live_prior.json")
     for method in ("map", "em"):
@@ -367,6 +384,7 @@ def test_written_prior_is_whole_and_replaces_the_one_before(drift: Drift) -> Non
     assert [entry.name for entry in path.parent.iterdir() if entry.name.startswith(".")] == []
 
 
+@pytest.mark.usefixtures("tested")
 def test_what_was_promoted_is_looked_at_and_written_to_where_it_is_there(drift: Drift) -> None:
     shutil.copytree("artifacts/repository", "releases")
     assert drift("--write").returncode == 0
@@ -378,13 +396,12 @@ def test_what_was_promoted_is_looked_at_and_written_to_where_it_is_there(drift: 
 
 def test_calibration_of_this_release_is_used_unasked_and_of_another_one_is_not(drift: Drift, release: Release) -> None:
     path = Path("artifacts/evaluation/predictions.parquet")
-    manifest = write_predictions(path, release.manifest, 2.0)
+    write_predictions(path, release.manifest, 2.0)
     ended = drift("--json")
     assert json.loads(ended.stdout)["calibration"] is None
     assert "predictions.parquet: is of another student than version 1; not calibrated" in ended.stderr
     assert_one_line(drift("--calibration", path), 1, "is of another student than version 1")
-    for model in ("student", "classifier"):
-        Path("artifacts/repository", model, "1", "manifest.json").write_text(manifest.model_dump_json())
+    calibrated(Path.cwd(), release.manifest, 2.0)
     found = json.loads(drift("--json").stdout)["calibration"]
     tested = {"test_images": 2000, "too_few_test_images": False}
     assert found == {"file": str(path), "temperature": pytest.approx(2, rel=0.15)} | tested
@@ -392,15 +409,24 @@ def test_calibration_of_this_release_is_used_unasked_and_of_another_one_is_not(d
 
 
 def test_a_live_prior_is_not_written_from_a_calibration_of_too_few_test_images(drift: Drift, release: Release) -> None:
-    path = Path("artifacts/evaluation/predictions.parquet")
-    manifest = write_predictions(path, release.manifest, 2.0, images=40)
-    for model in ("student", "classifier"):
-        Path("artifacts/repository", model, "1", "manifest.json").write_text(manifest.model_dump_json())
+    calibrated(Path.cwd(), release.manifest, 2.0, images=40)
     ended = drift("--json")
     assert ended.returncode == 0 and "the calibration rests on 40 test images" in ended.stderr
     assert json.loads(ended.stdout)["calibration"]["too_few_test_images"] is True
     assert_one_line(drift("--write"), 1, "no live prior is written, because its calibration rests on 40 test images")
     assert not Path("artifacts/repository/live_prior.json").exists()
+
+
+def test_a_live_prior_is_not_written_without_a_calibration(drift: Drift, release: Release) -> None:
+    path, live = Path("artifacts/evaluation/predictions.parquet"), Path("artifacts/repository/live_prior.json")
+    without = "no live prior is written without a calibration: give --calibration FILE"
+    assert_one_line(drift("--write"), 1, f"{path}: no such file; {without}")
+    write_predictions(path, release.manifest, 2.0)
+    assert_one_line(drift("--write"), 1, f"{path}: is of another student than version 1; {without}")
+    assert not live.exists()
+    moved = calibrated(Path.cwd(), release.manifest).rename("answers.parquet")
+    assert drift("--write", "--calibration", moved).returncode == 0
+    assert live.is_file()
 
 
 def pull(reason: str) -> str:
@@ -437,8 +463,9 @@ def test_retraining_is_whatever_the_entry_point_names_and_is_told_why(
 
 
 @pytest.fixture
-def serving(own: Path) -> Iterator[str]:
-    """The HTTP address of `tailor serve`, which logs every answer."""
+def serving(own: Path, release: Release) -> Iterator[str]:
+    """The HTTP address of `tailor serve`, which logs every answer; with test answers of its release."""
+    calibrated(own, release.manifest)
     options = ["--log-logits", "artifacts/logits", "--log-share", "1", "--log-limit", "2MiB", "--quiet"]
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     process = subprocess.Popen(
@@ -476,7 +503,9 @@ def test_from_the_real_servers_log_to_the_prior_of_its_next_answer(
     expected = np.sort(release.probabilities([picture(3)], np.log(prior))[0])[::-1][: len(answered)]
     np.testing.assert_allclose(answered, expected, rtol=1e-3)
     logits = release.logits([picture(seed) for seed in range(3, 303)])
-    direct = estimate_drift(logits, COUNTS, resamples=2).prior
+    given = find_releases(root, hashes=False)[-1].manifest
+    calibration = calibration_from(own / "artifacts/evaluation/predictions.parquet", given)
+    direct = estimate_drift(logits, COUNTS, calibration, resamples=2).prior
     np.testing.assert_allclose(prior, direct, atol=1e-3)
 
 
