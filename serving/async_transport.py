@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import tenacity
 
-from serving.calls import SERVICE, Call, Garbled
+from serving.calls import SERVICE, Call
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection
 from serving.errors import InputError
-from serving.failures import check_http, foreign, from_grpc, late, nobody, untrusted
+from serving.failures import check_http, from_grpc, late, nobody, readable, untrusted
 from serving.retries import Deadline, Retries
 from serving.transport import check_open
 
@@ -96,10 +96,7 @@ class AsyncHttpWire:
                 raise late(url, deadline.budget) from error
             raise nobody(url) from error
         check_http(url, status, headers, body, deadline.budget)
-        try:
-            return call.read_http(headers, body)
-        except Garbled as error:
-            raise foreign(url, str(error)) from error
+        return readable(url, call.read_http, headers, body)
 
     async def close(self) -> None:
         session, self._session = self._session, None
@@ -127,10 +124,7 @@ class AsyncGrpcWire:
             data = await method(call.message, timeout=deadline.left(url), metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_grpc(url, error, deadline.budget) from error
-        try:
-            return call.read_message(data)
-        except Garbled as error:
-            raise foreign(url, str(error)) from error
+        return readable(url, call.read_message, data)
 
     async def close(self) -> None:
         channel, self._channel = self._channel, None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+from serving.calls import Garbled
 from serving.errors import ServingError
 
 REASON_LENGTH = 500
@@ -48,6 +50,14 @@ def nobody(url: str, why: str = "") -> Unavailable:
 def foreign(url: str, why: str = "") -> ServingError:
     """Something answers that is not Triton; asking again would not change that."""
     return ServingError(_absent(url, why))
+
+
+def readable(url: str, read: Callable[..., Any], *response: Any) -> Any:
+    """What a call's `read` makes of a response with status 200. Raises ServingError where it is not Triton's."""
+    try:
+        return read(*response)
+    except Garbled as error:
+        raise foreign(url, str(error)) from error
 
 
 def late(url: str, budget: float) -> DeadlineExceeded:

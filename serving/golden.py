@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 
 import numpy as np
 
@@ -34,8 +35,8 @@ def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -
 
     Raises ServingError when one fails or its answer is wrong.
     """
-    form, transport = release.manifest.image, Transport(url, timeout)
-    try:
+    form = release.manifest.image
+    with closing(Transport(url, timeout)) as transport:
         for golden in _paced(release.golden, rest):
             image = preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
@@ -43,18 +44,14 @@ def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -
             wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
             if wrong:
                 raise ServingError(f"student {release.version} answers a golden request wrongly: {wrong}")
-    finally:
-        transport.close()
 
 
 def send_whole_batch(url: str, release: Release, timeout: float) -> None:
     """Send `student` a request of max_batch_size images. Raises ServingError when it fails."""
-    form, transport = release.manifest.image, Transport(url, timeout)
-    try:
+    form = release.manifest.image
+    with closing(Transport(url, timeout)) as transport:
         image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to, form.room)[None]
         _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
-    finally:
-        transport.close()
 
 
 def _paced(golden: list[Golden], rest: bool) -> Iterable[Golden]:

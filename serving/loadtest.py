@@ -17,7 +17,7 @@ from serving.errors import ServingError
 from serving.images import image_files, read_image
 from serving.load.plan import HEADERS_VARIABLE, LoadPlan
 from serving.ports import choose_ports
-from serving.process import end_session, start_process
+from serving.process import end_session, start_process, with_tailor
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 GRACE = 60  # seconds beyond the test in which Locust starts, drains and writes its reports
@@ -76,10 +76,7 @@ def _run_locust(plan: LoadPlan, report: Path, progress: Callable[[float], None])
 def _environment(plan: LoadPlan) -> dict[str, str]:
     """The environment of the processes that send: Tailor's packages, the headers, and no LOCUST_ settings of the caller."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-    paths = [str(LOCUSTFILE.parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    environment[HEADERS_VARIABLE] = json.dumps(dict(plan.connection.headers))
-    return environment
+    return with_tailor(environment) | {HEADERS_VARIABLE: json.dumps(dict(plan.connection.headers))}
 
 
 def _last_line(log: Path) -> str:

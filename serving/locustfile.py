@@ -46,8 +46,6 @@ logger = logging.getLogger("tailor.loadtest")
 class ClassifierUser(User):
     """Sends one prepared request after another, or is a source of them."""
 
-    abstract = True
-    protocol = ""
     wait_time = constant(0)
 
     def on_start(self) -> None:
@@ -72,18 +70,6 @@ class ClassifierUser(User):
             self._load.drop()
         else:
             self._open.spawn(self._load.send, self._due)
-
-
-class HttpImages(ClassifierUser):
-    """Sends over HTTP."""
-
-    protocol = "http"
-
-
-class GrpcImages(ClassifierUser):
-    """Sends over gRPC, on one channel that all users of a process share."""
-
-    protocol = "grpc"
 
 
 class Shape(LoadTestShape):
@@ -157,7 +143,7 @@ def locust_options() -> list[PlanOption]:
 
 @events.init.add_listener
 def prepare(environment: Any, **_: Any) -> None:
-    """Choose the user class by the address, and prepare the requests; an error is one line and ends Locust with its status."""
+    """Prepare the requests and the connection; an error is one line and ends Locust with its exit status."""
     options = environment.parsed_options
     try:
         if not environment.host:
@@ -166,9 +152,6 @@ def prepare(environment: Any, **_: Any) -> None:
         connection = Connection(environment.host, headers, options.ca_file)
         given = {option.name: getattr(options, option.name) for option in locust_options()}
         plan = LoadPlan(connection, allow_remote=True, **{**given, "images": Path(options.images)})
-        environment.user_classes = [kind for kind in environment.user_classes if kind.protocol == connection.protocol]
-        if not environment.user_classes:
-            raise InputError(f"--host is {environment.host}; expected the protocol of the chosen user class")
         if connection.protocol == "grpc":
             # Before any channel, and after Locust has forked its workers: a channel does not survive a fork.
             import grpc.experimental.gevent

@@ -11,7 +11,6 @@ import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -123,9 +122,7 @@ class ModelControl:
     def __enter__(self) -> ModelControl:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def _ask(self, model: str, what: str, call: Callable[..., None]) -> None:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 import psutil
@@ -26,7 +25,7 @@ from serving.leftovers import is_stopped, new_prefix, runtime_folder, stubs_of, 
 from serving.local_tree import link_tree
 from serving.logs import ServerLog
 from serving.ports import choose_ports
-from serving.process import POLL, check_open_files, end_process, start_process
+from serving.process import POLL, check_open_files, end_process, start_process, wait_for
 from serving.release import Release, find_releases
 from serving.repository_lock import locked
 from serving.running import RunningServer, leave_note
@@ -166,12 +165,7 @@ class TritonServer:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the server to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
-        if self._process is None:
-            return None
-        try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+        return wait_for(self._process, timeout)
 
     def stop(self, at_once: bool = False, comes_back: bool = False) -> int | None:
         """Stop the server and remove what it left: processes, shared memory, runtime folder. Safe to call twice.
@@ -201,9 +195,7 @@ class TritonServer:
     def __enter__(self) -> TritonServer:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.stop()
 
     def _clear(self) -> None:

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import tenacity
 
-from serving.calls import SERVICE, Call, Garbled, Infer
+from serving.calls import SERVICE, Call, Infer
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection, parse_url
 from serving.errors import InputError
-from serving.failures import Refused, check_http, foreign, from_grpc, late, nobody, untrusted
+from serving.failures import Refused, check_http, from_grpc, late, nobody, readable, untrusted
 from serving.http_deadline import timed_connection
 from serving.retries import Deadline, Retries
 
@@ -117,10 +117,7 @@ class HttpWire:
             raise nobody(url) from error
         headers = {name.lower(): value for name, value in response.headers.items()}
         check_http(url, response.status, headers, body, deadline.budget)
-        try:
-            return call.read_http(headers, body)
-        except Garbled as error:
-            raise foreign(url, str(error)) from error
+        return readable(url, call.read_http, headers, body)
 
     def close(self) -> None:
         self._pool.close()
@@ -153,10 +150,7 @@ class GrpcWire:
             data = method(call.message, timeout=deadline.left(url), metadata=self._metadata)
         except self._error as error:
             raise from_grpc(url, error, deadline.budget) from error
-        try:
-            return call.read_message(data)
-        except Garbled as error:
-            raise foreign(url, str(error)) from error
+        return readable(url, call.read_message, data)
 
     def close(self) -> None:
         with suppress(ValueError):  # closed already
