@@ -1,10 +1,10 @@
-"""The transport of asyncio programs: the calls and failures of transport.py, carried by aiohttp and grpc.aio."""
+"""The transport of asyncio programs: the calls and failures of transport.py over aiohttp and grpc.aio."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import tenacity
 
@@ -14,14 +14,6 @@ from serving.errors import InputError
 from serving.failures import check_http, from_grpc, late, nobody, readable, untrusted
 from serving.retries import Deadline, Retries
 from serving.transport import check_open
-
-
-class AsyncWire(Protocol):
-    """One protocol's connections: sends one call once."""
-
-    async def send(self, call: Call, deadline: Deadline) -> Any: ...
-
-    async def close(self) -> None: ...
 
 
 class AsyncTransport:
@@ -35,7 +27,9 @@ class AsyncTransport:
         self._retries = retries
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self._wire: AsyncWire = (AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire)(connection)
+        self._wire: AsyncHttpWire | AsyncGrpcWire = (AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire)(
+            connection
+        )
 
     async def ask(self, call: Call, deadline: Deadline) -> Any:
         """The answer to a call, retried where that is safe, before the deadline or not at all.
@@ -69,7 +63,7 @@ class AsyncHttpWire:
 
         connection, url = self._connection, self._connection.url
         if self._session is None:
-            # The dialogue bounds how many requests are in flight; cookies of a server are none of our business.
+            # The client bounds the requests in flight; cookies of a server are ignored.
             connector = aiohttp.TCPConnector(limit=0, ssl=self._context if self._context else True)
             self._session = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
@@ -134,7 +128,7 @@ class AsyncGrpcWire:
 
 
 async def _read(response: Any) -> bytes:
-    """The whole body; what is too long for Triton is cut off."""
+    """Read the whole body; one above ANSWER_BYTES is cut off."""
     body = bytearray()
     async for piece in response.content.iter_any():
         body += piece

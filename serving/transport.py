@@ -1,12 +1,11 @@
-"""One way to ask Triton, over HTTP or gRPC alike: a call in, its answer out, failures as one-line errors."""
+"""Requests to Triton over HTTP or gRPC: send a call, return its response, raise failures as one-line errors."""
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tenacity
@@ -20,14 +19,6 @@ from serving.retries import Deadline, Retries
 
 __all__ = ["Refused", "Transport", "parse_url"]
 CONNECTIONS_KEPT = 256  # idle HTTP connections; threads beyond that many open and close their own
-
-
-class Wire(Protocol):
-    """One protocol's connections: sends one call once. Used by several threads at a time."""
-
-    def send(self, call: Call, deadline: Deadline) -> Any: ...
-
-    def close(self) -> None: ...
 
 
 class Transport:
@@ -45,7 +36,7 @@ class Transport:
         self.retries = retries or Retries()
         wire = HttpWire if self.connection.protocol == "http" else GrpcWire
         self._closed = False
-        self._wire: Wire = wire(self.connection)
+        self._wire: HttpWire | GrpcWire = wire(self.connection)
 
     def ask(self, call: Call, deadline: Deadline | None = None) -> Any:
         """The answer to a call, retried where that is safe, before the deadline or not at all. InputError after `close`."""
@@ -73,14 +64,14 @@ def check_open(url: str, closed: bool) -> None:
 
 
 class HttpWire:
-    """HTTP/1.1 with kept connections (urllib3)."""
+    """HTTP/1.1 with kept connections (urllib3); `send` sends one call once, and may be used by several threads at a time."""
 
     def __init__(self, connection: Connection) -> None:
         import urllib3
 
         self._connection = connection
         self._errors, self._timeout = urllib3.exceptions, urllib3.Timeout
-        # Which deadline the connection in this thread's hands has to keep.
+        # The deadline of the call in each thread, for the connection that the thread uses.
         self._current = threading.local()
         context = connection.ssl_context()
         if context is None:
@@ -89,7 +80,7 @@ class HttpWire:
             self._pool = urllib3.HTTPSConnectionPool(
                 connection.host, connection.port, maxsize=CONNECTIONS_KEPT, ssl_context=context
             )
-        self._pool.ConnectionCls = functools.partial(timed_connection(connection.secure), current=self._current)
+        self._pool.ConnectionCls = timed_connection(connection.secure, self._current)
 
     def send(self, call: Call, deadline: Deadline) -> Any:
         url, errors = self._connection.url, self._errors
@@ -123,7 +114,7 @@ class HttpWire:
         self._pool.close()
 
     def _read(self, response: Any) -> bytes:
-        """The whole body, and the connection back to the pool; what is too long for Triton is cut off."""
+        """Read the whole body and return the connection to the pool; a body above ANSWER_BYTES is cut off."""
         body = response.read(ANSWER_BYTES + 1)
         if len(body) > ANSWER_BYTES:
             response.close()
@@ -132,7 +123,7 @@ class HttpWire:
 
 
 class GrpcWire:
-    """gRPC on one channel."""
+    """gRPC on one channel; otherwise as HttpWire."""
 
     def __init__(self, connection: Connection) -> None:
         import grpc

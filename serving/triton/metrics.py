@@ -77,30 +77,10 @@ class Metrics:
             self._add("tailor_confidence_sum", float(confidence.sum()))
             self._add("tailor_confidence_count", len(confidence))
 
-    def refused(self, reason):
-        """Count a refused request."""
+    def count(self, family, number=1, **labels):
+        """Add to a counter of FAMILIES."""
         with self.lock:
-            self._add("tailor_refused_total", 1, reason=reason)
-
-    def failed(self, requests):
-        """Count requests that the student did not answer."""
-        with self.lock:
-            self._add("tailor_failed_total", requests)
-
-    def access_log_lost(self):
-        """Count a line that the access log could not write."""
-        with self.lock:
-            self._add("tailor_access_log_lost_total", 1)
-
-    def logits_logged(self, images):
-        """Count images whose logits are on disk."""
-        with self.lock:
-            self._add("tailor_logit_log_total", images)
-
-    def logits_lost(self, images, reason):
-        """Count images whose logits could not be logged."""
-        with self.lock:
-            self._add("tailor_logit_log_lost_total", images, reason=reason)
+            self._add(family, number, **labels)
 
     def flush(self):
         """Hand what changed over to Triton."""
