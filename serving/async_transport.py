@@ -27,9 +27,8 @@ class AsyncTransport:
         self._retries = retries
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self._wire: AsyncHttpWire | AsyncGrpcWire = (AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire)(
-            connection
-        )
+        wire = AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire
+        self._wire: AsyncHttpWire | AsyncGrpcWire = wire(connection)
 
     async def ask(self, call: Call, deadline: Deadline) -> Any:
         """The answer to a call, retried where that is safe, before the deadline or not at all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import closing
 
 import numpy as np
@@ -11,7 +10,6 @@ from models.preprocess import preprocess
 from models.prior import softmax
 from serving.client import Client
 from serving.errors import ServingError
-from serving.manifest import Golden
 from serving.model_config import STUDENT
 from serving.priority import unhurried
 from serving.release import Release
@@ -23,7 +21,7 @@ def check_golden(client: Client, release: Release, rest: bool = True) -> None:
 
     rest: pause after each request, so that the requests of users get most of the server's time.
     """
-    for golden in _paced(release.golden, rest):
+    for golden in unhurried(release.golden) if rest else release.golden:
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
         wrong = golden.difference(answer.indexes, answer.probabilities)
         if wrong:
@@ -37,7 +35,7 @@ def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -
     """
     form = release.manifest.image
     with closing(Transport(url, timeout)) as transport:
-        for golden in _paced(release.golden, rest):
+        for golden in unhurried(release.golden) if rest else release.golden:
             image = preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
             best = np.argsort(-logits, kind="stable")
@@ -52,10 +50,6 @@ def send_whole_batch(url: str, release: Release, timeout: float) -> None:
     with closing(Transport(url, timeout)) as transport:
         image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to, form.room)[None]
         _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
-
-
-def _paced(golden: list[Golden], rest: bool) -> Iterable[Golden]:
-    return unhurried(golden) if rest else golden
 
 
 def _logits(transport: Transport, version: int, images: np.ndarray, strength: float) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def run(plan: LoadPlan, report: Path, progress: Callable[[float], None]) -> dict
     with Client(connection.url, plan.timeout, headers=connection.headers, ca_file=connection.ca_file) as client:
         client.predict([read_image(image_files(plan.images)[0])], plan.prior)  # fail here, in one line, not in Locust
     report.mkdir(parents=True, exist_ok=True)
-    result = {**_run_locust(plan, report, progress), "command": plan.described()}
+    command = shlex.join(["locust", "-f", "serving/locustfile.py", "--headless", *plan.locust_arguments()])
+    result = {**_run_locust(plan, report, progress), "command": command}
     write_file(report / "summary.json", json.dumps(result, indent=2) + "\n")
     return result
 

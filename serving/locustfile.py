@@ -34,7 +34,7 @@ from serving.load.mix import Mix, make_mix
 from serving.load.plan import HEADERS_VARIABLE, LOCUST_NAMES, RUN_OPTIONS, LoadPlan, PlanOption, plan_options
 from serving.load.senders import Failed, Sender, make_sender
 from serving.load.shapes import users_at
-from serving.load.verdict import Measured, is_answer, judge, request_name
+from serving.load.verdict import VERSION, Measured, judge, request_name
 
 SHAPED_SECONDS = 60  # duration of a shape without --run-time
 IN_FLIGHT = 256  # unanswered requests of one source, above which it drops new ones and counts them as failures
@@ -175,15 +175,15 @@ def finish(environment: Any, plan: LoadPlan) -> None:
     # Failures are often faster than answers and would hide slow ones, so the total is timed by the answers alone.
     answered: Counter[int] = Counter()
     for entry in stats.entries.values():
-        if is_answer(entry.name):
+        if VERSION.search(entry.name):
             answered.update(entry.response_times)
-    verdict = judge(_measured(stats.total, answered), kinds, plan)
-    for line in verdict.missed:
+    result = judge(_measured(stats.total, answered), kinds, plan)
+    for line in result["missed"]:
         logger.error("threshold missed: %s", line)
     if environment.parsed_options.summary:
-        summary = {**verdict.as_mapping(), "generator_saturated": environment.runner.cpu_log_warning()}
-        write_file(Path(environment.parsed_options.summary), json.dumps(summary, indent=2) + "\n")
-    environment.process_exit_code = 1 if verdict.missed else 0
+        result["generator_saturated"] = environment.runner.cpu_log_warning()
+        write_file(Path(environment.parsed_options.summary), json.dumps(result, indent=2) + "\n")
+    environment.process_exit_code = 1 if result["missed"] else 0
     if not isinstance(environment.runner, MasterRunner):
         environment.tailor_load.close()
 

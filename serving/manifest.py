@@ -87,6 +87,12 @@ class Manifest(BaseModel):
     half: HalfPrecision | None = None
     limits: Limits = Limits()
 
+    def balanced_metric(self, name: str) -> float | None:
+        """A test figure under the balanced prior, such as `all` or `nll`; None where the release has none."""
+        balanced = self.metrics.get("balanced")
+        value = balanced.get(name) if isinstance(balanced, dict) else None
+        return value if isinstance(value, float) else None
+
     @model_validator(mode="after")
     def _one_entry_per_class(self) -> Manifest:
         if not len(self.classes) == len(self.counts) == len(self.log_prior):

@@ -74,16 +74,12 @@ def main(command: Sequence[str]) -> int:
 
 def _end(group: int) -> None:
     """Send SIGTERM to the process group, and SIGKILL to what remains after PATIENCE seconds."""
-    _signal(group, signal.SIGTERM)
-    deadline = time.monotonic() + PATIENCE
-    while _lives(group) and time.monotonic() < deadline:
-        time.sleep(POLL)
-    _signal(group, signal.SIGKILL)
-
-
-def _signal(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
+    with contextlib.suppress(ProcessLookupError):  # the whole group has exited and was reaped
+        os.killpg(group, signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE
+        while _lives(group) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        os.killpg(group, signal.SIGKILL)
 
 
 def _lives(group: int) -> bool:

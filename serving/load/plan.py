@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-import shlex
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -89,11 +88,7 @@ class LoadPlan:
     prior: Annotated[str, Option(metavar="balanced|train|live|NUMBER|FILE", help="Prior of the adjusted requests.")] = (
         "train"
     )
-    adjusted_share: Annotated[
-        float,
-        Option(help="Share of requests under --prior; the others are balanced."),
-        SHARE,
-    ] = 0.5
+    adjusted_share: Annotated[float, Option(help="Share of requests under --prior; the others balanced."), SHARE] = 0.5
     batch: Annotated[int, Option(help="Images in a request."), UP_TO_64] = 1
     workers: Annotated[int, Option(help="Processes that send; one is not enough for a fast model."), UP_TO_64] = 1
     timeout: Annotated[
@@ -137,10 +132,6 @@ class LoadPlan:
             if option.name not in RUN_OPTIONS:
                 given[LOCUST_NAMES.get(option.name, option.flag)] = getattr(self, option.name)
         return [f"{name}={value}" for name, value in given.items() if value is not None]
-
-    def described(self) -> str:
-        """The command that repeats this test, without its secrets."""
-        return shlex.join(["locust", "-f", "serving/locustfile.py", "--headless", *self.locust_arguments()])
 
 
 @cache
