@@ -11,7 +11,7 @@ import tenacity
 from serving.calls import SERVICE, Call
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection
 from serving.errors import InputError
-from serving.failures import check_http, from_grpc, late, nobody, readable, untrusted
+from serving.failures import check_http, deadline_exceeded, from_grpc, readable, tls_error, unreachable
 from serving.retries import Deadline, Retries
 from serving.transport import check_open
 
@@ -31,9 +31,9 @@ class AsyncTransport:
         self._wire: AsyncHttpWire | AsyncGrpcWire = wire(connection)
 
     async def ask(self, call: Call, deadline: Deadline) -> Any:
-        """The answer to a call, retried where that is safe, before the deadline or not at all.
+        """The response to a call, with retries where they are safe and before the deadline.
 
-        Raises InputError after `close`, and in another event loop than the first call's: its connections belong to that one.
+        Raises InputError after `close`, and in another event loop than that of the first call, which owns the connections.
         """
         check_open(self.url, self._closed)
         loop = asyncio.get_running_loop()
@@ -83,11 +83,11 @@ class AsyncHttpWire:
                 headers = {name.lower(): value for name, value in response.headers.items()}
                 status = response.status
         except aiohttp.ClientSSLError as error:
-            raise untrusted(url, error) from error
+            raise tls_error(url, error) from error
         except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as error:
             if deadline.passed():
-                raise late(url, deadline.budget) from error
-            raise nobody(url) from error
+                raise deadline_exceeded(url, deadline.budget) from error
+            raise unreachable(url) from error
         check_http(url, status, headers, body, deadline.budget)
         return readable(url, call.read_http, headers, body)
 

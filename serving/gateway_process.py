@@ -75,10 +75,10 @@ class GatewayProcess:
             raise ServingError("this gateway runs already; stop it first")
         self._nginx = find_nginx(self.gateway)
         check_open_files(self.gateway)
-        # nginx would try for seconds, and meanwhile whoever has the port would answer for it.
+        # nginx would retry for seconds, and meanwhile another process on the port would answer for it.
         choose_ports(str(self.gateway.host), {"http_port": self.gateway.http_port, "grpc_port": self.gateway.grpc_port})
         self._folder = Path(tempfile.mkdtemp(prefix="tailor-gateway-", dir="/tmp"))
-        # Workers that dropped root's rights go through it to the folders that nginx makes for them.
+        # Workers without root's rights pass through it to the folders that nginx creates for them.
         self._folder.chmod(0o711)
         try:
             config = write_config(self.gateway, self._folder)

@@ -59,7 +59,7 @@ class HalfPrecision(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything the serving room knows of a release. `files` maps names beside the manifest to their sha256.
+    """All data of a release that serving uses. `files` maps names beside the manifest to their sha256.
 
     half: of a graph whose backbone is in float16; None where all of it is float32. code_revision: the git commit of the
     project. code_sha256: over the source files that made the release; empty in releases from before it was recorded.

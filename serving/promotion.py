@@ -1,9 +1,9 @@
 """Hot swap: a release becomes the champion, or one before it does again, while requests are answered without a gap.
 
 The champion is never touched before the challenger has been tried. A challenger is published (written whole beside the
-others), rehearsed on a server of its own, and only then loaded by the server that answers users: its student first and
-asked its golden requests, then its classifier, which is the moment from which requests that name no version reach it.
-Whatever fails, the version policy and the loaded versions go back to what they were, and what was published for it goes.
+others), rehearsed on a server of its own, and only then loaded by the server that answers users: first its student, which
+receives the golden requests, then its classifier, from which moment it answers requests without a version. After a
+failure the version policy and the loaded versions are restored, and what was published for the promotion is removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOAD_TIMEOUT = 120.0  # seconds
 
 
 class PromotionError(ServingError):
-    """The version asked for does not serve; the champion does, as before."""
+    """The requested version does not serve; the champion still does."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Promotion:
     """What a promotion or rollback did.
 
     version: the champion now; previous: the champion before, the same one where nothing had to be done. rehearsed:
-    whether the version answered its golden requests on a server of its own first. servers: the addresses that were
-    asked to load it; none where no server runs, and the next one to start serves it. removed: old versions deleted.
+    whether the version answered its golden requests on a server of its own first. servers: the addresses that
+    loaded it; none where no server runs, and the next one to start serves it. removed: old versions deleted.
     """
 
     version: int

@@ -75,7 +75,7 @@ class RepositoryHistory:
 
 
 def read_history(repository: Path) -> RepositoryHistory:
-    """Everything that the repository says of its versions. Raises RepositoryError or ManifestError naming the file."""
+    """The history of all versions of a repository. Raises RepositoryError or ManifestError naming the file."""
     changes = read_changes(repository)
     versions = []
     for state in list_versions(repository):
@@ -91,7 +91,7 @@ def read_history(repository: Path) -> RepositoryHistory:
 
 def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
     """A row a version, the newest first; `wide` adds the hashes of data, params and code, for which 120 columns are too few."""
-    by = f", served at {', '.join(found.servers)}" if found.servers else ", served by nobody here"
+    by = f", served at {', '.join(found.servers)}" if found.servers else ", no server runs on it here"
     table = Table(title=cell(f"{found.repository}{by}"))
     hashes = ("data", "params", "code") if wide else ()
     for heading in ("version", "state", "promoted", "images", *hashes, "all", "few"):

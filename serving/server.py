@@ -1,4 +1,4 @@
-"""The local Triton server: started on checked files, trusted after its golden requests, stopped without a trace."""
+"""The local Triton server: start it on checked files, send golden requests, stop it and remove what it left."""
 
 from __future__ import annotations
 
@@ -170,14 +170,14 @@ class TritonServer:
     def stop(self, at_once: bool = False, comes_back: bool = False) -> int | None:
         """Stop the server and remove what it left: processes, shared memory, runtime folder. Safe to call twice.
 
-        at_once: kill it, where nobody waits for an answer. comes_back: its note stays, so that a promotion meanwhile
-        fails and is tried again, instead of taking it that nobody serves the repository. Returns its exit status (0 after
-        a clean stop), None when it was not running.
+        at_once: kill it, where no caller waits for a response. comes_back: its server record stays, so that a concurrent
+        promotion fails and is retried instead of assuming that no server runs. Returns its exit status (0 after a clean
+        stop), None when it was not running.
         """
         if not comes_back:
             self._away = None
         elif not self._away:
-            with contextlib.suppress(OSError):  # a full disk: promotions are not told, and all else is still to be done
+            with contextlib.suppress(OSError):  # a full disk: no record for promotions; the rest is still done
                 self._leave_word()
         try:
             return end_process(self._process, 0 if at_once else self.grace + KILL_AFTER) if self._process else None
@@ -199,7 +199,7 @@ class TritonServer:
         self.stop()
 
     def _clear(self) -> None:
-        """Remove what runs that ended have left. A signal's exception may cut it short anywhere: the next call goes on."""
+        """Remove what ended runs have left. After an interruption by a signal the next call continues."""
         self._running = self.example = None
         if self._process:
             end_process(self._process, 0)  # still there only where the wait for its end was cut short

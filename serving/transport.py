@@ -13,7 +13,7 @@ import tenacity
 from serving.calls import SERVICE, Call, Infer
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection, parse_url
 from serving.errors import InputError
-from serving.failures import Refused, check_http, from_grpc, late, nobody, readable, untrusted
+from serving.failures import Refused, check_http, deadline_exceeded, from_grpc, readable, tls_error, unreachable
 from serving.http_deadline import timed_connection
 from serving.retries import Deadline, Retries
 
@@ -25,8 +25,8 @@ class Transport:
     """Connections to one Triton server, opened when first used and kept. Threads may share it; processes may not.
 
     connection: an address, or a Connection with TLS and headers. timeout: seconds that a call may take with all its
-    retries, where none are given with the call. Its methods raise ServingError: Refused when the server says no,
-    Unavailable when none answers after the retries, DeadlineExceeded when it took too long.
+    retries, unless the call has its own. Its methods raise ServingError: Refused when the server refuses the request,
+    Unavailable when no server answers after the retries, DeadlineExceeded after the timeout.
     """
 
     def __init__(self, connection: Connection | str, timeout: float, retries: Retries | None = None) -> None:
@@ -39,7 +39,7 @@ class Transport:
         self._wire: HttpWire | GrpcWire = wire(self.connection)
 
     def ask(self, call: Call, deadline: Deadline | None = None) -> Any:
-        """The answer to a call, retried where that is safe, before the deadline or not at all. InputError after `close`."""
+        """The response to a call, with retries where they are safe and before the deadline. InputError after `close`."""
         check_open(self.url, self._closed)
         deadline = deadline or Deadline(self.timeout)
         return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send, call, deadline)
@@ -47,7 +47,7 @@ class Transport:
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, int], version: str = ""
     ) -> tuple[dict[str, np.ndarray], int]:
-        """One inference, as calls.Infer describes it: the outputs by name, and the version that answered."""
+        """One inference (see calls.Infer): the outputs by name, and the version that answered."""
         answer = self.ask(Infer(model, inputs, outputs, version))
         return answer.outputs, answer.version
 
@@ -101,11 +101,11 @@ class HttpWire:
             )
             body = self._read(response)
         except errors.SSLError as error:
-            raise untrusted(url, error) from error
+            raise tls_error(url, error) from error
         except (errors.HTTPError, OSError) as error:
             if deadline.passed():
-                raise late(url, deadline.budget) from error
-            raise nobody(url) from error
+                raise deadline_exceeded(url, deadline.budget) from error
+            raise unreachable(url) from error
         headers = {name.lower(): value for name, value in response.headers.items()}
         check_http(url, response.status, headers, body, deadline.budget)
         return readable(url, call.read_http, headers, body)

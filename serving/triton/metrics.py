@@ -1,4 +1,4 @@
-"""Prometheus metrics of `classifier`, beside Triton's own: priors asked for, classes answered, confidence, refusals.
+"""Prometheus metrics of `classifier`, beside Triton's own: requested priors, answered classes, confidence, refusals.
 
 A call into Triton costs about 70 µs, a batch of a small network less than a millisecond, so counts gather here and one
 thread hands over what changed, every FLUSH_EVERY seconds. Every label has a bounded set of values.
@@ -17,9 +17,9 @@ FLUSH_EVERY = 2.0  # seconds
 MAX_CLASS_LABELS = 100
 CONFIDENCE_EDGES = np.arange(1, 11) / 10
 FAMILIES = {
-    "tailor_images_total": "Images answered, by the class prior that was asked for: balanced, train, live, number, own",
+    "tailor_images_total": "Images answered, by the requested class prior: balanced, train, live, number, own",
     "tailor_top_class_total": "Images answered, by their most probable class and its shot group in training",
-    # Triton itself counts a request as a success whatever the model's response says.
+    # Triton counts a request as a success also where the model's response is an error.
     "tailor_refused_total": "Requests refused by the classifier, by reason",
     "tailor_failed_total": "Requests that the student did not answer",
     # A histogram in all but its type: Triton takes one observation a call, counters take what a whole batch adds.
