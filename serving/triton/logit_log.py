@@ -146,9 +146,13 @@ class LogitLog:
 
     def _write_file(self):
         times, logits, arrow = self.times[: self.held], self.logits[: self.held], self.arrow
+
+        def column(kind, array):  # pyarrow.array imports pandas, 0.5 s of processor time and 43 MB
+            return arrow.Array.from_buffers(kind, array.size, [None, arrow.py_buffer(array)])
+
         columns = {
-            "time": arrow.array(times, arrow.timestamp("ms", tz="UTC")),
-            "logits": arrow.FixedSizeListArray.from_arrays(arrow.array(logits.reshape(-1)), logits.shape[1]),
+            "time": column(arrow.timestamp("ms", tz="UTC"), times.view(np.int64)),
+            "logits": arrow.FixedSizeListArray.from_arrays(column(arrow.float32(), logits), logits.shape[1]),
         }
         stream, table = arrow.BufferOutputStream(), arrow.table(columns).replace_schema_metadata(self.metadata)
         self.parquet.write_table(table, stream, compression="zstd", use_dictionary=False, write_statistics=["time"])
