@@ -20,21 +20,19 @@ from PIL import Image
 
 from benchmarks.other_work import OtherWork
 from models.preprocess import preprocess
-from serving.triton.logit_log import LogitLog
+from serving.triton.logit_log import LOST, LogitLog
 
 BATCH, SIZE = 8, 224
 ABOUT = {"tailor_logits": "1", "version": "1", "student_sha256": "", "classes_sha256": ""}
 
 
 class Uncounted:
-    """Metrics that nobody reads; what is lost would make the figures wrong."""
+    """Metrics that are not read; lost rows would make the figures wrong."""
 
-    def logits_logged(self, images: int) -> None:
-        """Nothing to do."""
-
-    def logits_lost(self, images: int, reason: str) -> None:
-        """Refuse to go on."""
-        raise SystemExit(f"logit_log: {images} images were lost ({reason}); give fewer --images")
+    def count(self, family: str, number: int = 1, reason: str = "") -> None:
+        """End the benchmark where rows are lost."""
+        if family == LOST:
+            raise SystemExit(f"logit_log: {number} images were lost ({reason}); give fewer --images")
 
 
 def seconds_of_decoding() -> float:

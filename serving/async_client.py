@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from types import TracebackType
 from typing import Any, TypeVar
 
 from serving.answers import Prediction, Status
@@ -22,10 +21,10 @@ Result = TypeVar("Result")
 
 
 class AsyncClient(ClientBase):
-    """Asks a Tailor server over HTTP or gRPC from asyncio. An async context manager.
+    """Sends requests to a Tailor server over HTTP or gRPC from asyncio. An async context manager.
 
     Its tasks may share it; it belongs to the event loop that uses it first. Images are read and checked in a thread,
-    so that the loop goes on meanwhile. The options are ClientBase's.
+    so that the loop continues meanwhile. The options are ClientBase's.
     """
 
     def __init__(self, url: str = DEFAULT_URLS["http"], timeout: float = 60.0, **options: Any) -> None:
@@ -73,7 +72,7 @@ class AsyncClient(ClientBase):
             await _cancel(waiting)
 
     async def class_names(self) -> list[str]:
-        """The server's class names by index, from the labels of `student`; asked once per release."""
+        """The server's class names by index, from the labels of `student`; requested once per release."""
         return await self._carry(self._dialogue.class_names(), self._deadline())
 
     async def status(self) -> Status:
@@ -87,9 +86,7 @@ class AsyncClient(ClientBase):
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_exception: object) -> None:
         await self.close()
 
     async def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:
@@ -129,7 +126,7 @@ class AsyncClient(ClientBase):
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """End what still runs and wait for it, so that no failure of it is reported as never looked at."""
+    """Cancel the running tasks and wait for them, so that asyncio reports no exception as never retrieved."""
     tasks = list(tasks)
     for task in tasks:
         task.cancel()

@@ -1,27 +1,19 @@
-"""The transport of asyncio programs: the calls and failures of transport.py, carried by aiohttp and grpc.aio."""
+"""The transport of asyncio programs: the calls and failures of transport.py over aiohttp and grpc.aio."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import tenacity
 
-from serving.calls import SERVICE, Call, Garbled
+from serving.calls import SERVICE, Call
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection
 from serving.errors import InputError
-from serving.failures import check_http, foreign, from_grpc, late, nobody, untrusted
+from serving.failures import check_http, deadline_exceeded, from_grpc, readable, tls_error, unreachable
 from serving.retries import Deadline, Retries
 from serving.transport import check_open
-
-
-class AsyncWire(Protocol):
-    """One protocol's connections: sends one call once."""
-
-    async def send(self, call: Call, deadline: Deadline) -> Any: ...
-
-    async def close(self) -> None: ...
 
 
 class AsyncTransport:
@@ -35,12 +27,13 @@ class AsyncTransport:
         self._retries = retries
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self._wire: AsyncWire = (AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire)(connection)
+        wire = AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire
+        self._wire: AsyncHttpWire | AsyncGrpcWire = wire(connection)
 
     async def ask(self, call: Call, deadline: Deadline) -> Any:
-        """The answer to a call, retried where that is safe, before the deadline or not at all.
+        """The response to a call, with retries where they are safe and before the deadline.
 
-        Raises InputError after `close`, and in another event loop than the first call's: its connections belong to that one.
+        Raises InputError after `close`, and in another event loop than that of the first call, which owns the connections.
         """
         check_open(self.url, self._closed)
         loop = asyncio.get_running_loop()
@@ -69,7 +62,7 @@ class AsyncHttpWire:
 
         connection, url = self._connection, self._connection.url
         if self._session is None:
-            # The dialogue bounds how many requests are in flight; cookies of a server are none of our business.
+            # The client bounds the requests in flight; cookies of a server are ignored.
             connector = aiohttp.TCPConnector(limit=0, ssl=self._context if self._context else True)
             self._session = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
@@ -90,16 +83,13 @@ class AsyncHttpWire:
                 headers = {name.lower(): value for name, value in response.headers.items()}
                 status = response.status
         except aiohttp.ClientSSLError as error:
-            raise untrusted(url, error) from error
+            raise tls_error(url, error) from error
         except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as error:
             if deadline.passed():
-                raise late(url, deadline.budget) from error
-            raise nobody(url) from error
+                raise deadline_exceeded(url, deadline.budget) from error
+            raise unreachable(url) from error
         check_http(url, status, headers, body, deadline.budget)
-        try:
-            return call.read_http(headers, body)
-        except Garbled as error:
-            raise foreign(url, str(error)) from error
+        return readable(url, call.read_http, headers, body)
 
     async def close(self) -> None:
         session, self._session = self._session, None
@@ -127,10 +117,7 @@ class AsyncGrpcWire:
             data = await method(call.message, timeout=deadline.left(url), metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_grpc(url, error, deadline.budget) from error
-        try:
-            return call.read_message(data)
-        except Garbled as error:
-            raise foreign(url, str(error)) from error
+        return readable(url, call.read_message, data)
 
     async def close(self) -> None:
         channel, self._channel = self._channel, None
@@ -140,7 +127,7 @@ class AsyncGrpcWire:
 
 
 async def _read(response: Any) -> bytes:
-    """The whole body; what is too long for Triton is cut off."""
+    """Read the whole body; one above ANSWER_BYTES is cut off."""
     body = bytearray()
     async for piece in response.content.iter_any():
         body += piece

@@ -1,6 +1,6 @@
-"""What can be asked of Triton, as HTTP request and as gRPC message, and how either answer is read. No connection here.
+"""Requests to Triton as HTTP request and as gRPC message, and the reading of both responses; no connection.
 
-Each call knows both its forms as bytes, so that the synchronous and the asynchronous transports carry the same.
+Each call has both forms as bytes, so that the synchronous and the asynchronous transports send the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -20,7 +20,7 @@ SERVICE = "/inference.GRPCInferenceService/"
 
 
 class Garbled(Exception):
-    """An answer with status 200 that is not what Triton would have said."""
+    """A response with status 200 that is not Triton's."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,8 @@ class Answer:
     version: int
 
 
-class Call(Protocol):
-    """A question to Triton, rpc being its method in Triton's gRPC service. The read methods raise Garbled."""
-
-    rpc: str
-
-    @property
-    def http(self) -> HttpRequest: ...
-
-    @property
-    def message(self) -> bytes: ...
-
-    def read_http(self, headers: Mapping[str, str], body: bytes) -> Any: ...
-
-    def read_message(self, data: bytes) -> Any: ...
-
-
 class _Metadata:
-    """A question whose answer is a mapping: JSON over HTTP, a message over gRPC."""
+    """A request whose response is a mapping: JSON over HTTP, a message over gRPC."""
 
     path = ""
 
@@ -181,7 +165,7 @@ class Infer:
         except Garbled:
             raise
         except Exception as error:
-            # tritonclient trusts what it parses; bytes that are not Triton's come out as whatever they break first.
+            # tritonclient does not check what it parses; other bytes raise any kind of exception.
             raise Garbled from error
 
     def read_message(self, data: bytes) -> Answer:
@@ -202,6 +186,11 @@ class Infer:
             if array is None or array.ndim < 2 or len(array) != rows:
                 raise Garbled(f"{self.model} gave no output {name} of {rows} rows")
         return Answer(outputs, int(version))
+
+
+# A request to Triton: `rpc` is its method in Triton's gRPC service, `http` and `message` its two forms as bytes, and
+# read_http(headers, body) and read_message(data) return its response, or raise Garbled.
+Call = ServerMetadata | ModelMetadata | ModelConfig | Infer
 
 
 def _model_path(model: str, version: str) -> str:

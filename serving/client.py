@@ -1,11 +1,10 @@
-"""The client: images and a prior in, typed predictions out."""
+"""The synchronous client: images and a prior in, typed predictions out."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, TypeVar
 
 from serving.answers import ModelStatus, Prediction, Status
@@ -23,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Client(ClientBase):
-    """Asks a Tailor server over HTTP or gRPC. A context manager.
+    """Sends requests to a Tailor server over HTTP or gRPC. A context manager.
 
     Several threads may share one client, and then share its connections; a forked process needs its own. The options
     are ClientBase's.
@@ -47,7 +46,7 @@ class Client(ClientBase):
         images: files, encoded bytes, Pillow images or numpy arrays (uint8 [H,W,3] or [H,W]), or one array [N,H,W,3].
         prior: `balanced`, `train`, `live` (the estimate of `tailor drift --write`), a strength, a target prior as vector,
         mapping or file; None is the server's default.
-        version: the release to ask; None is the newest. timeout: seconds for the whole call, retries included; None is
+        version: the release that answers; None is the newest. timeout: seconds for the whole call, retries included; None is
         the client's own. check: decode every image here before anything is sent; False leaves that to the server. More
         images than one request takes go out as several, `concurrency` at a time. Raises InputError naming the image or
         the prior, and ServingError when the server is absent, refuses or is late.
@@ -70,7 +69,7 @@ class Client(ClientBase):
         """Classify any number of images as they come, in order, holding few of them in memory.
 
         `concurrency` requests of up to `batch` images are in flight, each with the client's timeout of its own. With
-        keep_going an image that fails yields its error in its place, and the rest goes on; else it is raised. The other
+        keep_going an image that fails yields its error in its place, and the rest continues; else it is raised. The other
         arguments are predict's.
         """
         parse_prior(prior)
@@ -91,7 +90,7 @@ class Client(ClientBase):
         return self._carry(self._dialogue.request(encoded, prior, version), self._deadline())
 
     def class_names(self) -> list[str]:
-        """The server's class names by index, from the labels of `student`; asked once per release."""
+        """The server's class names by index, from the labels of `student`; requested once per release."""
         return self._carry(self._dialogue.class_names(), self._deadline())
 
     def status(self) -> Status:
@@ -105,9 +104,7 @@ class Client(ClientBase):
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:

@@ -1,4 +1,4 @@
-"""How to reach a server: its address, what to trust, who asks."""
+"""How to reach a server: its address, TLS, and the headers of each request."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Connection:
         import grpc
 
         ca, certificate, key = self._pem_files()
-        self.ssl_context()  # gRPC takes a wrong key in silence and fails at the first request; OpenSSL says so now
+        self.ssl_context()  # gRPC accepts a wrong key and fails at the first request; OpenSSL fails here
         return grpc.ssl_channel_credentials(ca, key, certificate)
 
     def grpc_channel(self, asynchronous: bool = False) -> Any:
@@ -141,7 +141,7 @@ def _parse(url: str) -> dict[str, Any]:
     try:
         parts = urlsplit(url)
         port = parts.port
-        # What every library below takes; each would refuse another host in a way of its own.
+        # The form that every library below accepts; each would refuse another host with its own error.
         host = (parts.hostname or "").encode("idna").decode("ascii")
     except ValueError:
         raise refused from None

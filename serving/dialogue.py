@@ -15,7 +15,7 @@ import numpy as np
 from serving.answers import ModelStatus, Prediction, Status
 from serving.calls import Answer, Call, Infer, ModelConfig, ModelMetadata, ServerMetadata
 from serving.errors import InputError, ServingError
-from serving.failures import Refused, foreign
+from serving.failures import Refused, not_triton
 from serving.images import blank_image, header_pixels
 from serving.manifest import Limits
 from serving.model_config import CLASSIFIER, STUDENT
@@ -174,7 +174,7 @@ class Dialogue:
         try:
             yield
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise foreign(self.url, f"what it tells of {asked} is not what Triton would") from error
+            raise not_triton(self.url, f"what it tells of {asked} is not what Triton would") from error
 
     def _is_renewed(self, answers: Sequence[Answer]) -> bool:
         """Whether another release answers now than before; what the one before said of itself is then forgotten."""

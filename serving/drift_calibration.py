@@ -25,7 +25,7 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
     import pyarrow as pa
     import pyarrow.parquet
 
-    classes, balanced = len(manifest.classes), manifest.metrics.get("balanced")
+    classes = len(manifest.classes)
     try:
         with predictions.open("rb") as stream, pyarrow.parquet.ParquetFile(predictions) as file:
             label, logit = (read_column(file, name, LIMIT, stream=stream) for name in ("label", "logits"))
@@ -44,8 +44,8 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
     if absent.size:  # its bias would be whatever the penalty leaves, and the class would never be found
         raise ServingError(f"{predictions}: class {manifest.classes[absent[0]]!r} has no test answer to calibrate by")
     wrong = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
-    told = balanced.get("nll") if isinstance(balanced, dict) else None
-    if not isinstance(told, float) or not abs(wrong - told) <= SAME:
+    recorded = manifest.balanced_metric("nll")
+    if recorded is None or not abs(wrong - recorded) <= SAME:
         raise ServingError(f"{predictions}: is of another student than version {manifest.version}")
     try:
         return fit_calibration(logits, labels)

@@ -20,6 +20,7 @@ from serving.errors import ServingError
 from serving.manifest import GOLDEN_NAME
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.priority import stand_back
+from serving.process import with_tailor
 from serving.release import Release, read_release
 from serving.repository import RepositoryError
 from serving.terminal import print
@@ -33,13 +34,11 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
     Raises RepositoryError naming the model when ONNX Runtime refuses it, dies of it or takes longer than `timeout`
     seconds, or when an answer is not the golden one.
     """
-    package = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     for release in releases:
         model = root / STUDENT / str(release.version) / "model.onnx"
         command = [sys.executable, "-m", "serving.dry_run", str(root), str(release.version)]
         # Its package would otherwise write a telemetry file under the user's cache folder.
-        environment = os.environ | {"PYTHONPATH": path, "ORT_DISABLE_TELEMETRY": "1"}
+        environment = with_tailor(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
         try:
             ended = subprocess.run(
                 command,

@@ -1,10 +1,12 @@
-"""What can go wrong between client and server, and what it means: one reading of HTTP and gRPC for every client."""
+"""Errors between client and server, and how HTTP statuses and gRPC codes become them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+from serving.calls import Garbled
 from serving.errors import ServingError
 
 REASON_LENGTH = 500
@@ -12,23 +14,23 @@ REASON_LENGTH = 500
 UNAVAILABLE = (502, 503)
 ADVICE = {
     401: "give credentials with --header 'Authorization: ...' (in Python: token= or headers=)",
-    403: "this address or these credentials may not ask that",
-    407: "the proxy in between wants credentials",
+    403: "this address or these credentials are not allowed to send this request",
+    407: "the proxy in between requires credentials",
     413: "send fewer or smaller images in one request",
-    429: "ask less often, or from fewer clients",
+    429: "send fewer requests, or use fewer clients",
 }
 UNREACHABLE = ("UNAVAILABLE", "UNKNOWN", "INTERNAL")
 TLS_HINT = "give the CA that signed its certificate with --ca-file (in Python: ca_file=)"
 
 
 class Refused(ServingError):
-    """The server answered, and said no; the message is its reason. Asking again would bring the same answer."""
+    """The server refused the request; the message is its reason. A retry would be refused too."""
 
 
 class Unavailable(ServingError):
-    """No server is there, it went away, or it is not ready. Asking again is safe: no request of ours changes anything.
+    """No server accepts connections, the connection broke, or the server is not ready. A retry is safe.
 
-    pause: seconds after which the server itself asked to be tried again, None when it did not say.
+    pause: seconds of the server's Retry-After, None without one.
     """
 
     def __init__(self, message: str, pause: float | None = None) -> None:
@@ -37,38 +39,46 @@ class Unavailable(ServingError):
 
 
 class DeadlineExceeded(ServingError):
-    """The time that the caller allowed ran out."""
+    """The caller's timeout has passed."""
 
 
-def nobody(url: str, why: str = "") -> Unavailable:
-    """No server accepts connections, or it cut one off."""
-    return Unavailable(_absent(url, why))
+def unreachable(url: str) -> Unavailable:
+    """The error where no server accepts connections, or a connection broke."""
+    return Unavailable(_absent(url, ""))
 
 
-def foreign(url: str, why: str = "") -> ServingError:
-    """Something answers that is not Triton; asking again would not change that."""
+def not_triton(url: str, why: str = "") -> ServingError:
+    """The error where a response is not Triton's; a retry would not change that."""
     return ServingError(_absent(url, why))
 
 
-def late(url: str, budget: float) -> DeadlineExceeded:
-    """The deadline of a call has passed; budget: the seconds it had."""
+def readable(url: str, read: Callable[..., Any], *response: Any) -> Any:
+    """What a call's `read` makes of a response with status 200. Raises ServingError where it is not Triton's."""
+    try:
+        return read(*response)
+    except Garbled as error:
+        raise not_triton(url, str(error)) from error
+
+
+def deadline_exceeded(url: str, budget: float) -> DeadlineExceeded:
+    """The error where the deadline of a call has passed; budget: its seconds."""
     return DeadlineExceeded(f"{url} did not answer within {budget:g} s; try again or allow a longer timeout")
 
 
-def untrusted(url: str, why: object) -> ServingError:
-    """TLS could not be set up: a certificate that is not trusted, a wrong name, no TLS at the other end."""
+def tls_error(url: str, why: object) -> ServingError:
+    """The error where TLS fails: an untrusted certificate, a wrong name, no TLS at the other end."""
     return ServingError(f"{url}: no encrypted connection: {_one_line(str(why))}; {TLS_HINT}")
 
 
 def check_http(url: str, status: int, headers: dict[str, str], body: bytes, budget: float) -> None:
-    """Raise what an HTTP answer other than 200 means; headers by lower-case name. 200 passes."""
+    """Raise the error of an HTTP status other than 200; headers by lower-case name."""
     if status == 200:
         return
     reason = _triton_reason(body)
     if status in UNAVAILABLE:
         raise Unavailable(f"{url} is not available: {reason or f'HTTP {status}'}", _retry_after(headers))
     if status in (408, 499, 504):
-        raise late(url, budget)
+        raise deadline_exceeded(url, budget)
     if reason is None and status in ADVICE:
         raise Refused(f"{url} refused: HTTP {status}; {ADVICE[status]}")
     if reason is None and 300 <= status < 400:
@@ -76,29 +86,29 @@ def check_http(url: str, status: int, headers: dict[str, str], body: bytes, budg
             f"{url} refused: HTTP {status}, moved to {headers.get('location', 'elsewhere')}; give that address"
         )
     if reason is None:
-        raise foreign(url, f"HTTP {status}")
+        raise not_triton(url, f"HTTP {status}")
     raise Refused(f"{url} refused: {reason}")
 
 
 def from_grpc(url: str, error: Any, budget: float) -> ServingError:
-    """What a grpc.RpcError means, from its status code and details."""
+    """The error for a grpc.RpcError, by its status code and details."""
     code, details = error.code().name, _one_line(error.details() or "")
     if code == "DEADLINE_EXCEEDED":
-        return late(url, budget)
+        return deadline_exceeded(url, budget)
     if code in UNREACHABLE and ("handshake" in details or "CERTIFICATE_VERIFY" in details):
-        return untrusted(url, details)
+        return tls_error(url, details)
     if code == "UNAVAILABLE" and "restrict" not in details.lower() and "unknown model" not in details.lower():
-        return nobody(url)
+        return unreachable(url)
     if code in ("UNKNOWN", "UNIMPLEMENTED") or (code == "INTERNAL" and "http2" in details.lower()):
-        return foreign(url)
+        return not_triton(url)
     if code == "UNAUTHENTICATED":
         return Refused(f"{url} refused: {details or code}; {ADVICE[401]}")
     return Refused(f"{url} refused: {details or code}")
 
 
 def _absent(url: str, why: str) -> str:
-    told = f" ({why})" if why else ""
-    return f"no Triton server answers at {url}{told}; start one with `tailor serve` or give another --url"
+    reason = f" ({why})" if why else ""
+    return f"no Triton server answers at {url}{reason}; start one with `tailor serve` or give another --url"
 
 
 def _triton_reason(body: bytes) -> str | None:

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from serving.atomic import write_file
 from serving.errors import ServingError
 from serving.gateway import Gateway
 from serving.logs import ServerLog
 from serving.ports import choose_ports
-from serving.process import POLL, end_session, start_process
+from serving.process import POLL, end_session, start_process, wait_for
 
 START_TIMEOUT = 20.0  # seconds
 PACKAGES = "nginx-light libnginx-mod-http-lua libnginx-mod-stream lua-cjson"
@@ -76,10 +75,10 @@ class GatewayProcess:
             raise ServingError("this gateway runs already; stop it first")
         self._nginx = find_nginx(self.gateway)
         check_open_files(self.gateway)
-        # nginx would try for seconds, and meanwhile whoever has the port would answer for it.
+        # nginx would retry for seconds, and meanwhile another process on the port would answer for it.
         choose_ports(str(self.gateway.host), {"http_port": self.gateway.http_port, "grpc_port": self.gateway.grpc_port})
         self._folder = Path(tempfile.mkdtemp(prefix="tailor-gateway-", dir="/tmp"))
-        # Workers that dropped root's rights go through it to the folders that nginx makes for them.
+        # Workers without root's rights pass through it to the folders that nginx creates for them.
         self._folder.chmod(0o711)
         try:
             config = write_config(self.gateway, self._folder)
@@ -115,12 +114,7 @@ class GatewayProcess:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for nginx to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
-        if self._process is None:
-            return None
-        try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+        return wait_for(self._process, timeout)
 
     def stop(self) -> int | None:
         """Let running requests finish, then end nginx and remove its folder. Safe to call twice. Returns its exit status."""
@@ -143,9 +137,7 @@ class GatewayProcess:
     def __enter__(self) -> GatewayProcess:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.stop()
 
     def log_tail(self) -> str:

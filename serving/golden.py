@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import closing
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from models.preprocess import preprocess
 from models.prior import softmax
 from serving.client import Client
 from serving.errors import ServingError
-from serving.manifest import Golden
 from serving.model_config import STUDENT
 from serving.priority import unhurried
 from serving.release import Release
@@ -22,7 +21,7 @@ def check_golden(client: Client, release: Release, rest: bool = True) -> None:
 
     rest: pause after each request, so that the requests of users get most of the server's time.
     """
-    for golden in _paced(release.golden, rest):
+    for golden in unhurried(release.golden) if rest else release.golden:
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
         wrong = golden.difference(answer.indexes, answer.probabilities)
         if wrong:
@@ -34,31 +33,23 @@ def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -
 
     Raises ServingError when one fails or its answer is wrong.
     """
-    form, transport = release.manifest.image, Transport(url, timeout)
-    try:
-        for golden in _paced(release.golden, rest):
+    form = release.manifest.image
+    with closing(Transport(url, timeout)) as transport:
+        for golden in unhurried(release.golden) if rest else release.golden:
             image = preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
             best = np.argsort(-logits, kind="stable")
             wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
             if wrong:
                 raise ServingError(f"student {release.version} answers a golden request wrongly: {wrong}")
-    finally:
-        transport.close()
 
 
 def send_whole_batch(url: str, release: Release, timeout: float) -> None:
     """Send `student` a request of max_batch_size images. Raises ServingError when it fails."""
-    form, transport = release.manifest.image, Transport(url, timeout)
-    try:
+    form = release.manifest.image
+    with closing(Transport(url, timeout)) as transport:
         image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to, form.room)[None]
         _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
-    finally:
-        transport.close()
-
-
-def _paced(golden: list[Golden], rest: bool) -> Iterable[Golden]:
-    return unhurried(golden) if rest else golden
 
 
 def _logits(transport: Transport, version: int, images: np.ndarray, strength: float) -> np.ndarray:

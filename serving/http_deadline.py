@@ -1,6 +1,6 @@
-"""HTTP connections that keep a deadline over everything: connecting, sending, a header or a body that only trickles in.
+"""HTTP connections with one deadline for connecting, sending, and reading the header and the body of the response.
 
-A socket's own timeout counts from the last byte, so a server that sends one byte a second holds its caller for ever.
+A socket's own timeout counts from the last byte, so a server that sends one byte a second would hold its caller forever.
 """
 
 from __future__ import annotations
@@ -12,33 +12,19 @@ from typing import Any
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 
-def timed_connection(secure: bool) -> type[HTTPConnection]:
-    """urllib3's connection class with deadlines; it takes `current`, whose attribute `deadline` is the one to keep."""
-    return _TimedHttps if secure else _TimedHttp
+def timed_connection(secure: bool, current: Any) -> type[HTTPConnection]:
+    """urllib3's connection class with deadlines; `current.deadline` is the one of the present call."""
 
+    class Timed(HTTPSConnection if secure else HTTPConnection):  # type: ignore[misc]
+        def connect(self) -> None:
+            super().connect()
+            self.sock = _TimedSocket(self.sock, current)
 
-class _Timed:
-    """Wraps the socket once it is connected."""
-
-    def __init__(self, *arguments: Any, current: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._current = current
-
-    def connect(self) -> None:
-        super().connect()  # type: ignore[misc]
-        self.sock = _TimedSocket(self.sock, self._current)
-
-
-class _TimedHttp(_Timed, HTTPConnection):
-    pass
-
-
-class _TimedHttps(_Timed, HTTPSConnection):
-    pass
+    return Timed
 
 
 class _TimedSocket:
-    """A socket whose every wait ends with the deadline of the call that is being made."""
+    """A socket on which each wait ends with the deadline of the present call."""
 
     def __init__(self, sock: Any, current: Any) -> None:
         self._sock = sock
@@ -49,7 +35,7 @@ class _TimedSocket:
 
     def sendall(self, data: bytes) -> None:
         self._sock.settimeout(_left(self._current))
-        self._sock.sendall(data)  # Python's own bound on sendall is already one for the whole
+        self._sock.sendall(data)  # the timeout of sendall covers the whole call
 
     def makefile(self, mode: str, *_arguments: Any, **_options: Any) -> io.BufferedReader:
         return io.BufferedReader(_TimedReader(self._sock, self._sock.makefile(mode, buffering=0), self._current))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from serving.errors import ServingError
 from serving.images import image_files, read_image
 from serving.load.plan import HEADERS_VARIABLE, LoadPlan
 from serving.ports import choose_ports
-from serving.process import end_session, start_process
+from serving.process import end_session, start_process, with_tailor
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 GRACE = 60  # seconds beyond the test in which Locust starts, drains and writes its reports
@@ -37,7 +38,8 @@ def run(plan: LoadPlan, report: Path, progress: Callable[[float], None]) -> dict
     with Client(connection.url, plan.timeout, headers=connection.headers, ca_file=connection.ca_file) as client:
         client.predict([read_image(image_files(plan.images)[0])], plan.prior)  # fail here, in one line, not in Locust
     report.mkdir(parents=True, exist_ok=True)
-    result = {**_run_locust(plan, report, progress), "command": plan.described()}
+    command = shlex.join(["locust", "-f", "serving/locustfile.py", "--headless", *plan.locust_arguments()])
+    result = {**_run_locust(plan, report, progress), "command": command}
     write_file(report / "summary.json", json.dumps(result, indent=2) + "\n")
     return result
 
@@ -76,10 +78,7 @@ def _run_locust(plan: LoadPlan, report: Path, progress: Callable[[float], None])
 def _environment(plan: LoadPlan) -> dict[str, str]:
     """The environment of the processes that send: Tailor's packages, the headers, and no LOCUST_ settings of the caller."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-    paths = [str(LOCUSTFILE.parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    environment[HEADERS_VARIABLE] = json.dumps(dict(plan.connection.headers))
-    return environment
+    return with_tailor(environment) | {HEADERS_VARIABLE: json.dumps(dict(plan.connection.headers))}
 
 
 def _last_line(log: Path) -> str:

@@ -34,7 +34,7 @@ from serving.load.mix import Mix, make_mix
 from serving.load.plan import HEADERS_VARIABLE, LOCUST_NAMES, RUN_OPTIONS, LoadPlan, PlanOption, plan_options
 from serving.load.senders import Failed, Sender, make_sender
 from serving.load.shapes import users_at
-from serving.load.verdict import Measured, is_answer, judge, request_name
+from serving.load.verdict import VERSION, Measured, judge, request_name
 
 SHAPED_SECONDS = 60  # duration of a shape without --run-time
 IN_FLIGHT = 256  # unanswered requests of one source, above which it drops new ones and counts them as failures
@@ -46,8 +46,6 @@ logger = logging.getLogger("tailor.loadtest")
 class ClassifierUser(User):
     """Sends one prepared request after another, or is a source of them."""
 
-    abstract = True
-    protocol = ""
     wait_time = constant(0)
 
     def on_start(self) -> None:
@@ -72,18 +70,6 @@ class ClassifierUser(User):
             self._load.drop()
         else:
             self._open.spawn(self._load.send, self._due)
-
-
-class HttpImages(ClassifierUser):
-    """Sends over HTTP."""
-
-    protocol = "http"
-
-
-class GrpcImages(ClassifierUser):
-    """Sends over gRPC, on one channel that all users of a process share."""
-
-    protocol = "grpc"
 
 
 class Shape(LoadTestShape):
@@ -157,7 +143,7 @@ def locust_options() -> list[PlanOption]:
 
 @events.init.add_listener
 def prepare(environment: Any, **_: Any) -> None:
-    """Choose the user class by the address, and prepare the requests; an error is one line and ends Locust with its status."""
+    """Prepare the requests and the connection; an error is one line and ends Locust with its exit status."""
     options = environment.parsed_options
     try:
         if not environment.host:
@@ -166,9 +152,6 @@ def prepare(environment: Any, **_: Any) -> None:
         connection = Connection(environment.host, headers, options.ca_file)
         given = {option.name: getattr(options, option.name) for option in locust_options()}
         plan = LoadPlan(connection, allow_remote=True, **{**given, "images": Path(options.images)})
-        environment.user_classes = [kind for kind in environment.user_classes if kind.protocol == connection.protocol]
-        if not environment.user_classes:
-            raise InputError(f"--host is {environment.host}; expected the protocol of the chosen user class")
         if connection.protocol == "grpc":
             # Before any channel, and after Locust has forked its workers: a channel does not survive a fork.
             import grpc.experimental.gevent
@@ -192,15 +175,15 @@ def finish(environment: Any, plan: LoadPlan) -> None:
     # Failures are often faster than answers and would hide slow ones, so the total is timed by the answers alone.
     answered: Counter[int] = Counter()
     for entry in stats.entries.values():
-        if is_answer(entry.name):
+        if VERSION.search(entry.name):
             answered.update(entry.response_times)
-    verdict = judge(_measured(stats.total, answered), kinds, plan)
-    for line in verdict.missed:
+    result = judge(_measured(stats.total, answered), kinds, plan)
+    for line in result["missed"]:
         logger.error("threshold missed: %s", line)
     if environment.parsed_options.summary:
-        summary = {**verdict.as_mapping(), "generator_saturated": environment.runner.cpu_log_warning()}
-        write_file(Path(environment.parsed_options.summary), json.dumps(summary, indent=2) + "\n")
-    environment.process_exit_code = 1 if verdict.missed else 0
+        result["generator_saturated"] = environment.runner.cpu_log_warning()
+        write_file(Path(environment.parsed_options.summary), json.dumps(result, indent=2) + "\n")
+    environment.process_exit_code = 1 if result["missed"] else 0
     if not isinstance(environment.runner, MasterRunner):
         environment.tailor_load.close()
 

@@ -59,7 +59,7 @@ class HalfPrecision(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything the serving room knows of a release. `files` maps names beside the manifest to their sha256.
+    """All data of a release that serving uses. `files` maps names beside the manifest to their sha256.
 
     half: of a graph whose backbone is in float16; None where all of it is float32. code_revision: the git commit of the
     project. code_sha256: over the source files that made the release; empty in releases from before it was recorded.
@@ -86,6 +86,12 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     half: HalfPrecision | None = None
     limits: Limits = Limits()
+
+    def balanced_metric(self, name: str) -> float | None:
+        """A test figure under the balanced prior, such as `all` or `nll`; None where the release has none."""
+        balanced = self.metrics.get("balanced")
+        value = balanced.get(name) if isinstance(balanced, dict) else None
+        return value if isinstance(value, float) else None
 
     @model_validator(mode="after")
     def _one_entry_per_class(self) -> Manifest:

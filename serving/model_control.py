@@ -11,7 +11,6 @@ import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -55,7 +54,7 @@ class ModelControl:
         self._headers = {f"triton-grpc-protocol-{ADMIN_HEADER}": server.admin_key}
 
     def load(self, model: str) -> None:
-        """Load what the model's config says now; versions that it no longer lists go when the others are ready.
+        """Load the versions of the model's present config; unlisted ones are unloaded when the others are ready.
 
         What is loaded already stays as it is, unless its files or more of the config than its versions and instances have
         changed. Triton passes over a version whose folder it does not see, and loads nothing while a link leads to one that
@@ -98,7 +97,7 @@ class ModelControl:
     def end_hanging_load(self, model: str, version: int) -> bool:
         """Kill the stubs of a version whose load hangs, so that Triton gives it up; whether it then could load again.
 
-        Triton waits for ever on a stub that does not finish loading, and so would every later load of this model.
+        Triton waits forever for an inference process (its stub) that does not finish loading, and so does every later load.
         Possible only where the server is on this machine and its stub is a process.
         """
         place = f"/{model}/{version}/model.py"
@@ -123,9 +122,7 @@ class ModelControl:
     def __enter__(self) -> ModelControl:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def _ask(self, model: str, what: str, call: Callable[..., None]) -> None:
@@ -140,7 +137,7 @@ class ModelControl:
             raise kind(f"{self.server.grpc_url}: Triton did not {what} {model}: {_reason(error)}") from error
 
     def _index(self, model: str) -> list[Any]:
-        """What Triton says of each version of a model. Raises ServingError."""
+        """Triton's index entries of a model's versions. Raises ServingError."""
         try:
             index = self._client.get_model_repository_index(headers=self._headers, client_timeout=self.timeout)
         except InferenceServerException as error:

@@ -1,4 +1,4 @@
-"""The server's process: in a session of its own, told to end in order, and never outlived by what it started."""
+"""Child processes: started in a session of their own, ended in order, and with all that they started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +29,20 @@ def check_open_files() -> None:
         )
 
 
+def with_tailor(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with Tailor's packages on PYTHONPATH, for a child process that imports them."""
+    paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def wait_for(process: subprocess.Popen[bytes] | None, timeout: float | None) -> int | None:
+    """The exit status of a process, or None when it still runs after `timeout` seconds, or there is none."""
+    try:
+        return process.wait(timeout) if process else None
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def start_process(
     command: Sequence[str],
     environment: dict[str, str],
@@ -36,9 +50,9 @@ def start_process(
     niceness: int = 0,
     output: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process in its own session, so that Ctrl-C reaches only us.
+    """Start a process in its own session, so that Ctrl-C reaches only this process.
 
-    niceness: how far it stands back for others, 0 to 19. output: a file for what it prints; None is a pipe, to be read.
+    niceness: added to its priority, 0 to 19. output: a file for its output; None is a pipe, which must be read.
     """
     process = subprocess.Popen(
         command,
@@ -55,7 +69,7 @@ def start_process(
 
 
 def end_process(process: subprocess.Popen[bytes], patience: float) -> int:
-    """Ask a process to end, kill it after `patience` seconds (at once where that is 0); its exit status."""
+    """Send SIGTERM, and SIGKILL after `patience` seconds (at once where that is 0); the exit status."""
     if process.poll() is None:
         if patience:
             process.send_signal(signal.SIGTERM)

@@ -1,14 +1,15 @@
 """Hot swap: a release becomes the champion, or one before it does again, while requests are answered without a gap.
 
 The champion is never touched before the challenger has been tried. A challenger is published (written whole beside the
-others), rehearsed on a server of its own, and only then loaded by the server that answers users: its student first and
-asked its golden requests, then its classifier, which is the moment from which requests that name no version reach it.
-Whatever fails, the version policy and the loaded versions go back to what they were, and what was published for it goes.
+others), rehearsed on a server of its own, and only then loaded by the server that answers users: first its student, which
+receives the golden requests, then its classifier, from which moment it answers requests without a version. After a
+failure the version policy and the loaded versions are restored, and what was published for the promotion is removed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ LOAD_TIMEOUT = 120.0  # seconds
 
 
 class PromotionError(ServingError):
-    """The version asked for does not serve; the champion does, as before."""
+    """The requested version does not serve; the champion still does."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Promotion:
     """What a promotion or rollback did.
 
     version: the champion now; previous: the champion before, the same one where nothing had to be done. rehearsed:
-    whether the version answered its golden requests on a server of its own first. servers: the addresses that were
-    asked to load it; none where no server runs, and the next one to start serves it. removed: old versions deleted.
+    whether the version answered its golden requests on a server of its own first. servers: the addresses that
+    loaded it; none where no server runs, and the next one to start serves it. removed: old versions deleted.
     """
 
     version: int
@@ -94,10 +95,12 @@ def promote(
                 )
             found = find_running(repository) if servers is None else servers
             if version == before:
-                _bring_up_to_date(repository, version, found, timeout)
+                with _promotion_error(f"version {version} is the champion and does not answer"):
+                    bring_up_to_date(repository, found, timeout)
                 return Promotion(version, before, False, tuple(server.grpc_url for server in found))
             rehearsed = _try(repository, version, before, timeout, rehearsal)
-            _swap(repository, version, before, (before, version), found, timeout)
+            with _promotion_error(f"version {version} does not serve, version {before} stays"):
+                swap(repository, version, (before, version), found, timeout)
         record(repository, "promote", version, before)
         removed = prune(repository, keep)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found), removed)
@@ -124,7 +127,8 @@ def rollback(
         found = find_running(repository) if servers is None else servers
         loaded = version in served_versions(repository, CLASSIFIER)
         rehearsed = False if loaded else _try(repository, version, before, timeout, rehearsal)
-        _swap(repository, version, before, (version,), found, timeout)
+        with _promotion_error(f"version {version} does not serve, version {before} stays"):
+            swap(repository, version, (version,), found, timeout)
         record(repository, "rollback", version, before)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found))
 
@@ -167,33 +171,19 @@ def _champion_before(repository: Path, champion: int) -> int:
 
 def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> bool:
     """Whether a version that passed its trial did so on a server of its own. Raises PromotionError when it did not."""
-    try:
+    with _promotion_error(f"version {version} is not fit to serve, version {before} stays"):
         if rehearsal:
             return rehearse(repository, version, timeout)
         release = read_release(repository, version)
         if rehearsal is False:
             dry_run(repository, [release], timeout)
         return False
-    except ServingError as error:
-        raise PromotionError(f"version {version} is not fit to serve, version {before} stays: {error}") from error
 
 
-def _swap(
-    repository: Path,
-    version: int,
-    before: int,
-    final: tuple[int, ...],
-    servers: Sequence[RunningServer],
-    timeout: float,
-) -> None:
+@contextmanager
+def _promotion_error(what: str) -> Iterator[None]:
+    """Raise a ServingError of the block as PromotionError that begins with `what`."""
     try:
-        swap(repository, version, final, servers, timeout)
+        yield
     except ServingError as error:
-        raise PromotionError(f"version {version} does not serve, version {before} stays: {error}") from error
-
-
-def _bring_up_to_date(repository: Path, version: int, servers: Sequence[RunningServer], timeout: float) -> None:
-    try:
-        bring_up_to_date(repository, servers, timeout)
-    except ServingError as error:
-        raise PromotionError(f"version {version} is the champion and does not answer: {error}") from error
+        raise PromotionError(f"{what}: {error}") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from serving.manifest import Manifest, read_manifest
+from serving.manifest import read_manifest
 from serving.model_config import CLASSIFIER
 from serving.release import published_versions, read_champion, read_release
 from serving.release_history import DECISION_NAME, read_optional_json, said
@@ -49,15 +49,9 @@ def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | N
         manifest = read_manifest(release)
     if manifest.files == champion.manifest.files:
         return None
-    figures = {name: (_figure(champion.manifest, name), _figure(manifest, name)) for name in FIGURES}
+    figures = {name: (champion.manifest.balanced_metric(name), manifest.balanced_metric(name)) for name in FIGURES}
     name = f"version {release}" if isinstance(release, int) else str(release)
     return PromotionCheck(champion.version, name, figures, said(decision), _doubt(figures, decision))
-
-
-def _figure(manifest: Manifest, name: str) -> float | None:
-    found = manifest.metrics.get("balanced")
-    value = found.get(name) if isinstance(found, dict) else None
-    return value if isinstance(value, float) else None
 
 
 def _doubt(figures: dict[str, tuple[float | None, float | None]], decision: dict[str, Any] | None) -> str | None:

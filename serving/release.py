@@ -107,7 +107,5 @@ def instances(root: Path, model: str) -> int:
 
 
 def _missing(root: Path, version: int) -> list[Path]:
-    paths = [
-        root / name / str(version) / file for name, files in NEEDED.items() for file in files if file not in LATER_FILES
-    ]
-    return [path for path in paths if not path.is_file()]
+    paths = [root / model / str(version) / name for model, names in NEEDED.items() for name in names]
+    return [path for path in paths if path.name not in LATER_FILES and not path.is_file()]

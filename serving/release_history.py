@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from serving.manifest import ManifestError
+from serving.manifest import Manifest, ManifestError
 from serving.model_config import CLASSIFIER
 from serving.promotion import VersionState, list_versions
 from serving.promotion_log import Change, read_changes
@@ -76,7 +75,7 @@ class RepositoryHistory:
 
 
 def read_history(repository: Path) -> RepositoryHistory:
-    """Everything that the repository says of its versions. Raises RepositoryError or ManifestError naming the file."""
+    """The history of all versions of a repository. Raises RepositoryError or ManifestError naming the file."""
     changes = read_changes(repository)
     versions = []
     for state in list_versions(repository):
@@ -92,7 +91,7 @@ def read_history(repository: Path) -> RepositoryHistory:
 
 def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
     """A row a version, the newest first; `wide` adds the hashes of data, params and code, for which 120 columns are too few."""
-    by = f", served at {', '.join(found.servers)}" if found.servers else ", served by nobody here"
+    by = f", served at {', '.join(found.servers)}" if found.servers else ", no server runs on it here"
     table = Table(title=cell(f"{found.repository}{by}"))
     hashes = ("data", "params", "code") if wide else ()
     for heading in ("version", "state", "promoted", "images", *hashes, "all", "few"):
@@ -107,17 +106,15 @@ def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
             time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) if when else "",
             f"{sum(manifest.counts):,}",
             *((manifest.data_sha256[:8], manifest.params_sha256[:8], cell(manifest.code_revision[:8])) if wide else ()),
-            *scores(manifest.metrics, ("all", "few")),
+            *scores(manifest),
             cell(said(version.decision)),
         )
     return table
 
 
-def scores(metrics: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """Test accuracies for the balanced prior, as far as the manifest has them."""
-    found = metrics.get("balanced")
-    found = found if isinstance(found, dict) else {}
-    return [f"{found[name]:.3f}" if isinstance(found.get(name), float) else "" for name in names]
+def scores(manifest: Manifest) -> list[str]:
+    """Test accuracy of all classes and of few-shot classes for the balanced prior, as far as the manifest has them."""
+    return ["" if (value := manifest.balanced_metric(name)) is None else f"{value:.3f}" for name in ("all", "few")]
 
 
 def said(decision: dict[str, Any] | None) -> str:

@@ -42,11 +42,11 @@ def write_repository(
 ) -> Path:
     """Write the Triton model repository of one release and return its path.
 
-    export_dir holds student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device says
+    export_dir holds student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device:
     where the student runs. The tree needs nothing of Tailor at serving time. It is built beside `root` and renamed in,
     so `root` is always the old tree or the new one. evidence: a folder whose files go with the version. Raises
     ManifestError when the export does not match its manifest, RepositoryError when `root` holds something else than a
-    repository, and InputError for a device that is not.
+    repository, and InputError for an unknown device.
     """
     placement = device if isinstance(device, Placement) else Placement(device)
     manifest = load_export(export_dir)
@@ -97,7 +97,7 @@ def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
 
 
 def load_export(export_dir: Path) -> Manifest:
-    """The manifest of an export whose files are what it says. Raises ManifestError or RepositoryError naming the file."""
+    """The manifest of an export whose files match it. Raises ManifestError or RepositoryError naming the file."""
     manifest = load_manifest(export_dir)
     for name in (STUDENT_NAME, GOLDEN_NAME):
         if name not in manifest.files:

@@ -1,4 +1,4 @@
-"""When a request is sent again, how long it may take in all, and how long to wait in between."""
+"""Retries of a request: when, how long in total, and the waits between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import tenacity
 
 from serving.errors import InputError
-from serving.failures import Unavailable, late
+from serving.failures import Unavailable, deadline_exceeded
 
 
 class Deadline:
@@ -30,7 +30,7 @@ class Deadline:
         """Seconds left, above 0. Raises DeadlineExceeded naming the server when there are none."""
         left = self.ends - time.monotonic()
         if left <= 0:
-            raise late(url, self.budget)
+            raise deadline_exceeded(url, self.budget)
         return left
 
 
@@ -39,9 +39,9 @@ class Retries:
     """At most `attempts` tries of one request, with waits drawn at random below a bound that doubles each time.
 
     Only what is safe and may help is tried again: no connection, a connection that broke, UNAVAILABLE, HTTP 502 and 503.
-    An inference changes nothing on the server, so one that was perhaps answered may be asked again. A refusal (4xx,
-    INVALID_ARGUMENT) and a deadline are final. The random wait ("full jitter") keeps the clients of a server that comes
-    back from asking it all at once; a Retry-After of the server is kept when the deadline allows it.
+    An inference changes no state on the server, so that one which may have been answered is sent again. A refusal (4xx,
+    INVALID_ARGUMENT) and a deadline are final. The random wait ("full jitter") spreads the requests of all clients after a
+    restart of the server; the server's Retry-After is added when the deadline allows it.
     first_wait, longest_wait: seconds.
     """
 
@@ -73,7 +73,7 @@ class Retries:
 
 
 def _give_up(state: tenacity.RetryCallState) -> NoReturn:
-    """Raise the last failure, telling how often it was tried."""
+    """Raise the last failure, with the number of attempts."""
     error = state.outcome.exception() if state.outcome else None
     if not isinstance(error, Unavailable):  # pragma: no cover - tenacity calls this after a failure alone
         raise RuntimeError("nothing that is tried again failed")

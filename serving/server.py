@@ -1,4 +1,4 @@
-"""The local Triton server: started on checked files, trusted after its golden requests, stopped without a trace."""
+"""The local Triton server: start it on checked files, send golden requests, stop it and remove what it left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 import psutil
@@ -26,7 +25,7 @@ from serving.leftovers import is_stopped, new_prefix, runtime_folder, stubs_of, 
 from serving.local_tree import link_tree
 from serving.logs import ServerLog
 from serving.ports import choose_ports
-from serving.process import POLL, check_open_files, end_process, start_process
+from serving.process import POLL, check_open_files, end_process, start_process, wait_for
 from serving.release import Release, find_releases
 from serving.repository_lock import locked
 from serving.running import RunningServer, leave_note
@@ -166,24 +165,19 @@ class TritonServer:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the server to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
-        if self._process is None:
-            return None
-        try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+        return wait_for(self._process, timeout)
 
     def stop(self, at_once: bool = False, comes_back: bool = False) -> int | None:
         """Stop the server and remove what it left: processes, shared memory, runtime folder. Safe to call twice.
 
-        at_once: kill it, where nobody waits for an answer. comes_back: its note stays, so that a promotion meanwhile
-        fails and is tried again, instead of taking it that nobody serves the repository. Returns its exit status (0 after
-        a clean stop), None when it was not running.
+        at_once: kill it, where no caller waits for a response. comes_back: its server record stays, so that a concurrent
+        promotion fails and is retried instead of assuming that no server runs. Returns its exit status (0 after a clean
+        stop), None when it was not running.
         """
         if not comes_back:
             self._away = None
         elif not self._away:
-            with contextlib.suppress(OSError):  # a full disk: promotions are not told, and all else is still to be done
+            with contextlib.suppress(OSError):  # a full disk: no record for promotions; the rest is still done
                 self._leave_word()
         try:
             return end_process(self._process, 0 if at_once else self.grace + KILL_AFTER) if self._process else None
@@ -201,13 +195,11 @@ class TritonServer:
     def __enter__(self) -> TritonServer:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.stop()
 
     def _clear(self) -> None:
-        """Remove what runs that ended have left. A signal's exception may cut it short anywhere: the next call goes on."""
+        """Remove what ended runs have left. After an interruption by a signal the next call continues."""
         self._running = self.example = None
         if self._process:
             end_process(self._process, 0)  # still there only where the wait for its end was cut short

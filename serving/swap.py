@@ -1,4 +1,4 @@
-"""The swap itself: version policies and load calls in the one order in which every request finds what it asks for.
+"""The swap: version policies and load calls in the one order in which every request finds its version.
 
 At every moment `student` has each version that `classifier` has, and the policies on disk are such that a server that
 starts from them serves a version that has been tried. So a swap that is killed midway leaves no repair to do.
@@ -33,7 +33,7 @@ class _Policies:
 def swap(
     repository: Path, version: int, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
 ) -> None:
-    """Have the repository and its servers serve the versions `final`, of which the highest, `version`, is champion.
+    """Make the repository and its servers serve the versions `final`, of which the highest, `version`, is champion.
 
     Raises ServingError when a server does not load or does not answer rightly; then everything is as it was before.
     """
@@ -57,7 +57,7 @@ def swap(
 
 
 def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout: float) -> None:
-    """Have servers load what the repository's policies say, where a swap was ended before they did.
+    """Load what the repository's policies list, where a swap was interrupted.
 
     Triton loads nothing that it has already. Raises ServingError when the champion is not loaded or not answered rightly.
     """
@@ -90,7 +90,7 @@ def _forward(
 
 
 def _check_champion(control: ModelControl, release: Release) -> None:
-    """Ask a server for the release's golden requests, and who answers where no version is named. Raises ServingError."""
+    """Send the golden requests, and a request without a version, which the release must answer. Raises ServingError."""
     with Client(control.server.url, control.timeout) as client:
         check_golden(client, release)
         answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
@@ -102,7 +102,7 @@ def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[Model
     for model, served in ((STUDENT, before.student), (CLASSIFIER, before.classifier)):
         for control in controls:
             if version not in served:
-                with suppress(ServingError):  # it does not answer: the way back does not wait for it
+                with suppress(ServingError):  # it does not answer: restoring does not wait for it
                     control.end_hanging_load(model, version)
 
 

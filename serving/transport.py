@@ -1,20 +1,19 @@
-"""One way to ask Triton, over HTTP or gRPC alike: a call in, its answer out, failures as one-line errors."""
+"""Requests to Triton over HTTP or gRPC: send a call, return its response, raise failures as one-line errors."""
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tenacity
 
-from serving.calls import SERVICE, Call, Garbled, Infer
+from serving.calls import SERVICE, Call, Infer
 from serving.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection, parse_url
 from serving.errors import InputError
-from serving.failures import Refused, check_http, foreign, from_grpc, late, nobody, untrusted
+from serving.failures import Refused, check_http, deadline_exceeded, from_grpc, readable, tls_error, unreachable
 from serving.http_deadline import timed_connection
 from serving.retries import Deadline, Retries
 
@@ -22,20 +21,12 @@ __all__ = ["Refused", "Transport", "parse_url"]
 CONNECTIONS_KEPT = 256  # idle HTTP connections; threads beyond that many open and close their own
 
 
-class Wire(Protocol):
-    """One protocol's connections: sends one call once. Used by several threads at a time."""
-
-    def send(self, call: Call, deadline: Deadline) -> Any: ...
-
-    def close(self) -> None: ...
-
-
 class Transport:
     """Connections to one Triton server, opened when first used and kept. Threads may share it; processes may not.
 
     connection: an address, or a Connection with TLS and headers. timeout: seconds that a call may take with all its
-    retries, where none are given with the call. Its methods raise ServingError: Refused when the server says no,
-    Unavailable when none answers after the retries, DeadlineExceeded when it took too long.
+    retries, unless the call has its own. Its methods raise ServingError: Refused when the server refuses the request,
+    Unavailable when no server answers after the retries, DeadlineExceeded after the timeout.
     """
 
     def __init__(self, connection: Connection | str, timeout: float, retries: Retries | None = None) -> None:
@@ -45,10 +36,10 @@ class Transport:
         self.retries = retries or Retries()
         wire = HttpWire if self.connection.protocol == "http" else GrpcWire
         self._closed = False
-        self._wire: Wire = wire(self.connection)
+        self._wire: HttpWire | GrpcWire = wire(self.connection)
 
     def ask(self, call: Call, deadline: Deadline | None = None) -> Any:
-        """The answer to a call, retried where that is safe, before the deadline or not at all. InputError after `close`."""
+        """The response to a call, with retries where they are safe and before the deadline. InputError after `close`."""
         check_open(self.url, self._closed)
         deadline = deadline or Deadline(self.timeout)
         return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send, call, deadline)
@@ -56,7 +47,7 @@ class Transport:
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, int], version: str = ""
     ) -> tuple[dict[str, np.ndarray], int]:
-        """One inference, as calls.Infer describes it: the outputs by name, and the version that answered."""
+        """One inference (see calls.Infer): the outputs by name, and the version that answered."""
         answer = self.ask(Infer(model, inputs, outputs, version))
         return answer.outputs, answer.version
 
@@ -73,14 +64,14 @@ def check_open(url: str, closed: bool) -> None:
 
 
 class HttpWire:
-    """HTTP/1.1 with kept connections (urllib3)."""
+    """HTTP/1.1 with kept connections (urllib3); `send` sends one call once, and may be used by several threads at a time."""
 
     def __init__(self, connection: Connection) -> None:
         import urllib3
 
         self._connection = connection
         self._errors, self._timeout = urllib3.exceptions, urllib3.Timeout
-        # Which deadline the connection in this thread's hands has to keep.
+        # The deadline of the call in each thread, for the connection that the thread uses.
         self._current = threading.local()
         context = connection.ssl_context()
         if context is None:
@@ -89,7 +80,7 @@ class HttpWire:
             self._pool = urllib3.HTTPSConnectionPool(
                 connection.host, connection.port, maxsize=CONNECTIONS_KEPT, ssl_context=context
             )
-        self._pool.ConnectionCls = functools.partial(timed_connection(connection.secure), current=self._current)
+        self._pool.ConnectionCls = timed_connection(connection.secure, self._current)
 
     def send(self, call: Call, deadline: Deadline) -> Any:
         url, errors = self._connection.url, self._errors
@@ -110,23 +101,20 @@ class HttpWire:
             )
             body = self._read(response)
         except errors.SSLError as error:
-            raise untrusted(url, error) from error
+            raise tls_error(url, error) from error
         except (errors.HTTPError, OSError) as error:
             if deadline.passed():
-                raise late(url, deadline.budget) from error
-            raise nobody(url) from error
+                raise deadline_exceeded(url, deadline.budget) from error
+            raise unreachable(url) from error
         headers = {name.lower(): value for name, value in response.headers.items()}
         check_http(url, response.status, headers, body, deadline.budget)
-        try:
-            return call.read_http(headers, body)
-        except Garbled as error:
-            raise foreign(url, str(error)) from error
+        return readable(url, call.read_http, headers, body)
 
     def close(self) -> None:
         self._pool.close()
 
     def _read(self, response: Any) -> bytes:
-        """The whole body, and the connection back to the pool; what is too long for Triton is cut off."""
+        """Read the whole body and return the connection to the pool; a body above ANSWER_BYTES is cut off."""
         body = response.read(ANSWER_BYTES + 1)
         if len(body) > ANSWER_BYTES:
             response.close()
@@ -135,7 +123,7 @@ class HttpWire:
 
 
 class GrpcWire:
-    """gRPC on one channel."""
+    """gRPC on one channel; otherwise as HttpWire."""
 
     def __init__(self, connection: Connection) -> None:
         import grpc
@@ -153,10 +141,7 @@ class GrpcWire:
             data = method(call.message, timeout=deadline.left(url), metadata=self._metadata)
         except self._error as error:
             raise from_grpc(url, error, deadline.budget) from error
-        try:
-            return call.read_message(data)
-        except Garbled as error:
-            raise foreign(url, str(error)) from error
+        return readable(url, call.read_message, data)
 
     def close(self) -> None:
         with suppress(ValueError):  # closed already

@@ -1,7 +1,7 @@
-"""`python -m serving.watchdog PREFIX`: a small process that outlives a killed owner and cleans up after it.
+"""`python -m serving.watchdog PREFIX`: a process that ends a Triton server, and removes its files, when its owner was killed.
 
-It waits on its standard input, a pipe that its owner alone holds open, and so learns of the owner's end whatever its
-cause. The owner dismisses it with one byte after a clean stop.
+It reads its standard input, a pipe that only the owner holds open, and so detects the owner's end of any cause. After a
+clean stop the owner dismisses it with one byte.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import psutil
 
 from serving.leftovers import processes_of, sweep
+from serving.process import with_tailor
 
-PATIENCE = 10.0  # seconds that a server without its owner gets to answer what it has begun
+PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL, for running requests
 DISMISSED = b"."
 
 
 def start_watchdog(prefix: str) -> subprocess.Popen[bytes]:
-    """Start the watchdog of a run; it holds no file of ours open but its pipe."""
-    package = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    """Start the watchdog of a run; of the owner's files it holds only its pipe open."""
     return subprocess.Popen(
         [sys.executable, "-m", "serving.watchdog", prefix],
-        env={**os.environ, "PYTHONPATH": path},
+        env=with_tailor(os.environ),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -37,8 +35,8 @@ def start_watchdog(prefix: str) -> subprocess.Popen[bytes]:
 
 
 def dismiss(watchdog: subprocess.Popen[bytes]) -> None:
-    """Tell the watchdog that nothing is left to clean up, and wait for its end."""
-    # Closed where a signal has cut an earlier call short, after it had told the watchdog.
+    """End the watchdog where nothing is left to remove, and wait for its exit."""
+    # Closed where a signal interrupted an earlier call after the byte was sent.
     if watchdog.stdin and not watchdog.stdin.closed:
         with contextlib.suppress(BrokenPipeError):  # it has been killed itself
             watchdog.communicate(DISMISSED)
@@ -46,7 +44,7 @@ def dismiss(watchdog: subprocess.Popen[bytes]) -> None:
 
 
 def end_servers(processes: Iterable[psutil.Process]) -> None:
-    """Ask those that are a Triton server to end; one that goes by itself just now is let go."""
+    """Send SIGTERM to each process that is a Triton server; one that has just exited is ignored."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             if process.name() == "tritonserver":
@@ -54,9 +52,9 @@ def end_servers(processes: Iterable[psutil.Process]) -> None:
 
 
 def main(prefix: str) -> int:
-    """Wait for the owner's end; unless it dismissed us, end its server and remove what is left."""
+    """Wait for the owner's end; unless it dismissed the watchdog, end its server and remove its files."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a whole process group may be told to end; we go last
+        signal.signal(number, signal.SIG_IGN)  # also sent to a whole process group, of which this process ends last
     if os.read(0, 1) == DISMISSED:
         return 0
     end_servers(processes_of(prefix))

@@ -1,9 +1,12 @@
-"""`python pipeline/flows/leash.py COMMAND...`: a command that never outlives the process which asked for it.
+"""`python pipeline/flows/leash.py COMMAND...`: a command that ends at the latest with the process that started it.
 
-The leash waits on its standard input, a pipe that its owner alone holds open, and so learns of the owner's end whatever
-its cause. A stage that went on alone would hold DVC's locks and train for nobody; so would one that ended and was never
-waited for, since DVC takes the owner of a lock to be alive as long as its process id is known. The leash therefore
-outlives its command, also where the container's first process waits for no orphans, and ends what its command left.
+The leash reads its standard input, a pipe that only its owner holds open, and so detects the owner's end of any cause. A
+stage without its owner would keep DVC's locks; so would an exited stage that no process waits for, because DVC treats the
+owner of a lock as alive while its process id exists. The leash therefore outlives its command, also where the container's
+first process does not wait for orphans, and ends what its command left.
+
+serving/watchdog.py is another process: it starts no command, because the supervisor needs Triton as its own child, and it
+removes Triton's shared memory, which needs psutil; this file runs alone, with the standard library.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ def start_on_leash(
 ) -> subprocess.Popen[str]:
     """Start a command in a process group of its own, which ends when this process does; end it sooner with `end_leash`.
 
-    output: where standard output and error go together; a pipe by default. The process given back exits as the
-    command does.
+    output: for standard output and error together; a pipe by default. The returned process has the command's exit
+    status.
     """
     return subprocess.Popen(
         [sys.executable, "-I", str(Path(__file__)), *command],
@@ -54,40 +57,33 @@ def end_leash(process: subprocess.Popen[str]) -> int:
 
 
 def main(command: Sequence[str]) -> int:
-    """Run the command until it ends or our owner does; the command's exit status, 128 + n where signal n ended it."""
+    """Run the command until it or the owner ends; the command's exit status, 128 + n where signal n ended it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # A function and not SIG_IGN, which the command would inherit.
         signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    threading.Thread(target=_end_with_owner, args=(child.pid,), daemon=True).start()
-    # Not waited for yet: until then nobody else can get its id, which is that of its group.
+    threading.Thread(
+        target=lambda: (os.read(0, 1), _end(child.pid)), daemon=True
+    ).start()  # read returns at the owner's end
+    # Not reaped yet: until then no other process can get its id, which is its group's.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    _end(child.pid)  # what it started ends with it, also where DVC alone was killed and its stage goes on
+    _end(child.pid)  # what it started ends with it, also where only DVC was killed and its stage runs
     status = child.wait()
     return status if status >= 0 else 128 - status
 
 
-def _end_with_owner(group: int) -> None:
-    os.read(0, 1)  # nothing is ever written: it returns at the owner's end
-    _end(group)
-
-
 def _end(group: int) -> None:
-    """SIGTERM to whoever is left in the process group, and SIGKILL after a while."""
-    _signal(group, signal.SIGTERM)
-    deadline = time.monotonic() + PATIENCE
-    while _lives(group) and time.monotonic() < deadline:
-        time.sleep(POLL)
-    _signal(group, signal.SIGKILL)
-
-
-def _signal(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
+    """Send SIGTERM to the process group, and SIGKILL to what remains after PATIENCE seconds."""
+    with contextlib.suppress(ProcessLookupError):  # the whole group has exited and was reaped
+        os.killpg(group, signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE
+        while _lives(group) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        os.killpg(group, signal.SIGKILL)
 
 
 def _lives(group: int) -> bool:
-    """Whether anybody is left in the process group who has not ended."""
+    """Whether the process group has a process that has not exited."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # The second field is the program's name in brackets, which may hold anything.

@@ -25,7 +25,7 @@ from serving.commands.options import (
 from serving.connection import Connection
 from serving.display import load_table
 from serving.errors import ServingError
-from serving.load.plan import LoadPlan, plan_options
+from serving.load.plan import LoadPlan
 from serving.loadtest import run
 from serving.terminal import Console
 
@@ -63,16 +63,8 @@ def loadtest(
         raise ServingError(f"load test failed: {'; '.join(result['missed'])}")
 
 
-def _with_plan_options(function: Any) -> inspect.Signature:
-    """The function's signature, which Typer reads, with an option for each field of LoadPlan in place of `**options`."""
-    *own, _ = inspect.signature(function, eval_str=True).parameters.values()
-    plan = [
-        inspect.Parameter(
-            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.annotation
-        )
-        for option in plan_options()
-    ]
-    return inspect.Signature([*(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own), *plan])
-
-
-loadtest.__signature__ = _with_plan_options(loadtest)  # type: ignore[attr-defined]
+# Typer reads the signature: `**options` stands for the fields of LoadPlan.
+_OWN, _PLAN = ([*inspect.signature(one, eval_str=True).parameters.values()] for one in (loadtest, LoadPlan))
+loadtest.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*_OWN[:-1], *_PLAN[1:])]
+)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-import shlex
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -36,15 +35,17 @@ class Bounds(NamedTuple):
 
 
 class PlanOption(NamedTuple):
-    """One option. kind: int, float, str, Path or bool. annotation: what Typer reads."""
+    """One option. kind: int, float, str, Path or bool."""
 
     name: str
     flag: str
     kind: type
     default: Any
-    annotation: Any
     bounds: Bounds | None
     help: str
+
+
+SHARE, UP_TO_64 = Bounds(0, 1, "a share from 0 to 1"), Bounds(1, 64, "1 to 64")
 
 
 def seconds_of(text: str | int) -> int:
@@ -87,15 +88,9 @@ class LoadPlan:
     prior: Annotated[str, Option(metavar="balanced|train|live|NUMBER|FILE", help="Prior of the adjusted requests.")] = (
         "train"
     )
-    adjusted_share: Annotated[
-        float,
-        Option(help="Share of requests under --prior; the others are balanced."),
-        Bounds(0, 1, "a share from 0 to 1"),
-    ] = 0.5
-    batch: Annotated[int, Option(help="Images in a request."), Bounds(1, 64, "1 to 64")] = 1
-    workers: Annotated[
-        int, Option(help="Processes that send; one is not enough for a fast model."), Bounds(1, 64, "1 to 64")
-    ] = 1
+    adjusted_share: Annotated[float, Option(help="Share of requests under --prior; the others balanced."), SHARE] = 0.5
+    batch: Annotated[int, Option(help="Images in a request."), UP_TO_64] = 1
+    workers: Annotated[int, Option(help="Processes that send; one is not enough for a fast model."), UP_TO_64] = 1
     timeout: Annotated[
         float, Option(help="Seconds after which a request has failed."), Bounds(POSITIVE, math.inf, "seconds above 0")
     ] = 10.0
@@ -104,9 +99,7 @@ class LoadPlan:
         Option(help="Fail above this 99th percentile of the response time, in milliseconds."),
         Bounds(POSITIVE, math.inf, "milliseconds above 0"),
     ] = None
-    max_failures: Annotated[
-        float, Option(help="Fail above this share of failed requests, 0 to 1."), Bounds(0, 1, "a share from 0 to 1")
-    ] = 0.0
+    max_failures: Annotated[float, Option(help="Fail above this share of failed requests, 0 to 1."), SHARE] = 0.0
     min_rps: Annotated[
         float | None,
         Option(help="Fail below this number of responses per second."),
@@ -140,10 +133,6 @@ class LoadPlan:
                 given[LOCUST_NAMES.get(option.name, option.flag)] = getattr(self, option.name)
         return [f"{name}={value}" for name, value in given.items() if value is not None]
 
-    def described(self) -> str:
-        """The command that repeats this test, without its secrets."""
-        return shlex.join(["locust", "-f", "serving/locustfile.py", "--headless", *self.locust_arguments()])
-
 
 @cache
 def plan_options() -> tuple[PlanOption, ...]:
@@ -153,10 +142,7 @@ def plan_options() -> tuple[PlanOption, ...]:
         kind, info, *bounds = get_args(hints[field.name])
         flag = info.default if isinstance(info.default, str) else f"--{field.name.replace('_', '-')}"
         plain = (get_args(kind) or (kind,))[0]
-        annotation = Annotated[kind, info]
-        options.append(
-            PlanOption(field.name, flag, plain, field.default, annotation, next(iter(bounds), None), info.help)
-        )
+        options.append(PlanOption(field.name, flag, plain, field.default, next(iter(bounds), None), info.help))
     return tuple(options)
 
 

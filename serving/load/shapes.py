@@ -11,27 +11,12 @@ SPIKE_BASE = 0.2  # part of the users before and after
 RAMP = 0.05  # part of the time that a soak takes to fill up
 
 
-def _constant(_part: float) -> float:
-    return 1.0
-
-
-def _steps(part: float) -> float:
-    return (math.floor(part * STEPS) + 1) / STEPS
-
-
-def _spike(part: float) -> float:
-    return 1.0 if SPIKE[0] <= part < SPIKE[1] else SPIKE_BASE
-
-
-def _soak(part: float) -> float:
-    return min(1.0, part / RAMP)
-
-
+# Part of the users by part of the time.
 SHAPES: dict[str, Callable[[float], float]] = {
-    "constant": _constant,
-    "steps": _steps,
-    "spike": _spike,
-    "soak": _soak,
+    "constant": lambda _: 1.0,
+    "steps": lambda part: (math.floor(part * STEPS) + 1) / STEPS,
+    "spike": lambda part: 1.0 if SPIKE[0] <= part < SPIKE[1] else SPIKE_BASE,
+    "soak": lambda part: min(1.0, part / RAMP),
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from serving.load.plan import LoadPlan
 
-VERSION = re.compile(r"version (\d+), (\w+)")
+VERSION = re.compile(r"version (\d+), (\w+)")  # in the name of a kind of request that was answered
 
 
 @dataclass(frozen=True)
@@ -23,28 +24,12 @@ class Measured:
     p99_ms: float
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A finished test: the total, each kind of request, and each missed threshold in words."""
+def judge(total: Measured, kinds: Sequence[Measured], plan: LoadPlan) -> dict[str, Any]:
+    """Compare the measurement with the plan's thresholds; a test in which no request was answered has failed.
 
-    total: Measured
-    kinds: tuple[Measured, ...]
-    missed: tuple[str, ...]
-
-    def as_mapping(self) -> dict[str, object]:
-        """As summary.json holds it; requests and failures by model version added."""
-        versions: dict[str, dict[str, int]] = {}
-        for kind in self.kinds:
-            if found := VERSION.search(kind.name):
-                version = versions.setdefault(found[1], {"requests": 0, "failures": 0})
-                version["requests"] += kind.requests
-                version["failures"] += kind.failures
-                version[found[2]] = version.get(found[2], 0) + kind.requests
-        return {**asdict(self), "versions": versions, "passed": not self.missed}
-
-
-def judge(total: Measured, kinds: Iterable[Measured], plan: LoadPlan) -> Verdict:
-    """Compare the measurement with the plan's thresholds; a test in which no request was answered has failed."""
+    Returns the content of summary.json: the total, each kind of request, requests and failures by model version, each
+    missed threshold in words, and `passed`.
+    """
     missed = []
     share = total.failures / total.requests if total.requests else 1.0
     answered = total.requests > total.failures
@@ -57,12 +42,15 @@ def judge(total: Measured, kinds: Iterable[Measured], plan: LoadPlan) -> Verdict
     rps = total.rps * (1 - share)
     if answered and plan.min_rps is not None and not rps >= plan.min_rps:
         missed.append(f"{rps:.1f} answers/s, required {plan.min_rps:g}")
-    return Verdict(total, tuple(kinds), tuple(missed))
-
-
-def is_answer(name: str) -> bool:
-    """Whether a kind of request, by its name, was answered with a prediction."""
-    return VERSION.search(name) is not None
+    versions: dict[str, dict[str, int]] = {}
+    for kind in kinds:
+        if match := VERSION.search(kind.name):
+            version = versions.setdefault(match[1], {"requests": 0, "failures": 0})
+            version["requests"] += kind.requests
+            version["failures"] += kind.failures
+            version[match[2]] = version.get(match[2], 0) + kind.requests
+    rows = {"total": asdict(total), "kinds": [asdict(kind) for kind in kinds]}
+    return {**rows, "versions": versions, "missed": missed, "passed": not missed}
 
 
 def request_name(version: int | None, label: str) -> str:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,8 @@ class TritonPythonModel:
         groups = [self.prior.shot_group(count) for count in manifest["counts"]]
         ranks = np.argsort(np.argsort(-np.asarray(manifest["counts"]), kind="stable"), kind="stable")
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
-        self.access_log = sibling("access_log").open_access_log(args, self.metrics.access_log_lost)
+        lost = partial(self.metrics.count, "tailor_access_log_lost_total")
+        self.access_log = sibling("access_log").open_access_log(args, lost)
         self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.reader.read_images, self.metrics)
         start = sibling("start")
         start.decode_each_format(preprocess, self.reader.size, self.reader.resize_to)
@@ -71,13 +73,13 @@ class TritonPythonModel:
             except self.refused as refused:
                 responses[place] = failure(str(refused), pb_utils.TritonError.INVALID_ARG)
                 outcomes[place] = refused.reason
-                self.metrics.refused(refused.reason)
+                self.metrics.count("tailor_refused_total", reason=refused.reason)
         if asked:
             try:
                 answers = self.answers(asked)
             except StudentFailed as failed:
                 answers = {place: failure(str(failed), pb_utils.TritonError.INTERNAL) for place in asked}
-                self.metrics.failed(len(asked))
+                self.metrics.count("tailor_failed_total", len(asked))
                 outcomes = ["student" if place in asked else outcome for place, outcome in enumerate(outcomes)]
             for place, answer in answers.items():
                 responses[place] = answer

@@ -1,4 +1,4 @@
-"""Prometheus metrics of `classifier`, beside Triton's own: priors asked for, classes answered, confidence, refusals.
+"""Prometheus metrics of `classifier`, beside Triton's own: requested priors, answered classes, confidence, refusals.
 
 A call into Triton costs about 70 µs, a batch of a small network less than a millisecond, so counts gather here and one
 thread hands over what changed, every FLUSH_EVERY seconds. Every label has a bounded set of values.
@@ -17,9 +17,9 @@ FLUSH_EVERY = 2.0  # seconds
 MAX_CLASS_LABELS = 100
 CONFIDENCE_EDGES = np.arange(1, 11) / 10
 FAMILIES = {
-    "tailor_images_total": "Images answered, by the class prior that was asked for: balanced, train, live, number, own",
+    "tailor_images_total": "Images answered, by the requested class prior: balanced, train, live, number, own",
     "tailor_top_class_total": "Images answered, by their most probable class and its shot group in training",
-    # Triton itself counts a request as a success whatever the model's response says.
+    # Triton counts a request as a success also where the model's response is an error.
     "tailor_refused_total": "Requests refused by the classifier, by reason",
     "tailor_failed_total": "Requests that the student did not answer",
     # A histogram in all but its type: Triton takes one observation a call, counters take what a whole batch adds.
@@ -77,30 +77,10 @@ class Metrics:
             self._add("tailor_confidence_sum", float(confidence.sum()))
             self._add("tailor_confidence_count", len(confidence))
 
-    def refused(self, reason):
-        """Count a refused request."""
+    def count(self, family, number=1, **labels):
+        """Add to a counter of FAMILIES."""
         with self.lock:
-            self._add("tailor_refused_total", 1, reason=reason)
-
-    def failed(self, requests):
-        """Count requests that the student did not answer."""
-        with self.lock:
-            self._add("tailor_failed_total", requests)
-
-    def access_log_lost(self):
-        """Count a line that the access log could not write."""
-        with self.lock:
-            self._add("tailor_access_log_lost_total", 1)
-
-    def logits_logged(self, images):
-        """Count images whose logits are on disk."""
-        with self.lock:
-            self._add("tailor_logit_log_total", images)
-
-    def logits_lost(self, images, reason):
-        """Count images whose logits could not be logged."""
-        with self.lock:
-            self._add("tailor_logit_log_lost_total", images, reason=reason)
+            self._add(family, number, **labels)
 
     def flush(self):
         """Hand what changed over to Triton."""

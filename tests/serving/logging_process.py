@@ -17,11 +17,12 @@ class Counts:
     def __init__(self) -> None:
         self.logged, self.lost = 0, {"queue": 0, "disk": 0}
 
-    def logits_logged(self, images: int) -> None:
-        self.logged += images
-
-    def logits_lost(self, images: int, reason: str) -> None:
-        self.lost[reason] += images
+    def count(self, family: str, number: int = 1, reason: str = "") -> None:
+        if family == logit_log.LOGGED:
+            self.logged += number
+        else:
+            assert family == logit_log.LOST
+            self.lost[reason] += number
 
 
 def opened(folder: Path, classes: int = 5, limit: int = 1 << 20, share: float = 1.0, about: dict | None = None):

@@ -109,7 +109,7 @@ def test_many_classes_share_a_bounded_number_of_labels_by_their_rank(classes: in
 
 def test_counts_of_the_last_moment_are_handed_over_at_the_end() -> None:
     metrics = imported("metrics").Metrics(1, ["a"], ["many"], [0])
-    metrics.refused("image_empty")
+    metrics.count("tailor_refused_total", reason="image_empty")
     metrics.close()
     assert not metrics.thread.is_alive()
     assert next(iter(metrics.families["tailor_refused_total"].metrics.values())).value == 1

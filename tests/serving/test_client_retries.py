@@ -104,9 +104,9 @@ def test_giving_up_tells_how_often_it_was_tried(predict: Predict) -> None:
     [
         (answers("400 Bad Request", b'{"error": "image  is\\nbad"}'), "refused: image is bad"),
         (answers("401 Unauthorized"), "HTTP 401; give credentials with --header"),
-        (answers("403 Forbidden"), "HTTP 403; this address or these credentials may not ask that"),
+        (answers("403 Forbidden"), "HTTP 403; this address or these credentials are not allowed to send this request"),
         (answers("413 Too Large", b"<html>"), "HTTP 413; send fewer or smaller images"),
-        (answers("429 Too Many", Retry_After=0), "HTTP 429; ask less often"),
+        (answers("429 Too Many", Retry_After=0), "HTTP 429; send fewer requests"),
         (answers("301 Moved", Location="http://elsewhere"), "moved to http://elsewhere; give that address"),
         (answers("500 Error", b'{"error": "stub process is not healthy"}'), "stub process is not healthy"),
     ],

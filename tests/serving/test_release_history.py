@@ -68,7 +68,7 @@ def test_the_table_is_newest_first_and_names_data_params_and_decision(repository
     rows = [line for line in lines if "champion" in line or "kept" in line]
     assert [row.split()[1] for row in rows] == ["3", "2", "1"]
     assert "promote: not worse than the champion" in rows[1] and "00000000" in rows[1]
-    assert "served by nobody here" in lines[0]
+    assert "no server runs on it here" in lines[0]
 
 
 def test_the_table_fits_120_columns_with_a_long_decision(repository: Path) -> None:
