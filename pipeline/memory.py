@@ -33,10 +33,9 @@ from pipeline.params import PARAMS_FILE, Params, load_params
 from pipeline.prior import Prior, load_prior
 from pipeline.published import PUBLISHED
 from pipeline.stage import explain
-from pipeline.step import Step
+from pipeline.step import Step, precision_of
 from pipeline.stream_decoding import enough_pixels
 from pipeline.student import student_objective, weights_of
-from pipeline.training import precision_of
 from pipeline.training_run import check_recipe, model_config
 from serving.terminal import Console, print
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from models.weight_average import WeightAverage
 from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_views
 from pipeline.dataset import AnyImages, Normalisation
 from pipeline.optimiser import Optimiser
-from pipeline.params import ImageParams, TrainingParams
+from pipeline.params import EngineParams, ImageParams, TrainingParams
 
 
 @dataclass(frozen=True)
@@ -193,3 +194,18 @@ def shared_gradients(objective: nn.Module) -> DistributedDataParallel:
 def trained_state(objective: nn.Module) -> dict[str, Tensor]:
     """Everything of an objective that training changes: its state without the frozen teacher's."""
     return {name: value for name, value in objective.state_dict().items() if not name.startswith("teacher.")}
+
+
+def draw_ahead(step: Step, batches: Tensor, generator: torch.Generator) -> Iterator[tuple[StepInputs, Tensor]]:
+    """The inputs of each batch and the generator's state after it. A stream draws ahead of the steps; the run's own
+    generator must not, as a checkpoint stores its state."""
+    ahead = torch.Generator()
+    ahead.set_state(generator.get_state())
+    for chosen in batches:
+        yield step.draw(chosen, ahead), ahead.get_state()
+
+
+def precision_of(engine: EngineParams, device: torch.device) -> torch.dtype:
+    """engine.precision as a dtype: `auto` is bfloat16 on CUDA, where it is fast, and float32 elsewhere."""
+    half = engine.precision == "bfloat16" or (engine.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32

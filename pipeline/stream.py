@@ -1,18 +1,16 @@
-"""A split read as it is needed: a stream of batches for data that do not fit the memory of the device.
+"""A split as a stream of batches, for data that do not fit the memory of the device.
 
-It takes the place of `dataset.Images`. Of each image there is a label and two texts in memory, and of pixels only the
-batches that are read ahead, so that a process does not grow with the split.
+It replaces `dataset.Images`. Memory holds a label and two strings of each image, and the pixels of the batches that are
+read ahead, so that a process does not grow with the split.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from pipeline.augment import Draws, cut_boxes
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import AugmentParams, DataParams, ImageParams, StreamParams
 from pipeline.sources import BadImageError, open_reader
-from pipeline.splits import read_split
+from pipeline.splits import ArrowStrings, read_split
 from pipeline.stream_decoding import (
     cut,
     enough_pixels,
@@ -34,32 +32,18 @@ from pipeline.stream_decoding import (
     nvjpeg_originals,
     original,
 )
-from pipeline.stream_feed import Feed, Left
-from pipeline.stream_order import class_share, shuffled, windows_of
+from pipeline.stream_feed import Left, PrefetchIterator, workers_of_a_rank
+from pipeline.stream_order import order_warning, others_of_class, shuffled
 
 SHOWN = 5  # replaced images that a message names
-WELL_MIXED = 0.5  # share of its classes that a window should hold at least
-
-
-class Texts(Sequence[str]):
-    """A column of text, without a Python object for each."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    def __getitem__(self, place: int) -> str:
-        return self._column[place].as_py()
 
 
 class ImageStream:
-    """The images of one split, decoded as they are asked for: what `dataset.Images` offers, but for the tensor of all.
+    """The images of one split, decoded when they are needed: the methods of `dataset.Images`, without the tensor of all.
 
-    replace_bad: an image that cannot be read is replaced by another of its class, which is counted and told, so that
+    replace_bad: an image that cannot be read is replaced by another of its class, which is counted and printed, so that
     batches keep their shape and classes their share; without it such an image raises DataError. exactly: pixels are those
-    of the server's decoder whatever stream.decode says. augment: of a section with resized crops; its views are cut from the
+    of the server's decoder for any stream.decode. augment: of a section with resized crops; its views are cut from the
     originals where draws come with the places. hold: bytes of decoded originals that stay in memory. Raises ParamsError when
     the split is not made or stream.decode is gpu and the device is none.
     """
@@ -82,7 +66,10 @@ class ImageStream:
     ) -> None:
         table = read_split(split, ["sample_id", "label", "reference"], folder)
         self.labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
-        self.sample_ids, self.references = Texts(table.column("sample_id")), Texts(table.column("reference"))
+        self.sample_ids, self.references = (
+            ArrowStrings(table.column("sample_id")),
+            ArrowStrings(table.column("reference")),
+        )
         self._image, self._device, self._replace = image, device, replace_bad
         self._augment, self._room = augment, hold
         self._held: dict[int, Tensor] = {}
@@ -113,18 +100,8 @@ class ImageStream:
         return shuffled(len(self), self._groups, self._window, generator)
 
     def warning(self) -> str | None:
-        """What is wrong with the order of a table that is sorted by class; None where there is nothing to say."""
-        if self._groups is None or self._groups.sizes.sum() <= self._window or not len(self):
-            return None
-        share = class_share(
-            self.labels.numpy(), windows_of(self._groups, self._window, torch.Generator().manual_seed(0))
-        )
-        if share >= WELL_MIXED:
-            return None
-        return (
-            f"the table lies sorted by class: the {self._window >> 20} MiB that are shuffled at a time hold {share:.0%} of the "
-            "classes that they should; raise stream.shuffle_mib, or write the shards in random order (data pack --shuffle)"
-        )
+        """See `stream_order.order_warning`; None for images that are not read in groups."""
+        return None if self._groups is None else order_warning(self.labels.numpy(), self._groups, self._window)
 
     def pixels(self, chosen: Tensor, draws: Draws | None = None) -> Tensor:
         """uint8 [B,3,H,W] of the images at places `chosen` int64 [B]; on the CPU, or on the device where that decodes.
@@ -142,13 +119,15 @@ class ImageStream:
         if whole < len(chosen):
             yield self.pixels(chosen[whole:])
 
-    def feed(self, places: Tensor, prefetch: int | None = None, draws: Iterable[Draws] | None = None) -> Feed:
+    def feed(
+        self, places: Tensor, prefetch: int | None = None, draws: Iterable[Draws] | None = None
+    ) -> PrefetchIterator:
         """The batches of places int64 [steps,B], `prefetch` (or stream.prefetch) of them read ahead while its block lasts.
 
         draws: of the views of each batch. With resized crops a batch is then uint8 [B,views,3,H,W], as `apply_views` takes it.
         """
         drawn = iter(draws) if self._augment is not None and draws is not None else None
-        return Feed(self, places, self._workers, prefetch or self._prefetch, drawn)
+        return PrefetchIterator(self, places, self._workers, prefetch or self._prefetch, drawn)
 
     def epoch_record(self, seconds: float) -> dict[str, float]:
         """Of the epoch that ends after `seconds`: share of it spent waiting for data, images replaced on all ranks."""
@@ -158,14 +137,14 @@ class ImageStream:
         return {"data_wait": waited / seconds, **({"images_replaced": round(count)} if self._replace else {})}
 
     def replaced(self) -> str | None:
-        """What was replaced since the last call, in a line; None where nothing was."""
+        """A line on the images that were replaced since the last call; None where none were."""
         with self._lock:
-            told, self._replaced = sorted(self._replaced), []
-        if not told:
+            problems, self._replaced = sorted(self._replaced), []
+        if not problems:
             return None
         return (
-            f"{len(told):,} images could not be read and were replaced by others of their class, the first "
-            f"{min(SHOWN, len(told))}: {'; '.join(told[:SHOWN])}; run `dvc repro -f split` to leave them out"
+            f"{len(problems):,} images could not be read and were replaced by others of their class, the first "
+            f"{min(SHOWN, len(problems))}: {'; '.join(problems[:SHOWN])}; run `dvc repro -f split` to leave them out"
         )
 
     def decode(self, places: Sequence[int], out: Tensor, draws: Draws | None = None) -> list[Left]:
@@ -203,7 +182,7 @@ class ImageStream:
                 decoded = nvjpeg(list(encoded), self._image, self._device)
             else:
                 decoded = nvjpeg_originals(list(encoded), self._device)
-        except RuntimeError:  # one image that nvJPEG does not know spoils the batch
+        except RuntimeError:  # one image that nvJPEG does not support fails the batch
             decoded = [self._on_cpu(place, draws is not None).to(self._device) for place in places]
         if draws is not None:
             self._cut(decoded, draws, slots, pixels)
@@ -215,7 +194,7 @@ class ImageStream:
     def empty(self, count: int, views: int | None = None) -> Tensor:
         """An empty batch tensor, with `views` images for each row if given; in pinned memory if the device is a GPU."""
         size = self._image.size
-        # A tensor made in inference mode, as evaluation asks for, cannot be filled by a thread that is not in it.
+        # A tensor made in inference mode, as in evaluation, cannot be filled by a thread that is not in it.
         with torch.inference_mode(False):
             room = torch.empty(
                 (count * (views or 1), 3, size, size),
@@ -242,7 +221,7 @@ class ImageStream:
             if not self._replace:
                 raise
             problem = error
-        for other in self._others(place):
+        for other in others_of_class(self.labels, place):
             try:
                 found = self._decoded(other, kind, whole)
             except BadImageError:
@@ -273,14 +252,3 @@ class ImageStream:
             if pixels.nbytes <= self._room and place not in self._held:
                 self._held[place] = pixels
                 self._room -= pixels.nbytes
-
-    def _others(self, place: int) -> Iterator[int]:
-        # Those behind it first: the same on every rank and after every restart.
-        members = torch.nonzero(self.labels == self.labels[place]).flatten()
-        start = int(torch.searchsorted(members, place))
-        yield from (*members[start + 1 :].tolist(), *members[:start].tolist())
-
-
-def workers_of_a_rank() -> int:
-    """A thread for each core that this process may use, shared with the other processes that torchrun started here."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

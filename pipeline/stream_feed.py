@@ -1,7 +1,8 @@
-"""The batches of a stream, read ahead in threads: libjpeg-turbo and torch leave Python's lock alone while they work."""
+"""The batches of a stream, prefetched in threads: libjpeg-turbo and torch release the GIL while they work."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ Left = tuple[int, int, bytes]  # of an image left to the GPU: its slot in the ba
 
 
 class Decoding(Protocol):
-    """What a feed asks of an `ImageStream`."""
+    """The methods of an `ImageStream` that a PrefetchIterator calls."""
 
     def empty(self, count: int, *views: int) -> Tensor:
         """An empty batch, with `views` images for each row if given."""
@@ -38,7 +39,7 @@ class Decoding(Protocol):
         ...
 
 
-class Feed(Iterator[Tensor]):
+class PrefetchIterator(Iterator[Tensor]):
     """Batches of a stream in order, `prefetch` of them read ahead by threads that end with its block.
 
     draws: of each batch, where its views are cut from the originals; taken as far ahead as images are read.
@@ -79,11 +80,16 @@ class Feed(Iterator[Tensor]):
         self._ahead.append((pixels, parts, draws))
 
     def close(self) -> None:
-        """End the threads: what has not begun is dropped, what has is a few images."""
+        """End the threads; work that has not begun is dropped."""
         self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> PrefetchIterator:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def workers_of_a_rank() -> int:
+    """A thread for each core that this process may use, shared with the other processes that torchrun started here."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
