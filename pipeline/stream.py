@@ -193,15 +193,11 @@ class ImageStream:
 
     def empty(self, count: int, views: int | None = None) -> Tensor:
         """An empty batch tensor, with `views` images for each row if given; in pinned memory if the device is a GPU."""
-        size = self._image.size
-        # A tensor made in inference mode, as in evaluation, cannot be filled by a thread that is not in it.
+        shape, pinned = (count * (views or 1), 3, self._image.size, self._image.size), self._device.type == "cuda"
+        # A tensor made in inference mode, as in evaluation, cannot be filled by a thread that is not in it. Decoders write
+        # channels last.
         with torch.inference_mode(False):
-            room = torch.empty(
-                (count * (views or 1), 3, size, size),
-                dtype=torch.uint8,
-                memory_format=torch.channels_last,  # as decoders write
-                pin_memory=self._device.type == "cuda",
-            )
+            room = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
         return room if views is None else room.unflatten(0, (count, views))
 
     def waited(self, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """The charts of the pages as plotly figures: plain data and layout, which plotly.js draws in the reader's browser.
 
-A colour is the name of one of the page's own, such as `var(--ink)`: page.js puts its value in, so that a chart follows
-the page from light to dark and on to paper. Colours are Okabe and Ito's, and groups differ by symbol as well.
+A colour is the name of a colour of the page, such as `var(--ink)`: page.js inserts its value, so that a chart follows the
+page from light to dark and to print. Colours are Okabe and Ito's, and groups differ by symbol as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POINTS = "+~g"
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """An axis in the page's manner."""
+    """An axis in the style of the page."""
     return {
         "title": {"text": title, "font": {"size": 13}, "standoff": 10}, "gridcolor": "var(--line)", "automargin": True,
         "linecolor": "var(--axis)", "zeroline": False, "fixedrange": True, **more,
@@ -31,7 +31,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def layout(x: dict[str, Any], y: dict[str, Any], height: int = 380, **more: Any) -> dict[str, Any]:
-    """A layout in the page's manner; x and y are axes."""
+    """A layout in the style of the page; x and y are axes."""
     return {
         "xaxis": x, "yaxis": y, "height": height, "autosize": True, "dragmode": False, "hovermode": "closest",
         "margin": {"l": 56, "r": 12, "t": 12, "b": 52}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
@@ -39,6 +39,13 @@ def layout(x: dict[str, Any], y: dict[str, Any], height: int = 380, **more: Any)
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "var(--ink)"}},
         "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--axis)", "font": {"color": "var(--ink)"}}, **more,
     }  # fmt: skip
+
+
+def straight_line(axis: str, value: float, colour: str = "axis", width: float = 1) -> dict[str, Any]:
+    """A line across the whole chart at a value of the axis `x` or `y`, as a shape of a layout."""
+    other = "y" if axis == "x" else "x"
+    ends = {f"{axis}0": value, f"{axis}1": value, f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1}
+    return {"type": "line", **ends, "line": {"color": f"var(--{colour})", "width": width}}
 
 
 def text(name: str, longest: int = 80) -> str:
@@ -68,15 +75,7 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
             }
         )  # fmt: skip
     y = axis(f"{title}, points", tickformat=POINTS) if change else axis(title, ticksuffix="%", range=[-3, 105])
-    zero = {
-        "type": "line",
-        "xref": "paper",
-        "x0": 0,
-        "x1": 1,
-        "y0": 0,
-        "y1": 0,
-        "line": {"color": "var(--axis)", "width": 1},
-    }
+    zero = straight_line("y", 0)
     largest = max(row["train_count"] for row in classes)
     ticks = [step * 10**power for power in range(len(str(largest))) for step in (1, 2, 5)]
     if largest > 5000:  # of four decades and more, each alone
@@ -125,10 +124,7 @@ def strength_lines(rows: Sequence[StrengthRow], chosen: float) -> Figure:
         }
         for key, (name, dash) in sides.items()
     ]  # fmt: skip
-    marker = {
-        "type": "line", "x0": chosen, "x1": chosen, "yref": "paper", "y0": 0, "y1": 1,
-        "line": {"color": "var(--ink)", "width": 1.5},
-    }  # fmt: skip
+    marker = straight_line("x", chosen, "ink", 1.5)
     x = axis("strength of the adjustment", dtick=0.5)
     return {"data": traces, "layout": layout(x, axis("accuracy", tickformat=SHARE), 340, shapes=[marker])}
 
@@ -180,14 +176,6 @@ def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
         "customdata": [list(ends) for ends in zip(low, high, strict=True)],
         "hovertemplate": "%{y}: <b>%{x:+.1f}</b> points (%{customdata[0]:+.1f} to %{customdata[1]:+.1f})<extra></extra>",
     }  # fmt: skip
-    zero = {
-        "type": "line",
-        "yref": "paper",
-        "x0": 0,
-        "x1": 0,
-        "y0": 0,
-        "y1": 1,
-        "line": {"color": "var(--axis)", "width": 1},
-    }
+    zero = straight_line("x", 0)
     x = axis(f"percentage points gained by {text(after, 40)}", tickformat=POINTS)
     return {"data": [trace], "layout": layout(x, axis("", type="category"), 90 + 42 * len(mine), shapes=[zero])}
