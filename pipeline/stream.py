@@ -44,7 +44,7 @@ class ImageStream:
     replace_bad: an image that cannot be read is replaced by another of its class, which is counted and printed, so that
     batches keep their shape and classes their share; without it such an image raises DataError. exactly: pixels are those
     of the server's decoder for any stream.decode. augment: of a section with resized crops; its views are cut from the
-    originals where draws come with the places. hold: bytes of decoded originals that stay in memory. Raises ParamsError when
+    originals where draws come with the indices. hold: bytes of decoded originals that stay in memory. Raises ParamsError when
     the split is not made or stream.decode is gpu and the device is none.
     """
 
@@ -96,7 +96,7 @@ class ImageStream:
         return self._reader.read(self.references[index])
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """The places of an epoch, int64 [N], from a CPU generator; see `stream_order.shuffled`."""
+        """The indices of an epoch, int64 [N], from a CPU generator; see `stream_order.shuffled`."""
         return shuffled(len(self), self._groups, self._window, generator)
 
     def warning(self) -> str | None:
@@ -104,7 +104,7 @@ class ImageStream:
         return None if self._groups is None else order_warning(self.labels.numpy(), self._groups, self._window)
 
     def pixels(self, chosen: Tensor, draws: Draws | None = None) -> Tensor:
-        """uint8 [B,3,H,W] of the images at places `chosen` int64 [B]; on the CPU, or on the device where that decodes.
+        """uint8 [B,3,H,W] of the images at indices `chosen` int64 [B]; on the CPU, or on the device where that decodes.
 
         draws: as of `feed`.
         """
@@ -112,7 +112,7 @@ class ImageStream:
             return next(feed)
 
     def batches(self, chosen: Tensor, size: int) -> Iterator[Tensor]:
-        """`pixels` of the places `chosen` in order, `size` at a time."""
+        """`pixels` of the indices `chosen` in order, `size` at a time."""
         whole = len(chosen) // size * size
         with self.feed(chosen[:whole].view(-1, size), prefetch=1) as feed:
             yield from feed
@@ -120,14 +120,14 @@ class ImageStream:
             yield self.pixels(chosen[whole:])
 
     def feed(
-        self, places: Tensor, prefetch: int | None = None, draws: Iterable[Draws] | None = None
+        self, indices: Tensor, prefetch: int | None = None, draws: Iterable[Draws] | None = None
     ) -> PrefetchIterator:
-        """The batches of places int64 [steps,B], `prefetch` (or stream.prefetch) of them read ahead while its block lasts.
+        """The batches of indices int64 [steps,B], `prefetch` (or stream.prefetch) of them read ahead while its block lasts.
 
         draws: of the views of each batch. With resized crops a batch is then uint8 [B,views,3,H,W], as `apply_views` takes it.
         """
         drawn = iter(draws) if self._augment is not None and draws is not None else None
-        return PrefetchIterator(self, places, self._workers, prefetch or self._prefetch, drawn)
+        return PrefetchIterator(self, indices, self._workers, prefetch or self._prefetch, drawn)
 
     def epoch_record(self, seconds: float) -> dict[str, float]:
         """Of the epoch that ends after `seconds`: share of it spent waiting for data, images replaced on all ranks."""
@@ -147,13 +147,13 @@ class ImageStream:
             f"{min(SHOWN, len(problems))}: {'; '.join(problems[:SHOWN])}; run `dvc repro -f split` to leave them out"
         )
 
-    def decode(self, places: Sequence[int], out: Tensor, draws: Draws | None = None) -> list[Left]:
+    def decode(self, indices: Sequence[int], out: Tensor, draws: Draws | None = None) -> list[Left]:
         """Read some images into out uint8 [n,3,H,W], or with draws their views [n,V,3,H,W]; those left to the GPU, by slot."""
         left, slots, originals = [], [], []
-        for slot, place in enumerate(places):
-            found, data, pixels = self._usable(place, self._kind, whole=draws is not None)
+        for slot, index in enumerate(indices):
+            read, data, pixels = self._usable(index, self._kind, whole=draws is not None)
             if pixels is None:
-                left.append((slot, found, data))
+                left.append((slot, read, data))
             elif draws is None:
                 out[slot] = pixels
             else:
@@ -175,7 +175,7 @@ class ImageStream:
         pixels = pixels.to(self._device, non_blocking=True)
         if not left:
             return pixels
-        slots, places, encoded = zip(*left, strict=True)
+        slots, indices, encoded = zip(*left, strict=True)
         decoded: Tensor | list[Tensor]
         try:
             if draws is None:
@@ -183,7 +183,7 @@ class ImageStream:
             else:
                 decoded = nvjpeg_originals(list(encoded), self._device)
         except RuntimeError:  # one image that nvJPEG does not support fails the batch
-            decoded = [self._on_cpu(place, draws is not None).to(self._device) for place in places]
+            decoded = [self._on_cpu(index, draws is not None).to(self._device) for index in indices]
         if draws is not None:
             self._cut(decoded, draws, slots, pixels)
         else:
@@ -204,47 +204,47 @@ class ImageStream:
         """Count time that the step has waited for a batch."""
         self._waited += seconds
 
-    def _on_cpu(self, place: int, whole: bool) -> Tensor:
-        _, _, pixels = self._usable(place, "fast", whole)
+    def _on_cpu(self, index: int, whole: bool) -> Tensor:
+        _, _, pixels = self._usable(index, "fast", whole)
         assert pixels is not None  # only "gpu" leaves any
         return pixels
 
-    def _usable(self, place: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
-        # Of the image at a place, or of one that takes it: its own place, its bytes, its pixels unless left to the GPU.
+    def _usable(self, index: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
+        # Index, bytes and pixels (None: left to the GPU) of an image, or of the one that replaces it.
         try:
-            return self._decoded(place, kind, whole)
+            return self._decoded(index, kind, whole)
         except BadImageError as error:
             if not self._replace:
                 raise
             problem = error
-        for other in others_of_class(self.labels, place):
+        for other in others_of_class(self.labels, index):
             try:
-                found = self._decoded(other, kind, whole)
+                replacement = self._decoded(other, kind, whole)
             except BadImageError:
                 continue
             with self._lock:
                 self._replaced.append(str(problem))
-            return found
-        raise DataError(f"{problem}; and no other image of its class can be read in its place")
+            return replacement
+        raise DataError(f"{problem}; and no other image of its class can be read instead")
 
-    def _decoded(self, place: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
-        if whole and place in self._held:
-            return place, b"", self._held[place]
-        reference = self.references[place]
+    def _decoded(self, index: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
+        if whole and index in self._held:
+            return index, b"", self._held[index]
+        reference = self.references[index]
         data = self._reader.read(reference)
         try:
             if not whole:
-                return place, data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[kind](data, self._image)
+                return index, data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[kind](data, self._image)
             gpu = kind == "gpu"
             pixels = left_to_gpu(data, self._image, self._most) if gpu else original(data, self._most)
         except ImageError as error:
             raise BadImageError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
         if pixels is not None:
-            self._hold(place, pixels)
-        return place, data, pixels
+            self._hold(index, pixels)
+        return index, data, pixels
 
-    def _hold(self, place: int, pixels: Tensor) -> None:
+    def _hold(self, index: int, pixels: Tensor) -> None:
         with self._lock:
-            if pixels.nbytes <= self._room and place not in self._held:
-                self._held[place] = pixels
+            if pixels.nbytes <= self._room and index not in self._held:
+                self._held[index] = pixels
                 self._room -= pixels.nbytes

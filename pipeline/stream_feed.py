@@ -16,7 +16,7 @@ from pipeline.augment import Draws
 from pipeline.sources import in_parts
 
 PART = 16  # images that a thread reads at a time
-Left = tuple[int, int, bytes]  # of an image left to the GPU: its slot in the batch, its place in the split, its bytes
+Left = tuple[int, int, bytes]  # of an image left to the GPU: its slot in the batch, its index in the split, its bytes
 
 
 class Decoding(Protocol):
@@ -26,7 +26,7 @@ class Decoding(Protocol):
         """An empty batch, with `views` images for each row if given."""
         ...
 
-    def decode(self, places: Sequence[int], out: Tensor, *draws: Draws) -> list[Left]:
+    def decode(self, indices: Sequence[int], out: Tensor, *draws: Draws) -> list[Left]:
         """Read some images into `out`, their views where draws are given; those left to the GPU."""
         ...
 
@@ -46,9 +46,9 @@ class PrefetchIterator(Iterator[Tensor]):
     """
 
     def __init__(
-        self, stream: Decoding, places: Tensor, workers: int, prefetch: int, draws: Iterator[Draws] | None = None
+        self, stream: Decoding, indices: Tensor, workers: int, prefetch: int, draws: Iterator[Draws] | None = None
     ) -> None:
-        self._stream, self._places, self._draws = stream, iter(places), draws
+        self._stream, self._indices, self._draws = stream, iter(indices), draws
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
         self._ahead: deque[tuple[Tensor, list[tuple[int, Future[list[Left]]]], list[Draws]]] = deque()
         for _ in range(prefetch + 1):
@@ -65,13 +65,13 @@ class PrefetchIterator(Iterator[Tensor]):
         return self._stream.decode_on_gpu(pixels, left, *draws) if left else pixels
 
     def _read_on(self) -> None:
-        places = next(self._places, None)
-        if places is None:
+        indices = next(self._indices, None)
+        if indices is None:
             return
         draws = [] if self._draws is None else [next(self._draws)]
-        pixels = self._stream.empty(len(places), *(drawn.views for drawn in draws))
+        pixels = self._stream.empty(len(indices), *(drawn.views for drawn in draws))
         parts, start = [], 0
-        for part in in_parts(places.tolist(), PART):
+        for part in in_parts(indices.tolist(), PART):
             stop = start + len(part)
             own = (drawn.rows(start, stop) for drawn in draws)
             work = partial(self._stream.decode, part, pixels[start:stop], *own)

@@ -57,15 +57,15 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
     """A value of each class against its training images, a point a class; hover names it. change: the value is a difference."""
     traces: list[dict[str, Any]] = []
     for group in GROUPS:
-        mine = [row for row in classes if row["group"] == group and row[key] is not None]
-        if not mine:
+        shown = [row for row in classes if row["group"] == group and row[key] is not None]
+        if not shown:
             continue
         traces.append(
             {
-                "type": "scatter", "mode": "markers", "name": f"{group} ({len(mine):,})",
+                "type": "scatter", "mode": "markers", "name": f"{group} ({len(shown):,})",
                 # A class that smoothing alone keeps has no image, and a logarithmic axis no zero.
-                "x": [max(row["train_count"], 0.5) for row in mine], "y": [round(100 * row[key], 3) for row in mine],
-                "text": [text(row["class"]) for row in mine],
+                "x": [max(row["train_count"], 0.5) for row in shown], "y": [round(100 * row[key], 3) for row in shown],
+                "text": [text(row["class"]) for row in shown],
                 "marker": {
                     "color": f"var(--{group})", "symbol": SYMBOLS[group], "size": 9 if len(classes) <= 300 else 5,
                     "opacity": 0.9 if len(classes) <= 300 else 0.55, "line": {"color": "var(--card)", "width": 0.5},
@@ -88,18 +88,18 @@ def group_bars(rows: Sequence[dict[str, Any]]) -> Figure:
     """Accuracy of each group by network, with intervals; rows: network, group, accuracy, low, high."""
     traces = []
     for network in NETWORKS:
-        mine = [row for row in rows if row["network"] == network and row["accuracy"] is not None]
-        if mine:
+        shown = [row for row in rows if row["network"] == network and row["accuracy"] is not None]
+        if shown:
             traces.append(
                 {
-                    "type": "bar", "name": network, "x": [row["group"] for row in mine],
-                    "y": [row["accuracy"] for row in mine], "marker": {"color": f"var(--{network})"},
+                    "type": "bar", "name": network, "x": [row["group"] for row in shown],
+                    "y": [row["accuracy"] for row in shown], "marker": {"color": f"var(--{network})"},
                     "error_y": {
                         "type": "data", "symmetric": False, "color": "var(--ink)", "thickness": 1.2, "width": 3,
-                        "array": [row["high"] - row["accuracy"] for row in mine],
-                        "arrayminus": [row["accuracy"] - row["low"] for row in mine],
+                        "array": [row["high"] - row["accuracy"] for row in shown],
+                        "arrayminus": [row["accuracy"] - row["low"] for row in shown],
                     },
-                    "customdata": [[row["low"], row["high"]] for row in mine],
+                    "customdata": [[row["low"], row["high"]] for row in shown],
                     "hovertemplate": "%{x}: <b>%{y:.1%}</b> (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
                     f"<extra>{network}</extra>",
                 }
@@ -157,16 +157,16 @@ def _reliability(name: str, side: Calibrated, colour: str, symbol: str) -> dict[
             "color": colour, "symbol": symbol,
             "size": [round(5 + 17 * math.sqrt(found.answers / total), 1) for found in side.bins],
         },
-        "hovertemplate": "said %{x:.1%}, right <b>%{y:.1%}</b><br>%{customdata:,} answers<extra>" + name + "</extra>",
+        "hovertemplate": "stated %{x:.1%}, right <b>%{y:.1%}</b><br>%{customdata:,} answers<extra>" + name + "</extra>",
     }  # fmt: skip
 
 
 def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
     """Differences with intervals, a line a measure; rows: measure, difference, low, high."""
-    mine = [row for row in rows if row["difference"] is not None][::-1]
-    difference, low, high = ([100 * row[key] for row in mine] for key in ("difference", "low", "high"))
+    shown = [row for row in rows if row["difference"] is not None][::-1]
+    difference, low, high = ([100 * row[key] for row in shown] for key in ("difference", "low", "high"))
     trace = {
-        "type": "scatter", "mode": "markers", "x": difference, "y": [row["measure"] for row in mine],
+        "type": "scatter", "mode": "markers", "x": difference, "y": [row["measure"] for row in shown],
         "marker": {"color": "var(--student)", "size": 10},
         "error_x": {
             "type": "data", "symmetric": False, "color": "var(--student)", "thickness": 2, "width": 5,
@@ -178,4 +178,4 @@ def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
     }  # fmt: skip
     zero = straight_line("x", 0)
     x = axis(f"percentage points gained by {text(after, 40)}", tickformat=POINTS)
-    return {"data": [trace], "layout": layout(x, axis("", type="category"), 90 + 42 * len(mine), shapes=[zero])}
+    return {"data": [trace], "layout": layout(x, axis("", type="category"), 90 + 42 * len(shown), shapes=[zero])}
