@@ -9,7 +9,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from models.sample_size import ADVICE, GROUPS, SampleSize, sample_size
+from models.prior import GROUPS
+from models.sample_size import ADVICE, SampleSize, sample_size
 from pipeline.intervals import bootstrap
 from pipeline.metrics import confidence_bins, expected_calibration_error
 from pipeline.params import GateParams, GateRule

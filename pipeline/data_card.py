@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.sample_size import GROUPS
+from models.prior import GROUPS
 from pipeline.model_card import render_card
 from pipeline.params import DataParams, ImageParams
 from pipeline.prior import Prior
