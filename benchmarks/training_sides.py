@@ -15,8 +15,8 @@ from pipeline.augment import random_views
 from pipeline.capture import CapturedStep
 from pipeline.dataset import Normalisation
 from pipeline.host_memory import keep_freed_memory
-from pipeline.step import Step, StepInputs
-from pipeline.training import Training, precision_of
+from pipeline.step import Step, StepInputs, precision_of
+from pipeline.training import Training
 
 CLOSE = 1e-9  # in float64
 

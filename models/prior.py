@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE | re.ASCII)
 # Finite, as -inf times a strength of 0 is NaN; below every logit whatever tau_s, and half of what float32 holds.
 RULED_OUT = float(np.finfo(np.float32).min) / 2
+GROUPS = ("many", "medium", "few")  # by training samples, see shot_group
 MANY_ABOVE = 100
 FEW_BELOW = 20
 

@@ -1,6 +1,6 @@
 """Whether test images are enough to judge by: one rule for every figure that is a mean over classes.
 
-Imports numpy alone, as the commands of the serving room use it too.
+Imports no torch, as the commands of the serving room use it too.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from models.prior import GROUPS
+
 # An accuracy of n test images has a 95 % interval of at most 1.96 * sqrt(0.25 / n) either side: 100 images are the fewest
 # with which it is within 10 percentage points.
 ENOUGH = 100
-GROUPS = ("many", "medium", "few")
 ADVICE = "add images, hold out more of them (data.test_share), or bring a test folder"
 
 

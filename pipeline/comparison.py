@@ -9,7 +9,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from models.sample_size import ADVICE, GROUPS, SampleSize, sample_size
+from models.prior import GROUPS
+from models.sample_size import ADVICE, SampleSize, sample_size
 from pipeline.intervals import bootstrap
 from pipeline.metrics import confidence_bins, expected_calibration_error
 from pipeline.params import GateParams, GateRule
@@ -18,7 +19,7 @@ from pipeline.prior import Prior
 
 @dataclass(frozen=True)
 class Answers:
-    """What a contender says of the test set, in the order of the sample ids."""
+    """The answers of a contender for the test set, in the order of the sample ids."""
 
     sample_ids: list[str]
     labels: np.ndarray
@@ -129,7 +130,7 @@ def _accuracy(
 ) -> Measure:
     rule = getattr(params, name)
     if not len(weights):
-        # A group without test samples: nothing can be said of it, and a rule on it has nothing to refuse.
+        # A group without test samples has no figures, and a rule on it has nothing to refuse.
         return Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
     change = (challenger.astype(np.float64) - champion) * weights * len(weights)
     low, high = paired_interval(lambda index: change[index].mean(axis=-1), len(change), params)
@@ -238,5 +239,5 @@ def _judge(rule: GateRule, difference: float, low: float, high: float, p: float 
         return difference >= -rule.margin - 1e-12  # a sum of weights is exact to rounding
     if rule.rule == "proven":
         return low >= -rule.margin - 1e-12
-    # beyond_noise: both must say so, as the bootstrap is too sure of itself where few samples differ.
+    # beyond_noise: both tests must agree, as the bootstrap's interval is too narrow where few samples differ.
     return not (high < -rule.margin and (p is None or p <= alpha))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jinja2
-import yaml
-
-from models.sample_size import GROUPS
-from pipeline.model_card import as_cell
+from models.prior import GROUPS
+from pipeline.model_card import render_card
 from pipeline.params import DataParams, ImageParams
 from pipeline.prior import Prior
 
@@ -53,8 +50,8 @@ The first {{ shown }} of {{ prior.classes | length }} classes; `per_class.csv` h
 
 ## Limits
 
-The classes are as unequal in training as the table says: what is said of a class with few images is said of few images.
-Tailor knows neither who made the images nor under which licence; whoever passes this card on adds both.
+The classes are as unequal in training as the table shows: a figure of a class with few images rests on few images.
+Tailor does not know who made the images or under which licence; add both before you publish this card.
 """
 
 
@@ -76,12 +73,7 @@ def data_card(data: DataParams, facts: list[tuple[str, str]], prior: Prior, size
         "size_categories": [next((name for end, name in BRACKETS.items() if total < end), "100M<n<1B")],
         "tags": ["long-tailed", "image"],
     }
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["cell"] = as_cell
-    return environment.from_string(CARD).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
-        facts=facts, prior=prior, sizes=sizes, shown=SHOWN,
-    )  # fmt: skip
+    return render_card(CARD, metadata, facts=facts, prior=prior, sizes=sizes, shown=SHOWN)
 
 
 def data_facts(data: DataParams, image: ImageParams, prior: Prior, sizes: SplitSizes) -> list[tuple[str, str]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import class_names_problem, shot_group
-from models.sample_size import GROUPS, SampleSize, sample_sizes
+from models.prior import GROUPS, class_names_problem, shot_group
+from models.sample_size import SampleSize, sample_sizes
 from pipeline.artifacts import sha256_of_json
 from pipeline.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, looks_of
 from pipeline.errors import StageError

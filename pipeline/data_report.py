@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from models.prior import shot_group
-from models.sample_size import ADVICE, GROUPS, warnings_of
+from models.prior import GROUPS, shot_group
+from models.sample_size import ADVICE, warnings_of
 from models.sample_size import as_json as sizes_as_json
 from pipeline.artifacts import as_csv, whole_folder, write_file, write_json
 from pipeline.data_check import Report

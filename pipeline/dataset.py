@@ -1,4 +1,4 @@
-"""Images of a split: what training and evaluation read, as one uint8 tensor in memory or, where that is too large, a stream."""
+"""The images of a split for training and evaluation: one uint8 tensor in memory or, if that is too large, a stream."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ class Images:
         return self.source.read(self.references[index])
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """The places of an epoch in random order, int64 [N], from a CPU generator."""
+        """The indices of an epoch in random order, int64 [N], from a CPU generator."""
         return torch.randperm(len(self), generator=generator)
 
     def pixels(self, chosen: Tensor) -> Tensor:
-        """uint8 [B,3,H,W] of the images at places `chosen` int64 [B]."""
+        """uint8 [B,3,H,W] of the images at indices `chosen` int64 [B]."""
         return self.images[chosen]
 
     def batches(self, chosen: Tensor, size: int) -> Iterator[Tensor]:
-        """`pixels` of the places `chosen` in order, `size` at a time."""
+        """`pixels` of the indices `chosen` in order, `size` at a time."""
         return map(self.pixels, chosen.split(size))
 
     def feed(
         self,
-        places: Tensor,  # noqa: ARG002
+        indices: Tensor,  # noqa: ARG002
         draws: Iterable[Draws] | None = None,  # noqa: ARG002
     ) -> AbstractContextManager[Iterator[None]]:
-        """Nothing for each batch of places int64 [steps,B]: the step has the images."""
+        """Nothing for each batch of indices int64 [steps,B]: the step has the images."""
         return nullcontext(itertools.repeat(None))
 
     def epoch_record(self, seconds: float) -> dict[str, float]:  # noqa: ARG002
@@ -133,14 +133,14 @@ def should_stream(stream: StreamParams, size: int, rows: int, device: torch.devi
     if stream.mode != "auto":
         return stream.mode == "on", None
     needed = rows * 3 * size**2
-    places = {"in memory": free_bytes()}
+    free_in = {"in memory": free_bytes()}
     if device.type == "cuda":
-        places[f"on {device}"] = torch.cuda.mem_get_info(device)[0]
-    for place, free in places.items():
+        free_in[f"on {device}"] = torch.cuda.mem_get_info(device)[0]
+    for where, free in free_in.items():
         if needed > SHARE * free:
             return True, (
                 f"reads images as it needs them: decoded they take {needed / 1e9:.1f} GB, above half of the "
-                f"{free / 1e9:.1f} GB free {place} (stream.mode: auto)"
+                f"{free / 1e9:.1f} GB free {where} (stream.mode: auto)"
             )
     return False, None
 

@@ -38,8 +38,8 @@ from pipeline.half_graph import to_half
 from pipeline.lineage import code_revision, data_sha256
 from pipeline.model_card import model_card, model_facts
 from pipeline.onnx_graph import ServedStudent, to_onnx
-from pipeline.params import Params
-from pipeline.parity import Parity, check_half, check_parity
+from pipeline.params import Params, ServingParams
+from pipeline.parity import Parity, TrainedNetwork, check_half, check_parity
 from pipeline.prior import Prior, load_prior
 from pipeline.stage import stage_main
 from pipeline.tracking import record_after_stage
@@ -85,27 +85,36 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     prior = load_prior()
     model, config = load_model(STUDENT, "student")
     check_image(config, params.image, STUDENT)
-    image = params.image
+    image, export, serving = params.image, params.export, params.serving
     held_out = evaluation_images(params, "validation")
     examples = held_out if len(held_out) else evaluation_images(params, "train")
     shift = prior.balanced_shift(config.adjustment).tolist()
     served = ServedStudent(model, image.mean, image.std, prior.log_prior, shift).eval()
+    trained = TrainedNetwork(model, image, prior.log_prior, shift)
     with whole_folder(output) as folder:
         path, half = folder / ONNX_NAME, None
-        if params.export.precision == "float16":
-            graph = to_half(served, image.size, params.export.opset)
+        if export.precision == "float16":
+            graph = to_half(served, image.size, export.opset)
             write_file(path, graph.served)
             session = open_session(path)
-            half = check_half(graph, (session, open_session(graph.rounding)), model, examples, prior, params)
+            sessions = session, open_session(graph.rounding)
+            half = check_half(graph, sessions, trained, examples, export, params.seed)
             difference = half.logit
         else:
-            write_file(path, to_onnx(served, image.size, params.export.opset))
+            write_file(path, to_onnx(served, image.size, export.opset))
             session = open_session(path)
-            difference = check_parity(session, model, examples, prior, params)
-        golden = golden_answers(session, examples, params, top_k(params, prior), golden_tolerance(half))
+            difference = check_parity(session, trained, examples, export, params.seed)
+        order = np.random.default_rng(params.data.seed).permutation(len(examples)).tolist()
+        usable = (index for index in order if _is_served(examples.encoded(index), image.resize_to, serving))
+        chosen = list(islice(usable, export.golden))
+        if not chosen:
+            raise StageError(
+                f"serving.image_pixels is {serving.image_pixels}, and every validation image has more; give a larger one"
+            )
+        golden = golden_answers(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
-        facts = model_facts(params.teacher, params.student, image.size, params.serving.strength, prior)
+        facts = model_facts(params.teacher, params.student, image.size, serving.strength, prior)
         card = model_card(params.data, params.student.backbone, params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
         manifest = build_manifest(folder, params, prior, model, metrics, half)
@@ -137,52 +146,44 @@ def golden_tolerance(half: Parity | None) -> float:
     return min(GOLDEN_TOLERANCE + half.logit, LARGEST_TOLERANCE) if half else GOLDEN_TOLERANCE
 
 
-def top_k(params: Params, prior: Prior) -> int:
+def top_k(serving: ServingParams, prior: Prior) -> int:
     """Answers per image: serving.top_k, or all classes where there are fewer."""
-    return min(params.serving.top_k, len(prior.classes))
+    return min(serving.top_k, len(prior.classes))
 
 
 def golden_answers(
-    session: onnxruntime.InferenceSession, examples: AnyImages, params: Params, best: int, tolerance: float
+    session: onnxruntime.InferenceSession, examples: AnyImages, chosen: list[int], best: int, tolerance: float
 ) -> list[Golden]:
-    """Requests whose answers are known: validation images at strength 0 and 1 in turn, answered by ONNX Runtime."""
-    generator = np.random.default_rng(params.data.seed)
-    order = map(int, generator.permutation(len(examples)))
-    served = (example for example in order if _is_served(examples.encoded(example), params))
+    """Requests with known answers: the chosen images at strength 0 and 1 in turn, answered by ONNX Runtime."""
     golden = []
-    for number, example in enumerate(islice(served, params.export.golden)):
+    for number, example in enumerate(chosen):
         strength = float(number % 2)
         pixels = examples.pixels(torch.tensor([example])).numpy()
         logits = session.run(["logits"], {"image": pixels, "strength": np.array([[strength]], dtype=np.float32)})[0][0]
         probability = softmax(logits)
         index = np.argsort(-probability, kind="stable")[:best]
-        image = base64.b64encode(examples.encoded(example)).decode()
         golden.append(
             Golden(
-                image=image,
+                image=base64.b64encode(examples.encoded(example)).decode(),
                 strength=strength,
                 index=index.tolist(),
                 probability=probability[index].tolist(),
                 tolerance=tolerance,
             )
         )
-    if not golden:
-        raise StageError(
-            f"serving.image_pixels is {params.serving.image_pixels}, and every validation image has more; give a larger one"
-        )
     return golden
 
 
-def _is_served(data: bytes, params: Params) -> bool:
+def _is_served(data: bytes, resize_to: int, serving: ServingParams) -> bool:
     """Whether the classifier decodes an image: serving.image_pixels bounds it, above what training reads."""
-    most = min(params.serving.image_pixels, params.serving.request_pixels)
+    most = min(serving.image_pixels, serving.request_pixels)
 
     def allow(pixels: int) -> None:
         if pixels > most:
             raise ImageError("pixels", "is above the limit")
 
     try:
-        decode(data, params.image.resize_to, allow=allow)
+        decode(data, resize_to, allow=allow)
     except ImageError:
         return False
     return True
@@ -201,7 +202,7 @@ def build_manifest(
         feature_dim=model.feature_dim,
         tau_s=model.tau_s,
         strength=params.serving.strength,
-        top_k=top_k(params, prior),
+        top_k=top_k(params.serving, prior),
         max_batch_size=params.export.max_batch_size,
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
         params_sha256=sha256_of_json(params.model_dump(mode="json")),

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from models.preprocess import ImageError, decode
-from models.prior import shot_group
-from models.sample_size import GROUPS, SampleSize, sample_sizes
+from models.prior import GROUPS, shot_group
+from models.sample_size import SampleSize, sample_sizes
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import Params, parse_params
 from pipeline.profiles import test_size, validation_size

@@ -1,4 +1,4 @@
-"""Memory of the host: what a training step frees kept for the next one, and how much there is for the images."""
+"""Memory of the host: keep what a training step frees for the next one, how much is free, the peak of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import contextlib
 import ctypes
 import os
 import re
+import resource
 from pathlib import Path
+
+import torch
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -30,11 +33,18 @@ def keep_freed_memory() -> bool:
 def free_bytes() -> int:
     """Memory that this process may still take, of the machine's and of its control group's (a container's limit), shared
     evenly with the other processes that torchrun started on the machine."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError):
         available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        found += [int(available[1]) * 1024] if available else []
+        limits += [int(available[1]) * 1024] if available else []
     with contextlib.suppress(OSError, ValueError):  # `max` where there is no limit
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(max(limit - used, 0))
-    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        limits.append(max(limit - used, 0))
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory in MiB: of the device's allocator on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

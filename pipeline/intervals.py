@@ -47,7 +47,7 @@ def weighted_accuracy(
 
     right, tested: int [C], samples of each class that were right, and that there are. weights: [C]; equal ones give the
     mean of class accuracies, a prior gives the accuracy at that target prior. Test sets have a fixed number of samples a
-    class, so samples are drawn anew within each class, and a class's right ones among them are then a binomial number.
+    class, so samples are drawn again within each class, and the number of a class's right ones among them is binomial.
     A class of few samples is often all right or all wrong, and would then never be drawn otherwise: each is drawn as if it
     had one sample more, right to the share of the mean, and what is drawn beyond its expectation is added to the figure.
     Classes without samples are left out. Where every sample is right, or none, no draw differs: the interval is then

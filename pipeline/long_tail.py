@@ -11,8 +11,7 @@ import numpy as np
 from rich.bar import Bar
 from rich.table import Table
 
-from models.prior import FEW_BELOW, MANY_ABOVE, shot_group
-from models.sample_size import GROUPS
+from models.prior import FEW_BELOW, GROUPS, MANY_ABOVE, shot_group
 from pipeline.artifacts import write_file
 from serving.terminal import cell
 

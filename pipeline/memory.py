@@ -29,10 +29,9 @@ from pipeline.live_memory import LiveMemory
 from pipeline.params import Params
 from pipeline.prior import Prior, load_prior
 from pipeline.published import PUBLISHED
-from pipeline.step import Step
+from pipeline.step import Step, precision_of
 from pipeline.stream_decoding import enough_pixels
 from pipeline.student import student_objective, weights_of
-from pipeline.training import precision_of
 from pipeline.training_run import check_recipe, model_config
 
 GIB = 2**30

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from models.prior import adjust_logits, softmax
-from models.sample_size import GROUPS, as_json, sample_sizes
+from models.prior import GROUPS, adjust_logits, softmax
+from models.sample_size import as_json, sample_sizes
 
 AT_ONCE = 4_000_000  # probabilities compared at a time
 

@@ -63,13 +63,19 @@ def model_card(
     data: DataParams, backbone: str, seed: int, facts: list[tuple[str, str]], prior: Prior, metrics: dict[str, Any]
 ) -> str:
     """The card's text. facts: of `model_facts`; metrics: target prior → metric, of the student on the test split."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"percent": lambda value: "n/a" if value is None else f"{value:.1%}", "cell": as_cell}
-    return environment.from_string(CARD).render(
-        metadata=yaml.safe_dump(_metadata(data, backbone, metrics), sort_keys=False, allow_unicode=True),
+    return render_card(
+        CARD, _metadata(data, backbone, metrics),
         facts=facts, data=data, seed=seed, prior=prior, metrics=metrics,
         few=warnings_of(from_json(metrics["balanced"].get("test_images", {}))),
     )  # fmt: skip
+
+
+def render_card(template: str, metadata: dict[str, Any], **context: Any) -> str:
+    """A card in the format of the Hugging Face Hub: a YAML block, then Markdown."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"percent": lambda value: "n/a" if value is None else f"{value:.1%}", "cell": as_cell}
+    block = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return environment.from_string(template).render(metadata=block, **context)
 
 
 def model_facts(

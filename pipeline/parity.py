@@ -1,4 +1,4 @@
-"""Whether an exported graph answers as the network does in PyTorch: bounds for float32, and others for float16."""
+"""Parity of an exported graph with the network in PyTorch: bounds for float32, and others for float16."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from models.prior import adjust_logits
 from pipeline.dataset import AnyImages, normalise
 from pipeline.errors import StageError
 from pipeline.half_graph import REMEDY, HalfGraph
-from pipeline.params import Params
-from pipeline.prior import Prior
+from pipeline.params import ExportParams, ImageParams
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -54,8 +53,26 @@ class Reference:
         return float(np.abs(logits - self.logits).max()), float(np.abs(feature - self.feature).max())
 
 
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """The network in PyTorch that a graph is compared with. shift [C]: makes its logits answer for the balanced prior."""
+
+    model: ImageClassifier
+    image: ImageParams
+    log_prior: list[float]
+    shift: list[float]
+
+    def answer(self, pixels: np.ndarray, strength: np.ndarray) -> Reference:
+        """Its answers for images uint8 [B,3,H,W] at strength [B,1]."""
+        with torch.inference_mode():
+            features, logits = self.model(normalise(torch.from_numpy(pixels), self.image))
+            balanced = logits + torch.tensor(self.shift, dtype=torch.float64).to(logits.dtype)
+            adjusted = adjust_logits(balanced, torch.tensor(self.log_prior), torch.from_numpy(strength)).numpy()
+            return Reference(pixels, strength, adjusted, torch.nn.functional.normalize(features, dim=1).numpy())
+
+
 def check_parity(
-    session: onnxruntime.InferenceSession, model: ImageClassifier, examples: AnyImages, prior: Prior, params: Params
+    session: onnxruntime.InferenceSession, network: TrainedNetwork, examples: AnyImages, export: ExportParams, seed: int
 ) -> float:
     """Largest absolute logit difference between the graph in ONNX Runtime and the training path in PyTorch.
 
@@ -63,12 +80,12 @@ def check_parity(
     logit or a feature differs by more than export.tolerance, or is not finite.
     """
     largest = 0.0
-    for reference in mixed_batches(model, examples, prior, params):
+    for reference in mixed_batches(network, examples, seed, export.max_batch_size):
         gaps = reference.gaps(*reference.run(session))
-        if not max(gaps) <= params.export.tolerance:
+        if not max(gaps) <= export.tolerance:
             raise StageError(
                 f"at batch size {len(reference.pixels)} ONNX Runtime differs from PyTorch by {gaps[0]:.2e} (logits) and "
-                f"{gaps[1]:.2e} (feature), above export.tolerance = {params.export.tolerance:g}; nothing was exported"
+                f"{gaps[1]:.2e} (feature), above export.tolerance = {export.tolerance:g}; nothing was exported"
             )
         largest = max(largest, gaps[0])
     return largest
@@ -77,10 +94,10 @@ def check_parity(
 def check_half(
     half: HalfGraph,
     sessions: tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession],
-    model: ImageClassifier,
+    network: TrainedNetwork,
     examples: AnyImages,
-    prior: Prior,
-    params: Params,
+    export: ExportParams,
+    seed: int,
 ) -> Parity:
     """How far the float16 graph is from PyTorch in float32. sessions: of half.served and half.rounding.
 
@@ -88,19 +105,19 @@ def check_half(
     value is beyond float16's range, when a cosine (a logit times tau_s) or a feature differs by more than
     export.half.tolerance, or when fewer images than export.half.agreement keep their best class.
     """
-    bounds, largest, same, images = params.export.half, 0.0, 0, 0
+    bounds, largest, same, images = export.half, 0.0, 0, 0
     served, rounding = sessions
-    mixed = ((batch, False) for batch in mixed_batches(model, examples, prior, params))
-    real = ((batch, True) for batch in real_batches(model, examples, prior, params))
+    mixed = ((batch, False) for batch in mixed_batches(network, examples, seed, export.max_batch_size))
+    real = ((batch, True) for batch in real_batches(network, examples, seed, export.max_batch_size))
     for reference, counted in itertools.chain(mixed, real):
         *rounded, magnitude = reference.run(rounding, "magnitude")
         half.check_magnitude(magnitude)
         kept = np.ones(len(reference.pixels), dtype=bool)
         for answer in (reference.run(served), rounded):
             logit, feature = reference.gaps(*answer)
-            if not max(logit * model.tau_s, feature) <= bounds.tolerance:
+            if not max(logit * network.model.tau_s, feature) <= bounds.tolerance:
                 raise StageError(
-                    f"at batch size {len(reference.pixels)} float16 differs from PyTorch by {logit * model.tau_s:.2e} "
+                    f"at batch size {len(reference.pixels)} float16 differs from PyTorch by {logit * network.model.tau_s:.2e} "
                     f"(cosine) and {feature:.2e} (feature), above export.half.tolerance = {bounds.tolerance:g}; "
                     f"{REMEDY}; nothing was exported"
                 )
@@ -116,31 +133,21 @@ def check_half(
     return Parity(largest, same / images, images)
 
 
-def mixed_batches(model: ImageClassifier, examples: AnyImages, prior: Prior, params: Params) -> Iterator[Reference]:
-    """Batch sizes 1, 2, 7 and the maximum, half real images and half noise, a strength per row."""
-    generator, size = np.random.default_rng(params.seed), params.image.size
-    for batch in (1, 2, 7, params.export.max_batch_size):
+def mixed_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most: int) -> Iterator[Reference]:
+    """Batch sizes 1, 2, 7 and `most`, half real images and half noise, a strength per row."""
+    generator, size = np.random.default_rng(seed), network.image.size
+    for batch in (1, 2, 7, most):
         pixels = generator.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
         chosen = generator.integers(0, len(examples), (batch + 1) // 2)
         real = examples.pixels(torch.from_numpy(chosen)).numpy()
         pixels[: len(real)] = real
         strength = generator.choice([0.0, 1.0, -0.5, 2.5], (batch, 1)).astype(np.float32)
-        yield _reference(model, pixels, strength, prior, params)
+        yield network.answer(pixels, strength)
 
 
-def real_batches(model: ImageClassifier, examples: AnyImages, prior: Prior, params: Params) -> Iterator[Reference]:
-    """Up to 256 real images, each once, without adjustment."""
-    chosen = np.random.default_rng(params.seed).permutation(len(examples))[:COMPARED]
-    for start in range(0, len(chosen), params.export.max_batch_size):
-        pixels = examples.pixels(torch.from_numpy(chosen[start : start + params.export.max_batch_size])).numpy()
-        yield _reference(model, pixels, np.zeros((len(pixels), 1), dtype=np.float32), prior, params)
-
-
-def _reference(
-    model: ImageClassifier, pixels: np.ndarray, strength: np.ndarray, prior: Prior, params: Params
-) -> Reference:
-    with torch.inference_mode():
-        features, logits = model(normalise(torch.from_numpy(pixels), params.image))
-        balanced = logits + torch.from_numpy(prior.balanced_shift(params.student.adjustment)).to(logits.dtype)
-        adjusted = adjust_logits(balanced, torch.tensor(prior.log_prior), torch.from_numpy(strength)).numpy()
-        return Reference(pixels, strength, adjusted, torch.nn.functional.normalize(features, dim=1).numpy())
+def real_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most: int) -> Iterator[Reference]:
+    """Up to 256 real images, each once, at most `most` at a time, without adjustment."""
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:COMPARED]
+    for start in range(0, len(chosen), most):
+        pixels = examples.pixels(torch.from_numpy(chosen[start : start + most])).numpy()
+        yield network.answer(pixels, np.zeros((len(pixels), 1), dtype=np.float32))

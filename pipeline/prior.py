@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import balanced_shift, class_prior, effective_number, log_class_prior, shot_group
-from models.sample_size import GROUPS
+from models.prior import GROUPS, balanced_shift, class_prior, effective_number, log_class_prior, shot_group
 from pipeline.artifacts import PRIOR, SPLIT, write_json
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.params import Params

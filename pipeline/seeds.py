@@ -68,8 +68,8 @@ class Result:
 def run(params: Params, output: Path = SEEDS) -> Result:
     """Train and evaluate every further seed, then write all seeds' metrics (seeds.csv), mean and spread (summary.json).
 
-    The run of params.seed is the one that is shipped and already there. Of an interrupted stage the finished seeds are
-    kept and the others go on. engine.side_by_side processes share the device. Raises ParamsError for a repeated seed.
+    The run of params.seed is the one that is shipped and already exists. After an interruption the finished seeds are
+    kept and the others resume. engine.side_by_side processes share the device. Raises ParamsError for a repeated seed.
     """
     further = params.seeds
     if len({params.seed, *further}) != 1 + len(further):
@@ -111,11 +111,11 @@ def side_by_side(params: Params) -> int:
 
 def train_seed(params: Params, seed: int, work: Path) -> Metrics:
     """Metrics of teacher, student and the student's best epoch of one seed; kept in work/<seed>/ until the stage ends."""
-    mine = params.model_copy(update={"seed": seed})
+    recipe = params.model_copy(update={"seed": seed})
     folder = work / str(seed)
     fingerprint = sha256_of_json(
         {
-            "params": mine.model_dump(mode="json", include=DEPENDS),
+            "params": recipe.model_dump(mode="json", include=DEPENDS),
             "data": [sha256_of(SPLIT / f"{name}.parquet") for name in ("train", "validation", "test")],
             "prior": sha256_of(PRIOR),
         }
@@ -126,9 +126,9 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
         if kept["fingerprint"] == fingerprint:
             return kept["metrics"]
     print(f"seed {seed}", flush=True)
-    teacher.run(mine, folder / "teacher")
-    student.run(mine, folder / "student", folder / "teacher")
-    metrics = _evaluate(mine, folder)
+    teacher.run(recipe, folder / "teacher")
+    student.run(recipe, folder / "student", folder / "teacher")
+    metrics = _evaluate(recipe, folder)
     write_json(done, {"fingerprint": fingerprint, "metrics": metrics})
     return metrics
 

@@ -1,10 +1,10 @@
-"""The split tables, as the stages after `split` read them."""
+"""Read the split tables that stage `split` wrote."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,19 @@ from pipeline.artifacts import SPLIT
 from pipeline.errors import ParamsError, StageError
 
 Filter = list[tuple[str, str, Any]]
+
+
+class ArrowStrings(Sequence[str]):
+    """A column of text as a sequence, without a Python object for each string."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: int) -> str:
+        return self._column[index].as_py()
 
 
 def read_split(split: str, columns: list[str], folder: Path = SPLIT, only: Filter | None = None) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from models.weight_average import WeightAverage
 from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_views
 from pipeline.dataset import AnyImages, Normalisation
 from pipeline.optimiser import Optimiser
-from pipeline.params import ImageParams, TrainingParams
+from pipeline.params import EngineParams, ImageParams, TrainingParams
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ class Step:
 
     def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
         """This rank's views uint8 [views,b,3,H,W] of inputs on the device, and what the classifier view was mixed with."""
-        mine = own_rows(inputs)
-        pixels = self._images[mine.chosen] if mine.pixels is None else mine.pixels
-        views = apply_views(pixels, mine.draws, self._augment)
-        if mine.mix is None:
+        own = own_rows(inputs)
+        pixels = self._images[own.chosen] if own.pixels is None else own.pixels
+        views = apply_views(pixels, own.draws, self._augment)
+        if own.mix is None:
             return views, None
         # A partner may be another rank's image.
-        views[0] = apply_mix(views[0], mine.mix, gather_batch(views[0]))
-        return views, Mixed(self._labels[inputs.chosen[mine.mix.partner]], mine.mix.share)
+        views[0] = apply_mix(views[0], own.mix, gather_batch(views[0]))
+        return views, Mixed(self._labels[inputs.chosen[own.mix.partner]], own.mix.share)
 
     def __call__(self, inputs: StepInputs) -> dict[str, Tensor]:
         """Take the step; inputs on the device. The objective's parts and `gradient_norm`, detached scalars on the device."""
@@ -131,10 +132,10 @@ class Step:
             whole = self.objective.whole_batch(seen, target, chosen)
         found = []
         for start, stop in runs:
-            mine = None if mixed is None else mixed.rows(start, stop)
+            part = None if mixed is None else mixed.rows(start, stop)
             with self._autocast():
                 parts = self.objective(
-                    self._normalise(views[:, start:stop]), target[start:stop], chosen[start:stop], mine, whole
+                    self._normalise(views[:, start:stop]), target[start:stop], chosen[start:stop], part, whole
                 )
             (parts["loss"] / self._parts).backward()
             found.append({name: part.detach() for name, part in parts.items()})
@@ -157,13 +158,13 @@ class Step:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> list[str]:
-        """Put the tensors of a `state` back, in place; the names that do not fit, nothing being changed if there are any."""
-        mine = self.state()
-        wrong = [name for name, tensor in mine.items() if name not in state or state[name].shape != tensor.shape]
-        wrong += [name for name in state if name not in mine]
+        """Load the tensors of a `state` in place; returns the names that do not fit, and changes nothing if there are any."""
+        own = self.state()
+        wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
+        wrong += [name for name in state if name not in own]
         if not wrong:
             with torch.no_grad():
-                for name, tensor in mine.items():
+                for name, tensor in own.items():
                     tensor.copy_(state[name])
         return wrong
 
@@ -193,3 +194,18 @@ def shared_gradients(objective: nn.Module) -> DistributedDataParallel:
 def trained_state(objective: nn.Module) -> dict[str, Tensor]:
     """Everything of an objective that training changes: its state without the frozen teacher's."""
     return {name: value for name, value in objective.state_dict().items() if not name.startswith("teacher.")}
+
+
+def draw_ahead(step: Step, batches: Tensor, generator: torch.Generator) -> Iterator[tuple[StepInputs, Tensor]]:
+    """The inputs of each batch and the generator's state after it. A stream draws ahead of the steps; the run's own
+    generator must not, as a checkpoint stores its state."""
+    ahead = torch.Generator()
+    ahead.set_state(generator.get_state())
+    for chosen in batches:
+        yield step.draw(chosen, ahead), ahead.get_state()
+
+
+def precision_of(engine: EngineParams, device: torch.device) -> torch.dtype:
+    """engine.precision as a dtype: `auto` is bfloat16 on CUDA, where it is fast, and float32 elsewhere."""
+    half = engine.precision == "bfloat16" or (engine.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32

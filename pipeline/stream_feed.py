@@ -1,7 +1,8 @@
-"""The batches of a stream, read ahead in threads: libjpeg-turbo and torch leave Python's lock alone while they work."""
+"""The batches of a stream, prefetched in threads: libjpeg-turbo and torch release the GIL while they work."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,17 +16,17 @@ from pipeline.augment import Draws
 from pipeline.sources import in_parts
 
 PART = 16  # images that a thread reads at a time
-Left = tuple[int, int, bytes]  # of an image left to the GPU: its slot in the batch, its place in the split, its bytes
+Left = tuple[int, int, bytes]  # of an image left to the GPU: its slot in the batch, its index in the split, its bytes
 
 
 class Decoding(Protocol):
-    """What a feed asks of an `ImageStream`."""
+    """The methods of an `ImageStream` that a PrefetchIterator calls."""
 
     def empty(self, count: int, *views: int) -> Tensor:
         """An empty batch, with `views` images for each row if given."""
         ...
 
-    def decode(self, places: Sequence[int], out: Tensor, *draws: Draws) -> list[Left]:
+    def decode(self, indices: Sequence[int], out: Tensor, *draws: Draws) -> list[Left]:
         """Read some images into `out`, their views where draws are given; those left to the GPU."""
         ...
 
@@ -38,16 +39,16 @@ class Decoding(Protocol):
         ...
 
 
-class Feed(Iterator[Tensor]):
+class PrefetchIterator(Iterator[Tensor]):
     """Batches of a stream in order, `prefetch` of them read ahead by threads that end with its block.
 
     draws: of each batch, where its views are cut from the originals; taken as far ahead as images are read.
     """
 
     def __init__(
-        self, stream: Decoding, places: Tensor, workers: int, prefetch: int, draws: Iterator[Draws] | None = None
+        self, stream: Decoding, indices: Tensor, workers: int, prefetch: int, draws: Iterator[Draws] | None = None
     ) -> None:
-        self._stream, self._places, self._draws = stream, iter(places), draws
+        self._stream, self._indices, self._draws = stream, iter(indices), draws
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
         self._ahead: deque[tuple[Tensor, list[tuple[int, Future[list[Left]]]], list[Draws]]] = deque()
         for _ in range(prefetch + 1):
@@ -64,13 +65,13 @@ class Feed(Iterator[Tensor]):
         return self._stream.decode_on_gpu(pixels, left, *draws) if left else pixels
 
     def _read_on(self) -> None:
-        places = next(self._places, None)
-        if places is None:
+        indices = next(self._indices, None)
+        if indices is None:
             return
         draws = [] if self._draws is None else [next(self._draws)]
-        pixels = self._stream.empty(len(places), *(drawn.views for drawn in draws))
+        pixels = self._stream.empty(len(indices), *(drawn.views for drawn in draws))
         parts, start = [], 0
-        for part in in_parts(places.tolist(), PART):
+        for part in in_parts(indices.tolist(), PART):
             stop = start + len(part)
             own = (drawn.rows(start, stop) for drawn in draws)
             work = partial(self._stream.decode, part, pixels[start:stop], *own)
@@ -79,11 +80,16 @@ class Feed(Iterator[Tensor]):
         self._ahead.append((pixels, parts, draws))
 
     def close(self) -> None:
-        """End the threads: what has not begun is dropped, what has is a few images."""
+        """End the threads; work that has not begun is dropped."""
         self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> PrefetchIterator:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def workers_of_a_rank() -> int:
+    """A thread for each core that this process may use, shared with the other processes that torchrun started here."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

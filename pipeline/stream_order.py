@@ -1,4 +1,4 @@
-"""The order in which an epoch goes through a split: random, reproducible, and kind to what is read in groups."""
+"""The order of an epoch over a split: random, reproducible, and by windows where images are read in groups."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.sources import Groups
+
+WELL_MIXED = 0.5  # share of its classes that a window should hold at least
 
 
 def shuffled(count: int, groups: Groups | None, window: int, generator: torch.Generator) -> Tensor:
@@ -42,3 +44,23 @@ def class_share(labels: np.ndarray, windows: np.ndarray) -> float:
     found = len(np.unique(windows * classes + labels)) / count
     sizes = np.bincount(labels, minlength=classes)
     return float(found / (1 - (1 - 1 / count) ** sizes).sum())
+
+
+def order_warning(labels: np.ndarray, groups: Groups, window: int) -> str | None:
+    """A warning where a table is sorted by class, so that its windows hold too few classes; None otherwise."""
+    if groups.sizes.sum() <= window or not len(labels):
+        return None
+    share = class_share(labels, windows_of(groups, window, torch.Generator().manual_seed(0)))
+    if share >= WELL_MIXED:
+        return None
+    return (
+        f"the table lies sorted by class: the {window >> 20} MiB that are shuffled at a time hold {share:.0%} of the "
+        "classes that they should; raise stream.shuffle_mib, or write the shards in random order (data pack --shuffle)"
+    )
+
+
+def others_of_class(labels: Tensor, index: int) -> list[int]:
+    """The other images of an image's class, those behind it first: the same on every rank and after every restart."""
+    members = torch.nonzero(labels == labels[index]).flatten()
+    start = int(torch.searchsorted(members, index))
+    return [*members[start + 1 :].tolist(), *members[:start].tolist()]

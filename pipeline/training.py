@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,13 +23,22 @@ from pipeline.capture import CapturedStep, CaptureError
 from pipeline.dataset import AnyImages
 from pipeline.errors import ParamsError, StageError
 from pipeline.history import History, epoch_line, progress_bar
-from pipeline.host_memory import keep_freed_memory
+from pipeline.host_memory import keep_freed_memory, peak_memory_mib
 from pipeline.inference import NotFiniteError, accuracy, outputs
 from pipeline.optimiser import learning_rate
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.resume import RunFolder, Snapshot
-from pipeline.step import Step, StepInputs, own_places, own_rows
-from pipeline.training_state import Best, Position, check_same_everywhere, snapshot_of, take_snapshot
+from pipeline.step import Step, StepInputs, draw_ahead, own_places, own_rows, precision_of
+from pipeline.training_state import (
+    Best,
+    Position,
+    check_batch,
+    check_same_everywhere,
+    non_finite_tensors,
+    replaced_elsewhere,
+    snapshot_of,
+    take_snapshot,
+)
 from pipeline.watch import Failure, NonFiniteMonitor, dump_failure
 
 
@@ -38,11 +46,11 @@ from pipeline.watch import Failure, NonFiniteMonitor, dump_failure
 class Training:
     """One training run. `name` is the stage, which is also the params section that errors name.
 
-    With a run folder its state is kept there after every epoch, and every engine.checkpoint_seconds within one, and a
-    run that finds such a state goes on from it, to the same bits on the CPU as if it had never stopped.
-    shift: [C], what makes the network's logits answer for the balanced prior in validation; None: nothing.
-    After `run`: `model` is the network of the last epoch (the average of weights where the recipe keeps one), `best` the
-    one of the epoch with the best validation accuracy.
+    With a run folder a checkpoint is written there after every epoch, and every engine.checkpoint_seconds within one. A run
+    that finds a checkpoint resumes from it, on the CPU bit-identical to a run that was never interrupted.
+    shift: [C], added in validation to the logits so that they answer for the balanced prior; None: nothing.
+    After `run`: `model` is the network of the last epoch (the average of weights where the recipe has one), `best` the
+    network of the epoch with the best validation accuracy.
     """
 
     name: str
@@ -67,9 +75,9 @@ class Training:
 
         Data order and augmentation come from one CPU generator, so a run depends on the seed and not on the device nor
         on how many ranks share the batch. Raises ParamsError when no batch can be filled or shared out, StageError at a
-        loss part that is not finite, naming step and terms; what was seen is then dumped to artifacts/failures/.
+        loss part that is not finite, naming step and terms; its batch and state are then dumped to artifacts/failures/.
         """
-        self._check_batch(len(train))
+        check_batch(self.name, self.params, len(train))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             self._prepare(train)
@@ -80,7 +88,7 @@ class Training:
                 done = self._at.epoch * steps + self._at.step
                 bar = progress.add_task(self.name, total=total, completed=done, rate="")
                 if done:
-                    self._say(progress, f"resumes at step {done + 1} of {total}")
+                    self._print(progress, f"resumes at step {done + 1} of {total}")
                 self._take_step = self._captured(progress)
                 try:
                     while self._at.epoch < self.params.epochs:
@@ -93,30 +101,12 @@ class Training:
         return self._at.history
 
     def _how_to_resume(self, steps: int) -> str:
-        """What an interrupted run has kept, and how it is resumed, for the line that ends the stage."""
+        """The newest checkpoint of an interrupted run and how to resume it, for the line that ends the stage."""
         if not self._kept or self.run_folder is None:
             return "no checkpoint is kept yet, so the same command starts from the first step"
         epoch, step = self._kept
         where = f"step {step:,} of {steps:,} in epoch {epoch + 1}" if step else f"epoch {epoch}"
         return f"the same command resumes after {where} of {self.params.epochs}, kept in {self.run_folder.folder}"
-
-    def _check_batch(self, samples: int) -> None:
-        batch, ranks = self.params.batch_size, rank_count()
-        if batch > samples:
-            raise ParamsError(
-                f"{self.name}.batch_size is {batch}, above the {samples} training images; lower it to at most {samples}"
-            )
-        if batch % ranks:
-            raise ParamsError(
-                f"{self.name}.batch_size is {batch}, which {ranks} processes cannot share; expected a multiple"
-            )
-        parts, share = self.params.accumulate, batch // ranks
-        # Batch norm has no variance of a single sample.
-        if parts > 1 and (share % parts or share // parts < 2):
-            raise ParamsError(
-                f"{self.name}.accumulate is {parts}, into which a process's {share} images of a batch cannot be cut; "
-                "expected a divisor that leaves at least 2 images a part"
-            )
 
     def _prepare(self, train: AnyImages) -> None:
         if self.device.type == "cpu":
@@ -153,14 +143,14 @@ class Training:
         try:
             return CapturedStep(self._step, example)
         except CaptureError as error:
-            self._say(progress, f"trains without a captured step: {error}")
+            self._print(progress, f"trains without a captured step: {error}")
             return plain
 
-    def _say(self, progress: Progress, text: str) -> None:
+    def _print(self, progress: Progress, text: str) -> None:
         progress.console.print(f"{self.name}  {text}", highlight=False, soft_wrap=True)
 
     def _epoch(self, progress: Progress, bar: Any, steps: int, validation: AnyImages) -> dict[str, float]:
-        """The rest of the current epoch; its record."""
+        """Run the rest of the current epoch; returns its record."""
         at, batch = self._at, self.params.batch_size
         rate = learning_rate(self.params.schedule, self.params.learning_rate, at.epoch, self.params.epochs)
         self._step.optimiser.set_rate(rate)
@@ -169,10 +159,10 @@ class Training:
         self._monitor.begin(at.sums)
         started, first = time.perf_counter(), at.step
         batches = at.order.view(steps, batch)
-        drawn, ahead = itertools.tee(self._drawn(batches[first:]))
+        drawn, ahead = itertools.tee(draw_ahead(self._step, batches[first:], self._generator))
         draws = (own_rows(inputs).draws for inputs, _ in ahead)
         with self._train.feed(own_places(batches[first:]), draws=draws) as feed:
-            del ahead, draws  # a feed that does not draw ahead would have tee keep the draws of all steps
+            del ahead, draws  # otherwise tee would keep the draws of all steps of a feed that does not draw ahead
             for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
                 self._generator.set_state(state)
                 # The monitor keeps the inputs of many steps; a dump reads their pixels again.
@@ -187,11 +177,13 @@ class Training:
         means = self._monitor.means(steps)
         if failure := self._monitor.last_failure():
             self._fail(failure, steps, rate)
-        self._check_network()
+        # The last step may have left a weight or a statistic that is not finite, which no later loss shows.
+        if fault := non_finite_tensors(self.model):
+            raise self._diverged(fault)
         seconds = time.perf_counter() - started
         data = self._train.epoch_record(seconds)
-        if told := self._train.replaced() or replaced_elsewhere(data):
-            self._say(progress, told)
+        if notice := self._train.replaced() or replaced_elsewhere(data):
+            self._print(progress, notice)
         record = {"epoch": at.epoch + 1, **means, "learning_rate": rate, **self.objective.observations()}
         try:
             if len(validation):
@@ -212,21 +204,6 @@ class Training:
             self.on_epoch(self._at.history)
         return record
 
-    def _drawn(self, batches: Tensor) -> Iterator[tuple[StepInputs, Tensor]]:
-        """The inputs of each batch and the generator's state after it: a stream draws ahead of the steps, and the run's own
-        generator must not, as a checkpoint keeps it."""
-        ahead = torch.Generator()
-        ahead.set_state(self._generator.get_state())
-        for chosen in batches:
-            yield self._step.draw(chosen, ahead), ahead.get_state()
-
-    def _check_network(self) -> None:
-        """Raise StageError when the last step has left a weight or a statistic that is not finite: no later loss shows it."""
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
-        finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
-        if bad := [name for name, good in zip(state, finite, strict=True) if not good]:
-            raise self._diverged(f"{len(bad)} of {len(state)} tensors are not finite, {bad[0]} the first")
-
     def _diverged(self, what: str) -> StageError:
         return StageError(
             f"{self.name}: the network has diverged by the end of epoch {self._at.epoch + 1}: {what}; lower "
@@ -239,7 +216,7 @@ class Training:
             self.best = Best(int(record["epoch"]), record["validation_accuracy"], weights)
 
     def _fail(self, failure: Failure, steps: int, rate: float) -> None:
-        """Dump what is known and raise StageError."""
+        """Dump the failure and raise StageError."""
         epoch, folder = self._at.epoch + 1, FAILURES / self.name
         if rank() == 0:
             facts = {"stage": self.name, "epoch": epoch, "steps": steps, "learning_rate": rate, "seed": self.seed}
@@ -251,7 +228,7 @@ class Training:
         )
 
     def _save(self, steps: int, rate: float) -> None:
-        """Keep a checkpoint, unless the run has failed already."""
+        """Write a checkpoint, unless the run has failed already."""
         self._saved = time.monotonic()
         if self.run_folder is None:
             return
@@ -271,27 +248,3 @@ class Training:
         if snapshot is not None:
             self._at, self.best = take_snapshot(snapshot, self._step, self._generator)
             self._kept = self._at.epoch, self._at.step
-
-
-def replaced_elsewhere(data: dict[str, float]) -> str | None:
-    """What other processes alone have replaced in an epoch, in a line, as only one speaks; None where nothing was."""
-    count = data.get("images_replaced", 0)
-    if not count:
-        return None
-    return (
-        f"{count:,} images could not be read by other processes and were replaced by others of their class; "
-        "run `dvc repro -f split` to leave them out"
-    )
-
-
-def precision_of(engine: EngineParams, device: torch.device) -> torch.dtype:
-    """engine.precision as a dtype: `auto` is bfloat16 on CUDA, where it is fast, and float32 elsewhere."""
-    half = engine.precision == "bfloat16" or (engine.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if half else torch.float32
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory that the run has held: of the device's allocator on CUDA, else of the process. MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

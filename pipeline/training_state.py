@@ -1,4 +1,4 @@
-"""How far a run is, and the whole of its state as one snapshot: whatever the next process needs to go on to the bit."""
+"""The state of a run as one snapshot, from which the next process resumes bit-identically; checks before and while it runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.ranks import mean_over_ranks
-from pipeline.errors import StageError
+from models.ranks import mean_over_ranks, rank_count
+from pipeline.errors import ParamsError, StageError
 from pipeline.history import History
+from pipeline.params import TrainingParams
 from pipeline.resume import Snapshot
 from pipeline.step import Step
 
@@ -36,7 +37,7 @@ class Best:
 
 
 def snapshot_of(at: Position, step: Step, generator: torch.Generator, best: Best | None) -> Snapshot:
-    """Everything of a run: objective, momentum, average, generators, order and sums of the epoch, the best network."""
+    """The whole state of a run: objective, momentum, average, generators, order and sums of the epoch, the best network."""
     tensors = {
         **step.state(),
         **{f"sums.{name}": value for name, value in at.sums.items()},
@@ -82,10 +83,47 @@ def part(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Ten
 
 
 def check_same_everywhere(snapshot: Snapshot | None, device: torch.device, folder: Path | None) -> None:
-    """Every rank must go on from the same step; hosts that do not share the run folder would not. Raises StageError."""
-    found = -1.0 if snapshot is None else snapshot.state["epoch"] * 1e6 + snapshot.state["step"]
-    place = torch.tensor(found, dtype=torch.float64)
-    if mean_over_ranks(place.to(device)).item() != place.item():
+    """Raise StageError unless all ranks resume from the same step, as on hosts that do not share the run folder."""
+    progress = -1.0 if snapshot is None else snapshot.state["epoch"] * 1e6 + snapshot.state["step"]
+    step = torch.tensor(progress, dtype=torch.float64)
+    if mean_over_ranks(step.to(device)).item() != step.item():
         raise StageError(
             f"{folder}: processes find different checkpoints in it; put artifacts/ on a disk that all share"
         )
+
+
+def check_batch(name: str, params: TrainingParams, samples: int) -> None:
+    """Raise ParamsError when no batch of stage `name` can be filled from so many samples or shared out to ranks and parts."""
+    batch, ranks = params.batch_size, rank_count()
+    if batch > samples:
+        raise ParamsError(
+            f"{name}.batch_size is {batch}, above the {samples} training images; lower it to at most {samples}"
+        )
+    if batch % ranks:
+        raise ParamsError(f"{name}.batch_size is {batch}, which {ranks} processes cannot share; expected a multiple")
+    parts, share = params.accumulate, batch // ranks
+    # Batch norm has no variance of a single sample.
+    if parts > 1 and (share % parts or share // parts < 2):
+        raise ParamsError(
+            f"{name}.accumulate is {parts}, into which a process's {share} images of a batch cannot be cut; "
+            "expected a divisor that leaves at least 2 images a part"
+        )
+
+
+def non_finite_tensors(model: nn.Module) -> str | None:
+    """How many tensors of a network's state are not finite, and the first of them; None where all are."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
+    bad = [name for name, good in zip(state, finite, strict=True) if not good]
+    return f"{len(bad)} of {len(state)} tensors are not finite, {bad[0]} the first" if bad else None
+
+
+def replaced_elsewhere(record: dict[str, float]) -> str | None:
+    """A line on images that only other processes have replaced in an epoch, as only rank 0 prints; None where none were."""
+    count = record.get("images_replaced", 0)
+    if not count:
+        return None
+    return (
+        f"{count:,} images could not be read by other processes and were replaced by others of their class; "
+        "run `dvc repro -f split` to leave them out"
+    )

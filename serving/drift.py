@@ -13,8 +13,7 @@ import numpy as np
 
 from models.calibration import Calibration, calibrate
 from models.label_shift import bootstrap_priors, estimate_prior, interval, total_variation
-from models.prior import check_target_prior, class_prior, shot_group, softmax
-from models.sample_size import GROUPS
+from models.prior import GROUPS, check_target_prior, class_prior, shot_group, softmax
 from serving.atomic import write_file
 from serving.errors import InputError, ServingError
 from serving.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Pages to look at: the evaluation report, and the comparison of two runs."""
+"""HTML pages: the evaluation report, and the comparison of two runs."""
 
 from pipeline.report.comparison_page import render_comparison as render_comparison
 from pipeline.report.evaluation_page import Evaluation as Evaluation

@@ -1,7 +1,7 @@
 """The charts of the pages as plotly figures: plain data and layout, which plotly.js draws in the reader's browser.
 
-A colour is the name of one of the page's own, such as `var(--ink)`: page.js puts its value in, so that a chart follows
-the page from light to dark and on to paper. Colours are Okabe and Ito's, and groups differ by symbol as well.
+A colour is the name of a colour of the page, such as `var(--ink)`: page.js inserts its value, so that a chart follows the
+page from light to dark and to print. Colours are Okabe and Ito's, and groups differ by symbol as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POINTS = "+~g"
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """An axis in the page's manner."""
+    """An axis in the style of the page."""
     return {
         "title": {"text": title, "font": {"size": 13}, "standoff": 10}, "gridcolor": "var(--line)", "automargin": True,
         "linecolor": "var(--axis)", "zeroline": False, "fixedrange": True, **more,
@@ -31,7 +31,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def layout(x: dict[str, Any], y: dict[str, Any], height: int = 380, **more: Any) -> dict[str, Any]:
-    """A layout in the page's manner; x and y are axes."""
+    """A layout in the style of the page; x and y are axes."""
     return {
         "xaxis": x, "yaxis": y, "height": height, "autosize": True, "dragmode": False, "hovermode": "closest",
         "margin": {"l": 56, "r": 12, "t": 12, "b": 52}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
@@ -39,6 +39,13 @@ def layout(x: dict[str, Any], y: dict[str, Any], height: int = 380, **more: Any)
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "var(--ink)"}},
         "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--axis)", "font": {"color": "var(--ink)"}}, **more,
     }  # fmt: skip
+
+
+def straight_line(axis: str, value: float, colour: str = "axis", width: float = 1) -> dict[str, Any]:
+    """A line across the whole chart at a value of the axis `x` or `y`, as a shape of a layout."""
+    other = "y" if axis == "x" else "x"
+    ends = {f"{axis}0": value, f"{axis}1": value, f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1}
+    return {"type": "line", **ends, "line": {"color": f"var(--{colour})", "width": width}}
 
 
 def text(name: str, longest: int = 80) -> str:
@@ -50,15 +57,15 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
     """A value of each class against its training images, a point a class; hover names it. change: the value is a difference."""
     traces: list[dict[str, Any]] = []
     for group in GROUPS:
-        mine = [row for row in classes if row["group"] == group and row[key] is not None]
-        if not mine:
+        shown = [row for row in classes if row["group"] == group and row[key] is not None]
+        if not shown:
             continue
         traces.append(
             {
-                "type": "scatter", "mode": "markers", "name": f"{group} ({len(mine):,})",
+                "type": "scatter", "mode": "markers", "name": f"{group} ({len(shown):,})",
                 # A class that smoothing alone keeps has no image, and a logarithmic axis no zero.
-                "x": [max(row["train_count"], 0.5) for row in mine], "y": [round(100 * row[key], 3) for row in mine],
-                "text": [text(row["class"]) for row in mine],
+                "x": [max(row["train_count"], 0.5) for row in shown], "y": [round(100 * row[key], 3) for row in shown],
+                "text": [text(row["class"]) for row in shown],
                 "marker": {
                     "color": f"var(--{group})", "symbol": SYMBOLS[group], "size": 9 if len(classes) <= 300 else 5,
                     "opacity": 0.9 if len(classes) <= 300 else 0.55, "line": {"color": "var(--card)", "width": 0.5},
@@ -68,15 +75,7 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
             }
         )  # fmt: skip
     y = axis(f"{title}, points", tickformat=POINTS) if change else axis(title, ticksuffix="%", range=[-3, 105])
-    zero = {
-        "type": "line",
-        "xref": "paper",
-        "x0": 0,
-        "x1": 1,
-        "y0": 0,
-        "y1": 0,
-        "line": {"color": "var(--axis)", "width": 1},
-    }
+    zero = straight_line("y", 0)
     largest = max(row["train_count"] for row in classes)
     ticks = [step * 10**power for power in range(len(str(largest))) for step in (1, 2, 5)]
     if largest > 5000:  # of four decades and more, each alone
@@ -89,18 +88,18 @@ def group_bars(rows: Sequence[dict[str, Any]]) -> Figure:
     """Accuracy of each group by network, with intervals; rows: network, group, accuracy, low, high."""
     traces = []
     for network in NETWORKS:
-        mine = [row for row in rows if row["network"] == network and row["accuracy"] is not None]
-        if mine:
+        shown = [row for row in rows if row["network"] == network and row["accuracy"] is not None]
+        if shown:
             traces.append(
                 {
-                    "type": "bar", "name": network, "x": [row["group"] for row in mine],
-                    "y": [row["accuracy"] for row in mine], "marker": {"color": f"var(--{network})"},
+                    "type": "bar", "name": network, "x": [row["group"] for row in shown],
+                    "y": [row["accuracy"] for row in shown], "marker": {"color": f"var(--{network})"},
                     "error_y": {
                         "type": "data", "symmetric": False, "color": "var(--ink)", "thickness": 1.2, "width": 3,
-                        "array": [row["high"] - row["accuracy"] for row in mine],
-                        "arrayminus": [row["accuracy"] - row["low"] for row in mine],
+                        "array": [row["high"] - row["accuracy"] for row in shown],
+                        "arrayminus": [row["accuracy"] - row["low"] for row in shown],
                     },
-                    "customdata": [[row["low"], row["high"]] for row in mine],
+                    "customdata": [[row["low"], row["high"]] for row in shown],
                     "hovertemplate": "%{x}: <b>%{y:.1%}</b> (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
                     f"<extra>{network}</extra>",
                 }
@@ -125,10 +124,7 @@ def strength_lines(rows: Sequence[StrengthRow], chosen: float) -> Figure:
         }
         for key, (name, dash) in sides.items()
     ]  # fmt: skip
-    marker = {
-        "type": "line", "x0": chosen, "x1": chosen, "yref": "paper", "y0": 0, "y1": 1,
-        "line": {"color": "var(--ink)", "width": 1.5},
-    }  # fmt: skip
+    marker = straight_line("x", chosen, "ink", 1.5)
     x = axis("strength of the adjustment", dtick=0.5)
     return {"data": traces, "layout": layout(x, axis("accuracy", tickformat=SHARE), 340, shapes=[marker])}
 
@@ -161,16 +157,16 @@ def _reliability(name: str, side: Calibrated, colour: str, symbol: str) -> dict[
             "color": colour, "symbol": symbol,
             "size": [round(5 + 17 * math.sqrt(found.answers / total), 1) for found in side.bins],
         },
-        "hovertemplate": "said %{x:.1%}, right <b>%{y:.1%}</b><br>%{customdata:,} answers<extra>" + name + "</extra>",
+        "hovertemplate": "stated %{x:.1%}, right <b>%{y:.1%}</b><br>%{customdata:,} answers<extra>" + name + "</extra>",
     }  # fmt: skip
 
 
 def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
     """Differences with intervals, a line a measure; rows: measure, difference, low, high."""
-    mine = [row for row in rows if row["difference"] is not None][::-1]
-    difference, low, high = ([100 * row[key] for row in mine] for key in ("difference", "low", "high"))
+    shown = [row for row in rows if row["difference"] is not None][::-1]
+    difference, low, high = ([100 * row[key] for row in shown] for key in ("difference", "low", "high"))
     trace = {
-        "type": "scatter", "mode": "markers", "x": difference, "y": [row["measure"] for row in mine],
+        "type": "scatter", "mode": "markers", "x": difference, "y": [row["measure"] for row in shown],
         "marker": {"color": "var(--student)", "size": 10},
         "error_x": {
             "type": "data", "symmetric": False, "color": "var(--student)", "thickness": 2, "width": 5,
@@ -180,14 +176,6 @@ def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
         "customdata": [list(ends) for ends in zip(low, high, strict=True)],
         "hovertemplate": "%{y}: <b>%{x:+.1f}</b> points (%{customdata[0]:+.1f} to %{customdata[1]:+.1f})<extra></extra>",
     }  # fmt: skip
-    zero = {
-        "type": "line",
-        "yref": "paper",
-        "x0": 0,
-        "x1": 0,
-        "y0": 0,
-        "y1": 1,
-        "line": {"color": "var(--axis)", "width": 1},
-    }
+    zero = straight_line("x", 0)
     x = axis(f"percentage points gained by {text(after, 40)}", tickformat=POINTS)
-    return {"data": [trace], "layout": layout(x, axis("", type="category"), 90 + 42 * len(mine), shapes=[zero])}
+    return {"data": [trace], "layout": layout(x, axis("", type="category"), 90 + 42 * len(shown), shapes=[zero])}

@@ -26,7 +26,7 @@ def render_page(template: str, data: Mapping[str, Any], **context: Any) -> str:
 
     data: what page.js reads, `figures` (name → plotly figure) among it. Templates escape what they print, `data` cannot
     end its element, and the page's own policy lets a browser run its two scripts by their hashes and load nothing. Without
-    the package plotly, as on a machine that only trains, the charts stay out and the page says so.
+    the package plotly, as on a machine that only trains, the charts are left out and the page notes it.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,

@@ -1,4 +1,4 @@
-"""Whether a probability means what it says, before and after temperature scaling."""
+"""Calibration of the probabilities, before and after temperature scaling."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ NEW_CLASSES_KEY = b"tailor.new_classes"  # JSON list: classes that first came wi
 
 
 class Ingested:
-    """The shards of a folder, each named `<sha256 of the file>.parquet`; only their footers are read until more is asked."""
+    """The shards of a folder, each named `<sha256 of the file>.parquet`; only their footers are read until more is needed."""
 
     def __init__(self, folder: Path = INGESTED) -> None:
         self.folder = folder
@@ -33,7 +33,7 @@ class Ingested:
         self._images = RowGroups("image")
 
     def check(self) -> None:
-        """Raise DataError for a shard whose content is not what its name says; every byte is read."""
+        """Raise DataError for a shard whose sha256 is not its name; every byte is read."""
         for path in map(self.folder.joinpath, self._shards):
             if sha256_of(path) != path.stem:
                 raise DataError(f"{path}: its content is not what its name says; restore it from a copy, or remove it")
@@ -128,11 +128,11 @@ class WithIngested:
         return self.own.missing()
 
     def why_missing(self, rows: list[Row]) -> str | None:
-        """As the source says."""
+        """As of the source."""
         return self.own.why_missing(rows)
 
     def stamp(self, reference: str) -> str | None:
-        """A shard's name says its content; else as the source says."""
+        """For a shard its name, which is its sha256; otherwise as of the source."""
         return reference if reference.startswith(PREFIX) else self.own.stamp(reference)
 
     def place(self, row: Row) -> str:
@@ -154,12 +154,12 @@ class ReaderWithIngested:
         """Those of the reader, and behind them those of what was taken in."""
         new = pc.starts_with(references, PREFIX)
         own = self._own.groups(references.filter(pc.invert(new)))
-        mine = new.to_numpy()
-        if own is None or not mine.any():
+        ingested = new.to_numpy()
+        if own is None or not ingested.any():
             return own
         added = self._ingested.groups(references.filter(new))
-        number = np.empty(len(mine), dtype=np.int64)
-        number[~mine], number[mine] = own.number, len(own.sizes) + added.number
+        number = np.empty(len(ingested), dtype=np.int64)
+        number[~ingested], number[ingested] = own.number, len(own.sizes) + added.number
         return Groups(number, np.concatenate([own.sizes, added.sizes]))
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import StageError
 from pipeline.export import golden_tolerance, open_session
 from pipeline.half_graph import LARGEST, HalfGraph, to_half
 from pipeline.onnx_graph import ServedStudent, to_onnx
-from pipeline.parity import Parity, check_half
+from pipeline.parity import Parity, TrainedNetwork, check_half
 from pipeline.prior import Prior
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,8 @@ def pictures(number):
 def check(half, model, examples=None, **bounds):
     recipe = params({"export.max_batch_size": 16, **{f"export.half.{key}": value for key, value in bounds.items()}})
     sessions = (open_session(half.served), open_session(half.rounding))
-    return check_half(half, sessions, model, examples or pictures(40), PRIOR, recipe)
+    network = TrainedNetwork(model, IMAGE, PRIOR.log_prior, [0.0] * len(P))
+    return check_half(half, sessions, network, examples or pictures(40), recipe.export, recipe.seed)
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,7 @@ def test_a_class_without_any_readable_image_is_not_replaced_by_another(made):
     labels = images_of(params, "train", where).labels
     spoilt(source, where, params, *torch.nonzero(labels == 1).flatten().tolist())
     stream = stream_of(params, "train", CPU, where, replace_bad=True)
-    with pytest.raises(DataError, match="no other image of its class can be read in its place"):
+    with pytest.raises(DataError, match="no other image of its class can be read instead"):
         stream.pixels(torch.nonzero(labels == 1)[0])
 
 

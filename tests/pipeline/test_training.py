@@ -13,7 +13,7 @@ from pipeline.history import as_jsonl
 from pipeline.inference import accuracy, outputs
 from pipeline.params import EngineParams
 from pipeline.ranks import choose_device
-from pipeline.training import precision_of
+from pipeline.step import precision_of
 
 pytestmark = pytest.mark.slow
 
