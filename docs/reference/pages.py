@@ -47,9 +47,9 @@ def architecture(root: Path) -> str:
     contracts = project["tool"]["importlinter"]["contracts"]
     for title, levels in (level for contract in contracts for level in levels_of(contract)):
         boxes = [f'level{number}["{", ".join(names)}"]' for number, names in enumerate(levels)]
-        arrows = [f"level{number} --> level{number + 1}" for number in range(len(levels) - 1)]
+        arrows = " --> ".join(f"level{number}" for number in range(len(levels)))
         lines += [f"## Levels: {title}", "", "A package imports only packages on lower levels.", ""]
-        lines += diagram("TD", boxes + arrows)
+        lines += diagram("TD", [*boxes, arrows])
     lines += ["## Rules", "", "`make lint` checks these contracts of `pyproject.toml`:", ""]
     lines += [f"- {contract['name']}" for contract in contracts]
     return "\n".join([*lines, ""])

@@ -45,8 +45,8 @@ SIZES = {"cat": 60, "dog": 40, "oak": 28, "elm": 20, "ant": 15, "bee": 12, "cow"
 QUICK = {part: {**SHORT[part], "epochs": 2} for part in ("teacher", "student")}
 OWN = ["docs/own-images.md", "docs/target-prior.md", "docs/drift.md", "README.md", "docs/data-sources.md",
        "docs/serving.md", "docs/new-images.md"]  # fmt: skip
-RETRAINING = ["docs/retraining.md", "docs/retraining-schedule.md", "docs/retraining-faults.md"]
-FOLLOWED = ["docs/index.md", *OWN, *RETRAINING, "docs/paper.md", "recipes/README.md", "CONTRIBUTING.md"]
+FOLLOWED = ["docs/index.md", *OWN, "docs/retraining.md", "docs/retraining-schedule.md", "docs/retraining-faults.md",
+            "docs/paper.md", "recipes/README.md", "CONTRIBUTING.md"]  # fmt: skip
 
 # (page, beginning of the command) → the page on which the same command is typed in the same project.
 REFER = {
@@ -349,8 +349,9 @@ def test_the_first_page_and_the_demo(digits: Project) -> None:
     assert "student_balanced.json" in printed["dvc metrics show"]
 
 
-@pytest.mark.xdist_group("retraining page")
-def test_the_pages_on_retraining(tmp_path: Path) -> None:
+@pytest.fixture
+def retrained(tmp_path: Path) -> Retraining:
+    """A project whose served version was trained on old data, and whose stages have prepared results of new data."""
     project = Retraining(tmp_path / "project")
     project.prepare("old", 1, 0.6)
     project.prepare("new", 2, 0.9)
@@ -358,15 +359,24 @@ def test_the_pages_on_retraining(tmp_path: Path) -> None:
     for name, target in (("evaluate/predictions.parquet", "predictions.parquet"), ("prior", "prior.json")):
         shutil.copy(project.root / "prepared/old" / name, project.repository / "classifier/1" / target)
     project.choose("new")
-    printed = {}
-    for page in RETRAINING:
-        printed |= follow(page, Reader(project))
-    (retrained,) = (text for command, text in printed.items() if command.startswith("tailor retrain"))
-    assert "promoted" in retrained
+    return project
+
+
+@pytest.mark.xdist_group("retraining page")
+def test_the_page_on_one_retraining(retrained: Retraining) -> None:
+    printed = follow("docs/retraining.md", Reader(retrained))
+    (text,) = (text for command, text in printed.items() if command.startswith("tailor retrain"))
+    assert "promoted" in text
     for command in ("dvc exp show", "dvc exp list --all-commits"):
         assert re.search(r"retrain-\d{8}-\d{6}-promoted-2", printed[command])
     assert "version 1 answers instead of 2" in printed["tailor rollback"]
-    assert "refused" not in printed["tailor history"] and "Prefect" in printed["tailor doctor"]
+
+
+@pytest.mark.xdist_group("retraining page")
+def test_the_pages_on_a_schedule_and_on_faults(retrained: Retraining) -> None:
+    printed = follow("docs/retraining-schedule.md", Reader(retrained))
+    assert "Prefect" in printed["tailor doctor"] and "champion" in printed["tailor history"]
+    assert "champion" in follow("docs/retraining-faults.md", Reader(retrained))["tailor versions"]
 
 
 @pytest.mark.parametrize("page", ["docs/paper.md", "recipes/README.md"])

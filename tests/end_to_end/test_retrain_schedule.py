@@ -67,7 +67,7 @@ def states(project: Retraining) -> list[str]:
 
 
 @pytest.mark.faults
-@pytest.mark.fault_case("prefect-dies-under-schedule", "schedule-restarted", "schedule-down")
+@pytest.mark.fault_case("prefect-exits-under-schedule", "schedule-restarted", "schedule-down")
 def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_once_on_what_it_missed(tmp_path):
     project = Retraining(tmp_path / "project")
     project.prepare("first", 1, 0.6)
