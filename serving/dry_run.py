@@ -37,7 +37,7 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     for release in releases:
         model = root / STUDENT / str(release.version) / "model.onnx"
-        command = [sys.executable, "-m", "serving.dry_run", str(root), str(release.version)]
+        command = [sys.executable, "-P", "-m", "serving.dry_run", str(root), str(release.version)]
         # Its package would otherwise write a telemetry file under the user's cache folder.
         environment = os.environ | {"PYTHONPATH": path, "ORT_DISABLE_TELEMETRY": "1"}
         try:

@@ -78,7 +78,7 @@ def _overhead(plan: LoadPlan, report: Path, progress: Progress) -> Overhead:
         given["--ca-file"] = plan.connection.ca_file
     progress("bare client", 0.0)
     done = subprocess.run(
-        [sys.executable, "-m", "serving.load.bare", *(f"{name}={value}" for name, value in given.items())],
+        [sys.executable, "-P", "-m", "serving.load.bare", *(f"{name}={value}" for name, value in given.items())],
         env=_environment(plan),
         capture_output=True,
         text=True,
@@ -102,7 +102,7 @@ def _locust(plan: LoadPlan, report: Path, step: str, extra: list[str], progress:
     """Run Locust to its end, in a session of its own; its summary."""
     summary, log = report / ".summary.json", report / "locust.log"
     summary.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
+    command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
     command += [*plan.locust_arguments(), f"--summary={summary.absolute()}", f"--stop-timeout={plan.timeout:g}", *extra]
     if plan.workers > 1:
         # Locust's master would listen on every address of the machine.

@@ -27,7 +27,7 @@ def start_watchdog(prefix: str) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "serving.watchdog", prefix],
+        [sys.executable, "-P", "-m", "serving.watchdog", prefix],
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
