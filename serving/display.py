@@ -76,7 +76,7 @@ def versions_table(found: Sequence[VersionState], repository: str) -> Table:
         table.add_column(heading)
     for state in reversed(found):
         manifest = state.release.manifest
-        shown = scores(manifest.metrics, ("all", "few"))
+        shown = scores(manifest.metrics, ("balanced_accuracy", "few"))
         published = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.published))
         table.add_row(str(state.version), state.state, published, *shown, cell(manifest.code_revision[:12]))
     return table

@@ -95,7 +95,7 @@ def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
     by = f", served at {', '.join(found.servers)}" if found.servers else ", served by nobody here"
     table = Table(title=cell(f"{found.repository}{by}"))
     hashes = ("data", "params", "code") if wide else ()
-    for heading in ("version", "state", "promoted", "images", *hashes, "all", "few"):
+    for heading in ("version", "state", "promoted", "images", *hashes, "balanced", "few"):
         table.add_column(heading, no_wrap=True)
     table.add_column("decision")
     for version in reversed(found.versions):
@@ -107,14 +107,14 @@ def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
             time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) if when else "",
             f"{sum(manifest.counts):,}",
             *((manifest.data_sha256[:8], manifest.params_sha256[:8], cell(manifest.code_revision[:8])) if wide else ()),
-            *scores(manifest.metrics, ("all", "few")),
+            *scores(manifest.metrics, ("balanced_accuracy", "few")),
             cell(said(version.decision)),
         )
     return table
 
 
 def scores(metrics: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """Test accuracies for the balanced prior, as far as the manifest has them."""
+    """Means over classes of test accuracies for the balanced prior, as far as the manifest has them."""
     found = metrics.get("balanced")
     found = found if isinstance(found, dict) else {}
     return [f"{found[name]:.3f}" if isinstance(found.get(name), float) else "" for name in names]
