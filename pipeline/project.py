@@ -87,7 +87,7 @@ def _initialise(folder: Path) -> None:
         options = [] if Path(top).samefile(folder) else ["--subdir"]
     if (folder / ".dvc").is_dir():
         return
-    dvc = (sys.executable, "-m", "dvc")
+    dvc = (sys.executable, "-P", "-m", "dvc")
     _run(folder, *dvc, "init", "--quiet", *options)
     config = "".join(f"    {key.partition('.')[2]} = {value}\n" for key, value in DVC_CONFIG.items())
     path = folder / ".dvc/config"

@@ -51,7 +51,8 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
     except (StageError, OSError) as error:
         if options.debug:
             raise
-        print(f"{name}: {explain(error)}", file=sys.stderr)
+        # Training names its stage, which the stage `seeds` does not know otherwise.
+        print(f"{name}: {explain(error).removeprefix(f'{name}: ')}", file=sys.stderr)
         return error.exit_code if isinstance(error, StageError) else 1
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes by here, one speaks
         print(f"{name}: {result}")

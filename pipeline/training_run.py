@@ -180,7 +180,7 @@ def check_backbones(teacher: str, student: str, size: int, opset: int) -> None:
     for (key, name), arguments in arguments_of.items():
         if "/" not in name:  # our own CIFAR ResNets take every size and are exported by the tests
             continue
-        command = [sys.executable, "-m", "pipeline.backbone_check", name, *arguments]
+        command = [sys.executable, "-P", "-m", "pipeline.backbone_check", name, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]

@@ -36,7 +36,7 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
     """
     for release in releases:
         model = root / STUDENT / str(release.version) / "model.onnx"
-        command = [sys.executable, "-m", "serving.dry_run", str(root), str(release.version)]
+        command = [sys.executable, "-P", "-m", "serving.dry_run", str(root), str(release.version)]
         # Its package would otherwise write a telemetry file under the user's cache folder.
         environment = with_tailor(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
         try:

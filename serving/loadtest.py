@@ -48,7 +48,7 @@ def _run_locust(plan: LoadPlan, report: Path, progress: Callable[[float], None])
     """Run Locust to its end, in a session of its own; its summary."""
     summary, log = report / ".summary.json", report / "locust.log"
     summary.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
+    command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
     command += [*plan.locust_arguments(), f"--summary={summary.absolute()}", f"--stop-timeout={plan.timeout:g}"]
     command += ["--csv", str(report / "loadtest"), "--csv-full-history", "--html", str(report / "loadtest.html")]
     if plan.workers > 1:

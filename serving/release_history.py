@@ -94,7 +94,7 @@ def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
     by = f", served at {', '.join(found.servers)}" if found.servers else ", no server runs on it here"
     table = Table(title=cell(f"{found.repository}{by}"))
     hashes = ("data", "params", "code") if wide else ()
-    for heading in ("version", "state", "promoted", "images", *hashes, "all", "few"):
+    for heading in ("version", "state", "promoted", "images", *hashes, "balanced", "few"):
         table.add_column(heading, no_wrap=True)
     table.add_column("decision")
     for version in reversed(found.versions):
@@ -113,8 +113,8 @@ def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
 
 
 def scores(manifest: Manifest) -> list[str]:
-    """Test accuracy of all classes and of few-shot classes for the balanced prior, as far as the manifest has them."""
-    return ["" if (value := manifest.balanced_metric(name)) is None else f"{value:.3f}" for name in ("all", "few")]
+    """Mean test accuracy over all classes and over few-shot classes for the balanced prior, as far as the manifest has them."""
+    return ["" if (value := manifest.balanced_metric(name)) is None else f"{value:.3f}" for name in ("balanced_accuracy", "few")]
 
 
 def said(decision: dict[str, Any] | None) -> str:

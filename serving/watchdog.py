@@ -25,7 +25,7 @@ DISMISSED = b"."
 def start_watchdog(prefix: str) -> subprocess.Popen[bytes]:
     """Start the watchdog of a run; of the owner's files it holds only its pipe open."""
     return subprocess.Popen(
-        [sys.executable, "-m", "serving.watchdog", prefix],
+        [sys.executable, "-P", "-m", "serving.watchdog", prefix],
         env=with_tailor(os.environ),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

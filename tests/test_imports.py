@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,14 @@ for module in json.loads(sys.argv[1]):
     importlib.import_module(module)
 print(json.dumps(sorted(sys.modules)))
 """
+
+
+def test_no_command_of_ours_imports_from_the_folder_that_it_runs_in():
+    """Python puts the working folder first for -m: a `models.py` of the user's there would take the place of Tailor's."""
+    sources = [path for room in ("models", "pipeline", "serving", "tailor") for path in (ROOT / room).rglob("*.py")]
+    started = {path: re.findall(r'sys\.executable,\s*"([^"]+)"', path.read_text(encoding="utf-8")) for path in sources}
+    assert sum(map(len, started.values())) >= 9
+    assert {path.name: first for path, first in started.items() if not {"-P", "-I"}.issuperset(first)} == {}
 
 
 def modules_of(room):

@@ -23,7 +23,7 @@ WARM_UP = 10
 def latencies(graphs: Sequence[Path], timeout: float = 120.0) -> list[float] | None:
     """Median milliseconds of one image through each graph, the graphs taking turns; None where it cannot be measured."""
     environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-m", "pipeline.flows.latency", *map(str, graphs)]
+    command = [sys.executable, "-P", "-m", "pipeline.flows.latency", *map(str, graphs)]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=timeout, check=True, cwd=Path.cwd()

@@ -182,6 +182,7 @@ class PrefectServer:
         services = [] if self.scheduling else ["--no-services", "--no-ui"]
         command = [
             sys.executable,
+            "-P",
             "-m",
             "prefect",
             "server",

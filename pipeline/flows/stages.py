@@ -71,7 +71,7 @@ def reproduce(name: str, say: Callable[[str], None], limit: float | None = None)
         return False
     binaries = str(Path(sys.executable).parent)  # where the stage's `python` is ours
     environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
-    process = start_on_leash([sys.executable, "-m", "dvc", "repro", "--single-item", name], environment)
+    process = start_on_leash([sys.executable, "-P", "-m", "dvc", "repro", "--single-item", name], environment)
     lines: deque[str] = deque(maxlen=TAIL)
     reader = threading.Thread(target=_read, args=(process.stdout, lines, say), daemon=True)
     reader.start()

@@ -25,7 +25,9 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key:
         if (rows := [row for row in history if key in row])
     ]  # fmt: skip
     y = axis(title, tickformat=SHARE, range=[-0.03, 1.03]) if share else axis(title, rangemode="tozero")
-    return {"data": traces, "layout": layout(axis("epoch"), y, 320, showlegend=True)}
+    short = max((len(rows) for rows in histories.values()), default=0) <= 10
+    x = axis("epoch", **({"dtick": 1} if short else {}))  # plotly would put ticks between so few epochs
+    return {"data": traces, "layout": layout(x, y, 320, showlegend=True)}
 
 
 def confusion_heatmap(found: ConfusionMatrix) -> Figure:

@@ -47,13 +47,13 @@ def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
             upload = gr.File(label="Image", file_types=sorted(SUFFIXES), type="filepath", elem_id="image")
             if samples:
                 gallery = gr.Gallery(
-                    [str(path) for path in samples], label="Or click a sample image", columns=4, height=180,
+                    [str(path) for path in samples], label="Or click a sample image", columns=2, height=220,
                     allow_preview=False, elem_id="samples",
                 )  # fmt: skip
             shown = gr.HTML(elem_id="shown")
             strength = gr.Slider(0, 2, 0.5, step=0.05, label="Strength: 0 is balanced, 1 is train", elem_id="strength")
             own = gr.Textbox(
-                label="Your own prior: class: weight, ...", placeholder=OWN, lines=1, max_lines=8, elem_id="own"
+                label="Your own prior: a weight for each class", placeholder=OWN, lines=1, max_lines=8, elem_id="own"
             )
         with gr.Column(scale=3, min_width=320):
             columns = gr.HTML("<p>Drop an image to see its classes.</p>", elem_id="answers")

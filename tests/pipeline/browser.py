@@ -18,7 +18,7 @@ class Reader:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
-        self.page.goto(path.as_uri())
+        self.page.goto(path.as_uri(), timeout=120_000)
         self.page.wait_for_selector("body.drawn", timeout=120_000)
 
     def violations(self):

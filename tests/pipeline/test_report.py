@@ -129,6 +129,7 @@ def test_warnings_stand_in_a_red_box_before_the_figures_and_first_among_the_next
 def test_learning_curves_are_those_of_the_epochs_and_without_validation_there_is_one_chart(content):
     loss = {trace["name"]: trace for trace in content["figures"]["loss"]["data"]}
     assert loss["student"]["x"] == [1, 2, 3, 4, 5] and loss["student"]["y"] == [6.0, 3.0, 2.0, 1.5, 1.2]
+    assert content["figures"]["loss"]["layout"]["xaxis"]["dtick"] == 1, "no tick between epochs"
     assert [trace["y"] for trace in content["figures"]["validation"]["data"]] == [[0.5] * 5] * 2
     without = made_report(12, 20, validation=False)
     assert '"validation":' not in without and 'id="loss"' in without and "There is no validation split." in without

@@ -86,6 +86,12 @@ def test_the_slider_changes_the_accuracies_and_moves_the_line_by_mouse_and_keybo
     slider.fill("10")
 
 
+def test_every_table_is_shown_whole_on_a_desktop_although_its_groups_have_few_test_images(report):
+    cut = "[...document.querySelectorAll('.wide')].filter((each) => each.scrollWidth > each.clientWidth)"
+    assert report.evaluate("document.querySelectorAll('#metrics .warning').length") >= 4
+    assert report.evaluate(f"{cut}.map((each) => each.getAttribute('aria-label'))") == []
+
+
 def test_a_hostile_class_name_runs_nothing_and_is_shown_as_it_is(report):
     assert report.dialogs == []
     assert report.page.locator("#classes th").all_inner_texts()[0] == HOSTILE[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from serving.errors import ServingError
@@ -43,6 +45,14 @@ def running_gateway(server: TritonServer, log: Path | None = None, **values: obj
     )
     with GatewayProcess(gateway, log) as running:
         yield running
+
+
+def workers_of(process_id: int) -> list[psutil.Process]:
+    """The workers of nginx's master process, which listens before it starts them."""
+    master, deadline = psutil.Process(process_id), time.monotonic() + 10
+    while not (workers := master.children()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return workers
 
 
 def make_certificate(folder: Path, algorithm: tuple[str, ...] = EC) -> tuple[Path, Path]:

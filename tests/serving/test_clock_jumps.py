@@ -15,6 +15,7 @@ from conftest import Release, picture
 from serve_process import family, started_serve
 from test_supervisor import Watched, failures_under_load
 
+from serving.atomic import write_file
 from serving.client import Client
 from serving.local_tree import link_tree
 from serving.promotion import promote, rollback
@@ -83,7 +84,7 @@ def test_clock_that_jumps_by_hours_fails_no_request_and_ends_no_process(reposito
     try:
         with failures_under_load(server) as failed:
             for jump in ("-3h", "+3h", "-10d"):
-                clock.write_text(jump)
+                write_file(clock, jump)
                 time.sleep(4)
         assert failed == []
         assert watched.reports == []

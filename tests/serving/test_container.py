@@ -19,6 +19,7 @@ from conftest import ADMIN_KEY, Release, picture, write_export, write_graph
 from steady_load import Load, assert_each_answer_is_its_versions
 from watched import OBSERVABILITY, expressions
 
+from serving.atomic import write_file
 from serving.client import Client
 from serving.errors import ServingError
 from serving.manifest import sha256_of
@@ -73,11 +74,11 @@ def test_a_server_that_is_only_busy_is_alive_and_one_that_answers_nobody_is_not(
     path.write_text(
         path.read_text().replace(begin, f"        time.sleep(float(open({str(seconds)!r}).read()))\n{begin}")
     )
-    seconds.write_text("0")
+    write_file(seconds, "0")
     (tmp_path / "run").mkdir()
     with running_container(root, tmp_path / "run", ADMIN_KEY) as server, ThreadPoolExecutor(20) as pool:
         assert health(server) == health(server, "--live") == (0, "")
-        seconds.write_text("0.4")
+        write_file(seconds, "0.4")
 
         def ask() -> None:
             with Client(server.http_url, timeout=60) as client:
@@ -87,11 +88,11 @@ def test_a_server_that_is_only_busy_is_alive_and_one_that_answers_nobody_is_not(
         asked = [pool.submit(ask) for _ in range(20)]
         time.sleep(2)
         unready, alive = health(server), health(server, "--live")
-        seconds.write_text("12")
+        write_file(seconds, "12")
         time.sleep(2)
         hung = health(server, "--live")
         unknown = health(server, "--live", metrics_url="http://127.0.0.1:9/metrics")
-        seconds.write_text("0")
+        write_file(seconds, "0")
         assert [each.exception() for each in asked] == [None] * 20
     assert unready[0] == 1 and "timed out" in unready[1]
     assert alive[0] == 0 and alive[1].endswith("it is busy\n")

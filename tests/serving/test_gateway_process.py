@@ -24,7 +24,7 @@ import bad_connections
 import psutil
 import pytest
 from conftest import picture
-from running_gateway import require_nginx, running_gateway
+from running_gateway import require_nginx, running_gateway, workers_of
 
 from serving.client import Client
 from serving.gateway import Gateway
@@ -40,9 +40,7 @@ pytestmark = pytest.mark.end_to_end
 def kill_master(process_id: int) -> list[psutil.Process]:
     """Kill nginx's master process; the workers that it leaves."""
     master = psutil.Process(process_id)
-    deadline = time.monotonic() + 10
-    while not (workers := master.children()) and time.monotonic() < deadline:  # it listens before it starts them
-        time.sleep(0.02)
+    workers = workers_of(process_id)
     assert master.name() == "nginx" and workers
     master.kill()
     return workers

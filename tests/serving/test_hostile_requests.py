@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import picture
-from running_gateway import running_gateway
+from running_gateway import running_gateway, workers_of
 from tritonclient.grpc import service_pb2_grpc
 
 from serving.client import Client, Prediction
@@ -290,7 +290,7 @@ def test_gateway_whose_descriptors_are_exhausted_answers_again_once_callers_have
 
     monkeypatch.setattr(Gateway, "render", with_few_descriptors)
     with running_gateway(own_server, header_seconds=30) as running, Client(own_server.http_url) as direct:
-        [worker] = psutil.Process(running.process_id).children()
+        [worker] = workers_of(running.process_id)
         wanted = direct.predict([picture(1)], 0.5)
         with contextlib.ExitStack() as idle:
             for _ in range(40):

@@ -276,6 +276,13 @@ class TestInABrowser:
         best = int(release.logits([picture(8)])[0].argmax())
         assert columns(page)["balanced"].splitlines()[1] == CLASSES[best]
 
+    def test_sample_images_are_shown_whole_below_their_label(self, page: Any) -> None:
+        box, label = (page.locator(f"#samples{part}").bounding_box() for part in ("", " [data-testid=block-label]"))
+        for image in page.locator("#samples button img").all():
+            shown = image.bounding_box()
+            assert box["x"] <= shown["x"] and shown["x"] + shown["width"] <= box["x"] + box["width"]
+            assert shown["y"] >= label["y"] + label["height"]
+
     def test_a_broken_file_is_told_what_is_wrong(self, page: Any, tmp_path: Path) -> None:
         (tmp_path / "broken.png").write_bytes(picture(5)[:60])
         upload(page, tmp_path / "broken.png")
@@ -303,6 +310,11 @@ class TestInABrowser:
             if len(cells := line.split("\t")) > 2
         }
         assert shown["broken.png"] == "is not a JPEG, PNG or WebP image" and shown["0.png"] in CLASSES
+        wide = page.viewport_size
+        page.set_viewport_size({"width": 390, "height": 800})
+        height = {cell.inner_text(): cell.bounding_box()["height"] for cell in page.locator("#rows th").all()}
+        assert len(set(height.values())) == 1 and max(height.values()) < 45, "a heading is broken on a phone"
+        page.set_viewport_size(wide)
         with page.expect_download() as download:
             page.locator("#csv a[download]").first.click()
         rows = list(csv.DictReader(Path(download.value.path()).read_text(encoding="utf-8").splitlines()))

@@ -12,10 +12,11 @@ from conftest import write_export
 from rich.console import Console
 from test_tailor_command import Tailor
 
+from serving.display import versions_table
 from serving.errors import InputError
 from serving.manifest import ManifestError
 from serving.model_config import CLASSIFIER
-from serving.promotion import promote, rollback
+from serving.promotion import list_versions, promote, rollback
 from serving.promotion_log import LOG_NAME, read_changes, record
 from serving.release_history import history_table, read_history
 from serving.repository import write_repository
@@ -80,6 +81,17 @@ def test_the_table_fits_120_columns_with_a_long_decision(repository: Path) -> No
     rows = [line for line in lines if "champion" in line or "kept" in line]
     assert len(rows) == 3 and all("…" not in line and len(line) <= 120 for line in lines)
     assert "data" not in " ".join(lines) and len(lines) <= 14  # the decision has room
+
+
+def test_the_tables_show_balanced_accuracy_and_not_the_share_of_unequal_test_images(repository: Path) -> None:
+    scored = {"balanced": {"all": 0.091, "balanced_accuracy": 0.3, "few": 0.5}}
+    for path in repository.glob("*/2/manifest.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": scored}))
+    for table in (history_table(read_history(repository)), versions_table(list_versions(repository), "repository")):
+        console = Console(width=120, record=True)
+        console.print(table)
+        text = console.export_text()
+        assert "balanced" in text and "0.300" in text and "0.500" in text and "0.091" not in text
 
 
 def test_the_json_is_complete_and_has_times_in_utc(repository: Path) -> None:
