@@ -10,6 +10,7 @@ import yaml
 from pipeline.model_card import as_cell
 from pipeline.params import Params
 from pipeline.prior import Prior
+from serving.terminal import counted
 
 # The Hub's own brackets; a set is in the first whose end it does not reach.
 BRACKETS = {
@@ -89,12 +90,13 @@ def data_facts(params: Params, prior: Prior, sizes: SplitSizes) -> list[tuple[st
     made = (
         "as it is" if data.profile == "natural" else f"made {data.profile}, imbalance factor {data.imbalance_factor:g}"
     )
+    most = max(prior.counts)
     groups = ", ".join(f"{prior.groups.count(name):,} {name}" for name in ("many", "medium", "few"))
     return [
         ("Source", data.source if data.source == "digits" else f"{data.source} at {data.location}"),
         ("Images", f"{sizes.train:,} for training, {sizes.validation:,} for validation, {sizes.test:,} for the test"),
         ("Classes", f"{len(prior.classes):,}: {groups}"),
-        ("Long tail", f"{made}; {max(prior.counts):,} images in the largest class, {min(prior.counts):,} in the smallest"),
+        ("Long tail", f"{made}; {counted(most, 'image')} in the largest class, {min(prior.counts):,} in the smallest"),
         ("Seen by the network", f"RGB, {image.size}x{image.size} pixels, from a shorter side of {image.resize_to}"),
         ("Which images", f"chosen and held out with seed {data.seed}"),
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from serving.client import Client
 from serving.errors import ServingError
 from serving.release_history import RepositoryHistory, read_history
 from serving.running import find_running
+from serving.terminal import counted
 
 LAST_RUN = Path("artifacts/retrain/last.json")
 GIB = 1024**3
@@ -173,10 +174,13 @@ def _ingest() -> Iterator[Finding]:
     rows = sorted(QUARANTINE.glob("*/rows.csv")) if QUARANTINE.is_dir() else []
     if refused:
         yield Finding(
-            "ingest", "warning", f"{len(refused)} drops were refused whole", f"see {refused[-1]}, and remove it"
+            "ingest",
+            "warning",
+            f"{counted(len(refused), 'drop', 'were')} refused whole",
+            f"see {refused[-1]}, and remove it",
         )
     elif rows:
-        yield Finding("ingest", "ok", f"{len(rows)} rounds left bad rows in {QUARANTINE}")
+        yield Finding("ingest", "ok", f"{counted(len(rows), 'round')} left bad rows in {QUARANTINE}")
     else:
         yield Finding("ingest", "ok", "no bad rows wait in quarantine")
 

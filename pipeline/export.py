@@ -56,6 +56,7 @@ from serving.manifest import (
     sha256_of,
 )
 from serving.repository import write_repository
+from serving.terminal import counted
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -76,7 +77,9 @@ class Result:
     half: Parity | None = None
 
     def __str__(self) -> str:
-        found = f"{len(self.manifest.files)} files, largest logit difference from PyTorch {self.difference:.1e}"
+        found = (
+            f"{counted(len(self.manifest.files), 'file')}, largest logit difference from PyTorch {self.difference:.1e}"
+        )
         return f"{found}{f', in float16 {self.half}' if self.half else ''} → {self.output}"
 
 

@@ -17,7 +17,7 @@ from pipeline.quarantine import list_refused
 from pipeline.sources import Ingested
 from pipeline.splits import load_classes
 from pipeline.stage import stage_main
-from serving.terminal import print
+from serving.terminal import counted, print
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class IngestReport:
     new_classes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{self.added:,} images added → {self.shard}" if self.shard else "no new data"]
+        parts = [f"{counted(self.added, 'image')} added → {self.shard}" if self.shard else "no new data"]
         if self.new_classes:
             parts.append(f"new classes {', '.join(self.new_classes)}")
         if self.already_there:
             parts.append(f"{self.already_there:,} there already")
         if self.quarantined:
             found = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
-            parts.append(f"{self.quarantined:,} bad rows ({found}) → {QUARANTINE}")
+            parts.append(f"{counted(self.quarantined, 'bad row')} ({found}) → {QUARANTINE}")
         if self.waiting:
-            parts.append(f"{self.waiting:,} files may still be being written, and wait")
+            parts.append(f"{counted(self.waiting, 'file')} may still be being written and will be read later")
         return f"refused: {self.refused}" if self.refused else "; ".join(parts)
 
 
@@ -96,7 +96,8 @@ def _take_in(params: Params, root: Path) -> IngestReport:
         return IngestReport(
             reasons=reasons(verdicts),
             waiting=found.waiting,
-            refused=f"{bad:,} of {len(verdicts):,} rows are bad, above what ingest.min_good_share = {share:g} allows; "
+            refused=f"{bad:,} of {counted(len(verdicts), 'row', 'are')} bad, above what "
+            f"ingest.min_good_share = {share:g} allows; "
             f"nothing was taken in, {listing} lists them",
         )
     return _take(found, verdicts, classes, params)

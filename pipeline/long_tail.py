@@ -9,7 +9,7 @@ from rich.bar import Bar
 from rich.table import Table
 
 from models.prior import FEW_BELOW, MANY_ABOVE, shot_group
-from serving.terminal import cell
+from serving.terminal import cell, counted
 
 COLOURS = {"many": "#4477aa", "medium": "#ccbb44", "few": "#ee6677"}
 ROWS = 20  # of the picture in the terminal
@@ -27,7 +27,7 @@ def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
     places = np.arange(len(sizes))
     for group, colour in COLOURS.items():
         mine = np.array([found == group for found in groups])
-        label = f"{group}: {int(mine.sum()):,} classes, {int(sizes[mine].sum()):,} images"
+        label = f"{group}: {counted(int(mine.sum()), 'class')}, {counted(int(sizes[mine].sum()), 'image')}"
         axes.fill_between(places, sizes, 0.5, where=mine, step="mid", color=colour, label=label)
         if len(sizes) <= 200:  # single classes can be told apart
             axes.bar(places[mine], sizes[mine], width=1.0, color=colour)

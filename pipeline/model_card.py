@@ -74,7 +74,7 @@ def model_facts(params: Params, prior: Prior) -> list[tuple[str, str]]:
     """What there is to say of the model in a line each: term and text."""
     teacher, student, size = params.teacher, params.student, params.image.size
     return [
-        ("Network", f"{student.backbone} with a cosine classifier of {len(prior.classes):,} classes"),
+        ("Network", f"{student.backbone} with a cosine classifier of {counted(len(prior.classes), 'class')}"),
         (
             "Training",
             f"{counted(student.epochs, 'epoch')} with the GML loss (ICML 2023, Mutual Information Maximization between Latent "

@@ -36,6 +36,7 @@ from pipeline.stream_decoding import (
 )
 from pipeline.stream_feed import Feed, Left
 from pipeline.stream_order import class_share, shuffled, windows_of
+from serving.terminal import counted
 
 SHOWN = 5  # replaced images that a message names
 WELL_MIXED = 0.5  # share of its classes that a window should hold at least
@@ -162,7 +163,7 @@ class ImageStream:
         if not told:
             return None
         return (
-            f"{len(told):,} images could not be read and were replaced by others of their class, the first "
+            f"{counted(len(told), 'image')} could not be read; replaced by others of their class, the first "
             f"{min(SHOWN, len(told))}: {'; '.join(told[:SHOWN])}; run `dvc repro -f split` to leave them out"
         )
 

@@ -33,6 +33,7 @@ from pipeline.schedule import learning_rate
 from pipeline.step import Step, StepInputs, own_places, own_rows
 from pipeline.training_state import Best, Position, check_same_everywhere, snapshot_of, take_snapshot
 from pipeline.watch import Failure, Watch
+from serving.terminal import counted
 
 
 @dataclass
@@ -105,7 +106,8 @@ class Training:
         batch, ranks = self.params.batch_size, rank_count()
         if batch > samples:
             raise ParamsError(
-                f"{self.name}.batch_size is {batch}, above the {samples} training images; lower it to at most {samples}"
+                f"{self.name}.batch_size is {batch}, above the {counted(samples, 'training image')}; lower it "
+                f"to at most {samples}"
             )
         if batch % ranks:
             raise ParamsError(
@@ -280,7 +282,7 @@ def replaced_elsewhere(data: dict[str, float]) -> str | None:
     if not count:
         return None
     return (
-        f"{count:,} images could not be read by other processes and were replaced by others of their class; "
+        f"{counted(count, 'image')} could not be read by other processes; replaced by others of their class; "
         "run `dvc repro -f split` to leave them out"
     )
 

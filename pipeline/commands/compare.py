@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.artifacts import PARAMS_FILE
-from pipeline.commands.options import RepositoryOption, repository_of
+from pipeline.commands.options import RepositoryOption, TargetPrior, repository_of
 from serving.commands.options import AsJson, Debug, print_json
 from serving.terminal import print
 
@@ -22,13 +21,6 @@ if TYPE_CHECKING:
 
 ECE_BINS = 15  # where no recipe says how many
 HELP = "A run's folder, a git revision or DVC experiment, a published version's number, or `champion`."
-
-
-class TargetPrior(StrEnum):
-    """The class prior that the answers are for."""
-
-    balanced = "balanced"
-    train = "train"
 
 
 def compare(

@@ -357,7 +357,7 @@ def test_a_drop_that_is_still_being_written_waits_with_three_bad_rows_of_ten_it_
 
     with Asking(server) as asking:
         fill(3, range(1000, 1010))
-        assert "ingest: no new data; 10 files may still be being written, and wait" in told(600)[1]
+        assert "ingest: no new data; 10 files may still be being written and will be read later" in told(600)[1]
         _, text = told(0)
         assert "ingest: 7 images added" in text and "3 bad rows (format 3)" in text
         fill(4, range(2000, 2010))

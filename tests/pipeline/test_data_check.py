@@ -55,7 +55,7 @@ def test_a_spoilt_folder_is_told_with_every_file(tmp_path, spoilt, capsys):
     said = capsys.readouterr().out
     assert "missing: 1; unreadable: 1" in said and "photos/train/ant/torn.png: is damaged or truncated" in said
     assert "exact duplicates: 2 groups, 1 of them across splits" in said
-    assert "near duplicates: 1 groups, 1 of them across splits" in said
+    assert "near duplicates: 1 group, 1 of them across splits" in said
     assert "train: 2 classes of 32 to 8 images, imbalance factor 4; 0 many, 1 medium, 1 few" in " ".join(said.split())
     assert "not right: 2 images are missing or cannot be used; the first: " in said and "data check: not right" in said
     found = report(tmp_path)
@@ -100,7 +100,7 @@ def test_an_image_under_two_labels_is_a_fault(tmp_path):
     write(root / "bee/copy.png", (root / "ant/001.png").read_bytes())
     assert command(tmp_path, data_params(root)) == 1
     assert report(tmp_path)["verdict"] == [
-        f"1 images lie under two labels; the first: {root}/bee/copy.png and {root}/ant/001.png"
+        f"1 image lies under two labels; the first: {root}/bee/copy.png and {root}/ant/001.png"
     ]
 
 
