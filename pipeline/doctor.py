@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.artifacts import INGEST_STATE, QUARANTINE
-from pipeline.errors import StageError
+from pipeline.errors import TailorError
 from pipeline.params import load_params
 from pipeline.prefect_health import Finding, prefect_findings
 from serving.arguments import ADMIN_KEY_VARIABLE
@@ -71,7 +71,7 @@ def examine(params_file: Path, repository: Path, url: str | None = None, limits:
     for name, check in checks:
         try:
             found += check()
-        except (ServingError, StageError, OSError) as error:
+        except (TailorError, OSError) as error:
             found.append(Finding(name, "failing", " ".join(str(error).split())))
     return found
 

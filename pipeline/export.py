@@ -43,7 +43,6 @@ from pipeline.parity import Parity, check_half, check_parity
 from pipeline.prior import Prior, load_prior
 from pipeline.stage import stage_main
 from pipeline.tracking import tell_after
-from serving.errors import ServingError
 from serving.manifest import (
     GOLDEN_NAME,
     GOLDEN_TOLERANCE,
@@ -111,10 +110,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         write_file(folder / CARD_NAME, model_card(params, prior, metrics))
         manifest = build_manifest(folder, params, prior, model, metrics, half)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
-    try:
-        write_repository(output, repository)
-    except ServingError as error:
-        raise StageError(str(error)) from None
+    write_repository(output, repository)
     tell_after("export", params, output)
     return Result(difference, manifest, output, half)
 

@@ -16,7 +16,6 @@ from pipeline.params import Params
 from pipeline.quarantine import list_refused
 from pipeline.sources import Ingested
 from pipeline.splits import load_classes
-from pipeline.stage import stage_main
 from serving.terminal import counted, print
 
 
@@ -58,7 +57,7 @@ def ingest(params: Params, drop: Path | None = None) -> IngestReport:
 
     Good rows become one new shard of data/ingested/, bad ones go to data/quarantine/ with the reason, and the files that
     both came from leave the drop; validation and test are read, never written. All of it or nothing: killed anywhere,
-    the next run finishes or begins anew. Raises ParamsError for a `drop` that is no folder, and where `split` has not run
+    the next run finishes or starts again. Raises ParamsError for a `drop` that is no folder, and where `split` has not run
     yet; StageError while another ingest runs.
     """
     from filelock import FileLock, Timeout  # of the extra `pipeline`, as a training machine takes nothing in
@@ -143,20 +142,3 @@ def _joined(finished: Written | None, report: IngestReport) -> IngestReport:
 
 def _shard(written: Written) -> Path | None:
     return INGESTED / written.shard if written.shard else None
-
-
-def run(params: Params) -> IngestReport:
-    """`ingest` of the drop folder of the params. Raises StageError also for a drop that is refused whole."""
-    report = ingest(params)
-    if report.refused:
-        raise StageError(f"{params.ingest.drop}: {report}")
-    return report
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line of `python -m pipeline.ingest`, as `tailor ingest` without its options; returns the exit code."""
-    return stage_main(run, "Take new labelled images from the drop folder into the training split.", arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

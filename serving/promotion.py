@@ -2,7 +2,7 @@
 
 The champion is never touched before the challenger has been tried. A challenger is published (written whole beside the
 others), rehearsed on a server of its own, and only then loaded by the server that answers users: its student first and
-asked its golden requests, then its classifier, which is the moment from which requests that name no version reach it.
+sent its golden requests, then its classifier; from then on requests that name no version reach it.
 Whatever fails, the version policy and the loaded versions go back to what they were, and what was published for it goes.
 """
 
@@ -17,20 +17,20 @@ from serving.errors import InputError, ServingError
 from serving.model_config import CLASSIFIER
 from serving.promotion_log import champions, record
 from serving.rehearsal import rehearse
-from serving.release import Release, find_releases, published_versions, read_release
+from serving.release import Release, find_champion, published_versions, read_release
 from serving.repository import publish
 from serving.repository_lock import locked
 from serving.retention import prune, remove_leftovers, withdrawn_on_failure
 from serving.running import RunningServer, find_running
 from serving.swap import bring_up_to_date, swap
-from serving.version_policy import champion, served_versions
+from serving.version_policy import served_versions
 
 KEPT = 5  # versions on disk
 LOAD_TIMEOUT = 120.0  # seconds
 
 
 class PromotionError(ServingError):
-    """The version asked for does not serve; the champion does, as before."""
+    """The requested version does not serve; the champion does, as before."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Promotion:
 
     version: the champion now; previous: the champion before, the same one where nothing had to be done. rehearsed:
     whether the version answered its golden requests on a server of its own first. servers: the addresses that were
-    asked to load it; none where no server runs, and the next one to start serves it. removed: old versions deleted.
+    sent the load request; none where no server runs, and the next one to start serves it. removed: old versions deleted.
     """
 
     version: int
@@ -75,7 +75,7 @@ def promote(
     Runtime alone, where a second server does not fit on the machine; None compares the files' sha256 only, where the
     caller has just tried the version. Afterwards the champion before is still
     loaded, for requests that name it and for a rollback at once. The champion itself is loaded by the servers that have
-    it not, as after a promotion that was killed in its midst. An export that fails is withdrawn from the disk again, if
+    it not, as after a promotion that was killed. An export that fails is withdrawn from the disk again, if
     it was not published before; what killed promotions left there goes first. Raises InputError for a version that is
     not there or is older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError
     when it failed its trial or the swap, RepositoryBusy while another promotion, a repair or the start of a server is
@@ -84,9 +84,8 @@ def promote(
     if keep < 2:
         raise InputError(f"keep is {keep}; expected at least 2, the champion and the one before it")
     with locked(repository):
-        _check_champion(repository)
+        before = find_champion(repository).version
         remove_leftovers(repository)
-        before = champion(repository)
         with withdrawn_on_failure(repository):
             version = publish(release, repository) if isinstance(release, Path) else _published(repository, release)
             if version < before:
@@ -97,8 +96,8 @@ def promote(
             if version == before:
                 _bring_up_to_date(repository, version, found, timeout)
                 return Promotion(version, before, False, tuple(server.grpc_url for server in found))
-            rehearsed = _try(repository, version, before, timeout, rehearsal)
-            _swap(repository, version, (before, version), found, timeout)
+            challenger, rehearsed = _try(repository, version, before, timeout, rehearsal)
+            _swap(repository, challenger, before, (before, version), found, timeout)
         record(repository, "promote", version, before)
         removed = prune(repository, keep)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found), removed)
@@ -118,23 +117,23 @@ def rollback(
     disk, unloaded, as Triton answers from the newest one that it has. Raises as `promote` does.
     """
     with locked(repository):
-        _check_champion(repository)
-        before = champion(repository)
-        version = _published(repository, _champion_before(repository) if version is None else version)
+        before = find_champion(repository).version
+        version = _published(repository, _champion_before(repository, before) if version is None else version)
         if version >= before:
             raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
         found = find_running(repository) if servers is None else servers
-        loaded = version in served_versions(repository, CLASSIFIER)
-        rehearsed = False if loaded else _try(repository, version, before, timeout, rehearsal)
-        _swap(repository, version, (version,), found, timeout)
+        if version in served_versions(repository, CLASSIFIER):
+            older, rehearsed = read_release(repository, version, hashes=False), False
+        else:
+            older, rehearsed = _try(repository, version, before, timeout, rehearsal)
+        _swap(repository, older, before, (version,), found, timeout)
         record(repository, "rollback", version, before)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found))
 
 
 def list_versions(repository: Path) -> list[VersionState]:
     """The published versions, oldest first. Raises RepositoryError or ManifestError naming the file."""
-    _check_champion(repository)
-    served, best = served_versions(repository, CLASSIFIER), champion(repository)
+    best, served = find_champion(repository).version, served_versions(repository, CLASSIFIER)
     return [
         VersionState(
             version,
@@ -146,9 +145,13 @@ def list_versions(repository: Path) -> list[VersionState]:
     ]
 
 
-def _check_champion(repository: Path) -> None:
-    """Refuse to work on a repository that no server would start from."""
-    find_releases(repository, hashes=False)
+def version_before(repository: Path) -> int | None:
+    """The champion before the last promotion, which is still loaded; None after the first, and after a rollback.
+
+    The version policies hold it, whichever process wrote them; after a rollback they do not say whether to go forward.
+    """
+    served = served_versions(repository, CLASSIFIER)
+    return served[-2] if len(served) > 1 else None
 
 
 def _published(repository: Path, version: int) -> int:
@@ -158,15 +161,14 @@ def _published(repository: Path, version: int) -> int:
     return version
 
 
-def _champion_before(repository: Path) -> int:
-    """The version that a rollback goes back to: the one that is still served, or else the champion of before.
+def _champion_before(repository: Path, best: int) -> int:
+    """The version that a rollback returns to: the one that is still served, or else the champion before `best`.
 
-    Not simply the newest on disk, which may have failed its trial, or been rolled back from. It is what is left where the
-    promotions were not recorded. Raises InputError where there is none.
+    The newest version on disk may have failed its trial, or been rolled back from; it is the choice only where no
+    promotion was recorded. Raises InputError where there is none.
     """
-    served, best = served_versions(repository, CLASSIFIER), champion(repository)
-    if len(served) > 1:
-        return served[-2]
+    if (loaded := version_before(repository)) is not None:
+        return loaded
     older = [version for version in published_versions(repository) if version < best]
     if not older:
         raise InputError(f"{repository}: holds no version before the champion {best}; nothing to go back to")
@@ -174,27 +176,31 @@ def _champion_before(repository: Path) -> int:
     return (recorded or older)[-1]
 
 
-def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> bool:
-    """Whether a version that passed its trial did so on a server of its own. Raises PromotionError when it did not."""
+def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> tuple[Release, bool]:
+    """Read a version with its hashes and try it; whether on a server of its own. Raises PromotionError when it fails."""
     try:
-        if rehearsal:
-            return rehearse(repository, version, timeout)
         release = read_release(repository, version)
+        if rehearsal:
+            return release, rehearse(repository, release, timeout)
         if rehearsal is False:
             dry_run(repository, [release], timeout)
-        return False
+        return release, False
     except ServingError as error:
         raise PromotionError(f"version {version} is not fit to serve, version {before} stays: {error}") from error
 
 
 def _swap(
-    repository: Path, version: int, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
+    repository: Path,
+    release: Release,
+    before: int,
+    final: tuple[int, ...],
+    servers: Sequence[RunningServer],
+    timeout: float,
 ) -> None:
-    before = champion(repository)
     try:
-        swap(repository, version, final, servers, timeout)
+        swap(repository, release, final, servers, timeout)
     except ServingError as error:
-        raise PromotionError(f"version {version} does not serve, version {before} stays: {error}") from error
+        raise PromotionError(f"version {release.version} does not serve, version {before} stays: {error}") from error
 
 
 def _bring_up_to_date(repository: Path, version: int, servers: Sequence[RunningServer], timeout: float) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from serving.manifest import Manifest, read_manifest
 from serving.model_config import CLASSIFIER
-from serving.release import find_releases, published_versions, read_release
+from serving.release import find_champion, published_versions, read_release
 from serving.release_history import DECISION_NAME, read_optional_json, said
 from serving.terminal import cell
 
@@ -38,7 +38,7 @@ def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | N
 
     Raises RepositoryError or ManifestError naming a file that is damaged.
     """
-    champion = find_releases(repository, hashes=False)[-1]
+    champion = find_champion(repository)
     decision = None
     if isinstance(release, int):
         if release <= champion.version or release not in published_versions(repository):

@@ -60,6 +60,11 @@ def find_releases(root: Path, hashes: bool = True) -> list[Release]:
     return [read_release(root, version, hashes) for version in served]
 
 
+def find_champion(root: Path) -> Release:
+    """The release that answers a request that names no version. Raises as `find_releases`, which checks it."""
+    return find_releases(root, hashes=False)[-1]
+
+
 def published_versions(root: Path) -> list[int]:
     """The versions that both models have with all their files, ascending; they need not be served."""
     common = set(version_folders(root, STUDENT)) & set(version_folders(root, CLASSIFIER))

@@ -1,4 +1,4 @@
-"""The swap itself: version policies and load calls in the one order in which every request finds what it asks for.
+"""The swap itself: version policies and load calls in the one order in which every request finds its version.
 
 At every moment `student` has each version that `classifier` has, and the policies on disk are such that a server that
 starts from them serves a version that has been tried. So a swap that is killed midway leaves no repair to do.
@@ -16,9 +16,9 @@ from serving.errors import ServingError
 from serving.golden import ask_student, check_golden
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import LoadTimeout, ModelControl
-from serving.release import Release, read_release
+from serving.release import Release, find_champion
 from serving.running import RunningServer
-from serving.version_policy import champion, serve_versions, served_versions
+from serving.version_policy import serve_versions, served_versions
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,16 @@ class _Policies:
 
 
 def swap(
-    repository: Path, version: int, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
+    repository: Path, release: Release, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
 ) -> None:
-    """Have the repository and its servers serve the versions `final`, of which the highest, `version`, is champion.
+    """Have the repository and its servers serve the versions `final`, of which the highest, the release, is champion.
 
     Raises ServingError when a server does not load or does not answer rightly; then everything is as it was before.
     """
-    release = read_release(repository, version, hashes=False)
     before = _Policies(
         served_versions(repository, STUDENT),
         served_versions(repository, CLASSIFIER),
-        read_release(repository, champion(repository), hashes=False),
+        find_champion(repository),
     )
     with ExitStack() as stack:
         controls = [stack.enter_context(ModelControl(server, timeout)) for server in servers]
@@ -50,7 +49,7 @@ def swap(
         except BaseException as error:
             try:
                 if isinstance(error, LoadTimeout):
-                    _end_hanging_loads(version, before, controls)
+                    _end_hanging_loads(release.version, before, controls)
             finally:
                 _back(repository, before, controls)
             raise
@@ -61,7 +60,7 @@ def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout
 
     Triton loads nothing that it has already. Raises ServingError when the champion is not loaded or not answered rightly.
     """
-    release = read_release(repository, champion(repository), hashes=False)
+    release = find_champion(repository)
     for server in servers:
         with ModelControl(server, timeout) as control:
             control.load(STUDENT)

@@ -93,11 +93,3 @@ def version_folders(root: Path, model: str) -> list[int]:
 def present_versions(root: Path) -> list[int]:
     """The versions that at least one of the two models has a folder of, ascending."""
     return sorted({*version_folders(root, STUDENT), *version_folders(root, CLASSIFIER)})
-
-
-def champion(root: Path) -> int:
-    """The version that answers a request that names none. Raises RepositoryError."""
-    served = served_versions(root, CLASSIFIER)
-    if not served:
-        raise RepositoryError(f"{root / CLASSIFIER / CONFIG_NAME}: serves no version; write the repository again")
-    return served[-1]

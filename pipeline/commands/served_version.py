@@ -27,12 +27,11 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     from pipeline.inference import NotFiniteError, check_finite
     from serving.errors import InputError
     from serving.model_config import STUDENT
-    from serving.release import find_releases, published_versions, read_release
+    from serving.release import find_champion, published_versions, read_release
 
-    champion = find_releases(repository, hashes=False)[-1].version
-    version = champion if version is None else version
-    if version not in (there := published_versions(repository)):
-        raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, there))}")
+    version = find_champion(repository).version if version is None else version
+    if version not in (existing := published_versions(repository)):
+        raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, existing))}")
     manifest = read_release(repository, version).manifest
     if load_classes() != [class_key(name) for name in manifest.classes]:
         raise StageError(f"version {version} of {repository} has other classes than data/split/classes.json")

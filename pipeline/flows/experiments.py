@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dvc.repo.experiments.refs import ExpRefInfo
 
-from pipeline.errors import StageError
+from pipeline.errors import StageError, TailorError
 from pipeline.flows.leash import end_leash, start_on_leash
 from pipeline.flows.records import Decided, now
 from pipeline.params import Params, load_params
@@ -45,7 +45,7 @@ def keep_run(decided: Decided, why: str, params: Params, say: Callable[[str], No
         if load_params() != params:
             raise ExperimentError("params.yaml was changed while the run went on; `tailor retrain` takes the change up")
         save(name, f"retrain: {decided.ending}: {why}")
-    except (StageError, OSError) as error:
+    except (TailorError, OSError) as error:
         say(f"not kept as a DVC experiment: {explain(error)}")
     else:
         say(f"kept as the DVC experiment {name}; `tailor experiments` lists it")

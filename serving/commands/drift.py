@@ -21,7 +21,7 @@ from serving.drift_calibration import calibration_from
 from serving.errors import InputError, ServingError
 from serving.logged_logits import LoggedLogits, moment_of, read_logits
 from serving.manifest import Manifest
-from serving.release import find_releases, read_release
+from serving.release import find_champion, read_release
 from serving.terminal import Console, counted, print
 
 PREDICTIONS = Path("artifacts/evaluation/predictions.parquet")
@@ -155,7 +155,7 @@ def retraining() -> Callable[[str], Any]:
 
 def _manifest(repository: Path, version: int | None) -> Manifest:
     if version is None:
-        return find_releases(repository, hashes=False)[-1].manifest
+        return find_champion(repository).manifest
     return read_release(repository, version, hashes=False).manifest
 
 

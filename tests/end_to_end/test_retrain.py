@@ -214,7 +214,7 @@ def test_a_version_that_answers_wrongly_once_it_is_promoted_is_taken_back_and_no
     finally:
         project.set("retrain", watch_seconds=0.0)
     assert outcome.ending == "failed"
-    assert f"version {before + 1} was promoted and taken back, {before} answers" in outcome.message
+    assert f"version {before + 1} was promoted and rolled back, {before} answers" in outcome.message
     with Client(server.grpc_url) as client:
         assert client.predict([picture(1)])[0].version == before
     assert champion_of(project) == before  # and the version is withdrawn
@@ -237,7 +237,7 @@ def test_an_older_version_that_is_best_again_and_answers_wrongly_is_left_for_the
         outcome = taken_back(project, context, 1, tmp_path / "now")
     finally:
         project.set("retrain", watch_seconds=0.0)
-    assert f"version 1 was promoted and taken back, {before} answers" in outcome.message
+    assert f"version 1 was promoted and rolled back, {before} answers" in outcome.message
     assert champion_of(project) == before
     assert 1 in {state.version for state in list_versions(project.repository)}
     with Client(server.grpc_url) as client:

@@ -213,7 +213,7 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path):
     ("options", "said"),
     [
         (["--near", "65"], "--near is '65'; expected 0 to 10, or off"),
-        (["--jobs", "0"], "'--jobs': 0 is not in the range 1<=x<=1024"),
+        (["--jobs", "0"], "Invalid value for '--jobs'"),
         (["--nears", "1"], "No such option: --nears"),
     ],
 )

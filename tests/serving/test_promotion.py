@@ -24,11 +24,12 @@ from serving.leftovers import stubs_of
 from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, sha256_of
 from serving.promotion import PromotionError, list_versions, promote, rollback
 from serving.promotion_log import LOG_NAME
+from serving.release import find_champion
 from serving.repository import publish
 from serving.repository_lock import RepositoryBusy, locked
 from serving.server import TritonServer
 from serving.transport import Transport
-from serving.version_policy import champion, serve_versions, served_versions
+from serving.version_policy import serve_versions, served_versions
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +151,7 @@ def test_promotion_clears_what_a_killed_one_left(root: Path, exports: dict[int, 
 def test_version_that_cannot_be_meant_is_misuse(root: Path, misuse: Callable, message: str) -> None:
     with pytest.raises(InputError, match=message):
         misuse(root)
-    assert champion(root) == 1
+    assert find_champion(root).version == 1
 
 
 def test_older_version_is_rolled_back_to_not_promoted(root: Path, exports: dict[int, Release]) -> None:
@@ -310,7 +311,7 @@ def test_broken_versions_are_refused_while_the_champion_answers(
             promote(root, 2)
         shutil.copytree(good / "classifier" / "2", root / "classifier" / "2", dirs_exist_ok=True)
         assert set(load.versions()) == {1}
-        assert champion(root) == 1
+        assert find_champion(root).version == 1
         assert promote(root, 2).version == 2
     assert_each_answer_is_its_versions(load, exports)
 

@@ -35,7 +35,12 @@ def test_each_control_character_is_written_out_and_ordinary_text_is_not_changed(
 
 
 def test_a_count_has_the_singular_for_one_alone() -> None:
-    assert [counted(number, "image") for number in (0, 1, 2, 1200)] == ["0 images", "1 image", "2 images", "1,200 images"]
+    assert [counted(number, "image") for number in (0, 1, 2, 1200)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "1,200 images",
+    ]
     assert [counted(number, "test class") for number in (1, 3)] == ["1 test class", "3 test classes"]
     verbs = ("are", "were", "have", "lie")
     assert [counted(1, "box", verb) for verb in verbs] == ["1 box is", "1 box was", "1 box has", "1 box lies"]
