@@ -52,7 +52,7 @@ def counted(number: int | float, noun: str, verb: str = "") -> str:
     """A number with its noun, and a verb where one is given: `1 class is`, `2 classes are`."""
     if number == 1:
         return f"1 {noun} {SINGULAR.get(verb, f'{verb}s')}" if verb else f"1 {noun}"
-    plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith(("s", "x", "tch")) else f"{noun}s"
     return f"{number:,} {plural} {verb}".rstrip()
 
 

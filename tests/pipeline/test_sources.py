@@ -64,7 +64,7 @@ def test_a_class_may_be_called_test_where_there_is_no_train_folder(tmp_path):
     [
         ({"a": 3, "b": 0}, "b: class without training images; add some or remove the folder"),
         ({"train/a": 3, "train/b": 1, "test/c": 1}, "test/c: is a class of test that train does not have"),
-        ({"a": 3}, "holds 1 class folders; expected at least 2, one per class"),
+        ({"a": 3}, "holds 1 class folder; expected at least 2, one per class"),
         ({}, "holds 0 class folders; expected at least 2, one per class"),
     ],
 )

@@ -41,7 +41,9 @@ def test_a_count_has_the_singular_for_one_alone() -> None:
         "2 images",
         "1,200 images",
     ]
-    assert [counted(number, "test class") for number in (1, 3)] == ["1 test class", "3 test classes"]
+    plurals = {"test class": "test classes", "box": "boxes", "batch": "batches", "epoch": "epochs", "share": "shares"}
+    for noun, plural in plurals.items():
+        assert [counted(number, noun) for number in (1, 3)] == [f"1 {noun}", f"3 {plural}"]
     verbs = ("are", "were", "have", "lie")
     assert [counted(1, "box", verb) for verb in verbs] == ["1 box is", "1 box was", "1 box has", "1 box lies"]
     assert [counted(2, "box", verb) for verb in verbs] == [f"2 boxes {verb}" for verb in verbs]
