@@ -60,7 +60,7 @@ def class_prior(counts: Any, smoothing: float = 0.0) -> Floats:
     empty = np.flatnonzero(n + smoothing == 0)
     if empty.size:
         raise ValueError(
-            f"class {int(empty[0])} has no training samples ({empty.size} such classes); "
+            f"class {int(empty[0])} has no training samples (such classes: {empty.size}); "
             "add samples, drop the class, or set prior.smoothing above 0"
         )
     smoothed: Floats = n + smoothing

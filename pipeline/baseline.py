@@ -27,7 +27,7 @@ from pipeline.prior import Prior, load_prior
 from pipeline.ranks import choose_device, joined_ranks
 from pipeline.stage import stage_main
 from pipeline.training_run import model_config, run_folder, stage_seed, teacher_objective, train_network
-from serving.terminal import Console
+from serving.terminal import Console, counted
 
 FOLDER = Path("artifacts/baseline")
 # Short enough for a table of 80 columns.
@@ -43,7 +43,7 @@ class Result:
     output: Path
 
     def __str__(self) -> str:
-        return f"compared on {self.images:,} test images → {self.output}"
+        return f"compared on {counted(self.images, 'test image')} → {self.output}"
 
 
 def run(params: Params, folder: Path = FOLDER) -> Result:
@@ -100,10 +100,10 @@ def gain_table(measures: dict[str, dict[str, Measure]], plain: Answers, confiden
     """
     of_group = np.array(plain.prior.groups)[plain.labels]
     tested = [int((of_group == group).sum()) for group in GROUPS]
-    table = Table(title=f"Accuracy on {len(plain.labels):,} test images: what Tailor gains")
+    table = Table(title=f"Accuracy on {counted(len(plain.labels), 'test image')}: what Tailor gains")
     table.add_column("", no_wrap=True)
     for column, images in zip(COLUMNS, (len(plain.labels), *tested), strict=True):
-        table.add_column(f"{column}\n{images:,} images", justify="right")
+        table.add_column(f"{column}\n{counted(images, 'image')}", justify="right")
     for name, row in measures.items():
         table.add_row(name, *(_percent(row[column].challenger) for column in COLUMNS), end_section=name == STUDENT_ROW)
     student = measures[STUDENT_ROW]
@@ -131,10 +131,10 @@ def limits(epochs: int, prior: Prior, tested: int) -> str:
     images, names = sum(prior.counts), len(prior.classes)
     return (
         f"cross-entropy: plain, with the student's network, epochs ({epochs}), augmentation and seed, on "
-        f"the same {images:,} training images of {names} classes, {max(prior.counts):,} of the largest and "
+        f"the same {counted(images, 'training image')} of {names} classes, {max(prior.counts):,} of the largest and "
         f"{min(prior.counts):,} of the smallest. minus log prior: the same network, its logits adjusted after training. "
         "difference: student − cross-entropy; the student also needs its teacher, two trainings instead of one.\n"
-        f"The table shows in which direction accuracy moves on these data. One seed and {tested:,} test images: a "
+        f"The table shows in which direction accuracy moves on these data. One seed and {counted(tested, 'test image')}: a "
         "difference whose interval holds 0 may be chance, the interval leaves out the spread between seeds, and other "
         "data gain more or less. docs/results.md has several seeds on CIFAR."
     )

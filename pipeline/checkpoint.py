@@ -16,6 +16,7 @@ from models.cosine_classifier import ImageClassifier
 from pipeline.artifacts import write_file, write_json
 from pipeline.errors import ParamsError, StageError
 from pipeline.params import ImageParams
+from serving.terminal import counted
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -80,7 +81,7 @@ def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise StageError(
-            f"{folder}: {len(bad)} tensors are not finite, {bad[0]} the first: training diverged; lower "
+            f"{folder}: {counted(len(bad), 'tensor', 'are')} not finite, {bad[0]} the first: training diverged; lower "
             f"{stage}.learning_rate and run `dvc repro -f {stage}`"
         )
     return model.eval(), config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from pipeline.run_comparison import Comparison
-from serving.terminal import Console, cell
+from serving.terminal import Console, cell, counted
 
 
 def show(found: Comparison, classes: int) -> None:
@@ -13,7 +13,7 @@ def show(found: Comparison, classes: int) -> None:
     console = Console()
     before, after = cell(found.before), cell(found.after)
     within = f"{100 * found.confidence:g} % interval"
-    table = Table(title=f"{after} against {before}: {found.samples:,} test images, {found.target_prior} prior")
+    table = Table(title=f"{after} against {before}: {counted(found.samples, 'test image')}, {found.target_prior} prior")
     _columns(table, "measure", before, after, "difference", within, "p")
     for name, measure in found.measures.items():
         table.add_row(

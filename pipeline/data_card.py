@@ -8,6 +8,7 @@ from models.prior import GROUPS
 from pipeline.model_card import render_card
 from pipeline.params import DataParams, ImageParams
 from pipeline.prior import Prior
+from serving.terminal import counted
 
 # The Hub's own brackets; a set is in the first whose end it does not reach.
 BRACKETS = {
@@ -82,11 +83,12 @@ def data_facts(data: DataParams, image: ImageParams, prior: Prior, sizes: SplitS
         "as it is" if data.profile == "natural" else f"made {data.profile}, imbalance factor {data.imbalance_factor:g}"
     )
     groups = ", ".join(f"{prior.groups.count(name):,} {name}" for name in GROUPS)
+    most = max(prior.counts)
     return [
         ("Source", data.source if data.source == "digits" else f"{data.source} at {data.location}"),
         ("Images", f"{sizes.train:,} for training, {sizes.validation:,} for validation, {sizes.test:,} for the test"),
         ("Classes", f"{len(prior.classes):,}: {groups}"),
-        ("Long tail", f"{made}; {max(prior.counts):,} images in the largest class, {min(prior.counts):,} in the smallest"),
+        ("Long tail", f"{made}; {counted(most, 'image')} in the largest class, {min(prior.counts):,} in the smallest"),
         ("Seen by the network", f"RGB, {image.size}x{image.size} pixels, from a shorter side of {image.resize_to}"),
         ("Which images", f"chosen and held out with seed {data.seed}"),
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from pipeline.profiles import choose, class_sizes
 from pipeline.published import PUBLISHED, hash_of_ranks, published_choice
 from pipeline.sources import FolderSource, Row, Source, open_own
 from pipeline.split import SPLITS, assign, without
+from serving.terminal import counted
 
 HASHED_SIDE = 32
 Assigned = dict[str, list[Row]]
@@ -113,7 +114,7 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     verdict = [names] if names else []
     if bad and data.on_bad_image == "fail":
         verdict.append(
-            f"{len(bad):,} images are missing or cannot be used; the first: {inspected[bad[0].reference].problem}"
+            f"{counted(len(bad), 'image', 'are')} missing or cannot be used; the first: {inspected[bad[0].reference].problem}"
         )
         missing = [row for row in bad if inspected[row.reference].missing]
         cause = source.why_missing(missing) if missing else None
@@ -131,7 +132,8 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     if conflicts and source.origin not in PUBLISHED:
         row, other = conflicts[0]
         verdict.append(
-            f"{len(conflicts):,} images lie under two labels; the first: {source.place(row)} and {source.place(other)}"
+            f"{counted(len(conflicts), 'image', 'lie')} under two labels; the first: {source.place(row)} and "
+            f"{source.place(other)}"
         )
     published = compare(params, source)
     if any(not figure.same for figure in published):
@@ -165,7 +167,7 @@ def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> l
     (split, row), *others = shared[0]
     other, second = next(member for member in others if member[0] != split)
     return [
-        f"{len(shared):,} groups of {kind} lie in two splits, so that figures on held-out images are too good; the first: "
+        f"{counted(len(shared), 'group')} of {kind} in two splits, so that figures on held-out images are too good; the first: "
         f"{source.place(row)} ({split}) and {source.place(second)} ({other}); keep each image in one split"
     ]
 
@@ -206,8 +208,8 @@ def compare(params: Params, source: Source) -> list[Difference]:
         labels = np.array([row.label for row in by_split["train"]])
         kept = choose(labels, class_sizes(params.data.profile, counts, params.data.imbalance_factor), params.data.seed)
         name = f"CIFAR-LT, factor {params.data.imbalance_factor:g}"
-        chosen = f"{sum(map(len, kept)):,} images, {hash_of_ranks(labels, kept)}"
-        found.append(Difference(name, f"{choice[0]:,} images, {choice[1]}", chosen))
+        chosen = f"{counted(sum(map(len, kept)), 'image')}, {hash_of_ranks(labels, kept)}"
+        found.append(Difference(name, f"{counted(choice[0], 'image')}, {choice[1]}", chosen))
     return found
 
 

@@ -23,6 +23,7 @@ from pipeline.params import Params
 from pipeline.sources import BadImageError, Row, Source, in_parts, open_own
 from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY
 from pipeline.split import SPLITS
+from serving.terminal import counted
 
 PLAN, SUMMARY = ".pack.json", "pack.json"
 STATE_KEY = b"tailor.pack"  # in a shard's metadata: rows of the source done after it, images left out in it
@@ -39,8 +40,10 @@ class Packed:
     output: Path
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{self.images[split]:,} {split} in {self.shards[split]:,} shards" for split in self.images)
-        left = f"; {self.skipped:,} images left out, listed in {SUMMARY}" if self.skipped else ""
+        parts = ", ".join(
+            f"{self.images[split]:,} {split} in {counted(self.shards[split], 'shard')}" for split in self.images
+        )
+        left = f"; {counted(self.skipped, 'image')} left out, listed in {SUMMARY}" if self.skipped else ""
         return f"{parts}{left} → {self.output}"
 
     def as_mapping(self) -> dict[str, Any]:

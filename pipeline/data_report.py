@@ -15,7 +15,7 @@ from pipeline.data_check import Report
 from pipeline.inspection import SHOWN
 from pipeline.long_tail import draw_long_tail, show_long_tail
 from pipeline.split import SPLITS
-from serving.terminal import Console, cell
+from serving.terminal import Console, cell, counted
 
 
 def show(report: Report, console: Console) -> None:
@@ -25,7 +25,7 @@ def show(report: Report, console: Console) -> None:
     groups = ", ".join(f"{number:,} {group}" for group, number in report.groups().items())
     train = report.counts["train"]
     console.print(
-        f"train: {len(report.classes):,} classes of {max(train):,} to {min(train):,} images, imbalance factor "
+        f"train: {counted(len(report.classes), 'class')} of {max(train):,} to {counted(min(train), 'image')}, imbalance factor "
         f"{report.imbalance_factor:.4g}; {groups}"
     )
     console.print(show_long_tail(train, report.classes))
@@ -65,12 +65,16 @@ def _findings(report: Report) -> list[str]:
     if len(report.bad) > SHOWN:
         lines.append(f"  and {len(report.bad) - SHOWN:,} more, in problems.csv")
     exact = list(report.duplicates.values())
-    lines.append(f"exact duplicates: {len(exact):,} groups, {report.across_splits(exact):,} of them across splits")
+    lines.append(
+        f"exact duplicates: {counted(len(exact), 'group')}, {report.across_splits(exact):,} of them across splits"
+    )
     if report.conflicts:
         lines.append(f"the same image under two labels of one split: {len(report.conflicts):,}")
     if report.near_duplicates is not None:
         near = report.near_duplicates
-        lines.append(f"near duplicates: {len(near):,} groups, {report.across_splits(near):,} of them across splits")
+        lines.append(
+            f"near duplicates: {counted(len(near), 'group')}, {report.across_splits(near):,} of them across splits"
+        )
     sizes = ", ".join(f"{name} {width}x{height}" for name, (width, height) in report.image_sizes().items())
     return [*lines, f"image sizes: {sizes or 'none'}"]
 
@@ -108,7 +112,8 @@ def write(report: Report, folder: Path) -> None:
                 for split, row in group
             ]
             write_file(output / f"{name}.csv", as_csv(members, ["group", "split", "sample_id", "class"]))
-        title = f"{report.source}: {sum(report.counts['train']):,} training images, {len(report.classes):,} classes"
+        sizes = f"{counted(sum(report.counts['train']), 'training image')}, {counted(len(report.classes), 'class')}"
+        title = f"{report.source}: {sizes}"
         draw_long_tail(report.counts["train"], title, output / "long_tail.svg")
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.artifacts import INGEST_STATE, QUARANTINE
-from pipeline.errors import StageError
+from pipeline.errors import TailorError
 from pipeline.params import load_params
 from pipeline.prefect_health import Finding, prefect_findings
 from serving.arguments import ADMIN_KEY_VARIABLE
@@ -21,6 +21,7 @@ from serving.client import Client
 from serving.errors import ServingError
 from serving.release_history import RepositoryHistory, read_history
 from serving.running import find_running
+from serving.terminal import counted
 
 LAST_RUN = Path("artifacts/retrain/last.json")
 GIB = 1024**3
@@ -70,7 +71,7 @@ def examine(params_file: Path, repository: Path, url: str | None = None, limits:
     for name, check in checks:
         try:
             found += check()
-        except (ServingError, StageError, OSError) as error:
+        except (TailorError, OSError) as error:
             found.append(Finding(name, "failing", " ".join(str(error).split())))
     return found
 
@@ -173,10 +174,13 @@ def _ingest() -> Iterator[Finding]:
     rows = sorted(QUARANTINE.glob("*/rows.csv")) if QUARANTINE.is_dir() else []
     if refused:
         yield Finding(
-            "ingest", "warning", f"{len(refused)} drops were refused whole", f"see {refused[-1]}, and remove it"
+            "ingest",
+            "warning",
+            f"{counted(len(refused), 'drop', 'were')} refused whole",
+            f"see {refused[-1]}, and remove it",
         )
     elif rows:
-        yield Finding("ingest", "ok", f"{len(rows)} rounds left bad rows in {QUARANTINE}")
+        yield Finding("ingest", "ok", f"{counted(len(rows), 'round')} left bad rows in {QUARANTINE}")
     else:
         yield Finding("ingest", "ok", "no bad rows wait in quarantine")
 

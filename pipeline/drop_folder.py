@@ -20,7 +20,7 @@ from pipeline.sources.source import BadImageError, read_image_file, reading_orde
 from pipeline.sources.storage import Storage
 from pipeline.sources.table import WHOLE_NUMBER
 from serving.bounded_parquet import MIB, MemoryLimit
-from serving.terminal import print
+from serving.terminal import counted, print
 
 MARKER = ".complete"
 ROW_BYTES = 1024  # that a DropRow of a table takes, with its name, its path and what reads it
@@ -117,7 +117,9 @@ def _files(root: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not is_passed_over(Path(name)) and is_utf8(name))
         yield from (Path(folder) / name for name in sorted(fit) if not is_passed_over(Path(name)))
     if unfit:
-        print(f"ingest: {root}: {unfit:,} names are not UTF-8 and were passed over; rename them", file=sys.stderr)
+        print(
+            f"ingest: {root}: {counted(unfit, 'name', 'are')} not UTF-8 and passed over; rename them", file=sys.stderr
+        )
 
 
 def _unsettled(found: dict[Path, Stamp], seconds: float) -> set[Path]:
@@ -131,7 +133,8 @@ def _unsettled(found: dict[Path, Stamp], seconds: float) -> set[Path]:
     future = {path: _changed(path) for path, age in ages.items() if age < 0}
     if future:
         print(
-            f"ingest: {len(future):,} files are dated in the future, as after a clock was set back; watching them for "
+            f"ingest: {counted(len(future), 'file', 'are')} dated in the future, as after a clock was set back; "
+            f"watching them for "
             f"{seconds:g} s",
             file=sys.stderr,
         )

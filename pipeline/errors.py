@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from serving.errors import TailorError as TailorError
 
-class StageError(Exception):
-    """A stage cannot go on. Exit code 1."""
 
-    exit_code = 1
+class StageError(TailorError):
+    """A stage or a command of the pipeline fails. Exit code 1."""
 
 
 class ParamsError(StageError):

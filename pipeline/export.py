@@ -43,7 +43,6 @@ from pipeline.parity import Parity, TrainedNetwork, check_half, check_parity
 from pipeline.prior import Prior, load_prior
 from pipeline.stage import stage_main
 from pipeline.tracking import record_after_stage
-from serving.errors import ServingError
 from serving.manifest import (
     GOLDEN_NAME,
     GOLDEN_TOLERANCE,
@@ -56,6 +55,7 @@ from serving.manifest import (
     sha256_of,
 )
 from serving.repository import write_repository
+from serving.terminal import counted
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -76,7 +76,9 @@ class Result:
     half: Parity | None = None
 
     def __str__(self) -> str:
-        found = f"{len(self.manifest.files)} files, largest logit difference from PyTorch {self.difference:.1e}"
+        found = (
+            f"{counted(len(self.manifest.files), 'file')}, largest logit difference from PyTorch {self.difference:.1e}"
+        )
         return f"{found}{f', in float16 {self.half}' if self.half else ''} → {self.output}"
 
 
@@ -119,10 +121,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         write_file(folder / CARD_NAME, card)
         manifest = build_manifest(folder, params, prior, model, metrics, half)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
-    try:
-        write_repository(output, repository)
-    except ServingError as error:
-        raise StageError(str(error)) from None
+    write_repository(output, repository)
     record_after_stage("export", params, output)
     return Result(difference, manifest, output, half)
 

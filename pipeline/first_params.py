@@ -18,6 +18,7 @@ from pipeline.params import Params, parse_params
 from pipeline.profiles import test_size, validation_size
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.source import Row
+from serving.terminal import counted
 
 LOOKED_AT = 300  # images that are decoded
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
@@ -50,7 +51,8 @@ class Found:
         groups = [shot_group(count) for count in self.counts]
         shots = ", ".join(f"{groups.count(group)} {group}" for group in GROUPS)
         return (
-            f"{sum(self.counts):,} images of {len(self.counts):,} classes ({max(self.counts):,} to {min(self.counts):,} a "
+            f"{counted(sum(self.counts), 'image')} of {counted(len(self.counts), 'class')} "
+            f"({max(self.counts):,} to {min(self.counts):,} a "
             f"class, imbalance factor {self.imbalance:,.1f}; {shots}); shorter side {self.shorter} pixels in the median"
         )
 
@@ -75,7 +77,7 @@ def look(folder: Path) -> Found:
             sides.append(side)
     if not sides:
         raise DataError(
-            f"{folder}: none of {len(unreadable):,} images looked at can be read, {unreadable[0]} the first"
+            f"{folder}: none of {counted(len(unreadable), 'inspected image')} can be read, {unreadable[0]} the first"
         )
     own = [row.label for row in source.rows if row.split == "test"]
     tested = np.bincount(own, minlength=len(source.classes)).tolist() if own else None
@@ -100,7 +102,10 @@ def choices(found: Found, location: str, gpu: bool) -> dict[str, tuple[Any, str]
     chosen: dict[str, tuple[Any, str]] = {
         "data.source": ("folder", "a folder per class"),
         "data.location": (location, "your images"),
-        "data.profile": ("natural", f"your own tail is kept: {max(found.counts):,} images down to {smallest:,}"),
+        "data.profile": (
+            "natural",
+            f"your own tail is kept: {counted(max(found.counts), 'image')} down to {smallest:,}",
+        ),
     }
     if found.tested is None:
         if smallest < 2:
@@ -141,7 +146,7 @@ def _network(found: Found, total: int, gpu: bool) -> dict[str, tuple[Any, str]]:
     most = 200 if gpu else 60
     epochs = max(20, min(most, round(40_000 * batch / total)))
     photograph = size >= 128
-    about = f"{epochs * max(1, total // batch):,} steps of {batch} images; more seldom hurts"
+    about = f"{counted(epochs * max(1, total // batch), 'step')} of {batch} images; more seldom hurts"
     if not gpu:
         about += "; no GPU was found here, on one take 200"
     named = {

@@ -73,9 +73,9 @@ def decide(
 ) -> Decision:
     """Compare, decide and write the decision to `output`. Without a champion the challenger must reach the floor.
 
-    Whatever keeps the gate from being computed is a refusal that names it, never an exception: missing or damaged
-    files, other classes, another test set, a latency that a rule needs and nobody measured; and `fault`, which whoever
-    gathered the files met. Raises OSError where the decision itself cannot be written.
+    A gate that cannot be computed is a refusal with the reason, never an exception: missing or damaged files, other
+    classes, another test set, a latency that a rule needs and that was not measured; and `fault`, an error of the caller
+    that collected the files. Raises OSError where the decision itself cannot be written.
     """
     named = {"challenger": challenger, "champion": champion}
     inputs = {name: _describe(contender) for name, contender in named.items()}
@@ -170,13 +170,13 @@ def _first(mine: Answers, params: GateParams) -> tuple[bool, bool, list[str]]:
     """Whether the first model reaches the floor, whether the test images are too few for an answer, and why."""
     predicted = mine.probabilities.argmax(1)
     score = mean_of(per_class_accuracy(predicted, mine.labels, len(mine.prior.classes))) or 0.0
-    said = f"first model, balanced accuracy {score:.1%}"
+    text = f"first model, balanced accuracy {score:.1%}"
     size = sample_size(np.bincount(mine.labels))
     if size.too_few and params.floor > 0:
-        return False, True, [f"{said} of {size}; {ADVICE}, or set gate.floor: 0"]
+        return False, True, [f"{text} of {size}; {ADVICE}, or set gate.floor: 0"]
     if score >= params.floor:
-        return True, False, [f"{said}, at least gate.floor {params.floor:.1%}"]
-    return False, False, [f"{said}, below gate.floor {params.floor:.1%}"]
+        return True, False, [f"{text}, at least gate.floor {params.floor:.1%}"]
+    return False, False, [f"{text}, below gate.floor {params.floor:.1%}"]
 
 
 def _say(name: str, measure: Measure) -> str:

@@ -16,8 +16,7 @@ from pipeline.params import Params
 from pipeline.quarantine import list_refused
 from pipeline.sources import Ingested
 from pipeline.splits import load_classes
-from pipeline.stage import stage_main
-from serving.terminal import print
+from serving.terminal import counted, print
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,16 @@ class IngestReport:
     new_classes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{self.added:,} images added → {self.shard}" if self.shard else "no new data"]
+        parts = [f"{counted(self.added, 'image')} added → {self.shard}" if self.shard else "no new data"]
         if self.new_classes:
             parts.append(f"new classes {', '.join(self.new_classes)}")
         if self.already_there:
             parts.append(f"{self.already_there:,} there already")
         if self.quarantined:
             found = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
-            parts.append(f"{self.quarantined:,} bad rows ({found}) → {QUARANTINE}")
+            parts.append(f"{counted(self.quarantined, 'bad row')} ({found}) → {QUARANTINE}")
         if self.waiting:
-            parts.append(f"{self.waiting:,} files may still be being written, and wait")
+            parts.append(f"{counted(self.waiting, 'file')} may still be being written and will be read later")
         return f"refused: {self.refused}" if self.refused else "; ".join(parts)
 
 
@@ -58,7 +57,7 @@ def ingest(params: Params, drop: Path | None = None) -> IngestReport:
 
     Good rows become one new shard of data/ingested/, bad ones go to data/quarantine/ with the reason, and the files that
     both came from leave the drop; validation and test are read, never written. All of it or nothing: killed anywhere,
-    the next run finishes or begins anew. Raises ParamsError for a `drop` that is no folder, and where `split` has not run
+    the next run finishes or starts again. Raises ParamsError for a `drop` that is no folder, and where `split` has not run
     yet; StageError while another ingest runs.
     """
     from filelock import FileLock, Timeout  # of the extra `pipeline`, as a training machine takes nothing in
@@ -96,7 +95,8 @@ def _take_in(params: Params, root: Path) -> IngestReport:
         return IngestReport(
             reasons=reasons(verdicts),
             waiting=found.waiting,
-            refused=f"{bad:,} of {len(verdicts):,} rows are bad, above what ingest.min_good_share = {share:g} allows; "
+            refused=f"{bad:,} of {counted(len(verdicts), 'row', 'are')} bad, above what "
+            f"ingest.min_good_share = {share:g} allows; "
             f"nothing was taken in, {listing} lists them",
         )
     return _take(found, verdicts, classes, params)
@@ -142,20 +142,3 @@ def _joined(finished: Written | None, report: IngestReport) -> IngestReport:
 
 def _shard(written: Written) -> Path | None:
     return INGESTED / written.shard if written.shard else None
-
-
-def run(params: Params) -> IngestReport:
-    """`ingest` of the drop folder of the params. Raises StageError also for a drop that is refused whole."""
-    report = ingest(params)
-    if report.refused:
-        raise StageError(f"{params.ingest.drop}: {report}")
-    return report
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line of `python -m pipeline.ingest`, as `tailor ingest` without its options; returns the exit code."""
-    return stage_main(run, "Take new labelled images from the drop folder into the training split.", arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

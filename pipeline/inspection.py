@@ -16,6 +16,7 @@ from models.preprocess import ImageError, decode
 from pipeline.errors import DataError
 from pipeline.history import progress_bar
 from pipeline.sources import BadImageError, Row, Source, in_parts
+from serving.terminal import counted
 
 SHOWN = 5  # images that a message names
 
@@ -147,7 +148,7 @@ def check_missing(source: Source) -> None:
     first = ", ".join(source.place(row) for row in rows[:SHOWN])
     cause = source.why_missing(rows)
     raise DataError(
-        f"{len(rows):,} of {len(source.rows):,} images are missing, the first {min(SHOWN, len(rows))}: {first}; "
+        f"{len(rows):,} of {counted(len(source.rows), 'image', 'are')} missing, the first {min(SHOWN, len(rows))}: {first}; "
         + (f"{cause}, " if cause else "restore them or take them off the list, ")
         + "or set data.on_bad_image: skip; `tailor data check` lists them all"
     )
@@ -159,7 +160,7 @@ def check_usable(problems: list[str], total: int) -> None:
         raise DataError(problems[0])
     if problems:
         raise DataError(
-            f"{len(problems):,} of {total:,} images cannot be used: {'; '.join(problems[:SHOWN])}"
+            f"{len(problems):,} of {counted(total, 'image')} cannot be used: {'; '.join(problems[:SHOWN])}"
             + ("; and more" if len(problems) > SHOWN else "")
             + "; or set data.on_bad_image: skip"
         )

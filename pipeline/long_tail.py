@@ -13,7 +13,7 @@ from rich.table import Table
 
 from models.prior import FEW_BELOW, GROUPS, MANY_ABOVE, shot_group
 from pipeline.artifacts import write_file
-from serving.terminal import cell
+from serving.terminal import cell, counted
 
 COLOURS = {"many": "#4477aa", "medium": "#ccbb44", "few": "#ee6677"}
 ROWS = 20  # of the picture in the terminal
@@ -59,7 +59,7 @@ def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
         for size, run in itertools.groupby(members):
             end += len(list(run))
             outline += f"V{height_of(size)}H{LEFT + WIDTH * end / len(sizes):.1f}"
-        label = f"{group}: {len(members):,} classes, {sum(members):,} images"
+        label = f"{group}: {counted(len(members), 'class')}, {counted(sum(members), 'image')}"
         groups.append({"path": f"{outline}V{height_of(LEAST)}z", "colour": COLOURS[group], "label": label})
         start = end
     ticks = [(f"{10**power:,}", height_of(10**power)) for power in range(math.floor(top) + 1)]

@@ -177,7 +177,7 @@ def prior_of(params: Params, classes: int | None, images: int | None) -> Prior:
     """Of the split that there is, else of so many classes and images, else of the published data set that params name.
 
     Where the counts of the classes are not known, all but the largest are alike; of them memory depends on no other.
-    Raises ParamsError when nothing says how many classes there are, or a number of images comes beside a split's counts.
+    Raises ParamsError when the number of classes is unknown, or a number of images is given beside a split's counts.
     """
     known = PUBLISHED.get(params.data.source)
     if classes is None and PRIOR.is_file():

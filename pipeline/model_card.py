@@ -83,7 +83,7 @@ def model_facts(
 ) -> list[tuple[str, str]]:
     """Facts about the model, one line each: term and text. size: of an image; strength: the default that is served."""
     return [
-        ("Network", f"{student.backbone} with a cosine classifier of {len(prior.classes):,} classes"),
+        ("Network", f"{student.backbone} with a cosine classifier of {counted(len(prior.classes), 'class')}"),
         (
             "Training",
             f"{counted(student.epochs, 'epoch')} with the GML loss (ICML 2023, Mutual Information Maximization between Latent "

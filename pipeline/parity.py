@@ -16,6 +16,7 @@ from pipeline.dataset import AnyImages, normalise
 from pipeline.errors import StageError
 from pipeline.half_graph import REMEDY, HalfGraph
 from pipeline.params import ExportParams, ImageParams
+from serving.terminal import counted
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -32,7 +33,7 @@ class Parity:
     images: int
 
     def __str__(self) -> str:
-        return f"{self.agreement:.1%} of {self.images} images keep their class"
+        return f"{self.agreement:.1%} of {counted(self.images, 'image')} keep their class"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def check_half(
     served, rounding = sessions
     mixed = ((batch, False) for batch in mixed_batches(network, examples, seed, export.max_batch_size))
     real = ((batch, True) for batch in real_batches(network, examples, seed, export.max_batch_size))
-    for reference, counted in itertools.chain(mixed, real):
+    for reference, counts in itertools.chain(mixed, real):
         *rounded, magnitude = reference.run(rounding, "magnitude")
         half.check_magnitude(magnitude)
         kept = np.ones(len(reference.pixels), dtype=bool)
@@ -123,11 +124,12 @@ def check_half(
                 )
             largest = max(largest, logit)
             kept &= answer[0].argmax(1) == reference.logits.argmax(1)
-        if counted:
+        if counts:
             same, images = same + int(kept.sum()), images + len(kept)
     if same < bounds.agreement * images:
         raise StageError(
-            f"float16 gives {images - same} of {images} images another best class than PyTorch, {same / images:.4g} keep "
+            f"float16 gives {images - same} of {counted(images, 'image')} another best class than PyTorch, "
+            f"{same / images:.4g} keep "
             f"theirs, below export.half.agreement = {bounds.agreement:g}; {REMEDY}; nothing was exported"
         )
     return Parity(largest, same / images, images)

@@ -15,6 +15,7 @@ from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.params import Params
 from pipeline.splits import load_classes, read_batches
 from pipeline.stage import stage_main
+from serving.terminal import counted
 
 BATCH_ROWS = 1 << 20  # 8 MB of labels at a time
 
@@ -48,7 +49,8 @@ class Prior:
         sizes = {group: self.groups.count(group) for group in GROUPS}
         groups = ", ".join(f"{number} {group}" for group, number in sizes.items())
         return (
-            f"{len(self.classes)} classes of {max(self.counts):,} to {min(self.counts):,} samples ({groups}) → {PRIOR}"
+            f"{counted(len(self.classes), 'class')} of {max(self.counts):,} to {min(self.counts):,} samples "
+            f"({groups}) → {PRIOR}"
         )
 
 
@@ -60,7 +62,7 @@ def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:
     empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if empty and smoothing == 0:
         raise DataError(
-            f"class {empty[0]!r} has no training samples ({len(empty)} such classes); add samples, remove the class, or "
+            f"class {empty[0]!r} has no training samples (such classes: {len(empty)}); add samples, remove the class, or "
             "set prior.smoothing above 0"
         )
     p = class_prior(counts, smoothing)
@@ -82,7 +84,7 @@ def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
     counts = np.zeros(classes, dtype=np.int64)
     for labels in read_batches(path, column, BATCH_ROWS):
         if labels.null_count:
-            raise DataError(f"{path}: column {column!r} has {labels.null_count} rows without a label")
+            raise DataError(f"{path}: column {column!r} has {counted(labels.null_count, 'row')} without a label")
         values = labels.to_numpy()
         try:
             found = np.bincount(values, minlength=classes)

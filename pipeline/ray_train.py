@@ -1,7 +1,7 @@
 """A training stage as a Ray Train job, for teams that have Ray; the same stage that `torchrun` starts.
 
-Ray places the workers, joins them to a process group and starts them again when one is lost; each then runs the stage, and
-goes on where its checkpoint was. Ray is asked for nothing else: checkpoints, metrics and artifacts are the stage's own.
+Ray places the workers, joins them to a process group and restarts them when one is lost; each then runs the stage, which
+resumes from its checkpoint. Ray does nothing else: checkpoints, metrics and artifacts are the stage's own.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def run(job: Job) -> str:
         raise ParamsError(f"--address is {job.address!r}: {' '.join(str(error).split())}") from None
     kept = job.folder / TEACHER.with_name(".ray")
     kept.mkdir(parents=True, exist_ok=True)
-    said = kept / "said.txt"
-    said.write_text("", encoding="utf-8")
+    output = kept / "output.txt"
+    output.write_text("", encoding="utf-8")
     try:
         # What NCCL joins must lie on GPUs: with device: cpu the workers ask for none.
         gpus = load_params(job.params).device != "cpu" and ray.cluster_resources().get("GPU", 0) >= job.workers
@@ -85,7 +85,7 @@ def run(job: Job) -> str:
                 "stage": job.stage,
                 "folder": str(job.folder),
                 "params": str(job.params),
-                "said": str(said),
+                "output": str(output),
             },
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=gpus, resources_per_worker={"CPU": job.cpus, "GPU": int(gpus)}
@@ -95,7 +95,7 @@ def run(job: Job) -> str:
                 name=job.stage, storage_path=str(kept), failure_config=FailureConfig(max_failures=job.restarts)
             ),
         )
-        with _shown(said):
+        with _shown(output):
             return trainer.fit().return_value
     except TrainingFailedError as error:
         raise _cause(error) from error
@@ -117,22 +117,22 @@ def _own_cluster(job: Job) -> dict[str, Any]:
 
 
 def _work(task: dict[str, str]) -> str:
-    """One worker's share, in the project's folder; the stage's summary. Ray has set the ranks and joined the process group."""
+    """Run the stage as one worker, in the project's folder; its summary. Ray has set the ranks and joined the process group."""
     os.chdir(task["folder"])
     stage = importlib.import_module(f"pipeline.{task['stage']}")
-    # One of them speaks. By way of a file, because Ray puts its own words before and between the lines.
-    where = Path(task["said"] if os.environ["RANK"] == "0" else os.devnull)
-    with where.open("a", buffering=1, encoding="utf-8") as said, contextlib.redirect_stdout(said):
+    # One worker prints, through a file, because Ray adds its own text before and between the lines.
+    where = Path(task["output"] if os.environ["RANK"] == "0" else os.devnull)
+    with where.open("a", buffering=1, encoding="utf-8") as output, contextlib.redirect_stdout(output):
         return str(stage.run(load_params(Path(task["params"]))))
 
 
 @contextlib.contextmanager
-def _shown(said: Path) -> Iterator[None]:
+def _shown(output: Path) -> Iterator[None]:
     """A block in which what is appended to a file is printed as it comes."""
     ended = threading.Event()
 
     def follow() -> None:
-        with said.open(encoding="utf-8") as stream:
+        with output.open(encoding="utf-8") as stream:
             while True:
                 last = ended.wait(0.2)
                 if text := stream.read():
@@ -140,7 +140,7 @@ def _shown(said: Path) -> Iterator[None]:
                 elif last:
                     return
 
-    follower = threading.Thread(target=follow, name="said", daemon=True)
+    follower = threading.Thread(target=follow, name="output", daemon=True)
     follower.start()
     try:
         yield
@@ -157,5 +157,5 @@ def _cause(failed: Exception) -> Exception:
         return own[0]
     first = next(iter(failures.values()), failed)
     return StageError(
-        f"Ray lost the workers: {' '.join(str(first).split())[-300:]}; run it again and it goes on from its checkpoint"
+        f"Ray lost the workers: {' '.join(str(first).split())[-300:]}; run it again to resume from its checkpoint"
     )

@@ -20,7 +20,7 @@ from pipeline.profiles import choose, class_members, class_sizes, test_size, val
 from pipeline.published import PUBLISHED, check_published_choice
 from pipeline.sources import Row, Source, WithIngested, open_source
 from pipeline.stage import stage_main
-from serving.terminal import print
+from serving.terminal import counted, print
 
 SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
@@ -41,9 +41,10 @@ class Result:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{self.sizes[split]:,} {split}" for split in SPLITS)
-        skipped = f"{self.skipped:,} images left out; " if self.skipped else ""
+        skipped = f"{counted(self.skipped, 'image')} left out; " if self.skipped else ""
         ingested = f"{self.ingested:,} of the training images taken in; " if self.ingested else ""
-        return f"{self.classes} classes; {sizes}; {ingested}{skipped}{self.duplicates} images shared by splits → {self.output}"
+        shared = f"{counted(self.duplicates, 'image')} shared by splits"
+        return f"{counted(self.classes, 'class')}; {sizes}; {ingested}{skipped}{shared} → {self.output}"
 
 
 def run(params: Params, output: Path = SPLIT) -> Result:
@@ -72,7 +73,7 @@ def run(params: Params, output: Path = SPLIT) -> Result:
         check_labels(source, {row.reference: hashes[row.reference] for row in rows if row.reference in hashes})
     elif pairs := conflicting_labels(rows, hashes):
         print(
-            f"split: {len(pairs)} images lie under two labels; kept, as {source.origin} is published",
+            f"split: {counted(len(pairs), 'image', 'lie')} under two labels; kept, as {source.origin} is published",
             file=sys.stderr,
         )
     assigned = assign(rows, source.classes, params.data, source.origin)
@@ -88,16 +89,17 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     _write(output, assigned, hashes, everything.classes, shared, left_out)
     groups = {entry[0] for entry in shared}
     if groups:
-        print(f"split: {len(groups)} images are in more than one split; see {output}/duplicates.csv", file=sys.stderr)
+        several = counted(len(groups), "image", "are")
+        print(f"split: {several} in more than one split; see {output}/duplicates.csv", file=sys.stderr)
     if skipped:
         print(
-            f"split: {len(skipped):,} of {len(source.rows):,} images cannot be used and were left out; see "
+            f"split: {len(skipped):,} of {counted(len(source.rows), 'image')} cannot be used and were left out; see "
             f"{output}/skipped.csv",
             file=sys.stderr,
         )
     if known:
         print(
-            f"split: {len(known):,} images taken in are in a split of the source already; see {output}/skipped.csv",
+            f"split: {counted(len(known), 'ingested image', 'are')} in a split of the source already; see {output}/skipped.csv",
             file=sys.stderr,
         )
     sizes = {split: len(kept) for split, kept in assigned.items()}
@@ -149,7 +151,8 @@ def without(source: Source, skipped: list[Row]) -> list[Row]:
     empty = [name for label, name in enumerate(source.classes) if label not in left]
     if empty:
         raise DataError(
-            f"class {empty[0]!r} has no usable training image ({len(empty)} such classes, {len(skipped):,} images left "
+            f"class {empty[0]!r} has no usable training image (such classes: {len(empty)}; "
+            f"{counted(len(skipped), 'image')} left "
             "out by data.on_bad_image: skip); `tailor data check` lists the images"
         )
     return rows
@@ -200,7 +203,8 @@ def _hold_out_test(
         size = test_size(len(members), params.test_per_class, params.test_share)
         if not size or len(members) <= size:
             raise DataError(
-                f"class {name!r} has {len(members)} images, too few to hold out data.test_per_class = {size or 1} and train; "
+                f"class {name!r} has {counted(len(members), 'image')}, too few to hold out data.test_per_class "
+                f"= {size or 1} and train; "
                 f"{'lower it, ' if size > 1 else ''}add images, or give the source a test split"
             )
         held.extend(sorted(generator.permutation(members)[:size].tolist()))

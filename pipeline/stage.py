@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.errors import DataProblems, StageError
+from pipeline.errors import DataProblems, TailorError
 from pipeline.params import PARAMS_FILE, Params, load_params
 from serving.terminal import print
 
@@ -48,12 +48,12 @@ def stage_main(run: Callable[[Params], Any], description: str, arguments: list[s
         how = str(interrupt) or "the same command runs it again"
         print(f"{name}: interrupted; {how}", file=sys.stderr)
         return 130
-    except (StageError, OSError) as error:
+    except (TailorError, OSError) as error:
         if options.debug:
             raise
         # Training names its stage, which the stage `seeds` does not know otherwise.
         print(f"{name}: {explain(error).removeprefix(f'{name}: ')}", file=sys.stderr)
-        return error.exit_code if isinstance(error, StageError) else 1
+        return error.exit_code if isinstance(error, TailorError) else 1
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes by here, one speaks
         print(f"{name}: {result}")
     return 0

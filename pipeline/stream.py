@@ -34,6 +34,7 @@ from pipeline.stream_decoding import (
 )
 from pipeline.stream_feed import Left, PrefetchIterator, workers_of_a_rank
 from pipeline.stream_order import order_warning, others_of_class, shuffled
+from serving.terminal import counted
 
 SHOWN = 5  # replaced images that a message names
 
@@ -143,7 +144,7 @@ class ImageStream:
         if not problems:
             return None
         return (
-            f"{len(problems):,} images could not be read and were replaced by others of their class, the first "
+            f"{counted(len(problems), 'image')} could not be read and were replaced by others of their class, the first "
             f"{min(SHOWN, len(problems))}: {'; '.join(problems[:SHOWN])}; run `dvc repro -f split` to leave them out"
         )
 

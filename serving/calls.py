@@ -15,6 +15,8 @@ from urllib.parse import quote
 import numpy as np
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
+from serving.terminal import counted
+
 HEADER_LENGTH = "inference-header-content-length"
 SERVICE = "/inference.GRPCInferenceService/"
 
@@ -184,7 +186,7 @@ class Infer:
         rows = len(next(iter(self.inputs.values())))
         for name, array in outputs.items():
             if array is None or array.ndim < 2 or len(array) != rows:
-                raise Garbled(f"{self.model} gave no output {name} of {rows} rows")
+                raise Garbled(f"{self.model} gave no output {name} of {counted(rows, 'row')}")
         return Answer(outputs, int(version))
 
 

@@ -14,7 +14,7 @@ from serving.client import Client, Prediction
 from serving.commands.options import REPOSITORY, Debug
 from serving.errors import InputError, ServingError
 from serving.server import TritonServer
-from serving.terminal import Console, cell, plain_cell
+from serving.terminal import Console, cell, counted, plain_cell
 
 PRIORS = ("balanced", "train")
 TOLERANCE = 1e-5
@@ -50,7 +50,9 @@ def run(repository: Path, samples: Path) -> int:
         status = server.stop()
     differing = [a.indexes[0] != b.indexes[0] for a, b in zip(*(answers[prior] for prior in PRIORS), strict=True)]
     console.print(comparison(images, answers, differing))
-    console.print(f"HTTP and gRPC agree on {len(images)} images; the prior changes the answer for {sum(differing)}")
+    console.print(
+        f"HTTP and gRPC agree on {counted(len(images), 'image')}; the prior changes the answer for {sum(differing)}"
+    )
     console.print(meaning(images, answers, differing), highlight=False)
     if status != 0:
         raise ServingError(f"the Triton server ended with status {status}, not 0")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 
-class ServingError(Exception):
-    """Serving cannot go on: no server, a refused request, a release that does not hold together. Exit code 1."""
+class TailorError(Exception):
+    """The base of every error that a user can act on, of serving and of the pipeline. Exit code 1."""
 
     exit_code = 1
 
 
+class ServingError(TailorError):
+    """Serving fails: no server, a refused request, a release whose files do not belong together. Exit code 1."""
+
+
 class InputError(ServingError):
-    """What the caller gave is not usable: an image, a prior, an address or an option. Exit code 2."""
+    """The caller's input is not usable: an image, a prior, an address or an option. Exit code 2."""
 
     exit_code = 2

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from serving.atomic import sha256_of as sha256_of
 from serving.errors import ServingError
+from serving.terminal import counted
 
 MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.json"
@@ -132,7 +133,7 @@ class Golden(BaseModel):
     def difference(self, index: Sequence[int], probability: Sequence[float]) -> str | None:
         """What an answer gets wrong, in words, or None. Classes whose golden probabilities tie may change places."""
         if len(index) < len(self.index) or len(probability) < len(self.probability):
-            return f"{len(index)} classes answered, {len(self.index)} expected"
+            return f"{counted(len(index), 'class')} answered, {len(self.index)} expected"
         for rank, (expected, wanted) in enumerate(zip(self.index, self.probability, strict=True)):
             if not abs(float(probability[rank]) - wanted) <= self.tolerance:
                 return f"probability {float(probability[rank]):.4f} at rank {rank + 1}, {wanted:.4f} expected"

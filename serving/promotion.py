@@ -76,7 +76,7 @@ def promote(
     Runtime alone, where a second server does not fit on the machine; None compares the files' sha256 only, where the
     caller has just tried the version. Afterwards the champion before is still
     loaded, for requests that name it and for a rollback at once. The champion itself is loaded by the servers that have
-    it not, as after a promotion that was killed in its midst. An export that fails is withdrawn from the disk again, if
+    it not, as after a promotion that was killed. An export that fails is withdrawn from the disk again, if
     it was not published before; what killed promotions left there goes first. Raises InputError for a version that is
     not there or is older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError
     when it failed its trial or the swap, RepositoryBusy while another promotion, a repair or the start of a server is
@@ -98,9 +98,9 @@ def promote(
                 with _promotion_error(f"version {version} is the champion and does not answer"):
                     bring_up_to_date(repository, found, timeout)
                 return Promotion(version, before, False, tuple(server.grpc_url for server in found))
-            rehearsed = _try(repository, version, before, timeout, rehearsal)
+            challenger, rehearsed = _try(repository, version, before, timeout, rehearsal)
             with _promotion_error(f"version {version} does not serve, version {before} stays"):
-                swap(repository, version, (before, version), found, timeout)
+                swap(repository, challenger, (before, version), found, timeout)
         record(repository, "promote", version, before)
         removed = prune(repository, keep)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found), removed)
@@ -125,10 +125,12 @@ def rollback(
         if version >= before:
             raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
         found = find_running(repository) if servers is None else servers
-        loaded = version in served_versions(repository, CLASSIFIER)
-        rehearsed = False if loaded else _try(repository, version, before, timeout, rehearsal)
+        if version in served_versions(repository, CLASSIFIER):
+            older, rehearsed = read_release(repository, version, hashes=False), False
+        else:
+            older, rehearsed = _try(repository, version, before, timeout, rehearsal)
         with _promotion_error(f"version {version} does not serve, version {before} stays"):
-            swap(repository, version, (version,), found, timeout)
+            swap(repository, older, (version,), found, timeout)
         record(repository, "rollback", version, before)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found))
 
@@ -169,15 +171,15 @@ def _champion_before(repository: Path, champion: int) -> int:
     return (recorded or older)[-1]
 
 
-def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> bool:
-    """Whether a version that passed its trial did so on a server of its own. Raises PromotionError when it did not."""
+def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> tuple[Release, bool]:
+    """Read a version with its hashes and try it; whether on a server of its own. Raises PromotionError when it fails."""
     with _promotion_error(f"version {version} is not fit to serve, version {before} stays"):
-        if rehearsal:
-            return rehearse(repository, version, timeout)
         release = read_release(repository, version)
+        if rehearsal:
+            return release, rehearse(repository, release, timeout)
         if rehearsal is False:
             dry_run(repository, [release], timeout)
-        return False
+        return release, False
 
 
 @contextmanager

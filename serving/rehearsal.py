@@ -1,6 +1,6 @@
 """A challenger tried on a server of its own before the champion's server hears of it.
 
-What a bad version can do there (answer wrongly, fail to load, never finish loading, end the server) touches nobody.
+What a bad version can do there (answer wrongly, fail to load, never finish loading, end the server) affects no user.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from serving.golden import send_whole_batch
 from serving.installation import InstallationError, find_installation
 from serving.leftovers import new_prefix, runtime_folder
 from serving.model_config import CLASSIFIER, LABELS_NAME, STUDENT
-from serving.release import read_release
+from serving.release import Release
 from serving.server import TritonServer
 from serving.version_policy import config_paths, serve_versions
 
 NICENESS = 5  # a champion may be serving on the same cores
 
 
-def rehearse(root: Path, version: int, timeout: float) -> bool:
-    """Serve one version of a repository alone, ask its golden requests, stop; nothing of it listens beyond loopback.
+def rehearse(root: Path, release: Release, timeout: float) -> bool:
+    """Serve one release of a repository alone, send its golden requests, stop; it listens on loopback only.
 
-    Whether a server could be had: without a local Triton installation the graph is run in ONNX Runtime alone. timeout:
-    seconds for the server's start, or for the graph's own run. Raises ServingError with what went wrong.
+    Returns whether a server could be started: without a local Triton installation the graph is run in ONNX Runtime alone.
+    timeout: seconds for the server's start, or for the graph's own run. Raises ServingError with the fault.
     """
     try:
         find_installation()
     except InstallationError:
-        dry_run(root, [read_release(root, version)], timeout)
+        dry_run(root, [release], timeout)
         return False
     stage = runtime_folder(new_prefix())
     try:
@@ -38,8 +38,9 @@ def rehearse(root: Path, version: int, timeout: float) -> bool:
                 copy = stage / path.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
-            (stage / model / str(version)).symlink_to((root / model / str(version)).absolute())
-            serve_versions(stage, model, (version,))
+            version = str(release.version)
+            (stage / model / version).symlink_to((root / model / version).absolute())
+            serve_versions(stage, model, (release.version,))
         shutil.copyfile(root / STUDENT / LABELS_NAME, stage / STUDENT / LABELS_NAME)
         server = TritonServer(stage, http_port=0, grpc_port=0, metrics_port=0, start_timeout=timeout, niceness=NICENESS)
         try:

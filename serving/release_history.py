@@ -113,8 +113,9 @@ def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
 
 
 def scores(manifest: Manifest) -> list[str]:
-    """Mean test accuracy over all classes and over few-shot classes for the balanced prior, as far as the manifest has them."""
-    return ["" if (value := manifest.balanced_metric(name)) is None else f"{value:.3f}" for name in ("balanced_accuracy", "few")]
+    """Mean test accuracy over all classes and over few-shot classes for the balanced prior; empty where not recorded."""
+    figures = [manifest.balanced_metric(name) for name in ("balanced_accuracy", "few")]
+    return ["" if figure is None else f"{figure:.3f}" for figure in figures]
 
 
 def said(decision: dict[str, Any] | None) -> str:

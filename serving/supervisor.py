@@ -24,6 +24,7 @@ from serving.model_control import ModelControl
 from serving.release import Release, find_releases, instances
 from serving.repository_lock import RepositoryBusy, locked
 from serving.server import TritonServer
+from serving.terminal import counted
 from serving.version_policy import mark_changed, served_versions
 
 
@@ -198,7 +199,7 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     self.server.stop(at_once=True)
                 tail = self.server.log_tail()
-                raise GivenUp(f"{fault}; given up after {limit} restarts" + (f":\n{tail}" if tail else ""))
+                raise GivenUp(f"{fault}; given up after {counted(limit, 'restart')}" + (f":\n{tail}" if tail else ""))
             delay = self._delay()
             number = f"{self._failed_starts}" + ("" if limit is None else f" of {limit}")
             self.report(f"{fault}; starting it again " + (f"in {delay:g} s ({number})" if delay else "at once"))

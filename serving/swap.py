@@ -16,7 +16,7 @@ from serving.errors import ServingError
 from serving.golden import ask_student, check_golden
 from serving.model_config import CLASSIFIER, STUDENT
 from serving.model_control import LoadTimeout, ModelControl
-from serving.release import Release, read_champion, read_release
+from serving.release import Release, read_champion
 from serving.running import RunningServer
 from serving.version_policy import serve_versions, served_versions
 
@@ -31,13 +31,12 @@ class _Policies:
 
 
 def swap(
-    repository: Path, version: int, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
+    repository: Path, release: Release, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
 ) -> None:
-    """Make the repository and its servers serve the versions `final`, of which the highest, `version`, is champion.
+    """Make the repository and its servers serve the versions `final`, of which the highest, the release, is champion.
 
     Raises ServingError when a server does not load or does not answer rightly; then everything is as it was before.
     """
-    release = read_release(repository, version, hashes=False)
     before = _Policies(
         served_versions(repository, STUDENT),
         served_versions(repository, CLASSIFIER),
@@ -50,7 +49,7 @@ def swap(
         except BaseException as error:
             try:
                 if isinstance(error, LoadTimeout):
-                    _end_hanging_loads(version, before, controls)
+                    _end_hanging_loads(release.version, before, controls)
             finally:
                 _back(repository, before, controls)
             raise

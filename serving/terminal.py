@@ -32,6 +32,9 @@ def cell(text: object) -> str:
     return escape(safe_text(text).replace("\n", "\\n").replace("\t", "\\t"))
 
 
+SINGULAR = {"are": "is", "were": "was", "have": "has"}  # other verbs get an s
+
+
 def csv_cell(value: Any) -> Any:
     """A value for a CSV file that a spreadsheet may open: text that it would compute gets an apostrophe before it."""
     if not isinstance(value, str | PathLike | Exception):
@@ -45,9 +48,12 @@ def plain_cell(text: str) -> str:
     return text[1:] if text.startswith("'") and FORMULA.match(text, 1) else text
 
 
-def counted(number: int | float, noun: str) -> str:
-    """A number with its noun: 1 epoch, 2 epochs."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int | float, noun: str, verb: str = "") -> str:
+    """A number with its noun, and a verb where one is given: `1 class is`, `2 classes are`."""
+    if number == 1:
+        return f"1 {noun} {SINGULAR.get(verb, f'{verb}s')}" if verb else f"1 {noun}"
+    plural = f"{noun}es" if noun.endswith(("s", "x", "tch")) else f"{noun}s"
+    return f"{number:,} {plural} {verb}".rstrip()
 
 
 def print(*values: object, file: IO[str] | None = None, end: str = "\n", flush: bool = False) -> None:

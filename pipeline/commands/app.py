@@ -10,6 +10,7 @@ from pipeline.commands.compare import compare
 from pipeline.commands.data import app as data
 from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluation import gate, shifted_priors
+from pipeline.commands.experiments import experiments
 from pipeline.commands.init import init, new, recipe
 from pipeline.commands.retrain import history, ingest, retrain, schedule
 from pipeline.commands.training import memory, ray_train
@@ -55,6 +56,7 @@ add(
     TRAIN,
     "Example: tailor compare main . --html comparison.html, or: tailor compare champion artifacts, or: tailor compare 3 4",
 )
+add(experiments, TRAIN, "Example: tailor experiments --all-commits --json | jq '.[] | {name, metrics}'")
 add(shifted_priors, TRAIN, "Example: tailor shifted-priors --draws 100 --output artifacts/shift.csv")
 add(gate, OPERATE, GATE)
 add(retrain, OPERATE, "Example: tailor retrain --because 'labels of class 7 were corrected'")

@@ -1,10 +1,9 @@
-"""`tailor compare`: two runs held against one another."""
+"""`tailor compare`: two runs compared on their common test set."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.artifacts import PARAMS_FILE
-from pipeline.commands.options import RepositoryOption, repository_of
+from pipeline.commands.options import RepositoryOption, TargetPrior, repository_of
 from serving.commands.options import AsJson, Debug, print_json
 from serving.terminal import print
 
@@ -20,20 +19,13 @@ if TYPE_CHECKING:
     from pipeline.comparison import Answers
     from pipeline.params import Params
 
-ECE_BINS = 15  # where no recipe says how many
+ECE_BINS = 15  # where there is no params file
 HELP = "A run's folder, a git revision or DVC experiment, a published version's number, or `champion`."
-
-
-class TargetPrior(StrEnum):
-    """The class prior that the answers are for."""
-
-    balanced = "balanced"
-    train = "train"
 
 
 def compare(
     before: Annotated[str, typer.Argument(metavar="A", help=HELP)],
-    after: Annotated[str, typer.Argument(metavar="B", help="The run that is held against A, named in the same way.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="The run that is compared with A, named in the same way.")],
     prior: Annotated[TargetPrior, typer.Option(help="Which answers are compared.")] = TargetPrior.balanced,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts as well.")] = None,
     classes: Annotated[

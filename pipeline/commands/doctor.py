@@ -1,4 +1,4 @@
-"""`tailor doctor`: is everything well?"""
+"""`tailor doctor`: health checks, from params to disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "failing": "red"}
 
 def doctor(
     repository: RepositoryOption = None,
-    url: Annotated[str | None, typer.Option(help="Server to ask; those of this machine if not given.")] = None,
+    url: Annotated[str | None, typer.Option(help="Server to check; those of this machine if not given.")] = None,
     run_hours: Annotated[float, typer.Option(min=0, help="Warn when the last run began longer ago.")] = 48.0,
     champion_days: Annotated[float, typer.Option(min=0, help="Warn when the champion is older.")] = 30.0,
     disk_gib: Annotated[float, typer.Option(min=0, help="Warn when less is free on a disk.")] = 5.0,
@@ -45,6 +45,6 @@ def doctor(
 def _table(found: list[Finding]) -> Table:
     table = Table(box=None, show_header=False)
     for finding in found:
-        said = cell(finding.message) + (f"\n[dim]→ {cell(finding.remedy)}[/dim]" if finding.remedy else "")
-        table.add_row(finding.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", said)
+        text = cell(finding.message) + (f"\n[dim]→ {cell(finding.remedy)}[/dim]" if finding.remedy else "")
+        table.add_row(finding.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", text)
     return table

@@ -111,7 +111,7 @@ def init(
     for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
         print(f"init: warning: {line}", file=sys.stderr)
     for reference in found.unreadable[:5]:
-        print(f"init: {folder / reference}: cannot be read; `tailor data check` says why", file=sys.stderr)
+        print(f"init: {folder / reference}: cannot be read; `tailor data check` prints why", file=sys.stderr)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,14 @@ import typer
 
 from pipeline.artifacts import PARAMS_FILE, REPOSITORY
 from serving.commands.options import RELEASES, choose_repository
+
+
+class TargetPrior(StrEnum):
+    """The class prior that the answers are for."""
+
+    balanced = "balanced"
+    train = "train"
+
 
 ParamsOption = Annotated[Path, typer.Option(help="The params file.")]
 RepositoryOption = Annotated[

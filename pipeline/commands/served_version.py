@@ -31,8 +31,8 @@ def served_answers(repository: Path, version: int | None, params: Params, target
 
     champion = read_champion(repository).version  # also where a version is given: a damaged repository is refused
     version = champion if version is None else version
-    if version not in (there := published_versions(repository)):
-        raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, there))}")
+    if version not in (existing := published_versions(repository)):
+        raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, existing))}")
     manifest = read_release(repository, version).manifest
     if load_classes() != [class_key(name) for name in manifest.classes]:
         raise StageError(f"version {version} of {repository} has other classes than data/split/classes.json")

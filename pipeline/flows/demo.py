@@ -49,8 +49,8 @@ def run() -> None:
     _command(project, "tailor", "versions", "--repository", "releases")
     _say("nothing new since: the next run ends early")
     _command(project, "tailor", "retrain")
-    _say("DVC lists both rounds")
-    _command(project, "dvc", "exp", "show", "--only-changed")
+    _say("both rounds are DVC experiments")
+    _command(project, "tailor", "experiments")
     versions = sorted(path.name for path in (project / "releases/classifier").iterdir() if path.name.isdecimal())
     if versions != ["1"]:
         raise StageError(f"{project}/releases holds the versions {', '.join(versions)}; expected 1 alone")

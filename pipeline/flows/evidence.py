@@ -1,4 +1,4 @@
-"""What a decision rests on, in one folder: the comparison, the answers that were compared, the report, and the story."""
+"""The evidence of a decision, in one folder: the comparison, the compared predictions, the report, and the run's record."""
 
 from __future__ import annotations
 
@@ -7,44 +7,54 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import EVALUATION, EXPORT, PRIOR, whole_folder, write_json
-from pipeline.flows import publish as releases
 from pipeline.flows.latency import latencies
 from pipeline.flows.records import FOLDER, now
 from pipeline.gate import Contender, Decision, GateError, decide
 from pipeline.params import Params
 from serving.manifest import STUDENT_NAME
+from serving.model_config import CLASSIFIER, STUDENT
+from serving.release import Release
+from serving.release_history import DECISION_NAME, STORY_NAME
 
 IDENTITY_LENGTH = 12  # characters of a release's identity that name its folder
+PREDICTIONS, PRIOR_NAME, REPORT = "predictions.parquet", "prior.json", "report.html"
 
 
 def gather(
-    params: Params, champion: releases.Champion | None, story: dict[str, Any], folder: Path = FOLDER
+    params: Params, champion: Release | None, story: dict[str, Any], folder: Path = FOLDER
 ) -> tuple[Decision, Path]:
-    """Hold the gate and keep what it rests on; the decision, and the folder that goes into the version's own.
+    """Run the gate and keep its evidence; the decision, and the folder that is copied into the version's own.
 
-    story: why and from what the challenger was made, written beside as retrain.json. A file of the evaluation that is
-    missing or cannot be read is a refusal. Raises OSError where the folder cannot be written.
+    story: why and from what the challenger was trained, written as retrain.json. A file of the evaluation that is missing
+    or cannot be read is a refusal. Raises OSError where the folder cannot be written.
     """
     repository = Path(params.retrain.repository)
-    graphs = [EXPORT / STUDENT_NAME, *([champion.graph(repository)] if champion else [])]
+    graphs = [EXPORT / STUDENT_NAME]
+    if champion:
+        graphs.append(repository / STUDENT / str(champion.version) / "model.onnx")
     measured = latencies(graphs) or [None, None]
     output = folder / story["release"][:IDENTITY_LENGTH]
     with whole_folder(output) as kept:
         fault = _copy_evaluation(kept)
-        challenger = Contender(EVALUATION / releases.PREDICTIONS, PRIOR, measured[0])
-        theirs = champion.contender(measured[1]) if champion else None
-        decision = decide(challenger, theirs, params.gate, params.evaluate.ece_bins, kept / releases.DECISION, fault)
-        write_json(kept / releases.STORY, {**story, "decided": now().isoformat(), "promote": decision.promote})
+        challenger = Contender(EVALUATION / PREDICTIONS, PRIOR, measured[0])
+        theirs = _contender(repository / CLASSIFIER / str(champion.version), measured[1]) if champion else None
+        decision = decide(challenger, theirs, params.gate, params.evaluate.ece_bins, kept / DECISION_NAME, fault)
+        write_json(kept / STORY_NAME, {**story, "decided": now().isoformat(), "promote": decision.promote})
     return decision, output
 
 
+def _contender(folder: Path, latency_ms: float | None) -> Contender:
+    """The champion at the gate, by the evidence in its version's folder."""
+    return Contender(folder / PREDICTIONS, folder / PRIOR_NAME, latency_ms)
+
+
 def _copy_evaluation(kept: Path) -> GateError | None:
-    """Copy what the evaluation left, as far as that can be done; the first error, None where there was none."""
+    """Copy the files of the evaluation that exist; the first error, None where there was none."""
     faults = []
     for source, name in (
-        (EVALUATION / releases.PREDICTIONS, releases.PREDICTIONS),
-        (PRIOR, releases.PRIOR),
-        (EVALUATION / releases.REPORT, releases.REPORT),
+        (EVALUATION / PREDICTIONS, PREDICTIONS),
+        (PRIOR, PRIOR_NAME),
+        (EVALUATION / REPORT, REPORT),
     ):
         try:
             shutil.copyfile(source, kept / name)

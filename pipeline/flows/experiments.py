@@ -1,7 +1,7 @@
-"""A decided run as a DVC experiment, which `dvc exp show` lists beside the commit that it started from.
+"""A decided run as a DVC experiment, which `tailor experiments` lists beneath the commit that it started from.
 
 An experiment is a commit under refs/exps. `dvc exp save` makes it by stashing the working tree and checking the commit out:
-killed in the midst of that it leaves somebody's params.yaml changed back; it also takes down in dvc.lock that every stage is
+killed in the middle of that it leaves the user's params.yaml changed back; it also records in dvc.lock that every stage is
 up to date, the ones that the run did not reproduce too. The commit is therefore made here, by git and an index of its own:
 files, index, branch and stash stay as they are, and the last command alone makes it known, whole or not at all.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dvc.repo.experiments.refs import ExpRefInfo
 
-from pipeline.errors import StageError
+from pipeline.errors import StageError, TailorError
 from pipeline.flows.leash import end_leash, start_on_leash
 from pipeline.flows.records import Decided, now
 from pipeline.params import Params, load_params
@@ -45,10 +45,10 @@ def keep_run(decided: Decided, why: str, params: Params, say: Callable[[str], No
         if load_params() != params:
             raise ExperimentError("params.yaml was changed while the run went on; `tailor retrain` takes the change up")
         save(name, f"retrain: {decided.ending}: {why}")
-    except (StageError, OSError) as error:
+    except (TailorError, OSError) as error:
         say(f"not kept as a DVC experiment: {explain(error)}")
     else:
-        say(f"kept as the DVC experiment {name}; `dvc exp show` lists it")
+        say(f"kept as the DVC experiment {name}; `tailor experiments` lists it")
 
 
 def save(name: str, message: str, limit: float = LIMIT) -> None:

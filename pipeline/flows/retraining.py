@@ -22,8 +22,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.artifacts import EXPORT, SPLIT
-from pipeline.errors import StageError
-from pipeline.flows import publish as releases
+from pipeline.errors import StageError, TailorError
 from pipeline.flows.experiments import keep_run
 from pipeline.flows.records import (
     FOLDER,
@@ -47,12 +46,13 @@ from pipeline.ingest import IngestReport
 from pipeline.lineage import code_revision, data_sha256
 from pipeline.params import Params, load_params
 from pipeline.stage import explain
-from serving.errors import ServingError
+from serving import promotion_lifecycle as lifecycle
+from serving.release import Release
 from serving.version_policy import present_versions
 
 LOCK = FOLDER / "lock"
 HOW = {"undecided": "not decided on for want of test images"}  # how a release ended that was not promoted, in words
-ACTIONABLE = (StageError, ServingError, OSError)
+ACTIONABLE = (TailorError, OSError)
 
 
 class Busy(StageError):
@@ -66,11 +66,11 @@ def run_name() -> str:
 
 
 @flow(name="retrain", flow_run_name=run_name)
-def retrain(because: str = "somebody asked", drop: str | None = None) -> State[Any]:
+def retrain(because: str = "requested by hand", drop: str | None = None) -> State[Any]:
     """Take in what is new, retrain what has changed, and promote the result where the gate lets it.
 
     because: why this run was started, kept with the decision. drop: a drop folder in the place of params.ingest.drop.
-    The state's name says how it ended: Promoted, Refused, Undecided, Unchanged, Skipped; Cancelled where
+    The state's name is how it ended: Promoted, Refused, Undecided, Unchanged, Skipped; Cancelled where
     another run is under way.
     """
     logger = get_run_logger()
@@ -78,10 +78,10 @@ def retrain(because: str = "somebody asked", drop: str | None = None) -> State[A
     try:
         params = load_params()
         with one_at_a_time(params.retrain.when_busy, logger.info):
-            asked = flow_run.get_scheduled_start_time()
-            if deployment.get_id() and (done := missed(asked)):
+            scheduled = flow_run.get_scheduled_start_time()
+            if deployment.get_id() and (done := missed(scheduled)):
                 return Completed(
-                    name="Skipped", message=f"missed at {asked:%F %T} and caught up by the run of {done.begun}"
+                    name="Skipped", message=f"missed at {scheduled:%F %T} and caught up by the run of {done.begun}"
                 )
             run = Run(now().isoformat(), None, because, os.getpid(), None)
             write_run(run)
@@ -130,19 +130,19 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     if CODE in names:  # it always runs; what has changed is known after it
         names.remove(CODE)
         step(reproduce_stage, CODE, limit, name=CODE)
-    if not (SPLIT / "classes.json").is_file():  # ingest asks it which classes there are
+    if not (SPLIT / "classes.json").is_file():  # ingest reads the classes from it
         step(reproduce_stage, names[0], limit, name=names[0])
     taken = step(ingest_images, params, drop)
-    champion = releases.find_champion(repository)
+    champion = lifecycle.champion_or_none(repository)
     if not changed_stages(names) and (settled := _settled(params, champion)):
         return replace(settled, message=f"{settled.message}{_of_ingest(taken)}")
     for name in names:
         step(reproduce_stage, name, limit, name=name)
-    release = releases.export_identity(EXPORT)
+    release = lifecycle.export_identity(EXPORT)
     data = data_sha256(SPLIT)
     teller.name(f"data {data[:8]} code {_code()}")
-    if champion and releases.identity(champion.manifest) == release:
-        # Its servers may not have loaded it yet: the run that promoted it was ended, maybe in the midst of that.
+    if champion and lifecycle.identity(champion.manifest) == release:
+        # Its servers may not have loaded it yet: the run that promoted it was ended, maybe while they loaded it.
         servers = _go_live(step, params, champion.version, release, None)
         return Outcome(
             "promoted",
@@ -167,7 +167,7 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
             servers = _go_live(step, params, version, release, against)
         except ACTIONABLE:
             if version not in kept:  # a version of old that was best again is still one to roll back to
-                releases.withdraw(repository, version)
+                lifecycle.withdraw(repository, version)
             raise
         outcome = Outcome(
             "promoted", _promoted(version, against, rehearsed, servers, repository), version, str(evidence)
@@ -182,10 +182,10 @@ def _go_live(step: Steps, params: Params, version: int, release: str, against: i
     gate = gate_sha256(params.gate)
     try:
         servers = step(promote, params, version)
-    except releases.TakenBack as error:
-        taken_back = Decided(release, error.before, gate, "refused", None)
-        write_decided(taken_back)  # at once, or the next run might try it on the users again
-        keep_run(taken_back, str(error), params, get_run_logger().info)
+    except lifecycle.RolledBack as error:
+        rolled_back = Decided(release, error.before, gate, "refused", None)
+        write_decided(rolled_back)  # at once, or the next run might promote it again
+        keep_run(rolled_back, str(error), params, get_run_logger().info)
         raise
     instead = f" instead of {against}" if against else ""
     _keep(Decided(release, against, gate, "promoted", version), f"version {version}{instead}", params)
@@ -198,11 +198,11 @@ def _keep(decided: Decided, why: str, params: Params) -> None:
     write_decided(decided)
 
 
-def _settled(params: Params, champion: releases.Champion | None) -> Outcome | None:
+def _settled(params: Params, champion: Release | None) -> Outcome | None:
     """The outcome of a run that finds all stages up to date and their release decided on; None where it is not."""
     against = champion.version if champion else None
     decided = read_decided()
-    if decided and decided.settles(releases.export_identity(EXPORT), against, params.gate):
+    if decided and decided.settles(lifecycle.export_identity(EXPORT), against, params.gate):
         how = f"promoted as version {decided.version}" if decided.version else HOW.get(decided.ending, "refused")
         return Outcome("unchanged", f"no new data and no changed params; what they make was {how} before", against)
     return None
@@ -219,7 +219,7 @@ def _where(servers: tuple[str, ...], repository: Path) -> str:
 
 
 def _of_ingest(taken: IngestReport) -> str:
-    """What is to be said of the drop folder at the end of a run that found nothing to do."""
+    """The text on the drop folder for the end of a run that had nothing to do."""
     return f"; the drop was {taken}" if taken.refused else ""
 
 

@@ -31,6 +31,7 @@ from pipeline.flows.prefect_server import (
 )
 from pipeline.flows.trigger import DEPLOYMENT, NAME
 from pipeline.params import load_params
+from serving.terminal import counted
 
 LOOK_EVERY = 1.0  # seconds
 PATIENCE = 15.0  # seconds that a run gets to end itself
@@ -81,7 +82,9 @@ def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str
         try:
             caught_up = cancel_all_missed_but_one()
             if caught_up:
-                say(f"{caught_up[0]} runs were missed; the one of {caught_up[1]:%F %T} UTC is caught up now")
+                say(
+                    f"{counted(caught_up[0], 'run', 'were')} missed; the one of {caught_up[1]:%F %T} UTC is caught up now"
+                )
             say(f"retrains at {cron!r} ({timezone or 'UTC'}) until it is told to end")
             retrain.serve(
                 name=NAME,

@@ -11,34 +11,32 @@ from prefect.client.schemas.objects import State
 from prefect.tasks import exponential_backoff
 
 from pipeline.artifacts import EXPORT
-from pipeline.errors import StageError
+from pipeline.errors import TailorError
 from pipeline.flows import evidence as files
-from pipeline.flows import publish as releases
 from pipeline.flows.stages import MISUSE, StageFailed, reproduce
 from pipeline.gate import Decision, GateError
 from pipeline.ingest import IngestReport, ingest
 from pipeline.params import Params
-from serving.errors import InputError, ServingError
+from serving import promotion_lifecycle as lifecycle
 from serving.manifest import ManifestError
 from serving.model_config import RepositoryError
+from serving.release import Release
 from serving.running import servers_at
-from serving.version_policy import version_before
 
 HOUR = 3600.0  # seconds
-SPARE = 60.0  # seconds that Prefect waits longer than a limit of ours, which says more when it is passed
+SPARE = 60.0  # seconds that Prefect waits longer than a limit of ours, whose error names the cause
 HOPELESS = (
     GateError,
-    InputError,
     ManifestError,
     RepositoryError,
-    releases.TakenBack,
-)  # trying again would end the same
+    lifecycle.RolledBack,
+)  # a retry would fail in the same way
 
 
 def worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """Whether a task that failed so may do better the next time."""
+    """Whether a retry of the failed task may succeed."""
     error = state.data
-    if isinstance(error, StageError) and error.exit_code == MISUSE:
+    if isinstance(error, TailorError) and error.exit_code == MISUSE:
         return False
     if isinstance(error, StageFailed) and error.status == MISUSE:
         return False
@@ -60,49 +58,41 @@ def reproduce_stage(name: str, limit: float) -> bool:
 
 
 @task(name="gate")
-def hold_gate(params: Params, champion: releases.Champion | None, story: dict[str, Any]) -> tuple[Decision, Path]:
+def hold_gate(params: Params, champion: Release | None, story: dict[str, Any]) -> tuple[Decision, Path]:
     """Decide on the challenger; the decision, and the folder of evidence that holds it."""
     return files.gather(params, champion, story)
 
 
 @task(name="publish")
 def publish(params: Params, evidence: Path) -> int:
-    """Write the challenger as the next version, which nobody serves yet; its number."""
-    return releases.publish(EXPORT, Path(params.retrain.repository), evidence)
+    """Write the challenger as the next version, which no server loads yet; its number."""
+    return lifecycle.publish(EXPORT, Path(params.retrain.repository), evidence)
 
 
 @task(name="verify")
 def verify(params: Params, version: int) -> bool:
-    """Try the version apart from whoever serves; whether on a server of its own."""
+    """Try the version apart from the servers of users; whether on a server of its own."""
     settings = params.retrain
-    return releases.verify(Path(settings.repository), version, settings.load_seconds, settings.rehearsal)
+    return lifecycle.verify(Path(settings.repository), version, settings.load_seconds, settings.rehearsal)
 
 
 @task(name="promote")
 def promote(params: Params, version: int) -> tuple[str, ...]:
-    """Make the version the champion, and watch it; the servers that answer with it.
+    """Make the version the champion, and watch it; the addresses of the servers that answer with it.
 
-    Where it does not answer rightly after all, the champion of before answers again, and TakenBack says why. A version
-    that is the champion by an earlier try, or by a run that was ended, is loaded where it is not yet, and watched too.
+    Where it answers wrongly after all, the task `rollback` makes the champion before it the champion again. Raises as
+    `lifecycle.go_live`.
     """
     settings = params.retrain
-    repository = Path(settings.repository)
-    elsewhere = servers_at(repository, settings.server)
-    champion = releases.find_champion(repository)
-    done = releases.promote(repository, version, elsewhere, settings.keep, settings.load_seconds)
-    try:
-        servers = releases.servers_of(repository, settings.server)
-        releases.watch(repository, version, servers, settings.watch_seconds)
-    except ServingError as error:
-        changed = champion is not None and champion.version != version  # or an earlier try of this task did it
-        before = champion.version if changed else version_before(repository)
-        if before is None:
-            raise
-        roll_back.with_options(**options(params, roll_back))(params, before)
-        raise releases.TakenBack(
-            f"version {version} was promoted and taken back, {before} answers: {error}", before
-        ) from error
-    return done.servers
+    return lifecycle.go_live(
+        Path(settings.repository),
+        version,
+        settings.server,
+        keep=settings.keep,
+        timeout=settings.load_seconds,
+        watch_seconds=settings.watch_seconds,
+        undo=lambda before: roll_back.with_options(**options(params, roll_back))(params, before),
+    )
 
 
 @task(name="rollback")
@@ -111,11 +101,11 @@ def roll_back(params: Params, version: int) -> None:
     settings = params.retrain
     repository = Path(settings.repository)
     elsewhere = servers_at(repository, settings.server)
-    releases.roll_back(repository, version, elsewhere, settings.keep, settings.load_seconds)
+    lifecycle.roll_back(repository, version, elsewhere, settings.keep, settings.load_seconds)
 
 
 class Steps:
-    """Runs tasks under the retries and limits of params.retrain, and says where the run is."""
+    """Runs tasks under the retries and limits of params.retrain, and logs the start and end of each."""
 
     def __init__(self, params: Params) -> None:
         self._params = params

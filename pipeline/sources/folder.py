@@ -11,6 +11,7 @@ from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.errors import DataError, raise_problems
 from pipeline.sources.source import FilesUnderRoot, Row
+from serving.terminal import counted
 
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 # Other names of folders that hold a split, in lower case, and the name that is read.
@@ -156,13 +157,16 @@ def _check_levels(folder: Path, listed: ClassFiles, root: Path) -> list[str]:
                 path, names = path / names[0], deeper
             either = f"give {path} as the folder of images, or " if folder == root else ""
             hint = f"; if the folders in {path} ({_names(names)}) are the classes, {either}move them up into {folder}"
-        raise DataError(f"{folder}: holds {len(listed)} class folders; expected at least 2, one per class{hint}")
+        raise DataError(
+            f"{folder}: holds {counted(len(listed), 'class folder')}; expected at least 2, one per class{hint}"
+        )
     nested = {path.name: names for path, names in inner.items() if len(names) > 1}
     if not nested:
         return []
     shown = _names([f"{name} ({_names(names)})" for name, names in nested.items()])
     return [
-        f"{folder}: {len(nested):,} of {len(listed):,} classes hold folders of images and no images of their own, and each "
+        f"{folder}: {len(nested):,} of {counted(len(listed), 'class', 'hold')} folders of images and no images "
+        f"of their own, and each "
         f"is read as one class: {shown}; if the inner folders are the classes, move them up into {folder}"
     ]
 

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import ListParams
 from pipeline.sources.source import FilesUnderRoot, Row
+from serving.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ListSource(FilesUnderRoot):
             folders.setdefault(label, path.rpartition("/")[0] or ".")
         classes = max(folders, default=-1) + 1
         if classes < 2:
-            raise DataError(f"{self.lists['train']}: lists {classes} classes; expected at least 2")
+            raise DataError(f"{self.lists['train']}: lists {counted(classes, 'class')}; expected at least 2")
         if len(folders) < classes:
             missing = next(label for label in range(classes) if label not in folders)
             raise DataError(
@@ -111,7 +112,7 @@ class ListSource(FilesUnderRoot):
         gone = sum(not (self._root / folder).is_dir() for folder in folders)
         if gone and present:
             hint = " (another year's ImageNet? the lists are of ILSVRC 2012)" if self._official.classes == 1000 else ""
-            return f"{gone} whole folders are missing, {_first_gone(folders, self._root)} for one{hint}"
+            return f"{counted(gone, 'whole folder', 'are')} missing, {_first_gone(folders, self._root)} for one{hint}"
         return None
 
     def _wrong_root(self, first: str) -> str:

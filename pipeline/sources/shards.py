@@ -23,6 +23,7 @@ from pipeline.errors import DataError
 from pipeline.sources.source import Groups
 from pipeline.sources.storage import Storage
 from serving.bounded_parquet import MAX_BATCH, MIB, MemoryLimit, TooLargeError, is_part, read_column
+from serving.terminal import counted
 
 LIMIT = MemoryLimit(1024, "data.table.max_mib")
 MAX_LINE, MAX_CSV_COLUMNS = MIB, 1000  # of a CSV file
@@ -73,7 +74,7 @@ class Shard:
         """A whole column. Raises DataError when there is none of that name, with those there are, or too many rows to list."""
         self.check_column(column)
         with self._readable():
-            self._limit.check(f"the list of {len(self):,} rows", len(self) * self._limit.row_bytes)
+            self._limit.check(f"the list of {counted(len(self), 'row')}", len(self) * self._limit.row_bytes)
         return self._read(column, None)
 
     def check_column(self, column: str) -> None:
@@ -142,7 +143,9 @@ def _read_csv(stream: BinaryIO, wanted: Sequence[str], limit: MemoryLimit) -> tu
         size = count = 0
         while part := list(islice(filter(None, rows), MAX_BATCH)):
             if (wrong := next((i for i, row in enumerate(part) if len(row) != len(names)), None)) is not None:
-                raise ValueError(f"row {count + wrong:,} has {len(part[wrong])} cells; expected {len(names)}")
+                raise ValueError(
+                    f"row {count + wrong:,} has {counted(len(part[wrong]), 'cell')}; expected {len(names)}"
+                )
             for name, place in places.items():
                 column = [row[place] for row in part]
                 cells[name] += [cell or None for cell in column]

@@ -27,6 +27,7 @@ from pipeline.sources.shards import (
 from pipeline.sources.source import BadImageError, Groups, Row, in_parts
 from pipeline.sources.storage import Storage, is_address
 from serving.bounded_parquet import MemoryLimit
+from serving.terminal import counted
 
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it: `007` is a name
 
@@ -101,7 +102,7 @@ class TableSource(TableReader):
             column = shard.column(self._params.label)
             where = f"{shard.place}: column {self._params.label!r}"
             if column.null_count:
-                raise DataError(f"{where} has {column.null_count} rows without a label")
+                raise DataError(f"{where} has {counted(column.null_count, 'row')} without a label")
             if not (
                 pa.types.is_integer(column.type)
                 or pa.types.is_string(column.type)
@@ -126,7 +127,7 @@ class TableSource(TableReader):
         known = sorted(set(labels["train"]))
         where = f"{self._place('train')}: column {self._params.label!r}"
         if len(known) < 2:
-            raise DataError(f"{where} has {len(known)} classes; expected at least 2")
+            raise DataError(f"{where} has {counted(len(known), 'class')}; expected at least 2")
         for split, values in labels.items():
             if unknown := sorted(set(values) - set(known)):
                 raise DataError(
@@ -142,7 +143,8 @@ class TableSource(TableReader):
         names = [class_key(str(name)) for name in self._params.class_names or carried or known]
         if len(names) != len(known):
             given = "data.table.class_names has" if self._params.class_names else f"{self._place('train')} carries"
-            raise ParamsError(f"{given} {len(names)} names for {len(known)} classes; expected one per class")
+            sizes = f"{counted(len(names), 'name')} for {counted(len(known), 'class')}"
+            raise ParamsError(f"{given} {sizes}; expected one per class")
         if len(set(names)) < len(names):
             repeated = next(name for name in names if names.count(name) > 1)
             raise ParamsError(f"data.table.class_names has {repeated!r} twice; expected names that differ")
@@ -161,7 +163,9 @@ class TableSource(TableReader):
 
     def _place(self, split: str) -> str:
         shards = self._splits[split]
-        return shards[0].place if len(shards) == 1 else f"{shards[0].place} and {len(shards) - 1} more shards"
+        return (
+            shards[0].place if len(shards) == 1 else f"{shards[0].place} and {counted(len(shards) - 1, 'more shard')}"
+        )
 
     def place(self, row: Row) -> str:
         """The image's path where the table has one, else the table's path and row; with the row's id if it has one."""

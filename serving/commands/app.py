@@ -26,6 +26,7 @@ from serving.commands.serve import serve
 from serving.commands.version import version
 from serving.commands.versions import promote, rollback, versions
 from serving.demo import demo
+from serving.errors import TailorError
 from serving.ports import bypass_proxy_on_loopback
 from serving.terminal import print
 
@@ -114,8 +115,8 @@ def _explain(error: Exception, command: str) -> tuple[str, int]:
     """The message and the exit status of an error that a user can act on. Raises any other error."""
     if isinstance(error, USAGE_ERROR):
         return error.format_message(), error.exit_code
-    if isinstance(status := getattr(error, "exit_code", None), int):  # errors of serving and of the pipeline
-        return str(error), status
+    if isinstance(error, TailorError):
+        return str(error), error.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}", 1

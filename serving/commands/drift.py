@@ -22,7 +22,7 @@ from serving.errors import InputError, ServingError
 from serving.logged_logits import LoggedLogits, moment_of, read_logits
 from serving.manifest import Manifest
 from serving.release import read_champion, read_release
-from serving.terminal import Console, print
+from serving.terminal import Console, counted, print
 
 PREDICTIONS = Path("artifacts/evaluation/predictions.parquet")
 TRIGGERS = "tailor.triggers"
@@ -168,7 +168,7 @@ def _check_enough(logged: LoggedLogits, log: Path, manifest: Manifest, wanted: i
         return
     others = ", ".join(f"{number} of version {version}" for version, number in sorted(logged.others.items()))
     raise ServingError(
-        f"{log}: holds {logged.found} images of version {manifest.version} in this time; expected at least {wanted}"
+        f"{log}: holds {counted(logged.found, 'image')} of version {manifest.version} in this time; expected at least {wanted}"
         f"{f' (there are {others})' if others else ''}; log for longer, or a larger --log-share"
     )
 
@@ -242,10 +242,11 @@ def _show(found: Drift, facts: dict[str, Any], manifest: Manifest, top: int, wri
     console.print(drift_table(found, manifest, top, f"version {manifest.version}, {facts['first']} to {facts['last']}"))
     how = facts["calibration"]
     told = f"calibrated, temperature {how['temperature']:.3g}" if how else "not calibrated"
-    drawn = f" of {facts['logged']:,}" if facts["logged"] > found.images else ""
+    drawn = f"{found.images:,} of " if facts["logged"] > found.images else ""
+    drawn += counted(max(facts["logged"], found.images), "image")
     lines = [
         f"distance from the training prior {_bounded(found)}",
-        f"{found.images:,}{drawn} images, {found.method.upper()}, {told}",
+        f"{drawn}, {found.method.upper()}, {told}",
     ]
     if written:
         lines.append(f"written: {written}; `tailor predict --prior live` uses it")

@@ -29,7 +29,7 @@ from serving.commands.options import (
 from serving.display import CSV_COLUMNS, as_mapping, as_rows, prediction_table, status_table
 from serving.errors import InputError, ServingError
 from serving.images import image_files
-from serving.terminal import Console, print
+from serving.terminal import Console, counted, print
 
 BAR_FROM = 100  # images; fewer are done before one could read a bar
 
@@ -81,7 +81,7 @@ def predict(
             pairs = list(pairs)
         failed = _print_csv(pairs, top) if as_csv else _print_all(pairs, top, prior, as_json)
     if failed:
-        raise ServingError(f"{failed} of {len(files)} images could not be classified")
+        raise ServingError(f"{failed} of {counted(len(files), 'image')} could not be classified")
 
 
 def status(

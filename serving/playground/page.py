@@ -11,6 +11,7 @@ from models.image_names import SUFFIXES
 from serving.client import Client
 from serving.errors import ServingError
 from serving.playground.answers import SHOWN, as_html, batch_table, classify_batch, own_prior, side_by_side, thumbnail
+from serving.terminal import counted
 
 if TYPE_CHECKING:
     import gradio
@@ -96,9 +97,9 @@ def _many_images(gr: Any, client: Client) -> None:
     def classify(paths: list[str] | None, prior: str, progress: Any = gr.Progress()) -> tuple[str, str | None, str]:  # noqa: B008
         images = [Path(path) for path in paths or [] if Path(path).suffix.lower() in SUFFIXES]
         if not images or len(images) > MAX_FILES:
-            wanted = f"{len(images):,} images; expected 1 to {MAX_FILES:,} JPEG, PNG or WebP files"
+            wanted = f"{counted(len(images), 'image')}; expected 1 to {MAX_FILES:,} JPEG, PNG or WebP files"
             return f'<p class="wrong" role="alert">{wanted}</p>', None, ""
-        progress(0.1, desc=f"{len(images):,} images")
+        progress(0.1, desc=counted(len(images), "image"))
         plain = prior.strip()
         try:
             own = plain[:1] in ("[", "{") or ":" in plain or "," in plain

@@ -309,7 +309,7 @@ def test_the_page_on_new_images(own: Project) -> None:
     jq = shutil.which("jq")  # without it, all but what comes behind the pipe is typed
     printed = follow("docs/new-images.md", Reader(own, {} if jq else {" | jq '.[] | select(.state != \"ok\")'": ""}))
     assert "12 images added" in printed["tailor ingest"]
-    assert "workspace" in printed["dvc exp show"]
+    assert "workspace" in printed["tailor experiments"]
     told = printed[next(command for command in printed if command.startswith("tailor doctor --json"))]
     rows = rows_of(told) if jq else [row for row in json.loads(told) if row["state"] != "ok"]
     assert rows and all(row["state"] in ("warning", "failing") for row in rows)
@@ -367,7 +367,7 @@ def test_the_page_on_one_retraining(retrained: Retraining) -> None:
     printed = follow("docs/retraining.md", Reader(retrained))
     (text,) = (text for command, text in printed.items() if command.startswith("tailor retrain"))
     assert "promoted" in text
-    for command in ("dvc exp show", "dvc exp list --all-commits"):
+    for command in ("tailor experiments", "dvc exp list --all-commits"):
         assert re.search(r"retrain-\d{8}-\d{6}-promoted-2", printed[command])
     assert "version 1 answers instead of 2" in printed["tailor rollback"]
 
@@ -428,7 +428,7 @@ class TestWhatTakesLong:
         shutil.copyfile(ROOT / "Makefile", project.root / "Makefile")
         printed = Reader(project).type("make retrain-demo")
         assert "one promoted, one refused" in printed
-        listed = printed.partition("$ dvc exp show")[2]
+        listed = printed.partition("$ tailor experiments")[2]
         assert re.search(r"retrain-\d{8}-\d{6}-promoted-1", listed) and re.search(
             r"retrain-\d{8}-\d{6}-refused", listed
         )

@@ -217,7 +217,7 @@ def test_a_version_that_answers_wrongly_once_it_is_promoted_is_taken_back_and_no
     finally:
         project.set("retrain", watch_seconds=0.0)
     assert outcome.ending == "failed"
-    assert f"version {before + 1} was promoted and taken back, {before} answers" in outcome.message
+    assert f"version {before + 1} was promoted and rolled back, {before} answers" in outcome.message
     with Client(server.grpc_url) as client:
         assert client.predict([picture(1)])[0].version == before
     assert champion_of(project) == before  # and the version is withdrawn
@@ -241,7 +241,7 @@ def test_an_older_version_that_is_best_again_and_answers_wrongly_is_left_for_the
         outcome = taken_back(project, context, 1, tmp_path / "now")
     finally:
         project.set("retrain", watch_seconds=0.0)
-    assert f"version 1 was promoted and taken back, {before} answers" in outcome.message
+    assert f"version 1 was promoted and rolled back, {before} answers" in outcome.message
     assert champion_of(project) == before
     assert 1 in {state.version for state in list_versions(project.repository)}
     with Client(server.grpc_url) as client:
@@ -364,7 +364,7 @@ def test_a_drop_that_is_still_being_written_waits_with_three_bad_rows_of_ten_it_
 
     with Asking(server) as asking:
         fill(3, range(1000, 1010))
-        assert "ingest: no new data; 10 files may still be being written, and wait" in told(600)[1]
+        assert "ingest: no new data; 10 files may still be being written and will be read later" in told(600)[1]
         _, text = told(0)
         assert "ingest: 7 images added" in text and "3 bad rows (format 3)" in text
         fill(4, range(2000, 2010))

@@ -44,7 +44,7 @@ def test_smoothing_is_that_many_samples_more_in_every_class(counts, smoothing):
 @pytest.mark.parametrize(
     ("counts", "smoothing", "said"),
     [
-        ([3, 0, 0], 0, "class 1 has no training samples (2 such classes)"),
+        ([3, 0, 0], 0, "class 1 has no training samples (such classes: 2)"),
         ([3, -2], 0, "counts has -2.0; expected finite numbers >= 0"),
         ([3, math.nan], 0, "counts has nan; expected finite numbers >= 0"),
         ([math.inf, 3], 1, "counts has inf; expected finite numbers >= 0"),

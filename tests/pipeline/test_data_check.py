@@ -56,7 +56,7 @@ def test_a_spoilt_folder_is_told_with_every_file(tmp_path, spoilt, capsys):
     said = capsys.readouterr().out
     assert "missing: 1; unreadable: 1" in said and "photos/train/ant/torn.png: is damaged or truncated" in said
     assert "exact duplicates: 2 groups, 1 of them across splits" in said
-    assert "near duplicates: 1 groups, 1 of them across splits" in said
+    assert "near duplicates: 1 group, 1 of them across splits" in said
     assert "train: 2 classes of 32 to 8 images, imbalance factor 4; 0 many, 1 medium, 1 few" in " ".join(said.split())
     assert "not right: 2 images are missing or cannot be used; the first: " in said and "data check: not right" in said
     found = report(tmp_path)
@@ -103,7 +103,7 @@ def test_an_image_under_two_labels_is_a_fault(tmp_path):
     write(root / "bee/copy.png", (root / "ant/001.png").read_bytes())
     assert command(tmp_path, data_params(root)) == 1
     assert report(tmp_path)["verdict"] == [
-        f"1 images lie under two labels; the first: {root}/bee/copy.png and {root}/ant/001.png"
+        f"1 image lies under two labels; the first: {root}/bee/copy.png and {root}/ant/001.png"
     ]
 
 
@@ -216,7 +216,7 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path):
     ("options", "said"),
     [
         (["--near", "65"], "--near is '65'; expected 0 to 10, or off"),
-        (["--jobs", "0"], "'--jobs': 0 is not in the range 1<=x<=1024"),
+        (["--jobs", "0"], "Invalid value for '--jobs'"),
         (["--nears", "1"], "No such option: --nears"),
     ],
 )

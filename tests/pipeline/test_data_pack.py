@@ -157,6 +157,6 @@ def test_an_output_that_is_there_is_never_overwritten(tmp_path, capsys):
     assert command(tmp_path, data_params(root), str(tmp_path / "packed"), name="pack") == 2
     assert command(tmp_path, data_params(root), str(tmp_path / "other"), "--shard-size", "64M", name="pack") == 0
     out, err = capsys.readouterr()
-    assert "data pack: 8 train in 1 shards" in out and "source: table" in out and "is there already" in err
+    assert "data pack: 8 train in 1 shard " in out and "source: table" in out and "is there already" in err
     assert command(tmp_path, data_params(root), str(tmp_path / "third"), "--shard-size", "64T", name="pack") == 2
     assert "--shard-size is '64T'; expected bytes such as 64M or 1G" in capsys.readouterr().err

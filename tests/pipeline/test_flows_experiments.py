@@ -121,7 +121,9 @@ def test_a_decided_run_is_listed_with_its_params_and_metrics_and_the_project_sta
     keep_run(REFUSED, "few 0.61 is below 0.70", load_params(), said.append)
     assert state(project) == before
     (line,) = said
-    name = re.fullmatch(r"kept as the DVC experiment (retrain-\d{8}-\d{6}-refused); `dvc exp show` lists it", line)[1]
+    name = re.fullmatch(
+        r"kept as the DVC experiment (retrain-\d{8}-\d{6}-refused); `tailor experiments` lists it", line
+    )[1]
     content = shown()[name]
     assert content["metrics"]["out/metrics.json"]["data"] == {"accuracy": 0.75}
     assert content["params"]["params.yaml"]["data"]["seed"] == 5

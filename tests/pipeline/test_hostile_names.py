@@ -57,7 +57,7 @@ def test_an_error_of_a_stage_and_of_ingest_shows_the_name_written_out(tmp_path):
     assert ran(root, "pipeline.split")[0] == 0
     write(root / "data/drop" / f"=new{HOSTILE}" / "a.png", png(77))
     status, printed = ran(root, "pipeline.commands", "ingest")
-    assert status == 1 and "1 of 1 rows are bad" in printed
+    assert status == 1 and "1 of 1 row is bad" in printed
     (listing,) = (root / "data/quarantine").glob("*/rows.csv")
     (row,) = csv.DictReader(listing.read_text(encoding="utf-8").splitlines())
     assert row["label"] == f"'=new{SHOWN}" and not CONTROLS.search(listing.read_text(encoding="utf-8"))

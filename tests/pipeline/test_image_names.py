@@ -58,11 +58,11 @@ def test_near_duplicates_in_two_splits_are_a_problem_that_data_check_names(tmp_p
     assert command(tmp_path, data_params(root, validation_per_class=0), "--fresh") == 1
     printed = capsys.readouterr().out
     assert "data check: not right, see the problem above" in printed and "--allow-duplicates" in printed
-    assert "problem: 1 groups of near duplicates lie in two splits" in printed
+    assert "problem: 1 group of near duplicates in two splits" in printed
     assert command(tmp_path, data_params(root, validation_per_class=0), "--allow-duplicates") == 0
     printed = capsys.readouterr().out
     assert "data check: right, but for the duplicates above" in printed
-    assert "problem: 1 groups of near duplicates lie in two splits" in printed
+    assert "problem: 1 group of near duplicates in two splits" in printed
     (problem,) = report(tmp_path)["problems"]
     assert "train/ant/scene.png (train)" in problem and "test/ant/scene.jpg (test)" in problem
 

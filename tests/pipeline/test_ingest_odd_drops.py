@@ -115,7 +115,7 @@ def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path, capsys):
     odd = os.fsencode(tmp_path) + b"/data/drop/cat/\xff.png"
     Path(os.fsdecode(odd)).write_bytes(png(FIRST_NEW + 9))
     assert ingest(params).added == 2
-    assert "1 names are not UTF-8" in capsys.readouterr().err and Path(os.fsdecode(odd)).exists()
+    assert "1 name is not UTF-8" in capsys.readouterr().err and Path(os.fsdecode(odd)).exists()
 
 
 def test_what_cannot_be_put_into_the_quarantine_is_never_removed_from_the_drop(tmp_path, monkeypatch):

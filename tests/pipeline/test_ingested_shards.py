@@ -59,7 +59,7 @@ def test_images_that_the_source_gained_since_are_left_out_of_what_was_taken_in(t
     ingest(params)
     write(Path("source/cat/late.png"), data)
     split.run(params)
-    assert "1 images taken in are in a split of the source already" in capsys.readouterr().err
+    assert "1 ingested image is in a split of the source already" in capsys.readouterr().err
     digests = [row["sha256"] for name in ("train", "validation", "test") for row in rows_of(name)]
     assert digests.count(hashlib.sha256(data).hexdigest()) == 1
 

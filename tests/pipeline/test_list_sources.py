@@ -235,7 +235,7 @@ def test_the_images_of_another_imagenet_year(tmp_path):
     (other / "train/n01484850").rename(other / "train/n99999999")
     message = refusal(DataError, other)
     assert (
-        "1 whole folders are missing, train/n01484850 for one (another year's ImageNet? the lists are of ILSVRC 2012)"
+        "1 whole folder is missing, train/n01484850 for one (another year's ImageNet? the lists are of ILSVRC 2012)"
         in message
     )
 
@@ -245,7 +245,7 @@ def test_an_image_that_a_published_set_lists_under_two_labels_is_kept_and_counte
     twice = (root / "train/n01440764/n01440764_190.JPEG").read_bytes()
     (root / "train/n01443537/n01443537_24.JPEG").write_bytes(twice)
     assert split.run(data_params(root, "imagenet_lt"), tmp_path / "out").sizes["train"] == 6
-    assert "split: 1 images lie under two labels; kept, as imagenet_lt is published" in capsys.readouterr().err
+    assert "split: 1 image lies under two labels; kept, as imagenet_lt is published" in capsys.readouterr().err
 
 
 def test_a_list_with_a_line_of_megabytes_is_refused_and_the_line_is_not_printed_whole(tmp_path):

@@ -62,7 +62,7 @@ def test_data_check_and_split_print_a_line_for_each_problem(tmp_path: Path, caps
         write(root / name, b"x")
     assert command(tmp_path, data_params(root)) == 1
     printed = capsys.readouterr().err
-    assert printed.splitlines()[0] == f"data check: {root}: has 2 problems:" and printed.count("\n") == 3
+    assert printed.splitlines()[0] == f"tailor: {root}: has 2 problems:" and printed.count("\n") == 3
     assert stage_main(run_split, "", ["--params", str(tmp_path / "params.yaml")]) == 1
     assert capsys.readouterr().err.count("\n") == 3
 
@@ -98,7 +98,7 @@ def test_what_is_never_an_image_is_passed_over_and_counted(
         ({"train/ant": 3, "train/bee": 3, "testing/ant": 1},
          "testing: is not read beside train/; rename it to test, or move it out of"),
         ({"photos/ant": 3, "photos/bee": 3},
-         "holds 1 class folders; expected at least 2, one per class; if the folders in {root}/photos (ant, bee) are the "
+         "holds 1 class folder; expected at least 2, one per class; if the folders in {root}/photos (ant, bee) are the "
          "classes, give {root}/photos as the folder of images, or move them up into {root}"),
         ({"unpacked/photos/ant": 3, "unpacked/photos/bee": 3}, "give {root}/unpacked/photos as the folder of images"),
         ({"train/images/ant": 3, "train/images/bee": 3}, "(ant, bee) are the classes, move them up into {root}/train"),

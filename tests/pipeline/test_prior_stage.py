@@ -41,7 +41,7 @@ def test_counts_priors_and_groups_are_written_and_read_back(split, tmp_path):
 def test_a_class_without_training_samples_is_named_with_the_ways_out(split, tmp_path):
     folder = split([0, 0, 2], ["a", "b", "c", "d"])
     with pytest.raises(
-        DataError, match=r"class 'b' has no training samples \(2 such classes\).*prior.smoothing above 0"
+        DataError, match=r"class 'b' has no training samples \(such classes: 2\).*prior.smoothing above 0"
     ):
         prior.run(params(), folder, tmp_path / "prior.json")
     assert not (tmp_path / "prior.json").exists()
@@ -76,7 +76,7 @@ def test_the_effective_number_changes_the_prior_of_the_losses_and_nothing_else(s
     [
         ([0, 1, 3], "train.parquet: has label 3; expected 0 to 2"),
         ([0, -1, 1], "train.parquet: has label -1; expected 0 to 2"),
-        ([0, None, 1], "train.parquet: column 'label' has 1 rows without a label"),
+        ([0, None, 1], "train.parquet: column 'label' has 1 row without a label"),
     ],
 )
 def test_a_label_that_is_no_class_is_named(split, tmp_path, labels, said):

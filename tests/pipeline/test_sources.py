@@ -64,7 +64,7 @@ def test_a_class_may_be_called_test_where_there_is_no_train_folder(tmp_path):
     [
         ({"a": 3, "b": 0}, "b: class without training images; add some or remove the folder"),
         ({"train/a": 3, "train/b": 1, "test/c": 1}, "test/c: is a class of test that train does not have"),
-        ({"a": 3}, "holds 1 class folders; expected at least 2, one per class"),
+        ({"a": 3}, "holds 1 class folder; expected at least 2, one per class"),
         ({}, "holds 0 class folders; expected at least 2, one per class"),
     ],
 )
@@ -137,14 +137,14 @@ def test_a_parquet_table_of_paths(tmp_path):
             "train.parquet: column 'label' skips 2; integer labels must be 0..C-1 without a gap",
         ),
         ([1, 2, 3], {}, DataError, "train.parquet: column 'label' skips 0;"),
-        ([0, 0, 0], {}, DataError, "train.parquet: column 'label' has 1 classes; expected at least 2"),
-        ([0, None, 1], {}, DataError, "train.parquet: column 'label' has 1 rows without a label"),
-        (["a", None, "b"], {}, DataError, "train.parquet: column 'label' has 1 rows without a label"),
+        ([0, 0, 0], {}, DataError, "train.parquet: column 'label' has 1 class; expected at least 2"),
+        ([0, None, 1], {}, DataError, "train.parquet: column 'label' has 1 row without a label"),
+        (["a", None, "b"], {}, DataError, "train.parquet: column 'label' has 1 row without a label"),
         ([0.0, 1.0, 2.0], {}, DataError, "train.parquet: column 'label' is double; expected integers or text"),
         ([0, 1, 1], {"label": "klass"}, DataError, "train.parquet: has no column 'klass'; it has image, label"),
         ([0, 1, 1], {"image": "img"}, DataError, "train.parquet: has no column 'img'; it has image, label"),
         ([0, 1, 1], {"id": "name"}, DataError, "train.parquet: has no column 'name'; it has image, label"),
-        ([0, 1, 1], {"class_names": ["a"]}, ParamsError, "data.table.class_names has 1 names for 2 classes"),
+        ([0, 1, 1], {"class_names": ["a"]}, ParamsError, "data.table.class_names has 1 name for 2 classes"),
         (
             [0, 1, 1],
             {"train": "none.parquet"},
@@ -172,7 +172,7 @@ def test_a_held_out_label_without_training_samples_is_named(tmp_path):
 def test_an_empty_label_in_a_csv_file_is_a_missing_one(tmp_path, labels):
     table(tmp_path / "train.csv", {"path": ["0.png", "1.png", "2.png"], "label": labels})
     changes = {"train": "train.csv", "image": None, "path": "path"}
-    assert "column 'label' has 1 rows without a label" in refused(DataError, tmp_path, "table", table=changes)
+    assert "column 'label' has 1 row without a label" in refused(DataError, tmp_path, "table", table=changes)
 
 
 def test_a_class_may_be_called_null_or_na(tmp_path):

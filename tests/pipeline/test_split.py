@@ -279,7 +279,7 @@ def test_several_unusable_images_are_counted_and_the_first_five_named(tmp_path):
 def test_a_class_that_skipping_empties_is_named(tmp_path):
     root = folder(tmp_path / "source", {"a": 5, "b": 0})
     write(root / "b/empty.png", b"")
-    with pytest.raises(DataError, match=r"class 'b' has no usable training image \(1 such classes, 1 images left out"):
+    with pytest.raises(DataError, match=r"class 'b' has no usable training image \(such classes: 1; 1 image left out"):
         split.run(data_params(root, on_bad_image="skip"), tmp_path / "out")
 
 

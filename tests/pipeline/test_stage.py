@@ -16,6 +16,7 @@ from making import ROOT, content, folder, write
 
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.stage import stage_main
+from serving.model_config import RepositoryError
 
 
 @pytest.fixture
@@ -46,6 +47,7 @@ def test_a_stage_that_succeeds_says_its_summary(recipe, capsys):
         (ParamsError("data.seed is -1; expected more"), 2, "data.seed is -1; expected more"),
         (DataError("a.png: is empty"), 1, "a.png: is empty"),
         (StageError("first line\nsecond line"), 1, "first line second line"),
+        (RepositoryError("student/config.pbtxt: is missing"), 1, "student/config.pbtxt: is missing"),
         (
             OSError(errno.ENOSPC, "No space left on device", "artifacts/x"),
             1,

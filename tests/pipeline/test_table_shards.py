@@ -103,7 +103,7 @@ def test_class_names_that_a_shard_carries_are_taken_unless_others_are_given(tmp_
     assert opened(tmp_path, class_names=["a", "b", "c"]).classes == ["a", "b", "c"]
     wrong = table.replace_schema_metadata({CLASSES_KEY: json.dumps(["ant"])})
     pyarrow.parquet.write_table(wrong, tmp_path / "train.parquet")
-    with pytest.raises(ParamsError, match=r"train.parquet carries 1 names for 3 classes"):
+    with pytest.raises(ParamsError, match=r"train.parquet carries 1 name for 3 classes"):
         opened(tmp_path)
 
 

@@ -332,7 +332,7 @@ def test_json_holds_every_class_and_what_was_left_out(drift: Drift, logged: Path
         (["--version", 7], 1, "7/model.onnx: is missing"),
         (["--since", "soon"], 2, "--since is 'soon'; expected a time such as 24h"),
         (["--until", "1d"], 1, "holds 0 images of version 1 in this time; expected at least 100"),
-        (["--min-images", 5000], 1, "holds 2000 images of version 1 in this time; expected at least 5000"),
+        (["--min-images", 5000], 1, "holds 2,000 images of version 1 in this time; expected at least 5000"),
         (["--samples", 50], 2, "--samples is 50 and --min-images 100; expected at least as many samples as images"),
         (["--fail-above", 2], 2, "--fail-above is 2; expected a distance from 0 to below 1"),
         (["--retrain-above", "nan"], 2, "--retrain-above is nan"),

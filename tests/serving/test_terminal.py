@@ -18,7 +18,7 @@ from tritonclient.utils import serialize_byte_tensor
 from serving.answers import Prediction
 from serving.display import as_rows, prediction_table
 from serving.errors import ServingError
-from serving.terminal import CONTROLS, Console, cell, csv_cell, plain_cell, print, safe_text
+from serving.terminal import CONTROLS, Console, cell, counted, csv_cell, plain_cell, print, safe_text
 
 HOSTILE = "\x1b]0;x\x07\x1b[31mred[/][bold]:cat:\u202e\x9b2J"
 SHOWN = "\\u001b]0;x\\u0007\\u001b[31mred[/][bold]:cat:\\u202e\\u009b2J"
@@ -32,6 +32,21 @@ def test_each_control_character_is_written_out_and_ordinary_text_is_not_changed(
     assert safe_text(HOSTILE) == SHOWN
     assert safe_text("café ☃ مرحبا 👩‍🔬\ttab\nline") == "café ☃ مرحبا 👩‍🔬\ttab\nline"
     assert safe_text("cr\rdel\x7fsurrogate\udce9") == "cr\\u000ddel\\u007fsurrogate\\udce9"
+
+
+def test_a_count_has_the_singular_for_one_alone() -> None:
+    assert [counted(number, "image") for number in (0, 1, 2, 1200)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "1,200 images",
+    ]
+    plurals = {"test class": "test classes", "box": "boxes", "batch": "batches", "epoch": "epochs", "share": "shares"}
+    for noun, plural in plurals.items():
+        assert [counted(number, noun) for number in (1, 3)] == [f"1 {noun}", f"3 {plural}"]
+    verbs = ("are", "were", "have", "lie")
+    assert [counted(1, "box", verb) for verb in verbs] == ["1 box is", "1 box was", "1 box has", "1 box lies"]
+    assert [counted(2, "box", verb) for verb in verbs] == [f"2 boxes {verb}" for verb in verbs]
 
 
 def test_json_that_is_printed_keeps_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import write_export
 
-from pipeline.flows import publish as releases
+from serving import promotion_lifecycle as lifecycle
 from serving.errors import ServingError
 from serving.manifest import ManifestError, sha256_of
 from serving.model_config import RepositoryError
@@ -19,7 +20,6 @@ from serving.promotion import PromotionError, list_versions
 from serving.promotion_log import read_changes
 from serving.server import TritonServer
 from serving.version_policy import present_versions, version_before
-from tests.serving.conftest import write_export
 
 pytestmark = pytest.mark.slow
 
@@ -58,9 +58,14 @@ def edit_manifest(export: Path, **changes: object) -> None:
 
 
 def go_live(repository: Path, export: Path, evidence: Path, servers=()):
-    version = releases.publish(export, repository, evidence)
-    releases.verify(repository, version, TIMEOUT, rehearsal=False)
-    return releases.promote(repository, version, servers, KEEP, TIMEOUT)
+    version = lifecycle.publish(export, repository, evidence)
+    lifecycle.verify(repository, version, TIMEOUT, rehearsal=False)
+    return lifecycle.promote(repository, version, servers, KEEP, TIMEOUT)
+
+
+def evidence_folder(repository: Path) -> Path:
+    """The folder of the champion's evidence."""
+    return repository / "classifier" / str(lifecycle.champion_or_none(repository).version)
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -69,24 +74,26 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_the_first_version_is_nowhere_to_be_served_before_it_is_promoted(tmp_path, exports, evidence):
     repository = tmp_path / "releases"
-    assert releases.publish(exports / "1", repository, evidence) == 1
-    assert releases.verify(repository, 1, TIMEOUT, rehearsal=False) is False
-    assert not repository.exists() and releases.find_champion(repository) is None
-    done = releases.promote(repository, 1, (), KEEP, TIMEOUT)
+    assert lifecycle.publish(exports / "1", repository, evidence) == 1
+    assert lifecycle.verify(repository, 1, TIMEOUT, rehearsal=False) is False
+    assert not repository.exists() and lifecycle.champion_or_none(repository) is None
+    done = lifecycle.promote(repository, 1, (), KEEP, TIMEOUT)
     assert (done.version, done.previous) == (1, 0)
     (change,) = read_changes(repository)
     assert (change.action, change.version, change.previous) == ("promote", 1, 0)
-    champion = releases.find_champion(repository)
-    assert champion.version == 1 and not releases.first(repository).exists()
-    assert json.loads((champion.folder / "decision.json").read_text()) == {"promote": True}
+    champion = lifecycle.champion_or_none(repository)
+    assert champion.version == 1 and not lifecycle.first_version_folder(repository).exists()
+    assert json.loads((evidence_folder(repository) / "decision.json").read_text()) == {"promote": True}
 
 
 def test_a_first_version_left_by_a_killed_run_is_written_anew(tmp_path, exports, evidence):
     repository = tmp_path / "releases"
-    releases.publish(exports / "2", repository, evidence)
-    (releases.first(repository) / "student" / "1" / "model.onnx").write_bytes(b"half")
+    lifecycle.publish(exports / "2", repository, evidence)
+    (lifecycle.first_version_folder(repository) / "student" / "1" / "model.onnx").write_bytes(b"half")
     assert go_live(repository, exports / "1", evidence).version == 1
-    assert releases.identity(releases.find_champion(repository).manifest) == releases.export_identity(exports / "1")
+    assert lifecycle.identity(lifecycle.champion_or_none(repository).manifest) == lifecycle.export_identity(
+        exports / "1"
+    )
 
 
 def test_later_versions_carry_their_evidence_and_the_oldest_go(repository, exports, evidence):
@@ -99,9 +106,9 @@ def test_later_versions_carry_their_evidence_and_the_oldest_go(repository, expor
 
 
 def test_publishing_the_same_release_again_makes_no_second_version(repository, exports, evidence):
-    assert releases.publish(exports / "2", repository, evidence) == 2
-    assert releases.publish(exports / "2", repository, evidence) == 2
-    assert releases.publish(exports / "1", repository, evidence) == 1
+    assert lifecycle.publish(exports / "2", repository, evidence) == 2
+    assert lifecycle.publish(exports / "2", repository, evidence) == 2
+    assert lifecycle.publish(exports / "1", repository, evidence) == 1
 
 
 def test_a_release_that_is_best_again_is_rolled_back_to(repository, exports, evidence):
@@ -113,7 +120,7 @@ def test_a_release_that_is_best_again_is_rolled_back_to(repository, exports, evi
     assert version_before(repository) is None
     assert [(change.action, change.version) for change in read_changes(repository)] == [
         ("promote", 1), ("promote", 2), ("rollback", 1)]  # fmt: skip
-    assert releases.find_champion(repository).version == 1
+    assert lifecycle.champion_or_none(repository).version == 1
 
 
 @pytest.mark.fault_case("wrong-answers-of-older-version")
@@ -124,11 +131,11 @@ def test_a_release_that_is_best_again_carries_the_new_decision_and_is_left_in_ei
     (evidence / "decision.json").write_text('{"promote": true, "anew": true}')
     assert present_versions(repository) == [1, 2]
     go_live(repository, exports / "1", evidence)
-    folder = releases.find_champion(repository).folder
+    folder = evidence_folder(repository)
     assert folder.name == "1" and json.loads((folder / "decision.json").read_text())["anew"] is True
     assert not list(folder.glob(".*"))
-    assert releases.roll_back(repository, 2, (), KEEP, TIMEOUT).version == 2
-    assert releases.roll_back(repository, 1, (), KEEP, TIMEOUT).version == 1
+    assert lifecycle.roll_back(repository, 2, (), KEEP, TIMEOUT).version == 2
+    assert lifecycle.roll_back(repository, 1, (), KEEP, TIMEOUT).version == 1
 
 
 def cut_graph(export: Path) -> None:
@@ -177,7 +184,7 @@ def test_a_challenger_that_is_not_fit_changes_nothing_that_is_served(
         go_live(repository, bad, evidence)
     after = files(repository)
     assert {name: after[name] for name in before} == before
-    assert releases.find_champion(repository).version == 1
+    assert lifecycle.champion_or_none(repository).version == 1
 
 
 @pytest.mark.parametrize("size", [200, 3_000])
@@ -189,7 +196,7 @@ def test_a_file_that_grows_too_large_is_published_not_even_half(repository, expo
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            releases.publish(exports / "2", repository, evidence)
+            lifecycle.publish(exports / "2", repository, evidence)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files(repository) == before
@@ -212,21 +219,21 @@ def test_a_disk_that_fills_while_a_version_is_published_leaves_the_champion_and_
         filler.write_bytes(bytes(max(0, free - 24 * 1024)))
         before = files(repository)
         with pytest.raises(OSError, match="No space left"):
-            releases.publish(exports / "2", repository, evidence)
-        assert files(repository) == before and releases.find_champion(repository).version == 1
+            lifecycle.publish(exports / "2", repository, evidence)
+        assert files(repository) == before and lifecycle.champion_or_none(repository).version == 1
         filler.unlink()
-        assert releases.publish(exports / "2", repository, evidence) == 2
+        assert lifecycle.publish(exports / "2", repository, evidence) == 2
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.fault_case("killed-during-publish")
 def test_what_a_killed_publish_left_is_cleared_by_the_next(repository, exports, evidence):
-    releases.publish(exports / "2", repository, evidence)
+    lifecycle.publish(exports / "2", repository, evidence)
     shutil.rmtree(repository / "classifier" / "2")  # killed between the two models
     (repository / "student" / ".3.partial").mkdir()
     (repository / "classifier" / ".1.removed").mkdir()
-    assert releases.publish(exports / "3", repository, evidence) == 2
+    assert lifecycle.publish(exports / "3", repository, evidence) == 2
     assert sorted(path.name for path in (repository / "student").iterdir()) == sorted(
         ["1", "2", "config.pbtxt", "configs", "labels.txt"]
     )
@@ -236,7 +243,7 @@ def test_a_folder_that_is_no_repository_is_not_written_into(tmp_path, exports, e
     (tmp_path / "releases").mkdir()
     (tmp_path / "releases" / "thesis.txt").write_text("mine")
     with pytest.raises(RepositoryError, match=r"holds no student/config\.pbtxt"):
-        releases.publish(exports / "1", tmp_path / "releases", evidence)
+        lifecycle.publish(exports / "1", tmp_path / "releases", evidence)
     assert files(tmp_path / "releases") == {"thesis.txt": b"mine"}
 
 
@@ -248,28 +255,28 @@ def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(
     monkeypatch.setenv("TAILOR_ADMIN_KEY", "a-key-known-to-the-tests")
     server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0).start()
     try:
-        servers = releases.servers_of(repository, None)
+        servers = lifecycle.servers_of(repository, None)
         assert [found.grpc_url for found in servers] == [server.grpc_url]
-        assert releases.servers_of(repository, server.grpc_url) == servers  # its address alone says as much
+        assert lifecycle.servers_of(repository, server.grpc_url) == servers  # its address alone says as much
         assert go_live(repository, exports / "2", evidence, servers).servers == (server.grpc_url,)
-        releases.watch(repository, 2, servers, 0.0)
+        lifecycle.watch(repository, 2, servers, 0.0)
         # Its golden answers change under the watch, as if the graph had begun to answer otherwise.
         wrong = repository / "classifier" / "2" / "golden.json"
         golden = json.loads(wrong.read_text())
         golden[0]["probability"] = golden[0]["probability"][::-1]
         wrong.write_text(json.dumps(golden))
         with pytest.raises(ServingError, match="answers a golden request wrongly"):
-            releases.watch(repository, 2, servers, 5.0)
-        assert releases.roll_back(repository, 1, servers, KEEP, TIMEOUT).version == 1
-        releases.watch(repository, 1, servers, 0.0)
+            lifecycle.watch(repository, 2, servers, 5.0)
+        assert lifecycle.roll_back(repository, 1, servers, KEEP, TIMEOUT).version == 1
+        lifecycle.watch(repository, 1, servers, 0.0)
         # A version that does not load there is no champion, and the one before never stopped.
-        releases.publish(exports / "3", repository, evidence)
+        lifecycle.publish(exports / "3", repository, evidence)
         model = repository / "classifier" / "3" / "model.py"
         model.write_text(
             model.read_text().replace("def initialize(self, args):", "def initialize(self, args):\n        1 / 0")
         )
         with pytest.raises(PromotionError, match="version 3 does not serve, version 1 stays"):
-            releases.promote(repository, 3, servers, KEEP, TIMEOUT)
-        releases.watch(repository, 1, servers, 0.0)
+            lifecycle.promote(repository, 3, servers, KEEP, TIMEOUT)
+        lifecycle.watch(repository, 1, servers, 0.0)
     finally:
         server.stop(at_once=True)

@@ -1,7 +1,7 @@
-"""From an export to the version that answers: published whole, verified apart, promoted, watched; and the way back.
+"""The lifecycle of a version: published whole, verified apart from users, promoted, watched, rolled back or withdrawn.
 
-All of it happens in `retrain.repository`, a Triton model repository that DVC knows nothing of: what `dvc repro` writes
-anew are its outs, and a promoted version must outlive the next run.
+`tailor retrain` runs these steps one by one, each with retries of its own; `tailor promote` and `tailor rollback` run
+`serving.promotion`, on which they rest. A repository need not exist yet: its first version is written beside it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import filecmp
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.gate import Contender
 from serving import promotion, retention
 from serving.atomic import sync, write_file
 from serving.client import Client
@@ -26,55 +24,30 @@ from serving.model_config import CLASSIFIER, STUDENT
 from serving.promotion import Promotion
 from serving.promotion_log import LOG_NAME, record
 from serving.rehearsal import rehearse
-from serving.release import read_champion, read_release
+from serving.release import Release, read_champion, read_release
 from serving.repository import load_export, write_repository
 from serving.repository import publish as publish_version
 from serving.repository_lock import locked
 from serving.running import RunningServer, find_running, servers_at
-from serving.version_policy import served_versions, version_folders
+from serving.version_policy import served_versions, version_before, version_folders
 
 PAUSE = 0.5  # seconds between two rounds of golden requests of a watched version
-ANSWERS_AGAIN_WITHIN = 60.0  # seconds that a server which was started anew gets, while a version is watched
-PREDICTIONS, PRIOR, DECISION, REPORT, STORY = (
-    "predictions.parquet",
-    "prior.json",
-    "decision.json",
-    "report.html",
-    "retrain.json",
-)
+ANSWERS_AGAIN_WITHIN = 60.0  # seconds that a restarted server gets while a version is watched
 
 
-class TakenBack(ServingError):
-    """A version was promoted, did not answer rightly, and `before`, the champion of before, answers again."""
+class RolledBack(ServingError):
+    """A promoted version answered wrongly, and `before`, the champion before it, is the champion again."""
 
     def __init__(self, message: str, before: int) -> None:
         super().__init__(message)
         self.before = before
 
 
-@dataclass(frozen=True)
-class Champion:
-    """The version that answers: its number, its manifest, and the folder that its decision lies in."""
-
-    version: int
-    manifest: Manifest
-    folder: Path
-
-    def contender(self, latency_ms: float | None = None) -> Contender:
-        """What the gate compares a challenger with."""
-        return Contender(self.folder / PREDICTIONS, self.folder / PRIOR, latency_ms)
-
-    def graph(self, repository: Path) -> Path:
-        """Its ONNX file."""
-        return repository / STUDENT / str(self.version) / "model.onnx"
-
-
-def find_champion(repository: Path) -> Champion | None:
-    """The champion of a repository; None where nothing was ever promoted. Raises ServingError for a damaged one."""
+def champion_or_none(repository: Path) -> Release | None:
+    """The champion of a repository; None where nothing was ever promoted. Raises ServingError for a damaged repository."""
     if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
         return None
-    release = read_champion(repository)
-    return Champion(release.version, release.manifest, repository / CLASSIFIER / str(release.version))
+    return read_champion(repository)
 
 
 def identity(manifest: Manifest) -> str:
@@ -88,28 +61,28 @@ def export_identity(export: Path) -> str:
 
 
 def publish(export: Path, repository: Path, evidence: Path) -> int:
-    """Write an export and the evidence that goes with it as the repository's next version; its number.
+    """Write an export and its evidence as the next version of the repository, which no server loads yet; its number.
 
-    Nothing serves it yet. The first version of all is written beside the place that its repository will have. A release
-    that lies there already keeps its number and gets this evidence, as it is decided on anew. Raises ManifestError for
-    an export that is not what its manifest says, RepositoryError for one that does not fit the versions that are there,
-    OSError when the disk is full; what was half written is gone again then.
+    The first version of all is written beside the path of its repository. A release that was published before keeps its
+    number and gets this evidence, as it has been decided on again. Raises ManifestError for an export that its manifest
+    does not describe, RepositoryError for one that does not fit the existing versions, OSError when the disk is full;
+    then nothing of it remains.
     """
-    if find_champion(repository) is None:
-        write_repository(export, first(repository), evidence=evidence)
+    if champion_or_none(repository) is None:
+        write_repository(export, first_version_folder(repository), evidence=evidence)
         return load_export(export).version
     with locked(repository):
         clean(repository)
         try:
             version = publish_version(export, repository, evidence=evidence)
-            _renew(evidence, repository / CLASSIFIER / str(version))
+            _replace_evidence(evidence, repository / CLASSIFIER / str(version))
             return version
         except BaseException:
             clean(repository)
             raise
 
 
-def _renew(evidence: Path, folder: Path) -> None:
+def _replace_evidence(evidence: Path, folder: Path) -> None:
     """Replace the evidence in a version's folder where it is that of an earlier decision."""
     for path in sorted(evidence.iterdir()):
         if not (folder / path.name).is_file() or not filecmp.cmp(path, folder / path.name, shallow=False):
@@ -117,15 +90,16 @@ def _renew(evidence: Path, folder: Path) -> None:
 
 
 def verify(repository: Path, version: int, timeout: float, rehearsal: bool = True) -> bool:
-    """Try a published version apart from whoever serves; whether a second server could be had for it.
+    """Try a published version apart from the servers of users; whether a second server could be started for it.
 
-    A whole release loads on a server of its own and answers its golden requests, or its graph does in ONNX Runtime alone.
-    Raises ServingError with what is wrong with it.
+    The whole release is loaded by a server of its own and answers its golden requests, or its graph does in ONNX Runtime
+    alone. Raises ServingError with the fault.
     """
-    root = repository if find_champion(repository) else first(repository)
+    root = repository if champion_or_none(repository) else first_version_folder(repository)
+    release = read_release(root, version)
     if rehearsal:
-        return rehearse(root, version, timeout)
-    dry_run(root, [read_release(root, version)], timeout)
+        return rehearse(root, release, timeout)
+    dry_run(root, [release], timeout)
     return False
 
 
@@ -134,18 +108,19 @@ def promote(
 ) -> Promotion:
     """Make a verified version the champion of the repository and of its servers, without a request lost.
 
-    servers: None for those that this user runs on it by then. Raises PromotionError when it does not load or does not
-    answer there; the champion before has then never stopped.
+    servers: None for those that this user runs on the repository when the version is loaded. Raises PromotionError when
+    it does not load or does not answer; the champion before it has then never stopped.
     """
-    champion = find_champion(repository)
+    champion = champion_or_none(repository)
     if champion is None:
+        first = first_version_folder(repository)
         repository.parent.mkdir(parents=True, exist_ok=True)
-        (first(repository) / LOG_NAME).unlink(missing_ok=True)  # of a try that did not come to the next line
-        record(first(repository), "promote", version, 0)
-        first(repository).rename(repository)
+        (first / LOG_NAME).unlink(missing_ok=True)  # of an attempt that ended before the rename
+        record(first, "promote", version, 0)
+        first.rename(repository)
         sync(repository.parent)
         return Promotion(version, 0, False, ())
-    if version < champion.version:  # the very release that was rolled back from, or retrained away from, is best again
+    if version < champion.version:  # a release that was rolled back from, or replaced, is the best again
         return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
     return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=None)
 
@@ -153,7 +128,7 @@ def promote(
 def roll_back(
     repository: Path, version: int, servers: Sequence[RunningServer] | None, keep: int, timeout: float
 ) -> Promotion:
-    """Make the champion of before the champion again, the newer version where the promotion was one back to an older.
+    """Make the champion before the promotion the champion again: a newer version where the promotion was to an older one.
 
     Raises as promotion.rollback and promotion.promote do.
     """
@@ -162,20 +137,51 @@ def roll_back(
     return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
 
 
+def go_live(
+    repository: Path,
+    version: int,
+    url: str | None,
+    *,
+    keep: int,
+    timeout: float,
+    watch_seconds: float,
+    undo: Callable[[int], object],
+) -> tuple[str, ...]:
+    """Promote a verified version and watch it; the addresses of the servers that answer with it.
+
+    url: the server; None for those of this user on this machine. undo: rolls back to the version that it is given. A
+    version that is the champion by an earlier attempt is loaded where it is not yet, and watched too. Raises RolledBack
+    when it answered wrongly and was rolled back, PromotionError as `promote` does.
+    """
+    champion = champion_or_none(repository)
+    done = promote(repository, version, servers_at(repository, url), keep, timeout)
+    try:
+        watch(repository, version, servers_of(repository, url), watch_seconds)
+    except ServingError as error:
+        changed = champion is not None and champion.version != version  # else an earlier attempt promoted it
+        before = champion.version if changed else version_before(repository)
+        if before is None:
+            raise
+        undo(before)
+        message = f"version {version} was promoted and rolled back, {before} answers: {error}"
+        raise RolledBack(message, before) from error
+    return done.servers
+
+
 def withdraw(repository: Path, version: int) -> None:
-    """Remove a published version that nobody serves: it is not fit, or its server would not take it."""
-    if find_champion(repository) is None:
-        shutil.rmtree(first(repository), ignore_errors=True)
+    """Remove a published version that no server loads: it failed its trial, or its server did not load it."""
+    if champion_or_none(repository) is None:
+        shutil.rmtree(first_version_folder(repository), ignore_errors=True)
         return
     with locked(repository):
         retention.withdraw(repository, version)
 
 
 def watch(repository: Path, version: int, servers: Sequence[RunningServer], seconds: float) -> None:
-    """Ask the new champion its golden requests for a while, as whoever names no version reaches it.
+    """Send the new champion its golden requests for a while, in requests that name no version.
 
-    A server that does not answer may be one that is started again: it gets a minute. Raises ServingError for a wrong
-    answer, for another version's, and for a server that stays away.
+    A server that does not answer may be restarting: it gets a minute. Raises ServingError for a wrong answer, for the
+    answer of another version, and for a server that does not come back.
     """
     release = read_release(repository, version, hashes=False)
     for server in servers:
@@ -199,7 +205,7 @@ def watch(repository: Path, version: int, servers: Sequence[RunningServer], seco
 
 
 def servers_of(repository: Path, url: str | None) -> list[RunningServer]:
-    """Who serves the repository: those of this user on this machine, or the one at `url`. Raises as `servers_at` does."""
+    """The servers of a repository: those of this user on this machine, or the one at `url`. Raises as `servers_at` does."""
     servers = servers_at(repository, url)
     return find_running(repository) if servers is None else servers
 
@@ -207,20 +213,20 @@ def servers_of(repository: Path, url: str | None) -> list[RunningServer]:
 def clean(repository: Path) -> list[str]:
     """Remove what killed runs left: hidden halves, and versions that one of the two models lacks; their paths.
 
-    To be called under the repository's lock, or where no other run is.
+    The caller holds the repository's lock, or no other run exists.
     """
     removed = retention.leftovers(repository)
     whole = set(version_folders(repository, STUDENT)) & set(version_folders(repository, CLASSIFIER))
     for model in (STUDENT, CLASSIFIER):
-        kept = {*whole, *served_versions(repository, model)}
+        needed = {*whole, *served_versions(repository, model)}
         removed += [
-            repository / model / str(version) for version in version_folders(repository, model) if version not in kept
+            repository / model / str(version) for version in version_folders(repository, model) if version not in needed
         ]
     for path in removed:
         shutil.rmtree(path)
     return [str(path) for path in removed]
 
 
-def first(repository: Path) -> Path:
-    """Where the first version of all waits to be promoted."""
+def first_version_folder(repository: Path) -> Path:
+    """Where the first version of all is kept until it is promoted."""
     return repository.with_name(f".{repository.name}.first")
