@@ -95,7 +95,8 @@ def from_grpc(url: str, error: Any, budget: float) -> ServingError:
     code, details = error.code().name, _one_line(error.details() or "")
     if code == "DEADLINE_EXCEEDED":
         return deadline_exceeded(url, budget)
-    if code in UNREACHABLE and ("handshake" in details or "CERTIFICATE_VERIFY" in details):
+    handshake = "handshake" in details.replace("tcp handshaker", "")  # a TCP connection that broke is retried
+    if code in UNREACHABLE and (handshake or "CERTIFICATE_VERIFY" in details):
         return tls_error(url, details)
     if code == "UNAVAILABLE" and "restrict" not in details.lower() and "unknown model" not in details.lower():
         return unreachable(url)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import preprocess, prior
 from serving.manifest import (
     GOLDEN_NAME,
     MANIFEST_NAME,
@@ -20,21 +19,11 @@ from serving.manifest import (
     read_manifest,
 )
 from serving.model_config import CLASSIFIER, STUDENT, RepositoryError
+from serving.repository import RUNTIME_FILES
 from serving.version_policy import CONFIG_NAME, config_paths, read_config, served_versions, version_folders
 
-# The files that run inside Triton by model: name in a version's folder -> the source that it is copied from.
-TRITON = Path(__file__).with_name("triton")
-_BOTH = ("integrity.py", "network.py", "start.py")
-_CLASSIFIER = ("asked.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
-RUNTIME_FILES = {
-    STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
-    CLASSIFIER: {
-        "model.py": TRITON / "classifier_model.py",
-        **{name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
-        **{f"{name}.py": Path(module.__file__) for name, module in {"prior": prior, "preprocess": preprocess}.items()},
-    },
-}
-LATER_FILES = {*_BOTH, "asked.py"}  # releases of an older Tailor have none of these, and need none
+# Releases of an older Tailor have none of these, and need none.
+LATER_FILES = {"integrity.py", "network.py", "start.py", "asked.py"}
 NEEDED = {
     STUDENT: ("model.onnx", *RUNTIME_FILES[STUDENT], MANIFEST_NAME),
     CLASSIFIER: (*RUNTIME_FILES[CLASSIFIER], MANIFEST_NAME, GOLDEN_NAME),

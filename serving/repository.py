@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from models import preprocess, prior
 from models.prior import class_names_problem
 from serving.atomic import whole_folder
 from serving.manifest import (
@@ -33,8 +34,20 @@ from serving.model_config import (
     student_local_config,
     to_text,
 )
-from serving.release import RUNTIME_FILES
 from serving.version_policy import CONFIG_NAME, present_versions, read_config
+
+# The files that run inside Triton by model: name in a version's folder -> the source that it is copied from.
+TRITON = Path(__file__).with_name("triton")
+_BOTH = ("integrity.py", "network.py", "start.py")
+_CLASSIFIER = ("asked.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
+RUNTIME_FILES = {
+    STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
+    CLASSIFIER: {
+        "model.py": TRITON / "classifier_model.py",
+        **{name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
+        **{f"{name}.py": Path(module.__file__) for name, module in {"prior": prior, "preprocess": preprocess}.items()},
+    },
+}
 
 
 def write_repository(

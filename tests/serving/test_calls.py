@@ -108,3 +108,19 @@ def test_a_request_is_made_once_and_carries_the_model_and_version() -> None:
     assert (sent.model_name, sent.model_version) == ("classifier", "7")
     assert [(tensor.name, list(tensor.shape)) for tensor in sent.inputs] == [("image", [2, 1]), ("strength", [2, 1])]
     assert picture(2) in asked.http.body and picture(2) in sent.raw_input_contents[0]
+
+
+def test_a_broken_tcp_connection_is_retried_and_no_fault_of_tls() -> None:
+    """As gRPC reported it on a busy machine: its TCP handshaker is none of TLS."""
+    import grpc
+
+    from serving.failures import Unavailable, from_grpc
+
+    class Broken:
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.UNAVAILABLE
+
+        def details(self) -> str:
+            return "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: tcp handshaker shutdown"
+
+    assert isinstance(from_grpc("grpc://127.0.0.1:9", Broken(), 1.0), Unavailable)
