@@ -120,13 +120,7 @@ def test_a_new_module_a_renamed_test_and_other_levels_make_the_generated_pages_s
     pages = script.pages(tmp_path)
     assert "`new.py`: A new module." in pages["docs/reference/modules-models.md"]
     assert "**stage-hangs**: `tests/test_faults.py::test_two`" in pages["docs/retraining-faults.md"]
-    levels = [
-        'level0["verbs"]',
-        'level1["evaluate, export"]',
-        'level2["shared"]',
-        "level0 --> level1",
-        "level1 --> level2",
-    ]
+    levels = ['level0["verbs"]', 'level1["evaluate, export"]', 'level2["shared"]', "level0 --> level1 --> level2"]
     assert "\n    ".join(levels) in pages["docs/architecture.md"]
 
 
