@@ -70,7 +70,9 @@ def help_of(command: str, program: str = PROGRAM, width: int | None = None) -> s
 
 
 def run_check(params: Params, options: argparse.Namespace) -> int:
-    """Check the data set, show and write what was found."""
+    """Check the data set, show and write what was found. Git ignores its folder from then on."""
+    if "://" not in params.data.location:
+        keep_out_of_git(Path(params.data.location))
     journal = options.output.with_name(f".{options.output.name}.jsonl")
     report = check(params, journal, options.near, options.jobs, options.fresh)
     data_report.write(report, options.output)

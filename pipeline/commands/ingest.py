@@ -11,6 +11,7 @@ import typer
 from pipeline.commands.options import ParamsOption
 from pipeline.ingest import ingest as take_in
 from pipeline.params import PARAMS_FILE, load_params
+from pipeline.project import keep_out_of_git
 from serving.commands.options import AsJson, Debug, print_json
 from serving.terminal import print
 
@@ -31,7 +32,9 @@ def ingest(
     It holds a folder per class, or tables (CSV, Parquet) with a label column. Good rows become one shard of data/ingested/, bad
     ones go to data/quarantine/ with the reason; `dvc repro` then trains on all. Status 1 when the drop is refused whole.
     """
-    report = take_in(load_params(params), drop)
+    settings = load_params(params)
+    keep_out_of_git(drop or Path(settings.ingest.drop))
+    report = take_in(settings, drop)
     if as_json:
         print_json(asdict(report) | {"shard": report.shard and str(report.shard)})
     else:

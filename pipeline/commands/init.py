@@ -42,6 +42,11 @@ def init(
     from pipeline.project import create_project, enclosing_project, first_params, keep_out_of_git
     from pipeline.ranks import choose_device
 
+    if Path().resolve().is_relative_to(folder.resolve()):
+        raise ParamsError(
+            f"{folder}: is the project's folder or holds it; expected a folder of images inside the project or elsewhere, such "
+            "as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
+        )
     template = output.read_text(encoding="utf-8") if output.is_file() else first_params()
     if not output.is_file() and output != PARAMS:
         raise ParamsError(f"{output}: no such file; expected a params.yaml to change")
