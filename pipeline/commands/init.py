@@ -42,11 +42,6 @@ def init(
     from pipeline.project import create_project, enclosing_project, first_params, keep_out_of_git
     from pipeline.ranks import choose_device
 
-    if Path().resolve().is_relative_to(folder.resolve()):
-        raise ParamsError(
-            f"{folder}: is the project's folder or holds it; expected a folder of images inside the project or elsewhere, such "
-            "as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
-        )
     template = output.read_text(encoding="utf-8") if output.is_file() else first_params()
     if not output.is_file() and output != PARAMS:
         raise ParamsError(f"{output}: no such file; expected a params.yaml to change")
@@ -54,6 +49,11 @@ def init(
         raise ParamsError(f"params.yaml: no such file here; this folder lies in the project {project}, run it there")
     if not (force or dry_run) and template != first_params() and _changed(output):
         raise ParamsError(f"{output}: has changes that no commit holds; commit it, or give --force to overwrite it")
+    if Path().resolve().is_relative_to(folder.resolve()):
+        raise ParamsError(
+            f"{folder}: is the project's folder or holds it; expected a folder of images inside the project or elsewhere, such "
+            "as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
+        )
     found = look(folder)
     chosen = choices(found, folder.as_posix(), choose_device("auto").type == "cuda")
     text, _ = write_text(template, chosen)
