@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.artifacts import write_file
 from pipeline.errors import ParamsError, StageError
-from pipeline.lineage import git
+from pipeline.lineage import GitError, git
 
 FILES = Path(__file__).with_name("project_files")  # DVC would run a dvc.yaml there, so it is stages.yaml
 HINT = "Put one folder of images per class here, named for the class. Then run: tailor init data/source\n"
@@ -54,8 +54,15 @@ def enclosing_project(folder: Path) -> Path | None:
 def keep_out_of_git(folder: Path) -> bool:
     """Add a folder inside the working folder to .gitignore, where git neither ignores nor tracks it; whether it was added.
 
-    Else `git add -A` and `dvc exp run` commit the images in it.
+    Else `git add -A` and `dvc exp run` commit the images in it. Where git refuses to read the repository they cannot.
     """
+    try:
+        return _ignore(folder)
+    except GitError:
+        return False
+
+
+def _ignore(folder: Path) -> bool:
     try:
         inside = folder.resolve().relative_to(Path().resolve()).as_posix()
     except ValueError:

@@ -71,14 +71,18 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> int:
-    """Report what is wrong with the data, and draw the long tail."""
+    """Report what is wrong with the data, and draw the long tail. Git ignores the folder of the data from then on."""
     from pipeline import data_check, data_report
     from pipeline.params import load_params
+    from pipeline.project import keep_out_of_git
 
     if near != "off" and not (near.isdecimal() and int(near) <= 10):
         raise ParamsError(f"--near is {near!r}; expected 0 to 10, or off")
     journal = output.with_name(f".{output.name}.jsonl")
-    report = data_check.check(load_params(params), journal, None if near == "off" else int(near), jobs, fresh)
+    recipe = load_params(params)
+    if "://" not in recipe.data.location:
+        keep_out_of_git(Path(recipe.data.location))
+    report = data_check.check(recipe, journal, None if near == "off" else int(near), jobs, fresh)
     data_report.write(report, output)
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")

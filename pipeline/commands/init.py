@@ -89,6 +89,11 @@ def init(
         raise ParamsError(f"params.yaml: no such file here; this folder lies in the project {project}, run it there")
     if not (force or dry_run) and template != first_params() and _changed(output):
         raise ParamsError(f"{output}: has changes that no commit holds; commit it, or give --force to overwrite it")
+    if Path().resolve().is_relative_to(folder.resolve()):
+        raise ParamsError(
+            f"{folder}: is the project's folder or holds it; expected a folder of images inside the project or elsewhere, such "
+            "as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
+        )
     found = look(folder)
     chosen = choices(found, folder.as_posix(), choose_device("auto").type == "cuda")
     text, _ = write_text(template, chosen)

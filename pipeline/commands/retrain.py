@@ -31,8 +31,11 @@ def ingest(
     """
     from pipeline import ingest
     from pipeline.params import load_params
+    from pipeline.project import keep_out_of_git
 
-    report = ingest.ingest(load_params(params), drop)
+    recipe = load_params(params)
+    keep_out_of_git(drop or Path(recipe.ingest.drop))
+    report = ingest.ingest(recipe, drop)
     if as_json:
         print_json(asdict(report) | {"shard": report.shard and str(report.shard)})
     else:

@@ -74,6 +74,44 @@ def test_git_ignores_a_folder_of_images_once_and_leaves_alone_what_it_tracks(
     assert staged(tmp_path) == {".gitignore", "axb c/1.jpg", "tracked/1.jpg"}
 
 
+def put(folder: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for other in range(3):
+            (folder / name / f"{other}.png").write_bytes(encode(picture(10 * number + other)))
+
+
+@pytest.mark.parametrize("inside", [".", "work"])
+def test_init_refuses_a_folder_of_images_that_holds_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inside: str
+) -> None:
+    """git add would commit the class folders, and the project's own folders would be read as classes."""
+    put(tmp_path)
+    (tmp_path / inside).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / inside)
+    given = "." if inside == "." else ".."
+    assert main(["init", given]) == 2
+    assert f"{given}: is the project's folder or holds it" in capsys.readouterr().err
+    assert not (tmp_path / inside / "params.yaml").exists()
+
+
+def test_folders_of_images_that_params_name_by_hand_stay_out_of_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    create_project(Path())
+    for name in ("data/source", "photos", "incoming", "other"):
+        put(tmp_path / name)
+    assert main(["init", "data/source"]) == 0
+    params = tmp_path / "params.yaml"
+    text = params.read_text().replace("location: data/source", "location: photos").replace("data/drop", "incoming")
+    params.write_text(text.replace("settle_seconds: 60", "settle_seconds: 3600"))
+    main(["data", "check"])
+    main(["ingest"])
+    main(["ingest", "--drop", "other"])
+    assert {name for name in staged(tmp_path) if name.endswith(".png")} == set()
+
+
 def test_a_pack_of_images_stays_out_of_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     create_project(Path())
