@@ -51,11 +51,11 @@ DEMO := build/demo
 .PHONY: demo
 demo: install ## train, evaluate, export and serve the embedded data in a project of its own, build/demo
 	@[ -f $(DEMO)/params.yaml ] || python -m pipeline.commands new $(DEMO) > /dev/null
-	@cd $(DEMO) && export PYTHONPATH="$(CURDIR)" && dvc repro && python -m pipeline.baseline && python -m pipeline.commands demo
+	@cd $(DEMO) && export PYTHONPATH="$(CURDIR)" && dvc repro && python -m pipeline.demo.baseline && python -m pipeline.commands demo
 
 .PHONY: retrain-demo
 retrain-demo: install ## two rounds of retraining on the embedded data: one promoted, one refused
-	@python -m pipeline.flows.demo
+	@python -m pipeline.demo.retraining
 
 .PHONY: test
 test: install lint ## style, types and every test but those of test-faults and test-docs

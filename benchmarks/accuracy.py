@@ -35,14 +35,14 @@ import torch
 import yaml
 
 from pipeline import prior, split, student, teacher
-from pipeline.artifacts import sha256_of_json, write_file, write_json
-from pipeline.baseline import classification_section
-from pipeline.dataset import load_images
-from pipeline.evaluate import network_logits, network_metrics
+from pipeline.data.class_prior import load_prior
+from pipeline.data.dataset import load_images
+from pipeline.demo.baseline import classification_section
+from pipeline.evaluation.network_metrics import network_logits, network_metrics
+from pipeline.model_io.devices import choose_device
 from pipeline.params import Params, parse_params, read_yaml
-from pipeline.prior import load_prior
-from pipeline.ranks import choose_device
-from pipeline.recipe import apply_recipe
+from pipeline.params.recipe import apply_recipe
+from pipeline.shared.artifacts import sha256_of_json, write_file, write_json
 
 PLUS = Path("recipes/variants/plus.yaml")
 # Of params.yaml, what the figures of one seed depend on.

@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 from models.label_shift import total_variation
-from serving.drift import Method, estimate_drift
+from serving.drift.estimate import Method, estimate_drift
 
 CLASSES = 10
 MEANS = np.random.default_rng(7).normal(size=(CLASSES, 8))

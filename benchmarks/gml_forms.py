@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.contrast_losses import KeyRuns, contrast_losses
-from models.losses import gml_loss, other_sample_mask
-from models.queues import queue_lengths
+from models.contrast.gml import KeyRuns, contrast_losses
+from models.contrast.gml_reference import gml_loss, other_sample_mask
+from models.contrast.queues import queue_lengths
 
 ONE_HOT, OURS, FUSED = "one-hot", "contrast_losses", "contrast_losses, fused"
 

@@ -5,7 +5,7 @@ Four forms of the same two losses, float32, from a given similarity [B,K] to its
   with the exponentials and with the weights (1 or 0) that count the keys.
 - lean one-hot: the same, but the one-hot is built once a step and nothing is multiplied only to be counted.
 - gml_loss twice: models.losses, the reference (scatter and index_add over the classes).
-- contrast_losses: models.contrast_losses, what training uses; on CUDA also with its fused kernels.
+- contrast_losses: models.contrast.gml, what training uses; on CUDA also with its fused kernels.
 
 Before anything is timed, every form's losses and gradients are held against the one-hot form's; on CUDA the kernels also
 against the plain version, each timed alone as a replayed graph, and a line says which is faster. Time is the median over
@@ -28,10 +28,10 @@ import torch
 from benchmarks.gml_forms import FORMS, FUSED, ONE_HOT, OURS, Case, Form, check, make_case, step
 from benchmarks.machine import hardware, versions
 from benchmarks.other_work import OtherWork, quiet_ratio
-from models.contrast_losses import SplitAtOwnClass
-from models.gml_kernel import FusedSplit
-from models.kernel_check import device_milliseconds, fault_of_kernels, made_inputs
-from serving.atomic import write_file
+from models.contrast.fused_kernel import FusedSplit
+from models.contrast.fused_kernel_check import device_milliseconds, fault_of_kernels, made_inputs
+from models.contrast.gml import SplitAtOwnClass
+from serving.shared.atomic import write_file
 
 SIZES = [(128, 4096, 100), (128, 16384, 1000), (128, 65536, 8142)]
 TIME_GOALS = {"cuda": [5, 8, 20], "cpu": [None, 3, None]}
@@ -148,7 +148,7 @@ def empty_cuda_rows() -> str:
     lines = [
         "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.gml_loss --device cuda --output "
         "benchmarks/results/gml_loss-cuda.md` prints these rows and says which of the two is faster. The fused kernels "
-        "have run in Triton's interpreter only; in training each GPU is asked first (models.kernel_check).\n",
+        "have run in Triton's interpreter only; in training each GPU is asked first (models.contrast.fused_kernel_check).\n",
         HEADING,
     ]
     for size, time_goal, memory_goal in zip(SIZES, TIME_GOALS["cuda"], MEMORY_GOALS, strict=True):

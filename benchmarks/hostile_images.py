@@ -27,13 +27,13 @@ from PIL import Image
 from benchmarks.other_work import OtherWork
 from benchmarks.serving_releases import NETWORKS, TRIAL, release_of
 from models.preprocess import preprocess
-from serving.client import Client
-from serving.errors import ServingError
-from serving.gateway import read_gateway
-from serving.gateway_process import GatewayProcess
-from serving.images import blank_image
-from serving.ports import choose_ports
-from serving.server import TritonServer
+from serving.client.images import blank_image
+from serving.client.sync_client import Client
+from serving.gateway.config import read_gateway
+from serving.gateway.nginx_process import GatewayProcess
+from serving.server.triton_server import TritonServer
+from serving.shared.errors import ServingError
+from serving.shared.ports import choose_ports
 
 GOAL_ANSWERED, GOAL_P99 = 0.99, 5.0  # of the good requests; p99 beside hostile callers / p99 alone
 HOSTILE = 8

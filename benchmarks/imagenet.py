@@ -27,13 +27,13 @@ import yaml
 import pipeline.prior
 import pipeline.split
 from benchmarks.machine import hardware, versions
-from pipeline.dataset import load_images, training_images
-from pipeline.memory import GIB, account, new_objective
+from pipeline.data.class_prior import Prior
+from pipeline.data.dataset import load_images, training_images
 from pipeline.params import PARAMS_FILE, Params, parse_params
-from pipeline.prior import Prior
-from pipeline.recipe import apply_recipe
-from pipeline.training import Training
-from serving.atomic import write_file
+from pipeline.params.recipe import apply_recipe
+from pipeline.preparation.gpu_memory import GIB, account, new_objective
+from pipeline.training.engine import Training
+from serving.shared.atomic import write_file
 
 RECIPE = Path("recipes/imagenet-lt-90.yaml")
 FLOAT32 = {"engine": {"precision": "float32"}}

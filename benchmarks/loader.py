@@ -36,17 +36,17 @@ from benchmarks.machine import hardware, versions
 from benchmarks.other_work import OtherWork, quiet_ratio
 from benchmarks.photographs import CLASSES, PACK, photographs
 from benchmarks.turns import Cost, Turn, Work, in_turns
-from models.classification_objective import TeacherObjective
-from models.cosine_classifier import ImageClassifier
+from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.teacher import TeacherObjective
 from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.augment.crops import boxes_of, draw_chances
-from pipeline.dataset import Normalisation
-from pipeline.host_memory import keep_freed_memory
+from pipeline.data.dataset import Normalisation
+from pipeline.data.stream import ImageStream
+from pipeline.data.stream_decoding import cut, enough_pixels, original
 from pipeline.params import PARAMS_FILE, DataParams, ImageParams, Params, StreamParams, parse_params, read_yaml
-from pipeline.stream import ImageStream
-from pipeline.stream_decoding import cut, enough_pixels, original
-from pipeline.training import Training
-from serving.atomic import write_file
+from pipeline.shared.host_memory import keep_freed_memory
+from pipeline.training.engine import Training
+from serving.shared.atomic import write_file
 
 RATIO_GOAL, LIMIT_GOAL, WAIT_GOAL = 1.5, 0.9, 0.05
 NAMES = {

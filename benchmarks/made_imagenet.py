@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.history import progress_bar
-from pipeline.published import PUBLISHED
-from serving.atomic import write_file
+from pipeline.data.published import PUBLISHED
+from pipeline.shared.progress import progress_bar
+from serving.shared.atomic import write_file
 
 SHAPE = PUBLISHED["imagenet_lt"]
 LISTS = {"train": "ImageNet_LT_train.txt", "validation": "ImageNet_LT_val.txt", "test": "ImageNet_LT_test.txt"}

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.gml_forms import Case, one_hot
-from models.classification_objective import TeacherObjective
-from models.contrast_losses import KeyRuns
-from models.cosine_classifier import ImageClassifier
-from models.student_objective import StudentObjective
-from pipeline.dataset import Images
+from models.contrast.gml import KeyRuns
+from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.student import StudentObjective
+from models.objectives.teacher import TeacherObjective
+from pipeline.data.dataset import Images
 from pipeline.params import ImageParams, TrainingParams
 
 

@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from benchmarks.other_work import OtherWork
-from pipeline.prior import BATCH_ROWS, count_labels
-from pipeline.splits import read_batches
+from pipeline.data.class_prior import BATCH_ROWS, count_labels
+from pipeline.data.split_tables import read_batches
 
 OURS, LIMIT = "count_labels", "reading alone"
 GOAL = 20  # million labels a second on one core

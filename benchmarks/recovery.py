@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 
 from benchmarks.swaps import ask
-from serving.manifest import load_golden
-from serving.repository import write_repository
-from serving.retries import Retries
+from serving.repository.manifest import load_golden
+from serving.repository.writer import write_repository
+from serving.transport.retries import Retries
 
 GOAL = 4.0  # seconds
 SETTLING = 8.0  # seconds before a kill; above Patience.served, so that each start counts as one that worked

@@ -32,8 +32,8 @@ from benchmarks.serving_raw import PROVIDERS
 from benchmarks.serving_releases import TRIAL
 from benchmarks.serving_sections import Given, Section, sections
 from benchmarks.serving_tables import report
-from serving.atomic import write_file
-from serving.errors import ServingError
+from serving.shared.atomic import write_file
+from serving.shared.errors import ServingError
 
 
 def chosen(patterns: list[str] | None) -> list[Section]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from benchmarks.serving_load import READ, LoadError, connect, send_all
-from serving.calls import SERVICE, Infer
+from serving.transport.messages import SERVICE, Infer
 
 DATA, HEADERS, RESET, SETTINGS, PING, GO_AWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8  # RFC 9113, section 6
 END_STREAM = ACK = 0x1

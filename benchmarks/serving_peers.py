@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.serving_load import Load, LoadError, http_request, run
 from benchmarks.serving_releases import Release
-from serving.ports import choose_ports
+from serving.shared.ports import choose_ports
 
 FOLDER = Path(__file__).with_name("peers")
 REQUIREMENTS = Path(__file__).with_name("peers-requirements.txt")

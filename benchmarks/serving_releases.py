@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models.cosine_classifier import ImageClassifier
+from models.networks.cosine_classifier import ImageClassifier
 from pipeline import evaluate, export, prior, split
-from pipeline.artifacts import EXPORT, REPOSITORY, STUDENT, TEACHER
-from pipeline.checkpoint import ModelConfig, save_model
+from pipeline.model_io.checkpoint import ModelConfig, save_model
 from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
-from serving.atomic import whole_folder
-from serving.manifest import STUDENT_NAME, load_manifest
-from serving.model_config import Device, Placement
-from serving.repository import write_repository
+from pipeline.shared.artifacts import EXPORT, REPOSITORY, STUDENT, TEACHER
+from serving.repository.manifest import STUDENT_NAME, load_manifest
+from serving.repository.model_config import Device, Placement
+from serving.repository.writer import write_repository
+from serving.shared.atomic import whole_folder
 
 CLASSES = 10
 IMAGES = 32  # different images that the requests hold

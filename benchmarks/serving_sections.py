@@ -21,11 +21,11 @@ from benchmarks.serving_peers import PEERS, serving, version_of
 from benchmarks.serving_raw import Raw, settings
 from benchmarks.serving_releases import NETWORKS, TRIAL, Release, release_of
 from benchmarks.serving_turns import Side, in_rounds, median
-from serving.calls import Infer
-from serving.client import Client
-from serving.connection import Connection
-from serving.model_config import Device
-from serving.server import TritonServer
+from serving.client.sync_client import Client
+from serving.repository.model_config import Device
+from serving.server.triton_server import TritonServer
+from serving.transport.connection import Connection
+from serving.transport.messages import Infer
 
 LARGE, LARGE_USERS = 8, 8  # images in a large request, and how many wait with one
 SEARCH = 0.5  # of a turn's seconds, for each setting that is tried

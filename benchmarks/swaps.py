@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.other_work import OtherWork, quiet_ratio
-from serving.client import Client
-from serving.errors import ServingError
-from serving.manifest import MANIFEST_NAME, Golden, load_golden, load_manifest
-from serving.promotion import promote
-from serving.repository import write_repository
-from serving.retries import Retries
-from serving.server import TritonServer
+from serving.client.sync_client import Client
+from serving.promotion.promotion import promote
+from serving.repository.manifest import MANIFEST_NAME, Golden, load_golden, load_manifest
+from serving.repository.writer import write_repository
+from serving.server.triton_server import TritonServer
+from serving.shared.errors import ServingError
+from serving.transport.retries import Retries
 
 GOAL = 2.0  # p99 during swaps / p99 without
 UNLOADING = 2.0  # seconds after a promotion that still count as the swap

@@ -1,6 +1,6 @@
 """The training engine against GML training in the usual way: `python -m benchmarks.training [--device cuda] [--data FOLDER]`.
 
-Baseline and engine (benchmarks.plain_training, pipeline.training) train the CIFAR-10-LT recipe at imbalance factor 100 on the
+Baseline and engine (benchmarks.plain_training, pipeline.training.engine) train the CIFAR-10-LT recipe at imbalance factor 100 on the
 same images. Before anything is timed, both are given the same views and weights in float64 and must find the same losses
 and gradients. Each then works in a process of its own, in turns, round by round, while the other waits. A ratio is the
 median over rounds of baseline / engine, beside the smallest and the largest. Processor time, of all threads and loader
@@ -33,9 +33,9 @@ from benchmarks.other_work import OtherWork, quiet_ratio
 from benchmarks.training_setup import Setup, objective_of, setup_of
 from benchmarks.training_sides import SIDES, difference
 from benchmarks.turns import Cost, in_turns
-from pipeline.history import History
-from pipeline.training import Training
-from serving.atomic import write_file
+from pipeline.training.engine import Training
+from pipeline.training.history import History
+from serving.shared.atomic import write_file
 
 ROWS = ("views alone", "teacher step", "student step", "teacher epoch", "student epoch")  # of training_sides.rows
 GOALS = {"cpu": "≥ 1.5", "cuda": "≥ 8"}

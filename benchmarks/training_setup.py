@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.classification_objective import TeacherObjective
-from models.cosine_classifier import ImageClassifier
-from models.student_objective import StudentObjective, StudentWeights
-from pipeline.dataset import Images
+from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.teacher import TeacherObjective
+from pipeline.data.dataset import Images
+from pipeline.data.profiles import choose, class_sizes
 from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
-from pipeline.profiles import choose, class_sizes
 
 CLASSES = 10
 IMBALANCE = 100

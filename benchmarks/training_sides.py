@@ -12,11 +12,11 @@ from benchmarks import plain_training as plain
 from benchmarks.training_setup import Setup, objective_of
 from benchmarks.turns import Turn, Work
 from pipeline.augment import random_views
-from pipeline.capture import CapturedStep
-from pipeline.dataset import Normalisation
-from pipeline.host_memory import keep_freed_memory
-from pipeline.step import Step, StepInputs, precision_of
-from pipeline.training import Training
+from pipeline.data.dataset import Normalisation
+from pipeline.shared.host_memory import keep_freed_memory
+from pipeline.training.cuda_graph import CapturedStep
+from pipeline.training.engine import Training
+from pipeline.training.step import Step, StepInputs, precision_of
 
 CLOSE = 1e-9  # in float64
 

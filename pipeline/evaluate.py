@@ -12,30 +12,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import torch
 
 from models.sample_size import from_json, warnings_of
-from pipeline.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
-from pipeline.checkpoint import BEST, check_image, load_model
-from pipeline.comparison import Answers
-from pipeline.data_card import SplitSizes, data_card, data_facts
-from pipeline.dataset import AnyImages, evaluation_images
-from pipeline.errors import DataError, StageError
-from pipeline.gate import GateError, check_comparable, load_answers
-from pipeline.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
-from pipeline.lineage import code_revision
-from pipeline.metrics import answers, evaluate_answers, per_class_accuracy
-from pipeline.model_card import model_card, model_facts
-from pipeline.params import EvaluateParams, ImageParams, Params
-from pipeline.prior import Prior, load_prior
-from pipeline.ranks import choose_device
+from pipeline.command_line import stage_main
+from pipeline.data.class_prior import Prior, load_prior
+from pipeline.data.dataset import AnyImages, evaluation_images
+from pipeline.evaluation.metrics import per_class_accuracy
+from pipeline.evaluation.network_metrics import _answers, network_logits, network_metrics
+from pipeline.evaluation.predictions import Answers, GateError, check_comparable, load_answers
+from pipeline.evaluation.runs import load_run
+from pipeline.model_io.checkpoint import BEST
+from pipeline.model_io.devices import choose_device
+from pipeline.params import Params
 from pipeline.report import Evaluation, Origin, render_report, study
+from pipeline.report.data_card import SplitSizes, data_card, data_facts
+from pipeline.report.model_card import model_card, model_facts
 from pipeline.report.study import write_plots
-from pipeline.run_folder import load_run
-from pipeline.stage import stage_main
-from serving.terminal import print
+from pipeline.shared.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
+from pipeline.shared.errors import DataError
+from pipeline.shared.lineage import code_revision
+from serving.shared.terminal import print
 
-TARGET_PRIORS = {"balanced": 0.0, "train": 1.0}
 NETWORKS = {"teacher": TEACHER, "student": STUDENT}
 
 
@@ -151,23 +148,6 @@ def _champion(
     return champion, []
 
 
-def network_logits(
-    folder: Path, stage: str, test: AnyImages, image: ImageParams, prior: Prior, device: torch.device
-) -> np.ndarray:
-    """Balanced logits [N,C] of the network that `stage` left in `folder`. Raises as load_model and check_image do."""
-    model, config = load_model(folder, stage)
-    check_image(config, image, folder)
-    model = model.to(device, memory_format=torch.channels_last)
-    images = test.batches(torch.arange(len(test)), EVALUATION_BATCH)
-    shift = prior.balanced_shift(config.adjustment)
-    try:
-        return balanced_logits(model, images, image, device, shift).numpy()
-    except NotFiniteError as error:
-        raise StageError(
-            f"{folder}: {error}: training diverged; lower {stage}.learning_rate and run `dvc repro -f {stage}`"
-        ) from None
-
-
 def flat(values: dict[str, Any]) -> dict[str, float | None]:
     """Metrics of one target prior without their inner mapping: a row of `dvc metrics show`, which has one per file."""
     plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
@@ -182,24 +162,6 @@ def choose_samples(found: dict[str, np.ndarray], wanted: int, seed: int) -> list
     first = generator.permutation(disagree)[: (wanted + 1) // 2].tolist()
     others = np.setdiff1d(np.arange(len(found["balanced"])), first)
     return sorted(first + generator.permutation(others)[: wanted - len(first)].tolist())
-
-
-def _answers(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
-    log_prior = np.array(prior.log_prior)
-    return {name: answers(logits, log_prior, strength) for name, strength in TARGET_PRIORS.items()}
-
-
-def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params: EvaluateParams) -> dict[str, Any]:
-    """Target prior → metric, of a network's balanced logits [N,C] for labels [N]."""
-    found = _answers(logits, prior)
-    classes = len(prior.classes)
-    targets = {"balanced": np.full(classes, 1 / classes), "train": np.array(prior.p)}
-    return {
-        name: evaluate_answers(
-            found[name], labels, prior.groups, targets[name], bins=params.ece_bins, top_k=params.top_k
-        )
-        for name in TARGET_PRIORS
-    }
 
 
 def _per_class(found: dict[str, dict[str, np.ndarray]], labels: np.ndarray, prior: Prior) -> list[dict[str, Any]]:

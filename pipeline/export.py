@@ -2,68 +2,50 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import sys
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-import torch
 
-from models.cosine_classifier import ImageClassifier
-from models.preprocess import ROOM, ImageError, decode
-from models.prior import softmax
-from pipeline.artifacts import (
+from models.preprocess import ImageError, decode
+from pipeline.command_line import stage_main
+from pipeline.data.class_prior import load_prior
+from pipeline.data.dataset import evaluation_images
+from pipeline.model_io.checkpoint import check_image, load_model
+from pipeline.onnx_export.float16 import to_half
+from pipeline.onnx_export.graph import ServedStudent, to_onnx
+from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_half, check_parity
+from pipeline.onnx_export.release import build_manifest, golden_answers, golden_tolerance, open_session, top_k
+from pipeline.params import Params, ServingParams
+from pipeline.report.mlflow_record import record_after_stage
+from pipeline.report.model_card import model_card, model_facts
+from pipeline.shared.artifacts import (
     EVALUATION,
     EXPORT,
     REPOSITORY,
-    SPLIT,
     STUDENT,
-    sha256_of_json,
     whole_folder,
     write_file,
     write_json,
 )
-from pipeline.checkpoint import check_image, load_model
-from pipeline.dataset import AnyImages, evaluation_images
-from pipeline.errors import StageError
-from pipeline.fingerprint import code_sha256
-from pipeline.half_graph import to_half
-from pipeline.lineage import code_revision, data_sha256
-from pipeline.model_card import model_card, model_facts
-from pipeline.onnx_graph import ServedStudent, to_onnx
-from pipeline.params import Params, ServingParams
-from pipeline.parity import Parity, TrainedNetwork, check_half, check_parity
-from pipeline.prior import Prior, load_prior
-from pipeline.stage import stage_main
-from pipeline.tracking import record_after_stage
-from serving.manifest import (
+from pipeline.shared.errors import StageError
+from serving.repository.manifest import (
     GOLDEN_NAME,
-    GOLDEN_TOLERANCE,
     MANIFEST_NAME,
-    Golden,
-    HalfPrecision,
-    ImageFormat,
-    Limits,
     Manifest,
-    sha256_of,
 )
-from serving.repository import write_repository
-from serving.terminal import counted
+from serving.repository.writer import write_repository
+from serving.shared.terminal import counted
 
 if TYPE_CHECKING:
-    import onnxruntime
+    pass
 
 ONNX_NAME = "student.onnx"
 CARD_NAME = "model_card.md"
-VERSION = 1
-LARGEST_TOLERANCE = 0.1  # of a golden probability: what tells a wrong graph from a rounded one
 
 
 @dataclass(frozen=True)
@@ -126,53 +108,6 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     return Result(difference, manifest, output, half)
 
 
-def open_session(graph: Path | bytes) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU over a graph, in a file or in memory, that passes ONNX's own checker."""
-    # Its package would otherwise write a telemetry file under the user's cache folder; read when it is first imported.
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    import onnxruntime
-
-    model = onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)
-    onnx.checker.check_model(model, full_check=True)
-    return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-
-
-def golden_tolerance(half: Parity | None) -> float:
-    """How far a probability may be from a golden one: where the graph is float16, a GPU rounds what a CPU does not.
-
-    Both are within half.logit of PyTorch. Logits that each move by d move a probability by d/2 at most.
-    """
-    return min(GOLDEN_TOLERANCE + half.logit, LARGEST_TOLERANCE) if half else GOLDEN_TOLERANCE
-
-
-def top_k(serving: ServingParams, prior: Prior) -> int:
-    """Answers per image: serving.top_k, or all classes where there are fewer."""
-    return min(serving.top_k, len(prior.classes))
-
-
-def golden_answers(
-    session: onnxruntime.InferenceSession, examples: AnyImages, chosen: list[int], best: int, tolerance: float
-) -> list[Golden]:
-    """Requests with known answers: the chosen images at strength 0 and 1 in turn, answered by ONNX Runtime."""
-    golden = []
-    for number, example in enumerate(chosen):
-        strength = float(number % 2)
-        pixels = examples.pixels(torch.tensor([example])).numpy()
-        logits = session.run(["logits"], {"image": pixels, "strength": np.array([[strength]], dtype=np.float32)})[0][0]
-        probability = softmax(logits)
-        index = np.argsort(-probability, kind="stable")[:best]
-        golden.append(
-            Golden(
-                image=base64.b64encode(examples.encoded(example)).decode(),
-                strength=strength,
-                index=index.tolist(),
-                probability=probability[index].tolist(),
-                tolerance=tolerance,
-            )
-        )
-    return golden
-
-
 def _is_served(data: bytes, resize_to: int, serving: ServingParams) -> bool:
     """Whether the classifier decodes an image: serving.image_pixels bounds it, above what training reads."""
     most = min(serving.image_pixels, serving.request_pixels)
@@ -186,33 +121,6 @@ def _is_served(data: bytes, resize_to: int, serving: ServingParams) -> bool:
     except ImageError:
         return False
     return True
-
-
-def build_manifest(
-    folder: Path, params: Params, prior: Prior, model: ImageClassifier, metrics: dict[str, Any], half: Parity | None
-) -> Manifest:
-    """The release's manifest over the files already in the folder."""
-    return Manifest(
-        version=VERSION,
-        classes=prior.classes,
-        counts=prior.counts,
-        log_prior=prior.log_prior,
-        image=ImageFormat(size=params.image.size, resize_to=params.image.resize_to, room=ROOM),
-        feature_dim=model.feature_dim,
-        tau_s=model.tau_s,
-        strength=params.serving.strength,
-        top_k=top_k(params.serving, prior),
-        max_batch_size=params.export.max_batch_size,
-        files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-        params_sha256=sha256_of_json(params.model_dump(mode="json")),
-        data_sha256=data_sha256(SPLIT),
-        code_revision=code_revision(),
-        code_sha256=code_sha256(),
-        versions={name: version(name) for name in ("tailor", "torch", "onnx", "onnxruntime")},
-        metrics=metrics,
-        half=HalfPrecision(**asdict(half)) if half else None,
-        limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
-    )
 
 
 if __name__ == "__main__":

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from models.prior import GROUPS, balanced_shift, class_prior, effective_number, log_class_prior, shot_group
-from pipeline.artifacts import PRIOR, SPLIT, write_json
-from pipeline.errors import DataError, ParamsError, StageError
+from models.prior import class_prior, effective_number, log_class_prior, shot_group
+from pipeline.command_line import stage_main
+from pipeline.data.class_prior import Prior, count_labels
+from pipeline.data.split_tables import load_classes
 from pipeline.params import Params
-from pipeline.splits import load_classes, read_batches
-from pipeline.stage import stage_main
-from serving.terminal import counted
-
-BATCH_ROWS = 1 << 20  # 8 MB of labels at a time
-
-
-@dataclass(frozen=True)
-class Prior:
-    """Content of prior.json, one entry per class: name, training samples, p, log_prior, shot group.
-
-    log_prior is log p, what is added to balanced logits to answer for the training prior. loss_log_prior is what the
-    losses add in its place where params weight the classes by their effective number; None: log_prior.
-    """
-
-    classes: list[str]
-    counts: list[int]
-    p: list[float]
-    log_prior: list[float]
-    groups: list[str]
-    loss_log_prior: list[float] | None = None
-
-    @property
-    def in_losses(self) -> list[float]:
-        """The log prior that the losses add to the logits, [C]."""
-        return self.log_prior if self.loss_log_prior is None else self.loss_log_prior
-
-    def balanced_shift(self, adjustment: float) -> np.ndarray:
-        """What to add to the logits of a network trained with `adjustment` in L_cls, so that they answer `balanced`: [C]."""
-        shift: np.ndarray = balanced_shift(np.array(self.log_prior), np.array(self.in_losses), adjustment)
-        return shift
-
-    def __str__(self) -> str:
-        sizes = {group: self.groups.count(group) for group in GROUPS}
-        groups = ", ".join(f"{number} {group}" for group, number in sizes.items())
-        return (
-            f"{counted(len(self.classes), 'class')} of {max(self.counts):,} to {min(self.counts):,} samples "
-            f"({groups}) → {PRIOR}"
-        )
+from pipeline.shared.artifacts import PRIOR, SPLIT, write_json
+from pipeline.shared.errors import DataError
 
 
 def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:
@@ -73,37 +36,6 @@ def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:
     prior = Prior(classes, counts, p.tolist(), np.log(p).tolist(), groups, in_losses)
     write_json(output, asdict(prior))
     return prior
-
-
-def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
-    """Rows of each class in a Parquet file: int64 [classes], in one pass and memory that the rows do not add to.
-
-    Raises ParamsError when there is no such file, StageError when it is damaged, DataError for a label that is null or
-    not in 0..classes-1.
-    """
-    counts = np.zeros(classes, dtype=np.int64)
-    for labels in read_batches(path, column, BATCH_ROWS):
-        if labels.null_count:
-            raise DataError(f"{path}: column {column!r} has {counted(labels.null_count, 'row')} without a label")
-        values = labels.to_numpy()
-        try:
-            found = np.bincount(values, minlength=classes)
-        except ValueError:  # numpy refuses negative numbers
-            raise DataError(f"{path}: has label {values.min()}; expected 0 to {classes - 1}") from None
-        if len(found) > classes:
-            raise DataError(f"{path}: has label {len(found) - 1}; expected 0 to {classes - 1}")
-        counts += found
-    return counts
-
-
-def load_prior(path: Path = PRIOR) -> Prior:
-    """Read prior.json. Raises ParamsError when the stage has not run, StageError when the file is damaged."""
-    try:
-        return Prior(**json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ParamsError(f"{path}: {error.strerror}; run `dvc repro prior` first") from None
-    except (ValueError, TypeError) as error:
-        raise StageError(f"{path}: damaged ({error}); run `dvc repro -f prior`") from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import student, teacher
-from pipeline.artifacts import (
+from pipeline.command_line import stage_main
+from pipeline.data.class_prior import load_prior
+from pipeline.data.dataset import evaluation_images
+from pipeline.evaluation.network_metrics import network_logits, network_metrics
+from pipeline.model_io.checkpoint import BEST
+from pipeline.model_io.devices import choose_device
+from pipeline.params import Params
+from pipeline.shared.artifacts import (
     EVALUATION,
     PRIOR,
     SEEDS,
@@ -27,15 +34,8 @@ from pipeline.artifacts import (
     write_file,
     write_json,
 )
-from pipeline.checkpoint import BEST
-from pipeline.dataset import evaluation_images
-from pipeline.errors import ParamsError
-from pipeline.evaluate import network_logits, network_metrics
-from pipeline.params import Params
-from pipeline.prior import load_prior
-from pipeline.ranks import choose_device
-from pipeline.stage import stage_main
-from serving.terminal import print
+from pipeline.shared.errors import ParamsError
+from serving.shared.terminal import print
 
 Metrics = dict[str, Any]
 # What a seed's metrics depend on; dvc.yaml lists the same. Of evaluate nothing that only the report shows.

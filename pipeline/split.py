@@ -6,23 +6,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
 from models.prior import class_names_problem
-from pipeline.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
-from pipeline.duplicates import check_labels, conflicting_labels, find_duplicates
-from pipeline.errors import DataError, ParamsError, StageError
-from pipeline.inspection import check_missing, check_usable, inspect_images
-from pipeline.params import DataParams, Params
-from pipeline.profiles import choose, class_members, class_sizes, test_size, validation_size
-from pipeline.published import PUBLISHED, check_published_choice
-from pipeline.sources import Row, Source, WithIngested, open_source
-from pipeline.stage import stage_main
-from serving.terminal import counted, print
+from pipeline.command_line import stage_main
+from pipeline.data.assignment import SPLITS, assign, without
+from pipeline.data.duplicates import check_labels, conflicting_labels, find_duplicates
+from pipeline.data.inspection import check_missing, check_usable, inspect_images
+from pipeline.data.published import PUBLISHED
+from pipeline.params import Params
+from pipeline.shared.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
+from pipeline.shared.errors import DataError, StageError
+from pipeline.sources import Row, WithIngested, open_source
+from serving.shared.terminal import counted, print
 
-SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("label", pa.int32()), ("reference", pa.string()), ("sha256", pa.string())]
 )
@@ -141,88 +139,6 @@ def _write(
         write_file(folder / "duplicates.csv", as_csv(shared, ["sha256", "split", "sample_id", "class"]))
         reasons = [(row.split, row.sample_id, classes[row.label], problem) for row, problem in left_out]
         write_file(folder / "skipped.csv", as_csv(reasons, ["split", "sample_id", "class", "problem"]))
-
-
-def without(source: Source, skipped: list[Row]) -> list[Row]:
-    """The source's rows less some. Raises DataError when a class has no training image left."""
-    out = {row.reference for row in skipped}
-    rows = [row for row in source.rows if row.reference not in out]
-    left = {row.label for row in rows if row.split == "train"}
-    empty = [name for label, name in enumerate(source.classes) if label not in left]
-    if empty:
-        raise DataError(
-            f"class {empty[0]!r} has no usable training image (such classes: {len(empty)}; "
-            f"{counted(len(skipped), 'image')} left "
-            "out by data.on_bad_image: skip); `tailor data check` lists the images"
-        )
-    return rows
-
-
-def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
-    """Rows of each split, from the source's hints and params.data. Rows that the profile drops are in no split.
-
-    Test is held out first (unless the source brings one): `profiles.test_size` images of each class. Then each class is cut
-    to max_per_class images. Then the profile picks what training keeps. Then validation is held out (unless the source
-    brings one): validation_per_class images, from those that the profile dropped and, where they do not suffice, at most
-    validation_share of what the class keeps. What the profile picks from a data set of known origin is held against the
-    published choice.
-    """
-    hinted = {split: [row for row in rows if row.split == split] for split in SPLITS}
-    pool, test = hinted["train"], hinted["test"]
-    generator = np.random.default_rng(params.seed)
-    if not test:
-        pool, test = _hold_out_test(pool, classes, params, generator)
-    if params.max_per_class:
-        labels = np.array([row.label for row in pool])
-        chosen = choose(labels, [params.max_per_class] * len(classes), params.seed)
-        pool = [pool[i] for i in np.sort(np.concatenate(chosen))]
-    labels = np.array([row.label for row in pool])
-    available = np.bincount(labels, minlength=len(classes)).tolist()
-    try:
-        sizes = class_sizes(params.profile, available, params.imbalance_factor)
-    except ValueError as error:
-        raise ParamsError(f"data.{error}") from None
-    kept = choose(labels, sizes, params.seed)
-    check_published_choice(origin, params, labels, kept)
-    validation = hinted["validation"]
-    if not validation:
-        members = class_members(labels, len(classes))
-        dropped = [np.setdiff1d(found, chosen) for found, chosen in zip(members, kept, strict=True)]
-        kept, held = _hold_out_validation(kept, dropped, params, generator)
-        validation = [pool[i] for i in held]
-    train = [pool[i] for chosen in kept for i in chosen]
-    return {"train": train, "validation": validation, "test": test}
-
-
-def _hold_out_test(
-    pool: list[Row], classes: list[str], params: DataParams, generator: np.random.Generator
-) -> tuple[list[Row], list[Row]]:
-    labels = np.array([row.label for row in pool])
-    held: list[int] = []
-    for name, members in zip(classes, class_members(labels, len(classes)), strict=True):
-        size = test_size(len(members), params.test_per_class, params.test_share)
-        if not size or len(members) <= size:
-            raise DataError(
-                f"class {name!r} has {counted(len(members), 'image')}, too few to hold out data.test_per_class "
-                f"= {size or 1} and train; "
-                f"{'lower it, ' if size > 1 else ''}add images, or give the source a test split"
-            )
-        held.extend(sorted(generator.permutation(members)[:size].tolist()))
-    out = set(held)
-    return [row for i, row in enumerate(pool) if i not in out], [pool[i] for i in held]
-
-
-def _hold_out_validation(
-    kept: list[np.ndarray], dropped: list[np.ndarray], params: DataParams, generator: np.random.Generator
-) -> tuple[list[np.ndarray], list[int]]:
-    remaining, held = [], []
-    for chosen, spare in zip(kept, dropped, strict=True):
-        free = generator.permutation(spare)[: params.validation_per_class]
-        wanted = validation_size(len(chosen), len(spare), params.validation_per_class, params.validation_share)
-        taken = generator.permutation(chosen)[:wanted] if wanted > 0 else chosen[:0]
-        remaining.append(chosen[~np.isin(chosen, taken)])
-        held.extend(sorted([*free.tolist(), *taken.tolist()]))
-    return remaining, held
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.artifacts import PRIOR, SPLIT, TEACHER
+from pipeline.command_line import stage_main
+from pipeline.data.class_prior import load_prior
+from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
-from pipeline.prior import load_prior
-from pipeline.ranks import joined_ranks
-from pipeline.stage import stage_main
-from pipeline.training_run import (
+from pipeline.shared.artifacts import PRIOR, SPLIT, TEACHER
+from pipeline.training.run import (
     Result,
     check_backbones,
     check_recipe,

@@ -1,11 +1,11 @@
 """The client: images and a prior in, typed predictions out."""
 
-from serving.answers import ModelStatus, Prediction, Status
-from serving.async_client import AsyncClient
-from serving.client import Client
-from serving.errors import InputError, ServingError
-from serving.priors import Prior
-from serving.retries import Retries
+from serving.client.async_client import AsyncClient
+from serving.client.predictions import ModelStatus, Prediction, Status
+from serving.client.priors import Prior
+from serving.client.sync_client import Client
+from serving.shared.errors import InputError, ServingError
+from serving.transport.retries import Retries
 
 __all__ = [
     "AsyncClient",

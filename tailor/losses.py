@@ -1,11 +1,13 @@
 """The losses and what they need in a training loop: log prior, queues, heads. Needs PyTorch, `tailor[train]`."""
 
-from models.contrast_losses import contrast_losses
-from models.cosine_classifier import CosineClassifier, ImageClassifier
-from models.losses import adjusted_cross_entropy, distillation_loss, gml_loss, mixed_cross_entropy, other_sample_mask
+from models.contrast.gml import contrast_losses
+from models.contrast.gml_reference import gml_loss, other_sample_mask
+from models.contrast.queues import ClassQueues
+from models.losses.adjusted_cross_entropy import adjusted_cross_entropy, mixed_cross_entropy
+from models.losses.distillation import distillation_loss
+from models.networks.cosine_classifier import CosineClassifier, ImageClassifier
+from models.networks.projection_head import ProjectionHead
 from models.prior import balanced_shift, log_class_prior
-from models.projection_head import ProjectionHead
-from models.queues import ClassQueues
 
 __all__ = [
     "ClassQueues",

@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented import FENCE, NO_COMMANDS, PAGES, ROOT, blocks, check_command, commands, name_of, spoken_of
+from tests.support.documented import (
+    FENCE,
+    NO_COMMANDS,
+    PAGES,
+    ROOT,
+    blocks,
+    check_command,
+    commands,
+    name_of,
+    spoken_of,
+)
 
 PAGES_SCRIPT = ROOT / "docs/reference/pages.py"
 LOGS = {"results", "experiments"}  # records of runs, which teach no task

@@ -11,8 +11,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.documented import ROOT, blocks
-from tests.requirements import installed_with
+from tests.support.documented import ROOT, blocks
+from tests.support.requirements import installed_with
 
 # What only training needs; each is in the closure of `tailor[train]`.
 TRAINING = {"torch", "torchvision", "pyarrow", "pyyaml", "safetensors", "fsspec"}
@@ -44,7 +44,7 @@ def test_the_client_brings_no_package_of_training_and_the_extra_train_brings_the
         assert installed_with([f"tailor[{extra}]"]) >= TRAINING
 
 
-@pytest.mark.parametrize("module", ["serving.client", "tailor.client"])
+@pytest.mark.parametrize("module", ["serving.client.sync_client", "tailor.client"])
 def test_the_client_imports_neither_torch_nor_the_pipeline(module: str, tmp_path: Path) -> None:
     tops = "{name.partition('.')[0] for name in sys.modules}"
     code = f"import sys, {module}; print({{'torch', 'pipeline', 'pyarrow'}} & {tops})"

@@ -12,7 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Everything that a training machine carries; what these need themselves comes with them.
 TRAINING = ["torch", "torchvision", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "rich", "jinja2", "pillow"]
-NEEDS_MORE = {"pipeline.doctor", "pipeline.export", "pipeline.half_graph", "pipeline.parity"}
+NEEDS_MORE = {
+    "pipeline.commands.doctor_checks",
+    "pipeline.export",
+    "pipeline.onnx_export.float16",
+    "pipeline.onnx_export.parity",
+}
 NEED_MORE = ("pipeline.commands.", "pipeline.flows.")  # typer; Prefect and DVC
 
 # Hides every package that is not among TRAINING or needed by one of them, then imports the modules one after another.
@@ -70,7 +75,7 @@ def modules_of(room):
     for entry in pkgutil.iter_modules([ROOT / room.replace(".", "/")]):
         name = f"{room}.{entry.name}"
         # Locust patches the standard library on import, and has to come first in a process of its own.
-        if name not in ("serving.triton", "serving.locustfile") and entry.name != "__main__":
+        if name not in ("serving.triton", "serving.loadtest.locustfile") and entry.name != "__main__":
             modules += modules_of(name) if entry.ispkg else [name]
     return modules
 
@@ -104,7 +109,7 @@ def test_models_and_the_training_stages_import_on_a_machine_that_carries_little_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "modules",
-    [["models.prior", "models.preprocess"], modules_of("serving"), ["serving.locustfile"]],
+    [["models.prior", "models.preprocess"], modules_of("serving"), ["serving.loadtest.locustfile"]],
     ids=["shared", "serving", "load"],
 )
 def test_serving_never_loads_torch_nor_the_pipeline(modules):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from setuptools import Distribution, find_packages
 
-from pipeline import fingerprint
+from pipeline.shared import fingerprint
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "pipeline", "serving", "tailor")
@@ -23,35 +23,35 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages
 # What a stage imports and whose change cannot change its result: how values are checked, files written and errors worded,
 # how a run goes on or is shared, and how the outs of earlier stages, deps themselves, are read back.
 PLUMBING = {
-    "pipeline.artifacts",
-    "pipeline.capture",
-    "pipeline.errors",
-    "pipeline.history",
-    "pipeline.host_memory",
+    "pipeline.shared.artifacts",
+    "pipeline.training.cuda_graph",
+    "pipeline.shared.errors",
+    "pipeline.training.history",
+    "pipeline.shared.host_memory",
     "pipeline.params",
-    "pipeline.ranks",
-    "pipeline.resume",
-    "pipeline.splits",
-    "pipeline.stage",
-    "pipeline.stream_feed",
-    "pipeline.tracking",
-    "pipeline.training_state",
-    "pipeline.watch",
-    "serving.atomic",
-    "serving.bounded_parquet",
-    "serving.terminal",
-    "serving.errors",
+    "pipeline.model_io.devices",
+    "pipeline.training.resume",
+    "pipeline.data.split_tables",
+    "pipeline.command_line",
+    "pipeline.data.stream_prefetch",
+    "pipeline.report.mlflow_record",
+    "pipeline.training.state",
+    "pipeline.training.non_finite",
+    "serving.shared.atomic",
+    "serving.shared.bounded_parquet",
+    "serving.shared.terminal",
+    "serving.shared.errors",
 }
 READ_BACK = {"models.image_names", "pipeline.prior", "pipeline.sources"}
 # Of stage `seeds` its own code is looked at: what trains a further seed has made artifacts/student, which is a dep.
 # A step can be either's; a change of what is the student's alone must not train the teacher again.
 STUDENT_ALONE = {
-    "models.contrast_losses",
-    "models.gml_kernel",
-    "models.kernel_check",
-    "models.projection_head",
-    "models.queues",
-    "models.student_objective",
+    "models.contrast.gml",
+    "models.contrast.fused_kernel",
+    "models.contrast.fused_kernel_check",
+    "models.networks.projection_head",
+    "models.contrast.queues",
+    "models.objectives.student",
 }
 
 

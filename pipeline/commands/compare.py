@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.artifacts import PARAMS_FILE
 from pipeline.commands.options import RepositoryOption, TargetPrior, repository_of
+from pipeline.shared.artifacts import PARAMS_FILE
 from serving.commands.options import AsJson, Debug, print_json
-from serving.terminal import print
+from serving.shared.terminal import print
 
 if TYPE_CHECKING:
-    from pipeline.comparison import Answers
+    from pipeline.evaluation.predictions import Answers
     from pipeline.params import Params
 
 ECE_BINS = 15  # where there is no params file
@@ -49,9 +49,9 @@ def compare(
     artifacts, or a copy of predictions.parquet and prior.json), revisions whose results DVC has kept, or published
     versions, which answer the current test split in ONNX Runtime.
     """
+    from pipeline.evaluation.run_comparison import as_json as content
+    from pipeline.evaluation.run_comparison import compare_runs
     from pipeline.params import GateParams, load_params
-    from pipeline.run_comparison import as_json as content
-    from pipeline.run_comparison import compare_runs
 
     recipe = load_params(params or PARAMS_FILE) if params or PARAMS_FILE.is_file() else None
     gate = (recipe.gate if recipe else GateParams()).model_copy(update={"target_prior": prior.value})
@@ -60,8 +60,8 @@ def compare(
     runs = [_answers(name, chosen, recipe, prior.value) for name in (before, after)]
     found = compare_runs(runs[0], runs[1], (before, after), gate, recipe.evaluate.ece_bins if recipe else ECE_BINS)
     if html is not None:
-        from pipeline.artifacts import write_file
         from pipeline.report import render_comparison
+        from pipeline.shared.artifacts import write_file
 
         write_file(
             html, render_comparison(found, f"tailor compare {before} {after} --prior {prior.value} --html {html}")
@@ -69,7 +69,7 @@ def compare(
     if as_json:
         print_json(content(found))
         return
-    from pipeline.comparison_table import show
+    from pipeline.commands.comparison_table import show
 
     show(found, classes)
     if html is not None:
@@ -78,10 +78,10 @@ def compare(
 
 def _answers(name: str, repository: Callable[[], Path], params: Params | None, target_prior: str) -> Answers:
     """What a run answers for the test set. Raises StageError or ServingError naming the run."""
-    from pipeline.commands.served_version import served_answers
-    from pipeline.errors import ParamsError, StageError
-    from pipeline.gate import load_answers
-    from pipeline.run_folder import load_run, load_run_at_revision
+    from pipeline.evaluation.predictions import load_answers
+    from pipeline.evaluation.runs import load_run, load_run_at_revision
+    from pipeline.onnx_export.published_version import served_answers
+    from pipeline.shared.errors import ParamsError, StageError
 
     if Path(name).is_dir():
         return load_answers(load_run(Path(name)), target_prior)

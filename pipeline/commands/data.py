@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.artifacts import PARAMS_FILE
 from pipeline.commands.options import ParamsOption
-from pipeline.errors import ParamsError
+from pipeline.shared.artifacts import PARAMS_FILE
+from pipeline.shared.errors import ParamsError
 from serving.commands.options import AsJson, Debug
-from serving.terminal import Console, print
+from serving.shared.terminal import Console, print
 
 if TYPE_CHECKING:
-    from pipeline.data_check import Report
+    from pipeline.preparation.check import Report
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 CHECK = """\b
@@ -72,9 +72,10 @@ def check(
     debug: Debug = False,  # noqa: ARG001
 ) -> int:
     """Report what is wrong with the data, and draw the long tail. Git ignores the folder of the data from then on."""
-    from pipeline import data_check, data_report
     from pipeline.params import load_params
-    from pipeline.project import keep_out_of_git
+    from pipeline.preparation import check as data_check
+    from pipeline.preparation import check_report as data_report
+    from pipeline.preparation.project import keep_out_of_git
 
     if near != "off" and not (near.isdecimal() and int(near) <= 10):
         raise ParamsError(f"--near is {near!r}; expected 0 to 10, or off")
@@ -118,9 +119,9 @@ def pack(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Write many small files into a few Parquet shards."""
-    from pipeline import data_pack
     from pipeline.params import load_params
-    from pipeline.project import keep_out_of_git
+    from pipeline.preparation import pack as data_pack
+    from pipeline.preparation.project import keep_out_of_git
 
     size = re.fullmatch(r"(\d+)([KMG]?)", shard_size)
     if not size or int(size[1]) == 0:

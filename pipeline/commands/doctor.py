@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pipeline.artifacts import PARAMS_FILE
+from pipeline.commands.doctor_prefect import Finding
 from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
-from pipeline.prefect_health import Finding
+from pipeline.shared.artifacts import PARAMS_FILE
 from serving.commands.options import AsJson, Debug, print_json
-from serving.terminal import Console, cell
+from serving.shared.terminal import Console, cell
 
 COLOURS = {"ok": "green", "warning": "yellow", "failing": "red"}
 
@@ -32,7 +32,7 @@ def doctor(
     That is: versions, params, server, champion, Prefect, worker, last run, ingest, disk. Each line is ok, warning or
     failing, with what to do. Status 1 when something is failing.
     """
-    from pipeline.doctor import Limits, examine
+    from pipeline.commands.doctor_checks import Limits, examine
 
     found = examine(params, repository_of(repository, params), url, Limits(run_hours, champion_days, disk_gib))
     if as_json:

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pipeline.artifacts import DECISION, EVALUATION, PARAMS_FILE, PRIOR
 from pipeline.commands.options import ParamsOption
-from pipeline.errors import ParamsError
+from pipeline.shared.artifacts import DECISION, EVALUATION, PARAMS_FILE, PRIOR
+from pipeline.shared.errors import ParamsError
 from serving.commands.options import Debug
-from serving.terminal import Console, print
+from serving.shared.terminal import Console, print
 
 UNDECIDED = 3  # exit status of `tailor gate`
 Latency = Annotated[float | None, typer.Option(metavar="MS", help="Milliseconds per image.")]
@@ -35,7 +35,8 @@ def gate(
     debug: Debug = False,  # noqa: ARG001
 ) -> int:
     """Decide whether the challenger replaces the champion."""
-    from pipeline.gate import Contender, decide
+    from pipeline.evaluation.gate import decide
+    from pipeline.evaluation.predictions import Contender
     from pipeline.params import load_params
 
     if (champion is None) != (champion_prior is None):
@@ -62,9 +63,9 @@ def shifted_priors(
     The five sets of SADE (2022), for no adjustment, the known prior and the estimated prior.
     """
     from models.prior import log_target_prior
-    from pipeline.artifacts import as_csv, write_file
-    from pipeline.gate import Contender, load_answers
-    from pipeline.shift_table import SETS, shift_table
+    from pipeline.evaluation.predictions import Contender, load_answers
+    from pipeline.evaluation.shifted_priors import SETS, shift_table
+    from pipeline.shared.artifacts import as_csv, write_file
 
     answers = load_answers(Contender(predictions, prior))
     # The log of the balanced probabilities is their logits up to an offset per row, which adjustment does not use.

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pipeline.artifacts import EVALUATION, PARAMS_FILE
 from pipeline.commands.options import TargetPrior
-from pipeline.errors import StageError
+from pipeline.shared.artifacts import EVALUATION, PARAMS_FILE
+from pipeline.shared.errors import StageError
 from serving.commands.options import AsJson, Debug, print_json
-from serving.terminal import Console, cell
+from serving.shared.terminal import Console, cell
 
 FIGURES = ("all", "many", "medium", "few", "ece")
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.artifacts import PARAMS_FILE, write_file
+from pipeline.shared.artifacts import PARAMS_FILE, write_file
 from serving.commands.options import AsJson, Debug, print_json
-from serving.terminal import print
+from serving.shared.terminal import print
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make; it may exist, without a params.yaml.")]
 Recipes = Annotated[
@@ -31,8 +31,8 @@ def new(folder: Folder, recipe: Recipes = None, debug: Debug = False) -> None:  
     Its stages run from the installed package, so that several projects share one environment. The default recipe trains on
     scanned digits that come with Tailor; `tailor init` writes the recipe for your own images.
     """
-    from pipeline.project import create_project
-    from pipeline.recipe import apply_recipe
+    from pipeline.params.recipe import apply_recipe
+    from pipeline.preparation.project import create_project
 
     steps = create_project(folder)
     if recipe:
@@ -54,7 +54,7 @@ def recipe(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Write a recipe's values into params.yaml."""
-    from pipeline.recipe import apply_recipe
+    from pipeline.params.recipe import apply_recipe
 
     text, lines = apply_recipe(overlays, params)
     if not dry_run:
@@ -77,10 +77,10 @@ def init(
     project it makes the working folder one first, as `tailor new` does.
     """
     from models.sample_size import ADVICE, warnings_of
-    from pipeline.errors import ParamsError
-    from pipeline.first_params import choices, expected_tests, look, write_text
-    from pipeline.project import create_project, enclosing_project, first_params, keep_out_of_git
-    from pipeline.ranks import choose_device
+    from pipeline.model_io.devices import choose_device
+    from pipeline.preparation.first_params import choices, expected_tests, look, write_text
+    from pipeline.preparation.project import create_project, enclosing_project, first_params, keep_out_of_git
+    from pipeline.shared.errors import ParamsError
 
     template = output.read_text(encoding="utf-8") if output.is_file() else first_params()
     if not output.is_file() and output != PARAMS_FILE:
@@ -125,7 +125,7 @@ def _changed(path: Path) -> bool:
 
     Raises GitError where git refuses to read the repository.
     """
-    from pipeline.lineage import git
+    from pipeline.shared.lineage import git
 
     changes = git(path.resolve().parent, "status", "--porcelain", "--", path.name)
     return changes is None or bool(changes)

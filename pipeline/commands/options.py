@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.artifacts import PARAMS_FILE, REPOSITORY
+from pipeline.shared.artifacts import PARAMS_FILE, REPOSITORY
 from serving.commands.options import RELEASES, choose_repository
 
 

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.artifacts import PARAMS_FILE
 from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
+from pipeline.shared.artifacts import PARAMS_FILE
 from serving.commands.options import AsJson, Debug, print_json
-from serving.release_history import history_table, read_history
-from serving.terminal import Console, cell, print
+from serving.promotion.history import history_table, read_history
+from serving.shared.terminal import Console, cell, print
 
 
 def ingest(
@@ -29,9 +29,9 @@ def ingest(
     It holds a folder per class, or tables (CSV, Parquet) with a label column. Good rows become one shard of data/ingested/, bad
     ones go to data/quarantine/ with the reason; `dvc repro` then trains on all. Status 1 when the drop is refused whole.
     """
-    from pipeline import ingest
+    from pipeline.ingestion import ingest
     from pipeline.params import load_params
-    from pipeline.project import keep_out_of_git
+    from pipeline.preparation.project import keep_out_of_git
 
     recipe = load_params(params)
     keep_out_of_git(drop or Path(recipe.ingest.drop))
@@ -58,7 +58,7 @@ def retrain(
     promoted, refused, did not decide because the test images are too few, or had nothing to do, and 1 where it failed or
     another run was in progress.
     """
-    from pipeline.flows.trigger import run_once
+    from pipeline.scheduling.trigger import run_once
 
     outcome = run_once(because, drop, tracebacks=debug)
     if as_json:
@@ -78,8 +78,8 @@ def _show(evidence: str | None) -> None:
 
     from rich.table import Table
 
-    from pipeline.comparison import Measure
-    from pipeline.flows.telling import comparison
+    from pipeline.evaluation.comparison import Measure
+    from pipeline.flows.prefect_artifacts import comparison
 
     path = Path(evidence or "") / "decision.json"
     if evidence is None or not path.is_file():
@@ -107,7 +107,7 @@ def schedule(
     Runs a Prefect server on loopback, its database in .prefect/, or uses the one that PREFECT_API_URL names. The schedule
     survives a restart; of the runs missed meanwhile one is caught up. For a work pool of your own, see prefect.yaml.
     """
-    from pipeline.flows.schedule import keep_schedule
+    from pipeline.scheduling.schedule import keep_schedule
 
     keep_schedule(cron, timezone, lambda line: print(f"schedule: {line}", file=sys.stderr, flush=True), port)
 

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.artifacts import PARAMS_FILE
 from pipeline.commands.options import ParamsOption
-from pipeline.errors import ParamsError
+from pipeline.shared.artifacts import PARAMS_FILE
+from pipeline.shared.errors import ParamsError
 from serving.commands.options import Debug
-from serving.terminal import Console, print
+from serving.shared.terminal import Console, print
 
 
 class Stage(StrEnum):
@@ -40,8 +40,8 @@ def memory(
 
     Line by line, without a GPU and without an image. Status 1 when the step does not fit.
     """
-    from pipeline.memory import account, advice, prior_of, table
     from pipeline.params import load_params
+    from pipeline.preparation.gpu_memory import account, advice, prior_of, table
 
     if card <= 0:
         raise ParamsError(f"--card is {card:g}; expected more than 0")
@@ -74,9 +74,9 @@ def ray_train(
 
     Without --address it is a small cluster of its own on this machine. The stage is the same that `torchrun` starts.
     """
+    from pipeline.command_line import end_with_dvc
+    from pipeline.deploy.ray_train import Job, run
     from pipeline.params import load_params
-    from pipeline.ray_train import Job, run
-    from pipeline.stage import end_with_dvc
 
     name = stage.value if stage else re.sub(r"^pipeline\.", "", module or "")
     if name not in [each.value for each in Stage]:

@@ -6,15 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import EVALUATION, EXPORT, PRIOR, whole_folder, write_json
+from pipeline.evaluation.gate import Decision, decide
+from pipeline.evaluation.predictions import Contender, GateError
 from pipeline.flows.latency import latencies
 from pipeline.flows.records import FOLDER, now
-from pipeline.gate import Contender, Decision, GateError, decide
 from pipeline.params import Params
-from serving.manifest import STUDENT_NAME
-from serving.model_config import CLASSIFIER, STUDENT
-from serving.release import Release
-from serving.release_history import DECISION_NAME, STORY_NAME
+from pipeline.shared.artifacts import EVALUATION, EXPORT, PRIOR, whole_folder, write_json
+from serving.promotion.history import DECISION_NAME, STORY_NAME
+from serving.repository.manifest import STUDENT_NAME
+from serving.repository.release import Release
+from serving.shared.names import CLASSIFIER, STUDENT
 
 IDENTITY_LENGTH = 12  # characters of a release's identity that name its folder
 PREDICTIONS, PRIOR_NAME, REPORT = "predictions.parquet", "prior.json", "report.html"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from serving.terminal import print
+from serving.shared.terminal import print
 
 ROUNDS = 100
 WARM_UP = 10

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pipeline.artifacts import sha256_of_json, write_json
 from pipeline.params import GateParams
+from pipeline.shared.artifacts import sha256_of_json, write_json
 
 FOLDER = Path("artifacts/retrain")
 KEPT = 20  # folders of evidence

@@ -21,9 +21,10 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from pipeline.artifacts import EXPORT, SPLIT
-from pipeline.errors import StageError, TailorError
-from pipeline.flows.experiments import keep_run
+from pipeline.data.split_tables import data_sha256
+from pipeline.flows.dvc_experiments import keep_run
+from pipeline.flows.dvc_stages import CODE, changed_stages, stage_names
+from pipeline.flows.prefect_artifacts import Teller
 from pipeline.flows.records import (
     FOLDER,
     Decided,
@@ -39,16 +40,15 @@ from pipeline.flows.records import (
     write_decided,
     write_run,
 )
-from pipeline.flows.stages import CODE, changed_stages, stage_names
 from pipeline.flows.tasks import HOUR, Steps, hold_gate, ingest_images, promote, publish, reproduce_stage, verify
-from pipeline.flows.telling import Teller
-from pipeline.ingest import IngestReport
-from pipeline.lineage import code_revision, data_sha256
+from pipeline.ingestion.ingest import IngestReport
 from pipeline.params import Params, load_params
-from pipeline.stage import explain
-from serving import promotion_lifecycle as lifecycle
-from serving.release import Release
-from serving.version_policy import present_versions
+from pipeline.shared.artifacts import EXPORT, SPLIT
+from pipeline.shared.errors import StageError, TailorError, explain
+from pipeline.shared.lineage import code_revision
+from serving.promotion import lifecycle
+from serving.repository.release import Release
+from serving.repository.version_policy import present_versions
 
 LOCK = FOLDER / "lock"
 HOW = {"undecided": "not decided on for want of test images"}  # how a release ended that was not promoted, in words

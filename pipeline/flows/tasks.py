@@ -10,18 +10,19 @@ from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
 from prefect.tasks import exponential_backoff
 
-from pipeline.artifacts import EXPORT
-from pipeline.errors import TailorError
+from pipeline.evaluation.gate import Decision
+from pipeline.evaluation.predictions import GateError
 from pipeline.flows import evidence as files
-from pipeline.flows.stages import MISUSE, StageFailed, reproduce
-from pipeline.gate import Decision, GateError
-from pipeline.ingest import IngestReport, ingest
+from pipeline.flows.dvc_stages import MISUSE, StageFailed, reproduce
+from pipeline.ingestion.ingest import IngestReport, ingest
 from pipeline.params import Params
-from serving import promotion_lifecycle as lifecycle
-from serving.manifest import ManifestError
-from serving.model_config import RepositoryError
-from serving.release import Release
-from serving.running import servers_at
+from pipeline.shared.artifacts import EXPORT
+from pipeline.shared.errors import TailorError
+from serving.promotion import lifecycle
+from serving.repository.manifest import ManifestError
+from serving.repository.release import Release
+from serving.server.running import servers_at
+from serving.shared.errors import RepositoryError
 
 HOUR = 3600.0  # seconds
 SPARE = 60.0  # seconds that Prefect waits longer than a limit of ours, whose error names the cause

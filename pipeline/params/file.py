@@ -9,13 +9,13 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.artifacts import PARAMS_FILE as PARAMS_FILE
-from pipeline.errors import ParamsError
 from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.section import Section
 from pipeline.params.training import EngineParams, StudentParams, TrainingParams
+from pipeline.shared.artifacts import PARAMS_FILE as PARAMS_FILE
+from pipeline.shared.errors import ParamsError
 
 
 class Params(Section):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.evaluation.run_comparison import Comparison, as_json
 from pipeline.report import figures
 from pipeline.report.page import render_page
-from pipeline.run_comparison import Comparison, as_json
 
 FORMS = {
     "class": "text", "group": "text", "train_count": "count", "test_count": "count", "before": "percent", "after": "percent",

@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from models.sample_size import ADVICE, from_json
-from pipeline.metrics import GROUPS
-from pipeline.prior import Prior
+from pipeline.data.class_prior import Prior
+from pipeline.evaluation.metrics import GROUPS
+from pipeline.evaluation.shifted_priors import SETS
 from pipeline.report import figures
 from pipeline.report.learning_figures import confusion_heatmap, learning_curves
 from pipeline.report.page import render_page, thumbnail
 from pipeline.report.study import Study
-from pipeline.shift_table import SETS
 
 COLUMNS = ("class", "group", "train_count", "test_count", "student_balanced", "student_train", "teacher_balanced")
 FORMS = ("text", "text", "count", "count", "percent", "percent", "percent")  # how page.js writes them

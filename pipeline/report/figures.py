@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from pipeline.metrics import GROUPS
+from pipeline.evaluation.metrics import GROUPS
 from pipeline.report.reliability import Calibrated, Reliability
 from pipeline.report.strength import StrengthRow
 

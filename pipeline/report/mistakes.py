@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.intervals import Estimate, wilson
-from pipeline.prior import Prior
+from pipeline.data.class_prior import Prior
+from pipeline.evaluation.intervals import Estimate, wilson
 
 PAIRS, CLASSES, IMAGES = 12, 6, 4  # shown: confusion pairs, classes at each end, images of each
 MATRIX = 30  # most classes of the confusion matrix

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from models.preprocess import decode
-from pipeline.intervals import Estimate
+from pipeline.evaluation.intervals import Estimate
 
 FOLDER = Path(__file__).parent
 SIDE = 96  # pixels of the longer side of a thumbnail, at most

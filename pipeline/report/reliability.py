@@ -8,9 +8,13 @@ import numpy as np
 
 from models.calibration import fit_temperature
 from models.prior import softmax
-from pipeline.comparison import calibration_of
-from pipeline.intervals import Estimate, bootstrap
-from pipeline.metrics import confidence_bins, expected_calibration_error, negative_log_likelihood
+from pipeline.evaluation.intervals import Estimate, bootstrap
+from pipeline.evaluation.metrics import (
+    calibration_of,
+    confidence_bins,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 
 ECE_RESAMPLES = 500
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.prior import adjust_logits
-from pipeline.metrics import GROUPS
-from pipeline.prior import Prior
+from pipeline.data.class_prior import Prior
+from pipeline.evaluation.metrics import GROUPS
 
 STRENGTHS = np.round(np.arange(-0.5, 1.5001, 0.05), 2)
 ROWS = 4_000_000  # logits adjusted at a time

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from models.prior import adjust_logits
-from pipeline.artifacts import as_csv, write_file
-from pipeline.comparison import Answers
-from pipeline.errors import DataError
-from pipeline.intervals import NOTHING, Estimate, weighted_accuracy
-from pipeline.metrics import GROUPS
-from pipeline.prior import Prior
+from pipeline.data.class_prior import Prior
+from pipeline.evaluation.intervals import NOTHING, Estimate, weighted_accuracy
+from pipeline.evaluation.metrics import GROUPS
+from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.shifted_priors import SETS, shift_table
 from pipeline.report.mistakes import (
     ClassResult,
     ConfusionMatrix,
@@ -26,7 +25,8 @@ from pipeline.report.mistakes import (
 )
 from pipeline.report.reliability import Reliability, reliability
 from pipeline.report.strength import StrengthRow, strength_sweep
-from pipeline.shift_table import SETS, shift_table
+from pipeline.shared.artifacts import as_csv, write_file
+from pipeline.shared.errors import DataError
 
 ALL = "all classes"
 DRAWS = 20  # test subsets of each shifted set
@@ -39,7 +39,7 @@ PLOTTED = {
 }
 SHIFT_TOLERANCE = 1e-2  # nats: a seventh of a standard error, and a third of the time
 # Nats for each class, where a table of full care would take minutes: chance alone is worth half a nat a class, and of 1,000
-# classes no accuracy of the table may move by more than 0.34 points (tests/pipeline/test_shift_table.py).
+# classes no accuracy of the table may move by more than 0.34 points (tests/pipeline/evaluation/test_shift_table.py).
 COARSE_TOLERANCE = 1e-2
 
 

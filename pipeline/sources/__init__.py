@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.artifacts import INGESTED
-from pipeline.errors import ParamsError
 from pipeline.params import DataParams
+from pipeline.shared.artifacts import INGESTED
+from pipeline.shared.errors import ParamsError
 from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
 from pipeline.sources.folder import FolderSource as FolderSource

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.errors import DataError, ParamsError
+from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.source import Row, WithoutFiles, as_png
 
 NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
-from pipeline.errors import DataError, raise_problems
+from pipeline.shared.errors import DataError, raise_problems
 from pipeline.sources.source import FilesUnderRoot, Row
-from serving.terminal import counted
+from serving.shared.terminal import counted
 
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 # Other names of folders that hold a split, in lower case, and the name that is read.

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from models.prior import class_key
-from pipeline.artifacts import INGESTED, sha256_of
-from pipeline.errors import DataError
+from pipeline.shared.artifacts import INGESTED, sha256_of
+from pipeline.shared.errors import DataError
 from pipeline.sources.shards import RowGroups, Shard, row_groups
 from pipeline.sources.source import Groups, Reader, Row, Source
 from pipeline.sources.storage import Storage

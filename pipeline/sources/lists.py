@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from pipeline.errors import DataError, ParamsError
 from pipeline.params import ListParams
+from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.source import FilesUnderRoot, Row
-from serving.terminal import counted
+from serving.shared.terminal import counted
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from pipeline.errors import DataError
+from pipeline.shared.errors import DataError
 from pipeline.sources.source import Groups
 from pipeline.sources.storage import Storage
-from serving.bounded_parquet import MAX_BATCH, MIB, MemoryLimit, TooLargeError, is_part, read_column
-from serving.terminal import counted
+from serving.shared.bounded_parquet import MAX_BATCH, MIB, MemoryLimit, TooLargeError, is_part, read_column
+from serving.shared.terminal import counted
 
 LIMIT = MemoryLimit(1024, "data.table.max_mib")
 MAX_LINE, MAX_CSV_COLUMNS = MIB, 1000  # of a CSV file

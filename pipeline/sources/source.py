@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from models.preprocess import MAX_BYTES
-from pipeline.errors import DataError
+from pipeline.shared.errors import DataError
 
 Item = TypeVar("Item")
 

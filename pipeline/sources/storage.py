@@ -11,7 +11,7 @@ import fsspec
 from fsspec.utils import get_protocol
 
 from models.preprocess import MAX_BYTES
-from pipeline.errors import DataError, ParamsError
+from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.source import BadImageError
 
 GLOB = re.compile(r"[*?\[]")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from models.prior import class_key
-from pipeline.errors import DataError, ParamsError
 from pipeline.params import TableParams
+from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.shards import (
     CACHE_BYTES,
     CLASSES_KEY,
@@ -26,8 +26,8 @@ from pipeline.sources.shards import (
 )
 from pipeline.sources.source import BadImageError, Groups, Row, in_parts
 from pipeline.sources.storage import Storage, is_address
-from serving.bounded_parquet import MemoryLimit
-from serving.terminal import counted
+from serving.shared.bounded_parquet import MemoryLimit
+from serving.shared.terminal import counted
 
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it: `007` is a name
 

@@ -16,6 +16,7 @@ import typer
 from PIL import Image
 from typer.core import TyperGroup
 
+from serving.commands.demo import demo
 from serving.commands.drift import drift
 from serving.commands.gateway import gateway
 from serving.commands.loadtest import loadtest
@@ -25,10 +26,9 @@ from serving.commands.repository import repository
 from serving.commands.serve import serve
 from serving.commands.version import version
 from serving.commands.versions import promote, rollback, versions
-from serving.demo import demo
-from serving.errors import TailorError
-from serving.ports import bypass_proxy_on_loopback
-from serving.terminal import print
+from serving.shared.errors import TailorError
+from serving.shared.ports import bypass_proxy_on_loopback
+from serving.shared.terminal import print
 
 # typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
 USAGE_ERROR = typer.BadParameter.__mro__[1]

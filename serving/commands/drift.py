@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from models.calibration import Calibration
+from models.prior import shot_group
 from models.sample_size import ADVICE
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
-from serving.display import drift_table
-from serving.drift import CONFIDENCE, Drift, estimate_drift, write_live_prior
-from serving.drift_calibration import calibration_from
-from serving.errors import InputError, ServingError
-from serving.logged_logits import LoggedLogits, moment_of, read_logits
-from serving.manifest import Manifest
-from serving.release import read_champion, read_release
-from serving.terminal import Console, counted, print
+from serving.drift.calibration import calibration_from
+from serving.drift.estimate import CONFIDENCE, Drift, estimate_drift, write_live_prior
+from serving.drift.logged_logits import LoggedLogits, moment_of, read_logits
+from serving.repository.manifest import Manifest
+from serving.repository.release import read_champion, read_release
+from serving.shared.errors import InputError, ServingError
+from serving.shared.terminal import Console, cell, counted, print
 
 PREDICTIONS = Path("artifacts/evaluation/predictions.parquet")
 TRIGGERS = "tailor.triggers"
@@ -252,3 +253,24 @@ def _show(found: Drift, facts: dict[str, Any], manifest: Manifest, top: int, wri
         lines.append(f"written: {written}; `tailor predict --prior live` uses it")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def drift_table(found: Drift, manifest: Manifest, top: int, title: str) -> Table:
+    """A table of the live class prior: the groups, then the `top` most shifted classes."""
+    table = Table(title=f"class prior of {cell(title)}")
+    table.add_column("classes", overflow="fold")
+    for name in ("training", "live", f"{found.confidence:.0%} interval", "times"):
+        table.add_column(name, justify="right")
+
+    def add(name: str, training: float, live: float, low: float, high: float) -> None:
+        times = f"{live / training:.2f}" if training > 1e-6 else ""
+        table.add_row(cell(name), f"{training:.3f}", f"{live:.3f}", f"{low:.3f} to {high:.3f}", times)
+
+    groups = [shot_group(count) for count in manifest.counts]
+    for group, share in found.groups.items():
+        members = [p for p, of in zip(found.training, groups, strict=True) if of == group]
+        add(f"{group} ({len(members)})", sum(members), share.value, share.low, share.high)
+    table.add_section()
+    for c in found.most_shifted(top):
+        add(manifest.classes[c], found.training[c], found.prior[c], found.low[c], found.high[c])
+    return table

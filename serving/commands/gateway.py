@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from serving.gateway import MIB, Gateway, read_gateway
-from serving.gateway_process import GatewayProcess, write_config
-from serving.terminal import print
+from serving.gateway.config import MIB, Gateway, read_gateway
+from serving.gateway.nginx_process import GatewayProcess, write_config
+from serving.shared.terminal import print
 
 DEFAULT = Gateway()
 

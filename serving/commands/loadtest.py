@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from serving.commands.options import (
     AsJson,
@@ -22,12 +24,11 @@ from serving.commands.options import (
     parse_headers,
     print_json,
 )
-from serving.connection import Connection
-from serving.display import load_table
-from serving.errors import ServingError
-from serving.load.plan import LoadPlan
-from serving.loadtest import run
-from serving.terminal import Console
+from serving.loadtest.plan import LoadPlan
+from serving.loadtest.run import run
+from serving.shared.errors import ServingError
+from serving.shared.terminal import Console, cell
+from serving.transport.connection import Connection
 
 
 def loadtest(
@@ -68,3 +69,19 @@ _OWN, _PLAN = ([*inspect.signature(one, eval_str=True).parameters.values()] for 
 loadtest.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*_OWN[:-1], *_PLAN[1:])]
 )
+
+
+def load_table(found: Mapping[str, Any], url: str) -> Table:
+    """A table of a load test: a row for each kind of request, by the version that answered, and one for all."""
+    table = Table(title=f"load on {cell(url)}: {'held' if found['passed'] else 'failed'}")
+    table.add_column("requests")
+    for name in ("number", "failed", "per second", "p50 ms", "p99 ms"):
+        table.add_column(name, justify="right")
+    for kind in [*found["kinds"], found["total"]]:
+        if kind is found["total"]:
+            table.add_section()
+        counts = (f"{kind['requests']}", f"{kind['failures']}", f"{kind['rps']:.1f}")
+        table.add_row(cell(kind["name"]), *counts, f"{kind['p50_ms']:.0f}", f"{kind['p99_ms']:.0f}")
+    if found["generator_saturated"]:
+        table.caption = "Locust used over 90% of a core and may be the limit; add --workers"
+    return table

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from serving.client import DEFAULT_URLS
-from serving.errors import InputError
-from serving.manifest import MANIFEST_NAME, STUDENT_NAME, ManifestError, read_manifest
-from serving.model_config import STUDENT
-from serving.terminal import print
+from serving.client.sync_client import DEFAULT_URLS
+from serving.repository.manifest import MANIFEST_NAME, STUDENT_NAME, ManifestError, read_manifest
+from serving.shared.errors import InputError
+from serving.shared.names import STUDENT
+from serving.shared.terminal import print
 
 REPOSITORY = Path("artifacts/repository")  # what `dvc repro` wrote
 RELEASES = Path("releases")  # what was promoted: retrain.repository of params.yaml as it is delivered

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from serving.client import Client
+from serving.client.sync_client import Client
 from serving.commands.options import CaFile, Debug, Headers, Timeout, Url, address, parse_headers
-from serving.errors import InputError
-from serving.ports import choose_ports
-from serving.terminal import print
+from serving.shared.errors import InputError
+from serving.shared.ports import choose_ports
+from serving.shared.terminal import print
 
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port of the page on 127.0.0.1; 0 takes any free one.")]
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import track
+from rich.table import Table
 
-from serving.answers import Prediction
-from serving.client import Client
+from serving.client.images import image_files
+from serving.client.predictions import CSV_COLUMNS, Prediction, Status, _best, as_mapping, as_rows
+from serving.client.sync_client import Client
 from serving.commands.options import (
     AsJson,
     CaFile,
@@ -26,10 +28,8 @@ from serving.commands.options import (
     parse_headers,
     print_json,
 )
-from serving.display import CSV_COLUMNS, as_mapping, as_rows, prediction_table, status_table
-from serving.errors import InputError, ServingError
-from serving.images import image_files
-from serving.terminal import Console, counted, print
+from serving.shared.errors import InputError, ServingError
+from serving.shared.terminal import Console, cell, counted, print
 
 BAR_FROM = 100  # images; fewer are done before one could read a bar
 
@@ -143,3 +143,35 @@ def _print_all(
     else:
         Console().print(prediction_table(pairs, top, prior))
     return sum(isinstance(answer, ServingError) for _, answer in pairs)
+
+
+def prediction_table(
+    pairs: Sequence[tuple[Path, Prediction | ServingError]], top: int | None, prior: str | None
+) -> Table:
+    """A table of every image's best `top` classes with their probabilities."""
+    found = {answer.version for _, answer in pairs if isinstance(answer, Prediction)}
+    versions = ", ".join(str(version) for version in sorted(found)) or "none"
+    table = Table(title=f"prior {cell(prior or 'as the server defaults to')}, version {versions}")
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right")
+    for image, answer in pairs:
+        if isinstance(answer, ServingError):
+            table.add_row(cell(str(image)), "not classified", "")
+        else:
+            for rank, (name, _, p) in enumerate(_best(answer, top)):
+                table.add_row("" if rank else cell(str(image)), cell(name), f"{p:.4f}")
+        table.add_section()
+    return table
+
+
+def status_table(found: Status) -> Table:
+    """A table of the models, their versions and whether they answer."""
+    table = Table(title=cell(f"{found.server} {found.server_version} at {found.url}"))
+    table.add_column("model")
+    table.add_column("versions")
+    table.add_column("state")
+    for model in found.models:
+        state = "not loaded" if not model.versions else "answers" if found.answers else "does not answer"
+        table.add_row(cell(model.name), ", ".join(map(str, model.versions)), state)
+    return table

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from serving.commands.options import REPOSITORY, AsJson, Debug, print_json
-from serving.errors import InputError
-from serving.model_config import STUDENT, Placement
-from serving.release import instances as count_instances
-from serving.repository import write_repository
-from serving.running import find_running
-from serving.terminal import print
-from serving.version_policy import version_folders
+from serving.repository.model_config import Placement
+from serving.repository.release import instances as count_instances
+from serving.repository.version_policy import version_folders
+from serving.repository.writer import write_repository
+from serving.server.running import find_running
+from serving.shared.errors import InputError
+from serving.shared.names import STUDENT
+from serving.shared.terminal import print
 
 EXPORT = Path("artifacts/export")
 

@@ -11,14 +11,14 @@ from typing import Annotated
 
 import typer
 
+from serving.commands.example import curl_example, json_example
 from serving.commands.options import Debug, RepositoryOption, choose_repository
-from serving.errors import InputError, ServingError
-from serving.example import curl_example, json_example
-from serving.logs import new_log_file, remove_log_files
-from serving.server import GRACE, TritonServer
-from serving.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
-from serving.supervisor import Patience, Supervisor
-from serving.terminal import print
+from serving.server.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
+from serving.server.supervisor import Patience, Supervisor
+from serving.server.triton_server import GRACE, TritonServer
+from serving.shared.errors import InputError, ServingError
+from serving.shared.logs import new_log_file, remove_log_files
+from serving.shared.terminal import print
 
 LOOPBACK = ("127.0.0.1", "localhost")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from serving.terminal import print
+from serving.shared.terminal import print
 
 
 def _tell(asked: bool) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from serving import promotion
-from serving.arguments import ADMIN_KEY_VARIABLE
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
-from serving.display import versions_table
-from serving.errors import ServingError
-from serving.promotion_check import PromotionCheck, check_promotion, promotion_table
-from serving.running import servers_at
-from serving.terminal import Console, print
+from serving.promotion import promotion
+from serving.promotion.check import PromotionCheck, check_promotion, promotion_table
+from serving.promotion.history import scores
+from serving.repository import release
+from serving.repository.release import VersionState
+from serving.server.running import servers_at
+from serving.shared.errors import ServingError
+from serving.shared.names import ADMIN_KEY_VARIABLE
+from serving.shared.terminal import Console, cell, print
 
 ServerUrl = Annotated[
     str | None,
@@ -90,7 +94,7 @@ def versions(
 ) -> None:
     """List the releases of a repository, with the state of each."""
     root = choose_repository(repository)
-    found = promotion.list_versions(root)
+    found = release.list_versions(root)
     if not as_json:
         Console().print(versions_table(found, str(root)))
         return
@@ -144,3 +148,16 @@ def _tell(done: promotion.Promotion, as_json: bool) -> None:
     print(f"version {done.version} answers instead of {done.previous}, {where}")
     if done.removed:
         print(f"removed old versions {', '.join(map(str, done.removed))}")
+
+
+def versions_table(found: Sequence[VersionState], repository: str) -> Table:
+    """A table of a repository's releases: state, age, and the test accuracy that their manifests report."""
+    table = Table(title=cell(f"releases in {repository}"))
+    for heading in ("version", "state", "published", "balanced accuracy", "few", "code"):
+        table.add_column(heading)
+    for state in reversed(found):
+        manifest = state.release.manifest
+        shown = scores(manifest)
+        published = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.published))
+        table.add_row(str(state.version), state.state, published, *shown, cell(manifest.code_revision[:12]))
+    return table

@@ -19,11 +19,10 @@ from typing import Any
 
 from models.preprocess import decode
 from models.prior import parse_number
-from serving.answers import Prediction
-from serving.client import Client
-from serving.display import CSV_COLUMNS, as_rows
-from serving.errors import InputError, ServingError
-from serving.priors import LIVE, Prior
+from serving.client.predictions import CSV_COLUMNS, Prediction, as_rows
+from serving.client.priors import LIVE, Prior
+from serving.client.sync_client import Client
+from serving.shared.errors import InputError, ServingError
 
 MAX_PRIOR_TEXT = 1024 * 1024
 SHOWN = 100  # most rows of a batch with a thumbnail

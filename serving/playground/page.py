@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.image_names import SUFFIXES
-from serving.client import Client
-from serving.errors import ServingError
+from serving.client.sync_client import Client
 from serving.playground.answers import SHOWN, as_html, batch_table, classify_batch, own_prior, side_by_side, thumbnail
-from serving.terminal import counted
+from serving.shared.errors import ServingError
+from serving.shared.terminal import counted
 
 if TYPE_CHECKING:
     import gradio

@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks import accuracy
 from pipeline.params import PARAMS_FILE, parse_params, read_yaml
-from tests.end_to_end.project import ROOT
+from tests.support.project import ROOT
 
 pytestmark = pytest.mark.end_to_end
 

@@ -16,10 +16,10 @@ import pipeline.split
 import pipeline.student
 import pipeline.teacher
 from benchmarks import made_imagenet
+from pipeline.data.published import PUBLISHED
 from pipeline.params import parse_params
-from pipeline.published import PUBLISHED
-from pipeline.recipe import apply_recipe
-from tests.end_to_end.project import ROOT
+from pipeline.params.recipe import apply_recipe
+from tests.support.project import ROOT
 
 PUBLISHED_SHAPE = PUBLISHED["imagenet_lt"]
 

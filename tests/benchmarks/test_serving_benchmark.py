@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.serving_load import Load, LoadError, http_request, run
-from tests.end_to_end.project import ROOT
+from tests.support.project import ROOT
 
 pytestmark = pytest.mark.end_to_end
 NUMBER, SPREAD = r"[\d,.]+", r"[\d.]+ to [\d.]+"

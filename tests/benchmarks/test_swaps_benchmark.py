@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 
 from benchmarks.swaps import UNLOADING, measure, report
-from tests.end_to_end.project import ROOT
 from tests.serving.conftest import write_export
+from tests.support.project import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.end_to_end]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.end_to_end.project import SHORT, Project
+from tests.support.project import SHORT, Project
 
 
 @pytest.fixture(scope="session")

@@ -26,17 +26,17 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from serving.drift import write_live_prior
-from serving.errors import ServingError
-from serving.gateway import Gateway
-from serving.gateway_process import find_nginx
-from serving.manifest import read_manifest
-from serving.repository import write_repository
-from tests.documented import PAGES, ROOT, blocks, check_command, commands, name_of, steps
-from tests.end_to_end.project import SHORT, OwnProject, Project
-from tests.end_to_end.reader import Reader
-from tests.end_to_end.retraining import Retraining
-from tests.serving.running_gateway import make_certificate
+from serving.drift.estimate import write_live_prior
+from serving.gateway.config import Gateway
+from serving.gateway.nginx_process import find_nginx
+from serving.repository.manifest import read_manifest
+from serving.repository.writer import write_repository
+from serving.shared.errors import ServingError
+from tests.support.documented import PAGES, ROOT, blocks, check_command, commands, name_of, steps
+from tests.support.project import SHORT, OwnProject, Project
+from tests.support.reader import Reader
+from tests.support.retraining import Retraining
+from tests.support.running_gateway import make_certificate
 
 pytestmark = pytest.mark.end_to_end
 
@@ -78,18 +78,18 @@ ELSEWHERE = {
     ("docs/paper.md", "dvc exp run"): "needs the CIFAR-100 archive; seeds: tests/pipeline/test_seeds.py",
     ("recipes/README.md", "dvc repro"): "needs the CIFAR-100 archive",
     ("docs/many-machines.md", "torchrun"): "two hosts of eight GPUs; two processes: test_torchrun.py",
-    ("docs/many-machines.md", "kubectl"): "a cluster; the manifests: tests/pipeline/test_training_manifests.py",
+    ("docs/many-machines.md", "kubectl"): "a cluster; the manifests: tests/pipeline/deploy/test_training_manifests.py",
     ("docs/many-machines.md", "RAY_ADDRESS"): "a Ray cluster",
     ("docs/many-machines.md", "TAILOR_LAUNCH"): "eight GPUs; DVC with two workers: test_many_machines.py",
-    ("docs/serving.md", "docker"): "a Docker engine; what the image starts: tests/serving/test_container.py",
+    ("docs/serving.md", "docker"): "a Docker engine; what the image starts: tests/serving/deploy/test_container.py",
     (
         "docs/serving.md",
         "tailor promote artifacts/export --repository releases --url grpc://127.0.0.1:8001",
-    ): "that container; the same swap: tests/serving/test_container.py",
+    ): "that container; the same swap: tests/serving/deploy/test_container.py",
     (
         "docs/observability.md",
         "tailor serve --trace-url",
-    ): "a collector; with one: tests/serving/test_server_options.py",
+    ): "a collector; with one: tests/serving/server/test_server_options.py",
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
     ("docs/serving-performance.md", "python3 -m venv"): "downloads other servers",
 }

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.end_to_end.project import SHORT
+from tests.support.project import SHORT
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("digits")]
 

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.sources.digits import DigitsSource
-from tests.end_to_end.project import Project
+from tests.support.project import Project
 
 pytestmark = pytest.mark.end_to_end
 

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.end_to_end.project import Project
+from tests.support.project import Project
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("killed"), pytest.mark.timeout(3000)]
 

@@ -17,12 +17,12 @@ import yaml
 
 import pipeline.prior
 import pipeline.split
-from pipeline import ray_train
 from pipeline.commands.app import main
-from pipeline.errors import ParamsError, StageError
+from pipeline.deploy import ray_train
 from pipeline.params import load_params
-from serving.ports import choose_ports
-from tests.end_to_end.project import Project
+from pipeline.shared.errors import ParamsError, StageError
+from serving.shared.ports import choose_ports
+from tests.support.project import Project
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("torchrun")]
 

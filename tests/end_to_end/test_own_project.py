@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.installed import PNG, QUICK, Installed, put_images
-from tests.end_to_end.project import ROOT, OwnProject, Project
+from tests.support.installed import PNG, QUICK, Installed, put_images
+from tests.support.project import ROOT, OwnProject, Project
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("own project")]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.repository import write_repository
+from serving.repository.writer import write_repository
 from serving.triton.logit_log import classes_sha256
-from tests.end_to_end.project import ROOT
 from tests.serving.conftest import CLASSES, write_export
-from tests.serving.logging_process import opened
+from tests.support.logging_process import opened
+from tests.support.project import ROOT
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("prefect away")]
 

@@ -18,19 +18,19 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.flows.prefect_server import PrefectServer
 from pipeline.flows.records import Outcome
 from pipeline.params import load_params
-from serving.client import Client
-from serving.manifest import sha256_of
-from serving.promotion import list_versions
-from serving.promotion_log import LOG_NAME
-from serving.server import TritonServer
-from serving.supervisor import Supervisor
-from tests.end_to_end.retraining import METRICS, Retraining
-from tests.end_to_end.retraining_run import WITHIN, Asking, Begun, commands_below, end_of_all
-from tests.end_to_end.shown import check_refusal, last_run
+from pipeline.scheduling.prefect_server import PrefectServer
+from serving.client.sync_client import Client
+from serving.repository.manifest import sha256_of
+from serving.repository.promotion_log import LOG_NAME
+from serving.repository.release import list_versions
+from serving.server.supervisor import Supervisor
+from serving.server.triton_server import TritonServer
 from tests.serving.conftest import CLASSES, picture
+from tests.support.retraining import METRICS, Retraining
+from tests.support.retraining_run import WITHIN, Asking, Begun, commands_below, end_of_all
+from tests.support.shown import check_refusal, last_run
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain"), pytest.mark.timeout(1800)]
 
@@ -62,9 +62,9 @@ def context(prefect, tmp_path_factory):
         made.set_forkserver_preload(
             [
                 "pipeline.flows.retraining",
-                "pipeline.flows.trigger",
+                "pipeline.scheduling.trigger",
                 "pipeline.commands",
-                "tests.end_to_end.retraining_run",
+                "tests.support.retraining_run",
             ]
         )
         yield made

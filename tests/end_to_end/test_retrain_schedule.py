@@ -13,8 +13,8 @@ from datetime import UTC, datetime, timedelta
 import psutil
 import pytest
 
-from pipeline.flows.prefect_server import PrefectServer
-from tests.end_to_end.retraining import ROOT, Retraining
+from pipeline.scheduling.prefect_server import PrefectServer
+from tests.support.retraining import ROOT, Retraining
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain_schedule"), pytest.mark.timeout(1800)]
 
@@ -103,7 +103,7 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
     schedule.await_line(f"{MISSED} runs were missed")
     schedule.await_line("Finished in state Promoted")
     # Whoever sees a reason asks it for a run, and is not kept waiting for the end.
-    asking = "from pipeline.flows.trigger import trigger_retrain; print(trigger_retrain('drift'))"
+    asking = "from pipeline.scheduling.trigger import trigger_retrain; print(trigger_retrain('drift'))"
     assert "the schedule was asked for a retraining" in project.run(sys.executable, "-c", asking).stdout
     schedule.await_line("Finished in state Unchanged")
     deadline = time.monotonic() + WITHIN
@@ -147,7 +147,7 @@ def test_the_work_pools_of_prefect_yaml_can_be_deployed_to(tmp_path):
 
 
 def test_the_environment_of_a_schedule_tells_nobody_anything(tmp_path, monkeypatch):
-    from pipeline.flows.prefect_server import settle_environment
+    from pipeline.scheduling.prefect_server import settle_environment
 
     for name in ("PREFECT_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK"):
         monkeypatch.delenv(name, raising=False)

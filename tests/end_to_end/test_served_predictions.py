@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from models.prior import adjust_logits, softmax
-from serving.client import Client
-from serving.dry_run import dry_run
-from serving.release import find_releases
-from serving.server import TritonServer
-from tests.end_to_end.project import ROOT, SHORT, Project
+from serving.client.sync_client import Client
+from serving.golden.dry_run import dry_run
+from serving.repository.release import find_releases
+from serving.server.triton_server import TritonServer
+from tests.support.project import ROOT, SHORT, Project
 
 pytestmark = pytest.mark.end_to_end
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.end_to_end.project import SHORT, Project
+from tests.support.project import SHORT, Project
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("torchrun")]
 

@@ -3,15 +3,11 @@
 import pytest
 import torch
 
-from models.losses import (
-    adjusted_cross_entropy,
-    distillation_loss,
-    gml_loss,
-    mixture_log_scores,
-    other_sample_mask,
-)
+from models.contrast.gml_reference import gml_loss, mixture_log_scores, other_sample_mask
+from models.contrast.queues import ClassQueues, queue_lengths
+from models.losses.adjusted_cross_entropy import adjusted_cross_entropy
+from models.losses.distillation import distillation_loss
 from models.prior import log_class_prior
-from models.queues import ClassQueues, queue_lengths
 
 EXACT = {"rel": 0, "abs": 1e-10}
 LOG_PRIOR = torch.tensor(log_class_prior([5, 3, 2]))
@@ -133,7 +129,7 @@ TEACHER_COSINES = torch.tensor([[0.9, 0.1, -0.2], [0.3, 0.2, 0.6]], dtype=torch.
 
 
 def test_g5_the_cosines_of_the_classifier():
-    from models.cosine_classifier import CosineClassifier
+    from models.networks.cosine_classifier import CosineClassifier
 
     classifier = CosineClassifier(2, 3).double()
     with torch.no_grad():

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from making import ROOT, params
 
 from pipeline import prior
-from pipeline.errors import DataError, ParamsError, StageError
-from pipeline.prior import load_prior
+from pipeline.data.class_prior import load_prior
+from pipeline.shared.errors import DataError, ParamsError, StageError
+from tests.support.making import ROOT, params
 
 
 @pytest.fixture

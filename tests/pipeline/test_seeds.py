@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from making import data_params, folder
 
 from pipeline import evaluate, prior, seeds, split, student, teacher
-from pipeline.errors import ParamsError
 from pipeline.params import Params
+from pipeline.shared.errors import ParamsError
+from tests.support.making import data_params, folder
 
 pytestmark = pytest.mark.end_to_end
 

@@ -11,12 +11,13 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from making import data_params, encode, folder, params, picture, png, table, write
 from PIL import Image
 
 from pipeline import split
-from pipeline.errors import DataError, ParamsError
+from pipeline.data import assignment
+from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import Row
+from tests.support.making import data_params, encode, folder, params, picture, png, table, write
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,7 +29,7 @@ def rows_of(counts, split_name="train", start=0):
 
 def assigned(rows, classes, **changes):
     settled = {"profile": "natural", "test_per_class": 2, "validation_per_class": 3, "validation_share": 0.2, **changes}
-    return split.assign(
+    return assignment.assign(
         rows, [str(c) for c in range(classes)], params({f"data.{k}": v for k, v in settled.items()}).data
     )
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from making import ROOT, content, folder, write
 
-from pipeline.errors import DataError, ParamsError, StageError
-from pipeline.stage import stage_main
-from serving.model_config import RepositoryError
+from pipeline.command_line import stage_main
+from pipeline.shared.errors import DataError, ParamsError, StageError
+from serving.shared.errors import RepositoryError
+from tests.support.making import ROOT, content, folder, write
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_100_megapixel_image_leaves_one_line_and_nothing_else(tmp_path):
 def test_a_stage_whose_dvc_exited_during_its_imports_ends_and_one_started_by_hand_continues(tmp_path, stage):
     code = """
 import os, sys, time
-from pipeline.stage import end_with_dvc
+from pipeline.command_line import end_with_dvc
 parent = os.getppid()
 print(os.getpid(), flush=True)
 while os.getppid() == parent:

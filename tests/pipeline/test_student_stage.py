@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import data_params, folder, params
 
 import pipeline.prior
 import pipeline.split
 import pipeline.student
 import pipeline.teacher
-import pipeline.training_run
-from models.classification_objective import TeacherObjective
-from pipeline.artifacts import STUDENT, TEACHER
-from pipeline.checkpoint import load_model
-from pipeline.errors import ParamsError
-from pipeline.training_run import model_config, stage_seed, train_network
+import pipeline.training.run
+from models.objectives.teacher import TeacherObjective
+from pipeline.model_io.checkpoint import load_model
+from pipeline.shared.artifacts import STUDENT, TEACHER
+from pipeline.shared.errors import ParamsError
+from pipeline.training.run import model_config, stage_seed, train_network
+from tests.support.making import data_params, folder, params
 
 pytestmark = pytest.mark.slow
 
@@ -75,9 +75,9 @@ def test_a_teacher_of_another_library_and_width_teaches_a_small_student(made):
     chosen = made(teacher={"teacher.backbone": "torchvision/resnet18"})
     pipeline.teacher.run(chosen)
     pipeline.student.run(chosen)
-    prior = pipeline.prior.load_prior()
+    prior = pipeline.data.class_prior.load_prior()
     config = model_config(chosen.student, chosen.image, len(prior.classes))
-    objective = pipeline.student.build_objective(chosen.student, chosen.image, config, prior, 0, TEACHER)
+    objective = pipeline.training.student_setup.build_objective(chosen.student, chosen.image, config, prior, 0, TEACHER)
     assert (objective.teacher.feature_dim, objective.model.feature_dim) == (512, 64)
     assert objective.queues.features.shape == (24, 512)
     assert last_record()["distillation"] > 0
@@ -91,7 +91,7 @@ def test_an_interrupted_run_resumes_under_the_same_prior_alone(made, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline.training_run, "write_file", stop)  # called once the first epoch is kept
+        patched.setattr(pipeline.training.run, "write_file", stop)  # called once the first epoch is kept
         pipeline.teacher.run(recipe)
     pipeline.prior.run(made(teacher={"prior.weighting": weighting, "prior.beta": 0.9}))
     pipeline.teacher.run(recipe)
@@ -113,7 +113,7 @@ def test_a_student_starts_with_weights_and_an_order_of_images_that_are_not_its_t
     # With the teacher's weights in the student's place only order and augmentation are left to differ.
     losses = []
     for stage, section in (("teacher", recipe.teacher), ("student", recipe.student)):
-        prior = pipeline.prior.load_prior()
+        prior = pipeline.data.class_prior.load_prior()
         objective = TeacherObjective(copy.deepcopy(taught), torch.tensor(prior.in_losses))
         config, output = model_config(section, recipe.image, len(prior.classes)), Path(f"{stage}-again")
         train_network(stage, objective, config, recipe, prior, torch.device("cpu"), output, [])

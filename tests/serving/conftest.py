@@ -24,10 +24,10 @@ from PIL import Image
 
 from models.preprocess import ROOM, preprocess
 from models.prior import log_class_prior, softmax
-from serving.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, sha256_of
-from serving.repository import write_repository
-from serving.server import TritonServer
-from tests.serving.container import Container, backends, running_container
+from serving.repository.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, sha256_of
+from serving.repository.writer import write_repository
+from serving.server.triton_server import TritonServer
+from tests.support.container import Container, backends, running_container
 
 CLASSES = ["ant", "bee", "cat: big", "dög", "emu"]
 COUNTS = [1000, 300, 90, 27, 8]

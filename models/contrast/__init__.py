@@ -1,0 +1,1 @@
+"""Losses that compare features, and their memories: GML, class-wise queues, the fused CUDA kernel."""

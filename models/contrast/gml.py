@@ -1,0 +1,143 @@
+"""L_GML and L_tau of one batch together, at a cost that does not depend on the number of classes.
+
+With bias_k = strength * log p(c) - log n_c for a key k of class c, the softmax over classes of Eq. 4 is one over keys:
+sum_c p(c)^strength * s_c = sum_k exp(similarity_k / tau + bias_k). So no class's score is needed but the query's own:
+
+    loss = -log sigmoid(own - rest),    own  = log s_y + strength * log p(y), over the run of keys of the query's class,
+                                        rest = log-sum-exp of similarity / tau + bias over all other keys.
+
+At equal temperature L_tau, which leaves the query's own sample out, has the same `rest`: only `own` differs. `own` and
+`rest` are summed apart and never subtracted, so nothing cancels; neither underflows to log 0 at any temperature.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.contrast.fused_kernel import FLOOR, FusedSplit
+from models.contrast.fused_kernel_check import kernels_are_right, kernels_may_run
+
+
+class KeyRuns(NamedTuple):
+    """Which class owns which keys: class c the rows starts[c] to starts[c] + lengths[c] - 1 (see ClassQueues).
+
+    row_class: [K] int64; starts, lengths: [C] int64; longest: the largest length, on the host, as shapes depend on it.
+    """
+
+    row_class: Tensor
+    starts: Tensor
+    lengths: Tensor
+    longest: int
+
+
+class ContrastLosses(NamedTuple):
+    """Scalars: L_GML, L_tau, and how many queries L_tau left out as their class has no key but their own sample's."""
+
+    gml: Tensor
+    tau: Tensor
+    queries_without_keys: Tensor
+
+
+def contrast_losses(
+    similarity: Tensor,
+    runs: KeyRuns,
+    target: Tensor,
+    log_prior: Tensor,
+    temperature: Tensor | float,
+    strength: float = 1.0,
+    *,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    fused: bool | Literal["auto"] = "auto",
+) -> ContrastLosses:
+    """L_GML (Eq. 4, Eq. 10 with `strength`) and L_tau, equal to models.contrast.gml_reference.gml_loss without and with its mask.
+
+    similarity: [B,K] cosines; target: [B] int64; log_prior: [C]; temperature: tau_g > 0, a number or a scalar tensor;
+    query_ids [B], key_ids [K]: sample ids, int64. A sample's keys are taken to lie in the run of its own class.
+
+    The gradient of L_GML goes to the similarity alone, that of L_tau to the temperature alone. L_tau leaves a query
+    out when no key of its class is of another sample; so does L_GML when the class has no key. Shapes are static and
+    nothing is read back to the host. fused: True for the CUDA kernels of models.contrast.fused_kernel, False for the plain version,
+    auto for the kernels where models.contrast.fused_kernel_check has seen them do the same, and no slower, at these shapes.
+    """
+    if not isinstance(temperature, Tensor):
+        temperature = similarity.new_full((), temperature)
+    own_rows, present = _own_keys(runs, target)
+    bias = (strength * log_prior - runs.lengths.clamp(min=1).to(log_prior.dtype).log())[runs.row_class]
+    bias = bias.to(similarity.dtype)
+    if fused == "auto":
+        fused = kernels_may_run(similarity) and kernels_are_right(similarity, runs.longest, SplitAtOwnClass)
+    split = FusedSplit if fused else SplitAtOwnClass
+    own, rest, rest_of_tau = split.apply(similarity, own_rows, bias, temperature)
+
+    others = present & (key_ids[own_rows] != query_ids[:, None])
+    own_prior = strength * log_prior[target]
+    gml, _ = _mean_loss(own / temperature.detach(), present, own_prior, rest)
+    tau, left_out = _mean_loss(own.detach() / temperature, others, own_prior, rest_of_tau)
+    return ContrastLosses(gml, tau, left_out)
+
+
+def queries_with_keys(runs: KeyRuns, target: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    """Over how many of these queries L_tau is a mean: those whose class has a key of another sample. A scalar, int64."""
+    own_rows, present = _own_keys(runs, target)
+    return (present & (key_ids[own_rows] != query_ids[:, None])).any(1).sum()
+
+
+def _own_keys(runs: KeyRuns, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each query's class [B,L], and which of them are: past its run's end a query looks at the last key again."""
+    length = runs.lengths[target][:, None]
+    step = torch.arange(runs.longest, device=target.device)
+    own_rows = runs.starts[target][:, None] + torch.minimum(step, (length - 1).clamp(min=0))
+    return own_rows.clamp(max=len(runs.row_class) - 1), step < length
+
+
+def _mean_loss(exponent: Tensor, kept: Tensor, own_prior: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch mean of -log sigmoid(own - rest) over the queries with a key kept; how many have none, same dtype.
+
+    exponent: [B,L], similarity / tau of the own class's keys; kept: [B,L] bool; own_prior, rest: [B].
+    """
+    keys = kept.sum(1)
+    empty = keys == 0
+    # A row without a key would be -inf throughout, its gradient NaN: it keeps all and gets the weight 0.
+    exponent = exponent.masked_fill(~(kept | empty[:, None]), -torch.inf)
+    own = exponent.logsumexp(1) - keys.clamp(min=1).to(exponent.dtype).log() + own_prior
+    weight = (~empty).to(exponent.dtype)
+    losses = -F.logsigmoid(own - rest)
+    return (losses * weight).sum() / weight.sum().clamp(min=1.0), empty.sum().to(exponent.dtype)
+
+
+class SplitAtOwnClass(torch.autograd.Function):
+    """similarity [B,K] → its values at own_rows [B,L], and `rest` [B] twice: for L_GML and for L_tau.
+
+    The first `rest` sends its gradient to the similarity, the second to the temperature, and neither elsewhere. Of
+    [B,K] only the posterior of the other classes' keys is kept for the backward pass, which is its multiple by row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, similarity: Tensor, own_rows: Tensor, bias: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        exponent = (similarity / temperature).add_(bias).scatter_(1, own_rows, FLOOR)
+        # softmax is one pass over memory and logsumexp three; the likeliest key gives the normaliser away.
+        posterior = torch.softmax(exponent, 1)
+        rest = exponent.amax(1) - posterior.amax(1).log()
+        mean = torch.mul(posterior, similarity, out=exponent).sum(1) if ctx.needs_input_grad[3] else rest
+        ctx.save_for_backward(posterior, own_rows, mean, temperature)
+        return similarity.gather(1, own_rows), rest, rest.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_own: Tensor, to_rest: Tensor, to_rest_of_tau: Tensor) -> tuple[Tensor | None, ...]:
+        posterior, own_rows, mean, temperature = ctx.saved_tensors
+        to_similarity = to_temperature = None
+        if ctx.needs_input_grad[0]:
+            to_similarity = posterior * (to_rest / temperature)[:, None]
+            to_similarity.scatter_add_(1, own_rows, to_own)
+        if ctx.needs_input_grad[3]:
+            to_temperature = -(to_rest_of_tau * mean).sum() / temperature**2
+        return to_similarity, None, None, to_temperature

@@ -1,0 +1,1 @@
+"""Backbones, CIFAR ResNets, classifier and projection heads, EMA, autocast, activation checkpointing."""

@@ -1,0 +1,140 @@
+"""Backbones by name: the CIFAR ResNets, any torchvision classifier, any timm model; each gives features, not classes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.networks.resnet_cifar import BLOCKS_PER_STAGE, CifarResNet
+
+OWN = "backbone.network."  # what names of a backbone's weights begin with in a model.safetensors of ours
+
+
+class UnknownBackboneError(ValueError):
+    """A backbone name that no library knows; the message offers the nearest one."""
+
+
+class Backbone(nn.Module):
+    """A network from images [B,3,H,W] to features [B,feature_dim].
+
+    head: the name that its library gives to the classifier that was taken off; "" where there was none.
+    """
+
+    def __init__(self, network: nn.Module, feature_dim: int, head: str = "") -> None:
+        super().__init__()
+        self.network = network
+        self.feature_dim = feature_dim
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] → features [B,feature_dim]."""
+        features: Tensor = self.network(images)
+        return features
+
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put pretrained weights in: a state of the same network from its library, or of a classifier of ours.
+
+        The classifier that was taken off is left out. Raises ValueError naming the first weight that is missing, of
+        another shape or unknown; nothing is changed then.
+        """
+        if any(name.startswith(OWN) for name in weights):
+            weights = {name.removeprefix(OWN): value for name, value in weights.items() if name.startswith(OWN)}
+        elif self.head:
+            weights = {name: value for name, value in weights.items() if not name.startswith(f"{self.head}.")}
+        wanted = self.network.state_dict()
+        for name, value in wanted.items():
+            if name not in weights:
+                raise ValueError(f"has no {name}, which this network needs")
+            if weights[name].shape != value.shape:
+                raise ValueError(f"has {name} of shape {list(weights[name].shape)}; expected {list(value.shape)}")
+        for name in weights:
+            if name not in wanted:
+                raise ValueError(f"has {name}, which this network does not know")
+        self.network.load_state_dict(weights)
+
+
+def build_backbone(name: str, image_size: int | None = None) -> Backbone:
+    """A freshly initialised backbone; its feature width is read off its last layer, nothing is run.
+
+    name: `resnet20|32|44|56|110` (CIFAR), `torchvision/<model>` or `timm/<model>` (a colon does as well as the slash).
+    image_size: pixels of the side of its input, for networks that are made for one size; None for their library's own.
+    Raises UnknownBackboneError with the nearest valid name.
+    """
+    check_backbone(name)
+    library, model = _library_and_model(name)
+    if library == "torchvision":
+        return _torchvision_backbone(model, image_size)
+    if library == "timm":
+        return _timm_backbone(model, image_size)
+    return Backbone(CifarResNet(BLOCKS_PER_STAGE[model]), CifarResNet.feature_dim)
+
+
+def check_backbone(name: str) -> None:
+    """Raise UnknownBackboneError unless `build_backbone` knows the name; nothing is built."""
+    library, _ = _library_and_model(name)
+    if library == "torchvision":
+        import torchvision
+
+        models = torchvision.models.list_models(module=torchvision.models)
+        # SqueezeNet's last layer is a convolution: there is no feature that a linear classifier looks at.
+        known = [model for model in models if not model.startswith("squeezenet")]
+        kind = "a torchvision classification model"
+    elif library == "timm":
+        try:
+            import timm
+        except ModuleNotFoundError:
+            raise UnknownBackboneError(
+                f"backbone {name!r} needs timm, which is not installed; pip install timm"
+            ) from None
+        known, kind = timm.list_models(), "a timm model"
+    else:
+        known, kind = list(BLOCKS_PER_STAGE), "a CIFAR ResNet, torchvision/<model> or timm/<model>"
+    valid = [f"{library}/{entry}" for entry in known] if library else known
+    if _canonical(name) not in valid:
+        nearest = difflib.get_close_matches(_canonical(name), valid, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UnknownBackboneError(f"backbone {name!r} is unknown; expected {kind}{hint}")
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"^(torchvision|timm):", r"\1/", name)
+
+
+def _library_and_model(name: str) -> tuple[str, str]:
+    library, _, model = _canonical(name).partition("/")
+    return (library, model) if library in ("torchvision", "timm") else ("", name)
+
+
+def _torchvision_backbone(model: str, image_size: int | None) -> Backbone:
+    import torchvision
+
+    options: dict[str, Any] = {}
+    if model in ("googlenet", "inception_v3"):
+        # Their second and third classifiers, in the middle, are for training from scratch with their own loss.
+        options = {"aux_logits": False, "init_weights": True}
+    elif image_size and model.startswith("vit_"):
+        options = {"image_size": image_size}
+    elif image_size and model.startswith("maxvit_"):
+        options = {"input_size": (image_size, image_size)}
+    network = torchvision.models.get_model(model, weights=None, **options)
+    # Every torchvision classifier ends in one linear layer; without it the network yields the pooled feature.
+    path, head = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent, _, attribute = path.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, nn.Identity())
+    return Backbone(network, head.in_features, path)
+
+
+def _timm_backbone(model: str, image_size: int | None) -> Backbone:
+    import timm
+
+    config = timm.models.get_pretrained_cfg(model)
+    sized = image_size and config is not None and config.fixed_input_size
+    options: Any = {"img_size": image_size} if sized else {}
+    network: Any = timm.create_model(model, pretrained=False, num_classes=0, **options)
+    width = getattr(network, "head_hidden_size", None) or network.num_features
+    head = config.classifier if config is not None and isinstance(config.classifier, str) else ""
+    return Backbone(network, width, head)

@@ -1,0 +1,46 @@
+"""The cosine classifier, and the network that teacher and student both are: a backbone with that classifier on top."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.networks.autocast import full_precision, without_autocast
+from models.networks.backbones import build_backbone
+
+
+class CosineClassifier(nn.Module):
+    """Cosine of a feature with each class weight: the cos(·,·) of Eq. 6, before the division by tau_s.
+
+    weight: [C,D], no bias; uniform(-1, 1) rescaled to unit rows at the start, normalised again at every forward.
+    """
+
+    def __init__(self, feature_dim: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.empty(classes, feature_dim).uniform_(-1, 1), dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B,D] → cosines [B,C], in [-1, 1]; float32 also where autocast is on around it."""
+        with without_autocast(features):
+            return F.linear(F.normalize(full_precision(features), dim=1), F.normalize(self.weight, dim=1))
+
+
+class ImageClassifier(nn.Module):
+    """Backbone and cosine classifier. `tau_s` belongs to the model, so that a checkpoint says how to scale its cosines.
+
+    image_size: see build_backbone.
+    """
+
+    def __init__(self, backbone: str, classes: int, tau_s: float, image_size: int | None = None) -> None:
+        super().__init__()
+        self.backbone = build_backbone(backbone, image_size)
+        self.feature_dim: int = self.backbone.feature_dim
+        self.classes = classes
+        self.tau_s = tau_s
+        self.classifier = CosineClassifier(self.feature_dim, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images [B,3,H,W] → (features [B,D], logits [B,C] = cosine / tau_s, without any prior)."""
+        features = full_precision(self.backbone(images))
+        return features, self.classifier(features) / self.tau_s

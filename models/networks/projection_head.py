@@ -1,0 +1,27 @@
+"""The projection head of Eq. 7: from a feature to the unit sphere on which query and contrast features meet."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.networks.autocast import full_precision
+
+
+class ProjectionHead(nn.Module):
+    """Linear, BatchNorm, ReLU, Linear, L2 normalisation. Query and key each have one; gradient flows through both."""
+
+    def __init__(self, feature_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(feature_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, out_dim),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [N,D] → unit vectors [N,out_dim]. Under autocast the two products alone are in the lower precision."""
+        first, norm, activation, last = self.layers
+        hidden = activation(norm(full_precision(first(features))))
+        return F.normalize(full_precision(last(hidden)), dim=1)

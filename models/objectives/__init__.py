@@ -1,0 +1,1 @@
+"""What one optimiser step minimises: the teacher's and the student's objective."""

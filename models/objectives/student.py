@@ -1,0 +1,272 @@
+"""What a step of the student minimises: all terms of Sec. 3.3, as an objective (models/objectives/teacher.py)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from models.contrast.gml import ContrastLosses, KeyRuns, contrast_losses, queries_with_keys
+from models.contrast.queues import ClassQueues
+from models.distributed import gather_batch, rank_count, sum_over_ranks
+from models.losses.distillation import distillation_loss
+from models.networks.autocast import without_autocast
+from models.networks.cosine_classifier import ImageClassifier
+from models.networks.projection_head import ProjectionHead
+from models.objectives.accumulation import WholeBatch, share_of_batch
+from models.objectives.teacher import Mixed, classification_loss
+from models.prior import adjust_logits
+
+ContrastEncoder = Literal["teacher", "momentum"]
+
+
+@dataclass(frozen=True)
+class StudentWeights:
+    """Weights of the student's terms, as the official code has them: gamma of L_cls, beta of L_GML + L_tau, alpha of L_KD.
+
+    A term of weight 0 is left out of the step with all that only it needs. prior_strength is α of Eq. 10, adjustment the
+    strength in L_cls (1 in Eq. 6). Raises ValueError when gamma and alpha are both 0: no term would train the classifier.
+    """
+
+    gamma: float
+    beta: float
+    alpha: float
+    distillation_temperature: float
+    prior_strength: float
+    adjustment: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.gamma or self.alpha):
+            raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
+
+    def need_teacher(self, contrast_encoder: ContrastEncoder) -> bool:
+        """Whether a step runs the teacher: for L_KD, or for the contrast features of L_GML."""
+        return self.alpha > 0 or (self.beta > 0 and contrast_encoder == "teacher")
+
+
+class StudentObjective(nn.Module):
+    """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views: classifier, query, key. Without beta on one.
+
+    The contrast encoder fills the class-wise queues with its feature of the key view *before* the loss, so a query always
+    meets its own image's key; the key head embeds the whole queue again at every step. L_tau is L_GML with the
+    similarities detached and the query's own image left out: its only gradient is to log tau_g (from the official code).
+
+    contrast_encoder `teacher`: the frozen teacher; the key head learns through the keys (Sec. 3.3). `momentum`: "GML
+    without teacher" of Table 5, a copy of the student's backbone that follows it by `encoder_momentum` after every step
+    (He et al. 2020). Its key head follows the query head likewise and gets no gradient, as in the official code; the
+    batch stays in one order, where that code files a feature under another image's label. The encoder's batch norm takes
+    the statistics of the key view, in that code those of classifier and key view together: weights that lag a thousand
+    steps behind have no running ones that fit.
+    """
+
+    fused_contrast: bool | Literal["auto"] = "auto"  # see contrast_losses
+    views: int
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        teacher: ImageClassifier | None,
+        log_prior: Tensor,
+        counts: Sequence[int],
+        weights: StudentWeights,
+        *,
+        tau_g: float,
+        train_tau_g: bool,
+        queue_total: int,
+        queue_minimum: int,
+        projection_dim: int,
+        contrast_encoder: ContrastEncoder = "teacher",
+        encoder_momentum: float = 0.999,
+        teacher_adjustment: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """A teacher that no term needs is dropped. Raises ValueError when one is needed and not given.
+
+        teacher_adjustment: the strength in the teacher's L_cls; None: the student's. Where the two differ, L_KD moves the
+        teacher's logits by the difference, so that it and L_cls have the same minimum.
+        """
+        super().__init__()
+        self.model = model
+        self.weights = weights
+        self.teacher_excess = 0.0 if teacher_adjustment is None else teacher_adjustment - weights.adjustment
+        self.views = 3 if weights.beta else 1
+        self.register_buffer("log_prior", log_prior)
+        self.teacher: ImageClassifier | None = None
+        if weights.need_teacher(contrast_encoder):
+            if teacher is None:
+                raise ValueError("teacher is None, but L_KD (alpha > 0) or contrast_encoder `teacher` needs one")
+            self.teacher = teacher.requires_grad_(False).eval()
+        self.momentum_encoder: nn.Module | None = None
+        if not weights.beta:
+            return
+        self.query_head = ProjectionHead(model.feature_dim, model.feature_dim, projection_dim)
+        # The key head starts as a copy of the query head; with a teacher of another width the copy is impossible.
+        stored = model if contrast_encoder == "momentum" or teacher is None else teacher
+        width = stored.feature_dim
+        if width == model.feature_dim:
+            self.key_head = copy.deepcopy(self.query_head)
+        else:
+            self.key_head = ProjectionHead(width, width, projection_dim)
+        if contrast_encoder == "momentum":
+            self.momentum_encoder = copy.deepcopy(model.backbone).requires_grad_(False)
+            self.key_head.requires_grad_(False)
+            self._follow = get_ema_multi_avg_fn(encoder_momentum)
+        self.log_tau_g = nn.Parameter(torch.tensor(tau_g).log(), requires_grad=train_tau_g)
+        self.queues = ClassQueues(counts, queue_total, queue_minimum, width, generator)
+
+    def train(self, mode: bool = True) -> StudentObjective:
+        """Training mode for everything but the frozen teacher, whose batch norm keeps its running statistics."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def batch_modules(self) -> list[nn.Module]:
+        """Modules that see a share of the batch where ranks share it, so that their batch norm needs the others' shares.
+
+        The key head is not among them: every rank gives it the whole queue.
+        """
+        if not self.weights.beta:
+            return [self.model]
+        return [self.model, self.query_head, *([] if self.momentum_encoder is None else [self.momentum_encoder])]
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters without weight decay: log tau_g alone (as in the official code)."""
+        return [self.log_tau_g] if self.weights.beta else []
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Let the momentum encoder and its key head follow the student. Nothing is read back to the host."""
+        if self.momentum_encoder is not None:
+            followers = [*self.momentum_encoder.parameters(), *self.key_head.parameters()]
+            followed = [*self.model.backbone.parameters(), *self.query_head.parameters()]
+            self._follow(followers, followed, None)
+
+    def observations(self) -> dict[str, float]:
+        """Worth a look after an epoch: the share of the queues that holds features of training images."""
+        if not self.weights.beta:
+            return {}
+        return {"queue_fill": (self.queues.sample_ids >= 0).double().mean().item()}
+
+    def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> WholeBatch | None:
+        """Store the contrast features of a batch whose views [V,b,3,H,W] come in parts, and embed the queue for all of them.
+
+        views, target and sample_ids are those of this rank's share of the batch. None without beta.
+        """
+        if not self.weights.beta:
+            return None
+        features = torch.cat([self._contrast_features(part[2]) for part in views])
+        self._enqueue(features, target, sample_ids)
+        with_keys = queries_with_keys(self._runs(), target, sample_ids, self.queues.sample_ids)
+        batch = len(target) * rank_count()
+        return WholeBatch.of(self.key_head(self.queues.features), batch, sum_over_ranks(with_keys))
+
+    def forward(
+        self,
+        views: Tensor,
+        target: Tensor,
+        sample_ids: Tensor,
+        mixed: Mixed | None = None,
+        whole: WholeBatch | None = None,
+    ) -> dict[str, Tensor]:
+        """views [V,B,3,H,W] (classifier, query, key, or classifier alone), target [B], sample_ids [B] → named scalars.
+
+        `loss` comes first; a term has a part of its own as long as its weight is not 0. whole: see `whole_batch`.
+        """
+        batch, weights = target.shape[0], self.weights
+        # One forward over both halves: they share a batch-norm batch of 2B.
+        features, logits = self.model(torch.cat([views[0], views[1]]) if weights.beta else views[0])
+        logits = logits[:batch]
+        contrast_features, teacher_logits = self._encode(views, whole is None)
+        parts, terms = {}, []
+        if weights.gamma:
+            parts["classification"] = classification_loss(logits, target, self.log_prior, weights.adjustment, mixed)
+            terms.append(weights.gamma * parts["classification"])
+        if weights.beta:
+            if contrast_features is not None:
+                self._enqueue(contrast_features, target, sample_ids)
+            contrast = self._contrast(features[batch:], target, sample_ids, whole)
+            parts["gml"] = contrast.gml
+            terms.append(weights.beta * contrast.gml)
+            if self.log_tau_g.requires_grad:
+                parts["tau"] = contrast.tau
+                terms.append(weights.beta * contrast.tau)
+                parts["queries_without_keys"] = contrast.queries_without_keys
+        if teacher_logits is not None:
+            if self.teacher_excess:
+                teacher_logits = adjust_logits(teacher_logits, self.log_prior, self.teacher_excess)
+            parts["distillation"] = distillation_loss(logits, teacher_logits, weights.distillation_temperature)
+            terms.append(weights.alpha * parts["distillation"])
+        if weights.beta:
+            parts["tau_g"] = self.log_tau_g.exp()
+        return {"loss": sum(terms[1:], terms[0]), **{name: part.detach() for name, part in parts.items()}}
+
+    def _enqueue(self, features: Tensor, target: Tensor, sample_ids: Tensor) -> None:
+        # Every rank stores the whole batch, in rank order, so that the queues stay equal without being sent.
+        self.queues.enqueue(*map(gather_batch, (features, target, sample_ids)))
+
+    @torch.no_grad()
+    def _contrast_features(self, key_view: Tensor) -> Tensor:
+        """[B,3,H,W] → [B,D] of the contrast encoder."""
+        if self.momentum_encoder is not None:
+            features: Tensor = self.momentum_encoder(key_view)
+        elif self.teacher is not None:
+            features, _ = self.teacher(key_view)
+        else:
+            raise RuntimeError("no contrast encoder; beta is 0")
+        return features
+
+    @torch.no_grad()
+    def _encode(self, views: Tensor, stores: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Contrast features [B,D] of the key view if this pass stores them, teacher's logits [B,C] of the classifier view.
+
+        None for what no term asks. What the teacher is asked goes through it in one batch.
+        """
+        batch, stores = views.shape[1], stores and self.weights.beta > 0
+        features = logits = None
+        if stores and self.momentum_encoder is not None:
+            features = self._contrast_features(views[2])
+        seen = [views[0]] if self.weights.alpha else []
+        if stores and self.momentum_encoder is None:
+            seen.append(views[2])
+        if seen and self.teacher is not None:
+            encoded, classified = self.teacher(torch.cat(seen))
+            features = features if self.momentum_encoder is not None or not stores else encoded[-batch:]
+            logits = classified[:batch] if self.weights.alpha else None
+        return features, logits
+
+    def _runs(self) -> KeyRuns:
+        queues = self.queues
+        return KeyRuns(queues.row_class, queues.starts, queues.lengths, queues.longest)
+
+    def _contrast(
+        self, query_features: Tensor, target: Tensor, sample_ids: Tensor, whole: WholeBatch | None
+    ) -> ContrastLosses:
+        query = self.query_head(query_features)
+        keys = self.key_head(self.queues.features) if whole is None else whole.keys
+        with without_autocast(query):
+            similarity = query @ keys.T
+        found = contrast_losses(
+            similarity,
+            self._runs(),
+            target,
+            self.log_prior,
+            self.log_tau_g.exp(),
+            self.weights.prior_strength,
+            query_ids=sample_ids,
+            key_ids=self.queues.sample_ids,
+            fused=self.fused_contrast,
+        )
+        queries, ranks = len(target), rank_count()
+        if whole is not None:
+            return share_of_batch(found, queries, whole.batch, whole.with_keys)
+        if ranks == 1:
+            return found
+        with_keys = sum_over_ranks(queries - found.queries_without_keys)
+        return share_of_batch(found, queries, queries * ranks, with_keys)

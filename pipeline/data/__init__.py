@@ -1,0 +1,1 @@
+"""Rows and pixels: split tables, class prior, data set, stream, duplicates."""

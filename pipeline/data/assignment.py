@@ -1,0 +1,101 @@
+"""Which row of a source is in which split: held-out test, long-tail profile, held-out validation."""
+
+from __future__ import annotations
+
+from pipeline.data.profiles import choose
+from pipeline.data.profiles import class_members
+from pipeline.data.profiles import class_sizes
+from pipeline.data.profiles import test_size
+from pipeline.data.profiles import validation_size
+from pipeline.data.published import check_published_choice
+from pipeline.params import DataParams
+from pipeline.shared.errors import DataError
+from pipeline.shared.errors import ParamsError
+from pipeline.sources import Row
+from pipeline.sources import Source
+from serving.shared.terminal import counted
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+
+
+def without(source: Source, skipped: list[Row]) -> list[Row]:
+    """The source's rows less some. Raises DataError when a class has no training image left."""
+    out = {row.reference for row in skipped}
+    rows = [row for row in source.rows if row.reference not in out]
+    left = {row.label for row in rows if row.split == "train"}
+    empty = [name for label, name in enumerate(source.classes) if label not in left]
+    if empty:
+        raise DataError(
+            f"class {empty[0]!r} has no usable training image (such classes: {len(empty)}; "
+            f"{counted(len(skipped), 'image')} left "
+            "out by data.on_bad_image: skip); `tailor data check` lists the images"
+        )
+    return rows
+
+
+def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
+    """Rows of each split, from the source's hints and params.data. Rows that the profile drops are in no split.
+
+    Test is held out first (unless the source brings one): `profiles.test_size` images of each class. Then each class is cut
+    to max_per_class images. Then the profile picks what training keeps. Then validation is held out (unless the source
+    brings one): validation_per_class images, from those that the profile dropped and, where they do not suffice, at most
+    validation_share of what the class keeps. What the profile picks from a data set of known origin is held against the
+    published choice.
+    """
+    hinted = {split: [row for row in rows if row.split == split] for split in SPLITS}
+    pool, test = hinted["train"], hinted["test"]
+    generator = np.random.default_rng(params.seed)
+    if not test:
+        pool, test = _hold_out_test(pool, classes, params, generator)
+    if params.max_per_class:
+        labels = np.array([row.label for row in pool])
+        chosen = choose(labels, [params.max_per_class] * len(classes), params.seed)
+        pool = [pool[i] for i in np.sort(np.concatenate(chosen))]
+    labels = np.array([row.label for row in pool])
+    available = np.bincount(labels, minlength=len(classes)).tolist()
+    try:
+        sizes = class_sizes(params.profile, available, params.imbalance_factor)
+    except ValueError as error:
+        raise ParamsError(f"data.{error}") from None
+    kept = choose(labels, sizes, params.seed)
+    check_published_choice(origin, params, labels, kept)
+    validation = hinted["validation"]
+    if not validation:
+        members = class_members(labels, len(classes))
+        dropped = [np.setdiff1d(found, chosen) for found, chosen in zip(members, kept, strict=True)]
+        kept, held = _hold_out_validation(kept, dropped, params, generator)
+        validation = [pool[i] for i in held]
+    train = [pool[i] for chosen in kept for i in chosen]
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _hold_out_test(
+    pool: list[Row], classes: list[str], params: DataParams, generator: np.random.Generator
+) -> tuple[list[Row], list[Row]]:
+    labels = np.array([row.label for row in pool])
+    held: list[int] = []
+    for name, members in zip(classes, class_members(labels, len(classes)), strict=True):
+        size = test_size(len(members), params.test_per_class, params.test_share)
+        if not size or len(members) <= size:
+            raise DataError(
+                f"class {name!r} has {counted(len(members), 'image')}, too few to hold out data.test_per_class "
+                f"= {size or 1} and train; "
+                f"{'lower it, ' if size > 1 else ''}add images, or give the source a test split"
+            )
+        held.extend(sorted(generator.permutation(members)[:size].tolist()))
+    out = set(held)
+    return [row for i, row in enumerate(pool) if i not in out], [pool[i] for i in held]
+
+
+def _hold_out_validation(
+    kept: list[np.ndarray], dropped: list[np.ndarray], params: DataParams, generator: np.random.Generator
+) -> tuple[list[np.ndarray], list[int]]:
+    remaining, held = [], []
+    for chosen, spare in zip(kept, dropped, strict=True):
+        free = generator.permutation(spare)[: params.validation_per_class]
+        wanted = validation_size(len(chosen), len(spare), params.validation_per_class, params.validation_share)
+        taken = generator.permutation(chosen)[:wanted] if wanted > 0 else chosen[:0]
+        remaining.append(chosen[~np.isin(chosen, taken)])
+        held.extend(sorted([*free.tolist(), *taken.tolist()]))
+    return remaining, held

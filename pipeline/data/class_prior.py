@@ -1,0 +1,83 @@
+"""The class prior of the training split: counts, probabilities, shot groups; read back from prior.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from models.prior import GROUPS
+from models.prior import balanced_shift
+from pathlib import Path
+from pipeline.data.split_tables import read_batches
+from pipeline.shared.artifacts import PRIOR
+from pipeline.shared.errors import DataError
+from pipeline.shared.errors import ParamsError
+from pipeline.shared.errors import StageError
+from serving.shared.terminal import counted
+import json
+import numpy as np
+
+BATCH_ROWS = 1 << 20  # 8 MB of labels at a time
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Content of prior.json, one entry per class: name, training samples, p, log_prior, shot group.
+
+    log_prior is log p, what is added to balanced logits to answer for the training prior. loss_log_prior is what the
+    losses add in its place where params weight the classes by their effective number; None: log_prior.
+    """
+
+    classes: list[str]
+    counts: list[int]
+    p: list[float]
+    log_prior: list[float]
+    groups: list[str]
+    loss_log_prior: list[float] | None = None
+
+    @property
+    def in_losses(self) -> list[float]:
+        """The log prior that the losses add to the logits, [C]."""
+        return self.log_prior if self.loss_log_prior is None else self.loss_log_prior
+
+    def balanced_shift(self, adjustment: float) -> np.ndarray:
+        """What to add to the logits of a network trained with `adjustment` in L_cls, so that they answer `balanced`: [C]."""
+        shift: np.ndarray = balanced_shift(np.array(self.log_prior), np.array(self.in_losses), adjustment)
+        return shift
+
+    def __str__(self) -> str:
+        sizes = {group: self.groups.count(group) for group in GROUPS}
+        groups = ", ".join(f"{number} {group}" for group, number in sizes.items())
+        return (
+            f"{counted(len(self.classes), 'class')} of {max(self.counts):,} to {min(self.counts):,} samples "
+            f"({groups}) → {PRIOR}"
+        )
+
+
+def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
+    """Rows of each class in a Parquet file: int64 [classes], in one pass and memory that the rows do not add to.
+
+    Raises ParamsError when there is no such file, StageError when it is damaged, DataError for a label that is null or
+    not in 0..classes-1.
+    """
+    counts = np.zeros(classes, dtype=np.int64)
+    for labels in read_batches(path, column, BATCH_ROWS):
+        if labels.null_count:
+            raise DataError(f"{path}: column {column!r} has {counted(labels.null_count, 'row')} without a label")
+        values = labels.to_numpy()
+        try:
+            found = np.bincount(values, minlength=classes)
+        except ValueError:  # numpy refuses negative numbers
+            raise DataError(f"{path}: has label {values.min()}; expected 0 to {classes - 1}") from None
+        if len(found) > classes:
+            raise DataError(f"{path}: has label {len(found) - 1}; expected 0 to {classes - 1}")
+        counts += found
+    return counts
+
+
+def load_prior(path: Path = PRIOR) -> Prior:
+    """Read prior.json. Raises ParamsError when the stage has not run, StageError when the file is damaged."""
+    try:
+        return Prior(**json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ParamsError(f"{path}: {error.strerror}; run `dvc repro prior` first") from None
+    except (ValueError, TypeError) as error:
+        raise StageError(f"{path}: damaged ({error}); run `dvc repro -f prior`") from None

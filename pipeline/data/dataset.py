@@ -1,0 +1,200 @@
+"""The images of a split for training and evaluation: one uint8 tensor in memory or, if that is too large, a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.preprocess import ImageError, decode, preprocess, resize
+from models.distributed import mean_over_ranks
+from pipeline.shared.artifacts import SPLIT
+from pipeline.augment import Draws, cuts_originals
+from pipeline.shared.errors import DataError
+from pipeline.shared.host_memory import free_bytes
+from pipeline.params import AugmentParams, DataParams, ImageParams, Params, StreamParams
+from pipeline.sources import Source, in_parts, open_source, reading_order
+from pipeline.data.split_tables import count_rows, read_split
+from pipeline.data.stream import ImageStream
+
+SHARE = 0.5  # of free memory that a decoded split may take before it is streamed
+
+
+@dataclass(frozen=True)
+class Images:
+    """images uint8 [N,3,H,W]; labels int64 [N]; sample_ids: N texts; references: N texts that find the bytes again."""
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: list[str]
+    references: list[str]
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def encoded(self, index: int) -> bytes:
+        """The original bytes of one image."""
+        return self.source.read(self.references[index])
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The indices of an epoch in random order, int64 [N], from a CPU generator."""
+        return torch.randperm(len(self), generator=generator)
+
+    def pixels(self, chosen: Tensor) -> Tensor:
+        """uint8 [B,3,H,W] of the images at indices `chosen` int64 [B]."""
+        return self.images[chosen]
+
+    def batches(self, chosen: Tensor, size: int) -> Iterator[Tensor]:
+        """`pixels` of the indices `chosen` in order, `size` at a time."""
+        return map(self.pixels, chosen.split(size))
+
+    def feed(
+        self,
+        indices: Tensor,  # noqa: ARG002
+        draws: Iterable[Draws] | None = None,  # noqa: ARG002
+    ) -> AbstractContextManager[Iterator[None]]:
+        """Nothing for each batch of indices int64 [steps,B]: the step has the images."""
+        return nullcontext(itertools.repeat(None))
+
+    def epoch_record(self, seconds: float) -> dict[str, float]:  # noqa: ARG002
+        """Nothing: no step waits, no image is replaced."""
+        return {}
+
+    def replaced(self) -> None:
+        """No image is replaced: all were read before."""
+
+    def warning(self) -> None:
+        """Any order is as likely as any other."""
+
+
+AnyImages = Images | ImageStream
+
+
+class OtherSizeError(Exception):
+    """An image is no square of image.size pixels."""
+
+
+def training_images(
+    params: Params,
+    device: torch.device,
+    folder: Path = SPLIT,
+    *,
+    augment: AugmentParams | None = None,
+    views: int = 1,
+) -> tuple[AnyImages, AnyImages, str | None]:
+    """The training and the validation split, in memory or as streams, and a line of text on why they are streamed, or None.
+
+    augment, views: of the section that trains. A resized crop is cut from the original: training images are then read by a
+    stream that keeps as many originals in memory as stream.mode allows, unless all are squares of image.size, which the
+    device can cut. If one rank must stream, all ranks do. Raises as `load_images` does.
+    """
+    rows = sum(count_rows(split, folder) for split in ("train", "validation"))
+    data, image, settings = params.data, params.image, params.stream
+    streamed, reason = should_stream(settings, image.size, rows, device)
+    # Free memory differs between processes; processes that decide differently would wait for one another forever.
+    if mean_over_ranks(torch.tensor(float(streamed), device=device)).item() > 0 and not streamed:
+        streamed = True
+        reason = "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
+    originals = augment is not None and cuts_originals(views, augment)
+    if not streamed:
+        validation: AnyImages = load_images(data, image, "validation", folder)
+        with contextlib.suppress(OtherSizeError):
+            return load_images(data, image, "train", folder, as_they_are=originals), validation, None
+    else:
+        validation = ImageStream(data, image, settings, "validation", device, folder)
+    hold = {"on": 0.0, "off": math.inf, "auto": SHARE * free_bytes()}[settings.mode] if originals else 0.0
+    train = ImageStream(
+        data, image, settings, "train", device, folder,
+        replace_bad=data.on_bad_image == "skip", augment=augment if originals else None, hold=hold,
+    )  # fmt: skip
+    return train, validation, "; ".join(filter(None, [reason, train.warning()])) or None
+
+
+def evaluation_images(params: Params, split: str, folder: Path = SPLIT) -> AnyImages:
+    """A split with the pixels that the server would see, on the CPU: in memory, or a stream. Raises as `load_images` does."""
+    data, image, cpu = params.data, params.image, torch.device("cpu")
+    if should_stream(params.stream, image.size, count_rows(split, folder), cpu)[0]:
+        return ImageStream(data, image, params.stream, split, cpu, folder, exactly=True)
+    return load_images(data, image, split, folder)
+
+
+def should_stream(stream: StreamParams, size: int, rows: int, device: torch.device) -> tuple[bool, str | None]:
+    """Whether `rows` images of size x size pixels are streamed, and the reason where stream.mode is auto."""
+    if stream.mode != "auto":
+        return stream.mode == "on", None
+    needed = rows * 3 * size**2
+    free_in = {"in memory": free_bytes()}
+    if device.type == "cuda":
+        free_in[f"on {device}"] = torch.cuda.mem_get_info(device)[0]
+    for where, free in free_in.items():
+        if needed > SHARE * free:
+            return True, (
+                f"reads images as it needs them: decoded they take {needed / 1e9:.1f} GB, above half of the "
+                f"{free / 1e9:.1f} GB free {where} (stream.mode: auto)"
+            )
+    return False, None
+
+
+def load_images(
+    data: DataParams, image: ImageParams, split: str, folder: Path = SPLIT, *, as_they_are: bool = False
+) -> Images:
+    """Decode and resize every image of a split. Raises ParamsError when the split is not made, DataError naming a bad file.
+
+    as_they_are: no image is resized; raises OtherSizeError at the first that is no square of image.size.
+    """
+    table = read_split(split, ["sample_id", "label", "reference"], folder)
+    source = open_source(data)
+    references = table.column("reference").to_pylist()
+    size, resize_to = image.size, image.resize_to
+
+    stacked = np.empty((len(references), 3, size, size), dtype=np.uint8)
+
+    def square(encoded: bytes) -> np.ndarray:
+        picture = decode(encoded)
+        if picture.size != (size, size):
+            raise OtherSizeError
+        return resize(picture, size, size)
+
+    def load(positions: Sequence[int]) -> None:
+        for position in positions:
+            encoded = source.read(references[position])
+            try:
+                stacked[position] = square(encoded) if as_they_are else preprocess(encoded, size, resize_to)
+            except ImageError as error:
+                raise DataError(
+                    f"{references[position]}: {error}; replace the image and run `dvc repro` again"
+                ) from None
+
+    # Read as the images lie in the source, so that each row group of a table is read once.
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(load, in_parts(reading_order(references), 64)):
+            pass
+    labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
+    return Images(torch.from_numpy(stacked), labels, table.column("sample_id").to_pylist(), references, source)
+
+
+def normalise(images: Tensor, params: ImageParams) -> Tensor:
+    """uint8 [..., 3,H,W] → float32 (x/255 - mean) / std per channel: the network's input."""
+    return Normalisation(params, images.device)(images)
+
+
+class Normalisation:
+    """`normalise` with its constants already on the device, so that a step sends none."""
+
+    def __init__(self, params: ImageParams, device: torch.device) -> None:
+        self._mean = torch.tensor(params.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(params.std, device=device).view(3, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [..., 3,H,W] on the device → float32, same shape."""
+        return (images.float() / 255 - self._mean) / self._std

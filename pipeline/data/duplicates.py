@@ -1,0 +1,119 @@
+"""Images that are there more than once: byte for byte, or nearly."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from pipeline.shared.errors import DataError
+from pipeline.sources import Row, Source
+
+
+def check_labels(source: Source, hashes: Mapping[str, str]) -> None:
+    """Raise DataError when an image lies under two labels: no classifier can learn both, nor be tested on both.
+
+    hashes: of the images that could be read, by reference. Looked at before anything is held out, so that it does not
+    depend on a seed. Splits that the source itself brings are compared apart: published data sets hold such pairs, and
+    `find_duplicates` reports them.
+    """
+    pairs = conflicting_labels(source.rows, hashes)
+    if pairs:
+        row, other = pairs[0]
+        more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
+        raise DataError(
+            f"{source.place(row)} and {source.place(other)} are the same image, labelled {source.classes[row.label]!r} "
+            f"and {source.classes[other.label]!r}; keep one of them{more}"
+        )
+
+
+def conflicting_labels(rows: list[Row], hashes: Mapping[str, str]) -> list[tuple[Row, Row]]:
+    """Pairs of rows of one split that are the same image under two labels, the later row first."""
+    first: dict[tuple[str, str], Row] = {}
+    pairs = []
+    for row in rows:
+        if row.reference in hashes:
+            other = first.setdefault((row.split, hashes[row.reference]), row)
+            if other.label != row.label:
+                pairs.append((row, other))
+    return pairs
+
+
+def group_duplicates(assigned: dict[str, list[Row]], hashes: Mapping[str, str]) -> dict[str, list[tuple[str, Row]]]:
+    """Byte-identical images by sha256: the (split, row) of each, where there are at least two."""
+    places: dict[str, list[tuple[str, Row]]] = defaultdict(list)
+    for split, rows in assigned.items():
+        for row in rows:
+            if row.reference in hashes:
+                places[hashes[row.reference]].append((split, row))
+    return {digest: found for digest, found in sorted(places.items()) if len(found) > 1}
+
+
+def find_duplicates(
+    assigned: dict[str, list[Row]], hashes: Mapping[str, str], classes: list[str]
+) -> list[tuple[str, str, str, str]]:
+    """Byte-identical images found in more than one split, as (sha256, split, sample id, class)."""
+    return [
+        (digest, split, row.sample_id, classes[row.label])
+        for digest, found in group_duplicates(assigned, hashes).items()
+        if len({split for split, _ in found}) > 1
+        for split, row in found
+    ]
+
+
+def looks_of(image: Image.Image) -> str:
+    """Perceptual hash of an image, 64 bits as hexadecimal text: alike for a copy resized, compressed or brightened."""
+    from imagehash import phash  # here and below: only `data check` needs it
+
+    return str(phash(image))
+
+
+def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """Pairs of different hashes at most `distance` bits apart, int64 [M,2] of positions, each pair once.
+
+    hashes: uint64 [N], all different. Two of them that differ in at most d bits agree in one of d+1 runs of bits: only
+    hashes that share a run are compared, not every pair (multi-index hashing, Norouzi et al. 2012).
+    """
+    edges = np.linspace(0, 64, distance + 2).astype(np.uint64)
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for low, high in itertools.pairwise(edges):
+        run = (hashes >> low) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(run, kind="stable")
+        run, sorted_hashes = run[order], hashes[order]
+        first = np.arange(len(order))
+        for step in range(1, len(order)):
+            first = first[first + step < len(order)]
+            first = first[run[first] == run[first + step]]  # sorted: once two differ, no later one agrees
+            if not first.size:
+                break
+            close = first[_bits(sorted_hashes[first] ^ sorted_hashes[first + step]) <= distance]
+            found.append(np.sort(np.stack([order[close], order[close + step]], axis=1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
+
+
+def group_near_duplicates(looks: list[str], distance: int) -> list[list[int]]:
+    """Positions of images that look alike, in groups of at least two, linked by hashes at most `distance` bits apart.
+
+    looks: hexadecimal hashes as `looks_of` makes them; an empty one belongs to no group.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    known = [position for position, text in enumerate(looks) if text]
+    if not known:
+        return []
+    hashes, which = np.unique(np.array([int(looks[i], 16) for i in known], dtype=np.uint64), return_inverse=True)
+    pairs = near_pairs(hashes, distance)
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(hashes), len(hashes)))
+    component = connected_components(graph, directed=False)[1][which]
+    groups = defaultdict(list)
+    for position, number in zip(known, component.tolist(), strict=True):
+        groups[number].append(position)
+    return [members for members in groups.values() if len(members) > 1]

@@ -1,0 +1,166 @@
+"""Every image of a source read once: its hash, its size, whether it can be used. In parallel, with a bar, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from models.preprocess import ImageError, decode
+from pipeline.shared.errors import DataError
+from pipeline.shared.progress import progress_bar
+from pipeline.sources import BadImageError, Row, Source, in_parts
+from serving.shared.terminal import counted
+
+SHOWN = 5  # images that a message names
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """What one image is: sha256 of its bytes and their number, width and height in pixels upright, and what is wrong with it.
+
+    problem: one line that names the image; None where it can be used. looks: perceptual hash as hexadecimal text, where
+    one was asked for. An unread image has an empty sha256; `missing` where there is no file of that name.
+    """
+
+    sha256: str = ""
+    size: int = 0
+    width: int = 0
+    height: int = 0
+    looks: str = ""
+    problem: str | None = None
+    missing: bool = False
+
+
+def inspect_image(source: Source, row: Row, looks: Callable[[Image.Image], str] | None = None) -> Inspected:
+    """Read and decode one image. Raises DataError where more than this image is lost, such as a damaged shard."""
+    try:
+        data = source.read(row.reference)
+    except BadImageError as error:
+        return Inspected(problem=str(error), missing=source.stamp(row.reference) is None)
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        image = picture(data)
+    except ImageError as error:
+        return Inspected(digest, len(data), problem=f"{source.place(row)}: {error}; replace the image or remove it")
+    return Inspected(digest, len(data), *image.size, looks(image) if looks else "")
+
+
+def picture(data: bytes) -> Image.Image:
+    """Decode an image that is one. Raises ImageError, also for a single pixel."""
+    image = decode(data)
+    if image.size == (1, 1):
+        raise ImageError("pixels", "is a single pixel: a placeholder, not a picture")
+    return image
+
+
+class Journal:
+    """What was found of each image, kept as JSON lines, so that an interrupted check goes on where it was.
+
+    An image counts as known while its stamp (size and time of change of its file) is the same. A journal of another
+    source (`about`) is dropped.
+    """
+
+    def __init__(self, path: Path, about: str) -> None:
+        self._path = path
+        self._known: dict[str, tuple[str, Inspected]] = {}
+        if not self._load(about):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"about": about}) + "\n", encoding="utf-8")
+
+    def _load(self, about: str) -> bool:
+        if not self._path.is_file():
+            return False
+        with self._path.open("r+", encoding="utf-8") as stream:
+            if stream.readline() != json.dumps({"about": about}) + "\n":
+                return False
+            while True:
+                whole = stream.tell()
+                line = stream.readline()
+                if not line.endswith("\n"):  # the end, or what a killed run left half-written
+                    stream.seek(whole)
+                    stream.truncate()
+                    return True
+                reference, stamp, *values = json.loads(line)
+                self._known[reference] = stamp, Inspected(*values)
+
+    def known(self, reference: str, stamp: str | None) -> Inspected | None:
+        """What was found of an image, if its file is still the same."""
+        kept, found = self._known.get(reference, (None, None))
+        return found if stamp is not None and kept == stamp else None
+
+    def add(self, found: Sequence[tuple[str, str | None, Inspected]]) -> None:
+        """Append what was found of some images."""
+        lines = "".join(
+            json.dumps([reference, stamp, *astuple(value)]) + "\n" for reference, stamp, value in found if stamp
+        )
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(lines)
+
+
+def inspect_images(
+    source: Source,
+    name: str,
+    looks: Callable[[Image.Image], str] | None = None,
+    journal: Journal | None = None,
+    jobs: int | None = None,
+) -> dict[str, Inspected]:
+    """Every image of the source by reference, read in the source's order by `jobs` threads (default: one a core and 4 more).
+
+    name: of the command, for the bar. Raises DataError where more than single images are lost.
+    """
+
+    def inspect(part: Sequence[Row]) -> list[tuple[str, str | None, Inspected, bool]]:
+        found = []
+        for row in part:
+            stamp = source.stamp(row.reference) if journal else None
+            kept = journal.known(row.reference, stamp) if journal else None
+            value = kept or inspect_image(source, row, looks)
+            found.append((row.reference, stamp, value, kept is None))
+        return found
+
+    results: dict[str, Inspected] = {}
+    pool = ThreadPoolExecutor(jobs or (os.cpu_count() or 1) + 4)
+    try:
+        with progress_bar(unit="images") as bar:
+            task = bar.add_task(f"{name}: reading images", total=len(source.rows), rate="")
+            for found in pool.map(inspect, in_parts(source.rows, 64)):
+                if journal:
+                    journal.add([(reference, stamp, value) for reference, stamp, value, new in found if new])
+                results.update((reference, value) for reference, _, value, _ in found)
+                bar.advance(task, len(found))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results
+
+
+def check_missing(source: Source) -> None:
+    """Raise DataError when files of the source are missing: how many, the first five, and what to do."""
+    rows = source.missing()
+    if not rows:
+        return
+    first = ", ".join(source.place(row) for row in rows[:SHOWN])
+    cause = source.why_missing(rows)
+    raise DataError(
+        f"{len(rows):,} of {counted(len(source.rows), 'image', 'are')} missing, the first {min(SHOWN, len(rows))}: {first}; "
+        + (f"{cause}, " if cause else "restore them or take them off the list, ")
+        + "or set data.on_bad_image: skip; `tailor data check` lists them all"
+    )
+
+
+def check_usable(problems: list[str], total: int) -> None:
+    """Raise DataError when images cannot be used: the one, or how many, and the first five."""
+    if len(problems) == 1:
+        raise DataError(problems[0])
+    if problems:
+        raise DataError(
+            f"{len(problems):,} of {counted(total, 'image')} cannot be used: {'; '.join(problems[:SHOWN])}"
+            + ("; and more" if len(problems) > SHOWN else "")
+            + "; or set data.on_bad_image: skip"
+        )

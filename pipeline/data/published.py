@@ -1,0 +1,81 @@
+"""Known data sets as published: counts of every split, and the images that CIFAR-LT keeps."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.shared.errors import DataError
+from pipeline.params import DataParams
+from pipeline.data.profiles import class_members
+
+
+@dataclass(frozen=True)
+class Published:
+    """Images of each split, classes, the largest and smallest class of train, and classes by shot group."""
+
+    images: dict[str, int]
+    classes: int
+    largest: int
+    smallest: int
+    groups: dict[str, int]
+
+
+def _groups(many: int, medium: int, few: int) -> dict[str, int]:
+    return {"many": many, "medium": medium, "few": few}
+
+
+# ImageNet-LT and Places-LT: Liu et al. 2019 and its lists. iNaturalist 2018: its competition page; its validation images
+# are the field's test split. CIFAR: Krizhevsky 2009.
+PUBLISHED = {
+    "cifar10": Published({"train": 50_000, "test": 10_000}, 10, 5000, 5000, _groups(10, 0, 0)),
+    "cifar100": Published({"train": 50_000, "test": 10_000}, 100, 500, 500, _groups(100, 0, 0)),
+    "imagenet_lt": Published(
+        {"train": 115_846, "validation": 20_000, "test": 50_000}, 1000, 1280, 5, _groups(385, 479, 136)
+    ),
+    "places_lt": Published({"train": 62_500, "validation": 7_300, "test": 36_500}, 365, 4980, 5, _groups(131, 163, 71)),
+    "inaturalist2018": Published({"train": 437_513, "test": 24_426}, 8142, 1000, 2, _groups(842, 4076, 3224)),
+}
+
+# The choice of Cao et al. 2019 (numpy's legacy generator, seed 0): source, imbalance factor → images kept, and
+# sha256[:16] of their ranks within the class, class after class, little-endian int64.
+CIFAR_LT = {
+    ("cifar10", 10): (20_431, "2b3a8656bec514c6"),
+    ("cifar10", 50): (13_996, "7bb90363b243a944"),
+    ("cifar10", 100): (12_406, "8a54f5b6fa972295"),
+    ("cifar100", 10): (19_573, "5906ba7310b91b5e"),
+    ("cifar100", 50): (12_608, "1bc82de2629e5cbd"),
+    ("cifar100", 100): (10_847, "f123ec136d44ab1b"),
+}
+
+
+def published_choice(origin: str, params: DataParams) -> tuple[int, str] | None:
+    """Images and hash of the published CIFAR-LT split that these params ask of a source; None where they ask for none."""
+    if params.profile != "exponential" or params.seed != 0 or params.max_per_class:
+        return None
+    return CIFAR_LT.get((origin, int(params.imbalance_factor))) if params.imbalance_factor % 1 == 0 else None
+
+
+def hash_of_ranks(labels: np.ndarray, kept: list[np.ndarray]) -> str:
+    """sha256[:16] of the kept images' ranks within their class, class after class.
+
+    labels: [N] integers in file order. kept: for each class, indexes into labels.
+    """
+    members = class_members(labels, len(kept))
+    ranks = [np.searchsorted(found, indexes) for found, indexes in zip(members, kept, strict=True)]
+    return hashlib.sha256(np.concatenate(ranks).astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def check_published_choice(origin: str, params: DataParams, labels: np.ndarray, kept: list[np.ndarray]) -> None:
+    """Raise DataError when params ask for a published CIFAR-LT split of the whole archive and other images were kept."""
+    wanted = published_choice(origin, params)
+    if wanted is None or len(labels) != PUBLISHED[origin].images["train"]:
+        return
+    found = hash_of_ranks(labels, kept)
+    if found != wanted[1]:
+        raise DataError(
+            f"{origin}: the images kept at imbalance factor {params.imbalance_factor:g} hash to {found}, "
+            f"the published split to {wanted[1]}; results would not be comparable (another numpy, or another archive?)"
+        )

@@ -1,0 +1,251 @@
+"""A split as a stream of batches, for data that do not fit the memory of the device.
+
+It replaces `dataset.Images`. Memory holds a label and two strings of each image, and the pixels of the batches that are
+read ahead, so that a process does not grow with the split.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.preprocess import ImageError
+from models.distributed import mean_over_ranks, rank_count
+from pipeline.shared.artifacts import SPLIT
+from pipeline.augment import Draws, cut_boxes
+from pipeline.shared.errors import DataError, ParamsError
+from pipeline.params import AugmentParams, DataParams, ImageParams, StreamParams
+from pipeline.sources import BadImageError, open_reader
+from pipeline.data.split_tables import ArrowStrings, read_split
+from pipeline.data.stream_decoding import (
+    cut,
+    enough_pixels,
+    exact,
+    fast,
+    left_to_gpu,
+    nvjpeg,
+    nvjpeg_originals,
+    original,
+)
+from pipeline.data.stream_prefetch import Left, PrefetchIterator, workers_of_a_rank
+from pipeline.data.stream_order import order_warning, others_of_class, shuffled
+from serving.shared.terminal import counted
+
+SHOWN = 5  # replaced images that a message names
+
+
+class ImageStream:
+    """The images of one split, decoded when they are needed: the methods of `dataset.Images`, without the tensor of all.
+
+    replace_bad: an image that cannot be read is replaced by another of its class, which is counted and printed, so that
+    batches keep their shape and classes their share; without it such an image raises DataError. exactly: pixels are those
+    of the server's decoder for any stream.decode. augment: of a section with resized crops; its views are cut from the
+    originals where draws come with the indices. hold: bytes of decoded originals that stay in memory. Raises ParamsError when
+    the split is not made or stream.decode is gpu and the device is none.
+    """
+
+    images = None
+
+    def __init__(
+        self,
+        data: DataParams,
+        image: ImageParams,
+        settings: StreamParams,
+        split: str,
+        device: torch.device,
+        folder: Path = SPLIT,
+        *,
+        replace_bad: bool = False,
+        exactly: bool = False,
+        augment: AugmentParams | None = None,
+        hold: float = 0,
+    ) -> None:
+        table = read_split(split, ["sample_id", "label", "reference"], folder)
+        self.labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
+        self.sample_ids, self.references = (
+            ArrowStrings(table.column("sample_id")),
+            ArrowStrings(table.column("reference")),
+        )
+        self._image, self._device, self._replace = image, device, replace_bad
+        self._augment, self._room = augment, hold
+        self._held: dict[int, Tensor] = {}
+        self._most = enough_pixels(image, augment.crop_scale) if augment else 0.0
+        self._window = settings.shuffle_mib * 2**20
+        # Of the window that is read and of the next.
+        self._reader = open_reader(data, 2 * self._window)
+        self._groups = self._reader.groups(table.column("reference"))
+        self._kind = "exact" if exactly else settings.decode
+        if self._kind == "gpu" and device.type != "cuda":
+            raise ParamsError(f"stream.decode is 'gpu', but the device is {device}; expected fast or exact")
+        workers = settings.workers
+        self._workers = workers_of_a_rank() if workers == "auto" else workers
+        self._prefetch = settings.prefetch
+        self._lock = threading.Lock()
+        self._replaced: list[str] = []
+        self._waited = 0.0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def encoded(self, index: int) -> bytes:
+        """The original bytes of one image."""
+        return self._reader.read(self.references[index])
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The indices of an epoch, int64 [N], from a CPU generator; see `stream_order.shuffled`."""
+        return shuffled(len(self), self._groups, self._window, generator)
+
+    def warning(self) -> str | None:
+        """See `stream_order.order_warning`; None for images that are not read in groups."""
+        return None if self._groups is None else order_warning(self.labels.numpy(), self._groups, self._window)
+
+    def pixels(self, chosen: Tensor, draws: Draws | None = None) -> Tensor:
+        """uint8 [B,3,H,W] of the images at indices `chosen` int64 [B]; on the CPU, or on the device where that decodes.
+
+        draws: as of `feed`.
+        """
+        with self.feed(chosen[None], draws=None if draws is None else [draws]) as feed:
+            return next(feed)
+
+    def batches(self, chosen: Tensor, size: int) -> Iterator[Tensor]:
+        """`pixels` of the indices `chosen` in order, `size` at a time."""
+        whole = len(chosen) // size * size
+        with self.feed(chosen[:whole].view(-1, size), prefetch=1) as feed:
+            yield from feed
+        if whole < len(chosen):
+            yield self.pixels(chosen[whole:])
+
+    def feed(
+        self, indices: Tensor, prefetch: int | None = None, draws: Iterable[Draws] | None = None
+    ) -> PrefetchIterator:
+        """The batches of indices int64 [steps,B], `prefetch` (or stream.prefetch) of them read ahead while its block lasts.
+
+        draws: of the views of each batch. With resized crops a batch is then uint8 [B,views,3,H,W], as `apply_views` takes it.
+        """
+        drawn = iter(draws) if self._augment is not None and draws is not None else None
+        return PrefetchIterator(self, indices, self._workers, prefetch or self._prefetch, drawn)
+
+    def epoch_record(self, seconds: float) -> dict[str, float]:
+        """Of the epoch that ends after `seconds`: share of it spent waiting for data, images replaced on all ranks."""
+        replaced = torch.tensor([float(len(self._replaced)), self._waited], dtype=torch.float64, device=self._device)
+        count, waited = (mean_over_ranks(replaced) * torch.tensor([rank_count(), 1.0], device=self._device)).tolist()
+        self._waited = 0.0
+        return {"data_wait": waited / seconds, **({"images_replaced": round(count)} if self._replace else {})}
+
+    def replaced(self) -> str | None:
+        """A line on the images that were replaced since the last call; None where none were."""
+        with self._lock:
+            problems, self._replaced = sorted(self._replaced), []
+        if not problems:
+            return None
+        return (
+            f"{counted(len(problems), 'image')} could not be read and were replaced by others of their class, the first "
+            f"{min(SHOWN, len(problems))}: {'; '.join(problems[:SHOWN])}; run `dvc repro -f split` to leave them out"
+        )
+
+    def decode(self, indices: Sequence[int], out: Tensor, draws: Draws | None = None) -> list[Left]:
+        """Read some images into out uint8 [n,3,H,W], or with draws their views [n,V,3,H,W]; those left to the GPU, by slot."""
+        left, slots, originals = [], [], []
+        for slot, index in enumerate(indices):
+            read, data, pixels = self._usable(index, self._kind, whole=draws is not None)
+            if pixels is None:
+                left.append((slot, read, data))
+            elif draws is None:
+                out[slot] = pixels
+            else:
+                slots.append(slot)
+                originals.append(pixels)
+        if draws is not None and slots:
+            self._cut(originals, draws, slots, out)
+        return left
+
+    def _cut(self, originals: Sequence[Tensor], draws: Draws, slots: Sequence[int], out: Tensor) -> None:
+        height, width = torch.tensor([pixels.shape[1:] for pixels in originals]).unbind(1)
+        boxes = cut_boxes(draws.of(list(slots)), height, width, self._augment)
+        for slot, pixels, views in zip(slots, originals, boxes, strict=True):
+            for view, box in enumerate(views):
+                out[slot, view] = cut(pixels, box, self._image, exactly=self._kind == "exact")
+
+    def decode_on_gpu(self, pixels: Tensor, left: list[Left], draws: Draws | None = None) -> Tensor:
+        """A batch on the device, its pixels those of the CPU but for images that are `left` to nvJPEG; as `decode`."""
+        pixels = pixels.to(self._device, non_blocking=True)
+        if not left:
+            return pixels
+        slots, indices, encoded = zip(*left, strict=True)
+        decoded: Tensor | list[Tensor]
+        try:
+            if draws is None:
+                decoded = nvjpeg(list(encoded), self._image, self._device)
+            else:
+                decoded = nvjpeg_originals(list(encoded), self._device)
+        except RuntimeError:  # one image that nvJPEG does not support fails the batch
+            decoded = [self._on_cpu(index, draws is not None).to(self._device) for index in indices]
+        if draws is not None:
+            self._cut(decoded, draws, slots, pixels)
+        else:
+            for slot, view in zip(slots, decoded, strict=True):
+                pixels[slot] = view
+        return pixels
+
+    def empty(self, count: int, views: int | None = None) -> Tensor:
+        """An empty batch tensor, with `views` images for each row if given; in pinned memory if the device is a GPU."""
+        shape, pinned = (count * (views or 1), 3, self._image.size, self._image.size), self._device.type == "cuda"
+        # A tensor made in inference mode, as in evaluation, cannot be filled by a thread that is not in it. Decoders write
+        # channels last.
+        with torch.inference_mode(False):
+            room = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
+        return room if views is None else room.unflatten(0, (count, views))
+
+    def waited(self, seconds: float) -> None:
+        """Count time that the step has waited for a batch."""
+        self._waited += seconds
+
+    def _on_cpu(self, index: int, whole: bool) -> Tensor:
+        _, _, pixels = self._usable(index, "fast", whole)
+        assert pixels is not None  # only "gpu" leaves any
+        return pixels
+
+    def _usable(self, index: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
+        # Index, bytes and pixels (None: left to the GPU) of an image, or of the one that replaces it.
+        try:
+            return self._decoded(index, kind, whole)
+        except BadImageError as error:
+            if not self._replace:
+                raise
+            problem = error
+        for other in others_of_class(self.labels, index):
+            try:
+                replacement = self._decoded(other, kind, whole)
+            except BadImageError:
+                continue
+            with self._lock:
+                self._replaced.append(str(problem))
+            return replacement
+        raise DataError(f"{problem}; and no other image of its class can be read instead")
+
+    def _decoded(self, index: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
+        if whole and index in self._held:
+            return index, b"", self._held[index]
+        reference = self.references[index]
+        data = self._reader.read(reference)
+        try:
+            if not whole:
+                return index, data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[kind](data, self._image)
+            gpu = kind == "gpu"
+            pixels = left_to_gpu(data, self._image, self._most) if gpu else original(data, self._most)
+        except ImageError as error:
+            raise BadImageError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
+        if pixels is not None:
+            self._hold(index, pixels)
+        return index, data, pixels
+
+    def _hold(self, index: int, pixels: Tensor) -> None:
+        with self._lock:
+            if pixels.nbytes <= self._room and index not in self._held:
+                self._held[index] = pixels
+                self._room -= pixels.nbytes

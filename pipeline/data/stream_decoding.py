@@ -1,0 +1,159 @@
+"""Encoded images to the network's size, quickly: libjpeg-turbo through torchvision, reduced while decoding, or nvJPEG.
+
+Of the test view `models.preprocess` is the reference, and what the server runs; of a resized crop, torchvision's
+RandomResizedCrop on the decoded file. Everything here is within one grey level of them, except on the GPU, whose decoder rounds
+in its own way and always decodes at full size, and of images above `original`'s limit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from models.preprocess import (
+    ORIENTATION,
+    ROOM,
+    UPRIGHT,
+    centred,
+    decoded,
+    opened,
+    preprocess,
+    scaled_size,
+    to_rgb,
+    upright,
+)
+from pipeline.augment.crops import RATIO
+from pipeline.params import ImageParams
+
+
+def exact(data: bytes, image: ImageParams) -> Tensor:
+    """uint8 [3,size,size]: what the served classifier makes of the same bytes. Raises ImageError."""
+    return torch.from_numpy(preprocess(data, image.size, image.resize_to))
+
+
+def fast(data: bytes, image: ImageParams) -> Tensor:
+    """uint8 [3,size,size], within a grey level of `exact`. Raises ImageError.
+
+    Of a plain JPEG pixels come from libjpeg-turbo in one go; of one that `exact` decodes at a fraction of its size, and of
+    everything else (PNG, WebP, CMYK), from Pillow. Resized by torch, on vectors.
+    """
+    with opened(data) as picture:
+        large = min(picture.size) >= 2 * ROOM * image.resize_to
+        pixels = _in_one_go(data, picture) if not large else _from_pillow(decoded(picture, image.resize_to))
+    return evaluation_view(pixels, image)
+
+
+def enough_pixels(image: ImageParams, crop_scale: list[float]) -> float:
+    """Pixels of an image from which on no resized crop is enlarged: the smallest box is image.size pixels high and wide."""
+    return image.size**2 * RATIO[1] / crop_scale[0]
+
+
+def original(data: bytes, most: float) -> Tensor:
+    """uint8 [3,H,W] of the whole image, upright, its channels together. Raises ImageError.
+
+    An image of more than `most` pixels is reduced to `most`, by half and quarter while a JPEG is decoded and by a Lanczos
+    filter, as a bilinear one takes a tenth of the gradients' energy off the crops (tests/pipeline/data/test_original_crops.py).
+    """
+    with opened(data) as picture:
+        width, height = picture.size
+        if width * height <= most:
+            return _in_one_go(data, picture)
+        shorter, longer = sorted((width, height))
+        size = scaled_size(width, height, max(1, int((most * shorter / longer) ** 0.5)))
+        drafted = picture.draft(None, size)
+        box = drafted[1] if drafted else None
+        return _from_pillow(upright(to_rgb(picture).resize(size, Image.Resampling.LANCZOS, box=box), picture))
+
+
+def cut(pixels: Tensor, box: list[int] | None, image: ImageParams, *, exactly: bool = False) -> Tensor:
+    """uint8 [3,size,size]: a box (top, left, height, width, flipped) of an original, on its device; None: the test view.
+
+    exactly: by Pillow, bit-identical to torchvision's crop of a PIL image, instead of within a grey level of it.
+    """
+    if box is None:
+        return evaluation_view(pixels, image)
+    top, left, height, width, flipped = box
+    part = pixels[:, top : top + height, left : left + width]
+    if exactly:
+        size = (image.size, image.size)
+        part = _from_pillow(Image.fromarray(part.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BILINEAR))
+    else:
+        part = _resized(part, image.size, image.size)
+    return part.flip(2) if flipped else part
+
+
+def is_plain_jpeg(picture: Image.Image) -> bool:
+    """Whether an opened file is a JPEG of colours or grey that stands upright: what every JPEG decoder sees alike."""
+    if picture.format != "JPEG" or picture.mode not in ("RGB", "L"):
+        return False
+    return "exif" not in picture.info or picture.getexif().get(ORIENTATION) not in UPRIGHT
+
+
+def nvjpeg(encoded: list[bytes], image: ImageParams, device: torch.device) -> Tensor:
+    """uint8 [B,3,size,size] on the device, of plain JPEGs: `nvjpeg_originals`, then resized there."""
+    return torch.stack([evaluation_view(pixels, image) for pixels in nvjpeg_originals(encoded, device)])
+
+
+def nvjpeg_originals(encoded: list[bytes], device: torch.device) -> list[Tensor]:
+    """uint8 [3,H,W] on the device, of plain JPEGs. Raises RuntimeError for others."""
+    io = _torchvision()
+    if io is None:
+        raise RuntimeError("this torchvision has no decoder of JPEGs")
+    return io.decode_jpeg([_bytes(data) for data in encoded], mode=io.ImageReadMode.RGB, device=device)
+
+
+def left_to_gpu(data: bytes, image: ImageParams, most: float | None = None) -> Tensor | None:
+    """None where nvJPEG can take the file, by its header; else its pixels by `fast`, or `original`. Raises ImageError."""
+    with opened(data) as picture:
+        if is_plain_jpeg(picture):
+            return None
+    return fast(data, image) if most is None else original(data, most)
+
+
+def _in_one_go(data: bytes, picture: Image.Image) -> Tensor:
+    # uint8 [3,H,W], of channels that lie together: a plain JPEG by libjpeg-turbo, anything else by Pillow.
+    io = _torchvision()
+    if io is None or not is_plain_jpeg(picture):
+        return _from_pillow(decoded(picture))
+    return io.decode_jpeg(_bytes(data), mode=io.ImageReadMode.RGB)
+
+
+def _from_pillow(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+@functools.cache
+def _torchvision() -> Any:
+    # Where it decodes JPEGs, which it says that it will drop: Pillow, a third slower, then takes its place. Imported when it
+    # is first asked for, as it brings much along.
+    io = importlib.import_module("torchvision.io")
+    return io if hasattr(io, "decode_jpeg") else None
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def evaluation_view(pixels: Tensor, image: ImageParams) -> Tensor:
+    """uint8 [3,H,W] → [3,size,size], as preprocess.resize: shorter side to resize_to, centre crop."""
+    height, width = pixels.shape[1:]
+    if min(height, width) != image.resize_to:
+        width, height = scaled_size(width, height, image.resize_to)
+        pixels = _resized(pixels, height, width)
+    left, top = centred(width, height, image.size)
+    return pixels[:, top : top + image.size, left : left + image.size]
+
+
+def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    kind = torch.float32 if pixels.is_cuda else torch.uint8  # CUDA's interpolation does not support uint8
+    # A batch of one whose strides say that its channels lie together, which is quickest; pixels[None] would not say it.
+    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2).to(kind)
+    pixels = F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
+    return pixels if kind == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)

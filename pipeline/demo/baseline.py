@@ -1,0 +1,145 @@
+"""`python -m pipeline.demo.baseline`: the student against plain cross-entropy on the same data, in one table for `make demo`.
+
+Trains the student's network with plain cross-entropy (the student's epochs, schedule, augmentation and seed; no adjustment,
+no teacher), evaluates both on the test split and prints accuracy for all images and by group. Nothing is chosen by the test
+split: both networks are those of the last epoch. Memory and time are those of one teacher.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from models.sample_size import sample_sizes, warnings_of
+from pipeline.command_line import stage_main
+from pipeline.data.class_prior import Prior, load_prior
+from pipeline.data.dataset import AnyImages, evaluation_images
+from pipeline.evaluation.comparison import Measure, compare
+from pipeline.evaluation.metrics import GROUPS, answers
+from pipeline.evaluation.network_metrics import TARGET_PRIORS, network_logits
+from pipeline.evaluation.predictions import Answers
+from pipeline.model_io.devices import choose_device, joined_ranks
+from pipeline.params import ImageParams, Params, StudentParams, TrainingParams
+from pipeline.shared.artifacts import PRIOR, SPLIT, STUDENT
+from pipeline.shared.errors import DataError
+from pipeline.training.run import model_config, run_folder, stage_seed, teacher_objective, train_network
+from serving.shared.terminal import Console, counted
+
+FOLDER = Path("artifacts/baseline")
+# Short enough for a table of 80 columns.
+PLAIN, CORRECTED, STUDENT_ROW = "cross-entropy", " minus log prior", "Tailor's student"
+COLUMNS = ("all", *GROUPS)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How many test images were compared, and where the network of plain cross-entropy lies."""
+
+    images: int
+    output: Path
+
+    def __str__(self) -> str:
+        return f"compared on {counted(self.images, 'test image')} → {self.output}"
+
+
+def run(params: Params, folder: Path = FOLDER) -> Result:
+    """Train plain cross-entropy unless `folder` holds it already, print the table. Raises DataError without a test split."""
+    prior, test = load_prior(), evaluation_images(params, "test")
+    if len(test) == 0:
+        raise DataError("data/split/test.parquet: holds no images; the comparison needs a test split")
+    plain = classification_section(params.student, adjustment=0.0)
+    inputs = [SPLIT / "train.parquet", PRIOR]
+    name = run_folder(plain, params.image, params.engine, params.stream, params.seed, folder, inputs).fingerprint[:12]
+    output = folder / name
+    if not (output / "model.safetensors").is_file():
+        recipe = params.model_copy(update={"teacher": plain})
+        config = model_config(plain, params.image, len(prior.classes))
+        with joined_ranks(params.device) as device:
+            objective = teacher_objective(plain, config, prior, stage_seed(params.seed, "teacher"))
+            train_network("teacher", objective, config, recipe, prior, device, output, inputs)
+    device, image = choose_device(params.device), params.image
+    answered = {
+        PLAIN: _answers(output, "teacher", image, test, prior, device, "train"),
+        CORRECTED: _answers(output, "teacher", image, test, prior, device, "balanced"),
+        STUDENT_ROW: _answers(STUDENT, "student", image, test, prior, device, "balanced"),
+    }
+    measures = {
+        name: compare(one, answered[PLAIN], params.gate, params.evaluate.ece_bins) for name, one in answered.items()
+    }
+    console = Console()
+    console.print(gain_table(measures, answered[PLAIN], params.gate.confidence))
+    console.print(limits(params.student.epochs, prior, len(test)), highlight=False)
+    tested = np.bincount(test.labels.numpy(), minlength=len(prior.classes))
+    for line in warnings_of(sample_sizes(tested, prior.groups)):
+        console.print(f"warning: {line}", highlight=False)
+    return Result(len(test), output)
+
+
+def classification_section(student: StudentParams, adjustment: float) -> TrainingParams:
+    """The student's section without its teacher: the same network, trained on L_cls alone with this logit adjustment."""
+    section = student.model_dump(include=set(TrainingParams.model_fields))
+    return TrainingParams.model_validate({**section, "adjustment": adjustment})
+
+
+def _answers(
+    folder: Path, stage: str, image: ImageParams, test: AnyImages, prior: Prior, device: torch.device, target_prior: str
+) -> Answers:
+    logits = network_logits(folder, stage, test, image, prior, device)
+    probabilities = answers(logits, np.array(prior.log_prior), TARGET_PRIORS[target_prior])
+    return Answers(list(test.sample_ids), test.labels.numpy(), probabilities, prior)
+
+
+def gain_table(measures: dict[str, dict[str, Measure]], plain: Answers, confidence: float) -> Table:
+    """Accuracy in percent of each row of measures, and the last row's difference from plain cross-entropy with its interval.
+
+    measures: row → all, many, medium, few, compared with plain cross-entropy.
+    """
+    of_group = np.array(plain.prior.groups)[plain.labels]
+    tested = [int((of_group == group).sum()) for group in GROUPS]
+    table = Table(title=f"Accuracy on {counted(len(plain.labels), 'test image')}: what Tailor gains")
+    table.add_column("", no_wrap=True)
+    for column, images in zip(COLUMNS, (len(plain.labels), *tested), strict=True):
+        table.add_column(f"{column}\n{counted(images, 'image')}", justify="right")
+    for name, row in measures.items():
+        table.add_row(name, *(_percent(row[column].challenger) for column in COLUMNS), end_section=name == STUDENT_ROW)
+    student = measures[STUDENT_ROW]
+    table.add_row("difference", *(_points(student[column].difference) for column in COLUMNS))
+    table.add_row(f" {100 * confidence:g} % interval", *(_interval(student[column]) for column in COLUMNS))
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f} %"
+
+
+def _points(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:+.1f}"
+
+
+def _interval(measure: Measure) -> str:
+    if measure.low is None or measure.high is None:
+        return "n/a"
+    return f"{100 * measure.low:.1f} to {100 * measure.high:.1f}"
+
+
+def limits(epochs: int, prior: Prior, tested: int) -> str:
+    """What the table can show and what it cannot, in a few lines."""
+    images, names = sum(prior.counts), len(prior.classes)
+    return (
+        f"cross-entropy: plain, with the student's network, epochs ({epochs}), augmentation and seed, on "
+        f"the same {counted(images, 'training image')} of {names} classes, {max(prior.counts):,} of the largest and "
+        f"{min(prior.counts):,} of the smallest. minus log prior: the same network, its logits adjusted after training. "
+        "difference: student − cross-entropy; the student also needs its teacher, two trainings instead of one.\n"
+        f"The table shows in which direction accuracy moves on these data. One seed and {counted(tested, 'test image')}: a "
+        "difference whose interval holds 0 may be chance, the interval leaves out the spread between seeds, and other "
+        "data gain more or less. docs/results.md has several seeds on CIFAR."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(run, "Compare the student with plain cross-entropy on the test split."))

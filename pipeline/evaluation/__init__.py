@@ -1,0 +1,1 @@
+"""Predictions, metrics, intervals, the gate, comparison of runs."""

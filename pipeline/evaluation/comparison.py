@@ -1,0 +1,219 @@
+"""Champion and challenger on the same test set: what differs, and how much of it may be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from statistics import NormalDist
+
+import numpy as np
+
+from models.prior import GROUPS
+from models.sample_size import ADVICE, SampleSize, sample_size
+from pipeline.evaluation.intervals import bootstrap
+from pipeline.evaluation.metrics import calibration_of, expected_calibration_error
+from pipeline.evaluation.predictions import Answers
+from pipeline.params import GateParams, GateRule
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One comparison. difference is challenger - champion, low and high its bootstrap interval; None where there is none.
+
+    mcnemar: two-sided p-value over the measure's samples. passed: None where the rule is none, and where the test
+    images are too few to judge by. images, effective: the measure's `models.sample_size.SampleSize`; None where it rests on
+    none, as latency and a group without classes do.
+    """
+
+    champion: float | None
+    challenger: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    mcnemar: float | None
+    rule: str
+    margin: float
+    passed: bool | None
+    images: int | None = None
+    effective: float | None = None
+
+    @property
+    def size(self) -> SampleSize | None:
+        """How many test images the measure rests on."""
+        return None if self.images is None or self.effective is None else SampleSize(self.images, self.effective)
+
+    @property
+    def too_few(self) -> bool:
+        """Whether it rests on too few test images."""
+        return self.size is not None and self.size.too_few
+
+
+@dataclass(frozen=True)
+class ClassDifference:
+    """One class under both: accuracies, challenger - champion with its interval, won and lost samples, McNemar's p-value.
+
+    q: p corrected for the number of classes (Benjamini and Hochberg 1995): of all classes of q <= 0.05, about one in twenty
+    differs by chance.
+    """
+
+    name: str
+    group: str
+    train_count: int
+    test_count: int
+    champion: float
+    challenger: float
+    difference: float
+    low: float
+    high: float
+    won: int
+    lost: int
+    p: float
+    q: float
+
+
+def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins: int) -> dict[str, Measure]:
+    """Accuracy on all, many, medium and few, and the calibration error, with paired intervals and McNemar's tests.
+
+    The champion's groups count: few are the classes that were few when it was trained. many, medium and few are means of
+    class accuracies, as `evaluate` has them, so a sample counts by one over its class's size. all weighs the classes by
+    the target prior, which is the data that the answers are for: with `balanced` it is the balanced accuracy.
+    """
+    labels, classes = challenger.labels, len(champion.prior.classes)
+    right = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
+    group = np.array(champion.prior.groups)[labels]
+    counts = np.bincount(labels, minlength=classes)
+    target = np.array(champion.prior.p) if params.target_prior == "train" else np.ones(classes)
+    weights = target[labels] / counts[labels]
+    found = {"all": _accuracy(*right, weights / weights.sum(), params, "all")}
+    sizes = {"all": sample_size(counts, target), "ece": SampleSize(len(labels), len(labels))}
+    for name in GROUPS:
+        inside = group == name
+        share = 1 / counts[labels[inside]]
+        weights = share / share.sum() if inside.any() else share
+        found[name] = _accuracy(right[0][inside], right[1][inside], weights, params, name)
+        if name in champion.prior.groups:
+            sizes[name] = sample_size(counts[np.array(champion.prior.groups) == name])
+    found["ece"] = _calibration(champion.probabilities, challenger.probabilities, labels, params, ece_bins)
+    return {name: _sized(measure, sizes.get(name)) for name, measure in found.items()}
+
+
+def too_few_images(measures: dict[str, Measure]) -> list[str]:
+    """A line for each rule whose measure rests on too few test images, with what to do."""
+    return [
+        f"{name}: {measure.size}; {ADVICE}, or set gate.{name}.rule: none"
+        for name, measure in measures.items()
+        if measure.rule != "none" and measure.too_few
+    ]
+
+
+def _sized(measure: Measure, size: SampleSize | None) -> Measure:
+    """The measure with its sample size; without a verdict where the test images are too few."""
+    if size is None:
+        return measure
+    passed = None if size.too_few else measure.passed
+    return replace(measure, images=size.images, effective=size.effective, passed=passed)
+
+
+def _accuracy(
+    champion: np.ndarray, challenger: np.ndarray, weights: np.ndarray, params: GateParams, name: str
+) -> Measure:
+    rule = getattr(params, name)
+    if not len(weights):
+        # A group without test samples has no figures, and a rule on it has nothing to refuse.
+        return Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
+    change = (challenger.astype(np.float64) - champion) * weights * len(weights)
+    low, high = paired_interval(lambda index: change[index].mean(axis=-1), len(change), params)
+    p = mcnemar(champion, challenger, weights, params)
+    difference = float(change.mean())
+    passed = _judge(rule, difference, low, high, p, 1 - params.confidence)
+    before, after = float(weights @ champion), float(weights @ challenger)
+    return Measure(before, after, difference, low, high, p, rule.rule, rule.margin, passed)
+
+
+def _calibration(
+    champion: np.ndarray, challenger: np.ndarray, labels: np.ndarray, params: GateParams, bins: int
+) -> Measure:
+    rule = params.ece
+    pair = [calibration_of(p, labels, bins) for p in (champion, challenger)]
+    low, high = paired_interval(lambda index: pair[1](index) - pair[0](index), len(labels), params)
+    before, after = (expected_calibration_error(p, labels, bins) for p in (champion, challenger))
+    # A larger error is worse: the rules ask for what must not fall.
+    passed = _judge(rule, before - after, -high, -low, None, 1 - params.confidence)
+    return Measure(before, after, after - before, low, high, None, rule.rule, rule.margin, passed)
+
+
+def paired_interval(
+    statistic: Callable[[np.ndarray], np.ndarray], samples: int, params: GateParams
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of sample indices; the same draws for the same seed and size."""
+    if samples < 2:  # one sample shows no noise, so no difference would be within it
+        return -1.0, 1.0
+    return bootstrap(statistic, samples, params.resamples, params.confidence, params.seed)
+
+
+def compare_classes(challenger: Answers, champion: Answers, confidence: float) -> list[ClassDifference]:
+    """Every class that has test samples, in the champion's order, with its groups and counts.
+
+    The interval is Agresti and Min's (2005), half a sample added to each of the four ways that a pair can come out: a class
+    has few test samples, and where none of them differs the bootstrap would be sure of it.
+    """
+    from scipy.stats import false_discovery_control
+
+    labels, classes = challenger.labels, len(champion.prior.classes)
+    right = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
+    tested = np.bincount(labels, minlength=classes)
+    won, lost, before, after = (
+        np.bincount(labels[these], minlength=classes) for these in (right[1] & ~right[0], right[0] & ~right[1], *right)
+    )
+    there = np.flatnonzero(tested)
+    centre = (won - lost) / (tested + 2)
+    spread = np.sqrt(np.maximum((won + lost + 1) - (won - lost) ** 2 / (tested + 2), 0)) / (tested + 2)
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * spread
+    p = [_mcnemar(int(won[c]), int(lost[c])) for c in there]
+    prior = champion.prior
+    return [
+        ClassDifference(
+            prior.classes[c], prior.groups[c], prior.counts[c], int(tested[c]), float(before[c] / tested[c]),
+            float(after[c] / tested[c]), float((won[c] - lost[c]) / tested[c]), max(-1.0, float(centre[c] - half[c])),
+            min(1.0, float(centre[c] + half[c])), int(won[c]), int(lost[c]), p[place], float(q),
+        )
+        for place, (c, q) in enumerate(zip(there, false_discovery_control(p), strict=True))
+    ]  # fmt: skip
+
+
+def mcnemar(champion: np.ndarray, challenger: np.ndarray, weights: np.ndarray, params: GateParams) -> float:
+    """Two-sided McNemar p-value: are the samples that one alone gets right split evenly? 1 when there are none.
+
+    weights: float [N] of the samples. The exact test where those that differ weigh the same, else its permutation form: the
+    share of params.resamples random signs under which the weighted difference is at least as large.
+    """
+    differ = champion != challenger
+    signs, weight = np.where(challenger[differ], 1.0, -1.0), weights[differ]
+    if not len(weight) or np.ptp(weight) <= 1e-9 * weight.max():
+        return _mcnemar(int((signs > 0).sum()), int((signs < 0).sum()))
+    random, reached = np.random.default_rng(params.seed), 0
+    least = abs(signs @ weight) - 1e-9 * weight.sum()
+    at_once = max(1, 4_000_000 // len(weight))
+    for first in range(0, params.resamples, at_once):
+        drawn = random.integers(0, 2, (min(at_once, params.resamples - first), len(weight)), dtype=np.int8)
+        reached += int((np.abs((2.0 * drawn - 1) @ weight) >= least).sum())
+    return (1 + reached) / (1 + params.resamples)
+
+
+@cache
+def _mcnemar(won: int, lost: int) -> float:
+    from scipy.stats import binomtest
+
+    return float(binomtest(won, lost + won).pvalue) if lost + won else 1.0
+
+
+def _judge(rule: GateRule, difference: float, low: float, high: float, p: float | None, alpha: float) -> bool | None:
+    if rule.rule == "none":
+        return None
+    if rule.rule == "estimate":
+        return difference >= -rule.margin - 1e-12  # a sum of weights is exact to rounding
+    if rule.rule == "proven":
+        return low >= -rule.margin - 1e-12
+    # beyond_noise: both tests must agree, as the bootstrap's interval is too narrow where few samples differ.
+    return not (high < -rule.margin and (p is None or p <= alpha))

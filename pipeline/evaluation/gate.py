@@ -1,0 +1,131 @@
+"""The gate: does the challenger take the champion's place? Both on one frozen test set; writes decision.json."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.sample_size import ADVICE, sample_size
+from pipeline.evaluation.comparison import Measure, compare, too_few_images
+from pipeline.evaluation.metrics import mean_of, per_class_accuracy
+from pipeline.evaluation.predictions import Answers, Contender, GateError, check_comparable, load_answers
+from pipeline.params import GateParams
+from pipeline.shared.artifacts import DECISION, sha256_of, write_json
+from pipeline.shared.errors import StageError, explain
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Content of decision.json. computed is False when the gate could not be computed; reasons then holds the cause.
+
+    undecided: the test images are too few for a rule, and no other rule refuses; promote is then False.
+    """
+
+    promote: bool
+    undecided: bool
+    computed: bool
+    reasons: list[str]
+    measures: dict[str, Measure]
+    samples: int | None
+    inputs: dict[str, Any]
+    params: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {'; '.join(self.reasons)}"
+
+    @property
+    def verdict(self) -> str:
+        """promote, refuse or not decided."""
+        return "promote" if self.promote else "not decided" if self.undecided else "refuse"
+
+
+def decide(
+    challenger: Contender,
+    champion: Contender | None,
+    params: GateParams,
+    ece_bins: int,
+    output: Path | None = DECISION,
+    fault: GateError | None = None,
+) -> Decision:
+    """Compare, decide and write the decision to `output`. Without a champion the challenger must reach the floor.
+
+    A gate that cannot be computed is a refusal with the reason, never an exception: missing or damaged files, other
+    classes, another test set, a latency that a rule needs and that was not measured; and `fault`, an error of the caller
+    that collected the files. Raises OSError where the decision itself cannot be written.
+    """
+    named = {"challenger": challenger, "champion": champion}
+    inputs = {name: _describe(contender) for name, contender in named.items()}
+    samples, measures, undecided = None, {}, False
+    try:
+        if fault is not None:
+            raise fault
+        mine = load_answers(challenger, params.target_prior)
+        samples = len(mine.labels)
+        if champion is None:
+            promote, undecided, reasons = _first(mine, params)
+        else:
+            theirs = load_answers(champion, params.target_prior)
+            check_comparable(mine, theirs)
+            measures = compare(mine, theirs, params, ece_bins)
+            measures["latency_ms"] = _latency(challenger.latency_ms, champion.latency_ms, params)
+            reasons = [_say(name, measure) for name, measure in measures.items() if measure.passed is False]
+            few = too_few_images(measures)
+            promote, undecided = not reasons and not few, bool(few) and not reasons
+            reasons = reasons or few or ["not worse than the champion by any rule of params.gate"]
+        computed = True
+    except (StageError, OSError) as error:
+        promote, computed, reasons, measures = False, False, [f"cannot be computed: {explain(error)}"], {}
+    decision = Decision(
+        promote, undecided, computed, reasons, measures, samples, inputs, params.model_dump(mode="json")
+    )
+    if output is not None:
+        write_json(output, asdict(decision))
+    return decision
+
+
+def _latency(challenger: float | None, champion: float | None, params: GateParams) -> Measure:
+    ratio = params.latency_ratio
+    if ratio is not None and (challenger is None or champion is None):
+        raise GateError("gate.latency_ratio is set, but the latency of a contender was not measured; pass both")
+    passed = None if ratio is None else challenger <= ratio * champion
+    known = challenger is not None and champion is not None
+    difference = challenger - champion if known else None
+    rule = "none" if ratio is None else "ratio"
+    return Measure(champion, challenger, difference, None, None, None, rule, ratio or 0.0, passed)
+
+
+def _first(mine: Answers, params: GateParams) -> tuple[bool, bool, list[str]]:
+    """Whether the first model reaches the floor, whether the test images are too few for an answer, and why."""
+    predicted = mine.probabilities.argmax(1)
+    score = mean_of(per_class_accuracy(predicted, mine.labels, len(mine.prior.classes))) or 0.0
+    text = f"first model, balanced accuracy {score:.1%}"
+    size = sample_size(np.bincount(mine.labels))
+    if size.too_few and params.floor > 0:
+        return False, True, [f"{text} of {size}; {ADVICE}, or set gate.floor: 0"]
+    if score >= params.floor:
+        return True, False, [f"{text}, at least gate.floor {params.floor:.1%}"]
+    return False, False, [f"{text}, below gate.floor {params.floor:.1%}"]
+
+
+def _say(name: str, measure: Measure) -> str:
+    within = "" if measure.low is None else f", interval {measure.low:+.4f} to {measure.high:+.4f}"
+    rule = f"rule {measure.rule}, margin {measure.margin:g}"
+    return f"{name} {measure.champion:.4f} → {measure.challenger:.4f} ({measure.difference:+.4f}{within}; {rule})"
+
+
+def _describe(contender: Contender | None) -> dict[str, Any] | None:
+    if contender is None:
+        return None
+    path, digest = contender.predictions, None
+    with contextlib.suppress(OSError):  # a file that cannot be read is a reason of the decision
+        digest = sha256_of(path)
+    return {
+        "predictions": str(path),
+        "sha256": digest,
+        "prior": str(contender.prior),
+        "latency_ms": contender.latency_ms,
+    }

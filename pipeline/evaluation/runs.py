@@ -1,0 +1,67 @@
+"""The two files that hold the answers of a run, predictions.parquet and prior.json: in a folder, or at a git revision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.evaluation.predictions import Contender
+from pipeline.shared.artifacts import EVALUATION, PRIOR, write_file
+from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.lineage import git
+
+PREDICTIONS = "predictions.parquet"
+
+
+def load_run(folder: Path) -> Contender:
+    """The two files of a run's folder: a project, its artifacts/, its artifacts/evaluation/, or a copy of both files.
+
+    Raises ParamsError naming what is missing.
+    """
+    layouts = [(folder, folder), (folder, folder.parent), (folder / EVALUATION.name, folder)]
+    layouts.append((folder / EVALUATION, folder / PRIOR.parent))
+    for evaluation, priors in layouts:
+        if (evaluation / PREDICTIONS).is_file() and (priors / PRIOR.name).is_file():
+            return Contender(evaluation / PREDICTIONS, priors / PRIOR.name)
+    if not folder.is_dir():
+        raise ParamsError(f"{folder}: no such folder; expected a run with {PREDICTIONS} and {PRIOR.name}")
+    alone = next((evaluation / PREDICTIONS for evaluation, _ in layouts if (evaluation / PREDICTIONS).is_file()), None)
+    if alone:
+        raise ParamsError(f"{alone}: has no {PRIOR.name} beside or above it; copy the run's {PRIOR} there")
+    raise ParamsError(
+        f"{folder}: holds no {PREDICTIONS}; expected the folder of a run that `dvc repro evaluate` finished"
+    )
+
+
+def load_run_at_revision(revision: str, folder: Path) -> Contender:
+    """Copy a revision's predictions.parquet and prior.json into `folder`, from the cache or else the default remote.
+
+    revision: anything that git or DVC resolves in the repository of the working folder: a commit, a branch, a tag, an
+    experiment. Raises ParamsError for one that is not, StageError where its files are not available or git refuses to read it.
+    """
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from dvc.scm import RevError, SCMError
+
+    run = Contender(folder / PREDICTIONS, folder / PRIOR.name)
+    try:
+        # Paths are those of the repository, of which the working folder may be a part, with a DVC project of its own.
+        project = Path(git(Path(), "rev-parse", "--show-prefix") or "")
+        files = DVCFileSystem(".", rev=revision, subrepos=True)
+        for source, target in ((EVALUATION / PREDICTIONS, run.predictions), (PRIOR, run.prior)):
+            write_file(target, files.read_bytes((project / source).as_posix()))
+    except RevError:
+        raise ParamsError(
+            f"{revision!r} is no folder, no published version and no revision; expected one of them "
+            "(`git log --oneline`, `dvc exp list` and `tailor versions` list them)"
+        ) from None
+    except SCMError:
+        raise ParamsError(
+            f"{revision!r} is no folder, and a revision needs a git repository; this folder is in none"
+        ) from None
+    except FileNotFoundError:
+        raise StageError(
+            f"{revision}: has no {source} in DVC's cache or remote; run `dvc fetch`, or `dvc repro` at that revision"
+        ) from None
+    except DvcException as error:
+        raise StageError(f"{revision}: {source} cannot be read: {' '.join(str(error).split())}") from None
+    return run

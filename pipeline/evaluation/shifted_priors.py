@@ -1,0 +1,75 @@
+"""Accuracy when the live class prior is not the training one: the field's five shifted test sets (SADE, 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from models.label_shift import TOLERANCE, estimate_prior, mapls_concentration, total_variation
+from models.prior import adjust_logits, log_target_prior, softmax
+from pipeline.shared.errors import DataError
+
+SETS = {"forward 50": 50.0, "forward 10": 10.0, "uniform": 1.0, "backward 10": 0.1, "backward 50": 0.02}
+KEPT = 0.9  # λ of MAPLS
+
+
+def shifted_prior(counts: list[int], ratio: float) -> np.ndarray:
+    """Target prior [C]: exponential along the classes from most to least frequent in training, first / last = ratio."""
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    p = np.empty(len(counts))
+    p[order] = ratio ** -np.linspace(0, 1, len(counts))
+    return p / p.sum()
+
+
+def shifted_rows(labels: np.ndarray, prior: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Rows of the largest test subset that follows the prior, drawn without replacement, every class at least once.
+
+    Raises DataError when a class has no test sample.
+    """
+    available = np.bincount(labels, minlength=len(prior))
+    if not available.all():
+        raise DataError(
+            f"class {int(available.argmin())} has no test sample; a shifted test set needs one of every class"
+        )
+    wanted = np.maximum((prior * (available / prior).min() + 1e-9).astype(int), 1)
+    return np.concatenate(
+        [generator.permutation(np.flatnonzero(labels == c))[:number] for c, number in enumerate(wanted)]
+    )
+
+
+def shift_table(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    counts: list[int],
+    *,
+    draws: int = 20,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+) -> list[dict[str, Any]]:
+    """A row per way of adjusting: mean accuracy over `draws` test subsets of each shifted set; same seed, same table.
+
+    logits: balanced, [N,C]; labels: [N]; counts: training samples per class. The estimates see
+    the logits of the subset that they are used on, and no label; tolerance: nats that they may be short of the best. The
+    last two rows are the estimates' total variation from the true prior. Raises DataError when a class has no test sample.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, ratio in SETS.items():
+        target, generator = shifted_prior(counts, ratio), np.random.default_rng(seed)
+        for _ in range(draws):
+            rows = shifted_rows(labels, target, generator)
+            mine, concentration = logits[rows], mapls_concentration(KEPT, len(rows), len(counts))
+            p = softmax(mine)
+            estimates = {
+                name: estimate_prior(p, concentration=alpha, tolerance=tolerance).prior
+                for name, alpha in (("EM", None), ("MAP", concentration))
+            }
+            priors = {"known prior": target} | {f"estimated prior ({way})": e for way, e in estimates.items()}
+            logs = {way: log_target_prior(prior).astype(mine.dtype) for way, prior in priors.items()}
+            answers = {"no adjustment": mine.argmax(1)}
+            answers |= {way: adjust_logits(mine, log, 1.0).argmax(1) for way, log in logs.items()}
+            scores = {way: float((answer == labels[rows]).mean()) for way, answer in answers.items()}
+            scores |= {f"distance of {way}": float(total_variation(e, target)) for way, e in estimates.items()}
+            for way, score in scores.items():
+                found.setdefault(way, {}).setdefault(name, []).append(score)
+    return [{"prior": way, **{name: float(np.mean(s)) for name, s in sets.items()}} for way, sets in found.items()]

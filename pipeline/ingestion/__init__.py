@@ -1,0 +1,1 @@
+"""A drop folder becomes rows of the data set, all or nothing."""

@@ -1,0 +1,1 @@
+"""Checkpoints, pretrained weights, inference, devices."""

@@ -1,0 +1,87 @@
+"""A trained network on disk: model.safetensors beside a readable config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from models.networks.backbones import UnknownBackboneError
+from models.networks.cosine_classifier import ImageClassifier
+from pipeline.params import ImageParams
+from pipeline.shared.artifacts import write_file, write_json
+from pipeline.shared.errors import ParamsError, StageError
+from serving.shared.terminal import counted
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+BEST = "best"  # folder of the network of the best epoch on validation, beside the last epoch's
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What rebuilds the network: its backbone, number of classes, tau_s and the image it expects.
+
+    adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift.
+    """
+
+    backbone: str
+    classes: int
+    tau_s: float
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    adjustment: float = 1.0
+
+
+def build_model(config: ModelConfig, key: str) -> ImageClassifier:
+    """A freshly initialised network. Raises ParamsError, naming the params key, for an unknown backbone."""
+    try:
+        return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
+    except UnknownBackboneError as error:
+        raise ParamsError(f"{key}: {error}") from None
+
+
+def save_model(weights: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Write a network's state and config into `folder`. Raises OSError with the file's name, on a full disk for one."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    # Serialised in memory and written by us: safetensors' own writer maps the file, and a full disk is then a signal.
+    write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
+    write_json(folder / CONFIG, asdict(config))
+
+
+def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
+    """Raise ParamsError when a network was trained for other images than params.image describes."""
+    trained = {"size": config.image_size, "mean": config.mean, "std": config.std}
+    for key, value in trained.items():
+        if getattr(image, key) != value:
+            raise ParamsError(
+                f"image.{key} is {getattr(image, key)}, but {folder} was trained with {value}; run `dvc repro` to train again"
+            )
+
+
+def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
+    """Read a network back, in eval mode on the CPU. Raises ParamsError when it is missing, StageError when damaged or NaN."""
+    try:
+        config = ModelConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(config, f"{folder / CONFIG}: backbone")
+        model.load_state_dict(safetensors.torch.load((folder / WEIGHTS).read_bytes()))
+    except FileNotFoundError as error:
+        raise ParamsError(f"{error.filename}: no such file; run `dvc repro {stage}` first") from None
+    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise StageError(
+            f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`"
+        ) from None
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise StageError(
+            f"{folder}: {counted(len(bad), 'tensor', 'are')} not finite, {bad[0]} the first: training diverged; lower "
+            f"{stage}.learning_rate and run `dvc repro -f {stage}`"
+        )
+    return model.eval(), config

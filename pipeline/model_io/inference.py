@@ -1,0 +1,103 @@
+"""A trained network's answers for a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.distributed import rank, rank_count
+from models.networks.cosine_classifier import ImageClassifier
+from pipeline.data.dataset import AnyImages, normalise
+from pipeline.params import ImageParams
+from pipeline.shared.errors import StageError
+
+EVALUATION_BATCH = 512
+
+
+class NotFiniteError(StageError):
+    """A network gives logits that are not finite; the message counts the images, and the caller names the network."""
+
+    def __init__(self, bad: int, images: int) -> None:
+        super().__init__(f"its logits are not finite for {bad:,} of {images:,} images")
+
+
+def check_finite(logits: np.ndarray) -> np.ndarray:
+    """Logits [N,C] as they are. Raises NotFiniteError: argmax would take NaN for the best class."""
+    bad = int((~np.isfinite(logits).all(axis=1)).sum())
+    if bad:
+        raise NotFiniteError(bad, len(logits))
+    return logits
+
+
+@torch.inference_mode()
+def outputs(
+    model: ImageClassifier, images: Tensor | Iterable[Tensor], image: ImageParams, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features [N,D] and logits [N,C] (cosine / tau_s, no prior) of uint8 images [N,3,H,W], float32 on the CPU, eval mode.
+
+    images may also come in batches [b,3,H,W], one after another. Raises NotFiniteError for a logit that is not finite.
+    """
+    feature, logit = _outputs(model, images, image, device)
+    check_finite(logit.numpy())
+    return feature, logit
+
+
+def _outputs(
+    model: ImageClassifier, images: Tensor | Iterable[Tensor], image: ImageParams, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    was_training = model.training
+    model.eval()
+    features, logits = [], []
+    for batch in images.split(EVALUATION_BATCH) if isinstance(images, Tensor) else images:
+        feature, logit = model(normalise(batch.to(device), image))
+        features.append(feature.float().cpu())
+        logits.append(logit.float().cpu())
+    model.train(was_training)
+    return torch.cat(features), torch.cat(logits)
+
+
+def balanced_logits(
+    model: ImageClassifier,
+    images: Tensor | Iterable[Tensor],
+    image: ImageParams,
+    device: torch.device,
+    shift: np.ndarray | None = None,
+) -> Tensor:
+    """Logits [N,C] for the balanced target prior, float32 on the CPU. images: as in `outputs`; shift: Prior.balanced_shift.
+
+    Raises NotFiniteError as `outputs` does.
+    """
+    logits = outputs(model, images, image, device)[1]
+    return logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
+
+
+def accuracy(
+    model: ImageClassifier,
+    data: AnyImages,
+    image: ImageParams,
+    device: torch.device,
+    shift: np.ndarray | None = None,
+) -> float:
+    """Share of a split that the answer for the balanced prior gets right. Each image is evaluated once, by one rank.
+
+    shift: as in `balanced_logits`. Raises NotFiniteError on every rank when any rank finds a logit that is not finite.
+    """
+    mine = torch.arange(rank(), len(data), rank_count())
+    counts = torch.zeros(2, dtype=torch.float64)  # right answers, and images whose logits are not finite
+    if len(mine):
+        with torch.inference_mode():
+            _, logits = _outputs(model, data.batches(mine, EVALUATION_BATCH), image, device)
+        shifted = logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
+        counts[0] += (shifted.argmax(1) == data.labels[mine]).sum()
+        counts[1] += (~logits.isfinite().all(1)).sum()
+    if rank_count() > 1:
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+    right, bad = counts.tolist()
+    if bad:
+        raise NotFiniteError(int(bad), len(data))
+    return right / len(data)

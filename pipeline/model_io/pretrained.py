@@ -1,0 +1,40 @@
+"""Pretrained weights from a local file: nothing is fetched, nothing is unpickled, and the file is the one that was meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+from models.networks.backbones import Backbone
+from pipeline.params import PretrainedParams
+from pipeline.shared.artifacts import sha256_of
+from pipeline.shared.errors import ParamsError
+
+
+def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str) -> None:
+    """Put the weights of a file into a fresh backbone; nothing where `pretrained` is None.
+
+    The file holds a state of the same network as its library names it, or a classifier of ours (model.safetensors).
+    Raises ParamsError naming the params key for a file that is not there, has another sha256 or does not fit.
+    """
+    if pretrained is None:
+        return
+    path = Path(pretrained.file)
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise ParamsError(
+            f"{key}.file is {pretrained.file!r}: {error.strerror}; expected a safetensors file on this machine"
+        ) from None
+    if found != pretrained.sha256:
+        raise ParamsError(f"{key}.sha256 is {pretrained.sha256}, but {path} has {found}; it is another file")
+    try:
+        backbone.take_weights(safetensors.torch.load_file(path))
+    except safetensors.SafetensorError as error:
+        raise ParamsError(f"{key}.file is {pretrained.file!r}, which is no safetensors file: {error}") from None
+    except ValueError as error:
+        raise ParamsError(
+            f"{key}.file is {pretrained.file!r}, which {error}; does it belong to the backbone?"
+        ) from None

@@ -1,0 +1,193 @@
+"""The served graph with its backbone in float16: normalisation, cosine classifier, scale and adjustment stay float32.
+
+ONNX Runtime's converter is given the backbone alone. Given the whole graph it would round between any two nodes that it is
+told to leave in float32, and the logits themselves: a cosine rounded to float16 is a logit wrong by .01.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, compose, helper, numpy_helper, shape_inference
+from torch import Tensor, nn
+
+from pipeline.onnx_export.graph import TRACED_BATCH, ServedStudent, example_image, trace
+from pipeline.shared.errors import StageError
+
+LARGEST = 65504.0  # of float16
+# What training leaves in float32 inside the backbone too: norms and softmax. A batch norm behind a convolution is folded.
+FLOAT32_OPERATORS = [
+    "BatchNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "LogSoftmax",
+    "RMSNormalization",
+    "Softmax",
+]
+REMEDY = "keep export.precision at float32"
+
+
+@dataclass(frozen=True)
+class HalfGraph:
+    """served: the ONNX file. rounding: the same computed in float32, each value of the backbone rounded to float16.
+
+    On a CPU, ONNX Runtime computes a float16 graph in float32 and rounds nowhere in between: only `rounding` shows there
+    what a GPU will answer, and whether a value is beyond float16's range. Its third output `magnitude` [V] is the largest
+    absolute value, before rounding, of each of `values`.
+    """
+
+    served: bytes
+    rounding: bytes
+    values: list[str]
+
+    def check_magnitude(self, magnitude: np.ndarray) -> None:
+        """Raise StageError naming the first value of the backbone beyond float16's range; magnitude: [V]."""
+        beyond = np.flatnonzero(~(magnitude <= LARGEST))
+        if len(beyond):
+            raise StageError(
+                f"{self.values[beyond[0]]} reaches {magnitude[beyond[0]]:.3g} in the backbone, beyond float16's largest "
+                f"number {LARGEST:g}; {REMEDY}; nothing was exported"
+            )
+
+
+class _Normalisation(nn.Module):
+    def __init__(self, served: ServedStudent) -> None:
+        super().__init__()
+        self.served = served
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.served.normalise(image)
+
+
+class _Answer(_Normalisation):
+    def forward(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        return self.served.answer(features, strength)
+
+
+def to_half(served: ServedStudent, size: int, opset: int) -> HalfGraph:
+    """The graph of `to_onnx` with the backbone in float16; inputs and outputs keep names and types.
+
+    Raises StageError naming a weight that float16 cannot hold.
+    """
+    image = example_image(size)
+    with torch.inference_mode():
+        pixels = served.normalise(image)
+        features = torch.zeros_like(served.backbone(pixels))
+    strength = torch.zeros(TRACED_BATCH, 1)
+    before = trace(_Normalisation(served), {"image": image}, ["pixels"], opset)
+    backbone = trace(served.backbone, {"pixels": torch.zeros_like(pixels)}, ["features"], opset)
+    after = trace(_Answer(served), {"features": features, "strength": strength}, ["logits", "feature"], opset)
+    _check_weights(backbone)
+    backbone = shape_inference.infer_shapes(backbone)
+    half = _converted(backbone)
+    rounding, values = _rounding(backbone, half)
+    return HalfGraph(_joined(before, half, after), _joined(before, rounding, after), values)
+
+
+def _check_weights(backbone: onnx.ModelProto) -> None:
+    """The converter would cut such a weight to the largest number of float16 and say nothing."""
+    for tensor in backbone.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor)
+            largest = float(np.abs(values).max(initial=0.0))
+            if not largest <= LARGEST:
+                raise StageError(
+                    f"weight {tensor.name} of the backbone holds {largest:.3g}, beyond float16's largest number "
+                    f"{LARGEST:g}; {REMEDY}; nothing was exported"
+                )
+
+
+def _converted(backbone: onnx.ModelProto) -> onnx.ModelProto:
+    """The backbone in float16, between a cast at its input and one at its output."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = (
+        "1"  # its package would otherwise write a file; read when it is first imported
+    )
+    path = list(sys.path)
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    sys.path[:] = path  # that package adds its own folder, whose modules have names as common as `benchmark`
+    copy = onnx.ModelProto()
+    copy.CopyFrom(backbone)
+    blocked = [*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
+    half = convert_float_to_float16(copy, keep_io_types=True, disable_shape_infer=True, op_block_list=blocked)
+    del half.graph.value_info[:]  # it leaves some with the type that they had
+    _sort(half.graph)
+    return half
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Nodes before those that read them: the converter appends its casts at the end, which ONNX forbids."""
+    maker = {name: place for place, node in enumerate(graph.node) for name in node.output}
+    needed = {place: {maker[n] for n in node.input if n in maker} for place, node in enumerate(graph.node)}
+    ordered = [graph.node[place] for place in graphlib.TopologicalSorter(needed).static_order()]
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _rounding(backbone: onnx.ModelProto, half: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """The float32 backbone with float16's weights, every value rounded after its node, and the values' names."""
+    model = onnx.ModelProto()
+    model.CopyFrom(backbone)
+    graph = model.graph
+    rounded = {tensor.name: tensor for tensor in half.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
+    for tensor in graph.initializer:
+        if tensor.name in rounded and tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(rounded[tensor.name]).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    known = [*graph.value_info, *graph.output]
+    floats = {value.name for value in known if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    nodes = [*_rounded("pixels", "pixels rounded")]
+    values: list[str] = []
+    for node in graph.node:
+        node.input[:] = ["pixels rounded" if name == "pixels" else name for name in node.input]
+        nodes.append(node)
+        for place, name in enumerate(node.output):
+            if name in floats:
+                node.output[place] = f"{name} exact"
+                nodes += _rounded(f"{name} exact", name) + _magnitude(f"{name} exact")
+                values.append(f"{node.op_type} {name}")
+    sizes = [name for node in nodes for name in node.output if name.endswith(" size")]
+    nodes.append(helper.make_node("Concat", sizes, ["magnitude"], axis=0))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    graph.output.append(helper.make_tensor_value_info("magnitude", TensorProto.FLOAT, [len(values)]))
+    graph.initializer.append(numpy_helper.from_array(np.array([1], dtype=np.int64), "one number"))
+    return model, values
+
+
+def _rounded(name: str, result: str) -> list[onnx.NodeProto]:
+    """float32 → float16 → float32; ONNX Runtime leaves such a pair alone where float32 surrounds it."""
+    return [
+        helper.make_node("Cast", [name], [f"{name} half"], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", [f"{name} half"], [result], to=TensorProto.FLOAT),
+    ]
+
+
+def _magnitude(name: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Abs", [name], [f"{name} absolute"]),
+        helper.make_node("ReduceMax", [f"{name} absolute"], [f"{name} largest"], keepdims=0),
+        helper.make_node("Reshape", [f"{name} largest", "one number"], [f"{name} size"]),
+    ]
+
+
+def _joined(before: onnx.ModelProto, backbone: onnx.ModelProto, after: onnx.ModelProto) -> bytes:
+    """One graph of three, names kept at its inputs and outputs and apart inside."""
+    parts = [
+        compose.add_prefix(model, f"{name}/", rename_inputs=False, rename_outputs=False)
+        for name, model in (("normalisation", before), ("backbone", backbone), ("answer", after))
+    ]
+    whole = compose.merge_models(parts[0], parts[1], [("pixels", "pixels")])
+    whole = compose.merge_models(whole, parts[2], [("features", "features")])
+    whole.graph.name, whole.producer_name = "student", "tailor"
+    del whole.opset_import[1:]  # one line for each part, all the same
+    return whole.SerializeToString()

@@ -1,0 +1,155 @@
+"""Parity of an exported graph with the network in PyTorch: bounds for float32, and others for float16."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from models.networks.cosine_classifier import ImageClassifier
+from models.prior import adjust_logits
+from pipeline.data.dataset import AnyImages, normalise
+from pipeline.onnx_export.float16 import REMEDY, HalfGraph
+from pipeline.params import ExportParams, ImageParams
+from pipeline.shared.errors import StageError
+from serving.shared.terminal import counted
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+COMPARED = 256  # images of the held-out split whose best class is compared where float16 may change it
+
+
+@dataclass(frozen=True)
+class Parity:
+    """logit: largest difference of a logit from PyTorch's. agreement: share of `images` whose best class is the same."""
+
+    logit: float
+    agreement: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.agreement:.1%} of {counted(self.images, 'image')} keep their class"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch answers for images uint8 [B,3,H,W] at strength [B,1]: logits [B,C], unit feature [B,D]."""
+
+    pixels: np.ndarray
+    strength: np.ndarray
+    logits: np.ndarray
+    feature: np.ndarray
+
+    def run(self, session: onnxruntime.InferenceSession, *more: str) -> list[np.ndarray]:
+        """The graph's logits, feature and further outputs for the same input."""
+        return session.run(["logits", "feature", *more], {"image": self.pixels, "strength": self.strength})
+
+    def gaps(self, logits: np.ndarray, feature: np.ndarray) -> tuple[float, float]:
+        """Largest absolute difference of a logit and of a feature; NaN where one is no number."""
+        return float(np.abs(logits - self.logits).max()), float(np.abs(feature - self.feature).max())
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """The network in PyTorch that a graph is compared with. shift [C]: makes its logits answer for the balanced prior."""
+
+    model: ImageClassifier
+    image: ImageParams
+    log_prior: list[float]
+    shift: list[float]
+
+    def answer(self, pixels: np.ndarray, strength: np.ndarray) -> Reference:
+        """Its answers for images uint8 [B,3,H,W] at strength [B,1]."""
+        with torch.inference_mode():
+            features, logits = self.model(normalise(torch.from_numpy(pixels), self.image))
+            balanced = logits + torch.tensor(self.shift, dtype=torch.float64).to(logits.dtype)
+            adjusted = adjust_logits(balanced, torch.tensor(self.log_prior), torch.from_numpy(strength)).numpy()
+            return Reference(pixels, strength, adjusted, torch.nn.functional.normalize(features, dim=1).numpy())
+
+
+def check_parity(
+    session: onnxruntime.InferenceSession, network: TrainedNetwork, examples: AnyImages, export: ExportParams, seed: int
+) -> float:
+    """Largest absolute logit difference between the graph in ONNX Runtime and the training path in PyTorch.
+
+    Batch sizes 1, 2, 7 and the maximum, half real images and half noise, a strength per row. Raises StageError when a
+    logit or a feature differs by more than export.tolerance, or is not finite.
+    """
+    largest = 0.0
+    for reference in mixed_batches(network, examples, seed, export.max_batch_size):
+        gaps = reference.gaps(*reference.run(session))
+        if not max(gaps) <= export.tolerance:
+            raise StageError(
+                f"at batch size {len(reference.pixels)} ONNX Runtime differs from PyTorch by {gaps[0]:.2e} (logits) and "
+                f"{gaps[1]:.2e} (feature), above export.tolerance = {export.tolerance:g}; nothing was exported"
+            )
+        largest = max(largest, gaps[0])
+    return largest
+
+
+def check_half(
+    half: HalfGraph,
+    sessions: tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession],
+    network: TrainedNetwork,
+    examples: AnyImages,
+    export: ExportParams,
+    seed: int,
+) -> Parity:
+    """How far the float16 graph is from PyTorch in float32. sessions: of half.served and half.rounding.
+
+    Looks at the batches of `check_parity`, and at up to 256 real images for their best class. Raises StageError when a
+    value is beyond float16's range, when a cosine (a logit times tau_s) or a feature differs by more than
+    export.half.tolerance, or when fewer images than export.half.agreement keep their best class.
+    """
+    bounds, largest, same, images = export.half, 0.0, 0, 0
+    served, rounding = sessions
+    mixed = ((batch, False) for batch in mixed_batches(network, examples, seed, export.max_batch_size))
+    real = ((batch, True) for batch in real_batches(network, examples, seed, export.max_batch_size))
+    for reference, counts in itertools.chain(mixed, real):
+        *rounded, magnitude = reference.run(rounding, "magnitude")
+        half.check_magnitude(magnitude)
+        kept = np.ones(len(reference.pixels), dtype=bool)
+        for answer in (reference.run(served), rounded):
+            logit, feature = reference.gaps(*answer)
+            if not max(logit * network.model.tau_s, feature) <= bounds.tolerance:
+                raise StageError(
+                    f"at batch size {len(reference.pixels)} float16 differs from PyTorch by {logit * network.model.tau_s:.2e} "
+                    f"(cosine) and {feature:.2e} (feature), above export.half.tolerance = {bounds.tolerance:g}; "
+                    f"{REMEDY}; nothing was exported"
+                )
+            largest = max(largest, logit)
+            kept &= answer[0].argmax(1) == reference.logits.argmax(1)
+        if counts:
+            same, images = same + int(kept.sum()), images + len(kept)
+    if same < bounds.agreement * images:
+        raise StageError(
+            f"float16 gives {images - same} of {counted(images, 'image')} another best class than PyTorch, "
+            f"{same / images:.4g} keep "
+            f"theirs, below export.half.agreement = {bounds.agreement:g}; {REMEDY}; nothing was exported"
+        )
+    return Parity(largest, same / images, images)
+
+
+def mixed_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most: int) -> Iterator[Reference]:
+    """Batch sizes 1, 2, 7 and `most`, half real images and half noise, a strength per row."""
+    generator, size = np.random.default_rng(seed), network.image.size
+    for batch in (1, 2, 7, most):
+        pixels = generator.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
+        chosen = generator.integers(0, len(examples), (batch + 1) // 2)
+        real = examples.pixels(torch.from_numpy(chosen)).numpy()
+        pixels[: len(real)] = real
+        strength = generator.choice([0.0, 1.0, -0.5, 2.5], (batch, 1)).astype(np.float32)
+        yield network.answer(pixels, strength)
+
+
+def real_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most: int) -> Iterator[Reference]:
+    """Up to 256 real images, each once, at most `most` at a time, without adjustment."""
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:COMPARED]
+    for start in range(0, len(chosen), most):
+        pixels = examples.pixels(torch.from_numpy(chosen[start : start + most])).numpy()
+        yield network.answer(pixels, np.zeros((len(pixels), 1), dtype=np.float32))

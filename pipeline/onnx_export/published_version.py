@@ -1,0 +1,57 @@
+"""What a published version answers for the test split: its own graph in ONNX Runtime, so that no server need run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from models.prior import class_key, class_prior, shot_group, softmax
+from pipeline.data.class_prior import Prior
+from pipeline.data.split_tables import load_classes
+from pipeline.evaluation.predictions import Answers
+from pipeline.params import Params
+from pipeline.shared.errors import StageError
+
+
+def served_answers(repository: Path, version: int | None, params: Params, target_prior: str) -> Answers:
+    """Answers of a version, or of the champion where it is None, for the target prior on data/split/test.parquet.
+
+    Raises InputError for a version that is not there, RepositoryError or ManifestError for a damaged one, StageError when
+    its classes are not the split's, and ParamsError when there is no split.
+    """
+    import torch
+
+    from pipeline.data.dataset import evaluation_images
+    from pipeline.model_io.inference import NotFiniteError, check_finite
+    from pipeline.onnx_export.release import open_session
+    from serving.repository.release import published_versions, read_champion, read_release
+    from serving.shared.errors import InputError
+    from serving.shared.names import STUDENT
+
+    champion = read_champion(repository).version  # also where a version is given: a damaged repository is refused
+    version = champion if version is None else version
+    if version not in (existing := published_versions(repository)):
+        raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, existing))}")
+    manifest = read_release(repository, version).manifest
+    if load_classes() != [class_key(name) for name in manifest.classes]:
+        raise StageError(f"version {version} of {repository} has other classes than data/split/classes.json")
+    seen = {"size": manifest.image.size, "resize_to": manifest.image.resize_to}
+    test = evaluation_images(params.model_copy(update={"image": params.image.model_copy(update=seen)}), "test")
+    session = open_session(repository / STUDENT / str(version) / "model.onnx")
+    strength = 1.0 if target_prior == "train" else 0.0
+    logits = [
+        session.run(["logits"], {"image": images.numpy(), "strength": np.full((len(images), 1), strength, np.float32)})[
+            0
+        ]
+        for images in test.batches(torch.arange(len(test)), manifest.max_batch_size)
+    ]
+    p = class_prior(manifest.counts, 0.0 if all(manifest.counts) else 1.0)
+    groups = [shot_group(count) for count in manifest.counts]
+    prior = Prior(manifest.classes, manifest.counts, p.tolist(), manifest.log_prior, groups)
+    order = np.argsort(np.array(list(test.sample_ids)))
+    try:
+        found = softmax(check_finite(np.concatenate(logits)))[order]
+    except NotFiniteError as error:
+        raise StageError(f"version {version} of {repository}: {error}") from None
+    return Answers([test.sample_ids[i] for i in order], test.labels.numpy()[order], found, prior)

@@ -1,0 +1,117 @@
+"""The content of a release: golden requests, their tolerance, the manifest."""
+
+from __future__ import annotations
+
+import base64
+import os
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+
+from models.networks.cosine_classifier import ImageClassifier
+from models.preprocess import ROOM
+from models.prior import softmax
+from pipeline.data.class_prior import Prior
+from pipeline.data.dataset import AnyImages
+from pipeline.data.split_tables import data_sha256
+from pipeline.onnx_export.parity import Parity
+from pipeline.params import Params, ServingParams
+from pipeline.shared.artifacts import SPLIT, sha256_of_json
+from pipeline.shared.fingerprint import code_sha256
+from pipeline.shared.lineage import code_revision
+from serving.repository.manifest import (
+    GOLDEN_TOLERANCE,
+    Golden,
+    HalfPrecision,
+    ImageFormat,
+    Limits,
+    Manifest,
+    sha256_of,
+)
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+VERSION = 1
+
+
+LARGEST_TOLERANCE = 0.1  # of a golden probability: what tells a wrong graph from a rounded one
+
+
+def open_session(graph: Path | bytes) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on the CPU over a graph, in a file or in memory, that passes ONNX's own checker."""
+    # Its package would otherwise write a telemetry file under the user's cache folder; read when it is first imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    model = onnx.load_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)
+    onnx.checker.check_model(model, full_check=True)
+    return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+
+def golden_tolerance(half: Parity | None) -> float:
+    """How far a probability may be from a golden one: where the graph is float16, a GPU rounds what a CPU does not.
+
+    Both are within half.logit of PyTorch. Logits that each move by d move a probability by d/2 at most.
+    """
+    return min(GOLDEN_TOLERANCE + half.logit, LARGEST_TOLERANCE) if half else GOLDEN_TOLERANCE
+
+
+def top_k(serving: ServingParams, prior: Prior) -> int:
+    """Answers per image: serving.top_k, or all classes where there are fewer."""
+    return min(serving.top_k, len(prior.classes))
+
+
+def golden_answers(
+    session: onnxruntime.InferenceSession, examples: AnyImages, chosen: list[int], best: int, tolerance: float
+) -> list[Golden]:
+    """Requests with known answers: the chosen images at strength 0 and 1 in turn, answered by ONNX Runtime."""
+    golden = []
+    for number, example in enumerate(chosen):
+        strength = float(number % 2)
+        pixels = examples.pixels(torch.tensor([example])).numpy()
+        logits = session.run(["logits"], {"image": pixels, "strength": np.array([[strength]], dtype=np.float32)})[0][0]
+        probability = softmax(logits)
+        index = np.argsort(-probability, kind="stable")[:best]
+        golden.append(
+            Golden(
+                image=base64.b64encode(examples.encoded(example)).decode(),
+                strength=strength,
+                index=index.tolist(),
+                probability=probability[index].tolist(),
+                tolerance=tolerance,
+            )
+        )
+    return golden
+
+
+def build_manifest(
+    folder: Path, params: Params, prior: Prior, model: ImageClassifier, metrics: dict[str, Any], half: Parity | None
+) -> Manifest:
+    """The release's manifest over the files already in the folder."""
+    return Manifest(
+        version=VERSION,
+        classes=prior.classes,
+        counts=prior.counts,
+        log_prior=prior.log_prior,
+        image=ImageFormat(size=params.image.size, resize_to=params.image.resize_to, room=ROOM),
+        feature_dim=model.feature_dim,
+        tau_s=model.tau_s,
+        strength=params.serving.strength,
+        top_k=top_k(params.serving, prior),
+        max_batch_size=params.export.max_batch_size,
+        files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+        params_sha256=sha256_of_json(params.model_dump(mode="json")),
+        data_sha256=data_sha256(SPLIT),
+        code_revision=code_revision(),
+        code_sha256=code_sha256(),
+        versions={name: version(name) for name in ("tailor", "torch", "onnx", "onnxruntime")},
+        metrics=metrics,
+        half=HalfPrecision(**asdict(half)) if half else None,
+        limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
+    )

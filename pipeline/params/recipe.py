@@ -1,0 +1,134 @@
+"""Apply a recipe: merge overlay files into params.yaml, keeping its comments."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from pipeline.params import parse_params, read_yaml
+from pipeline.shared.errors import ParamsError
+
+EXTENDS = "extends"
+RECIPES = Path(__file__).with_name("recipes")  # in the repository a link to the folder at its root
+
+
+def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
+    """The text of `target` with the overlays' values, in order, and one line per changed key. Nothing is written.
+
+    Raises ParamsError for an overlay that is not a mapping or gives invalid params, naming file, key and value.
+    """
+    from ruamel.yaml import YAML
+
+    overlays = [find_recipe(overlay) for overlay in overlays]
+    read_yaml(target)  # a file that is not YAML is refused in the same words as everywhere
+    document = load_document(target.read_text(encoding="utf-8"))
+    applied: set[Path] = set()
+    lines = [line for overlay in overlays for line in _merge(document, resolve(overlay, applied), "")]
+    text = dump_document(document)
+    parse_params(YAML(typ="safe").load(text), overlays[-1])
+    return text, lines
+
+
+def find_recipe(path: Path) -> Path:
+    """The overlay at `path`; where no such file exists, the recipe of that name that comes with Tailor, if there is one."""
+    shipped = RECIPES / path.relative_to("recipes") if path.is_relative_to("recipes") else path
+    return shipped if shipped.is_file() and not path.exists() else path
+
+
+def load_document(text: str) -> Any:
+    """A params file to edit: its comments stay, and its lists are on one line, as `dvc exp run -S` does not leave them."""
+    document = _yaml().load(text)
+    _lists_on_one_line(document)
+    return document
+
+
+def dump_document(document: Any) -> str:
+    """The text of an edited params file."""
+    stream = io.StringIO()
+    _yaml().dump(document, stream)
+    return stream.getvalue()
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 160
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml
+
+
+def _lists_on_one_line(mapping: Any) -> None:
+    """Each block list in flow style, its key's comment behind it: a new list in its place would else break the file."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    for key, value in mapping.items():
+        if isinstance(value, CommentedMap):
+            _lists_on_one_line(value)
+        elif (
+            isinstance(value, CommentedSeq)
+            and not value.fa.flow_style()
+            and not any(isinstance(entry, CommentedMap | CommentedSeq) for entry in value)
+        ):
+            head = mapping.ca.items.pop(key, None)
+            comments = [head[2]] if head and head[2] else []
+            comments += [tokens[0] for _, tokens in sorted(value.ca.items.items()) if tokens and tokens[0]]
+            mapping[key] = _flow(list(value))
+            texts = [text.strip() for comment in comments for text in comment.value.splitlines()]
+            if any(texts):
+                mapping.yaml_add_eol_comment(" ".join(filter(None, texts)), key)
+
+
+def resolve(overlay: Path, applied: set[Path], below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """An overlay's values over those of the files that its `extends` names: one or a list, relative to the overlay.
+
+    A file is extended once: one in `applied`, to which all that are read here are added, is not taken again, so that
+    it cannot undo what came after it. `below` are the overlays that led to this one. Raises ParamsError for an overlay
+    that cannot be read, that extends itself or what is not a file.
+    """
+    content = read_yaml(overlay)
+    named = content.pop(EXTENDS, [])
+    parents = [named] if isinstance(named, str) else named
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ParamsError(f"{overlay}: {EXTENDS} is {named!r}; expected a file name or a list of them")
+    values: dict[str, Any] = {}
+    for parent in parents:
+        path = overlay.parent / parent
+        if not path.is_file():
+            raise ParamsError(f"{overlay}: {EXTENDS} is {parent!r}, but there is no file {path}")
+        if path.resolve() in (overlay.resolve(), *below):
+            raise ParamsError(f"{overlay}: {EXTENDS} is {parent!r}, which itself extends this file")
+        if path.resolve() not in applied:
+            _merge(values, resolve(path, applied, (overlay.resolve(), *below)), "")
+    applied.add(overlay.resolve())
+    _merge(values, content, "")
+    return values
+
+
+def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
+    lines = []
+    for key, value in changes.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(document.get(key), dict):
+            lines.extend(_merge(document[key], value, f"{name}."))
+        elif key not in document or document[key] != value:
+            lines.append(f"{name}: {document.get(key, 'unset')} → {value}")
+            document[key] = _flow(value)
+    return lines
+
+
+def _flow(value: Any) -> Any:
+    """A list in the file's own style, on one line; a mapping's lists likewise."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    if isinstance(value, dict):
+        return {key: _flow(entry) for key, entry in value.items()}
+    if not isinstance(value, list):
+        return value
+    sequence = CommentedSeq(value)
+    sequence.fa.set_flow_style()
+    return sequence

@@ -1,0 +1,1 @@
+"""Before training: data check, pack, first params, memory estimate."""

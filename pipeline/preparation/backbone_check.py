@@ -1,0 +1,37 @@
+"""Whether a backbone of torchvision or timm runs at an image size and exports, untrained: `python -m pipeline.preparation.backbone_check`.
+
+Run as a process of its own by the stages that train, whose exit status is the answer: what these networks raise has no
+common type, and an export may end the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from importlib.util import find_spec
+
+import torch
+
+from models.networks.cosine_classifier import ImageClassifier
+from pipeline.onnx_export.graph import ServedStudent, to_onnx
+
+CLASSES = 3
+
+
+def main(backbone: str, size: int, opset: int | None) -> None:
+    """Build the network, run a training step's forward pass on two images, and export it unless opset is None."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    model = ImageClassifier(backbone, CLASSES, 1 / 30, size)
+    model.train()(torch.rand(2, 3, size, size))
+    if opset is not None and find_spec("onnx") and find_spec("onnxscript"):
+        served = ServedStudent(model.eval(), [0.5] * 3, [0.5] * 3, [-1.0] * CLASSES).eval()
+        with contextlib.redirect_stdout(io.StringIO()):
+            to_onnx(served, size, opset)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -1,0 +1,226 @@
+"""`data check`: is this data set what it should be? Counts, bad files, duplicates, the long tail, hashes to compare."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from models.prior import GROUPS, class_names_problem, shot_group
+from models.sample_size import SampleSize, sample_sizes
+from pipeline.data.assignment import SPLITS, assign, without
+from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, looks_of
+from pipeline.data.inspection import Inspected, Journal, inspect_images
+from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
+from pipeline.params import Params
+from pipeline.shared.artifacts import sha256_of_json
+from pipeline.shared.errors import StageError
+from pipeline.sources import FolderSource, Row, Source, open_own
+from serving.shared.terminal import counted
+
+HASHED_SIDE = 32
+Assigned = dict[str, list[Row]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One published figure beside the one found."""
+
+    figure: str
+    published: str
+    found: str
+
+    @property
+    def same(self) -> bool:
+        """Whether the two agree."""
+        return self.published == self.found
+
+
+@dataclass
+class Report:
+    """What a check found. Counts are of images unless they say otherwise; `verdict` is what stops `split`, `problems`
+    what it lets through and makes figures wrong (duplicates in two splits), `remarks` what the source reads otherwise than
+    one may expect, one line each."""
+
+    source: str
+    location: str
+    classes: list[str]
+    assigned: Assigned
+    inspected: dict[str, Inspected]
+    counts: dict[str, list[int]]
+    bad: list[Row]
+    conflicts: list[tuple[Row, Row]]
+    duplicates: dict[str, list[tuple[str, Row]]]
+    near_duplicates: list[list[tuple[str, Row]]] | None
+    list_hash: str
+    content_hash: str
+    published: list[Difference]
+    verdict: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def imbalance_factor(self) -> float:
+        """Largest class over smallest class of the training split."""
+        train = self.counts["train"]
+        return max(train) / max(min(train), 1)
+
+    def groups(self) -> dict[str, int]:
+        """Classes by shot group."""
+        found = [shot_group(count) for count in self.counts["train"]]
+        return {group: found.count(group) for group in GROUPS}
+
+    def test_sizes(self) -> dict[str, SampleSize]:
+        """Sample sizes of the test split, of all classes and by shot group; none where nothing could be assigned."""
+        groups = [shot_group(count) for count in self.counts["train"]]
+        return sample_sizes(self.counts["test"], groups)
+
+    def missing(self) -> int:
+        """Images without a file."""
+        return sum(self.inspected[row.reference].missing for row in self.bad)
+
+    def across_splits(self, groups: list[list[tuple[str, Row]]]) -> int:
+        """Of some groups of duplicates, those with images in two splits."""
+        return sum(len({split for split, _ in group}) > 1 for group in groups)
+
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """Width and height in pixels of the smallest, the middle and the largest usable image, by area."""
+        sizes = sorted((i.width * i.height, i.width, i.height) for i in self.inspected.values() if not i.problem)
+        if not sizes:
+            return {}
+        places = {"smallest": 0, "median": len(sizes) // 2, "largest": len(sizes) - 1}
+        return {name: sizes[place][1:] for name, place in places.items()}
+
+
+def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None = None, fresh: bool = False) -> Report:
+    """Read every image of the source and compare all that can be compared.
+
+    journal: file that keeps what was read, so that the check goes on where it was; `fresh` starts it anew. near: bits in
+    which the perceptual hashes of near duplicates may differ, None not to look for them. Raises DataError or ParamsError
+    when the source cannot be opened at all.
+    """
+    data = params.data
+    source = open_own(data)
+    if fresh:
+        journal.unlink(missing_ok=True)
+    about = sha256_of_json([data.source, data.location, data.table.model_dump(), near is not None])
+    inspected = inspect_images(source, "check", looks_of if near is not None else None, Journal(journal, about), jobs)
+    bad = [row for row in source.rows if inspected[row.reference].problem]
+    names = class_names_problem(source.classes)
+    verdict = [names] if names else []
+    if bad and data.on_bad_image == "fail":
+        verdict.append(
+            f"{counted(len(bad), 'image', 'are')} missing or cannot be used; the first: {inspected[bad[0].reference].problem}"
+        )
+        missing = [row for row in bad if inspected[row.reference].missing]
+        cause = source.why_missing(missing) if missing else None
+        if cause:
+            verdict.append(cause)
+    try:
+        assigned = assign(
+            without(source, bad) if data.on_bad_image == "skip" else source.rows, source.classes, data, source.origin
+        )
+    except StageError as error:
+        verdict.append(str(error))
+        assigned = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
+    hashes = {reference: found.sha256 for reference, found in inspected.items() if found.sha256}
+    conflicts = conflicting_labels(source.rows, hashes)
+    if conflicts and source.origin not in PUBLISHED:
+        row, other = conflicts[0]
+        verdict.append(
+            f"{counted(len(conflicts), 'image', 'lie')} under two labels; the first: {source.place(row)} and "
+            f"{source.place(other)}"
+        )
+    published = compare(params, source)
+    if any(not figure.same for figure in published):
+        verdict.append(f"{source.origin} differs from what was published")
+    duplicates, near_duplicates = group_duplicates(assigned, hashes), _near(assigned, inspected, near)
+    problems = []
+    if source.origin not in PUBLISHED:
+        alike = [group for group in near_duplicates or [] if _large_enough(group, inspected)]
+        for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", alike)):
+            problems += _across(kind, groups, source)
+    return Report(
+        source.origin, data.location, source.classes, assigned, inspected,
+        {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
+        bad, conflicts, duplicates, near_duplicates,
+        hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems,
+        source.remarks if isinstance(source, FolderSource) else [],
+    )  # fmt: skip
+
+
+def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, Inspected]) -> bool:
+    """Whether a perceptual hash, which is of 32 x 32 pixels, can tell these images apart: smaller ones are enlarged to it."""
+    sizes = [inspected[row.reference] for _, row in group]
+    return all(min(size.width, size.height) >= HASHED_SIDE for size in sizes)
+
+
+def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> list[str]:
+    """A line on groups of duplicates that lie in two splits, where there are any: a test image known from training."""
+    shared = [group for group in groups if len({split for split, _ in group}) > 1]
+    if not shared:
+        return []
+    (split, row), *others = shared[0]
+    other, second = next(member for member in others if member[0] != split)
+    return [
+        f"{counted(len(shared), 'group')} of {kind} in two splits, so that figures on held-out images are too good; the first: "
+        f"{source.place(row)} ({split}) and {source.place(second)} ({other}); keep each image in one split"
+    ]
+
+
+def count_classes(rows: list[Row], classes: int) -> list[int]:
+    """Images of each class."""
+    return np.bincount([row.label for row in rows], minlength=classes).tolist()
+
+
+def hash_split(assigned: Assigned, hashes: Mapping[str, str] | None = None) -> str:
+    """sha256 of who is in which split under which label, in any order; with `hashes` also of the images' bytes."""
+    lines = sorted(
+        f"{split}\t{row.sample_id}\t{row.label}\t{hashes.get(row.reference, '') if hashes is not None else ''}\n"
+        for split, rows in assigned.items()
+        for row in rows
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def compare(params: Params, source: Source) -> list[Difference]:
+    """The published figures of a known data set beside those of the source; none for a set of one's own."""
+    known = PUBLISHED.get(source.origin)
+    if known is None:
+        return []
+    by_split = {split: [row for row in source.rows if row.split == split] for split in known.images}
+    counts = count_classes(by_split["train"], len(source.classes))
+    groups = [shot_group(count) for count in counts]
+    figures = [(f"{split} images", known.images[split], len(rows)) for split, rows in by_split.items()]
+    figures += [
+        ("classes", known.classes, len(source.classes)),
+        ("largest class", known.largest, max(counts)),
+        ("smallest class", known.smallest, min(counts)),
+        *((f"{group} classes", known.groups[group], groups.count(group)) for group in GROUPS),
+    ]
+    found = [Difference(name, f"{published:,}", f"{there:,}") for name, published, there in figures]
+    choice = published_choice(source.origin, params.data)
+    if choice:
+        labels = np.array([row.label for row in by_split["train"]])
+        kept = choose(labels, class_sizes(params.data.profile, counts, params.data.imbalance_factor), params.data.seed)
+        name = f"CIFAR-LT, factor {params.data.imbalance_factor:g}"
+        chosen = f"{counted(sum(map(len, kept)), 'image')}, {hash_of_ranks(labels, kept)}"
+        found.append(Difference(name, f"{counted(choice[0], 'image')}, {choice[1]}", chosen))
+    return found
+
+
+def _near(
+    assigned: Assigned, inspected: Mapping[str, Inspected], distance: int | None
+) -> list[list[tuple[str, Row]]] | None:
+    if distance is None:
+        return None
+    rows = [(split, row) for split, kept in assigned.items() for row in kept]
+    groups = group_near_duplicates([inspected[row.reference].looks for _, row in rows], distance)
+    # Byte-identical ones are reported as such.
+    return [
+        [rows[i] for i in group] for group in groups if len({inspected[rows[i][1].reference].sha256 for i in group}) > 1
+    ]

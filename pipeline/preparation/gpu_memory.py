@@ -1,0 +1,229 @@
+"""What one step of a recipe takes of the device's memory, found without the device and without an image.
+
+The step is run on tensors that have shapes and types but no data, as torch.compile does, and every one of them is
+followed from its making to its end. Not in it: CUDA's own context (about half a GiB), workspaces of libraries, and gaps
+that the allocator leaves; 10 % of the card is a fair allowance. A fused contrast kernel takes less than the plain version
+that is counted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from models.networks.ema import WeightAverage
+from models.objectives.student import StudentObjective
+from models.objectives.teacher import TeacherObjective
+from pipeline.augment import cuts_originals
+from pipeline.data.class_prior import Prior, load_prior
+from pipeline.data.dataset import Images
+from pipeline.data.published import PUBLISHED
+from pipeline.data.stream_decoding import enough_pixels
+from pipeline.model_io.checkpoint import build_model
+from pipeline.params import Params
+from pipeline.preparation.live_tensors import LiveMemory
+from pipeline.shared.artifacts import PRIOR
+from pipeline.shared.errors import ParamsError
+from pipeline.training.run import check_recipe, model_config
+from pipeline.training.step import Step, precision_of
+from pipeline.training.student_setup import student_objective, weights_of
+
+GIB = 2**30
+ALLOWANCE = 0.1  # of the card, for what is not counted
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes: at the step's fullest moment (peak) by kind, and the most of each kind.
+
+    images: bytes of the training split; with originals the most that they take, in the host's memory instead of the device's.
+    """
+
+    peak: int
+    at_peak: dict[str, int]
+    largest: dict[str, int]
+    images: int
+    originals: bool
+
+    def fits(self, card: float) -> bool:
+        """Whether a step fits a card of so many bytes, the allowance for what is not counted left free."""
+        return self.peak <= (1 - ALLOWANCE) * card
+
+
+def account(params: Params, stage: str, prior: Prior) -> Account:
+    """The account of one step of stage `teacher` or `student` on CUDA, of one process. Raises ParamsError as the stage does."""
+    check_recipe(params.teacher, params.student, prior)
+    try:
+        with torch.device("meta"):
+            objective, average = _made(params, stage, prior)
+    except NotImplementedError:  # a network that reads its own widths off tensors: torchvision's RegNet
+        objective, average = _made(params, stage, prior)
+    # Tensors without data that say they lie on the CPU: autocast has no rules for meta tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in filter(None, (objective, average)):
+            _without_data(module.to(memory_format=torch.channels_last))
+        return measured_step(params, stage, objective, average, sum(prior.counts))
+
+
+def _made(params: Params, stage: str, prior: Prior) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
+    objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
+    return objective, WeightAverage(objective.model, decay) if decay else None
+
+
+def measured_step(
+    params: Params,
+    stage: str,
+    objective: TeacherObjective | StudentObjective,
+    average: WeightAverage | None,
+    images: int,
+) -> Account:
+    """One step on the CPU as it would be on CUDA, and what lived while it ran; on tensors without data in a FakeTensorMode."""
+    # The average is there already: tensors without data cannot be copied deeply.
+    section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
+    size, batch = params.image.size, section.batch_size
+    nothing = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], [], None)
+    precision = precision_of(params.engine, torch.device("cuda"))
+    recompute = params.engine.checkpoint_activations
+    step = Step(objective, section, params.image, nothing, torch.device("cpu"), precision, recompute)
+    step.average = average
+    live = LiveMemory()
+    _declare(live, step)
+    live.follow_gradients(objective.parameters())
+    with live:
+        views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
+        target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+        live.declare("views", [views])
+        with _named(live, objective):
+            step.descend(views, target, chosen, None)
+    originals = cuts_originals(objective.views, section.augment)
+    pixels = int(enough_pixels(params.image, section.augment.crop_scale)) if originals else size * size
+    return Account(live.peak, live.at_peak, dict(live.largest), images * 3 * pixels, originals)
+
+
+def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
+    """The objective of a stage, freshly initialised; a student's teacher likewise, as its weights take the same place."""
+    configs = [model_config(section, params.image, len(prior.classes)) for section in (params.teacher, params.student)]
+    if stage == "teacher":
+        return TeacherObjective(
+            build_model(configs[0], "teacher.backbone"), torch.tensor(prior.in_losses), params.teacher.adjustment
+        )
+    model, teacher = build_model(configs[1], "student.backbone"), build_model(configs[0], "teacher.backbone")
+    return student_objective(params.student, weights_of(params.student), prior, model, teacher)
+
+
+def _without_data(module: nn.Module) -> None:
+    """Parameters and buffers of a meta module as empty ones of the mode that is on. (`to_empty` swaps, which they refuse.)"""
+    for part in module.modules():
+        for name, held in part._parameters.items():
+            if held is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_like(held, device="cpu"), held.requires_grad)
+        for name, held in part._buffers.items():
+            if held is not None:
+                part._buffers[name] = torch.empty_like(held, device="cpu")
+
+
+def _declare(live: LiveMemory, step: Step) -> None:
+    """Name what is there before a step."""
+    objective = step.objective
+    kinds: dict[str, nn.Module | None] = {
+        "frozen teacher": getattr(objective, "teacher", None),
+        "momentum encoder": getattr(objective, "momentum_encoder", None),
+        "queue": getattr(objective, "queues", None),
+        "average of weights": step.average,
+        "weights": objective,
+    }
+    for kind, module in kinds.items():
+        if module is not None:
+            live.declare(kind, [*module.parameters(), *module.buffers()])
+    live.declare("momentum", step.optimiser.momentum())
+
+
+@contextlib.contextmanager
+def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> Iterator[None]:
+    """A block in which what is kept for the backward pass is named for the module that runs, or for what it is."""
+    running: list[str] = []
+    named = {"network": objective.model.backbone}
+    if getattr(objective, "query_head", None) is not None:
+        named |= {"query head": objective.query_head, "key head": objective.key_head}
+    hooks = []
+    for name, module in named.items():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
+    rows = len(objective.queues.row_class) if "key head" in named else 0
+
+    def kind_of(tensor: Tensor) -> str:
+        if running:
+            return f"activations: {running[-1]}"
+        width = tensor.shape[-1] if tensor.dim() == 2 else 0
+        return {rows: "activations: similarity", objective.model.classes: "activations: logits"}.get(
+            width or -1, "activations: losses"
+        )
+
+    try:
+        with live.kept_by(kind_of):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def prior_of(params: Params, classes: int | None, images: int | None) -> Prior:
+    """Of the split that there is, else of so many classes and images, else of the published data set that params name.
+
+    Where the counts of the classes are not known, all but the largest are alike; of them memory depends on no other.
+    Raises ParamsError when the number of classes is unknown, or a number of images is given beside a split's counts.
+    """
+    known = PUBLISHED.get(params.data.source)
+    if classes is None and PRIOR.is_file():
+        if images is not None:
+            raise ParamsError(f"--images is {images}, but {PRIOR} counts the images already; give --classes too")
+        return load_prior()
+    if classes is None and known is None:
+        raise ParamsError(f"{PRIOR}: no such file, so --classes is needed; or run `dvc repro prior` first")
+    classes = classes or known.classes
+    images = images or (known.images["train"] if known and known.classes == classes else 100 * classes)
+    if images < classes:
+        raise ParamsError(f"--images is {images}, below the {classes} classes; expected at least one image a class")
+    largest = known.largest if known and known.classes == classes else min(images - classes + 1, 10 * images // classes)
+    rest, over = divmod(images - largest, classes - 1)
+    counts = [largest, *(rest + (place < over) for place in range(classes - 1))]
+    even = [1 / classes] * classes
+    return Prior([str(number) for number in range(classes)], counts, even, even, ["many"] * classes)
+
+
+def table(found: Account, title: str) -> Table:
+    """Kinds of memory, the largest first."""
+    shown = Table("", "at the fullest moment", "most of its kind", title=title, title_justify="left")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    kinds = sorted(found.largest, key=lambda kind: -found.largest[kind])
+    for kind in kinds:
+        shown.add_row(kind, size_of(found.at_peak.get(kind, 0)), size_of(found.largest[kind]))
+    shown.add_section()
+    shown.add_row("together", size_of(found.peak), "")
+    return shown
+
+
+def size_of(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
+
+
+def advice(needed: Account, stage: str, card: float) -> list[str]:
+    """Whether the step of a stage fits a card of so many GB, what the images take, and what would need less memory."""
+    besides = f"all training images as bytes are {size_of(needed.images)} besides, unless they are streamed"
+    if needed.originals:
+        besides = f"originals for resized crops take no more than {size_of(needed.images)}, in the host's memory (stream.mode)"
+    if needed.fits(card * 1e9):
+        return [f"fits a card of {card:g} GB with a tenth of it left free; {besides}"]
+    return [
+        f"does not fit a card of {card:g} GB with a tenth of it left free; {besides}",
+        f"less memory: {stage}.accumulate, engine.checkpoint_activations, engine.precision: bfloat16, or more "
+        "GPUs to share the batch",
+    ]

@@ -1,0 +1,202 @@
+"""`data pack`: many small files into a few Parquet shards that source `table` reads; the images' bytes unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import yaml
+
+from pipeline.data.assignment import SPLITS
+from pipeline.data.inspection import check_missing
+from pipeline.params import Params
+from pipeline.shared.artifacts import sha256_of, sha256_of_json, unfinished, write_json
+from pipeline.shared.errors import ParamsError
+from pipeline.shared.progress import progress_bar
+from pipeline.sources import BadImageError, Row, Source, in_parts, open_own
+from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY
+from serving.shared.terminal import counted
+
+PLAN, SUMMARY = ".pack.json", "pack.json"
+STATE_KEY = b"tailor.pack"  # in a shard's metadata: rows of the source done after it, images left out in it
+ROW_GROUP_BYTES = 8 * 1024 * 1024  # what reading one image at random costs at most
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a pack holds: images and shards of each split, images left out by data.on_bad_image: skip."""
+
+    images: dict[str, int]
+    shards: dict[str, int]
+    skipped: int
+    output: Path
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{self.images[split]:,} {split} in {counted(self.shards[split], 'shard')}" for split in self.images
+        )
+        left = f"; {counted(self.skipped, 'image')} left out, listed in {SUMMARY}" if self.skipped else ""
+        return f"{parts}{left} → {self.output}"
+
+    def as_mapping(self) -> dict[str, Any]:
+        """What a script reads; `params` is what the lines of `table` say."""
+        return {
+            "output": str(self.output), "images": self.images, "shards": self.shards, "skipped": self.skipped,
+            "params": yaml.safe_load(self.table()),
+        }  # fmt: skip
+
+    def table(self) -> str:
+        """The lines of params.yaml that read the pack."""
+        splits = "".join(f"\n    {split}: {split}" for split in self.images)
+        return f"data:\n  source: table\n  location: {self.output}\n  table:{splits}\n    id: name"
+
+
+def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None, shuffle: int | None = None) -> Packed:
+    """Write the source's images into output/<split>/00000.parquet and on, about shard_bytes each.
+
+    In the source's order; or in a random one by the seed `shuffle`, so that a stream, which shuffles a few row groups at a
+    time, finds every class in them.
+
+    Columns: image (the file's bytes), label (int32), name (the sample id); class names lie in the shards' metadata. The
+    folder appears when it is whole. A run that was interrupted goes on after its last whole shard and gives the same bytes.
+    Raises ParamsError when `output` is there already, DataError for missing or unreadable images unless data.on_bad_image
+    is skip.
+    """
+    if output.exists():
+        raise ParamsError(f"{output}: is there already; remove it or name another folder")
+    source = open_own(params.data)
+    if params.data.on_bad_image == "fail":
+        check_missing(source)
+    rows = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
+    if shuffle is not None:
+        generator = np.random.default_rng(shuffle)
+        rows = {split: [kept[i] for i in generator.permutation(len(kept))] for split, kept in rows.items()}
+    work = _prepare(unfinished(output), source, params, [shard_bytes, shuffle])
+    writers = {}
+    with progress_bar(unit="images") as bar, ThreadPoolExecutor(jobs) as pool:
+        task = bar.add_task("pack: reading images", total=len(source.rows), rate="")
+        for split, kept in rows.items():
+            if kept:
+                writers[split] = writer = _Writer(work / split, source, shard_bytes)
+                bar.advance(task, writer.next)
+                for part in in_parts(kept[writer.next :], 64):
+                    for row, data in zip(part, pool.map(lambda row: _read(source, row), part), strict=True):
+                        if isinstance(data, BadImageError) and params.data.on_bad_image == "fail":
+                            raise data
+                        writer.add(row, data)
+                    bar.advance(task, len(part))
+                writer.close_shard()
+    shards = {split: sorted((work / split).glob("*.parquet")) for split in writers}
+    skipped = [problem for writer in writers.values() for problem in writer.skipped]
+    images = {split: writer.images for split, writer in writers.items()}
+    summary = {
+        "classes": len(source.classes),
+        "images": images,
+        "skipped": skipped,
+        "sha256": {path.relative_to(work).as_posix(): sha256_of(path) for found in shards.values() for path in found},
+    }
+    write_json(work / SUMMARY, summary)
+    (work / PLAN).unlink()
+    work.rename(output)
+    return Packed(images, {split: len(found) for split, found in shards.items()}, len(skipped), output)
+
+
+def _read(source: Source, row: Row) -> bytes | BadImageError:
+    try:
+        return source.read(row.reference)
+    except BadImageError as error:
+        return error
+
+
+def _prepare(work: Path, source: Source, params: Params, how: list[int | None]) -> Path:
+    """The folder to work in: that of an interrupted run of the same source, sizes and order, else an empty one."""
+    listed = [[row.reference, row.label, row.sample_id, row.split] for row in source.rows]
+    plan = sha256_of_json([params.data.location, params.data.on_bad_image, source.classes, listed, how])
+    if not (work / PLAN).is_file() or json.loads((work / PLAN).read_text(encoding="utf-8")) != plan:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_json(work / PLAN, plan)
+    return work
+
+
+class _Writer:
+    """The shards of one split, one after another; each is renamed to its name when whole, and says how far it came."""
+
+    def __init__(self, folder: Path, source: Source, shard_bytes: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._schema = pa.schema(
+            [("image", pa.binary()), ("label", pa.int32()), ("name", pa.string())],
+            metadata={CLASSES_KEY: json.dumps(source.classes), ORIGIN_KEY: json.dumps(source.origin)},
+        )
+        self._buffer: list[tuple[bytes, int, str]] = []
+        self._buffered = self._written = 0
+        self._stream: BinaryIO | None = None
+        self._shards = self.next = self.images = 0
+        self.skipped: list[str] = []
+        for path in sorted(folder.glob("*.parquet")):  # whole ones of an interrupted run
+            footer = pyarrow.parquet.read_metadata(path)
+            state = json.loads(footer.metadata[STATE_KEY])
+            self._shards, self.next = self._shards + 1, state["next"]
+            self.images += footer.num_rows
+            self.skipped += state["skipped"]
+        self._skipped_before = len(self.skipped)
+
+    def add(self, row: Row, data: bytes | BadImageError) -> None:
+        """The next row of the split: its image, or why there is none."""
+        self.next += 1
+        if isinstance(data, BadImageError):
+            self.skipped.append(str(data))
+            return
+        self.images += 1
+        self._buffer.append((data, row.label, row.sample_id))
+        self._buffered += len(data)
+        if self._buffered >= ROW_GROUP_BYTES or self._buffered + self._written >= self._shard_bytes:
+            self._write_group()
+        if self._written >= self._shard_bytes:
+            self.close_shard()
+
+    def _write_group(self) -> None:
+        if self._stream is None:
+            self._stream = self._partial.open("wb")
+            # The images are compressed already; the other columns are not.
+            compression = {"image": "none", "label": "zstd", "name": "zstd"}
+            self._parquet = pyarrow.parquet.ParquetWriter(
+                self._stream,
+                self._schema,
+                compression=compression,
+                use_dictionary=["label"],
+                write_statistics=["label"],
+            )
+        columns = [list(column) for column in zip(*self._buffer, strict=True)]
+        self._parquet.write_table(pa.table(columns, schema=self._schema))
+        self._written += self._buffered
+        self._buffer, self._buffered = [], 0
+
+    def close_shard(self) -> None:
+        """Finish the shard that is being written, if there is one."""
+        if self._buffer:
+            self._write_group()
+        if self._stream is None:
+            return
+        state = {"next": self.next, "skipped": self.skipped[self._skipped_before :]}
+        self._parquet.add_key_value_metadata({STATE_KEY: json.dumps(state)})
+        self._parquet.close()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._partial.replace(self._folder / f"{self._shards:05d}.parquet")
+        self._stream, self._written, self._shards = None, 0, self._shards + 1
+        self._skipped_before = len(self.skipped)
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f".{self._shards:05d}.partial"

@@ -1,0 +1,120 @@
+"""A project: a folder with params.yaml and dvc.yaml, git and DVC set up, in which the installed package runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.shared.artifacts import write_file
+from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.lineage import GitError, git
+
+FILES = Path(__file__).with_name("project_files")  # DVC would run a dvc.yaml there, so it is stages.yaml
+HINT = "Put one folder of images per class here, named for the class. Then run: tailor init data/source\n"
+DVC_CONFIG = {"core.analytics": "false", "core.check_update": "false", "core.autostage": "false"}
+
+
+def first_params() -> str:
+    """The params.yaml of a new project: the default recipe."""
+    return (FILES / "params.yaml").read_text(encoding="utf-8")
+
+
+def create_project(folder: Path) -> list[str]:
+    """Write the files of a project into `folder`, make it a git repository or a part of one, and initialise DVC.
+
+    Returns what the user has to do before stages can run, a line each. Raises ParamsError where the folder holds a file of
+    that name already, StageError where git or DVC fail.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ParamsError(f"{folder}: is a file; expected a folder, or a name that does not exist yet")
+    for name in ("params.yaml", "dvc.yaml"):
+        if (folder / name).exists():
+            raise ParamsError(f"{folder / name}: exists already; expected a folder without it for a new project")
+    write_file(folder / "data/source/README.md", HINT)  # git ignores it; DVC warns of a folder that is empty
+    _add_lines(folder / ".gitignore", (FILES / "gitignore").read_text(encoding="utf-8").splitlines())
+    write_file(folder / "data/ingested/.gitignore", "*.parquet\n")  # keeps the folder, which stage split reads, in git
+    _initialise(folder)
+    write_file(folder / "dvc.yaml", (FILES / "stages.yaml").read_text(encoding="utf-8"))
+    write_file(folder / "params.yaml", first_params())  # last: the folder counts as a project once this file exists
+    return _missing()
+
+
+def enclosing_project(folder: Path) -> Path | None:
+    """The project that a folder lies in, below its root; None where there is none."""
+    parents = folder.absolute().parents
+    return next(
+        (path for path in parents if all((path / name).is_file() for name in ("params.yaml", "dvc.yaml"))), None
+    )
+
+
+def keep_out_of_git(folder: Path) -> bool:
+    """Add a folder inside the working folder to .gitignore, where git neither ignores nor tracks it; whether it was added.
+
+    Else `git add -A` and `dvc exp run` commit the images in it. Where git refuses to read the repository they cannot.
+    """
+    try:
+        return _ignore(folder)
+    except GitError:
+        return False
+
+
+def _ignore(folder: Path) -> bool:
+    try:
+        inside = folder.resolve().relative_to(Path().resolve()).as_posix()
+    except ValueError:
+        return False
+    if inside == "." or git(Path(), "rev-parse", "--is-inside-work-tree") != "true":
+        return False
+    if git(Path(), "check-ignore", "--quiet", f"{inside}/image") is not None or git(
+        Path(), "--literal-pathspecs", "ls-files", "--", inside
+    ):
+        return False
+    _add_lines(Path(".gitignore"), ["/" + re.sub(r"([\\*?\[])", r"\\\1", inside) + "/"])
+    return True
+
+
+def _add_lines(path: Path, lines: list[str]) -> None:
+    """Add those lines that a text file does not have yet."""
+    present = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    write_file(path, "\n".join([*present, *(line for line in lines if line not in present)]) + "\n")
+
+
+def _initialise(folder: Path) -> None:
+    """`git init` and `dvc init`, each where it has not been done; in a part of a git repository `dvc init --subdir`."""
+    options = ["--no-scm"]
+    if shutil.which("git"):
+        top = git(folder, "rev-parse", "--show-toplevel")
+        if top is None or git(folder, "check-ignore", "--quiet", ".") is not None:
+            _run(folder, "git", "init", "--quiet")
+            top = str(folder.resolve())
+        options = [] if Path(top).samefile(folder) else ["--subdir"]
+    if (folder / ".dvc").is_dir():
+        return
+    dvc = (sys.executable, "-P", "-m", "dvc")
+    _run(folder, *dvc, "init", "--quiet", *options)
+    config = "".join(f"    {key.partition('.')[2]} = {value}\n" for key, value in DVC_CONFIG.items())
+    path = folder / ".dvc/config"
+    write_file(path, f"[core]\n{config}" + path.read_text(encoding="utf-8").removeprefix("[core]\n"))
+    if options != ["--no-scm"]:
+        _run(folder, "git", "add", ".dvc/config")
+
+
+def _run(folder: Path, *command: str) -> None:
+    """Run a command in the folder. Raises StageError with the last line that it prints."""
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stderr + done.stdout).split("\n")
+        reason = next((line for line in lines if line.startswith(("ERROR", "fatal"))), lines[0])
+        raise StageError(f"{folder}: {' '.join(command[-4:])} failed: {reason or f'status {done.returncode}'}")
+
+
+def _missing() -> list[str]:
+    found = shutil.which("python")
+    if found and Path(found).parent.samefile(Path(sys.executable).parent):
+        return []
+    return [f'export PATH="{Path(sys.executable).parent}:$PATH"']

@@ -1,0 +1,94 @@
+"""The data card: what a model was trained and tested on, in the Hugging Face format of dataset cards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.prior import GROUPS
+from pipeline.data.class_prior import Prior
+from pipeline.params import DataParams, ImageParams
+from pipeline.report.model_card import render_card
+from serving.shared.terminal import counted
+
+# The Hub's own brackets; a set is in the first whose end it does not reach.
+BRACKETS = {
+    10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M", 10**8: "10M<n<100M"
+}  # fmt: skip
+SHOWN = 1000  # classes that the card lists; manifest.json and per_class.csv have all
+
+CARD = """\
+---
+{{ metadata }}---
+
+# Data of a long-tailed classifier
+
+{% for term, text in facts %}
+- **{{ term }}**: {{ text | cell }}
+{% endfor %}
+
+## Splits
+
+| split | images | what it is for |
+|---|---|---|
+| train | {{ sizes.train }} | learning; its class frequencies are the training prior |
+| validation | {{ sizes.validation }} | choosing an epoch, the temperature of the calibration |
+| test | {{ sizes.test }} | the reported figures, read by the evaluation alone |
+
+Each image is named by a sample id and the sha256 of its bytes in `data/split/*.parquet`; images that two splits share,
+byte for byte, are listed in `data/split/duplicates.csv`.
+
+## Classes
+
+| class | training images | group |
+|---|---|---|
+{% for name in prior.classes[:shown] %}
+| {{ name | cell }} | {{ prior.counts[loop.index0] }} | {{ prior.groups[loop.index0] }} |
+{% endfor %}
+{% if prior.classes | length > shown %}
+
+The first {{ shown }} of {{ prior.classes | length }} classes; `per_class.csv` has all.
+{% endif %}
+
+## Limits
+
+The classes are as unequal in training as the table shows: a figure of a class with few images rests on few images.
+Tailor does not know who made the images or under which licence; add both before you publish this card.
+"""
+
+
+@dataclass(frozen=True)
+class SplitSizes:
+    """Images of each split."""
+
+    train: int
+    validation: int
+    test: int
+
+
+def data_card(data: DataParams, facts: list[tuple[str, str]], prior: Prior, sizes: SplitSizes) -> str:
+    """The card's text: a YAML block that huggingface_hub reads, then Markdown. facts: of `data_facts`."""
+    total = sizes.train + sizes.validation + sizes.test
+    metadata = {
+        "pretty_name": f"Tailor {data.source}, {data.profile} profile",
+        "task_categories": ["image-classification"],
+        "size_categories": [next((name for end, name in BRACKETS.items() if total < end), "100M<n<1B")],
+        "tags": ["long-tailed", "image"],
+    }
+    return render_card(CARD, metadata, facts=facts, prior=prior, sizes=sizes, shown=SHOWN)
+
+
+def data_facts(data: DataParams, image: ImageParams, prior: Prior, sizes: SplitSizes) -> list[tuple[str, str]]:
+    """Facts about the data, one line each: term and text."""
+    made = (
+        "as it is" if data.profile == "natural" else f"made {data.profile}, imbalance factor {data.imbalance_factor:g}"
+    )
+    groups = ", ".join(f"{prior.groups.count(name):,} {name}" for name in GROUPS)
+    most = max(prior.counts)
+    return [
+        ("Source", data.source if data.source == "digits" else f"{data.source} at {data.location}"),
+        ("Images", f"{sizes.train:,} for training, {sizes.validation:,} for validation, {sizes.test:,} for the test"),
+        ("Classes", f"{len(prior.classes):,}: {groups}"),
+        ("Long tail", f"{made}; {counted(most, 'image')} in the largest class, {min(prior.counts):,} in the smallest"),
+        ("Seen by the network", f"RGB, {image.size}x{image.size} pixels, from a shorter side of {image.resize_to}"),
+        ("Which images", f"chosen and held out with seed {data.seed}"),
+    ]  # fmt: skip

@@ -1,0 +1,210 @@
+"""Runs recorded in MLflow besides DVC: params, metrics, curves, report and manifest of the run whose artifacts exist here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.command_line import stage_main
+from pipeline.params import Params, TrackingParams
+from pipeline.shared.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER, sha256_of
+from pipeline.shared.errors import ParamsError, StageError
+from pipeline.sources.storage import shown
+from serving.shared.terminal import print
+
+EVALUATED = ("report.html", "metrics.json", "per_class.csv", "confusion.csv")
+EXPORTED = ("manifest.json", "model_card.md")
+HISTORIES = {"teacher": TEACHER / "history.csv", "student": STUDENT / "history.csv"}
+NOT_LOGGED = {"tracking", "device"}  # an address may hold a password; the device is no part of the recipe
+RELEASE_TAG = "tailor.release"
+AT_ONCE = {"metrics": 1000, "params": 100}  # MLflow's limits of one call
+# MLflow reads these when it is imported; a value that the user has set wins. No telemetry; an unreachable server fails after
+# seconds, not minutes; and a folder, which params.yaml named on purpose, is accepted without a further switch.
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+}
+
+
+class TrackingError(StageError):
+    """MLflow did not accept a run. Its artifacts are complete, and it can be recorded later."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as MLflow records it.
+
+    release: sha256 of its manifest; a release is recorded once. params and metrics by dotted key. curves: (metric, epoch,
+    value). files: uploaded with it. tags: the release, the data, the params and the code by their hashes.
+    """
+
+    name: str
+    release: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    curves: list[tuple[str, int, float]]
+    files: list[Path]
+    tags: dict[str, str]
+
+
+def track(params: Params, export: Path = EXPORT) -> str | None:
+    """Record the run whose artifacts exist here; returns its address in MLflow, None where tracking.mlflow is null.
+
+    Raises ParamsError when nothing was exported yet or mlflow is missing, TrackingError when MLflow does not accept the run.
+    """
+    if params.tracking.mlflow is None:
+        return None
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    uri, address = params.tracking.mlflow, shown(params.tracking.mlflow)
+    try:
+        from mlflow import MlflowClient  # of the extra `mlflow`
+        from mlflow.exceptions import MlflowException
+    except ModuleNotFoundError as error:
+        raise ParamsError(
+            f"tracking.mlflow is {address!r}, but {error.name} is not installed; pip install 'tailor[mlflow]'"
+        ) from None
+    run = collect(params, export)
+    try:
+        # A client of its own: MLflow's global state is not changed, so the user's runs in this process stay separate.
+        return _record(MlflowClient(tracking_uri=uri), params.tracking, run)
+    except (MlflowException, OSError, ImportError, *_database_errors()) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrackingError(
+            f"tracking.mlflow {address!r} did not accept the run: {reason.replace(uri, address)}"
+        ) from None
+
+
+def record_after_stage(stage: str, params: Params, export: Path = EXPORT) -> None:
+    """`track` at the end of a stage, whose result is complete: a failure is printed to stderr and changes nothing else."""
+    try:
+        if address := track(params, export):
+            print(f"{stage}: recorded at {address}", file=sys.stderr)
+    except StageError as error:
+        print(f"{stage}: {error}; `python -m pipeline.report.mlflow_record` records it later", file=sys.stderr)
+
+
+def collect(params: Params, export: Path = EXPORT) -> Run:
+    """The run whose artifacts exist here. Raises ParamsError when there are none, StageError for a damaged one."""
+    path = export / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))
+        facts = {key: str(manifest[key]) for key in ("data_sha256", "params_sha256", "code_revision")}
+    except OSError as error:
+        raise ParamsError(f"{error.filename}: {error.strerror}; run `dvc repro` first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{path}: damaged ({error}); run `dvc repro -f export`") from None
+    release = sha256_of(path)
+    content = params.model_dump(mode="json", exclude=NOT_LOGGED)
+    files = [EVALUATION / name for name in EVALUATED] + [export / name for name in EXPORTED]
+    content["data"]["location"] = shown(params.data.location)
+    return Run(
+        f"{params.data.source} {release[:8]}",
+        release,
+        {
+            key: json.dumps(value) if isinstance(value, list | None) else str(value)
+            for key, value in flat(content).items()
+        },
+        {key: float(value) for key, value in flat(metrics).items() if isinstance(value, int | float)},
+        [point for network, history in HISTORIES.items() for point in _curve(network, history)],
+        [file for file in files if file.is_file()],
+        {RELEASE_TAG: release, **{f"tailor.{key}": value for key, value in facts.items()}},
+    )
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _curve(network: str, path: Path) -> list[tuple[str, int, float]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return [
+            (f"{network}.{name}", int(row["epoch"]), float(value))
+            for row in csv.DictReader(stream)
+            for name, value in row.items()
+            if name != "epoch" and value
+        ]
+
+
+def _record(client: Any, settings: TrackingParams, run: Run) -> str:
+    """Record a run unless it is recorded already; one that a killed process recorded in part is deleted and recorded again."""
+    experiment = _experiment_id(client, settings)
+    for existing in client.search_runs([experiment], f"tags.`{RELEASE_TAG}` = '{run.release}'", max_results=50):
+        if existing.info.status == "FINISHED":
+            return _address(settings, experiment, existing.info.run_id)
+        client.delete_run(existing.info.run_id)
+    run_id = client.create_run(experiment, run_name=run.name, tags=run.tags).info.run_id
+    _log(client, run_id, run)
+    client.set_terminated(run_id, "FINISHED")
+    return _address(settings, experiment, run_id)
+
+
+def _log(client: Any, run_id: str, run: Run) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, 0) for name, value in run.metrics.items()]
+    metrics += [Metric(name, value, now, epoch) for name, epoch, value in run.curves]
+    params = [Param(name, value) for name, value in run.params.items()]
+    for start in range(0, len(metrics), AT_ONCE["metrics"]):
+        client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE["metrics"]])
+    for start in range(0, len(params), AT_ONCE["params"]):
+        client.log_batch(run_id, params=params[start : start + AT_ONCE["params"]])
+    for file in run.files:
+        client.log_artifact(run_id, str(file))
+
+
+def _experiment_id(client: Any, settings: TrackingParams) -> str:
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is None:
+        return str(client.create_experiment(settings.experiment))
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"tracking.experiment is {settings.experiment!r}, which was deleted at {shown(str(settings.mlflow))}; restore "
+            "it, or name another"
+        )
+    return str(experiment.experiment_id)
+
+
+def _address(settings: TrackingParams, experiment: str, run_id: str) -> str:
+    address = shown(str(settings.mlflow))
+    if address.startswith(("http://", "https://")):
+        return f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{address} (run {run_id})"
+
+
+def _database_errors() -> tuple[type[Exception], ...]:
+    """Errors of a database that MLflow does not wrap; from a package of its own, which the extra does not install."""
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:
+        return ()
+    return (SQLAlchemyError,)
+
+
+def run(params: Params) -> str:
+    """`track`, in a sentence. Raises ParamsError where tracking.mlflow is null."""
+    address = track(params)
+    if not address:
+        raise ParamsError("tracking.mlflow is null; set it to a tracking URI such as http://127.0.0.1:5000")
+    return f"recorded at {address}"
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(run, "Record the run whose artifacts exist here in MLflow, at params.tracking."))

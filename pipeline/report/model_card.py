@@ -1,0 +1,128 @@
+"""The model card of a student: Markdown with the metadata block of the Hugging Face format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+import yaml
+
+from models.sample_size import from_json, warnings_of
+from pipeline.data.class_prior import Prior
+from pipeline.params import DataParams, StudentParams, TrainingParams
+from serving.shared.terminal import counted
+
+# Of the metadata: our name → the field's.
+METRICS = {"balanced_accuracy": "balanced_accuracy", "all": "accuracy", "ece": "expected_calibration_error"}
+
+CARD = """\
+---
+{{ metadata }}---
+
+# Student of a GML run
+
+An image classifier for {{ prior.classes | length }} classes, trained on data whose largest class has {{ prior.counts | max }}
+samples and whose smallest has {{ prior.counts | min }} ({{ data.source }}, profile {{ data.profile }}).
+
+{% for term, text in facts %}
+- **{{ term }}**: {{ text | cell }}
+{% endfor %}
+
+## Use
+
+It answers for images like those that it was trained on, with one of its classes: what belongs to none gets one of them
+all the same. Choose the target prior by the data that are to be classified: strength 0 where every class is equally
+likely, 1 where classes come as often as in training, or a prior of your own.
+
+## Test metrics
+
+| target prior | all | many | medium | few | balanced accuracy | NLL | ECE |
+|---|---|---|---|---|---|---|---|
+{% for name, m in metrics.items() %}
+| {{ name }} | {{ m["all"] | percent }} | {{ m.many | percent }} | {{ m.medium | percent }} | {{ m.few | percent }} \
+| {{ m.balanced_accuracy | percent }} | {{ "%.3f" % m.nll }} | {{ m.ece | percent }} |
+{% endfor %}
+
+{% for line in few %}
+**Too few test images.** {{ line }}.
+
+{% endfor %}
+Last epoch, seed {{ seed }}, one run. Few means fewer than 20 training samples, many more than 100.
+
+## Classes
+
+| class | training samples | group |
+|---|---|---|
+{% for name in prior.classes %}
+| {{ name | cell }} | {{ prior.counts[loop.index0] }} | {{ prior.groups[loop.index0] }} |
+{% endfor %}
+"""
+
+
+def model_card(
+    data: DataParams, backbone: str, seed: int, facts: list[tuple[str, str]], prior: Prior, metrics: dict[str, Any]
+) -> str:
+    """The card's text. facts: of `model_facts`; metrics: target prior → metric, of the student on the test split."""
+    return render_card(
+        CARD, _metadata(data, backbone, metrics),
+        facts=facts, data=data, seed=seed, prior=prior, metrics=metrics,
+        few=warnings_of(from_json(metrics["balanced"].get("test_images", {}))),
+    )  # fmt: skip
+
+
+def render_card(template: str, metadata: dict[str, Any], **context: Any) -> str:
+    """A card in the format of the Hugging Face Hub: a YAML block, then Markdown."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"percent": lambda value: "n/a" if value is None else f"{value:.1%}", "cell": as_cell}
+    block = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return environment.from_string(template).render(metadata=block, **context)
+
+
+def model_facts(
+    teacher: TrainingParams, student: StudentParams, size: int, strength: float, prior: Prior
+) -> list[tuple[str, str]]:
+    """Facts about the model, one line each: term and text. size: of an image; strength: the default that is served."""
+    return [
+        ("Network", f"{student.backbone} with a cosine classifier of {counted(len(prior.classes), 'class')}"),
+        (
+            "Training",
+            f"{counted(student.epochs, 'epoch')} with the GML loss (ICML 2023, Mutual Information Maximization between Latent "
+            f"Features and Ground-Truth Labels), distilled from a {teacher.backbone} teacher of "
+            f"{counted(teacher.epochs, 'epoch')}",
+        ),
+        ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
+        ("Output", "logits of every class; strength 0 answers for a balanced target prior, 1 for the training prior"),
+        ("Default strength", f"{strength:g}"),
+    ]
+
+
+def as_cell(text: str) -> str:
+    """Text on one line that ends no table cell and opens no tag."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _metadata(data: DataParams, backbone: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    name = f"tailor-{data.source}-{backbone.replace('/', '-')}"
+    dataset = {
+        "name": f"{data.source}, {data.profile} profile",
+        "type": data.source,
+        "split": "test",
+    }
+    found = [
+        {"type": kind, "value": round(values[key], 6), "name": f"{kind.replace('_', ' ')}, target prior {prior}"}
+        for prior, values in metrics.items()
+        for key, kind in METRICS.items()
+        if values[key] is not None
+    ]
+    return {
+        "library_name": "onnx",
+        "pipeline_tag": "image-classification",
+        "tags": ["long-tailed", "logit-adjustment"],
+        "metrics": ["accuracy"],
+        "model-index": [
+            {
+                "name": name,
+                "results": [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": found}],
+            }
+        ],
+    }

@@ -1,0 +1,1 @@
+"""Prefect on this machine, schedules, the trigger of a retraining."""

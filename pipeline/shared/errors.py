@@ -1,0 +1,59 @@
+"""Errors that a user can act on. Each message is one line that names the file, key or argument and what is allowed;
+several problems of one data set are a line each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from serving.shared.errors import TailorError as TailorError
+
+
+class StageError(TailorError):
+    """A stage or a command of the pipeline fails. Exit code 1."""
+
+
+class ParamsError(StageError):
+    """params.yaml or an argument is not usable. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(StageError):
+    """The data are not usable: a file, a label or a count. Exit code 1."""
+
+
+class DataProblems(DataError):
+    """Several problems of the data: a line with their number, then a line each. `problems`: pairs of a path and what is
+    wrong with it; of those with the same text the first `SHOWN` are listed, and the rest is a number.
+    """
+
+    SHOWN = 10
+
+    def __init__(self, root: Path, problems: list[tuple[Path, str]]) -> None:
+        self.problems = problems
+        lines = [f"{root}: has {len(problems):,} problems:"]
+        for text in dict.fromkeys(text for _, text in problems):
+            paths = [path for path, other in problems if other == text]
+            lines += ["  " + " ".join(f"{path}: {text}".split()) for path in paths[: self.SHOWN]]
+            if len(paths) > self.SHOWN:
+                lines.append(f"  ... and {len(paths) - self.SHOWN:,} more: {text}")
+        super().__init__("\n".join(lines))
+
+
+def raise_problems(root: Path, problems: list[tuple[Path, str]]) -> None:
+    """Raise DataError for one problem, DataProblems for several, nothing for none."""
+    if len(problems) > 1:
+        raise DataProblems(root, problems)
+    for path, text in problems:
+        raise DataError(f"{path}: {text}")
+
+
+def explain(error: Exception) -> str:
+    """An error in one line, DataProblems in a line for each problem; an operating-system error with its file and cause."""
+    if isinstance(error, DataProblems):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename if error.filename else "a file of the stage"
+        return f"{where}: {error.strerror}"
+    return " ".join(str(error).split())

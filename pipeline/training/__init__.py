@@ -1,0 +1,1 @@
+"""The training loop: engine, step, CUDA graph, optimiser, resume, history."""

@@ -1,0 +1,251 @@
+"""The training engine: one loop that teacher and student share, from an objective to a trained network."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from models.distributed import rank, rank_count, synchronise_batch_norm
+from models.networks.activation_checkpointing import NoBlocksError
+from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.student import StudentObjective
+from models.objectives.teacher import TeacherObjective
+from pipeline.data.dataset import AnyImages
+from pipeline.model_io.inference import NotFiniteError, accuracy, outputs
+from pipeline.params import EngineParams, ImageParams, TrainingParams
+from pipeline.shared.artifacts import FAILURES
+from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.host_memory import keep_freed_memory, peak_memory_mib
+from pipeline.shared.progress import progress_bar
+from pipeline.training.cuda_graph import CapturedStep, CaptureError
+from pipeline.training.history import History, epoch_line
+from pipeline.training.non_finite import Failure, NonFiniteMonitor, dump_failure
+from pipeline.training.optimiser import learning_rate
+from pipeline.training.resume import RunFolder, Snapshot
+from pipeline.training.state import (
+    Best,
+    Position,
+    check_batch,
+    check_same_everywhere,
+    non_finite_tensors,
+    replaced_elsewhere,
+    snapshot_of,
+    take_snapshot,
+)
+from pipeline.training.step import Step, StepInputs, draw_ahead, own_places, own_rows, precision_of
+
+
+@dataclass
+class Training:
+    """One training run. `name` is the stage, which is also the params section that errors name.
+
+    With a run folder a checkpoint is written there after every epoch, and every engine.checkpoint_seconds within one. A run
+    that finds a checkpoint resumes from it, on the CPU bit-identical to a run that was never interrupted.
+    shift: [C], added in validation to the logits so that they answer for the balanced prior; None: nothing.
+    After `run`: `model` is the network of the last epoch (the average of weights where the recipe has one), `best` the
+    network of the epoch with the best validation accuracy.
+    """
+
+    name: str
+    objective: TeacherObjective | StudentObjective
+    params: TrainingParams
+    image: ImageParams
+    seed: int
+    device: torch.device
+    run_folder: RunFolder | None = None
+    engine: EngineParams = field(default_factory=EngineParams)
+    on_epoch: Callable[[History], None] | None = None
+    best: Best | None = None
+    shift: np.ndarray | None = None
+
+    @property
+    def model(self) -> ImageClassifier:
+        """The network that is evaluated and kept."""
+        return self.objective.model if self._step.average is None else self._step.average.average
+
+    def run(self, train: AnyImages, validation: AnyImages) -> History:
+        """Train for params.epochs; returns one record an epoch: loss parts, learning rate, validation accuracy, rate.
+
+        Data order and augmentation come from one CPU generator, so a run depends on the seed and not on the device nor
+        on how many ranks share the batch. Raises ParamsError when no batch can be filled or shared out, StageError at a
+        loss part that is not finite, naming step and terms; its batch and state are then dumped to artifacts/failures/.
+        """
+        check_batch(self.name, self.params, len(train))
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            self._prepare(train)
+            self._restore()
+            steps = len(train) // self.params.batch_size
+            with progress_bar(quiet=rank() > 0) as progress:
+                total = steps * self.params.epochs
+                done = self._at.epoch * steps + self._at.step
+                bar = progress.add_task(self.name, total=total, completed=done, rate="")
+                if done:
+                    self._print(progress, f"resumes at step {done + 1} of {total}")
+                self._take_step = self._captured(progress)
+                try:
+                    while self._at.epoch < self.params.epochs:
+                        record = self._epoch(progress, bar, steps, validation)
+                        progress.console.print(
+                            epoch_line(self.name, record, self.params.epochs), highlight=False, soft_wrap=True
+                        )
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(self._how_to_resume(steps)) from None
+        return self._at.history
+
+    def _how_to_resume(self, steps: int) -> str:
+        """The newest checkpoint of an interrupted run and how to resume it, for the line that ends the stage."""
+        if not self._kept or self.run_folder is None:
+            return "no checkpoint is kept yet, so the same command starts from the first step"
+        epoch, step = self._kept
+        where = f"step {step:,} of {steps:,} in epoch {epoch + 1}" if step else f"epoch {epoch}"
+        return f"the same command resumes after {where} of {self.params.epochs}, kept in {self.run_folder.folder}"
+
+    def _prepare(self, train: AnyImages) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        # The layout that convolution kernels prefer, on CPU and GPU alike; the arithmetic is the same.
+        self.objective.to(self.device, memory_format=torch.channels_last)
+        for module in self.objective.batch_modules():
+            synchronise_batch_norm(module, self.device)
+        precision = precision_of(self.engine, self.device)
+        recompute = self.engine.checkpoint_activations
+        try:
+            self._step = Step(self.objective, self.params, self.image, train, self.device, precision, recompute)
+        except NoBlocksError as error:
+            raise ParamsError(f"engine.checkpoint_activations is true, but {self.name}.backbone: {error}") from None
+        self._train = train
+        self._monitor = NonFiniteMonitor(self.device)
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._at = Position()
+        self._kept: tuple[int, int] | None = None  # finished epochs and steps of the newest checkpoint
+        self._saved = time.monotonic()
+
+    def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:
+        """The step, as a CUDA graph where there is CUDA and one process, else (or when that fails) plain."""
+
+        def plain(inputs: StepInputs) -> dict[str, Tensor]:
+            return self._step(inputs.to(self.device))
+
+        if self.device.type != "cuda" or not self.engine.capture or rank_count() > 1:
+            return plain
+        chosen = torch.arange(self.params.batch_size)
+        example = self._step.draw(chosen, torch.Generator().manual_seed(self.seed))
+        if self._train.images is None:
+            example = replace(example, pixels=self._train.pixels(chosen, example.draws))
+        try:
+            return CapturedStep(self._step, example)
+        except CaptureError as error:
+            self._print(progress, f"trains without a captured step: {error}")
+            return plain
+
+    def _print(self, progress: Progress, text: str) -> None:
+        progress.console.print(f"{self.name}  {text}", highlight=False, soft_wrap=True)
+
+    def _epoch(self, progress: Progress, bar: Any, steps: int, validation: AnyImages) -> dict[str, float]:
+        """Run the rest of the current epoch; returns its record."""
+        at, batch = self._at, self.params.batch_size
+        rate = learning_rate(self.params.schedule, self.params.learning_rate, at.epoch, self.params.epochs)
+        self._step.optimiser.set_rate(rate)
+        if at.order is None:
+            at.order = self._train.order(self._generator)[: steps * batch]
+        self._monitor.begin(at.sums)
+        started, first = time.perf_counter(), at.step
+        batches = at.order.view(steps, batch)
+        drawn, ahead = itertools.tee(draw_ahead(self._step, batches[first:], self._generator))
+        draws = (own_rows(inputs).draws for inputs, _ in ahead)
+        with self._train.feed(own_places(batches[first:]), draws=draws) as feed:
+            del ahead, draws  # otherwise tee would keep the draws of all steps of a feed that does not draw ahead
+            for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
+                self._generator.set_state(state)
+                # The monitor keeps the inputs of many steps; a dump reads their pixels again.
+                failure = self._monitor.add(step, inputs, self._take_step(replace(inputs, pixels=pixels)))
+                if failure:
+                    self._fail(failure, steps, rate)
+                at.step = step + 1
+                speed = (at.step - first) * batch / (time.perf_counter() - started)
+                progress.update(bar, advance=1, rate=f"{speed:,.0f} images/s")
+                if time.monotonic() - self._saved > self.engine.checkpoint_seconds:
+                    self._save(steps, rate)
+        means = self._monitor.means(steps)
+        if failure := self._monitor.last_failure():
+            self._fail(failure, steps, rate)
+        # The last step may have left a weight or a statistic that is not finite, which no later loss shows.
+        if fault := non_finite_tensors(self.model):
+            raise self._diverged(fault)
+        seconds = time.perf_counter() - started
+        data = self._train.epoch_record(seconds)
+        if notice := self._train.replaced() or replaced_elsewhere(data):
+            self._print(progress, notice)
+        record = {"epoch": at.epoch + 1, **means, "learning_rate": rate, **self.objective.observations()}
+        try:
+            if len(validation):
+                record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device, self.shift)
+            elif at.epoch + 1 == self.params.epochs:
+                some = torch.arange(min(batch, len(self._train)))
+                outputs(self.model, self._train.pixels(some), self.image, self.device)
+        except NotFiniteError as error:
+            raise self._diverged(str(error)) from None
+        if len(validation):
+            self._keep_best(record)
+        record["images_per_second"] = (steps - first) * batch / seconds
+        record["memory_mib"] = peak_memory_mib(self.device)
+        record.update(data)
+        self._at = Position(epoch=at.epoch + 1, history=[*at.history, record])
+        self._save(steps, rate)
+        if self.on_epoch:
+            self.on_epoch(self._at.history)
+        return record
+
+    def _diverged(self, what: str) -> StageError:
+        return StageError(
+            f"{self.name}: the network has diverged by the end of epoch {self._at.epoch + 1}: {what}; lower "
+            f"{self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs"
+        )
+
+    def _keep_best(self, record: dict[str, float]) -> None:
+        if self.best is None or record["validation_accuracy"] > self.best.accuracy:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = Best(int(record["epoch"]), record["validation_accuracy"], weights)
+
+    def _fail(self, failure: Failure, steps: int, rate: float) -> None:
+        """Dump the failure and raise StageError."""
+        epoch, folder = self._at.epoch + 1, FAILURES / self.name
+        if rank() == 0:
+            facts = {"stage": self.name, "epoch": epoch, "steps": steps, "learning_rate": rate, "seed": self.seed}
+            dump_failure(folder, failure, self._monitor, self._step, self._train, facts)
+        raise StageError(
+            f"{self.name}: not finite in epoch {epoch}, step {failure.step + 1} of {steps}: {', '.join(failure.terms)}; "
+            f"lower {self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs; "
+            f"the batch and the steps before it are in {folder}"
+        )
+
+    def _save(self, steps: int, rate: float) -> None:
+        """Write a checkpoint, unless the run has failed already."""
+        self._saved = time.monotonic()
+        if self.run_folder is None:
+            return
+        if failure := self._monitor.last_failure():
+            self._fail(failure, steps, rate)
+        at = self._at
+        if at.step:
+            at.sums = self._monitor.kept_sums()
+        if rank() == 0:
+            kept = snapshot_of(at, self._step, self._generator, self.best)
+            self.run_folder.save(at.epoch * 1_000_000 + at.step, kept)
+        self._kept = at.epoch, at.step
+
+    def _restore(self) -> None:
+        snapshot: Snapshot | None = self.run_folder.load() if self.run_folder else None
+        check_same_everywhere(snapshot, self.device, self.run_folder.folder if self.run_folder else None)
+        if snapshot is not None:
+            self._at, self.best = take_snapshot(snapshot, self._step, self._generator)
+            self._kept = self._at.epoch, self._at.step

@@ -1,0 +1,43 @@
+"""The record of a run by epoch: progress bar, a line per epoch, metrics.jsonl, TensorBoard event files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipeline.shared.errors import ParamsError
+
+History = list[dict[str, float]]
+
+
+def epoch_line(name: str, record: dict[str, float], epochs: int) -> str:
+    """One epoch in one line of text."""
+    parts = "  ".join(f"{key} {value:.4f}" for key, value in record.items() if key in ("loss", "tau_g"))
+    score = f"  validation {record['validation_accuracy']:.1%}" if "validation_accuracy" in record else ""
+    speed = f"lr {record['learning_rate']:.4f}  {record['images_per_second']:,.0f} images/s"
+    return f"{name}  epoch {record['epoch']}/{epochs}  {parts}{score}  {speed}"
+
+
+def as_jsonl(history: History) -> str:
+    """History as JSON lines, one record an epoch."""
+    return "".join(json.dumps(record) + "\n" for record in history)
+
+
+def write_scalars(folder: Path, history: History) -> None:
+    """Write every number of a history under its name, by epoch, as the one event file of `folder`.
+
+    Raises ParamsError when tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ParamsError(
+            "engine.tensorboard is true, but tensorboard is missing; pip install 'tailor[monitor]'"
+        ) from None
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for record in history:
+            for name, value in record.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, int(record["epoch"]))

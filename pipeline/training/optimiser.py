@@ -1,0 +1,78 @@
+"""SGD of the recipe, with its state allocated from the start so that all steps are alike, and the learning rate by epoch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.objectives.student import StudentObjective
+from models.objectives.teacher import TeacherObjective
+from pipeline.params import ScheduleParams, TrainingParams
+
+
+class Optimiser:
+    """SGD with momentum over an objective's trained parameters; weight decay for all but `objective.undecayed()`.
+
+    On CUDA it is PyTorch's fused kernel, with the learning rate in a tensor that a captured step reads again.
+    """
+
+    def __init__(self, objective: TeacherObjective | StudentObjective, params: TrainingParams) -> None:
+        undecayed = [parameter for parameter in objective.undecayed() if parameter.requires_grad]
+        apart = {id(parameter) for parameter in undecayed}
+        decayed = [p for p in objective.parameters() if p.requires_grad and id(p) not in apart]
+        groups = [{"params": decayed, "weight_decay": params.weight_decay}]
+        if undecayed:
+            groups.append({"params": undecayed, "weight_decay": 0.0})
+        device = decayed[0].device
+        self._rate = torch.tensor(params.learning_rate, device=device) if device.type == "cuda" else None
+        rate = params.learning_rate if self._rate is None else self._rate
+        self._sgd = torch.optim.SGD(groups, lr=rate, momentum=params.momentum, fused=self._rate is not None)
+        self.parameters = [*decayed, *undecayed]
+        if params.momentum:
+            # Zeros give the same first step as no buffer, and a captured step needs buffers that exist.
+            for parameter in self.parameters:
+                self._sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of all parameters for the next steps."""
+        if self._rate is not None:
+            self._rate.fill_(rate)
+            return
+        for group in self._sgd.param_groups:
+            group["lr"] = rate
+
+    def forget_gradients(self) -> None:
+        """Begin a step: gradients that are computed from now on are added up until `descend`."""
+        self._sgd.zero_grad(set_to_none=True)
+
+    def descend(self) -> Tensor:
+        """One step down the gradient that the parameters hold; its norm, a scalar."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self._sgd.step()
+        return norm
+
+    def momentum(self) -> list[Tensor]:
+        """The momentum buffers, in the order of `parameters`; empty without momentum."""
+        return [self._sgd.state[p]["momentum_buffer"] for p in self.parameters if p in self._sgd.state]
+
+
+def learning_rate(schedule: ScheduleParams, base: float, epoch: int, epochs: int) -> float:
+    """Learning rate of a 0-based epoch out of `epochs`.
+
+    Warm-up: base * (epoch+1) / warmup_epochs. `cosine`: base/2 * (1 + cos(pi * (e+1) / (E+1))), the official
+    code's form. `steps`: times factor from each milestone's epoch on, as the paper states it.
+
+    Rule `official`, of `steps` (the authors' CIFAR program): warm-up and the stretch before each milestone last an epoch
+    longer, as that code compares with <=. So epoch `warmup_epochs` overshoots to base * (w+1) / w, and the first lower rate is
+    at epoch milestone + 1. Of `cosine` (their ImageNet program): e and E are counted from the end of warm-up.
+    """
+    official, warmup = schedule.rule == "official", schedule.warmup_epochs
+    late = official and schedule.kind == "steps"
+    if warmup and epoch < warmup + late:
+        return base * (epoch + 1) / warmup
+    if schedule.kind == "cosine":
+        first = warmup if official else 0
+        return 0.5 * base * (1 + math.cos(math.pi * (epoch - first + 1) / (epochs - first + 1)))
+    return base * schedule.factor ** sum(epoch >= milestone + late for milestone in schedule.milestones)

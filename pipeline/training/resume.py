@@ -1,0 +1,69 @@
+"""The state of an unfinished training run on disk: whatever the next process needs to go on to the bit.
+
+Kept beside the stage's output, because DVC removes that before it runs a stage. One folder a checkpoint, whole or not
+there; the last two are kept, and a damaged one falls back to the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from pipeline.shared.artifacts import whole_folder, write_file, write_json
+
+FORMAT = 1
+KEPT = 2
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One checkpoint: named tensors, and the rest as JSON values."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class RunFolder:
+    """The checkpoints of one run. `fingerprint` tells runs apart: another recipe, seed, data set or teacher starts anew."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+
+    def save(self, step: int, snapshot: Snapshot) -> None:
+        """Write the checkpoint of a global step, then drop all but the last two. Raises OSError naming the file."""
+        with whole_folder(self.folder / f"{step:012d}") as folder:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
+            write_file(folder / TENSORS, safetensors.torch.save(tensors))
+            write_json(folder / STATE, {"format": FORMAT, "fingerprint": self.fingerprint, **snapshot.state})
+        for old in self._checkpoints()[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load(self) -> Snapshot | None:
+        """The newest whole checkpoint of this run; None when there is none. Checkpoints of another run are removed."""
+        for folder in reversed(self._checkpoints()):
+            try:
+                state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+                tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
+            except (OSError, ValueError, safetensors.SafetensorError):
+                continue  # damaged on disk; the one before is as good, only older
+            if (state.pop("format", None), state.pop("fingerprint", None)) == (FORMAT, self.fingerprint):
+                return Snapshot(tensors, state)
+        self.clear()
+        return None
+
+    def clear(self) -> None:
+        """Remove every checkpoint: the run has finished, or another has taken its place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("[0-9]*") if path.is_dir())

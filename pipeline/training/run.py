@@ -1,0 +1,191 @@
+"""What the training stages share around the engine: checks before a run, its state while it runs, its files after."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.contrast.queues import queue_lengths
+from models.distributed import rank
+from models.networks.backbones import UnknownBackboneError, check_backbone
+from models.objectives.student import StudentObjective
+from models.objectives.teacher import TeacherObjective
+from pipeline.data.class_prior import Prior
+from pipeline.data.dataset import training_images
+from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, save_model
+from pipeline.model_io.pretrained import start_from
+from pipeline.params import EngineParams, ImageParams, Params, StreamParams, StudentParams, TrainingParams
+from pipeline.shared.artifacts import (
+    TENSORBOARD,
+    as_csv,
+    sha256_of,
+    sha256_of_json,
+    unfinished,
+    whole_folder,
+    write_file,
+    write_json,
+)
+from pipeline.shared.errors import ParamsError
+from pipeline.training.engine import Training
+from pipeline.training.history import History, as_jsonl, write_scalars
+from pipeline.training.resume import RunFolder
+from serving.shared.terminal import counted, print
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last epoch of a training stage."""
+
+    last: dict[str, float]
+    output: Path
+
+    def __str__(self) -> str:
+        score = f", validation {self.last['validation_accuracy']:.1%}" if "validation_accuracy" in self.last else ""
+        return f"{counted(self.last['epoch'], 'epoch')}, loss {self.last['loss']:.4f}{score} → {self.output}"
+
+
+def model_config(section: TrainingParams, image: ImageParams, classes: int) -> ModelConfig:
+    """The config of a network that a params section trains."""
+    return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment)
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """The seed of a training stage: `seed` itself for the teacher, one drawn from it for the student.
+
+    With one for both, a student whose backbone is its teacher's starts with its teacher's initial weights and sees the
+    images in the same order.
+    """
+    if stage == "teacher":
+        return seed
+    digest = hashlib.sha256(f"{stage} {seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def train_network(
+    name: str,
+    objective: TeacherObjective | StudentObjective,
+    config: ModelConfig,
+    params: Params,
+    prior: Prior,
+    device: torch.device,
+    output: Path,
+    inputs: Sequence[Path],
+) -> Result:
+    """Train the objective of stage `name`, write the network of the last epoch to `output`; resumes an interrupted run.
+
+    inputs: files that the run depends on besides params. Finished epochs are written to metrics.jsonl of the run folder.
+    """
+    section: TrainingParams = getattr(params, name)
+    folder = run_folder(section, params.image, params.engine, params.stream, params.seed, output, inputs)
+    tensorboard = TENSORBOARD / name if params.engine.tensorboard else None
+
+    def record(history: History) -> None:
+        if rank() == 0:
+            write_file(folder.folder / "metrics.jsonl", as_jsonl(history))
+            if tensorboard:
+                write_scalars(tensorboard, history)
+
+    shift, seed = prior.balanced_shift(section.adjustment), stage_seed(params.seed, name)
+    training = Training(
+        name, objective, section, params.image, seed, device, folder, params.engine, record, shift=shift
+    )
+    train, validation, notice = training_images(params, device, augment=section.augment, views=objective.views)
+    if notice and rank() == 0:
+        print(f"{name}  {notice}", flush=True)
+    history = training.run(train, validation)
+    return save_run(training, config, history, output)
+
+
+def teacher_objective(section: TrainingParams, config: ModelConfig, prior: Prior, seed: int) -> TeacherObjective:
+    """L_cls (Eq. 6) of a network freshly initialised from a stage's seed, or from section.pretrained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(config, "teacher.backbone")
+    start_from(model.backbone, section.pretrained, "teacher.pretrained")
+    return TeacherObjective(model, torch.tensor(prior.in_losses), section.adjustment)
+
+
+def run_folder(
+    section: TrainingParams,
+    image: ImageParams,
+    engine: EngineParams,
+    stream: StreamParams,
+    seed: int,
+    output: Path,
+    inputs: Sequence[Path],
+) -> RunFolder:
+    """Where an unfinished run of `output` keeps its state; another recipe, seed, library or input file starts from scratch."""
+    depends = {
+        "section": section.model_dump(mode="json"),
+        "image": image.model_dump(mode="json"),
+        "seed": seed,
+        "precision": engine.precision,
+        "stream": stream.model_dump(mode="json", include={"mode", "decode", "shuffle_mib"}),
+        "torch": torch.__version__,
+        "inputs": [sha256_of(path) for path in inputs],
+    }
+    return RunFolder(unfinished(output), sha256_of_json(depends))
+
+
+def save_run(training: Training, config: ModelConfig, history: History, output: Path) -> Result:
+    """Write network, config and history as one whole folder, by rank 0; the run's checkpoint is then removed.
+
+    The network is the last epoch's. That of the best epoch on validation is written to best/, with best.json, if there is a
+    validation split: an extra, as a figure of an epoch that was chosen by a score must be labelled as such.
+    """
+    if rank() == 0:
+        with whole_folder(output) as folder:
+            save_model(training.model.state_dict(), config, folder)
+            if training.best:
+                save_model(training.best.weights, config, folder / BEST)
+                best = {"epoch": training.best.epoch, "validation_accuracy": training.best.accuracy}
+                write_json(folder / BEST / "best.json", best)
+            write_file(folder / "metrics.jsonl", as_jsonl(history))
+            write_file(folder / "history.csv", as_csv(history))
+        if training.run_folder:
+            training.run_folder.clear()
+    return Result(history[-1], output)
+
+
+def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) -> None:
+    """Raise ParamsError for what would only fail after the teacher has been trained: a backbone's name, the queues' size."""
+    for key, name in (("teacher.backbone", teacher.backbone), ("student.backbone", student.backbone)):
+        try:
+            check_backbone(name)
+        except UnknownBackboneError as error:
+            raise ParamsError(f"{key}: {error}") from None
+    if not student.beta:
+        return
+    try:
+        queue_lengths(prior.counts, student.queue_total, student.queue_minimum)
+    except ValueError as error:
+        raise ParamsError(f"student.queue_total, student.queue_minimum: {error}") from None
+
+
+def check_backbones(teacher: str, student: str, size: int, opset: int) -> None:
+    """Raise ParamsError when a network of torchvision or timm does not run at image.size, or the student does not export.
+
+    Checked on untrained networks: otherwise a backbone that cannot be exported fails after hours. Only rank 0 checks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    arguments_of = {("teacher.backbone", teacher): [str(size)], ("student.backbone", student): [str(size), str(opset)]}
+    for (key, name), arguments in arguments_of.items():
+        if "/" not in name:  # our own CIFAR ResNets take every size and are exported by the tests
+            continue
+        command = [sys.executable, "-P", "-m", "pipeline.preparation.backbone_check", name, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            reason = next((line for line in reversed(lines) if ": " in line), f"status {done.returncode}")
+            raise ParamsError(
+                f"{key} is {name!r}, which does not {'run or export' if len(arguments) > 1 else 'run'} at image.size = {size}: "
+                f"{reason[:300]}; choose another backbone or size"
+            )

@@ -1,0 +1,211 @@
+"""One optimiser step: what it needs is drawn on the CPU, the rest happens on the device, and nothing is read back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.distributed import average_gradients, gather_batch, rank, rank_count
+from models.networks.activation_checkpointing import recompute_blocks
+from models.networks.ema import WeightAverage
+from models.objectives.student import StudentObjective
+from models.objectives.teacher import Mixed, TeacherObjective
+from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_views
+from pipeline.data.dataset import AnyImages, Normalisation
+from pipeline.params import EngineParams, ImageParams, TrainingParams
+from pipeline.training.optimiser import Optimiser
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A global batch of B images: their places in the training split, int64 [B], and the random numbers of their views.
+
+    pixels: of a stream, uint8 [b,3,H,W] of this rank's run of the batch, or [b,views,3,H,W] where views are cut from the
+    originals; None where the images lie on the device.
+    """
+
+    chosen: Tensor
+    draws: Draws
+    mix: MixDraws | None
+    pixels: Tensor | None = None
+
+    def to(self, device: torch.device) -> StepInputs:
+        """The same on a device; to a GPU without waiting for it."""
+        chosen = self.chosen.pin_memory() if device.type == "cuda" and not self.chosen.is_cuda else self.chosen
+        mix = None if self.mix is None else self.mix.to(device)
+        pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
+        return StepInputs(chosen.to(device, non_blocking=True), self.draws.to(device), mix, pixels)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        mix = self.mix
+        mixed = [] if mix is None else [t for t in (mix.partner, mix.share, mix.box) if t is not None]
+        pixels = [] if self.pixels is None else [self.pixels]
+        return [self.chosen, *self.draws.tables, *mixed, *pixels]
+
+
+class Step:
+    """The step of one run: views of the batch, the objective's loss in the run's precision, SGD, the average of weights.
+
+    precision: the dtype of convolutions and products; norms, softmax and losses are float32 in any case. The images lie
+    on the device as uint8, or come with the inputs. With several ranks each takes its run of the batch and gradients are
+    averaged. Where the recipe accumulates, a rank's run is taken in parts whose gradients add up. checkpoint_activations: see
+    models.networks.activation_checkpointing; of the network that is trained.
+    """
+
+    def __init__(
+        self,
+        objective: TeacherObjective | StudentObjective,
+        params: TrainingParams,
+        image: ImageParams,
+        train: AnyImages,
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        self.objective = objective
+        self.device = device
+        self.precision = precision
+        self.optimiser = Optimiser(objective, params)
+        self.average = WeightAverage(objective.model, params.ema_decay) if params.ema_decay else None
+        if checkpoint_activations:
+            recompute_blocks(objective.model.backbone)
+        self._parts = params.accumulate
+        # In parts the ranks' gradients are averaged once, after the last of them.
+        alone = rank_count() == 1 or self._parts > 1
+        self._module: nn.Module = objective if alone else shared_gradients(objective)
+        self._augment = params.augment
+        self._images = None if train.images is None else train.images.to(device)
+        self._labels, self._size = train.labels.to(device), image.size
+        self._normalise = Normalisation(image, device)
+
+    def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
+        """The inputs of a step on the images `chosen` int64 [B], from and on the CPU, but for a stream's pixels."""
+        size = self._size
+        draws = draw_views(len(chosen), size, size, self.objective.views, self._augment, generator)
+        return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator))
+
+    def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
+        """This rank's views uint8 [views,b,3,H,W] of inputs on the device, and what the classifier view was mixed with."""
+        own = own_rows(inputs)
+        pixels = self._images[own.chosen] if own.pixels is None else own.pixels
+        views = apply_views(pixels, own.draws, self._augment)
+        if own.mix is None:
+            return views, None
+        # A partner may be another rank's image.
+        views[0] = apply_mix(views[0], own.mix, gather_batch(views[0]))
+        return views, Mixed(self._labels[inputs.chosen[own.mix.partner]], own.mix.share)
+
+    def __call__(self, inputs: StepInputs) -> dict[str, Tensor]:
+        """Take the step; inputs on the device. The objective's parts and `gradient_norm`, detached scalars on the device."""
+        chosen = own_rows(inputs).chosen
+        views, mixed = self.views(inputs)
+        return self.descend(views, self._labels[chosen], chosen, mixed)
+
+    def descend(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
+        """The step on views that are made: uint8 [views,b,3,H,W], with their labels and places in the split, int64 [b]."""
+        self.objective.train()
+        self.optimiser.forget_gradients()
+        if self._parts > 1:
+            parts = self._accumulate(views, target, chosen, mixed)
+        else:
+            with self._autocast():
+                parts = self._module(self._normalise(views), target, chosen, mixed)
+            parts["loss"].backward()
+        norm = self.optimiser.descend()
+        self.objective.after_step()
+        if self.average is not None:
+            self.average.update(self.objective.model)
+        return {**{name: part.detach() for name, part in parts.items()}, "gradient_norm": norm}
+
+    def _accumulate(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
+        """The gradient of the batch from its micro-batches, one after another; the means of their parts."""
+        size = len(target) // self._parts
+        runs = [(start, start + size) for start in range(0, len(target), size)]
+        with self._autocast():
+            seen = (self._normalise(views[:, start:stop]) for start, stop in runs)
+            whole = self.objective.whole_batch(seen, target, chosen)
+        found = []
+        for start, stop in runs:
+            part = None if mixed is None else mixed.rows(start, stop)
+            with self._autocast():
+                parts = self.objective(
+                    self._normalise(views[:, start:stop]), target[start:stop], chosen[start:stop], part, whole
+                )
+            (parts["loss"] / self._parts).backward()
+            found.append({name: part.detach() for name, part in parts.items()})
+        if whole is not None:
+            whole.backward()
+        average_gradients(self.optimiser.parameters)
+        return {name: torch.stack([parts[name] for parts in found]).mean(0) for name in found[0]}
+
+    def _autocast(self) -> torch.autocast:
+        half = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision if half else None, enabled=half, cache_enabled=False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name: the tensors themselves. Without the frozen teacher."""
+        average = {} if self.average is None else self.average.state_dict()
+        return {
+            **{f"objective.{name}": tensor for name, tensor in trained_state(self.objective).items()},
+            **{f"momentum.{i}": tensor for i, tensor in enumerate(self.optimiser.momentum())},
+            **{f"average.{name}": tensor for name, tensor in average.items()},
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> list[str]:
+        """Load the tensors of a `state` in place; returns the names that do not fit, and changes nothing if there are any."""
+        own = self.state()
+        wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
+        wrong += [name for name in state if name not in own]
+        if not wrong:
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(state[name])
+        return wrong
+
+
+def own_places(batches: Tensor) -> Tensor:
+    """This rank's run of each global batch: [...,B] → [...,b]."""
+    share = batches.shape[-1] // rank_count()
+    return batches[..., rank() * share : (rank() + 1) * share]
+
+
+def own_rows(inputs: StepInputs) -> StepInputs:
+    """This rank's run of the global batch; partners of a mix still count within the whole. Pixels are its own already."""
+    share = len(inputs.chosen) // rank_count()
+    start, stop = rank() * share, (rank() + 1) * share
+    mix = None if inputs.mix is None else inputs.mix.rows(start, stop)
+    return replace(inputs, chosen=inputs.chosen[start:stop], draws=inputs.draws.rows(start, stop), mix=mix)
+
+
+def shared_gradients(objective: nn.Module) -> DistributedDataParallel:
+    """The objective with gradients averaged over the ranks. Buffers are not sent: every rank enqueues the gathered batch."""
+    # Newer releases renamed the switch, and warn of the old name.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    switch = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(objective, **switch)
+
+
+def trained_state(objective: nn.Module) -> dict[str, Tensor]:
+    """Everything of an objective that training changes: its state without the frozen teacher's."""
+    return {name: value for name, value in objective.state_dict().items() if not name.startswith("teacher.")}
+
+
+def draw_ahead(step: Step, batches: Tensor, generator: torch.Generator) -> Iterator[tuple[StepInputs, Tensor]]:
+    """The inputs of each batch and the generator's state after it. A stream draws ahead of the steps; the run's own
+    generator must not, as a checkpoint stores its state."""
+    ahead = torch.Generator()
+    ahead.set_state(generator.get_state())
+    for chosen in batches:
+        yield step.draw(chosen, ahead), ahead.get_state()
+
+
+def precision_of(engine: EngineParams, device: torch.device) -> torch.dtype:
+    """engine.precision as a dtype: `auto` is bfloat16 on CUDA, where it is fast, and float32 elsewhere."""
+    half = engine.precision == "bfloat16" or (engine.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32

@@ -1,0 +1,69 @@
+"""The student's objective and loss weights, built from params."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.student import StudentObjective, StudentWeights
+from pipeline.data.class_prior import Prior
+from pipeline.model_io.checkpoint import ModelConfig, build_model, check_image, load_model
+from pipeline.model_io.pretrained import start_from
+from pipeline.params import ImageParams, StudentParams
+
+
+def build_objective(
+    section: StudentParams, image: ImageParams, config: ModelConfig, prior: Prior, seed: int, teacher: Path
+) -> StudentObjective:
+    """The student's objective, freshly initialised from the stage's seed; the teacher is read from its folder if a term
+    needs it."""
+    weights, frozen, teacher_adjustment = weights_of(section), None, None
+    if weights.need_teacher(section.contrast_encoder):
+        frozen, trained = load_model(teacher, "teacher")
+        check_image(trained, image, teacher)
+        teacher_adjustment = trained.adjustment
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(config, "student.backbone")
+        start_from(model.backbone, section.pretrained, "student.pretrained")
+        return student_objective(section, weights, prior, model, frozen, teacher_adjustment)
+
+
+def student_objective(
+    section: StudentParams,
+    weights: StudentWeights,
+    prior: Prior,
+    model: ImageClassifier,
+    teacher: ImageClassifier | None,
+    teacher_adjustment: float | None = None,
+) -> StudentObjective:
+    """The objective of params.student around a network and its teacher, whose L_cls had teacher_adjustment."""
+    return StudentObjective(
+        model,
+        teacher,
+        torch.tensor(prior.in_losses),
+        prior.counts,
+        weights,
+        tau_g=section.tau_g,
+        train_tau_g=section.train_tau_g,
+        queue_total=section.queue_total,
+        queue_minimum=section.queue_minimum,
+        projection_dim=section.projection_dim,
+        contrast_encoder=section.contrast_encoder,
+        encoder_momentum=section.encoder_momentum,
+        teacher_adjustment=teacher_adjustment,
+    )
+
+
+def weights_of(section: StudentParams) -> StudentWeights:
+    """The weights of the student's terms."""
+    return StudentWeights(
+        section.gamma,
+        section.beta,
+        section.alpha,
+        section.distillation_temperature,
+        section.prior_strength,
+        section.adjustment,
+    )

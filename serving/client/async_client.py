@@ -1,0 +1,133 @@
+"""The client for asyncio programs: as serving.client.sync_client, with await."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, TypeVar
+
+from serving.client.images import ImageLike, each_image, encode_images
+from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, groups, read_group
+from serving.client.predictions import Prediction, Status
+from serving.client.priors import Prior, parse_prior
+from serving.client.requests import Steps
+from serving.shared.errors import ServingError
+from serving.transport.async_transport import AsyncTransport
+from serving.transport.messages import Call
+from serving.transport.retries import Deadline
+
+Result = TypeVar("Result")
+
+
+class AsyncClient(ClientBase):
+    """Sends requests to a Tailor server over HTTP or gRPC from asyncio. An async context manager.
+
+    Its tasks may share it; it belongs to the event loop that uses it first. Images are read and checked in a thread,
+    so that the loop continues meanwhile. The options are ClientBase's.
+    """
+
+    def __init__(self, url: str = DEFAULT_URLS["http"], timeout: float = 60.0, **options: Any) -> None:
+        super().__init__(url, timeout, **options)
+        self._transport = AsyncTransport(self._connection, self._retries)
+
+    async def predict(
+        self,
+        images: Sequence[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+    ) -> list[Prediction]:
+        """Classify images under one prior; one Prediction each, in order. As Client.predict."""
+        deadline = self._deadline(timeout)
+        parse_prior(prior)
+        encoded = await asyncio.to_thread(encode_images, images, check)
+        return await self._carry(self._dialogue.predict(encoded, prior, version), deadline)
+
+    async def stream(
+        self,
+        images: Iterable[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        batch: int = BATCH,
+        check: bool = True,
+        keep_going: bool = False,
+    ) -> AsyncIterator[Prediction | ServingError]:
+        """Classify any number of images as they come, in order, holding few of them in memory. As Client.stream."""
+        parse_prior(prior)
+        waiting: deque[asyncio.Task[list[Prediction | ServingError]]] = deque()
+        try:
+            for group in groups(each_image(images), batch):
+                waiting.append(asyncio.create_task(self._answer_group(group, prior, version, check, keep_going)))
+                if len(waiting) > self._concurrency:
+                    for answer in await waiting.popleft():
+                        yield answer
+            while waiting:
+                for answer in await waiting.popleft():
+                    yield answer
+        finally:
+            await _cancel(waiting)
+
+    async def class_names(self) -> list[str]:
+        """The server's class names by index, from the labels of `student`; requested once per release."""
+        return await self._carry(self._dialogue.class_names(), self._deadline())
+
+    async def status(self) -> Status:
+        """The server's and the models' state and versions. Raises ServingError when no server answers."""
+        return await self._carry(self._dialogue.status(), self._deadline())
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.close()
+
+    async def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:
+        """Hold a dialogue: its calls go to the server, their answers and failures back to it."""
+        try:
+            calls = next(steps)
+            while True:
+                try:
+                    answers = await self._ask(calls, deadline)
+                except ServingError as error:
+                    calls = steps.throw(error)
+                else:
+                    calls = steps.send(answers)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+
+    async def _ask(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
+        free = asyncio.Semaphore(self._concurrency)
+
+        async def ask(call: Call) -> Any:
+            async with free:
+                return await self._transport.ask(call, deadline)
+
+        tasks = [asyncio.create_task(ask(call)) for call in calls]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            await _cancel(tasks)
+
+    async def _answer_group(
+        self, group: Sequence[tuple[int, ImageLike]], prior: Prior, version: int | None, check: bool, keep_going: bool
+    ) -> list[Prediction | ServingError]:
+        deadline = self._deadline()
+        read = await asyncio.to_thread(read_group, group, check, keep_going)
+        return await self._carry(self._dialogue.predict_each(read, prior, version, keep_going), deadline)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel the running tasks and wait for them, so that asyncio reports no exception as never retrieved."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,135 @@
+"""Images as callers have them (files, bytes, Pillow images, numpy arrays) to the encoded bytes that are sent."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from models.image_names import SUFFIXES, has_image_suffix, is_passed_over
+from models.preprocess import MAX_BYTES, ImageError, check_size, decode, opened, to_rgb, upright
+from serving.shared.errors import InputError
+
+ImageLike = bytes | bytearray | memoryview | str | Path | Image.Image | NDArray[np.uint8]
+
+SINGLE = (bytes, bytearray, memoryview, str, os.PathLike, Image.Image)
+# Lossless at the least effort: the bytes live for one request.
+PNG_EFFORT = 1
+ARRAY_HINT = "expected uint8 [H,W,3] or [H,W]"
+
+
+def encode_images(images: Sequence[ImageLike], check: bool = True) -> list[bytes]:
+    """The encoded bytes of every image, in order. Raises InputError naming the file, or the image's place, from 0.
+
+    images: a list, or an array [N,H,W,3]. check: decode files and bytes as the server will, before anything is sent.
+    """
+    return [read_image(image, place, check) for place, image in enumerate(each_image(images))]
+
+
+def each_image(images: Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """`images` itself. Raises InputError for one image instead of several: text and bytes would pass as lists."""
+    if isinstance(images, SINGLE) or (isinstance(images, np.ndarray) and images.ndim != 4):
+        raise InputError("images is a single image; give a list of images: predict([image])")
+    if not isinstance(images, Iterable):
+        raise InputError(f"images is {type(images).__name__}; expected a list of files, bytes, Pillow images or arrays")
+    return images
+
+
+def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
+    """The encoded bytes of one image.
+
+    A file (str, Path) or bytes are sent as they are; a Pillow image or a numpy array (uint8 [H,W,3] RGB or [H,W] grey)
+    is written as PNG, which loses nothing. Raises InputError naming the file (or the image's place) and what is wrong:
+    missing, a folder, too large, not a JPEG, PNG or WebP image, damaged, too many pixels. The size is bounded before
+    the file is read. check=False leaves the decoding, and what only that finds, to the server.
+    """
+    name = f"image {place}"
+    try:
+        if isinstance(image, Image.Image):
+            return _png(to_rgb(upright(image)))
+        if isinstance(image, np.ndarray):
+            return _png(_from_array(image))
+        if isinstance(image, bytes | bytearray | memoryview):
+            data = bytes(image)
+        elif isinstance(image, str | os.PathLike):
+            name, data = str(image), _read(Path(image))
+        else:
+            raise ImageError(
+                "type", f"is {type(image).__name__}; expected a file, bytes, a Pillow image or a numpy array"
+            )
+        if check:
+            decode(data)
+        elif not 0 < len(data) <= MAX_BYTES:
+            raise ImageError("bytes", f"has {len(data)} bytes; expected 1 to {MAX_BYTES}")
+    except ImageError as error:
+        raise InputError(f"{name}: {error}") from None
+    return data
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The JPEG, PNG and WebP files (by name) in a folder and the folders below it, sorted. Raises InputError if none."""
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if has_image_suffix(path) and not is_passed_over(path.relative_to(folder)) and path.is_file()
+    ]
+    if not found:
+        raise InputError(f"{folder}: holds no image; expected files that end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def header_pixels(data: bytes) -> int:
+    """The pixels that an encoded image's header gives; 0 for a file that the server will refuse."""
+    try:
+        with opened(data) as image:
+            return image.width * image.height
+    except ImageError:
+        return 0
+
+
+def blank_image() -> bytes:
+    """A small grey PNG, to see whether a server answers at all."""
+    return _png(Image.new("RGB", (32, 32), (128, 128, 128)))
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    given = f"is {array.dtype} {list(array.shape)}"
+    if array.dtype != np.uint8:
+        raise ImageError("array", f"{given}; {ARRAY_HINT}, with pixels from 0 to 255")
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+        raise ImageError("array", f"{given}; {ARRAY_HINT}: transpose(1, 2, 0) moves the channels to the end")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        raise ImageError("array", f"{given}; {ARRAY_HINT}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _png(image: Image.Image) -> bytes:
+    check_size(*image.size)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=PNG_EFFORT)
+    if stream.tell() > MAX_BYTES:
+        raise ImageError("bytes", f"has {stream.tell()} bytes as PNG, above the limit of {MAX_BYTES}; make it smaller")
+    return stream.getvalue()
+
+
+def _read(path: Path) -> bytes:
+    hint = "give a JPEG, PNG or WebP file"
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}; {hint}")
+        if found.st_size > MAX_BYTES:
+            raise InputError(f"{path}: has {found.st_size} bytes, above the limit of {MAX_BYTES}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else os.strerror(22)
+        raise InputError(f"{path}: {reason}; {hint}") from None

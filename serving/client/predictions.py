@@ -1,0 +1,62 @@
+"""What a server answers, typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.shared.errors import ServingError
+from serving.shared.terminal import csv_cell
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image: the best classes by name and index, their probabilities, the version that gave it."""
+
+    classes: tuple[str, ...]
+    indexes: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    version: int
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """A model as the server sees it: the versions that it serves, none when it is not loaded."""
+
+    name: str
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """A server's state. `answers`: whether the classifier answered an image just now; ready endpoints alone can lie."""
+
+    url: str
+    server: str
+    server_version: str
+    models: tuple[ModelStatus, ...]
+    answers: bool
+    problem: str | None
+
+
+CSV_COLUMNS = ("image", "version", "rank", "class", "index", "probability", "error")
+
+
+def as_mapping(image: Path, answer: Prediction | ServingError, top: int | None) -> dict[str, object]:
+    """One image's answer as JSON takes it: its best `top` classes, all that came when None; or its error."""
+    if isinstance(answer, ServingError):
+        return {"image": str(image), "error": str(answer)}
+    rows = [{"class": name, "index": index, "probability": p} for name, index, p in _best(answer, top)]
+    return {"image": str(image), "version": answer.version, "predictions": rows}
+
+
+def as_rows(image: Path, answer: Prediction | ServingError, top: int | None) -> list[list[object]]:
+    """One image's answer as rows of CSV_COLUMNS, best class first; or one row with its error."""
+    if isinstance(answer, ServingError):
+        return [[csv_cell(image), "", "", "", "", "", csv_cell(answer)]]
+    best = enumerate(_best(answer, top), start=1)
+    return [[csv_cell(image), answer.version, rank, csv_cell(name), index, p, ""] for rank, (name, index, p) in best]
+
+
+def _best(answer: Prediction, top: int | None) -> list[tuple[str, int, float]]:
+    return list(zip(answer.classes, answer.indexes, answer.probabilities, strict=True))[:top]

@@ -1,0 +1,233 @@
+"""The questions behind predict, class names and status, and what their answers mean: no connection, no waiting.
+
+A dialogue is a generator that yields calls that may go out together, and is sent their answers in order. Client and
+AsyncClient each carry it over their own transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+
+from serving.client.images import blank_image, header_pixels
+from serving.client.predictions import ModelStatus, Prediction, Status
+from serving.client.priors import Prior, as_text, parse_prior, vector_of
+from serving.repository.manifest import Limits
+from serving.shared.errors import InputError, ServingError
+from serving.shared.names import CLASSIFIER, STUDENT
+from serving.transport.failures import Refused, not_triton
+from serving.transport.messages import Answer, Call, Infer, ModelConfig, ModelMetadata, ServerMetadata
+
+Result = TypeVar("Result")
+Steps = Generator[Sequence[Call], Sequence[Any], Result]
+
+OUTPUTS = {"class": 0, "index": 0, "probability": 0}
+# Bytes of images in one request; recent Triton servers refuse HTTP bodies above 64 MB.
+REQUEST_BYTES = 48 * 1024 * 1024
+REQUEST_PIXELS = Limits().request_pixels  # of images in one request, where the release has no limit of its own
+SERVE_AGAIN = "serve a repository that `dvc repro` wrote"
+
+
+class Dialogue:
+    """What is asked of one server; what it said of itself is kept, so that it is asked once."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._limits: tuple[int, float | None] | None = None
+        self._names: list[str] | None = None
+        self._inputs: dict[str, int] | None = None
+        self._release: int | None = None
+
+    def predict(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[list[Prediction]]:
+        """One Prediction per encoded image, in order, in as many requests as the server's limits ask for."""
+        parsed = parse_prior(prior)
+        if not encoded:
+            return []
+        answers: Sequence[Answer] = []
+        for _ in range(2):
+            rows, default = yield from self.limits()
+            name, row = yield from self._prior_input(default if parsed is None else parsed)
+            answers = yield [classifier_call(chunk, name, row, version) for chunk in chunks(encoded, rows)]
+            # A new release may have other classes and another default; what was made with the old ones is asked again.
+            renewed = version is None and self._is_renewed(answers)
+            if not (renewed and (parsed is None or isinstance(parsed, dict))):
+                break
+        with self._reading(CLASSIFIER):
+            return [prediction for answer in answers for prediction in _predictions(answer)]
+
+    def predict_each(
+        self, read: Sequence[bytes | InputError], prior: Prior, version: int | None, keep_going: bool
+    ) -> Steps[list[Prediction | ServingError]]:
+        """As predict; with keep_going what was not readable, or is refused, has its error in its place."""
+        good = [data for data in read if isinstance(data, bytes)]
+        answers: list[Prediction | ServingError] = []
+        try:
+            answers += yield from self.predict(good, prior, version)
+        except Refused as refused:
+            if not keep_going:
+                raise
+            # One bad image fails its whole request; alone, each gets its own answer.
+            for data in good:
+                try:
+                    answers += [refused] if len(good) == 1 else (yield from self.predict([data], prior, version))
+                except Refused as alone:
+                    answers.append(alone)
+        answered = iter(answers)
+        return [next(answered) if isinstance(data, bytes) else data for data in read]
+
+    def limits(self) -> Steps[tuple[int, float | None]]:
+        """Most rows in a request, and the default strength; one row and none where the server restricts its configs."""
+        if self._limits is None:
+            try:
+                [config] = yield [ModelConfig(CLASSIFIER)]
+            except Refused:
+                self._limits = (1, None)
+            else:
+                with self._reading(CLASSIFIER):
+                    default = config.get("parameters", {}).get("default_strength", {}).get("string_value")
+                    rows = max(1, int(config.get("max_batch_size", 0)))
+                    if inputs := config.get("input"):
+                        self._inputs = {tensor["name"]: int(tensor["dims"][-1]) for tensor in inputs}
+                    self._limits = (rows, None if default is None else float(default))
+        return self._limits
+
+    def class_names(self) -> Steps[list[str]]:
+        """The server's class names by index, from the labels of `student`."""
+        if self._names is None:
+            [metadata] = yield [ModelMetadata(STUDENT)]
+            with self._reading(STUDENT):
+                [shape] = [tensor["shape"] for tensor in metadata["inputs"] if tensor["name"] == "image"]
+                image = np.full([1, *(int(side) for side in shape[1:])], 128, dtype=np.uint8)
+            inputs = {"image": image, "strength": np.zeros((1, 1), dtype=np.float32)}
+            classes = yield from self._class_count()
+            [answer] = yield [Infer(STUDENT, inputs, {"logits": classes})]
+            with self._reading(STUDENT):
+                labelled = [text.decode().split(":", 2) for text in answer.outputs["logits"].reshape(-1)]
+            if any(len(parts) != 3 for parts in labelled):
+                raise ServingError(f"{self.url}: student has no class labels; give the prior as a list, not by name")
+            self._names = [name for _, _, name in sorted(labelled, key=lambda parts: int(parts[1]))]
+        return list(self._names)
+
+    def status(self) -> Steps[Status]:
+        """The server's and the models' state and versions."""
+        [server] = yield [ServerMetadata()]
+        models = []
+        for name in (STUDENT, CLASSIFIER):
+            try:
+                [metadata] = yield [ModelMetadata(name)]
+            except Refused:
+                metadata = {}
+            with self._reading(name):
+                versions = tuple(sorted(int(version) for version in metadata.get("versions", [])))
+            models.append(ModelStatus(name, versions))
+        problem = None
+        try:
+            yield from self.predict([blank_image()], None, None)
+        except ServingError as error:
+            problem = str(error)
+        with self._reading("server"):
+            return Status(self.url, server["name"], server["version"], tuple(models), problem is None, problem)
+
+    def request(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[Infer]:
+        """The one request for encoded images. Raises InputError when they do not fit into one."""
+        parsed = parse_prior(prior)
+        rows, default = yield from self.limits()
+        if len(encoded) > rows:
+            raise InputError(f"{len(encoded)} images are more than the {rows} that {self.url} takes in one request")
+        name, row = yield from self._prior_input(default if parsed is None else parsed)
+        return classifier_call(encoded, name, row, version)
+
+    def _prior_input(
+        self, parsed: float | np.ndarray | dict[str, float] | str | None
+    ) -> Steps[tuple[str, np.ndarray | None]]:
+        """The input that carries a prior, and one row of it; None where the server's default is not known here.
+
+        `prior` carries every kind as text: requests with different inputs never share a batch in Triton, whatever they
+        ask. A server of an older Tailor, which has no such input, is sent what it knows.
+        """
+        if parsed is None:
+            return "prior", None
+        vector = None
+        if not isinstance(parsed, float | str):
+            names = (yield from self.class_names()) if isinstance(parsed, dict) else None
+            vector = vector_of(parsed, names, (yield from self._class_count()))
+        try:
+            inputs = yield from self._classifier_inputs()
+        except Refused:
+            if not isinstance(parsed, float):
+                raise
+            inputs = {}  # a server that tells nothing of itself is sent what every one knows
+        if "prior" in inputs:
+            return "prior", np.array([as_text(parsed if vector is None else vector)], dtype=np.object_)
+        if isinstance(parsed, str):
+            raise ServingError(f"{self.url}: classifier knows no prior by name; {SERVE_AGAIN}")
+        if vector is None:
+            return "strength", np.array([parsed], dtype=np.float32)
+        return "target_prior", vector.astype(np.float32)
+
+    @contextmanager
+    def _reading(self, asked: str) -> Iterator[None]:
+        """Turn what an answer of another shape than Triton's breaks into ServingError."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise not_triton(self.url, f"what it tells of {asked} is not what Triton would") from error
+
+    def _is_renewed(self, answers: Sequence[Answer]) -> bool:
+        """Whether another release answers now than before; what the one before said of itself is then forgotten."""
+        newest = max(answer.version for answer in answers)
+        before, self._release = self._release, newest
+        if before in (None, newest):
+            return False
+        self._limits = self._names = self._inputs = None
+        return True
+
+    def _class_count(self) -> Steps[int]:
+        found = (yield from self._classifier_inputs()).get("target_prior")
+        if not found:
+            raise ServingError(f"{self.url}: classifier takes no target_prior; {SERVE_AGAIN}")
+        return found
+
+    def _classifier_inputs(self) -> Steps[dict[str, int]]:
+        """The inputs of `classifier` by name, with the length of a row."""
+        if self._inputs is None:
+            [metadata] = yield [ModelMetadata(CLASSIFIER)]
+            with self._reading(CLASSIFIER):
+                self._inputs = {tensor["name"]: int(tensor["shape"][-1]) for tensor in metadata["inputs"]}
+        return self._inputs
+
+
+def classifier_call(encoded: Sequence[bytes], name: str, row: np.ndarray | None, version: int | None) -> Infer:
+    """One request to `classifier`: encoded images, and the prior's input `name` with `row` for each of them."""
+    inputs = {"image": np.array(encoded, dtype=np.object_).reshape(-1, 1)}
+    if row is not None:
+        inputs[name] = np.repeat(row[None], len(encoded), axis=0)
+    return Infer(CLASSIFIER, inputs, OUTPUTS, "" if version is None else str(version))
+
+
+def chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:
+    """Runs of images that one request takes: at most `rows`, and bounded in bytes and pixels."""
+    chunk: list[bytes] = []
+    size = pixels = 0
+    for data in encoded:
+        more = header_pixels(data) if len(encoded) > 1 else 0
+        if chunk and (len(chunk) == rows or size + len(data) > REQUEST_BYTES or pixels + more > REQUEST_PIXELS):
+            yield chunk
+            chunk, size, pixels = [], 0, 0
+        chunk.append(data)
+        size, pixels = size + len(data), pixels + more
+    yield chunk
+
+
+def _predictions(answer: Answer) -> Iterator[Prediction]:
+    columns = (answer.outputs[name] for name in OUTPUTS)
+    for names, indexes, probabilities in zip(*columns, strict=True):
+        yield Prediction(
+            tuple(name.decode() for name in names),
+            tuple(int(index) for index in indexes),
+            tuple(float(probability) for probability in probabilities),
+            answer.version,
+        )

@@ -1,0 +1,139 @@
+"""The synchronous client: images and a prior in, typed predictions out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from serving.client.images import ImageLike, each_image, encode_images, read_image
+from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, groups, read_group
+from serving.client.predictions import ModelStatus, Prediction, Status
+from serving.client.priors import Prior, parse_prior
+from serving.client.requests import REQUEST_BYTES, Steps
+from serving.shared.errors import ServingError
+from serving.transport.messages import Call, Infer
+from serving.transport.retries import Deadline
+from serving.transport.sync_transport import Transport
+
+__all__ = ["DEFAULT_URLS", "REQUEST_BYTES", "Client", "ModelStatus", "Prediction", "Status", "read_image"]
+Result = TypeVar("Result")
+
+
+class Client(ClientBase):
+    """Sends requests to a Tailor server over HTTP or gRPC. A context manager.
+
+    Several threads may share one client, and then share its connections; a forked process needs its own. The options
+    are ClientBase's.
+    """
+
+    def __init__(self, url: str = DEFAULT_URLS["http"], timeout: float = 60.0, **options: Any) -> None:
+        super().__init__(url, timeout, **options)
+        self._transport = Transport(self._connection, timeout, self._retries)
+
+    def predict(
+        self,
+        images: Sequence[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+    ) -> list[Prediction]:
+        """Classify images under one prior; one Prediction each, in order.
+
+        images: files, encoded bytes, Pillow images or numpy arrays (uint8 [H,W,3] or [H,W]), or one array [N,H,W,3].
+        prior: `balanced`, `train`, `live` (the estimate of `tailor drift --write`), a strength, a target prior as vector,
+        mapping or file; None is the server's default.
+        version: the release that answers; None is the newest. timeout: seconds for the whole call, retries included; None is
+        the client's own. check: decode every image here before anything is sent; False leaves that to the server. More
+        images than one request takes go out as several, `concurrency` at a time. Raises InputError naming the image or
+        the prior, and ServingError when the server is absent, refuses or is late.
+        """
+        deadline = self._deadline(timeout)
+        parse_prior(prior)
+        encoded = encode_images(images, check)
+        return self._carry(self._dialogue.predict(encoded, prior, version), deadline)
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        batch: int = BATCH,
+        check: bool = True,
+        keep_going: bool = False,
+    ) -> Iterator[Prediction | ServingError]:
+        """Classify any number of images as they come, in order, holding few of them in memory.
+
+        `concurrency` requests of up to `batch` images are in flight, each with the client's timeout of its own. With
+        keep_going an image that fails yields its error in its place, and the rest continues; else it is raised. The other
+        arguments are predict's.
+        """
+        parse_prior(prior)
+        waiting: deque[Future[list[Prediction | ServingError]]] = deque()
+        pool = ThreadPoolExecutor(self._concurrency, "tailor-client")
+        try:
+            for group in groups(each_image(images), batch):
+                waiting.append(pool.submit(self._answer_group, group, prior, version, check, keep_going))
+                if len(waiting) > self._concurrency:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def request(self, encoded: Sequence[bytes], prior: Prior = None, *, version: int | None = None) -> Infer:
+        """The request that predict would send for encoded images of one batch, for those who send it by other means."""
+        return self._carry(self._dialogue.request(encoded, prior, version), self._deadline())
+
+    def class_names(self) -> list[str]:
+        """The server's class names by index, from the labels of `student`; requested once per release."""
+        return self._carry(self._dialogue.class_names(), self._deadline())
+
+    def status(self) -> Status:
+        """The server's and the models' state and versions. Raises ServingError when no server answers."""
+        return self._carry(self._dialogue.status(), self._deadline())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:
+        """Hold a dialogue: its calls go to the server, their answers and failures back to it."""
+        try:
+            calls = next(steps)
+            while True:
+                try:
+                    answers = self._ask(calls, deadline)
+                except ServingError as error:
+                    calls = steps.throw(error)
+                else:
+                    calls = steps.send(answers)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+
+    def _ask(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
+        if len(calls) == 1:
+            return [self._transport.ask(calls[0], deadline)]
+        pool = ThreadPoolExecutor(min(self._concurrency, len(calls)), "tailor-client")
+        try:
+            return list(pool.map(lambda call: self._transport.ask(call, deadline), calls))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer_group(
+        self, group: Sequence[tuple[int, ImageLike]], prior: Prior, version: int | None, check: bool, keep_going: bool
+    ) -> list[Prediction | ServingError]:
+        deadline = self._deadline()
+        read = read_group(group, check, keep_going)
+        return self._carry(self._dialogue.predict_each(read, prior, version, keep_going), deadline)

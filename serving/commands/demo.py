@@ -1,0 +1,138 @@
+"""`tailor demo`: all of serving on sample images, each sent under two priors over both protocols."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from serving.client.sync_client import Client, Prediction
+from serving.commands.options import REPOSITORY, Debug
+from serving.server.triton_server import TritonServer
+from serving.shared.errors import InputError, ServingError
+from serving.shared.terminal import Console, cell, counted, plain_cell
+
+PRIORS = ("balanced", "train")
+TOLERANCE = 1e-5
+SAMPLES = Path("artifacts/evaluation/samples")  # written by stage evaluate
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file and its true class."""
+
+    path: Path
+    label: str
+
+
+def run(repository: Path, samples: Path) -> int:
+    """Serve `repository`, send every image of `samples`/samples.csv, print a table; returns how many answers differ.
+
+    Raises ServingError when HTTP and gRPC disagree or when the server does not start or stop cleanly; InputError for
+    the samples.
+    """
+    images = read_samples(samples)
+    console = Console()
+    server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0)
+    try:
+        server.start()
+        console.print(f"ready {server.http_url} {server.grpc_url}", highlight=False)
+        answers = {}
+        with Client(server.http_url) as http, Client(server.grpc_url) as grpc:
+            for prior in PRIORS:
+                answers[prior] = http.predict([sample.path for sample in images], prior)
+                check_same(images, answers[prior], grpc.predict([sample.path for sample in images], prior))
+    finally:
+        status = server.stop()
+    differing = [a.indexes[0] != b.indexes[0] for a, b in zip(*(answers[prior] for prior in PRIORS), strict=True)]
+    console.print(comparison(images, answers, differing))
+    console.print(
+        f"HTTP and gRPC agree on {counted(len(images), 'image')}; the prior changes the answer for {sum(differing)}"
+    )
+    console.print(meaning(images, answers, differing), highlight=False)
+    if status != 0:
+        raise ServingError(f"the Triton server ended with status {status}, not 0")
+    console.print("the server was stopped cleanly")
+    return sum(differing)
+
+
+def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> str:
+    """What the table can show and what it cannot."""
+    if not any(differing):
+        return "here it moves the probabilities alone: this student is sure of these images, or has learned too little"
+    changed = [index for index, differs in enumerate(differing) if differs]
+    right = {
+        prior: sum(predictions[index].classes[0] == images[index].label for index in changed)
+        for prior, predictions in answers.items()
+    }
+    return (
+        f"of these {len(changed)}, balanced is right for {right['balanced']}, train for {right['train']}. Images with "
+        "changed answers were selected for this table,\nso it shows what the prior does, not how accurate the model is. "
+        "balanced is for data whose classes are equally\nfrequent, as in the embedded data's test split; train is for data "
+        "whose classes are as frequent as in training."
+    )
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The rows of samples.csv (columns file, label). Raises InputError naming the file and line."""
+    path = folder / "samples.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if not {"file", "label"} <= set(reader.fieldnames or ()):
+                raise InputError(f"{path}: has columns {reader.fieldnames}; expected file and label")
+            rows = list(reader)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; run `dvc repro evaluate` or give --samples") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: is not CSV text: {error}") from None
+    for line, row in enumerate(rows, start=2):
+        if not row["file"] or not row["label"]:
+            raise InputError(f"{path}: line {line} lacks a file or a label")
+    if not rows:
+        raise InputError(f"{path}: lists no image; run `dvc repro evaluate`")
+    return [Sample(folder / plain_cell(row["file"]), plain_cell(row["label"])) for row in rows]
+
+
+def check_same(images: list[Sample], over_http: list[Prediction], over_grpc: list[Prediction]) -> None:
+    """Raise ServingError naming the first image that the two protocols answer differently."""
+    for sample, one, other in zip(images, over_http, over_grpc, strict=True):
+        gap = max(abs(a - b) for a, b in zip(one.probabilities, other.probabilities, strict=True))
+        if one.indexes != other.indexes or not gap <= TOLERANCE:
+            raise ServingError(f"{sample.path}: HTTP answers {one}, gRPC {other}; expected the same")
+
+
+def comparison(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> Table:
+    """One row per image: truth, the answer under each prior with its probability, and a mark where they differ."""
+    table = Table(title="One model, two target priors")
+    table.add_column("image", overflow="fold")
+    table.add_column("truth", overflow="fold")
+    for prior in PRIORS:
+        table.add_column(prior, overflow="fold")
+    table.add_column("differs", justify="center")
+    for index, sample in enumerate(images):
+        cells = []
+        for prior in PRIORS:
+            answer = answers[prior][index]
+            right = answer.classes[0] == sample.label
+            text = f"{cell(answer.classes[0])} {answer.probabilities[0]:.3f}"
+            cells.append(f"[green]{text}[/]" if right else text)
+        table.add_row(cell(sample.path.name), cell(sample.label), *cells, "≠" if differing[index] else "")
+    return table
+
+
+def demo(
+    repository: Annotated[Path, typer.Option(help="Triton model repository.")] = REPOSITORY,
+    samples: Annotated[Path, typer.Option(help="Folder with samples.csv and its images.")] = SAMPLES,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Compare two priors on sample images.
+
+    Serves the repository on free ports, sends every sample under both priors and over both protocols, prints a table and
+    stops the server.
+    """
+    run(repository, samples)

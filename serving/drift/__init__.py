@@ -1,0 +1,1 @@
+"""Class shares estimated from logged logits."""

@@ -1,0 +1,163 @@
+"""The logged logits of a served release, read back: `tailor drift` estimates from them."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from serving.repository.manifest import STUDENT_NAME, Manifest
+from serving.shared.bounded_parquet import MemoryLimit, TooLargeError, read_column
+from serving.shared.errors import InputError, ServingError
+from serving.triton.logit_log import FORMAT, classes_sha256, log_files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LIMIT = MemoryLimit(256)  # a file of the log has at most 4 MiB
+SPAN = re.compile(r"(\d{1,9})([smhdw])")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+@dataclass(frozen=True)
+class LoggedLogits:
+    """Answers of one release in a time window, in the log's order.
+
+    logits: balanced, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. found: how many the window holds,
+    N or more. others: answers of other releases in it, by version. skipped: files that could not be used, and why.
+    """
+
+    logits: np.ndarray
+    times: np.ndarray
+    found: int
+    others: dict[int, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class _Unusable(Exception):
+    """A file of the log that holds no answers that could be read; the message says why."""
+
+
+def read_logits(
+    folder: Path,
+    manifest: Manifest,
+    since: float = -np.inf,
+    until: float = np.inf,
+    *,
+    most: int = 10_000,
+    seed: int = 0,
+) -> LoggedLogits:
+    """The logged answers of the release with this manifest; of more than `most`, a sample of that size.
+
+    since, until: seconds since the epoch. Same seed and same files, same sample. One file is in memory at a time. Files
+    that are none of the log's are passed over; one that is damaged, or of other classes, is named in `skipped`. Raises
+    InputError when there is no such folder, ServingError when it is no log.
+    """
+    if most < 1:
+        raise InputError(f"most is {most}; expected at least 1")
+    files = _files(folder)
+    wanted, random = manifest.files[STUDENT_NAME], np.random.default_rng(seed)
+    kept = [(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, len(manifest.classes)), dtype=np.float32))]
+    others: dict[int, int] = {}
+    skipped: dict[str, str] = {}
+    found = 0
+    for path in files:
+        try:
+            version, student, times, logits = _read(path, manifest)
+        except FileNotFoundError:  # the oldest just went
+            continue
+        except _Unusable as reason:
+            skipped[path.name] = str(reason)
+            continue
+        inside = (times >= since * 1000) & (times < until * 1000)
+        if student != wanted:
+            others[version] = others.get(version, 0) + int(inside.sum())
+            continue
+        found += int(inside.sum())
+        # Every answer draws a number, and the smallest stay: a fair sample of what is read one file after another.
+        kept.append((random.random(len(times))[inside], times[inside], logits[inside]))
+        if sum(len(draws) for draws, _, _ in kept) > 2 * most:
+            kept = [_smallest(kept, most)]
+    _, times, logits = _smallest(kept, most)
+    return LoggedLogits(logits, times, found, {v: n for v, n in others.items() if n}, skipped)
+
+
+def moment_of(text: str, option: str, now: float | None = None) -> float:
+    """Seconds since the epoch of `24h` or `7d` (so long ago) or of an ISO date and time. Raises InputError naming it.
+
+    A time without a zone is local time.
+    """
+    if span := SPAN.fullmatch(text.strip()):
+        return (time.time() if now is None else now) - int(span[1]) * SECONDS[span[2]]
+    try:
+        return datetime.fromisoformat(text.strip()).timestamp()
+    except (ValueError, OverflowError):
+        raise InputError(f"{option} is {text!r}; expected a time such as 24h, 7d or 2026-11-24T10:00") from None
+
+
+def _files(folder: Path) -> list[Path]:
+    hint = "start `tailor serve --log-logits FOLDER`, or give the folder that it logs in"
+    try:
+        files = log_files(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; {hint}") from None
+    if not files:
+        raise ServingError(f"{folder}: holds no logged logits; {hint}")
+    return files
+
+
+def _read(path: Path, manifest: Manifest) -> tuple[int, str, np.ndarray, np.ndarray]:
+    """Version, sha256 of the student, times and logits of one file. Raises _Unusable and FileNotFoundError."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        LIMIT.check("the file", path.stat().st_size)
+        data = path.read_bytes()
+        # read_table would leave threads behind that abort a program which ends at once (pyarrow 24).
+        with pyarrow.parquet.ParquetFile(pa.BufferReader(data)) as file:
+            names = file.schema_arrow.names
+            columns = {name: read_column(file, name, LIMIT, stream=io.BytesIO(data)) for name in dict.fromkeys(names)}
+            table = pa.table(columns, metadata=file.schema_arrow.metadata)
+    except FileNotFoundError:
+        raise
+    except TooLargeError as error:
+        raise _Unusable(str(error)) from None
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise _Unusable(f"is damaged ({str(error).splitlines()[0][:100]})") from None
+    about = {key.decode(): value.decode(errors="replace") for key, value in (table.schema.metadata or {}).items()}
+    if about.get("tailor_logits") != FORMAT:
+        raise _Unusable(f"is no log of logits of format {FORMAT}")
+    if about.get("classes_sha256") != classes_sha256(manifest.classes):
+        raise _Unusable(f"is of other classes than version {manifest.version}")
+    if not about.get("version", "").isdecimal() or not _has_columns(table, len(manifest.classes)):
+        raise _Unusable("is damaged (not the columns of a log of logits)")
+    logits = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, len(manifest.classes))
+    if not np.isfinite(logits).all():
+        raise _Unusable("is damaged (a logit is not finite)")
+    times = table["time"].cast(pa.int64()).to_numpy()
+    return int(about["version"]), about.get("student_sha256", ""), times, logits
+
+
+def _has_columns(table: pa.Table, classes: int) -> bool:
+    import pyarrow as pa
+
+    expected = {"time": pa.timestamp("ms", tz="UTC"), "logits": pa.list_(pa.float32(), classes)}
+    found = {name: table.schema.field(name).type for name in table.schema.names}
+    whole = all(column.null_count == 0 for column in table.columns)
+    return found == expected and whole and table["logits"].combine_chunks().flatten().null_count == 0
+
+
+def _smallest(
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], number: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows with the smallest draws, in their order."""
+    draws, times, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
+    chosen = np.sort(np.argsort(draws, kind="stable")[:number])
+    return draws[chosen], times[chosen], logits[chosen]

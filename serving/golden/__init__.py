@@ -1,0 +1,1 @@
+"""Golden requests: known responses, sent to a release or a server."""

@@ -1,0 +1,106 @@
+"""Dry run: the golden requests of releases run through ONNX Runtime alone, in a separate process.
+
+It is the trial of a version where no second server can be started, and names the graph as the cause of a failed start.
+A graph can end the process that runs it, or never finish, so that process must not be one that serves.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from models.preprocess import preprocess
+from models.prior import softmax
+from serving.repository.manifest import GOLDEN_NAME
+from serving.repository.release import Release, read_release
+from serving.repository.writer import RepositoryError
+from serving.shared.errors import ServingError
+from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.priority import stand_back
+from serving.shared.process import with_tailor
+from serving.shared.terminal import print
+
+NICENESS = 5  # a champion may be serving on the same cores
+
+
+def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
+    """Run the graph of each release once per golden request, on the CPU, and compare the answers.
+
+    Raises RepositoryError naming the model when ONNX Runtime refuses it, dies of it or takes longer than `timeout`
+    seconds, or when an answer is not the golden one.
+    """
+    for release in releases:
+        model = root / STUDENT / str(release.version) / "model.onnx"
+        command = [sys.executable, "-P", "-m", "serving.golden.dry_run", str(root), str(release.version)]
+        # Its package would otherwise write a telemetry file under the user's cache folder.
+        environment = with_tailor(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
+        try:
+            ended = subprocess.run(
+                command,
+                env=environment,
+                start_new_session=True,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise RepositoryError(
+                f"{model}: ONNX Runtime did not answer its golden requests within {timeout:g} s; export again"
+            ) from None
+        if ended.returncode < 0:
+            raise RepositoryError(f"{model}: ONNX Runtime died of it by signal {-ended.returncode}; export again")
+        if ended.returncode:
+            raise RepositoryError((ended.stdout or ended.stderr).strip().rpartition("\n")[2])
+
+
+def run_golden(root: Path, release: Release) -> None:
+    """What the process does for one release. Raises RepositoryError naming the model."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when it is first imported
+    import onnxruntime
+
+    path = root / STUDENT / str(release.version) / "model.onnx"
+    form = release.manifest.image
+    try:
+        images = [
+            preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None] for golden in release.golden
+        ]
+    except ValueError as error:
+        raise RepositoryError(f"{root / CLASSIFIER / str(release.version) / GOLDEN_NAME}: image {error}") from None
+    strengths = [np.array([[golden.strength]], dtype=np.float32) for golden in release.golden]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        answers = [
+            session.run(["logits"], {"image": image, "strength": strength})[0][0]
+            for image, strength in zip(images, strengths, strict=True)
+        ]
+    except Exception as error:  # its exceptions have no base of their own below Exception
+        reason = " ".join(str(error).split())[:300]
+        raise RepositoryError(f"{path}: ONNX Runtime cannot run it: {reason}; export again") from error
+    for golden, logits in zip(release.golden, answers, strict=True):
+        best = np.argsort(-logits, kind="stable")
+        wrong = golden.difference(best.tolist(), softmax(logits)[best].tolist())
+        if wrong:
+            raise RepositoryError(f"{path}: a golden request is answered wrongly: {wrong}; export again")
+
+
+def main(root: str, version: str) -> int:
+    """Run one release; its error is one line on standard output."""
+    stand_back(os.getpid(), NICENESS)
+    try:
+        run_golden(Path(root), read_release(Path(root), int(version), hashes=False))
+    except ServingError as error:
+        print(" ".join(str(error).split()))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""Golden requests sent to a running server: both models of a release must return the answers stored in its export."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import numpy as np
+
+from models.preprocess import preprocess
+from models.prior import softmax
+from serving.client.sync_client import Client
+from serving.repository.release import Release
+from serving.shared.errors import ServingError
+from serving.shared.names import STUDENT
+from serving.shared.priority import unhurried
+from serving.transport.sync_transport import Transport
+
+
+def check_golden(client: Client, release: Release, rest: bool = True) -> None:
+    """Send the golden requests of a release to `classifier`. Raises ServingError when one fails or its answer is wrong.
+
+    rest: pause after each request, so that the requests of users get most of the server's time.
+    """
+    for golden in unhurried(release.golden) if rest else release.golden:
+        answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
+        wrong = golden.difference(answer.indexes, answer.probabilities)
+        if wrong:
+            raise ServingError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
+
+
+def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -> None:
+    """Send the golden requests of a release to `student`, which a small network's classifier does not use.
+
+    Raises ServingError when one fails or its answer is wrong.
+    """
+    form = release.manifest.image
+    with closing(Transport(url, timeout)) as transport:
+        for golden in unhurried(release.golden) if rest else release.golden:
+            image = preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None]
+            logits = _logits(transport, release.version, image, golden.strength)[0]
+            best = np.argsort(-logits, kind="stable")
+            wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
+            if wrong:
+                raise ServingError(f"student {release.version} answers a golden request wrongly: {wrong}")
+
+
+def send_whole_batch(url: str, release: Release, timeout: float) -> None:
+    """Send `student` a request of max_batch_size images. Raises ServingError when it fails."""
+    form = release.manifest.image
+    with closing(Transport(url, timeout)) as transport:
+        image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to, form.room)[None]
+        _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
+
+
+def _logits(transport: Transport, version: int, images: np.ndarray, strength: float) -> np.ndarray:
+    inputs = {"image": images, "strength": np.full((len(images), 1), strength, dtype=np.float32)}
+    return transport.infer(STUDENT, inputs, {"logits": 0}, str(version))[0]["logits"]

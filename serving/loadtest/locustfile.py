@@ -1,0 +1,196 @@
+"""The Locust file of a load test: users over HTTP in Triton's binary form, and over gRPC. `tailor loadtest` runs it.
+
+    locust -f serving/loadtest/locustfile.py --headless --host http://127.0.0.1:8000 --images photos --users 16 --run-time 30s
+
+The address selects the protocol. Requests are prepared before the test from the images of a folder, a share of them with
+--prior, the others balanced. Rows in the reports carry the model version that answered. With --rate the users are sources
+whose requests start at random times, and the response time counts from when the request was due, so that a slow server
+cannot hide its delay by receiving fewer requests.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gevent
+from gevent.pool import Group
+from locust import LoadTestShape, User, constant, events, task
+from locust.runners import MasterRunner, WorkerRunner
+from locust.stats import calculate_response_time_percentile
+
+from serving.client.sync_client import Client
+from serving.loadtest.plan import HEADERS_VARIABLE, LOCUST_NAMES, RUN_OPTIONS, LoadPlan, PlanOption, plan_options
+from serving.loadtest.request_mix import Mix, make_mix
+from serving.loadtest.senders import Failed, Sender, make_sender
+from serving.loadtest.shapes import users_at
+from serving.loadtest.verdict import VERSION, Measured, judge, request_name
+from serving.shared.atomic import write_file
+from serving.shared.errors import InputError, ServingError
+from serving.transport.connection import Connection
+
+SHAPED_SECONDS = 60  # duration of a shape without --run-time
+IN_FLIGHT = 256  # unanswered requests of one source, above which it drops new ones and counts them as failures
+AFTER_FAILURE = 0.1  # seconds between a failure and the user's next request; an absent server fails thousands a second
+DRAIN = 5.0  # seconds that open requests get at the end
+logger = logging.getLogger("tailor.loadtest")
+
+
+class ClassifierUser(User):
+    """Sends one prepared request after another, or is a source of them."""
+
+    wait_time = constant(0)
+
+    def on_start(self) -> None:
+        self._load: Load = self.environment.tailor_load
+        self._open, self._due = Group(), time.perf_counter()
+
+    def on_stop(self) -> None:
+        self._open.join(timeout=DRAIN)
+
+    @task
+    def classify(self) -> None:
+        """Send one request; for a source, one arrival."""
+        rate = self.environment.parsed_options.rate
+        if not rate:
+            if not self._load.send(time.perf_counter()):
+                gevent.sleep(AFTER_FAILURE)
+            return
+        # The sum of independent Poisson sources is a Poisson source, for any number of active users.
+        self._due += random.expovariate(rate / self.environment.parsed_options.num_users)
+        gevent.sleep(max(0.0, self._due - time.perf_counter()))
+        if len(self._open) >= IN_FLIGHT:
+            self._load.drop()
+        else:
+            self._open.spawn(self._load.send, self._due)
+
+
+class Shape(LoadTestShape):
+    """--shape over --run-time, up to --users."""
+
+    use_common_options = True
+
+    def tick(self) -> tuple[int, float] | None:
+        options = self.runner.environment.parsed_options
+        constant_shape = options.shape == "constant"
+        seconds = options.run_time or (float("inf") if constant_shape else SHAPED_SECONDS)
+        elapsed = self.get_run_time()
+        if elapsed >= seconds:
+            return None
+        users = options.num_users if constant_shape else users_at(options.shape, elapsed, seconds, options.num_users)
+        return users, float(options.num_users)
+
+
+class Load:
+    """The prepared requests and the connection of one sending process."""
+
+    def __init__(self, environment: Any, mix: Mix, sender: Sender) -> None:
+        self._request, self._mix, self._sender = environment.events.request, mix, sender
+
+    def send(self, due: float) -> bool:
+        """Send one request and report the milliseconds from when it was due to its answer; whether it was answered."""
+        label, call = self._mix.draw()
+        version, length, problem = None, 0, None
+        try:
+            version, length = self._sender.send(call)
+        except Failed as error:
+            problem = error
+        self._report(label, version, (time.perf_counter() - due) * 1000, length, problem)
+        return problem is None
+
+    def drop(self) -> None:
+        """Report an arrival that is not sent, because too many before it are unanswered."""
+        self._report("dropped", None, 0.0, 0, Failed(f"not sent: {IN_FLIGHT} requests of this source are unanswered"))
+
+    def close(self) -> None:
+        self._sender.close()
+
+    def _report(self, label: str, version: int | None, milliseconds: float, length: int, problem: Any) -> None:
+        self._request.fire(
+            request_type=self._sender.kind,
+            name=request_name(version, label),
+            response_time=milliseconds,
+            response_length=length,
+            exception=problem,
+            context={"model_version": version, "prior": label},
+        )
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: Any) -> None:
+    """The options of LoadPlan, beside Locust's own. Paths stay text: Locust's messages to its workers hold no other type."""
+    group = parser.add_argument_group("tailor")
+    for option in locust_options():
+        kind = str if option.kind is Path else option.kind
+        default = str(option.default) if option.kind is Path else option.default
+        flag = LOCUST_NAMES.get(option.name, option.flag)
+        group.add_argument(flag, dest=option.name, type=kind, default=default, help=option.help)
+    group.add_argument("--ca-file", default=None, help="PEM file of the CAs to trust")
+    group.add_argument("--summary", default=None, help="JSON file for the result and the verdict")
+
+
+def locust_options() -> list[PlanOption]:
+    """The options of a load test that Locust does not have itself."""
+    return [option for option in plan_options() if option.name not in (*RUN_OPTIONS, "users", "seconds")]
+
+
+@events.init.add_listener
+def prepare(environment: Any, **_: Any) -> None:
+    """Prepare the requests and the connection; an error is one line and ends Locust with its exit status."""
+    options = environment.parsed_options
+    try:
+        if not environment.host:
+            raise InputError("--host is missing; give http://127.0.0.1:8000 or grpc://127.0.0.1:8001")
+        headers = json.loads(os.environ.get(HEADERS_VARIABLE, "{}"))
+        connection = Connection(environment.host, headers, options.ca_file)
+        given = {option.name: getattr(options, option.name) for option in locust_options()}
+        plan = LoadPlan(connection, allow_remote=True, **{**given, "images": Path(options.images)})
+        if connection.protocol == "grpc":
+            # Before any channel, and after Locust has forked its workers: a channel does not survive a fork.
+            import grpc.experimental.gevent
+
+            grpc.experimental.gevent.init_gevent()
+        if not isinstance(environment.runner, MasterRunner):
+            with Client(connection.url, plan.timeout, headers=headers, ca_file=options.ca_file) as client:
+                mix = make_mix(client, plan.images, plan.prior, plan.adjusted_share, plan.batch)
+            environment.tailor_load = Load(environment, mix, make_sender(connection, plan.timeout))
+    except ServingError as error:
+        logger.error(str(error))
+        raise SystemExit(error.exit_code) from None
+    if not isinstance(environment.runner, WorkerRunner):
+        environment.events.quitting.add_listener(lambda environment, **_: finish(environment, plan))
+
+
+def finish(environment: Any, plan: LoadPlan) -> None:
+    """Judge the test, write the summary, and end Locust with status 1 when a threshold was missed."""
+    stats = environment.stats
+    kinds = [_measured(entry, entry.response_times) for entry in stats.entries.values()]
+    # Failures are often faster than answers and would hide slow ones, so the total is timed by the answers alone.
+    answered: Counter[int] = Counter()
+    for entry in stats.entries.values():
+        if VERSION.search(entry.name):
+            answered.update(entry.response_times)
+    result = judge(_measured(stats.total, answered), kinds, plan)
+    for line in result["missed"]:
+        logger.error("threshold missed: %s", line)
+    if environment.parsed_options.summary:
+        result["generator_saturated"] = environment.runner.cpu_log_warning()
+        write_file(Path(environment.parsed_options.summary), json.dumps(result, indent=2) + "\n")
+    environment.process_exit_code = 1 if result["missed"] else 0
+    if not isinstance(environment.runner, MasterRunner):
+        environment.tailor_load.close()
+
+
+def _measured(entry: Any, times: Mapping[int, int]) -> Measured:
+    """A row of Locust's statistics, timed by these milliseconds and how often each was seen."""
+    number = sum(times.values())
+    p50, p99 = (float(calculate_response_time_percentile(times, number, share)) for share in (0.5, 0.99))
+    name = "all" if entry is entry.stats.total else f"{entry.method} {entry.name}"
+    return Measured(name, entry.num_requests, entry.num_failures, float(entry.total_rps), p50, p99)

@@ -1,0 +1,58 @@
+"""The result of a load test by model version, and whether it is within the thresholds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from serving.loadtest.plan import LoadPlan
+
+VERSION = re.compile(r"version (\d+), (\w+)")  # in the name of a kind of request that was answered
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Requests of one kind, or all: number, failures, requests per second, response time in milliseconds."""
+
+    name: str
+    requests: int
+    failures: int
+    rps: float
+    p50_ms: float
+    p99_ms: float
+
+
+def judge(total: Measured, kinds: Sequence[Measured], plan: LoadPlan) -> dict[str, Any]:
+    """Compare the measurement with the plan's thresholds; a test in which no request was answered has failed.
+
+    Returns the content of summary.json: the total, each kind of request, requests and failures by model version, each
+    missed threshold in words, and `passed`.
+    """
+    missed = []
+    share = total.failures / total.requests if total.requests else 1.0
+    answered = total.requests > total.failures
+    if not answered:
+        missed.append(f"no request was answered, of {total.requests} sent")
+    elif share > plan.max_failures:
+        missed.append(f"failures {share:.2%}, allowed {plan.max_failures:.2%}")
+    if answered and plan.max_p99 is not None and not total.p99_ms <= plan.max_p99:
+        missed.append(f"p99 {total.p99_ms:.0f} ms, allowed {plan.max_p99:g} ms")
+    rps = total.rps * (1 - share)
+    if answered and plan.min_rps is not None and not rps >= plan.min_rps:
+        missed.append(f"{rps:.1f} answers/s, required {plan.min_rps:g}")
+    versions: dict[str, dict[str, int]] = {}
+    for kind in kinds:
+        if match := VERSION.search(kind.name):
+            version = versions.setdefault(match[1], {"requests": 0, "failures": 0})
+            version["requests"] += kind.requests
+            version["failures"] += kind.failures
+            version[match[2]] = version.get(match[2], 0) + kind.requests
+    rows = {"total": asdict(total), "kinds": [asdict(kind) for kind in kinds]}
+    return {**rows, "versions": versions, "missed": missed, "passed": not missed}
+
+
+def request_name(version: int | None, label: str) -> str:
+    """The name of a kind of request in the reports: the version that answered and the requested prior."""
+    return f"version {version}, {label}" if version is not None else f"no answer, {label}"

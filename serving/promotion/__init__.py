@@ -1,0 +1,1 @@
+"""A version goes live, or is rolled back; rehearsal; history."""

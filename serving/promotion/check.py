@@ -1,0 +1,79 @@
+"""A release beside the champion before it is promoted by hand: the figures of both manifests, and the gate's decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from serving.promotion.history import DECISION_NAME, read_optional_json, said
+from serving.repository.manifest import read_manifest
+from serving.repository.release import published_versions, read_champion, read_release
+from serving.shared.names import CLASSIFIER
+from serving.shared.terminal import cell
+
+# Test accuracies for the balanced prior in a manifest, each a mean over classes → how the table names it.
+FIGURES = {"balanced_accuracy": "all classes", "many": "many", "medium": "medium", "few": "few"}
+DECIDING = ("balanced_accuracy", "few")  # a release is worse where one of these is lower
+
+
+@dataclass(frozen=True)
+class PromotionCheck:
+    """A release and the champion. figures: name of FIGURES → (champion's, release's), None where a manifest has none.
+
+    decision: the gate's, in a line; empty where there was none. doubt: why the promotion needs a confirmation, else None.
+    """
+
+    champion: int
+    release: str
+    figures: dict[str, tuple[float | None, float | None]]
+    decision: str
+    doubt: str | None
+
+
+def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | None:
+    """Compare a release with the champion of a repository; None where it is the champion, older, or not published.
+
+    Raises RepositoryError or ManifestError naming a file that is damaged.
+    """
+    champion = read_champion(repository)
+    decision = None
+    if isinstance(release, int):
+        if release <= champion.version or release not in published_versions(repository):
+            return None  # promotion itself refuses it, or has nothing to do
+        manifest = read_release(repository, release, hashes=False).manifest
+        decision = read_optional_json(repository / CLASSIFIER / str(release) / DECISION_NAME)
+    else:
+        manifest = read_manifest(release)
+    if manifest.files == champion.manifest.files:
+        return None
+    figures = {name: (champion.manifest.balanced_metric(name), manifest.balanced_metric(name)) for name in FIGURES}
+    name = f"version {release}" if isinstance(release, int) else str(release)
+    return PromotionCheck(champion.version, name, figures, said(decision), _doubt(figures, decision))
+
+
+def _doubt(figures: dict[str, tuple[float | None, float | None]], decision: dict[str, Any] | None) -> str | None:
+    if decision is not None and decision.get("promote") is not True:
+        return "the gate did not decide on it" if decision.get("undecided") is True else "the gate has refused it"
+    if None in figures["balanced_accuracy"]:
+        return "it cannot be compared with the champion, as a manifest has no test accuracy"
+    for name in DECIDING:
+        before, after = figures[name]
+        if before is not None and after is not None and after < before:
+            return f"its test accuracy of {FIGURES[name]} is {after:.1%}, below the champion's {before:.1%}"
+    return None
+
+
+def promotion_table(found: PromotionCheck) -> Table:
+    """Both in a table, a row a group."""
+    table = Table(title=cell(f"{found.release} beside the champion"), title_justify="left", box=None)
+    table.add_column("test accuracy, balanced prior")
+    for name in (f"champion {found.champion}", "release", "difference"):
+        table.add_column(cell(name), justify="right")
+    for name, (before, after) in found.figures.items():
+        shown = ["unknown" if value is None else f"{value:.1%}" for value in (before, after)]
+        points = "" if before is None or after is None else f"{100 * (after - before):+.1f} points"
+        table.add_row(FIGURES[name], *shown, points)
+    return table

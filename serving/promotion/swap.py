@@ -1,0 +1,120 @@
+"""The swap: version policies and load calls in the one order in which every request finds its version.
+
+At every moment `student` has each version that `classifier` has, and the policies on disk are such that a server that
+starts from them serves a version that has been tried. So a swap that is killed midway leaves no repair to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.client.sync_client import Client
+from serving.golden.requests import ask_student, check_golden
+from serving.repository.release import Release, read_champion
+from serving.repository.version_policy import serve_versions, served_versions
+from serving.server.model_control import LoadTimeout, ModelControl
+from serving.server.running import RunningServer
+from serving.shared.errors import ServingError
+from serving.shared.names import CLASSIFIER, STUDENT
+
+
+@dataclass(frozen=True)
+class _Policies:
+    """What a repository serves, to go back to."""
+
+    student: tuple[int, ...]
+    classifier: tuple[int, ...]
+    champion: Release
+
+
+def swap(
+    repository: Path, release: Release, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
+) -> None:
+    """Make the repository and its servers serve the versions `final`, of which the highest, the release, is champion.
+
+    Raises ServingError when a server does not load or does not answer rightly; then everything is as it was before.
+    """
+    before = _Policies(
+        served_versions(repository, STUDENT),
+        served_versions(repository, CLASSIFIER),
+        read_champion(repository),
+    )
+    with ExitStack() as stack:
+        controls = [stack.enter_context(ModelControl(server, timeout)) for server in servers]
+        try:
+            _forward(repository, release, before, final, controls)
+        except BaseException as error:
+            try:
+                if isinstance(error, LoadTimeout):
+                    _end_hanging_loads(release.version, before, controls)
+            finally:
+                _back(repository, before, controls)
+            raise
+
+
+def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout: float) -> None:
+    """Load what the repository's policies list, where a swap was interrupted.
+
+    Triton loads nothing that it has already. Raises ServingError when the champion is not loaded or not answered rightly.
+    """
+    release = read_champion(repository)
+    for server in servers:
+        with ModelControl(server, timeout) as control:
+            control.load(STUDENT)
+            control.load(CLASSIFIER)
+            _check_champion(control, release)
+
+
+def _forward(
+    repository: Path, release: Release, before: _Policies, final: tuple[int, ...], controls: Sequence[ModelControl]
+) -> None:
+    # What is neither champion nor stays makes room first, so that no more than two releases are ever loaded.
+    staying = tuple(sorted({*before.classifier} & {*final, before.champion.version}))
+    if staying != before.classifier:
+        serve_versions(repository, CLASSIFIER, staying)
+        _load(controls, CLASSIFIER)
+    serve_versions(repository, STUDENT, tuple(sorted({*staying, *final})))
+    _load(controls, STUDENT)
+    for control in controls:
+        ask_student(control.server.url, release, control.timeout)
+    serve_versions(repository, CLASSIFIER, final, release.manifest.strength)
+    _load(controls, CLASSIFIER)
+    for control in controls:
+        _check_champion(control, release)
+    serve_versions(repository, STUDENT, final)
+    _load(controls, STUDENT)
+
+
+def _check_champion(control: ModelControl, release: Release) -> None:
+    """Send the golden requests, and a request without a version, which the release must answer. Raises ServingError."""
+    with Client(control.server.url, control.timeout) as client:
+        check_golden(client, release)
+        answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
+    if answered != release.version:
+        raise ServingError(f"{control.server.url}: version {answered} answers, not {release.version}")
+
+
+def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[ModelControl]) -> None:
+    for model, served in ((STUDENT, before.student), (CLASSIFIER, before.classifier)):
+        for control in controls:
+            if version not in served:
+                with suppress(ServingError):  # it does not answer: restoring does not wait for it
+                    control.end_hanging_load(model, version)
+
+
+def _back(repository: Path, before: _Policies, controls: Sequence[ModelControl]) -> None:
+    """Restore policies and loaded versions; a server that cannot follow keeps its champion, which never went."""
+    serve_versions(repository, STUDENT, tuple(sorted({*before.student, *before.classifier})))
+    serve_versions(repository, CLASSIFIER, before.classifier, before.champion.manifest.strength)
+    for control in controls:
+        with suppress(ServingError):
+            control.load(STUDENT)
+            control.load(CLASSIFIER)
+
+
+def _load(controls: Sequence[ModelControl], model: str) -> None:
+    for control in controls:
+        control.load(model)

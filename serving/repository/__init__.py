@@ -1,0 +1,1 @@
+"""The model repository on disk: write, read, lock, retention, version policy."""

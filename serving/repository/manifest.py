@@ -1,0 +1,201 @@
+"""The manifest of a release: what the exported student is, checked whenever it changes hands."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from serving.shared.atomic import sha256_of as sha256_of
+from serving.shared.errors import ServingError
+from serving.shared.terminal import counted
+
+MANIFEST_NAME = "manifest.json"
+GOLDEN_NAME = "golden.json"
+STUDENT_NAME = "student.onnx"
+
+# Another ONNX Runtime, or a GPU, rounds differently; a wrong graph, prior or preprocessing is off by far more.
+GOLDEN_TOLERANCE = 2e-3
+
+
+class ManifestError(ServingError, ValueError):
+    """A manifest that is missing, malformed or does not match its files; the message names the file."""
+
+
+class ImageFormat(BaseModel):
+    """How `models.preprocess` makes the network's input: shorter side to resize_to, centre crop of size (pixels).
+
+    room: a large JPEG is decoded at a fraction of its size, never below room * resize_to; 0, as in exports from before this
+    was recorded, is never.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    size: int = Field(ge=1)
+    resize_to: int = Field(ge=1)
+    room: int = Field(default=0, ge=0)
+
+
+class Limits(BaseModel):
+    """Pixels that the classifier decodes for an image and for all images of a request; a large JPEG counts less."""
+
+    model_config = ConfigDict(extra="forbid")
+    image_pixels: int = Field(default=16_000_000, ge=1)
+    request_pixels: int = Field(default=25_000_000, ge=1)
+
+
+class HalfPrecision(BaseModel):
+    """What float16 changed, against PyTorch in float32, on the images that export looked at.
+
+    logit: largest difference of a logit. agreement: share of `images` whose best class is the same.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    logit: float = Field(ge=0, allow_inf_nan=False)
+    agreement: float = Field(ge=0, le=1)
+    images: int = Field(ge=1)
+
+
+class Manifest(BaseModel):
+    """All data of a release that serving uses. `files` maps names beside the manifest to their sha256.
+
+    half: of a graph whose backbone is in float16; None where all of it is float32. code_revision: the git commit of the
+    project. code_sha256: over the source files that made the release; empty in releases from before it was recorded.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    version: int = Field(ge=1)
+    classes: list[str] = Field(min_length=2)
+    counts: list[int]
+    log_prior: list[float]
+    image: ImageFormat
+    feature_dim: int = Field(ge=1)
+    tau_s: float = Field(gt=0)
+    strength: float = Field(allow_inf_nan=False)
+    top_k: int = Field(ge=1)
+    max_batch_size: int = Field(ge=1)
+    files: dict[str, str]
+    params_sha256: str
+    data_sha256: str
+    code_revision: str
+    code_sha256: str = ""
+    versions: dict[str, str]
+    metrics: dict[str, Any]
+    half: HalfPrecision | None = None
+    limits: Limits = Limits()
+
+    def balanced_metric(self, name: str) -> float | None:
+        """A test figure under the balanced prior, such as `all` or `nll`; None where the release has none."""
+        balanced = self.metrics.get("balanced")
+        value = balanced.get(name) if isinstance(balanced, dict) else None
+        return value if isinstance(value, float) else None
+
+    @model_validator(mode="after")
+    def _one_entry_per_class(self) -> Manifest:
+        if not len(self.classes) == len(self.counts) == len(self.log_prior):
+            raise ValueError("classes, counts and log_prior differ in length")
+        if self.top_k > len(self.classes):
+            raise ValueError(f"top_k is {self.top_k}, above the number of classes {len(self.classes)}")
+        return self
+
+
+class Golden(BaseModel):
+    """One golden request, an encoded image (base64) at a strength, and what the classifier must say of it.
+
+    tolerance: how far a probability may be from the golden one; more where the graph is float16.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    image: str
+    strength: float = Field(allow_inf_nan=False)
+    index: list[int] = Field(min_length=1)
+    probability: list[float] = Field(min_length=1)
+    tolerance: float = Field(default=GOLDEN_TOLERANCE, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _answer_is_whole(self) -> Golden:
+        if len(self.index) != len(self.probability):
+            raise ValueError("index and probability differ in length")
+        try:
+            base64.b64decode(self.image, validate=True)
+        except binascii.Error:
+            raise ValueError("image is not base64") from None
+        return self
+
+    def image_bytes(self) -> bytes:
+        """The encoded image."""
+        return base64.b64decode(self.image)
+
+    def difference(self, index: Sequence[int], probability: Sequence[float]) -> str | None:
+        """What an answer gets wrong, in words, or None. Classes whose golden probabilities tie may change places."""
+        if len(index) < len(self.index) or len(probability) < len(self.probability):
+            return f"{counted(len(index), 'class')} answered, {len(self.index)} expected"
+        for rank, (expected, wanted) in enumerate(zip(self.index, self.probability, strict=True)):
+            if not abs(float(probability[rank]) - wanted) <= self.tolerance:
+                return f"probability {float(probability[rank]):.4f} at rank {rank + 1}, {wanted:.4f} expected"
+            if int(index[rank]) != expected and not self._tied(rank):
+                return f"class {int(index[rank])} at rank {rank + 1}, class {expected} expected"
+        return None
+
+    def _tied(self, rank: int) -> bool:
+        """Whether the golden answer has a neighbour as probable; the last rank counts as tied, its next is not known."""
+        near = [r for r in (rank - 1, rank + 1) if 0 <= r < len(self.probability)]
+        if rank + 1 == len(self.probability) and rank > 0:
+            return True
+        return any(abs(self.probability[r] - self.probability[rank]) <= 2 * self.tolerance for r in near)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json` of a folder, without its files. Raises ManifestError naming the file and the key."""
+    path = folder / MANIFEST_NAME
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; run `dvc repro` to make it") from None
+    except ValidationError as error:
+        raise ManifestError(f"{path}: {_first(error)}; run `dvc repro` to remake it") from None
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json` of an export folder and check every file's sha256. Raises ManifestError naming the file."""
+    path = folder / MANIFEST_NAME
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
+        if Path(name).name != name:
+            raise ManifestError(f"{path}: files names {name!r}; expected a file beside the manifest")
+        check_file(folder / name, expected)
+    return manifest
+
+
+def check_file(path: Path, expected: str) -> None:
+    """Compare a file's sha256 with the manifest's. Raises ManifestError naming the file."""
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; the manifest lists it") from None
+    if found != expected:
+        raise ManifestError(f"{path}: sha256 is {found[:12]}…, the manifest says {expected[:12]}…; export again")
+
+
+def load_golden(folder: Path) -> list[Golden]:
+    """Read `golden.json`: a JSON list of at least one `Golden`. Raises ManifestError naming the file and the key."""
+    path = folder / GOLDEN_NAME
+    try:
+        golden = TypeAdapter(list[Golden]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; run `dvc repro` to make it") from None
+    except ValidationError as error:
+        raise ManifestError(f"{path}: {_first(error)}; run `dvc repro` to remake it") from None
+    if not golden:
+        raise ManifestError(f"{path}: holds no golden request; expected at least one; run `dvc repro` to remake it")
+    return golden
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

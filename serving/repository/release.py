@@ -1,0 +1,125 @@
+"""A release inside a model repository, checked before a server loads it: files, hashes, versions that go together.
+
+Triton waits forever for a model without its model.py, so everything that needs no server is checked before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.repository.manifest import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    STUDENT_NAME,
+    Golden,
+    Manifest,
+    check_file,
+    load_golden,
+    read_manifest,
+)
+from serving.repository.version_policy import CONFIG_NAME, config_paths, read_config, served_versions, version_folders
+from serving.repository.writer import RUNTIME_FILES
+from serving.shared.errors import RepositoryError
+from serving.shared.names import CLASSIFIER, STUDENT
+
+# Releases of an older Tailor have none of these, and need none.
+LATER_FILES = {"integrity.py", "network.py", "start.py", "asked.py"}
+NEEDED = {
+    STUDENT: ("model.onnx", *RUNTIME_FILES[STUDENT], MANIFEST_NAME),
+    CLASSIFIER: (*RUNTIME_FILES[CLASSIFIER], MANIFEST_NAME, GOLDEN_NAME),
+}
+
+
+@dataclass(frozen=True)
+class Release:
+    """One version that both models have, with its manifest and golden requests."""
+
+    version: int
+    manifest: Manifest
+    golden: list[Golden]
+
+
+def find_releases(root: Path, hashes: bool = True) -> list[Release]:
+    """The releases that a server of this repository loads, oldest first; the last is the champion (`read_champion`).
+
+    hashes: whether to compare the files' sha256 too. Raises RepositoryError or ManifestError naming the file: no
+    repository, a config that does not parse, a version whose student is not served, a missing file, or a file whose
+    sha256 is not the manifest's.
+    """
+    if not (root / STUDENT / CONFIG_NAME).is_file():
+        raise RepositoryError(
+            f"{root}: holds no {STUDENT}/{CONFIG_NAME}, nothing has been promoted yet; run `dvc repro`, then "
+            "`tailor promote artifacts/export`, or give --repository"
+        )
+    served = served_versions(root, CLASSIFIER)
+    students = served_versions(root, STUDENT)
+    if not served or not set(served) <= set(students):
+        raise RepositoryError(
+            f"{root}: classifier serves versions {list(served)}, student {list(students)}; "
+            "expected at least one, and each to have its student; write the repository again"
+        )
+    return [read_release(root, version, hashes) for version in served]
+
+
+def read_champion(root: Path) -> Release:
+    """The release that answers a request without a version. Raises as `find_releases` does, without comparing sha256."""
+    return find_releases(root, hashes=False)[-1]
+
+
+def published_versions(root: Path) -> list[int]:
+    """The versions that both models have with all their files, ascending; they need not be served."""
+    common = set(version_folders(root, STUDENT)) & set(version_folders(root, CLASSIFIER))
+    return sorted(version for version in common if not _missing(root, version))
+
+
+def read_release(root: Path, version: int, hashes: bool = True) -> Release:
+    """One release of a repository. Raises RepositoryError or ManifestError naming the file that is not as it should be."""
+    for path in _missing(root, version):
+        raise RepositoryError(f"{path}: is missing; write the repository again")
+    student, classifier = root / STUDENT / str(version), root / CLASSIFIER / str(version)
+    manifest = read_manifest(classifier)
+    if read_manifest(student) != manifest or manifest.version != version:
+        raise RepositoryError(
+            f"{student / 'manifest.json'}: is not the manifest of classifier {version}; write it again"
+        )
+    for name, path in ((STUDENT_NAME, student / "model.onnx"), (GOLDEN_NAME, classifier / GOLDEN_NAME)):
+        if name not in manifest.files:
+            raise RepositoryError(f"{classifier / 'manifest.json'}: files lacks {name}; export again")
+        if hashes:
+            check_file(path, manifest.files[name])
+    return Release(version, manifest, load_golden(classifier))
+
+
+def instances(root: Path, model: str) -> int:
+    """How many instances of a version the local server runs."""
+    return sum(group.count for group in read_config(config_paths(root, model)[-1]).instance_group)
+
+
+def _missing(root: Path, version: int) -> list[Path]:
+    paths = [root / model / str(version) / name for model, names in NEEDED.items() for name in names]
+    return [path for path in paths if path.name not in LATER_FILES and not path.is_file()]
+
+
+@dataclass(frozen=True)
+class VersionState:
+    """One published version: `champion`, `served` (loaded, answers who names it) or `kept`; and its manifest's facts."""
+
+    version: int
+    state: str
+    release: Release
+    published: float  # seconds since the epoch
+
+
+def list_versions(repository: Path) -> list[VersionState]:
+    """The published versions, oldest first. Raises RepositoryError or ManifestError naming the file."""
+    champion, served = read_champion(repository).version, served_versions(repository, CLASSIFIER)
+    return [
+        VersionState(
+            version,
+            "champion" if version == champion else "served" if version in served else "kept",
+            read_release(repository, version, hashes=False),
+            (repository / CLASSIFIER / str(version)).stat().st_mtime,
+        )
+        for version in published_versions(repository)
+    ]

@@ -1,0 +1,83 @@
+"""Retention: which versions stay on disk, and the removal of unfit ones and of what killed runs left.
+
+The caller holds the repository's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from serving.repository.promotion_log import ever_champion
+from serving.repository.version_policy import present_versions, served_versions
+from serving.shared.errors import ServingError
+from serving.shared.names import CLASSIFIER, STUDENT
+
+# A version that was being written, replaced or removed: see serving.shared.atomic, and `_remove` below.
+LEFTOVER = re.compile(r"\.\d+\.(partial|old|removed)")
+
+
+def prune(repository: Path, keep: int) -> tuple[int, ...]:
+    """Delete the oldest versions that are not served, so that `keep` stay on disk; returns the deleted ones.
+
+    A version that was never champion, as a killed promotion leaves it, is deleted first once a newer champion exists.
+    Before that it may still be promoted, and is neither counted nor deleted.
+    """
+    served, tried = served_versions(repository, CLASSIFIER), ever_champion(repository)
+    present = [v for v in present_versions(repository) if v < served[-1] or v in {*served, *tried}]
+    others = [version for version in present if version not in served]
+    if tried:  # empty where no promotion was recorded
+        others.sort(key=lambda version: (version in tried, version))
+    removed = others[: max(0, len(present) - keep)]
+    for version in removed:
+        _remove(repository, version)
+    return tuple(removed)
+
+
+def withdraw(repository: Path, version: int) -> None:
+    """Remove a published version unless a model serves it. Raises RepositoryError when a config cannot be read."""
+    if version not in {*served_versions(repository, CLASSIFIER), *served_versions(repository, STUDENT)}:
+        _remove(repository, version)
+
+
+@contextlib.contextmanager
+def withdrawn_on_failure(repository: Path) -> Iterator[None]:
+    """Whatever versions the block publishes are withdrawn when it raises; those that were there before stay."""
+    there = set(present_versions(repository))
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ServingError, OSError):  # where the disk has gone, what failed is still what is told
+            for version in sorted(set(present_versions(repository)) - there):
+                withdraw(repository, version)
+        raise
+
+
+def leftovers(repository: Path) -> list[Path]:
+    """The hidden folders of versions that killed runs left half-written or half-removed."""
+    return [
+        path
+        for model in (STUDENT, CLASSIFIER)
+        for path in sorted((repository / model).glob(".*"))
+        if LEFTOVER.fullmatch(path.name) and path.is_dir()
+    ]
+
+
+def remove_leftovers(repository: Path) -> None:
+    """Remove them; one that cannot be removed is in nobody's way."""
+    for path in leftovers(repository):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(repository: Path, version: int) -> None:
+    """Delete a version; each of its folders goes out of sight whole first."""
+    for model in (CLASSIFIER, STUDENT):
+        folder = repository / model / str(version)
+        hidden = folder.with_name(f".{version}.removed")
+        if folder.is_dir():
+            shutil.rmtree(hidden, ignore_errors=True)
+            folder.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)

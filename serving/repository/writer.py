@@ -1,0 +1,188 @@
+"""The Triton model repository: one release written whole from an export, and further ones published beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from models import preprocess, prior
+from models.prior import class_names_problem
+from serving.repository.manifest import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    STUDENT_NAME,
+    Manifest,
+    ManifestError,
+    check_file,
+    load_golden,
+    load_manifest,
+    read_manifest,
+)
+from serving.repository.model_config import (
+    Device,
+    Placement,
+    classifier_config,
+    classifier_local_config,
+    student_config,
+    student_local_config,
+    to_text,
+)
+from serving.repository.version_policy import CONFIG_NAME, present_versions, read_config
+from serving.shared.atomic import whole_folder
+from serving.shared.errors import RepositoryError
+from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
+
+# The files that run inside Triton by model: name in a version's folder -> the source that it is copied from.
+TRITON = Path(__file__).with_name("triton")
+_BOTH = ("integrity.py", "network.py", "start.py")
+_CLASSIFIER = ("asked.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
+RUNTIME_FILES = {
+    STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
+    CLASSIFIER: {
+        "model.py": TRITON / "classifier_model.py",
+        **{name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
+        **{f"{name}.py": Path(module.__file__) for name, module in {"prior": prior, "preprocess": preprocess}.items()},
+    },
+}
+
+
+def write_repository(
+    export_dir: Path, root: Path, device: Device | Placement = "cpu", evidence: Path | None = None
+) -> Path:
+    """Write the Triton model repository of one release and return its path.
+
+    export_dir holds student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device:
+    where the student runs. The tree needs nothing of Tailor at serving time. It is built beside `root` and renamed in,
+    so `root` is always the old tree or the new one. evidence: a folder whose files go with the version. Raises
+    ManifestError when the export does not match its manifest, RepositoryError when `root` holds something else than a
+    repository, and InputError for an unknown device.
+    """
+    placement = device if isinstance(device, Placement) else Placement(device)
+    manifest = load_export(export_dir)
+    # A CPU holds the weights of a float16 graph as float32.
+    local = placement.decided((export_dir / STUDENT_NAME).stat().st_size * (2 if manifest.half else 1))
+    root = Path(os.path.abspath(root))  # noqa: PTH100 (a link given as root stays a name, it is not followed)
+    _check_replaceable(root)
+    with whole_folder(root) as partial:
+        student, classifier = partial / STUDENT, partial / CLASSIFIER
+        version = str(manifest.version)
+        for folder in (student / "configs", student / version, classifier / "configs", classifier / version):
+            folder.mkdir(parents=True)
+        (student / CONFIG_NAME).write_text(to_text(student_config(manifest, placement)), encoding="utf-8")
+        student_local, classifier_local = (
+            student_local_config(manifest, local),
+            classifier_local_config(manifest, local),
+        )
+        for folder, config in ((student, student_local), (classifier, classifier_local)):
+            (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").write_text(to_text(config), encoding="utf-8")
+        (student / LABELS_NAME).write_text(_labels(manifest), encoding="utf-8")
+        (classifier / CONFIG_NAME).write_text(to_text(classifier_config(manifest)), encoding="utf-8")
+        _write_student(student / version, export_dir, manifest)
+        _write_classifier(classifier / version, export_dir, manifest, evidence)
+    return root
+
+
+def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
+    """Write an export into a repository as its next version, which no server loads before it is promoted; the version.
+
+    Each of its two folders appears whole; evidence is a folder whose files go into the classifier's, such as the
+    decision. An export that lies in the repository already keeps its version. Raises ManifestError when the export does
+    not match its manifest, and RepositoryError when its classes or shapes are not the repository's: one model cannot
+    have versions with different ones.
+    """
+    manifest = load_export(export_dir)
+    _check_same_signature(manifest, export_dir, root)
+    present = present_versions(root)
+    for version in present:
+        if _same_release(root, version, manifest):
+            return version
+    numbered = manifest.model_copy(update={"version": max(present, default=0) + 1})
+    version = str(numbered.version)
+    with whole_folder(root / STUDENT / version) as folder:
+        _write_student(folder, export_dir, numbered)
+    with whole_folder(root / CLASSIFIER / version) as folder:
+        _write_classifier(folder, export_dir, numbered, evidence)
+    return numbered.version
+
+
+def load_export(export_dir: Path) -> Manifest:
+    """The manifest of an export whose files match it. Raises ManifestError or RepositoryError naming the file."""
+    manifest = load_manifest(export_dir)
+    for name in (STUDENT_NAME, GOLDEN_NAME):
+        if name not in manifest.files:
+            raise RepositoryError(f"{export_dir / MANIFEST_NAME}: files lacks {name}; export again")
+    load_golden(export_dir)
+    _check_names(manifest, export_dir / MANIFEST_NAME)
+    return manifest
+
+
+def _write_runtime(folder: Path, model: str, manifest: Manifest) -> None:
+    """The manifest, and the files that run inside Triton."""
+    for name, source in RUNTIME_FILES[model].items():
+        shutil.copyfile(source, folder / name)
+    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    # A file where Python would create the folder __pycache__: Triton takes a new folder for a change of the model, and
+    # would load every version again at the next load call.
+    (folder / "__pycache__").touch()
+
+
+def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
+    shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
+    _write_runtime(folder, STUDENT, manifest)
+    # The export may have been written again while it was copied: the files in the tree count.
+    check_file(folder / "model.onnx", manifest.files[STUDENT_NAME])
+
+
+def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, evidence: Path | None) -> None:
+    for path in sorted(evidence.iterdir()) if evidence else []:
+        shutil.copyfile(path, folder / path.name)  # first, so that none replaces a file of the model
+    _write_runtime(folder, CLASSIFIER, manifest)
+    shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)
+    check_file(folder / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
+
+
+def _labels(manifest: Manifest) -> str:
+    return "".join(f"{name}\n" for name in manifest.classes)
+
+
+def _same_release(root: Path, version: int, manifest: Manifest) -> bool:
+    """Whether both folders of a version exist and were written from an export with this manifest."""
+    expected = manifest.model_copy(update={"version": version})
+    try:
+        # Compared as read, because an older Tailor wrote fewer keys.
+        return all(read_manifest(root / model / str(version)) == expected for model in (STUDENT, CLASSIFIER))
+    except ManifestError:
+        return False
+
+
+def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> None:
+    hint = "write a repository of its own with `tailor repository --output` and serve that"
+    labels = root / STUDENT / LABELS_NAME
+    if not labels.is_file():
+        raise RepositoryError(f"{labels}: is missing; write the repository again")
+    if labels.read_text(encoding="utf-8") != _labels(manifest):
+        raise RepositoryError(f"{export_dir}: has other classes than {labels}; {hint}")
+    expected = {STUDENT: student_config(manifest, Placement()), CLASSIFIER: classifier_config(manifest)}
+    for model, config in expected.items():
+        path = root / model / CONFIG_NAME
+        existing = read_config(path)
+        for tensor, other in zip((*config.input, *config.output), (*existing.input, *existing.output), strict=False):
+            if (tensor.name, list(tensor.dims)) != (other.name, list(other.dims)):
+                ours, theirs = f"{tensor.name} {list(tensor.dims)}", f"{other.name} {list(other.dims)}"
+                raise RepositoryError(f"{export_dir}: {model} has {ours}, but {path} has {theirs}; {hint}")
+
+
+def _check_names(manifest: Manifest, path: Path) -> None:
+    if problem := class_names_problem(manifest.classes):
+        raise RepositoryError(f"{path}: {problem}")
+
+
+def _check_replaceable(root: Path) -> None:
+    """Raise RepositoryError for a folder with other data; an empty folder or a repository may be replaced."""
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        raise RepositoryError(f"{root}: is not a folder; give the path of a new or an old model repository")
+    if root.is_dir() and any(root.iterdir()) and not (root / STUDENT / "config.pbtxt").is_file():
+        raise RepositoryError(
+            f"{root}: holds files but no {STUDENT}/config.pbtxt; give an empty folder or a repository"
+        )

@@ -1,0 +1,1 @@
+"""One Triton process on this machine, and what restarts it."""

@@ -1,0 +1,101 @@
+"""What can be switched on in a Triton server beyond its defaults: latencies, traces and TLS as its command-line options,
+the log of logits as variables of its environment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from serving.shared.errors import InputError
+from serving.triton import logit_log
+
+# Quantiles of the last minute for the metrics: what the dashboard and the alert on latency read.
+LATENCY_OPTIONS = (
+    "--metrics-config=summary_latencies=true",
+    "--metrics-config=summary_quantiles=0.5:0.05,0.95:0.01,0.99:0.001",
+)
+
+
+def trace_options(url: str, every: int = 100, service: str = "tailor") -> list[str]:
+    """Options that send an OpenTelemetry trace of each `every`-th inference to a collector.
+
+    url: its OTLP/HTTP endpoint, for example http://127.0.0.1:4318/v1/traces; Triton posts JSON there, without TLS. A
+    caller's `traceparent` header is honoured, and his request is then part of his own trace. Raises InputError.
+    """
+    hint = "expected http://host:port/v1/traces, a collector's OTLP/HTTP endpoint"
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme == "http" and parts.hostname and parts.port and not (parts.query or parts.fragment)
+    except ValueError:
+        usable = False
+    # A comma would begin a setting of its own.
+    if not usable or "," in url or not url.isprintable() or " " in url:
+        raise InputError(f"trace url is {url!r}; {hint}")
+    if every < 1:
+        raise InputError(f"every is {every}; expected 1 for a trace of each request, n for each n-th")
+    if not service.replace("-", "").replace("_", "").isalnum():
+        raise InputError(f"service is {service!r}; expected letters, digits, - or _")
+    return [
+        "--trace-config=mode=opentelemetry",
+        f"--trace-config=opentelemetry,url={url}",
+        f"--trace-config=opentelemetry,resource=service.name={service}",
+        "--trace-config=level=TIMESTAMPS",
+        f"--trace-config=rate={every}",
+    ]
+
+
+def grpc_tls_options(certificate: Path, key: Path, client_authority: Path | None = None) -> list[str]:
+    """Options that make gRPC speak TLS alone, with a PEM certificate and its key; HTTP has no TLS in Triton.
+
+    client_authority: certificates of the authorities whose client certificates are asked for (mutual TLS). Raises
+    InputError naming a file that cannot be read.
+    """
+    for path in (certificate, key, *([client_authority] if client_authority else [])):
+        try:
+            begins = path.read_bytes()[:11]
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; give a PEM file") from None
+        if begins != b"-----BEGIN ":
+            raise InputError(f"{path}: is not a PEM file; it does not start with -----BEGIN")
+    files = [f"--grpc-server-cert={certificate.absolute()}", f"--grpc-server-key={key.absolute()}"]
+    if client_authority:
+        return ["--grpc-use-ssl-mutual=true", *files, f"--grpc-root-cert={client_authority.absolute()}"]
+    return ["--grpc-use-ssl=true", *files]
+
+
+def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = "1GiB") -> dict[str, str]:
+    """Variables under which `classifier` logs logits for `tailor drift`, and the folder made ready.
+
+    share: of the images, above 0 to 1, drawn one by one. limit: bytes of the whole folder, as a number or as text such
+    as 500MiB; the oldest files go. Raises InputError naming what cannot be used.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share of logged images is {share:g}; expected a number above 0, at most 1")
+    size = limit if isinstance(limit, int) else bytes_of(limit)
+    if size < logit_log.SMALLEST_LIMIT:
+        raise InputError(f"limit of the logged logits is {limit}; expected at least 1MiB")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise InputError("logging logits needs pyarrow, which is missing; pip install pyarrow")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; give a folder for the logged logits") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: is not writable; give a folder for the logged logits")
+    return {
+        logit_log.FOLDER_VARIABLE: str(folder.absolute()),
+        logit_log.SHARE_VARIABLE: repr(share),
+        logit_log.LIMIT_VARIABLE: str(size),
+    }
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of a size such as 500MiB, 1GiB, 2TiB or a number. Raises InputError."""
+    found = re.fullmatch(r"(\d{1,15})\s*([KMGT]iB)?", text.strip())
+    if not found:
+        raise InputError(f"size is {text!r}; expected a number of bytes, or one with KiB, MiB, GiB or TiB")
+    return int(found[1]) << (10 * ("KMGT".index(found[2][0]) + 1) if found[2] else 0)

@@ -1,0 +1,246 @@
+"""Supervises a server: restarts it when it dies, and reloads a model whose inference process died, stopped or hangs.
+
+Triton never restarts an inference process (its "stub") that died, and the model stays "ready". So the supervisor checks
+every second that each expected process runs, and sends golden requests from time to time, sooner while requests fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from serving.repository.lock import RepositoryBusy, locked
+from serving.repository.release import Release, find_releases, instances
+from serving.repository.version_policy import mark_changed, served_versions
+from serving.server.canary import Busy, Canary, Hanging
+from serving.server.leftovers import is_stopped, stubs_of
+from serving.server.local_tree import refresh_trees
+from serving.server.model_control import ModelControl
+from serving.server.triton_server import TritonServer
+from serving.shared.errors import ServingError
+from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.terminal import counted
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Intervals and limits of a supervisor, in seconds.
+
+    canary_timeout: limit of one golden request; the second failure in a row counts, and none that load explains.
+    ending: time that a replaced inference process gets to exit before it is killed. A server that ran for `served`
+    seconds is restarted at once. One that failed earlier, or did not start, is a failed start: after n of them in a row
+    the delay is first_delay * 2^(n-1), at most longest_delay, and after more than `restarts` (None: no limit) the
+    supervisor gives up.
+    """
+
+    poll: float = 1.0
+    canary_every: float = 15.0
+    canary_timeout: float = 30.0
+    load_timeout: float = 60.0
+    ending: float = 10.0
+    first_delay: float = 1.0
+    longest_delay: float = 30.0
+    served: float = 5.0
+    restarts: int | None = 8
+
+
+class GivenUp(ServingError):
+    """The server cannot be kept up; the message says why and ends with its log."""
+
+
+class Supervisor:
+    """Watches a started server. report: takes one line for whoever runs the service."""
+
+    def __init__(self, server: TritonServer, report: Callable[[str], None], patience: Patience | None = None) -> None:
+        self.server = server
+        self.report = report
+        self.patience = patience or Patience()
+        self._canary = Canary(server, self.patience.canary_timeout)
+        self._failures = 0  # of the canary in a row
+        self._failed_starts = 0  # in a row
+        self._backend_failures = 0.0
+        self._suspicious = False  # requests failed since the last canary
+        self._server_stopped = False
+        self._resting = 0.0  # until when no repair is tried, the last one having been impossible
+        self._started = self._asked = time.monotonic()
+        self._lacking: dict[tuple[str, int], int] = {}
+        self._expected: dict[tuple[str, int], int] = {}
+
+    def run(self, stopping: threading.Event) -> None:
+        """Watch until `stopping` is set. Raises GivenUp when the server cannot be kept up."""
+        while not stopping.is_set():
+            ended = self.server.wait(self.patience.poll)
+            if ended is not None or self.server.process_id is None:
+                self._restart(f"the Triton server ended by itself with status {ended}", stopping)
+                continue
+            before, self._server_stopped = self._server_stopped, self.server.is_stopped()
+            if self._server_stopped:
+                if (
+                    before
+                ):  # seen twice: when a suspended machine resumes, the processes do not resume in the same moment
+                    self._restart("the process of the Triton server is stopped (SIGSTOP)", stopping)
+                continue
+            with contextlib.suppress(ServingError):  # the disk is gone: what was seen stays
+                refresh_trees(self.server.repository, self.server.prefix)  # for a promotion that cannot reach them
+            try:
+                with locked(self.server.repository, shared=True, timeout=0):
+                    self._look(stopping)
+            except GivenUp:
+                raise
+            except RepositoryBusy:  # it loads and unloads just now, and asks golden requests itself
+                self._lacking = {}
+            except (ServingError, OSError):  # the disk is gone: what is loaded answers on, and is still asked
+                self._ask_canary(stopping)
+
+    def _look(self, stopping: threading.Event) -> None:
+        """One look at stubs and, when it is time, at answers."""
+        self._learn_releases()
+        lacking = self._count_lacking()
+        # Seen twice, because a load has just started or ended a process.
+        dead = sorted(place for place, number in lacking.items() if self._lacking.get(place) == number)
+        self._lacking = lacking
+        if dead and time.monotonic() > self._resting:
+            self._lacking = {}
+            names = ", ".join(f"{model} {version}" for model, version in dead)
+            models = sorted({model for model, _ in dead}, reverse=True)
+            self._heal(f"an inference process of {names} died or is stopped", models, stopping)
+        else:
+            self._ask_canary(stopping)
+
+    def _learn_releases(self) -> None:
+        """What should be served now; a promotion may have changed it since the last look."""
+        root = self.server.repository
+        self._expected = {
+            (model, version): instances(root, model)
+            for model in (STUDENT, CLASSIFIER)
+            for version in served_versions(root, model)
+        }
+        versions = tuple(release.version for release in self.server.releases)
+        if versions != served_versions(root, CLASSIFIER):
+            self.server.releases = find_releases(root, hashes=False)
+
+    def _count_lacking(self) -> dict[tuple[str, int], int]:
+        living = self.server.stubs()
+        return {place: wanted - living[place] for place, wanted in self._expected.items() if living[place] < wanted}
+
+    def _ask_canary(self, stopping: threading.Event) -> None:
+        before, self._backend_failures = self._backend_failures, self._canary.backend_failures()
+        self._suspicious |= self._failures > 0 or self._backend_failures > before
+        if time.monotonic() - self._asked < self.patience.canary_every * (0.2 if self._suspicious else 1):
+            return
+        self._suspicious = False
+        try:
+            self._canary.ask()
+            self._failures = 0
+        except Busy as error:  # nothing is broken, and to load anything now would take from those that work
+            self._failures = 0
+            self.report(f"{error}; left alone")
+        except (ServingError, OSError) as error:
+            self._failures += 1
+            if self._failures < 2 and not isinstance(error, Hanging):
+                self.report(f"{error}; asking once more")
+            else:
+                self._failures = 0
+                models = error.models if isinstance(error, Hanging) else [STUDENT, CLASSIFIER]
+                self._heal(str(error), models, stopping)
+        self._asked = time.monotonic()
+
+    def _heal(self, fault: str, models: list[str], stopping: threading.Event) -> None:
+        """Load models again, beside what still answers; where that does not help, restart the server."""
+        try:
+            # Their sha256 too: a load of other files would lose what still works.
+            releases = find_releases(self.server.repository)
+        except (ServingError, OSError) as error:
+            # What is loaded in part is worth more than a server that would not start again from these files.
+            self.report(f"{fault}, and the repository cannot replace it: {error}; serving on with what is loaded")
+            self._asked = time.monotonic()
+            self._resting = self._asked + self.patience.longest_delay
+            return
+        self.report(f"{fault}; loading {' and '.join(models)} again")
+        try:
+            replaced = [
+                stub
+                for stub, model, version in stubs_of(self.server.prefix)
+                if model in models and version in {release.version for release in releases}
+            ]
+            with ModelControl(self.server.running, self.patience.load_timeout) as control:
+                for model in models:
+                    _reload(control, self.server.repository, model, releases)
+            with contextlib.suppress(Busy):
+                self._canary.ask()
+            # Triton requests the old processes to exit; one that hangs or is stopped never does.
+            _kill([stub for stub in replaced if is_stopped(stub)])
+            _kill(psutil.wait_procs(replaced, self.patience.ending)[1])
+            if lacking := self._count_lacking():
+                raise ServingError(f"inference processes of {sorted(lacking)} are still missing")
+        except (ServingError, OSError) as error:
+            self._restart(f"loading again did not help: {error}", stopping)
+            return
+        self._asked = time.monotonic()
+        self.report(f"{' and '.join(models)} answers again")
+
+    def _restart(self, fault: str, stopping: threading.Event) -> None:
+        """Kill what remains of the server and start it again on the same ports. Raises GivenUp after too many failed starts.
+
+        A start may fail for lack of memory or disk space for a while, which ends the supervisor no sooner.
+        """
+        limit = self.patience.restarts
+        if time.monotonic() - self._started > self.patience.served:
+            self._failed_starts = -1  # this start has worked
+        while not stopping.is_set():
+            self._failed_starts += 1
+            if limit is not None and self._failed_starts > limit:
+                with contextlib.suppress(OSError):
+                    self.server.stop(at_once=True)
+                tail = self.server.log_tail()
+                raise GivenUp(f"{fault}; given up after {counted(limit, 'restart')}" + (f":\n{tail}" if tail else ""))
+            delay = self._delay()
+            number = f"{self._failed_starts}" + ("" if limit is None else f" of {limit}")
+            self.report(f"{fault}; starting it again " + (f"in {delay:g} s ({number})" if delay else "at once"))
+            with contextlib.suppress(OSError):  # the next start clears what remains
+                self.server.stop(at_once=True, comes_back=True)
+            if stopping.wait(delay):
+                return
+            try:
+                self.server.start()
+            except (ServingError, OSError) as error:
+                fault = str(error).partition("\n")[0]
+                continue
+            self._failures, self._lacking, self._server_stopped, self._suspicious = 0, {}, False, False
+            self._backend_failures = 0.0
+            self._started = self._asked = time.monotonic()
+            self.report(f"ready again at {self.server.http_url} {self.server.grpc_url}")
+            return
+
+    def _delay(self) -> float:
+        """Seconds before the next start: none after a start that worked."""
+        failed = self._failed_starts
+        return min(self.patience.first_delay * 2 ** (failed - 1), self.patience.longest_delay) if failed else 0.0
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _reload(control: ModelControl, root: Path, model: str, releases: list[Release]) -> None:
+    """Have Triton load a model's versions again, the new ones before it unloads the old ones.
+
+    Triton does so only where a model file has changed, so each is marked as changed; where that is not permitted the
+    model is unloaded first, and requests fail for a moment.
+    """
+    touched = False
+    with contextlib.suppress(OSError):
+        for release in releases:
+            mark_changed(root, model, root / model / str(release.version) / "model.py")
+            touched = True
+    if not touched:
+        control.unload(model)
+    control.load(model)

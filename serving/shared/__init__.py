@@ -1,0 +1,1 @@
+"""Errors, atomic writes, ports, logs, processes, names of models: used by every package of serving."""

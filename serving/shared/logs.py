@@ -1,0 +1,86 @@
+"""What the server and its stubs print: kept for an error's message, written to a file, forwarded as it comes."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import tempfile
+import threading
+from collections import deque
+from pathlib import Path
+from typing import IO, TextIO
+
+from serving.shared.errors import InputError
+from serving.shared.terminal import print
+
+TAIL_LINES = 12
+FILE_BYTES = 64 * 1024 * 1024  # a log file this large is put aside, as FILE.1 to FILE.3
+FILES_KEPT = 3
+
+
+def new_log_file() -> Path:
+    """An empty file for a server's log in the folder for temporary files, readable by its owner alone."""
+    descriptor, name = tempfile.mkstemp(prefix="tailor-serve-", suffix=".log")
+    os.close(descriptor)
+    return Path(name)
+
+
+def remove_log_files(path: Path) -> None:
+    """Remove a log file and the older ones that were put aside."""
+    for number in range(FILES_KEPT + 1):
+        path.with_name(f"{path.name}.{number}" if number else path.name).unlink(missing_ok=True)
+
+
+class ServerLog:
+    """Takes a process's output line by line. `path`: a file to append to, turned over when large. `forward`: a stream.
+
+    Raises InputError when the file cannot be written.
+    """
+
+    def __init__(self, path: Path | None = None, forward: TextIO | None = None) -> None:
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._forward = forward
+        self._file: logging.Handler | None = None
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = logging.handlers.RotatingFileHandler(path, "w", FILE_BYTES, FILES_KEPT, encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; give a log file that can be written") from None
+            self._file.setFormatter(logging.Formatter("%(message)s"))
+        self._reader: threading.Thread | None = None
+
+    def follow(self, output: IO[bytes]) -> None:
+        """Read a process's output until it ends, in a thread: a server blocks on a pipe that nobody reads."""
+        self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
+        self._reader.start()
+
+    def tail(self) -> str:
+        """The last lines, each indented; empty when there are none."""
+        return "\n".join(f"  {line[:400]}" for line in self._tail)
+
+    def drain(self, timeout: float = 2.0) -> None:
+        """Wait for the last lines of a process that has ended."""
+        if self._reader:
+            self._reader.join(timeout)
+            self._reader = None
+
+    def close(self) -> None:
+        """Close the file, after the last lines are in it."""
+        self.drain()
+        if self._file:
+            self._file.close()
+
+    def _read(self, output: IO[bytes]) -> None:
+        with output:
+            for raw in output:
+                line = raw.decode(errors="replace").rstrip("\r\n")
+                self._tail.append(line)
+                if self._file:
+                    self._file.emit(logging.makeLogRecord({"msg": line}))
+                if self._forward:
+                    try:
+                        print(line, file=self._forward, flush=True)
+                    except (OSError, ValueError):  # whoever read it has gone; the server shall not feel it
+                        self._forward = None

@@ -1,0 +1,64 @@
+"""TCP ports of servers: check the requested ones and choose free ones; HTTP clients that bypass a proxy on loopback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+from collections.abc import Mapping
+
+from serving.shared.errors import InputError, ServingError
+
+# Below the ports of outgoing connections on Linux (32768 up), none of which can take a chosen port before the server does.
+FREE_PORTS, ATTEMPTS = range(20000, 32001), 200
+PROBLEMS = {
+    errno.EADDRINUSE: "the port is in use on {host}; stop what uses it or give another {option}",
+    errno.EACCES: "this user may not open it; give a port above 1023",
+}
+
+
+def choose_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
+    """The ports to open by option; a free one where 0 is requested.
+
+    Raises InputError for a bad host or number and for two options with one port, ServingError when a port is taken.
+    """
+    chosen: dict[str, int] = {}
+    for option, port in sorted(requested.items(), key=lambda item: item[1] == 0):
+        if not 0 <= port <= 65535:
+            raise InputError(f"{option} is {port}; expected a port from 1 to 65535, or 0 for any free one")
+        for other in (name for name, used in chosen.items() if used == port):
+            raise InputError(f"{option} is {port} and so is {other}; expected different ports")
+        # The system's random numbers: two processes with one seed would choose the same ports.
+        for candidate in [port] if port else random.SystemRandom().sample(FREE_PORTS, ATTEMPTS):
+            problem = _bind_problem(host, candidate)
+            if problem is None and candidate not in chosen.values():
+                chosen[option] = candidate
+                break
+        else:
+            raise ServingError(f"{option} {port}: {problem}".format(host=host, option=option))
+    return chosen
+
+
+def _bind_problem(host: str, port: int) -> str | None:
+    """Why no server can open the port; None where one can. Raises InputError for a host that is not this machine."""
+    try:
+        with socket.socket() as opened:
+            # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.bind(socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4])
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            hint = "expected an IPv4 address of this machine, for example 127.0.0.1"
+            raise InputError(f"--host is {host!r}; {hint}") from None
+        return PROBLEMS.get(error.errno or 0, error.strerror)
+    return None
+
+
+def bypass_proxy_on_loopback() -> None:
+    """Make every HTTP client of this process and its children reach loopback directly, whatever HTTP_PROXY is."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if "*" not in names:
+        names += [name for name in ("127.0.0.1", "localhost", "::1") if name not in names]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(names)

@@ -1,0 +1,1 @@
+"""Triton's two protocols, with retries and deadlines."""

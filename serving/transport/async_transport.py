@@ -1,0 +1,137 @@
+"""The transport of asyncio programs: the calls and failures of transport.py over aiohttp and grpc.aio."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import tenacity
+
+from serving.shared.errors import InputError
+from serving.transport.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection
+from serving.transport.failures import check_http, deadline_exceeded, from_grpc, readable, tls_error, unreachable
+from serving.transport.messages import SERVICE, Call
+from serving.transport.retries import Deadline, Retries
+from serving.transport.sync_transport import check_open
+
+
+class AsyncTransport:
+    """Connections to one Triton server, opened when first used, in the event loop that uses them first.
+
+    Its methods raise what Transport's raise.
+    """
+
+    def __init__(self, connection: Connection, retries: Retries) -> None:
+        self.url = connection.url
+        self._retries = retries
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        wire = AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire
+        self._wire: AsyncHttpWire | AsyncGrpcWire = wire(connection)
+
+    async def ask(self, call: Call, deadline: Deadline) -> Any:
+        """The response to a call, with retries where they are safe and before the deadline.
+
+        Raises InputError after `close`, and in another event loop than that of the first call, which owns the connections.
+        """
+        check_open(self.url, self._closed)
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise InputError(f"the client of {self.url} was used in another event loop; make a client in each loop")
+        self._loop = loop
+        return await tenacity.AsyncRetrying(**self._retries.policy(deadline))(self._wire.send, call, deadline)
+
+    async def close(self) -> None:
+        """Close the connections; open ones would hold up the server's shutdown."""
+        self._closed = True
+        await self._wire.close()
+
+
+class AsyncHttpWire:
+    """HTTP/1.1 with kept connections (aiohttp)."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._context = connection.ssl_context()
+        self._session: Any = None
+
+    async def send(self, call: Call, deadline: Deadline) -> Any:
+        import aiohttp
+        from yarl import URL
+
+        connection, url = self._connection, self._connection.url
+        if self._session is None:
+            # The client bounds the requests in flight; cookies of a server are ignored.
+            connector = aiohttp.TCPConnector(limit=0, ssl=self._context if self._context else True)
+            self._session = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            )
+        request, left = call.http, deadline.left(url)
+        scheme = "https" if connection.secure else "http"
+        target = URL(f"{scheme}://{connection.address}{connection.path}{request.path}", encoded=True)
+        try:
+            async with self._session.request(
+                request.method,
+                target,
+                data=request.body,
+                headers={**connection.headers, **request.headers, "accept-encoding": "identity"},
+                timeout=aiohttp.ClientTimeout(total=left, sock_connect=min(left, CONNECT_TIMEOUT)),
+                allow_redirects=False,
+            ) as response:
+                body = await _read(response)
+                headers = {name.lower(): value for name, value in response.headers.items()}
+                status = response.status
+        except aiohttp.ClientSSLError as error:
+            raise tls_error(url, error) from error
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as error:
+            if deadline.passed():
+                raise deadline_exceeded(url, deadline.budget) from error
+            raise unreachable(url) from error
+        check_http(url, status, headers, body, deadline.budget)
+        return readable(url, call.read_http, headers, body)
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+
+class AsyncGrpcWire:
+    """gRPC on one channel (grpc.aio)."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        connection.grpc_credentials()  # an unusable file fails here and not at the first request
+        self._metadata = tuple(connection.headers.items())
+        self._channel: Any = None
+
+    async def send(self, call: Call, deadline: Deadline) -> Any:
+        import grpc
+
+        url = self._connection.url
+        if self._channel is None:
+            self._channel = self._connection.grpc_channel(asynchronous=True)  # belongs to the running event loop
+        try:
+            method = self._channel.unary_unary(SERVICE + call.rpc)
+            data = await method(call.message, timeout=deadline.left(url), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_grpc(url, error, deadline.budget) from error
+        return readable(url, call.read_message, data)
+
+    async def close(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            with suppress(ValueError):
+                await channel.close()
+
+
+async def _read(response: Any) -> bytes:
+    """Read the whole body; one above ANSWER_BYTES is cut off."""
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > ANSWER_BYTES:
+            response.close()
+            break
+    return bytes(body)

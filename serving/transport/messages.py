@@ -1,0 +1,216 @@
+"""Requests to Triton as HTTP request and as gRPC message, and the reading of both responses; no connection.
+
+Each call has both forms as bytes, so that the synchronous and the asynchronous transports send the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+
+from serving.shared.terminal import counted
+
+HEADER_LENGTH = "inference-header-content-length"
+SERVICE = "/inference.GRPCInferenceService/"
+
+
+class Garbled(Exception):
+    """A response with status 200 that is not Triton's."""
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """One HTTP request, without the headers that belong to the connection."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The outputs of an inference by name, object arrays of bytes for strings, and the version that gave them."""
+
+    outputs: dict[str, np.ndarray]
+    version: int
+
+
+class _Metadata:
+    """A request whose response is a mapping: JSON over HTTP, a message over gRPC."""
+
+    path = ""
+
+    @property
+    def http(self) -> HttpRequest:
+        return HttpRequest("GET", self.path)
+
+    def read_http(self, _headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Garbled from None
+        if not isinstance(found, dict):
+            raise Garbled
+        return found
+
+    def read_message(self, data: bytes) -> dict[str, Any]:
+        from google.protobuf.json_format import MessageToDict
+
+        return MessageToDict(_parsed(self.rpc, data), preserving_proto_field_name=True)
+
+
+class ServerMetadata(_Metadata):
+    """Triton's own name and version."""
+
+    rpc, path = "ServerMetadata", "/v2"
+
+    @property
+    def message(self) -> bytes:
+        return _messages().ServerMetadataRequest().SerializeToString()
+
+
+@dataclass(frozen=True)
+class ModelMetadata(_Metadata):
+    """A model's versions, inputs and outputs; shapes as Triton writes them, -1 for the batch."""
+
+    model: str
+    version: str = ""
+    rpc = "ModelMetadata"
+
+    @property
+    def path(self) -> str:  # type: ignore[override]
+        return _model_path(self.model, self.version)
+
+    @property
+    def message(self) -> bytes:
+        return _messages().ModelMetadataRequest(name=self.model, version=self.version).SerializeToString()
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Metadata):
+    """A model's config.pbtxt as a mapping."""
+
+    model: str
+    rpc = "ModelConfig"
+
+    @property
+    def path(self) -> str:  # type: ignore[override]
+        return f"{_model_path(self.model, '')}/config"
+
+    @property
+    def message(self) -> bytes:
+        return _messages().ModelConfigRequest(name=self.model).SerializeToString()
+
+    def read_message(self, data: bytes) -> dict[str, Any]:
+        return super().read_message(data).get("config", {})
+
+
+@dataclass(frozen=True, eq=False)
+class Infer:
+    """One inference, its answer an Answer.
+
+    inputs: arrays by name, the batch first; object arrays of bytes for strings. outputs: name to 0 for the tensor as
+    it is, or to n for Triton's classification of it, n strings "value:index:label" a row. version: "" is the newest.
+    """
+
+    model: str
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, int]
+    version: str = ""
+    rpc = "ModelInfer"
+
+    @cached_property
+    def http(self) -> HttpRequest:
+        """Made once; a retry sends the same bytes."""
+        import tritonclient.http as api
+
+        tensors = []
+        for name, array in self.inputs.items():
+            tensor = api.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+            tensors.append(tensor.set_data_from_numpy(array))
+        wanted = [api.InferRequestedOutput(name, class_count=count) for name, count in self.outputs.items()]
+        body, json_length = api.InferenceServerClient.generate_request_body(tensors, outputs=wanted)
+        headers = {"content-type": "application/octet-stream"}
+        if json_length is not None:
+            headers[HEADER_LENGTH] = str(json_length)
+        return HttpRequest("POST", f"{_model_path(self.model, self.version)}/infer", headers, body)
+
+    @cached_property
+    def message(self) -> bytes:
+        """Made once; a retry sends the same message."""
+        request = _messages().ModelInferRequest(model_name=self.model, model_version=self.version)
+        for name, array in self.inputs.items():
+            request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+            strings = array.dtype == np.object_
+            request.raw_input_contents.append(serialize_byte_tensor(array).item() if strings else array.tobytes())
+        for name, count in self.outputs.items():
+            output = request.outputs.add(name=name)
+            if count:
+                output.parameters["classification"].int64_param = count
+        return request.SerializeToString()
+
+    def read_http(self, headers: Mapping[str, str], body: bytes) -> Answer:
+        import tritonclient.http as api
+
+        try:
+            length = headers.get(HEADER_LENGTH)
+            result = api.InferenceServerClient.parse_response_body(body, header_length=length and int(length))
+            return self._answer(result, result.get_response()["model_version"])
+        except Garbled:
+            raise
+        except Exception as error:
+            # tritonclient does not check what it parses; other bytes raise any kind of exception.
+            raise Garbled from error
+
+    def read_message(self, data: bytes) -> Answer:
+        import tritonclient.grpc as api
+
+        message = _parsed(self.rpc, data)
+        try:
+            return self._answer(api.InferResult(message), message.model_version)
+        except Garbled:
+            raise
+        except Exception as error:
+            raise Garbled from error
+
+    def _answer(self, result: Any, version: str) -> Answer:
+        outputs = {name: result.as_numpy(name) for name in self.outputs}
+        rows = len(next(iter(self.inputs.values())))
+        for name, array in outputs.items():
+            if array is None or array.ndim < 2 or len(array) != rows:
+                raise Garbled(f"{self.model} gave no output {name} of {counted(rows, 'row')}")
+        return Answer(outputs, int(version))
+
+
+# A request to Triton: `rpc` is its method in Triton's gRPC service, `http` and `message` its two forms as bytes, and
+# read_http(headers, body) and read_message(data) return its response, or raise Garbled.
+Call = ServerMetadata | ModelMetadata | ModelConfig | Infer
+
+
+def _model_path(model: str, version: str) -> str:
+    path = f"/v2/models/{quote(model, safe='')}"
+    return f"{path}/versions/{quote(version, safe='')}" if version else path
+
+
+def _parsed(rpc: str, data: bytes) -> Any:
+    """The response message of a method. Raises Garbled."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        return getattr(_messages(), f"{rpc}Response").FromString(data)
+    except DecodeError:
+        raise Garbled from None
+
+
+def _messages() -> Any:
+    from tritonclient.grpc import service_pb2
+
+    return service_pb2

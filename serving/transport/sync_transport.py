@@ -1,0 +1,156 @@
+"""Requests to Triton over HTTP or gRPC: send a call, return its response, raise failures as one-line errors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import tenacity
+
+from serving.shared.errors import InputError
+from serving.transport.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection, parse_url
+from serving.transport.failures import (
+    Refused,
+    check_http,
+    deadline_exceeded,
+    from_grpc,
+    readable,
+    tls_error,
+    unreachable,
+)
+from serving.transport.http_deadline import timed_connection
+from serving.transport.messages import SERVICE, Call, Infer
+from serving.transport.retries import Deadline, Retries
+
+__all__ = ["Refused", "Transport", "parse_url"]
+CONNECTIONS_KEPT = 256  # idle HTTP connections; threads beyond that many open and close their own
+
+
+class Transport:
+    """Connections to one Triton server, opened when first used and kept. Threads may share it; processes may not.
+
+    connection: an address, or a Connection with TLS and headers. timeout: seconds that a call may take with all its
+    retries, unless the call has its own. Its methods raise ServingError: Refused when the server refuses the request,
+    Unavailable when no server answers after the retries, DeadlineExceeded after the timeout.
+    """
+
+    def __init__(self, connection: Connection | str, timeout: float, retries: Retries | None = None) -> None:
+        self.connection = Connection(connection) if isinstance(connection, str) else connection
+        self.url = self.connection.url
+        self.timeout = Deadline(timeout).budget
+        self.retries = retries or Retries()
+        wire = HttpWire if self.connection.protocol == "http" else GrpcWire
+        self._closed = False
+        self._wire: HttpWire | GrpcWire = wire(self.connection)
+
+    def ask(self, call: Call, deadline: Deadline | None = None) -> Any:
+        """The response to a call, with retries where they are safe and before the deadline. InputError after `close`."""
+        check_open(self.url, self._closed)
+        deadline = deadline or Deadline(self.timeout)
+        return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send, call, deadline)
+
+    def infer(
+        self, model: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, int], version: str = ""
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """One inference (see calls.Infer): the outputs by name, and the version that answered."""
+        answer = self.ask(Infer(model, inputs, outputs, version))
+        return answer.outputs, answer.version
+
+    def close(self) -> None:
+        """Close the connections; open ones would hold up the server's shutdown."""
+        self._closed = True
+        self._wire.close()
+
+
+def check_open(url: str, closed: bool) -> None:
+    """Raise InputError for a client that was closed."""
+    if closed:
+        raise InputError(f"the client of {url} is closed; make a new one")
+
+
+class HttpWire:
+    """HTTP/1.1 with kept connections (urllib3); `send` sends one call once, and may be used by several threads at a time."""
+
+    def __init__(self, connection: Connection) -> None:
+        import urllib3
+
+        self._connection = connection
+        self._errors, self._timeout = urllib3.exceptions, urllib3.Timeout
+        # The deadline of the call in each thread, for the connection that the thread uses.
+        self._current = threading.local()
+        context = connection.ssl_context()
+        if context is None:
+            self._pool = urllib3.HTTPConnectionPool(connection.host, connection.port, maxsize=CONNECTIONS_KEPT)
+        else:
+            self._pool = urllib3.HTTPSConnectionPool(
+                connection.host, connection.port, maxsize=CONNECTIONS_KEPT, ssl_context=context
+            )
+        self._pool.ConnectionCls = timed_connection(connection.secure, self._current)
+
+    def send(self, call: Call, deadline: Deadline) -> Any:
+        url, errors = self._connection.url, self._errors
+        request, left = call.http, deadline.left(self._connection.url)
+        self._current.deadline = deadline
+        try:
+            response = self._pool.urlopen(
+                request.method,
+                self._connection.path + request.path,
+                request.body,
+                {**self._connection.headers, **request.headers},
+                timeout=self._timeout(connect=min(left, CONNECT_TIMEOUT), read=left),
+                retries=False,
+                redirect=False,
+                assert_same_host=False,
+                preload_content=False,
+                decode_content=False,
+            )
+            body = self._read(response)
+        except errors.SSLError as error:
+            raise tls_error(url, error) from error
+        except (errors.HTTPError, OSError) as error:
+            if deadline.passed():
+                raise deadline_exceeded(url, deadline.budget) from error
+            raise unreachable(url) from error
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        check_http(url, response.status, headers, body, deadline.budget)
+        return readable(url, call.read_http, headers, body)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _read(self, response: Any) -> bytes:
+        """Read the whole body and return the connection to the pool; a body above ANSWER_BYTES is cut off."""
+        body = response.read(ANSWER_BYTES + 1)
+        if len(body) > ANSWER_BYTES:
+            response.close()
+        response.release_conn()
+        return body
+
+
+class GrpcWire:
+    """gRPC on one channel; otherwise as HttpWire."""
+
+    def __init__(self, connection: Connection) -> None:
+        import grpc
+
+        self._connection = connection
+        self._error = grpc.RpcError
+        self._channel = connection.grpc_channel()
+        self._metadata = tuple(connection.headers.items())
+
+    def send(self, call: Call, deadline: Deadline) -> Any:
+        url = self._connection.url
+        # Without a serialiser gRPC hands over bytes; its own complains of a foreign answer in the log.
+        method = self._channel.unary_unary(SERVICE + call.rpc)
+        try:
+            data = method(call.message, timeout=deadline.left(url), metadata=self._metadata)
+        except self._error as error:
+            raise from_grpc(url, error, deadline.budget) from error
+        return readable(url, call.read_message, data)
+
+    def close(self) -> None:
+        with suppress(ValueError):  # closed already
+            self._channel.close()

@@ -1,0 +1,139 @@
+"""The fused kernels are used where they prove right, and where they do not the plain version takes over and says why."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.contrast.fused_kernel_check import kernels_may_run
+
+pytestmark = pytest.mark.slow
+
+pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
+
+ROOT = Path(__file__).parents[3]
+
+# What is put into the kernels, as a replacement of forward or backward of their autograd function, and what is said then.
+FAULTS = {
+    "another value": ("forward", "lambda ctx, *i: tuple(o * 1.001 for o in forward(ctx, *i))", "own is off by 1.0e-03 of its"),
+    "no number": ("forward", "lambda ctx, *i: tuple(o * float('nan') for o in forward(ctx, *i))", "own is off by nan"),
+    "another gradient": (
+        "backward", "lambda ctx, *g: (backward(ctx, *g)[0], None, None, g[2].sum())", "d temperature is off by",
+    ),
+    "an error of the driver": (
+        "forward", "raising(RuntimeError('Triton Error [CUDA]: out of\\n memory'))", "Triton Error [CUDA]: out of memory",
+    ),
+    "an error of the compiler": (
+        "forward", "raising(OutOfResources(300000, 232448, 'shared memory'))", "out of resource: shared memory",
+    ),
+    "no C compiler": ("forward", "raising(FileNotFoundError(2, 'No such file or directory', 'gcc'))", "gcc"),
+}  # fmt: skip
+
+# In a process of its own, because Triton's interpreter is chosen before the kernels are made. It lets kernels run on
+# the CPU, so that everything but CUDA itself and the times is as it would be on a GPU.
+PROGRAM = """
+import contextlib, io, json, sys
+import torch
+from triton.runtime.errors import OutOfResources
+import models.contrast.fused_kernel, models.contrast.fused_kernel_check
+from models.contrast.gml import KeyRuns, SplitAtOwnClass, contrast_losses
+from models.contrast.fused_kernel import FusedSplit
+
+models.contrast.fused_kernel.BLOCK = 16
+lengths = torch.tensor([30, 7, 3])
+runs = KeyRuns(torch.repeat_interleave(torch.arange(3), lengths), lengths.cumsum(0) - lengths, lengths, 30)
+similarity = torch.rand(4, 40, generator=torch.Generator().manual_seed(0))
+forward, backward = FusedSplit.forward, FusedSplit.backward
+calls = 0
+
+def counted(function):
+    def call(ctx, *inputs):
+        global calls
+        calls += 1
+        return function(ctx, *inputs)
+    return call
+
+def raising(error):
+    def fails(ctx, *inputs):
+        raise error
+    return fails
+
+def losses(fused):
+    leaf = similarity.clone().requires_grad_()
+    found = contrast_losses(
+        leaf, runs, torch.tensor([0, 1, 2, 0]), torch.tensor([0.6, 0.3, 0.1]).log(), 0.1,
+        query_ids=torch.arange(4), key_ids=-torch.arange(1, 41), fused=fused,
+    )
+    (found.gml + found.tau).backward()
+    return torch.cat([torch.stack([part.detach() for part in found]), leaf.grad.flatten()])
+
+def outcome():
+    global calls
+    models.contrast.fused_kernel_check._ANSWERS.clear()
+    calls = 0
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        found = [losses("auto"), losses("auto")]
+    return {
+        "bits of plain": all(torch.equal(one, plain) for one in found),
+        "near plain": all(torch.allclose(one, plain, rtol=1e-5, atol=1e-5) for one in found),
+        "calls": calls, "lines": stderr.getvalue().splitlines(),
+    }
+
+plain = losses(False)
+outcomes = {}
+for name, (place, fault, _) in {"": ("forward", "forward", ""), **json.loads(sys.argv[1])}.items():
+    FusedSplit.forward, FusedSplit.backward = staticmethod(counted(forward)), staticmethod(backward)
+    fault = eval(fault)
+    setattr(FusedSplit, place, staticmethod(counted(fault) if place == "forward" else fault))
+    outcomes[name] = outcome()
+FusedSplit.forward = staticmethod(counted(forward))
+sys.modules["triton.errors"] = None
+outcomes["no Triton"] = outcome()
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By fault: whether two losses were plain ones, how often the kernels were called, what was said. "" is no fault."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", PROGRAM, json.dumps(FAULTS)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_kernels_that_are_right_are_asked_once_and_then_used(outcomes):
+    right = outcomes[""]
+    assert right["lines"] == [] and right["near plain"]
+    assert right["calls"] == 3  # the question and two losses
+
+
+@pytest.mark.parametrize("name", [*FAULTS, "no Triton"])
+def test_kernels_with_a_fault_leave_the_plain_version_in_use_and_one_line(outcomes, name):
+    found = outcomes[name]
+    assert found["bits of plain"]
+    assert found["calls"] == (0 if name == "no Triton" else 1)  # nothing but the question ran them
+    (line,) = found["lines"]
+    assert line.startswith("contrast losses on cpu at [4, 40]: plain version, not the fused kernels: ")
+    assert (FAULTS[name][2] if name in FAULTS else "Triton cannot be imported") in line
+
+
+def test_without_a_gpu_nothing_is_asked():
+    assert os.environ.get("TRITON_INTERPRET") is None
+    assert not kernels_may_run(torch.zeros(2, 3))
+
+
+def test_the_kernels_are_not_asked_to_compute_in_double_precision(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels_may_run(torch.zeros(2, 3))
+    assert not kernels_may_run(torch.zeros(2, 3, dtype=torch.float64))

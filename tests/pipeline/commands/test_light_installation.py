@@ -1,0 +1,108 @@
+"""`tailor` on the base installation, without torch, PyYAML, DVC and Prefect; and how errors end the program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.commands.app import app, main
+from serving.shared.errors import ServingError
+from tests.support.making import ROOT
+from tests.support.requirements import installed_with
+
+pytestmark = pytest.mark.slow
+
+# Hides the installed packages that `pip install tailor` does not bring, runs a command, and lists what it has imported.
+LIGHT = """
+import importlib.abc, importlib.metadata, json, re, sys
+allowed = set(json.loads(sys.argv[1])) | {"tailor", "setuptools"}
+owners = importlib.metadata.packages_distributions()
+names = {top: {re.sub(r"[-_.]+", "-", name).lower() for name in by} for top, by in owners.items()}
+hidden = {top for top, by in names.items() if not by & allowed}
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+assert {"torch", "yaml", "pyarrow", "dvc", "prefect"} <= hidden
+from pipeline.commands.app import main
+status = main(sys.argv[2:])
+assert not {"torch", "yaml", "pyarrow", "dvc", "prefect"} & set(sys.modules)
+sys.exit(status)
+"""
+
+
+def light(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
+    """`tailor` in a process that has the packages of the base installation alone."""
+    base = json.dumps(sorted(installed_with(["tailor"])))
+    return subprocess.run(
+        [sys.executable, "-c", LIGHT, base, *arguments],
+        cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def test_the_base_installation_lists_every_command_and_prints_the_help_of_each() -> None:
+    done = light("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("predict", "serve", "compare", "retrain", "ray-train"):
+        assert f"  {name} " in done.stdout
+    assert "Example: tailor compare main ." in light("compare", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [("memory", "torch"), ("recipe recipes/cifar100-if100-200.yaml", "yaml"), ("doctor", "yaml")],
+)
+def test_a_command_whose_package_is_missing_names_it_in_one_line(command: str, package: str) -> None:
+    done = light(*command.split())
+    assert (done.returncode, done.stdout) == (1, "")
+    needs = f"needs the package {package}, which is not installed; install 'tailor[pipeline]'"
+    assert done.stderr == f"tailor: {command.split()[0]} {needs}\n"
+
+
+def test_help_of_the_full_installation_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom pipeline.commands.app import main\nmain(['--help'])\n"
+        "assert not {'torch', 'pyarrow', 'prefect', 'dvc', 'scipy', 'yaml'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ServingError("no server"), 1, "tailor: no server\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.yaml"), 1, "tailor: a.yaml: No such file or directory\n"),
+    ],
+)
+def test_an_error_that_a_user_can_act_on_is_one_line_with_its_status(capsys, failing, error, status, line) -> None:
+    failing.append(error)
+    assert main(["fail"]) == status
+    assert capsys.readouterr().err == line
+    assert main(["fail", "--debug"]) == status
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a fault"), ModuleNotFoundError("pipeline.nowhere", name="pipeline.nowhere")]
+)
+def test_a_fault_of_ours_is_not_hidden(failing, error) -> None:
+    failing.append(error)
+    with pytest.raises(type(error), match=str(error)):
+        main(["fail"])
+
+
+@pytest.fixture
+def failing():
+    """A list of one error that the command `tailor fail` of this test raises."""
+    errors: list[Exception] = []
+
+    def fail(debug: bool = False) -> None:  # noqa: ARG001
+        raise errors[0]
+
+    app.command("fail", rich_help_panel="Operate")(fail)
+    yield errors
+    app.registered_commands.pop()

@@ -1,0 +1,162 @@
+"""Quick decoding: the server's pixels to within a grey level, for every kind of picture, and refused where they are."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from tests.support.making import encode, params, picture
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from models.preprocess import ImageError, preprocess
+from pipeline.data import stream_decoding
+from pipeline.data.stream_decoding import exact, fast, left_to_gpu
+
+SMALL = params({"image.size": 56, "image.resize_to": 64}).image
+SAME = params({"image.size": 64, "image.resize_to": 64}).image
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth picture: noise is what no two decoders agree on."""
+    small = Image.fromarray(picture(seed, (max(2, height // 24), max(2, width // 24))))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def oriented(image: Image.Image, orientation: int, form: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, form, exif=exif)
+
+
+def two_frames(form: str) -> bytes:
+    stream = io.BytesIO()
+    photo(90, 70).save(stream, form, save_all=True, append_images=[photo(90, 70, seed=9)])
+    return stream.getvalue()
+
+
+WIDE = np.arange(90 * 70, dtype=np.uint16).reshape(70, 90) * 10
+KINDS = {
+    "jpeg": encode(photo(200, 150), "JPEG", quality=90),
+    "portrait": encode(photo(97, 211), "JPEG"),
+    "without subsampled colours": encode(photo(200, 150), "JPEG", subsampling=0),
+    "progressive": encode(photo(200, 150), "JPEG", progressive=True),
+    "grey": encode(photo(200, 150).convert("L"), "JPEG"),
+    "cmyk": encode(photo(200, 150).convert("CMYK"), "JPEG"),
+    "png": encode(photo(200, 150)),
+    "palette with alpha": encode(photo(200, 150).convert("RGBA").quantize(16)),
+    "16-bit": encode(Image.fromarray(WIDE)),
+    "animated webp": two_frames("WEBP"),
+    **{f"orientation {turn}": oriented(photo(200, 150), turn, "JPEG") for turn in range(1, 9)},
+    "enlarged": encode(photo(30, 25), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_picture_of_any_kind_is_the_servers_to_within_a_grey_level(kind):
+    expected, found = exact(KINDS[kind], SMALL), fast(KINDS[kind], SMALL)
+    assert found.shape == (3, 56, 56) and found.dtype == torch.uint8
+    apart = (found.int() - expected.int()).abs()
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("size", [(64, 64), (64, 91), (80, 64)])
+def test_a_picture_that_is_not_resized_is_the_servers_to_the_bit(form, size):
+    data = encode(photo(*size), form)
+    assert torch.equal(fast(data, SAME), exact(data, SAME))
+
+
+def test_a_very_large_jpeg_is_decoded_at_a_fraction_and_looks_the_same(monkeypatch):
+    data, sizes = encode(photo(1200, 900), "JPEG", quality=95), []
+
+    def draft(image, mode, size):
+        mode, box = whole(image, mode, size)
+        sizes.append(box[2:])
+        return mode, box
+
+    whole = JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", draft)
+    found = fast(data, SMALL)
+    assert sizes == [(600, 450)], "half of each side, still more than four times the 64 that are needed"
+    assert torch.equal(found, exact(data, SMALL))
+    apart = (found.int() - torch.from_numpy(preprocess(data, SMALL.size, SMALL.resize_to, room=0)).int()).abs().float()
+    assert apart.mean() < 0.5 and apart.max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "grey", "progressive"])
+def test_a_torchvision_without_a_decoder_leaves_jpegs_to_pillow(kind, monkeypatch):
+    expected = fast(KINDS[kind], SMALL)
+    monkeypatch.setattr(stream_decoding, "_torchvision", lambda: None)
+    assert torch.equal(fast(KINDS[kind], SMALL), expected)
+    with pytest.raises(RuntimeError, match="no decoder of JPEGs"):
+        stream_decoding.nvjpeg([KINDS[kind]], SMALL, torch.device("cuda"))
+
+
+BAD = {
+    "empty": b"",
+    "text": b"not a picture",
+    "animated gif": None,
+    "truncated": encode(photo(200, 150), "JPEG")[:2000],
+    "half a png": encode(photo(200, 150))[:2000],
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_what_the_server_refuses_is_refused_in_the_same_words(kind):
+    data = two_frames("GIF") if BAD[kind] is None else BAD[kind]
+    with pytest.raises(ImageError) as expected:
+        exact(data, SMALL)
+    with pytest.raises(ImageError) as found:
+        fast(data, SMALL)
+    assert str(found.value) == str(expected.value)
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    """A small JPEG whose header promises other sides."""
+    data = bytearray(encode(photo(48, 48), "JPEG"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    body = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + body + b"\x00\x00\x00\x00IDAT5\xaf\x06\x1e"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("decode", [fast, left_to_gpu])
+@pytest.mark.parametrize("made", [jpeg_of_size, png_of_size])
+def test_900_million_pixels_are_refused_before_any_is_decoded(made, decode):
+    data = made(30_000, 30_000)
+    tracemalloc.start()
+    with pytest.raises(ImageError, match=r"more pixels than the limit|= 900000000 pixels, above the limit"):
+        decode(data, SMALL)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
+
+
+def test_only_plain_jpegs_are_left_to_the_gpu_and_the_rest_is_decoded_here():
+    for kind in ("jpeg", "portrait", "progressive", "grey", "orientation 1"):
+        assert left_to_gpu(KINDS[kind], SMALL) is None
+    for kind in ("png", "cmyk", "orientation 6", "16-bit"):
+        assert torch.equal(left_to_gpu(KINDS[kind], SMALL), fast(KINDS[kind], SMALL))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_decodes_as_the_cpu_does_but_for_its_rounding():
+    device = torch.device("cuda")
+    kinds = ("jpeg", "portrait", "grey")
+    found = stream_decoding.nvjpeg([KINDS[kind] for kind in kinds], SMALL, device).cpu()
+    for pixels, kind in zip(found, kinds, strict=True):
+        apart = (pixels.int() - fast(KINDS[kind], SMALL).int()).abs().float()
+        assert apart.mean() < 2

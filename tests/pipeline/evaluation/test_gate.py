@@ -1,0 +1,241 @@
+"""The gate: what it promotes, what it refuses, and that it refuses what it cannot compute."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score
+
+from models.prior import shot_group
+from pipeline.commands.app import main
+from pipeline.data.class_prior import Prior
+from pipeline.evaluation.comparison import compare, mcnemar, paired_interval
+from pipeline.evaluation.gate import decide
+from pipeline.evaluation.metrics import calibration_of, evaluate_answers, expected_calibration_error
+from pipeline.evaluation.predictions import Answers, Contender, GateError
+from pipeline.params import GateParams
+
+COUNTS = [300, 200, 60, 30, 12, 8]
+C = len(COUNTS)
+FAST = GateParams(resamples=300)
+
+
+def prior_of(classes=None):
+    p = np.array(COUNTS) / sum(COUNTS)
+    names = classes or [f"class {c}" for c in range(C)]
+    return Prior(names, COUNTS, p.tolist(), np.log(p).tolist(), [shot_group(n) for n in COUNTS])
+
+
+LABELS = np.repeat(np.arange(C), 60)
+
+
+def answering(accuracy, seed):
+    """Logits right for a share of each class: accuracy is a number or one per class."""
+    random = np.random.default_rng(seed)
+    right = random.random(len(LABELS)) < np.broadcast_to(accuracy, C)[LABELS]
+    predicted = np.where(right, LABELS, (LABELS + 1 + random.integers(0, C - 1, len(LABELS))) % C)
+    return np.eye(C)[predicted] * random.uniform(1, 4, (len(LABELS), 1))
+
+
+def answers_of(logits):
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return Answers([str(i) for i in range(len(LABELS))], LABELS, p, prior_of())
+
+
+def contender(folder, logits, ids=None, labels=LABELS, classes=None, **more):
+    """The two files of a contender, its rows shuffled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(1).permutation(len(labels))
+    ids = np.array(ids if ids is not None else [f"s{i}" for i in range(len(labels))])[order]
+    rows = pa.array(list(logits[order].astype(np.float32)), type=pa.list_(pa.float32()))
+    pyarrow.parquet.write_table(
+        pa.table({"sample_id": ids, "label": np.asarray(labels)[order], "logits": rows}), folder / "predictions.parquet"
+    )
+    (folder / "prior.json").write_text(json.dumps(asdict(prior_of(classes))))
+    return Contender(folder / "predictions.parquet", folder / "prior.json", **more)
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 10**6), st.floats(0.2, 0.95), st.floats(0.2, 0.95))
+def test_swapping_champion_and_challenger_mirrors_every_difference(seed, one, other):
+    a, b = answers_of(answering(one, seed)), answers_of(answering(other, seed + 1))
+    there, back = compare(a, b, FAST, 15), compare(b, a, FAST, 15)
+    for name, found in there.items():
+        assert found.difference == pytest.approx(-back[name].difference, abs=1e-12)
+        assert (found.low, found.high) == pytest.approx((-back[name].high, -back[name].low), abs=1e-12)
+        assert found.mcnemar == back[name].mcnemar
+
+
+@settings(max_examples=5)
+@given(st.integers(0, 10**6), st.sampled_from(["beyond_noise", "estimate", "proven"]))
+def test_an_identical_model_is_refused_by_no_rule(seed, rule):
+    strict = GateParams.model_validate(
+        {"resamples": 100, **{name: {"rule": rule} for name in ("all", "many", "medium", "few", "ece")}}
+    )
+    same = answers_of(answering(0.7, seed))
+    assert all(measure.passed for measure in compare(same, same, strict, 15).values())
+
+
+def test_a_challenger_worse_on_few_only_is_refused_for_few_only(tmp_path):
+    logits = answering(0.9, 0)
+    worse = logits.copy()
+    worse[LABELS == C - 1] = np.eye(C)[0]
+    worse[LABELS == 0] = np.eye(C)[0]  # the head makes up for some of it
+    found = decide(contender(tmp_path / "b", worse), contender(tmp_path / "a", logits), FAST, 15, tmp_path / "d.json")
+    assert not found.promote and found.computed
+    assert found.measures["few"].passed is False and found.measures["few"].high < 0
+    assert found.measures["many"].difference >= 0
+    told = json.loads((tmp_path / "d.json").read_text())
+    assert told["promote"] is False and told["measures"]["few"]["difference"] == found.measures["few"].difference
+    assert any(reason.startswith("few ") for reason in told["reasons"])
+
+
+def test_a_planted_loss_is_found_and_chance_is_not_called_a_loss():
+    few_off = GateParams.model_validate({"resamples": 200, "few": {"rule": "none"}})
+    refused = {0.8: 0, 0.6: 0}
+    for accuracy in refused:
+        for seed in range(30):
+            pair = answers_of(answering(accuracy, 2 * seed + 1)), answers_of(answering(0.8, 2 * seed))
+            refused[accuracy] += compare(*pair, few_off, 15)["all"].passed is False
+    # One-sided 2.5 % of 30 by chance: four or more happens once in a hundred and fifty sets of thirty.
+    assert refused[0.8] <= 3 and refused[0.6] >= 28
+
+
+def test_intervals_cover_the_true_difference_within_binomial_noise():
+    covered = 0
+    for seed in range(100):
+        pair = answers_of(answering(0.75, 2 * seed)), answers_of(answering(0.7, 2 * seed + 1))
+        found = compare(*pair, GateParams(resamples=200), 15)["all"]
+        covered += found.low <= 0.05 <= found.high
+    assert 88 <= covered <= 100  # 95 of 100, three standard errors either way
+
+
+def test_mcnemar_counts_the_samples_that_one_alone_gets_right():
+    a = np.array([True] * 6 + [False] * 1 + [True] * 9)
+    b = np.array([False] * 6 + [True] * 1 + [True] * 9)
+    same = np.full(16, 0.25)
+    assert mcnemar(a, b, same, FAST) == pytest.approx(2 * (1 + 7) / 2**7)
+    assert mcnemar(a, a, same, FAST) == 1.0
+
+
+def test_mcnemar_of_samples_that_weigh_unequally_is_the_share_of_signs_with_a_larger_sum():
+    a = np.array([True, True, False, False, False, False, True])
+    b = np.array([False, True, True, True, True, True, True])
+    weights = np.array([5.0, 9, 1, 1, 1, 0.5, 9])
+    differ, signs = [0, 2, 3, 4, 5], np.array(list(itertools.product([-1, 1], repeat=5)))
+    expected = np.mean(np.abs(signs @ weights[differ]) >= abs(-5 + 1 + 1 + 1 + 0.5) - 1e-12)
+    many = GateParams(resamples=20_000)
+    assert mcnemar(a, b, weights, many) == pytest.approx(expected, abs=0.015)  # four standard errors
+    assert mcnemar(b, a, weights, many) == mcnemar(a, b, weights, many)
+
+
+UNEQUAL = np.repeat(np.arange(C), [900, 400, 100, 60, 40, 30])
+
+
+def on_unequal(predicted):
+    """Answers to a test split of unequal classes, which are sure of these predictions."""
+    return Answers([str(i) for i in range(len(UNEQUAL))], UNEQUAL, np.eye(C)[predicted] * 0.9 + 0.1 / C, prior_of())
+
+
+@pytest.mark.parametrize("target", ["balanced", "train"])
+def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
+    random = np.random.default_rng(4)
+    predicted = [np.where(random.random(len(UNEQUAL)) < share, UNEQUAL, 0) for share in (0.5, 0.8)]
+    champion, challenger = map(on_unequal, predicted)
+    found = compare(challenger, champion, GateParams(resamples=100, target_prior=target), 15)["all"]
+    p = np.array(prior_of().p) if target == "train" else np.full(C, 1 / C)
+    metrics = [
+        evaluate_answers(a.probabilities, UNEQUAL, a.prior.groups, p, bins=15, top_k=2) for a in (champion, challenger)
+    ]
+    assert [found.champion, found.challenger] == pytest.approx([m["at_target_prior"]["all"] for m in metrics])
+    if target == "balanced":
+        assert found.challenger == pytest.approx(balanced_accuracy_score(UNEQUAL, predicted[1]))
+        assert found.effective == pytest.approx(metrics[0]["test_images"]["all"]["effective"])
+
+
+def test_a_loss_of_the_tail_is_not_made_up_for_by_the_many_test_images_of_the_head():
+    """70 images of the tail are lost, 120 of the head are won: more images are right, and balanced accuracy is lower."""
+    champion, challenger = UNEQUAL.copy(), UNEQUAL.copy()
+    champion[:120] = 1
+    challenger[UNEQUAL >= 4] = 0
+    few_off = GateParams.model_validate({"resamples": 300, "few": {"rule": "none"}})
+    found = compare(on_unequal(challenger), on_unequal(champion), few_off, 15)["all"]
+    assert found.difference == pytest.approx((120 / 900 - 2) / C)
+    assert found.mcnemar < 0.05 and found.passed is False
+
+
+def test_the_resampled_calibration_error_is_the_evaluations():
+    p = answers_of(answering(0.6, 3)).probabilities
+    index = np.random.default_rng(0).integers(0, len(LABELS), (5, len(LABELS)))
+    expected = [expected_calibration_error(p[rows], LABELS[rows], 15) for rows in index]
+    assert calibration_of(p, LABELS, 15)(index).tolist() == pytest.approx(expected, abs=1e-12)
+    assert paired_interval(lambda rows: rows.mean(-1), 1, FAST) == (-1.0, 1.0)
+
+
+def test_the_first_model_must_reach_the_floor(tmp_path):
+    good, bad = contender(tmp_path / "a", answering(0.9, 0)), contender(tmp_path / "b", answering(0.1, 0))
+    assert decide(good, None, FAST, 15, None).promote
+    refused = decide(bad, None, FAST, 15, None)
+    assert not refused.promote and refused.computed and "below gate.floor 30.0%" in refused.reasons[0]
+
+
+def test_a_gate_that_cannot_be_computed_is_a_refusal_with_its_reason(tmp_path):
+    logits = answering(0.9, 0)
+    champion = contender(tmp_path / "a", logits)
+    nan, other_label = logits.copy(), LABELS.copy()
+    nan[0, 0], other_label[0] = np.nan, 1
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    cases = {
+        "no such file": Contender(tmp_path / "nowhere.parquet", champion.prior),
+        "damaged": Contender(tmp_path / "damaged.parquet", champion.prior),
+        "other classes: 'b' is a class of one alone": contender(tmp_path / "c", logits, classes=["owl", *"bcdef"]),
+        "logits have shape [360, 5]": contender(tmp_path / "d", logits[:, :5]),
+        "tested on other samples": contender(tmp_path / "e", logits, ids=[f"t{i}" for i in range(360)]),
+        "a sample id stands twice": contender(tmp_path / "f", logits, ids=["s0"] * 360),
+        "has two labels": contender(tmp_path / "g", logits, labels=other_label),
+        "not finite": contender(tmp_path / "h", nan),
+    }
+    for said, challenger in cases.items():
+        found = decide(challenger, champion, FAST, 15, tmp_path / "decision.json")
+        assert not found.promote and not found.computed
+        assert found.reasons[0].startswith("cannot be computed: ") and said in found.reasons[0], found.reasons
+        assert json.loads((tmp_path / "decision.json").read_text())["computed"] is False
+    found = decide(champion, None, FAST, 15, None, GateError("report.html: no such file"))
+    assert not found.promote and found.reasons == ["cannot be computed: report.html: no such file"]
+    timed = GateParams(resamples=100, latency_ratio=1.2)
+    assert "was not measured" in decide(champion, champion, timed, 15, None).reasons[0]
+
+
+def test_latency_above_the_ratio_is_refused(tmp_path):
+    timed = GateParams(resamples=100, latency_ratio=1.2)
+    logits = answering(0.9, 0)
+    slow, fast = (contender(tmp_path / name, logits, latency_ms=ms) for name, ms in (("slow", 1.5), ("fast", 1.0)))
+    assert decide(fast, slow, timed, 15, None).promote
+    assert decide(slow, fast, timed, 15, None).reasons[0].startswith("latency_ms 1.0000 → 1.5000")
+
+
+def test_the_command_says_its_decision_by_line_and_exit_code(tmp_path, capsys):
+    made = contender(tmp_path / "a", answering(0.9, 0))
+    ours = [
+        "--challenger",
+        str(made.predictions),
+        "--challenger-prior",
+        str(made.prior),
+        "--output",
+        str(tmp_path / "d"),
+    ]
+    assert main(["gate", *ours]) == 0
+    assert capsys.readouterr().out.startswith("gate: promote: first model, balanced accuracy")
+    theirs = ["--champion", str(tmp_path / "none"), "--champion-prior", str(made.prior)]
+    assert main(["gate", *ours, *theirs]) == 1
+    assert "gate: refuse: cannot be computed" in capsys.readouterr().out
+    assert main(["gate", *ours, "--champion", "x"]) == 2
+    assert "--champion and --champion-prior go together" in capsys.readouterr().err

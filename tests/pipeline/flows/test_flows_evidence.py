@@ -1,0 +1,54 @@
+"""What a decision rests on: kept whole, and a refusal where it is not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_gate import answering, contender
+
+from pipeline.flows.evidence import gather
+from tests.support.making import params
+
+pytestmark = pytest.mark.slow
+
+STORY = {"because": "a test", "release": "0123456789abcdef"}
+FOLDER = Path("artifacts/retrain/0123456789ab")
+
+
+@pytest.fixture(autouse=True)
+def evaluated(tmp_path, monkeypatch):
+    """A folder in which a challenger was evaluated that is good enough to be the first."""
+    monkeypatch.chdir(tmp_path)
+    contender(tmp_path / "artifacts/evaluation", answering(0.9, 0))
+    Path("artifacts/evaluation/prior.json").rename("artifacts/prior.json")
+    Path("artifacts/evaluation/report.html").write_text("<p>why</p>")
+
+
+def test_a_decision_is_kept_with_what_it_rests_on():
+    decision, folder = gather(params(), None, STORY)
+    assert decision.promote and folder == FOLDER
+    assert {path.name for path in folder.iterdir()} == {
+        "decision.json", "retrain.json", "predictions.parquet", "prior.json", "report.html"}  # fmt: skip
+    assert json.loads((folder / "decision.json").read_text())["inputs"]["challenger"]["predictions"] == (
+        "artifacts/evaluation/predictions.parquet"
+    )
+
+
+@pytest.mark.parametrize("name", ["evaluation/predictions.parquet", "prior.json", "evaluation/report.html"])
+@pytest.mark.parametrize("how", ["missing", "unreadable"])
+@pytest.mark.fault_case("missing-evaluation-file")
+def test_a_file_of_the_evaluation_that_cannot_be_had_is_a_refusal_that_names_it(name, how):
+    path = Path("artifacts") / name
+    path.unlink()
+    said = "no such file; run `dvc repro evaluate` first"
+    if how == "unreadable":
+        path.symlink_to("/proc/self/mem")  # whose first byte nobody can read
+        said = "cannot be copied (Input/output error)"
+    decision, folder = gather(params(), None, STORY)
+    assert not decision.promote and not decision.computed
+    assert decision.reasons == [f"cannot be computed: {path}: {said}"]
+    assert json.loads((folder / "decision.json").read_text())["computed"] is False
+    assert json.loads((folder / "retrain.json").read_text())["promote"] is False
+    assert not (folder / path.name).exists() and len(list(folder.iterdir())) == 4

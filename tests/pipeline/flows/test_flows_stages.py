@@ -1,0 +1,175 @@
+"""DVC's stages as the flow runs them: in order, no longer than allowed, and never longer than whoever asked for them lives."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from pipeline.flows.dvc_stages import StageFailed, changed_stages, reproduce, stage_names
+from pipeline.shared.errors import StageError
+from pipeline.shared.owned_process import end_leash, start_on_leash
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+FOREVER = "echo $$ > pid; sleep 600 & sleep 600"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project of two stages in the current folder; `set` gives the command of the second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command in (["git", "init", "--quiet", "."], ["dvc", "init", "--quiet"]):
+        subprocess.run(command, check=True, env=os.environ | {"PATH": binaries})
+
+    def set_command(command):
+        stages = {
+            "split": {"cmd": "echo 1 > one", "outs": ["one"]},
+            "export": {"cmd": command, "deps": ["one"], "outs": ["two"]},
+        }
+        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+
+    set_command("cp one two")
+    return set_command
+
+
+def become_subreaper(on: bool) -> None:
+    """Whether orphans of this process's descendants become its children. prctl(2), PR_SET_CHILD_SUBREAPER."""
+    assert ctypes.CDLL(None, use_errno=True).prctl(36, int(on), 0, 0, 0) == 0
+
+
+def await_file(path: str | Path) -> str:
+    deadline = time.monotonic() + 60
+    while not Path(path).exists() or not Path(path).read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return Path(path).read_text().strip()
+
+
+def gone(process_id: int, waited_for: bool = False) -> bool:
+    """Whether the process ends in time; and is waited for, without which its id stays known."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE and not waited_for:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_stages_of_a_release_come_in_the_order_of_the_datas_way_and_seeds_are_none_of_them():
+    assert stage_names(ROOT) == ["split", "prior", "teacher", "student", "evaluate", "export"]
+
+
+@pytest.mark.usefixtures("project")
+def test_a_project_without_a_stage_that_makes_a_release_is_refused():
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"split": {"cmd": "true"}}}))
+    with pytest.raises(StageError, match=r"dvc\.yaml: has no stage 'export'"):
+        stage_names()
+
+
+@pytest.mark.usefixtures("project")
+def test_a_stage_runs_when_it_has_changed_and_not_again():
+    assert changed_stages(["split", "export"]) == ["split", "export"]
+    lines = []
+    assert reproduce("split", lines.append) is True
+    assert "Running stage 'split':" in lines and not any("git add" in line for line in lines)
+    assert reproduce("split", lines.append) is False
+    assert changed_stages(["split", "export"]) == ["export"]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("echo 'export: tau is 0; expected more' >&2; exit 2", 2, "stage export failed: tau is 0; expected more"),
+        ("exit 1", 1, "stage export failed: failed to reproduce 'export'"),
+    ],
+)
+def test_a_stage_that_fails_is_told_in_its_own_words_with_its_status(project, command, status, message):
+    reproduce("split", lambda _line: None)
+    project(command)
+    with pytest.raises(StageFailed) as caught:
+        reproduce("export", lambda _line: None)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert caught.value.status == status
+
+
+@pytest.mark.fault_case("stage-hangs")
+def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(project):
+    reproduce("split", lambda _line: None)
+    project(FOREVER)
+    with pytest.raises(StageFailed, match=r"stage export did not end within 8 s; set retrain\.stage_hours higher"):
+        reproduce("export", lambda _line: None, limit=8.0)
+    assert gone(int(await_file("pid")))
+
+
+def test_a_stage_ends_when_whoever_asked_for_it_is_killed(project):
+    reproduce("split", lambda _line: None)
+    project(FOREVER)
+    program = "from pipeline.flows.dvc_stages import reproduce; reproduce('export', print)"
+    owner = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    shell = int(await_file("pid"))
+    children, dvc = psutil.Process(shell).children(), psutil.Process(shell).ppid()
+    owner.kill()
+    owner.wait()
+    assert gone(shell) and all(gone(child.pid) for child in children) and gone(dvc, waited_for=True)
+    # Its locks went with it.
+    project("cp one two")
+    assert reproduce("export", lambda _line: None) is True
+
+
+def test_a_command_on_a_leash_leaves_no_process_id_behind_where_nobody_waits_for_orphans(tmp_path):
+    # As in a container whose first process waits for nothing: the orphans come to this process, which lets them be.
+    stubborn = "trap '' TERM; echo $$ > pid; while :; do sleep 0.1; done"
+    owner = (
+        "import time; from pipeline.shared.owned_process import start_on_leash\n"
+        f"start_on_leash(['sh', '-c', {stubborn!r}]); time.sleep(600)"
+    )
+    become_subreaper(True)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", owner], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path
+        )
+        command = int(await_file(tmp_path / "pid"))
+        leash = psutil.Process(command).ppid()
+        process.kill()
+        process.wait()
+        assert gone(leash) and not psutil.pid_exists(command)
+        os.waitpid(leash, 0)
+    finally:
+        become_subreaper(False)
+
+
+def test_a_command_on_a_leash_keeps_its_exit_status_and_ignores_a_signal_to_the_leash():
+    for command, status in (("exit 3", 3), ("kill -9 $$", 137)):
+        process = start_on_leash(["sh", "-c", command])
+        assert process.wait(30) == status
+    process = start_on_leash(["sh", "-c", "echo up; sleep 600"])
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    time.sleep(0.2)
+    assert process.poll() is None
+    assert end_leash(process) == 128 + 15
+
+
+@pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])
+@pytest.mark.fault_case("dvc-killed")
+def test_what_a_command_started_ends_with_it_however_it_ended(end, tmp_path):
+    # As where the system kills DVC alone for its memory: a second try must not train beside its stage.
+    left = tmp_path / "pid"
+    process = start_on_leash(["sh", "-c", f"sleep 600 & echo $! > {left}; {end}"])
+    assert process.wait(30) == (137 if "kill" in end else 0)
+    assert gone(int(left.read_text()))
+    assert end_leash(process) == process.returncode

@@ -1,0 +1,87 @@
+"""Training may start from a local file of weights: the file that was meant, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import safetensors.torch
+import torch
+
+import pipeline.prior
+import pipeline.split
+import pipeline.teacher
+from models.networks.backbones import build_backbone
+from pipeline.model_io.pretrained import start_from
+from pipeline.params import PretrainedParams
+from pipeline.shared.artifacts import sha256_of
+from pipeline.shared.errors import ParamsError
+from tests.support.making import data_params, folder, params
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of a ResNet-20's weights."""
+    torch.manual_seed(7)
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(build_backbone("resnet20").network.state_dict(), path)
+    return path
+
+
+def refusal(path, sha256=None, backbone="resnet20") -> str:
+    given = PretrainedParams(file=str(path), sha256=sha256 or sha256_of(path))
+    with pytest.raises(ParamsError) as caught:
+        start_from(build_backbone(backbone), given, "student.pretrained")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_backbone_starts_from_the_files_weights(weights):
+    backbone = build_backbone("resnet20")
+    start_from(backbone, PretrainedParams(file=str(weights), sha256=sha256_of(weights)), "student.pretrained")
+    expected = safetensors.torch.load_file(weights)
+    assert all(torch.equal(value, expected[name]) for name, value in backbone.network.state_dict().items())
+
+
+def test_another_file_than_the_one_that_was_meant_is_refused(weights):
+    assert refusal(weights, "0" * 64) == (
+        f"student.pretrained.sha256 is {'0' * 64}, but {weights} has {sha256_of(weights)}; it is another file"
+    )
+
+
+def test_a_file_that_is_not_there_or_is_no_safetensors_or_of_another_network_is_refused(weights, tmp_path):
+    missing = tmp_path / "none.safetensors"
+    said = refusal(missing, "0" * 64)
+    assert said.startswith(f"student.pretrained.file is {str(missing)!r}: No such file or directory")
+    pickled = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(1)}, pickled)
+    assert "which is no safetensors file" in refusal(pickled)
+    assert re.search(
+        r"which has blocks\.\S+ of shape .*; does it belong to the backbone\?$", refusal(weights, backbone="resnet32")
+    )
+
+
+def test_a_misspelt_or_short_sum_is_refused_by_its_key():
+    with pytest.raises(
+        ParamsError, match=r"teacher\.pretrained\.sha is not a key; did you mean teacher\.pretrained\.sha256\?"
+    ):
+        params({"teacher.pretrained": {"file": "weights.safetensors", "sha": "0" * 64}})
+    with pytest.raises(ParamsError, match=r"teacher\.pretrained\.sha256 is '0123'; string should match pattern"):
+        params({"teacher.pretrained": {"file": "weights.safetensors", "sha256": "0123"}})
+
+
+def test_a_stage_starts_from_it(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = data_params(folder(tmp_path / "images", {"a": 12, "b": 9})).model_dump(mode="json")["data"]
+    given = {
+        **{f"data.{key}": value for key, value in base.items()},
+        "teacher.epochs": 1, "teacher.batch_size": 8, "teacher.learning_rate": 1e-9, "teacher.backbone": "resnet20",
+        "teacher.pretrained": {"file": str(weights), "sha256": sha256_of(weights)},
+    }  # fmt: skip
+    made = params(given)
+    pipeline.split.run(made)
+    pipeline.prior.run(made)
+    pipeline.teacher.run(made)
+    trained = safetensors.torch.load_file(tmp_path / "artifacts/teacher/model.safetensors")
+    expected = safetensors.torch.load_file(weights)
+    assert torch.allclose(trained["backbone.network.conv1.weight"], expected["conv1.weight"], atol=1e-5)

@@ -1,0 +1,182 @@
+"""Two processes that share a batch do what one process does with the whole of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_accumulation import double_step
+
+from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks
+from pipeline.model_io.devices import joined_ranks
+from pipeline.model_io.inference import accuracy
+from pipeline.params import AugmentParams
+from pipeline.shared.errors import ParamsError, StageError
+from pipeline.training.step import Step
+from tests.support.small_training import CPU, IMAGE, made_images, made_training, training_params
+
+RANKS = 2
+# A partner of a mix is the other rank's image as often as not.
+MIXED = AugmentParams(crop_padding=1, flip=True, cutout=0, mix="cutmix")
+pytestmark = pytest.mark.end_to_end
+
+
+def in_each_rank(rank: int, work, folder: Path, arguments: tuple) -> None:
+    """Run `work` as one rank of a gloo group; its result goes into a file of the rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    try:
+        torch.save(work(*arguments), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def in_ranks(work, folder: Path, *arguments) -> list:
+    """What `work` gives in each of two processes."""
+    mp.spawn(in_each_rank, (work, folder, arguments), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def ten_steps(stage: str) -> dict:
+    """Losses of each of ten steps, and the state after them.
+
+    In double precision: in single, ten steps amplify the rounding of a sum taken in another order, on some processors
+    past any bound that would still find a fault.
+    """
+    changes = {"ema_decay": 0.9, "augment": MIXED} if stage == "mixed" else {}
+    training = made_training("student" if stage == "mixed" else stage, epochs=2, **changes)
+    training.objective.double()
+    for name in ("model", "teacher", "momentum_encoder"):
+        network = getattr(training.objective, name, None)
+        if network is not None:
+            network.register_forward_pre_hook(lambda _, arguments: (arguments[0].double(), *arguments[1:]))
+    losses = []
+
+    class KeptStep(Step):
+        def __call__(self, inputs):
+            parts = super().__call__(inputs)
+            losses.append({name: mean_over_ranks(value).item() for name, value in parts.items()})
+            return parts
+
+    with patch("pipeline.training.engine.Step", KeptStep):
+        training.run(made_images(40), made_images(9, seed=1))
+    queues = training.objective.queues.state_dict() if stage != "teacher" else {}
+    return {"losses": losses, "queues": queues, "state": dict(training.model.state_dict())}
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum", "mixed"])
+def test_ten_steps_on_two_ranks_give_the_losses_and_queues_of_one(stage, tmp_path):
+    alone = ten_steps(stage)
+    first, second = in_ranks(ten_steps, tmp_path, stage)
+    assert len(first["losses"]) == 10
+    for one, other in zip(first["losses"], alone["losses"], strict=True):
+        assert one == pytest.approx(other, rel=1e-8, abs=1e-9)
+    for name, value in alone["queues"].items():
+        exact = value.dtype == torch.int64
+        assert torch.equal(first["queues"][name], second["queues"][name])
+        found = first["queues"][name]
+        assert torch.equal(found, value) if exact else torch.allclose(found, value, rtol=0, atol=1e-10)
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]) or "num_batches" in name
+
+
+def one_step(parts: int) -> dict:
+    """Losses and gradients of a batch of eight taken in `parts`, on a network without batch norm.
+
+    Image 5 is the only one of class 2 in queues and batch, so L_tau leaves both its queries out: the first rank keeps two
+    of its four queries, the second all of them.
+    """
+    step = double_step("student", parts, training_params().augment)
+    chosen = torch.tensor([5, 5, 0, 1, 3, 4, 6, 7])
+    losses = step(step.draw(chosen, torch.Generator().manual_seed(5)))
+    return {
+        "losses": {name: mean_over_ranks(value) for name, value in losses.items()},
+        "gradients": [parameter.grad for parameter in step.optimiser.parameters],
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_shared_unevenly_by_queries_without_keys_has_the_losses_and_gradient_of_one_rank(parts, tmp_path):
+    alone = one_step(1)
+    assert alone["losses"]["queries_without_keys"] == 2
+    for found in in_ranks(one_step, tmp_path, parts):
+        for name, value in alone["losses"].items():
+            assert found["losses"][name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
+        for one, other in zip(alone["gradients"], found["gradients"], strict=True):
+            assert torch.allclose(one, other, rtol=1e-8, atol=1e-12)
+
+
+def shared_norm() -> list[torch.Tensor]:
+    """A batch-norm layer on this rank's half of a batch: output, input gradient, weight gradient, running statistics."""
+    generator = torch.Generator().manual_seed(3)
+    batch = torch.randn(8, 5, 4, 4, generator=generator, dtype=torch.float64) * 3 + 2
+    weights = torch.randn(8, 5, 4, 4, generator=generator, dtype=torch.float64)
+    half = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
+    layer = SharedBatchNorm.of(torch.nn.BatchNorm2d(5).double())
+    x = batch[half].clone().requires_grad_()
+    out = layer(x)
+    (out * weights[half]).sum().backward()
+    return [gather_batch(out.detach()), gather_batch(x.grad), layer.weight.grad, layer.running_mean, layer.running_var]
+
+
+def test_the_shared_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    batch = (torch.randn(8, 5, 4, 4, generator=generator, dtype=torch.float64) * 3 + 2).requires_grad_()
+    weights = torch.randn(8, 5, 4, 4, generator=generator, dtype=torch.float64)
+    layer = torch.nn.BatchNorm2d(5).double()
+    out = layer(batch)
+    (out * weights).sum().backward()
+    first, second = in_ranks(shared_norm, tmp_path)
+    for found, expected in zip(first[:2], (out, batch.grad), strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert torch.allclose(first[2] + second[2], layer.weight.grad, rtol=0, atol=1e-12)
+    for found, expected in zip(first[3:], (layer.running_mean, layer.running_var), strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def ragged_accuracy() -> float:
+    return accuracy(made_training().objective.model, made_images(11, seed=2), IMAGE, CPU)
+
+
+def test_every_image_is_evaluated_once_also_when_they_do_not_divide_evenly(tmp_path):
+    assert in_ranks(ragged_accuracy, tmp_path) == [ragged_accuracy()] * 2
+
+
+def uneven_batch() -> str:
+    try:
+        made_training(batch_size=7).run(made_images(21), made_images(0))
+    except ParamsError as error:
+        return str(error)
+    return ""
+
+
+def failed_mixed_run(folder: Path) -> str:
+    with patch("pipeline.training.engine.FAILURES", folder), pytest.raises(StageError) as caught:
+        made_training(learning_rate=1e30, augment=MIXED).run(made_images(40), made_images(0))
+    return str(caught.value)
+
+
+def test_a_mixed_run_that_fails_on_two_ranks_leaves_its_dump_and_nobody_waits(tmp_path):
+    one, two = in_ranks(failed_mixed_run, tmp_path, tmp_path / "failures")
+    assert one == two and "not finite in epoch 1" in one
+    views = safetensors.torch.load_file(tmp_path / "failures/teacher/tensors.safetensors")["views"]
+    assert views.shape == (1, 4, 3, 8, 8)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path):
+    said = in_ranks(uneven_batch, tmp_path)
+    assert said == ["teacher.batch_size is 7, which 2 processes cannot share; expected a multiple"] * 2
+
+
+def test_a_single_process_joins_nothing():
+    assert "WORLD_SIZE" not in os.environ
+    with joined_ranks("cpu") as device:
+        assert device == CPU and not dist.is_initialized()
+    share = torch.arange(3)
+    assert gather_batch(share) is share and mean_over_ranks(share) is share

@@ -1,0 +1,161 @@
+"""`tailor init`: a params.yaml for a folder of one's own, from what is there."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.made_imagenet import class_counts
+from pipeline.commands.app import main
+from pipeline.data.assignment import assign
+from pipeline.params import Params
+from pipeline.preparation.first_params import Found, choices, look, write_text
+from pipeline.shared.errors import DataError, ParamsError
+from pipeline.sources.source import Row
+from tests.support.making import ROOT, encode, picture
+
+TEMPLATE = (ROOT / "params.yaml").read_text(encoding="utf-8")
+NO_OPTIONS = {"tested": None, "own_validation": False, "shorter": 32, "unreadable": []}
+
+
+def found(counts: list[int], **changes: object) -> Found:
+    """What `look` would find: classes of these sizes."""
+    return Found([f"class {n}" for n in range(len(counts))], counts, **{**NO_OPTIONS, **changes})
+
+
+def chosen_params(what: Found, gpu: bool = True) -> Params:
+    """The params that init would write for it."""
+    return write_text(TEMPLATE, choices(what, "data/source", gpu))[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of 12, 6 and 2 pictures, 48x40 pixels."""
+    for name, count in {"oak": 12, "elm": 6, "yew": 2}.items():
+        (tmp_path / "trees" / name).mkdir(parents=True)
+        for seed in range(count):
+            (tmp_path / "trees" / name / f"{seed}.png").write_bytes(encode(picture(seed, (40, 48))))
+    return tmp_path / "trees"
+
+
+@pytest.mark.slow
+@given(counts=st.lists(st.integers(2, 5000), min_size=2, max_size=40), gpu=st.booleans(), side=st.integers(8, 4000))
+def test_every_choice_is_valid_and_leaves_each_class_something_to_train_on(
+    counts: list[int], gpu: bool, side: int
+) -> None:
+    params = chosen_params(found(counts, shorter=side), gpu)
+    rows = [Row(f"{c}/{n}", c, f"{c}/{n}", "train") for c, count in enumerate(counts) for n in range(count)]
+    kept = assign(rows, [str(c) for c in range(len(counts))], params.data)
+    assert {row.label for row in kept["train"]} == {row.label for row in kept["test"]} == set(range(len(counts)))
+    assert params.student.queue_total >= params.student.queue_minimum * len(counts)
+    assert math.log2(params.student.queue_total).is_integer()
+    assert params.student.batch_size <= max(8, len(kept["train"]) + len(kept["validation"]))
+
+
+def test_the_choices_for_the_papers_data_sets_are_near_the_papers() -> None:
+    """CIFAR-100-LT: ResNet-32, K 4096, 200 epochs; ImageNet-LT: the ResNet-50 family at 224 pixels."""
+    cifar = chosen_params(
+        found([round(500 * 0.01 ** (c / 99)) for c in range(100)], tested=[100] * 100, own_validation=True)
+    )
+    assert (cifar.student.backbone, cifar.image.size, cifar.student.epochs) == ("resnet32", 32, 200)
+    assert cifar.student.queue_total == 4096
+    assert cifar.student.learning_rate == pytest.approx(0.05)
+    counts = class_counts(1000, 1.0)["train"]
+    imagenet = chosen_params(found(counts, tested=[50] * 1000, own_validation=True, shorter=375))
+    assert (imagenet.student.backbone, imagenet.image.size, imagenet.image.resize_to) == (
+        "torchvision/resnet50",
+        224,
+        256,
+    )
+    assert imagenet.student.queue_total == 32768  # the paper's 16384 is half of it
+
+
+def test_without_a_gpu_photographs_are_made_small_enough_to_train_and_the_file_says_so() -> None:
+    text, params = write_text(TEMPLATE, choices(found([300, 30], shorter=400), "data/source", gpu=False))
+    assert params.image.size == 64
+    assert "on a GPU run this again" in text
+
+
+def test_the_folder_is_counted_and_its_images_measured(folder: Path) -> None:
+    seen = look(folder)
+    assert (seen.classes, seen.counts, seen.shorter) == (["elm", "oak", "yew"], [6, 12, 2], 40)
+    assert "imbalance factor 6.0" in str(seen)
+    assert seen.tested is None
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_used(folder: Path) -> None:
+    (folder / "oak/0.png").write_bytes(b"no picture")
+    seen = look(folder)
+    assert seen.unreadable == ["oak/0.png"]
+    assert seen.shorter == 40
+
+
+def test_splits_of_ones_own_are_kept(folder: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "split" / part)
+    seen = look(tmp_path / "split")
+    assert seen.tested == [6, 12, 2] and not seen.own_validation
+    assert seen.counts == [6, 12, 2]
+    assert not {"data.test_per_class", "data.test_share"} & set(choices(seen, "x", gpu=False))
+
+
+def test_a_class_of_one_image_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match="class 'class 1' has 1 image"):
+        choices(found([9, 1]), "x", gpu=False)
+
+
+def test_the_file_differs_from_the_template_in_chosen_lines_alone_each_with_its_reason() -> None:
+    chosen = choices(found([90, 9]), "photos: mine", gpu=True)
+    text, _ = write_text(TEMPLATE, chosen)
+    changed = [new for old, new in zip(TEMPLATE.splitlines(), text.splitlines(), strict=True) if old != new]
+    assert 0 < len(changed) <= len(chosen)
+    reasons = [why for _, why in chosen.values()]
+    assert all(any(line.endswith(f"# {why}") for why in reasons) for line in changed)
+    assert yaml.safe_load(text)["data"]["location"] == "photos: mine"
+
+
+def test_a_template_without_a_key_is_refused_by_its_name() -> None:
+    with pytest.raises(ParamsError, match=r"has no key image\.size"):
+        write_text(TEMPLATE.replace("\nimage:\n  size:", "\nimage:\n  sized:"), choices(found([90, 9]), "x", gpu=True))
+
+
+def test_changes_that_no_commit_holds_are_not_overwritten(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = TEMPLATE.replace("seed: 0", "seed: 7", 1)
+    Path("params.yaml").write_text(TEMPLATE, encoding="utf-8")
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid")
+    for command in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "delivered"]):
+        subprocess.run([*git, *command], check=True)
+    Path("params.yaml").write_text(mine, encoding="utf-8")
+    assert main(["init", str(folder)]) == 2
+    assert "no commit holds" in capsys.readouterr().err
+    assert Path("params.yaml").read_text(encoding="utf-8") == mine
+    assert main(["init", str(folder), "--force", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["data.location"]["value"] == str(folder)
+    assert yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["data"]["source"] == "folder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["nowhere"], "nowhere: no such folder"), ([".", "--output", "none.yaml"], "none.yaml: no such file")],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(TEMPLATE, encoding="utf-8")
+    assert main(["init", *arguments, "--force"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]

@@ -1,0 +1,160 @@
+"""The account of a step's memory is what the allocator hands out for the real step, and large recipes are seen to fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import pipeline.preparation.gpu_memory
+from pipeline.commands.app import main
+from pipeline.preparation.gpu_memory import account, prior_of
+from pipeline.training.step import Step
+from tests.support.making import ROOT, params
+from tests.support.small_training import CPU, made_images
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "image.size": 32, "image.resize_to": 32, "engine.precision": "float32",
+    "teacher.backbone": "torchvision/resnet18", "student.backbone": "torchvision/resnet18",
+    "teacher.batch_size": 16, "student.batch_size": 16, "student.queue_total": 4096, "student.projection_dim": 64,
+}  # fmt: skip
+
+
+def made(**changes):
+    made = params({**SMALL, **changes})
+    return made, prior_of(made, 30, 3000)
+
+
+def allocated(given, prior, stage: str) -> int:
+    """Bytes at the fullest moment of the real step, by what PyTorch's allocator on the CPU hands out and takes back."""
+    section = getattr(given, stage)
+    objective = pipeline.preparation.gpu_memory.new_objective(given, stage, prior).to(memory_format=torch.channels_last)
+    recompute = given.engine.checkpoint_activations
+    step = Step(objective, section, given.image, made_images(0), CPU, checkpoint_activations=recompute)
+    there = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in everything(step)}
+    views = torch.zeros(objective.views, section.batch_size, 3, 32, 32, dtype=torch.uint8)
+    target, chosen = torch.zeros(section.batch_size, dtype=torch.int64), torch.arange(section.batch_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step.descend(views, target, chosen, None)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    held = peak = 0
+    for index, size in enumerate(sizes):
+        held += size
+        # What is freed next is a kernel's scratch: without AVX-512, oneDNN takes 76 MB for one convolution. No GPU has it.
+        if sizes[index + 1 : index + 2] != [-size]:
+            peak = max(peak, held)
+    return sum(there.values()) + peak + views.nbytes
+
+
+def everything(step: Step) -> list[torch.Tensor]:
+    average = [] if step.average is None else list(step.average.state_dict().values())
+    return [*step.objective.parameters(), *step.objective.buffers(), *step.optimiser.momentum(), *average]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("teacher", {"teacher.ema_decay": 0.9}),
+        ("student", {}),
+        ("student", {"student.accumulate": 2, "engine.checkpoint_activations": True, "student.batch_size": 32}),
+    ],
+    ids=["teacher", "student", "in parts and recomputed"],
+)
+def test_the_account_is_within_a_tenth_of_what_the_real_step_allocates(stage, changes):
+    given, prior = made(**changes)
+    found = account(given, stage, prior)
+    assert found.peak == pytest.approx(allocated(given, prior, stage), rel=0.1)
+    assert found.peak == sum(found.at_peak.values())
+
+
+def test_every_kind_is_counted_at_its_size():
+    given, prior = made()
+    largest = account(given, "student", prior).largest
+    network = sum(
+        p.nbytes
+        for p in pipeline.preparation.gpu_memory.new_objective(given, "student", prior).model.backbone.parameters()
+    )
+    assert largest["queue"] == pytest.approx(4096 * 512 * 4, rel=0.02)
+    assert network < largest["gradients"] <= largest["weights"] and largest["momentum"] == largest["gradients"]
+    assert largest["activations: similarity"] >= 16 * 4096 * 4
+    assert largest["activations: logits"] >= 16 * 30 * 4
+
+
+def test_parts_and_recomputation_take_less_and_bfloat16_halves_the_activations():
+    activations = "activations: network"
+    # Large, so that the weights' own copies in bfloat16 count for little; nothing of it is allocated.
+    large = {"student.batch_size": 256}
+    whole = account(*reordered(made(**large))).largest[activations]
+    for changes, most in (
+        ({"student.accumulate": 4}, 0.35),
+        ({"engine.checkpoint_activations": True}, 0.6),
+        ({"engine.precision": "bfloat16"}, 0.75),
+    ):
+        assert account(*reordered(made(**large, **changes))).largest[activations] < most * whole, changes
+
+
+def reordered(given_and_prior):
+    given, prior = given_and_prior
+    return given, "student", prior
+
+
+@pytest.mark.end_to_end
+def test_a_queue_of_65536_rows_and_8142_classes_fit_a_card_of_80_gb(tmp_path, capsys, monkeypatch):
+    from pipeline.params.recipe import apply_recipe
+
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        f"extends: {ROOT / 'recipes/inaturalist2018-100.yaml'}\n"
+        "student: {backbone: torchvision/resnext50_32x4d, batch_size: 256}\n"
+    )
+    recipe = tmp_path / "params.yaml"
+    recipe.write_text(apply_recipe([overlay], ROOT / "params.yaml")[0])
+    monkeypatch.chdir(tmp_path)
+    assert main(["memory", "--params", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert "torchvision/resnext50_32x4d, batch 256, 224 pixels" in said and "fits a card of 80 GB" in said
+
+
+def test_a_step_that_does_not_fit_is_told_with_what_would_help(capsys):
+    assert main(["memory", "--params", str(ROOT / "params.yaml"), "--classes", "10", "--card", "0.01"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit a card of 0.01 GB" in said
+    assert "less memory: student.accumulate, engine.checkpoint_activations" in said
+
+
+def test_originals_of_resized_crops_are_counted_in_the_hosts_memory_at_their_largest(tmp_path, capsys):
+    given, prior = made(**{"teacher.augment.crop": "resized"})
+    padded, resized = account(given, "student", prior), account(given, "teacher", prior)
+    assert (padded.originals, padded.images) == (False, 3000 * 3 * 32 * 32)
+    # A box of 8 % and ratio 3/4 or 4/3 has 32 pixels each way.
+    assert resized.originals and resized.images == pytest.approx(3000 * 3 * 32 * 32 * (4 / 3) / 0.08, rel=1e-3)
+    recipe = tmp_path / "params.yaml"
+    recipe.write_text((ROOT / "params.yaml").read_text().replace("crop: pad", "crop: resized"))
+    main(["memory", "--params", str(recipe), "--classes", "10", "--images", "1000"])
+    assert "originals for resized crops take no more than" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_a_split_the_number_of_classes_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["memory", "--params", str(ROOT / "params.yaml")]) == 2
+    assert "artifacts/prior.json: no such file, so --classes is needed" in capsys.readouterr().err
+    assert main(["memory", "--params", str(ROOT / "params.yaml"), "--classes", "10", "--images", "9"]) == 2
+    assert "--images is 9, below the 10 classes" in capsys.readouterr().err
+
+
+def test_a_number_of_images_beside_those_that_the_split_counts_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/prior.json").write_text("{}")
+    assert main(["memory", "--params", str(ROOT / "params.yaml"), "--images", "500"]) == 2
+    said = capsys.readouterr().err
+    assert "--images is 500, but artifacts/prior.json counts the images already; give --classes too" in said
+
+
+def test_published_data_sets_are_counted_without_their_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prior = prior_of(params({"data.source": "inaturalist2018"}), None, None)
+    assert len(prior.counts) == 8142 and sum(prior.counts) == 437_513 and max(prior.counts) == 1000

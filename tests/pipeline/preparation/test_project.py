@@ -1,0 +1,126 @@
+"""The files of a new project, its git and DVC wherever it lies, and which folders of images git is made to ignore."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.commands.app import main
+from pipeline.preparation.project import create_project, keep_out_of_git
+from pipeline.shared.errors import ParamsError
+from tests.support.making import encode, picture
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("git"), reason="needs git")]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", folder, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def staged(folder: Path) -> set[str]:
+    """What `git add -A` in a folder would commit."""
+    git(folder, "add", "-A")
+    return set(git(folder, "ls-files").splitlines())
+
+
+def test_a_project_is_a_repository_of_its_own_unless_it_is_part_of_one(tmp_path: Path) -> None:
+    create_project(tmp_path / "alone")
+    assert (tmp_path / "alone/.git").is_dir() and (tmp_path / "alone/.dvc/config").is_file()
+    git(tmp_path, "init", "--quiet", "shared")
+    (tmp_path / "shared/.gitignore").write_text("/build/\n")
+    create_project(tmp_path / "shared/part")
+    assert not (tmp_path / "shared/part/.git").exists() and (tmp_path / "shared/part/.dvc/config").is_file()
+    create_project(tmp_path / "shared/build/demo")  # the outer repository ignores it
+    assert (tmp_path / "shared/build/demo/.git").is_dir()
+    files = {
+        ".dvc/.gitignore",
+        ".dvc/config",
+        ".dvcignore",
+        ".gitignore",
+        "data/ingested/.gitignore",
+        "dvc.yaml",
+        "params.yaml",
+    }
+    assert staged(tmp_path / "alone") == staged(tmp_path / "shared/part") == files
+    assert "analytics = false" in (tmp_path / "alone/.dvc/config").read_text()
+
+
+def test_no_file_of_the_folder_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("/notes\n")
+    git(tmp_path, "init", "--quiet")
+    create_project(tmp_path)
+    rules = (tmp_path / ".gitignore").read_text().splitlines()
+    assert rules[0] == "/notes" and "/data/source" in rules
+    for folder, message in ((tmp_path, "params.yaml: exists already"), (tmp_path / "params.yaml", "is a file")):
+        with pytest.raises(ParamsError, match=message):
+            create_project(folder)
+
+
+def test_git_ignores_a_folder_of_images_once_and_leaves_alone_what_it_tracks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "a*b [c]", "axb c", "tracked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"")
+    assert not keep_out_of_git(Path("photos")), "no repository"
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "tracked")
+    kept = [keep_out_of_git(Path(name)) for name in ("photos", "photos", "a*b [c]", "tracked", ".", "/")]
+    assert kept == [True, False, True, False, False, False]
+    assert staged(tmp_path) == {".gitignore", "axb c/1.jpg", "tracked/1.jpg"}
+
+
+def put(folder: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for other in range(3):
+            (folder / name / f"{other}.png").write_bytes(encode(picture(10 * number + other)))
+
+
+@pytest.mark.parametrize("inside", [".", "work"])
+def test_init_refuses_a_folder_of_images_that_holds_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inside: str
+) -> None:
+    """git add would commit the class folders, and the project's own folders would be read as classes."""
+    put(tmp_path)
+    (tmp_path / inside).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / inside)
+    given = "." if inside == "." else ".."
+    assert main(["init", given]) == 2
+    assert f"{given}: is the project's folder or holds it" in capsys.readouterr().err
+    assert not (tmp_path / inside / "params.yaml").exists()
+
+
+def test_folders_of_images_that_params_name_by_hand_stay_out_of_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    create_project(Path())
+    for name in ("data/source", "photos", "incoming", "other"):
+        put(tmp_path / name)
+    assert main(["init", "data/source"]) == 0
+    params = tmp_path / "params.yaml"
+    text = params.read_text().replace("location: data/source", "location: photos").replace("data/drop", "incoming")
+    params.write_text(text.replace("settle_seconds: 60", "settle_seconds: 3600"))
+    main(["data", "check"])
+    main(["ingest"])
+    main(["ingest", "--drop", "other"])
+    assert {name for name in staged(tmp_path) if name.endswith(".png")} == set()
+
+
+def test_a_pack_of_images_stays_out_of_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    create_project(Path())
+    for name in ("a", "b"):
+        for number in range(4):
+            path = tmp_path / "data/source" / name / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(encode(picture(number + (10 if name == "b" else 0))))
+    assert main(["init", "data/source"]) == 0
+    assert main(["data", "pack", "data/packed"]) == 0
+    assert list((tmp_path / "data/packed").rglob("*.parquet"))
+    assert not any(name.startswith(("data/packed", "data/source")) for name in staged(tmp_path))

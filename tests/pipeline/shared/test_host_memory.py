@@ -1,0 +1,48 @@
+"""Memory that a step frees is kept for the next one."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.shared.host_memory import free_bytes
+
+pytestmark = pytest.mark.slow
+
+# In a process of its own, as the advice holds until its end.
+PROGRAM = """
+import resource
+import torch
+from pipeline.shared.host_memory import keep_freed_memory
+
+def faults_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        held = [torch.ones(12 << 20) for _ in range(4)]  # 48 MiB each: more than glibc ever keeps by itself
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults_of_a_step()
+given_back = faults_of_a_step()
+assert keep_freed_memory()
+faults_of_a_step()
+print(given_back, faults_of_a_step())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc takes the advice")
+def test_after_the_first_step_the_kernel_clears_no_page_anew():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    # With huge pages a fault clears 2 MiB, without 4 KiB.
+    assert given_back > 100 and kept < given_back / 20
+
+
+def test_free_memory_is_at_most_the_machines_and_shared_by_the_processes_of_a_host(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = free_bytes()
+    assert 0 < alone <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes() < alone / 2

@@ -1,0 +1,224 @@
+"""A batch in parts descends the gradient of the whole; recomputed activations give the same bits and take less memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models.networks.activation_checkpointing import NoBlocksError, blocks, recompute_blocks
+from models.networks.backbones import build_backbone
+from pipeline.params import AugmentParams, EngineParams
+from pipeline.shared.errors import ParamsError
+from pipeline.training.cuda_graph import CapturedStep, CaptureError
+from pipeline.training.step import Step
+from tests.support.small_training import CPU, IMAGE, made_images, made_objective, made_training, training_params
+
+pytestmark = pytest.mark.slow
+
+MIXED = AugmentParams(crop_padding=1, flip=True, cutout=0, mix="cutmix")
+
+
+class NormFree(nn.Module):
+    """Stands for a batch norm, and looks at nothing but the sample itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+def without_batch_norm(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(module, name, NormFree())
+        else:
+            without_batch_norm(child)
+    return module
+
+
+def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
+    """A step in float64 on a network without batch norm but in the key head, which sees the whole queue in any case."""
+    objective = made_objective(stage)
+    if stage != "teacher":
+        # A class all of whose keys are one image's: L_tau leaves its queries out, in whichever part they are.
+        objective.queues.sample_ids[objective.queues.row_class == 2] = 5
+    for module in objective.batch_modules():
+        without_batch_norm(module)
+    if stage == "momentum":  # whose encoder and key head follow the others, parameter by parameter
+        without_batch_norm(objective.key_head).requires_grad_(False)
+        objective.momentum_encoder.requires_grad_(False)
+    objective.double()
+    params = training_params(accumulate=accumulate, augment=augment)
+    step = Step(objective, params, IMAGE, made_images(32), CPU)
+    normalise = step._normalise
+    step._normalise = lambda views: normalise(views).double()
+    return step
+
+
+@pytest.mark.parametrize("augment", [training_params().augment, MIXED], ids=["plain", "mixed"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum"])
+def test_parts_of_a_batch_give_the_losses_gradient_and_queues_of_the_whole(stage, augment):
+    whole, parts = double_step(stage, 1, augment), double_step(stage, 4, augment)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(2):
+        # Class 2 only as image 5, so that its keys stay one image's.
+        chosen = torch.tensor([5, 0, 1, 3, 4, 6, 5, 7])[torch.randperm(8, generator=generator)]
+        inputs = whole.draw(chosen, generator)
+        expected, found = whole(inputs), parts(inputs)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            assert found[name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
+        if stage != "teacher":
+            assert expected["queries_without_keys"] == 2
+    for (name, value), other in zip(whole.state().items(), parts.state().values(), strict=True):
+        assert torch.allclose(value, other, rtol=0, atol=1e-10), name
+    for one, other in zip(whole.optimiser.parameters, parts.optimiser.parameters, strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_a_batch_in_parts_is_captured_like_any_other():
+    plain, recorded = (
+        Step(made_objective("student"), training_params(accumulate=2, ema_decay=0.9), IMAGE, made_images(32), CPU)
+        for _ in range(2)
+    )
+    generator = torch.Generator().manual_seed(5)
+    batches = [plain.draw(torch.randperm(32, generator=generator)[:8], generator) for _ in range(3)]
+
+    def replaying(work):
+        parts = work()
+        return lambda: [parts[name].copy_(value) for name, value in work().items()], parts
+
+    captured = CapturedStep(recorded, batches[2], replaying)
+    for inputs in batches[:2]:
+        assert {k: v.item() for k, v in plain(inputs).items()} == {k: v.item() for k, v in captured(inputs).items()}
+    assert all(torch.equal(value, recorded.state()[name]) for name, value in plain.state().items())
+
+
+def test_the_optimiser_takes_one_step_a_batch_however_many_parts():
+    run = made_training(accumulate=4)
+    steps = []
+    original = run.objective.after_step
+    run.objective.after_step = lambda: (steps.append(1), original())[1]
+    history = run.run(made_images(24), made_images(0))
+    assert len(steps) == 2 * 3 and history[-1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("parts", [3, 8, 16])
+def test_parts_that_a_batch_cannot_be_cut_into_are_refused(parts):
+    with pytest.raises(ParamsError, match=rf"teacher\.accumulate is {parts}, into which a process's 8 images"):
+        made_training(accumulate=parts).run(made_images(24), made_images(0))
+
+
+def saved_bytes(step: Step, inputs) -> int:
+    """Bytes that autograd keeps from the forward pass for the backward pass of one step, each storage once."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        views, mixed = step.views(inputs)
+        step.objective.train()
+        step.objective(step._normalise(views), step._labels[inputs.chosen], inputs.chosen, mixed)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_recomputed_activations_give_the_same_bits_and_take_less_memory(stage):
+    plain, recomputed = (
+        Step(made_objective(stage), training_params(ema_decay=0.9), IMAGE, made_images(32), CPU, torch.float32, flag)
+        for flag in (False, True)
+    )
+    made_state = {name: value.clone() for name, value in plain.state().items()}
+    generator = torch.Generator().manual_seed(5)
+    inputs = [plain.draw(torch.randperm(32, generator=generator)[:8], generator) for _ in range(3)]
+    assert saved_bytes(recomputed, inputs[0]) < 0.55 * saved_bytes(plain, inputs[0])
+    for step in (plain, recomputed):  # the passes that were counted moved running statistics and queues
+        step.load_state(made_state)
+    for drawn in inputs:
+        expected, found = plain(drawn), recomputed(drawn)
+        assert {k: v.item() for k, v in expected.items()} == {k: v.item() for k, v in found.items()}
+    # Gradients, momentum, and running statistics with their counters, which a second pass must not move again.
+    assert [name for name, value in plain.state().items() if not torch.equal(value, recomputed.state()[name])] == []
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/vit_tiny_patch16_224", "timm/convnext_atto"])
+def test_networks_of_libraries_are_recomputed_block_by_block(name):
+    torch.manual_seed(0)
+    plain = build_backbone(name, 32).train()
+    recomputed = copy.deepcopy(plain)
+    assert recompute_blocks(recomputed) >= 8
+    images = torch.randn(2, 3, 32, 32)
+    for network in (plain, recomputed):
+        torch.manual_seed(1)
+        network(images).square().sum().backward()
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    assert plain.state_dict().keys() == recomputed.state_dict().keys()
+
+
+def test_dropout_is_drawn_alike_when_a_block_is_run_again():
+    block = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), nn.Linear(8, 8))
+    network = nn.Sequential(nn.ModuleDict({"inner": block}))
+    network[0].forward = lambda x: block(x)
+    other = copy.deepcopy(network)
+    other[0].forward = lambda x: other[0]["inner"](x)
+    assert recompute_blocks(other) == 1
+    x = torch.randn(4, 8)
+    for one in (network, other):
+        torch.manual_seed(3)
+        one(x).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_a_copy_of_a_recomputed_network_runs_on_its_own_weights():
+    network = build_backbone("resnet20")
+    recompute_blocks(network)
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert network.train()(torch.randn(2, 3, 8, 8)).abs().sum() > 0
+
+
+def test_a_block_is_the_smallest_that_stands_in_a_row_of_its_like():
+    kinds = {
+        "resnet20": {"BasicBlock"}, "torchvision/resnet18": {"BasicBlock"}, "torchvision/swin_t": {"SwinTransformerBlock"},
+        "torchvision/efficientnet_b0": {"MBConv"}, "torchvision/densenet121": {"_DenseBlock"},
+        "timm/convnext_atto": {"ConvNeXtBlock"},
+    }  # fmt: skip
+    for name, expected in kinds.items():
+        with torch.device("meta"):
+            found = {type(block).__name__ for block in blocks(build_backbone(name))}
+        assert expected <= found, (name, found)
+
+
+def test_a_network_without_a_row_of_blocks_is_refused_by_the_key_that_asks_for_it():
+    with torch.device("meta"):
+        network = build_backbone("torchvision/vgg11")
+    with pytest.raises(NoBlocksError):
+        recompute_blocks(network)
+    run = made_training()
+    run.engine = EngineParams(checkpoint_activations=True)
+    run.objective.model.backbone.network.blocks = nn.Sequential(nn.Conv2d(16, 64, 1))
+    with pytest.raises(
+        ParamsError, match=r"engine\.checkpoint_activations is true, but teacher\.backbone: its network"
+    ):
+        run.run(made_images(24), made_images(0))
+
+
+def test_a_capture_that_cannot_hold_recomputation_is_refused_with_its_reason():
+    step = Step(made_objective("teacher"), training_params(), IMAGE, made_images(32), CPU, torch.float32, True)
+
+    def refusing(work):
+        work()
+        raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture")
+
+    with pytest.raises(CaptureError, match="current_seed during CUDA graph capture"):
+        CapturedStep(step, step.draw(torch.arange(8), torch.Generator()), refusing)

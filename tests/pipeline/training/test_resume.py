@@ -1,0 +1,146 @@
+"""A run that is cut off goes on where it was and ends with the same bits as one that never stopped."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from pipeline.params import AugmentParams
+from pipeline.training.engine import Training
+from pipeline.training.resume import RunFolder, Snapshot
+from tests.support.making import ROOT
+from tests.support.small_training import made_images, made_training
+
+pytestmark = pytest.mark.slow
+
+
+class PowerCut(Exception):
+    """The end of a run at an arbitrary step."""
+
+
+def cut_off(training: Training, after: int) -> None:
+    """Let the run die once `after` more steps have been done."""
+    forward, done = training.objective.forward, []
+
+    def counted(*arguments):
+        if len(done) == after:
+            raise PowerCut
+        done.append(1)
+        return forward(*arguments)
+
+    training.objective.forward = counted
+    with pytest.raises(PowerCut):
+        training.run(made_images(40), made_images(9, seed=1))
+
+
+def result(training: Training) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The whole state that a run ends with, its best network included, and its history without what a clock measures."""
+    history = training.run(made_images(40), made_images(9, seed=1))
+    best = {f"best.{name}": tensor for name, tensor in training.best.weights.items()}
+    return {**training._step.state(), **best}, [
+        {k: v for k, v in r.items() if k not in ("images_per_second", "memory_mib")} for r in history
+    ]
+
+
+RECIPES = {
+    "teacher": {},
+    "student": {},
+    "momentum": {},
+    "averaged": {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")},
+    # Cut within a batch as often as between two.
+    "in parts, recomputed": {"accumulate": 2, "checkpoint_activations": True},
+}
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 60.0], ids=["every step", "every epoch"])
+def test_a_run_cut_off_many_times_ends_as_one_that_was_not(name, checkpoint_seconds, tmp_path):
+    stage = "student" if name in ("averaged", "in parts, recomputed") else name
+
+    def made(run_folder=None):
+        return made_training(
+            stage, run_folder=run_folder, checkpoint_seconds=checkpoint_seconds, epochs=4, **RECIPES[name]
+        )
+
+    expected, expected_history = result(made())
+    draw = random.Random(f"{stage} {checkpoint_seconds}")
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    for _ in range(4):
+        # At one checkpoint an epoch a run must get past an epoch (5 steps) to get anywhere at all.
+        longest = 4 if checkpoint_seconds == 0 else 5
+        cut_off(made(folder), draw.randint(0, longest))
+    found, history = result(made(folder))
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert history == expected_history
+
+
+def test_a_run_goes_on_rather_than_starting_again(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    cut_off(made_training(run_folder=folder, checkpoint_seconds=0.0), after=7)
+    made_training(run_folder=folder).run(made_images(40), made_images(9))
+    assert "teacher  resumes at step 8 of 10" in capsys.readouterr().out
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path):
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    made_training(run_folder=folder, epochs=5).run(made_images(24), made_images(3))
+    assert len(list(folder.folder.iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    for step in (1, 2):
+        folder.save(step, Snapshot({"x": torch.tensor([step])}, {"epoch": step}))
+    newest = max(folder.folder.iterdir())
+    (newest / "tensors.safetensors").write_bytes((newest / "tensors.safetensors").read_bytes()[:20])
+    assert folder.load() == Snapshot({"x": torch.tensor([1])}, {"epoch": 1})
+    (newest / "state.json").unlink()
+    assert folder.load().state == {"epoch": 1}
+
+
+def test_the_checkpoints_of_another_run_are_not_taken_for_its_own(tmp_path):
+    RunFolder(tmp_path, "one").save(1, Snapshot({"x": torch.tensor([1])}, {}))
+    assert RunFolder(tmp_path, "other").load() is None
+    assert RunFolder(tmp_path, "one").load() is None  # the other run has taken the place
+
+
+def test_a_finished_stage_leaves_no_state_behind(tmp_path):
+    folder = RunFolder(tmp_path / "unfinished", "run")
+    folder.save(1, Snapshot({}, {}))
+    folder.clear()
+    assert not folder.folder.exists()
+    folder.clear()
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (0, "no checkpoint is kept yet, so the same command starts from the first step"),
+        (3, "the same command resumes after step 3 of 5 in epoch 1 of 2, kept in {folder}"),
+        (5, "the same command resumes after epoch 1 of 2, kept in {folder}"),
+        (7, "the same command resumes after step 2 of 5 in epoch 2 of 2, kept in {folder}"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept_and_how_the_run_is_resumed(tmp_path, capsys, steps, said):
+    from pipeline.command_line import stage_main
+
+    folder = tmp_path / "unfinished"
+    training = made_training("teacher", run_folder=RunFolder(folder, "run"), checkpoint_seconds=0.0)
+    forward, done = training.objective.forward, []
+
+    def interrupted(*arguments):
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(1)
+        return forward(*arguments)
+
+    training.objective.forward = interrupted
+    params = tmp_path / "params.yaml"
+    params.write_text((ROOT / "params.yaml").read_text())
+    status = stage_main(lambda _: training.run(made_images(40), made_images(9, seed=1)), "", ["--params", str(params)])
+    assert status == 130
+    line = capsys.readouterr().err
+    assert line == f"test_resume: interrupted; {said.format(folder=folder)}\n"

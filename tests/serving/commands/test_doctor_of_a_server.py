@@ -1,0 +1,65 @@
+"""What the doctor says of servers and of the champion."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Release
+
+from pipeline.commands import doctor_checks as doctor
+from pipeline.commands.doctor_checks import Limits, examine
+from serving.repository.promotion_log import LOG_NAME, record
+from serving.repository.writer import write_repository
+from serving.server.triton_server import TritonServer
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def own(release: Release, tmp_path: Path) -> Path:
+    return write_repository(release.export_dir, tmp_path / "repository")
+
+
+def found(name: str, repository: Path, url: str | None = None, **limits: float) -> list[doctor.Finding]:
+    everything = examine(ROOT / "params.yaml", repository, url, Limits(**limits))
+    return [finding for finding in everything if finding.name == name]
+
+
+@pytest.mark.parametrize(("days", "state"), [(1, "ok"), (40, "warning"), (-1, "warning")])
+def test_the_champions_age_counts_from_its_promotion(own: Path, monkeypatch, days: int, state: str) -> None:
+    now = time.time()
+    monkeypatch.setattr("serving.repository.promotion_log.time.time", lambda: now - days * 86400)
+    record(own, "promote", 1, 1)
+    monkeypatch.setattr("serving.repository.promotion_log.time.time", lambda: now)
+    (finding,) = found("champion", own, champion_days=30)
+    assert finding.state == state and "version 1, promoted" in finding.message
+    (own / LOG_NAME).unlink()
+    (finding,) = found("champion", own)
+    assert finding.state == "ok" and "version 1, published" in finding.message
+
+
+def test_a_damaged_champion_is_failing_and_named(own: Path) -> None:
+    (own / "classifier" / "1" / "manifest.json").write_text("{")
+    (finding,) = found("champion", own)
+    assert finding.state == "failing" and "manifest.json" in finding.message
+
+
+def test_a_server_that_was_named_and_does_not_answer_is_failing(own: Path, unused_address: str) -> None:
+    (finding,) = found("server", own, unused_address)
+    assert finding.state == "failing" and unused_address in finding.message
+
+
+@pytest.fixture
+def unused_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.end_to_end
+def test_a_server_that_answers_is_well(server: TritonServer, repository: Path) -> None:
+    (finding,) = found("server", repository, server.http_url)
+    assert finding.state == "ok" and "classifier [1]" in finding.message

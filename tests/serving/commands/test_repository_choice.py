@@ -1,0 +1,140 @@
+"""Which repository a command is about where none is named: what was promoted, or what `dvc repro` wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import picture, write_export
+
+from serving.client.sync_client import Client
+from serving.commands import main
+from serving.commands.options import RELEASES, REPOSITORY, choose_repository
+from serving.promotion.promotion import promote
+from serving.repository.release import list_versions
+from serving.repository.writer import write_repository
+
+NOTE = (
+    "tailor: artifacts/repository, which `dvc repro` wrote, holds a model that has not been promoted; --repository is "
+    "releases, what was promoted\n"
+)
+
+
+@pytest.fixture
+def project(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project as retraining leaves it: version 2 of `releases` is the champion, `artifacts/repository` holds version 1."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (REPOSITORY, RELEASES):
+        shutil.copytree(repository, folder)
+    write_export(Path("second"), version=2)
+    promote(RELEASES, Path("second"), servers=[], rehearsal=False)
+
+
+def champion_of(repository: Path) -> int:
+    (found,) = (state.version for state in list_versions(repository) if state.state == "champion")
+    return found
+
+
+def test_what_is_named_is_taken_then_what_was_promoted_then_what_repro_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert choose_repository(None) == REPOSITORY
+    RELEASES.mkdir()
+    assert choose_repository(None) == RELEASES
+    assert choose_repository(Path("mine")) == Path("mine")
+    assert capsys.readouterr() == ("", "")  # one alone is there
+    REPOSITORY.mkdir(parents=True)
+    assert choose_repository(Path("mine")) == Path("mine")
+    assert choose_repository(None, REPOSITORY) == choose_repository(None, Path("prod")) == REPOSITORY
+    assert capsys.readouterr() == ("", "")  # nobody could be mistaken
+    assert choose_repository(None, note=True) == RELEASES
+    assert capsys.readouterr() == ("", "")  # it holds no model
+
+
+def test_a_line_on_a_model_that_was_not_promoted_is_printed_on_request_alone(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (REPOSITORY, RELEASES):
+        shutil.copytree(repository, folder)
+    assert choose_repository(None, note=True) == RELEASES
+    assert capsys.readouterr() == ("", "")  # that model is the champion
+    shutil.rmtree(REPOSITORY)
+    write_export(Path("second"), version=2)
+    write_repository(Path("second"), REPOSITORY)
+    assert choose_repository(None) == RELEASES
+    assert capsys.readouterr() == ("", "")  # as all commands but serve
+    assert choose_repository(None, note=True) == RELEASES
+    assert capsys.readouterr() == ("", NOTE)
+
+
+@pytest.mark.parametrize("folder", [None, RELEASES], ids=["missing", "empty"])
+def test_serve_reports_that_nothing_has_been_promoted_and_what_to_run(
+    folder: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if folder:
+        folder.mkdir()
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err == (
+        f"tailor: {folder or REPOSITORY}: holds no student/config.pbtxt, nothing has been promoted yet; "
+        "run `dvc repro`, then `tailor promote artifacts/export`, or give --repository\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("project")
+def test_versions_are_those_of_what_was_promoted_and_their_json_stays_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["versions", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [entry["version"] for entry in json.loads(printed.out)] == [1, 2] and printed.err == ""
+    assert main(["versions", "--json", "--repository", "artifacts/repository"]) == 0
+    printed = capsys.readouterr()
+    assert [entry["version"] for entry in json.loads(printed.out)] == [1] and printed.err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("project")
+def test_promote_and_rollback_change_what_was_promoted_and_nothing_that_repro_wrote(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in REPOSITORY.rglob("*")}
+    assert main(["rollback", "--no-rehearsal"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("version 1 answers instead of 2") and printed.err == ""
+    assert champion_of(RELEASES) == 1
+    write_export(Path("artifacts/export"), version=3)
+    assert main(["promote", "--no-rehearsal", "--json", "--force"]) == 0  # its manifest has no figures
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["version"] == 3 and "artifacts/repository" not in printed.err
+    assert champion_of(RELEASES) == 3
+    assert {path: path.stat().st_mtime_ns for path in REPOSITORY.rglob("*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+@pytest.mark.usefixtures("project")
+def test_serve_starts_on_what_was_promoted() -> None:
+    command = [sys.executable, "-m", "serving.commands", "serve", "--quiet"]
+    command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        _, http, _ = process.stdout.readline().split()
+        assert process.stdout.readline().startswith("metrics http://")
+        assert process.stdout.readline() == "repository releases\n"
+        with Client(http) as client:
+            assert client.predict([picture(1)])[0].version == 2
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")

@@ -1,0 +1,341 @@
+"""`tailor playground` in a real browser: an image dropped, a prior changed, a broken file, a folder to CSV."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, Release, picture
+from PIL import Image
+
+from models.prior import log_class_prior, softmax
+from serving.client.predictions import Prediction
+from serving.drift.estimate import write_live_prior
+from serving.playground.answers import Answer, as_html, own_prior, thumbnail, told_apart
+from serving.playground.page import find_samples
+from serving.server.triton_server import TritonServer
+from serving.shared.errors import InputError
+from tests.support.chromium import needs_chromium, started
+
+with_browser = [pytest.mark.end_to_end, pytest.mark.xdist_group("playground"), needs_chromium]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_a_class_name_is_text_whatever_it_holds() -> None:
+    hostile = Prediction(("<script>alert(1)</script>",), (0,), (1.0,), 1)
+    assert "<script>" not in as_html([Answer("balanced", hostile, 1.0), Answer("<b>", None, 0.0, "<img src=x>")])
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("0.7, 0.3", [0.7, 0.3]),
+        ("0.7 0.3\n", [0.7, 0.3]),
+        ("[0.7, 0.3]", [0.7, 0.3]),
+        ('{"a": 1}', {"a": 1}),
+        ("3 1", [0.75, 0.25]),
+        ("cat: 3, dog: 1", {"cat": 0.75, "dog": 0.25}),
+        ("cat: big: 3\ndog : 1\n", {"cat: big": 0.75, "dog": 0.25}),
+        ('{"a, b": 6, "c": 2}', {"a, b": 0.75, "c": 0.25}),
+    ],
+)
+def test_a_prior_is_typed_as_numbers_or_as_json(typed: str, meant: object) -> None:
+    assert own_prior(typed) == meant
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "cat and dog",
+        '"train"',
+        "true",
+        "{",
+        "9" * 2_000_000,
+        "cat: many",
+        "cat: 1, cat: 2",
+        "cat: -1, dog: 3",
+        "0 0",
+        "cat: nan",
+        "[1e308, 1e308]",
+        "[true]",
+        '["1"]',
+        "[]",
+        "1e400",
+    ],
+)
+def test_what_is_no_prior_is_refused_in_one_line(typed: str) -> None:
+    with pytest.raises(InputError, match="your own prior") as refused:
+        own_prior(typed)
+    assert len(str(refused.value)) < 250
+
+
+def test_a_column_whose_best_class_differs_from_the_first_is_marked() -> None:
+    ant, bee = (Prediction((name, "cow"), (0, 1), (0.9, 0.1), 1) for name in ("<ant>", "bee"))
+    html = as_html([Answer("bal & anced", ant, 1.0), Answer("train", bee, 1.0), Answer("live", ant, 1.0)])
+    assert re.findall(r'section class="([^"]+)"><h3>([^<]+)', html) == [
+        ("column", "bal &amp; anced"), ("column changed", "train"), ("column", "live"),
+    ]  # fmt: skip
+    assert html.count("other class than bal &amp; anced") == 1
+
+
+def test_samples_are_the_images_of_the_folder_and_none_where_there_is_no_folder(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "samples.csv"):
+        (tmp_path / name).touch()
+    assert find_samples(tmp_path) == [tmp_path / "a.JPG", tmp_path / "b.png"]
+    assert find_samples(tmp_path / "missing") == []
+
+
+def test_a_picture_taken_sideways_is_shown_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first row is the right side
+    wide = Image.new("RGB", (64, 32), "blue")
+    wide.paste("red", (0, 0, 32, 32))
+    data = io.BytesIO()
+    wide.save(data, "JPEG", exif=exif, quality=95)
+    shown = re.search(r"base64,([^\"]+)", thumbnail(data.getvalue(), "sideways.jpg"))
+    assert shown is not None
+    small = Image.open(io.BytesIO(base64.b64decode(shown[1])))
+    assert small.size == (32, 64)
+    above, below = (small.convert("RGB").getpixel((16, y)) for y in (8, 56))
+    assert above[0] > 200 > below[0] and below[2] > 200 > above[2]
+
+
+def test_files_of_one_name_from_several_folders_are_told_apart() -> None:
+    files = ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/1.jpg (2)"]
+    assert told_apart([Path(file) for file in files]) == ["1.jpg (1)", "1.jpg (3)", "2.jpg", "1.jpg (2)"]
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_is_told_in_one_line() -> None:
+    done = run("--url", "http://127.0.0.1:9", "--timeout", "1")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "127.0.0.1:9" in done.stderr
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serving.commands", "playground", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The playground on the session's server, open in Chromium; `page.strangers`: what it asked of others."""
+    uploads, samples = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("samples")
+    for seed in (7, 8):
+        (samples / f"sample-{seed}.png").write_bytes(picture(seed))
+    command = [sys.executable, "-m", "serving.commands", "playground", "--url", server.http_url, "--port", "0"]
+    command += ["--samples", str(samples)]
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads)}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process,
+        started() as browser,
+    ):
+        try:
+            address = next(line for line in process.stdout or [] if line.startswith("playground ")).split()[1]
+            page = browser.new_page()
+            page.strangers = []
+            page.on("request", lambda request: page.strangers.append(request.url) if not is_ours(request.url) else None)
+            page.goto(address)
+            page.wait_for_selector("#image input[type=file]", state="attached", timeout=60_000)
+            yield page
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def is_ours(url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
+
+
+def columns(page: Any) -> dict[str, str]:
+    """The columns on the page: title → its text."""
+    sections = page.locator("#answers .column").all()
+    return {section.locator("h3").inner_text(): section.inner_text() for section in sections}
+
+
+def tab_to(page: Any, inside: str) -> None:
+    """Press Tab until an element that matches has the focus, and see that the focus shows."""
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("(inside) => document.activeElement.matches(inside)", inside):
+            ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert ring != "none", f"{inside} has the focus and nothing shows it"
+            return
+    pytest.fail(f"{inside} is not reached by Tab")
+
+
+def upload(page: Any, path: Path) -> None:
+    """Choose a file, in the place of the one before."""
+    if page.locator("#image button[aria-label='Clear']").count():
+        page.locator("#image button[aria-label='Clear']").first.click()
+        page.wait_for_selector("#answers :text('Drop an image')")
+    page.set_input_files("#image input[type=file]", path)
+
+
+def file_chooser(page: Any) -> Any:
+    """What Enter on the image's button opens. A page that has just loaded may not listen yet: one presses again."""
+    from playwright.sync_api import TimeoutError as NothingOpened
+
+    for _ in range(6):
+        tab_to(page, "#image button")
+        with contextlib.suppress(NothingOpened), page.expect_file_chooser(timeout=5_000) as chooser:
+            page.keyboard.press("Enter")
+            return chooser.value
+    raise AssertionError("Enter on the image's button opens no file chooser")
+
+
+class TestInABrowser:
+    """Each test uploads what it needs."""
+
+    pytestmark = with_browser
+
+    def test_an_image_is_answered_under_each_prior_side_by_side(
+        self, page: Any, release: Release, tmp_path: Path
+    ) -> None:
+        (tmp_path / "noise.png").write_bytes(picture(3))
+        upload(page, tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        shown = columns(page)
+        assert list(shown) == ["balanced", "train", "live", "strength 0.5"]
+        train = softmax(release.logits([picture(3)])[0] + log_class_prior(release.manifest.counts))
+        best = int(train.argmax())
+        assert CLASSES[best] in shown["train"].splitlines()[1]
+        assert f"{100 * train[best]:.1f} %" in shown["train"]
+        assert "ms, version 1" in shown["balanced"]
+        assert "tailor drift --write" in shown["live"]
+
+    def test_a_prior_of_ones_own_and_the_slider_change_the_answer(self, page: Any, tmp_path: Path) -> None:
+        (tmp_path / "noise.png").write_bytes(picture(4))
+        upload(page, tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        page.fill("#own textarea", '{"emu": 1}')
+        page.locator("#own textarea").blur()
+        page.wait_for_selector("#answers h3:text('your own')")
+        assert columns(page)["your own"].splitlines()[1:3] == ["emu", "100.0 %"]
+        page.locator("#strength input[type=range]").focus()
+        page.keyboard.press("Home")
+        page.wait_for_selector("#answers h3:text-is('strength 0')")
+        shown = columns(page)
+        assert shown["strength 0"].splitlines()[1:5] == shown["balanced"].splitlines()[1:5]
+
+    def test_a_live_prior_that_drift_has_written_has_its_own_answer(
+        self, page: Any, release: Release, repository: Path, tmp_path: Path
+    ) -> None:
+        shares = np.array([0.01, 0.01, 0.01, 0.01, 0.96])
+        (tmp_path / "noise.png").write_bytes(picture(3))
+        written = write_live_prior(repository, release.manifest, shares, {})
+        try:
+            upload(page, tmp_path / "noise.png")
+            page.wait_for_selector("#answers .column", timeout=60_000)
+            shown = columns(page)
+        finally:
+            written.unlink()  # the server is the whole session's
+        live = softmax(release.logits([picture(3)])[0] + np.log(shares))
+        best = int(live.argmax())
+        assert shown["live"].splitlines()[1:3] == [CLASSES[best], f"{100 * live[best]:.1f} %"]
+        assert "ms, version 1" in shown["live"]
+        assert shown["live"].splitlines()[1:3] not in [shown[name].splitlines()[1:3] for name in ("balanced", "train")]
+
+    def test_by_the_keyboard_alone_an_image_is_chosen_and_a_prior_typed(self, page: Any, tmp_path: Path) -> None:
+        (tmp_path / "noise.png").write_bytes(picture(4))
+        page.reload()
+        page.wait_for_selector("#image input[type=file]", state="attached")
+        file_chooser(page).set_files(tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        tab_to(page, "#strength input[type=range]")
+        page.keyboard.press("End")
+        page.wait_for_selector("#answers h3:text-is('strength 2')")
+        tab_to(page, "#own textarea")
+        page.keyboard.type("emu: 5")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#answers h3:text('your own')")
+        assert columns(page)["your own"].splitlines()[1:3] == ["emu", "100.0 %"]
+        tab_to(page, "[role=tab][aria-selected=false]")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#classify", state="visible")
+        tab_to(page, "#classify")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#said :text('0 images')")
+        page.get_by_role("tab", name="One image").click()
+
+    def test_a_sample_image_is_classified_when_it_is_clicked(self, page: Any, release: Release) -> None:
+        page.locator("#samples button img").nth(1).click()
+        page.wait_for_selector("#shown :text('sample-8.png')", timeout=60_000)
+        best = int(release.logits([picture(8)])[0].argmax())
+        assert columns(page)["balanced"].splitlines()[1] == CLASSES[best]
+
+    def test_sample_images_are_shown_whole_below_their_label(self, page: Any) -> None:
+        box, label = (page.locator(f"#samples{part}").bounding_box() for part in ("", " [data-testid=block-label]"))
+        for image in page.locator("#samples button img").all():
+            shown = image.bounding_box()
+            assert box["x"] <= shown["x"] and shown["x"] + shown["width"] <= box["x"] + box["width"]
+            assert shown["y"] >= label["y"] + label["height"]
+
+    def test_a_broken_file_is_told_what_is_wrong(self, page: Any, tmp_path: Path) -> None:
+        (tmp_path / "broken.png").write_bytes(picture(5)[:60])
+        upload(page, tmp_path / "broken.png")
+        page.wait_for_selector("#answers [role=alert]", timeout=60_000)
+        assert "broken.png" in page.inner_text("#answers")
+        assert page.locator("#answers .column").count() == 0
+
+    def test_a_folder_becomes_a_table(self, page: Any, tmp_path: Path) -> None:
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        for seed in range(5):
+            (folder / f"{seed}.png").write_bytes(picture(seed))
+        (folder / "inside").mkdir()
+        (folder / "inside/4.png").write_bytes(picture(5))
+        (folder / "broken.png").write_bytes(b"no picture")
+        page.get_by_role("tab", name="Many images").click()
+        page.set_input_files("#folder input[type=file]", folder)
+        page.locator("#folder [aria-label='4.png']").first.wait_for(timeout=60_000)
+        page.click("#classify")
+        page.wait_for_selector("#said :text('6 classified, 1 failed')", timeout=60_000)
+        assert page.locator("#rows tbody tr").count() == 7 and page.locator("#rows tbody img").count() == 6
+        shown = {
+            cells[1]: cells[2]
+            for line in page.inner_text("#rows tbody").splitlines()
+            if len(cells := line.split("\t")) > 2
+        }
+        assert shown["broken.png"] == "is not a JPEG, PNG or WebP image" and shown["0.png"] in CLASSES
+        wide = page.viewport_size
+        page.set_viewport_size({"width": 390, "height": 800})
+        height = {cell.inner_text(): cell.bounding_box()["height"] for cell in page.locator("#rows th").all()}
+        assert len(set(height.values())) == 1 and max(height.values()) < 45, "a heading is broken on a phone"
+        page.set_viewport_size(wide)
+        with page.expect_download() as download:
+            page.locator("#csv a[download]").first.click()
+        rows = list(csv.DictReader(Path(download.value.path()).read_text(encoding="utf-8").splitlines()))
+        names = {"0.png", "1.png", "2.png", "3.png", "4.png (1)", "4.png (2)", "broken.png"}
+        assert {row["image"] for row in rows} == names
+        assert [row["error"] != "" for row in rows if row["image"] == "broken.png"] == [True]
+        page.get_by_role("tab", name="One image").click()
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_contrast_and_names_pass_axe_in_light_and_dark(self, page: Any, tmp_path: Path, scheme: str) -> None:
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+        (tmp_path / "noise.png").write_bytes(picture(3))
+        page.goto(page.url.partition("?")[0] + f"?__theme={scheme}")
+        page.wait_for_selector("#image input[type=file]", state="attached")
+        upload(page, tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
+        ours = [
+            (violation["id"], node["target"], node["html"][:120]) for violation in found for node in violation["nodes"]
+        ]
+        assert ours == []
+
+    def test_nothing_is_asked_of_other_machines(self, page: Any) -> None:
+        assert page.strangers == []

@@ -1,0 +1,74 @@
+"""HTTP_PROXY in the environment does not come between Tailor and loopback."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+NO_SERVER = "http://127.0.0.1:9"
+CLIENTS = """
+import sys, urllib.request, httpx
+from serving.shared.ports import bypass_proxy_on_loopback
+bypass_proxy_on_loopback()
+print(urllib.request.urlopen(sys.argv[1], timeout=5).status, httpx.get(sys.argv[1], timeout=5).status_code)
+"""
+PREFECT = "import sys; from pipeline.scheduling.prefect_server import answers; print(answers(sys.argv[1]))"
+
+
+class Well(http.server.BaseHTTPRequestHandler):
+    """Answers every request with 200."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Well) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def ran(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    proxied = {"http_proxy": NO_SERVER, "HTTP_PROXY": NO_SERVER, "PYTHONPATH": str(ROOT), **environment}
+    clean = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    return subprocess.run(
+        [sys.executable, *command], env=clean | proxied, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.mark.parametrize("live", [(), ("--live",)])
+def test_the_health_check_of_a_healthy_server_is_well_under_a_proxy(url: str, live: tuple[str, ...]) -> None:
+    ended = ran(str(ROOT / "serving/deploy/healthcheck.py"), *live, url, f"{url}/metrics")
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["", "intranet.example", "*"])
+def test_http_clients_reach_loopback_directly_and_what_the_user_excluded_stays_excluded(url: str, given: str) -> None:
+    ended = ran("-c", CLIENTS + "import os; print(os.environ['no_proxy'])", url, NO_PROXY=given)
+    assert ended.stdout.split()[:2] == ["200", "200"], ended.stderr
+    assert ended.stdout.split()[2].startswith(given)
+
+
+@pytest.mark.slow
+def test_prefects_server_on_loopback_is_found_under_a_proxy(url: str) -> None:
+    assert ran("-c", PREFECT, url).stdout == "True\n"

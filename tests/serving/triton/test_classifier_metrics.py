@@ -1,0 +1,206 @@
+"""What the classifier counts and logs: priors, classes, confidence, refusals; never a word of the image."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import time
+import types
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, picture
+from test_stand_in import backend, calls, classifier, request, student  # noqa: F401 (fixtures)
+
+import serving.triton
+from serving.client.sync_client import Client
+from serving.server.triton_server import TritonServer
+from serving.transport.sync_transport import Refused, Transport
+
+FOLDER = Path(serving.triton.__file__).parent
+
+
+def imported(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tried_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "triton_python_backend_utils", backend())
+        spec.loader.exec_module(module)
+    return module
+
+
+def counted(metrics: Any, family: str) -> dict[tuple[str, ...], float]:
+    """What a family holds, by the values of its labels but the version."""
+    metrics.flush()
+    return {
+        tuple(value for name, value in sorted(labels) if name != "version"): metric.value
+        for labels, metric in metrics.families[family].metrics.items()
+    }
+
+
+def test_every_image_is_counted_under_the_prior_it_asked_for(classifier: Any) -> None:  # noqa: F811
+    one = [picture(1)]
+    classifier.execute(
+        [
+            request(one, strength=[[0.0]]),
+            request(one, strength=[[-0.0]]),
+            request(one * 3, strength=[[1.0], [0.3], [0.0]]),
+            request(one * 2, target_prior=[[0.2] * 5] * 2),
+            request(one),  # the manifest's default is 0.5
+            request([b""], strength=[[0.0]]),
+        ]
+    )
+    found = counted(classifier.metrics, "tailor_images_total")
+    assert found == {("balanced",): 3, ("train",): 1, ("live",): 0, ("number",): 2, ("own",): 2}
+    assert sum(counted(classifier.metrics, "tailor_top_class_total").values()) == 8
+    assert counted(classifier.metrics, "tailor_confidence_count") == {(): 8}
+
+
+def test_refusals_are_counted_by_reason(classifier: Any) -> None:  # noqa: F811
+    one = [picture(1)]
+    classifier.execute(
+        [
+            request([b""]),
+            request([b"text"]),
+            request([picture(1)[:60]]),
+            request(one, strength=[[np.nan]]),
+            request(one, target_prior=[[2, 0, 0, 0, 0]]),
+            request(one, target_prior=[[0.2] * 5], strength=[[0.0]]),
+        ]
+    )
+    assert counted(classifier.metrics, "tailor_refused_total") == {
+        (reason,): 1 for reason in ("image_empty", "image_format", "image_damaged", "strength", "target_prior", "both")
+    }
+
+
+def test_requests_that_the_student_fails_are_counted_apart(classifier: Any, student: Any) -> None:  # noqa: F811
+    error = types.SimpleNamespace(message=lambda: "out of memory")
+    failed = types.SimpleNamespace(has_error=lambda: True, error=lambda: error)
+    student.execute = lambda _requests: [failed]
+    classifier.execute([request([picture(1)]), request([picture(2)]), request([b""])])
+    assert counted(classifier.metrics, "tailor_failed_total") == {(): 2}
+    assert sum(counted(classifier.metrics, "tailor_images_total").values()) == 0
+
+
+def test_confidence_is_cumulative_as_a_histogram_is() -> None:
+    metrics = imported("metrics").Metrics(1, ["a", "b"], ["many", "few"], [0, 1])
+    metrics.answered({"balanced": 3}, np.array([0, 1, 1]), np.array([0.05, 0.1, 0.95]))
+    buckets = {labels[0]: value for labels, value in counted(metrics, "tailor_confidence_bucket").items()}
+    assert [buckets[edge] for edge in ("0.1", "0.2", "0.9", "1.0", "+Inf")] == [2, 2, 2, 3, 3]
+    assert counted(metrics, "tailor_confidence_sum")[()] == pytest.approx(1.1)
+    assert counted(metrics, "tailor_top_class_total") == {("a", "many"): 1, ("b", "few"): 2}
+    metrics.close()
+
+
+@pytest.mark.parametrize("classes", [101, 1000, 8142])
+def test_many_classes_share_a_bounded_number_of_labels_by_their_rank(classes: int) -> None:
+    ranks = np.random.default_rng(0).permutation(classes)
+    labels = imported("metrics").class_labels([str(index) for index in range(classes)], ranks)
+    assert len(set(labels)) == 100
+    for index in range(classes):
+        first, last = map(int, re.fullmatch(r"rank (\d+)-(\d+)", labels[index]).groups())
+        assert first <= ranks[index] + 1 <= last
+
+
+def test_counts_of_the_last_moment_are_handed_over_at_the_end() -> None:
+    metrics = imported("metrics").Metrics(1, ["a"], ["many"], [0])
+    metrics.count("tailor_refused_total", reason="image_empty")
+    metrics.close()
+    assert not metrics.thread.is_alive()
+    assert next(iter(metrics.families["tailor_refused_total"].metrics.values())).value == 1
+
+
+def open_log(folder: Path | str | None, lost: list[int] | None = None, **constants: int) -> Any:
+    module = imported("access_log")
+    for name, value in constants.items():
+        setattr(module, name, value)
+    return module.AccessLog(folder, "classifier_0_0_version_1", lambda: lost.append(1))
+
+
+def test_access_log_is_off_unless_asked_for(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    classifier.execute([request([picture(1)])])
+    assert classifier.access_log.handler is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_access_log_line_tells_the_request_and_nothing_of_the_image(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "log")
+    log.write('id "quoted"\n' + "x" * 1000, time.monotonic(), 2, 1234, "train", "ok")
+    log.close()
+    lines = (tmp_path / "log" / "classifier_0_0_version_1.jsonl").read_text().splitlines()
+    entry = json.loads(lines[0])
+    assert len(lines) == 1
+    assert list(entry) == ["time", "request", "images", "bytes", "prior", "outcome", "milliseconds"]
+    assert entry["request"] == ('id "quoted"\n' + "x" * 1000)[:64]
+    assert (entry["images"], entry["bytes"], entry["prior"], entry["outcome"]) == (2, 1234, "train", "ok")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry["time"])
+
+
+def test_every_request_of_a_batch_has_its_line(classifier: Any, tmp_path: Path) -> None:  # noqa: F811
+    classifier.access_log = open_log(tmp_path)
+    two = [picture(1)] * 2
+    classifier.execute([request(two, strength=[[0.0], [1.0]]), request([b"text"]), request(two, strength=[[1.0]] * 2)])
+    text = (tmp_path / "classifier_0_0_version_1.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [(line["images"], line["prior"], line["outcome"]) for line in lines] == [
+        (2, "mixed", "ok"),
+        (1, None, "image_format"),
+        (2, "train", "ok"),
+    ]
+    assert lines[0]["bytes"] == 2 * len(picture(1))
+
+
+def test_access_log_is_bounded_in_bytes(tmp_path: Path) -> None:
+    log = open_log(tmp_path, MAX_BYTES=2000, BACKUPS=2)
+    for _ in range(500):
+        log.write("id", time.monotonic(), 1, 10, "balanced", "ok")
+    log.close()
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert len(sizes) == 3
+    assert max(sizes) <= 2000
+
+
+def test_full_disk_loses_lines_and_no_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lost: list[int] = []
+    (tmp_path / "classifier_0_0_version_1.jsonl").symlink_to("/dev/full")
+    log = open_log(tmp_path, lost)
+    for _ in range(3):
+        log.write("id", time.monotonic(), 1, 10, "balanced", "ok")
+    assert len(lost) == 3
+    assert capfd.readouterr().err == ""
+
+
+def scrape(server: TritonServer) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.ports['--metrics-port']}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+@pytest.mark.end_to_end
+def test_real_server_shows_the_counts_of_both_instances(server: TritonServer) -> None:
+    def shown(family: str) -> float:
+        return sum(value for name, value in scrape(server).items() if name.startswith(family))
+
+    names = ('tailor_images_total{prior="own"', 'tailor_refused_total{reason="image_format"', "tailor_top_class_total")
+    time.sleep(2.5)  # what other tests asked a moment ago
+    before = [shown(name) for name in names]
+    with Client(server.grpc_url) as client:
+        for seed in range(10):
+            client.predict([picture(seed)] * 2, [0.2] * len(CLASSES))
+    transport = Transport(server.http_url, timeout=10)
+    with pytest.raises(Refused):
+        transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
+    transport.close()
+    deadline = time.monotonic() + 10
+    while (now := [shown(name) for name in names]) < [b + n for b, n in zip(before, (20, 1, 20), strict=True)]:
+        assert time.monotonic() < deadline, (before, now)
+        time.sleep(0.2)
+    assert now == [before[0] + 20, before[1] + 1, before[2] + 20]
+    groups = {re.search(r'group="(\w+)"', name).group(1) for name in scrape(server) if name.startswith(names[2])}
+    assert groups <= {"many", "medium", "few"}

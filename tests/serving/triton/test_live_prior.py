@@ -1,0 +1,221 @@
+"""The prior that requests name: balanced and train as ever, and live, from a file that is replaced while they come."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, COUNTS, TOP_K, Release, picture, write_export
+from test_classifier_metrics import counted
+from test_stand_in import Response, Tensor, calls, classifier, request, student  # noqa: F401 (fixtures)
+
+from serving.client.async_client import AsyncClient
+from serving.client.predictions import Prediction
+from serving.client.priors import LIVE, parse_prior
+from serving.client.requests import Dialogue
+from serving.client.sync_client import Client
+from serving.drift.estimate import write_live_prior
+from serving.promotion.promotion import promote
+from serving.server.triton_server import TritonServer
+from serving.shared.atomic import write_file
+from serving.shared.errors import InputError, ServingError
+from serving.transport.failures import Refused
+from serving.triton.live_prior import NAME
+from tests.support.running_gateway import running_gateway
+
+PRIOR = [0.1, 0.4, 0.2, 0.05, 0.25]
+OTHER = [0.6, 0.1, 0.1, 0.1, 0.1]
+
+
+def named(images: list[bytes], *names: str) -> Response:
+    asked = request(images)
+    asked.tensors.append(Tensor("prior", np.array([[name.encode()] for name in names], dtype=np.object_)))
+    return asked
+
+
+@pytest.fixture
+def live_file(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    """Where the classifier looks for its live prior: not in the repository that other tests share."""
+    monkeypatch.setattr(classifier.reader.live_prior, "path", tmp_path / NAME)
+    return tmp_path / NAME
+
+
+def content(**changes: object) -> str:
+    return json.dumps({"format": 1, "classes": CLASSES, "prior": PRIOR} | changes)
+
+
+def test_each_row_names_its_own_prior(classifier: Any, release: Release, live_file: Path) -> None:  # noqa: F811
+    live_file.write_text(content())
+    images = [picture(seed) for seed in range(3)]
+    [answer] = classifier.execute([named(images, "balanced", "train", "live")])
+    adjustments = [np.zeros(5), np.log(np.array(COUNTS) / sum(COUNTS)), np.log(PRIOR)]
+    for row, (image, adjustment) in enumerate(zip(images, adjustments, strict=True)):
+        expected = release.probabilities([image], adjustment)[0]
+        np.testing.assert_allclose(answer["probability"][row], np.sort(expected)[::-1][:TOP_K], rtol=1e-4)
+    found = counted(classifier.metrics, "tailor_images_total")
+    assert (found["balanced",], found["train",], found["live",]) == (1, 1, 1)
+
+
+def test_name_that_is_none_and_a_name_beside_numbers_are_refused(classifier: Any, live_file: Path) -> None:  # noqa: F811
+    live_file.write_text(content())
+    batch = [named([picture(1)], "shop"), named([picture(1)], "live"), named([picture(1)] * 2, "live", "live")]
+    batch[2].tensors[-1].array[1, 0] = b"\xff" * 1000
+    batch[1].tensors.append(Tensor("strength", np.ones((1, 1), dtype=np.float32)))
+    answers = classifier.execute(batch)
+    expected = "expected balanced, train, live, a number, or a list in brackets with one number per class"
+    assert [answer.error.message() for answer in answers] == [
+        f"prior is 'shop'; {expected}",
+        "prior excludes strength and target_prior; send one of them",
+        "row 1: prior is '" + r"\ufffd" * 40 + f"'; {expected}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "prior is live, but this repository has none; run `tailor drift --write`"),
+        ("{", "prior is live, but live_prior.json is no live prior"),
+        ("[" * 100_000, "live_prior.json is no live prior"),
+        ("[1]", "live_prior.json is no live prior"),
+        (content(format=2), "format is 2, expected 1"),
+        (content(classes=CLASSES[::-1]), "live_prior.json is of other classes"),
+        (content(prior=PRIOR[1:]), "live_prior.json: target_prior has shape [4]; expected 5 numbers"),
+        (content(prior=["1", 0, 0, 0, 0]), "live_prior.json: holds a str, which is not a number"),
+        (content(prior=[True, 0, 0, 0, 0]), "live_prior.json: holds a bool, which is not a number"),
+        (content(prior=[2, 0, 0, 0, 0]), "live_prior.json: target_prior sums to 2"),
+        (content(prior="many"), "live_prior.json: "),
+    ],
+)
+def test_live_prior_that_cannot_be_used_fails_its_requests_alone_and_a_better_one_mends_it(
+    classifier: Any,  # noqa: F811
+    live_file: Path,
+    text: str | None,
+    message: str,
+) -> None:
+    if text is not None:
+        live_file.write_text(text)
+    refused, answered = classifier.execute([named([picture(1)], "live"), named([picture(1)], "train")])
+    assert message in refused.error.message()
+    assert "\n" not in refused.error.message()
+    assert answered.error is None
+    write_file(live_file, content())
+    assert classifier.execute([named([picture(1)], "live")])[0].error is None
+    live_file.unlink()
+    assert "this repository has none" in classifier.execute([named([picture(1)], "live")])[0].error.message()
+
+
+def test_live_is_a_word_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("live").write_text("[1.0]")
+    assert parse_prior("live") == LIVE
+    with pytest.raises(InputError, match="expected balanced, train, live, a number, or a file"):
+        parse_prior("alive")
+
+
+def assert_same(answers: Iterable[Prediction], expected: list[Prediction]) -> None:
+    """The same but for a vector's rounding to float32 on its way."""
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert (answer.indexes, answer.version) == (wanted.indexes, wanted.version)
+        np.testing.assert_allclose(answer.probabilities, wanted.probabilities, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def own_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server on a repository that may be written to."""
+    root = shutil.copytree(repository, tmp_path_factory.mktemp("live") / "repository")
+    with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server:
+        yield server
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_any_client_gets_the_live_prior_from_the_real_server(
+    own_server: TritonServer, release: Release, protocol: str
+) -> None:
+    (own_server.repository / NAME).unlink(missing_ok=True)
+    images = [picture(seed) for seed in range(20)]  # more than a batch takes
+    with Client(own_server.http_url if protocol == "http" else own_server.grpc_url) as client:
+        with pytest.raises(Refused, match="prior is live, but this repository has none; run `tailor drift --write`"):
+            client.predict(images, "live")
+        for prior in (PRIOR, OTHER):
+            write_live_prior(own_server.repository, release.manifest, np.array(prior), {})
+            assert_same(client.predict(images, "live"), client.predict(images, prior))
+            assert_same(client.stream(images, "live"), client.predict(images, prior))
+
+
+@pytest.mark.end_to_end
+def test_it_passes_the_gateway_and_the_async_client(own_server: TritonServer, release: Release) -> None:
+    import asyncio
+
+    write_live_prior(own_server.repository, release.manifest, np.array(PRIOR), {})
+
+    async def ask(url: str) -> list:
+        async with AsyncClient(url) as client:
+            return await client.predict([picture(1)], "live")
+
+    with Client(own_server.http_url) as client:
+        expected = client.predict([picture(1)], PRIOR)
+    with running_gateway(own_server) as gateway:
+        for url in (own_server.http_url, gateway.http_url, gateway.grpc_url):
+            assert_same(asyncio.run(ask(url)), expected)
+
+
+@pytest.mark.end_to_end
+def test_replaced_under_load_every_answer_is_of_one_prior_or_the_other(
+    own_server: TritonServer, release: Release
+) -> None:
+    write_live_prior(own_server.repository, release.manifest, np.array(PRIOR), {})
+    with Client(own_server.grpc_url) as client:
+        allowed = [client.predict([picture(1)], prior)[0].probabilities for prior in (PRIOR, OTHER)]
+    seen, faults, stopping = set(), [], threading.Event()
+
+    def ask(url: str) -> None:
+        with Client(url) as own:
+            while not stopping.is_set():
+                found = own.predict([picture(1)], "live")[0].probabilities
+                near = [np.allclose(found, one, rtol=1e-4) for one in allowed]
+                seen.add(near.index(True)) if any(near) else faults.append(found)
+
+    threads = [threading.Thread(target=ask, args=(url,)) for url in (own_server.http_url, own_server.grpc_url) * 2]
+    for thread in threads:
+        thread.start()
+    for place in range(60):
+        write_live_prior(own_server.repository, release.manifest, np.array((OTHER, PRIOR)[place % 2]), {})
+    stopping.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert seen == {0, 1}
+
+
+@pytest.mark.end_to_end
+def test_live_prior_outlives_a_promotion_and_a_restart(
+    own_server: TritonServer, release: Release, tmp_path: Path
+) -> None:
+    write_live_prior(own_server.repository, release.manifest, np.array(PRIOR), {})
+    write_export(tmp_path / "export", version=2)
+    assert promote(own_server.repository, tmp_path / "export", rehearsal=False).version == 2
+    for again in (False, True):
+        if again:
+            own_server.stop(at_once=True)
+            own_server.start()
+        with Client(own_server.grpc_url) as client:
+            answers = client.predict([picture(1)], "live")
+            assert answers[0].version == 2
+            assert_same(answers, client.predict([picture(1)], PRIOR))
+
+
+def test_server_that_knows_no_prior_by_name_is_named_before_an_image_is_sent() -> None:
+    steps = Dialogue("http://old").predict([picture(1)], "live", None)
+    next(steps)
+    [asked] = steps.send([{"max_batch_size": 8}])
+    assert asked.path == "/v2/models/classifier"
+    inputs = [{"name": name, "shape": [-1, 1]} for name in ("image", "strength", "target_prior")]
+    with pytest.raises(ServingError, match="http://old: classifier knows no prior by name; serve a repository that"):
+        steps.send([{"inputs": inputs}])

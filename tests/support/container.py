@@ -1,0 +1,101 @@
+"""What a container runs, here: its entry point on a Triton whose backends the caller chooses.
+
+With TAILOR_TEST_BACKENDS, a folder that holds `onnxruntime` as Triton ships it, `student` runs in Triton's own onnxruntime
+backend, from the config.pbtxt that a container reads. Without it the local server's stand-in takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.server.installation import find_installation
+from serving.shared.ports import choose_ports
+
+DEPLOY = Path(__file__).parents[2] / "serving" / "deploy"
+BACKENDS_VARIABLE = "TAILOR_TEST_BACKENDS"
+READY = 120.0  # seconds
+
+
+@dataclass(frozen=True)
+class Container:
+    """The addresses of a server that the container's entry point started."""
+
+    http_url: str
+    grpc_url: str
+    metrics_url: str
+
+
+class EndedWhileStarting(Exception):
+    """The server ended before it was healthy; the message is its log."""
+
+
+def backends() -> Path | None:
+    """The folder with a real onnxruntime backend, None where the caller named none."""
+    given = os.environ.get(BACKENDS_VARIABLE)
+    return Path(given).absolute() if given else None
+
+
+@contextmanager
+def running_container(repository: Path, folder: Path, key: str) -> Iterator[Container]:
+    """Run the entry point on a repository until the block is left; folder: an empty one for links and the log.
+
+    Raises EndedWhileStarting.
+    """
+    (folder / "models").symlink_to(repository)  # Triton takes no space in a path
+    installation = find_installation()
+    python = folder / "backends" / "python"
+    python.mkdir(parents=True)
+    for name, path in installation.backend_files.items():
+        (python / name).symlink_to(path)
+    options = [f"--backend-directory={folder / 'backends'}"]
+    if others := backends():
+        (folder / "backends" / "onnxruntime").symlink_to(others / "onnxruntime")
+    else:
+        options.append("--model-config-name=local")
+    ports = choose_ports("127.0.0.1", {"--http-port": 0, "--grpc-port": 0, "--metrics-port": 0})
+    options += [f"{option}={port}" for option, port in ports.items()]
+    environment = installation.environment | {
+        # PATH decides the stubs' Python too, so the environment's own comes first.
+        "PATH": os.pathsep.join(
+            [str(Path(sys.executable).parent), str(installation.server.parent), installation.environment["PATH"]]
+        ),
+        "TAILOR_REPOSITORY": str(folder / "models"),
+        "TAILOR_HOST": "127.0.0.1",
+        "TAILOR_ADMIN_KEY": key,
+    }
+    http, grpc, metrics = (f"127.0.0.1:{ports[name]}" for name in ("--http-port", "--grpc-port", "--metrics-port"))
+    with (folder / "triton.log").open("wb") as log:
+        process = subprocess.Popen(
+            [DEPLOY / "entrypoint.sh", *options], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        await_health(f"http://{http}", process, folder / "triton.log")
+        yield Container(f"http://{http}", f"grpc://{grpc}", f"http://{metrics}/metrics")
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def await_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Ask as the image's HEALTHCHECK does until it is content; fail with the server's log where it never is."""
+    deadline = time.monotonic() + READY
+    while True:
+        command = [sys.executable, DEPLOY / "healthcheck.py", url]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return
+        if process.poll() is not None:
+            raise EndedWhileStarting(log.read_text())
+        assert time.monotonic() < deadline, log.read_text()
+
+
+def metrics_text(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return str(answer.read().decode())

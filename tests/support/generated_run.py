@@ -1,0 +1,127 @@
+"""Predictions made up for any number of classes, and the report of them: what a page must bear without any training."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from models.prior import shot_group
+from pipeline.data.class_prior import Prior
+from pipeline.evaluate import choose_samples
+from pipeline.evaluation.metrics import answers, per_class_accuracy
+from pipeline.evaluation.network_metrics import network_metrics
+from pipeline.report import Evaluation, Origin, render_report, study
+from pipeline.report.data_card import SplitSizes, data_facts
+from pipeline.report.model_card import model_card, model_facts
+from tests.support.making import params, png
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><script>fetch('https://example.com/')</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><a href="javascript:alert(1)">',
+    "{{ 7 * 7 }}",
+    "<b>bold</b> & <br>",
+    "a|b\u2028c",
+    "Ω naïve 猫",
+]
+
+
+def made_prior(classes: int) -> Prior:
+    """Classes of 500 to 5 training images; the first ones have hostile names."""
+    counts = np.maximum(500 * 0.01 ** np.linspace(0, 1, classes), 5).astype(int).tolist()
+    names = [*HOSTILE, *(f"species {c} of a genus" for c in range(len(HOSTILE), classes))][:classes]
+    p = np.array(counts) / sum(counts)
+    return Prior(names, counts, p.tolist(), np.log(p).tolist(), [shot_group(count) for count in counts])
+
+
+def made_logits(labels: np.ndarray, prior: Prior, seed: int, skill: float = 4.0) -> np.ndarray:
+    """Logits [N,C] that know a class the better the more images it has, and take it for its neighbours."""
+    random, classes = np.random.default_rng(seed), len(prior.classes)
+    logits = random.normal(size=(len(labels), classes)).astype(np.float32)
+    logits[np.arange(len(labels)), labels] += skill * (0.5 + np.log(np.array(prior.counts)) / 6)[labels]
+    logits[np.arange(len(labels)), (labels + 1) % classes] += 3
+    return logits * 1.7
+
+
+@lru_cache
+def made_report(
+    classes: int, per_class: int, validation: bool = True, champion: bool = False, warnings: tuple[str, ...] = ()
+) -> str:
+    """The report of made-up predictions, as `evaluate` puts it together."""
+    prior, recipe = made_prior(classes), params()
+    labels = np.repeat(np.arange(classes), per_class)
+    logits = {name: made_logits(labels, prior, seed) for seed, name in enumerate(("teacher", "student"))}
+    held_out = (made_logits(labels, prior, 2), labels) if validation else None
+    previous = champion_of(labels, prior, champion)
+    found = study(
+        logits,
+        labels,
+        prior,
+        recipe.evaluate.ece_bins,
+        recipe.data.seed,
+        validation=held_out,
+        champion=previous,
+        draws=1,
+    )
+    log_prior = np.array(prior.log_prior)
+    given = {
+        name: answers(logits["student"], log_prior, strength) for name, strength in (("balanced", 0), ("train", 1))
+    }
+    metrics = {name: network_metrics(values, labels, prior, recipe.evaluate) for name, values in logits.items()}
+    right = {name: per_class_accuracy(p.argmax(1), labels, classes) for name, p in given.items()}
+    rows = [
+        {
+            "class": name, "group": prior.groups[c], "train_count": prior.counts[c], "test_count": per_class,
+            **{f"{network}_{p}": right[p][c] for network in ("teacher", "student") for p in right},
+        }
+        for c, name in enumerate(prior.classes)
+    ]  # fmt: skip
+    samples = [
+        {
+            "file": f"{row:03d}.png", "label": prior.classes[labels[row]], "bytes": png(row),
+            **{name: prior.classes[int(p[row].argmax())] for name, p in given.items()},
+        }
+        for row in choose_samples(given, 12, 0)
+    ]  # fmt: skip
+    sizes = SplitSizes(sum(prior.counts), len(labels), len(labels))
+    origin = Origin("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
+    facts, about = data_facts(recipe.data, recipe.image, prior, sizes), facts_of_the_model(prior)
+    return render_report(
+        Evaluation(
+            found, metrics, rows, samples, prior, png, facts, about, recipe.model_dump(mode="json"),
+            warnings=warnings, origin=origin,
+        )
+    )  # fmt: skip
+
+
+def facts_of_the_model(prior: Prior) -> list[tuple[str, str]]:
+    """The facts of a model card, of the default params."""
+    recipe = params()
+    return model_facts(recipe.teacher, recipe.student, recipe.image.size, recipe.serving.strength, prior)
+
+
+def made_model_card(prior: Prior, metrics: dict) -> str:
+    """The model card of the default params."""
+    recipe = params()
+    return model_card(recipe.data, recipe.student.backbone, recipe.seed, facts_of_the_model(prior), prior, metrics)
+
+
+def made_histories(validation: bool) -> dict[str, list[dict[str, float]]]:
+    """Five epochs of teacher and student, with validation accuracies or without."""
+    score = {"validation_accuracy": 0.5} if validation else {}
+    return {
+        name: [{"epoch": epoch, "loss": loss / epoch, **score} for epoch in range(1, 6)]
+        for name, loss in (("teacher", 3.0), ("student", 6.0))
+    }
+
+
+def champion_of(labels: np.ndarray, prior: Prior, there: bool):
+    """A champion's answers, a little worse."""
+    from pipeline.evaluation.predictions import Answers
+
+    if not there:
+        return None
+    p = answers(made_logits(labels, prior, 5, skill=3.5), np.array(prior.log_prior), 0.0)
+    return Answers([f"{i:06d}" for i in range(len(labels))], labels, p, prior)

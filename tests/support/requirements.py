@@ -1,0 +1,34 @@
+"""What requirements bring with them, by the metadata of the packages that are installed here."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+DISTRIBUTIONS = {canonicalize_name(found.name) for found in metadata.distributions()}
+
+
+def installed_with(requirements: Sequence[str]) -> set[str]:
+    """Names of the distributions that requirements bring. Those of Tailor are read from pyproject.toml."""
+    found, waiting = set(), [Requirement(text) for text in requirements]
+    while waiting:
+        wanted = waiting.pop()
+        extras = {"", *wanted.extras}
+        for name, extra in {(canonicalize_name(wanted.name), extra) for extra in extras} - found:
+            found.add((name, extra))
+            needs = [Requirement(text) for text in _needs(name, extra)]
+            waiting += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
+
+
+def _needs(name: str, extra: str) -> Sequence[str]:
+    if name == "tailor":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        return project["optional-dependencies"][extra] if extra else project["dependencies"]
+    return metadata.requires(name) or [] if name in DISTRIBUTIONS else []

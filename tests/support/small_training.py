@@ -1,0 +1,75 @@
+"""Small training runs for tests: three classes of 8x8 images told apart by their bright channel."""
+
+from __future__ import annotations
+
+import torch
+
+from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.teacher import TeacherObjective
+from pipeline.data.dataset import Images
+from pipeline.params import AugmentParams, EngineParams, ImageParams, ScheduleParams, TrainingParams
+from pipeline.training.engine import Training
+
+IMAGE = ImageParams(size=8, resize_to=8, mean=[0.5] * 3, std=[0.25] * 3)
+CPU = torch.device("cpu")
+
+
+def made_images(count: int, seed: int = 0) -> Images:
+    """`count` images, classes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 100, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images[torch.arange(count), labels] += 120
+    return Images(images, labels, [str(i) for i in range(count)], [str(i) for i in range(count)], source=None)
+
+
+def training_params(**changes) -> TrainingParams:
+    """Two epochs of batches of eight."""
+    values = {
+        "backbone": "resnet20",
+        "tau_s": 1 / 30,
+        "epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": ScheduleParams(kind="cosine", warmup_epochs=0),
+        "augment": AugmentParams(crop_padding=1, flip=True, cutout=2),
+    }
+    return TrainingParams(**{**values, **changes})
+
+
+def made_objective(stage: str, seed: int = 0) -> TeacherObjective | StudentObjective:
+    """The objective of a stage, freshly initialised from a seed; `momentum` is a student whose contrast needs no teacher."""
+    log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ImageClassifier("resnet20", 3, 1 / 30)
+        if stage == "teacher":
+            return TeacherObjective(model, log_prior)
+        teacher = ImageClassifier("resnet20", 3, 1 / 30)
+        momentum = stage == "momentum"
+        weights = StudentWeights(1.0, 1.0, 0.0 if momentum else 1.0, 4.0, 1.0)
+        return StudentObjective(
+            model, teacher, log_prior, (6, 3, 1), weights,
+            tau_g=0.1, train_tau_g=True, queue_total=24, queue_minimum=3, projection_dim=8,
+            contrast_encoder="momentum" if momentum else "teacher", encoder_momentum=0.9,
+        )  # fmt: skip
+
+
+def made_training(
+    stage: str = "teacher",
+    seed: int = 0,
+    run_folder=None,
+    checkpoint_seconds: float = 60.0,
+    precision: str = "auto",
+    checkpoint_activations: bool = False,
+    **changes,
+) -> Training:
+    """A run of a stage, not yet started."""
+    objective = made_objective(stage, seed)
+    engine = EngineParams(
+        checkpoint_seconds=checkpoint_seconds, precision=precision, checkpoint_activations=checkpoint_activations
+    )
+    return Training(stage, objective, training_params(**changes), IMAGE, seed, CPU, run_folder, engine)
