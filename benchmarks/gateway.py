@@ -25,7 +25,7 @@ from benchmarks.serving_load import Load
 from benchmarks.serving_releases import TRIAL, Release, release_of
 from benchmarks.serving_sections import as_http, port_of, student_load
 from benchmarks.serving_turns import Record, in_rounds, median, ratios
-from serving.client.sync_client import Client
+from serving.client import Client
 from serving.server.triton_server import TritonServer
 from serving.shared.ports import choose_ports
 

@@ -27,8 +27,8 @@ from PIL import Image
 from benchmarks.other_work import OtherWork
 from benchmarks.serving_releases import NETWORKS, TRIAL, release_of
 from models.preprocess import preprocess
+from serving.client import Client
 from serving.client.images import blank_image
-from serving.client.sync_client import Client
 from serving.gateway.config import read_gateway
 from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer

@@ -21,7 +21,7 @@ from benchmarks.serving_peers import PEERS, serving, version_of
 from benchmarks.serving_raw import Raw, settings
 from benchmarks.serving_releases import NETWORKS, TRIAL, Release, release_of
 from benchmarks.serving_turns import Side, in_rounds, median
-from serving.client.sync_client import Client
+from serving.client import Client
 from serving.repository.model_config import Device
 from serving.server.triton_server import TritonServer
 from serving.transport.connection import Connection

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.other_work import OtherWork, quiet_ratio
-from serving.client.sync_client import Client
+from serving.client import Client
 from serving.promotion.promotion import promote
 from serving.repository.manifest import MANIFEST_NAME, Golden, load_golden, load_manifest
 from serving.repository.writer import write_repository

@@ -287,7 +287,6 @@ def test_a_table_sorted_by_class_is_told_with_what_to_do(packed):
 
 PEAK = """
 import sys, torch
-sys.path[:0] = ["tests/pipeline"]
 from pathlib import Path
 from tests.support.making import data_params
 from pipeline.params import StreamParams

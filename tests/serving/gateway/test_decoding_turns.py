@@ -29,7 +29,7 @@ from tests.support.running_gateway import require_nginx
 
 pytestmark = pytest.mark.slow
 
-LUA = Path(__file__).parents[3] / "serving" / "gateway_lua"
+LUA = Path(__file__).parents[3] / "serving/gateway/lua"
 CONFIG = """
 load_module {modules}/ndk_http_module.so;
 load_module {modules}/ngx_http_lua_module.so;

@@ -123,12 +123,12 @@ def test_nginx_accepts_the_configuration_as_it_is_written(tmp_path: Path, full: 
     config = write_config(gateway, tmp_path)
     check_config(find_nginx(gateway), config)
     assert {path.name for path in tmp_path.glob("*.lua")} == {
-        path.name for path in Path(gateway_process.__file__).with_name("gateway_lua").glob("*.lua")
+        path.name for path in Path(gateway_process.__file__).with_name("lua").glob("*.lua")
     }
 
 
 def test_tensors_that_pass_are_those_of_the_models(repository: Path) -> None:
-    source = (Path(gateway_process.__file__).with_name("gateway_lua") / "tensors.lua").read_text()
+    source = (Path(gateway_process.__file__).with_name("lua") / "tensors.lua").read_text()
     table = source.partition("tensors.MODELS = {")[2].partition("\n}\n")[0]
     for model in ("student", "classifier"):
         config = text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())
@@ -170,7 +170,7 @@ def test_command_writes_the_configuration_for_an_nginx_elsewhere(
     assert (ended.returncode, ended.stderr) == (0, "")
     written = Path(ended.stdout.strip())
     assert written == tmp_path / "gateway" / "nginx.conf"
-    source = Path(gateway_process.__file__).with_name("gateway_lua") / "http.lua"
+    source = Path(gateway_process.__file__).with_name("lua") / "http.lua"
     assert (written.parent / "http.lua").read_text() == source.read_text()
     assert "server server:8000 " in written.read_text()
     assert 'pid "/tmp/nginx.pid";' in written.read_text()

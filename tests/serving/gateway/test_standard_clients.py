@@ -59,7 +59,7 @@ def by_kserve(url: str, model: str, image: np.ndarray, binary: bool) -> dict[str
         inputs.append(entry)
     protocol = "grpc" if url.startswith("grpc") else "rest"
     task = {"url": url, "protocol": protocol, "model": model, "binary": binary, "inputs": inputs}
-    script = Path(__file__).with_name("kserve_process.py")
+    script = ROOT / "tests/support/kserve_process.py"
     command = [sys.executable, str(script)]
     ended = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=90, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -27,6 +27,7 @@ from serving.server.server_options import bytes_of, logit_log_environment
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
 from serving.triton import logit_log
+from tests.support import logging_process
 from tests.support.logging_process import batch, opened
 
 ROOT = Path(__file__).parents[3]
@@ -199,7 +200,7 @@ def test_clock_that_jumps_back_changes_nothing_of_the_order(tmp_path: Path, monk
 
 def started(folder: Path, classes: int, batches: int) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, Path(__file__).with_name("logging_process.py"), folder, str(classes), str(batches)]
+    command = [sys.executable, Path(logging_process.__file__), folder, str(classes), str(batches)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "open\n"
     return process
@@ -252,8 +253,8 @@ def test_disk_that_hangs_costs_rows_and_no_time(tmp_path: Path, monkeypatch: pyt
 def test_full_disk_costs_rows_and_is_tried_again(tmp_path: Path) -> None:
     """A file system of its own would need a privilege; no file may be larger than what is written here instead."""
     program = (
-        "import resource, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from logging_process import batch, opened\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from tests.support.logging_process import batch, opened\n"
         "log, counts = opened(Path(sys.argv[1]), classes=500)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
         "for seed in range(10): log.offer(*batch(8, 500, seed)); log.write()\n"
@@ -262,7 +263,7 @@ def test_full_disk_costs_rows_and_is_tried_again(tmp_path: Path) -> None:
         "log.close(); print(lost, counts.logged)\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", program, tmp_path, Path(__file__).parent],
+        [sys.executable, "-c", program, tmp_path],
         cwd=ROOT,
         capture_output=True,
         text=True,

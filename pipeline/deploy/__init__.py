@@ -1,0 +1,1 @@
+"""Ray and Kubernetes: the training stages on many machines."""
