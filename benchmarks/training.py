@@ -1,10 +1,10 @@
 """The training engine against GML training in the usual way: `python -m benchmarks.training [--device cuda] [--data FOLDER]`.
 
-Baseline and engine (benchmarks.plain_training, pipeline.training.engine) train the CIFAR-10-LT recipe at imbalance factor 100 on the
-same images. Before anything is timed, both are given the same views and weights in float64 and must find the same losses
-and gradients. Each then works in a process of its own, in turns, round by round, while the other waits. A ratio is the
-median over rounds of baseline / engine, beside the smallest and the largest. Processor time, of all threads and loader
-workers together, is beside it because other work on the machine lengthens it little.
+Baseline (benchmarks.plain_training) and engine (pipeline.training.engine) train the CIFAR-10-LT recipe at imbalance
+factor 100 on the same images. Before anything is timed, both get the same views and weights in float64 and must compute
+the same losses and gradients. Each then works in a process of its own, in turns, round by round, while the other waits.
+A ratio is the median over rounds of baseline / engine, beside the smallest and the largest. Processor time, of all threads
+and loader workers together, is beside it because other work on the machine lengthens it little.
 
 On a machine with other work set OMP_WAIT_POLICY=passive: else torch's threads wait for one another by spinning, and what is
 measured, by the clock and in processor time, is the waiting.

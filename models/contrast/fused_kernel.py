@@ -2,7 +2,7 @@
 
 Not NVIDIA's inference server of the same name. The forward kernel reads the similarities once and writes B numbers, the
 backward one reads and writes them once; nothing else of the size [B,K] exists. State: equal to the plain version in
-Triton's interpreter, compiled for sm_80 and sm_90, not yet run on a GPU by us: models.contrast.fused_kernel_check asks each GPU.
+Triton's interpreter, compiled for sm_80 and sm_90, not yet run on a GPU by us: fused_kernel_check.py tests each GPU.
 """
 
 from __future__ import annotations

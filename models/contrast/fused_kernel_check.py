@@ -1,4 +1,4 @@
-"""Whether the fused kernels of models.contrast.fused_kernel may be trusted where they are about to run: asked once a device and shape.
+"""Test of the fused kernels on the device and shape on which they are about to run, once for each device and shape.
 
 Their results and gradients on made inputs of the very shape are held against the plain version's, and on a GPU their
 time as well. Whatever is amiss (Triton or a compiler missing, a number wrong, the kernel slow) leaves the plain version

@@ -55,15 +55,15 @@ def contrast_losses(
     key_ids: Tensor,
     fused: bool | Literal["auto"] = "auto",
 ) -> ContrastLosses:
-    """L_GML (Eq. 4, Eq. 10 with `strength`) and L_tau, equal to models.contrast.gml_reference.gml_loss without and with its mask.
+    """L_GML (Eq. 4, Eq. 10 with `strength`) and L_tau, equal to gml_reference.gml_loss without and with its mask.
 
     similarity: [B,K] cosines; target: [B] int64; log_prior: [C]; temperature: tau_g > 0, a number or a scalar tensor;
     query_ids [B], key_ids [K]: sample ids, int64. A sample's keys are taken to lie in the run of its own class.
 
     The gradient of L_GML goes to the similarity alone, that of L_tau to the temperature alone. L_tau leaves a query
     out when no key of its class is of another sample; so does L_GML when the class has no key. Shapes are static and
-    nothing is read back to the host. fused: True for the CUDA kernels of models.contrast.fused_kernel, False for the plain version,
-    auto for the kernels where models.contrast.fused_kernel_check has seen them do the same, and no slower, at these shapes.
+    nothing is read back to the host. fused: True for the CUDA kernels (fused_kernel.py), False for the plain version,
+    auto for the kernels where fused_kernel_check.py measured equal results and no lower speed at these shapes.
     """
     if not isinstance(temperature, Tensor):
         temperature = similarity.new_full((), temperature)

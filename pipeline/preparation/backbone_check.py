@@ -1,4 +1,4 @@
-"""Whether a backbone of torchvision or timm runs at an image size and exports, untrained: `python -m pipeline.preparation.backbone_check`.
+"""`python -m pipeline.preparation.backbone_check`: whether an untrained backbone runs at an image size and exports.
 
 Run as a process of its own by the stages that train, whose exit status is the answer: what these networks raise has no
 common type, and an export may end the process.

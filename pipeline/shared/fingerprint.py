@@ -39,7 +39,7 @@ class _Imports(ModuleFinder):
 @cache
 def source_files(stage: str) -> tuple[Path, ...]:
     """The files that a stage can run or read, absolute and sorted: the modules that it imports, directly or through others,
-    and the files and folders beside them that they name in a string, as templates and the models of Triton.
+    and the files and folders beside them, or beside their package, that they name in a string: templates, Triton's models.
     """
     imports = _Imports(path=[str(ROOT)])
     imports.import_hook(f"pipeline.{stage}")
@@ -49,6 +49,7 @@ def source_files(stage: str) -> tuple[Path, ...]:
         path = pending.pop()
         text = path.read_text(encoding="utf-8")
         named = [entry for entry in path.parent.iterdir() if entry.suffix != ".py" and f'"{entry.name}"' in text]
+        named += [entry for entry in path.parents[1].iterdir() if f'.parents[1] / "{entry.name}"' in text]
         files = {file for entry in named for file in (entry.rglob("*") if entry.is_dir() else [entry])}
         files = {file for file in files if file.is_file() and file.suffix != ".pyc"} - found
         found |= files

@@ -5,8 +5,8 @@ stage without its owner would keep DVC's locks; so would an exited stage that no
 owner of a lock as alive while its process id exists. The leash therefore outlives its command, also where the container's
 first process does not wait for orphans, and ends what its command left.
 
-serving/server/watchdog.py is another process: it starts no command, because the supervisor needs Triton as its own child, and it
-removes Triton's shared memory, which needs psutil; this file runs alone, with the standard library.
+serving/server/watchdog.py is another process: it starts no command, because the supervisor needs Triton as its own child,
+and it removes Triton's shared memory, which needs psutil; this file runs alone, with the standard library.
 """
 
 from __future__ import annotations

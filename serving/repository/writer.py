@@ -34,7 +34,7 @@ from serving.shared.errors import RepositoryError
 from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
 
 # The files that run inside Triton by model: name in a version's folder -> the source that it is copied from.
-TRITON = Path(__file__).with_name("triton")
+TRITON = Path(__file__).parents[1] / "triton"
 _BOTH = ("integrity.py", "network.py", "start.py")
 _CLASSIFIER = ("asked.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
 RUNTIME_FILES = {

@@ -1,4 +1,4 @@
-"""`python -m serving.server.watchdog PREFIX`: a process that ends a Triton server, and removes its files, when its owner was killed.
+"""`python -m serving.server.watchdog PREFIX`: ends a Triton server, and removes its files, when its owner was killed.
 
 It reads its standard input, a pipe that only the owner holds open, and so detects the owner's end of any cause. After a
 clean stop the owner dismisses it with one byte.

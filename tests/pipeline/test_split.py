@@ -16,15 +16,9 @@ from PIL import Image
 from pipeline import split
 from pipeline.data import assignment
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.sources import Row
-from tests.support.making import data_params, encode, folder, params, picture, png, table, write
+from tests.support.making import data_params, encode, folder, params, picture, png, rows_of, table, write
 
 SPLITS = ("train", "validation", "test")
-
-
-def rows_of(counts, split_name="train", start=0):
-    labels = [label for label, count in enumerate(counts) for _ in range(count)]
-    return [Row(f"{split_name}{i}", label, f"{split_name}{i}", split_name) for i, label in enumerate(labels, start)]
 
 
 def assigned(rows, classes, **changes):

@@ -28,6 +28,7 @@ from serving.repository.manifest import GOLDEN_NAME, MANIFEST_NAME, STUDENT_NAME
 from serving.repository.writer import write_repository
 from serving.server.triton_server import TritonServer
 from tests.support.container import Container, backends, running_container
+from tests.support.stand_in import calls, classifier, student  # noqa: F401 (fixtures)
 
 CLASSES = ["ant", "bee", "cat: big", "dög", "emu"]
 COUNTS = [1000, 300, 90, 27, 8]

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from pipeline.params import Params, parse_params
+from pipeline.sources import Row
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -87,3 +88,8 @@ def table(path: Path, columns: dict[str, list[Any]]) -> Path:
     else:
         pyarrow.parquet.write_table(pa.table(columns), path)
     return path
+
+
+def rows_of(counts, split_name="train", start=0):
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    return [Row(f"{split_name}{i}", label, f"{split_name}{i}", split_name) for i, label in enumerate(labels, start)]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
 
 from models.networks.cosine_classifier import ImageClassifier
 from models.objectives.student import StudentObjective, StudentWeights
@@ -10,6 +15,7 @@ from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
 from pipeline.params import AugmentParams, EngineParams, ImageParams, ScheduleParams, TrainingParams
 from pipeline.training.engine import Training
+from pipeline.training.step import Step
 
 IMAGE = ImageParams(size=8, resize_to=8, mean=[0.5] * 3, std=[0.25] * 3)
 CPU = torch.device("cpu")
@@ -73,3 +79,65 @@ def made_training(
         checkpoint_seconds=checkpoint_seconds, precision=precision, checkpoint_activations=checkpoint_activations
     )
     return Training(stage, objective, training_params(**changes), IMAGE, seed, CPU, run_folder, engine)
+
+
+class NormFree(nn.Module):
+    """Stands for a batch norm, and looks at nothing but the sample itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+def without_batch_norm(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(module, name, NormFree())
+        else:
+            without_batch_norm(child)
+    return module
+
+
+def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
+    """A step in float64 on a network without batch norm but in the key head, which sees the whole queue in any case."""
+    objective = made_objective(stage)
+    if stage != "teacher":
+        # A class all of whose keys are one image's: L_tau leaves its queries out, in whichever part they are.
+        objective.queues.sample_ids[objective.queues.row_class == 2] = 5
+    for module in objective.batch_modules():
+        without_batch_norm(module)
+    if stage == "momentum":  # whose encoder and key head follow the others, parameter by parameter
+        without_batch_norm(objective.key_head).requires_grad_(False)
+        objective.momentum_encoder.requires_grad_(False)
+    objective.double()
+    params = training_params(accumulate=accumulate, augment=augment)
+    step = Step(objective, params, IMAGE, made_images(32), CPU)
+    normalise = step._normalise
+    step._normalise = lambda views: normalise(views).double()
+    return step
+
+
+RANKS = 2
+
+
+def in_each_rank(rank: int, work, folder: Path, arguments: tuple) -> None:
+    """Run `work` as one rank of a gloo group; its result goes into a file of the rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    try:
+        torch.save(work(*arguments), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def in_ranks(work, folder: Path, *arguments) -> list:
+    """What `work` gives in each of two processes."""
+    mp.spawn(in_each_rank, (work, folder, arguments), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+class PowerCut(Exception):
+    """The end of a run at an arbitrary step."""

@@ -6,13 +6,13 @@ import io
 import json
 
 import pytest
-from test_flows_experiments import REFUSED, committed, folder, project  # noqa: F401
 
 from pipeline.commands.app import main
 from pipeline.commands.experiments import experiments_table, read_experiments
 from pipeline.flows.dvc_experiments import keep_run
 from pipeline.params import load_params
 from serving.shared.terminal import Console
+from tests.pipeline.flows.test_flows_experiments import REFUSED, committed, folder, project  # noqa: F401
 
 FILE = "artifacts/evaluation/metrics/student_balanced.json"
 

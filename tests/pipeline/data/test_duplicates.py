@@ -1,5 +1,7 @@
 """Near duplicates: every pair that comparing all with all would find, and copies as people make them."""
 
+from tests.support.data_commands import scene
+
 import io
 
 import numpy as np
@@ -25,10 +27,6 @@ def test_the_pairs_are_those_of_comparing_all_with_all(seed, distance):
     }  # fmt: skip
 
 
-def scene(seed):
-    """A picture with coarse structure, as photographs have."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
 
 
 def jpeg(image, quality):

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from tests.support.making import data_params, folder, write
 from tests.support.small_training import CPU, made_images, made_training
-from test_ranks import in_ranks
-from test_resume import PowerCut
+from tests.support.small_training import in_ranks
+from tests.support.small_training import PowerCut
 
 from pipeline import split
 from pipeline.data.dataset import AnyImages, load_images, training_images

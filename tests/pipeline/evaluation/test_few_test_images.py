@@ -10,10 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
-from test_data_check import command, report
-from test_first_params import chosen_params, found
-from test_gate import COUNTS, FAST, C, answers_of, contender
-from test_split import rows_of
 
 from models.prior import shot_group
 from models.sample_size import ENOUGH
@@ -29,8 +25,11 @@ from pipeline.params import GateParams
 from pipeline.preparation.check import sample_sizes
 from pipeline.preparation.first_params import expected_tests
 from pipeline.report import render_comparison
+from tests.support.chosen_params import chosen_params, found
+from tests.support.data_commands import command, report
+from tests.support.gate_answers import COUNTS, FAST, C, answers_of, contender
 from tests.support.generated_run import made_model_card, made_prior, made_report
-from tests.support.making import ROOT, data_params, folder, params
+from tests.support.making import ROOT, data_params, folder, params, rows_of
 
 
 @settings(max_examples=20)

@@ -13,7 +13,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
-from test_gate import COUNTS, LABELS, C, answering, answers_of, contender
 
 from pipeline.commands.app import main
 from pipeline.evaluation.comparison import compare_classes, mcnemar
@@ -25,6 +24,7 @@ from pipeline.split import run as split
 from serving.promotion.promotion import promote
 from serving.repository.writer import write_repository
 from tests.serving.conftest import CLASSES, write_export
+from tests.support.gate_answers import COUNTS, LABELS, C, answering, answers_of, contender
 from tests.support.making import data_params, folder
 
 pytestmark = pytest.mark.slow

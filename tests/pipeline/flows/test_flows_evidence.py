@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from test_gate import answering, contender
 
 from pipeline.flows.evidence import gather
+from tests.support.gate_answers import answering, contender
 from tests.support.making import params
 
 pytestmark = pytest.mark.slow

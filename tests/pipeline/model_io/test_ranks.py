@@ -10,8 +10,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_accumulation import double_step
 
 from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks
 from pipeline.model_io.devices import joined_ranks
@@ -19,28 +17,11 @@ from pipeline.model_io.inference import accuracy
 from pipeline.params import AugmentParams
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.training.step import Step
-from tests.support.small_training import CPU, IMAGE, made_images, made_training, training_params
+from tests.support.small_training import CPU, IMAGE, double_step, in_ranks, made_images, made_training, training_params
 
-RANKS = 2
 # A partner of a mix is the other rank's image as often as not.
 MIXED = AugmentParams(crop_padding=1, flip=True, cutout=0, mix="cutmix")
 pytestmark = pytest.mark.end_to_end
-
-
-def in_each_rank(rank: int, work, folder: Path, arguments: tuple) -> None:
-    """Run `work` as one rank of a gloo group; its result goes into a file of the rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    try:
-        torch.save(work(*arguments), folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def in_ranks(work, folder: Path, *arguments) -> list:
-    """What `work` gives in each of two processes."""
-    mp.spawn(in_each_rank, (work, folder, arguments), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 def ten_steps(stage: str) -> dict:

@@ -11,27 +11,14 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from PIL import Image
-from test_duplicates import scene
-from test_list_sources import IMAGENET, tree
 
-from pipeline.commands.app import main
 from pipeline.data import inspection, published
 from pipeline.preparation.check import check
 from pipeline.sources import open_source
 from tests.support.archives import write_archive
+from tests.support.data_commands import command, report, scene
+from tests.support.list_files import IMAGENET, tree
 from tests.support.making import ROOT, content, data_params, encode, folder, png, write
-
-
-def command(tmp_path, made, *options, name="check"):
-    """Exit code of the command on params, run in this process."""
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(made.model_dump(mode="json")))
-    where = ["--output", str(tmp_path / "report")] if name == "check" else []
-    return main(["data", name, "--params", str(path), *where, *options])
-
-
-def report(tmp_path):
-    return json.loads((tmp_path / "report/report.json").read_text())
 
 
 def listed(tmp_path, name):

@@ -6,14 +6,14 @@ import json
 import pyarrow.parquet
 import pytest
 import yaml
-from test_data_check import command
-from test_list_sources import PLACES, tree
 
 from pipeline import split
 from pipeline.preparation import pack as data_pack
 from pipeline.preparation.pack import pack
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import open_source
+from tests.support.data_commands import command
+from tests.support.list_files import PLACES, tree
 from tests.support.making import data_params, folder, write
 
 

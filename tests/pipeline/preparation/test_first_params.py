@@ -16,24 +16,11 @@ from hypothesis import strategies as st
 from benchmarks.made_imagenet import class_counts
 from pipeline.commands.app import main
 from pipeline.data.assignment import assign
-from pipeline.params import Params
-from pipeline.preparation.first_params import Found, choices, look, write_text
+from pipeline.preparation.first_params import choices, look, write_text
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.source import Row
-from tests.support.making import ROOT, encode, picture
-
-TEMPLATE = (ROOT / "params.yaml").read_text(encoding="utf-8")
-NO_OPTIONS = {"tested": None, "own_validation": False, "shorter": 32, "unreadable": []}
-
-
-def found(counts: list[int], **changes: object) -> Found:
-    """What `look` would find: classes of these sizes."""
-    return Found([f"class {n}" for n in range(len(counts))], counts, **{**NO_OPTIONS, **changes})
-
-
-def chosen_params(what: Found, gpu: bool = True) -> Params:
-    """The params that init would write for it."""
-    return write_text(TEMPLATE, choices(what, "data/source", gpu))[1]
+from tests.support.chosen_params import TEMPLATE, chosen_params, found
+from tests.support.making import encode, picture
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data_check import command
 
 from pipeline import split
 from pipeline.ingestion.ingest import ingest
@@ -14,6 +13,7 @@ from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import open_source
 from serving.client.priors import parse_prior, vector_of
 from serving.shared.errors import InputError
+from tests.support.data_commands import command
 from tests.support.dropping import drop_images, project, rows_of
 from tests.support.making import data_params, folder, png, table, write
 

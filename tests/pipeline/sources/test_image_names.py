@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_data_check import command, report
-from test_duplicates import scene
 
 from pipeline import split
 from pipeline.command_line import stage_main
@@ -14,6 +12,7 @@ from pipeline.ingestion.ingest import ingest
 from pipeline.shared.errors import DataError
 from pipeline.sources import open_source
 from serving.client.images import image_files
+from tests.support.data_commands import command, report, scene
 from tests.support.dropping import FIRST_NEW, project
 from tests.support.making import data_params, encode, folder, png, write
 

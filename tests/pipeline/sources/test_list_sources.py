@@ -7,33 +7,8 @@ import pytest
 from pipeline import split
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import open_source
+from tests.support.list_files import IMAGENET, PLACES, tree
 from tests.support.making import data_params, png, write
-
-IMAGENET = {
-    "ImageNet_LT_train.txt": [
-        ("train/n01440764/n01440764_190.JPEG", 0), ("train/n01440764/n01440764_191.JPEG", 0),
-        ("train/n01443537/n01443537_24.JPEG", 1), ("train/n01443537/n01443537_25.JPEG", 1),
-        ("train/n01484850/n01484850_7.JPEG", 2), ("train/n01484850/n01484850_8.JPEG", 2),
-    ],
-    "ImageNet_LT_val.txt": [(f"train/n014{n}/n014{n}_9.JPEG", c) for c, n in enumerate(("40764", "43537", "84850"))],
-    "ImageNet_LT_test.txt": [
-        ("val/n01440764/ILSVRC2012_val_00000293.JPEG", 0), ("val/n01443537/ILSVRC2012_val_00000236.JPEG", 1),
-        ("val/n01484850/ILSVRC2012_val_00002338.JPEG", 2),
-    ],
-}  # fmt: skip
-
-
-def tree(root, lists, folder="", missing=()):
-    root.mkdir(parents=True, exist_ok=True)
-    seed = 0
-    for name, entries in lists.items():
-        lines = "".join(f"{path} {label}\n" for path, label in entries)
-        write(root / folder / name, lines.encode())
-        for path, _ in entries:
-            seed += 1
-            if path not in missing:
-                write(root / path, png(seed))
-    return root
 
 
 def opened(root, name="imagenet_lt", **changes):
@@ -71,14 +46,6 @@ def test_lists_elsewhere_are_given(tmp_path, monkeypatch):
     message = refusal(ParamsError, root, lists={"train": "lists/none.txt"})
     assert message == f"data.lists.train is 'lists/none.txt', which is no file here nor under {root}"
     assert "does not hold ImageNet_LT_train.txt; put the official lists there" in refusal(ParamsError, root)
-
-
-PLACES = {
-    f"Places_LT_{part}.txt": [
-        (f"data_256/a/airfield/{part}1.jpg", 0), (f"data_256/a/airfield/{part}2.jpg", 0),
-        (f"data_256/a/apartment_building/outdoor/{part} 1.jpg", 1), (f"data_256/b/bar/{part}1.jpg", 2),
-    ] for part in ("train", "val", "test")
-}  # fmt: skip
 
 
 def test_places_names_its_classes_by_the_folders_below_what_all_share(tmp_path):

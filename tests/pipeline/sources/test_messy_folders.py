@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_data_check import command, report
 
 from pipeline.command_line import stage_main
 from pipeline.preparation.first_params import look
@@ -15,6 +14,7 @@ from pipeline.sources import open_source
 from pipeline.split import run as run_split
 from pipeline.training.run import Result
 from serving.shared.terminal import Console
+from tests.support.data_commands import command, report
 from tests.support.making import data_params, folder, png, write
 
 

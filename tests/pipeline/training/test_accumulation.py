@@ -14,50 +14,19 @@ from pipeline.params import AugmentParams, EngineParams
 from pipeline.shared.errors import ParamsError
 from pipeline.training.cuda_graph import CapturedStep, CaptureError
 from pipeline.training.step import Step
-from tests.support.small_training import CPU, IMAGE, made_images, made_objective, made_training, training_params
+from tests.support.small_training import (
+    CPU,
+    IMAGE,
+    double_step,
+    made_images,
+    made_objective,
+    made_training,
+    training_params,
+)
 
 pytestmark = pytest.mark.slow
 
 MIXED = AugmentParams(crop_padding=1, flip=True, cutout=0, mix="cutmix")
-
-
-class NormFree(nn.Module):
-    """Stands for a batch norm, and looks at nothing but the sample itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale
-
-
-def without_batch_norm(module: nn.Module) -> nn.Module:
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(module, name, NormFree())
-        else:
-            without_batch_norm(child)
-    return module
-
-
-def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
-    """A step in float64 on a network without batch norm but in the key head, which sees the whole queue in any case."""
-    objective = made_objective(stage)
-    if stage != "teacher":
-        # A class all of whose keys are one image's: L_tau leaves its queries out, in whichever part they are.
-        objective.queues.sample_ids[objective.queues.row_class == 2] = 5
-    for module in objective.batch_modules():
-        without_batch_norm(module)
-    if stage == "momentum":  # whose encoder and key head follow the others, parameter by parameter
-        without_batch_norm(objective.key_head).requires_grad_(False)
-        objective.momentum_encoder.requires_grad_(False)
-    objective.double()
-    params = training_params(accumulate=accumulate, augment=augment)
-    step = Step(objective, params, IMAGE, made_images(32), CPU)
-    normalise = step._normalise
-    step._normalise = lambda views: normalise(views).double()
-    return step
 
 
 @pytest.mark.parametrize("augment", [training_params().augment, MIXED], ids=["plain", "mixed"])

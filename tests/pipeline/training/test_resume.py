@@ -11,13 +11,9 @@ from pipeline.params import AugmentParams
 from pipeline.training.engine import Training
 from pipeline.training.resume import RunFolder, Snapshot
 from tests.support.making import ROOT
-from tests.support.small_training import made_images, made_training
+from tests.support.small_training import PowerCut, made_images, made_training
 
 pytestmark = pytest.mark.slow
-
-
-class PowerCut(Exception):
-    """The end of a run at an arbitrary step."""
 
 
 def cut_off(training: Training, after: int) -> None:

@@ -7,30 +7,18 @@ import http.server
 import json
 import socket
 import threading
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 from conftest import CLASSES, TOP_K, Release, picture
-from test_served_images import BAD
 
 from serving.server.triton_server import TritonServer
+from tests.support.bad_files import BAD
 from tests.support.faulty_server import FaultyHttp
+from tests.support.tailor_command import Tailor, assert_one_line
 
 pytestmark = pytest.mark.slow
-
-Tailor = Callable[..., CompletedProcess[str]]
-
-
-def assert_one_line(ended: CompletedProcess[str], status: int, *parts: str) -> None:
-    assert ended.returncode == status, ended
-    assert ended.stdout == ""
-    assert ended.stderr.startswith("tailor: ")
-    assert ended.stderr.count("\n") == 1, ended.stderr
-    for part in parts:
-        assert part in ended.stderr
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import CLASSES, COUNTS, Release, picture
-from test_tailor_command import assert_one_line
 
 import serving.commands.drift as command
 from models.label_shift import total_variation
@@ -34,8 +33,9 @@ from serving.drift.logged_logits import moment_of, read_logits
 from serving.repository.manifest import Manifest
 from serving.repository.release import find_releases
 from serving.shared.errors import InputError, ServingError
-from serving.triton.logit_log import classes_sha256, log_files
-from tests.support.logging_process import opened
+from serving.triton.logit_log import log_files
+from tests.support.logit_logs import write_log
+from tests.support.tailor_command import assert_one_line
 
 Tailor = Callable[..., CompletedProcess[str]]
 Drift = Callable[..., "Ended"]
@@ -50,21 +50,6 @@ def drawn(prior: np.ndarray, samples: int, seed: int = 0) -> tuple[np.ndarray, n
     labels = random.choice(5, samples, p=prior)
     points = MEANS[labels] + random.normal(size=(samples, 4))
     return labels, points @ MEANS.T - (MEANS**2).sum(1) / 2
-
-
-def write_log(folder: Path, manifest: Manifest, logits: np.ndarray, **about: str) -> None:
-    """Logits as a server logs them."""
-    said = {
-        "tailor_logits": "1",
-        "version": str(manifest.version),
-        "student_sha256": manifest.files["student.onnx"],
-        "classes_sha256": classes_sha256(manifest.classes),
-    } | about
-    log, _ = opened(folder, logits.shape[1], limit=1 << 24, about=said)
-    images = np.random.default_rng(0).integers(0, 256, (len(logits), 3, 2, 2), dtype=np.uint8)
-    for start in range(0, len(logits), 100):
-        log.offer(images[start : start + 100], logits[start : start + 100])
-    log.close()
 
 
 @pytest.fixture

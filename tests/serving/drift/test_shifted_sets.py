@@ -14,7 +14,6 @@ from conftest import Release
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from test_drift import write_log
 
 from models.calibration import Calibration, calibrate, fit_calibration
 from models.label_shift import total_variation
@@ -23,6 +22,7 @@ from pipeline.evaluation.shifted_priors import SETS, shifted_prior, shifted_rows
 from serving.drift.estimate import estimate_drift
 from serving.drift.logged_logits import read_logits
 from serving.repository.manifest import Manifest
+from tests.support.logit_logs import write_log
 
 PACKS = Path(os.environ.get("TAILOR_IMAGE_PACKS", Path(__file__).parents[4] / "shared/data"))
 COUNTS = [int(400 * 25 ** (-c / 9)) for c in range(10)]  # many to few

@@ -169,7 +169,8 @@ def test_every_option_is_one_of_the_command_and_of_the_locust_file(
         *("--host", "--images", "--users", "--run-time", "--rate", "--shape", "--prior", "--adjusted-share", "--batch"),
         *("--request-timeout", "--max-p99", "--max-failures", "--min-rps"),
     ]
-    program = "import argparse; from serving.loadtest.locustfile import add_options; p = argparse.ArgumentParser(); add_options(p)"
+    program = "import argparse; from serving.loadtest.locustfile import add_options"
+    program += "; p = argparse.ArgumentParser(); add_options(p)"
     listed = subprocess.run(
         [sys.executable, "-c", f"{program}; p.print_help()"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout

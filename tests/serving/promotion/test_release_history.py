@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import write_export
 from rich.console import Console
-from test_tailor_command import Tailor
 
 from serving.commands.versions import versions_table
 from serving.promotion.history import history_table, read_history
@@ -21,6 +20,7 @@ from serving.repository.release import list_versions
 from serving.repository.writer import write_repository
 from serving.shared.errors import InputError
 from serving.shared.names import CLASSIFIER
+from tests.support.tailor_command import Tailor
 
 DECISION = {"promote": True, "computed": True, "reasons": ["not worse than the champion"]}
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import Release, picture
-from test_supervisor import Watched, failures_under_load
 
 from serving.client.sync_client import Client
 from serving.promotion.promotion import promote, rollback
@@ -20,6 +19,7 @@ from serving.server.local_tree import link_tree
 from serving.server.triton_server import TritonServer
 from serving.shared.atomic import write_file
 from tests.support.serve_process import family, started_serve
+from tests.support.supervised import Watched, failures_under_load
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 started = pytest.fixture(started_serve)

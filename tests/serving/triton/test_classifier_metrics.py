@@ -8,19 +8,18 @@ import re
 import sys
 import time
 import types
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import CLASSES, picture
-from test_stand_in import backend, calls, classifier, request, student  # noqa: F401 (fixtures)
 
 import serving.triton
 from serving.client.sync_client import Client
 from serving.server.triton_server import TritonServer
 from serving.transport.sync_transport import Refused, Transport
+from tests.support.stand_in import backend, counted, request, scrape
 
 FOLDER = Path(serving.triton.__file__).parent
 
@@ -34,16 +33,7 @@ def imported(name: str) -> types.ModuleType:
     return module
 
 
-def counted(metrics: Any, family: str) -> dict[tuple[str, ...], float]:
-    """What a family holds, by the values of its labels but the version."""
-    metrics.flush()
-    return {
-        tuple(value for name, value in sorted(labels) if name != "version"): metric.value
-        for labels, metric in metrics.families[family].metrics.items()
-    }
-
-
-def test_every_image_is_counted_under_the_prior_it_asked_for(classifier: Any) -> None:  # noqa: F811
+def test_every_image_is_counted_under_the_prior_it_asked_for(classifier: Any) -> None:
     one = [picture(1)]
     classifier.execute(
         [
@@ -61,7 +51,7 @@ def test_every_image_is_counted_under_the_prior_it_asked_for(classifier: Any) ->
     assert counted(classifier.metrics, "tailor_confidence_count") == {(): 8}
 
 
-def test_refusals_are_counted_by_reason(classifier: Any) -> None:  # noqa: F811
+def test_refusals_are_counted_by_reason(classifier: Any) -> None:
     one = [picture(1)]
     classifier.execute(
         [
@@ -78,7 +68,7 @@ def test_refusals_are_counted_by_reason(classifier: Any) -> None:  # noqa: F811
     }
 
 
-def test_requests_that_the_student_fails_are_counted_apart(classifier: Any, student: Any) -> None:  # noqa: F811
+def test_requests_that_the_student_fails_are_counted_apart(classifier: Any, student: Any) -> None:
     error = types.SimpleNamespace(message=lambda: "out of memory")
     failed = types.SimpleNamespace(has_error=lambda: True, error=lambda: error)
     student.execute = lambda _requests: [failed]
@@ -122,7 +112,7 @@ def open_log(folder: Path | str | None, lost: list[int] | None = None, **constan
     return module.AccessLog(folder, "classifier_0_0_version_1", lambda: lost.append(1))
 
 
-def test_access_log_is_off_unless_asked_for(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_access_log_is_off_unless_asked_for(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     classifier.execute([request([picture(1)])])
     assert classifier.access_log.handler is None
@@ -142,7 +132,7 @@ def test_access_log_line_tells_the_request_and_nothing_of_the_image(tmp_path: Pa
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry["time"])
 
 
-def test_every_request_of_a_batch_has_its_line(classifier: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_every_request_of_a_batch_has_its_line(classifier: Any, tmp_path: Path) -> None:
     classifier.access_log = open_log(tmp_path)
     two = [picture(1)] * 2
     classifier.execute([request(two, strength=[[0.0], [1.0]]), request([b"text"]), request(two, strength=[[1.0]] * 2)])
@@ -174,12 +164,6 @@ def test_full_disk_loses_lines_and_no_request(tmp_path: Path, capfd: pytest.Capt
         log.write("id", time.monotonic(), 1, 10, "balanced", "ok")
     assert len(lost) == 3
     assert capfd.readouterr().err == ""
-
-
-def scrape(server: TritonServer) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.ports['--metrics-port']}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
 @pytest.mark.end_to_end

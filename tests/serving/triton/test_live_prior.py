@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CLASSES, COUNTS, TOP_K, Release, picture, write_export
-from test_classifier_metrics import counted
-from test_stand_in import Response, Tensor, calls, classifier, request, student  # noqa: F401 (fixtures)
 
 from serving.client.async_client import AsyncClient
 from serving.client.predictions import Prediction
@@ -28,6 +26,7 @@ from serving.shared.errors import InputError, ServingError
 from serving.transport.failures import Refused
 from serving.triton.live_prior import NAME
 from tests.support.running_gateway import running_gateway
+from tests.support.stand_in import Response, Tensor, counted, request
 
 PRIOR = [0.1, 0.4, 0.2, 0.05, 0.25]
 OTHER = [0.6, 0.1, 0.1, 0.1, 0.1]
@@ -40,7 +39,7 @@ def named(images: list[bytes], *names: str) -> Response:
 
 
 @pytest.fixture
-def live_file(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def live_file(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the classifier looks for its live prior: not in the repository that other tests share."""
     monkeypatch.setattr(classifier.reader.live_prior, "path", tmp_path / NAME)
     return tmp_path / NAME
@@ -50,7 +49,7 @@ def content(**changes: object) -> str:
     return json.dumps({"format": 1, "classes": CLASSES, "prior": PRIOR} | changes)
 
 
-def test_each_row_names_its_own_prior(classifier: Any, release: Release, live_file: Path) -> None:  # noqa: F811
+def test_each_row_names_its_own_prior(classifier: Any, release: Release, live_file: Path) -> None:
     live_file.write_text(content())
     images = [picture(seed) for seed in range(3)]
     [answer] = classifier.execute([named(images, "balanced", "train", "live")])
@@ -62,7 +61,7 @@ def test_each_row_names_its_own_prior(classifier: Any, release: Release, live_fi
     assert (found["balanced",], found["train",], found["live",]) == (1, 1, 1)
 
 
-def test_name_that_is_none_and_a_name_beside_numbers_are_refused(classifier: Any, live_file: Path) -> None:  # noqa: F811
+def test_name_that_is_none_and_a_name_beside_numbers_are_refused(classifier: Any, live_file: Path) -> None:
     live_file.write_text(content())
     batch = [named([picture(1)], "shop"), named([picture(1)], "live"), named([picture(1)] * 2, "live", "live")]
     batch[2].tensors[-1].array[1, 0] = b"\xff" * 1000
@@ -93,7 +92,7 @@ def test_name_that_is_none_and_a_name_beside_numbers_are_refused(classifier: Any
     ],
 )
 def test_live_prior_that_cannot_be_used_fails_its_requests_alone_and_a_better_one_mends_it(
-    classifier: Any,  # noqa: F811
+    classifier: Any,
     live_file: Path,
     text: str | None,
     message: str,

@@ -18,8 +18,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from conftest import CLASSES, SIZE, Release, encode, picture
-from test_classifier_metrics import counted, scrape
-from test_stand_in import backend, calls, classifier, load, request, student  # noqa: F401 (fixtures)
 
 from serving.client.sync_client import Client
 from serving.commands import main
@@ -29,6 +27,7 @@ from serving.shared.errors import InputError
 from serving.triton import logit_log
 from tests.support import logging_process
 from tests.support.logging_process import batch, opened
+from tests.support.stand_in import backend, counted, load, request, scrape
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,7 +48,7 @@ def size_of(folder: Path) -> int:
 @pytest.fixture
 def logging_classifier(
     repository: Path,
-    student: Any,  # noqa: F811
+    student: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Any]:
@@ -77,7 +76,7 @@ def logging_classifier(
     return made
 
 
-def test_nothing_is_logged_unless_asked_for(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_nothing_is_logged_unless_asked_for(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     classifier.execute([request([picture(3)])])
     assert classifier.logit_log is None

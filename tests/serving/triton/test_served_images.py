@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-import struct
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,34 +18,14 @@ from serving.client.sync_client import Client, read_image
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
 from serving.transport.sync_transport import Refused, Transport
+from tests.support.bad_files import BAD, PIXELS, header_of_100_megapixels, saved
 from tests.support.bad_requests import data_url, solid_webp
-
-PIXELS = np.random.default_rng(3).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-
-
-def saved(image: Image.Image, form: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
 
 
 def rotated_by_exif() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return saved(Image.fromarray(PIXELS), "JPEG", quality=100, subsampling=0, exif=exif)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(*chunks: bytes) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
-
-
-def header_of_100_megapixels() -> bytes:
-    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
-    return png(chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 100)))
 
 
 GOOD = {
@@ -60,17 +38,6 @@ GOOD = {
     "alpha.png": saved(Image.fromarray(PIXELS).convert("RGBA"), "PNG"),
     "rotated.jpg": rotated_by_exif(),
     "larger.jpg": saved(Image.fromarray(PIXELS).resize((40, 30)), "JPEG"),
-}
-
-BAD = {
-    "truncated.png": (picture(1)[:80], "is damaged or truncated"),
-    "truncated.jpg": (saved(Image.fromarray(PIXELS), "JPEG")[:400], "is damaged or truncated"),
-    "text.jpg": (b"this is a letter, not a picture", "is not a JPEG, PNG or WebP image"),
-    "empty.jpg": (b"", "is empty (0 bytes)"),
-    "huge.png": (header_of_100_megapixels(), "has 10000x10000 = 100000000 pixels, above the limit"),
-    "animation.gif": (saved(Image.fromarray(PIXELS), "GIF"), "is not a JPEG, PNG or WebP image"),
-    "thread.png": (encode(np.zeros((1, 500, 3), dtype=np.uint8)), "is 500x1"),
-    "odd-header.png": (png(chunk(b"IHDR", b"\0")), "is damaged"),
 }
 
 

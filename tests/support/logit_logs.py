@@ -1,0 +1,26 @@
+"""Logs of logits as the server writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from serving.repository.manifest import Manifest
+from serving.triton.logit_log import classes_sha256
+from tests.support.logging_process import opened
+
+
+def write_log(folder: Path, manifest: Manifest, logits: np.ndarray, **about: str) -> None:
+    """Logits as a server logs them."""
+    said = {
+        "tailor_logits": "1",
+        "version": str(manifest.version),
+        "student_sha256": manifest.files["student.onnx"],
+        "classes_sha256": classes_sha256(manifest.classes),
+    } | about
+    log, _ = opened(folder, logits.shape[1], limit=1 << 24, about=said)
+    images = np.random.default_rng(0).integers(0, 256, (len(logits), 3, 2, 2), dtype=np.uint8)
+    for start in range(0, len(logits), 100):
+        log.offer(images[start : start + 100], logits[start : start + 100])
+    log.close()
