@@ -146,7 +146,6 @@ def test_the_readme_and_the_pages_are_short_and_the_first_page_lists_all_of_them
         assert page.stem in LOGS or "After this page you " in text.partition("\n## ")[0], page.name
 
 
-@pytest.mark.skipif(not (ROOT / "pipeline/data").is_dir(), reason="the modules are not in packages yet")
 def test_the_readme_has_every_package_and_no_other() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Packages")[2].partition("\n## ")[0]
     named = set(re.findall(r"`((?:models|pipeline|serving|tailor)/[\w/]*)`", readme))
