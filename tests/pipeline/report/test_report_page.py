@@ -88,7 +88,7 @@ def test_the_slider_changes_the_accuracies_and_moves_the_line_by_mouse_and_keybo
 
 def test_every_table_is_shown_whole_on_a_desktop_although_its_groups_have_few_test_images(report):
     cut = "[...document.querySelectorAll('.wide')].filter((each) => each.scrollWidth > each.clientWidth)"
-    assert report.evaluate("document.querySelectorAll('#metrics .warning').length") >= 4
+    assert report.evaluate("document.querySelectorAll('#metrics .warning').length") >= 3
     assert report.evaluate(f"{cut}.map((each) => each.getAttribute('aria-label'))") == []
 
 
