@@ -17,8 +17,9 @@ NEEDS_MORE = {
     "pipeline.export",
     "pipeline.onnx_export.float16",
     "pipeline.onnx_export.parity",
+    "pipeline.onnx_export.release",
 }
-NEED_MORE = ("pipeline.commands.", "pipeline.flows.")  # typer; Prefect and DVC
+NEED_MORE = ("pipeline.commands.", "pipeline.flows.", "pipeline.scheduling.")  # typer; Prefect and DVC
 
 # Hides every package that is not among TRAINING or needed by one of them, then imports the modules one after another.
 BARE_MACHINE = """

@@ -46,7 +46,7 @@ def experiments(
     The workspace, its newest commit, and the experiments since that commit: each `dvc exp run`, and each retraining that
     was promoted or refused. `dvc exp show` prints all params and all metrics of the same runs.
     """
-    command = [sys.executable, "-m", "dvc", "exp", "show", "--json", *(["--all-commits"] if all_commits else [])]
+    command = [sys.executable, "-P", "-m", "dvc", "exp", "show", "--json", *(["--all-commits"] if all_commits else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         cause = next((line for line in done.stderr.splitlines() if line.startswith("ERROR: ")), "ERROR: no output")

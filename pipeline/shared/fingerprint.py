@@ -36,6 +36,10 @@ class _Imports(ModuleFinder):
         return super().import_hook(name, caller, fromlist, level)
 
 
+def _is_package(path: Path) -> bool:
+    return (path / "__init__.py").is_file()
+
+
 @cache
 def source_files(stage: str) -> tuple[Path, ...]:
     """The files that a stage can run or read, absolute and sorted: the modules that it imports, directly or through others,
@@ -48,7 +52,8 @@ def source_files(stage: str) -> tuple[Path, ...]:
     while pending:
         path = pending.pop()
         text = path.read_text(encoding="utf-8")
-        named = [entry for entry in path.parent.iterdir() if entry.suffix != ".py" and f'"{entry.name}"' in text]
+        beside = [entry for entry in path.parent.iterdir() if entry.suffix != ".py" and not _is_package(entry)]
+        named = [entry for entry in beside if f'"{entry.name}"' in text]
         named += [entry for entry in path.parents[1].iterdir() if f'.parents[1] / "{entry.name}"' in text]
         files = {file for entry in named for file in (entry.rglob("*") if entry.is_dir() else [entry])}
         files = {file for file in files if file.is_file() and file.suffix != ".pyc"} - found

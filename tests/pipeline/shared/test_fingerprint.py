@@ -25,10 +25,13 @@ def graph() -> grimp.ImportGraph:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_a_stage_imports_is_hashed(stage: str, graph: grimp.ImportGraph) -> None:
-    modules = {f"pipeline.{stage}", *graph.find_upstream_modules(f"pipeline.{stage}")}
-    paths = {module: module.replace(".", "/") for module in modules}
-    expected = {f"{path}/__init__.py" if (ROOT / path).is_dir() else f"{path}.py" for path in paths.values()}
-    expected |= {f"{path.rpartition('/')[0]}/__init__.py" for path in paths.values() if "/" in path}
+    modules, pending = set(), {f"pipeline.{stage}"}
+    while pending:  # an import of a module runs the packages around it, with their imports
+        modules |= pending
+        around = {module.rpartition(".")[0] for module in pending if "." in module}
+        pending = around.union(*map(graph.find_upstream_modules, pending)) - modules
+    paths = {module.replace(".", "/") for module in modules}
+    expected = {f"{path}/__init__.py" if (ROOT / path).is_dir() else f"{path}.py" for path in paths}
     hashed = {name for name in names(stage) if name.endswith(".py") and not name.startswith("serving/triton/")}
     assert hashed == expected
 
