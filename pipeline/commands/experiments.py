@@ -41,7 +41,7 @@ def experiments(
     as_json: AsJson = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """List the runs that DVC has kept, with metrics and changed params.
+    """List the runs that DVC keeps, with metrics and params.
 
     The workspace, its newest commit, and the experiments since that commit: each `dvc exp run`, and each retraining that
     was promoted or refused. `dvc exp show` prints all params and all metrics of the same runs.

@@ -65,7 +65,7 @@ def test_a_spoilt_folder_is_told_with_every_file(tmp_path, spoilt, capsys):
     ]  # fmt: skip
     chart = ElementTree.parse(tmp_path / "report/long_tail.svg").getroot()
     shown = [entry.text for entry in chart.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"many: 0 classes, 0 images", "medium: 1 classes, 32 images", "few: 1 classes, 8 images"} <= set(shown)
+    assert {"many: 0 classes, 0 images", "medium: 1 class, 32 images", "few: 1 class, 8 images"} <= set(shown)
     assert "folder: 40 training images, 2 classes" in shown and "2 classes, largest first" in shown
 
 
