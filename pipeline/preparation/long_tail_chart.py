@@ -27,8 +27,6 @@ CHART = """\
 <text x="{{ left + width / 2 }}" y="24" text-anchor="middle" font-size="15">{{ title }}</text>
 {% for group in groups %}
 <path d="{{ group.path }}" fill="{{ group.colour }}"/>
-<rect x="{{ left + width - 280 }}" y="{{ top + 12 + 20 * loop.index0 }}" width="12" height="12" fill="{{ group.colour }}"/>
-<text x="{{ left + width - 262 }}" y="{{ top + 23 + 20 * loop.index0 }}">{{ group.label }}</text>
 {% endfor %}
 {% for images, y in ticks %}
 <path d="M{{ left - 5 }} {{ y }}h5" stroke="#000"/>
@@ -36,6 +34,11 @@ CHART = """\
 {% endfor %}
 {% for y in limits %}
 <path d="M{{ left }} {{ y }}h{{ width }}" stroke="#666" stroke-dasharray="6 4"/>
+{% endfor %}
+<rect x="{{ left + width - 288 }}" y="{{ top + 5 }}" width="283" height="{{ 20 * groups | length + 4 }}" fill="#fff"/>
+{% for group in groups %}
+<rect x="{{ left + width - 280 }}" y="{{ top + 12 + 20 * loop.index0 }}" width="12" height="12" fill="{{ group.colour }}"/>
+<text x="{{ left + width - 262 }}" y="{{ top + 23 + 20 * loop.index0 }}">{{ group.label }}</text>
 {% endfor %}
 <path d="M{{ left }} {{ top }}v{{ height }}h{{ width }}v-{{ height }}z" fill="none" stroke="#000"/>
 <text x="{{ left + width / 2 }}" y="{{ top + height + 32 }}" text-anchor="middle">{{ classes }} classes, largest first</text>
