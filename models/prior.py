@@ -127,8 +127,8 @@ def balanced_shift(log_prior: Any, loss_log_prior: Any, strength: float) -> Any:
 
     log_prior: log p of the class frequencies of the training data. loss_log_prior, strength: η and its factor in L_cls.
     L_cls is minimal if logit + strength * η is log p(class | image), so the logit contains log p - strength * η in
-    addition to log p(image | class). The shift is exactly 0 for Eq. 6 (η = log p, strength 1) and (strength - 1) * log
-    p for another strength.
+    addition to log p(image | class). The shift is exactly 0 for Eq. 6 (η = log p, strength 1), and
+    (strength - 1) * log p for another strength.
     """
     return strength * loss_log_prior - log_prior
 

@@ -50,8 +50,8 @@ def sample_size(tested: Any, weights: Any = None) -> SampleSize:
     """Effective sample size of a mean over classes: (sum w)^2 / (sum w^2) with w = 1/n_c for each image (Kish 1965).
 
     This is C^2 / sum 1/n_c. tested: int [C], test images of each class; classes without images are excluded. With equal
-    counts the result is their sum. The variance of the mean over classes is at most 1/4 divided by it. weights: [C] >
-    0, of the classes in the mean; None: equal.
+    counts the effective size is their sum. The variance of the mean over classes is at most 1/4 divided by the
+    effective size. weights: [C] > 0, of the classes in the mean; None: equal.
     """
     counts = np.asarray(tested, dtype=np.float64)
     share = np.ones(counts.shape) if weights is None else np.asarray(weights, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Stage `seeds`: train teacher and student for each of params.seeds, spread of metrics; writes artifacts/seeds/."""
+"""Stage `seeds`: train and evaluate each of params.seeds and report the spread of metrics; writes artifacts/seeds/."""
 
 from __future__ import annotations
 

@@ -75,7 +75,10 @@ def _gradient_of_block(
     longest,
     block: tl.constexpr,
 ):
-    """Backward kernel, one program per query and block of keys: gradient of `rest`; for keys of its own class, `to_own`."""
+    """Backward kernel, one program per query and block of keys: gradient of the similarities.
+
+    At keys of other classes it is the gradient of `rest`, at keys of the query's class the incoming gradient `to_own`.
+    """
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * block + tl.arange(0, block)
     inside = key < keys
@@ -84,7 +87,7 @@ def _gradient_of_block(
     own = (key >= first) & (key <= tl.load(own_last + row))
     cosine = tl.load(similarity + row * keys + key, mask=inside, other=0.0)
     exponent = cosine / tau + tl.load(bias + key, mask=inside, other=0.0) - tl.load(rest + row)
-    # Exponents of keys of the own class can be far above `rest`, and exp of them would overflow.
+    # Exponents at keys of the query's class can be far above `rest`, and exp of them would overflow.
     posterior = tl.exp(tl.where(inside & (own == 0), exponent, 0.0))
     from_own = tl.load(to_own + row * longest + (key - first), mask=inside & own, other=0.0)
     gradient = tl.where(own, from_own, posterior * (tl.load(to_rest + row) / tau))

@@ -17,9 +17,9 @@ def mixture_log_scores(
     similarity: [B,K] cosines; row_class: [K] int64, the class of each key; mask: [B,K] bool, True keeps the pair.
     Returns (log s [B,C], number of keys that were used [B,C]). A class without a key in a row has the score -inf there.
 
-    The maximum is taken per class and not per row, so that a class far below the row's maximum cannot underflow to log
-    0 at any temperature (the official form underflows below a tau_g of about .019). There is no K x C one-hot matrix:
-    the cost is O(BK + BC).
+    The maximum is taken per class and not per row, so that a class far below the row's maximum cannot underflow to
+    log 0 at any temperature (the official form underflows below a tau_g of about .019). There is no K x C one-hot
+    matrix: the cost is O(BK + BC).
     """
     rows = similarity.shape[0]
     index = row_class.expand(rows, -1)

@@ -88,10 +88,11 @@ class StudentObjective(nn.Module):
         teacher_adjustment: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """A teacher that no term needs is dropped. Raises ValueError when one is needed and not given.
+        """Create the heads, the queues and, if needed, the momentum encoder; a teacher that no term needs is not stored.
 
-        teacher_adjustment: the strength in the teacher's L_cls; None: the student's. Where the two differ, L_KD moves the
-        teacher's logits by the difference, so that it and L_cls have the same minimum.
+        teacher_adjustment: the strength of the logit adjustment in the teacher's L_cls; None: the student's. If the two
+        differ, L_KD adds the difference times log_prior to the teacher's logits, so that L_KD and L_cls have the same
+        minimum. Raises ValueError when a teacher is needed and not given.
         """
         super().__init__()
         self.model = model
@@ -108,7 +109,7 @@ class StudentObjective(nn.Module):
         if not weights.beta:
             return
         self.query_head = ProjectionHead(model.feature_dim, model.feature_dim, projection_dim)
-        # The key head starts as a copy of the query head; with a teacher of another width the copy is impossible.
+        # The key head starts as a copy of the query head, unless the teacher has another feature width.
         stored = model if contrast_encoder == "momentum" or teacher is None else teacher
         width = stored.feature_dim
         if width == model.feature_dim:

@@ -19,7 +19,7 @@ from models.networks.cosine_classifier import ImageClassifier
 
 
 class Mixed(NamedTuple):
-    """Labels of a mixed view (CutMix, Mixup): the partners' labels, int64 [B], and the share of the own label, float [B]."""
+    """Labels of a mixed view (CutMix, Mixup): labels of the partners, int64 [B], and the share of the own label, float [B]."""
 
     target: Tensor
     share: Tensor

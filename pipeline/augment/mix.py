@@ -13,9 +13,10 @@ from pipeline.params import AugmentParams
 
 @dataclass(frozen=True)
 class MixDraws:
-    """partner int64 [B]: index in the global batch; share float32 [B]: lambda, the share of the own image; box int64 [B,4].
+    """Random numbers of CutMix or Mixup for a batch or this rank's share of it.
 
-    box (top, left, bottom, right) is the region that CutMix copies from the partner; None for Mixup. The loss of a
+    partner int64 [B]: index in the global batch; share float32 [B]: lambda, the share of the image itself; box int64
+    [B,4]: (top, left, bottom, right) of the region that CutMix copies from the partner, None for Mixup. The loss of a
     mixed image is share · CE(target) + (1 - share) · CE(target[partner]).
     """
 

@@ -35,7 +35,7 @@ def without(source: Source, skipped: list[Row]) -> list[Row]:
 
 
 def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
-    """Assign rows to splits by the source's own splits and params.data. Rows that the profile drops are in no split.
+    """Assign rows to splits by the splits of the source and params.data. Rows that the profile drops are in no split.
 
     Steps: 1. Test is held out, unless the source has a test split: `profiles.test_size` images of each class. 2. Each
     class is cut to max_per_class images. 3. The profile chooses the images for training. 4. Validation is held out,

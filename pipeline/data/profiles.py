@@ -10,9 +10,9 @@ def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> 
 
     available: images per class. With n = (sum of available) / C images for the head and f = 1/imbalance_factor:
     `natural` keeps all; `exponential` keeps int(n * f^(c/(C-1))); `step` keeps int(n) in the first half of the classes
-    and int(n*f) in the rest (both the CIFAR-LT rule of Cao et al. 2019, truncated, not rounded); `pareto` keeps int(n *
-    (c+1)^-a) with a such that the last class keeps n*f. A class never keeps more images than it has. Raises ValueError
-    when a class would keep none.
+    and int(n*f) in the rest (both the CIFAR-LT rule of Cao et al. 2019, truncated, not rounded); `pareto` keeps
+    int(n * (c+1)^-a) with a such that the last class keeps n*f. A class never keeps more images than it has. Raises
+    ValueError when a class would keep none.
     """
     classes = len(available)
     head = sum(available) / classes
