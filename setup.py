@@ -1,7 +1,8 @@
-"""Adds to a wheel, beneath `tailor`, a copy of each module that tailor.client and tailor.losses import.
+"""Build of the wheel: add to package `tailor` a copy of each module that tailor.client and tailor.losses import.
 
-A program that installs Tailor may have modules `models` and `serving` of its own, which Python finds first. In the wheel
-the copies import one another as `tailor._models` and `tailor._serving`. Everything else is in pyproject.toml.
+A program that installs Tailor may have top-level modules `models` and `serving`, which Python would import instead. In
+the wheel the copies import one another as `tailor._models` and `tailor._serving`. All other metadata is in
+pyproject.toml.
 """
 
 import ast
@@ -15,13 +16,13 @@ ROOMS = ("models", "serving")
 
 
 def imports_of(source: str) -> list[ast.Import | ast.ImportFrom]:
-    """The imports of a module from the rooms."""
+    """The imports of a module from the packages in ROOMS."""
     found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     return [node for node in found if names_of(node)[0].partition(".")[0] in ROOMS]
 
 
 def names_of(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """What an import may load: modules, and names that may be modules."""
+    """Names that an import can load: modules, and names that may be modules."""
     names = [alias.name for alias in node.names]
     if isinstance(node, ast.Import):
         return names
@@ -29,14 +30,14 @@ def names_of(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def files_of(name: str) -> list[Path]:
-    """The file of a module, if it is one, and those of the packages around it; relative to the root."""
+    """The file of a module, if `name` is one, and the __init__.py of its packages; relative to the root."""
     parts = name.split(".")
     packages = [Path(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
     return [path for path in (*packages, Path(*parts).with_suffix(".py")) if (ROOT / path).is_file()]
 
 
 def renamed(source: str) -> str:
-    """A module with `from models.x import y` as `from tailor._models.x import y`, and the same of serving."""
+    """Source of a module with `from models.x import y` replaced by `from tailor._models.x import y`; the same for serving."""
     lines = source.splitlines(keepends=True)
     for node in imports_of(source):
         if isinstance(node, ast.Import):
@@ -49,10 +50,10 @@ def renamed(source: str) -> str:
 
 
 class BuildPy(build_py):
-    """build_py, and the modules beneath `tailor`; an editable install uses the rooms themselves."""
+    """build_py that also copies the modules into `tailor`; an editable install uses the original packages."""
 
     def run(self) -> None:
-        """Build."""
+        """Build the packages and copy the modules."""
         super().run()
         pending = [] if self.editable_mode else [Path("tailor/client.py"), Path("tailor/losses.py")]
         done: set[Path] = set()

@@ -1,1 +1,1 @@
-"""What is learned and its mathematics: backbones, classifier, heads, losses, queues, prior and adjustment arithmetic."""
+"""Networks and their mathematics: backbones, classifier, heads, losses, queues, class prior and logit adjustment."""

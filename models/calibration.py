@@ -1,6 +1,6 @@
-"""Bias-corrected temperature scaling: logits whose softmax says how often it is right, as label shift asks for.
+"""Calibration of logits by bias-corrected temperature scaling, as the estimation of label shift requires.
 
-Imports numpy alone, as models/prior.py does.
+Imports only numpy, like models/prior.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Labels = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """logits / temperature + bias; bias float64 [C], its mean 0. size: of the samples that it was fitted on."""
+    """Calibration parameters: logits / temperature + bias; bias float64 [C] with mean 0.
+
+    size: of the samples used for the fit.
+    """
 
     temperature: float
     bias: Floats
@@ -34,22 +37,24 @@ def calibrate(logits: Any, calibration: Calibration) -> Floats:
 def fit_calibration(
     logits: Any, labels: Any, source_prior: Any = None, *, ridge: float = 1e-3, max_iterations: int = 100
 ) -> Calibration:
-    """Temperature and biases of least cross-entropy on labelled logits that training did not see (BCTS, Alexandari 2020).
+    """Fit temperature and biases by least cross-entropy on labelled held-out logits (BCTS, Alexandari 2020).
 
-    logits: [N,C]; labels: [N] in 0..C-1. source_prior: [C], the prior that the calibrated logits shall answer for; None
-    is uniform. Samples are weighed as if the labels followed it: a long-tailed validation set must not write its own
-    prior into the biases. ridge: penalty on half the squared biases, which a class without samples or without mistakes
-    needs to stay finite. Convex in 1/temperature and bias: Newton's method with step halving.
-    Raises ValueError for unusable arguments, for logits that say nothing about the labels (no positive temperature is
-    best), and when the search has not settled after max_iterations.
+    logits: [N,C], not used in training; labels: [N] in 0..C-1. source_prior: [C], the class prior of the calibrated
+    logits; None is uniform. Samples are weighted as if the labels followed source_prior, so that a long-tailed
+    validation set does not add its own prior to the biases. ridge: penalty on half the squared biases; it keeps the
+    bias finite for a class without samples or without errors. The objective is convex in 1/temperature and bias; it is
+    minimised by Newton's method with step halving.
+
+    Raises ValueError for invalid arguments, for logits that carry no information about the labels (no positive
+    temperature is optimal), and when the search has not converged after max_iterations.
     """
     scores, y = _check(logits, labels)
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}; expected a number above 0")
     weights = _weights(y, scores.shape[1], source_prior)
-    # Softmax does not see a row's offset; the products of the Hessian do.
+    # An offset of a row does not change softmax, but it changes the products in the Hessian.
     scores = scores - scores.max(axis=1, keepdims=True)
-    unit = float(np.abs(scores).mean()) or 1.0  # so that the slope is about 1, whatever the logits' scale
+    unit = float(np.abs(scores).mean()) or 1.0  # so that the slope is about 1 at any scale of the logits
     slope, bias = _newton(scores / unit, y, weights, ridge, max_iterations)
     if slope <= 1e-6:
         raise ValueError("logits do not grow with the labels' probability; no temperature calibrates them")
@@ -57,10 +62,11 @@ def fit_calibration(
 
 
 def fit_temperature(logits: Any, labels: Any, source_prior: Any = None, *, max_iterations: int = 100) -> float:
-    """The temperature alone, of least cross-entropy on labelled logits (Guo et al. 2017, Sec. 4.2): its answers stay.
+    """Fit only the temperature by least cross-entropy on labelled logits (Guo et al. 2017); predictions do not change.
 
-    Arguments as of `fit_calibration`, without biases; one number, so it costs the same for ten thousand classes. Convex
-    in 1/temperature: Newton's method with step halving. Raises ValueError as `fit_calibration` does.
+    Method of Sec. 4.2. Arguments as in `fit_calibration`, without biases. With one parameter no Hessian over the
+    classes is needed, so the fit is also cheap for ten thousand classes. The objective is convex in 1/temperature; it
+    is minimised by Newton's method with step halving. Raises ValueError as `fit_calibration` does.
     """
     scores, y = _check(logits, labels)
     weights = _weights(y, scores.shape[1], source_prior)
@@ -128,7 +134,7 @@ def _newton(scores: Floats, y: Labels, weights: Floats, ridge: float, max_iterat
         size = 1.0
         while (found := _loss(scores, y, weights, ridge, theta - size * step)) > value - 1e-4 * size * decrement:
             size /= 2
-            if size < 1e-10:  # rounding is all that is left
+            if size < 1e-10:  # only rounding errors remain
                 return float(theta[0]), theta[1:]
         theta, value = theta - size * step, found
     raise ValueError(f"max_iterations is {max_iterations}, too few for this calibration; raise it or ridge ({ridge})")
@@ -145,7 +151,7 @@ def _derivatives(scores: Floats, y: Labels, weights: Floats, ridge: float, theta
     )
     across = (weighted * (scores - expected)).sum(axis=0)
     hessian = np.empty((len(theta), len(theta)))
-    # Separable data have a best slope without end; the trace keeps the step finite.
+    # For separable data the optimal slope is infinite; the added constant keeps the step finite.
     hessian[0, 0] = (weighted * (scores - expected) ** 2).sum() + 1e-9
     hessian[0, 1:] = hessian[1:, 0] = across
     hessian[1:, 1:] = np.diag(weighted.sum(axis=0) + ridge) - p.T @ weighted

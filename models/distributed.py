@@ -1,6 +1,6 @@
-"""What the mathematics needs of other processes when a batch is shared by several: gathered batches, common statistics.
+"""Collective operations over the ranks that share a batch: gather, sum, mean, gradients, synchronised batch norm.
 
-Everything here is the identity in a single process. Knows nothing of how the processes were started.
+In a single process nothing here changes its input. The processes are started elsewhere.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 
 def rank_count() -> int:
-    """Processes that share a batch; 1 without a process group."""
+    """Number of ranks that share a batch; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's place among them, from 0."""
+    """Rank of this process, from 0."""
     return dist.get_rank() if rank_count() > 1 else 0
 
 
 @torch.no_grad()
 def gather_batch(share: Tensor) -> Tensor:
-    """The whole batch from every rank's equal share [b, ...] → [ranks*b, ...], in rank order. No gradient."""
+    """Gather the whole batch from the equal shares of all ranks: [b, ...] → [ranks*b, ...], in rank order.
+
+    No gradient.
+    """
     if rank_count() == 1:
         return share
     shares = [torch.empty_like(share) for _ in range(rank_count())]
@@ -35,7 +38,7 @@ def gather_batch(share: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum of a tensor over the ranks; its own value in a single process. No gradient."""
+    """Sum of a tensor over the ranks; the tensor itself in a single process. No gradient."""
     if rank_count() == 1:
         return value
     total = value.clone()
@@ -44,13 +47,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of a tensor over the ranks; its own value in a single process. No gradient."""
+    """Mean of a tensor over the ranks; the tensor itself in a single process. No gradient."""
     return value if rank_count() == 1 else sum_over_ranks(value) / rank_count()
 
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Average the gradients of all ranks in place; nothing in a single process. In one message, whatever their number."""
+    """Average the gradients of all ranks in place, in one all-reduce for all parameters; does nothing in a single process."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if rank_count() == 1 or not gradients:
         return
@@ -62,7 +65,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every batch norm by one whose statistics are those of the whole batch; nothing changes in a single process."""
+    """Replace every batch norm by one that uses the statistics of the whole batch; changes nothing in a single process."""
     if rank_count() == 1:
         return module
     if device.type == "cuda":
@@ -77,11 +80,14 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over all ranks for the CPU, where PyTorch's own SyncBatchNorm refuses to run. Any rank >= 2 input."""
+    """Synchronised batch norm on the CPU, where torch.nn.SyncBatchNorm is not supported.
+
+    Inputs of at least 2 dimensions.
+    """
 
     @classmethod
     def of(cls, original: nn.modules.batchnorm._BatchNorm) -> SharedBatchNorm:
-        """The same layer, parameters and running statistics shared with the original."""
+        """Create the layer from a batch norm; parameters and running statistics are shared with it."""
         layer = cls(
             original.num_features, original.eps, original.momentum, original.affine, original.track_running_stats
         )
@@ -95,7 +101,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected an input of at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [N,C,...] → normalised by the mean and variance of every rank's samples together while training."""
+        """Normalise input [N,C,...]; in training by the mean and variance of the samples of all ranks."""
         if not self.training:
             return super().forward(input)
         axes = [axis for axis in range(input.dim()) if axis != 1]
@@ -106,7 +112,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         variance = _SumOverRanks.apply(centred.square().sum(axes)) / count
         with torch.no_grad():
             tracked = self.get_buffer("num_batches_tracked").add_(1)
-            # PyTorch's own rule: without a momentum, the plain mean of all batches.
+            # As in PyTorch: without a momentum, the running statistics are the plain mean over all batches.
             momentum = 1 / float(tracked) if self.momentum is None else self.momentum
             self.get_buffer("running_mean").lerp_(mean, momentum)
             self.get_buffer("running_var").lerp_(variance * count / max(count - 1, 1), momentum)
@@ -116,7 +122,10 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over the ranks; the gradient of a sum that every rank uses is the sum of the ranks' gradients."""
+    """Differentiable sum over the ranks.
+
+    Every rank uses the sum, so its gradient is the sum of the gradients of all ranks.
+    """
 
     @staticmethod
     def forward(context: Any, value: Tensor) -> Tensor:  # noqa: ARG004 - autograd passes it

@@ -1,8 +1,8 @@
-"""The class prior of unlabelled data, estimated from a classifier's answers for them.
+"""Estimation of the class prior of unlabelled data from the predictions of a classifier (label shift).
 
-Label shift: the classes look as they did, only their shares changed. The mixture `sum_c p(c) · p(x | c)` then has p alone
-unknown, and a calibrated classifier gives `p(x | c)` up to a factor: its probability over the prior that it answers for.
-Imports numpy alone, as models/prior.py does.
+Label shift: the distribution of images within each class is unchanged, only the class prior p has changed. In the
+mixture `sum_c p(c) · p(x | c)` only p is unknown. A calibrated classifier gives `p(x | c)` up to a factor: its
+probability divided by the prior that it assumes. Imports only numpy, like models/prior.py.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from models.prior import Floats, check_target_prior
 
 TOLERANCE = 1e-4
-# The bootstrap may stop earlier: a hundredth of a nat is a seventh of a standard error, along any direction.
+# The bootstrap may stop earlier: a hundredth of a nat is a seventh of a standard error, in any direction.
 BOOTSTRAP_TOLERANCE = 1e-2
-# Elements of the largest array that the bootstrap makes at a time (float64: 64 MiB).
+# Elements of the largest array that the bootstrap allocates at a time (float64: 64 MiB).
 CHUNK = 8_000_000
 
 
 @dataclass(frozen=True)
 class PriorEstimate:
-    """An estimated class prior and how far the search got.
+    """An estimated class prior and the state of the search.
 
-    prior: float64 [C], sums to 1. gap: nats by which the objective over all samples can still rise, a certain upper bound.
-    converged: gap <= tolerance. iterations: passes over the data.
+    prior: float64 [C], sums to 1. gap: upper bound, in nats, on the remaining increase of the objective over all
+    samples. converged: gap <= tolerance. iterations: passes over the data.
     """
 
     prior: Floats
@@ -43,14 +43,16 @@ def estimate_prior(
     tolerance: float = TOLERANCE,
     max_iterations: int = 2000,
 ) -> PriorEstimate:
-    """The prior under which the answers are most likely: EM (Saerens, Latinne and Decaestecker 2002, Eq. 2.9), or MAP.
+    """Estimate the class prior by maximum likelihood: EM (Saerens, Latinne and Decaestecker 2002, Eq. 2.9), or MAP.
 
-    probabilities: [N,C], each row summing to 1. source_prior: [C], the prior that they answer for; None is uniform,
-    which a student's balanced logits answer for. concentration: of a Dirichlet prior on the estimate, a number or [C],
-    >= 1; None or 1 is EM, above 1 is MAP with concentration - 1 samples added to every class (MAPLS, Ye et al. 2024;
-    `mapls_concentration` turns its λ into one). Both objectives are concave, so there is one maximum; steps are
-    extrapolated (SQUAREM, Varadhan and Roland 2008) and kept only where they raise it.
-    Returns the estimate, converged or not: ask it. Raises ValueError naming the argument that cannot be used.
+    probabilities: [N,C], each row sums to 1. source_prior: [C], the prior that the probabilities assume; None is
+    uniform, as for a student's balanced logits. concentration: of a Dirichlet prior on the estimate, a number or [C],
+    >= 1. None or 1 is EM; above 1 is MAP, which adds concentration - 1 samples to every class (MAPLS, Ye et al. 2024;
+    `mapls_concentration` converts its λ). Both objectives are concave, so there is a single maximum. Steps are
+    extrapolated (SQUAREM, Varadhan and Roland 2008) and accepted only if they increase the objective.
+
+    Returns the estimate even if the search has not converged: check `converged`. Raises ValueError that names the
+    invalid argument.
     """
     ratio = _likelihood_ratio(probabilities, source_prior)
     pseudo = _pseudo_counts(concentration, ratio.shape[1])
@@ -61,9 +63,9 @@ def estimate_prior(
 
 
 def mapls_concentration(kept: float, samples: int, classes: int) -> float:
-    """The Dirichlet concentration under which a MAP step is MAPLS's: kept · EM step + (1 - kept) · uniform.
+    """Dirichlet concentration that makes a MAP step equal to a step of MAPLS: kept · EM step + (1 - kept) · uniform.
 
-    kept: MAPLS's λ, in (0, 1]; samples: N; classes: C. Raises ValueError for another λ or count.
+    kept: λ of MAPLS, in (0, 1]; samples: N; classes: C. Raises ValueError for another λ or count.
     """
     if not 0 < kept <= 1:
         raise ValueError(f"kept is {kept}; expected a share above 0, at most 1")
@@ -83,13 +85,14 @@ def bootstrap_priors(
     tolerance: float = BOOTSTRAP_TOLERANCE,
     max_iterations: int = 500,
 ) -> Floats:
-    """Estimates of data sets drawn with replacement from the samples: float64 [resamples, C]; same seed, same result.
+    """Bootstrap estimates of the class prior (samples drawn with replacement): float64 [resamples, C], fixed by the seed.
 
-    The bootstrap, and not the Fisher information: a tail class lies at the edge of the simplex, where a normal interval
-    reaches below zero. Each search starts at `estimate`, and all of them take their steps together, as products of
-    matrices. Costs at most max_iterations passes over N x C x resamples numbers; memory is bounded.
-    Raises ValueError as estimate_prior does, and when a search has not come within `tolerance` nats: its interval
-    would be too narrow.
+    The bootstrap is used and not the Fisher information, because a tail class is at the edge of the simplex, where a
+    normal interval has a negative lower bound. Each search starts at `estimate`. All searches run together, as matrix
+    products. The cost is at most max_iterations passes over N x C x resamples numbers; memory is bounded by CHUNK.
+
+    Raises ValueError as estimate_prior does, and when a search has not converged within `tolerance` nats, because the
+    interval would be too narrow.
     """
     ratio = _likelihood_ratio(probabilities, source_prior)
     samples, classes = ratio.shape
@@ -100,7 +103,7 @@ def bootstrap_priors(
     if estimate.prior.shape != (classes,):
         raise ValueError(f"estimate is of {len(estimate.prior)} classes; expected {classes}, as in probabilities")
     generator = np.random.default_rng(seed)
-    # A class at zero would stay there: the search multiplies.
+    # A class at zero would stay at zero, because the updates are multiplicative.
     start = np.maximum(estimate.prior, 1 / (100 * samples * classes))[:, None]
     start = start / start.sum()
     found, at_once = [], max(1, CHUNK // max(samples, classes))
@@ -118,7 +121,10 @@ def bootstrap_priors(
 
 
 def interval(values: Floats, confidence: float = 0.95) -> tuple[Floats, Floats]:
-    """Lower and upper percentile bounds over the first axis of bootstrap values [B,...]. Raises ValueError outside (0, 1)."""
+    """Lower and upper percentile bounds of bootstrap values [B,...] over the first axis.
+
+    Raises ValueError unless confidence is in (0, 1).
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected a number between 0 and 1")
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
@@ -126,7 +132,10 @@ def interval(values: Floats, confidence: float = 0.95) -> tuple[Floats, Floats]:
 
 
 def total_variation(p: Any, q: Any) -> Any:
-    """Half the sum of |p - q| over the last axis: the share of samples whose class would have to change; 0 to 1."""
+    """Total variation distance: half the sum of |p - q| over the last axis, 0 to 1.
+
+    It is the share of samples whose class must change to turn p into q.
+    """
     return np.abs(np.asarray(p, dtype=np.float64) - np.asarray(q, dtype=np.float64)).sum(axis=-1) / 2
 
 
@@ -165,7 +174,10 @@ def _check_search(tolerance: float, max_iterations: int) -> None:
 def _maximise(
     ratio: Floats, weights: Floats, pseudo: Floats, prior: Floats, tolerance: float, max_iterations: int
 ) -> tuple[Floats, Floats, int]:
-    """Priors [C,B] that maximise Σ_i weights_ib log(ratio_i · p_b) + Σ_c pseudo_c log p_cb; their gaps [B]; passes used."""
+    """Maximise Σ_i weights_ib log(ratio_i · p_b) + Σ_c pseudo_c log p_cb over priors p [C,B].
+
+    Returns the priors [C,B], their gaps [B] and the number of passes.
+    """
     mass = weights.sum(axis=0) + pseudo.sum()
     done = np.zeros(prior.shape[1], dtype=bool)
     gap, passes = np.full(prior.shape[1], np.inf), 0
@@ -184,7 +196,7 @@ def _maximise(
         ahead = _extrapolate(p, first, second)
         found = [(point, _density(ratio, point)) for point in (second, ahead)]
         values = [_value(of, w, pseudo, point) for point, of in found]
-        # A column that is done stays where it is; the others take the better of the two, with its densities.
+        # A converged column is not changed. The others take the better of the two points, with its densities.
         for place, chosen in enumerate((values[1] <= values[0], values[1] > values[0])):
             moving = chosen & ~done[left]
             prior[:, left[moving]], density[:, left[moving]] = (part[:, moving] for part in found[place])
@@ -195,18 +207,21 @@ def _maximise(
 
 
 def _density(ratio: Floats, prior: Floats) -> Floats:
-    """Σ_c ratio_ic p_cb of every sample: [N,B], above zero."""
+    """Density of each sample, Σ_c ratio_ic p_cb: [N,B], positive."""
     return np.maximum(ratio @ _above_zero(prior), np.finfo(np.float64).tiny)
 
 
 def _value(density: Floats, weights: Floats, pseudo: Floats, prior: Floats) -> Floats:
-    """The log-posterior [B]."""
+    """Log-posterior [B]."""
     value: Floats = (weights * np.log(density)).sum(axis=0) + (pseudo * np.log(_above_zero(prior))).sum(axis=0)
     return value
 
 
 def _slope(ratio: Floats, weights: Floats, pseudo: Floats, prior: Floats, density: Floats) -> Floats:
-    """The log-posterior's gradient [C,B]. By concavity it lies at most max(gradient) - mass below its maximum."""
+    """Gradient of the log-posterior [C,B].
+
+    By concavity the log-posterior is at most max(gradient) - mass below its maximum.
+    """
     slope: Floats = ratio.T @ (weights / density) + pseudo / _above_zero(prior)
     return slope
 
@@ -216,13 +231,13 @@ def _above_zero(prior: Floats) -> Floats:
 
 
 def _extrapolate(p: Floats, first: Floats, second: Floats) -> Floats:
-    """SQUAREM's step along p → first → second, pulled back into the simplex: [C,B]."""
+    """SQUAREM step along p → first → second, projected back into the simplex: [C,B]."""
     change = first - p
     bend = second - first - change
     length = np.sqrt((change**2).sum(axis=0) / np.maximum((bend**2).sum(axis=0), 1e-300))
     length = np.clip(length, 1, 1e6)
     ahead: Floats = p + 2 * length * change + length**2 * bend
-    # What would leave the simplex keeps a share of what a plain step gives it.
+    # An entry that would be negative gets a share of its value after a plain step.
     ahead = np.maximum(ahead, 0.01 * second)
     ahead /= ahead.sum(axis=0)
     return ahead

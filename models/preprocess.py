@@ -1,6 +1,6 @@
-"""From an encoded image to the uint8 array that the network takes: the same bytes give the same array in training and serving.
+"""Image preprocessing: encoded bytes to the network's uint8 input, with identical results in training and serving.
 
-Pillow and numpy alone, because the served classifier runs this same file where there is no torch.
+Imports only Pillow and numpy, because the served classifier imports this file without torch.
 """
 
 from __future__ import annotations
@@ -21,34 +21,37 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 32 * 1024 * 1024
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 64
-# Encoders write about ten scans into a progressive JPEG. Each is a pass over all pixels (1 ns a pixel) and may take no more
-# than ten bytes, so that without a bound half a megabyte is a minute's work, and the largest file an hour's.
+# Limits on scans of a progressive JPEG. Encoders write about ten. Each scan is a pass over all pixels (1 ns per pixel)
+# and can be as short as ten bytes: without a limit, half a megabyte could take a minute to decode and the largest file
+# an hour.
 MAX_SCANS = 30
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
-# JPEG segments before the first scan, or PNG chunks: Pillow walks them in Python, and the largest file has room for
+# JPEG segments before the first scan, or PNG chunks. Pillow reads them in Python, and the largest file can hold
 # millions of empty ones.
 MAX_PARTS = 5_000
-# Pillow parses metadata when it opens a file (EXIF of 480 kB took 496 MiB, a segment of MPF 60 ms, 500 kB of colour profiles
-# 1.3 s), so that it gets JPEG and PNG files without any. Files have one or two pieces of a kind.
+# Pillow parses metadata when it opens a file (480 kB of EXIF took 496 MiB, an MPF segment 60 ms, 500 kB of colour
+# profiles 1.3 s). Therefore it receives JPEG and PNG files without metadata. Valid files have one or two parts of a
+# kind.
 MAX_METADATA = 8
 PNG_METADATA = (b"iCCP", b"zTXt", b"iTXt")
 PNG_DROPPED = (*PNG_METADATA, b"tEXt", b"eXIf")
 JPEG_METADATA = ((0xE1, b"Exif\0\0"), (0xED, b"Photoshop"))
-# Frames, tables, the scan, JFIF and Adobe's segment, which name the colour space. Pillow and libjpeg take no other to decode.
+# Frames, tables, the scan, and the JFIF and Adobe segments, which define the colour space. Decoding in Pillow and
+# libjpeg uses no other segments.
 JPEG_KEPT = frozenset((*range(0xC0, 0xC8), *range(0xC9, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE))
 MAX_TAGS = 1000  # of EXIF
-TAG_WIDTHS = bytes((0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8))  # bytes of a value, by the type's number
-# A JPEG whose shorter side is at least 2 * ROOM times the one that is needed is decoded at 1/2, 1/4 or 1/8 of its size, which
-# leaves ROOM times as much. With 2 instead of 4, the best class of 0.8 % of images changed instead of 0.35 %
-# (docs/serving-performance.md).
+TAG_WIDTHS = bytes((0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8))  # bytes of a value, by type
+# A JPEG whose shorter side is at least 2 * ROOM times the needed size is decoded at 1/2, 1/4 or 1/8 of its size, so
+# that at least ROOM times the needed size remains. With 2 instead of 4, the predicted class changed for 0.8 % of images
+# instead of 0.35 % (docs/serving-performance.md).
 ROOM = 4
 PNG = b"\x89PNG\r\n\x1a\n"
-MAX_TEXT = 1024 * 1024  # bytes of a PNG's text that are unpacked: its orientation may be in there
+MAX_TEXT = 1024 * 1024  # bytes of decompressed text of a PNG, which may hold the orientation
 WEBP_HEADER = 30  # bytes
-ORIENTATION = 0x0112  # the EXIF tag, and how to turn the picture upright for each of its values but 1
-ORIENTATION_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0%c\0\0\0\0\0\0"  # with that tag alone
+ORIENTATION = 0x0112  # EXIF tag; UPRIGHT maps its values except 1 to the transposition
+ORIENTATION_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0%c\0\0\0\0\0\0"  # EXIF with only this tag
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-# A marker of a JPEG stream that has a segment, or its end: no stuffed byte, no restart, no fill byte.
+# A marker of a JPEG stream that starts a segment or is the end of the image: no stuffed byte, no restart, no fill byte.
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 UPRIGHT = {
@@ -63,9 +66,9 @@ UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message says why in words fit for the caller (no path, no memory address).
+    """An image that cannot be used; the message is safe to return to a client (no path, no memory address).
 
-    kind: the fault in one word: empty, bytes, format, pixels, shape, parts, scans or damaged.
+    kind: the fault as one word: empty, bytes, format, pixels, shape, parts, scans or damaged.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -78,11 +81,14 @@ def decode(
 ) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an upright RGB image.
 
-    The size is read from the header and bounded before any pixel is decoded. EXIF orientation is applied; grayscale,
-    palette, CMYK and 16-bit images become 8-bit RGB (16-bit by its high byte). Of an animation the first frame is taken.
-    resize_to: the shorter side that `resize` will make. A JPEG that is larger by far is then decoded at a fraction of its
-    size, never below room * resize_to, and comes resized to it; room 0: never. allow: called with the pixels that decoding
-    costs before it starts; may raise ImageError. Raises ImageError for what cannot be decoded.
+    The size is read from the header and checked against the limits before any pixel is decoded. EXIF orientation is
+    applied. Grayscale, palette, CMYK and 16-bit images become 8-bit RGB (16-bit by its high byte). Of an animation, the
+    first frame is used.
+
+    resize_to: the shorter side after a later `resize`. A JPEG that is much larger is decoded at a fraction of its size,
+    at least room * resize_to, and returned resized to resize_to; room 0 disables this. allow: called before decoding
+    starts with the number of pixels that decoding costs; may raise ImageError. Raises ImageError if the image cannot be
+    decoded.
     """
     with opened(data) as image:
         return decoded(image, resize_to, room, allow)
@@ -90,11 +96,11 @@ def decode(
 
 @contextlib.contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """JPEG, PNG or WebP bytes of which the headers are read and bounded, and no pixel yet. Closed when the block ends.
+    """Open JPEG, PNG or WebP bytes: headers are read and checked, no pixel is decoded. Closed at the end of the block.
 
-    Of its metadata the image has the orientation alone, as EXIF, where the picture has to be turned.
+    The image has no metadata except the orientation, as EXIF, if the picture has to be rotated or mirrored.
 
-    Raises ImageError for what is refused, and in the place of whatever a decoder raises within the block.
+    Raises ImageError for a rejected image, and in place of any exception that a decoder raises within the block.
     """
     if len(data) == 0:
         raise ImageError("empty", "is empty (0 bytes); expected a JPEG, PNG or WebP image")
@@ -103,12 +109,13 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     check_webp_canvas(data)
     data, exif, xmp = without_metadata(data)
     try:
-        # Image.open reads headers only. Its own bomb check is replaced by the tighter bound below, checked before load.
+        # Image.open reads only headers. Its own check for decompression bombs is replaced by the stricter limits here,
+        # which are checked before load().
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size)
             if image.format == "JPEG":
                 check_scans(data, image.width * image.height)
-            # Of a WebP, from its decoder, which does not parse them.
+            # For WebP, the decoder returns both without parsing them.
             exif, xmp = image.info.pop("exif", exif), image.info.pop("xmp", xmp)
             if (turn := orientation(exif, xmp)) in UPRIGHT:
                 image.info["exif"] = ORIENTATION_EXIF % turn
@@ -120,33 +127,34 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         raise ImageError("pixels", f"has more pixels than the limit of {MAX_PIXELS}") from None
     except Exception:
-        # Pillow's parsers let out whatever they stumble over: OSError, SyntaxError, ValueError, TypeError, struct.error.
+        # Pillow's parsers raise many types for damaged data: OSError, SyntaxError, ValueError, TypeError, struct.error.
         raise ImageError("damaged", "is damaged or truncated: its pixels cannot be decoded") from None
 
 
 def decoded(
     image: Image.Image, resize_to: int = 0, room: int = ROOM, allow: Callable[[int], None] | None = None
 ) -> Image.Image:
-    """The pixels of an image that `opened` gives; see `decode`."""
+    """Decode the pixels of an image from `opened`; see `decode`."""
     width, height = image.size
     pixels, box = width * height, None
     if room * resize_to and image.format == "JPEG":
         drafted = image.draft(None, (room * resize_to, room * resize_to))
         if drafted and image.size != (width, height):
-            # What is left is to read the coefficients: a quarter of the time at most, half where scans are many.
+            # The remaining cost is reading the coefficients: at most a quarter of the time, half with many scans.
             pixels, box = pixels // (2 if "progressive" in image.info else 4), drafted[1]
     if allow:
         allow(pixels)
     image.load()
     if box is None:
         return to_rgb(upright(image))
-    # By the box, as the last row and column may stand for less than a whole pixel, which would shift all others.
+    # With the box, because the last row and column may cover less than a whole pixel; without it all others would be
+    # shifted.
     size = scaled_size(width, height, resize_to)
     return upright(to_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box), image)
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse, by ImageError, an image whose header promises too many pixels or a shape that a resize would blow up."""
+    """Raise ImageError if the size in the header exceeds the pixel limit or the aspect ratio would make a resize too large."""
     if width * height > MAX_PIXELS:
         raise ImageError("pixels", f"has {width}x{height} = {width * height} pixels, above the limit of {MAX_PIXELS}")
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -154,17 +162,19 @@ def check_size(width: int, height: int) -> None:
 
 
 def check_webp_canvas(data: bytes) -> None:
-    """Refuse, by ImageError, a WebP whose header promises too much: its decoder takes memory for the whole canvas at once."""
+    """Raise ImageError for a WebP with a too large canvas: its decoder allocates memory for the whole canvas at once."""
     header = data[:WEBP_HEADER]
     if len(header) == WEBP_HEADER and header[:4] == b"RIFF" and header[8:16] == b"WEBPVP8X":
         check_size(1 + int.from_bytes(header[24:27], "little"), 1 + int.from_bytes(header[27:30], "little"))
 
 
 def without_metadata(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """A JPEG or PNG file with only the parts that its pixels need, its EXIF, and its XMP; any other file as it is.
+    """Remove metadata from a JPEG or PNG file; returns the file, its EXIF and its XMP.
 
-    Bytes between JPEG segments are dropped too: Pillow reads them one by one, fill bytes at 0.6 s a megabyte.
-    Raises ImageError for a file of so many parts, or parts of metadata, that reading them would take seconds.
+    Other files are returned unchanged.
+
+    Bytes between JPEG segments are removed too: Pillow reads them one by one, fill bytes at 0.6 s per megabyte. Raises
+    ImageError for a file with so many parts, or parts of metadata, that reading them would take seconds.
     """
     if data[:8] != PNG and data[:3] != b"\xff\xd8\xff":
         return data, b"", b""
@@ -189,13 +199,13 @@ def without_metadata(data: bytes) -> tuple[bytes, bytes, bytes]:
         if metadata > MAX_METADATA:
             raise ImageError("parts", f"has more than {MAX_METADATA} parts of metadata; save it again without them")
     if text and not exif:
-        with contextlib.suppress(ValueError):  # hexadecimal, behind a line each of nothing, a name and a length
+        with contextlib.suppress(ValueError):  # hexadecimal, after an empty line, a name and a length, one line each
             exif = bytes.fromhex(b"".join(png_text(text).split(b"\n", 3)[3:]).decode("ascii"))
     return b"".join(kept), exif, png_text(xmp) if data[:8] == PNG else xmp
 
 
 def parts(data: bytes) -> Iterator[tuple[int | bytes, int, int, int]]:
-    """Kind, start, start of the content, and end of every JPEG segment or PNG chunk; the first scan goes to the file's end."""
+    """Yield kind, start, start of content, and end of every JPEG segment or PNG chunk; the first scan ends with the file."""
     if data[:8] == PNG:
         kind, end = b"", 8
         while end < len(data) and kind != b"IEND":
@@ -213,11 +223,11 @@ def parts(data: bytes) -> Iterator[tuple[int | bytes, int, int, int]]:
 
 
 def png_text(chunk: bytes) -> bytes:
-    """At most MAX_TEXT bytes of the text in a PNG chunk, given from its kind on; empty where it is damaged."""
+    """At most MAX_TEXT bytes of the text in a PNG chunk, which is given from its kind on; empty if the chunk is damaged."""
     kind, text = chunk[:4], chunk[4:].partition(b"\0")[2]
     packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
     if kind == b"iTXt":
-        text = text[2:].split(b"\0", 2)[-1]  # behind a language and a translated keyword
+        text = text[2:].split(b"\0", 2)[-1]  # after a language and a translated keyword
     try:
         return zlib.decompressobj().decompress(text[kind == b"zTXt" :], MAX_TEXT) if packed else text[:MAX_TEXT]
     except zlib.error:
@@ -225,15 +235,18 @@ def png_text(chunk: bytes) -> bytes:
 
 
 def check_scans(data: bytes, pixels: int) -> None:
-    """Refuse, by ImageError, a JPEG with so many scans that their passes over its pixels would take minutes."""
+    """Raise ImageError for a JPEG with so many scans that decoding all passes over its pixels would take minutes."""
     most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(pixels, 1))
-    # The bytes of the marker occur by chance too, in metadata and behind the image's end.
+    # The marker bytes can also occur by chance, in metadata and after the end of the image.
     if data.count(b"\xff\xda") > most and has_more_scans(data, most):
         raise ImageError("scans", f"has more than {most} scans, too many for its {pixels} pixels; save it again")
 
 
 def has_more_scans(data: bytes, most: int) -> bool:
-    """Whether the first image of a JPEG file has more scans than that, or more parts than MAX_PARTS. Metadata is skipped."""
+    """Whether the first image of a JPEG file has more than `most` scans or more than MAX_PARTS parts.
+
+    Metadata is skipped.
+    """
     scans, parts, place = 0, 0, 2
     while scans <= most and parts <= MAX_PARTS and (found := MARKER.search(data, place)):
         kind = data[found.start() + 1]
@@ -246,25 +259,26 @@ def has_more_scans(data: bytes, most: int) -> bool:
 
 
 def upright(image: Image.Image, tagged: Image.Image | None = None) -> Image.Image:
-    """The image turned as the EXIF orientation of `tagged` (the image itself where not given) asks.
+    """Rotate or mirror the image according to the EXIF orientation of `tagged` (default: the image itself).
 
-    The tag alone is read: other tags may be damaged, the pixels are not. Raises ImageError as `orientation`.
+    Only this tag is read: other tags may be damaged even if the pixels are valid. Raises ImageError as `orientation`
+    does.
     """
     tagged = tagged or image
-    orientation(tagged.info.get("exif") or b"", b"")  # bounds what Pillow parses of an image that a caller has opened
+    orientation(tagged.info.get("exif") or b"", b"")  # limits what Pillow parses of an image opened by a caller
     turn = UPRIGHT.get(tagged.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
 
 def orientation(exif: bytes, xmp: bytes) -> int:
-    """The orientation that EXIF names, else XMP, else 1; as Pillow reads it, which copies the values of all tags.
+    """Orientation from EXIF, else from XMP, else 1. Same result as Pillow, which copies the values of all tags.
 
-    Raises ImageError for too many tags, and where the values overlap: 1,000 tags may share the same megabytes.
+    Raises ImageError for too many tags, and for overlapping values: 1,000 tags can refer to the same megabytes.
     """
     tiff = exif.removeprefix(b"Exif\0\0")
     order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
     start, value, total = int.from_bytes(tiff[4:8], order) + 2, None, 0
-    tags = int.from_bytes(tiff[max(start, 10) - 2 : start], order)  # none within the header
+    tags = int.from_bytes(tiff[max(start, 10) - 2 : start], order)  # 0 if the offset points into the header
     if tags > MAX_TAGS:
         raise ImageError("parts", f"has more than {MAX_TAGS} EXIF tags; save it again without them")
     entries = tiff[start : start + 12 * min(tags, max(len(tiff) - start, 0) // 12)]
@@ -272,7 +286,7 @@ def orientation(exif: bytes, xmp: bytes) -> int:
         width = TAG_WIDTHS[kind] if kind < len(TAG_WIDTHS) else 0
         if 4 < count * width <= len(tiff) - int.from_bytes(field, order):
             total += count * width
-        if tag == ORIENTATION and kind in (3, 4) and 0 < count * width <= 4:  # short or long; the first of them
+        if tag == ORIENTATION and kind in (3, 4) and 0 < count * width <= 4:  # short or long; only its first value
             value = int.from_bytes(field[:width], order)
     if total > len(tiff):
         raise ImageError("parts", "has EXIF tags whose values overlap; save it again without them")
@@ -281,17 +295,17 @@ def orientation(exif: bytes, xmp: bytes) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB. Pillow clips 16-bit grey at 255 when converting, so its high byte is taken here."""
+    """Convert to 8-bit RGB. Pillow clips 16-bit grey at 255 when converting, so the high byte is used."""
     if image.mode.startswith("I"):
-        wide = np.asarray(image)  # int32 or uint16; a wider copy of 50 megapixels would take 400 MB
+        wide = np.asarray(image)  # int32 or uint16; a wider copy of 50 megapixels takes 400 MB
         return Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
 def resize(image: Image.Image, size: int, resize_to: int) -> NDArray[np.uint8]:
-    """Shorter side to `resize_to` (antialiased bilinear), centre crop of `size`: uint8 [3, size, size], RGB.
+    """Resize the shorter side to `resize_to` (antialiased bilinear) and crop the centre: uint8 [3, size, size], RGB.
 
-    An image that already fits is not resampled, so 32x32 pictures pass through unchanged. Raises ImageError when the
+    An image whose shorter side already fits is not resampled, so 32x32 images are unchanged. Raises ImageError when the
     resized image would be smaller than the crop.
     """
     if min(image.size) != resize_to:
@@ -306,13 +320,13 @@ def resize(image: Image.Image, size: int, resize_to: int) -> NDArray[np.uint8]:
 
 
 def scaled_size(width: int, height: int, resize_to: int) -> tuple[int, int]:
-    """Width and height of an image once its shorter side is `resize_to`; the longer is cut off, as in torchvision's Resize."""
+    """Width and height after resizing the shorter side to `resize_to`; the longer is truncated, as in torchvision's Resize."""
     shorter = min(width, height)
     return resize_to * width // shorter, resize_to * height // shorter
 
 
 def centred(width: int, height: int, size: int) -> tuple[int, int]:
-    """Left and top of the square of `size` in the centre; halves go to the even pixel, as in torchvision's CenterCrop."""
+    """Left and top of the centred square of side `size`; halves are rounded to even, as in torchvision's CenterCrop."""
     return round((width - size) / 2), round((height - size) / 2)
 
 

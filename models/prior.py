@@ -1,7 +1,7 @@
-"""Class prior and logit adjustment: the one place where either is computed.
+"""Class prior and logit adjustment: the only module that computes them, in training and in serving.
 
-Imports numpy alone, because the served classifier runs this same file where there is no torch; the functions work on
-torch tensors all the same, through the operators that both libraries share.
+Imports only numpy, because the served classifier imports this file without torch. The functions also accept torch
+tensors, because they use only operators that both libraries support.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE | re.ASCII)
-# Finite, as -inf times a strength of 0 is NaN; below every logit whatever tau_s, and half of what float32 holds.
+# Finite, because -inf times a strength of 0 is NaN; below every logit for any tau_s, and half of float32's range.
 RULED_OUT = float(np.finfo(np.float32).min) / 2
-GROUPS = ("many", "medium", "few")  # by training samples, see shot_group
+GROUPS = ("many", "medium", "few")  # by number of training samples, see shot_group
 MANY_ABOVE = 100
 FEW_BELOW = 20
 
 
 def class_key(name: str) -> str:
-    """The form in which class names are compared and kept: Unicode's composed form (NFC).
+    """Normal form for comparing and storing class names: Unicode's composed form (NFC).
 
-    One name typed on Linux (NFC) and copied from macOS (NFD) is two texts: `\u00e9` and `e\u0301`.
+    The same name typed on Linux (NFC) and copied from macOS (NFD) is two strings: `\u00e9` and `e\u0301`.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def class_names_problem(names: Sequence[str]) -> str | None:
-    """What makes class names unusable, or None: the server's label file has one name a line, and each once."""
+    """The reason why class names are invalid, or None: the server's label file needs unique names, one per line."""
     for name in names:
         if not name.strip() or name.splitlines() != [name]:
             return f"class name {name!r} is empty or has a line break; rename the class"
@@ -46,9 +46,9 @@ def class_names_problem(names: Sequence[str]) -> str | None:
 def class_prior(counts: Any, smoothing: float = 0.0) -> Floats:
     """Frequency of each class in the training split: (n_c + smoothing) / sum(n + smoothing).
 
-    counts: [C] integers, samples per class. smoothing: pseudo-count added to every class, >= 0.
-    Returns p, float64 [C], sums to 1. The official code uses no smoothing, so the default is none.
-    Raises ValueError on a negative count, and on a class without samples unless smoothing > 0 (its log would be -inf).
+    counts: [C] integers, samples per class. smoothing: pseudo-count added to every class, >= 0; the official code uses
+    none. Returns p, float64 [C], sums to 1. Raises ValueError for a negative count, and for a class without samples
+    unless smoothing > 0 (its log would be -inf).
     """
     n = np.asarray(counts, dtype=np.float64)
     if n.ndim != 1 or n.size == 0:
@@ -71,13 +71,13 @@ def class_prior(counts: Any, smoothing: float = 0.0) -> Floats:
 def effective_number(counts: Any, beta: float) -> Floats:
     """Effective number of samples of each class, (1 - β^n) / (1 - β) (Cui et al. 2019, Eq. 2): float64 [C].
 
-    counts: [C] numbers >= 0. beta: above 0 and below 1; towards 0 every class counts as one sample, towards 1 as its n.
-    Raises ValueError for another beta.
+    counts: [C] numbers >= 0. beta: above 0 and below 1. Towards 0 every class counts as one sample, towards 1 as n_c
+    samples. Raises ValueError for another beta.
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta is {beta}; expected a number above 0 and below 1")
     n = np.asarray(counts, dtype=np.float64)
-    # expm1 keeps the digits that 1 - β^n loses where β is near 1.
+    # expm1 keeps the digits that 1 - β^n loses if β is near 1.
     number: Floats = -np.expm1(n * np.log1p(-(1 - beta))) / (1 - beta)
     return number
 
@@ -90,22 +90,28 @@ def log_class_prior(counts: Any, smoothing: float = 0.0) -> Floats:
 def adjust_logits(logits: Any, log_prior: Any, strength: Any) -> Any:
     """Logit adjustment: logits + strength * log_prior.
 
-    logits: [B,C]; log_prior: [C]; strength: a number, or [B,1] for one value a row. numpy arrays and torch tensors
-    alike. In the loss strength is 1 (Eq. 6) or α (Eq. 10); post hoc it moves an answer from the balanced target prior
-    (0) to the training prior (1).
+    logits: [B,C]; log_prior: [C]; strength: a number, or [B,1] for one value per row. Accepts numpy arrays and torch
+    tensors. In the loss, strength is 1 (Eq. 6) or α (Eq. 10). Applied after training, it moves the prediction from the
+    balanced target prior (strength 0) to the training prior (strength 1).
     """
     return logits + strength * log_prior
 
 
 def parse_number(text: str) -> float:
-    """A decimal number, nan or inf. Raises ValueError for what Python alone reads as one: 1_0, digits of other scripts."""
+    """Parse a decimal number, nan or inf.
+
+    Raises ValueError for other forms that float() accepts: 1_0, digits of other scripts.
+    """
     if not NUMBER.fullmatch(text):
         raise ValueError("not a decimal number")
     return float(text)
 
 
 def check_numbers(values: Any) -> Floats:
-    """A list or array of numbers as float64. Raises ValueError for text and booleans, which numpy would convert."""
+    """Convert a list or array of numbers to float64.
+
+    Raises ValueError for text and booleans, which numpy would convert.
+    """
     given = values if isinstance(values, np.ndarray) else np.array(values, dtype=object)
     if given.dtype.kind not in "iuf":
         kinds = set(map(type, given.ravel().tolist()))
@@ -117,19 +123,20 @@ def check_numbers(values: Any) -> Floats:
 
 
 def balanced_shift(log_prior: Any, loss_log_prior: Any, strength: float) -> Any:
-    """What to add to a network's logits so that they answer for the balanced target prior: strength * η - log p, [C].
+    """Shift that converts a network's logits to the balanced target prior: strength * η - log p, [C], to be added to them.
 
-    log_prior: log p, of the frequencies of the training data. loss_log_prior, strength: η and its factor in L_cls. That
-    loss is least where logit + strength * η is log p(class | image), so the logit holds log p - strength * η besides
-    log p(image | class). Exactly 0 for Eq. 6 (η = log p, strength 1); (strength - 1) * log p for another strength.
+    log_prior: log p of the class frequencies of the training data. loss_log_prior, strength: η and its factor in L_cls.
+    L_cls is minimal if logit + strength * η is log p(class | image), so the logit contains log p - strength * η in
+    addition to log p(image | class). The shift is exactly 0 for Eq. 6 (η = log p, strength 1), and
+    (strength - 1) * log p for another strength.
     """
     return strength * loss_log_prior - log_prior
 
 
 def check_target_prior(prior: Any, classes: int) -> Floats:
-    """A caller's own target prior, checked: float64 [..., classes], each row >= 0 and summing to 1 within 1e-3, made exact.
+    """Check and normalise a caller's target prior: float64 [..., classes], each row >= 0 with a sum of 1 within 1e-3.
 
-    Raises ValueError naming what is wrong: shape, a negative or non-finite entry, or the sum.
+    Raises ValueError that names the fault: shape, a negative or non-finite entry, or the sum.
     """
     p = np.asarray(prior, dtype=np.float64)
     if p.ndim == 0 or p.shape[-1] != classes:
@@ -147,16 +154,16 @@ def check_target_prior(prior: Any, classes: int) -> Floats:
 
 
 def log_target_prior(prior: Any) -> Floats:
-    """Log of a checked target prior, float64. A class of prior 0 gets RULED_OUT: probability 0, and never NaN."""
+    """Log of a checked target prior, float64. A class with prior 0 gets RULED_OUT: its probability is 0 and never NaN."""
     p = np.asarray(prior, dtype=np.float64)
     log: Floats = np.log(p, out=np.full(p.shape, RULED_OUT), where=p > 0)
     return log
 
 
 def softmax(logits: NDArray[Any]) -> Floats:
-    """Probabilities over the last axis, float64, of finite numpy logits [..., C]."""
+    """Softmax over the last axis of finite numpy logits [..., C]: float64."""
     z = np.asarray(logits)
-    # In place: of ten thousand classes each further copy is gigabytes.
+    # In place: for ten thousand classes every further copy takes gigabytes.
     p: Floats = np.subtract(z, z.max(axis=-1, keepdims=True), dtype=np.float64)
     np.exp(p, out=p)
     p /= p.sum(axis=-1, keepdims=True)
@@ -164,7 +171,7 @@ def softmax(logits: NDArray[Any]) -> Floats:
 
 
 def shot_group(count: int) -> str:
-    """`many` (> 100 training samples), `few` (< 20) or `medium` (20 to 100 inclusive), as the field counts them."""
+    """Shot group by training samples, as in the literature: `many` (> 100), `few` (< 20), `medium` (20 to 100)."""
     if count > MANY_ABOVE:
         return "many"
     return "few" if count < FEW_BELOW else "medium"

@@ -1,4 +1,4 @@
-"""Class-wise queues: an import path that stays valid for models.contrast.queues."""
+"""Alias of models.contrast.queues: an import path kept for compatibility."""
 
 from models.contrast.queues import ClassQueues
 

@@ -1,1 +1,1 @@
-"""A run, from images to artifacts: parameters, data sources, the stages of dvc.yaml and the training engine."""
+"""Training pipeline, from images to artifacts: parameters, data sources, the stages of dvc.yaml, the training engine."""

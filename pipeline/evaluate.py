@@ -1,4 +1,4 @@
-"""Stage `evaluate`: teacher and student on the test split, for both target priors; writes artifacts/evaluation/."""
+"""Stage `evaluate`: evaluate teacher and student on the test split for both target priors; writes artifacts/evaluation/."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NETWORKS = {"teacher": TEACHER, "student": STUDENT}
 
 @dataclass(frozen=True)
 class Result:
-    """metrics.json: network, then target prior, then metric."""
+    """Content of metrics.json: network, then target prior, then metric."""
 
     metrics: dict[str, Any]
     output: Path
@@ -53,7 +53,7 @@ class Result:
 
 
 def run(params: Params, output: Path = EVALUATION) -> Result:
-    """Evaluate both networks on the test split, the only stage that reads it. Raises DataError when it is empty."""
+    """Evaluate both networks on the test split; no other stage reads it. Raises DataError when it is empty."""
     prior, test = load_prior(), evaluation_images(params, "test")
     if len(test) == 0:
         raise DataError(
@@ -66,11 +66,11 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     found = {name: _answers(values, prior) for name, values in logits.items()}
     metrics = {name: network_metrics(values, labels, prior, settings) for name, values in logits.items()}
     if (STUDENT / BEST).is_dir():
-        # An extra under its own name: a figure of an epoch that was chosen by a score must be labelled as such.
+        # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
         best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
     validation, held_out = None, evaluation_images(params, "validation")
-    if len(held_out):  # the temperature is fitted on it
+    if len(held_out):  # the temperature is fitted on validation images
         validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
     shown = study(logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion)
     chosen = choose_samples(found["student"], settings.samples, data.seed)
@@ -106,7 +106,7 @@ def _write_tables(
     labels: np.ndarray,
     prior: Prior,
 ) -> None:
-    """metrics.json, a file of metrics for each network and target prior, per_class.csv and confusion.csv."""
+    """Write metrics.json, a metrics file per network and target prior, per_class.csv and confusion.csv."""
     write_json(folder / "metrics.json", metrics)
     for network, by_prior in metrics.items():
         for name, values in by_prior.items():
@@ -132,9 +132,9 @@ def _origin() -> Origin:
 def _champion(
     folder: str | None, test: AnyImages, labels: np.ndarray, prior: Prior
 ) -> tuple[Answers | None, list[str]]:
-    """Answers of the run in `folder` (evaluate.champion) if it can be compared with this run; otherwise a note with the reason.
+    """Answers of the run in `folder` (evaluate.champion), or a note why they cannot be compared with this run.
 
-    Raises ParamsError when there is no such run.
+    Raises ParamsError when the run does not exist.
     """
     if folder is None:
         return None, []
@@ -143,20 +143,20 @@ def _champion(
         order = np.argsort(np.array(test.sample_ids))
         challenger = Answers([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
         check_comparable(challenger, champion)
-    except GateError as error:  # other classes, another test set: no reason to lose the evaluation of this run
+    except GateError as error:  # other classes or another test set must not fail this evaluation
         return None, [f"Without the champion of evaluate.champion: {error}."]
     return champion, []
 
 
 def flat(values: dict[str, Any]) -> dict[str, float | None]:
-    """Metrics of one target prior without their inner mapping: a row of `dvc metrics show`, which has one per file."""
+    """Metrics of one target prior without nested mappings, as `dvc metrics show` needs them: one row per file."""
     plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
     plain |= {f"{name}_at_prior": value for name, value in values["at_target_prior"].items()}
     return plain | {"test_images": values["test_images"]["all"]["images"]}
 
 
 def choose_samples(found: dict[str, np.ndarray], wanted: int, seed: int) -> list[int]:
-    """Test images to keep as files: up to half of them where the two target priors disagree, the rest drawn from all."""
+    """Choose test images to save: up to half of them with different classes for the two target priors, the rest at random."""
     disagree = np.flatnonzero(found["balanced"].argmax(1) != found["train"].argmax(1))
     generator = np.random.default_rng(seed)
     first = generator.permutation(disagree)[: (wanted + 1) // 2].tolist()

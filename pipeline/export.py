@@ -1,4 +1,4 @@
-"""Stage `export`: the student as one checked ONNX file, its manifest and the Triton model repository."""
+"""Stage `export`: write the student as a checked ONNX file, its manifest and the Triton model repository."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ CARD_NAME = "model_card.md"
 
 @dataclass(frozen=True)
 class Result:
-    """difference: the largest seen between ONNX Runtime and PyTorch, of a logit. half: what else float16 changes."""
+    """Result of an export.
+
+    difference: largest logit difference between ONNX Runtime and PyTorch. half: effects of float16.
+    """
 
     difference: float
     manifest: Manifest
@@ -65,7 +68,10 @@ class Result:
 
 
 def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) -> Result:
-    """Export, check against PyTorch, write export folder and model repository. Raises StageError when the check fails."""
+    """Export, compare with PyTorch, write export folder and model repository.
+
+    Raises StageError when the comparison fails.
+    """
     prior = load_prior()
     model, config = load_model(STUDENT, "student")
     check_image(config, params.image, STUDENT)
@@ -109,7 +115,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
 
 
 def _is_served(data: bytes, resize_to: int, serving: ServingParams) -> bool:
-    """Whether the classifier decodes an image: serving.image_pixels bounds it, above what training reads."""
+    """Whether the classifier decodes an image: serving.image_pixels can be below the limit of training."""
     most = min(serving.image_pixels, serving.request_pixels)
 
     def allow(pixels: int) -> None:

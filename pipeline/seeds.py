@@ -1,4 +1,4 @@
-"""Stage `seeds`: teacher and student again for each of params.seeds, and the spread of metrics; writes artifacts/seeds/."""
+"""Stage `seeds`: train and evaluate each of params.seeds and report the spread of metrics; writes artifacts/seeds/."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pipeline.shared.errors import ParamsError
 from serving.shared.terminal import print
 
 Metrics = dict[str, Any]
-# What a seed's metrics depend on; dvc.yaml lists the same. Of evaluate nothing that only the report shows.
+# Params that the metrics of a seed depend on, as in dvc.yaml. Keys of evaluate that only the report uses are excluded.
 DEPENDS: dict[str, Any] = {
     "engine": {"precision"},
     "evaluate": {"ece_bins", "top_k"},
@@ -52,7 +52,7 @@ DEPENDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Result:
-    """The student's balanced accuracy by seed, of the last epoch."""
+    """The student's balanced accuracy of the last epoch, by seed."""
 
     scores: dict[int, float]
     output: Path
@@ -66,10 +66,10 @@ class Result:
 
 
 def run(params: Params, output: Path = SEEDS) -> Result:
-    """Train and evaluate every further seed, then write all seeds' metrics (seeds.csv), mean and spread (summary.json).
+    """Train and evaluate every further seed, then write all metrics (seeds.csv), mean and standard deviation (summary.json).
 
-    The run of params.seed is the one that is shipped and already exists. After an interruption the finished seeds are
-    kept and the others resume. engine.side_by_side processes share the device. Raises ParamsError for a repeated seed.
+    The run of params.seed is the released one and already exists. After an interruption, finished seeds are kept and
+    the others resume. engine.side_by_side processes share the device. Raises ParamsError for a repeated seed.
     """
     further = params.seeds
     if len({params.seed, *further}) != 1 + len(further):
@@ -95,7 +95,7 @@ def _train_all(params: Params, work: Path) -> Iterator[tuple[int, Metrics]]:
         for seed in params.seeds:
             yield seed, train_seed(params, seed, work)
         return
-    # Spawned, as CUDA cannot be used in a forked process.
+    # Spawned, because CUDA cannot be used in a forked process.
     with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(train_seed, params, seed, work): seed for seed in params.seeds}
         for done in as_completed(running):
@@ -103,14 +103,14 @@ def _train_all(params: Params, work: Path) -> Iterator[tuple[int, Metrics]]:
 
 
 def side_by_side(params: Params) -> int:
-    """Seeds that train at once: engine.side_by_side; `auto` is all of them on a GPU, one on the CPU."""
+    """Number of seeds that train in parallel: engine.side_by_side; `auto` is all of them on a GPU, one on the CPU."""
     if params.engine.side_by_side != "auto":
         return min(params.engine.side_by_side, len(params.seeds))
     return len(params.seeds) if choose_device(params.device).type == "cuda" else 1
 
 
 def train_seed(params: Params, seed: int, work: Path) -> Metrics:
-    """Metrics of teacher, student and the student's best epoch of one seed; kept in work/<seed>/ until the stage ends."""
+    """Train one seed; returns metrics of teacher, student and the student's best epoch, cached in work/<seed>/."""
     recipe = params.model_copy(update={"seed": seed})
     folder = work / str(seed)
     fingerprint = sha256_of_json(
@@ -148,7 +148,10 @@ def _evaluate(params: Params, folder: Path) -> Metrics:
 
 
 def summary(found: dict[int, Metrics]) -> dict[str, Any]:
-    """Network → target prior → metric → {mean, std, seeds}; std is the sample's, None of one seed. n/a stays None."""
+    """Network → target prior → metric → {mean, std, seeds}; std is the sample standard deviation.
+
+    A metric that is n/a is None.
+    """
     first = next(iter(found.values()))
     return {
         "seeds": list(found),
@@ -175,7 +178,7 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
 
 
 def as_table(found: dict[int, Metrics]) -> str:
-    """All metrics as CSV, a row a seed, network and target prior."""
+    """All metrics as CSV, one row per seed, network and target prior."""
     return as_csv(
         [
             {"seed": seed, "network": network, "target_prior": prior}

@@ -1,4 +1,4 @@
-"""Stage `split`: which image is for training, validation and test; writes data/split/."""
+"""Stage `split`: assign images to training, validation and test; writes data/split/."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Result:
-    """What the split holds."""
+    """Numbers of images and classes of a split."""
 
     sizes: dict[str, int]
     classes: int
@@ -46,13 +46,13 @@ class Result:
 
 
 def run(params: Params, output: Path = SPLIT) -> Result:
-    """Assign every image of the source to a split (or to none), check that each decodes, and write the tables.
+    """Assign every image of the source to a split (or to none), check that each can be decoded, and write the tables.
 
-    Images that were taken in (`tailor ingest`) follow in the training split, which alone they change.
-    With data.on_bad_image fail, raises DataError for missing images and for unusable ones of any split; with skip they are
-    left out before anything is assigned, counted, and listed in skipped.csv. Raises DataError for one image under two
-    labels (a published data set keeps such pairs, so that results compare) and for a class too small to hold out from;
-    StageError when an ingest placed a shard meanwhile.
+    Ingested images (`tailor ingest`) are appended to the training split and change no other split. With
+    data.on_bad_image `fail`, raises DataError for missing images and for unusable ones of any split. With `skip` they
+    are excluded before the assignment, counted, and listed in skipped.csv. Raises DataError for an image with two
+    labels (a published data set keeps such pairs, so that results are comparable) and for a class too small to hold
+    images out; StageError when an ingest adds a shard during the stage.
     """
     shards = _taken_in()
     everything = open_source(params.data)
@@ -82,7 +82,7 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     assigned["train"] = assigned["train"] + ingested
     hashes |= everything.ingested_hashes
     shared = find_duplicates(assigned, hashes, everything.classes)
-    if _taken_in() != shards:  # DVC hashes the folder when the stage has ended, and would never run it for that shard
+    if _taken_in() != shards:  # DVC hashes the folder only after the stage, and would not run the stage again
         raise StageError(f"{INGESTED} changed while split ran; run `dvc repro` again")
     _write(output, assigned, hashes, everything.classes, shared, left_out)
     groups = {entry[0] for entry in shared}
@@ -111,9 +111,9 @@ def _taken_in() -> list[str]:
 def new_images(
     source: WithIngested, assigned: dict[str, list[Row]], hashes: dict[str, str]
 ) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """Images taken in that no split of the source holds, and those that one does, each with which.
+    """Ingested images that are in no split of the source, and those that are in one, with the split's name.
 
-    `tailor ingest` lets none of the latter in; but another seed, or more images in the source, moves what is held out.
+    `tailor ingest` rejects the latter, but another seed or more images in the source change which images are held out.
     """
     place = {hashes[row.reference]: split for split in reversed(SPLITS) for row in assigned[split]}
     digests = source.ingested_hashes

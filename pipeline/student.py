@@ -1,4 +1,4 @@
-"""Stage `student`: train the student against the frozen teacher's class-wise queues; writes artifacts/student/."""
+"""Stage `student`: train the student against class-wise queues of the frozen teacher's features; writes artifacts/student/."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pipeline.training.student_setup import build_objective
 
 
 def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Result:
-    """Train the student on three views with gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD and keep the last epoch.
+    """Train the student on three views with gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD; saves the last epoch.
 
-    An interrupted run is resumed. A teacher that no term needs is not read (with alpha 0 and contrast_encoder momentum).
-    Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
+    Resumes an interrupted run. A teacher that no loss term needs is not loaded (with alpha 0 and contrast_encoder
+    momentum). Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
     """
     prior, section, image = load_prior(), params.student, params.image
     check_recipe(params.teacher, section, prior)

@@ -22,7 +22,7 @@ from pipeline.training.run import (
 
 
 def run(params: Params, output: Path = TEACHER) -> Result:
-    """Train the teacher on one view with L_cls (Eq. 6) and keep the last epoch. An interrupted run is resumed."""
+    """Train the teacher on one view with L_cls (Eq. 6); saves the last epoch. Resumes an interrupted run."""
     prior, section = load_prior(), params.teacher
     check_recipe(section, params.student, prior)
     check_backbones(section.backbone, params.student.backbone, params.image.size, params.export.opset)

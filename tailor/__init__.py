@@ -1,1 +1,1 @@
-"""The client and the losses for programs that have Tailor installed; its modules never import a top-level `models` there."""
+"""Public client and losses for programs that install Tailor; in the wheel they never import a top-level `models` package."""

@@ -1,4 +1,4 @@
-"""The client: images and a prior in, typed predictions out."""
+"""Client API: send images and a prior, receive typed predictions."""
 
 from serving.client.async_client import AsyncClient
 from serving.client.predictions import ModelStatus, Prediction, Status

@@ -1,1 +1,1 @@
-"""Losses that compare features, and their memories: GML, class-wise queues, the fused CUDA kernel."""
+"""Contrast losses and their feature memory: GML, class-wise queues, fused CUDA kernels."""

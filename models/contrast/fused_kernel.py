@@ -1,8 +1,9 @@
-"""`rest` of models.contrast.gml and its gradient as two CUDA kernels, written in OpenAI Triton.
+"""Fused CUDA kernels for `rest` of models.contrast.gml and its gradient, written in OpenAI Triton.
 
-Not NVIDIA's inference server of the same name. The forward kernel reads the similarities once and writes B numbers, the
-backward one reads and writes them once; nothing else of the size [B,K] exists. State: equal to the plain version in
-Triton's interpreter, compiled for sm_80 and sm_90, not yet run on a GPU by us: fused_kernel_check.py tests each GPU.
+Not related to NVIDIA's Triton Inference Server. The forward kernel reads the similarities once and writes two vectors
+of B numbers. The backward kernel reads the similarities once and writes their gradient once. No other tensor of size
+[B,K] is allocated. State: equal to the plain version in Triton's interpreter, compiled for sm_80 and sm_90, not yet run
+on a GPU by the authors; fused_kernel_check.py tests the kernels on each GPU before use.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Stands for minus infinity: exp of it is 0, yet a row of nothing else (a memory of one class) meets no inf - inf.
+# Replaces minus infinity: exp of it is 0, and a row without other keys (a memory of one class) yields no inf - inf = NaN.
 FLOOR = -1e30
-# Keys that a program holds at once: 8 warps with 16 float32 each a lane, so that all stays in registers.
+# Keys that a Triton program processes at a time: 8 warps with 16 float32 values per lane, which fit in registers.
 BLOCK = 4096
 
 
@@ -32,7 +33,10 @@ def _rest_of_row(
     floor: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One program a query: log-sum-exp of similarity / tau + bias off its own run, and the posterior mean similarity."""
+    """Forward kernel, one program per query: log-sum-exp of similarity / tau + bias over the keys of other classes.
+
+    Also stores the mean similarity under their posterior, which the gradient of the temperature needs.
+    """
     row = tl.program_id(0).to(tl.int64)
     tau = tl.load(temperature)
     first = tl.load(own_first + row)
@@ -46,7 +50,7 @@ def _rest_of_row(
         cosine = tl.load(similarity + row * keys + key, mask=inside, other=0.0)
         exponent = cosine / tau + tl.load(bias + key, mask=inside, other=0.0)
         exponent = tl.where(inside & ((key < first) | (key > last)), exponent, floor)
-        # Online softmax: what was summed under the old maximum is rescaled to the new one.
+        # Online softmax: sums under the old maximum are rescaled to the new maximum.
         above = tl.maximum(peak, tl.max(exponent, 0))
         mass = tl.exp(exponent - above)
         rescale = tl.exp(peak - above)
@@ -71,7 +75,10 @@ def _gradient_of_block(
     longest,
     block: tl.constexpr,
 ):
-    """One program a block of a query's keys: the gradient of `rest`, and on the own run the one that came for it."""
+    """Backward kernel, one program per query and block of keys: gradient of the similarities.
+
+    At keys of other classes it is the gradient of `rest`, at keys of the query's class the incoming gradient `to_own`.
+    """
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * block + tl.arange(0, block)
     inside = key < keys
@@ -80,7 +87,7 @@ def _gradient_of_block(
     own = (key >= first) & (key <= tl.load(own_last + row))
     cosine = tl.load(similarity + row * keys + key, mask=inside, other=0.0)
     exponent = cosine / tau + tl.load(bias + key, mask=inside, other=0.0) - tl.load(rest + row)
-    # Own keys may lie far above `rest`, where exp of them would overflow.
+    # Exponents at keys of the query's class can be far above `rest`, and exp of them would overflow.
     posterior = tl.exp(tl.where(inside & (own == 0), exponent, 0.0))
     from_own = tl.load(to_own + row * longest + (key - first), mask=inside & own, other=0.0)
     gradient = tl.where(own, from_own, posterior * (tl.load(to_rest + row) / tau))
@@ -89,8 +96,8 @@ def _gradient_of_block(
 
 @functools.cache
 def _kernels() -> tuple[Any, Any]:
-    # Not at import: Triton is missing off Linux, and its decorator reads TRITON_INTERPRET when it is applied. A kernel
-    # looks its language up among the globals of its module.
+    # Imported here and not at module level: Triton exists only for Linux, and its decorator reads TRITON_INTERPRET when
+    # it is applied. `tl` must be a global of this module, because a kernel resolves its names there.
     global tl
     import triton
     import triton.language as tl
@@ -99,7 +106,7 @@ def _kernels() -> tuple[Any, Any]:
 
 
 class FusedSplit(torch.autograd.Function):
-    """The same as SplitAtOwnClass of models.contrast.gml, argument by argument."""
+    """Autograd function with the fused kernels: same arguments and results as SplitAtOwnClass of models.contrast.gml."""
 
     @staticmethod
     def forward(

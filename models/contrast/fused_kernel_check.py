@@ -1,8 +1,8 @@
-"""Test of the fused kernels on the device and shape on which they are about to run, once for each device and shape.
+"""Check of the fused kernels before use, once for each device and shape: results, gradients and speed.
 
-Their results and gradients on made inputs of the very shape are held against the plain version's, and on a GPU their
-time as well. Whatever is amiss (Triton or a compiler missing, a number wrong, the kernel slow) leaves the plain version
-in use and is said in one line.
+Results and gradients on generated inputs of the same shape are compared with those of the plain version; on a GPU the
+time is compared too. If a check fails (Triton or a compiler is missing, a result differs, the kernels are slower), the
+plain version is used and one line with the reason is printed to stderr.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.contrast.fused_kernel import FusedSplit
 
-# Sums in another order differ by 1e-6 of the largest value; a kernel that is wrong, by far more.
+# Relative to the largest value. Sums in another order differ by 1e-6; results of a wrong kernel differ by far more.
 CLOSE = 1e-4
 ROUNDS = 20
 
@@ -24,21 +24,22 @@ _ANSWERS: dict[tuple[torch.device | int, ...], bool] = {}
 
 
 class KernelFault(Exception):
-    """The kernels do not do what the plain version does, or not as fast; the message says what."""
+    """The kernels differ from the plain version or are slower; the message states the difference."""
 
 
 def kernels_may_run(similarity: Tensor) -> bool:
-    """Whether there is anything to ask: float32 on CUDA (or Triton's interpreter), outside a compiled graph."""
+    """Whether the fused kernels support the tensor: float32 on CUDA (or Triton's interpreter), not inside torch.compile."""
     if torch.compiler.is_compiling() or similarity.dtype != torch.float32:
         return False
     return similarity.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernels_are_right(similarity: Tensor, longest: int, plain: type[torch.autograd.Function]) -> bool:
-    """Whether the kernels do what `plain` does, and as fast, for [B,K] similarities and runs of up to `longest` keys.
+    """Whether the kernels equal `plain` and are not slower, for [B,K] similarities and at most `longest` keys per class.
 
-    The first call of a shape on a device answers, and prints a line where the answer is no. A CUDA graph that is
-    being captured cannot be asked: there the answer is no until a call outside it has been made.
+    The first call for a device and shape runs the check and caches the result; if the check fails, it prints one line
+    to stderr. The check cannot run while a CUDA graph is captured: the result is then False unless an earlier call has
+    cached one.
     """
     batch, keys = similarity.shape
     place = (similarity.device, batch, keys, longest)
@@ -59,7 +60,10 @@ def kernels_are_right(similarity: Tensor, longest: int, plain: type[torch.autogr
 def fault_of_kernels(
     device: torch.device, batch: int, keys: int, longest: int, plain: type[torch.autograd.Function], timed: bool = True
 ) -> str | None:
-    """What speaks against the kernels at this shape, in a line; None for nothing. timed: whether being slow on CUDA does."""
+    """Check the kernels at one shape: the reason against their use in one line, or None.
+
+    timed: also compare the time on CUDA.
+    """
     try:
         import triton.errors
     except ImportError as error:
@@ -72,14 +76,14 @@ def fault_of_kernels(
                 ours, theirs = (device_milliseconds(split, inputs) for split in (FusedSplit, plain))
                 if ours > theirs:
                     raise KernelFault(f"they take {ours:.3f} ms, the plain version {theirs:.3f}")
-    # What Triton, its compiler and the driver raise; a missing compiler or cache folder is one of the last two.
+    # Exceptions of Triton, its compiler and the driver. A missing compiler or cache folder raises one of the last two.
     except (KernelFault, triton.errors.TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 
 
 def made_inputs(device: torch.device, batch: int, keys: int, longest: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """similarity [B,K], own_rows [B,L], bias [K] and temperature [], as `contrast_losses` gives them to either version."""
+    """Random inputs: similarity [B,K], own_rows [B,L], bias [K] and temperature [], as `contrast_losses` passes them."""
     generator = torch.Generator().manual_seed(0)
     similarity = 2 * torch.rand(batch, keys, generator=generator) - 1
     first = torch.randint(max(keys - longest, 0) + 1, (batch, 1), generator=generator)
@@ -92,12 +96,12 @@ def made_inputs(device: torch.device, batch: int, keys: int, longest: int) -> tu
 def results(
     split: type[torch.autograd.Function], similarity: Tensor, own_rows: Tensor, bias: Tensor, temperature: Tensor
 ) -> dict[str, Tensor]:
-    """Every output and gradient by name, for gradients of the outputs that differ from one another."""
+    """All outputs and gradients by name. The incoming gradients of the outputs differ from one another."""
     leaves = [similarity.clone().requires_grad_(), temperature.clone().requires_grad_()]
     outputs = split.apply(leaves[0], own_rows, bias, leaves[1])
     names = ("own", "rest", "rest of tau")
     directions = [torch.linspace(0.5, 1.5, out.numel(), device=out.device).view_as(out) for out in outputs]
-    # Past its run's end a query looks at its last key again, from where no gradient ever comes.
+    # Positions that repeat the last key (padding) never have a gradient in training, so it is 0 here too.
     directions[0] = directions[0] * (own_rows.diff(dim=1, prepend=own_rows[:, :1] - 1) != 0)
     gradients = torch.autograd.grad(outputs, leaves, directions)
     found = dict(zip(names, outputs, strict=True))
@@ -107,17 +111,17 @@ def results(
 def _compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         error = ((found[name] - tensor).abs().max() / tensor.abs().max()).item()
-        if not error < CLOSE:  # nor when it is NaN
+        if not error < CLOSE:  # `not <` is also true for NaN
             raise KernelFault(f"{name} is off by {error:.1e} of its largest value")
 
 
 def device_milliseconds(split: type[torch.autograd.Function], inputs: tuple[Tensor, ...]) -> float:
-    """Time of forward and backward on the GPU alone, replayed as a graph, as a captured training step runs them."""
+    """GPU time of forward and backward in milliseconds, measured on a replayed CUDA graph, as in a captured training step."""
     with torch.cuda.device(inputs[0].device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            results(split, *inputs)  # allocates and compiles what a capture must find in place
+            results(split, *inputs)  # compile the kernels and allocate before the capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -1,13 +1,15 @@
-"""L_GML and L_tau of one batch together, at a cost that does not depend on the number of classes.
+"""Contrast losses L_GML and L_tau of one batch in one pass; the cost does not depend on the number of classes.
 
-With bias_k = strength * log p(c) - log n_c for a key k of class c, the softmax over classes of Eq. 4 is one over keys:
-sum_c p(c)^strength * s_c = sum_k exp(similarity_k / tau + bias_k). So no class's score is needed but the query's own:
+With bias_k = strength * log p(c) - log n_c for a key k of class c, the softmax over classes of Eq. 4 is a softmax over
+keys: sum_c p(c)^strength * s_c = sum_k exp(similarity_k / tau + bias_k). Only the score of the query's own class is
+needed:
 
-    loss = -log sigmoid(own - rest),    own  = log s_y + strength * log p(y), over the run of keys of the query's class,
+    loss = -log sigmoid(own - rest),    own  = log s_y + strength * log p(y), over the keys of the query's class,
                                         rest = log-sum-exp of similarity / tau + bias over all other keys.
 
-At equal temperature L_tau, which leaves the query's own sample out, has the same `rest`: only `own` differs. `own` and
-`rest` are summed apart and never subtracted, so nothing cancels; neither underflows to log 0 at any temperature.
+L_tau excludes the query's own sample. At equal temperature it has the same `rest` as L_GML; only `own` differs. `own`
+and `rest` are separate sums and are never obtained by subtraction, so there is no cancellation. Neither underflows to
+log 0 at any temperature.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from models.contrast.fused_kernel_check import kernels_are_right, kernels_may_ru
 
 
 class KeyRuns(NamedTuple):
-    """Which class owns which keys: class c the rows starts[c] to starts[c] + lengths[c] - 1 (see ClassQueues).
+    """Key rows of each class: class c has the rows starts[c] to starts[c] + lengths[c] - 1 (see ClassQueues).
 
-    row_class: [K] int64; starts, lengths: [C] int64; longest: the largest length, on the host, as shapes depend on it.
+    row_class: [K] int64; starts, lengths: [C] int64; longest: the largest length, a Python int, because shapes depend
+    on it.
     """
 
     row_class: Tensor
@@ -36,7 +39,7 @@ class KeyRuns(NamedTuple):
 
 
 class ContrastLosses(NamedTuple):
-    """Scalars: L_GML, L_tau, and how many queries L_tau left out as their class has no key but their own sample's."""
+    """Scalar tensors: L_GML, L_tau, and the number of queries without a key of another sample, which L_tau excludes."""
 
     gml: Tensor
     tau: Tensor
@@ -58,12 +61,12 @@ def contrast_losses(
     """L_GML (Eq. 4, Eq. 10 with `strength`) and L_tau, equal to gml_reference.gml_loss without and with its mask.
 
     similarity: [B,K] cosines; target: [B] int64; log_prior: [C]; temperature: tau_g > 0, a number or a scalar tensor;
-    query_ids [B], key_ids [K]: sample ids, int64. A sample's keys are taken to lie in the run of its own class.
+    query_ids [B], key_ids [K]: sample ids, int64. All keys of a sample are assumed to be rows of the sample's class.
 
-    The gradient of L_GML goes to the similarity alone, that of L_tau to the temperature alone. L_tau leaves a query
-    out when no key of its class is of another sample; so does L_GML when the class has no key. Shapes are static and
-    nothing is read back to the host. fused: True for the CUDA kernels (fused_kernel.py), False for the plain version,
-    auto for the kernels where fused_kernel_check.py measured equal results and no lower speed at these shapes.
+    L_GML has a gradient with respect to the similarity only, L_tau with respect to the temperature only. L_tau excludes
+    a query if its class has no key of another sample; L_GML excludes a query if its class has no key. Shapes are static
+    and nothing is copied to the host. fused: True for the CUDA kernels (fused_kernel.py), False for the plain version,
+    "auto" for the kernels if fused_kernel_check.py measured equal results and no lower speed at these shapes.
     """
     if not isinstance(temperature, Tensor):
         temperature = similarity.new_full((), temperature)
@@ -83,13 +86,13 @@ def contrast_losses(
 
 
 def queries_with_keys(runs: KeyRuns, target: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
-    """Over how many of these queries L_tau is a mean: those whose class has a key of another sample. A scalar, int64."""
+    """Number of queries that L_tau averages over: those whose class has a key of another sample. A scalar, int64."""
     own_rows, present = _own_keys(runs, target)
     return (present & (key_ids[own_rows] != query_ids[:, None])).any(1).sum()
 
 
 def _own_keys(runs: KeyRuns, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of each query's class [B,L], and which of them are: past its run's end a query looks at the last key again."""
+    """Key rows of each query's class, int64 [B,L], and a mask of the valid ones, bool [B,L]; padding repeats the last row."""
     length = runs.lengths[target][:, None]
     step = torch.arange(runs.longest, device=target.device)
     own_rows = runs.starts[target][:, None] + torch.minimum(step, (length - 1).clamp(min=0))
@@ -97,13 +100,15 @@ def _own_keys(runs: KeyRuns, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_loss(exponent: Tensor, kept: Tensor, own_prior: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch mean of -log sigmoid(own - rest) over the queries with a key kept; how many have none, same dtype.
+    """Batch mean of -log sigmoid(own - rest) over the queries with a valid key; number of queries without one, same dtype.
 
-    exponent: [B,L], similarity / tau of the own class's keys; kept: [B,L] bool; own_prior, rest: [B].
+    exponent: [B,L], similarity / tau of the keys of the query's class; kept: [B,L] bool, the valid keys; own_prior,
+    rest: [B].
     """
     keys = kept.sum(1)
     empty = keys == 0
-    # A row without a key would be -inf throughout, its gradient NaN: it keeps all and gets the weight 0.
+    # A row without a valid key would be -inf throughout and its gradient NaN. Such a row keeps all its keys and gets
+    # weight 0.
     exponent = exponent.masked_fill(~(kept | empty[:, None]), -torch.inf)
     own = exponent.logsumexp(1) - keys.clamp(min=1).to(exponent.dtype).log() + own_prior
     weight = (~empty).to(exponent.dtype)
@@ -112,22 +117,26 @@ def _mean_loss(exponent: Tensor, kept: Tensor, own_prior: Tensor, rest: Tensor) 
 
 
 class SplitAtOwnClass(torch.autograd.Function):
-    """similarity [B,K] → its values at own_rows [B,L], and `rest` [B] twice: for L_GML and for L_tau.
+    """Autograd function: similarity [B,K] → its values at own_rows [B,L], and `rest` [B] twice, for L_GML and for L_tau.
 
-    The first `rest` sends its gradient to the similarity, the second to the temperature, and neither elsewhere. Of
-    [B,K] only the posterior of the other classes' keys is kept for the backward pass, which is its multiple by row.
+    The gradient of the first `rest` goes to the similarity only, that of the second to the temperature only. Of size
+    [B,K], only the posterior over the keys of the other classes is saved for backward: the gradient is a multiple of it
+    in each row.
     """
 
     @staticmethod
     def forward(
         ctx: Any, similarity: Tensor, own_rows: Tensor, bias: Tensor, temperature: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # FLOOR removes the keys of the query's own class from the sums.
         exponent = (similarity / temperature).add_(bias).scatter_(1, own_rows, FLOOR)
-        # softmax is one pass over memory and logsumexp three; the likeliest key gives the normaliser away.
+        # softmax is one pass over memory, logsumexp three. log-sum-exp is the largest exponent minus the log of its
+        # probability.
         posterior = torch.softmax(exponent, 1)
         rest = exponent.amax(1) - posterior.amax(1).log()
         mean = torch.mul(posterior, similarity, out=exponent).sum(1) if ctx.needs_input_grad[3] else rest
         ctx.save_for_backward(posterior, own_rows, mean, temperature)
+        # Two tensors of equal value, so that autograd keeps the gradients of L_GML and L_tau apart.
         return similarity.gather(1, own_rows), rest, rest.clone()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Class-wise queues: the contrast memory of teacher features, one fixed run of rows for each class (Eq. 5)."""
+"""Class-wise queues: a memory of contrast features with a fixed number of rows for each class (Eq. 5)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 
 def queue_lengths(counts: Sequence[int], total: int, minimum: int) -> list[int]:
-    """Rows of each class in a memory of `total` rows: Eq. 5, rounded so that they sum to `total` exactly.
+    """Number of rows of each class in a memory of `total` rows: Eq. 5, rounded so that the rows sum to `total` exactly.
 
-    The run of class c ends at ceil(minimum*(c+1) + (total - minimum*C) * cumcount_c / N): the ceiling of the
-    *cumulative* Eq. 5, in integers, because floating point ends past the buffer for some splits, CIFAR-LT among them.
+    The rows of class c end at ceil(minimum*(c+1) + (total - minimum*C) * cumcount_c / N): the ceiling of the
+    *cumulative* Eq. 5. It is computed in integers, because in floating point the last row exceeds the buffer for some
+    splits, among them CIFAR-LT.
 
-    counts: C integers >= 0; total K; minimum k_m. Raises ValueError when total < minimum*C (the head would be shorter
-    than the tail), when minimum < 1 or when a class would own no row.
+    counts: C integers >= 0; total K; minimum k_m. Raises ValueError when total < minimum*C (the head would get fewer
+    rows than the tail), when minimum < 1 or when a class would get no row.
     """
     n = [int(count) for count in counts]
     classes, samples = len(n), sum(int(count) for count in counts)
@@ -37,11 +38,12 @@ def queue_lengths(counts: Sequence[int], total: int, minimum: int) -> list[int]:
 
 
 class ClassQueues(nn.Module):
-    """K teacher features, class-contiguous in label order, written round-robin within each class.
+    """Feature memory of K rows, contiguous by class in label order; each class is a ring buffer.
 
-    Buffers: features [K,D] (raw teacher features), sample_ids [K] int64, pointers [C] int64, and the fixed row_class
-    [K], starts [C], lengths [C], all int64. Rows start as unit-norm Gaussian features with unique negative ids, which
-    act as keys of their class until they are overwritten (as in the official code).
+    Buffers: features [K,D] (unprojected features of the contrast encoder), sample_ids [K] int64, pointers [C] int64,
+    and the constant row_class [K], starts [C], lengths [C], all int64. Rows are initialised with unit-norm Gaussian
+    features and unique negative ids. They are used as keys of their class until they are overwritten (as in the
+    official code).
     """
 
     features: Tensor
@@ -56,7 +58,7 @@ class ClassQueues(nn.Module):
     ) -> None:
         super().__init__()
         rows = queue_lengths(counts, total, minimum)
-        self.longest = max(rows)  # on the host, as shapes depend on it
+        self.longest = max(rows)  # a Python int, because shapes depend on it
         lengths = torch.tensor(rows)
         initial = nn.functional.normalize(torch.randn(total, dim, generator=generator), dim=1)
         self.register_buffer("features", initial)
@@ -68,14 +70,15 @@ class ClassQueues(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, labels: Tensor, sample_ids: Tensor) -> None:
-        """Store a batch: the k-th sample of a class goes to slot (pointer + k) mod length; past `length` it is dropped.
+        """Store a batch: the k-th sample of a class goes to slot (pointer + k) mod length; k >= length is dropped.
 
-        features: [B,D]; labels: [B] int64; sample_ids: [B] int64. Shapes are static and nothing is read back to the
-        host: a dropped sample is written as well, but with the content of the kept sample that owns the same slot.
+        features: [B,D]; labels: [B] int64; sample_ids: [B] int64. Shapes are static and nothing is copied to the host:
+        a dropped sample is written too, but with the content of the stored sample of the same slot.
         """
         same = labels[:, None] == labels[None, :]
         rank = torch.tril(same, diagonal=-1).sum(1)
         length = self.lengths[labels]
+        # An indexed write has no defined order for equal slots, so all samples of a slot write the same row.
         owner_rank = rank % length
         owner = (same & (rank[None, :] == owner_rank[:, None])).to(torch.int8).argmax(1)
         slots = self.starts[labels] + (self.pointers[labels] + owner_rank) % length
@@ -86,5 +89,5 @@ class ClassQueues(nn.Module):
         self.pointers.copy_(advanced)
 
     def fill(self) -> Tensor:
-        """Share of rows that hold a real sample, scalar in [0, 1]."""
+        """Share of the rows that hold the feature of a real sample: a scalar tensor in [0, 1]."""
         return (self.sample_ids >= 0).float().mean()

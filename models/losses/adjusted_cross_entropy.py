@@ -19,9 +19,10 @@ def adjusted_cross_entropy(logits: Tensor, target: Tensor, log_prior: Tensor, st
 def mixed_cross_entropy(
     logits: Tensor, target: Tensor, other: Tensor, share: Tensor, log_prior: Tensor, strength: float = 1.0
 ) -> Tensor:
-    """L_cls of images mixed from two (CutMix, Mixup): share · CE(target) + (1 - share) · CE(other), mean over the batch.
+    """L_cls of two images mixed (CutMix, Mixup): share · CE(target) + (1 - share) · CE(other), mean over the batch.
 
-    logits: [B,C], already divided by tau_s; target, other: [B] int64; share: [B] in 0..1; log_prior: [C]. A scalar.
+    logits: [B,C], already divided by tau_s; target, other: [B] int64; share: [B] in 0..1; log_prior: [C]. Returns a
+    scalar.
     """
     adjusted = adjust_logits(logits, log_prior, strength)
     own = F.cross_entropy(adjusted, target, reduction="none")

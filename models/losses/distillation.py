@@ -1,4 +1,4 @@
-"""Distillation: the cross-entropy between softened distributions of teacher and student."""
+"""Distillation loss: KL divergence between the softened distributions of teacher and student."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """L_KD: KL(teacher || student) at the temperature, summed over classes, mean over the batch, times temperature².
 
-    Both [B,C], scaled by 1/tau_s and without the prior (code fact: the paper does not define it; T = 4 there). No
-    gradient to the teacher.
+    Both logits [B,C], scaled by 1/tau_s and without the prior (from the official code: the paper does not define it; T
+    = 4 there). No gradient flows to the teacher.
     """
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)

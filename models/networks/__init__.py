@@ -1,1 +1,1 @@
-"""Backbones, CIFAR ResNets, classifier and projection heads, EMA, autocast, activation checkpointing."""
+"""Neural networks: backbones, CIFAR ResNets, classifier and projection heads, EMA, autocast, activation checkpointing."""

@@ -1,8 +1,9 @@
-"""Activation checkpointing: of each block of a network only the input is kept, and the backward pass runs the block again.
+"""Activation checkpointing: only the input of each block is stored, and the backward pass runs the block again.
 
-The same gradients for about a third more arithmetic. A block is what a library puts in a row: a residual block, a
-transformer block, a dense block. What runs twice must leave the same behind as what runs once, so batch norm updates its
-running statistics in the first pass alone, and random numbers (dropout) are drawn again from the state of then.
+Gradients are the same, for about a third more computation. A block is an element of a sequence in a library's network:
+a residual block, a transformer block, a dense block. The second run must have no further side effects, so batch norm
+updates its running statistics in the first run only, and random numbers (dropout) are drawn again from the same
+generator state.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 ROWS = (nn.Sequential, nn.ModuleList)
-RANDOM = ("drop", "stochastic")  # in the name of a layer's class: Dropout, DropPath, StochasticDepth
+RANDOM = ("drop", "stochastic")  # in class names: Dropout, DropPath, StochasticDepth
 
 
 class NoBlocksError(ValueError):
-    """A network without a row of blocks; there is nothing that could be recomputed one by one."""
+    """The network has no sequence of blocks that could be recomputed one by one."""
 
 
 def recompute_blocks(network: nn.Module) -> int:
-    """Let every block of a network be recomputed in the backward pass; how many there are. Names of weights stay.
+    """Enable activation checkpointing for every block of a network; returns the number of blocks.
 
-    Raises NoBlocksError when the network has no row of blocks.
+    Weight names do not change.
+
+    Raises NoBlocksError when the network has no sequence of blocks.
     """
     found = list(blocks(network))
     if not found:
@@ -38,7 +41,7 @@ def recompute_blocks(network: nn.Module) -> int:
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a network, none inside another: what stands in a row and is no layer, no row and no stage itself."""
+    """The blocks of a network, not nested: children of a sequence that are not a layer, a sequence or a stage."""
     for child in module.children():
         if isinstance(module, ROWS) and _is_block(child) and not _is_stage(child):
             yield child
@@ -53,23 +56,23 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether there is a row of like blocks inside, as in a stage of a ConvNeXt."""
+    """Whether a module contains a sequence of blocks of the same type, such as a stage of a ConvNeXt."""
     rows = (inner for inner in module.modules() if isinstance(inner, ROWS))
     kinds = ([type(child) for child in row.children() if _is_block(child)] for row in rows)
     return any(len(found) > len(set(found)) for found in kinds)
 
 
 class Recomputed:
-    """Stands in the place of a block's forward. Plain in evaluation and where no gradient is asked for."""
+    """Replacement of a block's forward with checkpointing; calls the plain forward in evaluation and without gradients."""
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
         self.block = block
         self.forward = forward
-        # The state of a generator cannot be read while a CUDA graph is recorded; without random layers nobody needs it.
+        # The generator state cannot be read while a CUDA graph is captured, and it is needed only with random layers.
         self.random = any(word in type(layer).__name__.lower() for layer in block.modules() for word in RANDOM)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """What the block gives."""
+        """Run the block."""
         if not (self.block.training and torch.is_grad_enabled()):
             return self.forward(*inputs, **options)
         return checkpoint(
@@ -84,7 +87,7 @@ class Recomputed:
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch norm does what it always does, but on copies of its running statistics, which are thrown away."""
+    """Run batch norm on copies of its running statistics, which are discarded after the block."""
     kept = [(layer, dict(layer._buffers)) for layer in block.modules() if isinstance(layer, _NormBase)]
     for layer, buffers in kept:
         layer._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})

@@ -1,4 +1,4 @@
-"""Backbones by name: the CIFAR ResNets, any torchvision classifier, any timm model; each gives features, not classes."""
+"""Backbones by name, without their classifier: the CIFAR ResNets, any torchvision classifier, any timm model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from models.networks.resnet_cifar import BLOCKS_PER_STAGE, CifarResNet
 
-OWN = "backbone.network."  # what names of a backbone's weights begin with in a model.safetensors of ours
+OWN = "backbone.network."  # prefix of the backbone's weights in a model.safetensors written by Tailor
 
 
 class UnknownBackboneError(ValueError):
-    """A backbone name that no library knows; the message offers the nearest one."""
+    """A backbone name that is not in any library; the message names the nearest valid one."""
 
 
 class Backbone(nn.Module):
     """A network from images [B,3,H,W] to features [B,feature_dim].
 
-    head: the name that its library gives to the classifier that was taken off; "" where there was none.
+    head: the library's name of the removed classifier; "" if there was none.
     """
 
     def __init__(self, network: nn.Module, feature_dim: int, head: str = "") -> None:
@@ -36,10 +36,10 @@ class Backbone(nn.Module):
         return features
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put pretrained weights in: a state of the same network from its library, or of a classifier of ours.
+        """Load pretrained weights: a state_dict of the same network from its library, or of a classifier written by Tailor.
 
-        The classifier that was taken off is left out. Raises ValueError naming the first weight that is missing, of
-        another shape or unknown; nothing is changed then.
+        Weights of the removed classifier are ignored. Raises ValueError naming the first weight that is missing, has
+        another shape or is unknown; nothing is loaded in that case.
         """
         if any(name.startswith(OWN) for name in weights):
             weights = {name.removeprefix(OWN): value for name, value in weights.items() if name.startswith(OWN)}
@@ -58,11 +58,11 @@ class Backbone(nn.Module):
 
 
 def build_backbone(name: str, image_size: int | None = None) -> Backbone:
-    """A freshly initialised backbone; its feature width is read off its last layer, nothing is run.
+    """Create a newly initialised backbone; the feature width is read from its last layer, without a forward pass.
 
-    name: `resnet20|32|44|56|110` (CIFAR), `torchvision/<model>` or `timm/<model>` (a colon does as well as the slash).
-    image_size: pixels of the side of its input, for networks that are made for one size; None for their library's own.
-    Raises UnknownBackboneError with the nearest valid name.
+    name: `resnet20|32|44|56|110` (CIFAR), `torchvision/<model>` or `timm/<model>` (a colon is accepted for the slash).
+    image_size: side of the input in pixels, for networks with a fixed input size; None: the library's default. Raises
+    UnknownBackboneError with the nearest valid name.
     """
     check_backbone(name)
     library, model = _library_and_model(name)
@@ -74,13 +74,13 @@ def build_backbone(name: str, image_size: int | None = None) -> Backbone:
 
 
 def check_backbone(name: str) -> None:
-    """Raise UnknownBackboneError unless `build_backbone` knows the name; nothing is built."""
+    """Raise UnknownBackboneError unless `build_backbone` supports the name; no network is built."""
     library, _ = _library_and_model(name)
     if library == "torchvision":
         import torchvision
 
         models = torchvision.models.list_models(module=torchvision.models)
-        # SqueezeNet's last layer is a convolution: there is no feature that a linear classifier looks at.
+        # SqueezeNet's last layer is a convolution, so it has no feature vector for a linear classifier.
         known = [model for model in models if not model.startswith("squeezenet")]
         kind = "a torchvision classification model"
     elif library == "timm":
@@ -114,14 +114,14 @@ def _torchvision_backbone(model: str, image_size: int | None) -> Backbone:
 
     options: dict[str, Any] = {}
     if model in ("googlenet", "inception_v3"):
-        # Their second and third classifiers, in the middle, are for training from scratch with their own loss.
+        # Their auxiliary classifiers are for training from scratch with an additional loss.
         options = {"aux_logits": False, "init_weights": True}
     elif image_size and model.startswith("vit_"):
         options = {"image_size": image_size}
     elif image_size and model.startswith("maxvit_"):
         options = {"input_size": (image_size, image_size)}
     network = torchvision.models.get_model(model, weights=None, **options)
-    # Every torchvision classifier ends in one linear layer; without it the network yields the pooled feature.
+    # Every torchvision classifier ends in a linear layer; without it the network returns the pooled feature.
     path, head = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
     parent, _, attribute = path.rpartition(".")
     setattr(network.get_submodule(parent), attribute, nn.Identity())

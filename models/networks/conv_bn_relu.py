@@ -1,8 +1,9 @@
-"""Convolution, batch norm, shortcut and ReLU in as few passes over memory as can be: what a residual network is made of.
+"""Convolution, batch norm, shortcut and ReLU with few passes over memory, for residual networks.
 
-Everything after the convolution overwrites its own input where no gradient needs that. Once a network is frozen
-(evaluation mode, no gradients) its batch norm is a scale and a shift of the convolution's output, so on the CPU it goes
-into the convolution's weights. It does so anew at every call: 2 ms for a ResNet-56, and nothing can be out of date.
+Every operation after the convolution works in place if no gradient needs its input. In a frozen network (evaluation
+mode, no gradients) batch norm is a scale and a shift of the convolution's output, so on the CPU it is folded into the
+convolution's weights. Folding is repeated at every call (2 ms for a ResNet-56), so that no cached weights can be out of
+date.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BatchNorm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d and its kin: in evaluation they all do the same
+BatchNorm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d and other subclasses, equal in evaluation mode
 
 
 def conv_bn_relu(x: Tensor, conv: nn.Conv2d, norm: BatchNorm, shortcut: Tensor | None = None) -> Tensor:
-    """relu(norm(conv(x)) + shortcut): x [B,in,H,W], shortcut of the result's shape, None for nothing. conv has no bias.
+    """relu(norm(conv(x)) + shortcut): x [B,in,H,W]; shortcut: the result's shape or None. conv has no bias.
 
-    The same bits as the four operations while training; frozen on the CPU, the same up to rounding.
+    Bit-identical to the four operations in training; equal up to rounding if frozen on the CPU.
     """
     out = _folded(x, conv, norm) if _frozen_on_cpu(x, norm) else norm(conv(x))
     if shortcut is not None:
@@ -26,7 +27,7 @@ def conv_bn_relu(x: Tensor, conv: nn.Conv2d, norm: BatchNorm, shortcut: Tensor |
 
 
 def _frozen_on_cpu(x: Tensor, norm: BatchNorm) -> bool:
-    # A compiled or exported graph keeps the norm: its compiler folds it by itself.
+    # A compiled or exported graph keeps the norm, because its compiler folds it.
     return not (torch.is_grad_enabled() or norm.training or torch.compiler.is_compiling()) and x.device.type == "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The cosine classifier, and the network that teacher and student both are: a backbone with that classifier on top."""
+"""Cosine classifier, and the network of teacher and student: a backbone with this classifier."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from models.networks.backbones import build_backbone
 
 
 class CosineClassifier(nn.Module):
-    """Cosine of a feature with each class weight: the cos(·,·) of Eq. 6, before the division by tau_s.
+    """Cosine of a feature with each class weight: cos(·,·) of Eq. 6, before the division by tau_s.
 
-    weight: [C,D], no bias; uniform(-1, 1) rescaled to unit rows at the start, normalised again at every forward.
+    weight: [C,D], no bias; initialised by uniform(-1, 1) with rows rescaled to length 1, and normalised at every
+    forward.
     """
 
     def __init__(self, feature_dim: int, classes: int) -> None:
@@ -21,13 +22,13 @@ class CosineClassifier(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.empty(classes, feature_dim).uniform_(-1, 1), dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [B,D] → cosines [B,C], in [-1, 1]; float32 also where autocast is on around it."""
+        """features [B,D] → cosines [B,C] in [-1, 1]; computed in float32 also under autocast."""
         with without_autocast(features):
             return F.linear(F.normalize(full_precision(features), dim=1), F.normalize(self.weight, dim=1))
 
 
 class ImageClassifier(nn.Module):
-    """Backbone and cosine classifier. `tau_s` belongs to the model, so that a checkpoint says how to scale its cosines.
+    """Backbone and cosine classifier. `tau_s` is part of the model, so that a checkpoint defines the scale of its logits.
 
     image_size: see build_backbone.
     """

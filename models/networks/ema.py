@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights: a network of its own, steadier than the last step's."""
+"""Exponential moving average (EMA) of a network's weights, which varies less than the weights of the last step."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 10  # updates; a decay of .999 would otherwise remember the initial weights for thousands of steps
+WARM_UP = 10  # updates; without warm-up a decay of .999 keeps the initial weights for thousands of steps
 
 
 class WeightAverage(nn.Module):
-    """average ← d · average + (1 - d) · weights after every step, d = min(decay, (1 + n) / (10 + n)) at the n-th update.
+    """EMA of weights: average ← d · average + (1 - d) · weights, d = min(decay, (1 + n) / (10 + n)) at the n-th update.
 
-    Batch-norm statistics are averaged like weights; counters are copied. Kept on the network's device with static
-    shapes and without a host read, so that an update can be part of a captured step. (torch's AveragedModel asks the
-    host for its counter at every update.)
+    Batch-norm statistics are averaged like weights; counters are copied. The average is on the network's device with
+    static shapes and no copy to the host, so that an update can be part of a captured step. (torch's AveragedModel
+    reads its counter on the host at every update.)
     """
 
     updates: Tensor
@@ -30,7 +30,7 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the model's weights in."""
+        """Update the average with the model's current weights."""
         share = torch.clamp((WARM_UP - 1) / (WARM_UP + self.updates), min=1 - self.decay)
         self.updates += 1
         averaged, current = [], []

@@ -1,4 +1,4 @@
-"""The projection head of Eq. 7: from a feature to the unit sphere on which query and contrast features meet."""
+"""Projection head of Eq. 7: maps features to unit vectors for the comparison of query and contrast features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from models.networks.autocast import full_precision
 
 
 class ProjectionHead(nn.Module):
-    """Linear, BatchNorm, ReLU, Linear, L2 normalisation. Query and key each have one; gradient flows through both."""
+    """Projection head: linear, BatchNorm, ReLU, linear, L2 normalisation.
+
+    Query and key each have one; both are differentiable.
+    """
 
     def __init__(self, feature_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -21,7 +24,10 @@ class ProjectionHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [N,D] → unit vectors [N,out_dim]. Under autocast the two products alone are in the lower precision."""
+        """features [N,D] → unit vectors [N,out_dim].
+
+        Under autocast only the two linear layers use the lower precision.
+        """
         first, norm, activation, last = self.layers
         hidden = activation(norm(full_precision(first(features))))
         return F.normalize(full_precision(last(hidden)), dim=1)

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets (He et al. 2016, section 4.2) with the parameter-free shortcut, as the long-tail literature uses them."""
+"""CIFAR ResNets (He et al. 2016, section 4.2) with the parameter-free shortcut, as used in the long-tail literature."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN plus shortcut A: every second pixel, channels padded with zeros on both sides."""
+    """Residual block: conv-BN-ReLU-conv-BN plus shortcut A (every second pixel, channels padded with zeros on both sides)."""
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """3x3 stem of 16 channels, three stages of 16/32/64; the 64-d feature is the pooled output of the last ReLU."""
+    """CIFAR ResNet: 3x3 stem of 16 channels, stages of 16/32/64 channels; the 64-d feature is the pooled last ReLU output."""
 
     feature_dim = WIDTHS[-1]
 

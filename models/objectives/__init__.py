@@ -1,1 +1,1 @@
-"""What one optimiser step minimises: the teacher's and the student's objective."""
+"""Training objectives: the loss of one optimiser step of the teacher and of the student."""

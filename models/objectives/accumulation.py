@@ -1,8 +1,9 @@
-"""One batch taken in parts, micro-batches, that each see what the whole batch left: the gradient is that of one pass.
+"""Gradient accumulation over micro-batches that equals one pass over the whole batch.
 
-What a sum over the batch cannot be cut into is done once: the contrast features of the whole batch are stored before any
-query looks, the keys are embedded once for all parts, and L_tau is a mean over the queries of the whole batch. Only
-layers that look across a batch tell parts from the whole: batch norm takes the statistics of each part.
+Some quantities cannot be split into a sum over micro-batches, so they are computed once: the contrast features of the
+whole batch are stored before the first query is compared, the keys are embedded once for all micro-batches, and L_tau
+is a mean over the queries of the whole batch. Only batch norm differs from one pass: it uses the statistics of each
+micro-batch.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from models.contrast.gml import ContrastLosses
 
 @dataclass(frozen=True)
 class WholeBatch:
-    """What the parts of one batch share.
+    """Values that the micro-batches of one batch share.
 
-    embedded: keys [K,P] with their graph. keys: the same values, a leaf, in which the parts' gradients add up. batch: its
-    queries B, of all ranks. with_keys: over how many of them L_tau is a mean, a scalar.
+    embedded: keys [K,P] with their autograd graph. keys: the same values as a leaf tensor, which accumulates the
+    gradients of the micro-batches. batch: number of queries B on all ranks. with_keys: number of queries that L_tau
+    averages over, a scalar tensor.
     """
 
     embedded: Tensor
@@ -30,21 +32,21 @@ class WholeBatch:
 
     @classmethod
     def of(cls, embedded: Tensor, batch: int, with_keys: Tensor) -> WholeBatch:
-        """The whole of a batch whose keys have been embedded."""
+        """Create the shared values of a batch from its embedded keys."""
         return cls(embedded, embedded.detach().requires_grad_(embedded.requires_grad), batch, with_keys)
 
     def backward(self) -> None:
-        """Send what has gathered in the keys on to what embedded them, once all parts have been through."""
+        """Backpropagate the gradient accumulated in `keys` through the embedding; call it after all micro-batches."""
         if self.keys.grad is not None:
             self.embedded.backward(self.keys.grad)
 
 
 def share_of_batch(losses: ContrastLosses, queries: int, batch: int, with_keys: Tensor) -> ContrastLosses:
-    """Contrast losses of a part of a batch, scaled so that their mean over equal parts is the value of the batch.
+    """Scale the contrast losses of a micro-batch so that their mean over equal micro-batches is that of the whole batch.
 
-    L_tau is a mean over the queries that have keys, of which parts may hold unequal numbers; the count of queries without
-    keys is a sum. L_GML leaves no query out. queries: of the part. batch: queries of all parts on all ranks. with_keys:
-    how many of those have keys.
+    L_tau is a mean over the queries with keys, whose number can differ between micro-batches. The number of queries
+    without keys is a sum. L_GML excludes no query. queries: of the micro-batch. batch: queries of all micro-batches on
+    all ranks. with_keys: number of those with keys.
     """
     scale = batch / queries
     tau_scale = (queries - losses.queries_without_keys) * scale / torch.clamp(with_keys, min=1)

@@ -1,4 +1,4 @@
-"""What a step of the student minimises: all terms of Sec. 3.3, as an objective (models/objectives/teacher.py)."""
+"""Student objective: all loss terms of Sec. 3.3; models/objectives/teacher.py describes the interface of an objective."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ ContrastEncoder = Literal["teacher", "momentum"]
 
 @dataclass(frozen=True)
 class StudentWeights:
-    """Weights of the student's terms, as the official code has them: gamma of L_cls, beta of L_GML + L_tau, alpha of L_KD.
+    """Weights of the student's loss terms, as in the official code: gamma for L_cls, beta for L_GML + L_tau, alpha for L_KD.
 
-    A term of weight 0 is left out of the step with all that only it needs. prior_strength is α of Eq. 10, adjustment the
-    strength in L_cls (1 in Eq. 6). Raises ValueError when gamma and alpha are both 0: no term would train the classifier.
+    A term of weight 0 is not computed, nor is anything that only this term needs. prior_strength is α of Eq. 10,
+    adjustment the strength of the logit adjustment in L_cls (1 in Eq. 6). Raises ValueError when gamma and alpha are
+    both 0: no term would train the classifier.
     """
 
     gamma: float
@@ -50,18 +51,19 @@ class StudentWeights:
 
 
 class StudentObjective(nn.Module):
-    """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views: classifier, query, key. Without beta on one.
+    """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views (classifier, query, key); one view if beta is 0.
 
-    The contrast encoder fills the class-wise queues with its feature of the key view *before* the loss, so a query always
-    meets its own image's key; the key head embeds the whole queue again at every step. L_tau is L_GML with the
-    similarities detached and the query's own image left out: its only gradient is to log tau_g (from the official code).
+    The contrast encoder stores its features of the key view in the class-wise queues *before* the loss is computed, so
+    the keys of a query always include its own image. The key head embeds the whole queue at every step. L_tau is L_GML
+    with detached similarities and without the query's own image: it has a gradient with respect to log tau_g only (from
+    the official code).
 
-    contrast_encoder `teacher`: the frozen teacher; the key head learns through the keys (Sec. 3.3). `momentum`: "GML
-    without teacher" of Table 5, a copy of the student's backbone that follows it by `encoder_momentum` after every step
-    (He et al. 2020). Its key head follows the query head likewise and gets no gradient, as in the official code; the
-    batch stays in one order, where that code files a feature under another image's label. The encoder's batch norm takes
-    the statistics of the key view, in that code those of classifier and key view together: weights that lag a thousand
-    steps behind have no running ones that fit.
+    contrast_encoder `teacher`: the frozen teacher; the key head is trained through the keys (Sec. 3.3). `momentum`:
+    "GML without teacher" of Table 5, an exponential moving average of the student's backbone, updated with
+    `encoder_momentum` after every step (He et al. 2020). Its key head is an average of the query head and gets no
+    gradient, as in the official code. The batch is not reordered here; the official code stores features under the
+    label of another image. The encoder's batch norm uses the batch statistics of the key view (in the official code: of
+    classifier and key view together), because running statistics do not fit weights that lag a thousand steps behind.
     """
 
     fused_contrast: bool | Literal["auto"] = "auto"  # see contrast_losses
@@ -86,10 +88,11 @@ class StudentObjective(nn.Module):
         teacher_adjustment: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """A teacher that no term needs is dropped. Raises ValueError when one is needed and not given.
+        """Create the heads, the queues and, if needed, the momentum encoder; a teacher that no term needs is not stored.
 
-        teacher_adjustment: the strength in the teacher's L_cls; None: the student's. Where the two differ, L_KD moves the
-        teacher's logits by the difference, so that it and L_cls have the same minimum.
+        teacher_adjustment: the strength of the logit adjustment in the teacher's L_cls; None: the student's. If the two
+        differ, L_KD adds the difference times log_prior to the teacher's logits, so that L_KD and L_cls have the same
+        minimum. Raises ValueError when a teacher is needed and not given.
         """
         super().__init__()
         self.model = model
@@ -106,7 +109,7 @@ class StudentObjective(nn.Module):
         if not weights.beta:
             return
         self.query_head = ProjectionHead(model.feature_dim, model.feature_dim, projection_dim)
-        # The key head starts as a copy of the query head; with a teacher of another width the copy is impossible.
+        # The key head starts as a copy of the query head, unless the teacher has another feature width.
         stored = model if contrast_encoder == "momentum" or teacher is None else teacher
         width = stored.feature_dim
         if width == model.feature_dim:
@@ -121,43 +124,43 @@ class StudentObjective(nn.Module):
         self.queues = ClassQueues(counts, queue_total, queue_minimum, width, generator)
 
     def train(self, mode: bool = True) -> StudentObjective:
-        """Training mode for everything but the frozen teacher, whose batch norm keeps its running statistics."""
+        """Set training mode for all modules except the frozen teacher, whose batch norm uses its running statistics."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
     def batch_modules(self) -> list[nn.Module]:
-        """Modules that see a share of the batch where ranks share it, so that their batch norm needs the others' shares.
+        """Modules whose input is this rank's share of the batch; their batch norm must be synchronised over the ranks.
 
-        The key head is not among them: every rank gives it the whole queue.
+        The key head is not among them, because its input on every rank is the whole queue.
         """
         if not self.weights.beta:
             return [self.model]
         return [self.model, self.query_head, *([] if self.momentum_encoder is None else [self.momentum_encoder])]
 
     def undecayed(self) -> list[nn.Parameter]:
-        """Parameters without weight decay: log tau_g alone (as in the official code)."""
+        """Parameters without weight decay: log tau_g only (as in the official code)."""
         return [self.log_tau_g] if self.weights.beta else []
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Let the momentum encoder and its key head follow the student. Nothing is read back to the host."""
+        """Update the momentum encoder and its key head from the student. Nothing is copied to the host."""
         if self.momentum_encoder is not None:
             followers = [*self.momentum_encoder.parameters(), *self.key_head.parameters()]
             followed = [*self.model.backbone.parameters(), *self.query_head.parameters()]
             self._follow(followers, followed, None)
 
     def observations(self) -> dict[str, float]:
-        """Worth a look after an epoch: the share of the queues that holds features of training images."""
+        """Further values for the record of an epoch: the share of the queues that holds features of training images."""
         if not self.weights.beta:
             return {}
         return {"queue_fill": (self.queues.sample_ids >= 0).double().mean().item()}
 
     def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> WholeBatch | None:
-        """Store the contrast features of a batch whose views [V,b,3,H,W] come in parts, and embed the queue for all of them.
+        """Store the contrast features of a whole batch, given as micro-batches of views [V,b,3,H,W]; embed the queue once.
 
-        views, target and sample_ids are those of this rank's share of the batch. None without beta.
+        views, target and sample_ids are this rank's share of the batch. Returns None if beta is 0.
         """
         if not self.weights.beta:
             return None
@@ -175,12 +178,12 @@ class StudentObjective(nn.Module):
         mixed: Mixed | None = None,
         whole: WholeBatch | None = None,
     ) -> dict[str, Tensor]:
-        """views [V,B,3,H,W] (classifier, query, key, or classifier alone), target [B], sample_ids [B] → named scalars.
+        """views [V,B,3,H,W] (classifier, query, key; or classifier only), target [B], sample_ids [B] → named scalar tensors.
 
-        `loss` comes first; a term has a part of its own as long as its weight is not 0. whole: see `whole_batch`.
+        The first entry is `loss`. Every term whose weight is not 0 has an entry. whole: the result of `whole_batch`.
         """
         batch, weights = target.shape[0], self.weights
-        # One forward over both halves: they share a batch-norm batch of 2B.
+        # One forward pass over both views, so that batch norm uses the statistics of all 2B images.
         features, logits = self.model(torch.cat([views[0], views[1]]) if weights.beta else views[0])
         logits = logits[:batch]
         contrast_features, teacher_logits = self._encode(views, whole is None)
@@ -208,12 +211,12 @@ class StudentObjective(nn.Module):
         return {"loss": sum(terms[1:], terms[0]), **{name: part.detach() for name, part in parts.items()}}
 
     def _enqueue(self, features: Tensor, target: Tensor, sample_ids: Tensor) -> None:
-        # Every rank stores the whole batch, in rank order, so that the queues stay equal without being sent.
+        # Every rank stores the whole batch in rank order, so that the queues stay equal without a broadcast.
         self.queues.enqueue(*map(gather_batch, (features, target, sample_ids)))
 
     @torch.no_grad()
     def _contrast_features(self, key_view: Tensor) -> Tensor:
-        """[B,3,H,W] → [B,D] of the contrast encoder."""
+        """Features of the contrast encoder: [B,3,H,W] → [B,D]."""
         if self.momentum_encoder is not None:
             features: Tensor = self.momentum_encoder(key_view)
         elif self.teacher is not None:
@@ -224,9 +227,9 @@ class StudentObjective(nn.Module):
 
     @torch.no_grad()
     def _encode(self, views: Tensor, stores: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Contrast features [B,D] of the key view if this pass stores them, teacher's logits [B,C] of the classifier view.
+        """Contrast features [B,D] of the key view if this pass stores them, and teacher logits [B,C] of the classifier view.
 
-        None for what no term asks. What the teacher is asked goes through it in one batch.
+        Either is None if no term needs it. The teacher processes all its views in one batch.
         """
         batch, stores = views.shape[1], stores and self.weights.beta > 0
         features = logits = None

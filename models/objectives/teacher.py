@@ -1,9 +1,10 @@
-"""What a step of the teacher minimises: L_cls (Eq. 6) of one view, plain or mixed; the student's first term too.
+"""Teacher objective: L_cls (Eq. 6) of one view, plain or mixed. The student uses the same L_cls as its first term.
 
-An objective is a module from a batch of views to a dict of named scalar losses whose `loss` entry is the one to descend.
-It says by `views` how many it wants, has `after_step` called after every optimiser step, and keeps what training changes in
-its state_dict, from which only the frozen `teacher.` may be left out. A batch that is taken in parts is announced to
-`whole_batch`, and what that gives accompanies each part; the mean over the parts is then the batch's.
+An objective is a module that maps a batch of views to a dict of named scalar losses; its `loss` entry is minimised.
+`views` is the number of views that it needs. `after_step` is called after every optimiser step. Everything that
+training changes is in its state_dict; only the frozen `teacher.` entries may be excluded from a checkpoint. For
+gradient accumulation, `whole_batch` is called first with the whole batch and its result is passed with each
+micro-batch; the mean over the micro-batches is then the value of the batch.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from models.networks.cosine_classifier import ImageClassifier
 
 
 class Mixed(NamedTuple):
-    """Of a mixed classifier view (CutMix, Mixup): the partners' labels, int64 [B], and the share of its own, float [B]."""
+    """Labels of a mixed view (CutMix, Mixup): labels of the partners, int64 [B], and the share of the own label, float [B]."""
 
     target: Tensor
     share: Tensor
 
     def rows(self, start: int, stop: int) -> Mixed:
-        """Those of a part of the batch."""
+        """The labels of samples start..stop, a part of the batch."""
         return Mixed(self.target[start:stop], self.share[start:stop])
 
 
 class TeacherObjective(nn.Module):
-    """L_cls alone, on one view: Eq. 6, or plain cross-entropy where `adjustment`, the strength in the loss, is 0."""
+    """L_cls on one view: Eq. 6, or plain cross-entropy if `adjustment` (strength of the logit adjustment) is 0."""
 
     views = 1
     log_prior: Tensor
@@ -44,27 +45,27 @@ class TeacherObjective(nn.Module):
         self,
         views: Tensor,
         target: Tensor,
-        sample_ids: Tensor,  # noqa: ARG002 - same call as the student's
+        sample_ids: Tensor,  # noqa: ARG002 - same signature as StudentObjective
         mixed: Mixed | None = None,
-        whole: None = None,  # noqa: ARG002 - likewise
+        whole: None = None,  # noqa: ARG002 - same signature as StudentObjective
     ) -> dict[str, Tensor]:
-        """views [1,B,3,H,W], target [B], sample_ids [B] → {loss, classification}, scalars."""
+        """views [1,B,3,H,W], target [B], sample_ids [B] → {loss, classification}, scalar tensors."""
         _, logits = self.model(views[0])
         loss = classification_loss(logits, target, self.log_prior, self.adjustment, mixed)
         return {"loss": loss, "classification": loss.detach()}
 
     def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> None:
-        """Parts of a batch share nothing here."""
+        """Does nothing: the micro-batches of the teacher share no values."""
 
     def after_step(self) -> None:
-        """Nothing follows the weights here."""
+        """Does nothing: no module follows the weights of the teacher."""
 
     def observations(self) -> dict[str, float]:
-        """What is worth a look after an epoch besides the loss: nothing."""
+        """Further values for the record of an epoch: none."""
         return {}
 
     def batch_modules(self) -> list[nn.Module]:
-        """Modules that see a share of the batch where ranks share it, so that their batch norm needs the others' shares."""
+        """Modules whose input is this rank's share of the batch; their batch norm must be synchronised over the ranks."""
         return [self.model]
 
     def undecayed(self) -> list[nn.Parameter]:
@@ -75,7 +76,7 @@ class TeacherObjective(nn.Module):
 def classification_loss(
     logits: Tensor, target: Tensor, log_prior: Tensor, adjustment: float, mixed: Mixed | None
 ) -> Tensor:
-    """L_cls of plain or mixed images."""
+    """L_cls of plain images (mixed is None) or of mixed images."""
     if mixed is None:
         return adjusted_cross_entropy(logits, target, log_prior, adjustment)
     return mixed_cross_entropy(logits, target, mixed.target, mixed.share, log_prior, adjustment)

@@ -1,7 +1,7 @@
-"""Shear, translation and rotation as one gather: each image with its own matrix, in 16-bit fixed point.
+"""Affine operations (shear, translation, rotation) by one gather, with a matrix per image in 16-bit fixed point.
 
-Fixed point is Pillow's own arithmetic for nearest neighbours, and makes the result the same on every device. Places are
-int32, which holds them for images of up to 8192 pixels a side.
+Pillow uses the same fixed-point arithmetic for nearest neighbours; the result is the same on every device. Coordinates
+are int32, which suffices for images of up to 8192 pixels per side.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ONE = 1 << FRACTION_BITS
 
 
 def fixed_matrix(name: str, value: Tensor, height: int, width: int) -> Tensor:
-    """float64 [...] arguments of operation `name` → int64 [...,6]: (a, b, c, d, e, f) · 2^16.
+    """Fixed-point matrix of operation `name` for float64 [...] arguments: int64 [...,6], (a, b, c, d, e, f) · 2^16.
 
-    Output pixel (column x, row y) comes from the place (a·x + b·y + c, d·x + e·y + f), in pixels, a pixel's centre being
-    at one half. Arguments: shear a factor about the top left corner (Pillow's transform), translation pixels to
-    the left or up, rotation degrees counter-clockwise about the centre.
+    Output pixel (column x, row y) is read at (a·x + b·y + c, d·x + e·y + f), in pixels; the centre of a pixel is at one
+    half. Arguments: shear is a factor about the top left corner (Pillow's transform), translation is in pixels to the
+    left or up, rotation is in degrees counter-clockwise about the centre.
     """
     one, zero = torch.ones_like(value), torch.zeros_like(value)
     if name == "shear_x":
@@ -56,7 +56,7 @@ def fixed_matrix(name: str, value: Tensor, height: int, width: int) -> Tensor:
 
 
 def resample(images: Tensor, matrix: Tensor, *, fill: tuple[int, int, int], method: Method) -> Tensor:
-    """uint8 [N,3,H,W] seen through matrix int64 [N,6] of `fixed_matrix`; what lies outside the image is `fill`."""
+    """Apply the matrix int64 [N,6] of `fixed_matrix` to uint8 [N,3,H,W]; pixels from outside the image get `fill`."""
     height, width = images.shape[2:]
     column = torch.arange(width, dtype=torch.int32, device=images.device)
     row = torch.arange(height, dtype=torch.int32, device=images.device)[:, None]
@@ -70,7 +70,7 @@ def resample(images: Tensor, matrix: Tensor, *, fill: tuple[int, int, int], meth
     else:
         found = _pixels(images, (x >> FRACTION_BITS).clamp(0, width - 1), (y >> FRACTION_BITS).clamp(0, height - 1))
     outside = torch.stack([torch.full((), level, dtype=torch.uint8, device=images.device) for level in fill])
-    # A sum of products, because `where` on bytes is many times slower on the CPU.
+    # A sum of products, because `where` on uint8 is many times slower on the CPU.
     inside, beyond = inside[:, None].to(torch.uint8), (~inside)[:, None].to(torch.uint8)
     return found * inside + outside[:, None, None] * beyond
 
@@ -88,7 +88,7 @@ def _between_four(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return first + right * (second - first)
 
     upper, lower = line(rows[0]), line(rows[1])
-    # Cut off like Pillow's filter.
+    # Truncated like in Pillow's filter.
     return in_bytes(upper + down * (lower - upper))
 
 
@@ -107,7 +107,7 @@ def _between_sixteen(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cubic_weights(d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the two values before and the two after a place at 0 <= d < 1 between the middle ones: cubic convolution, a = -1."""
+    """Weights of cubic convolution (a = -1) for four neighbours, at distance 0 <= d < 1 from the second towards the third."""
     square, cube = d * d, d * d * d
     return 2 * square - d - cube, 1 - 2 * square + cube, d + square - cube, cube - square
 

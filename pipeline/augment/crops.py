@@ -1,6 +1,7 @@
-"""Where a view is cut from its image: padded crop or resized crop, with the flip, and the hole of Cutout.
+"""Crops of a view: padded crop or resized crop, with horizontal flip, and Cutout.
 
-Draws are CPU tensors, float64 or int64, one row an image; what applies them takes the same tensors on the images' device.
+Random numbers are drawn as CPU tensors, float64 or int64, one row per image. Functions that apply them take them on the
+images' device.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RATIO = (3 / 4, 4 / 3)  # of a resized crop's width to its height (Szegedy et al. 2015)
+RATIO = (3 / 4, 4 / 3)  # width / height of a resized crop (Szegedy et al. 2015)
 ATTEMPTS = 10
 CHANCES = 2 * ATTEMPTS + 2  # random numbers of a resized crop: area and ratio of each attempt, then row and column
-WEIGHT_BITS = 22  # of Pillow's resize
-LARGE = 64 * 64  # pixels from which the CPU is quicker with an image at a time
+WEIGHT_BITS = 22  # of the fixed point in Pillow's resize
+LARGE = 64 * 64  # pixels from which one image at a time is faster on the CPU
 
 
 def padded_crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padding: int) -> Tensor:
-    """uint8 [B,3,H,W] with `padding` black pixels on each side, cropped H x W at top, left int64 [V,B]: uint8 [V,B,3,H,W].
+    """Crop H x W at top, left int64 [V,B] from uint8 [B,3,H,W] padded with black: uint8 [V,B,3,H,W].
 
-    Where `flipped` (bool [V,B]) the crop is mirrored left to right.
+    padding: pixels on each side. The crop is mirrored left to right where `flipped` (bool [V,B]) is True.
     """
     height, width = images.shape[2:]
     padded = F.pad(images, (padding,) * 4) if padding else images
@@ -34,10 +35,11 @@ def padded_crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padd
 
 
 def resized_crop(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
-    """uint8 [B,3,H,W] → uint8 [V,B,3,H,W]: box (top, left, height, width) int64 [V,B,4] enlarged to H x W, bilinearly.
+    """Enlarge boxes (top, left, height, width) int64 [V,B,4] of uint8 [B,3,H,W] to H x W, bilinearly: uint8 [V,B,3,H,W].
 
-    Columns first, then rows, each rounded to grey levels by Pillow's fixed point; pixels outside the box play no part.
-    A box is never larger than the image, so that there is nothing to smooth before. Where `flipped`, mirrored.
+    Columns are resized first, then rows; each result is rounded to grey levels in Pillow's fixed point. Pixels outside
+    the box are not used. A box is never larger than the image, so no smoothing is needed. Mirrored where `flipped` is
+    True.
     """
     large = images.shape[2] * images.shape[3] >= LARGE
     return (_one_by_one if large and images.device.type == "cpu" else _all_at_once)(images, box, flipped)
@@ -54,7 +56,7 @@ def _all_at_once(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
 
 
 def _enlarged(image: Tensor, axis: int, start: Tensor, length: Tensor, position: Tensor) -> Tensor:
-    # image [V,B,3,H,W] along one axis: output position [V,B,S] from start .. start + length, both [V,B].
+    # Enlarge image [V,B,3,H,W] along one axis: output positions [V,B,S] span start .. start + length, both [V,B].
     size = position.shape[-1]
     first, second, share = _neighbours(start, length, position)
     shape = (*position.shape[:2], 1, 1, size) if axis == 4 else (*position.shape[:2], 1, size, 1)
@@ -68,7 +70,8 @@ def _enlarged(image: Tensor, axis: int, start: Tensor, length: Tensor, position:
 
 
 def _neighbours(start: Tensor, length: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Output positions [...,S] of start .. start + length [...]: the two pixels that each lies between, and the second's share.
+    # For output positions [...,S] that span start .. start + length [...]: the two neighbouring pixels and the second's
+    # weight.
     place = (position + 0.5).double() * (length.double() / position.shape[-1])[..., None] - 0.5
     before = place.floor()
     share = ((place - before) * (1 << WEIGHT_BITS) + 0.5).to(torch.int32)
@@ -78,7 +81,8 @@ def _neighbours(start: Tensor, length: Tensor, position: Tensor) -> tuple[Tensor
 
 
 def _one_by_one(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
-    # The same, for the CPU: an image at a time stays in its cache, and whole lines are copied where a gather takes pixels.
+    # Same result as _all_at_once, for the CPU: one image at a time fits in its cache, and whole lines are copied
+    # instead of single pixels by gather.
     height, width = images.shape[2:]
     top, left, tall, wide = box.unbind(-1)
     across = _neighbours(torch.zeros_like(left), wide, _columns(width, flipped))
@@ -93,7 +97,7 @@ def _one_by_one(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
 
 
 def _between_lines(image: Tensor, first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    # uint8 [3,L,M] → uint8 [3,S,M]: a line at each of S places.
+    # uint8 [3,L,M] → uint8 [3,S,M]: a line interpolated at each of S positions.
     total = image.index_select(1, second).to(torch.int32)
     lower = image.index_select(1, first).to(torch.int32)
     total.sub_(lower).mul_(share[:, None]).add_(lower.bitwise_left_shift_(WEIGHT_BITS))
@@ -106,18 +110,18 @@ def _columns(width: int, flipped: Tensor) -> Tensor:
 
 
 def draw_chances(count: int, generator: torch.Generator) -> Tensor:
-    """float64 [count, CHANCES], uniform in 0..1: what `boxes_of` needs for a box in an image of any size."""
+    """Draw the random numbers that `boxes_of` needs for an image of any size: float64 [count, CHANCES], uniform in 0..1."""
     chance = torch.rand(2, count, ATTEMPTS, dtype=torch.float64, generator=generator)
     place = torch.rand(2, count, dtype=torch.float64, generator=generator)
     return torch.cat([chance[0], chance[1], place.T], 1)
 
 
 def boxes_of(chances: Tensor, height: Tensor, width: Tensor, scale: list[float]) -> Tensor:
-    """int64 [...,4] (top, left, height, width) of random resized crops, as torchvision's RandomResizedCrop draws them.
+    """Boxes of random resized crops as in torchvision's RandomResizedCrop: int64 [...,4] (top, left, height, width).
 
-    chances: [...,CHANCES] of `draw_chances`; height, width: int64 of the images, broadcast to [...]. Area uniform in `scale` of
-    the image, ratio log-uniform in 3/4 .. 4/3, the first of ten attempts that fits, or the largest centred box of an
-    allowed ratio; then a uniform place.
+    chances: [...,CHANCES] from `draw_chances`; height, width: int64 of the images, broadcast to [...]. The area is
+    uniform in `scale` of the image, the ratio log-uniform in 3/4 .. 4/3. The first of ten attempts that fits is used,
+    at a uniform position; if none fits, the largest centred box of an allowed ratio.
     """
     chance, down, across = chances[..., : 2 * ATTEMPTS].unflatten(-1, (2, ATTEMPTS)), chances[..., -2], chances[..., -1]
     area = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * chance[..., 0, :])
@@ -125,7 +129,7 @@ def boxes_of(chances: Tensor, height: Tensor, width: Tensor, scale: list[float])
     ratio = torch.exp(low + (high - low) * chance[..., 1, :])
     wide, tall = torch.round(torch.sqrt(area * ratio)).long(), torch.round(torch.sqrt(area / ratio)).long()
     fits = (wide > 0) & (wide <= width[..., None]) & (tall > 0) & (tall <= height[..., None])
-    first = fits.long().argmax(-1, keepdim=True)  # argmax gives the first of equals
+    first = fits.long().argmax(-1, keepdim=True)  # argmax returns the first of equal values
     found = fits.any(-1)
     largest_wide = torch.minimum(width, torch.round(height.double() * RATIO[1]).long())
     largest_tall = torch.minimum(height, torch.round(width.double() / RATIO[0]).long())
@@ -137,7 +141,7 @@ def boxes_of(chances: Tensor, height: Tensor, width: Tensor, scale: list[float])
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
-    """uint8 [N,3,H,W] with a black square of `side` pixels around row, column int64 [N], clipped at the borders."""
+    """Cutout: uint8 [N,3,H,W] with a black square of `side` pixels around row, column int64 [N], clipped at the borders."""
     height, width = images.shape[2:]
 
     def inside(length: int, centre: Tensor) -> Tensor:

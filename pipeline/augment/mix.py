@@ -1,4 +1,4 @@
-"""CutMix and Mixup of the classifier view: each image with a partner, and the share that it keeps of its own label."""
+"""CutMix and Mixup of the classifier view: each image has a partner and keeps a share of its label."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pipeline.params import AugmentParams
 
 @dataclass(frozen=True)
 class MixDraws:
-    """partner int64 [B]: place in the global batch; share float32 [B]: lambda, what an image keeps; box int64 [B,4].
+    """Random numbers of CutMix or Mixup for a batch or this rank's share of it.
 
-    box (top, left, bottom, right) is what CutMix takes from the partner, `None` for Mixup. The loss of a mixed image is
-    share · CE(target) + (1 - share) · CE(target[partner]).
+    partner int64 [B]: index in the global batch; share float32 [B]: lambda, the share of the image itself; box int64
+    [B,4]: (top, left, bottom, right) of the region that CutMix copies from the partner, None for Mixup. The loss of a
+    mixed image is share · CE(target) + (1 - share) · CE(target[partner]).
     """
 
     partner: Tensor
@@ -24,12 +25,12 @@ class MixDraws:
     box: Tensor | None
 
     def rows(self, start: int, stop: int) -> MixDraws:
-        """The draws of images start..stop; their partners still count within the global batch."""
+        """The draws of images start..stop; partners remain indices in the global batch."""
         box = None if self.box is None else self.box[start:stop]
         return MixDraws(self.partner[start:stop], self.share[start:stop], box)
 
     def to(self, device: torch.device | str) -> MixDraws:
-        """The same on a device; to a GPU without waiting for it."""
+        """Copy to a device; asynchronous, through pinned memory, for a GPU."""
         device = torch.device(device)
 
         def move(tensor: Tensor) -> Tensor:
@@ -40,15 +41,15 @@ class MixDraws:
 
 
 def draw_mix(count: int, height: int, width: int, params: AugmentParams, generator: torch.Generator) -> MixDraws | None:
-    """Partners by a permutation of the batch, lambda ~ Beta(mix_alpha, mix_alpha) an image; None where mix is none.
+    """Draw partners by a permutation of the batch, and lambda ~ Beta(mix_alpha, mix_alpha) per image; None if mix is none.
 
-    CutMix (Yun et al. 2019): a box of the image's shape, area 1 - lambda, centre uniform, clipped at the borders; lambda is
-    then what the box really leaves. Mixup: Zhang et al. 2018.
+    CutMix (Yun et al. 2019): a box with the image's aspect ratio, area 1 - lambda and uniform centre, clipped at the
+    borders; lambda is then recomputed from the clipped box. Mixup: Zhang et al. 2018.
     """
     if params.mix == "none":
         return None
     partner = torch.randperm(count, generator=generator)
-    # torch has no public Beta sampler that takes a generator; numpy's is seeded from it.
+    # torch has no public Beta sampler that takes a generator, so numpy's is used with a seed drawn from it.
     seed = int(torch.randint(2**62, (), generator=generator))
     share = torch.from_numpy(np.random.default_rng(seed).beta(params.mix_alpha, params.mix_alpha, count))
     if params.mix == "mixup":
@@ -65,7 +66,7 @@ def draw_mix(count: int, height: int, width: int, params: AugmentParams, generat
 
 
 def apply_mix(images: Tensor, draws: MixDraws, pool: Tensor | None = None) -> Tensor:
-    """uint8 [b,3,H,W] mixed with their partners in `pool` uint8 [B,3,H,W], the global batch (default: images themselves)."""
+    """Mix uint8 [b,3,H,W] with partners in `pool` uint8 [B,3,H,W], the global batch (default: the images themselves)."""
     partners = (images if pool is None else pool)[draws.partner]
     if draws.box is None:
         share = draws.share[:, None, None, None]

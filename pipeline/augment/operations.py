@@ -1,4 +1,4 @@
-"""The operations by name, and one slot of a policy applied to a batch in which every image has its own operation."""
+"""Augmentation operations by name, and the application of a policy slot in which every image has its own operation."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def apply_slot(
     method: Method,
     bicubic: Tensor | None = None,
 ) -> Tensor:
-    """uint8 [N,3,H,W] → the same, image i changed by operation OPERATIONS[code[i]] with argument value[i]; may work in place.
+    """Apply operation OPERATIONS[code[i]] with argument value[i] to image i of uint8 [N,3,H,W]; may work in place.
 
-    code int64 [N]; value float32 [N], in the operation's own unit (a factor, pixels, degrees, bits, a threshold, a
-    radius); matrix int64 [N,6] as of `affine.fixed_matrix`, needed where the slot has a geometric operation. `possible`
-    names what the slot may hold, so that nothing else costs anything. method: how geometric operations find a value between
-    pixels; bicubic: bool [N], of which images they are bicubic instead. The operations of one slot exclude each other,
-    hence the families may run one after the other.
+    code int64 [N]; value float32 [N], in the operation's unit (a factor, pixels, degrees, bits, a threshold, a radius);
+    matrix int64 [N,6] from `affine.fixed_matrix`, required if the slot has a geometric operation. `possible`: the
+    operations of the slot; no others are computed. method: interpolation of geometric operations; bicubic: bool [N],
+    the images that use bicubic interpolation instead. An image has only one operation per slot, so the kinds of
+    operations can run in sequence.
     """
     lookups = [name for name in possible if name in LOOKUP]
     if lookups:
@@ -59,7 +59,7 @@ def apply_slot(
 
 
 def replaced(state: Tensor, chosen: Tensor, change: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`state` with its rows where `chosen` (bool [N]) replaced by those of change(*inputs); all first axes are N.
+    """Replace the rows of `state` where `chosen` (bool [N]) by change(*inputs); all first dimensions are N.
 
     On the CPU only the chosen rows are computed, in place.
     """
@@ -73,15 +73,15 @@ def replaced(state: Tensor, chosen: Tensor, change: Callable[..., Tensor], *inpu
 
 
 def computes_all_rows(device: torch.device) -> bool:
-    """Whether to compute every row and then select, so that shapes are static and the host is never asked.
+    """Whether to compute every row and then select, so that shapes are static and nothing is copied to the host.
 
-    On the CPU it is not worth it: there arithmetic is dear and looking at a mask is free.
+    Not on the CPU: there computing unneeded rows is expensive, and reading a mask needs no copy.
     """
     return device.type != "cpu"
 
 
 def _in_words(tensor: Tensor) -> Tensor:
-    # Rows as 8-byte words where they divide into such: index_copy_ takes a step per element, whatever its width.
+    # View rows as 8-byte words if possible: index_copy_ handles one element at a time, whatever its width.
     rows = tensor.flatten(1)
     return rows.view(torch.int64) if rows.shape[1] * rows.element_size() % 8 == 0 else rows
 

@@ -1,7 +1,8 @@
-"""The policies: what each slot of a view may do, and how its operation and argument are drawn.
+"""Augmentation policies: the possible operations of each slot of a view, and the random choice of operation and argument.
 
-A policy is a row of slots; in each slot an image takes one operation, or none. Facts: AutoAugment (Cubuk et al. 2019, CIFAR-10
-table), RandAugment (Cubuk et al. 2020) in the form of timm before its "increasing" variants, SimAugment as in PaCo and GML.
+A policy is a sequence of slots; in each slot an image gets one operation or none. Sources: AutoAugment (Cubuk et al.
+2019, CIFAR-10 table), RandAugment (Cubuk et al. 2020) in the form of timm before its "increasing" variants, SimAugment
+as in PaCo and GML.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BLUR_SHARE = 0.5
 BLUR_RADIUS = (0.1, 2.0)
 JITTERED = ("brightness", "contrast", "color")
 
-# 25 sub-policies of two steps (operation, probability, magnitude index 0 to 9): AutoAugment's table for CIFAR-10.
+# AutoAugment's table for CIFAR-10: 25 sub-policies of two steps (operation, probability, magnitude index 0 to 9).
 AUTOAUGMENT = (
     (("invert", 0.1, 0), ("contrast", 0.2, 6)),
     (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
@@ -68,12 +69,12 @@ RANDAUGMENT = (
 )
 RANDAUGMENT_STEPS = 2
 RANDAUGMENT_SHARE = 0.5
-RANDAUGMENT_MAGNITUDE = (10.0, 0.5)  # mean and standard deviation, of at most 10
+RANDAUGMENT_MAGNITUDE = (10.0, 0.5)  # mean and standard deviation; 10 is the maximum
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What one slot may do besides nothing."""
+    """The possible operations of a slot, besides none."""
 
     possible: tuple[str, ...]
 
@@ -85,7 +86,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Plan:
-    """A view, but for its draws: how it is cut out, its slots, what fills the outside, and whether Cutout ends it."""
+    """Description of a view without its random numbers: crop, slots, fill colour, interpolation, side of the Cutout square."""
 
     resized: bool
     slots: tuple[Slot, ...]
@@ -95,7 +96,7 @@ class Plan:
 
 
 def plan_of(policy: str, params: AugmentParams) -> Plan:
-    """The plan of a policy. simaugment brings its own crop (resized) and no Cutout; the others take both from params."""
+    """Plan of a policy. simaugment always has a resized crop and no Cutout; the other policies take both from params."""
     jitter = [Slot(JITTERED)] * 3 if params.jitter else []
     soft = [Slot(("grey",)), Slot(("blur",))]
     rand = [Slot(RANDAUGMENT)] * RANDAUGMENT_STEPS
@@ -120,7 +121,7 @@ def plan_of(policy: str, params: AugmentParams) -> Plan:
 def draw_slots(
     policy: str, count: int, height: int, width: int, params: AugmentParams, generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each slot of the plan: operation codes int64 [count] and arguments float64 [count], as `apply_slot` takes them."""
+    """Draw, for each slot of the plan, operation codes int64 [count] and arguments float64 [count] for `apply_slot`."""
     if policy == "none":
         return []
     if policy == "autoaugment":
@@ -134,7 +135,7 @@ def draw_slots(
 
 
 def draw_autoaugment(count: int, height: int, width: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """One sub-policy an image, each of its two steps taken by its own probability."""
+    """Draw one sub-policy per image; each of its two steps is applied with its probability."""
     which = torch.randint(len(AUTOAUGMENT), (count,), generator=generator)
     drawn = []
     for step in (0, 1):
@@ -150,10 +151,10 @@ def draw_autoaugment(count: int, height: int, width: int, generator: torch.Gener
 
 
 def autoaugment_argument(name: str, index: int, height: int, width: int) -> tuple[float, float]:
-    """(middle, spread): the argument of an operation at magnitude index 0..9 is middle ± spread, by a random sign.
+    """Argument of an operation at magnitude index 0..9 as (middle, spread): middle ± spread, with a random sign.
 
     Rotation is always counter-clockwise and solarize counts from 256, as in the widely used CIFAR code (torchvision:
-    either way, and from 255).
+    both directions, and from 255).
     """
     magnitude = index / 9
     if name in ("shear_x", "shear_y"):
@@ -167,7 +168,7 @@ def autoaugment_argument(name: str, index: int, height: int, width: int) -> tupl
 
 
 def draw_randaugment_step(count: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One of 15 operations an image, taken half of the time, its magnitude normal about 10 and at most 10."""
+    """Draw one of 15 operations per image, applied with probability 1/2, with a magnitude normal about 10 and at most 10."""
     which = torch.randint(len(RANDAUGMENT), (count,), generator=generator)
     taken, sign = _uniform(count, generator), _sign(count, generator)
     mean, deviation = RANDAUGMENT_MAGNITUDE
@@ -195,9 +196,9 @@ def draw_randaugment_step(count: int, height: int, width: int, generator: torch.
 
 
 def draw_bicubic(policy: str, code: Tensor, generator: torch.Generator) -> Tensor:
-    """The images bool [count] whose geometric operation code [count] is bicubic, in the authors' programs.
+    """Images bool [count] whose geometric operation code [count] uses bicubic interpolation, as in the authors' programs.
 
-    AutoAugment: every shear. RandAugment: half of all, drawn.
+    AutoAugment: every shear. RandAugment: a random half of the images.
     """
     if policy == "autoaugment":
         return (code == CODE["shear_x"]) | (code == CODE["shear_y"])
@@ -205,7 +206,7 @@ def draw_bicubic(policy: str, code: Tensor, generator: torch.Generator) -> Tenso
 
 
 def draw_jitter(count: int, strength: float, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """Brightness, contrast and saturation, each by a factor uniform in 1 ± strength, in an order of the image's own."""
+    """Draw brightness, contrast and saturation factors uniform in 1 ± strength, in a random order per image."""
     order = torch.rand(count, len(JITTERED), generator=generator).argsort(1)
     codes = torch.tensor([CODE[name] for name in JITTERED])[order]
     factors = 1 - strength + 2 * strength * torch.rand(count, len(JITTERED), dtype=torch.float64, generator=generator)
@@ -213,7 +214,7 @@ def draw_jitter(count: int, strength: float, generator: torch.Generator) -> list
 
 
 def draw_soft(count: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """Grey for a fifth of the images, then a Gaussian blur of uniform radius for half of them."""
+    """Draw grey for a fifth of the images, then a Gaussian blur of uniform radius for half of them."""
     grey = torch.where(_uniform(count, generator) < GREY_SHARE, CODE["grey"], CODE[IDENTITY])
     blur = torch.where(_uniform(count, generator) < BLUR_SHARE, CODE["blur"], CODE[IDENTITY])
     low, high = BLUR_RADIUS

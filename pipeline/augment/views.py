@@ -1,4 +1,4 @@
-"""Views of a batch: every random number drawn on the CPU, then applied to all views in one pass on the images' device."""
+"""Views of a batch: all random numbers are drawn on the CPU, then applied to all views in one pass on the images' device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pipeline.params import AugmentParams
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of a batch's views: a table float64 [views,B,columns] for each run of views with one policy.
+    """Random numbers of a batch's views: one table float64 [views,B,columns] for each group of views with the same policy.
 
-    Columns are, in this order: the crop (top, left; of a resized crop CHANCES, as the box depends on the image's size), the
-    flip, for each slot its operation, argument and, where it may move pixels, matrix (six) and, with params.bicubic, whether
-    it is bicubic, the hole's row and column. float64 holds the integers among them exactly. A table is all that a step
-    needs: copy into it to replay a captured step.
+    Columns, in this order: the crop (top, left; for a resized crop CHANCES numbers, because the box depends on the
+    image's size); the flip; for each slot its operation, argument and, if it may move pixels, matrix (six) and, with
+    params.bicubic, whether the interpolation is bicubic; row and column of the Cutout square. float64 represents the
+    integers exactly. To replay a captured step, it is enough to copy into the tables.
     """
 
     tables: tuple[Tensor, ...]
@@ -38,11 +38,11 @@ class Draws:
         return Draws(tuple(table[:, start:stop] for table in self.tables))
 
     def of(self, rows: list[int]) -> Draws:
-        """The draws of some images of each view."""
+        """The draws of the images `rows` of each view."""
         return Draws(tuple(table[:, rows] for table in self.tables))
 
     def to(self, device: torch.device | str) -> Draws:
-        """The same on a device; to a GPU without waiting for it."""
+        """Copy to a device; asynchronous, through pinned memory, for a GPU."""
         device = torch.device(device)
         pinned = (table.pin_memory() if device.type == "cuda" and not table.is_cuda else table for table in self.tables)
         return Draws(tuple(table.to(device, non_blocking=True) for table in pinned))
@@ -51,7 +51,7 @@ class Draws:
 def draw_views(
     count: int, height: int, width: int, views: int, params: AugmentParams, generator: torch.Generator
 ) -> Draws:
-    """Independent draws for `views` views of `count` images of height x width, from and on the CPU.
+    """Draw independent random numbers for `views` views of `count` images of height x width, on the CPU.
 
     View 0 is the classifier view (params.policy), the others are contrast views (params.contrast_policy).
     """
@@ -64,9 +64,10 @@ def draw_views(
 
 
 def apply_views(images: Tensor, draws: Draws, params: AugmentParams) -> Tensor:
-    """uint8 [B,3,H,W] → uint8 [views,B,3,H,W] by draws on the same device: crop and flip, policy, Cutout, in that order.
+    """Apply draws on the same device: uint8 [B,3,H,W] → uint8 [views,B,3,H,W]; crop and flip, policy, Cutout, in that order.
 
-    Of images uint8 [B,views,3,H,W] each view has its own pixels; resized crops are then cut and flipped already: `cut_boxes`.
+    With images uint8 [B,views,3,H,W], each view has its own pixels; resized crops are then already cut and flipped:
+    `cut_boxes`.
     """
     parts, first = [], 0
     with _one_thread(images.device):
@@ -78,14 +79,14 @@ def apply_views(images: Tensor, draws: Draws, params: AugmentParams) -> Tensor:
 
 
 def cuts_originals(views: int, params: AugmentParams) -> bool:
-    """Whether any of a number of views is a resized crop, which is cut from the whole image."""
+    """Whether any of `views` views is a resized crop, which is cut from the original image."""
     return any(plan_of(policy, params).resized for policy, _ in _runs(views, params))
 
 
 def cut_boxes(draws: Draws, height: Tensor, width: Tensor, params: AugmentParams) -> list[tuple[list[int] | None, ...]]:
-    """For each of B images of height x width, int64 [B]: the box of each view (top, left, height, width, flipped).
+    """Boxes of the views (top, left, height, width, flipped), for each of B images of height x width, int64 [B].
 
-    None for a view that is cut with `apply_views`, by padding.
+    None for a view with a padded crop, which `apply_views` cuts.
     """
     found: list[list[list[int] | None]] = []
     for (policy, members), table in zip(_runs(draws.views, params), draws.tables, strict=True):
@@ -98,7 +99,7 @@ def cut_boxes(draws: Draws, height: Tensor, width: Tensor, params: AugmentParams
 
 
 def random_views(images: Tensor, views: int, params: AugmentParams, generator: torch.Generator) -> Tensor:
-    """uint8 [B,3,H,W] → uint8 [views,B,3,H,W] by fresh draws from a CPU generator."""
+    """Draw random numbers from a CPU generator and apply them: uint8 [B,3,H,W] → uint8 [views,B,3,H,W]."""
     count, _, height, width = images.shape
     draws = draw_views(count, height, width, views, params, generator)
     return apply_views(images, draws.to(images.device), params)
@@ -106,8 +107,8 @@ def random_views(images: Tensor, views: int, params: AugmentParams, generator: t
 
 @contextlib.contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    # Some hundred small operations: threads that meet after each save a few ms on idle cores, and on busy ones, where
-    # they wait for one another by spinning, cost a hundred times what the operations do.
+    # Augmentation is some hundred small operations. On idle cores several threads save a few ms; on busy cores they
+    # wait for one another by spinning, which takes a hundred times as long as the operations.
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         yield
@@ -120,7 +121,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def _runs(views: int, params: AugmentParams) -> list[tuple[str, int]]:
-    # (policy, number of views): what has the same policy shares a table and a pass.
+    # (policy, number of views); views of the same policy share a table and a pass.
     contrast = params.policy if params.contrast_policy == "same" else params.contrast_policy
     if views == 1 or contrast == params.policy:
         return [(params.policy, views)]
@@ -152,7 +153,7 @@ def _draw_table(
 
 
 def _matrices(code: Tensor, value: Tensor, height: int, width: int) -> Tensor:
-    # Of every image, geometric or not; the others' are never looked at.
+    # Of every image; matrices of images without a geometric operation are not used.
     matrices = fixed_matrix("translate_x", torch.zeros_like(value), height, width)
     for name in AFFINE:
         matrices = torch.where((code == CODE[name])[:, None], fixed_matrix(name, value, height, width), matrices)
@@ -178,10 +179,10 @@ def _apply_table(images: Tensor, table: Tensor, plan: Plan, params: AugmentParam
 
 
 def _cropped(images: Tensor, table: Tensor, plan: Plan, params: AugmentParams) -> Tensor:
-    # uint8 [V,B,3,H,W] of images [B,3,H,W], or [V,B,3,H,W] where each view has its own.
+    # uint8 [V,B,3,H,W] from images [B,3,H,W], or from [V,B,3,H,W] if each view has its own pixels.
     if plan.resized:
         if images.dim() == 5:
-            return images.clone(memory_format=torch.contiguous_format)  # operations may work in place
+            return images.clone(memory_format=torch.contiguous_format)  # cloned, because operations may work in place
         height, width = (torch.full((), side, dtype=torch.int64, device=images.device) for side in images.shape[2:])
         box = boxes_of(table[..., :CHANCES], height, width, params.crop_scale)
         return resized_crop(images, box, table[..., CHANCES].bool())

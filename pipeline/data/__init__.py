@@ -1,1 +1,1 @@
-"""Rows and pixels: split tables, class prior, data set, stream, duplicates."""
+"""Data of a run: split tables, class prior, data set in memory or as a stream, image checks, duplicates."""

@@ -1,4 +1,4 @@
-"""Which row of a source is in which split: held-out test, long-tail profile, held-out validation."""
+"""Assignment of a source's rows to splits: held-out test, long-tail profile, held-out validation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def without(source: Source, skipped: list[Row]) -> list[Row]:
-    """The source's rows less some. Raises DataError when a class has no training image left."""
+    """The source's rows without the skipped ones. Raises DataError when a class has no training image left."""
     out = {row.reference for row in skipped}
     rows = [row for row in source.rows if row.reference not in out]
     left = {row.label for row in rows if row.split == "train"}
@@ -35,13 +35,13 @@ def without(source: Source, skipped: list[Row]) -> list[Row]:
 
 
 def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
-    """Rows of each split, from the source's hints and params.data. Rows that the profile drops are in no split.
+    """Assign rows to splits by the splits of the source and params.data. Rows that the profile drops are in no split.
 
-    Test is held out first (unless the source brings one): `profiles.test_size` images of each class. Then each class is cut
-    to max_per_class images. Then the profile picks what training keeps. Then validation is held out (unless the source
-    brings one): validation_per_class images, from those that the profile dropped and, where they do not suffice, at most
-    validation_share of what the class keeps. What the profile picks from a data set of known origin is held against the
-    published choice.
+    Steps: 1. Test is held out, unless the source has a test split: `profiles.test_size` images of each class. 2. Each
+    class is cut to max_per_class images. 3. The profile chooses the images for training. 4. Validation is held out,
+    unless the source has a validation split: validation_per_class images, first from those that the profile dropped,
+    then at most validation_share of the class's training images. For a data set of known origin, the choice of the
+    profile is compared with the published one.
     """
     hinted = {split: [row for row in rows if row.split == split] for split in SPLITS}
     pool, test = hinted["train"], hinted["test"]

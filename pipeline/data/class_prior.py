@@ -1,4 +1,4 @@
-"""The class prior of the training split: counts, probabilities, shot groups; read back from prior.json."""
+"""Class prior of the training split: counts, probabilities and shot groups, read from prior.json."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BATCH_ROWS = 1 << 20  # 8 MB of labels at a time
 class Prior:
     """Content of prior.json, one entry per class: name, training samples, p, log_prior, shot group.
 
-    log_prior is log p, what is added to balanced logits to answer for the training prior. loss_log_prior is what the
-    losses add in its place where params weight the classes by their effective number; None: log_prior.
+    log_prior is log p, which is added to balanced logits to get logits for the training prior. loss_log_prior replaces
+    it in the losses if params weight the classes by their effective number; None: log_prior.
     """
 
     classes: list[str]
@@ -39,7 +39,7 @@ class Prior:
         return self.log_prior if self.loss_log_prior is None else self.loss_log_prior
 
     def balanced_shift(self, adjustment: float) -> np.ndarray:
-        """What to add to the logits of a network trained with `adjustment` in L_cls, so that they answer `balanced`: [C]."""
+        """Shift that converts logits of a network trained with `adjustment` in L_cls to the balanced target prior: [C]."""
         shift: np.ndarray = balanced_shift(np.array(self.log_prior), np.array(self.in_losses), adjustment)
         return shift
 
@@ -53,10 +53,10 @@ class Prior:
 
 
 def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
-    """Rows of each class in a Parquet file: int64 [classes], in one pass and memory that the rows do not add to.
+    """Count the rows of each class in a Parquet file: int64 [classes], in one pass with bounded memory.
 
-    Raises ParamsError when there is no such file, StageError when it is damaged, DataError for a label that is null or
-    not in 0..classes-1.
+    Raises ParamsError when the file does not exist, StageError when it is damaged, DataError for a label that is null
+    or not in 0..classes-1.
     """
     counts = np.zeros(classes, dtype=np.int64)
     for labels in read_batches(path, column, BATCH_ROWS):
@@ -65,7 +65,7 @@ def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
         values = labels.to_numpy()
         try:
             found = np.bincount(values, minlength=classes)
-        except ValueError:  # numpy refuses negative numbers
+        except ValueError:  # numpy raises it for negative numbers
             raise DataError(f"{path}: has label {values.min()}; expected 0 to {classes - 1}") from None
         if len(found) > classes:
             raise DataError(f"{path}: has label {len(found) - 1}; expected 0 to {classes - 1}")

@@ -1,4 +1,4 @@
-"""The images of a split for training and evaluation: one uint8 tensor in memory or, if that is too large, a stream."""
+"""Images of a split for training and evaluation: one uint8 tensor in memory, or a stream if it is too large."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from pipeline.sources import Source, in_parts, open_source, reading_order
 from pipeline.data.split_tables import count_rows, read_split
 from pipeline.data.stream import ImageStream
 
-SHARE = 0.5  # of free memory that a decoded split may take before it is streamed
+SHARE = 0.5  # of free memory that a decoded split may take; larger splits are streamed
 
 
 @dataclass(frozen=True)
 class Images:
-    """images uint8 [N,3,H,W]; labels int64 [N]; sample_ids: N texts; references: N texts that find the bytes again."""
+    """A decoded split: images uint8 [N,3,H,W]; labels int64 [N]; N sample_ids; N references to images in the source."""
 
     images: Tensor
     labels: Tensor
@@ -51,7 +51,7 @@ class Images:
         return torch.randperm(len(self), generator=generator)
 
     def pixels(self, chosen: Tensor) -> Tensor:
-        """uint8 [B,3,H,W] of the images at indices `chosen` int64 [B]."""
+        """Pixels uint8 [B,3,H,W] of the images at indices `chosen` int64 [B]."""
         return self.images[chosen]
 
     def batches(self, chosen: Tensor, size: int) -> Iterator[Tensor]:
@@ -63,25 +63,25 @@ class Images:
         indices: Tensor,  # noqa: ARG002
         draws: Iterable[Draws] | None = None,  # noqa: ARG002
     ) -> AbstractContextManager[Iterator[None]]:
-        """Nothing for each batch of indices int64 [steps,B]: the step has the images."""
+        """Context with an iterator of None for the batches of indices int64 [steps,B]; the step has the images."""
         return nullcontext(itertools.repeat(None))
 
     def epoch_record(self, seconds: float) -> dict[str, float]:  # noqa: ARG002
-        """Nothing: no step waits, no image is replaced."""
+        """Empty: no step waits for data and no image is replaced."""
         return {}
 
     def replaced(self) -> None:
-        """No image is replaced: all were read before."""
+        """Returns None: no image is replaced, because all were decoded before training."""
 
     def warning(self) -> None:
-        """Any order is as likely as any other."""
+        """Returns None: all orders are equally likely."""
 
 
 AnyImages = Images | ImageStream
 
 
 class OtherSizeError(Exception):
-    """An image is no square of image.size pixels."""
+    """An image is not a square of image.size pixels."""
 
 
 def training_images(
@@ -92,16 +92,16 @@ def training_images(
     augment: AugmentParams | None = None,
     views: int = 1,
 ) -> tuple[AnyImages, AnyImages, str | None]:
-    """The training and the validation split, in memory or as streams, and a line of text on why they are streamed, or None.
+    """Load the training and the validation split, in memory or as streams; also returns why they are streamed, or None.
 
-    augment, views: of the section that trains. A resized crop is cut from the original: training images are then read by a
-    stream that keeps as many originals in memory as stream.mode allows, unless all are squares of image.size, which the
-    device can cut. If one rank must stream, all ranks do. Raises as `load_images` does.
+    augment, views: of the params section that trains. A resized crop is cut from the original image. Training images
+    are then read by a stream that keeps as many originals in memory as stream.mode allows, unless all are squares of
+    image.size, which the device can crop. If one rank must stream, all ranks stream. Raises as `load_images` does.
     """
     rows = sum(count_rows(split, folder) for split in ("train", "validation"))
     data, image, settings = params.data, params.image, params.stream
     streamed, reason = should_stream(settings, image.size, rows, device)
-    # Free memory differs between processes; processes that decide differently would wait for one another forever.
+    # Free memory differs between processes, and processes with different decisions would wait for one another forever.
     if mean_over_ranks(torch.tensor(float(streamed), device=device)).item() > 0 and not streamed:
         streamed = True
         reason = "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
@@ -121,7 +121,10 @@ def training_images(
 
 
 def evaluation_images(params: Params, split: str, folder: Path = SPLIT) -> AnyImages:
-    """A split with the pixels that the server would see, on the CPU: in memory, or a stream. Raises as `load_images` does."""
+    """Load a split with the pixels that the server uses, on the CPU: in memory, or a stream.
+
+    Raises as `load_images` does.
+    """
     data, image, cpu = params.data, params.image, torch.device("cpu")
     if should_stream(params.stream, image.size, count_rows(split, folder), cpu)[0]:
         return ImageStream(data, image, params.stream, split, cpu, folder, exactly=True)
@@ -129,7 +132,7 @@ def evaluation_images(params: Params, split: str, folder: Path = SPLIT) -> AnyIm
 
 
 def should_stream(stream: StreamParams, size: int, rows: int, device: torch.device) -> tuple[bool, str | None]:
-    """Whether `rows` images of size x size pixels are streamed, and the reason where stream.mode is auto."""
+    """Whether `rows` images of size x size pixels are streamed, and the reason if stream.mode is auto."""
     if stream.mode != "auto":
         return stream.mode == "on", None
     needed = rows * 3 * size**2
@@ -148,9 +151,10 @@ def should_stream(stream: StreamParams, size: int, rows: int, device: torch.devi
 def load_images(
     data: DataParams, image: ImageParams, split: str, folder: Path = SPLIT, *, as_they_are: bool = False
 ) -> Images:
-    """Decode and resize every image of a split. Raises ParamsError when the split is not made, DataError naming a bad file.
+    """Decode and resize every image of a split into memory.
 
-    as_they_are: no image is resized; raises OtherSizeError at the first that is no square of image.size.
+    as_they_are: do not resize; raises OtherSizeError for the first image that is not a square of image.size. Raises
+    ParamsError when the split does not exist, DataError that names a bad file.
     """
     table = read_split(split, ["sample_id", "label", "reference"], folder)
     source = open_source(data)
@@ -175,7 +179,7 @@ def load_images(
                     f"{references[position]}: {error}; replace the image and run `dvc repro` again"
                 ) from None
 
-    # Read as the images lie in the source, so that each row group of a table is read once.
+    # Read in the order of the source, so that each row group of a table is read once.
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(load, in_parts(reading_order(references), 64)):
             pass
@@ -184,12 +188,12 @@ def load_images(
 
 
 def normalise(images: Tensor, params: ImageParams) -> Tensor:
-    """uint8 [..., 3,H,W] → float32 (x/255 - mean) / std per channel: the network's input."""
+    """Normalise uint8 [..., 3,H,W] to the network's input: float32 (x/255 - mean) / std per channel."""
     return Normalisation(params, images.device)(images)
 
 
 class Normalisation:
-    """`normalise` with its constants already on the device, so that a step sends none."""
+    """`normalise` with its constants already on the device, so that a step copies nothing to it."""
 
     def __init__(self, params: ImageParams, device: torch.device) -> None:
         self._mean = torch.tensor(params.mean, device=device).view(3, 1, 1)

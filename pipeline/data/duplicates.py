@@ -1,4 +1,4 @@
-"""Images that are there more than once: byte for byte, or nearly."""
+"""Duplicate images: byte-identical images by sha256 and near duplicates by perceptual hash."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipeline.sources import Row, Source
 
 
 def check_labels(source: Source, hashes: Mapping[str, str]) -> None:
-    """Raise DataError when an image lies under two labels: no classifier can learn both, nor be tested on both.
+    """Raise DataError when the same image has two labels: a classifier can neither learn both nor be tested on both.
 
-    hashes: of the images that could be read, by reference. Looked at before anything is held out, so that it does not
-    depend on a seed. Splits that the source itself brings are compared apart: published data sets hold such pairs, and
-    `find_duplicates` reports them.
+    hashes: sha256 of the readable images, by reference. The check runs before anything is held out, so that it does not
+    depend on a seed. Splits that the source defines are checked separately: published data sets have such pairs across
+    splits, and `find_duplicates` reports them.
     """
     pairs = conflicting_labels(source.rows, hashes)
     if pairs:
@@ -43,7 +43,7 @@ def conflicting_labels(rows: list[Row], hashes: Mapping[str, str]) -> list[tuple
 
 
 def group_duplicates(assigned: dict[str, list[Row]], hashes: Mapping[str, str]) -> dict[str, list[tuple[str, Row]]]:
-    """Byte-identical images by sha256: the (split, row) of each, where there are at least two."""
+    """Groups of at least two byte-identical images, by sha256: the (split, row) of each image."""
     places: dict[str, list[tuple[str, Row]]] = defaultdict(list)
     for split, rows in assigned.items():
         for row in rows:
@@ -55,7 +55,7 @@ def group_duplicates(assigned: dict[str, list[Row]], hashes: Mapping[str, str]) 
 def find_duplicates(
     assigned: dict[str, list[Row]], hashes: Mapping[str, str], classes: list[str]
 ) -> list[tuple[str, str, str, str]]:
-    """Byte-identical images found in more than one split, as (sha256, split, sample id, class)."""
+    """Byte-identical images in more than one split, as (sha256, split, sample id, class)."""
     return [
         (digest, split, row.sample_id, classes[row.label])
         for digest, found in group_duplicates(assigned, hashes).items()
@@ -65,8 +65,8 @@ def find_duplicates(
 
 
 def looks_of(image: Image.Image) -> str:
-    """Perceptual hash of an image, 64 bits as hexadecimal text: alike for a copy resized, compressed or brightened."""
-    from imagehash import phash  # here and below: only `data check` needs it
+    """Perceptual hash of an image, 64 bits as hexadecimal text: similar for a resized, recompressed or brightened copy."""
+    from imagehash import phash  # imported here and below, because only `data check` needs it
 
     return str(phash(image))
 
@@ -74,8 +74,8 @@ def looks_of(image: Image.Image) -> str:
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
     """Pairs of different hashes at most `distance` bits apart, int64 [M,2] of positions, each pair once.
 
-    hashes: uint64 [N], all different. Two of them that differ in at most d bits agree in one of d+1 runs of bits: only
-    hashes that share a run are compared, not every pair (multi-index hashing, Norouzi et al. 2012).
+    hashes: uint64 [N], all different. Two hashes that differ in at most d bits are equal in at least one of d+1 bit
+    ranges, so only hashes that share a range are compared, not every pair (multi-index hashing, Norouzi et al. 2012).
     """
     edges = np.linspace(0, 64, distance + 2).astype(np.uint64)
     found = [np.empty((0, 2), dtype=np.int64)]
@@ -86,7 +86,7 @@ def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
         first = np.arange(len(order))
         for step in range(1, len(order)):
             first = first[first + step < len(order)]
-            first = first[run[first] == run[first + step]]  # sorted: once two differ, no later one agrees
+            first = first[run[first] == run[first + step]]  # sorted: after a difference no later one is equal
             if not first.size:
                 break
             close = first[_bits(sorted_hashes[first] ^ sorted_hashes[first + step]) <= distance]
@@ -99,9 +99,9 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def group_near_duplicates(looks: list[str], distance: int) -> list[list[int]]:
-    """Positions of images that look alike, in groups of at least two, linked by hashes at most `distance` bits apart.
+    """Positions of similar images, in groups of at least two, linked by hashes at most `distance` bits apart.
 
-    looks: hexadecimal hashes as `looks_of` makes them; an empty one belongs to no group.
+    looks: hexadecimal hashes from `looks_of`; an image with an empty hash is in no group.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

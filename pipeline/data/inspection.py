@@ -1,4 +1,4 @@
-"""Every image of a source read once: its hash, its size, whether it can be used. In parallel, with a bar, resumable."""
+"""Inspection of every image of a source: hash, size and usability; in parallel, with a progress bar, resumable."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pipeline.shared.progress import progress_bar
 from pipeline.sources import BadImageError, Row, Source, in_parts
 from serving.shared.terminal import counted
 
-SHOWN = 5  # images that a message names
+SHOWN = 5  # images named in a message
 
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """What one image is: sha256 of its bytes and their number, width and height in pixels upright, and what is wrong with it.
+    """Result for one image: sha256 and number of its bytes, width and height in pixels after rotation, and its problem.
 
-    problem: one line that names the image; None where it can be used. looks: perceptual hash as hexadecimal text, where
-    one was asked for. An unread image has an empty sha256; `missing` where there is no file of that name.
+    problem: one line that names the image; None if it can be used. looks: perceptual hash as hexadecimal text, if
+    requested. An unreadable image has an empty sha256; `missing` if its file does not exist.
     """
 
     sha256: str = ""
@@ -39,7 +39,7 @@ class Inspected:
 
 
 def inspect_image(source: Source, row: Row, looks: Callable[[Image.Image], str] | None = None) -> Inspected:
-    """Read and decode one image. Raises DataError where more than this image is lost, such as a damaged shard."""
+    """Read and decode one image. Raises DataError if the fault affects more than this image, such as a damaged shard."""
     try:
         data = source.read(row.reference)
     except BadImageError as error:
@@ -53,7 +53,7 @@ def inspect_image(source: Source, row: Row, looks: Callable[[Image.Image], str] 
 
 
 def picture(data: bytes) -> Image.Image:
-    """Decode an image that is one. Raises ImageError, also for a single pixel."""
+    """Decode an image. Raises ImageError if that fails, and for an image of a single pixel."""
     image = decode(data)
     if image.size == (1, 1):
         raise ImageError("pixels", "is a single pixel: a placeholder, not a picture")
@@ -61,10 +61,10 @@ def picture(data: bytes) -> Image.Image:
 
 
 class Journal:
-    """What was found of each image, kept as JSON lines, so that an interrupted check goes on where it was.
+    """Results of inspected images as JSON lines, so that an interrupted check resumes where it stopped.
 
-    An image counts as known while its stamp (size and time of change of its file) is the same. A journal of another
-    source (`about`) is dropped.
+    A result is used only if the image's stamp (size and modification time of its file) is unchanged. A journal of
+    another source (`about`) is discarded.
     """
 
     def __init__(self, path: Path, about: str) -> None:
@@ -83,7 +83,7 @@ class Journal:
             while True:
                 whole = stream.tell()
                 line = stream.readline()
-                if not line.endswith("\n"):  # the end, or what a killed run left half-written
+                if not line.endswith("\n"):  # end of file, or a partial line of a killed run
                     stream.seek(whole)
                     stream.truncate()
                     return True
@@ -91,12 +91,12 @@ class Journal:
                 self._known[reference] = stamp, Inspected(*values)
 
     def known(self, reference: str, stamp: str | None) -> Inspected | None:
-        """What was found of an image, if its file is still the same."""
+        """The result of an image, if its file is unchanged."""
         kept, found = self._known.get(reference, (None, None))
         return found if stamp is not None and kept == stamp else None
 
     def add(self, found: Sequence[tuple[str, str | None, Inspected]]) -> None:
-        """Append what was found of some images."""
+        """Append results of images."""
         lines = "".join(
             json.dumps([reference, stamp, *astuple(value)]) + "\n" for reference, stamp, value in found if stamp
         )
@@ -111,9 +111,10 @@ def inspect_images(
     journal: Journal | None = None,
     jobs: int | None = None,
 ) -> dict[str, Inspected]:
-    """Every image of the source by reference, read in the source's order by `jobs` threads (default: one a core and 4 more).
+    """Inspect every image of the source, in its order, in parallel; returns the results by reference.
 
-    name: of the command, for the bar. Raises DataError where more than single images are lost.
+    jobs: number of threads (default: one per core and 4 more). name: of the command, for the progress bar. Raises
+    DataError if a fault affects more than single images.
     """
 
     def inspect(part: Sequence[Row]) -> list[tuple[str, str | None, Inspected, bool]]:
@@ -141,7 +142,7 @@ def inspect_images(
 
 
 def check_missing(source: Source) -> None:
-    """Raise DataError when files of the source are missing: how many, the first five, and what to do."""
+    """Raise DataError when files of the source are missing: the number, the first five, and what to do."""
     rows = source.missing()
     if not rows:
         return
@@ -155,7 +156,7 @@ def check_missing(source: Source) -> None:
 
 
 def check_usable(problems: list[str], total: int) -> None:
-    """Raise DataError when images cannot be used: the one, or how many, and the first five."""
+    """Raise DataError when images cannot be used: the problem of a single one, or the number and the first five."""
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:

@@ -1,4 +1,4 @@
-"""Long-tail profiles: how many images each class keeps, and which."""
+"""Long-tail profiles: the number of images that each class keeps, and the choice of images."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> list[int]:
-    """Images that each class keeps; class 0 is the head, class C-1 the tail.
+    """Number of images that each class keeps; class 0 is the head, class C-1 the tail.
 
     available: images per class. With n = (sum of available) / C images for the head and f = 1/imbalance_factor:
-    `natural` keeps all; `exponential` keeps int(n * f^(c/(C-1))), `step` int(n) in the first half of the classes and
-    int(n*f) in the rest (both the CIFAR-LT rule of Cao et al. 2019, truncated, not rounded); `pareto` keeps
-    int(n * (c+1)^-a) with a such that the last class keeps n*f. Never more than there are. Raises ValueError when a
-    class would keep nothing.
+    `natural` keeps all; `exponential` keeps int(n * f^(c/(C-1))); `step` keeps int(n) in the first half of the classes
+    and int(n*f) in the rest (both the CIFAR-LT rule of Cao et al. 2019, truncated, not rounded); `pareto` keeps
+    int(n * (c+1)^-a) with a such that the last class keeps n*f. A class never keeps more images than it has. Raises
+    ValueError when a class would keep none.
     """
     classes = len(available)
     head = sum(available) / classes
@@ -25,7 +25,7 @@ def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> 
         wanted = [int(head) if c < classes // 2 else int(head * tail) for c in range(classes)]
     elif profile == "pareto":
         exponent = np.log(imbalance_factor) / np.log(classes)
-        # Rounding to 1e-9 keeps the last class at n*f where the power lands a hair below the integer.
+        # Rounding to 1e-9 keeps the last class at n*f if the power is slightly below the integer.
         wanted = [int(round(head * (c + 1) ** -exponent, 9)) for c in range(classes)]
     else:
         raise ValueError(f"profile is {profile!r}; expected natural, exponential, pareto or step")
@@ -41,7 +41,8 @@ def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> 
 def test_size(images: int, per_class: int, share: float | None) -> int:
     """Number of test images held out of a class of `images`: per_class, or its `share`, at least one and at most per_class.
 
-    One image at least stays for training where there is a share; without one the caller refuses a class of per_class or less.
+    With a share at least one image stays for training. Without a share the caller must reject a class of per_class
+    images or less.
     """
     if share is None:
         return per_class
@@ -50,15 +51,15 @@ def test_size(images: int, per_class: int, share: float | None) -> int:
 
 
 def validation_size(kept: int, spare: int, per_class: int, share: float) -> int:
-    """Validation images held out of the `kept` images of a class, beside those from `spare` that the profile dropped."""
+    """Validation images held out of the `kept` images of a class, in addition to those from its `spare` (dropped) images."""
     return max(0, min(per_class - min(spare, per_class), int(share * kept), kept - 1))
 
 
 def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
-    """Indexes kept of each class, in shuffled order: the sample choice of CIFAR-LT (Cao et al. 2019).
+    """Indices kept of each class, in shuffled order: the sample choice of CIFAR-LT (Cao et al. 2019).
 
-    labels: [N] integers. Each class is shuffled whole by one legacy generator, class after class, and its first
-    sizes[c] are kept: so the choice nests, a larger imbalance keeping a subset of a smaller one.
+    labels: [N] integers. One legacy numpy generator shuffles class after class, and the first sizes[c] indices are
+    kept. So the choices are nested: a larger imbalance keeps a subset of a smaller one.
     """
     generator = np.random.RandomState(seed)
     chosen = []
@@ -69,6 +70,9 @@ def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
 
 
 def class_members(labels: np.ndarray, classes: int) -> list[np.ndarray]:
-    """Indexes of each class in rising order. labels: [N] integers 0..classes-1. One sort, however many classes."""
+    """Indices of each class in ascending order.
+
+    labels: [N] integers 0..classes-1. Sorts once, for any number of classes.
+    """
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.cumsum(np.bincount(labels, minlength=classes))[:-1])

@@ -1,4 +1,4 @@
-"""Known data sets as published: counts of every split, and the images that CIFAR-LT keeps."""
+"""Facts of published data sets: image counts of every split, and the images that CIFAR-LT keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.data.profiles import class_members
 
 @dataclass(frozen=True)
 class Published:
-    """Images of each split, classes, the largest and smallest class of train, and classes by shot group."""
+    """Images of each split, number of classes, the largest and smallest training class, and classes by shot group."""
 
     images: dict[str, int]
     classes: int
@@ -27,8 +27,8 @@ def _groups(many: int, medium: int, few: int) -> dict[str, int]:
     return {"many": many, "medium": medium, "few": few}
 
 
-# ImageNet-LT and Places-LT: Liu et al. 2019 and its lists. iNaturalist 2018: its competition page; its validation images
-# are the field's test split. CIFAR: Krizhevsky 2009.
+# ImageNet-LT and Places-LT: Liu et al. 2019 and its lists. iNaturalist 2018: its competition page; its validation
+# images are used as test split in the literature. CIFAR: Krizhevsky 2009.
 PUBLISHED = {
     "cifar10": Published({"train": 50_000, "test": 10_000}, 10, 5000, 5000, _groups(10, 0, 0)),
     "cifar100": Published({"train": 50_000, "test": 10_000}, 100, 500, 500, _groups(100, 0, 0)),
@@ -52,7 +52,7 @@ CIFAR_LT = {
 
 
 def published_choice(origin: str, params: DataParams) -> tuple[int, str] | None:
-    """Images and hash of the published CIFAR-LT split that these params ask of a source; None where they ask for none."""
+    """Images and hash of the published CIFAR-LT split that the params describe; None if they describe another split."""
     if params.profile != "exponential" or params.seed != 0 or params.max_per_class:
         return None
     return CIFAR_LT.get((origin, int(params.imbalance_factor))) if params.imbalance_factor % 1 == 0 else None
@@ -61,7 +61,7 @@ def published_choice(origin: str, params: DataParams) -> tuple[int, str] | None:
 def hash_of_ranks(labels: np.ndarray, kept: list[np.ndarray]) -> str:
     """sha256[:16] of the kept images' ranks within their class, class after class.
 
-    labels: [N] integers in file order. kept: for each class, indexes into labels.
+    labels: [N] integers in file order. kept: for each class, indices into labels.
     """
     members = class_members(labels, len(kept))
     ranks = [np.searchsorted(found, indexes) for found, indexes in zip(members, kept, strict=True)]
@@ -69,7 +69,7 @@ def hash_of_ranks(labels: np.ndarray, kept: list[np.ndarray]) -> str:
 
 
 def check_published_choice(origin: str, params: DataParams, labels: np.ndarray, kept: list[np.ndarray]) -> None:
-    """Raise DataError when params ask for a published CIFAR-LT split of the whole archive and other images were kept."""
+    """Raise DataError when params describe a published CIFAR-LT split of the whole archive and other images were kept."""
     wanted = published_choice(origin, params)
     if wanted is None or len(labels) != PUBLISHED[origin].images["train"]:
         return

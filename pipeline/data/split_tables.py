@@ -1,4 +1,4 @@
-"""Read the split tables that stage `split` wrote."""
+"""Reading of the split tables that stage `split` writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Filter = list[tuple[str, str, Any]]
 
 
 class ArrowStrings(Sequence[str]):
-    """A column of text as a sequence, without a Python object for each string."""
+    """A text column as a sequence, without a Python object for each string."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._column = column
@@ -36,26 +36,26 @@ class ArrowStrings(Sequence[str]):
 
 
 def read_split(split: str, columns: list[str], folder: Path = SPLIT, only: Filter | None = None) -> pa.Table:
-    """Columns of one split's table, of all rows or of those that a pyarrow filter lets through.
+    """Read columns of a split's table: all rows, or those that a pyarrow filter selects.
 
-    Raises ParamsError when the split is not made, StageError when its file is damaged.
+    Raises ParamsError when the split does not exist, StageError when its file is damaged.
     """
     path = folder / f"{split}.parquet"
     with _explained(path):
-        # read_table would leave threads behind that abort a program which ends at once, as after an error (status 134).
+        # read_table leaves threads that abort a program which exits immediately, as after an error (status 134).
         table = pyarrow.parquet.ParquetFile(path).read(columns, use_threads=False)
         return table if only is None else table.filter(pyarrow.parquet.filters_to_expression(only))
 
 
 def count_rows(split: str, folder: Path = SPLIT) -> int:
-    """Images of a split, from the footer of its table. Raises as `read_split` does."""
+    """Number of images of a split, from the metadata of its table. Raises as `read_split` does."""
     path = folder / f"{split}.parquet"
     with _explained(path):
         return pyarrow.parquet.read_metadata(path).num_rows
 
 
 def read_batches(path: Path, column: str, rows: int) -> Iterator[pa.Array]:
-    """One column of a split's table, at most so many rows at a time. Raises as `read_split` does."""
+    """Yield one column of a split's table in batches of at most `rows` rows. Raises as `read_split` does."""
     with _explained(path), pyarrow.parquet.ParquetFile(path) as file:
         if column not in file.schema_arrow.names:
             raise StageError(f"{path}: has no column {column!r}; run `dvc repro -f split`")
@@ -74,7 +74,10 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def load_classes(folder: Path = SPLIT) -> list[str]:
-    """Class names in label order. Raises ParamsError when the split is not made, StageError when the file is damaged."""
+    """Read class names in label order.
+
+    Raises ParamsError when the split does not exist, StageError when the file is damaged.
+    """
     path = folder / "classes.json"
     try:
         return [class_key(name) for name in json.loads(path.read_text(encoding="utf-8"))]
@@ -85,7 +88,7 @@ def load_classes(folder: Path = SPLIT) -> list[str]:
 
 
 def data_sha256(split: Path) -> str:
-    """sha256 over every image's split, id, label and content hash: equal for equal data, whatever wrote the tables."""
+    """sha256 of all images' split, id, label and content hash: equal for equal data, independent of the file format."""
     digest = hashlib.sha256()
     for name in ("train", "validation", "test"):
         table = read_split(name, ["sample_id", "label", "sha256"], split)

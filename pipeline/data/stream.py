@@ -1,7 +1,7 @@
-"""A split as a stream of batches, for data that do not fit the memory of the device.
+"""A split as a stream of batches, for data that do not fit in memory.
 
-It replaces `dataset.Images`. Memory holds a label and two strings of each image, and the pixels of the batches that are
-read ahead, so that a process does not grow with the split.
+Alternative to `dataset.Images`. Memory holds a label and two strings per image, and the pixels of prefetched batches,
+so the pixels in memory do not grow with the split.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from pipeline.data.stream_prefetch import Left, PrefetchIterator, workers_of_a_r
 from pipeline.data.stream_order import order_warning, others_of_class, shuffled
 from serving.shared.terminal import counted
 
-SHOWN = 5  # replaced images that a message names
+SHOWN = 5  # replaced images named in a message
 
 
 class ImageStream:
-    """The images of one split, decoded when they are needed: the methods of `dataset.Images`, without the tensor of all.
+    """Images of one split, decoded on demand, with the methods of `dataset.Images`.
 
-    replace_bad: an image that cannot be read is replaced by another of its class, which is counted and printed, so that
-    batches keep their shape and classes their share; without it such an image raises DataError. exactly: pixels are those
-    of the server's decoder for any stream.decode. augment: of a section with resized crops; its views are cut from the
-    originals where draws come with the indices. hold: bytes of decoded originals that stay in memory. Raises ParamsError when
-    the split is not made or stream.decode is gpu and the device is none.
+    replace_bad: an unreadable image is replaced by another of its class, counted and reported, so that batches keep
+    their shape and classes their share; otherwise such an image raises DataError. exactly: use the pixels of the
+    server's decoder for any stream.decode. augment: of a params section with resized crops; views are cut from the
+    originals if draws are passed with the indices. hold: bytes of decoded originals that are kept in memory. Raises
+    ParamsError when the split does not exist or stream.decode is gpu and the device is not a GPU.
     """
 
     images = None
@@ -76,7 +76,7 @@ class ImageStream:
         self._held: dict[int, Tensor] = {}
         self._most = enough_pixels(image, augment.crop_scale) if augment else 0.0
         self._window = settings.shuffle_mib * 2**20
-        # Of the window that is read and of the next.
+        # Size of the reader's cache: the current window and the next.
         self._reader = open_reader(data, 2 * self._window)
         self._groups = self._reader.groups(table.column("reference"))
         self._kind = "exact" if exactly else settings.decode
@@ -101,13 +101,13 @@ class ImageStream:
         return shuffled(len(self), self._groups, self._window, generator)
 
     def warning(self) -> str | None:
-        """See `stream_order.order_warning`; None for images that are not read in groups."""
+        """Warning of `stream_order.order_warning`; None for images that are not read in groups."""
         return None if self._groups is None else order_warning(self.labels.numpy(), self._groups, self._window)
 
     def pixels(self, chosen: Tensor, draws: Draws | None = None) -> Tensor:
-        """uint8 [B,3,H,W] of the images at indices `chosen` int64 [B]; on the CPU, or on the device where that decodes.
+        """Pixels uint8 [B,3,H,W] of the images at indices `chosen` int64 [B], on the CPU, or on the device if it decodes.
 
-        draws: as of `feed`.
+        draws: as in `feed`.
         """
         with self.feed(chosen[None], draws=None if draws is None else [draws]) as feed:
             return next(feed)
@@ -123,22 +123,23 @@ class ImageStream:
     def feed(
         self, indices: Tensor, prefetch: int | None = None, draws: Iterable[Draws] | None = None
     ) -> PrefetchIterator:
-        """The batches of indices int64 [steps,B], `prefetch` (or stream.prefetch) of them read ahead while its block lasts.
+        """Iterator over the batches of indices int64 [steps,B], with `prefetch` (or stream.prefetch) batches read ahead.
 
-        draws: of the views of each batch. With resized crops a batch is then uint8 [B,views,3,H,W], as `apply_views` takes it.
+        Use it as a context manager, which ends its threads. draws: random numbers of the views of each batch. With
+        resized crops a batch is then uint8 [B,views,3,H,W], as `apply_views` expects it.
         """
         drawn = iter(draws) if self._augment is not None and draws is not None else None
         return PrefetchIterator(self, indices, self._workers, prefetch or self._prefetch, drawn)
 
     def epoch_record(self, seconds: float) -> dict[str, float]:
-        """Of the epoch that ends after `seconds`: share of it spent waiting for data, images replaced on all ranks."""
+        """Values for the record of an epoch of `seconds`: share of time waiting for data, images replaced on all ranks."""
         replaced = torch.tensor([float(len(self._replaced)), self._waited], dtype=torch.float64, device=self._device)
         count, waited = (mean_over_ranks(replaced) * torch.tensor([rank_count(), 1.0], device=self._device)).tolist()
         self._waited = 0.0
         return {"data_wait": waited / seconds, **({"images_replaced": round(count)} if self._replace else {})}
 
     def replaced(self) -> str | None:
-        """A line on the images that were replaced since the last call; None where none were."""
+        """A line about the images replaced since the last call; None if there were none."""
         with self._lock:
             problems, self._replaced = sorted(self._replaced), []
         if not problems:
@@ -149,7 +150,7 @@ class ImageStream:
         )
 
     def decode(self, indices: Sequence[int], out: Tensor, draws: Draws | None = None) -> list[Left]:
-        """Read some images into out uint8 [n,3,H,W], or with draws their views [n,V,3,H,W]; those left to the GPU, by slot."""
+        """Read images into out uint8 [n,3,H,W], or with draws their views [n,V,3,H,W]; returns the images left to the GPU."""
         left, slots, originals = [], [], []
         for slot, index in enumerate(indices):
             read, data, pixels = self._usable(index, self._kind, whole=draws is not None)
@@ -172,7 +173,7 @@ class ImageStream:
                 out[slot, view] = cut(pixels, box, self._image, exactly=self._kind == "exact")
 
     def decode_on_gpu(self, pixels: Tensor, left: list[Left], draws: Draws | None = None) -> Tensor:
-        """A batch on the device, its pixels those of the CPU but for images that are `left` to nvJPEG; as `decode`."""
+        """Copy a batch to the device and add the images that were left to nvJPEG."""
         pixels = pixels.to(self._device, non_blocking=True)
         if not left:
             return pixels
@@ -183,7 +184,7 @@ class ImageStream:
                 decoded = nvjpeg(list(encoded), self._image, self._device)
             else:
                 decoded = nvjpeg_originals(list(encoded), self._device)
-        except RuntimeError:  # one image that nvJPEG does not support fails the batch
+        except RuntimeError:  # one unsupported image makes nvJPEG fail for the whole batch
             decoded = [self._on_cpu(index, draws is not None).to(self._device) for index in indices]
         if draws is not None:
             self._cut(decoded, draws, slots, pixels)
@@ -193,25 +194,25 @@ class ImageStream:
         return pixels
 
     def empty(self, count: int, views: int | None = None) -> Tensor:
-        """An empty batch tensor, with `views` images for each row if given; in pinned memory if the device is a GPU."""
+        """Allocate a batch tensor, with `views` images per row if given; in pinned memory if the device is a GPU."""
         shape, pinned = (count * (views or 1), 3, self._image.size, self._image.size), self._device.type == "cuda"
-        # A tensor made in inference mode, as in evaluation, cannot be filled by a thread that is not in it. Decoders write
-        # channels last.
+        # A tensor created in inference mode, as in evaluation, cannot be written by a thread outside of it. Decoders
+        # write channels last.
         with torch.inference_mode(False):
             room = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
         return room if views is None else room.unflatten(0, (count, views))
 
     def waited(self, seconds: float) -> None:
-        """Count time that the step has waited for a batch."""
+        """Add time that a step has waited for a batch."""
         self._waited += seconds
 
     def _on_cpu(self, index: int, whole: bool) -> Tensor:
         _, _, pixels = self._usable(index, "fast", whole)
-        assert pixels is not None  # only "gpu" leaves any
+        assert pixels is not None  # only "gpu" returns None
         return pixels
 
     def _usable(self, index: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
-        # Index, bytes and pixels (None: left to the GPU) of an image, or of the one that replaces it.
+        # Index, bytes and pixels (None: left to the GPU) of an image or of its replacement.
         try:
             return self._decoded(index, kind, whole)
         except BadImageError as error:

@@ -1,8 +1,8 @@
-"""Encoded images to the network's size, quickly: libjpeg-turbo through torchvision, reduced while decoding, or nvJPEG.
+"""Fast decoding of images to the network's size: libjpeg-turbo through torchvision, reduced while decoding, or nvJPEG.
 
-Of the test view `models.preprocess` is the reference, and what the server runs; of a resized crop, torchvision's
-RandomResizedCrop on the decoded file. Everything here is within one grey level of them, except on the GPU, whose decoder rounds
-in its own way and always decodes at full size, and of images above `original`'s limit.
+Reference for the test view is `models.preprocess`, which the server runs; for a resized crop, torchvision's
+RandomResizedCrop of the decoded file. Results here are within one grey level of the reference, with two exceptions:
+nvJPEG rounds differently and always decodes at full size, and `original` reduces images above its limit.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from pipeline.params import ImageParams
 
 
 def exact(data: bytes, image: ImageParams) -> Tensor:
-    """uint8 [3,size,size]: what the served classifier makes of the same bytes. Raises ImageError."""
+    """Decode to uint8 [3,size,size], identical to the served classifier. Raises ImageError."""
     return torch.from_numpy(preprocess(data, image.size, image.resize_to))
 
 
 def fast(data: bytes, image: ImageParams) -> Tensor:
-    """uint8 [3,size,size], within a grey level of `exact`. Raises ImageError.
+    """Decode to uint8 [3,size,size], within one grey level of `exact`. Raises ImageError.
 
-    Of a plain JPEG pixels come from libjpeg-turbo in one go; of one that `exact` decodes at a fraction of its size, and of
-    everything else (PNG, WebP, CMYK), from Pillow. Resized by torch, on vectors.
+    A plain JPEG is decoded by libjpeg-turbo in one call. A JPEG that `exact` decodes at a fraction of its size, and
+    every other format (PNG, WebP, CMYK), is decoded by Pillow. torch resizes with vector instructions.
     """
     with opened(data) as picture:
         large = min(picture.size) >= 2 * ROOM * image.resize_to
@@ -51,15 +51,16 @@ def fast(data: bytes, image: ImageParams) -> Tensor:
 
 
 def enough_pixels(image: ImageParams, crop_scale: list[float]) -> float:
-    """Pixels of an image from which on no resized crop is enlarged: the smallest box is image.size pixels high and wide."""
+    """Number of pixels of an image from which no resized crop is enlarged: its smallest box has image.size rows and columns."""
     return image.size**2 * RATIO[1] / crop_scale[0]
 
 
 def original(data: bytes, most: float) -> Tensor:
-    """uint8 [3,H,W] of the whole image, upright, its channels together. Raises ImageError.
+    """Decode the whole image to uint8 [3,H,W], upright, with interleaved channels in memory. Raises ImageError.
 
-    An image of more than `most` pixels is reduced to `most`, by half and quarter while a JPEG is decoded and by a Lanczos
-    filter, as a bilinear one takes a tenth of the gradients' energy off the crops (tests/pipeline/data/test_original_crops.py).
+    An image of more than `most` pixels is reduced to `most`: by 2 or 4 while a JPEG is decoded, then by a Lanczos
+    filter. A bilinear filter would remove a tenth of the gradients' energy from the crops
+    (tests/pipeline/data/test_original_crops.py).
     """
     with opened(data) as picture:
         width, height = picture.size
@@ -73,9 +74,10 @@ def original(data: bytes, most: float) -> Tensor:
 
 
 def cut(pixels: Tensor, box: list[int] | None, image: ImageParams, *, exactly: bool = False) -> Tensor:
-    """uint8 [3,size,size]: a box (top, left, height, width, flipped) of an original, on its device; None: the test view.
+    """Cut a box from an original on its device and resize it: uint8 [3,size,size].
 
-    exactly: by Pillow, bit-identical to torchvision's crop of a PIL image, instead of within a grey level of it.
+    box: (top, left, height, width, flipped); None: the test view. exactly: use Pillow, bit-identical to torchvision's
+    crop of a PIL image, instead of within one grey level of it.
     """
     if box is None:
         return evaluation_view(pixels, image)
@@ -90,19 +92,19 @@ def cut(pixels: Tensor, box: list[int] | None, image: ImageParams, *, exactly: b
 
 
 def is_plain_jpeg(picture: Image.Image) -> bool:
-    """Whether an opened file is a JPEG of colours or grey that stands upright: what every JPEG decoder sees alike."""
+    """Whether an opened file is an upright RGB or grey JPEG, for which all JPEG decoders agree."""
     if picture.format != "JPEG" or picture.mode not in ("RGB", "L"):
         return False
     return "exif" not in picture.info or picture.getexif().get(ORIENTATION) not in UPRIGHT
 
 
 def nvjpeg(encoded: list[bytes], image: ImageParams, device: torch.device) -> Tensor:
-    """uint8 [B,3,size,size] on the device, of plain JPEGs: `nvjpeg_originals`, then resized there."""
+    """Decode plain JPEGs with nvJPEG and resize them on the device: uint8 [B,3,size,size]."""
     return torch.stack([evaluation_view(pixels, image) for pixels in nvjpeg_originals(encoded, device)])
 
 
 def nvjpeg_originals(encoded: list[bytes], device: torch.device) -> list[Tensor]:
-    """uint8 [3,H,W] on the device, of plain JPEGs. Raises RuntimeError for others."""
+    """Decode plain JPEGs with nvJPEG: uint8 [3,H,W] each, on the device. Raises RuntimeError for other files."""
     io = _torchvision()
     if io is None:
         raise RuntimeError("this torchvision has no decoder of JPEGs")
@@ -110,7 +112,10 @@ def nvjpeg_originals(encoded: list[bytes], device: torch.device) -> list[Tensor]
 
 
 def left_to_gpu(data: bytes, image: ImageParams, most: float | None = None) -> Tensor | None:
-    """None where nvJPEG can take the file, by its header; else its pixels by `fast`, or `original`. Raises ImageError."""
+    """None if nvJPEG can decode the file, by its header; otherwise its pixels by `fast` or `original`.
+
+    Raises ImageError.
+    """
     with opened(data) as picture:
         if is_plain_jpeg(picture):
             return None
@@ -118,7 +123,7 @@ def left_to_gpu(data: bytes, image: ImageParams, most: float | None = None) -> T
 
 
 def _in_one_go(data: bytes, picture: Image.Image) -> Tensor:
-    # uint8 [3,H,W], of channels that lie together: a plain JPEG by libjpeg-turbo, anything else by Pillow.
+    # uint8 [3,H,W]: a plain JPEG decoded by libjpeg-turbo, any other file by Pillow.
     io = _torchvision()
     if io is None or not is_plain_jpeg(picture):
         return _from_pillow(decoded(picture))
@@ -131,8 +136,8 @@ def _from_pillow(picture: Image.Image) -> Tensor:
 
 @functools.cache
 def _torchvision() -> Any:
-    # Where it decodes JPEGs, which it says that it will drop: Pillow, a third slower, then takes its place. Imported when it
-    # is first asked for, as it brings much along.
+    # None if torchvision has no JPEG decoder (its removal is announced); Pillow is then used, a third slower. Imported
+    # on first use, because the import is heavy.
     io = importlib.import_module("torchvision.io")
     return io if hasattr(io, "decode_jpeg") else None
 
@@ -153,7 +158,7 @@ def evaluation_view(pixels: Tensor, image: ImageParams) -> Tensor:
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
     kind = torch.float32 if pixels.is_cuda else torch.uint8  # CUDA's interpolation does not support uint8
-    # A batch of one whose strides say that its channels lie together, which is quickest; pixels[None] would not say it.
+    # A batch of one in channels-last strides, for which interpolation is fastest; pixels[None] would lose this layout.
     batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2).to(kind)
     pixels = F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
     return pixels if kind == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)

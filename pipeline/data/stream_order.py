@@ -1,4 +1,4 @@
-"""The order of an epoch over a split: random, reproducible, and by windows where images are read in groups."""
+"""Order of an epoch over a split: random, reproducible, and by windows if images are read in groups."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from torch import Tensor
 
 from pipeline.sources import Groups
 
-WELL_MIXED = 0.5  # share of its classes that a window should hold at least
+WELL_MIXED = 0.5  # minimum share of the expected classes that a window should hold
 
 
 def shuffled(count: int, groups: Groups | None, window: int, generator: torch.Generator) -> Tensor:
-    """A permutation of 0..count-1, int64, from a CPU generator.
+    """A random permutation of 0..count-1, int64, from a CPU generator.
 
-    Without groups every order is as likely as any other. With groups (a table's row groups) these come in random order,
-    one after another into windows of about `window` bytes, and within a window every order is as likely: so each group is
-    read once, while its window lasts, and a batch is drawn from all of it. A split within one window is as without groups.
+    Without groups all orders are equally likely. With groups (row groups of a table), the groups are put in random
+    order and into windows of about `window` bytes, and within a window all orders are equally likely. So each group is
+    read once per epoch, and a batch is drawn from the whole window. If the split fits in one window, the order is as
+    without groups.
     """
     places = torch.randperm(count, generator=generator)
     if groups is None or groups.sizes.sum() <= window:
@@ -26,9 +27,9 @@ def shuffled(count: int, groups: Groups | None, window: int, generator: torch.Ge
 
 
 def windows_of(groups: Groups, window: int, generator: torch.Generator) -> np.ndarray:
-    """The window of each image, int64 [N], numbered from 0: the groups in random order, cut every `window` bytes."""
+    """The window of each image, int64 [N], numbered from 0: groups in random order, divided every `window` bytes."""
     order = torch.randperm(len(groups.sizes), generator=generator).numpy()
-    used = np.bincount(groups.number, minlength=len(groups.sizes)) > 0  # the split may leave out a whole group
+    used = np.bincount(groups.number, minlength=len(groups.sizes)) > 0  # the split may not use a group at all
     sizes = np.where(used, groups.sizes, 0)[order]
     window_of_group = np.empty(len(order), dtype=np.int64)
     window_of_group[order] = (np.cumsum(sizes) - sizes) // window
@@ -36,9 +37,9 @@ def windows_of(groups: Groups, window: int, generator: torch.Generator) -> np.nd
 
 
 def class_share(labels: np.ndarray, windows: np.ndarray) -> float:
-    """Classes that a window holds, of those that as many images drawn from all of the split would; 1 where it is well mixed.
+    """Classes that a window holds, relative to as many images drawn from the whole split; 1 if it is well mixed.
 
-    Far below 1, a batch holds few classes: the images of a table lie sorted by class.
+    Far below 1, a batch holds few classes, because the table is sorted by class.
     """
     count, classes = windows.max() + 1, int(labels.max()) + 1
     found = len(np.unique(windows * classes + labels)) / count
@@ -47,7 +48,7 @@ def class_share(labels: np.ndarray, windows: np.ndarray) -> float:
 
 
 def order_warning(labels: np.ndarray, groups: Groups, window: int) -> str | None:
-    """A warning where a table is sorted by class, so that its windows hold too few classes; None otherwise."""
+    """A warning if a table is sorted by class, so that its windows hold too few classes; None otherwise."""
     if groups.sizes.sum() <= window or not len(labels):
         return None
     share = class_share(labels, windows_of(groups, window, torch.Generator().manual_seed(0)))
@@ -60,7 +61,7 @@ def order_warning(labels: np.ndarray, groups: Groups, window: int) -> str | None
 
 
 def others_of_class(labels: Tensor, index: int) -> list[int]:
-    """The other images of an image's class, those behind it first: the same on every rank and after every restart."""
+    """The other images of an image's class, those after it first: the same order on every rank and after every restart."""
     members = torch.nonzero(labels == labels[index]).flatten()
     start = int(torch.searchsorted(members, index))
     return [*members[start + 1 :].tolist(), *members[:start].tolist()]

@@ -1,4 +1,4 @@
-"""The batches of a stream, prefetched in threads: libjpeg-turbo and torch release the GIL while they work."""
+"""Prefetching of a stream's batches in threads; libjpeg-turbo and torch release the GIL during their work."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from torch import Tensor
 from pipeline.augment import Draws
 from pipeline.sources import in_parts
 
-PART = 16  # images that a thread reads at a time
-Left = tuple[int, int, bytes]  # of an image left to the GPU: its slot in the batch, its index in the split, its bytes
+PART = 16  # images that a thread reads in one task
+Left = tuple[int, int, bytes]  # of an image left to the GPU: slot in the batch, index in the split, bytes
 
 
 class Decoding(Protocol):
     """The methods of an `ImageStream` that a PrefetchIterator calls."""
 
     def empty(self, count: int, *views: int) -> Tensor:
-        """An empty batch, with `views` images for each row if given."""
+        """Allocate a batch, with `views` images per row if given."""
         ...
 
     def decode(self, indices: Sequence[int], out: Tensor, *draws: Draws) -> list[Left]:
-        """Read some images into `out`, their views where draws are given; those left to the GPU."""
+        """Read images into `out`, their views if draws are given; returns the images left to the GPU."""
         ...
 
     def decode_on_gpu(self, pixels: Tensor, left: list[Left], *draws: Draws) -> Tensor:
-        """The batch on the device, with the images that were left."""
+        """The batch on the device, with the images that were left to the GPU."""
         ...
 
     def waited(self, seconds: float) -> None:
-        """Count time that the step has waited."""
+        """Add time that a step has waited."""
         ...
 
 
 class PrefetchIterator(Iterator[Tensor]):
-    """Batches of a stream in order, `prefetch` of them read ahead by threads that end with its block.
+    """Iterator over a stream's batches in order, with `prefetch` batches read ahead by threads; a context manager ends them.
 
-    draws: of each batch, where its views are cut from the originals; taken as far ahead as images are read.
+    draws: random numbers of each batch if its views are cut from the originals; drawn as far ahead as images are read.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PrefetchIterator(Iterator[Tensor]):
         self._ahead.append((pixels, parts, draws))
 
     def close(self) -> None:
-        """End the threads; work that has not begun is dropped."""
+        """Stop the threads; tasks that have not started are dropped."""
         self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> PrefetchIterator:
@@ -91,5 +91,5 @@ class PrefetchIterator(Iterator[Tensor]):
 
 
 def workers_of_a_rank() -> int:
-    """A thread for each core that this process may use, shared with the other processes that torchrun started here."""
+    """Number of threads of this process: its usable cores, divided by the processes that torchrun started on this host."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

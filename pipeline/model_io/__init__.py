@@ -1,1 +1,1 @@
-"""Checkpoints, pretrained weights, inference, devices."""
+"""Loading and saving of networks (checkpoints, pretrained weights), inference on a split, choice of device."""

@@ -1,4 +1,4 @@
-"""A trained network on disk: model.safetensors beside a readable config.json."""
+"""Saved networks: model.safetensors with a readable config.json."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from serving.shared.terminal import counted
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-BEST = "best"  # folder of the network of the best epoch on validation, beside the last epoch's
+BEST = "best"  # subfolder for the network of the epoch with the best validation accuracy
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What rebuilds the network: its backbone, number of classes, tau_s and the image it expects.
+    """Parameters that rebuild the network: backbone, number of classes, tau_s and the format of its input images.
 
     adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift.
     """
@@ -40,7 +40,7 @@ class ModelConfig:
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
-    """A freshly initialised network. Raises ParamsError, naming the params key, for an unknown backbone."""
+    """Create a newly initialised network. Raises ParamsError that names the params key for an unknown backbone."""
     try:
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
     except UnknownBackboneError as error:
@@ -48,15 +48,18 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier:
 
 
 def save_model(weights: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Write a network's state and config into `folder`. Raises OSError with the file's name, on a full disk for one."""
+    """Write a network's weights and config into `folder`.
+
+    Raises OSError that names the file, for example on a full disk.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    # Serialised in memory and written by us: safetensors' own writer maps the file, and a full disk is then a signal.
+    # Serialised in memory and then written: the writer of safetensors maps the file, where a full disk raises a signal.
     write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
     write_json(folder / CONFIG, asdict(config))
 
 
 def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
-    """Raise ParamsError when a network was trained for other images than params.image describes."""
+    """Raise ParamsError when a network was trained with another image format than params.image."""
     trained = {"size": config.image_size, "mean": config.mean, "std": config.std}
     for key, value in trained.items():
         if getattr(image, key) != value:
@@ -66,7 +69,10 @@ def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
 
 
 def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
-    """Read a network back, in eval mode on the CPU. Raises ParamsError when it is missing, StageError when damaged or NaN."""
+    """Load a network in eval mode on the CPU.
+
+    Raises ParamsError when it does not exist, StageError when damaged or NaN.
+    """
     try:
         config = ModelConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Training on several processes: started by torchrun, one GPU each (or gloo on CPUs), rank 0 speaks and writes."""
+"""Devices and process group of training: torchrun starts one process per GPU (or gloo on CPUs); rank 0 prints and writes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.shared.errors import ParamsError
 
 @contextlib.contextmanager
 def joined_ranks(wanted: str) -> Iterator[torch.device]:
-    """The device of this process, inside a process group when torchrun started several; left when the block ends.
+    """The device of this process; joins the process group if torchrun started several, and leaves it when the block ends.
 
     wanted is params.device: `auto` is the first GPU or the CPU, under torchrun the GPU of the local rank. Raises
-    ParamsError when there is no such device.
+    ParamsError when the device does not exist.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(wanted, int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0)
@@ -34,7 +34,7 @@ def joined_ranks(wanted: str) -> Iterator[torch.device]:
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device of params.device for one process. Raises ParamsError when there is no such device."""
+    """The device of params.device for one process. Raises ParamsError when the device does not exist."""
     if wanted == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(wanted)

@@ -1,4 +1,4 @@
-"""A trained network's answers for a split."""
+"""Inference of a trained network on a split: features, logits, accuracy."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ EVALUATION_BATCH = 512
 
 
 class NotFiniteError(StageError):
-    """A network gives logits that are not finite; the message counts the images, and the caller names the network."""
+    """A network returns logits that are not finite; the message counts the images, and the caller adds the network's name."""
 
     def __init__(self, bad: int, images: int) -> None:
         super().__init__(f"its logits are not finite for {bad:,} of {images:,} images")
 
 
 def check_finite(logits: np.ndarray) -> np.ndarray:
-    """Logits [N,C] as they are. Raises NotFiniteError: argmax would take NaN for the best class."""
+    """Return logits [N,C] unchanged. Raises NotFiniteError, because argmax would select NaN."""
     bad = int((~np.isfinite(logits).all(axis=1)).sum())
     if bad:
         raise NotFiniteError(bad, len(logits))
@@ -37,9 +37,9 @@ def check_finite(logits: np.ndarray) -> np.ndarray:
 def outputs(
     model: ImageClassifier, images: Tensor | Iterable[Tensor], image: ImageParams, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Features [N,D] and logits [N,C] (cosine / tau_s, no prior) of uint8 images [N,3,H,W], float32 on the CPU, eval mode.
+    """Features [N,D] and logits [N,C] (cosine / tau_s, no prior) of uint8 images [N,3,H,W]; float32, CPU, eval mode.
 
-    images may also come in batches [b,3,H,W], one after another. Raises NotFiniteError for a logit that is not finite.
+    images: a tensor or an iterable of batches [b,3,H,W]. Raises NotFiniteError for a logit that is not finite.
     """
     feature, logit = _outputs(model, images, image, device)
     check_finite(logit.numpy())
@@ -67,7 +67,9 @@ def balanced_logits(
     device: torch.device,
     shift: np.ndarray | None = None,
 ) -> Tensor:
-    """Logits [N,C] for the balanced target prior, float32 on the CPU. images: as in `outputs`; shift: Prior.balanced_shift.
+    """Logits [N,C] for the balanced target prior, float32 on the CPU.
+
+    images: as in `outputs`; shift: Prior.balanced_shift.
 
     Raises NotFiniteError as `outputs` does.
     """
@@ -82,12 +84,12 @@ def accuracy(
     device: torch.device,
     shift: np.ndarray | None = None,
 ) -> float:
-    """Share of a split that the answer for the balanced prior gets right. Each image is evaluated once, by one rank.
+    """Accuracy on a split with the balanced prior. Each image is evaluated once, by one rank.
 
-    shift: as in `balanced_logits`. Raises NotFiniteError on every rank when any rank finds a logit that is not finite.
+    shift: as in `balanced_logits`. Raises NotFiniteError on every rank when any rank has a logit that is not finite.
     """
     mine = torch.arange(rank(), len(data), rank_count())
-    counts = torch.zeros(2, dtype=torch.float64)  # right answers, and images whose logits are not finite
+    counts = torch.zeros(2, dtype=torch.float64)  # correct predictions, and images with logits that are not finite
     if len(mine):
         with torch.inference_mode():
             _, logits = _outputs(model, data.batches(mine, EVALUATION_BATCH), image, device)

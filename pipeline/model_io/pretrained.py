@@ -1,4 +1,4 @@
-"""Pretrained weights from a local file: nothing is fetched, nothing is unpickled, and the file is the one that was meant."""
+"""Pretrained weights from a local safetensors file: no download, no pickle, checked by sha256."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from pipeline.shared.errors import ParamsError
 
 
 def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str) -> None:
-    """Put the weights of a file into a fresh backbone; nothing where `pretrained` is None.
+    """Load weights from a file into a newly built backbone; does nothing if `pretrained` is None.
 
-    The file holds a state of the same network as its library names it, or a classifier of ours (model.safetensors).
-    Raises ParamsError naming the params key for a file that is not there, has another sha256 or does not fit.
+    The file holds a state_dict of the same network with its library's names, or a classifier written by Tailor
+    (model.safetensors). Raises ParamsError that names the params key if the file does not exist, has another sha256 or
+    does not fit.
     """
     if pretrained is None:
         return

@@ -1,1 +1,1 @@
-"""The training loop: engine, step, CUDA graph, optimiser, resume, history."""
+"""Training: engine (the loop), step, CUDA graph, optimiser, checkpoints and resume, history."""

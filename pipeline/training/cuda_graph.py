@@ -1,7 +1,7 @@
-"""A whole training step as one CUDA graph: hundreds of small kernels launched at once, without Python in between.
+"""CUDA graph of a whole training step: hundreds of small kernels are launched at once, without Python between them.
 
-A graph replays what it recorded on the memory it recorded it on. So a step's inputs are copied into the example's
-tensors, and before it is trusted a replay is compared with the plain step from the same state.
+A graph replays the recorded kernels on the memory addresses of the recording. Therefore the inputs of a step are copied
+into the tensors of the example. Before use, one replay is compared with the plain step from the same state.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipeline.training.step import Step, StepInputs
 
-WARM_UP = 3  # steps on a side stream, in which libraries allocate what they will not allocate again
-# The kernels are the same; sums that atomics take in another order are not.
+WARM_UP = 3  # steps on a side stream before the capture, for one-time allocations of libraries
+# A replay runs the same kernels, but atomic additions in another order change the sums slightly.
 CLOSE = {"rtol": 1e-2, "atol": 1e-3}
 
 Parts = dict[str, Tensor]
@@ -22,11 +22,11 @@ Recorder = Callable[[Callable[[], Parts]], tuple[Callable[[], None], Parts]]
 
 
 class CaptureError(Exception):
-    """The step cannot be captured, or its replay does something else; the message says what. Train with the plain step."""
+    """The step cannot be captured or its replay differs, as the message states; train with the plain step instead."""
 
 
 def cuda_graph(work: Callable[[], Parts]) -> tuple[Callable[[], None], Parts]:
-    """Record work() as a CUDA graph; what replays it, and the tensors in which each replay leaves its results."""
+    """Record work() as a CUDA graph; returns the replay function and the result tensors, which each replay overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -40,15 +40,15 @@ def cuda_graph(work: Callable[[], Parts]) -> tuple[Callable[[], None], Parts]:
 
 
 class CapturedStep:
-    """Does what its Step does, by replay; the run's state is as it was once it has been made.
+    """A training step that replays a CUDA graph of `step`; creating it leaves the state of the run unchanged.
 
-    The parts that a call gives are overwritten by the next call. Raises CaptureError.
+    The tensors that a call returns are overwritten by the next call. Raises CaptureError.
     """
 
     def __init__(self, step: Step, example: StepInputs, record: Recorder = cuda_graph) -> None:
         self._device = step.device
         on_device = example.to(step.device)
-        # Tensors of its own, whatever `to` gave.
+        # Cloned, because `to` may return the caller's tensors, and each call overwrites these.
         self._inputs = [tensor.clone() for tensor in on_device.tensors()]
         static = rebuilt(on_device, self._inputs)
         before = {name: tensor.clone() for name, tensor in step.state().items()}
@@ -57,10 +57,11 @@ class CapturedStep:
         step.load_state(before)
         try:
             self._replay, self._parts = record(lambda: step(static))
+            # The warm-up steps have changed the state; the replay must start where `expected` started.
             step.load_state(before)
             self._replay()
             different = differing(expected, self._parts) + differing(after, step.state())
-        except RuntimeError as error:  # what torch raises for an operation that a graph cannot hold
+        except RuntimeError as error:  # torch raises it for an operation that a graph cannot record
             raise CaptureError(" ".join(str(error).split())[:200]) from None
         finally:
             step.load_state(before)
@@ -68,8 +69,8 @@ class CapturedStep:
             raise CaptureError(f"its replay gives another {different[0]}")
 
     def __call__(self, inputs: StepInputs) -> Parts:
-        """Take the step on inputs that lie anywhere, shaped like the example's."""
-        # By way of pinned memory: a copy straight from pageable memory would wait for the device.
+        """Run the step on inputs on any device, with the shapes of the example."""
+        # `to` copies through pinned memory: a copy from pageable memory would wait for the device.
         for static, tensor in zip(self._inputs, inputs.to(self._device).tensors(), strict=True):
             static.copy_(tensor)
         self._replay()
@@ -77,7 +78,7 @@ class CapturedStep:
 
 
 def rebuilt(inputs: StepInputs, tensors: list[Tensor]) -> StepInputs:
-    """Inputs like the given ones over other tensors, in the order of `StepInputs.tensors`."""
+    """StepInputs like the given ones but with other tensors, in the order of `StepInputs.tensors`."""
     rest = iter(tensors)
     chosen = next(rest)
     draws = type(inputs.draws)(tuple(next(rest) for _ in inputs.draws.tables))
@@ -88,7 +89,7 @@ def rebuilt(inputs: StepInputs, tensors: list[Tensor]) -> StepInputs:
 
 
 def differing(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """Names whose tensors differ: integers at all, the rest by more than rounding; what is not finite equals itself."""
+    """Names of tensors that differ: integers exactly, floats by more than rounding; a non-finite value equals itself."""
     return [
         name
         for name, tensor in expected.items()

@@ -1,4 +1,4 @@
-"""The training engine: one loop that teacher and student share, from an objective to a trained network."""
+"""Training engine: the training loop of teacher and student, from an objective to a trained network."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from pipeline.training.step import Step, StepInputs, draw_ahead, own_places, own
 
 @dataclass
 class Training:
-    """One training run. `name` is the stage, which is also the params section that errors name.
+    """One training run. `name` is the stage, which is also the params section that error messages name.
 
-    With a run folder a checkpoint is written there after every epoch, and every engine.checkpoint_seconds within one. A run
-    that finds a checkpoint resumes from it, on the CPU bit-identical to a run that was never interrupted.
-    shift: [C], added in validation to the logits so that they answer for the balanced prior; None: nothing.
-    After `run`: `model` is the network of the last epoch (the average of weights where the recipe has one), `best` the
+    With a run folder, a checkpoint is written there after every epoch and every engine.checkpoint_seconds within an
+    epoch. A run that finds a checkpoint resumes from it; on the CPU the result is bit-identical to a run without
+    interruption. shift: [C], added to the logits in validation to get logits for the balanced prior; None: no shift.
+    After `run`, `model` is the network of the last epoch (the EMA of weights if the recipe has one) and `best` the
     network of the epoch with the best validation accuracy.
     """
 
@@ -68,15 +68,15 @@ class Training:
 
     @property
     def model(self) -> ImageClassifier:
-        """The network that is evaluated and kept."""
+        """The network that is evaluated and saved."""
         return self.objective.model if self._step.average is None else self._step.average.average
 
     def run(self, train: AnyImages, validation: AnyImages) -> History:
-        """Train for params.epochs; returns one record an epoch: loss parts, learning rate, validation accuracy, rate.
+        """Train for params.epochs; returns one record per epoch: losses, learning rate, validation accuracy, speed.
 
-        Data order and augmentation come from one CPU generator, so a run depends on the seed and not on the device nor
-        on how many ranks share the batch. Raises ParamsError when no batch can be filled or shared out, StageError at a
-        loss part that is not finite, naming step and terms; its batch and state are then dumped to artifacts/failures/.
+        Data order and augmentation use one CPU generator, so a run depends on the seed but not on the device or the
+        number of ranks. Raises ParamsError when a batch cannot be filled or divided among the ranks, StageError when a
+        loss is not finite, naming step and terms; the batch and the state are then dumped to artifacts/failures/.
         """
         check_batch(self.name, self.params, len(train))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -102,7 +102,7 @@ class Training:
         return self._at.history
 
     def _how_to_resume(self, steps: int) -> str:
-        """The newest checkpoint of an interrupted run and how to resume it, for the line that ends the stage."""
+        """Text for the last line of an interrupted stage: the newest checkpoint and how to resume from it."""
         if not self._kept or self.run_folder is None:
             return "no checkpoint is kept yet, so the same command starts from the first step"
         epoch, step = self._kept
@@ -112,7 +112,7 @@ class Training:
     def _prepare(self, train: AnyImages) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
-        # The layout that convolution kernels prefer, on CPU and GPU alike; the arithmetic is the same.
+        # Convolution kernels are fastest in this memory layout on CPU and GPU; the arithmetic is the same.
         self.objective.to(self.device, memory_format=torch.channels_last)
         for module in self.objective.batch_modules():
             synchronise_batch_norm(module, self.device)
@@ -126,11 +126,11 @@ class Training:
         self._monitor = NonFiniteMonitor(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._at = Position()
-        self._kept: tuple[int, int] | None = None  # finished epochs and steps of the newest checkpoint
+        self._kept: tuple[int, int] | None = None  # finished epochs, and steps of the next, in the newest checkpoint
         self._saved = time.monotonic()
 
     def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:
-        """The step, as a CUDA graph where there is CUDA and one process, else (or when that fails) plain."""
+        """The training step as a CUDA graph for one process on CUDA; otherwise, or if the capture fails, the plain step."""
 
         def plain(inputs: StepInputs) -> dict[str, Tensor]:
             return self._step(inputs.to(self.device))
@@ -151,7 +151,7 @@ class Training:
         progress.console.print(f"{self.name}  {text}", highlight=False, soft_wrap=True)
 
     def _epoch(self, progress: Progress, bar: Any, steps: int, validation: AnyImages) -> dict[str, float]:
-        """Run the rest of the current epoch; returns its record."""
+        """Run the remaining steps of the current epoch; returns its record."""
         at, batch = self._at, self.params.batch_size
         rate = learning_rate(self.params.schedule, self.params.learning_rate, at.epoch, self.params.epochs)
         self._step.optimiser.set_rate(rate)
@@ -163,10 +163,10 @@ class Training:
         drawn, ahead = itertools.tee(draw_ahead(self._step, batches[first:], self._generator))
         draws = (own_rows(inputs).draws for inputs, _ in ahead)
         with self._train.feed(own_places(batches[first:]), draws=draws) as feed:
-            del ahead, draws  # otherwise tee would keep the draws of all steps of a feed that does not draw ahead
+            del ahead, draws  # otherwise tee would buffer the draws of all steps if the feed does not read them
             for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
                 self._generator.set_state(state)
-                # The monitor keeps the inputs of many steps; a dump reads their pixels again.
+                # The monitor stores the inputs of many steps without pixels; a dump reads the pixels again.
                 failure = self._monitor.add(step, inputs, self._take_step(replace(inputs, pixels=pixels)))
                 if failure:
                     self._fail(failure, steps, rate)
@@ -178,7 +178,7 @@ class Training:
         means = self._monitor.means(steps)
         if failure := self._monitor.last_failure():
             self._fail(failure, steps, rate)
-        # The last step may have left a weight or a statistic that is not finite, which no later loss shows.
+        # The last step can leave a non-finite weight or statistic that no loss of the epoch shows.
         if fault := non_finite_tensors(self.model):
             raise self._diverged(fault)
         seconds = time.perf_counter() - started
@@ -229,7 +229,7 @@ class Training:
         )
 
     def _save(self, steps: int, rate: float) -> None:
-        """Write a checkpoint, unless the run has failed already."""
+        """Write a checkpoint, unless the run has already failed."""
         self._saved = time.monotonic()
         if self.run_folder is None:
             return

@@ -1,4 +1,4 @@
-"""The record of a run by epoch: progress bar, a line per epoch, metrics.jsonl, TensorBoard event files."""
+"""Record of a run by epoch: a line per epoch, metrics.jsonl, TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ History = list[dict[str, float]]
 
 
 def epoch_line(name: str, record: dict[str, float], epochs: int) -> str:
-    """One epoch in one line of text."""
+    """Text line for one epoch."""
     parts = "  ".join(f"{key} {value:.4f}" for key, value in record.items() if key in ("loss", "tau_g"))
     score = f"  validation {record['validation_accuracy']:.1%}" if "validation_accuracy" in record else ""
     speed = f"lr {record['learning_rate']:.4f}  {record['images_per_second']:,.0f} images/s"
@@ -19,12 +19,12 @@ def epoch_line(name: str, record: dict[str, float], epochs: int) -> str:
 
 
 def as_jsonl(history: History) -> str:
-    """History as JSON lines, one record an epoch."""
+    """History as JSON lines, one record per epoch."""
     return "".join(json.dumps(record) + "\n" for record in history)
 
 
 def write_scalars(folder: Path, history: History) -> None:
-    """Write every number of a history under its name, by epoch, as the one event file of `folder`.
+    """Write all values of a history by epoch as the only TensorBoard event file of `folder`.
 
     Raises ParamsError when tensorboard is not installed.
     """

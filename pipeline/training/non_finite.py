@@ -1,4 +1,4 @@
-"""Loss sums of a run and detection of non-finite losses without waiting for the device; the dump of a run that failed."""
+"""Loss sums of a run, detection of non-finite losses without waiting for the device, and the dump of a failed run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from pipeline.data.dataset import AnyImages
 from pipeline.shared.artifacts import whole_folder, write_file, write_json
 from pipeline.training.step import Step, StepInputs, own_rows
 
-WINDOW = 64  # steps whose loss parts and inputs are kept
+WINDOW = 64  # steps whose losses and inputs are stored
 AHEAD = 16  # steps that the host may be ahead of the device
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first step (0-based, in its epoch) with a part that was not finite, and the names of such parts."""
+    """The first step (0-based, in its epoch) with a loss part that is not finite, and the names of such parts."""
 
     step: int
     terms: list[str]
 
 
 class NonFiniteMonitor:
-    """Sums the loss parts of the steps of one epoch and detects the first one that is not finite.
+    """Sums the losses of the steps of one epoch and detects the first step with a loss that is not finite.
 
-    Both happen on the device. On CUDA the host reads a failure a few steps later, from a copy that it waits for only when
-    it is AHEAD steps ahead and the device has enough work; on the CPU it reads it at once.
+    Both are computed on the device. On CUDA the host reads the result a few steps later from an asynchronous copy. It
+    waits for the copy only if it is more than AHEAD steps ahead, when the device has enough work. On the CPU it reads
+    the result at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,7 +56,7 @@ class NonFiniteMonitor:
         self._reports.clear()
 
     def add(self, step: int, inputs: StepInputs, parts: dict[str, Tensor]) -> Failure | None:
-        """Add the loss parts of a step; returns a failure that has been detected by now, of this step or an earlier one."""
+        """Add the losses of a step; returns a failure of this or an earlier step if one has been detected, else None."""
         if not self.names:
             self.begin({name: torch.zeros(()) for name in parts})
         values = torch.stack([parts[name] for name in self.names]).double()
@@ -79,7 +80,7 @@ class NonFiniteMonitor:
         return self._failure(failed)
 
     def means(self, steps: int) -> dict[str, float]:
-        """Means over `steps` steps and all ranks; waits for the device."""
+        """Means of the losses over `steps` steps and all ranks; waits for the device."""
         return {name: value / steps for name, value in zip(self.names, self._shared_sums().tolist(), strict=True)}
 
     def kept_sums(self) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ class NonFiniteMonitor:
         return dict(zip(self.names, self._shared_sums().unbind(), strict=True))
 
     def recent(self, step: int) -> list[dict[str, float]]:
-        """The parts of up to WINDOW steps that end with `step`, oldest first."""
+        """The losses of up to WINDOW steps that end with `step`, oldest first."""
         rows = self._recent.tolist()
         first = max(0, step - WINDOW + 1, min((number for number, _ in self.inputs), default=0))
         return [
@@ -96,7 +97,7 @@ class NonFiniteMonitor:
         ]
 
     def last_failure(self) -> Failure | None:
-        """The failure of the epoch, if there is one; waits for the device."""
+        """The failure of the epoch, or None; waits for the device."""
         return self._failure(int(self._failed))
 
     def _shared_sums(self) -> Tensor:
@@ -112,11 +113,11 @@ class NonFiniteMonitor:
 def dump_failure(
     folder: Path, failure: Failure, monitor: NonFiniteMonitor, step: Step, train: AnyImages, facts: dict[str, Any]
 ) -> None:
-    """Write what is needed to find the images and the term of a failure and to repeat its step; replaces an older dump.
+    """Write the data needed to find the images and the term of a failure and to repeat its step; replaces an older dump.
 
-    failure.json: step, terms, facts, the parts of the steps before, the sample ids of the batch. tensors.safetensors: the
-    views of the batch as the networks saw them, uint8 [views,b,3,H,W], and the run's state when it stopped. With several
-    ranks only this rank's views, before any mix.
+    failure.json: step, terms, facts, losses of the previous steps, sample ids of the batch. tensors.safetensors: the
+    views of the batch that the networks received, uint8 [views,b,3,H,W], and the run's state when it stopped. With
+    several ranks, only this rank's views, before any mix.
     """
     tensors = dict(step.state())
     content = {"step": failure.step + 1, "terms": failure.terms, **facts, "sample_ids": []}
@@ -125,10 +126,10 @@ def dump_failure(
             content["sample_ids"] = [train.sample_ids[i] for i in inputs.chosen.tolist()]
             own = own_rows(inputs)
             pixels = train.pixels(own.chosen, own.draws) if train.images is None else None
-            # Only this rank runs this: the mix partners of other ranks cannot be gathered.
+            # Only this rank runs this function, so mix partners of other ranks cannot be gathered.
             mix = inputs.mix if rank_count() == 1 else None
             tensors["views"] = step.views(replace(inputs, pixels=pixels, mix=mix).to(step.device))[0]
-    # JSON has no NaN: such a value is written as text.
+    # JSON has no NaN, so such a value is written as text.
     content["recent"] = [
         {name: value if torch.isfinite(torch.tensor(value)) else str(value) for name, value in parts.items()}
         for parts in monitor.recent(failure.step)

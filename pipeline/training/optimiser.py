@@ -1,4 +1,4 @@
-"""SGD of the recipe, with its state allocated from the start so that all steps are alike, and the learning rate by epoch."""
+"""SGD optimiser with its state allocated from the start, so that all steps are alike, and the learning rate by epoch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pipeline.params import ScheduleParams, TrainingParams
 
 
 class Optimiser:
-    """SGD with momentum over an objective's trained parameters; weight decay for all but `objective.undecayed()`.
+    """SGD with momentum over an objective's trained parameters; weight decay for all except `objective.undecayed()`.
 
-    On CUDA it is PyTorch's fused kernel, with the learning rate in a tensor that a captured step reads again.
+    On CUDA, PyTorch's fused kernel is used with the learning rate in a tensor, which a captured step reads at every
+    replay.
     """
 
     def __init__(self, objective: TeacherObjective | StudentObjective, params: TrainingParams) -> None:
@@ -31,7 +32,7 @@ class Optimiser:
         self._sgd = torch.optim.SGD(groups, lr=rate, momentum=params.momentum, fused=self._rate is not None)
         self.parameters = [*decayed, *undecayed]
         if params.momentum:
-            # Zeros give the same first step as no buffer, and a captured step needs buffers that exist.
+            # Zeros give the same first step as no buffer, and a captured step requires existing buffers.
             for parameter in self.parameters:
                 self._sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -44,11 +45,11 @@ class Optimiser:
             group["lr"] = rate
 
     def forget_gradients(self) -> None:
-        """Begin a step: gradients that are computed from now on are added up until `descend`."""
+        """Clear the gradients at the start of a step; later backward passes accumulate until `descend`."""
         self._sgd.zero_grad(set_to_none=True)
 
     def descend(self) -> Tensor:
-        """One step down the gradient that the parameters hold; its norm, a scalar."""
+        """Update the parameters by their gradients; returns the norm of the gradient, a scalar tensor."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self._sgd.step()
         return norm
@@ -61,12 +62,13 @@ class Optimiser:
 def learning_rate(schedule: ScheduleParams, base: float, epoch: int, epochs: int) -> float:
     """Learning rate of a 0-based epoch out of `epochs`.
 
-    Warm-up: base * (epoch+1) / warmup_epochs. `cosine`: base/2 * (1 + cos(pi * (e+1) / (E+1))), the official
-    code's form. `steps`: times factor from each milestone's epoch on, as the paper states it.
+    Warm-up: base * (epoch+1) / warmup_epochs. `cosine`: base/2 * (1 + cos(pi * (e+1) / (E+1))), as in the official
+    code. `steps`: multiplied by factor from the epoch of each milestone on, as in the paper.
 
-    Rule `official`, of `steps` (the authors' CIFAR program): warm-up and the stretch before each milestone last an epoch
-    longer, as that code compares with <=. So epoch `warmup_epochs` overshoots to base * (w+1) / w, and the first lower rate is
-    at epoch milestone + 1. Of `cosine` (their ImageNet program): e and E are counted from the end of warm-up.
+    Rule `official` of `steps` (the authors' CIFAR program): warm-up and the interval before each milestone are one
+    epoch longer, because that code compares with <=. So epoch `warmup_epochs` exceeds the base rate, with base * (w+1)
+    / w, and the first lower rate is at epoch milestone + 1. Rule `official` of `cosine` (their ImageNet program): e and
+    E are counted from the end of warm-up.
     """
     official, warmup = schedule.rule == "official", schedule.warmup_epochs
     late = official and schedule.kind == "steps"

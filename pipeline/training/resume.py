@@ -1,7 +1,7 @@
-"""The state of an unfinished training run on disk: whatever the next process needs to go on to the bit.
+"""Checkpoints of an unfinished training run on disk, from which the next process resumes bit-identically.
 
-Kept beside the stage's output, because DVC removes that before it runs a stage. One folder a checkpoint, whole or not
-there; the last two are kept, and a damaged one falls back to the one before.
+The folder is beside the stage's output, because DVC removes the output before it runs a stage. Each checkpoint is a
+folder that is written atomically. The last two are kept; if one is damaged, the previous one is loaded.
 """
 
 from __future__ import annotations
@@ -26,21 +26,24 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One checkpoint: named tensors, and the rest as JSON values."""
+    """One checkpoint: named tensors, and the remaining state as JSON values."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
 
 class RunFolder:
-    """The checkpoints of one run. `fingerprint` tells runs apart: another recipe, seed, data set or teacher starts anew."""
+    """Checkpoints of one run.
+
+    A run with another `fingerprint` (recipe, seed, data set or teacher) starts from scratch.
+    """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
 
     def save(self, step: int, snapshot: Snapshot) -> None:
-        """Write the checkpoint of a global step, then drop all but the last two. Raises OSError naming the file."""
+        """Write the checkpoint of a global step, then remove all but the last two. Raises OSError that names the file."""
         with whole_folder(self.folder / f"{step:012d}") as folder:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
             write_file(folder / TENSORS, safetensors.torch.save(tensors))
@@ -49,20 +52,23 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
 
     def load(self) -> Snapshot | None:
-        """The newest whole checkpoint of this run; None when there is none. Checkpoints of another run are removed."""
+        """Load the newest complete checkpoint of this run; None if there is none.
+
+        Checkpoints of another run are removed.
+        """
         for folder in reversed(self._checkpoints()):
             try:
                 state = json.loads((folder / STATE).read_text(encoding="utf-8"))
                 tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
             except (OSError, ValueError, safetensors.SafetensorError):
-                continue  # damaged on disk; the one before is as good, only older
+                continue  # damaged on disk; the previous checkpoint is valid, only older
             if (state.pop("format", None), state.pop("fingerprint", None)) == (FORMAT, self.fingerprint):
                 return Snapshot(tensors, state)
         self.clear()
         return None
 
     def clear(self) -> None:
-        """Remove every checkpoint: the run has finished, or another has taken its place."""
+        """Remove every checkpoint, because the run has finished or another run replaces it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _checkpoints(self) -> list[Path]:

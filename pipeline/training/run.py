@@ -1,4 +1,4 @@
-"""What the training stages share around the engine: checks before a run, its state while it runs, its files after."""
+"""Common code of the training stages: checks before a run, checkpoints during it, output files after it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from serving.shared.terminal import counted, print
 
 @dataclass(frozen=True)
 class Result:
-    """The last epoch of a training stage."""
+    """The record of the last epoch of a training stage, and its output folder."""
 
     last: dict[str, float]
     output: Path
@@ -52,14 +52,14 @@ class Result:
 
 
 def model_config(section: TrainingParams, image: ImageParams, classes: int) -> ModelConfig:
-    """The config of a network that a params section trains."""
+    """The config of the network that a params section trains."""
     return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment)
 
 
 def stage_seed(seed: int, stage: str) -> int:
-    """The seed of a training stage: `seed` itself for the teacher, one drawn from it for the student.
+    """Seed of a training stage: `seed` itself for the teacher, a seed derived from it for the student.
 
-    With one for both, a student whose backbone is its teacher's starts with its teacher's initial weights and sees the
+    With the same seed, a student with the teacher's backbone would start with the teacher's initial weights and get the
     images in the same order.
     """
     if stage == "teacher":
@@ -78,9 +78,10 @@ def train_network(
     output: Path,
     inputs: Sequence[Path],
 ) -> Result:
-    """Train the objective of stage `name`, write the network of the last epoch to `output`; resumes an interrupted run.
+    """Train the objective of stage `name` and write the network of the last epoch to `output`; resumes an interrupted run.
 
-    inputs: files that the run depends on besides params. Finished epochs are written to metrics.jsonl of the run folder.
+    inputs: files that the run depends on besides params. Finished epochs are written to metrics.jsonl of the run
+    folder.
     """
     section: TrainingParams = getattr(params, name)
     folder = run_folder(section, params.image, params.engine, params.stream, params.seed, output, inputs)
@@ -104,7 +105,7 @@ def train_network(
 
 
 def teacher_objective(section: TrainingParams, config: ModelConfig, prior: Prior, seed: int) -> TeacherObjective:
-    """L_cls (Eq. 6) of a network freshly initialised from a stage's seed, or from section.pretrained."""
+    """Teacher objective, L_cls (Eq. 6), of a network initialised from the stage's seed or from section.pretrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(config, "teacher.backbone")
@@ -121,7 +122,7 @@ def run_folder(
     output: Path,
     inputs: Sequence[Path],
 ) -> RunFolder:
-    """Where an unfinished run of `output` keeps its state; another recipe, seed, library or input file starts from scratch."""
+    """Folder for the checkpoints of `output`; a change of recipe, seed, library or input file starts the run from scratch."""
     depends = {
         "section": section.model_dump(mode="json"),
         "image": image.model_dump(mode="json"),
@@ -135,10 +136,10 @@ def run_folder(
 
 
 def save_run(training: Training, config: ModelConfig, history: History, output: Path) -> Result:
-    """Write network, config and history as one whole folder, by rank 0; the run's checkpoint is then removed.
+    """Write network, config and history as one complete folder, by rank 0, then remove the run's checkpoints.
 
-    The network is the last epoch's. That of the best epoch on validation is written to best/, with best.json, if there is a
-    validation split: an extra, as a figure of an epoch that was chosen by a score must be labelled as such.
+    The network is that of the last epoch. With a validation split, the network of the best epoch is written to best/,
+    with best.json. It is separate because a score of an epoch that was selected by its score must be labelled as such.
     """
     if rank() == 0:
         with whole_folder(output) as folder:
@@ -155,7 +156,7 @@ def save_run(training: Training, config: ModelConfig, history: History, output: 
 
 
 def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) -> None:
-    """Raise ParamsError for what would only fail after the teacher has been trained: a backbone's name, the queues' size."""
+    """Raise ParamsError for errors that would appear only after the teacher's training: unknown backbones, too small queues."""
     for key, name in (("teacher.backbone", teacher.backbone), ("student.backbone", student.backbone)):
         try:
             check_backbone(name)
@@ -170,15 +171,16 @@ def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) 
 
 
 def check_backbones(teacher: str, student: str, size: int, opset: int) -> None:
-    """Raise ParamsError when a network of torchvision or timm does not run at image.size, or the student does not export.
+    """Raise ParamsError when a torchvision or timm network does not run at image.size, or the student's cannot be exported.
 
-    Checked on untrained networks: otherwise a backbone that cannot be exported fails after hours. Only rank 0 checks.
+    Checked on untrained networks before training: otherwise a backbone that cannot be exported fails after hours. Only
+    rank 0 runs the check.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     arguments_of = {("teacher.backbone", teacher): [str(size)], ("student.backbone", student): [str(size), str(opset)]}
     for (key, name), arguments in arguments_of.items():
-        if "/" not in name:  # our own CIFAR ResNets take every size and are exported by the tests
+        if "/" not in name:  # Tailor's CIFAR ResNets accept every size; tests export them
             continue
         command = [sys.executable, "-P", "-m", "pipeline.preparation.backbone_check", name, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

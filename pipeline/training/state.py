@@ -1,4 +1,4 @@
-"""The state of a run as one snapshot, from which the next process resumes bit-identically; checks before and while it runs."""
+"""State of a run as a snapshot for bit-identical resume, and checks before and during a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.training.step import Step
 
 @dataclass
 class Position:
-    """Epoch and step (0-based, the next to do), the epoch's order, its sums so far, the records of finished epochs."""
+    """Position in a run: epoch and next step (0-based), the epoch's order, its loss sums so far, records of finished epochs."""
 
     epoch: int = 0
     step: int = 0
@@ -37,7 +37,7 @@ class Best:
 
 
 def snapshot_of(at: Position, step: Step, generator: torch.Generator, best: Best | None) -> Snapshot:
-    """The whole state of a run: objective, momentum, average, generators, order and sums of the epoch, the best network."""
+    """Take a snapshot of a run: objective, momentum, EMA, generators, order and loss sums of the epoch, the best network."""
     tensors = {
         **step.state(),
         **{f"sums.{name}": value for name, value in at.sums.items()},
@@ -59,7 +59,7 @@ def snapshot_of(at: Position, step: Step, generator: torch.Generator, best: Best
 
 
 def take_snapshot(snapshot: Snapshot, step: Step, generator: torch.Generator) -> tuple[Position, Best | None]:
-    """Put a snapshot back into the step and the generators. Raises StageError when it is of another network."""
+    """Restore a snapshot into the step and the generators. Raises StageError when it belongs to another network."""
     tensors, state = snapshot.tensors, snapshot.state
     wrong = step.load_state(part(tensors, ("objective.", "momentum.", "average.")))
     if wrong:
@@ -78,12 +78,12 @@ def take_snapshot(snapshot: Snapshot, step: Step, generator: torch.Generator) ->
 
 
 def part(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors whose names begin with one of the prefixes."""
+    """The tensors whose names start with one of the prefixes."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
 
 def check_same_everywhere(snapshot: Snapshot | None, device: torch.device, folder: Path | None) -> None:
-    """Raise StageError unless all ranks resume from the same step, as on hosts that do not share the run folder."""
+    """Raise StageError unless all ranks resume from the same step; hosts that do not share the run folder would differ."""
     progress = -1.0 if snapshot is None else snapshot.state["epoch"] * 1e6 + snapshot.state["step"]
     step = torch.tensor(progress, dtype=torch.float64)
     if mean_over_ranks(step.to(device)).item() != step.item():
@@ -93,7 +93,7 @@ def check_same_everywhere(snapshot: Snapshot | None, device: torch.device, folde
 
 
 def check_batch(name: str, params: TrainingParams, samples: int) -> None:
-    """Raise ParamsError when no batch of stage `name` can be filled from so many samples or shared out to ranks and parts."""
+    """Raise ParamsError when a batch of stage `name` cannot be filled or divided into ranks and micro-batches."""
     batch, ranks = params.batch_size, rank_count()
     if batch > samples:
         raise ParamsError(
@@ -102,7 +102,7 @@ def check_batch(name: str, params: TrainingParams, samples: int) -> None:
     if batch % ranks:
         raise ParamsError(f"{name}.batch_size is {batch}, which {ranks} processes cannot share; expected a multiple")
     parts, share = params.accumulate, batch // ranks
-    # Batch norm has no variance of a single sample.
+    # Batch norm cannot compute the variance of a single sample.
     if parts > 1 and (share % parts or share // parts < 2):
         raise ParamsError(
             f"{name}.accumulate is {parts}, into which a process's {share} images of a batch cannot be cut; "
@@ -111,7 +111,7 @@ def check_batch(name: str, params: TrainingParams, samples: int) -> None:
 
 
 def non_finite_tensors(model: nn.Module) -> str | None:
-    """How many tensors of a network's state are not finite, and the first of them; None where all are."""
+    """Number of tensors of a network's state that are not finite, and the first of them, as text; None if all are finite."""
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
     bad = [name for name, good in zip(state, finite, strict=True) if not good]
@@ -119,7 +119,7 @@ def non_finite_tensors(model: nn.Module) -> str | None:
 
 
 def replaced_elsewhere(record: dict[str, float]) -> str | None:
-    """A line on images that only other processes have replaced in an epoch, as only rank 0 prints; None where none were."""
+    """A line about images that other ranks replaced in an epoch, because only rank 0 prints; None if there were none."""
     count = record.get("images_replaced", 0)
     if not count:
         return None

@@ -1,4 +1,4 @@
-"""One optimiser step: what it needs is drawn on the CPU, the rest happens on the device, and nothing is read back."""
+"""One optimiser step: random numbers are drawn on the CPU, everything else runs on the device without a copy to the host."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pipeline.training.optimiser import Optimiser
 
 @dataclass(frozen=True)
 class StepInputs:
-    """A global batch of B images: their places in the training split, int64 [B], and the random numbers of their views.
+    """Inputs of a step: indices of a global batch of B images in the training split, int64 [B], and random numbers.
 
-    pixels: of a stream, uint8 [b,3,H,W] of this rank's run of the batch, or [b,views,3,H,W] where views are cut from the
-    originals; None where the images lie on the device.
+    pixels: for a stream, uint8 [b,3,H,W] of this rank's share of the batch, or [b,views,3,H,W] if views are cut from
+    the originals; None if the images are on the device.
     """
 
     chosen: Tensor
@@ -35,7 +35,7 @@ class StepInputs:
     pixels: Tensor | None = None
 
     def to(self, device: torch.device) -> StepInputs:
-        """The same on a device; to a GPU without waiting for it."""
+        """Copy to a device; asynchronous, through pinned memory, for a GPU."""
         chosen = self.chosen.pin_memory() if device.type == "cuda" and not self.chosen.is_cuda else self.chosen
         mix = None if self.mix is None else self.mix.to(device)
         pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
@@ -50,12 +50,12 @@ class StepInputs:
 
 
 class Step:
-    """The step of one run: views of the batch, the objective's loss in the run's precision, SGD, the average of weights.
+    """The training step of a run: views of the batch, the objective's loss, SGD, moving average of the weights.
 
-    precision: the dtype of convolutions and products; norms, softmax and losses are float32 in any case. The images lie
-    on the device as uint8, or come with the inputs. With several ranks each takes its run of the batch and gradients are
-    averaged. Where the recipe accumulates, a rank's run is taken in parts whose gradients add up. checkpoint_activations: see
-    models.networks.activation_checkpointing; of the network that is trained.
+    precision: the dtype of convolutions and matrix products; norms, softmax and losses are always float32. The images
+    are on the device as uint8, or are part of the inputs. With several ranks, each processes its share of the batch,
+    and gradients are averaged. With gradient accumulation, a rank processes its share in micro-batches whose gradients
+    are summed. checkpoint_activations: see models.networks.activation_checkpointing; applies to the trained network.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Step:
         if checkpoint_activations:
             recompute_blocks(objective.model.backbone)
         self._parts = params.accumulate
-        # In parts the ranks' gradients are averaged once, after the last of them.
+        # With accumulation the gradients are averaged over the ranks once, after the last micro-batch, and not by DDP.
         alone = rank_count() == 1 or self._parts > 1
         self._module: nn.Module = objective if alone else shared_gradients(objective)
         self._augment = params.augment
@@ -85,30 +85,36 @@ class Step:
         self._normalise = Normalisation(image, device)
 
     def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
-        """The inputs of a step on the images `chosen` int64 [B], from and on the CPU, but for a stream's pixels."""
+        """Draw the inputs of a step for the images `chosen` int64 [B], on the CPU.
+
+        Pixels of a stream are added by the caller.
+        """
         size = self._size
         draws = draw_views(len(chosen), size, size, self.objective.views, self._augment, generator)
         return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator))
 
     def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
-        """This rank's views uint8 [views,b,3,H,W] of inputs on the device, and what the classifier view was mixed with."""
+        """This rank's views uint8 [views,b,3,H,W] of inputs on the device, and mixed labels of the classifier view or None."""
         own = own_rows(inputs)
         pixels = self._images[own.chosen] if own.pixels is None else own.pixels
         views = apply_views(pixels, own.draws, self._augment)
         if own.mix is None:
             return views, None
-        # A partner may be another rank's image.
+        # The partner may be an image of another rank.
         views[0] = apply_mix(views[0], own.mix, gather_batch(views[0]))
         return views, Mixed(self._labels[inputs.chosen[own.mix.partner]], own.mix.share)
 
     def __call__(self, inputs: StepInputs) -> dict[str, Tensor]:
-        """Take the step; inputs on the device. The objective's parts and `gradient_norm`, detached scalars on the device."""
+        """Run the step on inputs on the device.
+
+        Returns the objective's losses and `gradient_norm`, detached scalars on the device.
+        """
         chosen = own_rows(inputs).chosen
         views, mixed = self.views(inputs)
         return self.descend(views, self._labels[chosen], chosen, mixed)
 
     def descend(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
-        """The step on views that are made: uint8 [views,b,3,H,W], with their labels and places in the split, int64 [b]."""
+        """Run the step on finished views: uint8 [views,b,3,H,W], with their labels and indices in the split, int64 [b]."""
         self.objective.train()
         self.optimiser.forget_gradients()
         if self._parts > 1:
@@ -124,7 +130,7 @@ class Step:
         return {**{name: part.detach() for name, part in parts.items()}, "gradient_norm": norm}
 
     def _accumulate(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
-        """The gradient of the batch from its micro-batches, one after another; the means of their parts."""
+        """Compute the gradient of the batch from its micro-batches in sequence; returns the means of their losses."""
         size = len(target) // self._parts
         runs = [(start, start + size) for start in range(0, len(target), size)]
         with self._autocast():
@@ -149,7 +155,7 @@ class Step:
         return torch.autocast(self.device.type, self.precision if half else None, enabled=half, cache_enabled=False)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a step changes, by name: the tensors themselves. Without the frozen teacher."""
+        """All tensors that a step changes, by name (references, not copies). Without the frozen teacher."""
         average = {} if self.average is None else self.average.state_dict()
         return {
             **{f"objective.{name}": tensor for name, tensor in trained_state(self.objective).items()},
@@ -158,7 +164,10 @@ class Step:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> list[str]:
-        """Load the tensors of a `state` in place; returns the names that do not fit, and changes nothing if there are any."""
+        """Copy the tensors of a `state` in place; returns the names that do not fit.
+
+        If there are any, nothing is changed.
+        """
         own = self.state()
         wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
         wrong += [name for name in state if name not in own]
@@ -170,13 +179,16 @@ class Step:
 
 
 def own_places(batches: Tensor) -> Tensor:
-    """This rank's run of each global batch: [...,B] → [...,b]."""
+    """This rank's share of each global batch of indices: [...,B] → [...,b]."""
     share = batches.shape[-1] // rank_count()
     return batches[..., rank() * share : (rank() + 1) * share]
 
 
 def own_rows(inputs: StepInputs) -> StepInputs:
-    """This rank's run of the global batch; partners of a mix still count within the whole. Pixels are its own already."""
+    """Inputs for this rank's share of the global batch.
+
+    Mix partners stay indices in the global batch; pixels are unchanged.
+    """
     share = len(inputs.chosen) // rank_count()
     start, stop = rank() * share, (rank() + 1) * share
     mix = None if inputs.mix is None else inputs.mix.rows(start, stop)
@@ -184,21 +196,27 @@ def own_rows(inputs: StepInputs) -> StepInputs:
 
 
 def shared_gradients(objective: nn.Module) -> DistributedDataParallel:
-    """The objective with gradients averaged over the ranks. Buffers are not sent: every rank enqueues the gathered batch."""
-    # Newer releases renamed the switch, and warn of the old name.
+    """The objective in DDP, which averages gradients.
+
+    Buffers need no broadcast: every rank enqueues the gathered batch.
+    """
+    # Newer PyTorch releases renamed the argument and warn about the old name.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     switch = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(objective, **switch)
 
 
 def trained_state(objective: nn.Module) -> dict[str, Tensor]:
-    """Everything of an objective that training changes: its state without the frozen teacher's."""
+    """State of an objective that training changes: its state_dict without the frozen teacher."""
     return {name: value for name, value in objective.state_dict().items() if not name.startswith("teacher.")}
 
 
 def draw_ahead(step: Step, batches: Tensor, generator: torch.Generator) -> Iterator[tuple[StepInputs, Tensor]]:
-    """The inputs of each batch and the generator's state after it. A stream draws ahead of the steps; the run's own
-    generator must not, as a checkpoint stores its state."""
+    """Yield the inputs of each batch and the generator state after drawing them.
+
+    A stream draws ahead of the steps. The run's generator must not advance ahead, because a checkpoint stores its
+    state.
+    """
     ahead = torch.Generator()
     ahead.set_state(generator.get_state())
     for chosen in batches:

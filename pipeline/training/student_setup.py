@@ -1,4 +1,4 @@
-"""The student's objective and loss weights, built from params."""
+"""Construction of the student's objective and loss weights from params."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from pipeline.params import ImageParams, StudentParams
 def build_objective(
     section: StudentParams, image: ImageParams, config: ModelConfig, prior: Prior, seed: int, teacher: Path
 ) -> StudentObjective:
-    """The student's objective, freshly initialised from the stage's seed; the teacher is read from its folder if a term
-    needs it."""
+    """Build the student's objective from the stage's seed.
+
+    The teacher is loaded from its folder if a loss term needs it.
+    """
     weights, frozen, teacher_adjustment = weights_of(section), None, None
     if weights.need_teacher(section.contrast_encoder):
         frozen, trained = load_model(teacher, "teacher")
@@ -39,7 +41,7 @@ def student_objective(
     teacher: ImageClassifier | None,
     teacher_adjustment: float | None = None,
 ) -> StudentObjective:
-    """The objective of params.student around a network and its teacher, whose L_cls had teacher_adjustment."""
+    """The objective of params.student for a network and its teacher; teacher_adjustment: of the teacher's L_cls."""
     return StudentObjective(
         model,
         teacher,
@@ -58,7 +60,7 @@ def student_objective(
 
 
 def weights_of(section: StudentParams) -> StudentWeights:
-    """The weights of the student's terms."""
+    """Weights of the student's loss terms from params."""
     return StudentWeights(
         section.gamma,
         section.beta,
