@@ -3,7 +3,7 @@
 Not related to NVIDIA's Triton Inference Server. The forward kernel reads the similarities once and writes two vectors
 of B numbers. The backward kernel reads the similarities once and writes their gradient once. No other tensor of size
 [B,K] is allocated. State: equal to the plain version in Triton's interpreter, compiled for sm_80 and sm_90, not yet run
-on a GPU by the authors; fused_kernel_check.py tests the kernels on each GPU before use.
+on a GPU in this project; fused_kernel_check.py tests the kernels on each GPU before use.
 """
 
 from __future__ import annotations

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.data.profiles import choose
-from pipeline.data.profiles import class_members
-from pipeline.data.profiles import class_sizes
-from pipeline.data.profiles import test_size
-from pipeline.data.profiles import validation_size
+import numpy as np
+
+from pipeline.data.profiles import choose, class_members, class_sizes, test_size, validation_size
 from pipeline.data.published import check_published_choice
 from pipeline.params import DataParams
-from pipeline.shared.errors import DataError
-from pipeline.shared.errors import ParamsError
-from pipeline.sources import Row
-from pipeline.sources import Source
+from pipeline.shared.errors import DataError, ParamsError
+from pipeline.sources import Row, Source
 from serving.shared.terminal import counted
-import numpy as np
 
 SPLITS = ("train", "validation", "test")
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from models.prior import GROUPS
-from models.prior import balanced_shift
 from pathlib import Path
+
+import numpy as np
+
+from models.prior import GROUPS, balanced_shift
 from pipeline.data.split_tables import read_batches
 from pipeline.shared.artifacts import PRIOR
-from pipeline.shared.errors import DataError
-from pipeline.shared.errors import ParamsError
-from pipeline.shared.errors import StageError
+from pipeline.shared.errors import DataError, ParamsError, StageError
 from serving.shared.terminal import counted
-import json
-import numpy as np
 
 BATCH_ROWS = 1 << 20  # 8 MB of labels at a time
 

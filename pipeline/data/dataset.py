@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.preprocess import ImageError, decode, preprocess, resize
 from models.distributed import mean_over_ranks
-from pipeline.shared.artifacts import SPLIT
+from models.preprocess import ImageError, decode, preprocess, resize
 from pipeline.augment import Draws, cuts_originals
-from pipeline.shared.errors import DataError
-from pipeline.shared.host_memory import free_bytes
-from pipeline.params import AugmentParams, DataParams, ImageParams, Params, StreamParams
-from pipeline.sources import Source, in_parts, open_source, reading_order
 from pipeline.data.split_tables import count_rows, read_split
 from pipeline.data.stream import ImageStream
+from pipeline.params import AugmentParams, DataParams, ImageParams, Params, StreamParams
+from pipeline.shared.artifacts import SPLIT
+from pipeline.shared.errors import DataError
+from pipeline.shared.host_memory import free_bytes
+from pipeline.sources import Source, in_parts, open_source, reading_order
 
 SHARE = 0.5  # of free memory that a decoded split may take; larger splits are streamed
 

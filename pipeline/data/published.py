@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.shared.errors import DataError
-from pipeline.params import DataParams
 from pipeline.data.profiles import class_members
+from pipeline.params import DataParams
+from pipeline.shared.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-import hashlib
-import json
-
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

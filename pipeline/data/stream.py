@@ -14,13 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.preprocess import ImageError
 from models.distributed import mean_over_ranks, rank_count
-from pipeline.shared.artifacts import SPLIT
+from models.preprocess import ImageError
 from pipeline.augment import Draws, cut_boxes
-from pipeline.shared.errors import DataError, ParamsError
-from pipeline.params import AugmentParams, DataParams, ImageParams, StreamParams
-from pipeline.sources import BadImageError, open_reader
 from pipeline.data.split_tables import ArrowStrings, read_split
 from pipeline.data.stream_decoding import (
     cut,
@@ -32,8 +28,12 @@ from pipeline.data.stream_decoding import (
     nvjpeg_originals,
     original,
 )
-from pipeline.data.stream_prefetch import Left, PrefetchIterator, workers_of_a_rank
 from pipeline.data.stream_order import order_warning, others_of_class, shuffled
+from pipeline.data.stream_prefetch import Left, PrefetchIterator, workers_of_a_rank
+from pipeline.params import AugmentParams, DataParams, ImageParams, StreamParams
+from pipeline.shared.artifacts import SPLIT
+from pipeline.shared.errors import DataError, ParamsError
+from pipeline.sources import BadImageError, open_reader
 from serving.shared.terminal import counted
 
 SHOWN = 5  # replaced images named in a message

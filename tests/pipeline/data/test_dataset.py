@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from tests.support.making import data_params, encode, folder, params, picture, table, write
 
 from pipeline import split
 from pipeline.data.dataset import load_images, normalise
 from pipeline.data.split_tables import load_classes
 from pipeline.shared.errors import DataError, ParamsError
+from tests.support.making import data_params, encode, folder, params, picture, table, write
 
 
 @pytest.fixture

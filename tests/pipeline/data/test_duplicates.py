@@ -1,17 +1,16 @@
 """Near duplicates: every pair that comparing all with all would find, and copies as people make them."""
 
-from tests.support.data_commands import scene
-
 import io
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.making import encode
 from PIL import Image
 
 from pipeline.data.duplicates import group_near_duplicates, looks_of, near_pairs
+from tests.support.data_commands import scene
+from tests.support.making import encode
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 10))
@@ -25,8 +24,6 @@ def test_the_pairs_are_those_of_comparing_all_with_all(seed, distance):
         (i, j) for i, a in enumerate(hashes.tolist()) for j, b in enumerate(hashes.tolist())
         if i < j and (a ^ b).bit_count() <= distance
     }  # fmt: skip
-
-
 
 
 def jpeg(image, quality):

@@ -7,9 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from tests.support.making import data_params, encode, write
 from PIL import Image
-from tests.support.small_training import CPU
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
@@ -21,6 +19,8 @@ from pipeline.data.stream import ImageStream
 from pipeline.data.stream_decoding import enough_pixels, original
 from pipeline.params import AugmentParams, ImageParams, StreamParams
 from pipeline.shared.errors import DataError
+from tests.support.making import data_params, encode, write
+from tests.support.small_training import CPU
 
 pytestmark = pytest.mark.slow
 

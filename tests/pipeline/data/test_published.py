@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-from tests.support.making import ROOT, params
 
-from pipeline import split
-from pipeline.data import assignment
-from pipeline.data import profiles, published
+from pipeline.data import assignment, profiles, published
 from pipeline.shared.errors import DataError
 from pipeline.sources import Row
+from tests.support.making import ROOT, params
 
 
 def cifar_rows(source):

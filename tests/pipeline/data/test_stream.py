@@ -12,8 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from tests.support.making import data_params, encode, folder, picture, write
-from tests.support.small_training import CPU
 
 from pipeline import split
 from pipeline.data import dataset
@@ -24,6 +22,8 @@ from pipeline.params import Params, StreamParams
 from pipeline.preparation.pack import pack
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.shards import RowGroups, Shard
+from tests.support.making import data_params, encode, folder, picture, write
+from tests.support.small_training import CPU
 
 pytestmark = pytest.mark.slow
 

@@ -10,13 +10,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from tests.support.making import encode, params, picture
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from models.preprocess import ImageError, preprocess
 from pipeline.data import stream_decoding
 from pipeline.data.stream_decoding import exact, fast, left_to_gpu
+from tests.support.making import encode, params, picture
 
 SMALL = params({"image.size": 56, "image.resize_to": 64}).image
 SAME = params({"image.size": 64, "image.resize_to": 64}).image

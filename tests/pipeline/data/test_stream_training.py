@@ -8,10 +8,6 @@ import weakref
 import pytest
 import safetensors.torch
 import torch
-from tests.support.making import data_params, folder, write
-from tests.support.small_training import CPU, made_images, made_training
-from tests.support.small_training import in_ranks
-from tests.support.small_training import PowerCut
 
 from pipeline import split
 from pipeline.data.dataset import AnyImages, load_images, training_images
@@ -22,6 +18,8 @@ from pipeline.training.engine import Training
 from pipeline.training.non_finite import WINDOW
 from pipeline.training.resume import RunFolder
 from pipeline.training.step import Step
+from tests.support.making import data_params, folder, write
+from tests.support.small_training import CPU, PowerCut, in_ranks, made_images, made_training
 
 pytestmark = pytest.mark.slow
 
