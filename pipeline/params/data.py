@@ -90,7 +90,7 @@ class StreamParams(Section):
 
 
 class ImageParams(Section):
-    """The network's input: shorter side to resize_to, centre crop of size (pixels), (x/255 - mean) / std per channel."""
+    """Network input: shorter side to resize_to, centre crop of size (pixels), then (x/255 - mean) / std per channel."""
 
     size: Annotated[int, Field(ge=8, le=1024)]
     resize_to: Annotated[int, Field(ge=8, le=2048)]

@@ -14,7 +14,7 @@ RECIPES = Path(__file__).with_name("recipes")  # in the repository a symbolic li
 
 
 def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
-    """Merge overlays, in order, into the text of `target`. Returns the text and one line per changed key; writes no file.
+    """Merge overlays, in order, into the text of `target`. Returns the text and a line per changed key; writes no file.
 
     Raises ParamsError, with file, key and value, for an overlay that is not a mapping or gives invalid params.
     """

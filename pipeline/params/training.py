@@ -32,13 +32,14 @@ class ScheduleParams(Section):
 
 
 class AugmentParams(Section):
-    """Augmentation of each view, in this order: crop, flip, policy, Cutout; CutMix or mixup of the classifier view last.
+    """Augmentation of each view, in this order: crop, flip, policy, Cutout; then the mix of the classifier view.
 
-    crop: `pad` adds crop_padding black pixels on each side of the test view; `resized` resizes a box with crop_scale of
-    the original image's area. contrast_policy: policy of the query and key views. randaugment, simaugment and stacked
-    (both, with grey and blur before RandAugment) start with colour jitter of strength `jitter`. simaugment always crops
-    `resized` and has no Cutout. bicubic: resampling of the authors' code, where a shear of autoaugment is bicubic
-    instead of nearest, and a translation of randaugment is bicubic instead of bilinear half of the time.
+    mix: CutMix or mixup. crop: `pad` adds crop_padding black pixels on each side of the test view; `resized` resizes a
+    box with crop_scale of the original image's area. contrast_policy: policy of the query and key views. randaugment,
+    simaugment and stacked (both, with grey and blur before RandAugment) start with colour jitter of strength `jitter`.
+    simaugment always crops `resized` and has no Cutout. bicubic: resampling of the authors' code, where a shear of
+    autoaugment is bicubic instead of nearest, and a translation of randaugment is bicubic instead of bilinear half of
+    the time.
     """
 
     crop: Literal["pad", "resized"] = "pad"

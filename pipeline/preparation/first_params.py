@@ -130,7 +130,7 @@ def choices(found: Found, location: str, gpu: bool) -> dict[str, tuple[Any, str]
 
 
 def expected_tests(found: Found) -> dict[str, SampleSize]:
-    """Sample sizes of the test split that results from `choices`: for all classes, and by shot group of the new split."""
+    """Sample sizes of the test split that results from `choices`, for all classes and by its shot groups."""
     held = [test_size(count, MOST_TESTED, TEST_SHARE) for count in found.counts]
     tested = held if found.tested is None else found.tested
     kept = [count - (size if found.tested is None else 0) for count, size in zip(found.counts, held, strict=True)]
@@ -140,7 +140,7 @@ def expected_tests(found: Found) -> dict[str, SampleSize]:
 
 
 def _network(found: Found, total: int, gpu: bool) -> dict[str, tuple[Any, str]]:
-    """Choose image size, backbone, batch size, epochs, learning rate, augmentation; the same for teacher and student."""
+    """Choose image size, backbone, batch size, epochs, learning rate, augmentation; equal for teacher and student."""
     size, resize, backbone, why = _backbone(found.shorter, total, gpu)
     batch = max(8, min(128 if total >= 50_000 else 64, 2 ** int(math.log2(max(total / 8, 1)))))
     most = 200 if gpu else 60
@@ -187,7 +187,7 @@ def _backbone(shorter: int, total: int, gpu: bool) -> tuple[int, int, str, str]:
 
 
 def _queues(total: int, classes: int) -> dict[str, tuple[Any, str]]:
-    """Choose K and k_m of Eq. 5 within the paper's ratios: about 0.3 of the training images, at least 8 rows per class."""
+    """Choose K and k_m of Eq. 5 within the paper's ratios: 0.3 of the training images, at least 8 rows per class."""
     wanted = max(0.3 * total, 8 * classes, 256)
     rows = max(min(2 ** round(math.log2(wanted)), LARGEST_QUEUE), 2 ** math.ceil(math.log2(2 * classes)))
     minimum = max(1, min(3, rows // (2 * classes)))

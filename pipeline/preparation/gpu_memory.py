@@ -112,7 +112,7 @@ def measured_step(
 
 
 def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
-    """The objective of a stage with random weights, also of a student's teacher: their values do not change the memory."""
+    """The objective of a stage with random weights, also in a student's teacher; memory depends on sizes only."""
     configs = [model_config(section, params.image, len(prior.classes)) for section in (params.teacher, params.student)]
     if stage == "teacher":
         return TeacherObjective(

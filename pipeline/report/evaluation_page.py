@@ -1,4 +1,4 @@
-"""HTML page of the evaluation report: headline, training, classes, groups, strength, calibration, label shift, confusions."""
+"""HTML evaluation report: headline, training, classes, groups, strength, calibration, label shift, confusions."""
 
 from __future__ import annotations
 

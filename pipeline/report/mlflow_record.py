@@ -25,8 +25,8 @@ HISTORIES = {"teacher": TEACHER / "history.csv", "student": STUDENT / "history.c
 NOT_LOGGED = {"tracking", "device"}  # an address may hold a password; the device is not part of the recipe
 RELEASE_TAG = "tailor.release"
 AT_ONCE = {"metrics": 1000, "params": 100}  # MLflow's limits per request
-# MLflow reads these when it is imported; values set by the user take precedence. No telemetry; requests to an unreachable
-# server fail after seconds, not minutes; a local folder is accepted as the store.
+# MLflow reads these when it is imported; values set by the user take precedence. No telemetry; requests to an
+# unreachable server fail after seconds, not minutes; a local folder is accepted as the store.
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

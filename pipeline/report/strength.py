@@ -27,7 +27,7 @@ class StrengthRow:
 
 
 def strength_sweep(logits: np.ndarray, labels: np.ndarray, prior: Prior) -> list[StrengthRow]:
-    """One row per strength in STRENGTHS. logits: balanced, [N,C]; labels: [N]. Classes without test images are excluded."""
+    """One row per strength. logits: balanced, [N,C]; labels: [N]. Classes without test images are excluded."""
     classes = len(prior.classes)
     tested = np.bincount(labels, minlength=classes)
     there = tested > 0

@@ -38,14 +38,14 @@ PLOTTED = {
     "estimated prior (MAP)": "estimated_by_map",
 }
 SHIFT_TOLERANCE = 1e-2  # nats: a seventh of a standard error, and a third of the time
-# Nats per class, if the table at full precision would take minutes. Noise alone is worth half a nat per class, and with
-# 1,000 classes no accuracy of the table may change by more than 0.34 points (tests/pipeline/evaluation/test_shift_table.py).
+# Nats per class, if the table at full precision would take minutes. Noise alone is worth half a nat per class. With
+# 1,000 classes an accuracy may change by at most 0.34 points (tests/pipeline/evaluation/test_shift_table.py).
 COARSE_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class Shift:
-    """Table of the five shifted test sets, one row per method of adjustment. missing: the reason if there is no table."""
+    """Table of the five shifted test sets, one row per method of adjustment. missing: why there is no table."""
 
     rows: list[dict[str, Any]]
     draws: int
