@@ -1,1 +1,1 @@
-"""The commands of the pipeline, one module per group of commands; `app` adds them to the application `tailor`."""
+"""Commands of the pipeline, one module per group of commands; `app` adds them to the application `tailor`."""

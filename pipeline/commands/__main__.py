@@ -1,4 +1,4 @@
-"""`python -m pipeline.commands`: the command `tailor` where it is not installed."""
+"""`python -m pipeline.commands`: run the command `tailor` if it is not installed as a script."""
 
 import sys
 

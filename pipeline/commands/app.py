@@ -1,7 +1,7 @@
-"""All commands of `tailor`: those of serving, and here those of the pipeline.
+"""The application `tailor`: adds the commands of the pipeline to those of serving.
 
-The modules that this one imports run on the base installation: torch, PyYAML, Prefect and the like are imported inside a
-command, so that `tailor --help` is fast and every command can print its own --help.
+The modules that this module imports run on the base installation. A command imports torch, PyYAML, Prefect and similar
+packages inside its function, so that `tailor --help` is fast and every command can print its --help.
 """
 
 from __future__ import annotations

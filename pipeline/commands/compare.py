@@ -1,4 +1,4 @@
-"""`tailor compare`: two runs compared on their common test set."""
+"""`tailor compare`: compare two runs on their common test set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.predictions import Answers
     from pipeline.params import Params
 
-ECE_BINS = 15  # where there is no params file
+ECE_BINS = 15  # if there is no params file
 HELP = "A run's folder, a git revision or DVC experiment, a published version's number, or `champion`."
 
 
@@ -55,7 +55,7 @@ def compare(
 
     recipe = load_params(params or PARAMS_FILE) if params or PARAMS_FILE.is_file() else None
     gate = (recipe.gate if recipe else GateParams()).model_copy(update={"target_prior": prior.value})
-    # Chosen where a version is named, as folders and revisions need none; once, as the choice may print a line.
+    # Called only for a version, because folders and revisions need no repository; cached, because it may print a line.
     chosen = cache(lambda: repository_of(repository, params or PARAMS_FILE))
     runs = [_answers(name, chosen, recipe, prior.value) for name in (before, after)]
     found = compare_runs(runs[0], runs[1], (before, after), gate, recipe.evaluate.ece_bins if recipe else ECE_BINS)
@@ -77,7 +77,7 @@ def compare(
 
 
 def _answers(name: str, repository: Callable[[], Path], params: Params | None, target_prior: str) -> Answers:
-    """What a run answers for the test set. Raises StageError or ServingError naming the run."""
+    """Predictions of a run on the test set. Raises StageError or ServingError with the name of the run."""
     from pipeline.evaluation.predictions import load_answers
     from pipeline.evaluation.runs import load_run, load_run_at_revision
     from pipeline.onnx_export.published_version import served_answers
@@ -85,7 +85,7 @@ def _answers(name: str, repository: Callable[[], Path], params: Params | None, t
 
     if Path(name).is_dir():
         return load_answers(load_run(Path(name)), target_prior)
-    if name == "champion" or (name.isdecimal() and len(name) < 7):  # a commit's short name has seven figures
+    if name == "champion" or (name.isdecimal() and len(name) < 7):  # an abbreviated commit hash has 7 digits
         if params is None:
             raise ParamsError(
                 f"{PARAMS_FILE}: no such file; a version's images are the recipe's, so pass --params FILE"

@@ -1,4 +1,4 @@
-"""A comparison of two runs for the terminal."""
+"""Print the comparison of two runs as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serving.shared.terminal import Console, cell, counted
 
 
 def show(found: Comparison, classes: int) -> None:
-    """Print the measures, and so many of the classes that changed most surely."""
+    """Print the measures, and the `classes` classes with the smallest p-values."""
     console = Console()
     before, after = cell(found.before), cell(found.after)
     within = f"{100 * found.confidence:g} % interval"

@@ -1,4 +1,4 @@
-"""`tailor data check` and `tailor data pack`: commands on a data set before anything is trained."""
+"""`tailor data check` and `tailor data pack`: check a data set before training, and pack it into Parquet shards."""
 
 from __future__ import annotations
 

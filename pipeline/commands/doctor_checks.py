@@ -1,4 +1,4 @@
-"""`tailor doctor`: what of a running Tailor is well, what will soon not be, what is not, and what to do about it."""
+"""Health checks of `tailor doctor`: installed packages, params, servers, champion, last run, ingest, disk space."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from serving.shared.terminal import counted
 LAST_RUN = Path("artifacts/retrain/last.json")
 GIB = 1024**3
 LEAST_FREE = 1.0  # GiB; with less a stage or a promotion is likely to fail
-# What each package is for, as far as a machine may lack it.
+# Optional packages, and what needs each of them.
 PACKAGES = {
     "torch": "training",
     "dvc": "the stages",
@@ -44,7 +44,7 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class Limits:
-    """From when on something is a warning: hours since the last run, days since the promotion, free GiB of a disk."""
+    """Limits for warnings: hours since the last run, days since the promotion, free GiB on a disk."""
 
     run_hours: float = 48.0
     champion_days: float = 30.0
@@ -52,9 +52,10 @@ class Limits:
 
 
 def examine(params_file: Path, repository: Path, url: str | None = None, limits: Limits | None = None) -> list[Finding]:
-    """Every check in turn; one that cannot be made is a finding like others and keeps no other from being made.
+    """Run every check and return the findings; an error of a check becomes a finding and does not stop the others.
 
-    url: the server to ask, http:// or grpc://; None asks those of this user on this machine that serve the repository.
+    url: the server to check, http:// or grpc://; None checks this user's servers on this machine that serve the
+    repository.
     """
     limits = limits or Limits()
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [

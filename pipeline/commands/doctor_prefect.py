@@ -1,4 +1,4 @@
-"""Whether Prefect's server is up, and whether somebody is there who runs what it schedules."""
+"""Health checks of `tailor doctor` for Prefect: whether its API responds, and whether a worker runs scheduled flows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOTE = Path(".prefect/tailor-server.json")  # of the server that `tailor schedul
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of `tailor doctor`: what was looked at, how it is, what was found, and what to do where it is not well."""
+    """One line of `tailor doctor`: the name of the check, its state, the result, and the remedy if it is not ok."""
 
     name: str
     state: Literal["ok", "warning", "failing"]
@@ -26,14 +26,14 @@ class Finding:
 
 
 def api_url() -> str | None:
-    """Prefect's API: of PREFECT_API_URL, or of the server that `tailor schedule` runs in this project; None for neither."""
+    """Prefect's API address: PREFECT_API_URL, else that of this project's `tailor schedule` server, else None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return os.environ.get(API_URL) or str(json.loads(NOTE.read_text(encoding="utf-8"))["url"])
     return None
 
 
 def prefect_findings() -> Iterator[Finding]:
-    """The server, then who works for it."""
+    """Check Prefect's server, then the workers that run its flows."""
     url = api_url()
     if url is None:
         yield Finding("prefect", "warning", f"{API_URL} is not set and no schedule runs here", "tailor schedule --help")
@@ -42,7 +42,7 @@ def prefect_findings() -> Iterator[Finding]:
         yield Finding("prefect", "warning", "prefect is not installed, so its server was not asked",
                       "pip install 'tailor[pipeline]'")  # fmt: skip
         return
-    # Read by Prefect when it is imported: without these it makes a folder in the user's home.
+    # Prefect reads these when it is imported; without them it creates a folder in the user's home.
     os.environ[API_URL] = url
     os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").absolute()))
     from httpx import HTTPError
@@ -64,7 +64,7 @@ def prefect_findings() -> Iterator[Finding]:
 
 
 def _worker(client: Any) -> Finding:
-    """Whoever runs the flow: a served deployment that asks for work, or an online worker of a work pool."""
+    """Check that flow runs are executed: by a served deployment that polls for runs, or an online worker of a pool."""
     online = [
         f"{worker.name} of pool {pool.name}"
         for pool in client.read_work_pools()

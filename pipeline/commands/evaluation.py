@@ -1,4 +1,4 @@
-"""`tailor gate` and `tailor shifted-priors`: the promotion decision, and accuracy where the class prior shifts."""
+"""`tailor gate` and `tailor shifted-priors`: the promotion decision, and accuracy under label shift."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def shifted_priors(
     from pipeline.shared.artifacts import as_csv, write_file
 
     answers = load_answers(Contender(predictions, prior))
-    # The log of the balanced probabilities is their logits up to an offset per row, which adjustment does not use.
+    # The log of the balanced probabilities equals the logits up to an offset per row, which has no effect here.
     logits = log_target_prior(answers.probabilities)
     rows = shift_table(logits, answers.labels, answers.prior.counts, draws=draws, seed=seed)
     if output:

@@ -1,4 +1,7 @@
-"""`tailor experiments`: the runs that DVC has kept, a line each; `dvc exp show` prints a column per parameter, hundreds."""
+"""`tailor experiments`: list the runs that DVC keeps, one line each, with metrics and changed params.
+
+`dvc exp show` prints one column per parameter, which are hundreds.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ FIGURES = ("all", "many", "medium", "few", "ece")
 class Experiment:
     """A run: `workspace`, a commit, or a DVC experiment with the commit that it started from (since).
 
-    metrics: of the student on the test split, None where the run has none. changed: params that differ from the commit's.
+    metrics: of the student on the test split; None for a metric that the run does not have. changed: params that differ
+    from those of the commit.
     """
 
     name: str
@@ -73,7 +77,7 @@ def read_experiments(content: list[dict[str, Any]], metrics_file: str) -> Iterat
 
 
 def _experiment(name: str, since: str | None, data: Any, base: Mapping[str, Any], metrics_file: str) -> Experiment:
-    # DVC writes an error in the place of a run or a file that it cannot read.
+    # DVC writes an error instead of the content of a run or file that it cannot read.
     metrics = ((data or {}).get("metrics", {}).get(metrics_file) or {}).get("data") or {}
     return Experiment(
         name,
@@ -85,7 +89,7 @@ def _experiment(name: str, since: str | None, data: Any, base: Mapping[str, Any]
 
 
 def _flat_params(data: Any) -> dict[str, Any]:
-    """The params of a run by dotted key; empty where DVC could not read them."""
+    """Params of a run by dotted key; empty if DVC could not read them."""
     content = ((data or {}).get("params", {}).get(str(PARAMS_FILE)) or {}).get("data") or {}
     return dict(_flat(content, ""))
 
@@ -99,7 +103,7 @@ def _flat(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def experiments_table(runs: list[Experiment], prior: str) -> Table:
-    """A row a run, those since a commit indented beneath it; 120 columns suffice."""
+    """Table with one row per run, experiments indented below their commit; at most 120 columns wide."""
     table = Table(title=f"student on the test split, target prior {prior}", box=None, title_justify="left")
     for heading in ("run", "created", *FIGURES):
         table.add_column(heading, no_wrap=True)

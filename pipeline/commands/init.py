@@ -1,4 +1,4 @@
-"""`tailor new`, `tailor init` and `tailor recipe`: a project of your own, and its params.yaml."""
+"""`tailor new`, `tailor init` and `tailor recipe`: create a project and write its params.yaml."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def init(
 
 
 def _changed(path: Path) -> bool:
-    """Whether git would lose something by an overwrite: the file differs from the last commit, or nothing holds it.
+    """Whether an overwrite would lose changes: the file differs from the last commit, or git does not track it.
 
-    Raises GitError where git refuses to read the repository.
+    Raises GitError if git refuses to read the repository.
     """
     from pipeline.shared.lineage import git
 

@@ -1,4 +1,4 @@
-"""Options that the pipeline's commands share."""
+"""Command-line options shared by the pipeline's commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.commands.options import RELEASES, choose_repository
 
 
 class TargetPrior(StrEnum):
-    """The class prior that the answers are for."""
+    """Target class prior of the predictions."""
 
     balanced = "balanced"
     train = "train"
@@ -31,7 +31,7 @@ RepositoryOption = Annotated[
 
 
 def repository_of(given: Path | None, params: Path) -> Path:
-    """The repository of a command, by the rule of all commands: promoted versions are in the folder that the params name."""
+    """Choose the model repository of a command by `choose_repository`; promoted versions are in retrain.repository."""
     if given is not None or not params.is_file():
         return choose_repository(given, RELEASES)
     from pipeline.params import load_params

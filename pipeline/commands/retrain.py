@@ -1,4 +1,4 @@
-"""`tailor ingest`, `retrain`, `schedule` and `history`: new images, a model trained on them, and the record of both."""
+"""`tailor ingest`, `retrain`, `schedule` and `history`: add images, retrain and promote, list published versions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def retrain(
 
 
 def _show(evidence: str | None) -> None:
-    """Print the comparison of champion and challenger as a table."""
+    """Print the comparison of champion and challenger from the evidence folder as a table."""
     import json
 
     from rich.table import Table
@@ -88,7 +88,7 @@ def _show(evidence: str | None) -> None:
     rows = comparison({name: Measure(**measure) for name, measure in measures.items()})
     if rows:
         table = Table(title="challenger against champion", box=None, title_justify="left")
-        columns = ("measure", "champion", "challenger", "difference", "interval", "verdict")  # what 80 columns hold
+        columns = ("measure", "champion", "challenger", "difference", "interval", "verdict")  # fit into 80 columns
         for name in columns:
             table.add_column(name, no_wrap=True)
         for row in rows:

@@ -1,4 +1,4 @@
-"""`tailor memory` and `tailor ray-train`: what a training step takes of a GPU, and a training stage on Ray."""
+"""`tailor memory` and `tailor ray-train`: estimate the GPU memory of a training step, and run a stage on Ray."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What `make demo` and `make retrain-demo` run."""
+"""Programs that `make demo` and `make retrain-demo` run."""

@@ -1,8 +1,8 @@
-"""`python -m pipeline.demo.baseline`: the student against plain cross-entropy on the same data, in one table for `make demo`.
+"""`python -m pipeline.demo.baseline`: compare the student with plain cross-entropy on the same data (`make demo`).
 
-Trains the student's network with plain cross-entropy (the student's epochs, schedule, augmentation and seed; no adjustment,
-no teacher), evaluates both on the test split and prints accuracy for all images and by group. Nothing is chosen by the test
-split: both networks are those of the last epoch. Memory and time are those of one teacher.
+Trains the student's network with plain cross-entropy (the student's epochs, schedule, augmentation and seed; no logit
+adjustment, no teacher), evaluates both on the test split and prints accuracy for all images and by group. The test
+split selects nothing: both networks are those of the last epoch. Memory and time are those of one teacher.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pipeline.training.run import model_config, run_folder, stage_seed, teacher_
 from serving.shared.terminal import Console, counted
 
 FOLDER = Path("artifacts/baseline")
-# Short enough for a table of 80 columns.
+# Short, so that the table fits into 80 columns.
 PLAIN, CORRECTED, STUDENT_ROW = "cross-entropy", " minus log prior", "Tailor's student"
 COLUMNS = ("all", *GROUPS)
 
 
 @dataclass(frozen=True)
 class Result:
-    """How many test images were compared, and where the network of plain cross-entropy lies."""
+    """Number of compared test images, and the folder of the network trained with plain cross-entropy."""
 
     images: int
     output: Path
@@ -48,7 +48,10 @@ class Result:
 
 
 def run(params: Params, folder: Path = FOLDER) -> Result:
-    """Train plain cross-entropy unless `folder` holds it already, print the table. Raises DataError without a test split."""
+    """Train with plain cross-entropy unless `folder` has the network already, and print the table.
+
+    Raises DataError if the test split is empty.
+    """
     prior, test = load_prior(), evaluation_images(params, "test")
     if len(test) == 0:
         raise DataError("data/split/test.parquet: holds no images; the comparison needs a test split")
@@ -81,7 +84,7 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
 
 
 def classification_section(student: StudentParams, adjustment: float) -> TrainingParams:
-    """The student's section without its teacher: the same network, trained on L_cls alone with this logit adjustment."""
+    """The student's params without distillation: the same network, trained on L_cls only with this adjustment."""
     section = student.model_dump(include=set(TrainingParams.model_fields))
     return TrainingParams.model_validate({**section, "adjustment": adjustment})
 
@@ -95,7 +98,7 @@ def _answers(
 
 
 def gain_table(measures: dict[str, dict[str, Measure]], plain: Answers, confidence: float) -> Table:
-    """Accuracy in percent of each row of measures, and the last row's difference from plain cross-entropy with its interval.
+    """Table of accuracies in percent, and the student's difference from plain cross-entropy with its interval.
 
     measures: row → all, many, medium, few, compared with plain cross-entropy.
     """
@@ -128,7 +131,7 @@ def _interval(measure: Measure) -> str:
 
 
 def limits(epochs: int, prior: Prior, tested: int) -> str:
-    """What the table can show and what it cannot, in a few lines."""
+    """Text below the table: what was trained, and the limits of the comparison."""
     images, names = sum(prior.counts), len(prior.classes)
     return (
         f"cross-entropy: plain, with the student's network, epochs ({epochs}), augmentation and seed, on "

@@ -1,7 +1,7 @@
-"""`make retrain-demo`: two rounds of retraining on the embedded data, one promoted and one refused, by the true commands.
+"""`make retrain-demo`: two rounds of retraining on the embedded data with the real commands, one promoted, one refused.
 
-The project is a new one in build/retrain-demo, which stays for you to look at. In the second round the drop folder holds real
-images under wrong labels: the rows are well-formed, so ingest takes them, and the gate sees what they do.
+The project is created in build/retrain-demo and remains for inspection. In the second round the drop folder holds real
+images with wrong labels: the rows are well-formed, so ingest accepts them, and the gate measures their effect.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ teacher: {epochs: 12, schedule: {warmup_epochs: 0}}
 student: {epochs: 12, schedule: {warmup_epochs: 0}}
 ingest: {settle_seconds: 0}
 """
-WRONG = 400  # images under wrong labels
+WRONG = 400  # images with wrong labels
 
 
 def run() -> None:
-    """Both rounds. Raises StageError when one does not end as it should."""
+    """Run both rounds. Raises StageError if a command fails or the repository does not hold version 1 only."""
     begun = time.monotonic()
     project = _make_project()
     _say("round 1: no champion yet, so the first model has to reach the floor (gate.floor)")
@@ -58,7 +58,7 @@ def run() -> None:
 
 
 def _make_project() -> Path:
-    """A new project with the default recipe and shorter training."""
+    """Create a project with the default recipe and shorter training."""
     project = FOLDER.absolute()
     shutil.rmtree(project, ignore_errors=True)
     create_project(project)
@@ -74,7 +74,7 @@ def _make_project() -> Path:
 
 
 def _fill_drop(project: Path) -> int:
-    """Write images that no split holds into the drop folder, each under a wrong label; how many."""
+    """Write images that are in no split into the drop folder, each with a wrong label. Returns their number."""
     source = DigitsSource()
     used: set[str] = set()
     for split in ("train", "validation", "test"):
@@ -93,7 +93,7 @@ def _some_image(project: Path) -> str:
 
 
 class _serving:
-    """`tailor serve` on the releases, for the time of a block; the addresses that it printed."""
+    """Context manager that runs `tailor serve` on the releases; gives the addresses that the server printed."""
 
     def __init__(self, project: Path) -> None:
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
@@ -119,7 +119,7 @@ class _serving:
 
 
 def _command(project: Path, *command: str) -> None:
-    """Show a command and run it. Raises StageError when it fails."""
+    """Print a command and run it. Raises StageError if it fails."""
     if command[0] == "tailor" or command[:2] == ("dvc", "exp"):
         print(f"\n$ {' '.join(command)}", flush=True)
     done = subprocess.run(_whole(command), cwd=project, env=_environment(), stdin=subprocess.DEVNULL, check=False)
@@ -132,7 +132,7 @@ def _whole(command: tuple[str, ...] | list[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    first = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}  # this interpreter and this code, also of a clone
+    first = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}  # commands use this interpreter and source tree
     values = {name: [str(path), *filter(None, [os.environ.get(name)])] for name, path in first.items()}
     return os.environ | {name: os.pathsep.join(paths) for name, paths in values.items()}
 

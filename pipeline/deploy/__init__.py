@@ -1,1 +1,1 @@
-"""Ray and Kubernetes: the training stages on many machines."""
+"""Run the training stages on many machines: Ray and Kubernetes."""

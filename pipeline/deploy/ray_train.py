@@ -1,7 +1,7 @@
-"""A training stage as a Ray Train job, for teams that have Ray; the same stage that `torchrun` starts.
+"""Run a training stage as a Ray Train job; the stage is the same that `torchrun` starts.
 
-Ray places the workers, joins them to a process group and restarts them when one is lost; each then runs the stage, which
-resumes from its checkpoint. Ray does nothing else: checkpoints, metrics and artifacts are the stage's own.
+Ray places the workers, joins them to a process group and restarts them if one is lost. Each worker then runs the stage,
+which resumes from its checkpoint. The stage itself, not Ray, writes checkpoints, metrics and artifacts.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from serving.shared.terminal import print
 class Job:
     """A training stage in the project's folder, and the workers of a cluster that run it.
 
-    address: a running cluster; None starts one on this machine. cpus: of a worker. restarts: how often lost workers are
-    restarted. debug: print Ray's log.
+    address: a running cluster; None starts one on this machine. cpus: CPUs per worker. restarts: how often lost workers
+    are restarted. debug: print Ray's log.
     """
 
     stage: str
@@ -42,15 +42,15 @@ class Job:
 
 
 def run(job: Job) -> str:
-    """Run the stage on the workers; its summary line. What Ray started here has ended when this returns.
+    """Run the stage on the workers and return its summary line. Processes that Ray started here have exited on return.
 
-    Raises the stage's own StageError; ParamsError when Ray is not installed or its cluster cannot be reached.
+    Raises the stage's StageError; ParamsError if Ray is not installed or its cluster cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Workers import PyTorch, from a shared disk perhaps; after Ray's own 60 s it would start them over, again and again.
+    # To import PyTorch from a shared disk can take longer than Ray's 60 s, after which Ray restarts the workers.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     if not job.address:
-        # Ray's switch for systems that ask about every port: a cluster of one machine then stays on loopback.
+        # Off, so that Ray keeps a cluster of one machine on loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import psutil
@@ -59,10 +59,10 @@ def run(job: Job) -> str:
         from ray.train.torch import TorchConfig, TorchTrainer
     except ModuleNotFoundError as error:
         raise ParamsError(f"{error.name} is not installed; pip install 'tailor[ray]'") from None
-    # Where the code is: workers run the same, also when it is not installed.
+    # Workers import this source tree, also if it is not installed.
     code = {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
     try:
-        # "local": without an address Ray would join whatever cluster it finds on this machine.
+        # "local": without an address Ray would join any cluster that runs on this machine.
         ray.init(
             address=job.address or "local",
             runtime_env={"env_vars": code},
@@ -77,7 +77,7 @@ def run(job: Job) -> str:
     output = kept / "output.txt"
     output.write_text("", encoding="utf-8")
     try:
-        # What NCCL joins must lie on GPUs: with device: cpu the workers ask for none.
+        # NCCL needs GPU tensors; with device: cpu the workers request no GPU and use gloo.
         gpus = load_params(job.params).device != "cpu" and ray.cluster_resources().get("GPU", 0) >= job.workers
         trainer = TorchTrainer(
             _work,
@@ -100,7 +100,7 @@ def run(job: Job) -> str:
     except TrainingFailedError as error:
         raise _cause(error) from error
     finally:
-        # Ray leaves some of its watchers to end by themselves, minutes later, with our output still in their hands.
+        # Some Ray processes exit minutes after shutdown and keep this process's stdout open until then; end them here.
         started = [] if job.address else psutil.Process().children(recursive=True)
         ray.shutdown()
         for process in psutil.wait_procs(started, timeout=10)[1]:
@@ -110,17 +110,20 @@ def run(job: Job) -> str:
 
 
 def _own_cluster(job: Job) -> dict[str, Any]:
-    """What a cluster of our own is given: CPUs for the workers, no dashboard. Nothing for one that runs."""
+    """Options of ray.init for a new cluster: CPUs for the workers, no dashboard. Empty for a running cluster."""
     if job.address:
         return {}
     return {"num_cpus": job.workers * job.cpus, "include_dashboard": False}
 
 
 def _work(task: dict[str, str]) -> str:
-    """Run the stage as one worker, in the project's folder; its summary. Ray has set the ranks and joined the process group."""
+    """Run the stage as one worker, in the project's folder, and return its summary.
+
+    Ray has set the rank variables and joined the process group before this call.
+    """
     os.chdir(task["folder"])
     stage = importlib.import_module(f"pipeline.{task['stage']}")
-    # One worker prints, through a file, because Ray adds its own text before and between the lines.
+    # Rank 0 prints through a file, because Ray adds text before and between lines on stdout.
     where = Path(task["output"] if os.environ["RANK"] == "0" else os.devnull)
     with where.open("a", buffering=1, encoding="utf-8") as output, contextlib.redirect_stdout(output):
         return str(stage.run(load_params(Path(task["params"]))))
@@ -128,7 +131,7 @@ def _work(task: dict[str, str]) -> str:
 
 @contextlib.contextmanager
 def _shown(output: Path) -> Iterator[None]:
-    """A block in which what is appended to a file is printed as it comes."""
+    """Context manager that prints the text appended to a file while the block runs."""
     ended = threading.Event()
 
     def follow() -> None:
@@ -150,7 +153,7 @@ def _shown(output: Path) -> Iterator[None]:
 
 
 def _cause(failed: Exception) -> Exception:
-    """The stage's own error, by the first worker that has one; else that workers were lost, in one line."""
+    """The stage's error of the first worker that has one; else a StageError that workers were lost."""
     failures = dict(getattr(failed, "worker_failures", {}))
     own = [error for _, error in sorted(failures.items()) if isinstance(error, StageError | OSError)]
     if own:

@@ -1,1 +1,1 @@
-"""Predictions, metrics, intervals, the gate, comparison of runs."""
+"""Predictions, metrics, confidence intervals, the promotion gate and the comparison of runs."""

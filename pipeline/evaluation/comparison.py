@@ -1,4 +1,4 @@
-"""Champion and challenger on the same test set: what differs, and how much of it may be chance."""
+"""Paired comparison of champion and challenger on one test set: differences, bootstrap intervals, McNemar's tests."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pipeline.params import GateParams, GateRule
 
 @dataclass(frozen=True)
 class Measure:
-    """One comparison. difference is challenger - champion, low and high its bootstrap interval; None where there is none.
+    """One compared measure. difference is challenger - champion; low and high are its bootstrap interval.
 
-    mcnemar: two-sided p-value over the measure's samples. passed: None where the rule is none, and where the test
-    images are too few to judge by. images, effective: the measure's `models.sample_size.SampleSize`; None where it rests on
-    none, as latency and a group without classes do.
+    Values that were not computed are None. mcnemar: two-sided p-value over the measure's samples. passed: None if the
+    rule is `none` or the measure has too few test images. images, effective: the fields of the measure's
+    `models.sample_size.SampleSize`; None for measures without one, such as latency and a group without classes.
     """
 
     champion: float | None
@@ -40,21 +40,21 @@ class Measure:
 
     @property
     def size(self) -> SampleSize | None:
-        """How many test images the measure rests on."""
+        """Number of test images of the measure; None if the measure has no sample size."""
         return None if self.images is None or self.effective is None else SampleSize(self.images, self.effective)
 
     @property
     def too_few(self) -> bool:
-        """Whether it rests on too few test images."""
+        """Whether the measure has too few test images for a decision."""
         return self.size is not None and self.size.too_few
 
 
 @dataclass(frozen=True)
 class ClassDifference:
-    """One class under both: accuracies, challenger - champion with its interval, won and lost samples, McNemar's p-value.
+    """Comparison of one class: both accuracies, challenger - champion with its interval, McNemar's p-value.
 
-    q: p corrected for the number of classes (Benjamini and Hochberg 1995): of all classes of q <= 0.05, about one in twenty
-    differs by chance.
+    won, lost: samples that only the challenger, or only the champion, predicts correctly. q: p corrected for the number
+    of classes (Benjamini and Hochberg 1995): of all classes with q <= 0.05, about one in twenty differs by chance.
     """
 
     name: str
@@ -73,11 +73,11 @@ class ClassDifference:
 
 
 def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins: int) -> dict[str, Measure]:
-    """Accuracy on all, many, medium and few, and the calibration error, with paired intervals and McNemar's tests.
+    """Compare accuracy on all, many, medium and few, and the calibration error; paired intervals and McNemar's tests.
 
-    The champion's groups count: few are the classes that were few when it was trained. many, medium and few are means of
-    class accuracies, as `evaluate` has them, so a sample counts by one over its class's size. all weighs the classes by
-    the target prior, which is the data that the answers are for: with `balanced` it is the balanced accuracy.
+    The groups are those of the champion's training prior. many, medium and few are means of class accuracies, as in
+    `evaluate`: the weight of a sample is 1 / (test samples of its class). all weighs the classes by the target prior:
+    with `balanced` it is the balanced accuracy.
     """
     labels, classes = challenger.labels, len(champion.prior.classes)
     right = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
@@ -99,7 +99,7 @@ def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins
 
 
 def too_few_images(measures: dict[str, Measure]) -> list[str]:
-    """A line for each rule whose measure rests on too few test images, with what to do."""
+    """One line for each rule whose measure has too few test images, with the remedy."""
     return [
         f"{name}: {measure.size}; {ADVICE}, or set gate.{name}.rule: none"
         for name, measure in measures.items()
@@ -108,7 +108,7 @@ def too_few_images(measures: dict[str, Measure]) -> list[str]:
 
 
 def _sized(measure: Measure, size: SampleSize | None) -> Measure:
-    """The measure with its sample size; without a verdict where the test images are too few."""
+    """Add the sample size to a measure; passed becomes None if the test images are too few."""
     if size is None:
         return measure
     passed = None if size.too_few else measure.passed
@@ -120,7 +120,7 @@ def _accuracy(
 ) -> Measure:
     rule = getattr(params, name)
     if not len(weights):
-        # A group without test samples has no figures, and a rule on it has nothing to refuse.
+        # A group without test samples has no accuracy, so its rule cannot refuse.
         return Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
     change = (challenger.astype(np.float64) - champion) * weights * len(weights)
     low, high = paired_interval(lambda index: change[index].mean(axis=-1), len(change), params)
@@ -138,7 +138,7 @@ def _calibration(
     pair = [calibration_of(p, labels, bins) for p in (champion, challenger)]
     low, high = paired_interval(lambda index: pair[1](index) - pair[0](index), len(labels), params)
     before, after = (expected_calibration_error(p, labels, bins) for p in (champion, challenger))
-    # A larger error is worse: the rules ask for what must not fall.
+    # The rules are written for values that must not decrease; a calibration error must not increase.
     passed = _judge(rule, before - after, -high, -low, None, 1 - params.confidence)
     return Measure(before, after, after - before, low, high, None, rule.rule, rule.margin, passed)
 
@@ -146,17 +146,17 @@ def _calibration(
 def paired_interval(
     statistic: Callable[[np.ndarray], np.ndarray], samples: int, params: GateParams
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic of sample indices; the same draws for the same seed and size."""
-    if samples < 2:  # one sample shows no noise, so no difference would be within it
+    """Percentile bootstrap interval of a statistic of sample indices; equal seed and size give equal draws."""
+    if samples < 2:  # the bootstrap of one sample has zero width; return the widest interval
         return -1.0, 1.0
     return bootstrap(statistic, samples, params.resamples, params.confidence, params.seed)
 
 
 def compare_classes(challenger: Answers, champion: Answers, confidence: float) -> list[ClassDifference]:
-    """Every class that has test samples, in the champion's order, with its groups and counts.
+    """Compare the accuracy of every class that has test samples; classes, groups and counts of the champion's prior.
 
-    The interval is Agresti and Min's (2005), half a sample added to each of the four ways that a pair can come out: a class
-    has few test samples, and where none of them differs the bootstrap would be sure of it.
+    The interval is that of Agresti and Min (2005), which adds half a sample to each of the four outcomes of a pair. A
+    bootstrap interval has zero width if no sample of a class differs, and classes have few test samples.
     """
     from scipy.stats import false_discovery_control
 
@@ -183,10 +183,11 @@ def compare_classes(challenger: Answers, champion: Answers, confidence: float) -
 
 
 def mcnemar(champion: np.ndarray, challenger: np.ndarray, weights: np.ndarray, params: GateParams) -> float:
-    """Two-sided McNemar p-value: are the samples that one alone gets right split evenly? 1 when there are none.
+    """Two-sided McNemar p-value for samples that only one of the two models predicts correctly; 1 if there are none.
 
-    weights: float [N] of the samples. The exact test where those that differ weigh the same, else its permutation form: the
-    share of params.resamples random signs under which the weighted difference is at least as large.
+    weights: float [N], one per sample. If the samples that differ have equal weights, the exact test is used. Otherwise
+    its permutation form: the share of params.resamples random sign vectors with at least as large a weighted
+    difference.
     """
     differ = champion != challenger
     signs, weight = np.where(challenger[differ], 1.0, -1.0), weights[differ]
@@ -212,8 +213,8 @@ def _judge(rule: GateRule, difference: float, low: float, high: float, p: float 
     if rule.rule == "none":
         return None
     if rule.rule == "estimate":
-        return difference >= -rule.margin - 1e-12  # a sum of weights is exact to rounding
+        return difference >= -rule.margin - 1e-12  # tolerance for rounding of the sum of weights
     if rule.rule == "proven":
         return low >= -rule.margin - 1e-12
-    # beyond_noise: both tests must agree, as the bootstrap's interval is too narrow where few samples differ.
+    # beyond_noise: both tests must agree, because the bootstrap interval is too narrow if few samples differ.
     return not (high < -rule.margin and (p is None or p <= alpha))

@@ -1,4 +1,4 @@
-"""The gate: does the challenger take the champion's place? Both on one frozen test set; writes decision.json."""
+"""Promotion gate: compare challenger and champion on one frozen test set, decide, and write decision.json."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pipeline.shared.errors import StageError, explain
 
 @dataclass(frozen=True)
 class Decision:
-    """Content of decision.json. computed is False when the gate could not be computed; reasons then holds the cause.
+    """Content of decision.json. computed is False if the gate could not be computed; reasons then holds the cause.
 
-    undecided: the test images are too few for a rule, and no other rule refuses; promote is then False.
+    undecided: a rule has too few test images, and no other rule refuses; promote is then False.
     """
 
     promote: bool
@@ -51,11 +51,12 @@ def decide(
     output: Path | None = DECISION,
     fault: GateError | None = None,
 ) -> Decision:
-    """Compare, decide and write the decision to `output`. Without a champion the challenger must reach the floor.
+    """Decide whether to promote the challenger, and write the decision to `output`; None writes no file.
 
-    A gate that cannot be computed is a refusal with the reason, never an exception: missing or damaged files, other
-    classes, another test set, a latency that a rule needs and that was not measured; and `fault`, an error of the caller
-    that collected the files. Raises OSError where the decision itself cannot be written.
+    Without a champion the challenger must reach gate.floor. A gate that cannot be computed is a refusal with the
+    reason, not an exception: missing or damaged files, different classes or test sets, a latency that a rule needs and
+    that was not measured, or `fault`, an error of the caller that collected the files. Raises OSError if the decision
+    cannot be written.
     """
     named = {"challenger": challenger, "champion": champion}
     inputs = {name: _describe(contender) for name, contender in named.items()}
@@ -99,7 +100,7 @@ def _latency(challenger: float | None, champion: float | None, params: GateParam
 
 
 def _first(mine: Answers, params: GateParams) -> tuple[bool, bool, list[str]]:
-    """Whether the first model reaches the floor, whether the test images are too few for an answer, and why."""
+    """Decide on the first model: (whether it reaches the floor, whether the test images are too few, the reasons)."""
     predicted = mine.probabilities.argmax(1)
     score = mean_of(per_class_accuracy(predicted, mine.labels, len(mine.prior.classes))) or 0.0
     text = f"first model, balanced accuracy {score:.1%}"
@@ -121,7 +122,7 @@ def _describe(contender: Contender | None) -> dict[str, Any] | None:
     if contender is None:
         return None
     path, digest = contender.predictions, None
-    with contextlib.suppress(OSError):  # a file that cannot be read is a reason of the decision
+    with contextlib.suppress(OSError):  # load_answers reports the unreadable file as a reason of the decision
         digest = sha256_of(path)
     return {
         "predictions": str(path),

@@ -1,4 +1,4 @@
-"""How much of a figure may be chance: intervals of accuracies and of the calibration error. numpy and the standard library."""
+"""Confidence intervals of accuracies and of the calibration error: Wilson's, stratified and percentile bootstrap."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from models.label_shift import interval
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-AT_ONCE = 4_000_000  # resampled rows, or classes, in memory at a time
+AT_ONCE = 4_000_000  # largest number of resampled rows, or classes, in memory
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval; all None where there is nothing to measure."""
+    """A value and its confidence interval; all three are None if there are no samples."""
 
     value: float | None
     low: float | None
@@ -28,14 +28,14 @@ NOTHING = Estimate(None, None, None)
 
 
 def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> Estimate:
-    """A share and its score interval (Wilson 1927), which keeps its promise for few samples and near 0 and 1."""
+    """A proportion and its score interval (Wilson 1927), whose coverage holds for few samples and near 0 and 1."""
     if not total:
         return NOTHING
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, scale = right / total, 1 + z * z / total
     centre = (share + z * z / (2 * total)) / scale
     half = z * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / scale
-    # The bounds of 0 and of 1 are exact; rounding would put them beside.
+    # The bounds at 0 and 1 are exact; rounding would move them.
     low, high = float(centre - half), float(centre + half)
     return Estimate(share, 0.0 if right == 0 else low, 1.0 if right == total else high)
 
@@ -43,15 +43,15 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> Estimate:
 def weighted_accuracy(
     right: np.ndarray, tested: np.ndarray, weights: np.ndarray, *, seed: int = 0, confidence: float = CONFIDENCE
 ) -> Estimate:
-    """Σ weight · accuracy over the classes, with its bootstrap interval; the weights are made to sum to 1.
+    """Σ weight · accuracy over the classes, with its bootstrap interval; the weights are normalised to sum to 1.
 
-    right, tested: int [C], samples of each class that were right, and that there are. weights: [C]; equal ones give the
-    mean of class accuracies, a prior gives the accuracy at that target prior. Test sets have a fixed number of samples a
-    class, so samples are drawn again within each class, and the number of a class's right ones among them is binomial.
-    A class of few samples is often all right or all wrong, and would then never be drawn otherwise: each is drawn as if it
-    had one sample more, right to the share of the mean, and what is drawn beyond its expectation is added to the figure.
-    Classes without samples are left out. Where every sample is right, or none, no draw differs: the interval is then
-    Wilson's, of all samples together.
+    right, tested: int [C], correct and all test samples of each class. weights: [C]; equal weights give the mean of
+    class accuracies, a prior gives the accuracy at that target prior. Test sets have a fixed number of samples per
+    class, so resampling is stratified by class, and the number of correct samples of a class is binomial. A class with
+    few samples often has accuracy 0 or 1, and its resamples would have no variance. Each class is therefore drawn as if
+    it had one more sample, correct with the probability of the mean accuracy, and the deviation of a draw from its
+    expectation is added to the value. Classes without samples are excluded. If all samples are correct, or none, the
+    interval is Wilson's, of all samples together.
     """
     there = (tested > 0) & (weights > 0)
     if not there.any():
@@ -86,7 +86,10 @@ def bootstrap(
 def _percentiles(
     draw: Callable[[int], np.ndarray], width: int, resamples: int, confidence: float
 ) -> tuple[float, float]:
-    """Bounds of the central share `confidence` of so many draws; draw: count → [count], from `width` numbers each."""
+    """Bounds of the central share `confidence` of `resamples` draws.
+
+    draw: count → float [count]; each value uses `width` numbers, which bounds the count of one call.
+    """
     at_once = max(1, AT_ONCE // width)
     values = [draw(min(at_once, resamples - first)) for first in range(0, resamples, at_once)]
     low, high = interval(np.concatenate(values), confidence)

@@ -1,4 +1,4 @@
-"""Metrics of a classifier's answers, for one target prior. numpy in, plain numbers out; an empty group is None (n/a)."""
+"""Classification metrics for one target prior: accuracy, top-k, NLL, ECE. A group without samples has None."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import numpy as np
 from models.prior import GROUPS, adjust_logits, softmax
 from models.sample_size import as_json, sample_sizes
 
-AT_ONCE = 4_000_000  # probabilities compared at a time
+AT_ONCE = 4_000_000  # largest number of probabilities compared in one step
 
 
 def answers(logits: np.ndarray, log_prior: np.ndarray, strength: float) -> np.ndarray:
-    """Probabilities [N,C] of the adjusted logits; strength 0 answers for the balanced prior, 1 for the training prior."""
+    """Probabilities [N,C] of the adjusted logits; strength 0 is the balanced target prior, 1 the training prior."""
     return softmax(adjust_logits(logits, log_prior, strength))
 
 
 def per_class_accuracy(predicted: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
-    """Share of each class's samples that were predicted right; None for a class without samples."""
+    """Share of correct predictions of each class; None for a class without samples."""
     total = np.bincount(labels, minlength=classes)
     right = np.bincount(labels[predicted == labels], minlength=classes)
     return [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
 
 
 def mean_of(values: list[float | None]) -> float | None:
-    """Mean of the numbers among the values; None when there is none."""
+    """Mean of the values that are not None; None if there are none."""
     numbers = [value for value in values if value is not None]
     return float(np.mean(numbers)) if numbers else None
 
 
 def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of samples whose label is among the k most probable classes, the first of equal ones; k above C counts all.
+    """Share of samples whose label is among the k most probable classes; k above C counts all.
 
-    The label's rank is counted, which costs a tenth of sorting ten thousand classes.
+    Of equal probabilities the lower class index comes first. The rank of the label is counted instead of sorting, which
+    takes a tenth of the time at ten thousand classes.
     """
     ranks = np.empty(len(labels), dtype=np.int64)
     at_once = max(1, AT_ONCE // probabilities.shape[1])
@@ -47,13 +48,13 @@ def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> flo
 
 
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Weighted mean of -log p(label), in nats; p is floored at 1e-12, so one sure mistake does not make it infinite."""
+    """Weighted mean of -log p(label), in nats; p is at least 1e-12, so that a p of 0 does not make it infinite."""
     p = probabilities[np.arange(len(labels)), labels]
     return float(np.average(-np.log(np.maximum(p, 1e-12)), weights=weights))
 
 
 def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> tuple[np.ndarray, ...]:
-    """Of each answer its equal-width confidence bin (a, b], its confidence, and 1.0 if it is right, else 0.0; all [N]."""
+    """Equal-width confidence bin (a, b], confidence, and 1.0 if correct else 0.0, of each prediction; all [N]."""
     confidence = probabilities.max(axis=1)
     right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1), confidence, right
@@ -72,12 +73,12 @@ def expected_calibration_error(
 def evaluate_answers(
     probabilities: np.ndarray, labels: np.ndarray, groups: list[str], target_prior: np.ndarray, *, bins: int, top_k: int
 ) -> dict[str, Any]:
-    """All metrics of one set of answers.
+    """Compute all metrics of one set of predictions.
 
     probabilities [N,C], labels [N], groups: shot group of each class, target_prior [C]. `many`, `medium` and `few` are
     means of per-class accuracies. `at_target_prior` weighs the samples as if the test set followed the target prior,
-    which is the data that the answers were adjusted for; the other figures take the test set as it is. `test_images`:
-    of all and of each group that has classes, how many there are and whether they are too few to judge by.
+    for which the logits were adjusted; the other metrics weigh all test samples equally. `test_images`: for all classes
+    and for each group that has classes, the number of test images and whether it is too small.
     """
     classes = len(groups)
     predicted = probabilities.argmax(axis=1)
@@ -102,7 +103,7 @@ def evaluate_answers(
 
 
 def calibration_of(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The calibration error of resampled rows: index [..., N] → ECE [...], equal to `expected_calibration_error`."""
+    """Function that maps resampled row indices [..., N] to ECE [...]; equal to `expected_calibration_error`."""
     bin_index, confidence, right = confidence_bins(probabilities, labels, bins)
     gap = right - confidence
 

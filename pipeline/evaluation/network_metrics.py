@@ -22,7 +22,10 @@ TARGET_PRIORS = {"balanced": 0.0, "train": 1.0}
 def network_logits(
     folder: Path, stage: str, test: AnyImages, image: ImageParams, prior: Prior, device: torch.device
 ) -> np.ndarray:
-    """Balanced logits [N,C] of the network that `stage` left in `folder`. Raises as load_model and check_image do."""
+    """Balanced logits [N,C] of the network that `stage` wrote to `folder`, for all images of `test`.
+
+    Raises StageError if a logit is not finite, and the errors of load_model and check_image.
+    """
     model, config = load_model(folder, stage)
     check_image(config, image, folder)
     model = model.to(device, memory_format=torch.channels_last)
@@ -42,7 +45,7 @@ def _answers(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
 
 
 def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params: EvaluateParams) -> dict[str, Any]:
-    """Target prior → metric, of a network's balanced logits [N,C] for labels [N]."""
+    """Metrics of balanced logits [N,C] with labels [N]: target prior → metric → value."""
     found = _answers(logits, prior)
     classes = len(prior.classes)
     targets = {"balanced": np.full(classes, 1 / classes), "train": np.array(prior.p)}

@@ -1,4 +1,4 @@
-"""Predictions of a run on its test set, read from predictions.parquet, and the check that two runs are comparable."""
+"""Read a run's test predictions from predictions.parquet, and check that two runs are comparable."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ LIMIT = MemoryLimit(1024)  # 24,000 test images of 8,000 classes take 760 MiB
 
 
 class GateError(StageError):
-    """The gate cannot be computed, which is a refusal."""
+    """The gate cannot be computed; the decision is then a refusal."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model at the gate: the two files that describe it, and milliseconds per image in ONNX Runtime if measured."""
+    """A model that is compared: its predictions.parquet and prior.json, and its latency.
+
+    latency_ms: milliseconds per image in ONNX Runtime; None if not measured.
+    """
 
     predictions: Path
     prior: Path
@@ -32,7 +35,10 @@ class Contender:
 
 
 def load_answers(contender: Contender, target_prior: str = "balanced") -> Answers:
-    """A contender's answers for the target prior. Raises StageError naming the file and what is wrong with it."""
+    """Read the predictions of a contender, adjusted for the target prior, in the order of the sample ids.
+
+    Raises GateError, or StageError for the prior, with the file and the problem.
+    """
     path, prior = contender.predictions, load_prior(contender.prior)
     try:
         with path.open("rb") as stream, pyarrow.parquet.ParquetFile(path) as file:
@@ -62,7 +68,7 @@ def load_answers(contender: Contender, target_prior: str = "balanced") -> Answer
 
 
 def check_comparable(challenger: Answers, champion: Answers, names: str = "challenger and champion") -> None:
-    """Raise GateError unless both have the same classes in the same order and the same samples under the same labels."""
+    """Raise GateError unless both have the same classes in the same order and the same samples with the same labels."""
     mine, theirs = ([class_key(name) for name in answers.prior.classes] for answers in (challenger, champion))
     if mine != theirs:
         other = sorted(set(mine) ^ set(theirs))
@@ -81,7 +87,10 @@ def check_comparable(challenger: Answers, champion: Answers, names: str = "chall
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of a contender for the test set, in the order of the sample ids."""
+    """Predictions of a contender on the test set, in the order of the sample ids.
+
+    labels: int [N]; probabilities: float [N,C], for one target prior.
+    """
 
     sample_ids: list[str]
     labels: np.ndarray

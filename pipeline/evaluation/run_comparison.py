@@ -1,4 +1,4 @@
-"""Two runs on one test set: what differs in all, by group and by class, and how much of it may be chance."""
+"""Compare two runs on one test set: differences over all classes, by group and by class, intervals and p-values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pipeline.params import GateParams
 
 @dataclass(frozen=True)
 class Comparison:
-    """before, after: the runs as the caller named them; differences are after - before, of accuracies or of the ECE."""
+    """Result of `compare_runs`. Differences are after - before, of accuracies or of the ECE.
+
+    before, after: the names that the caller gave to the runs.
+    """
 
     before: str
     after: str
@@ -24,11 +27,11 @@ class Comparison:
 
     @property
     def warnings(self) -> list[str]:
-        """A line for each measure that rests on too few test images."""
+        """One line for each measure with too few test images."""
         return [f"{name}: {measure.size}" for name, measure in self.measures.items() if measure.too_few]
 
     def changed(self, most: int) -> list[ClassDifference]:
-        """The classes whose change is least likely chance, at most so many; classes without a changed sample are none."""
+        """At most `most` classes with the smallest p-values; classes without a changed sample are excluded."""
         moved = [row for row in self.classes if row.won or row.lost]
         return sorted(moved, key=lambda row: (row.p, -abs(row.difference)))[:most]
 
@@ -38,7 +41,7 @@ def compare_runs(
 ) -> Comparison:
     """Compare two runs. The groups and training counts are those of `before`.
 
-    Raises GateError when the runs have other classes or were tested on other samples.
+    Raises GateError if the runs have different classes or test samples.
     """
     check_comparable(after, before, f"{names[1]} and {names[0]}")
     measures = compare(after, before, params, ece_bins)
@@ -47,7 +50,7 @@ def compare_runs(
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """The comparison for programs: every measure and every class."""
+    """The comparison as JSON-serialisable values: every measure and every class."""
     measures = {name: _measure(measure) for name, measure in found.measures.items()}
     return asdict(found) | {
         "warnings": found.warnings,

@@ -1,4 +1,4 @@
-"""The two files that hold the answers of a run, predictions.parquet and prior.json: in a folder, or at a git revision."""
+"""Find a run's predictions.parquet and prior.json, in a folder or at a git revision."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ PREDICTIONS = "predictions.parquet"
 
 
 def load_run(folder: Path) -> Contender:
-    """The two files of a run's folder: a project, its artifacts/, its artifacts/evaluation/, or a copy of both files.
+    """Find the two files of a run in a folder.
 
-    Raises ParamsError naming what is missing.
+    folder: a project, its artifacts/, its artifacts/evaluation/, or a folder with a copy of both files. Raises
+    ParamsError with the missing file or folder.
     """
     layouts = [(folder, folder), (folder, folder.parent), (folder / EVALUATION.name, folder)]
     layouts.append((folder / EVALUATION, folder / PRIOR.parent))
@@ -33,10 +34,11 @@ def load_run(folder: Path) -> Contender:
 
 
 def load_run_at_revision(revision: str, folder: Path) -> Contender:
-    """Copy a revision's predictions.parquet and prior.json into `folder`, from the cache or else the default remote.
+    """Copy a revision's predictions.parquet and prior.json into `folder`, from DVC's cache or the default remote.
 
-    revision: anything that git or DVC resolves in the repository of the working folder: a commit, a branch, a tag, an
-    experiment. Raises ParamsError for one that is not, StageError where its files are not available or git refuses to read it.
+    revision: a commit, branch, tag or experiment that git or DVC resolves in the repository of the working folder.
+    Raises ParamsError if the revision cannot be resolved, StageError if its files are not available or git refuses to
+    read the repository.
     """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
@@ -44,7 +46,7 @@ def load_run_at_revision(revision: str, folder: Path) -> Contender:
 
     run = Contender(folder / PREDICTIONS, folder / PRIOR.name)
     try:
-        # Paths are those of the repository, of which the working folder may be a part, with a DVC project of its own.
+        # Paths are relative to the repository root; the working folder may be a subfolder with a separate DVC project.
         project = Path(git(Path(), "rev-parse", "--show-prefix") or "")
         files = DVCFileSystem(".", rev=revision, subrepos=True)
         for source, target in ((EVALUATION / PREDICTIONS, run.predictions), (PRIOR, run.prior)):

@@ -1,4 +1,4 @@
-"""Accuracy when the live class prior is not the training one: the field's five shifted test sets (SADE, 2022)."""
+"""Accuracy under label shift: the five shifted test sets of SADE (2022), with known and estimated target priors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEPT = 0.9  # λ of MAPLS
 
 
 def shifted_prior(counts: list[int], ratio: float) -> np.ndarray:
-    """Target prior [C]: exponential along the classes from most to least frequent in training, first / last = ratio."""
+    """Target prior [C]: exponential over the classes from most to least frequent in training, first / last = ratio."""
     order = np.argsort(-np.asarray(counts), kind="stable")
     p = np.empty(len(counts))
     p[order] = ratio ** -np.linspace(0, 1, len(counts))
@@ -23,9 +23,10 @@ def shifted_prior(counts: list[int], ratio: float) -> np.ndarray:
 
 
 def shifted_rows(labels: np.ndarray, prior: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Rows of the largest test subset that follows the prior, drawn without replacement, every class at least once.
+    """Row indices of the largest test subset that follows the prior, with at least one row per class.
 
-    Raises DataError when a class has no test sample.
+    Drawn without replacement.
+    Raises DataError if a class has no test sample.
     """
     available = np.bincount(labels, minlength=len(prior))
     if not available.all():
@@ -47,11 +48,12 @@ def shift_table(
     seed: int = 0,
     tolerance: float = TOLERANCE,
 ) -> list[dict[str, Any]]:
-    """A row per way of adjusting: mean accuracy over `draws` test subsets of each shifted set; same seed, same table.
+    """One row per method of logit adjustment: mean accuracy over `draws` test subsets of each shifted set.
 
-    logits: balanced, [N,C]; labels: [N]; counts: training samples per class. The estimates see
-    the logits of the subset that they are used on, and no label; tolerance: nats that they may be short of the best. The
-    last two rows are the estimates' total variation from the true prior. Raises DataError when a class has no test sample.
+    logits: balanced, [N,C]; labels: [N]; counts: training samples per class. The prior is estimated from the logits of
+    the subset on which it is used, without labels. tolerance: largest gap of the estimate's objective to its optimum,
+    in nats. The last two rows are the total variation between estimated and true prior. Equal seeds give equal tables.
+    Raises DataError if a class has no test sample.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for name, ratio in SETS.items():

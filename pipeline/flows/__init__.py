@@ -1,1 +1,1 @@
-"""Scheduled retraining under Prefect: the stages of DVC, the gate, and the release that goes live or does not."""
+"""Prefect flow of retraining: run the DVC stages, apply the gate, then promote or refuse the release."""

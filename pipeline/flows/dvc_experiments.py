@@ -1,9 +1,9 @@
-"""A decided run as a DVC experiment, which `tailor experiments` lists beneath the commit that it started from.
+"""Save a retraining run with its decision as a DVC experiment, which `tailor experiments` lists below its base commit.
 
-An experiment is a commit under refs/exps. `dvc exp save` makes it by stashing the working tree and checking the commit out:
-killed in the middle of that it leaves the user's params.yaml changed back; it also records in dvc.lock that every stage is
-up to date, the ones that the run did not reproduce too. The commit is therefore made here, by git and an index of its own:
-files, index, branch and stash stay as they are, and the last command alone makes it known, whole or not at all.
+An experiment is a commit under refs/exps. `dvc exp save` stashes the working tree and checks out the commit: if it is
+killed meanwhile, the user's params.yaml is left reverted. It also records every stage as up to date in dvc.lock,
+including stages that the run did not reproduce. This module therefore creates the commit with git and a temporary
+index: the user's files, index, branch and stash do not change, and the last command, `git update-ref`, is atomic.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from pipeline.params import Params, load_params
 from pipeline.shared.errors import StageError, TailorError, explain
 from pipeline.shared.owned_process import end_leash, start_on_leash
 
-LIMIT = 120.0  # seconds for all of it; where git tracks the images, it reads what has changed of them
-STATE = ("dvc.yaml", "dvc.lock", "params.yaml")  # what DVC reads of an experiment, whether git tracks it yet or not
-AUTHOR = {"NAME": "tailor retrain", "EMAIL": "tailor@localhost"}  # a schedule need not have an identity in git
+LIMIT = 120.0  # seconds for all git commands; if git tracks the images, it reads the changed ones
+STATE = ("dvc.yaml", "dvc.lock", "params.yaml")  # files that DVC reads from an experiment; git may not track them yet
+AUTHOR = {"NAME": "tailor retrain", "EMAIL": "tailor@localhost"}  # a scheduled run may have no git identity
 
 
 class ExperimentError(StageError):
-    """The run cannot be kept as an experiment; the message ends with what would help."""
+    """The run cannot be saved as an experiment; the message ends with the remedy."""
 
 
 def keep_run(decided: Decided, why: str, params: Params, say: Callable[[str], None]) -> None:
-    """Keep the project as it is as the experiment of a decided run; say its name, or in one line why there is none.
+    """Save the current state of the project as the experiment of a decided run.
 
-    why: the decision in words, the experiment's message. params: those that the run began with.
+    Passes one line to `say`: the experiment's name, or the reason if it was not saved. why: text of the decision, used
+    as the message of the experiment. params: the params with which the run started.
     """
     name = f"retrain-{now():%Y%m%d-%H%M%S}-{decided.ending}"
     if decided.version:
@@ -51,9 +52,9 @@ def keep_run(decided: Decided, why: str, params: Params, say: Callable[[str], No
 
 
 def save(name: str, message: str, limit: float = LIMIT) -> None:
-    """Save the working folder's project as the experiment `name`, which replaces one of that name on the same commit.
+    """Save the working folder's project as the experiment `name`, replacing one of that name on the same commit.
 
-    limit: seconds that it may take. Raises ExperimentError.
+    limit: timeout in seconds. Raises ExperimentError.
     """
     if not shutil.which("git"):
         raise ExperimentError("git is not installed; install it, and commit the project")
@@ -71,7 +72,7 @@ def save(name: str, message: str, limit: float = LIMIT) -> None:
         none = "git has no commit yet; `git commit` dvc.yaml, dvc.lock and params.yaml"
         baseline = git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", otherwise=none)
         index = Path(home) / "index"
-        # A copy of it knows which files have not changed, and which are not checked out on purpose.
+        # The copied index holds the stat data of unchanged files and the skip-worktree flags.
         shutil.copyfile(index, scratch / "index") if index.is_file() else git("read-tree", "HEAD")
         git("add", "--update", "--", ":/")
         git("add", "--force", "--", *[path for path in STATE if Path(path).is_file()])
@@ -80,7 +81,7 @@ def save(name: str, message: str, limit: float = LIMIT) -> None:
 
 
 def _environment(index: Path) -> dict[str, str]:
-    """Git with an index and an author of its own, its words in English, and no questions."""
+    """Environment for git: the given index, the author AUTHOR, messages in English, no prompts."""
     author = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in AUTHOR.items()}
     return os.environ | author | {"GIT_INDEX_FILE": str(index), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
@@ -88,11 +89,11 @@ def _environment(index: Path) -> dict[str, str]:
 def _git(
     arguments: tuple[str, ...], environment: Mapping[str, str], said: Path, deadline: float, otherwise: str | None
 ) -> str:
-    """The last line that git prints. Raises ExperimentError.
+    """Run git and return the last line that it prints. Raises ExperimentError.
 
-    otherwise: the error in place of git's own where git finds no repository, or fails without a word.
+    otherwise: the error text if git finds no repository, or fails without output.
     """
-    # Into a file, as nobody empties a pipe here.
+    # Output goes to a file, because a pipe that is not read could fill and block git.
     with said.open("w+", encoding="utf-8", errors="replace") as output:
         process = start_on_leash(["git", *arguments], environment, output)
         try:

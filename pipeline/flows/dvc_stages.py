@@ -1,6 +1,6 @@
-"""DVC's stages as the flow sees them: which there are, which have changed, and one of them reproduced.
+"""List DVC stages, list the changed ones, and reproduce one stage.
 
-What is up to date, what comes from the cache and what was made from what stays DVC's to say; nothing of it is kept here.
+DVC alone decides which stages are up to date and which outputs come from its cache; this module keeps no state.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from dvc.repo import Repo
 from pipeline.shared.errors import StageError
 from pipeline.shared.owned_process import end_leash, start_on_leash
 
-RELEASE = "export"  # the stage whose outs are a release
+RELEASE = "export"  # the stage whose outputs are a release
 CODE = "code"  # the stage of a user's project that hashes the installed source files, for all others to depend on
 MISUSE = 2
-# What DVC adds for whoever typed the command.
+# Beginnings of DVC's hints for interactive users.
 HINTS = ("To track the changes with git", "To enable auto staging", "Use `dvc push`", "git add ", "dvc config ")
 LAST_WORDS = 5.0  # seconds
-TAIL = 12  # lines of a failed stage that its error may be in
+TAIL = 12  # last lines of a failed stage in which its error is searched
 
 
 class StageFailed(StageError):
-    """A stage did not end well. `status` is its command's exit code, None where DVC itself failed."""
+    """A stage failed. `status` is the exit code of its command; None if DVC failed or the stage timed out."""
 
     def __init__(self, message: str, status: int | None) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class StageFailed(StageError):
 
 
 def stage_names(root: Path | None = None) -> list[str]:
-    """The stages that a release is made by, each after those it depends on, else in dvc.yaml's order."""
+    """Names of the stages that produce a release, in topological order; ties in dvc.yaml's order."""
     with _repo(root) as repo:
         graph = repo.index.graph
         order = {stage: place for place, stage in enumerate(repo.index.stages)}
@@ -55,21 +55,21 @@ def stage_names(root: Path | None = None) -> list[str]:
 
 
 def changed_stages(names: list[str], root: Path | None = None) -> list[str]:
-    """Those of the stages that `dvc repro` would run, or fetch from its cache."""
+    """The given stages that `dvc repro` would run or restore from its cache."""
     with _repo(root) as repo:
         found = repo.status(targets=names)
     return [name for name in names if name in found]
 
 
 def reproduce(name: str, say: Callable[[str], None], limit: float | None = None) -> bool:
-    """Reproduce one stage by `dvc repro --single-item`; whether there was anything to do.
+    """Reproduce one stage with `dvc repro --single-item`. Returns False if the stage was up to date.
 
-    say: takes each line that DVC and the stage print. limit: seconds that it may take. The stage ends when this process
-    ends. Raises StageFailed with the stage's own last line.
+    say: called with each line that DVC and the stage print. limit: timeout in seconds. The stage ends when this process
+    ends. Raises StageFailed with the last line of the stage.
     """
     if not changed_stages([name]):
         return False
-    binaries = str(Path(sys.executable).parent)  # where the stage's `python` is ours
+    binaries = str(Path(sys.executable).parent)  # so that `python` in a stage is this interpreter
     environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
     process = start_on_leash([sys.executable, "-P", "-m", "dvc", "repro", "--single-item", name], environment)
     lines: deque[str] = deque(maxlen=TAIL)
@@ -83,7 +83,7 @@ def reproduce(name: str, say: Callable[[str], None], limit: float | None = None)
         ) from None
     finally:
         end_leash(process)
-        # Something that left the process group may hold the pipe open for as long as it likes.
+        # A process that left the process group may keep the pipe open, so the wait is bounded.
         reader.join(LAST_WORDS)
     if status:
         raise _failure(name, list(lines))
@@ -91,7 +91,7 @@ def reproduce(name: str, say: Callable[[str], None], limit: float | None = None)
 
 
 def _read(stream: IO[str], lines: deque[str], say: Callable[[str], None]) -> None:
-    """Say each line that is not a hint of DVC's, and keep the last ones."""
+    """Pass each line that is not a DVC hint to `say`, and append every line to `lines`."""
     for line in filter(None, map(str.rstrip, stream)):
         if not line.lstrip().startswith(HINTS):
             say(line)
@@ -99,7 +99,7 @@ def _read(stream: IO[str], lines: deque[str], say: Callable[[str], None]) -> Non
 
 
 def _failure(name: str, lines: list[str]) -> StageFailed:
-    """DVC's and the stage's last words as one error."""
+    """Make the error of a failed stage from the last lines of DVC and the stage."""
     text = "\n".join(lines)
     ended = re.search(r"exited with (-?\d+)", text)
     own = [line for line in lines if line.startswith(f"{name}: ")]
@@ -110,8 +110,8 @@ def _failure(name: str, lines: list[str]) -> StageFailed:
 
 @contextmanager
 def _repo(root: Path | None):
-    """DVC's view of the project. Raises StageError in one line."""
-    logging.getLogger("dvc").setLevel(logging.ERROR)  # it reports progress as if to a terminal
+    """Open the project as a DVC repository. DvcException becomes a StageError of one line."""
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # DVC logs progress messages at lower levels
     try:
         with Repo(root and str(root)) as repo:
             yield repo

@@ -1,4 +1,4 @@
-"""The evidence of a decision, in one folder: the comparison, the compared predictions, the report, and the run's record."""
+"""Run the gate and write the evidence of its decision to one folder: comparison, predictions, report, run record."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from serving.repository.manifest import STUDENT_NAME
 from serving.repository.release import Release
 from serving.shared.names import CLASSIFIER, STUDENT
 
-IDENTITY_LENGTH = 12  # characters of a release's identity that name its folder
+IDENTITY_LENGTH = 12  # leading characters of a release's identity, used as the folder name
 PREDICTIONS, PRIOR_NAME, REPORT = "predictions.parquet", "prior.json", "report.html"
 
 
 def gather(
     params: Params, champion: Release | None, story: dict[str, Any], folder: Path = FOLDER
 ) -> tuple[Decision, Path]:
-    """Run the gate and keep its evidence; the decision, and the folder that is copied into the version's own.
+    """Run the gate and write its evidence. Returns the decision and the folder of evidence.
 
-    story: why and from what the challenger was trained, written as retrain.json. A file of the evaluation that is missing
-    or cannot be read is a refusal. Raises OSError where the folder cannot be written.
+    The folder is later copied into the version's folder. story: why and from which data the challenger was trained,
+    written as retrain.json. A missing or unreadable file of the evaluation is a refusal. Raises OSError if the folder
+    cannot be written.
     """
     repository = Path(params.retrain.repository)
     graphs = [EXPORT / STUDENT_NAME]
@@ -45,12 +46,12 @@ def gather(
 
 
 def _contender(folder: Path, latency_ms: float | None) -> Contender:
-    """The champion at the gate, by the evidence in its version's folder."""
+    """The champion as a Contender, from the evidence in its version's folder."""
     return Contender(folder / PREDICTIONS, folder / PRIOR_NAME, latency_ms)
 
 
 def _copy_evaluation(kept: Path) -> GateError | None:
-    """Copy the files of the evaluation that exist; the first error, None where there was none."""
+    """Copy the existing files of the evaluation. Returns the first error, or None."""
     faults = []
     for source, name in (
         (EVALUATION / PREDICTIONS, PREDICTIONS),

@@ -1,6 +1,6 @@
-"""`python -m pipeline.flows.latency A.onnx [B.onnx]`: milliseconds an image takes in ONNX Runtime, one thread, on the CPU.
+"""`python -m pipeline.flows.latency A.onnx [B.onnx]`: measure ms per image in ONNX Runtime, on one CPU thread.
 
-In a process of its own: a graph can end the process that runs it.
+Runs in a separate process, because a graph can crash the process that runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM_UP = 10
 
 
 def latencies(graphs: Sequence[Path], timeout: float = 120.0) -> list[float] | None:
-    """Median milliseconds of one image through each graph, the graphs taking turns; None where it cannot be measured."""
+    """Median milliseconds per image of each graph, measured in turns; None if the measurement fails or times out."""
     environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-P", "-m", "pipeline.flows.latency", *map(str, graphs)]
     try:
@@ -34,7 +34,7 @@ def latencies(graphs: Sequence[Path], timeout: float = 120.0) -> list[float] | N
 
 
 def main(paths: Sequence[str]) -> int:
-    """Measure and print a JSON list."""
+    """Measure the graphs and print the medians in milliseconds as a JSON list."""
     import numpy as np
     import onnxruntime
 

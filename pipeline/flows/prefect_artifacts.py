@@ -1,6 +1,6 @@
-"""What a run shows in Prefect's UI: its name, the comparison as a table, the report, the decision.
+"""Report a run to Prefect's UI: its name, the comparison as a table, the report, the decision.
 
-To be told is a courtesy: where Prefect's server has gone, the run goes on without it and tells nobody.
+Reporting is best effort: after the first failed request the run continues and sends no more reports.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pipeline.flows.records import Outcome
 
 
 class Teller:
-    """Tells Prefect's server about one run until it does not answer any more."""
+    """Sends reports of one run to Prefect's server until a request fails."""
 
     def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._logger = logger
         self._deaf = False
 
     def name(self, name: str) -> None:
-        """Give the run its name."""
+        """Set the name of the flow run."""
 
         def rename() -> None:
             with get_client(sync_client=True) as client:
@@ -38,7 +38,7 @@ class Teller:
         self._tell(rename)
 
     def decision(self, decision: Decision, evidence: Path) -> None:
-        """Show the comparison, the report and the decision."""
+        """Send the comparison, the report and the decision as artifacts."""
         if decision.measures:
             self._tell(lambda: create_table_artifact(comparison(decision.measures), "comparison", str(decision)))
         report = (evidence / "report.html").absolute()
@@ -47,7 +47,7 @@ class Teller:
         self._tell(lambda: create_markdown_artifact(_as_markdown(decision), "decision"))
 
     def outcome(self, outcome: Outcome) -> None:
-        """Show how the run ended."""
+        """Send the outcome of the run as an artifact."""
         self._tell(lambda: create_markdown_artifact(f"**{outcome.ending}**: {outcome.message}", "outcome"))
 
     def _tell(self, call: Callable[[], Any]) -> None:
@@ -61,7 +61,7 @@ class Teller:
 
 
 def comparison(measures: dict[str, Measure]) -> list[dict[str, str]]:
-    """The measures as rows of text: champion, challenger, difference, interval, McNemar's p, rule, verdict."""
+    """Format the measures as rows of text: champion, challenger, difference, interval, McNemar's p, rule, verdict."""
     return [
         {
             "measure": name,

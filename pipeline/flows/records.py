@@ -1,8 +1,9 @@
-"""What runs leave for the next run, for `tailor history` and for whoever asks why: a few small JSON files.
+"""Records of retraining runs: JSON files for the next run and `tailor doctor`, and the evidence for `tailor history`.
 
-artifacts/retrain/last.json         the last run: when, why, how it ended
-artifacts/retrain/decided.json      the last release that was decided on, so that nobody decides on it twice
-artifacts/retrain/<identity>/       the evidence of a decision, which goes into the version's folder too
+artifacts/retrain/running.json      the current run
+artifacts/retrain/last.json         the last finished run: time, reason, outcome
+artifacts/retrain/decided.json      the last release with a decision, so that no later run decides on it again
+artifacts/retrain/<identity>/       the evidence of a decision, which is also copied into the version's folder
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pipeline.params import GateParams
 from pipeline.shared.artifacts import sha256_of_json, write_json
 
 FOLDER = Path("artifacts/retrain")
-KEPT = 20  # folders of evidence
+KEPT = 20  # number of evidence folders that are kept
 
 Ending = Literal["promoted", "refused", "undecided", "unchanged", "failed", "skipped", "busy"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, in one word and in one sentence; the version that answers and the folder of evidence, if any."""
+    """Outcome of a run: one word, one sentence, the version that is served and the folder of evidence, if any."""
 
     ending: Ending
     message: str
@@ -36,7 +37,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: begun and ended are UTC in ISO form, ended is None while it runs."""
+    """Record of one run. begun, ended: UTC in ISO format; ended is None while it runs. process: process id."""
 
     begun: str
     ended: str | None
@@ -47,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Decided:
-    """What became of a release: by its identity, against which champion, under which gate."""
+    """Decision on a release: its identity, the champion it was compared with, the hash of the gate's params."""
 
     release: str
     champion: int | None
@@ -56,8 +57,10 @@ class Decided:
     version: int | None
 
     def settles(self, release: str, champion: int | None, gate: GateParams) -> bool:
-        """Whether a release need not be decided on again. What was promoted once is never promoted anew by itself:
-        somebody may have rolled it back. What was refused may do better against another champion or under another gate.
+        """Whether this record already decides the release, so that no new decision is made.
+
+        A promoted release is never re-promoted automatically, because an operator may have rolled it back. A refused
+        release is decided again if the champion or the gate's params have changed.
         """
         if self.release != release:
             return False
@@ -70,19 +73,19 @@ def gate_sha256(gate: GateParams) -> str:
 
 
 def now() -> datetime:
-    """The time in UTC, by the wall clock: only for people, and to tell which of two runs came first."""
+    """Current UTC time without microseconds (wall clock), for display and to order runs."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 def write_run(run: Run, folder: Path = FOLDER) -> None:
-    """Keep the run as the last one: `running.json` while it runs, then `last.json`."""
+    """Write the record of a run: `running.json` while it runs, then `last.json`."""
     write_json(folder / ("last.json" if run.ended else "running.json"), asdict(run))
     if run.ended:
         (folder / "running.json").unlink(missing_ok=True)
 
 
 def read_run(name: str, folder: Path = FOLDER) -> Run | None:
-    """The run in `last` or `running`; None where there is none, or its file is not ours to read."""
+    """Read the run record `last` or `running`; None if the file does not exist, is damaged or cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         outcome = content.pop("outcome")
@@ -91,9 +94,9 @@ def read_run(name: str, folder: Path = FOLDER) -> Run | None:
 
 
 def missed(scheduled: datetime, folder: Path = FOLDER) -> Run | None:
-    """The finished run that began after `scheduled` and so did what that run was to do; None where there is none.
+    """The last finished run, if it began after `scheduled` and thus replaces the run missed at that time; else None.
 
-    A run that seems to have begun in the future tells of a clock that was set back, and proves nothing.
+    A start time in the future means that the clock was set back; such a run does not count.
     """
     last = read_run("last", folder)
     if last is None or last.outcome is None or last.outcome.ending in ("failed", "skipped", "busy"):
@@ -103,21 +106,22 @@ def missed(scheduled: datetime, folder: Path = FOLDER) -> Run | None:
 
 
 def write_decided(decided: Decided, folder: Path = FOLDER) -> None:
-    """Keep what became of a release."""
+    """Write the decision on a release to decided.json."""
     write_json(folder / "decided.json", asdict(decided))
 
 
 def read_decided(folder: Path = FOLDER) -> Decided | None:
-    """The last release that was decided on; None where there is none, or its file is not ours to read."""
+    """Read the last decision on a release; None if the file does not exist, is damaged or cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Decided(**json.loads((folder / "decided.json").read_text(encoding="utf-8")))
     return None
 
 
 def prune(current: Path, keep: int = KEPT) -> None:
-    """Delete the oldest folders of evidence beside `current`; those of versions that are kept lie in the versions' folders.
+    """Delete the oldest evidence folders beside `current`, so that `keep` remain.
 
-    The times are the files' own, which a clock that was set back mixes up; `current` stays whatever they say.
+    The evidence of published versions is also in their folders. Age is the modification time, which is wrong after the
+    clock was set back; `current` is never deleted.
     """
     others = [path for path in current.parent.iterdir() if path.is_dir() and path.name != current.name]
     for path in sorted(others, key=lambda path: path.stat().st_mtime)[: max(0, len(others) + 1 - keep)]:

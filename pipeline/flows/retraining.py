@@ -1,8 +1,8 @@
-"""The Prefect flow `retrain`: new data in, a better model live, or nothing changed.
+"""Prefect flow `retrain`: ingest new images, retrain, and promote the model if the gate passes.
 
-Its tasks are the stages of DVC and, around them, ingest, gate, publish, verify, promote and rollback. What a run needs to
-know of earlier ones is on disk (DVC's lock, the repository, artifacts/retrain/), never in Prefect alone: a run that was
-killed at any point is finished, or cleaned up after, by the next one.
+Its tasks are ingest, the DVC stages, gate, publish, verify, promote and rollback. State between runs is on disk (DVC's
+lock, the model repository, artifacts/retrain/), never in Prefect only: after a run was killed at any point, the next
+run completes it or cleans up.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ from serving.repository.release import Release
 from serving.repository.version_policy import present_versions
 
 LOCK = FOLDER / "lock"
-HOW = {"undecided": "not decided on for want of test images"}  # how a release ended that was not promoted, in words
+HOW = {"undecided": "not decided on for want of test images"}  # text for endings other than promoted and refused
 ACTIONABLE = (TailorError, OSError)
 
 
 class Busy(StageError):
-    """Another run is under way, and params.retrain.when_busy is refuse."""
+    """Another run holds the lock, and params.retrain.when_busy is refuse."""
 
 
 def run_name() -> str:
-    """Data and code versions, as far as they are known before the run has taken anything in."""
+    """Name of the flow run: hashes of data and code before ingest; `new` if there is no split yet."""
     data = data_sha256(SPLIT)[:8] if (SPLIT / "test.parquet").is_file() else "new"
     return f"data {data} code {_code()}"
 
 
 @flow(name="retrain", flow_run_name=run_name)
 def retrain(because: str = "requested by hand", drop: str | None = None) -> State[Any]:
-    """Take in what is new, retrain what has changed, and promote the result where the gate lets it.
+    """Ingest new images, retrain what has changed, and promote the result if the gate passes.
 
-    because: why this run was started, kept with the decision. drop: a drop folder in the place of params.ingest.drop.
-    The state's name is how it ended: Promoted, Refused, Undecided, Unchanged, Skipped; Cancelled where
-    another run is under way.
+    because: why this run was started, recorded with the decision. drop: a drop folder that replaces params.ingest.drop.
+    The name of the returned state is the outcome: Promoted, Refused, Undecided, Unchanged, Skipped, Failed, or
+    Cancelled if another run holds the lock.
     """
     logger = get_run_logger()
     begun = time.monotonic()
@@ -101,7 +101,10 @@ def retrain(because: str = "requested by hand", drop: str | None = None) -> Stat
 
 @contextmanager
 def one_at_a_time(when_busy: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the project's lock, which ends with this process. Raises Busy where another holds it and shall not be waited for."""
+    """Hold the project's lock, which is released when this process ends.
+
+    when_busy: `wait` for another run, or `refuse`, which raises Busy.
+    """
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(LOCK)
     try:
@@ -122,12 +125,12 @@ def one_at_a_time(when_busy: str, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Outcome:
-    """One run, by its tasks. Raises what they raise."""
+    """Run the tasks of one retraining. Raises the errors of the tasks."""
     repository = Path(params.retrain.repository)
     step = Steps(params)
     limit = params.retrain.stage_hours * HOUR
     names = stage_names()
-    if CODE in names:  # it always runs; what has changed is known after it
+    if CODE in names:  # stage `code` always runs; the changed stages are known after it
         names.remove(CODE)
         step(reproduce_stage, CODE, limit, name=CODE)
     if not (SPLIT / "classes.json").is_file():  # ingest reads the classes from it
@@ -142,7 +145,7 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     data = data_sha256(SPLIT)
     teller.name(f"data {data[:8]} code {_code()}")
     if champion and lifecycle.identity(champion.manifest) == release:
-        # Its servers may not have loaded it yet: the run that promoted it was ended, maybe while they loaded it.
+        # An earlier run promoted this release and was killed, possibly before the servers loaded it.
         servers = _go_live(step, params, champion.version, release, None)
         return Outcome(
             "promoted",
@@ -157,7 +160,7 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
     if not decision.promote:
         ending: Ending = "undecided" if decision.undecided else "refused"
         outcome = Outcome(ending, "; ".join(decision.reasons), against, str(evidence))
-        if decision.computed:  # else the next run holds the gate again: what was missing may be there by then
+        if decision.computed:  # else the next run repeats the gate, because a missing file may exist by then
             _keep(Decided(release, against, gate_sha256(params.gate), ending, None), outcome.message, params)
     else:
         kept = present_versions(repository)
@@ -166,7 +169,7 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
             rehearsed = step(verify, params, version)
             servers = _go_live(step, params, version, release, against)
         except ACTIONABLE:
-            if version not in kept:  # a version of old that was best again is still one to roll back to
+            if version not in kept:  # a version that existed before this run stays as a target for rollback
                 lifecycle.withdraw(repository, version)
             raise
         outcome = Outcome(
@@ -178,13 +181,13 @@ def _run(params: Params, because: str, drop: Path | None, teller: Teller) -> Out
 
 
 def _go_live(step: Steps, params: Params, version: int, release: str, against: int | None) -> tuple[str, ...]:
-    """Promote a version and keep that it was; the servers that answer with it. Raises as the task does."""
+    """Promote a version and record the decision. Returns the servers that serve it. Raises the errors of `promote`."""
     gate = gate_sha256(params.gate)
     try:
         servers = step(promote, params, version)
     except lifecycle.RolledBack as error:
         rolled_back = Decided(release, error.before, gate, "refused", None)
-        write_decided(rolled_back)  # at once, or the next run might promote it again
+        write_decided(rolled_back)  # first, so that the next run cannot promote it again
         keep_run(rolled_back, str(error), params, get_run_logger().info)
         raise
     instead = f" instead of {against}" if against else ""
@@ -193,13 +196,13 @@ def _go_live(step: Steps, params: Params, version: int, release: str, against: i
 
 
 def _keep(decided: Decided, why: str, params: Params) -> None:
-    """Keep what became of a release, as an experiment first: a run that is ended in between is decided on once more."""
+    """Save the experiment, then the decision: if the run is killed in between, the next run decides again."""
     keep_run(decided, why, params, get_run_logger().info)
     write_decided(decided)
 
 
 def _settled(params: Params, champion: Release | None) -> Outcome | None:
-    """The outcome of a run that finds all stages up to date and their release decided on; None where it is not."""
+    """Outcome `unchanged` if the exported release already has a decision; else None. All stages are up to date."""
     against = champion.version if champion else None
     decided = read_decided()
     if decided and decided.settles(lifecycle.export_identity(EXPORT), against, params.gate):
@@ -219,7 +222,7 @@ def _where(servers: tuple[str, ...], repository: Path) -> str:
 
 
 def _of_ingest(taken: IngestReport) -> str:
-    """The text on the drop folder for the end of a run that had nothing to do."""
+    """Text about a refused drop folder for the outcome of an unchanged run; empty if the drop was not refused."""
     return f"; the drop was {taken}" if taken.refused else ""
 
 

@@ -1,4 +1,4 @@
-"""The tasks of `retrain`: one for each stage of DVC, and what surrounds them; how often each is tried, how long it may take."""
+"""Prefect tasks of the flow `retrain`, with retries and timeouts: ingest, stage, gate, publish, verify, promote."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from serving.server.running import servers_at
 from serving.shared.errors import RepositoryError
 
 HOUR = 3600.0  # seconds
-SPARE = 60.0  # seconds that Prefect waits longer than a limit of ours, whose error names the cause
+SPARE = 60.0  # seconds added to Prefect's timeout: the stage's own timeout comes first, and its error names the cause
 HOPELESS = (
     GateError,
     ManifestError,
     RepositoryError,
     lifecycle.RolledBack,
-)  # a retry would fail in the same way
+)  # a retry would fail with the same error
 
 
 def worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
@@ -46,7 +46,7 @@ def worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
 
 @task(name="ingest")
 def ingest_images(params: Params, drop: Path | None) -> IngestReport:
-    """Take in what lies in the drop folder, and finish what a killed run began to take in."""
+    """Ingest the drop folder, after completing the round of a killed run."""
     report = ingest(params, drop)
     get_run_logger().info("ingest: %s", report)
     return report
@@ -54,34 +54,34 @@ def ingest_images(params: Params, drop: Path | None) -> IngestReport:
 
 @task(name="stage", task_run_name="{name}")
 def reproduce_stage(name: str, limit: float) -> bool:
-    """Reproduce one stage of DVC; whether there was anything to do."""
+    """Reproduce one DVC stage. Returns False if the stage was up to date."""
     return reproduce(name, get_run_logger().info, limit)
 
 
 @task(name="gate")
 def hold_gate(params: Params, champion: Release | None, story: dict[str, Any]) -> tuple[Decision, Path]:
-    """Decide on the challenger; the decision, and the folder of evidence that holds it."""
+    """Run the gate on the challenger. Returns the decision and the folder of evidence."""
     return files.gather(params, champion, story)
 
 
 @task(name="publish")
 def publish(params: Params, evidence: Path) -> int:
-    """Write the challenger as the next version, which no server loads yet; its number."""
+    """Write the challenger as the next version, which no server loads yet. Returns the version number."""
     return lifecycle.publish(EXPORT, Path(params.retrain.repository), evidence)
 
 
 @task(name="verify")
 def verify(params: Params, version: int) -> bool:
-    """Try the version apart from the servers of users; whether on a server of its own."""
+    """Test the version apart from the production servers. Returns True if a separate server was used."""
     settings = params.retrain
     return lifecycle.verify(Path(settings.repository), version, settings.load_seconds, settings.rehearsal)
 
 
 @task(name="promote")
 def promote(params: Params, version: int) -> tuple[str, ...]:
-    """Make the version the champion, and watch it; the addresses of the servers that answer with it.
+    """Make the version the champion and monitor it. Returns the addresses of the servers that serve it.
 
-    Where it answers wrongly after all, the task `rollback` makes the champion before it the champion again. Raises as
+    If its responses are wrong, the task `rollback` restores the previous champion. Raises the errors of
     `lifecycle.go_live`.
     """
     settings = params.retrain
@@ -98,7 +98,7 @@ def promote(params: Params, version: int) -> tuple[str, ...]:
 
 @task(name="rollback")
 def roll_back(params: Params, version: int) -> None:
-    """Make the champion of before the champion again."""
+    """Restore the previous champion."""
     settings = params.retrain
     repository = Path(settings.repository)
     elsewhere = servers_at(repository, settings.server)
@@ -106,7 +106,7 @@ def roll_back(params: Params, version: int) -> None:
 
 
 class Steps:
-    """Runs tasks under the retries and limits of params.retrain, and logs the start and end of each."""
+    """Runs tasks with the retries and timeouts of params.retrain, and logs the start and end of each."""
 
     def __init__(self, params: Params) -> None:
         self._params = params
@@ -122,7 +122,7 @@ class Steps:
 
 
 def options(params: Params, step: Any) -> dict[str, Any]:
-    """How often a task is tried, and how long it may take. The gate gets one try: what it cannot compute it refuses."""
+    """Retry and timeout options of a task. The gate has no retries: if it cannot be computed, it refuses."""
     settings = params.retrain
     return {
         "retries": 0 if step is hold_gate else settings.retries,

@@ -1,1 +1,1 @@
-"""A drop folder becomes rows of the data set, all or nothing."""
+"""Ingest labelled images from a drop folder into the training data, as one transaction."""

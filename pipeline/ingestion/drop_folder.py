@@ -1,4 +1,4 @@
-"""The drop folder: labelled images that somebody else writes, and which of them are written."""
+"""Read the drop folder: list its labelled images and tables, and detect files that are still being written."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from serving.shared.bounded_parquet import MIB, MemoryLimit
 from serving.shared.terminal import counted, print
 
 MARKER = ".complete"
-ROW_BYTES = 1024  # that a DropRow of a table takes, with its name, its path and what reads it
-LONGEST_PATH = 200  # characters of one that are told
+ROW_BYTES = 1024  # memory of a table's DropRow, with its name, path and read function
+LONGEST_PATH = 200  # characters of a path that a message shows
 TABLE_SUFFIXES = {".csv", ".parquet"}
-Stamp = tuple[int, int, int]  # inode, bytes, time of change of the content in nanoseconds
+Stamp = tuple[int, int, int]  # inode, size in bytes, mtime in nanoseconds
 
 
 @dataclass(frozen=True)
 class DropRow:
-    """One image of the drop, not yet read.
+    """One labelled image of the drop folder, not read yet.
 
-    name: its place in the folder, a row of a table as `labels.csv#3`. label: class name or number; None where there is
-    none. read: its encoded bytes; raises BadImageError or DataError. file: its own file, if it is one. problem: kind and
-    words of what is wrong before anything is read.
+    name: path in the folder; for a row of a table `labels.csv#3`. label: class name or number; None if missing. read:
+    returns the encoded bytes; raises BadImageError or DataError. file: path of the image file; None if the bytes are in
+    a table. problem: (kind, text) of a problem that is known before the image is read.
     """
 
     name: str
@@ -47,7 +47,11 @@ class DropRow:
 
 @dataclass
 class Drop:
-    """rows: what can be judged now. files: every file that they come from, as it was then. waiting: files left for later."""
+    """Content of a drop folder.
+
+    rows: images that can be checked now. files: the files of these rows and the used markers, each with its stamp.
+    waiting: number of files that may still be being written and are left for a later run.
+    """
 
     root: Path
     rows: list[DropRow] = field(default_factory=list)
@@ -56,7 +60,7 @@ class Drop:
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """What changes when a file is written anew; None where it is not there."""
+    """Stamp of a file, which changes when the file is rewritten; None if the file does not exist."""
     try:
         found = path.lstat()
     except OSError:
@@ -65,17 +69,17 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
-    """What lies in a drop folder: a folder per class (a name of `classes` may be several folders deep), or tables of paths
-    or images with a label column.
+    """List the images of a drop folder: a folder per class, or tables of paths or images with a label column.
 
-    A table in the folder itself claims the images that it names; their folders are then no classes. Hidden files are
-    passed over, links that lead out of the folder are never followed. Files that may still be being written wait:
-    those changed in the last settle_seconds, a table and all that it names together, and under require_marker whatever
-    has no `.complete` beside it or in the drop folder.
+    The class folder of a name in `classes` may be several levels deep. A table in the drop folder itself owns the
+    images that it names; their folders are then not classes. Hidden files are skipped, and links out of the folder are
+    not followed. Files that may still be being written are left for a later run: files changed in the last
+    settle_seconds (a table together with all files that it names), and with require_marker all files without a
+    `.complete` in their folder or in the drop folder.
     """
     root = Path(os.path.normpath(root))
     drop = Drop(root)
-    # Before the files: a marker that comes while they are looked for is that of the next batch, and stays for it.
+    # Markers before files: a marker written while the files are listed belongs to the next batch and must remain.
     markers = {path: stamp for path in _possible_markers(root) if (stamp := stamp_of(path)) is not None}
     found = {path: stamp for path in _files(root) if (stamp := stamp_of(path)) is not None}
     waiting = _unsettled(found, params.settle_seconds)
@@ -87,7 +91,7 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
         if table not in waiting:
             rows, named = _table_rows(root, table, params)
             claimed |= named
-            # Many small tables of many rows: what does not fit beside the others is read in the next run.
+            # Bounds memory with many small tables: a table that does not fit any more is read in the next run.
             full = drop.rows and (len(drop.rows) + len(rows)) * ROW_BYTES > params.max_table_mib * MIB
             if named & waiting or full:
                 waiting |= named | {table}
@@ -123,9 +127,10 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _unsettled(found: dict[Path, Stamp], seconds: float) -> set[Path]:
-    """Files changed in the last so many seconds, by ctime, which a copy that keeps times cannot set back.
+    """Files whose ctime is in the last `seconds` seconds; a copy that preserves mtime cannot change the ctime.
 
-    Files of the future, after the clock was set back, say nothing of their age: they are watched for as long instead.
+    If a ctime is in the future, because the clock was set back, the file's age is unknown: the function waits `seconds`
+    and checks whether the ctime has changed.
     """
     now = time.time()
     ages = {path: now - _changed(path) for path in found} if seconds else {}
@@ -147,7 +152,7 @@ def _changed(path: Path) -> float:
     try:
         return path.lstat().st_ctime
     except OSError:
-        return time.time()  # gone meanwhile: as young as can be
+        return time.time()  # deleted meanwhile: age 0
 
 
 def _possible_markers(root: Path) -> Iterator[Path]:
@@ -156,7 +161,7 @@ def _possible_markers(root: Path) -> Iterator[Path]:
 
 
 def _markers_of(root: Path, paths: Collection[Path]) -> set[Path]:
-    """The markers, there or not, that stand for some files."""
+    """Paths of the markers that apply to some files, whether they exist or not."""
     tops = {_top(root, path) for path in paths if path.parent != root}
     return {root / MARKER, *(top / MARKER for top in tops)} if paths else set()
 
@@ -168,12 +173,12 @@ def _top(root: Path, path: Path) -> Path:
 def _inside(root: Path, path: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError):  # a link to itself, a name that no file can have
+    except (OSError, RuntimeError, ValueError):  # a link to itself, an invalid file name
         return False
 
 
 def _problem(root: Path, path: Path) -> tuple[str, str] | None:
-    """Why a file of the drop is not to be opened: reading a pipe would wait for ever."""
+    """(kind, text) of the reason not to open a file; None if it is a regular file. Reading a pipe would block."""
     if not _inside(root, path):
         return "outside", "is a link that leads out of the drop folder, or to itself"
     try:
@@ -184,7 +189,7 @@ def _problem(root: Path, path: Path) -> tuple[str, str] | None:
 
 
 def _named(root: Path, path: str) -> Path | None:
-    """The place in the drop that a row of a table names; None where that is no place inside."""
+    """Path in the drop folder that a row of a table names; None if it is outside the folder."""
     if "\0" in path:
         return None
     place = Path(os.path.relpath(root.absolute() / path, root.absolute()))
@@ -202,7 +207,7 @@ def _folder_row(root: Path, path: Path, known: set[str]) -> DropRow:
 
 
 def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[DropRow], set[Path]]:
-    """Rows of a table, and the files that it names. A table that cannot be read is one row with that problem."""
+    """Rows of a table, and the files that it names. An unreadable table becomes one row with that problem."""
     columns = params.columns
     if problem := _problem(root, table):
         return [DropRow(table.name, None, partial(read_image_file, table), table, problem)], set()
@@ -235,7 +240,7 @@ def _limit(params: IngestParams) -> MemoryLimit:
 
 
 def _label(value: object, as_text: bool) -> str | int | None:
-    """A label that is one. A CSV file has text alone: `7` may be a number, `007` is a name and nothing else."""
+    """The label as text or integer, None if it is neither. In CSV, which is text, `7` is a number and `007` a name."""
     if as_text and isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):
         return int(value)
     return value if isinstance(value, str | int) and not isinstance(value, bool) else None

@@ -1,4 +1,4 @@
-"""New labelled images from the drop folder into the training split: good rows in one shard, bad ones apart."""
+"""Ingest labelled images from the drop folder: good rows to one shard of the training data, bad rows to quarantine."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from serving.shared.terminal import counted, print
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What one run of ingest did.
+    """Result of one run of ingest.
 
-    shard: the new file of data/ingested/, None where no row was added. already_there: rows that the training split has,
-    under the same label. quarantined: bad rows, moved to data/quarantine/; reasons: bad rows by what is wrong. waiting:
-    files that may still be being written. refused: why the drop was refused whole, None where it was not. new_classes:
-    classes that this shard brings.
+    shard: the new file of data/ingested/; None if no row was added. already_there: rows that are in the training split
+    already, with the same label. quarantined: bad rows, moved to data/quarantine/. reasons: number of bad rows by
+    reason. waiting: files that may still be being written. refused: why the whole drop was refused; None if it was not.
+    new_classes: classes that first appear in this shard.
     """
 
     shard: Path | None = None
@@ -53,14 +53,14 @@ class IngestReport:
 
 
 def ingest(params: Params, drop: Path | None = None) -> IngestReport:
-    """Take in what lies in the drop folder (params.ingest.drop where none is given).
+    """Ingest the images of the drop folder; params.ingest.drop if `drop` is None.
 
-    Good rows become one new shard of data/ingested/, bad ones go to data/quarantine/ with the reason, and the files that
-    both came from leave the drop; validation and test are read, never written. All of it or nothing: killed anywhere,
-    the next run finishes or starts again. Raises ParamsError for a `drop` that is no folder, and where `split` has not run
-    yet; StageError while another ingest runs.
+    Good rows are written to one new shard of data/ingested/, bad rows to data/quarantine/ with the reason; ingest.taken
+    defines whether their files are kept in the drop folder's `.taken` or deleted. The validation and test splits are
+    read, never written. The run is a transaction: after a kill at any point, the next run completes the round or starts
+    again. Raises ParamsError if `drop` is not a folder or `split` has not run yet; StageError if another ingest runs.
     """
-    from filelock import FileLock, Timeout  # of the extra `pipeline`, as a training machine takes nothing in
+    from filelock import FileLock, Timeout  # in the extra `pipeline`, which a training machine does not need
 
     root = Path(params.ingest.drop) if drop is None else drop
     if drop is not None and not drop.is_dir():
@@ -123,7 +123,7 @@ def _report(written: Written, waiting: int = 0) -> IngestReport:
 
 
 def _joined(finished: Written | None, report: IngestReport) -> IngestReport:
-    """A report that counts the round of a killed run, which this run finished, with its own."""
+    """Add the round of a killed run, which this run completed, to this run's report."""
     if finished is None:
         return report
     print("ingest: finished the round of a run that had been killed", file=sys.stderr)

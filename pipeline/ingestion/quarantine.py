@@ -1,4 +1,4 @@
-"""Bad rows of a drop, kept where someone can look at them: a listing with the reasons, and the bytes of each row."""
+"""Quarantine of bad rows: a CSV listing with the reasons, and the bytes of each row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ LISTING = "rows.csv"
 
 
 def write_quarantine(folder: Path, bad: list[Verdict]) -> tuple[str, list[Verdict]]:
-    """Bad rows as a listing, and the bytes of each: a name made of their content, and the rows whose bytes were not to be had.
+    """Write bad rows to `folder`: a listing and the bytes of each.
 
-    What the latter come from is never removed from the drop, only moved aside.
+    Returns a name derived from the content, and the rows whose bytes could not be read; the files of those rows are
+    never deleted from the drop folder, only moved.
     """
     folder.mkdir()
     listed = [_listed(number, verdict) for number, verdict in enumerate(bad)]
@@ -29,13 +30,13 @@ def write_quarantine(folder: Path, bad: list[Verdict]) -> tuple[str, list[Verdic
         row["file"] = _keep_file(folder / f"files/{row['number']:05d}{suffix}", verdict)
     write_file(folder / LISTING, as_csv(listed))
     alone = [verdict for row, verdict in zip(listed, bad, strict=True) if not row["file"]]
-    # A damaged table is listed alike every day; what is kept of it is not the same.
+    # Two damaged tables can have equal listings and different content, so the name depends on both.
     content = [sha256_of(folder / row["file"]) if row["file"] else "" for row in listed]
     return sha256_of_json([listed, content])[:16], alone
 
 
 def list_refused(verdicts: list[Verdict]) -> Path:
-    """The listing of a drop that is refused whole, whose files stay where they are."""
+    """Write the listing of bad rows of a refused drop, whose files are not moved. Returns its path."""
     listed = [_listed(number, verdict) for number, verdict in enumerate(verdicts) if verdict.outcome == "bad"]
     path = QUARANTINE / f"refused-{sha256_of_json(listed)[:16]}" / LISTING
     write_file(path, as_csv(listed))
@@ -43,7 +44,7 @@ def list_refused(verdicts: list[Verdict]) -> Path:
 
 
 def place_quarantine(folder: Path, name: str) -> None:
-    """Move a quarantine folder to its place; a folder of its name holds the same rows already."""
+    """Move a quarantine folder into data/quarantine/; delete it if that name exists, which then has the same rows."""
     QUARANTINE.mkdir(parents=True, exist_ok=True)
     if (QUARANTINE / name).exists():
         shutil.rmtree(folder)
@@ -52,7 +53,7 @@ def place_quarantine(folder: Path, name: str) -> None:
 
 
 def bytes_of(verdict: Verdict) -> bytes | None:
-    """The bytes of a row's image; None where they are not to be had any more."""
+    """Bytes of a row's image; None if they cannot be read any more."""
     try:
         return verdict.row.read()
     except DataError:
@@ -71,7 +72,10 @@ def _listed(number: int, verdict: Verdict) -> dict[str, Any]:
 
 
 def _keep_file(path: Path, verdict: Verdict) -> str:
-    """The bytes of a bad row in the quarantine, by a hard link where that is possible; empty where they are not to be had."""
+    """Store the bytes of a bad row at `path`, as a hard link if possible.
+
+    Returns the path in the quarantine folder, "" if the bytes cannot be read.
+    """
     path.parent.mkdir(exist_ok=True)
     file = verdict.row.file
     if file is None:
@@ -87,10 +91,10 @@ def _keep_file(path: Path, verdict: Verdict) -> str:
 def _linked_or_copied(file: Path, path: Path) -> bool:
     try:
         if not stat.S_ISREG(file.lstat().st_mode) or not os.access(file, os.R_OK):
-            return False  # a link, a pipe, or what is not ours to read
+            return False  # a link, a pipe, or no permission to read
     except OSError:
         return False
-    with contextlib.suppress(OSError):  # another file system, or one without links, or another user's file
+    with contextlib.suppress(OSError):  # different file system, no link support, or another user's file
         os.link(file, path)
         return True
     try:
@@ -99,5 +103,5 @@ def _linked_or_copied(file: Path, path: Path) -> bool:
         path.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
             raise
-        return False  # gone, or not ours to read
+        return False  # deleted, or no permission to read
     return True

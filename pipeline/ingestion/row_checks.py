@@ -1,4 +1,4 @@
-"""Which rows of a drop are good: can each be decoded, is its class known, is it new, is it in no held-out split."""
+"""Check the rows of a drop: each image must decode, have a known class, be new, and be in no held-out split."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from pipeline.shared.errors import DataError
 from pipeline.shared.progress import progress_bar
 from pipeline.sources import BadImageError, Ingested, in_parts
 
-LONGEST_NAME = 200  # characters of a class
+LONGEST_NAME = 200  # characters of a class name
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of one row. sha256: of its bytes, empty where they cannot be read. label: its class, where it has one.
+    """Result of the check of one row. sha256: of its bytes, empty if unreadable. label: class name, None if unknown.
 
-    outcome: `good`, `there` (the same image under the same label is a training row already) or `bad`; reason: what is
-    wrong in a word or two, and detail: in words.
+    outcome: `good`, `there` (a training row has the same image and label already) or `bad`. reason: the kind of problem
+    in one or two words. detail: the problem as a text for the message.
     """
 
     row: DropRow
@@ -50,10 +50,10 @@ class _Read:
 def judge(
     rows: list[DropRow], params: IngestParams, classes: list[str], ingested: Ingested, split: Path = SPLIT
 ) -> list[Verdict]:
-    """A verdict a row, in the same order; every image is read and decoded once, in parallel, with a bar.
+    """Check all rows and return one verdict per row, in the same order.
 
-    classes: those there are, in label order. Raises ParamsError when the split is not made, as what is held out is then
-    not known.
+    Each image is read and decoded once, in parallel, with a progress bar. classes: existing class names, in label
+    order. Raises ParamsError if there is no split, because the held-out images are then not known.
     """
     read = _read_all(rows)
     known = set(classes)
@@ -134,9 +134,9 @@ def _read(row: DropRow) -> _Read:
 def _class_of(
     label: str | int | None, params: IngestParams, classes: list[str], known: set[str]
 ) -> tuple[str | None, tuple[str, str]]:
-    """The class that a label means, by name or, where no class is called so, by its number; else why there is none.
+    """Class name of a label, by name or, if no class has that name, by number; else None with the reason.
 
-    known: the classes again, to look one up at once.
+    known: set of the classes, for fast lookup.
     """
     if label is None or label == "":
         return None, ("no label", "has no label that is text or an integer")
@@ -160,7 +160,7 @@ def _class_of(
 
 
 def _places(digests: set[str], classes: list[str], ingested: Ingested, split: Path) -> dict[str, list[tuple[str, str]]]:
-    """(split, class) of every image of these hashes that is in the data set already."""
+    """Map each sha256 to the (split, class) pairs of the images in the data set that have it."""
     places: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name in ("train", "validation", "test"):
         table = read_split(name, ["sha256", "label"], split, [("sha256", "in", sorted(digests) or [""])])
@@ -173,5 +173,5 @@ def _places(digests: set[str], classes: list[str], ingested: Ingested, split: Pa
 
 
 def reasons(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """How many rows are bad for each reason, the most frequent first."""
+    """Number of bad rows by reason, most frequent first."""
     return dict(Counter(verdict.reason for verdict in verdicts if verdict.outcome == "bad").most_common())

@@ -1,4 +1,4 @@
-"""One round of ingest on disk: written whole beside the data, then put in place by steps that may be repeated."""
+"""Transaction of one ingest round: write it to a state folder, then move it into place by repeatable steps."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from pipeline.sources.ingested import SCHEMA, new_classes_metadata
 
 ROUND = INGEST_STATE / "round"
 PLAN, SHARD, BAD = "plan.json", "shard.parquet", "quarantine"
-TAKEN = ".taken"  # in the drop folder: files whose images were taken in
+TAKEN = ".taken"  # folder in the drop folder for files that were ingested
 ROW_GROUP_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a round holds: names of its shard (None without good rows) and of its quarantine folder, and counts of rows.
+    """Content of a round: names of its shard (None without good rows) and its quarantine folder, and counts of rows.
 
-    reasons: bad rows by what is wrong. changed: rows whose image is no longer what was judged; they and their files, of a
-    table all that it names, wait for the next round.
+    reasons: number of bad rows by reason. changed: rows whose image has changed since the check; they and their files
+    (for a table, all files that it names) stay in the drop folder for the next round.
     """
 
     shard: str | None
@@ -52,7 +52,7 @@ class Written:
 
 
 def write_round(drop: Drop, verdicts: list[Verdict], classes: list[str], taken: str) -> Written:
-    """Write the shard, the quarantine and the plan of a round into ROUND, which appears whole or not at all."""
+    """Write shard, quarantine and plan of a round to the folder ROUND, which is created atomically."""
     good = [verdict for verdict in verdicts if verdict.outcome == "good"]
     bad = [verdict for verdict in verdicts if verdict.outcome == "bad"]
     with whole_folder(ROUND) as folder:
@@ -75,33 +75,33 @@ def write_round(drop: Drop, verdicts: list[Verdict], classes: list[str], taken: 
 
 
 def _for_the_next(verdicts: list[Verdict], changed: list[Verdict]) -> list[Verdict]:
-    """Rows whose files stay in the drop: those that changed, and with a row of a table all that the table names."""
+    """Rows whose files stay in the drop folder: changed rows, and all rows of a table that has a changed row."""
     own = {id(verdict) for verdict in changed}
     tables = {_place(verdict) for verdict in changed}
     return [verdict for verdict in verdicts if id(verdict) in own or _place(verdict) in tables]
 
 
 def _place(verdict: Verdict) -> str:
-    """The table or image that a row comes from, in the drop."""
+    """Path, relative to the drop folder, of the table or image of a row."""
     return verdict.row.name.partition("#")[0]
 
 
 def _files_of(verdicts: list[Verdict], drop: Drop) -> set[str]:
-    """Files in the drop that rows come from: their table and their image."""
+    """Paths, relative to the drop folder, of the tables and images of some rows."""
     images = {verdict.row.file for verdict in verdicts if verdict.row.file}
     return {_place(verdict) for verdict in verdicts} | {image.relative_to(drop.root).as_posix() for image in images}
 
 
 def finish_round() -> Written | None:
-    """Put what ROUND holds in its place and clear it: shard, quarantine, files of the drop. None where there is no round.
+    """Move shard, quarantine and files of the drop of ROUND into place, and delete ROUND. None if there is no round.
 
-    Each step is done already or is done now, so that a round killed anywhere between is finished by the next call.
+    Each step is skipped if it is done already, so that after a kill at any point the next call completes the round.
     """
     try:
         plan = json.loads((ROUND / PLAN).read_text(encoding="utf-8"))
         written = Written(**plan["written"])
     except FileNotFoundError:
-        shutil.rmtree(ROUND, ignore_errors=True)  # killed while it was cleared, when all was in place
+        shutil.rmtree(ROUND, ignore_errors=True)  # left by a kill during the final deletion, when all steps were done
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{ROUND / PLAN}: damaged ({error}); remove {ROUND} and run again") from None
@@ -115,9 +115,10 @@ def finish_round() -> Written | None:
 
 
 def write_shard(path: Path, good: list[Verdict], classes: list[str]) -> tuple[list[Verdict], list[Verdict]]:
-    """Good rows as one Parquet file, in their order: those written, and those whose bytes are no longer what was judged.
+    """Write good rows to one Parquet file, in their order. Returns the written rows and the changed rows.
 
-    The same rows give the same bytes. No file where nothing was written.
+    A row is changed if its bytes differ from those that were checked. Equal rows give a bit-identical file. Without
+    written rows there is no file.
     """
     kept: list[Verdict] = []
     changed: list[Verdict] = []
@@ -148,7 +149,7 @@ def _table(rows: list[tuple[bytes, str, str, str]]) -> pa.Table:
 
 
 def _take_away(root: Path, plan: dict[str, Any]) -> None:
-    """Move the files of a round out of the drop, or remove them; one that was written anew since then stays."""
+    """Move the files of a round out of the drop folder, or delete them; files rewritten since the check stay."""
     kept, removed = root / TAKEN / sha256_of_json(plan["files"])[:16], set(plan["remove"])
     for name, stamp in plan["files"].items():
         path = root / name

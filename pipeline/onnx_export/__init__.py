@@ -1,1 +1,1 @@
-"""The student as an ONNX graph, its parity with PyTorch, the release folder."""
+"""Export the student as an ONNX graph, check parity with PyTorch, and build the content of a release."""

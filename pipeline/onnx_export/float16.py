@@ -1,7 +1,7 @@
-"""The served graph with its backbone in float16: normalisation, cosine classifier, scale and adjustment stay float32.
+"""Export the served graph with a float16 backbone; normalisation, classifier and logit adjustment stay float32.
 
-ONNX Runtime's converter is given the backbone alone. Given the whole graph it would round between any two nodes that it is
-told to leave in float32, and the logits themselves: a cosine rounded to float16 is a logit wrong by .01.
+ONNX Runtime's converter gets only the backbone. With the whole graph it would round between any two nodes that it must
+leave in float32, and the logits too: a cosine rounded to float16 gives an error of 0.01 in a logit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pipeline.onnx_export.graph import TRACED_BATCH, ServedStudent, example_image, trace
 from pipeline.shared.errors import StageError
 
-LARGEST = 65504.0  # of float16
-# What training leaves in float32 inside the backbone too: norms and softmax. A batch norm behind a convolution is folded.
+LARGEST = 65504.0  # largest finite float16 number
+# Operators that stay float32, as in training: norms and softmax. A batch norm after a convolution is folded into it.
 FLOAT32_OPERATORS = [
     "BatchNormalization",
     "GroupNormalization",
@@ -36,10 +36,11 @@ REMEDY = "keep export.precision at float32"
 
 @dataclass(frozen=True)
 class HalfGraph:
-    """served: the ONNX file. rounding: the same computed in float32, each value of the backbone rounded to float16.
+    """The float16 graph, and a float32 graph that emulates its rounding.
 
-    On a CPU, ONNX Runtime computes a float16 graph in float32 and rounds nowhere in between: only `rounding` shows there
-    what a GPU will answer, and whether a value is beyond float16's range. Its third output `magnitude` [V] is the largest
+    served: the ONNX file. rounding: the same graph in float32, with each value of the backbone rounded to float16. On a
+    CPU, ONNX Runtime computes a float16 graph in float32 without intermediate rounding; only `rounding` shows there the
+    result of a GPU, and whether a value exceeds the range of float16. Its third output `magnitude` [V] is the largest
     absolute value, before rounding, of each of `values`.
     """
 
@@ -48,7 +49,7 @@ class HalfGraph:
     values: list[str]
 
     def check_magnitude(self, magnitude: np.ndarray) -> None:
-        """Raise StageError naming the first value of the backbone beyond float16's range; magnitude: [V]."""
+        """Raise StageError with the name of the first backbone value outside float16's range; magnitude: [V]."""
         beyond = np.flatnonzero(~(magnitude <= LARGEST))
         if len(beyond):
             raise StageError(
@@ -72,9 +73,9 @@ class _Answer(_Normalisation):
 
 
 def to_half(served: ServedStudent, size: int, opset: int) -> HalfGraph:
-    """The graph of `to_onnx` with the backbone in float16; inputs and outputs keep names and types.
+    """Export the graph of `to_onnx` with the backbone in float16; inputs and outputs keep names and types.
 
-    Raises StageError naming a weight that float16 cannot hold.
+    Raises StageError with the name of a weight that is outside float16's range.
     """
     image = example_image(size)
     with torch.inference_mode():
@@ -92,7 +93,7 @@ def to_half(served: ServedStudent, size: int, opset: int) -> HalfGraph:
 
 
 def _check_weights(backbone: onnx.ModelProto) -> None:
-    """The converter would cut such a weight to the largest number of float16 and say nothing."""
+    """Raise StageError for a weight outside float16's range; the converter would clip it without a warning."""
     for tensor in backbone.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
             values = numpy_helper.to_array(tensor)
@@ -105,25 +106,25 @@ def _check_weights(backbone: onnx.ModelProto) -> None:
 
 
 def _converted(backbone: onnx.ModelProto) -> onnx.ModelProto:
-    """The backbone in float16, between a cast at its input and one at its output."""
+    """Convert the backbone to float16, with a cast at its input and at its output."""
     os.environ["ORT_DISABLE_TELEMETRY"] = (
-        "1"  # its package would otherwise write a file; read when it is first imported
+        "1"  # read at the first import; without it onnxruntime writes a telemetry file
     )
     path = list(sys.path)
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    sys.path[:] = path  # that package adds its own folder, whose modules have names as common as `benchmark`
+    sys.path[:] = path  # onnxruntime.transformers adds its folder, which has modules named `benchmark` and the like
     copy = onnx.ModelProto()
     copy.CopyFrom(backbone)
     blocked = [*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
     half = convert_float_to_float16(copy, keep_io_types=True, disable_shape_infer=True, op_block_list=blocked)
-    del half.graph.value_info[:]  # it leaves some with the type that they had
+    del half.graph.value_info[:]  # the converter leaves some entries with the old type
     _sort(half.graph)
     return half
 
 
 def _sort(graph: onnx.GraphProto) -> None:
-    """Nodes before those that read them: the converter appends its casts at the end, which ONNX forbids."""
+    """Sort nodes topologically, as ONNX requires; the converter appends its casts at the end."""
     maker = {name: place for place, node in enumerate(graph.node) for name in node.output}
     needed = {place: {maker[n] for n in node.input if n in maker} for place, node in enumerate(graph.node)}
     ordered = [graph.node[place] for place in graphlib.TopologicalSorter(needed).static_order()]
@@ -133,7 +134,7 @@ def _sort(graph: onnx.GraphProto) -> None:
 
 
 def _rounding(backbone: onnx.ModelProto, half: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    """The float32 backbone with float16's weights, every value rounded after its node, and the values' names."""
+    """Make the float32 backbone with float16 weights in which each value is rounded; returns also the values' names."""
     model = onnx.ModelProto()
     model.CopyFrom(backbone)
     graph = model.graph
@@ -165,7 +166,7 @@ def _rounding(backbone: onnx.ModelProto, half: onnx.ModelProto) -> tuple[onnx.Mo
 
 
 def _rounded(name: str, result: str) -> list[onnx.NodeProto]:
-    """float32 → float16 → float32; ONNX Runtime leaves such a pair alone where float32 surrounds it."""
+    """Cast nodes float32 → float16 → float32; ONNX Runtime does not remove such a pair between float32 nodes."""
     return [
         helper.make_node("Cast", [name], [f"{name} half"], to=TensorProto.FLOAT16),
         helper.make_node("Cast", [f"{name} half"], [result], to=TensorProto.FLOAT),
@@ -181,7 +182,7 @@ def _magnitude(name: str) -> list[onnx.NodeProto]:
 
 
 def _joined(before: onnx.ModelProto, backbone: onnx.ModelProto, after: onnx.ModelProto) -> bytes:
-    """One graph of three, names kept at its inputs and outputs and apart inside."""
+    """Merge three graphs into one; inputs and outputs keep their names, inner names get a prefix."""
     parts = [
         compose.add_prefix(model, f"{name}/", rename_inputs=False, rename_outputs=False)
         for name, model in (("normalisation", before), ("backbone", backbone), ("answer", after))
@@ -189,5 +190,5 @@ def _joined(before: onnx.ModelProto, backbone: onnx.ModelProto, after: onnx.Mode
     whole = compose.merge_models(parts[0], parts[1], [("pixels", "pixels")])
     whole = compose.merge_models(whole, parts[2], [("features", "features")])
     whole.graph.name, whole.producer_name = "student", "tailor"
-    del whole.opset_import[1:]  # one line for each part, all the same
+    del whole.opset_import[1:]  # one identical entry per merged part
     return whole.SerializeToString()

@@ -1,4 +1,4 @@
-"""The graph that is served: uint8 images and a strength in, adjusted logits and the feature out."""
+"""Export the served graph to ONNX: uint8 images and a strength in, adjusted logits and the feature out."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ LARGEST_IR = 10
 
 
 class ServedStudent(nn.Module):
-    """A student with its preprocessing and adjustment inside, everything constant folded ahead.
+    """Student with pixel normalisation and logit adjustment in one module, with constants folded.
 
-    The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here. shift:
-    [C], Prior.balanced_shift of the network, so that strength 0 answers for the balanced prior whatever the loss added.
+    The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here.
+    shift: [C], Prior.balanced_shift of the network, so that strength 0 is the balanced prior for any adjustment in the
+    loss.
     """
 
     scale: Tensor
@@ -46,42 +47,46 @@ class ServedStudent(nn.Module):
         self.register_buffer("scale", 1 / (255 * spread))
         self.register_buffer("shift", -centre / spread)
         self.register_buffer("class_matrix", F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s)
-        # Most recipes need no shift; their graph then has no bias.
+        # Most recipes need no shift; their graph has no bias.
         self.register_buffer("class_bias", torch.tensor(shift) if shift is not None and any(shift) else None)
         self.register_buffer("log_prior", torch.tensor(log_prior))
 
     def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """image uint8 [B,3,H,W], strength float32 [B,1] → logits [B,C] = cos/tau_s + shift + strength·log_prior, unit feature
-        [B,D].
+        """Compute logits [B,C] = cos/tau_s + shift + strength·log_prior, and the unit feature [B,D].
+
+        image: uint8 [B,3,H,W]; strength: float32 [B,1].
         """
         return self.answer(self.backbone(self.normalise(image)), strength)
 
     def normalise(self, image: Tensor) -> Tensor:
-        """image uint8 [B,3,H,W] → what the backbone sees, float32 [B,3,H,W]."""
+        """Normalise an image uint8 [B,3,H,W] to the backbone's input, float32 [B,3,H,W]."""
         return image.float() * self.scale + self.shift
 
     def answer(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B,D] of the backbone, strength [B,1] → logits [B,C], unit feature [B,D]."""
+        """Compute logits [B,C] and the unit feature [B,D] from backbone features [B,D] and strength [B,1]."""
         feature = F.normalize(features, dim=1)
         return adjust_logits(F.linear(feature, self.class_matrix, self.class_bias), self.log_prior, strength), feature
 
 
 def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:
-    """The graph as one ONNX file with a dynamic batch. Opset at most 20 and IR at most 10: older Triton images refuse newer."""
+    """Export the graph as one ONNX file with a dynamic batch size.
+
+    Opset at most 20 and IR version at most 10, because older Triton images do not load newer ones.
+    """
     example = {"image": example_image(size), "strength": torch.zeros(TRACED_BATCH, 1)}
     return trace(served, example, ["logits", "feature"], opset).SerializeToString()
 
 
 def example_image(size: int) -> Tensor:
-    """An image input to trace with; a batch of 1 would be specialised into the graph, so there are more."""
+    """Example images for tracing; more than one, because torch.export would specialise the graph to a batch of 1."""
     return torch.zeros(TRACED_BATCH, 3, size, size, dtype=torch.uint8)
 
 
 def trace(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], opset: int) -> onnx.ModelProto:
-    """A network as an ONNX graph, its inputs [B,...] by name, of any batch."""
+    """Export a network as an ONNX graph with named inputs [B,...] and a dynamic batch size."""
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
-        # The exporter deprecates its own internals on every call; nothing in it is for our user.
+        # The exporter emits deprecation warnings about its internals on every call.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
@@ -96,6 +101,6 @@ def trace(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], ops
     graph = program.model_proto
     graph.ir_version = min(graph.ir_version, LARGEST_IR)
     for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):
-        # Stack traces of the exporting machine: they would leak its paths and make the file differ from machine to machine.
+        # Stack traces of the exporter would leak local paths, and the file would differ between machines.
         del part.metadata_props[:]
     return graph

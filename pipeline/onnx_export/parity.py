@@ -1,4 +1,4 @@
-"""Parity of an exported graph with the network in PyTorch: bounds for float32, and others for float16."""
+"""Check parity of an exported graph with the network in PyTorch, with separate bounds for float32 and float16."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from serving.shared.terminal import counted
 if TYPE_CHECKING:
     import onnxruntime
 
-COMPARED = 256  # images of the held-out split whose best class is compared where float16 may change it
+COMPARED = 256  # held-out images whose best class is compared between float16 and PyTorch
 
 
 @dataclass(frozen=True)
 class Parity:
-    """logit: largest difference of a logit from PyTorch's. agreement: share of `images` whose best class is the same."""
+    """Parity of the float16 graph with PyTorch.
+
+    logit: largest absolute difference of a logit. agreement: share of `images` whose best class is the same.
+    """
 
     logit: float
     agreement: float
@@ -38,7 +41,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch answers for images uint8 [B,3,H,W] at strength [B,1]: logits [B,C], unit feature [B,D]."""
+    """PyTorch's output for pixels uint8 [B,3,H,W] at strength [B,1]: logits [B,C], unit feature [B,D]."""
 
     pixels: np.ndarray
     strength: np.ndarray
@@ -46,17 +49,17 @@ class Reference:
     feature: np.ndarray
 
     def run(self, session: onnxruntime.InferenceSession, *more: str) -> list[np.ndarray]:
-        """The graph's logits, feature and further outputs for the same input."""
+        """Run a graph on the same input; returns logits, feature and the outputs named in `more`."""
         return session.run(["logits", "feature", *more], {"image": self.pixels, "strength": self.strength})
 
     def gaps(self, logits: np.ndarray, feature: np.ndarray) -> tuple[float, float]:
-        """Largest absolute difference of a logit and of a feature; NaN where one is no number."""
+        """Largest absolute difference of a logit and of a feature value; NaN if one is NaN."""
         return float(np.abs(logits - self.logits).max()), float(np.abs(feature - self.feature).max())
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """The network in PyTorch that a graph is compared with. shift [C]: makes its logits answer for the balanced prior."""
+    """PyTorch network with which a graph is compared. shift [C]: added to its logits, gives balanced logits."""
 
     model: ImageClassifier
     image: ImageParams
@@ -64,7 +67,7 @@ class TrainedNetwork:
     shift: list[float]
 
     def answer(self, pixels: np.ndarray, strength: np.ndarray) -> Reference:
-        """Its answers for images uint8 [B,3,H,W] at strength [B,1]."""
+        """Run the network on pixels uint8 [B,3,H,W] at strength [B,1]."""
         with torch.inference_mode():
             features, logits = self.model(normalise(torch.from_numpy(pixels), self.image))
             balanced = logits + torch.tensor(self.shift, dtype=torch.float64).to(logits.dtype)
@@ -75,10 +78,10 @@ class TrainedNetwork:
 def check_parity(
     session: onnxruntime.InferenceSession, network: TrainedNetwork, examples: AnyImages, export: ExportParams, seed: int
 ) -> float:
-    """Largest absolute logit difference between the graph in ONNX Runtime and the training path in PyTorch.
+    """Check the float32 graph in ONNX Runtime against PyTorch; returns the largest absolute logit difference.
 
-    Batch sizes 1, 2, 7 and the maximum, half real images and half noise, a strength per row. Raises StageError when a
-    logit or a feature differs by more than export.tolerance, or is not finite.
+    Batch sizes 1, 2, 7 and the maximum, half real images and half noise, one strength per row. Raises StageError if a
+    logit or a feature value differs by more than export.tolerance, or is not finite.
     """
     largest = 0.0
     for reference in mixed_batches(network, examples, seed, export.max_batch_size):
@@ -100,11 +103,11 @@ def check_half(
     export: ExportParams,
     seed: int,
 ) -> Parity:
-    """How far the float16 graph is from PyTorch in float32. sessions: of half.served and half.rounding.
+    """Check the float16 graph against PyTorch in float32. sessions: of half.served and half.rounding.
 
-    Looks at the batches of `check_parity`, and at up to 256 real images for their best class. Raises StageError when a
-    value is beyond float16's range, when a cosine (a logit times tau_s) or a feature differs by more than
-    export.half.tolerance, or when fewer images than export.half.agreement keep their best class.
+    Uses the batches of `check_parity`, and up to 256 real images whose best class is compared. Raises StageError if a
+    value is outside float16's range, if a cosine (a logit times tau_s) or a feature value differs by more than
+    export.half.tolerance, or if the share of images with the same best class is below export.half.agreement.
     """
     bounds, largest, same, images = export.half, 0.0, 0, 0
     served, rounding = sessions
@@ -136,7 +139,7 @@ def check_half(
 
 
 def mixed_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most: int) -> Iterator[Reference]:
-    """Batch sizes 1, 2, 7 and `most`, half real images and half noise, a strength per row."""
+    """PyTorch outputs for batches of 1, 2, 7 and `most` images, half real and half noise, one strength per row."""
     generator, size = np.random.default_rng(seed), network.image.size
     for batch in (1, 2, 7, most):
         pixels = generator.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
@@ -148,7 +151,7 @@ def mixed_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most:
 
 
 def real_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most: int) -> Iterator[Reference]:
-    """Up to 256 real images, each once, at most `most` at a time, without adjustment."""
+    """PyTorch outputs for up to 256 real images, each once, in batches of at most `most`, at strength 0."""
     chosen = np.random.default_rng(seed).permutation(len(examples))[:COMPARED]
     for start in range(0, len(chosen), most):
         pixels = examples.pixels(torch.from_numpy(chosen[start : start + most])).numpy()

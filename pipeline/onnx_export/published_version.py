@@ -1,4 +1,4 @@
-"""What a published version answers for the test split: its own graph in ONNX Runtime, so that no server need run."""
+"""Predict the test split with a published version's graph in ONNX Runtime, without a server."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipeline.shared.errors import StageError
 
 
 def served_answers(repository: Path, version: int | None, params: Params, target_prior: str) -> Answers:
-    """Answers of a version, or of the champion where it is None, for the target prior on data/split/test.parquet.
+    """Predictions of a version on data/split/test.parquet for the target prior. version: None is the champion.
 
-    Raises InputError for a version that is not there, RepositoryError or ManifestError for a damaged one, StageError when
-    its classes are not the split's, and ParamsError when there is no split.
+    Raises InputError if the version does not exist, RepositoryError or ManifestError if the repository is damaged,
+    StageError if its classes are not those of the split, ParamsError if there is no split.
     """
     import torch
 
@@ -29,7 +29,7 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     from serving.shared.errors import InputError
     from serving.shared.names import STUDENT
 
-    champion = read_champion(repository).version  # also where a version is given: a damaged repository is refused
+    champion = read_champion(repository).version  # also with a given version, to detect a damaged repository
     version = champion if version is None else version
     if version not in (existing := published_versions(repository)):
         raise InputError(f"{repository}: holds no version {version}; it has {', '.join(map(str, existing))}")

@@ -1,4 +1,4 @@
-"""The content of a release: golden requests, their tolerance, the manifest."""
+"""Build the content of a release: golden requests, their tolerance, the manifest."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-LARGEST_TOLERANCE = 0.1  # of a golden probability: what tells a wrong graph from a rounded one
+LARGEST_TOLERANCE = 0.1  # of a golden probability; a larger difference means a wrong graph, not rounding
 
 
 def open_session(graph: Path | bytes) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU over a graph, in a file or in memory, that passes ONNX's own checker."""
-    # Its package would otherwise write a telemetry file under the user's cache folder; read when it is first imported.
+    """Check a graph (file or bytes) with ONNX's checker, and open it in ONNX Runtime on the CPU."""
+    # Read at the first import; without it onnxruntime writes a telemetry file to the user's cache folder.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
@@ -55,22 +55,23 @@ def open_session(graph: Path | bytes) -> onnxruntime.InferenceSession:
 
 
 def golden_tolerance(half: Parity | None) -> float:
-    """How far a probability may be from a golden one: where the graph is float16, a GPU rounds what a CPU does not.
+    """Largest allowed difference from a golden probability; larger for float16, which a GPU rounds differently.
 
-    Both are within half.logit of PyTorch. Logits that each move by d move a probability by d/2 at most.
+    GPU and CPU logits are both within half.logit of PyTorch's. If each logit changes by at most d, a probability
+    changes by at most d/2.
     """
     return min(GOLDEN_TOLERANCE + half.logit, LARGEST_TOLERANCE) if half else GOLDEN_TOLERANCE
 
 
 def top_k(serving: ServingParams, prior: Prior) -> int:
-    """Answers per image: serving.top_k, or all classes where there are fewer."""
+    """Number of classes in a response: serving.top_k, at most the number of classes."""
     return min(serving.top_k, len(prior.classes))
 
 
 def golden_answers(
     session: onnxruntime.InferenceSession, examples: AnyImages, chosen: list[int], best: int, tolerance: float
 ) -> list[Golden]:
-    """Requests with known answers: the chosen images at strength 0 and 1 in turn, answered by ONNX Runtime."""
+    """Golden requests: the chosen images at strength 0 and 1 alternately, with ONNX Runtime's output."""
     golden = []
     for number, example in enumerate(chosen):
         strength = float(number % 2)
@@ -93,7 +94,7 @@ def golden_answers(
 def build_manifest(
     folder: Path, params: Params, prior: Prior, model: ImageClassifier, metrics: dict[str, Any], half: Parity | None
 ) -> Manifest:
-    """The release's manifest over the files already in the folder."""
+    """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
         version=VERSION,
         classes=prior.classes,

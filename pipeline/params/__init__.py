@@ -1,4 +1,4 @@
-"""params.yaml, the recipe of a run, as typed and validated values: a module for each group of sections."""
+"""Typed and validated params.yaml, the recipe of a run; one module per group of sections."""
 
 from pipeline.params.data import DataParams as DataParams
 from pipeline.params.data import ImageParams as ImageParams

@@ -1,4 +1,4 @@
-"""Sections `data`, `stream`, `image` and `prior`: where the images come from, and what is made of them before any training."""
+"""Sections `data`, `stream`, `image` and `prior` of params.yaml: source, splits, streaming, input size, class prior."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipeline.params.section import Count, NonNegative, Number, Positive, Positi
 
 
 class TableParams(Section):
-    """Columns and files of the `table` source; paths are relative to data.location. A null split is held out of train.
+    """Columns and files of the `table` source; paths are relative to data.location.
 
-    A split is a file, a glob pattern, a folder of Parquet shards, or a list of these. label_type: of a CSV file, whose cells
-    are text; auto reads integers where class_names are given. max_mib: the most memory that one column of a row group, or
-    a whole column of labels, paths or ids, may take.
+    A split is a file, a glob pattern, a folder of Parquet shards, or a list of these; a null split is held out of
+    train. label_type: of a CSV file, whose cells are text; auto reads integers if class_names is set. max_mib: memory
+    limit for one column of a row group, and for a whole column of labels, paths or ids.
     """
 
     train: str | list[str] = "train.parquet"
@@ -36,7 +36,7 @@ class TableParams(Section):
 
 
 class ListParams(Section):
-    """List files of imagenet_lt, places_lt and inaturalist2018, where they are not in data.location by their own names."""
+    """List files of imagenet_lt, places_lt and inaturalist2018, if not in data.location under their official names."""
 
     train: str | None = None
     validation: str | None = None
@@ -44,11 +44,11 @@ class ListParams(Section):
 
 
 class DataParams(Section):
-    """Where the images come from, how long the tail is made, and what is held out.
+    """Data source, long-tail profile, and held-out images.
 
-    max_per_class: training images of a class that are used at most, chosen by `seed` before the profile; null is all.
-    test_share: test images as a share of each class, at least one and at most test_per_class; null is test_per_class of
-    every class.
+    max_per_class: largest number of training images per class, chosen by `seed` before the profile; null is all.
+    test_share: test images as a share of each class, at least one and at most test_per_class; null is test_per_class
+    for every class.
     """
 
     source: Literal["digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018"]
@@ -68,17 +68,18 @@ class DataParams(Section):
 
 
 def _on_or_off(value: Any) -> Any:
-    """YAML's reading of a bare `on` or `off` (true or false: YAML 1.1) as the word that the user wrote."""
+    """Map true and false back to the words `on` and `off`, which YAML 1.1 reads as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class StreamParams(Section):
-    """Whether training reads images as it needs them or holds them all. Changes rounding and, for tables, the order; no more.
+    """Streaming: whether training reads images on demand or holds all in memory.
 
-    mode auto: a stream where the decoded split is more than half of what is free on device or host; of originals that
-    resized crops are cut from, as many stay in memory as fit into half of it. workers: threads that read and decode; auto
-    is one a core. prefetch: batches read ahead. decode: `fast` may differ from `exact`, the server's, by one grey level;
-    `gpu` is nvJPEG on CUDA. shuffle_mib: of a table, how much is shuffled at a time.
+    Streaming changes only rounding and, for tables, the order of images. mode: auto streams if the decoded split takes
+    more than half of the free memory of device or host; with resized crops, as many originals stay in memory as fit
+    into half of it. workers: threads that read and decode; auto is one per core. prefetch: batches read ahead. decode:
+    `fast` may differ from `exact`, the server's decoding, by one grey level; `gpu` is nvJPEG on CUDA. shuffle_mib:
+    amount of a table that is shuffled at a time.
     """
 
     mode: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
@@ -89,7 +90,7 @@ class StreamParams(Section):
 
 
 class ImageParams(Section):
-    """The network's input: shorter side to resize_to, centre crop of size (pixels), then (x/255 - mean) / std per channel."""
+    """Network input: shorter side to resize_to, centre crop of size (pixels), then (x/255 - mean) / std per channel."""
 
     size: Annotated[int, Field(ge=8, le=1024)]
     resize_to: Annotated[int, Field(ge=8, le=2048)]
@@ -104,10 +105,10 @@ class ImageParams(Section):
 
 
 class PriorParams(Section):
-    """Pseudo-count added to every class before the prior is taken; 0 refuses a class without training samples.
+    """Class prior. smoothing: pseudo-count added to each class; with 0, a class without training samples is an error.
 
-    weighting effective_number puts (1 - beta^n) / (1 - beta) in the place of n (Cui et al. 2019) in the prior of the losses,
-    and nowhere else: evaluation and export add the difference.
+    weighting: effective_number replaces the count n by (1 - beta^n) / (1 - beta) (Cui et al. 2019) in the prior of the
+    losses only; evaluation and export add the difference.
     """
 
     smoothing: NonNegative

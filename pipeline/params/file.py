@@ -1,4 +1,4 @@
-"""params.yaml, the recipe of a run, as typed and validated values."""
+"""Read and validate params.yaml; error messages name the file, the key, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.shared.errors import ParamsError
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """All sections of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
@@ -41,15 +41,15 @@ class Params(Section):
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and validate a params file. Raises ParamsError naming the file, the key, the value and what is allowed."""
+    """Read and validate a params file. Raises ParamsError with the file, the key, the value and what is allowed."""
     return parse_params(read_yaml(path), path)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, refusing a key that stands twice; plain YAML takes the last one without a word."""
+    """YAML safe loader that rejects duplicate keys; PyYAML uses the last one without a warning."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node. Raises ConstructorError naming the repeated key and its line."""
+        """Construct the mapping of a node. Raises ConstructorError with the duplicate key and its line."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -60,7 +60,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises ParamsError otherwise."""
+    """Read a YAML file that holds a mapping. Raises ParamsError otherwise."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
     except OSError as error:
@@ -74,11 +74,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_params(content: dict[str, Any], path: Path) -> Params:
-    """Validate the content of a params file; `path` is for the message alone."""
+    """Validate the content of a params file; `path` is used only in messages."""
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        # Missing keys last: a misspelt one explains them.
+        # Missing keys last: a misspelt key is often the cause of a missing one.
         entries = sorted(error.errors(), key=lambda entry: entry["type"] == "missing")
         raise ParamsError("; ".join(_explain(path, entry) for entry in entries[:3])) from None
 
@@ -107,7 +107,7 @@ def _keys_at(location: list[str]) -> list[str]:
     model: Any = Params
     for part in location:
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        # A section that may be left out is a union with None.
+        # The annotation of an optional section is a union with None.
         model = (
             next((one for one in get_args(field.annotation) if one is not type(None)), field.annotation)
             if field

@@ -1,4 +1,4 @@
-"""Sections `ingest`, `tracking` and `retrain`: how Tailor runs from day to day. No stage of dvc.yaml depends on them."""
+"""Sections `ingest`, `tracking` and `retrain` of params.yaml. No stage of dvc.yaml depends on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.params.section import Count, NonNegative, Positive, PositiveInt, S
 
 
 class IngestColumns(Section):
-    """Columns of a table in the drop folder: its label, and either encoded image bytes or a path relative to the table."""
+    """Columns of a table in the drop folder: label, and either encoded image bytes or a path relative to the table."""
 
     label: str = "label"
     image: str = "image"
@@ -18,12 +18,12 @@ class IngestColumns(Section):
 
 
 class IngestParams(Section):
-    """What is taken in from the drop folder, and when.
+    """Ingest of images from the drop folder.
 
-    settle_seconds: a file counts as written once it has not changed for so long. require_marker: a folder of the drop is
-    read only once a file `.complete` lies in it. new_classes: `refuse`, `accept`, or the names that may appear.
-    min_good_share: of a drop's rows; with fewer good ones it is refused whole. taken: files whose images were taken in are
-    kept in the drop folder's own `.taken`, or removed. max_table_mib: the most memory that one column of a table may take.
+    settle_seconds: a file counts as complete if it has not changed for this time. require_marker: read a folder of the
+    drop only if it contains a file `.complete`. new_classes: `refuse`, `accept`, or a list of allowed new names.
+    min_good_share: with a smaller share of good rows the whole drop is refused. taken: ingested files are kept in the
+    drop folder's `.taken`, or removed. max_table_mib: memory limit for one column of a table.
     """
 
     drop: str = "data/drop"
@@ -37,9 +37,9 @@ class IngestParams(Section):
 
 
 class TrackingParams(Section):
-    """Where runs are recorded besides DVC.
+    """Experiment tracking besides DVC.
 
-    mlflow: a tracking URI such as http://host:5000 or sqlite:///runs.db; null for none. experiment: its name there.
+    mlflow: a tracking URI such as http://host:5000 or sqlite:///runs.db; null for none. experiment: its name in MLflow.
     """
 
     mlflow: str | None = None
@@ -49,12 +49,12 @@ class TrackingParams(Section):
 class RetrainParams(Section):
     """The flow `retrain`.
 
-    repository: the Triton model repository of what was promoted. server: gRPC address of a server elsewhere that serves
-    it, its key in TAILOR_ADMIN_KEY; null finds the servers of this user on this machine. keep: versions on disk. when_busy:
-    what a second run does. rehearsal: try a version on a server of its own first, else in ONNX Runtime alone. retries of
-    a task, the first after retry_seconds, each later one after twice as long. load_seconds: that one load may take.
-    stage_hours: that one stage may take. watch_seconds: for how long golden requests are sent to a new champion before the
-    run counts it as promoted.
+    repository: the Triton model repository of promoted versions. server: gRPC address of a remote server that serves
+    it, with its key in TAILOR_ADMIN_KEY; null finds the servers of this user on this machine. keep: number of versions
+    on disk. when_busy: whether a second run waits or is refused. rehearsal: test a version on a separate server before
+    promotion, else in ONNX Runtime only. retries: per task, the first after retry_seconds, each later one after twice
+    the time. load_seconds: timeout of one load. stage_hours: timeout of one stage. watch_seconds: how long golden
+    requests are sent to a new champion before the promotion is final.
     """
 
     repository: Annotated[str, Field(min_length=1)] = "releases"

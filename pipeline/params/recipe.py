@@ -10,18 +10,18 @@ from pipeline.params import parse_params, read_yaml
 from pipeline.shared.errors import ParamsError
 
 EXTENDS = "extends"
-RECIPES = Path(__file__).with_name("recipes")  # in the repository a link to the folder at its root
+RECIPES = Path(__file__).with_name("recipes")  # in the repository a symbolic link to recipes/ at the root
 
 
 def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
-    """The text of `target` with the overlays' values, in order, and one line per changed key. Nothing is written.
+    """Merge overlays, in order, into the text of `target`. Returns the text and a line per changed key; writes no file.
 
-    Raises ParamsError for an overlay that is not a mapping or gives invalid params, naming file, key and value.
+    Raises ParamsError, with file, key and value, for an overlay that is not a mapping or gives invalid params.
     """
     from ruamel.yaml import YAML
 
     overlays = [find_recipe(overlay) for overlay in overlays]
-    read_yaml(target)  # a file that is not YAML is refused in the same words as everywhere
+    read_yaml(target)  # raises the usual error if the file is not YAML
     document = load_document(target.read_text(encoding="utf-8"))
     applied: set[Path] = set()
     lines = [line for overlay in overlays for line in _merge(document, resolve(overlay, applied), "")]
@@ -31,13 +31,13 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
 
 
 def find_recipe(path: Path) -> Path:
-    """The overlay at `path`; where no such file exists, the recipe of that name that comes with Tailor, if there is one."""
+    """`path` if the file exists, else the recipe of that name in the package; `path` if neither exists."""
     shipped = RECIPES / path.relative_to("recipes") if path.is_relative_to("recipes") else path
     return shipped if shipped.is_file() and not path.exists() else path
 
 
 def load_document(text: str) -> Any:
-    """A params file to edit: its comments stay, and its lists are on one line, as `dvc exp run -S` does not leave them."""
+    """Load a params file for editing, with its comments; block lists, as of `dvc exp run -S`, are put on one line."""
     document = _yaml().load(text)
     _lists_on_one_line(document)
     return document
@@ -63,7 +63,7 @@ def _yaml() -> Any:
 
 
 def _lists_on_one_line(mapping: Any) -> None:
-    """Each block list in flow style, its key's comment behind it: a new list in its place would else break the file."""
+    """Convert block lists to flow style and keep the key's comment; replacing a block list would break the file."""
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     for key, value in mapping.items():
@@ -84,11 +84,11 @@ def _lists_on_one_line(mapping: Any) -> None:
 
 
 def resolve(overlay: Path, applied: set[Path], below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """An overlay's values over those of the files that its `extends` names: one or a list, relative to the overlay.
+    """Merge an overlay's values over those of the files in its `extends`: one path or a list, relative to the overlay.
 
-    A file is extended once: one in `applied`, to which all that are read here are added, is not taken again, so that
-    it cannot undo what came after it. `below` are the overlays that led to this one. Raises ParamsError for an overlay
-    that cannot be read, that extends itself or what is not a file.
+    Each file is applied once: a file in `applied` is skipped, so that it cannot undo later values; files read here are
+    added to `applied`. below: the overlays that extend this one. Raises ParamsError for an overlay that cannot be read,
+    that extends itself, or that extends a path that is not a file.
     """
     content = read_yaml(overlay)
     named = content.pop(EXTENDS, [])
@@ -122,7 +122,7 @@ def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
 
 
 def _flow(value: Any) -> Any:
-    """A list in the file's own style, on one line; a mapping's lists likewise."""
+    """Convert a list, or the lists of a mapping, to ruamel's flow style on one line."""
     from ruamel.yaml.comments import CommentedSeq
 
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Sections `evaluate`, `export`, `serving` and `gate`: what becomes of a trained student."""
+"""Sections `evaluate`, `export`, `serving` and `gate` of params.yaml."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pipeline.params.section import Number, Positive, PositiveInt, Section, Shar
 
 
 class EvaluateParams(Section):
-    """Evaluation: bins of the calibration error, k of top-k accuracy, test images kept as samples.
+    """Evaluation. ece_bins: of the calibration error. top_k: k of top-k accuracy. samples: test images kept as samples.
 
-    champion: folder of the run that serves, which the report then shows beside teacher and student; null for none.
+    champion: folder of the champion's run, which the report shows beside teacher and student; null for none.
     """
 
     ece_bins: Annotated[int, Field(ge=2, le=1000)]
@@ -22,10 +22,10 @@ class EvaluateParams(Section):
 
 
 class HalfParams(Section):
-    """What float16 may change. tolerance: of a cosine (a logit as a share of its scale 1/tau_s) and of a unit feature.
+    """Bounds for float16. tolerance: of a cosine (a logit times tau_s) and of a unit feature value.
 
-    agreement: least share of held-out images whose best class stays the same. Measured with every value of the backbone
-    rounded to float16, as a GPU stores it.
+    agreement: smallest allowed share of held-out images with an unchanged best class. Both are measured with each value
+    of the backbone rounded to float16, as a GPU stores it.
     """
 
     tolerance: Positive = 0.002
@@ -33,9 +33,10 @@ class HalfParams(Section):
 
 
 class ExportParams(Section):
-    """ONNX export: opset, largest batch, how far ONNX Runtime's logits may be from PyTorch's (absolute).
+    """ONNX export: opset, largest batch, number of golden requests.
 
-    precision: of the backbone; float16 is for GPUs, and has the bounds of section half in the place of tolerance.
+    tolerance: largest absolute difference of a logit between ONNX Runtime and PyTorch. precision: of the backbone;
+    float16 is for GPUs and uses the bounds of section half instead of tolerance.
     """
 
     opset: Annotated[int, Field(ge=18, le=20)]
@@ -47,9 +48,10 @@ class ExportParams(Section):
 
 
 class ServingParams(Section):
-    """The served classifier: adjustment strength when a request names none, answers per image.
+    """The served classifier. strength: default strength of the logit adjustment. top_k: classes in a response.
 
-    image_pixels, request_pixels: decoded for an image and for all images of a request; a large JPEG counts less.
+    image_pixels, request_pixels: limits of decoded pixels for one image and for all images of a request; a large JPEG
+    counts less.
     """
 
     strength: Annotated[Number, Field(allow_inf_nan=False)]
@@ -59,10 +61,11 @@ class ServingParams(Section):
 
 
 class GateRule(Section):
-    """When a measure refuses the challenger; margin is how much worse it may be, as a share (0.01 is one point).
+    """Rule by which a measure refuses the challenger. margin: allowed loss, as a share (0.01 is one point).
 
-    beyond_noise: worse by more than the margin, with interval and McNemar's test agreeing that it is not chance.
-    estimate: the difference itself exceeds the margin. proven: unless the whole interval is within the margin. none: never.
+    beyond_noise: refuse if the loss exceeds the margin and both the interval and McNemar's test show that it is not
+    chance. estimate: refuse if the difference exceeds the margin. proven: refuse unless the whole interval is within
+    the margin. none: never refuse.
     """
 
     rule: Literal["beyond_noise", "estimate", "proven", "none"]
@@ -70,10 +73,10 @@ class GateRule(Section):
 
 
 class GateParams(Section):
-    """Whether a challenger takes the champion's place: a rule per measure, and the floor of the first model.
+    """Promotion gate: a rule per measure, and the floor for the first model.
 
-    all: mean over classes, weighted by target_prior. floor: least balanced accuracy where there is no champion.
-    latency_ratio: largest challenger / champion; null for none.
+    all: mean over classes, weighted by target_prior. floor: smallest balanced accuracy if there is no champion.
+    latency_ratio: largest allowed latency of challenger / champion; null for no limit.
     """
 
     target_prior: Literal["balanced", "train"] = "balanced"

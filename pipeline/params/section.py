@@ -1,4 +1,4 @@
-"""What every section of params.yaml shares: the numbers it is made of, and how strict it is."""
+"""Base class and number types of the sections of params.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", re.ASCII)
 
 
 def _exponent_form(value: Any) -> Any:
-    """YAML's reading of `1e-4` (text: YAML 1.1 wants a dot) as the number that the user meant."""
+    """Convert `1e-4` to a number; YAML 1.1 reads it as text, because it has no dot."""
     return float(value) if isinstance(value, str) and EXPONENT_FORM.fullmatch(value) else value
 
 
@@ -24,6 +24,6 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys refused, values frozen, no silent conversion of text to numbers."""
+    """Base class of every section: unknown keys are errors, values are frozen, text is not converted to numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

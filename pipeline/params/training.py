@@ -1,4 +1,4 @@
-"""Sections `teacher`, `student` and `engine`: what is trained, and how training runs."""
+"""Sections `teacher`, `student` and `engine` of params.yaml: networks, losses, optimisation, augmentation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pipeline.params.section import Count, NonNegative, Number, Positive, Positi
 
 
 class ScheduleParams(Section):
-    """Learning rate by epoch: `cosine` to nearly zero, or `steps` times `factor` at each milestone; linear warm-up first.
+    """Learning rate schedule: `cosine` to nearly zero, or `steps`, times `factor` at each milestone; linear warm-up.
 
-    `rule` official is that of the authors' programs: warm-up and steps end an epoch later, a cosine starts after warm-up.
+    rule: `official` is that of the authors' code: warm-up and steps end an epoch later, and a cosine starts after
+    warm-up.
     """
 
     kind: Literal["cosine", "steps"]
@@ -31,14 +32,14 @@ class ScheduleParams(Section):
 
 
 class AugmentParams(Section):
-    """Random changes of each view, in this order: crop, flip, policy, Cutout; then the mix of the classifier view.
+    """Augmentation of each view, in this order: crop, flip, policy, Cutout; then the mix of the classifier view.
 
-    `crop: pad` adds crop_padding black pixels on each side of the test view, `crop: resized` resizes a box of the original
-    image, of crop_scale of its area.
-    `contrast_policy` is that of the query and key views. randaugment, simaugment and stacked (both, with grey and
-    blur before RandAugment) begin with colour jitter of strength `jitter`. simaugment always crops `resized`, and
-    has no Cutout. `bicubic`: the resampling of the authors' programs, where a shear of autoaugment is bicubic and not of
-    the nearest pixel, and a move of randaugment bicubic instead of bilinear half of the time.
+    mix: CutMix or mixup. crop: `pad` adds crop_padding black pixels on each side of the test view; `resized` resizes a
+    box with crop_scale of the original image's area. contrast_policy: policy of the query and key views. randaugment,
+    simaugment and stacked (both, with grey and blur before RandAugment) start with colour jitter of strength `jitter`.
+    simaugment always crops `resized` and has no Cutout. bicubic: resampling of the authors' code, where a shear of
+    autoaugment is bicubic instead of nearest, and a translation of randaugment is bicubic instead of bilinear half of
+    the time.
     """
 
     crop: Literal["pad", "resized"] = "pad"
@@ -69,19 +70,20 @@ class AugmentParams(Section):
 
 
 class PretrainedParams(Section):
-    """A local file of weights (safetensors, under the names of the backbone's library) and its sha256, which is checked."""
+    """Pretrained weights: a local safetensors file with the names of the backbone's library, and its checked sha256."""
 
     file: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class TrainingParams(Section):
-    """What teacher and student training share: network, SGD, schedule, augmentation.
+    """Params shared by teacher and student training: network, SGD, schedule, augmentation.
 
-    adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. Evaluation and export add the
-    rest, so that `balanced` and `train` mean the same for every strength. ema_decay: of the average of
-    weights that is evaluated and kept instead of the last step's; 0 for none. accumulate: parts in which a batch goes
-    through the network, for batches that the device cannot hold. pretrained: weights that the network starts from.
+    adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. Evaluation and export add
+    the difference, so that `balanced` and `train` mean the same for every strength. ema_decay: decay of the moving
+    average of weights, which is evaluated and saved instead of the last step's weights; 0 for none. accumulate: number
+    of parts of a batch (gradient accumulation), for batches that do not fit into the device's memory. pretrained:
+    initial weights.
     """
 
     backbone: str
@@ -100,10 +102,11 @@ class TrainingParams(Section):
 
 
 class StudentParams(TrainingParams):
-    """The student's terms: gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues.
+    """Params of the student: the loss gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues.
 
-    A term of weight 0 is left out of the step. contrast_encoder fills the queues: the frozen `teacher`, or a `momentum`
-    copy of the student, which follows it by encoder_momentum a step; with alpha 0 no teacher then takes part.
+    A term of weight 0 is not computed. contrast_encoder: the encoder that fills the queues, the frozen `teacher` or a
+    `momentum` copy of the student, updated with encoder_momentum in each step; with `momentum` and alpha 0 no teacher
+    is used.
     """
 
     gamma: NonNegative
@@ -127,13 +130,13 @@ class StudentParams(TrainingParams):
 
 
 class EngineParams(Section):
-    """How training runs. Nothing here changes the recipe; `precision` changes rounding, the rest not even that.
+    """Execution of training. No key changes the recipe; only `precision` changes rounding.
 
-    precision: of the networks' convolutions and products; auto is bfloat16 on CUDA and float32 on the CPU. capture: a step
-    as one CUDA graph, checked against the plain step before it is used. checkpoint_seconds: longest time between two
-    checkpoints. checkpoint_activations: the backward pass computes each block again, which takes less memory and more
-    time. tensorboard: event files under artifacts/tensorboard/ as well. side_by_side: how many of `seeds` train
-    at once on the device; auto is one on the CPU, all on a GPU.
+    precision: of convolutions and matrix products; auto is bfloat16 on CUDA and float32 on the CPU. capture: run a step
+    as one CUDA graph, which is compared with the eager step before use. checkpoint_seconds: longest time between two
+    checkpoints. checkpoint_activations: activation checkpointing, which recomputes each block in the backward pass;
+    less memory, more time. tensorboard: also write event files under artifacts/tensorboard/. side_by_side: number of
+    `seeds` that train at once on the device; auto is one on the CPU, all on a GPU.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

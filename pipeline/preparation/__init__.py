@@ -1,1 +1,1 @@
-"""Before training: data check, pack, first params, memory estimate."""
+"""Prepare training: create a project, write its first params, check and pack the data, estimate GPU memory."""

@@ -1,7 +1,7 @@
-"""`python -m pipeline.preparation.backbone_check`: whether an untrained backbone runs at an image size and exports.
+"""`python -m pipeline.preparation.backbone_check`: check that a backbone runs at an image size and exports to ONNX.
 
-Run as a process of its own by the stages that train, whose exit status is the answer: what these networks raise has no
-common type, and an export may end the process.
+The training stages run it in a separate process and use the exit status: the errors of these networks have no common
+type, and an export can crash the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLASSES = 3
 
 
 def main(backbone: str, size: int, opset: int | None) -> None:
-    """Build the network, run a training step's forward pass on two images, and export it unless opset is None."""
+    """Build the network, run a forward pass in training mode on two images, and export it unless opset is None."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     model = ImageClassifier(backbone, CLASSES, 1 / 30, size)

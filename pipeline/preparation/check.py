@@ -1,4 +1,4 @@
-"""`data check`: is this data set what it should be? Counts, bad files, duplicates, the long tail, hashes to compare."""
+"""`data check`: check a data set for bad files, duplicates, label conflicts and differences from published figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Assigned = dict[str, list[Row]]
 
 @dataclass(frozen=True)
 class Difference:
-    """One published figure beside the one found."""
+    """A published figure of a data set and the measured one."""
 
     figure: str
     published: str
@@ -36,15 +36,18 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether the two agree."""
+        """Whether the two figures are equal."""
         return self.published == self.found
 
 
 @dataclass
 class Report:
-    """What a check found. Counts are of images unless they say otherwise; `verdict` is what stops `split`, `problems`
-    what it lets through and makes figures wrong (duplicates in two splits), `remarks` what the source reads otherwise than
-    one may expect, one line each."""
+    """Result of a data check; counts are of images.
+
+    verdict, problems, remarks: lines of text. verdict: errors with which `split` would fail. problems: errors that
+    `split` accepts and that make metrics wrong (duplicates in two splits). remarks: how the source reads folders that a
+    user may not expect.
+    """
 
     source: str
     location: str
@@ -65,30 +68,30 @@ class Report:
 
     @property
     def imbalance_factor(self) -> float:
-        """Largest class over smallest class of the training split."""
+        """Images of the largest class / images of the smallest class, of the training split."""
         train = self.counts["train"]
         return max(train) / max(min(train), 1)
 
     def groups(self) -> dict[str, int]:
-        """Classes by shot group."""
+        """Number of classes by shot group."""
         found = [shot_group(count) for count in self.counts["train"]]
         return {group: found.count(group) for group in GROUPS}
 
     def test_sizes(self) -> dict[str, SampleSize]:
-        """Sample sizes of the test split, of all classes and by shot group; none where nothing could be assigned."""
+        """Sample sizes of the test split, for all classes and by shot group; empty if the test split is empty."""
         groups = [shot_group(count) for count in self.counts["train"]]
         return sample_sizes(self.counts["test"], groups)
 
     def missing(self) -> int:
-        """Images without a file."""
+        """Number of images whose file is missing."""
         return sum(self.inspected[row.reference].missing for row in self.bad)
 
     def across_splits(self, groups: list[list[tuple[str, Row]]]) -> int:
-        """Of some groups of duplicates, those with images in two splits."""
+        """Number of groups of duplicates that have images in more than one split."""
         return sum(len({split for split, _ in group}) > 1 for group in groups)
 
     def image_sizes(self) -> dict[str, tuple[int, int]]:
-        """Width and height in pixels of the smallest, the middle and the largest usable image, by area."""
+        """Width and height in pixels of the smallest, median and largest usable image, by area."""
         sizes = sorted((i.width * i.height, i.width, i.height) for i in self.inspected.values() if not i.problem)
         if not sizes:
             return {}
@@ -97,11 +100,11 @@ class Report:
 
 
 def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None = None, fresh: bool = False) -> Report:
-    """Read every image of the source and compare all that can be compared.
+    """Read every image of the source and run all checks.
 
-    journal: file that keeps what was read, so that the check goes on where it was; `fresh` starts it anew. near: bits in
-    which the perceptual hashes of near duplicates may differ, None not to look for them. Raises DataError or ParamsError
-    when the source cannot be opened at all.
+    journal: file of results per image, with which an interrupted check resumes; `fresh` deletes it first. near: bits in
+    which the perceptual hashes of near duplicates may differ; None skips the search. jobs: images read in parallel.
+    Raises DataError or ParamsError if the source cannot be opened.
     """
     data = params.data
     source = open_own(data)
@@ -154,13 +157,16 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
 
 
 def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, Inspected]) -> bool:
-    """Whether a perceptual hash, which is of 32 x 32 pixels, can tell these images apart: smaller ones are enlarged to it."""
+    """Whether all images of a group have at least 32 x 32 pixels, the input size of the perceptual hash.
+
+    Smaller images are enlarged, and their hashes cannot distinguish them.
+    """
     sizes = [inspected[row.reference] for _, row in group]
     return all(min(size.width, size.height) >= HASHED_SIDE for size in sizes)
 
 
 def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> list[str]:
-    """A line on groups of duplicates that lie in two splits, where there are any: a test image known from training."""
+    """A line on groups of duplicates with images in two splits, such as a test image that is in train; else empty."""
     shared = [group for group in groups if len({split for split, _ in group}) > 1]
     if not shared:
         return []
@@ -173,12 +179,12 @@ def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> l
 
 
 def count_classes(rows: list[Row], classes: int) -> list[int]:
-    """Images of each class."""
+    """Number of images of each class."""
     return np.bincount([row.label for row in rows], minlength=classes).tolist()
 
 
 def hash_split(assigned: Assigned, hashes: Mapping[str, str] | None = None) -> str:
-    """sha256 of who is in which split under which label, in any order; with `hashes` also of the images' bytes."""
+    """sha256 of split, sample id and label of all images, independent of order; with `hashes` also of their bytes."""
     lines = sorted(
         f"{split}\t{row.sample_id}\t{row.label}\t{hashes.get(row.reference, '') if hashes is not None else ''}\n"
         for split, rows in assigned.items()
@@ -188,7 +194,7 @@ def hash_split(assigned: Assigned, hashes: Mapping[str, str] | None = None) -> s
 
 
 def compare(params: Params, source: Source) -> list[Difference]:
-    """The published figures of a known data set beside those of the source; none for a set of one's own."""
+    """Compare the source with the published figures of a known data set; empty for other data sets."""
     known = PUBLISHED.get(source.origin)
     if known is None:
         return []
@@ -220,7 +226,7 @@ def _near(
         return None
     rows = [(split, row) for split, kept in assigned.items() for row in kept]
     groups = group_near_duplicates([inspected[row.reference].looks for _, row in rows], distance)
-    # Byte-identical ones are reported as such.
+    # Byte-identical images are reported as exact duplicates.
     return [
         [rows[i] for i in group] for group in groups if len({inspected[rows[i][1].reference].sha256 for i in group}) > 1
     ]

@@ -1,4 +1,4 @@
-"""What `data check` prints and writes: tables on the terminal; report.json, CSV files and long_tail.svg in a folder."""
+"""Print and write the result of `data check`: tables on the terminal; report.json, CSV files and long_tail.svg."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serving.shared.terminal import Console, cell, counted
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the report for people."""
+    """Print the report as text and tables."""
     console.print(f"[bold]{cell(report.source)}[/] at {cell(report.location)}", highlight=False)
     console.print(_splits(report))
     groups = ", ".join(f"{number:,} {group}" for group, number in report.groups().items())
@@ -89,7 +89,7 @@ def _published(report: Report) -> Table:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write the report's files as one whole folder."""
+    """Write the report's files to a folder, which is replaced atomically."""
     with whole_folder(folder) as output:
         write_json(output / "report.json", as_json(report))
         classes = [
@@ -118,7 +118,7 @@ def write(report: Report, folder: Path) -> None:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report's figures, for machines."""
+    """The report as JSON-serialisable values."""
     exact, near = list(report.duplicates.values()), report.near_duplicates
     missing = report.missing()
     return {

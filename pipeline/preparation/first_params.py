@@ -1,4 +1,4 @@
-"""A first params.yaml for a folder of one's own: every value chosen from what is there, with the reason beside it."""
+"""`tailor init`: choose params for a folder of images, and write them to params.yaml with the reason for each value."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from serving.shared.terminal import counted
 
 LOOKED_AT = 300  # images that are decoded
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
-LARGEST_QUEUE = 65536  # the paper's for iNaturalist 2018
-TEST_SHARE, MOST_TESTED = 0.2, 50  # of a class; 50 bound what a large class gives, as all classes weigh the same
+LARGEST_QUEUE = 65536  # the paper's value for iNaturalist 2018
+TEST_SHARE, MOST_TESTED = 0.2, 50  # per class; 50 at most, because all classes have equal weight in the metrics
 VALIDATION_SHARE, MOST_VALIDATED = 0.1, 20
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds. counts: images of each class that training may use; shorter: median shorter side, pixels.
+    """Summary of a folder of images. counts: training images of each class; shorter: median shorter side in pixels.
 
-    tested: test images of each class in a test folder of its own, None without one.
+    tested: images of each class in a test folder; None if there is no test folder.
     """
 
     classes: list[str]
@@ -44,7 +44,7 @@ class Found:
 
     @property
     def imbalance(self) -> float:
-        """Largest class over smallest."""
+        """Images of the largest class / images of the smallest class."""
         return max(self.counts) / min(self.counts)
 
     def __str__(self) -> str:
@@ -58,9 +58,9 @@ class Found:
 
 
 def look(folder: Path) -> Found:
-    """Count a folder's images and decode some 300 of them, evenly spread, for their sizes.
+    """Count a folder's images, and decode about 300 of them, evenly spread, to measure their sizes.
 
-    Raises ParamsError where there is no such folder, DataError where it holds no classes or no image that can be read.
+    Raises ParamsError if the folder does not exist, DataError if it has no classes or no readable image.
     """
     if not folder.is_dir():
         raise ParamsError(f"{folder}: no such folder; expected one that holds a folder of images for each class")
@@ -94,9 +94,9 @@ def _shorter_side(source: FolderSource, row: Row) -> int | None:
 
 
 def choices(found: Found, location: str, gpu: bool) -> dict[str, tuple[Any, str]]:
-    """Dotted key of params.yaml → its value and the reason. gpu: whether training will have one.
+    """Choose params: dotted key of params.yaml → (value, reason). gpu: whether training will run on a GPU.
 
-    Raises DataError when a class is too small to hold anything out of it.
+    Raises DataError if a class is too small to hold out a test image.
     """
     total, classes, smallest = sum(found.counts), len(found.counts), min(found.counts)
     chosen: dict[str, tuple[Any, str]] = {
@@ -130,7 +130,7 @@ def choices(found: Found, location: str, gpu: bool) -> dict[str, tuple[Any, str]
 
 
 def expected_tests(found: Found) -> dict[str, SampleSize]:
-    """Sample sizes of the test split that `choices` makes: of all classes, and of each shot group after holding out."""
+    """Sample sizes of the test split that results from `choices`, for all classes and by its shot groups."""
     held = [test_size(count, MOST_TESTED, TEST_SHARE) for count in found.counts]
     tested = held if found.tested is None else found.tested
     kept = [count - (size if found.tested is None else 0) for count, size in zip(found.counts, held, strict=True)]
@@ -140,7 +140,7 @@ def expected_tests(found: Found) -> dict[str, SampleSize]:
 
 
 def _network(found: Found, total: int, gpu: bool) -> dict[str, tuple[Any, str]]:
-    """Image size, backbone, batch, epochs, learning rate and augmentation, alike for teacher and student."""
+    """Choose image size, backbone, batch size, epochs, learning rate, augmentation; equal for teacher and student."""
     size, resize, backbone, why = _backbone(found.shorter, total, gpu)
     batch = max(8, min(128 if total >= 50_000 else 64, 2 ** int(math.log2(max(total / 8, 1)))))
     most = 200 if gpu else 60
@@ -171,7 +171,7 @@ def _network(found: Found, total: int, gpu: bool) -> dict[str, tuple[Any, str]]:
 
 
 def _backbone(shorter: int, total: int, gpu: bool) -> tuple[int, int, str, str]:
-    """(size, resize_to, backbone, why)."""
+    """Choose the backbone: (size, resize_to, backbone, reason)."""
     if shorter <= SMALL:
         return 32, 32, "resnet32", "the paper's for 32x32 images"
     if shorter <= TINY_PHOTOGRAPH or not gpu:
@@ -187,7 +187,7 @@ def _backbone(shorter: int, total: int, gpu: bool) -> tuple[int, int, str, str]:
 
 
 def _queues(total: int, classes: int) -> dict[str, tuple[Any, str]]:
-    """K and k_m of Eq. 5, between the paper's ratios: about a third of the training images, at least 8 rows a class."""
+    """Choose K and k_m of Eq. 5 within the paper's ratios: 0.3 of the training images, at least 8 rows per class."""
     wanted = max(0.3 * total, 8 * classes, 256)
     rows = max(min(2 ** round(math.log2(wanted)), LARGEST_QUEUE), 2 ** math.ceil(math.log2(2 * classes)))
     minimum = max(1, min(3, rows // (2 * classes)))
@@ -199,15 +199,15 @@ def _queues(total: int, classes: int) -> dict[str, tuple[Any, str]]:
 
 
 def write_text(template: str, chosen: dict[str, tuple[Any, str]]) -> tuple[str, Params]:
-    """The template (a params.yaml) with the values chosen, each with its reason as the line's comment, and what it says.
+    """Write the chosen values into the template (text of a params.yaml), each with its reason as a comment.
 
-    Raises ParamsError when the template lacks a key.
+    Returns the text and its validated params. Raises ParamsError if the template lacks a key.
     """
     import yaml
 
     from pipeline.params.recipe import dump_document, load_document
 
-    template = dump_document(load_document(template))  # each key on a line of its own, lists as well
+    template = dump_document(load_document(template))  # puts each key on one line, also lists
     left, lines, above = dict(chosen), [], []
     for line in template.splitlines():
         body = line.split(" #")[0]

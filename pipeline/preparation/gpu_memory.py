@@ -1,9 +1,8 @@
-"""What one step of a recipe takes of the device's memory, found without the device and without an image.
+"""Estimate the GPU memory of one training step without a GPU and without images.
 
-The step is run on tensors that have shapes and types but no data, as torch.compile does, and every one of them is
-followed from its making to its end. Not in it: CUDA's own context (about half a GiB), workspaces of libraries, and gaps
-that the allocator leaves; 10 % of the card is a fair allowance. A fused contrast kernel takes less than the plain version
-that is counted here.
+The step runs on fake tensors (shapes and dtypes without data, as in torch.compile), and the lifetime of each tensor is
+recorded. Not included: the CUDA context (about 0.5 GiB), workspaces of libraries, and fragmentation of the allocator;
+10 % of the card is reserved for them. The unfused contrast loss is counted; the fused kernel takes less.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ ALLOWANCE = 0.1  # of the card, for what is not counted
 
 @dataclass(frozen=True)
 class Account:
-    """Bytes: at the step's fullest moment (peak) by kind, and the most of each kind.
+    """Memory of a step in bytes: the peak, its parts by kind, and the largest amount of each kind.
 
-    images: bytes of the training split; with originals the most that they take, in the host's memory instead of the device's.
+    images: bytes of the training split; with originals an upper bound, in the host's memory instead of the device's.
     """
 
     peak: int
@@ -52,19 +51,22 @@ class Account:
     originals: bool
 
     def fits(self, card: float) -> bool:
-        """Whether a step fits a card of so many bytes, the allowance for what is not counted left free."""
+        """Whether a step fits a GPU with `card` bytes, with the allowance for uncounted memory left free."""
         return self.peak <= (1 - ALLOWANCE) * card
 
 
 def account(params: Params, stage: str, prior: Prior) -> Account:
-    """The account of one step of stage `teacher` or `student` on CUDA, of one process. Raises ParamsError as the stage does."""
+    """Memory of one step of stage `teacher` or `student` on CUDA, of one process.
+
+    Raises ParamsError as the stage does.
+    """
     check_recipe(params.teacher, params.student, prior)
     try:
         with torch.device("meta"):
             objective, average = _made(params, stage, prior)
-    except NotImplementedError:  # a network that reads its own widths off tensors: torchvision's RegNet
+    except NotImplementedError:  # a network that computes its widths with tensors: torchvision's RegNet
         objective, average = _made(params, stage, prior)
-    # Tensors without data that say they lie on the CPU: autocast has no rules for meta tensors.
+    # Fake tensors with device "cpu", because autocast does not support meta tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in filter(None, (objective, average)):
             _without_data(module.to(memory_format=torch.channels_last))
@@ -83,8 +85,11 @@ def measured_step(
     average: WeightAverage | None,
     images: int,
 ) -> Account:
-    """One step on the CPU as it would be on CUDA, and what lived while it ran; on tensors without data in a FakeTensorMode."""
-    # The average is there already: tensors without data cannot be copied deeply.
+    """Run one step on the CPU with CUDA's precision, and record live tensors; on fake tensors in a FakeTensorMode.
+
+    images: number of training images.
+    """
+    # The average exists already, because fake tensors cannot be deep-copied.
     section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
     size, batch = params.image.size, section.batch_size
     nothing = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], [], None)
@@ -107,7 +112,7 @@ def measured_step(
 
 
 def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
-    """The objective of a stage, freshly initialised; a student's teacher likewise, as its weights take the same place."""
+    """The objective of a stage with random weights, also in a student's teacher; memory depends on sizes only."""
     configs = [model_config(section, params.image, len(prior.classes)) for section in (params.teacher, params.student)]
     if stage == "teacher":
         return TeacherObjective(
@@ -118,7 +123,7 @@ def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective 
 
 
 def _without_data(module: nn.Module) -> None:
-    """Parameters and buffers of a meta module as empty ones of the mode that is on. (`to_empty` swaps, which they refuse.)"""
+    """Replace parameters and buffers of a meta module by fake ones on the CPU; `to_empty` swaps, which they refuse."""
     for part in module.modules():
         for name, held in part._parameters.items():
             if held is not None:
@@ -129,7 +134,7 @@ def _without_data(module: nn.Module) -> None:
 
 
 def _declare(live: LiveMemory, step: Step) -> None:
-    """Name what is there before a step."""
+    """Declare the tensors that exist before a step: weights, momentum, queues and so on."""
     objective = step.objective
     kinds: dict[str, nn.Module | None] = {
         "frozen teacher": getattr(objective, "teacher", None),
@@ -146,7 +151,7 @@ def _declare(live: LiveMemory, step: Step) -> None:
 
 @contextlib.contextmanager
 def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> Iterator[None]:
-    """A block in which what is kept for the backward pass is named for the module that runs, or for what it is."""
+    """Context manager that labels tensors saved for the backward pass by the running module or by their shape."""
     running: list[str] = []
     named = {"network": objective.model.backbone}
     if getattr(objective, "query_head", None) is not None:
@@ -174,10 +179,10 @@ def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> 
 
 
 def prior_of(params: Params, classes: int | None, images: int | None) -> Prior:
-    """Of the split that there is, else of so many classes and images, else of the published data set that params name.
+    """The prior of the existing split, else of the given numbers of classes and images, else of the published data set.
 
-    Where the counts of the classes are not known, all but the largest are alike; of them memory depends on no other.
-    Raises ParamsError when the number of classes is unknown, or a number of images is given beside a split's counts.
+    If the class counts are unknown, all classes except the largest are equal; memory depends on no other count. Raises
+    ParamsError if the number of classes is unknown, or if `images` is given although the split has counts.
     """
     known = PUBLISHED.get(params.data.source)
     if classes is None and PRIOR.is_file():
@@ -198,7 +203,7 @@ def prior_of(params: Params, classes: int | None, images: int | None) -> Prior:
 
 
 def table(found: Account, title: str) -> Table:
-    """Kinds of memory, the largest first."""
+    """Table of memory by kind, largest first."""
     shown = Table("", "at the fullest moment", "most of its kind", title=title, title_justify="left")
     for column in shown.columns[1:]:
         column.justify = "right"
@@ -211,12 +216,12 @@ def table(found: Account, title: str) -> Table:
 
 
 def size_of(count: int) -> str:
-    """Bytes in words."""
+    """Format bytes as GiB or MiB."""
     return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
 def advice(needed: Account, stage: str, card: float) -> list[str]:
-    """Whether the step of a stage fits a card of so many GB, what the images take, and what would need less memory."""
+    """Lines: whether the step fits a GPU with `card` GB, the memory of the images, and how to reduce memory."""
     besides = f"all training images as bytes are {size_of(needed.images)} besides, unless they are streamed"
     if needed.originals:
         besides = f"originals for resized crops take no more than {size_of(needed.images)}, in the host's memory (stream.mode)"

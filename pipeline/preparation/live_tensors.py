@@ -1,4 +1,4 @@
-"""Which tensors live at a time, and of what kind: the bytes of a piece of work, on real tensors or on ones without data."""
+"""Record the live tensor memory of an operation by kind, and its peak; works with real and with fake tensors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GRADIENTS = "gradients"
 
 
 class LiveMemory(TorchDispatchMode):
-    """While it is on, follows every storage from the operation that made it to its end.
+    """Dispatch mode that records each storage from its allocation to its release.
 
-    peak: the most bytes at one time; at_peak: these by kind; largest: the most of each kind at its own time. A storage is
-    `temporary` until it is named by `declare`, kept for the backward pass within `kept_by`, or becomes a gradient. What
-    kernels use inside and give back (workspaces) is not seen.
+    peak: largest number of live bytes; at_peak: these by kind; largest: maximum of each kind, not all at the same time.
+    A storage is `temporary` until `declare` names its kind, it is saved for the backward pass within `kept_by`, or it
+    becomes a gradient. Workspaces that kernels allocate internally are not recorded.
     """
 
     def __init__(self) -> None:
@@ -34,12 +34,12 @@ class LiveMemory(TorchDispatchMode):
         self._kinds: dict[int, str] = {}
 
     def declare(self, kind: str, tensors: Iterable[Tensor]) -> None:
-        """Count tensors as of a kind; those that already are of one stay that."""
+        """Record tensors as `kind`; tensors that are recorded already keep their kind."""
         for tensor in tensors:
             self._count(tensor, kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and take in what it made."""
+        """Run one operation and record its outputs."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -48,7 +48,7 @@ class LiveMemory(TorchDispatchMode):
 
     @contextlib.contextmanager
     def kept_by(self, kind_of: Callable[[Tensor], str]) -> Iterator[None]:
-        """A block in which what autograd keeps for the backward pass is named by `kind_of`."""
+        """Context manager in which tensors that autograd saves for the backward pass get the kind `kind_of(tensor)`."""
 
         def keep(tensor: Tensor) -> Tensor:
             self._name(tensor, kind_of)
@@ -58,7 +58,7 @@ class LiveMemory(TorchDispatchMode):
             yield
 
     def follow_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Name the gradients of parameters as they come into being."""
+        """Record the gradients of parameters as `gradients` when they are accumulated."""
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(

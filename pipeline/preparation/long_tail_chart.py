@@ -1,4 +1,4 @@
-"""The long tail as a chart: training images of each class, largest class first, as an SVG file and in the terminal."""
+"""Draw the long tail: training images of each class, largest class first, as an SVG file and on the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.shared.artifacts import write_file
 from serving.shared.terminal import cell, counted
 
 COLOURS = {"many": "#4477aa", "medium": "#ccbb44", "few": "#ee6677"}
-ROWS = 20  # of the picture in the terminal
+ROWS = 20  # of the chart on the terminal
 NAME_WIDTH, BAR_WIDTH = 24, 40  # columns of the terminal; with the numbers they fit into 80
 LEFT, TOP, WIDTH, HEIGHT = 70, 40, 710, 350  # of the chart's area in the SVG, in pixels
 LEAST = 0.5  # images at the lower end of the logarithmic axis, so that a class of one image is visible
@@ -48,7 +48,7 @@ CHART = """\
 
 
 def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
-    """Write the chart as SVG: classes by size on a logarithmic scale, coloured by shot group."""
+    """Write the chart as an SVG file: class sizes on a logarithmic scale, coloured by shot group."""
     sizes = sorted(counts, reverse=True)
     top, least = math.log10(max(sizes[0], 1) * 1.5), math.log10(LEAST)
 
@@ -56,7 +56,7 @@ def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
         return round(TOP + HEIGHT * (top - math.log10(max(images, LEAST))) / (top - least), 1)
 
     groups, start = [], 0
-    for group in GROUPS:  # sizes fall, so the classes of a group are neighbours
+    for group in GROUPS:  # sizes are sorted, so the classes of a group are adjacent
         members = [size for size in sizes if shot_group(size) == group]
         outline, end = f"M{LEFT + WIDTH * start / len(sizes):.1f} {height_of(LEAST)}", start
         for size, run in itertools.groupby(members):
@@ -80,9 +80,9 @@ def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
 
 
 def show_long_tail(counts: list[int], classes: list[str]) -> Table:
-    """The long tail for a terminal: classes by size in up to 20 rows, each with a bar, and the bars' scale.
+    """Table of the long tail for the terminal: classes by size in up to 20 rows, each with a bar.
 
-    The scale is logarithmic, so that small classes can be seen: a bar's length is log(1 + images), of a row's mean.
+    The scale is logarithmic, so that small classes are visible: the length of a bar is log(1 + mean images of its row).
     """
     order = np.argsort(-np.array(counts), kind="stable")
     sizes = np.array(counts)[order]

@@ -1,4 +1,4 @@
-"""`data pack`: many small files into a few Parquet shards that source `table` reads; the images' bytes unchanged."""
+"""`data pack`: write many small image files, bytes unchanged, into a few Parquet shards for source `table`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY
 from serving.shared.terminal import counted
 
 PLAN, SUMMARY = ".pack.json", "pack.json"
-STATE_KEY = b"tailor.pack"  # in a shard's metadata: rows of the source done after it, images left out in it
-ROW_GROUP_BYTES = 8 * 1024 * 1024  # what reading one image at random costs at most
+STATE_KEY = b"tailor.pack"  # in a shard's metadata: number of source rows done after it, images skipped in it
+ROW_GROUP_BYTES = 8 * 1024 * 1024  # largest read for one image at random
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What a pack holds: images and shards of each split, images left out by data.on_bad_image: skip."""
+    """Result of a pack: images and shards of each split, number of images skipped by data.on_bad_image: skip."""
 
     images: dict[str, int]
     shards: dict[str, int]
@@ -47,28 +47,28 @@ class Packed:
         return f"{parts}{left} → {self.output}"
 
     def as_mapping(self) -> dict[str, Any]:
-        """What a script reads; `params` is what the lines of `table` say."""
+        """The result as JSON-serialisable values; `params` has the values of `table`."""
         return {
             "output": str(self.output), "images": self.images, "shards": self.shards, "skipped": self.skipped,
             "params": yaml.safe_load(self.table()),
         }  # fmt: skip
 
     def table(self) -> str:
-        """The lines of params.yaml that read the pack."""
+        """Lines of params.yaml with which training reads the pack."""
         splits = "".join(f"\n    {split}: {split}" for split in self.images)
         return f"data:\n  source: table\n  location: {self.output}\n  table:{splits}\n    id: name"
 
 
 def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None, shuffle: int | None = None) -> Packed:
-    """Write the source's images into output/<split>/00000.parquet and on, about shard_bytes each.
+    """Write the source's images to output/<split>/00000.parquet and following shards of about shard_bytes each.
 
-    In the source's order; or in a random one by the seed `shuffle`, so that a stream, which shuffles a few row groups at a
-    time, finds every class in them.
+    shuffle: seed of a random order, None is the source's order. A stream shuffles a few row groups at a time; with the
+    random order these contain all classes. jobs: images read in parallel.
 
-    Columns: image (the file's bytes), label (int32), name (the sample id); class names lie in the shards' metadata. The
-    folder appears when it is whole. A run that was interrupted goes on after its last whole shard and gives the same bytes.
-    Raises ParamsError when `output` is there already, DataError for missing or unreadable images unless data.on_bad_image
-    is skip.
+    Columns: image (the file's bytes), label (int32), name (the sample id); class names are in the shards' metadata. The
+    output folder is created atomically. An interrupted run resumes after its last complete shard and gives a
+    bit-identical result. Raises ParamsError if `output` exists, DataError for missing or unreadable images unless
+    data.on_bad_image is skip.
     """
     if output.exists():
         raise ParamsError(f"{output}: is there already; remove it or name another folder")
@@ -117,7 +117,7 @@ def _read(source: Source, row: Row) -> bytes | BadImageError:
 
 
 def _prepare(work: Path, source: Source, params: Params, how: list[int | None]) -> Path:
-    """The folder to work in: that of an interrupted run of the same source, sizes and order, else an empty one."""
+    """The work folder: that of an interrupted run with equal source, shard size and order, else an empty one."""
     listed = [[row.reference, row.label, row.sample_id, row.split] for row in source.rows]
     plan = sha256_of_json([params.data.location, params.data.on_bad_image, source.classes, listed, how])
     if not (work / PLAN).is_file() or json.loads((work / PLAN).read_text(encoding="utf-8")) != plan:
@@ -128,7 +128,7 @@ def _prepare(work: Path, source: Source, params: Params, how: list[int | None]) 
 
 
 class _Writer:
-    """The shards of one split, one after another; each is renamed to its name when whole, and says how far it came."""
+    """Writes the shards of one split; a complete shard gets its final name, and its metadata has the progress."""
 
     def __init__(self, folder: Path, source: Source, shard_bytes: int) -> None:
         folder.mkdir(exist_ok=True)
@@ -142,7 +142,7 @@ class _Writer:
         self._stream: BinaryIO | None = None
         self._shards = self.next = self.images = 0
         self.skipped: list[str] = []
-        for path in sorted(folder.glob("*.parquet")):  # whole ones of an interrupted run
+        for path in sorted(folder.glob("*.parquet")):  # complete shards of an interrupted run
             footer = pyarrow.parquet.read_metadata(path)
             state = json.loads(footer.metadata[STATE_KEY])
             self._shards, self.next = self._shards + 1, state["next"]
@@ -151,7 +151,7 @@ class _Writer:
         self._skipped_before = len(self.skipped)
 
     def add(self, row: Row, data: bytes | BadImageError) -> None:
-        """The next row of the split: its image, or why there is none."""
+        """Add the next row of the split: its image bytes, or the error for which it is skipped."""
         self.next += 1
         if isinstance(data, BadImageError):
             self.skipped.append(str(data))
@@ -167,7 +167,7 @@ class _Writer:
     def _write_group(self) -> None:
         if self._stream is None:
             self._stream = self._partial.open("wb")
-            # The images are compressed already; the other columns are not.
+            # Image bytes are compressed already.
             compression = {"image": "none", "label": "zstd", "name": "zstd"}
             self._parquet = pyarrow.parquet.ParquetWriter(
                 self._stream,
@@ -182,7 +182,7 @@ class _Writer:
         self._buffer, self._buffered = [], 0
 
     def close_shard(self) -> None:
-        """Finish the shard that is being written, if there is one."""
+        """Complete the shard that is being written, if there is one."""
         if self._buffer:
             self._write_group()
         if self._stream is None:

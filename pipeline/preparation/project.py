@@ -1,4 +1,4 @@
-"""A project: a folder with params.yaml and dvc.yaml, git and DVC set up, in which the installed package runs."""
+"""Create a project: a folder with params.yaml, dvc.yaml, git and DVC, in which the installed package runs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from pipeline.shared.artifacts import write_file
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.shared.lineage import GitError, git
 
-FILES = Path(__file__).with_name("project_files")  # DVC would run a dvc.yaml there, so it is stages.yaml
+FILES = Path(__file__).with_name("project_files")  # its dvc.yaml is named stages.yaml, else DVC would run it there
 HINT = "Put one folder of images per class here, named for the class. Then run: tailor init data/source\n"
 DVC_CONFIG = {"core.analytics": "false", "core.check_update": "false", "core.autostage": "false"}
 
 
 def first_params() -> str:
-    """The params.yaml of a new project: the default recipe."""
+    """Text of a new project's params.yaml, the default recipe."""
     return (FILES / "params.yaml").read_text(encoding="utf-8")
 
 
 def create_project(folder: Path) -> list[str]:
-    """Write the files of a project into `folder`, make it a git repository or a part of one, and initialise DVC.
+    """Write the files of a project into `folder`, initialise git unless it is in a repository, and initialise DVC.
 
-    Returns what the user has to do before stages can run, a line each. Raises ParamsError where the folder holds a file of
-    that name already, StageError where git or DVC fail.
+    Returns the commands that the user must run before stages can run, one line each. Raises ParamsError if `folder` is
+    a file or has a params.yaml or dvc.yaml already, StageError if git or DVC fail.
     """
     if folder.exists() and not folder.is_dir():
         raise ParamsError(f"{folder}: is a file; expected a folder, or a name that does not exist yet")
     for name in ("params.yaml", "dvc.yaml"):
         if (folder / name).exists():
             raise ParamsError(f"{folder / name}: exists already; expected a folder without it for a new project")
-    write_file(folder / "data/source/README.md", HINT)  # git ignores it; DVC warns of a folder that is empty
+    write_file(folder / "data/source/README.md", HINT)  # git ignores it; DVC warns about an empty folder
     _add_lines(folder / ".gitignore", (FILES / "gitignore").read_text(encoding="utf-8").splitlines())
     write_file(folder / "data/ingested/.gitignore", "*.parquet\n")  # keeps the folder, which stage split reads, in git
     _initialise(folder)
@@ -44,7 +44,7 @@ def create_project(folder: Path) -> list[str]:
 
 
 def enclosing_project(folder: Path) -> Path | None:
-    """The project that a folder lies in, below its root; None where there is none."""
+    """The project that contains a folder below its root; None if there is none."""
     parents = folder.absolute().parents
     return next(
         (path for path in parents if all((path / name).is_file() for name in ("params.yaml", "dvc.yaml"))), None
@@ -52,9 +52,10 @@ def enclosing_project(folder: Path) -> Path | None:
 
 
 def keep_out_of_git(folder: Path) -> bool:
-    """Add a folder inside the working folder to .gitignore, where git neither ignores nor tracks it; whether it was added.
+    """Add a folder in the working folder to .gitignore unless git ignores or tracks it. Returns whether it was added.
 
-    Else `git add -A` and `dvc exp run` commit the images in it. Where git refuses to read the repository they cannot.
+    Otherwise `git add -A` and `dvc exp run` would commit its images. If git refuses to read the repository, nothing is
+    added, because neither command can commit then.
     """
     try:
         return _ignore(folder)
@@ -78,13 +79,13 @@ def _ignore(folder: Path) -> bool:
 
 
 def _add_lines(path: Path, lines: list[str]) -> None:
-    """Add those lines that a text file does not have yet."""
+    """Append the lines that a text file does not have yet."""
     present = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     write_file(path, "\n".join([*present, *(line for line in lines if line not in present)]) + "\n")
 
 
 def _initialise(folder: Path) -> None:
-    """`git init` and `dvc init`, each where it has not been done; in a part of a git repository `dvc init --subdir`."""
+    """Run `git init` and `dvc init` unless done already; `dvc init --subdir` in a subfolder of a git repository."""
     options = ["--no-scm"]
     if shutil.which("git"):
         top = git(folder, "rev-parse", "--show-toplevel")
@@ -104,7 +105,7 @@ def _initialise(folder: Path) -> None:
 
 
 def _run(folder: Path, *command: str) -> None:
-    """Run a command in the folder. Raises StageError with the last line that it prints."""
+    """Run a command in the folder. Raises StageError with its first line of an error, else its first line."""
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

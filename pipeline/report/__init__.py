@@ -1,4 +1,4 @@
-"""HTML pages: the evaluation report, and the comparison of two runs."""
+"""Reports: HTML pages of an evaluation and of a comparison of two runs, model and data cards, MLflow records."""
 
 from pipeline.report.comparison_page import render_comparison as render_comparison
 from pipeline.report.evaluation_page import Evaluation as Evaluation

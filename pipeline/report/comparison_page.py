@@ -1,4 +1,4 @@
-"""The page of `tailor compare`: two runs, their differences in all, by group and by class."""
+"""HTML page of `tailor compare`: differences of two runs over all classes, by group and by class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {"all": "all classes", "ece": "calibration error"}
 
 
 def render_comparison(found: Comparison, command: str) -> str:
-    """The page as text. command: what made it, for its foot."""
+    """Render the page as HTML text. command: the command line that is shown in the footer."""
     content = as_json(found)
     classes: list[dict[str, Any]] = sorted(content["classes"], key=lambda row: -row["train_count"])
     measures = [{"measure": NAMES.get(name, name)} | values for name, values in content["measures"].items()]

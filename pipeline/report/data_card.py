@@ -1,4 +1,4 @@
-"""The data card: what a model was trained and tested on, in the Hugging Face format of dataset cards."""
+"""Data card: description of the training and test data in the dataset-card format of Hugging Face."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.params import DataParams, ImageParams
 from pipeline.report.model_card import render_card
 from serving.shared.terminal import counted
 
-# The Hub's own brackets; a set is in the first whose end it does not reach.
+# Size categories of the Hub: upper bound (exclusive) → name.
 BRACKETS = {
     10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M", 10**8: "10M<n<100M"
 }  # fmt: skip
@@ -58,7 +58,7 @@ Tailor does not know who made the images or under which licence; add both before
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Images of each split."""
+    """Number of images of each split."""
 
     train: int
     validation: int
@@ -66,7 +66,7 @@ class SplitSizes:
 
 
 def data_card(data: DataParams, facts: list[tuple[str, str]], prior: Prior, sizes: SplitSizes) -> str:
-    """The card's text: a YAML block that huggingface_hub reads, then Markdown. facts: of `data_facts`."""
+    """Render the card: a YAML block that huggingface_hub reads, then Markdown. facts: of `data_facts`."""
     total = sizes.train + sizes.validation + sizes.test
     metadata = {
         "pretty_name": f"Tailor {data.source}, {data.profile} profile",
@@ -78,7 +78,7 @@ def data_card(data: DataParams, facts: list[tuple[str, str]], prior: Prior, size
 
 
 def data_facts(data: DataParams, image: ImageParams, prior: Prior, sizes: SplitSizes) -> list[tuple[str, str]]:
-    """Facts about the data, one line each: term and text."""
+    """Facts about the data as (term, text) pairs."""
     made = (
         "as it is" if data.profile == "natural" else f"made {data.profile}, imbalance factor {data.imbalance_factor:g}"
     )

@@ -1,4 +1,4 @@
-"""The evaluation report: headline, training, classes, groups, strength, calibration, label shift, confusions, next steps."""
+"""HTML evaluation report: headline, training, classes, groups, strength, calibration, label shift, confusions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipeline.report.page import render_page, thumbnail
 from pipeline.report.study import Study
 
 COLUMNS = ("class", "group", "train_count", "test_count", "student_balanced", "student_train", "teacher_balanced")
-FORMS = ("text", "text", "count", "count", "percent", "percent", "percent")  # how page.js writes them
+FORMS = ("text", "text", "count", "count", "percent", "percent", "percent")  # formats of page.js
 COMMAND = "python -m pipeline.evaluate"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the figures come from. date: of the evaluation; commit: of the code; histories: network → its epochs."""
+    """Origin of the metrics. date: of the evaluation; commit: of the code; histories: network → records by epoch."""
 
     date: str = "unknown"
     commit: str = "unknown"
@@ -34,11 +34,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that the evaluation page shows.
+    """Content of the evaluation page.
 
-    metrics: network → target prior → metric; classes: rows of per_class.csv; samples: with their bytes; encoded: row of the
-    test split → the bytes of its image; data_facts, model_facts: term and text; recipe: params as JSON; notes: what is
-    missing, and why; warnings: reasons not to rely on the figures, shown in a red box above them.
+    metrics: network → target prior → metric; classes: rows of per_class.csv; samples: test samples with their image
+    bytes; encoded: row of the test split → bytes of its image; data_facts, model_facts: (term, text) pairs; recipe:
+    params as JSON; notes: missing parts and the reasons; warnings: reasons not to rely on the metrics, shown in a red
+    box above them.
     """
 
     study: Study
@@ -56,7 +57,7 @@ class Evaluation:
 
 
 def render_report(evaluation: Evaluation) -> str:
-    """The page as text. Its size grows with the number of classes by their names and numbers only."""
+    """Render the page as HTML text. With more classes only names and numbers are added, not images."""
     study, classes, recipe = evaluation.study, evaluation.classes, evaluation.recipe
     sizes_tested = from_json(evaluation.metrics["student"]["balanced"]["test_images"])
     few = {name: str(size) for name, size in sizes_tested.items() if size.too_few}
@@ -66,7 +67,7 @@ def render_report(evaluation: Evaluation) -> str:
         return thumbnail(evaluation.encoded(row))
 
     rows = sorted(classes, key=lambda row: -row["train_count"])
-    # The slider starts at the strength that is served by default, or at the nearest one that it has.
+    # The slider starts at the available strength that is nearest to the default of serving.
     strengths = [row.strength for row in study.strength]
     start = min(range(len(strengths)), key=lambda index: abs(strengths[index] - recipe["serving"]["strength"]))
     curves, histories = {}, evaluation.origin.histories
@@ -117,7 +118,7 @@ def render_report(evaluation: Evaluation) -> str:
 
 
 def tested_images(classes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Group, and `all` → its classes and its test images."""
+    """Map each group, and `all`, to its number of classes and its number of test images."""
     rows = {name: [row for row in classes if row["group"] == name] for name in GROUPS} | {"all": classes}
     return {name: (len(found), sum(row["test_count"] for row in found)) for name, found in rows.items()}
 

@@ -1,7 +1,7 @@
-"""The charts of the pages as plotly figures: plain data and layout, which plotly.js draws in the reader's browser.
+"""Charts of the HTML pages as plotly figures (data and layout), which plotly.js draws in the browser.
 
-A colour is the name of a colour of the page, such as `var(--ink)`: page.js inserts its value, so that a chart follows the
-page from light to dark and to print. Colours are Okabe and Ito's, and groups differ by symbol as well.
+A colour is a CSS variable of the page, such as `var(--ink)`; page.js inserts its value, so that a chart follows the
+light, dark and print styles. Colours are Okabe and Ito's, and groups also differ by symbol.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POINTS = "+~g"
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """An axis in the style of the page."""
+    """Plotly axis in the style of the page."""
     return {
         "title": {"text": title, "font": {"size": 13}, "standoff": 10}, "gridcolor": "var(--line)", "automargin": True,
         "linecolor": "var(--axis)", "zeroline": False, "fixedrange": True, **more,
@@ -31,7 +31,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def layout(x: dict[str, Any], y: dict[str, Any], height: int = 380, **more: Any) -> dict[str, Any]:
-    """A layout in the style of the page; x and y are axes."""
+    """Plotly layout in the style of the page; x and y are axes."""
     return {
         "xaxis": x, "yaxis": y, "height": height, "autosize": True, "dragmode": False, "hovermode": "closest",
         "margin": {"l": 56, "r": 12, "t": 12, "b": 52}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
@@ -42,19 +42,19 @@ def layout(x: dict[str, Any], y: dict[str, Any], height: int = 380, **more: Any)
 
 
 def straight_line(axis: str, value: float, colour: str = "axis", width: float = 1) -> dict[str, Any]:
-    """A line across the whole chart at a value of the axis `x` or `y`, as a shape of a layout."""
+    """Layout shape of a line across the chart at a value of the axis `x` or `y`."""
     other = "y" if axis == "x" else "x"
     ends = {f"{axis}0": value, f"{axis}1": value, f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1}
     return {"type": "line", **ends, "line": {"color": f"var(--{colour})", "width": width}}
 
 
 def text(name: str, longest: int = 80) -> str:
-    """A name as plotly's labels take it: they read a few tags, which a name must not hold."""
+    """Escape and shorten a name for plotly labels, which interpret some HTML tags."""
     return escape(name if len(name) <= longest else f"{name[: longest - 1]}…", quote=False)
 
 
 def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bool = False) -> Figure:
-    """A value of each class against its training images, a point a class; hover names it. change: the value is a difference."""
+    """Scatter chart of a value of each class against its training images. change: the value is a difference."""
     traces: list[dict[str, Any]] = []
     for group in GROUPS:
         shown = [row for row in classes if row["group"] == group and row[key] is not None]
@@ -63,7 +63,7 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
         traces.append(
             {
                 "type": "scatter", "mode": "markers", "name": f"{group} ({len(shown):,})",
-                # A class that smoothing alone keeps has no image, and a logarithmic axis no zero.
+                # A class may have no training image (prior.smoothing), and a logarithmic axis has no zero.
                 "x": [max(row["train_count"], 0.5) for row in shown], "y": [round(100 * row[key], 3) for row in shown],
                 "text": [text(row["class"]) for row in shown],
                 "marker": {
@@ -78,14 +78,14 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
     zero = straight_line("y", 0)
     largest = max(row["train_count"] for row in classes)
     ticks = [step * 10**power for power in range(len(str(largest))) for step in (1, 2, 5)]
-    if largest > 5000:  # of four decades and more, each alone
+    if largest > 5000:  # with four or more decades, one tick per decade
         ticks = ticks[::3]
     x = axis("training images, logarithmic", type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
     return {"data": traces, "layout": layout(x, y, 400, shapes=[zero] if change else [])}
 
 
 def group_bars(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Accuracy of each group by network, with intervals; rows: network, group, accuracy, low, high."""
+    """Bar chart of the accuracy of each group by network, with intervals; rows: network, group, accuracy, low, high."""
     traces = []
     for network in NETWORKS:
         shown = [row for row in rows if row["network"] == network and row["accuracy"] is not None]
@@ -112,7 +112,7 @@ def group_bars(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def strength_lines(rows: Sequence[StrengthRow], chosen: float) -> Figure:
-    """Accuracy under both test priors by strength; shapes[0] is the line that the slider moves."""
+    """Line chart of accuracy under both test priors by strength; shapes[0] is the line that the slider moves."""
     strengths = [row.strength for row in rows]
     sides = {"balanced": ("balanced test prior", "solid"), "train": ("train test prior", "dash")}
     traces = [
@@ -130,7 +130,7 @@ def strength_lines(rows: Sequence[StrengthRow], chosen: float) -> Figure:
 
 
 def reliability_lines(found: Reliability) -> Figure:
-    """Share right against stated probability, before and after the temperature; a point's area is its share of the answers."""
+    """Reliability diagram before and after temperature scaling; the area of a point is its share of the predictions."""
     sides = {"before": found.before, f"after, temperature {found.temperature or 1:.2f}": found.after}
     traces: list[dict[str, Any]] = [
         {
@@ -162,7 +162,7 @@ def _reliability(name: str, side: Calibrated, colour: str, symbol: str) -> dict[
 
 
 def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
-    """Differences with intervals, a line a measure; rows: measure, difference, low, high."""
+    """Chart of differences with intervals, one row per measure; rows: measure, difference, low, high."""
     shown = [row for row in rows if row["difference"] is not None][::-1]
     difference, low, high = ([100 * row[key] for row in shown] for key in ("difference", "low", "high"))
     trace = {

@@ -1,4 +1,4 @@
-"""The charts of training and of confusions as plotly figures; colours and axes as in figures.py."""
+"""Learning curves and confusion heatmap as plotly figures; colours and axes as in figures.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from pipeline.report.figures import SHARE, Figure, axis, layout, text
 from pipeline.report.mistakes import ConfusionMatrix
 
-NUMBERED = 15  # most classes of a confusion matrix whose cells show their counts
+NUMBERED = 15  # largest number of classes for which the cells of the confusion matrix show counts
 
 
 def learning_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key: str, title: str) -> Figure:
-    """A value of each finished epoch, a line a network. histories: network → records of metrics.jsonl."""
+    """Line chart of a value by epoch, one line per network. histories: network → records of metrics.jsonl."""
     share = key == "validation_accuracy"
     traces = [
         {
@@ -26,12 +26,12 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key:
     ]  # fmt: skip
     y = axis(title, tickformat=SHARE, range=[-0.03, 1.03]) if share else axis(title, rangemode="tozero")
     short = max((len(rows) for rows in histories.values()), default=0) <= 10
-    x = axis("epoch", **({"dtick": 1} if short else {}))  # plotly would put ticks between so few epochs
+    x = axis("epoch", **({"dtick": 1} if short else {}))  # else plotly puts ticks between few epochs
     return {"data": traces, "layout": layout(x, y, 320, showlegend=True)}
 
 
 def confusion_heatmap(found: ConfusionMatrix) -> Figure:
-    """Share of each actual class (row) that was predicted as each class (column)."""
+    """Heatmap of a confusion matrix: share of each actual class (row) that was predicted as each class (column)."""
     places, names = list(range(len(found.classes))), [text(name, 18) for name in found.classes]
     ticks: dict[str, Any] = {"tickvals": places, "ticktext": names, "showgrid": False}
     shares = [

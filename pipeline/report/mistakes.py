@@ -1,4 +1,4 @@
-"""Confusions between classes, and the least and most accurate classes, with test images that show them."""
+"""Confusion pairs, confusion matrix, and the least and most accurate classes, with example test images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from pipeline.data.class_prior import Prior
 from pipeline.evaluation.intervals import Estimate, wilson
 
-PAIRS, CLASSES, IMAGES = 12, 6, 4  # shown: confusion pairs, classes at each end, images of each
-MATRIX = 30  # most classes of the confusion matrix
+PAIRS, CLASSES, IMAGES = 12, 6, 4  # shown: confusion pairs, least and most accurate classes, images of each
+MATRIX = 30  # largest number of classes in the confusion matrix
 
 
 @dataclass(frozen=True)
 class ConfusionPair:
-    """Test images of class `actual` answered as `predicted`: how many, which share of the class, and rows of some."""
+    """Test images of class `actual` predicted as `predicted`: count, share of the class, and rows of some of them."""
 
     actual: str
     predicted: str
@@ -35,7 +35,7 @@ class ConfusionMatrix:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """A class with its accuracy and Wilson interval, and rows of test images: its mistakes first."""
+    """A class with its accuracy and Wilson interval, and rows of some test images, wrong predictions first."""
 
     name: str
     group: str
@@ -47,13 +47,13 @@ class ClassResult:
 
 
 def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> list[ConfusionPair]:
-    """The most frequent mistakes, by the share of the actual class's test images; at most PAIRS."""
+    """At most PAIRS pairs of confused classes, sorted by count / sqrt(test images of the actual class)."""
     wrong = np.flatnonzero(predicted != labels)
     classes = len(prior.classes)
     tested = np.bincount(labels, minlength=classes)
     codes, counts = np.unique(labels[wrong].astype(np.int64) * classes + predicted[wrong], return_counts=True)
     actual, answered = codes // classes, codes % classes
-    # A class of two test images has a share of a half by one mistake: the number of mistakes weighs as well.
+    # The share alone would put classes with few test images first: one mistake of two images is a share of 0.5.
     order = np.lexsort((codes, -counts / np.sqrt(tested[actual])))[:PAIRS]
     return [
         ConfusionPair(
@@ -65,9 +65,9 @@ def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> 
 
 
 def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> ConfusionMatrix:
-    """Counts of test images by actual and predicted class, the class with the most training images first.
+    """Counts of test images by actual and predicted class; the class with the most training images is first.
 
-    Of more than MATRIX classes, those that take part in the most mistakes.
+    With more than MATRIX classes, only those with the most mistakes.
     """
     classes = len(prior.classes)
     wrong = predicted != labels
@@ -86,7 +86,7 @@ def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, prior: Prior) ->
 def extreme_classes(
     predicted: np.ndarray, labels: np.ndarray, prior: Prior
 ) -> tuple[list[ClassResult], list[ClassResult]]:
-    """The classes of least and of greatest accuracy, at most CLASSES of each and none in both; ties by training images."""
+    """The classes with the lowest and the highest accuracy, at most CLASSES each, disjoint; ties by training images."""
     classes = len(prior.classes)
     tested = np.bincount(labels, minlength=classes)
     right = np.bincount(labels[predicted == labels], minlength=classes)

@@ -1,4 +1,4 @@
-"""Runs recorded in MLflow besides DVC: params, metrics, curves, report and manifest of the run whose artifacts exist here."""
+"""Record a run in MLflow: params, metrics, curves, report and manifest of the artifacts in the working folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from serving.shared.terminal import print
 EVALUATED = ("report.html", "metrics.json", "per_class.csv", "confusion.csv")
 EXPORTED = ("manifest.json", "model_card.md")
 HISTORIES = {"teacher": TEACHER / "history.csv", "student": STUDENT / "history.csv"}
-NOT_LOGGED = {"tracking", "device"}  # an address may hold a password; the device is no part of the recipe
+NOT_LOGGED = {"tracking", "device"}  # an address may hold a password; the device is not part of the recipe
 RELEASE_TAG = "tailor.release"
-AT_ONCE = {"metrics": 1000, "params": 100}  # MLflow's limits of one call
-# MLflow reads these when it is imported; a value that the user has set wins. No telemetry; an unreachable server fails after
-# seconds, not minutes; and a folder, which params.yaml named on purpose, is accepted without a further switch.
+AT_ONCE = {"metrics": 1000, "params": 100}  # MLflow's limits per request
+# MLflow reads these when it is imported; values set by the user take precedence. No telemetry; requests to an
+# unreachable server fail after seconds, not minutes; a local folder is accepted as the store.
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -36,15 +36,15 @@ SETTINGS = {
 
 
 class TrackingError(StageError):
-    """MLflow did not accept a run. Its artifacts are complete, and it can be recorded later."""
+    """MLflow did not accept a run. The artifacts are complete, and the run can be recorded later."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run as MLflow records it.
+    """One run as it is recorded in MLflow.
 
-    release: sha256 of its manifest; a release is recorded once. params and metrics by dotted key. curves: (metric, epoch,
-    value). files: uploaded with it. tags: the release, the data, the params and the code by their hashes.
+    release: sha256 of its manifest; a release is recorded once. params, metrics: by dotted key. curves: (metric, epoch,
+    value). files: uploaded as artifacts. tags: hashes of release, data and params, and the code revision.
     """
 
     name: str
@@ -57,9 +57,10 @@ class Run:
 
 
 def track(params: Params, export: Path = EXPORT) -> str | None:
-    """Record the run whose artifacts exist here; returns its address in MLflow, None where tracking.mlflow is null.
+    """Record the run of the working folder. Returns its address in MLflow; None if tracking.mlflow is null.
 
-    Raises ParamsError when nothing was exported yet or mlflow is missing, TrackingError when MLflow does not accept the run.
+    Raises ParamsError if there is no export yet or mlflow is not installed, TrackingError if MLflow does not accept the
+    run.
     """
     if params.tracking.mlflow is None:
         return None
@@ -75,7 +76,7 @@ def track(params: Params, export: Path = EXPORT) -> str | None:
         ) from None
     run = collect(params, export)
     try:
-        # A client of its own: MLflow's global state is not changed, so the user's runs in this process stay separate.
+        # A separate client does not change MLflow's global state, so runs of the user in this process are unaffected.
         return _record(MlflowClient(tracking_uri=uri), params.tracking, run)
     except (MlflowException, OSError, ImportError, *_database_errors()) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -85,7 +86,7 @@ def track(params: Params, export: Path = EXPORT) -> str | None:
 
 
 def record_after_stage(stage: str, params: Params, export: Path = EXPORT) -> None:
-    """`track` at the end of a stage, whose result is complete: a failure is printed to stderr and changes nothing else."""
+    """Call `track` at the end of a stage; an error is printed to stderr, and the stage does not fail."""
     try:
         if address := track(params, export):
             print(f"{stage}: recorded at {address}", file=sys.stderr)
@@ -94,7 +95,7 @@ def record_after_stage(stage: str, params: Params, export: Path = EXPORT) -> Non
 
 
 def collect(params: Params, export: Path = EXPORT) -> Run:
-    """The run whose artifacts exist here. Raises ParamsError when there are none, StageError for a damaged one."""
+    """Collect the run from the artifacts. Raises ParamsError if a file is missing, StageError if one is damaged."""
     path = export / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -123,7 +124,7 @@ def collect(params: Params, export: Path = EXPORT) -> Run:
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted key."""
+    """Flatten a nested mapping to dotted keys."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -143,7 +144,7 @@ def _curve(network: str, path: Path) -> list[tuple[str, int, float]]:
 
 
 def _record(client: Any, settings: TrackingParams, run: Run) -> str:
-    """Record a run unless it is recorded already; one that a killed process recorded in part is deleted and recorded again."""
+    """Record a run unless it is recorded already; a partial record of a killed process is deleted first."""
     experiment = _experiment_id(client, settings)
     for existing in client.search_runs([experiment], f"tags.`{RELEASE_TAG}` = '{run.release}'", max_results=50):
         if existing.info.status == "FINISHED":
@@ -190,7 +191,7 @@ def _address(settings: TrackingParams, experiment: str, run_id: str) -> str:
 
 
 def _database_errors() -> tuple[type[Exception], ...]:
-    """Errors of a database that MLflow does not wrap; from a package of its own, which the extra does not install."""
+    """Database errors that MLflow does not wrap; from SQLAlchemy, which the extra `mlflow` does not install."""
     try:
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError:
@@ -199,7 +200,7 @@ def _database_errors() -> tuple[type[Exception], ...]:
 
 
 def run(params: Params) -> str:
-    """`track`, in a sentence. Raises ParamsError where tracking.mlflow is null."""
+    """Record the run and return a summary. Raises ParamsError if tracking.mlflow is null."""
     address = track(params)
     if not address:
         raise ParamsError("tracking.mlflow is null; set it to a tracking URI such as http://127.0.0.1:5000")

@@ -1,4 +1,4 @@
-"""The model card of a student: Markdown with the metadata block of the Hugging Face format."""
+"""Model card of a student: Markdown with the metadata block of the Hugging Face format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.data.class_prior import Prior
 from pipeline.params import DataParams, StudentParams, TrainingParams
 from serving.shared.terminal import counted
 
-# Of the metadata: our name → the field's.
+# Metric names for the metadata: Tailor's name → Hugging Face's.
 METRICS = {"balanced_accuracy": "balanced_accuracy", "all": "accuracy", "ece": "expected_calibration_error"}
 
 CARD = """\
@@ -62,7 +62,7 @@ Last epoch, seed {{ seed }}, one run. Few means fewer than 20 training samples, 
 def model_card(
     data: DataParams, backbone: str, seed: int, facts: list[tuple[str, str]], prior: Prior, metrics: dict[str, Any]
 ) -> str:
-    """The card's text. facts: of `model_facts`; metrics: target prior → metric, of the student on the test split."""
+    """Render the card. facts: of `model_facts`; metrics: target prior → metric, of the student on the test split."""
     return render_card(
         CARD, _metadata(data, backbone, metrics),
         facts=facts, data=data, seed=seed, prior=prior, metrics=metrics,
@@ -71,7 +71,7 @@ def model_card(
 
 
 def render_card(template: str, metadata: dict[str, Any], **context: Any) -> str:
-    """A card in the format of the Hugging Face Hub: a YAML block, then Markdown."""
+    """Render a card in the format of the Hugging Face Hub: a YAML block, then Markdown."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"percent": lambda value: "n/a" if value is None else f"{value:.1%}", "cell": as_cell}
     block = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
@@ -81,7 +81,7 @@ def render_card(template: str, metadata: dict[str, Any], **context: Any) -> str:
 def model_facts(
     teacher: TrainingParams, student: StudentParams, size: int, strength: float, prior: Prior
 ) -> list[tuple[str, str]]:
-    """Facts about the model, one line each: term and text. size: of an image; strength: the default that is served."""
+    """Facts about the model as (term, text) pairs. size: of an image; strength: the default of serving."""
     return [
         ("Network", f"{student.backbone} with a cosine classifier of {counted(len(prior.classes), 'class')}"),
         (
@@ -97,7 +97,7 @@ def model_facts(
 
 
 def as_cell(text: str) -> str:
-    """Text on one line that ends no table cell and opens no tag."""
+    """Escape text for a Markdown table cell: one line, no `|`, no HTML tag."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 

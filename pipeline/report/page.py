@@ -1,4 +1,4 @@
-"""A self-contained HTML page: one file for any browser that loads nothing from a network and runs no other scripts."""
+"""Render a self-contained HTML page: one file, no network requests, only the page's two scripts run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SIDE = 96  # pixels of the longer side of a thumbnail, at most
 
 
 def render_page(template: str, data: Mapping[str, Any], **context: Any) -> str:
-    """The page of a template in this folder as text.
+    """Render a template of this folder as HTML text.
 
-    data: what page.js reads, `figures` (name → plotly figure) among it. Templates escape what they print, `data` cannot
-    end its element, and the page's own policy lets a browser run its two scripts by their hashes and load nothing. Without
-    the package plotly, as on a machine that only trains, the charts are left out and the page notes it.
+    data: JSON for page.js, with `figures` (name → plotly figure). Templates escape their values, `data` cannot end its
+    script element, and the page's Content-Security-Policy allows only its two scripts, by hash, and no requests.
+    Without the package plotly, as on a training machine, the page has no charts and a note about it.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -45,12 +45,12 @@ def render_page(template: str, data: Mapping[str, Any], **context: Any) -> str:
 
 
 def plotly_js() -> str | None:
-    """plotly.js as its Python package brings it, 4.8 MB, the only bundle in the package; None where it is not installed."""
+    """Source of plotly.js (4.8 MB) from the Python package plotly; None if the package is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError:
         return None
-    # "</script" stands in none of its releases so far; a page that it would cut short must not be written.
+    # No release so far contains "</script", which would end the script element and break the page.
     source = get_plotlyjs()
     if "</script" in source.lower():
         raise ValueError("plotly.js holds </script; pin another release of plotly")
@@ -58,7 +58,7 @@ def plotly_js() -> str | None:
 
 
 def as_script(content: Any) -> Markup:
-    """JSON for a script element: no character of it can end the element, open a comment or a tag."""
+    """JSON for a script element, escaped so that it cannot end the element or open a comment or a tag."""
     found = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         found = found.replace(character, f"\\u{ord(character):04x}")
@@ -66,26 +66,26 @@ def as_script(content: Any) -> Markup:
 
 
 def percent(value: float | Estimate | None, digits: int = 1) -> str:
-    """A share as a percentage; n/a where there is none."""
+    """Format a share as a percentage; n/a for None."""
     number = value.value if isinstance(value, Estimate) else value
     return "n/a" if number is None else f"{number:.{digits}%}"
 
 
 def points(value: float | None, digits: int = 1) -> str:
-    """A difference of shares in percentage points, with its sign; n/a where there is none."""
+    """Format a difference of shares in percentage points, with its sign; n/a for None."""
     return "n/a" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
 
 
 def thumbnail(data: bytes) -> str:
-    """A data URI of an encoded image, at most SIDE pixels wide and high: a few kilobytes for any image.
+    """Data URI of a thumbnail of an encoded image, at most SIDE pixels wide and high: a few kilobytes.
 
-    Decoded and encoded again, so that only the pixels of the file get into the page. Raises ImageError as
+    The image is decoded and encoded again, so that only its pixels get into the page. Raises ImageError as
     `models.preprocess.decode` does.
     """
     image = decode(data)
     times = SIDE // max(image.size)
     exact = times > 1
-    if exact:  # a browser would blur a small image; its pixels are shown unchanged
+    if exact:  # enlarge a small image by a whole factor, because a browser would blur it
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     else:
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

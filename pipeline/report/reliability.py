@@ -1,4 +1,4 @@
-"""Calibration of the probabilities, before and after temperature scaling."""
+"""Reliability diagram and calibration error, before and after temperature scaling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ECE_RESAMPLES = 500
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Answers whose probability of the first class is in (low, high]: how many, that probability's mean, the share right."""
+    """Predictions whose confidence is in (low, high]: their number, mean confidence and accuracy."""
 
     low: float
     high: float
@@ -32,7 +32,7 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """One side of the diagram: the bins that hold answers, the calibration error, NLL in nats."""
+    """Calibration of one set of probabilities: the bins that are not empty, ECE, NLL in nats."""
 
     bins: list[ReliabilityBin]
     ece: Estimate
@@ -41,7 +41,10 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Balanced answers as they are, and of logits / temperature; after and temperature are None without validation data."""
+    """Calibration of the balanced logits and of logits / temperature.
+
+    after, temperature: None without validation data, or if no temperature can be fitted.
+    """
 
     before: Calibrated
     after: Calibrated | None
@@ -51,11 +54,14 @@ class Reliability:
 def reliability(
     logits: np.ndarray, labels: np.ndarray, validation: tuple[np.ndarray, np.ndarray] | None, bins: int
 ) -> Reliability:
-    """The test split's diagram. validation: logits [M,C] and labels [M] that the temperature is fitted on (Guo 2017)."""
+    """Calibration on the test split: logits [N,C], labels [N].
+
+    validation: logits [M,C] and labels [M] on which the temperature is fitted (Guo 2017). bins: number of bins.
+    """
     before = _side(softmax(logits), labels, bins)
     try:
         temperature = fit_temperature(*validation) if validation and len(validation[1]) else None
-    except ValueError:  # a network that learnt nothing has no temperature
+    except ValueError:  # no finite temperature minimises the NLL of an untrained network
         temperature = None
     after = None if temperature is None else _side(softmax(logits / temperature), labels, bins)
     return Reliability(before, after, temperature)

@@ -1,4 +1,4 @@
-"""Accuracy as the strength of the logit adjustment moves, for test data that are balanced and for those like training."""
+"""Accuracy by strength of the logit adjustment, for balanced test data and for test data with the training prior."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pipeline.data.class_prior import Prior
 from pipeline.evaluation.metrics import GROUPS
 
 STRENGTHS = np.round(np.arange(-0.5, 1.5001, 0.05), 2)
-ROWS = 4_000_000  # logits adjusted at a time
+ROWS = 4_000_000  # largest number of logits adjusted in one step
 
 
 @dataclass(frozen=True)
 class StrengthRow:
-    """Accuracies of the answers at one strength. balanced, train: over all test images, weighed as that prior has them."""
+    """Accuracies at one strength. balanced, train: over all test images, weighted by that prior."""
 
     strength: float
     balanced: float
@@ -27,7 +27,7 @@ class StrengthRow:
 
 
 def strength_sweep(logits: np.ndarray, labels: np.ndarray, prior: Prior) -> list[StrengthRow]:
-    """A row for each of STRENGTHS. logits: balanced, [N,C]; labels: [N]. Classes without test images are left out."""
+    """One row per strength. logits: balanced, [N,C]; labels: [N]. Classes without test images are excluded."""
     classes = len(prior.classes)
     tested = np.bincount(labels, minlength=classes)
     there = tested > 0
@@ -44,7 +44,7 @@ def strength_sweep(logits: np.ndarray, labels: np.ndarray, prior: Prior) -> list
 
 
 def right_by_strength(logits: np.ndarray, labels: np.ndarray, prior: Prior) -> np.ndarray:
-    """Right answers of each class at each of STRENGTHS: int [S,C]. Takes few rows at a time, so memory stays bounded."""
+    """Number of correct predictions of each class at each of STRENGTHS: int [S,C]. Chunked, to bound memory."""
     classes, log_prior = len(prior.classes), np.array(prior.log_prior, dtype=np.float32)
     right = np.zeros((len(STRENGTHS), classes), dtype=np.int64)
     at_once = max(1, ROWS // classes)

@@ -1,4 +1,4 @@
-"""What the evaluation page shows, computed once from the networks' logits; the CSV files for DVC hold the same rows."""
+"""Compute the content of the evaluation page from the networks' logits, and write the same values as CSV for DVC."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.shared.errors import DataError
 
 ALL = "all classes"
 DRAWS = 20  # test subsets of each shifted set
-SHIFT_WORK = 10_000_000  # images x classes x draws; with more, fewer subsets are drawn
+SHIFT_WORK = 10_000_000  # images x classes x draws; above it fewer subsets are drawn
 PLOTTED = {
     "no adjustment": "no_adjustment",
     "known prior": "known_prior",
@@ -38,14 +38,14 @@ PLOTTED = {
     "estimated prior (MAP)": "estimated_by_map",
 }
 SHIFT_TOLERANCE = 1e-2  # nats: a seventh of a standard error, and a third of the time
-# Nats for each class, where a table of full care would take minutes: chance alone is worth half a nat a class, and of 1,000
-# classes no accuracy of the table may move by more than 0.34 points (tests/pipeline/evaluation/test_shift_table.py).
+# Nats per class, if the table at full precision would take minutes. Noise alone is worth half a nat per class. With
+# 1,000 classes an accuracy may change by at most 0.34 points (tests/pipeline/evaluation/test_shift_table.py).
 COARSE_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class Shift:
-    """The table of the five shifted test sets, a row per way of adjusting; or why there is none."""
+    """Table of the five shifted test sets, one row per method of adjustment. missing: why there is no table."""
 
     rows: list[dict[str, Any]]
     draws: int
@@ -54,9 +54,10 @@ class Shift:
 
 @dataclass(frozen=True)
 class Study:
-    """headline: of the student, by group, and `train`, `ece`, `ece_after`; groups: rows of network, group, accuracy, low, high.
+    """Content of the evaluation page.
 
-    The rest is as its modules have it.
+    headline: the student's accuracy by group, and `train`, `ece`, `ece_after`. groups: rows of network, group,
+    accuracy, low, high. The other fields are defined in their modules.
     """
 
     headline: dict[str, Estimate]
@@ -81,10 +82,10 @@ def study(
     champion: Answers | None = None,
     draws: int = DRAWS,
 ) -> Study:
-    """Everything that the page shows. logits: `teacher` and `student`, balanced, [N,C]; labels: [N]; seed: of the draws.
+    """Compute the study. logits: `teacher` and `student`, balanced, [N,C]; labels: [N]; seed: of the draws.
 
-    validation: the student's logits and the labels that the temperature is fitted on. champion: its balanced answers for
-    the same test set. draws: test subsets of each shifted set, fewer where they would take minutes.
+    validation: the student's logits and labels on which the temperature is fitted. champion: its balanced predictions
+    on the same test set. draws: test subsets of each shifted set; fewer are used if they would take minutes.
     """
     student = logits["student"]
     predicted = {name: values.argmax(axis=1) for name, values in logits.items()}
@@ -114,7 +115,7 @@ def study(
 def _headline(
     logits: np.ndarray, labels: np.ndarray, prior: Prior, calibration: Reliability, seed: int
 ) -> dict[str, Estimate]:
-    log_prior = np.array(prior.log_prior, dtype=logits.dtype)  # of ten thousand classes, float64 takes gigabytes
+    log_prior = np.array(prior.log_prior, dtype=logits.dtype)  # with ten thousand classes, float64 takes gigabytes
     adjusted = adjust_logits(logits, log_prior, 1.0).argmax(axis=1)
     right, tested = _right_of(adjusted, labels, prior)
     return {
@@ -147,7 +148,7 @@ def _shift(logits: np.ndarray, labels: np.ndarray, counts: list[int], seed: int,
 
 
 def write_plots(found: Study, folder: Path) -> None:
-    """The figures as CSV files that dvc.yaml names: strength, reliability, groups and shift."""
+    """Write the CSV files of the plots in dvc.yaml: strength, reliability, groups and shift."""
     write_file(folder / "strength.csv", as_csv([asdict(row) for row in found.strength]))
     sides = {"before": found.reliability.before, "after": found.reliability.after}
     bins = [

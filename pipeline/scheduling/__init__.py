@@ -1,1 +1,1 @@
-"""Prefect on this machine, schedules, the trigger of a retraining."""
+"""Run Prefect's server for a project, run the schedule, and trigger a retraining."""

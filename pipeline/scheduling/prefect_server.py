@@ -1,4 +1,4 @@
-"""Prefect's own server for one project: on loopback, its database inside the project, ended with whoever started it."""
+"""Prefect server of one project: on loopback, database inside the project, ends with the process that started it."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ HOST = "127.0.0.1"
 API_URL = "PREFECT_API_URL"
 UI_URL = "PREFECT_UI_URL"  # the beginning of the links that Prefect logs; empty for no links
 UI_API_URL = (
-    "PREFECT_UI_API_URL"  # where the pages send their requests; Prefect's default is port 4200, whatever --port is
+    "PREFECT_UI_API_URL"  # API address for the web pages; Prefect's default is port 4200, independent of --port
 )
-START_WITHIN = 300.0  # seconds; the first start makes the database
-ASK_WITHIN = 10.0  # seconds that a server which PREFECT_API_URL names gets to answer
+START_WITHIN = 300.0  # seconds; the first start creates the database
+ASK_WITHIN = 10.0  # seconds; timeout for a response of the server at PREFECT_API_URL
 POLL = 0.1  # seconds
 
 
 class PrefectServerError(StageError):
-    """Prefect's server does not run, or cannot."""
+    """Prefect's server does not run, cannot start, or does not respond."""
 
 
 @dataclass(frozen=True)
 class _Note:
-    """Where a server runs, and whose it is: a process id alone may have been given to another since."""
+    """Address and owner process of a server. The start time detects that the process id was reused."""
 
     url: str
     process: int
@@ -52,9 +52,9 @@ class _Note:
 
 
 def settle_environment(home: Path = HOME) -> None:
-    """Set what Prefect reads from the environment, before it is imported: its folder, and that nobody is told anything.
+    """Set Prefect's environment variables before Prefect is imported: its folder, and no telemetry.
 
-    What the user has set stays.
+    Variables that the user has set are kept.
     """
     bypass_proxy_on_loopback()
     os.environ.setdefault("PREFECT_HOME", str(home.absolute()))
@@ -64,7 +64,7 @@ def settle_environment(home: Path = HOME) -> None:
 
 @contextlib.contextmanager
 def talking_to(api_url: str, links: bool = True) -> Iterator[None]:
-    """Have Prefect talk to the server at `api_url` for a while, in this process and in those that it starts.
+    """Context manager: Prefect uses the API at `api_url`, in this process and in its child processes.
 
     links: whether Prefect logs links to the server's pages.
     """
@@ -84,9 +84,10 @@ def talking_to(api_url: str, links: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def some_server(home: Path = HOME) -> Iterator[str]:
-    """The API of a Prefect server for the time of a run: the user's own, else the project's, else a temporary one.
+    """Context manager that gives the API address of a Prefect server, and starts a temporary server if there is none.
 
-    Raises as `given_server` and `PrefectServer.start` do.
+    The server at PREFECT_API_URL is used first, then that of the project's schedule. Raises the errors of
+    `given_server` and `PrefectServer.start`.
     """
     settle_environment(home)
     url = given_server() or running_server(home)
@@ -99,22 +100,23 @@ def some_server(home: Path = HOME) -> Iterator[str]:
 
 
 def given_server() -> str | None:
-    """The API that PREFECT_API_URL names; None where it names none. To be called after `settle_environment`.
+    """The API address in PREFECT_API_URL, after a check that it responds; None if not set.
 
-    Prefect's own client asks, which knows the user's keys and certificates. Raises ParamsError where the value is no
-    address, PrefectServerError where no Prefect server answers there, or one of another major version does.
+    Call `settle_environment` first. The check uses Prefect's client, which reads the user's keys and certificates.
+    Raises ParamsError if the value is not an address, PrefectServerError if no Prefect server responds there or it has
+    another major version.
     """
     url = os.environ.get(API_URL)
     if not url:
         return None
-    _check_address(url)  # Prefect cannot even be imported with an address that it cannot read
+    _check_address(url)  # the import of Prefect fails with an invalid address
     import httpx
     from prefect.client.orchestration import get_client
 
     try:
         with talking_to(url), get_client(sync_client=True, httpx_settings={"timeout": ASK_WITHIN}) as client:
             client.raise_for_api_version_mismatch()
-    except (RuntimeError, httpx.HTTPError, httpx.InvalidURL) as error:  # the first is Prefect's own, around any other
+    except (RuntimeError, httpx.HTTPError, httpx.InvalidURL) as error:  # Prefect wraps errors in RuntimeError
         said = " ".join(str(error.__cause__ or error).split())
         raise PrefectServerError(
             f"{API_URL} is {without_password(url)!r}, where no Prefect server of use answers ({said}); "
@@ -124,7 +126,7 @@ def given_server() -> str | None:
 
 
 def running_server(home: Path = HOME) -> str | None:
-    """The API of the server that `tailor schedule` runs for this project; None where none does."""
+    """The API address of the server that `tailor schedule` runs for this project; None if there is none."""
     try:
         note = _Note(**json.loads((home / NOTE).read_text(encoding="utf-8")))
         alive = abs(psutil.Process(note.process).create_time() - note.started) < 1
@@ -134,19 +136,20 @@ def running_server(home: Path = HOME) -> str | None:
 
 
 def answers(api_url: str) -> bool:
-    """Whether a Prefect API is there and well."""
+    """Health check: whether a Prefect API responds with status 200."""
     bypass_proxy_on_loopback()
     try:
         with urllib.request.urlopen(f"{api_url}/health", timeout=5) as response:
             return response.status == 200
-    except (OSError, urllib.error.URLError, http.client.HTTPException):  # the last: whoever answers speaks no HTTP
+    except (OSError, urllib.error.URLError, http.client.HTTPException):  # HTTPException: the response is not HTTP
         return False
 
 
 class PrefectServer:
-    """One Prefect server. scheduling: with the services that make runs of schedules, and the UI; else the bare API.
+    """Context manager that starts and stops one Prefect server; its log is server.log in `home`.
 
-    A context manager. port: 0 for any free one, kept for later starts. Its log is server.log in `home`.
+    port: 0 for any free port, which later starts reuse. scheduling: run the services that create runs of schedules, and
+    the UI; else the API only.
     """
 
     def __init__(self, home: Path = HOME, port: int = 0, scheduling: bool = True) -> None:
@@ -157,26 +160,29 @@ class PrefectServer:
 
     @property
     def api_url(self) -> str:
-        """Address for clients, known after start."""
+        """API address for clients; valid after start."""
         return f"http://{HOST}:{self.port}/api"
 
     @property
     def ui_url(self) -> str:
-        """Address for people, known after start."""
+        """Address of the web pages; valid after start."""
         return f"http://{HOST}:{self.port}"
 
     @property
     def _pages(self) -> dict[str, str]:
-        """Settings of the pages, where the user has set no others. The second version of the pages calls amplitude.com."""
+        """Default settings of the web pages. Version 2 of the pages is off, because it calls amplitude.com."""
         return {UI_API_URL: self.api_url, "PREFECT_SERVER_UI_V2_ENABLED": "false"}
 
     @property
     def process_id(self) -> int | None:
-        """Of the server's leash, which leads its session; None when it does not run."""
+        """Process id of the server's owner process (owned_process.py), its session leader; None if it does not run."""
         return self._process.pid if self._process else None
 
     def start(self) -> PrefectServer:
-        """Start it and wait until it answers. Raises PrefectServerError with the end of its log, ServingError for a port."""
+        """Start the server and wait until it responds.
+
+        Raises PrefectServerError with the last line of its log, ServingError if the port is not free.
+        """
         self.home.mkdir(parents=True, exist_ok=True)
         self.port = choose_ports(HOST, {"--port": self.port})["--port"]
         services = [] if self.scheduling else ["--no-services", "--no-ui"]
@@ -214,11 +220,11 @@ class PrefectServer:
         return self
 
     def alive(self) -> bool:
-        """Whether its process is there."""
+        """Whether the server's process runs."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """End it, if it runs."""
+        """Stop the server, if it runs."""
         if self.scheduling:
             (self.home / NOTE).unlink(missing_ok=True)
         if self._process is not None:
@@ -244,7 +250,7 @@ class PrefectServer:
 
 
 def _read_settings_again() -> None:
-    if "prefect" in sys.modules:  # it reads them when it is first imported
+    if "prefect" in sys.modules:  # a later import reads the settings itself
         from prefect.context import refresh_global_settings_context
 
         refresh_global_settings_context()
@@ -254,14 +260,14 @@ def _check_address(url: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.split() == [url]
-    except ValueError:  # a port that is no number, half an IPv6 address
+    except ValueError:  # a port that is not a number, an incomplete IPv6 address
         usable = False
     if not usable:
         raise ParamsError(f"{API_URL} is {url!r}; expected an address such as http://{HOST}:4200/api, or none")
 
 
 def without_password(url: str) -> str:
-    """An address as it may be shown and logged."""
+    """Remove user and password from an address, so that it may be logged."""
     parts = urllib.parse.urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 

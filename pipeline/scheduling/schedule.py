@@ -1,7 +1,7 @@
-"""`tailor schedule`: Prefect's server and a runner of the flow, kept up until told to end.
+"""`tailor schedule`: run Prefect's server and a runner of the flow until SIGTERM, and restart them on failure.
 
-The schedule lives in the server's database and so survives a restart. Of the runs that were missed meanwhile the newest is
-caught up, the others are cancelled with a word why.
+The schedule is stored in the server's database and survives a restart. Of the runs missed meanwhile, the newest is run;
+the others are cancelled with a reason.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from pipeline.shared.errors import ParamsError
 from serving.shared.terminal import counted
 
 LOOK_EVERY = 1.0  # seconds
-PATIENCE = 15.0  # seconds that a run gets to end itself
-PAUSE = 5.0  # seconds before a runner that lost its server is started again
+PATIENCE = 15.0  # seconds between SIGTERM and SIGKILL of a run
+PAUSE = 5.0  # seconds between attempts to reach or restart a lost server
 BECAUSE = "the schedule"
 LEASH = "leash.py"
 
@@ -43,11 +43,11 @@ LEASH = "leash.py"
 def keep_schedule(
     cron: str, timezone: str | None, say: Callable[[str], None], port: int = 0, home: Path = HOME
 ) -> None:
-    """Serve the flow on a schedule until SIGTERM or Ctrl-C, under a server of our own unless PREFECT_API_URL names one.
+    """Serve the flow on a schedule until SIGTERM or Ctrl-C; starts a Prefect server unless PREFECT_API_URL is set.
 
-    cron: five fields. timezone: an IANA name; UTC if None. Raises ParamsError for either, and for params.yaml, before
-    anything is started; PrefectServerError where the project's schedule runs already, the server does not start, or the
-    one that is named does not answer.
+    cron: five fields. timezone: an IANA name; UTC if None. Raises ParamsError if cron, timezone or params.yaml is not
+    valid, before a process is started; PrefectServerError if the project's schedule runs already, or the server does
+    not start or does not respond.
     """
     settle_environment(home)
     load_params()
@@ -69,11 +69,11 @@ def keep_schedule(
 
 
 def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str) -> None:
-    """Run the runner, and again when it lost its server."""
+    """Run Prefect's runner, and restart it after it lost the server."""
     import httpx
     from prefect.schedules import Cron
 
-    # Prefect's own handler of SIGTERM forgets to await what it calls.
+    # Prefect's SIGTERM handler does not await a coroutine that it calls.
     warnings.filterwarnings("ignore", message="coroutine 'Runner.astop' was never awaited")
     from pipeline.flows.retraining import retrain
 
@@ -95,7 +95,7 @@ def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str
                 print_starting_message=False,
             )
             return
-        except (RuntimeError, httpx.HTTPError) as error:  # a poll failed, or several in a row
+        except (RuntimeError, httpx.HTTPError) as error:  # one or several polls failed
             if answers(url) and time.monotonic() - begun < PAUSE:
                 raise PrefectServerError(f"Prefect's runner ended: {error}") from error
             say("the runner lost Prefect's server and waits for it")
@@ -104,7 +104,7 @@ def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str
 
 
 def cancel_all_missed_but_one() -> tuple[int, datetime] | None:
-    """Cancel the runs whose time has passed, but for the newest; how many there were, and the newest one's time."""
+    """Cancel missed runs except the newest. Returns the number missed and the time of the newest; None without any."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
@@ -132,11 +132,11 @@ def cancel_all_missed_but_one() -> tuple[int, datetime] | None:
 
 
 def _end_runs() -> None:
-    """End the runs that the runner started: told to end by SIGTERM, it leaves them behind."""
+    """End the runs that the runner started; the runner does not end them on SIGTERM."""
     runs = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            # The server is on a leash, which ends it later; a run's own words may say "leash" too, as in a path.
+            # The server ends later, with its owner process. Compare file names: a path may contain the same text.
             if not any(Path(word).name == LEASH for word in child.cmdline()):
                 child.terminate()
                 runs.append(child)
@@ -146,7 +146,7 @@ def _end_runs() -> None:
 
 
 def _keep_up(server: PrefectServer, ended: threading.Event, say: Callable[[str], None]) -> None:
-    """Start the server again whenever it has died."""
+    """Restart the server each time it has exited."""
     while not ended.wait(LOOK_EVERY):
         if not server.alive():
             say("Prefect's server ended by itself and is started again")

@@ -1,6 +1,6 @@
-"""How a retraining is started: here and now, or by asking the schedule that runs for this project.
+"""Start a retraining: in this process, or as a run of the schedule that runs for this project.
 
-Prefect is imported inside the functions, as it reads its settings when it is first imported.
+Prefect is imported inside the functions, because it reads its settings when it is first imported.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ DEPLOYMENT = f"retrain/{NAME}"
 
 
 def trigger_retrain(reason: str, home: Path = HOME) -> str:
-    """Have the project retrained because of `reason`; what was done, in one sentence.
+    """Start a retraining of the project for `reason`. Returns a sentence that describes what was done.
 
-    Where `tailor schedule` runs, or PREFECT_API_URL names a server with its deployment, that is asked and this returns at
-    once; a run that was asked for and has not begun is not asked for twice. Else the run takes place here, and this
-    returns at its end. Raises StageError where the run failed, or the server that PREFECT_API_URL names does not answer.
+    If `tailor schedule` runs, or PREFECT_API_URL names a server with its deployment, the function requests a run there
+    and returns at once; if a requested run has not begun yet, it requests no second one. Otherwise it runs the flow in
+    this process and returns at its end. Raises StageError if the run failed or the server at PREFECT_API_URL does not
+    respond.
     """
     settle_environment(home)
     url = given_server() or running_server(home)
@@ -48,10 +49,10 @@ def trigger_retrain(reason: str, home: Path = HOME) -> str:
 
 
 def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebacks: bool = False) -> Outcome:
-    """Run the flow in this process, under a temporary Prefect server where no other is there; how it ended.
+    """Run the flow in this process and return its outcome; starts a temporary Prefect server if none runs.
 
-    tracebacks: whether Prefect's log shows them; what a user can act on is in the outcome's one line. Raises StageError
-    where Prefect's server cannot be started, or the one that PREFECT_API_URL names does not answer.
+    tracebacks: whether Prefect's log shows tracebacks; the outcome's message has the cause. Raises StageError if
+    Prefect's server cannot be started, or the server at PREFECT_API_URL does not respond.
     """
     with some_server(home):
         import httpx
@@ -64,12 +65,12 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
         try:
             state = retrain(because, drop and str(drop), return_state=True)
         except httpx.HTTPError as error:
-            # The server went away and could not be told the end; the run itself may have come to one.
+            # The server did not accept the final state; the run itself may have finished and written its record.
             last = read_run("last")
             if last is None or last.process != os.getpid() or last.outcome is None:
                 raise StageError(f"Prefect's server does not answer: {error}") from error
             return last.outcome
-        APILogHandler().flush()  # while the server is there to take it
+        APILogHandler().flush()  # before a temporary server stops
         if state.is_cancelled():
             return Outcome("busy", state.message or "another retraining is under way")
         last = read_run("last")
@@ -79,7 +80,7 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
 
 
 def _ask_schedule(url: str, reason: str) -> str | None:
-    """Ask the deployment for a run; None where the server has no such deployment. Raises PrefectServerError."""
+    """Request a run of the deployment; None if the server has no such deployment. Raises PrefectServerError."""
     import httpx
 
     try:
@@ -110,10 +111,10 @@ def _create_run(reason: str) -> str | None:
 
 
 class _OneLine(logging.Filter):
-    """Takes the traceback off a record; its message says what happened."""
+    """Logging filter that removes the traceback from a record and keeps its message."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record pass."""
+        """Remove the traceback and accept the record."""
         record.exc_info = record.exc_text = None
         return True
 

@@ -1,1 +1,1 @@
-"""Errors, whole-file writes, progress bars, lineage, child processes: used by every package of the pipeline."""
+"""Used by every package of the pipeline: errors, atomic file writes, progress bars, lineage, child processes."""

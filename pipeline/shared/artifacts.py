@@ -1,4 +1,4 @@
-"""Files that one stage writes and another reads: their paths, and how they are written."""
+"""Paths of the files that stages exchange, and functions to write JSON and CSV files atomically."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ SEEDS = Path("artifacts/seeds")
 
 
 def unfinished(output: Path) -> Path:
-    """Where the run that makes `output` keeps its state until it has finished."""
+    """Path of the state of an unfinished run that writes `output`."""
     return output.with_name(f".{output.name}.unfinished")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_file` of indented JSON; refuses NaN and infinity, which are not JSON."""
+    """Write indented JSON with `write_file`. Raises ValueError for NaN and infinity, which are not JSON."""
     write_file(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def as_csv(rows: Iterable[Any], columns: Sequence[str] | None = None) -> str:
-    """Rows as CSV, which DVC can plot, its cells safe in a spreadsheet; None is an empty cell.
+    """Format rows as CSV, with cells escaped for spreadsheets; None is an empty cell. DVC can plot the file.
 
-    Rows are mappings with the same keys, at least one; or, with `columns`, tuples of cells, of which there may be none.
+    rows: mappings with equal keys, at least one; with `columns`, tuples of cells, possibly none.
     """
     stream = io.StringIO()
     named = [dict(zip(columns, row, strict=True)) if columns else row for row in rows]
@@ -57,5 +57,5 @@ def as_csv(rows: Iterable[Any], columns: Sequence[str] | None = None) -> str:
 
 
 def sha256_of_json(content: Any) -> str:
-    """sha256 of a value's canonical JSON, for comparing parameters."""
+    """sha256 of a value's canonical JSON, to compare params and other values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,5 +1,7 @@
-"""Errors that a user can act on. Each message is one line that names the file, key or argument and what is allowed;
-several problems of one data set are a line each.
+"""Exceptions of the pipeline that a user can act on.
+
+A message is one line with the file, key or argument and what is allowed; several problems of one data set have one line
+each.
 """
 
 from __future__ import annotations
@@ -10,22 +12,23 @@ from serving.shared.errors import TailorError as TailorError
 
 
 class StageError(TailorError):
-    """A stage or a command of the pipeline fails. Exit code 1."""
+    """A stage or a command of the pipeline failed. Exit code 1."""
 
 
 class ParamsError(StageError):
-    """params.yaml or an argument is not usable. Exit code 2."""
+    """params.yaml or an argument is not valid. Exit code 2."""
 
     exit_code = 2
 
 
 class DataError(StageError):
-    """The data are not usable: a file, a label or a count. Exit code 1."""
+    """The data are not valid: a file, a label or a count. Exit code 1."""
 
 
 class DataProblems(DataError):
-    """Several problems of the data: a line with their number, then a line each. `problems`: pairs of a path and what is
-    wrong with it; of those with the same text the first `SHOWN` are listed, and the rest is a number.
+    """Several problems of the data: one line with their number, then one line each.
+
+    problems: pairs of path and text. Of problems with equal text the first `SHOWN` are listed and the others counted.
     """
 
     SHOWN = 10
@@ -50,7 +53,7 @@ def raise_problems(root: Path, problems: list[tuple[Path, str]]) -> None:
 
 
 def explain(error: Exception) -> str:
-    """An error in one line, DataProblems in a line for each problem; an operating-system error with its file and cause."""
+    """Format an error as one line, DataProblems as one line per problem, OSError with its file and cause."""
     if isinstance(error, DataProblems):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

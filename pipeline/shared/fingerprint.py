@@ -1,8 +1,9 @@
-"""`python -m pipeline.shared.fingerprint`: for each stage, a file with the hash of every source file that the stage can run.
+"""`python -m pipeline.shared.fingerprint`: write, for each stage, the hashes of the source files that it can run.
 
-The dvc.yaml of a user's project has no source files to depend on: Tailor is an installed package there. Its first stage
-writes these files, and every other stage depends on its own one, so that after an upgrade `dvc repro` runs what it must.
-What a stage can run is computed from its imports. Comments and docstrings are left out of the hashes.
+In a user's project Tailor is an installed package, so dvc.yaml has no source files as dependencies. Its first stage
+writes these files and each other stage depends on its file, so that after an upgrade `dvc repro` runs the affected
+stages. The files that a stage can run are computed from its imports. Comments and docstrings do not count in the
+hashes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ ROOT = Path(__file__).parents[2]  # the folder that holds the packages
 PACKAGES = ("models", "pipeline", "serving")
 STAGES = ("split", "prior", "teacher", "student", "evaluate", "export", "seeds")
 FOLDER = Path(".tailor/code")
-DIGITS = 16  # of a sha256 in a file that people may read
+DIGITS = 16  # leading digits of a sha256 in the files
 
 
 class _Imports(ModuleFinder):
-    """The imports of Tailor's modules within Tailor's packages, wherever in a module they stand."""
+    """Finds the imports of Tailor's modules within Tailor's packages, at any place in a module."""
 
     def import_hook(self, name: str, caller: Any = None, fromlist: Any = None, level: int = -1) -> Any:
-        """Follow one import statement; those of other packages are passed over."""
+        """Follow one import statement; imports of other packages are ignored."""
         if level <= 0 and name.partition(".")[0] not in PACKAGES:
             return None
         return super().import_hook(name, caller, fromlist, level)
@@ -42,8 +43,10 @@ def _is_package(path: Path) -> bool:
 
 @cache
 def source_files(stage: str) -> tuple[Path, ...]:
-    """The files that a stage can run or read, absolute and sorted: the modules that it imports, directly or through others,
-    and the files and folders beside them, or beside their package, that they name in a string: templates, Triton's models.
+    """Absolute, sorted paths of the files that a stage can run or read.
+
+    These are the modules that it imports, directly or indirectly, and the files and folders beside a module, or beside
+    its package, that the module names in a string, such as templates and Triton's models.
     """
     imports = _Imports(path=[str(ROOT)])
     imports.import_hook(f"pipeline.{stage}")
@@ -63,13 +66,13 @@ def source_files(stage: str) -> tuple[Path, ...]:
 
 
 def fingerprint(stage: str) -> str:
-    """A line for each source file of a stage: its hash and its path."""
+    """Text with one line for each source file of a stage: its hash and its path."""
     lines = [f"{_hash(path)[:DIGITS]}  {path.relative_to(ROOT).as_posix()}\n" for path in source_files(stage)]
     return "".join(lines)
 
 
 def code_sha256() -> str:
-    """sha256 over the source files of all stages: equal for equal code, whatever version it calls itself."""
+    """sha256 over the source files of all stages: equal for equal code, independent of the version number."""
     return hashlib.sha256("".join(map(fingerprint, STAGES)).encode()).hexdigest()
 
 
@@ -82,11 +85,11 @@ def _hash(path: Path) -> str:
 
 
 def _without_comments(text: str) -> str:
-    """A module's text without comments, docstrings, blank lines, and blanks at the end of a line."""
+    """Text of a module without comments, docstrings, blank lines and trailing spaces."""
     lines = text.split("\n")
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
     starts = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT}
-    for position in range(len(tokens) - 1, -1, -1):  # from the end: what is cut moves nothing that comes before it
+    for position in range(len(tokens) - 1, -1, -1):  # backwards, so that a removal does not move earlier tokens
         token = tokens[position]
         alone = position == 0 or tokens[position - 1].type in starts
         ends = position + 1 < len(tokens) and tokens[position + 1].type == tokenize.NEWLINE

@@ -1,4 +1,4 @@
-"""What a result came from: the data by their content, the project by its commit (the code: pipeline/shared/fingerprint.py)."""
+"""Lineage of a result: the git commit of the project. The hash of the code is in pipeline/shared/fingerprint.py."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from serving.shared.terminal import print
 
 
 class GitError(StageError):
-    """Git refuses to read a repository, as one of another owner; that is no answer to what was asked."""
+    """Git refuses to read an existing repository, for example because another user owns it."""
 
 
 def git(folder: Path, *arguments: str) -> str | None:
-    """What a git command prints in a folder; None where there is no git, no repository or no such revision.
+    """Run a git command in a folder and return its output; None if it fails or git is not installed.
 
-    Raises GitError with git's reason where the repository exists and git refuses to read it.
+    It fails without a repository or for an unknown revision. Raises GitError with git's reason if the repository exists
+    and git refuses to read it.
     """
     command = ["git", "-C", str(folder), *arguments]
     try:
@@ -34,9 +35,9 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 
 def code_revision() -> str:
-    """The git commit of the working folder's project, with `+changes` when its tree differs; `unknown` outside a repository.
+    """Git commit of the working folder's project, with `+changes` if tracked files differ; `unknown` if there is none.
 
-    `unknown` too where git refuses to read it, with a line on stderr that gives its reason.
+    Also `unknown` if git refuses to read the repository; the reason is then printed to stderr.
     """
     try:
         revision = git(Path(), "rev-parse", "--verify", "--quiet", "HEAD")

@@ -1,12 +1,13 @@
-"""`python pipeline/shared/owned_process.py COMMAND...`: a command that ends at the latest with the process that started it.
+"""`python pipeline/shared/owned_process.py COMMAND...`: run a command that ends when the process that started it ends.
 
-The leash reads its standard input, a pipe that only its owner holds open, and so detects the owner's end of any cause. A
-stage without its owner would keep DVC's locks; so would an exited stage that no process waits for, because DVC treats the
-owner of a lock as alive while its process id exists. The leash therefore outlives its command, also where the container's
-first process does not wait for orphans, and ends what its command left.
+This process (the leash) reads its standard input, a pipe that only its owner holds open, and so detects the end of the
+owner by any cause. A stage that outlives its owner would keep DVC's locks. An exited stage that no process waits for
+would keep them too, because DVC treats the owner of a lock as alive while its process id exists. The leash therefore
+outlives its command, also in a container whose first process does not reap orphans, and ends the command's remaining
+processes.
 
-serving/server/watchdog.py is another process: it starts no command, because the supervisor needs Triton as its own child,
-and it removes Triton's shared memory, which needs psutil; this file runs alone, with the standard library.
+serving/server/watchdog.py is a separate program: it starts no command, because Triton must be a child of the
+supervisor, and it removes Triton's shared memory, which needs psutil. This file runs alone, with the standard library.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL; torchrun ends its workers in it
+PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL; torchrun ends its workers within this time
 POLL = 0.05  # seconds
 
 
 def start_on_leash(
     command: Sequence[str], environment: Mapping[str, str] | None = None, output: IO[str] | int | None = subprocess.PIPE
 ) -> subprocess.Popen[str]:
-    """Start a command in a process group of its own, which ends when this process does; end it sooner with `end_leash`.
+    """Start a command in a separate process group that ends when this process ends; `end_leash` ends it earlier.
 
-    output: for standard output and error together; a pipe by default. The returned process has the command's exit
-    status.
+    output: for standard output and standard error together; a pipe by default. The returned process has the exit status
+    of the command.
     """
     return subprocess.Popen(
         [sys.executable, "-I", str(Path(__file__)), *command],
@@ -47,9 +48,9 @@ def start_on_leash(
 
 
 def end_leash(process: subprocess.Popen[str]) -> int:
-    """End the command, unless it has ended, and all that it started in its process group.
+    """End the command, if it still runs, and all processes of its process group.
 
-    Gives its exit status, 128 + n where signal n ended it.
+    Returns the command's exit status, 128 + n if signal n ended it.
     """
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
@@ -57,17 +58,17 @@ def end_leash(process: subprocess.Popen[str]) -> int:
 
 
 def main(command: Sequence[str]) -> int:
-    """Run the command until it or the owner ends; the command's exit status, 128 + n where signal n ended it."""
+    """Run the command until it or the owner ends. Returns its exit status, 128 + n if signal n ended it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # A function and not SIG_IGN, which the command would inherit.
+        # A function instead of SIG_IGN, which the command would inherit.
         signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
     threading.Thread(
         target=lambda: (os.read(0, 1), _end(child.pid)), daemon=True
     ).start()  # read returns at the owner's end
-    # Not reaped yet: until then no other process can get its id, which is its group's.
+    # WNOWAIT does not reap the child, so that its id, which is the group's id, is not reused before _end.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    _end(child.pid)  # what it started ends with it, also where only DVC was killed and its stage runs
+    _end(child.pid)  # ends child processes too, for example a stage that still runs after DVC was killed
     status = child.wait()
     return status if status >= 0 else 128 - status
 
@@ -86,7 +87,7 @@ def _lives(group: int) -> bool:
     """Whether the process group has a process that has not exited."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            # The second field is the program's name in brackets, which may hold anything.
+            # The second field is the program's name in brackets, which may contain any characters.
             state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
             if its_group == str(group) and state not in "ZX":
                 return True

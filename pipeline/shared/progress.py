@@ -8,7 +8,7 @@ from serving.shared.terminal import Console
 
 
 def progress_bar(quiet: bool = False, unit: str = "steps") -> Progress:
-    """A bar with steps (or another unit) done and time left; on a terminal only, and not if `quiet`."""
+    """Progress bar with steps (or another unit) done and remaining time; shown on a terminal only, not if `quiet`."""
     console = Console(quiet=quiet)
     columns = (
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""Data sources: where labelled images come from. Each yields encoded bytes, a label, a stable id and a split hint."""
+"""Data sources of labelled images; each gives encoded bytes, a label, a stable sample id and a split."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from pipeline.sources.table import TableReader, TableSource
 
 
 def open_source(params: DataParams, ingested: Path = INGESTED) -> WithIngested:
-    """The source that params.yaml names, with what was taken in. Raises DataError or ParamsError naming what is missing."""
+    """Open the source of params.yaml with the ingested images. Raises DataError or ParamsError if files are missing."""
     return WithIngested(open_own(params), Ingested(ingested))
 
 
 def open_own(params: DataParams) -> Source:
-    """The source that params.yaml names, alone. Raises as `open_source` does."""
+    """Open the source of params.yaml without ingested images. Raises as `open_source` does."""
     if params.source == "digits":
         return DigitsSource()
     if params.source == "table":
@@ -44,9 +44,9 @@ def open_own(params: DataParams) -> Source:
 
 
 def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES, ingested: Path = INGESTED) -> Reader:
-    """What reads the images that a split table refers to, without listing the source again. Raises as `open_source` does.
+    """Open a reader of the images in a split table, without listing the source again. Raises as `open_source` does.
 
-    cache_bytes: of a table's row groups kept in memory.
+    cache_bytes: memory for cached row groups of a table.
     """
     if params.source == "table":
         own: Reader = TableReader(params.location, params.table, cache_bytes)

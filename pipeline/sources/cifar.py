@@ -1,4 +1,4 @@
-"""Sources `cifar10` and `cifar100`: the archives that torchvision downloads, read without trusting their pickles."""
+"""Sources `cifar10` and `cifar100`: read the archives that torchvision downloads, with a restricted unpickler."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LABELS = {"cifar10": b"labels", "cifar100": b"fine_labels"}
 
 
 class CifarSource(WithoutFiles):
-    """CIFAR-10 or CIFAR-100, python version: the folder or the .tar.gz under data.location, file by file against its md5.
+    """CIFAR-10 or CIFAR-100, python version: folder or .tar.gz under data.location; each file's md5 is checked.
 
-    50,000 training and 10,000 test images of 32x32 pixels, in the order of the batches; the CIFAR-LT choice is made of
-    that order. Names and md5 sums of the files are torchvision's. Raises ParamsError when there is no archive, DataError
-    when a file of it is not the published one.
+    50,000 training and 10,000 test images of 32x32 pixels, in the order of the batches, on which the CIFAR-LT subset
+    depends. Names and md5 sums of the files are torchvision's. Raises ParamsError if there is no archive, DataError if
+    a file is not the published one.
     """
 
     def __init__(self, name: str, root: Path, download: bool) -> None:
@@ -42,24 +42,24 @@ class CifarSource(WithoutFiles):
             self.rows += [Row(at, label, f"{name}/{at}", split) for at, label in zip(references, labels, strict=True)]
 
     def place(self, row: Row) -> str:
-        """The image's split and its place in the order of the batches."""
+        """Split of the image and its index in the order of the batches."""
         return row.sample_id
 
     def stamp(self, reference: str) -> str:
-        """Always the same: the files were held against their md5 when the source was opened."""
+        """Constant, because the md5 of the files was checked when the source was opened."""
         return f"{self.origin}/{reference}"
 
     def read(self, reference: str) -> bytes:
-        """The image as a PNG file, its pixels unchanged."""
+        """Encode the image as PNG, pixels unchanged."""
         split, _, index = reference.partition("#")
         return as_png(self._pixels[split][int(index)])
 
 
 class _Archive:
-    """The files of one archive, from its folder or straight from the .tar.gz."""
+    """Reads the files of one archive, from its folder or directly from the .tar.gz."""
 
     def __init__(self, name: str, root: Path, download: bool) -> None:
-        from torchvision import datasets  # here, so that other sources do not wait for it
+        from torchvision import datasets  # slow import that other sources do not need
 
         self._name, self._root = name, root
         self.published = getattr(datasets, NAMES[name])
@@ -84,7 +84,7 @@ class _Archive:
             ) from None
 
     def batches(self, files: list[list[str]], classes: int) -> tuple[np.ndarray, list[int]]:
-        """Pixels uint8 [N,32,32,3] and N labels of some batch files, in order."""
+        """Read pixels uint8 [N,32,32,3] and N labels from batch files, in order."""
         pixels: list[np.ndarray] = []
         labels: list[int] = []
         for file, md5 in files:
@@ -101,7 +101,7 @@ class _Archive:
         return np.concatenate(pixels), labels
 
     def load(self, file: str, md5: str) -> Any:
-        """The content of one file, once its md5 is the published one. Raises DataError naming the file."""
+        """Check the md5 of one file and unpickle it. Raises DataError with the file."""
         data = self._bytes(file)
         found = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if found != md5:
@@ -127,8 +127,8 @@ class _Archive:
             raise DataError(f"{self._place(file)}: not readable ({reason}); fetch the archive anew") from None
 
     def _unpacked(self, packed: Path) -> dict[str, bytes]:
-        # In one pass: a .tar.gz has no index, and every look-up would unpack it from the start. Only the published files
-        # are kept, so that an archive with others in it takes no memory for them.
+        # One pass, because a .tar.gz has no index and each look-up would decompress it from the start. Only the
+        # published files are kept, so that additional files in the archive take no memory.
         published = [file for file, _ in self.published.train_list + self.published.test_list]
         names = {f"{self._folder.name}/{file}" for file in (self.published.meta["filename"], *published)}
         found: dict[str, bytes] = {}
@@ -145,7 +145,7 @@ class _Archive:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that makes arrays, texts, numbers, lists and dicts, and looks up nothing else."""
+    """Restricted unpickler: allows arrays, text, numbers, lists and dicts only."""
 
     ALLOWED: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -155,7 +155,7 @@ class _ArraysOnly(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Only what a plain numpy array is made of; anything else could run code."""
+        """Allow only the parts of a plain numpy array; other classes could run code. Raises UnpicklingError."""
         try:
             return self.ALLOWED[module, name]
         except KeyError:
@@ -163,7 +163,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def unpickle_arrays(data: bytes, place: str) -> Any:
-    """A pickle of plain data and numpy arrays; Python 2's texts as bytes. Raises DataError for anything else."""
+    """Unpickle plain data and numpy arrays; Python 2 strings become bytes. Raises DataError for other content."""
     try:
         return _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
     except (

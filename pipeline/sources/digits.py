@@ -1,4 +1,4 @@
-"""Source `digits`: scans of handwritten digits that come with scikit-learn; they need no file."""
+"""Source `digits`: the handwritten digits of scikit-learn, which need no download."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.sources.source import Row, WithoutFiles, as_png
 
 
 class DigitsSource(WithoutFiles):
-    """scikit-learn's bundled scans of handwritten digits: 1,797 images of 8x8 pixels, 16 grey levels, ten classes."""
+    """Handwritten digits bundled with scikit-learn: 1,797 images of 8x8 pixels, 16 grey levels, ten classes."""
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -20,13 +20,13 @@ class DigitsSource(WithoutFiles):
         self.rows = [Row(str(i), int(label), f"digits/{i}", "train") for i, label in enumerate(scans.target)]
 
     def place(self, row: Row) -> str:
-        """The scan's number."""
+        """Sample id with the number of the scan."""
         return row.sample_id
 
     def stamp(self, reference: str) -> str:
-        """Always the same: the scans are part of a package."""
+        """Constant, because the scans are part of an installed package."""
         return f"digits/{reference}"
 
     def read(self, reference: str) -> bytes:
-        """The scan as a PNG file."""
+        """Encode the scan as PNG."""
         return as_png(self._pixels[int(reference)])

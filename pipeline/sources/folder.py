@@ -1,4 +1,4 @@
-"""Source `folder`: a folder per class."""
+"""Source `folder`: one folder of images per class, with or without train, validation and test folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.sources.source import FilesUnderRoot, Row
 from serving.shared.terminal import counted
 
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-# Other names of folders that hold a split, in lower case, and the name that is read.
+# Common names of split folders, in lower case → the folder name that is read.
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "eval": "test",
@@ -25,11 +25,11 @@ ClassFiles = dict[Path, list[Path]]
 
 
 class FolderSource(FilesUnderRoot):
-    """A folder per class, named for the class; or train/, validation/ (or val/) and test/, each with a folder per class.
+    """A folder per class, named after it; or train/, validation/ (or val/) and test/, each with a folder per class.
 
-    Classes are numbered in the sorted order of their names in train. Raises DataError for folders that cannot be the
-    classes, and, all of them in one error, for class folders without images, classes that only a held-out split has, and
-    files that are not images by their suffix. remarks: lines on what is read otherwise than a user may expect.
+    Classes are numbered in the sorted order of their names in train. Raises DataError for folders that cannot be
+    classes. Also, in one error for all of them: class folders without images, classes that only a held-out split has,
+    and files without an image suffix. remarks: lines on what is read differently from what a user may expect.
     """
 
     def __init__(self, root: Path) -> None:
@@ -58,7 +58,7 @@ class FolderSource(FilesUnderRoot):
             self.remarks.append(f"{number:,} hidden files and files or folders of tools were passed over: {named}")
 
     def _entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Folders and files of a folder, sorted, without what is passed over, which is counted."""
+        """List the folders and files of a folder, sorted. Hidden entries and those of tools are skipped and counted."""
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
         kept = [entry for entry in entries if not is_passed_over(Path(entry.name))]
@@ -100,12 +100,12 @@ class FolderSource(FilesUnderRoot):
                 self._problems.append((class_folder, text))
 
     def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
-        """Always the same: every other file was there a moment ago."""
+        """Constant: regular files were listed just before, so a missing one is a broken link."""
         return "they are links whose targets are gone"
 
 
 def _split_folders(root: Path, folders: list[Path]) -> dict[str, Path]:
-    """The folder of each split; the root alone, as train, where it has no train/. Raises DataError."""
+    """Folder of each split; only the root, as train, if it has no train/. Raises DataError for other split names."""
     names = {path.name for path in folders}
     if {"val", "validation"} <= names:
         raise DataError(f"{root}: has both val/ and validation/; keep one of them")
@@ -119,7 +119,7 @@ def _split_folders(root: Path, folders: list[Path]) -> dict[str, Path]:
 
 
 def _not_read(folders: list[Path], parts: Mapping[str, Path]) -> list[str]:
-    """A line on the folders beside train/ that are no split, where there are any."""
+    """A line on the folders beside train/ that are not splits and are not read; empty if there are none."""
     others = [path for path in folders if path not in parts.values()]
     if not others or folders[0].parent in parts.values():
         return []
@@ -128,9 +128,9 @@ def _not_read(folders: list[Path], parts: Mapping[str, Path]) -> list[str]:
 
 
 def _check_levels(folder: Path, listed: ClassFiles, root: Path) -> list[str]:
-    """Detect class folders that hold folders of images and no images: splits of another name, or classes one level lower.
+    """Detect class folders that hold folders of images but no images: misnamed splits, or classes one level lower.
 
-    Returns a line on those that are read as one class each. Raises DataError where they cannot be classes.
+    Returns a line on those that are read as one class each. Raises DataError if they cannot be classes.
     """
     inner = {}
     for path, files in listed.items():
@@ -152,7 +152,7 @@ def _check_levels(folder: Path, listed: ClassFiles, root: Path) -> list[str]:
     if len(listed) < 2:
         hint = ""
         for path, names in inner.items():
-            # A folder that holds nothing but one folder is no class either.
+            # A folder that contains only one folder is not the folder of classes either.
             while len(names) == 1 and len(deeper := _inner_names(path / names[0])) > 0:
                 path, names = path / names[0], deeper
             either = f"give {path} as the folder of images, or " if folder == root else ""
@@ -181,7 +181,7 @@ def _names(names: list[str]) -> str:
 
 
 def _class_names(folder: Path, folders: list[Path]) -> list[str]:
-    """Class names of the folders in one, sorted. Raises DataError for two spellings of one name."""
+    """Sorted class names of class folders. Raises DataError for two Unicode forms of one name."""
     names = [class_key(entry.name) for entry in folders]
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)

@@ -1,4 +1,4 @@
-"""What `tailor ingest` took in: training images beside those of any source, in shards that nothing changes."""
+"""Ingested images: training images from `tailor ingest`, in immutable shards, in addition to those of the source."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pipeline.sources.source import Groups, Reader, Row, Source
 from pipeline.sources.storage import Storage
 
 PREFIX = "ingested:"  # of the references to these images
-# label: the class by name. name: where the image lay in the drop folder. sha256: of the image's bytes.
+# label: class name. name: path of the image in the drop folder. sha256: of the image's bytes.
 SCHEMA = pa.schema([("image", pa.binary()), ("label", pa.string()), ("name", pa.string()), ("sha256", pa.string())])
 NEW_CLASSES_KEY = b"tailor.new_classes"  # JSON list: classes that first came with this shard
 
 
 class Ingested:
-    """The shards of a folder, each named `<sha256 of the file>.parquet`; only their footers are read until more is needed."""
+    """Shards of ingested images in a folder, named `<sha256 of the file>.parquet`; on opening only footers are read."""
 
     def __init__(self, folder: Path = INGESTED) -> None:
         self.folder = folder
@@ -33,19 +33,19 @@ class Ingested:
         self._images = RowGroups("image")
 
     def check(self) -> None:
-        """Raise DataError for a shard whose sha256 is not its name; every byte is read."""
+        """Raise DataError for a shard whose sha256 differs from its name; reads all bytes."""
         for path in map(self.folder.joinpath, self._shards):
             if sha256_of(path) != path.stem:
                 raise DataError(f"{path}: its content is not what its name says; restore it from a copy, or remove it")
 
     @cached_property
     def new_classes(self) -> list[str]:
-        """Classes that came with a shard, sorted, so that a later shard does not renumber them unless it adds one."""
+        """Classes added by shards, sorted, so that their numbers change only if a later shard adds a class."""
         found = (shard.carried(NEW_CLASSES_KEY) or [] for shard in self._shards.values())
         return sorted({class_key(name) for names in found for name in names})
 
     def content(self) -> list[tuple[str, str]]:
-        """(sha256, class name) of every image."""
+        """(sha256, class name) of each image."""
         return [
             (digest, class_key(label))
             for shard in self._shards.values()
@@ -53,7 +53,7 @@ class Ingested:
         ]
 
     def rows(self, classes: list[str]) -> list[Row]:
-        """Every image as a training row, shard by shard in the order of their names. Raises DataError for an unknown class."""
+        """All images as training rows, in the order of the shard names. Raises DataError for an unknown class."""
         number = {name: index for index, name in enumerate(classes)}
         rows = []
         for shard in self._shards.values():
@@ -76,14 +76,14 @@ class Ingested:
         }
 
     def read(self, reference: str) -> bytes:
-        """Encoded bytes of one image. Raises DataError when its shard is not there."""
+        """Encoded bytes of one image. Raises DataError if its shard does not exist."""
         name, index = _place(reference)
         if name not in self._shards:
             raise DataError(f"{self.folder / name}: no such file; restore it, or run `dvc repro split` without it")
         return self._images.value(self._shards[name], index)
 
     def groups(self, references: pa.ChunkedArray) -> Groups:
-        """The row groups of images taken in."""
+        """Row groups of ingested images."""
         return row_groups(pc.utf8_slice_codeunits(references, len(PREFIX)), self._shards, "image")
 
     def place(self, reference: str) -> str:
@@ -93,10 +93,10 @@ class Ingested:
 
 
 class WithIngested:
-    """A source whose `read` also finds the images taken in, and whose classes include the new ones, after its own.
+    """A source combined with the ingested images; their new classes follow the classes of the source.
 
-    `own` is the source, and `rows` are its alone: what is held out, and what the profile keeps, is chosen as if nothing
-    had been taken in. `ingested` holds the rows beside, which are all for training.
+    own: the source. rows: of the source only, so that held-out images and the long-tail profile do not depend on
+    ingested images. ingested: the rows of the ingested images, all for training. `read` reads both.
     """
 
     def __init__(self, source: Source, ingested: Ingested) -> None:
@@ -106,52 +106,52 @@ class WithIngested:
         self.classes = source.classes + [name for name in ingested.new_classes if name not in known]
 
     def check(self) -> None:
-        """As `Ingested.check`."""
+        """Check the ingested shards, as `Ingested.check`."""
         self._ingested.check()
 
     @cached_property
     def ingested(self) -> list[Row]:
-        """The images taken in."""
+        """Rows of the ingested images."""
         return self._ingested.rows(self.classes)
 
     @cached_property
     def ingested_hashes(self) -> dict[str, str]:
-        """sha256 of each image taken in, by reference."""
+        """sha256 of each ingested image, by reference."""
         return self._ingested.hashes()
 
     def read(self, reference: str) -> bytes:
-        """As the source does, or from a shard."""
+        """Encoded bytes of an image, from the source or an ingested shard."""
         return self._ingested.read(reference) if reference.startswith(PREFIX) else self.own.read(reference)
 
     def missing(self) -> list[Row]:
-        """Those of the source; a shard is there whole or not at all."""
+        """Missing rows of the source; images of a shard are never missing one by one."""
         return self.own.missing()
 
     def why_missing(self, rows: list[Row]) -> str | None:
-        """As of the source."""
+        """As `Source.why_missing` of the source."""
         return self.own.why_missing(rows)
 
     def stamp(self, reference: str) -> str | None:
-        """For a shard its name, which is its sha256; otherwise as of the source."""
+        """For an ingested image the reference, which has the shard's sha256; otherwise as the source."""
         return reference if reference.startswith(PREFIX) else self.own.stamp(reference)
 
     def place(self, row: Row) -> str:
-        """Where a user finds the image."""
+        """Location of the image, for messages."""
         return self._ingested.place(row.reference) if row.reference.startswith(PREFIX) else self.own.place(row)
 
 
 class ReaderWithIngested:
-    """A reader that also finds the images taken in; they are read in groups where the source's own are."""
+    """A reader combined with the ingested images, which have groups if the images of the source have groups."""
 
     def __init__(self, own: Reader, ingested: Ingested) -> None:
         self._own, self._ingested = own, ingested
 
     def read(self, reference: str) -> bytes:
-        """As the reader does, or from a shard."""
+        """Encoded bytes of an image, from the reader or an ingested shard."""
         return (self._ingested if reference.startswith(PREFIX) else self._own).read(reference)
 
     def groups(self, references: pa.ChunkedArray) -> Groups | None:
-        """Those of the reader, and behind them those of what was taken in."""
+        """Groups of the reader, followed by those of the ingested images."""
         new = pc.starts_with(references, PREFIX)
         own = self._own.groups(references.filter(pc.invert(new)))
         ingested = new.to_numpy()
@@ -164,7 +164,7 @@ class ReaderWithIngested:
 
 
 def new_classes_metadata(names: list[str]) -> dict[bytes, bytes]:
-    """Metadata of a shard that brings these classes."""
+    """Parquet metadata of a shard that adds these classes."""
     return {NEW_CLASSES_KEY: json.dumps(names, ensure_ascii=False).encode()}
 
 

@@ -1,4 +1,4 @@
-"""Sources `imagenet_lt`, `places_lt` and `inaturalist2018`: an image root, and the official lists of what is in which split."""
+"""Sources `imagenet_lt`, `places_lt` and `inaturalist2018`: an image root and the official split lists."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from serving.shared.terminal import counted
 
 @dataclass(frozen=True)
 class Official:
-    """The official list files of a data set, the first name that is there taken; its folder of lists; its classes."""
+    """Official lists of a data set: file names by split (the first existing one is read), folder, number of classes."""
 
     files: dict[str, tuple[str, ...]]
     folder: str
     classes: int
 
 
-# The field tests on iNaturalist's validation list: its official test labels are not public.
+# The validation list of iNaturalist is the test split, as in the literature; the official test labels are not public.
 OFFICIAL = {
     "imagenet_lt": Official(
         {
@@ -52,11 +52,11 @@ MAX_LINE = 8192  # characters
 
 
 class ListSource(FilesUnderRoot):
-    """Images under data.location, named by lists of `relative/path label` lines or by iNaturalist's JSON files.
+    """Images under data.location, listed in files of `relative/path label` lines or in iNaturalist's JSON files.
 
     Lists are those of data.lists, else the official ones in data.location or its folder of lists. Labels are 0..C-1,
-    C at most the data set's; a class is named for its folder. Raises ParamsError when there is no training list,
-    DataError naming the file and line of an entry that cannot be right.
+    with C at most the data set's number of classes; a class is named after its folder. Raises ParamsError if there is
+    no training list, DataError with the file and line of an invalid entry.
     """
 
     def __init__(self, name: str, root: Path, lists: ListParams) -> None:
@@ -97,7 +97,7 @@ class ListSource(FilesUnderRoot):
         return [str(PurePosixPath(folders[label]).relative_to(common)) for label in range(classes)]
 
     def why_missing(self, rows: list[Row]) -> str | None:
-        """The likely cause where these images of the lists are missing; None where there is no pattern in it."""
+        """Probable cause if these images are missing, such as a wrong root or another year; None if unknown."""
         first = rows[0].reference
         if len(rows) == len(self.rows):
             return self._wrong_root(first)
@@ -138,7 +138,7 @@ def _find_lists(name: str, root: Path, lists: ListParams) -> dict[str, Path]:
     official, found = OFFICIAL[name], {}
     for split, given in (("train", lists.train), ("validation", lists.validation), ("test", lists.test)):
         if given is not None:
-            # As given from where the command runs, or from the root.
+            # Relative to the working folder or to the root.
             path = next((path for path in (Path(given), root / given) if path.is_file()), None)
             if path is None:
                 raise ParamsError(f"data.lists.{split} is {given!r}, which is no file here nor under {root}")
@@ -180,7 +180,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, str, int]]:
-    """iNaturalist's form: images with id and file_name, annotations with image_id and category_id."""
+    """Read iNaturalist's JSON: images with id and file_name, annotations with image_id and category_id."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names = {image["id"]: image["file_name"] for image in content["images"]}

@@ -1,4 +1,4 @@
-"""One file of a table: its columns whole, its images row group by row group."""
+"""Shards of a table (Parquet or CSV files): read whole columns, and images by row group with a cache."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from serving.shared.terminal import counted
 
 LIMIT = MemoryLimit(1024, "data.table.max_mib")
 MAX_LINE, MAX_CSV_COLUMNS = MIB, 1000  # of a CSV file
-CELL_BYTES = 64  # of a text in Python, beside its characters
-CACHE_BYTES = 256 * 1024 * 1024  # of images kept in memory, over all shards
+CELL_BYTES = 64  # memory of a Python string without its characters
+CACHE_BYTES = 256 * 1024 * 1024  # of cached images, over all shards
 # Parquet metadata that `data pack` writes, as JSON: class names in label order, and the source that was packed.
 CLASSES_KEY, ORIGIN_KEY = b"tailor.classes", b"tailor.origin"
 
 
 class TableTooLargeError(DataError):
-    """A column of a table whose content would take more memory than the limit; reading it again would end in the same way."""
+    """A column of a table would take more memory than the limit; a retry would fail with the same error."""
 
 
 class Shard:
-    """A Parquet file, known by its footer until a column or image is asked for; or a CSV file, of which some columns are read.
+    """A Parquet file, of which only the footer is read on opening, or a CSV file, of which `columns` are read as text.
 
-    columns: those that are read of a CSV file, all as text. limit: the most memory that one column may take. Raises DataError
-    naming the file when it is missing, no table, cut off, or too large.
+    limit: memory limit for one column. Raises DataError with the file if it is missing, not a table, truncated or too
+    large.
     """
 
     def __init__(self, storage: Storage, name: str, columns: Sequence[str] = (), limit: MemoryLimit = LIMIT) -> None:
@@ -57,7 +57,7 @@ class Shard:
                 self._footer = pyarrow.parquet.read_metadata(stream)
                 self.schema = self._footer.schema.to_arrow_schema()
                 self.names = self.schema.names
-                # A key that was written behind the rows is in the file's own metadata, and not in the schema's.
+                # Keys written after the rows are in the file's metadata, not in the schema's.
                 self._metadata = (self.schema.metadata or {}) | (self._footer.metadata or {})
                 groups = [self._footer.row_group(i).num_rows for i in range(self._footer.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
@@ -66,40 +66,40 @@ class Shard:
         return int(self._starts[-1])
 
     def carried(self, key: bytes) -> Any:
-        """What `data pack` or `ingest` wrote under a key of the file's metadata; None in other files."""
+        """JSON value that `data pack` or `ingest` wrote to the file's metadata under `key`; None if there is none."""
         text = self._metadata.get(key)
         return json.loads(text) if text else None
 
     def column(self, column: str) -> pa.ChunkedArray:
-        """A whole column. Raises DataError when there is none of that name, with those there are, or too many rows to list."""
+        """Read a whole column. Raises DataError if the column does not exist or the file has too many rows."""
         self.check_column(column)
         with self._readable():
             self._limit.check(f"the list of {counted(len(self), 'row')}", len(self) * self._limit.row_bytes)
         return self._read(column, None)
 
     def check_column(self, column: str) -> None:
-        """Raise DataError unless there is one column of that name."""
+        """Raise DataError unless there is exactly one column of that name."""
         if column not in self.names:
             raise DataError(f"{self.place}: has no column {column!r}; it has {', '.join(self.names)[:1000]}")
         if self.names.count(column) > 1:
             raise DataError(f"{self.place}: has {self.names.count(column)} columns {column!r}; rename all but one")
 
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
-        """The row groups that hold some rows, int64."""
+        """Index of the row group of each row, int64."""
         return np.searchsorted(self._starts, rows, side="right") - 1
 
     def group_of(self, row: int) -> tuple[int, int]:
-        """The row group that holds a row, and the row's place in it."""
+        """Index of the row group of a row, and the row's index in the group."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         return group, row - int(self._starts[group])
 
     def read_group(self, group: int, column: str) -> pa.ChunkedArray:
-        """One column of one row group. Raises TableTooLargeError above the limit."""
+        """Read one column of one row group. Raises TableTooLargeError above the limit."""
         self.check_column(column)
         return self._read(column, [group])
 
     def group_bytes(self, column: str) -> list[int]:
-        """Bytes that a column of each row group takes in memory."""
+        """Bytes in memory of a column, by row group."""
         if self._table is not None:
             return [self._table.column(column).nbytes]
         places = [i for i in range(len(self._footer.schema)) if is_part(self._footer.schema.column(i).path, column)]
@@ -109,10 +109,10 @@ class Shard:
     def _read(self, column: str, groups: list[int] | None) -> pa.ChunkedArray:
         if self._table is not None:
             return self._table.column(column)
-        # Opened for each read: no handle is shared by threads, and a thousand shards hold none open.
+        # Opened for each read, so that threads share no handle and many shards need no open files.
         with self._readable(), self._storage.open(self.name) as stream:
             file = pyarrow.parquet.ParquetFile(stream, metadata=self._footer)
-            # A bucket is written by its owner, and each page header would be a request.
+            # Page headers are checked only in local files: a bucket is trusted, and each header would be a request.
             return read_column(file, column, self._limit, groups, stream if self._storage.is_local else None)
 
     @contextlib.contextmanager
@@ -127,10 +127,10 @@ class Shard:
 
 
 def _read_csv(stream: BinaryIO, wanted: Sequence[str], limit: MemoryLimit) -> tuple[list[str], pa.Table]:
-    """Column names of a CSV file, and some of its columns as text; an empty cell is a missing value, and not a label "".
+    """Read the column names of a CSV file, and some columns as text; an empty cell is a missing value, not label "".
 
-    Read with Python's csv: pyarrow's reader leaves threads behind that abort a program which ends at once (status 134).
-    Raises ValueError for a line or a header that is too long, and for a row of another width.
+    Uses Python's csv module: pyarrow's reader leaves threads that abort a program that exits at once (status 134).
+    Raises ValueError for a line or header that is too long, and for a row with another number of cells.
     """
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     rows = csv.reader(_short_lines(text), strict=True)
@@ -158,7 +158,7 @@ def _read_csv(stream: BinaryIO, wanted: Sequence[str], limit: MemoryLimit) -> tu
 
 
 def _short_lines(text: TextIO) -> Iterator[str]:
-    """The lines of a file. Raises ValueError for one that is longer than any row of a table."""
+    """Lines of a file. Raises ValueError for a line longer than MAX_LINE characters."""
     for number, line in enumerate(iter(partial(text.readline, MAX_LINE + 1), ""), 1):
         if len(line) > MAX_LINE:
             raise ValueError(f"line {number:,} has more than {MAX_LINE:,} characters")
@@ -166,7 +166,7 @@ def _short_lines(text: TextIO) -> Iterator[str]:
 
 
 class RowGroups:
-    """Values of a column by shard and row, each row group read once and kept while memory allows. Safe for threads."""
+    """Cache of a column's row groups: each is read once and evicted when the cache is full. Thread-safe."""
 
     def __init__(self, column: str, cache_bytes: int = CACHE_BYTES) -> None:
         self._column, self._room = column, cache_bytes
@@ -174,7 +174,7 @@ class RowGroups:
         self._lock = threading.Lock()
 
     def value(self, shard: Shard, row: int) -> Any:
-        """The value at a row, as Python's own type."""
+        """Value of a row, as a Python type."""
         group, place = shard.group_of(row)
         key = shard.name, group
         with self._lock:
@@ -189,7 +189,7 @@ class RowGroups:
                 future.set_exception(error)
                 if isinstance(
                     error, TableTooLargeError
-                ):  # kept: every row of the group would read up to the limit again
+                ):  # cached, else each row of the group would read up to the limit again
                     raise
                 with self._lock:
                     self._kept.pop(key, None)
@@ -216,7 +216,7 @@ class RowGroups:
 def open_shards(
     storage: Storage, names: str | list[str], columns: list[str], limit: MemoryLimit = LIMIT
 ) -> list[Shard]:
-    """The files that a params value names, all with these columns and of one schema in them. Raises DataError otherwise."""
+    """Open the files of a params value. Raises DataError unless all have these columns with equal types."""
     shards = [Shard(storage, name, columns, limit) for name in storage.expand(names)]
     first = shards[0]
     for column in columns:
@@ -232,13 +232,13 @@ def open_shards(
 
 
 def image_bytes(value: Any) -> Any:
-    """The bytes of an image cell: of itself, or of a struct {bytes, path}, as Hugging Face's data sets have it."""
+    """Bytes of an image cell: the cell itself, or `bytes` of a struct {bytes, path} as in Hugging Face's data sets."""
     return value.get("bytes", value) if isinstance(value, dict) else value
 
 
 def row_groups(references: pa.ChunkedArray, shards: Mapping[str, Shard], column: str) -> Groups:
-    """The row group of each reference `<shard>#<row>`, and the bytes of a column in each group of these shards."""
-    if not len(references):  # a split without images; a chunked array of no chunk cannot be combined
+    """Row group of each reference `<shard>#<row>`, and the bytes of a column in each group of the referenced shards."""
+    if not len(references):  # a split without images; combine_chunks fails for a chunked array without chunks
         return Groups(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     place = pc.extract_regex(references, r"^(?P<shard>.*)#(?P<row>\d+)$")
     names = pc.struct_field(place, "shard").combine_chunks().dictionary_encode()

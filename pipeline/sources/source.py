@@ -1,4 +1,4 @@
-"""What every data source offers: labelled images by reference, with a stable id and a split hint."""
+"""Interface of data sources: labelled images by reference, with a stable sample id and a split."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Item = TypeVar("Item")
 
 
 class BadImageError(DataError):
-    """One image is missing or unreadable while the source as a whole is not: what data.on_bad_image is about."""
+    """One image is missing or unreadable, but not the whole source; data.on_bad_image defines the reaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled image. `reference` finds its bytes again in the source; `split` is train, validation or test."""
+    """One labelled image. reference: key with which the source reads its bytes; split: train, validation or test."""
 
     reference: str
     label: int
@@ -36,14 +36,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Groups:
-    """The group of each of N images, int64 [N], numbered from 0, and the bytes of each group: images read at one go."""
+    """Groups of images that are read together. number: group of each image, int64 [N], from 0; sizes: group bytes."""
 
     number: np.ndarray
     sizes: np.ndarray
 
 
 class Reader(Protocol):
-    """What finds the bytes of an image again by its reference: all that training needs of a source, with nothing listed."""
+    """Reads the bytes of an image by its reference: the part of a source that training needs, without listing rows."""
 
     def read(self, reference: str) -> bytes:
         """As of a Source."""
@@ -55,9 +55,9 @@ class Reader(Protocol):
 
 
 class Source(Protocol):
-    """A set of labelled images. `read` and `stamp` may be called from many threads.
+    """A set of labelled images. `read` and `stamp` must be thread-safe.
 
-    origin: the name of the data set; a pack of shards remembers what was packed.
+    origin: name of the data set; for packed shards that of the packed data set.
     """
 
     origin: str
@@ -65,48 +65,48 @@ class Source(Protocol):
     rows: list[Row]
 
     def read(self, reference: str) -> bytes:
-        """Encoded bytes of one image. Raises BadImageError naming the file, DataError where more than this image is lost."""
+        """Encoded bytes of one image. Raises BadImageError with the file, DataError if more than this image is lost."""
         ...
 
     def groups(self, references: pa.ChunkedArray) -> Groups | None:
-        """What is read at one go where that is more than an image; None where each image is read alone."""
+        """Groups of images that are read together; None if each image is read separately."""
         ...
 
     def missing(self) -> list[Row]:
-        """Rows whose file is not there, found without reading; none where that cannot be known so cheaply."""
+        """Rows whose file is missing, found without reading files; empty if that is not possible cheaply."""
         ...
 
     def why_missing(self, rows: list[Row]) -> str | None:
-        """The likely cause and the way out where these rows are missing; None where there is no pattern in it."""
+        """Probable cause and remedy if these rows are missing; None if unknown."""
         ...
 
     def stamp(self, reference: str) -> str | None:
-        """A text that changes when the image's file does, without reading it; None where the file is missing."""
+        """Text that changes when the image's file changes, found without reading it; None if the file is missing."""
         ...
 
     def place(self, row: Row) -> str:
-        """Where a user finds the image, for messages."""
+        """Location of the image, for messages."""
         ...
 
 
 class WithoutFiles:
-    """What the sources share whose images are no files of their own."""
+    """Base class of sources whose images are not separate files."""
 
     def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002
-        """None: images lie in memory, one by one."""
+        """None, because images are in memory."""
         return None
 
     def missing(self) -> list[Row]:
-        """None: nothing can be missing."""
+        """Empty, because no image can be missing."""
         return []
 
     def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
-        """No cause: nothing can be missing."""
+        """None, because no image can be missing."""
         return None
 
 
 class FilesUnderRoot:
-    """What the sources share whose images are files under one root, a reference being the path from there."""
+    """Base class of sources whose images are files under one root; a reference is the path relative to the root."""
 
     rows: list[Row]
 
@@ -114,15 +114,15 @@ class FilesUnderRoot:
         self._root = root
 
     def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002
-        """None: each image is a file."""
+        """None, because each image is a file."""
         return None
 
     def place(self, row: Row) -> str:
-        """The file's path."""
+        """Path of the file."""
         return str(self._root / row.reference)
 
     def stamp(self, reference: str) -> str | None:
-        """Size and time of change of the file; None where there is none."""
+        """Size and mtime of the file; None if it does not exist."""
         try:
             found = (self._root / reference).stat()
         except OSError:
@@ -130,18 +130,18 @@ class FilesUnderRoot:
         return f"{found.st_size}-{found.st_mtime_ns}"
 
     def missing(self) -> list[Row]:
-        """Rows whose file is not there."""
+        """Rows whose file does not exist."""
         with ThreadPoolExecutor() as pool:
             there = pool.map(lambda part: [self.stamp(row.reference) for row in part], in_parts(self.rows))
             return [row for row, stamp in zip(self.rows, chain.from_iterable(there), strict=True) if stamp is None]
 
     def read(self, reference: str) -> bytes:
-        """The file's bytes."""
+        """Bytes of the file."""
         return read_image_file(self._root / reference)
 
 
 def read_image_file(path: Path) -> bytes:
-    """A file's bytes, its size bounded before reading. Raises BadImageError naming the file."""
+    """Read an image file after a check of its size. Raises BadImageError with the file."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -152,19 +152,19 @@ def read_image_file(path: Path) -> bytes:
 
 
 def in_parts(rows: Sequence[Item], size: int = 256) -> list[Sequence[Item]]:
-    """A sequence cut into parts for parallel workers: few enough to queue, small enough to share out."""
+    """Split a sequence into parts of `size` items for parallel workers."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def as_png(pixels: np.ndarray) -> bytes:
-    """A PNG file of pixels uint8 [H,W] or [H,W,3]: how sources that hold arrays hand on an image without loss."""
+    """Encode pixels uint8 [H,W] or [H,W,3] as PNG, which is lossless; for sources that hold arrays."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
 
 
 def reading_order(references: Sequence[str]) -> list[int]:
-    """Positions of the references, sorted as their images lie in the source: row 10 of a shard after its row 9."""
+    """Indices that sort references in the order of the source: row 10 of a shard follows row 9."""
 
     def place(position: int) -> tuple[str, int, str]:
         name, _, number = references[position].rpartition("#")

@@ -1,4 +1,4 @@
-"""Local files and remote addresses (s3://, gs://, any of fsspec's) behind one face, for the sources that read tables."""
+"""File access for table sources: local folders and remote addresses of fsspec (s3://, gs:// and others)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ GLOB = re.compile(r"[*?\[]")
 
 
 def is_address(text: str) -> bool:
-    """Whether a text names a file system (`s3://bucket/key`) rather than a path."""
+    """Whether a text is a remote address (`s3://bucket/key`) and not a path."""
     return "://" in text
 
 
 class Storage:
-    """The files under one root: a local folder, or an address that fsspec knows. Texts given to it are relative to the root.
+    """Files under one root, a local folder or an address that fsspec supports. Names are relative to the root.
 
-    Raises ParamsError for an address whose package is not installed, DataError naming the file for what cannot be read.
+    Raises ParamsError if the package of an address is not installed, DataError with the file if it cannot be read.
     """
 
     def __init__(self, root: str) -> None:
@@ -37,17 +37,17 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        """Whether the files are of this machine."""
+        """Whether the files are on this machine."""
         return get_protocol(self.root) == "file"
 
     def place(self, name: str) -> str:
-        """Where a user finds a file, for messages: without a password or signature that an address may carry."""
+        """Location of a file, for messages; without the password or signature of an address."""
         return shown(f"{self.root}/{name}")
 
     def expand(self, names: str | list[str]) -> list[str]:
-        """The table files that a params value names: a file, a glob pattern, a folder of shards, or a list of these.
+        """List the table files of a params value: a file, a glob pattern, a folder of shards, or a list of these.
 
-        Sorted by name within a pattern or folder, so that rows keep their numbers. Raises DataError when nothing matches.
+        Sorted by name within a pattern or folder, so that row numbers are stable. Raises DataError if nothing matches.
         """
         found: list[str] = []
         for name in [names] if isinstance(names, str) else names:
@@ -64,23 +64,23 @@ class Storage:
         return found
 
     def open(self, name: str) -> Any:
-        """A file opened for reading bytes."""
+        """Open a file for reading bytes."""
         with self._named(name):
             return self._files.open(self._path(name), "rb")
 
     def size(self, name: str) -> int | None:
-        """A file's bytes; None where its server does not say."""
+        """Size of a file in bytes; None if the server does not report it."""
         with self._named(name):
             return self._files.size(self._path(name))
 
     def read(self, name: str) -> bytes:
-        """An image file's bytes, its size bounded before reading."""
+        """Read an image file of at most MAX_BYTES. Raises BadImageError if it is missing or larger."""
         with self._named(name):
             try:
                 size = self._files.size(self._path(name))
             except FileNotFoundError:
                 raise BadImageError(f"{self.place(name)}: No such file or directory") from None
-            if size is None:  # a server that does not say how long its answer is
+            if size is None:  # the server does not report the size
                 with self._files.open(self._path(name), "rb") as stream:
                     data = stream.read(MAX_BYTES + 1)
                 size = len(data)
@@ -91,7 +91,7 @@ class Storage:
             return data
 
     def stamp(self, name: str) -> str | None:
-        """A text that changes when the file does; None where it is missing."""
+        """Text that changes when the file changes; None if the file is missing."""
         with self._named(name):
             try:
                 found = self._files.info(self._path(name))
@@ -110,7 +110,7 @@ class Storage:
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
-        """Every back end raises errors of its own kinds: each becomes one line that names the file."""
+        """Convert the errors of fsspec's back ends to a DataError of one line with the file."""
         try:
             yield
         except DataError:
@@ -126,7 +126,7 @@ class Storage:
 
 
 def shown(address: str) -> str:
-    """An address fit for a message or log: user, password and query (signatures) left out."""
+    """Redact an address for a message or log: removes user, password and query (signatures)."""
     if not is_address(address):
         return address
     return re.sub(r"\?\S*=\S*", "?…", re.sub(r"(://)[^/@\s]*@", r"\1…@", address))
@@ -138,7 +138,7 @@ def _reason(error: Exception) -> str:
 
 
 def _advice(error: Exception) -> str:
-    # By name: the packages of the back ends (botocore, google-auth) need not be installed.
+    # Compared by name, because the packages of the back ends (botocore, google-auth) may not be installed.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "PermissionError"}:
         return "; give this machine credentials that may read it (environment, profile or role), as for `dvc pull`"

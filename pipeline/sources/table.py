@@ -1,4 +1,4 @@
-"""Source `table`: Parquet or CSV files, local or at an address, one row an image."""
+"""Source `table`: Parquet or CSV files, local or remote, with one row per image."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it: `007`
 
 
 class TableReader:
-    """The images of Parquet or CSV files, by reference: their footers are read, and no column.
+    """Reads images of Parquet or CSV files by reference; on opening only Parquet footers are read.
 
-    cache_bytes: of row groups kept in memory. Raises DataError naming a file that is missing, cut off, or unlike the rest.
+    cache_bytes: memory for cached row groups. Raises DataError with a file that is missing, truncated, or has another
+    schema than the others.
     """
 
     def __init__(self, location: str, params: TableParams, cache_bytes: int = CACHE_BYTES) -> None:
@@ -56,11 +57,11 @@ class TableReader:
         self._images = RowGroups(params.image or params.path or "", cache_bytes)
 
     def groups(self, references: pa.ChunkedArray) -> Groups | None:
-        """The row groups of an image column; None where the table has paths."""
+        """Row groups of the image column; None if the table has paths."""
         return row_groups(references, self._shards, self._params.image) if self._params.image else None
 
     def read(self, reference: str) -> bytes:
-        """Bytes of the image column, or of the file that the path column names (relative to data.location)."""
+        """Bytes of the image column, or of the file in the path column (relative to data.location)."""
         value = self._value(reference)
         return value if isinstance(value, bytes) else self._storage.read(value)
 
@@ -84,7 +85,7 @@ class TableSource(TableReader):
 
     Each split is a file, a glob pattern, a folder of shards or a list of these, under data.location, which may be an
     address such as s3://bucket/photos. Labels are integers 0..C-1 without a gap, or text, numbered in sorted order.
-    Raises DataError naming file and column.
+    Raises DataError with file and column.
     """
 
     def __init__(self, location: str, params: TableParams) -> None:
@@ -113,7 +114,7 @@ class TableSource(TableReader):
         return labels
 
     def _typed(self, labels: list, where: str, as_csv: bool) -> list[int] | list[str]:
-        """Labels as data.table.label_type reads them. Cells of a CSV file are text, and integers only where params say so."""
+        """Convert labels by data.table.label_type. CSV cells are text, and become integers only if params define it."""
         kind = self._params.label_type
         if kind == "text":
             return [class_key(str(label)) for label in labels]
@@ -151,7 +152,7 @@ class TableSource(TableReader):
         return names
 
     def _rows(self, split: str, labels: list, number: dict) -> Iterator[Row]:
-        # A path says more than a row number when an error names the sample.
+        # A path as sample id makes error messages clearer than a row number.
         column = self._params.id or self._params.path
         first = 0
         for shard in self._splits[split]:
@@ -168,7 +169,7 @@ class TableSource(TableReader):
         )
 
     def place(self, row: Row) -> str:
-        """The image's path where the table has one, else the table's path and row; with the row's id if it has one."""
+        """Path of the image if the table has paths, else path and row of the table, with the row's id if it has one."""
         path = self._path(row.reference)
         if path:
             return self._storage.place(path)
@@ -176,7 +177,7 @@ class TableSource(TableReader):
         return place if row.sample_id == row.reference else f"{place} ({row.sample_id})"
 
     def stamp(self, reference: str) -> str | None:
-        """Of the image's own file where the table has paths, else of the shard."""
+        """Stamp of the image's file if the table has paths, else of the shard."""
         if self._params.path:
             path = self._path(reference)
             return self._storage.stamp(path) if path else None
@@ -193,7 +194,7 @@ class TableSource(TableReader):
         return path if isinstance(path, str) else None
 
     def missing(self) -> list[Row]:
-        """Rows whose path is not there, in a local table of paths. In a bucket that is only known by reading."""
+        """Rows whose file does not exist, in a local table of paths; empty for a bucket, where only a read shows it."""
         if not self._params.path or not self._storage.is_local:
             return []
         with ThreadPoolExecutor() as pool:
@@ -201,6 +202,6 @@ class TableSource(TableReader):
             return [row for row, stamp in zip(self.rows, chain.from_iterable(stamps), strict=True) if stamp is None]
 
     def why_missing(self, rows: list[Row]) -> str | None:
-        """Paths of a table are relative to data.location: said when every one of them is missing."""
+        """If all images are missing: that paths are relative to data.location; else None."""
         all_of_them = len(rows) == len(self.rows)
         return "paths are relative to data.location; set it to the folder that holds them" if all_of_them else None
