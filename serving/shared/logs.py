@@ -33,7 +33,7 @@ def remove_log_files(path: Path) -> None:
 
 
 class ServerLog:
-    """Reads a process's output line by line. path: the log file, rotated by size. forward: a stream for each line.
+    """Reads a process's output line by line. path: the log file, appended to, rotated by size. forward: a stream.
 
     Raises InputError when the file cannot be written.
     """

@@ -63,7 +63,7 @@ def print(*values: object, file: IO[str] | None = None, end: str = "\n", flush: 
 
 
 class Console(rich_console.Console):  # noqa: TID251
-    """Rich's console with `safe_text` for every text, and without emoji codes: a class named `:cat:` is printed as it is."""
+    """Rich's console with `safe_text` for every text, and without emoji codes: a class named `:cat:` is printed unchanged."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(emoji=False, **options)
