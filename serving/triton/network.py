@@ -47,7 +47,7 @@ class Network:
         if not threads and share < cores and provider == "CPUExecutionProvider":
             self.whole = session_of(path, provider, cores)
         self.quiet = 0
-        self.file = path.open("rb")  # for the lock that marks this instance as working
+        self.file = path.open("rb")  # for the lock that marks this process as working
 
     def warm_up(self, image_shape):
         """Run a black image in each session, because the first run allocates the session's memory."""
@@ -60,8 +60,8 @@ class Network:
         fed = {"image": image, "strength": strength}
         if self.whole is self.shared:
             return self.shared.run(outputs, fed)
-        # A shared lock on the first byte of the graph's file marks a working instance. The kernel releases it if the process
-        # dies.
+        # A shared lock on the first byte of the graph's file marks a working process. The kernel releases it when the
+        # process dies.
         self.lock(fcntl.F_SETLK, fcntl.F_RDLCK)
         try:
             self.quiet = self.quiet + 1 if self.alone() else 0
@@ -71,7 +71,7 @@ class Network:
             self.lock(fcntl.F_SETLK, fcntl.F_UNLCK)
 
     def alone(self):
-        """Whether no other instance is working: whether an exclusive lock would be granted."""
+        """Whether no other process runs this graph at the moment: whether an exclusive lock would be granted."""
         kind, *_ = struct.unpack(FLOCK, self.lock(fcntl.F_GETLK, fcntl.F_WRLCK))
         return kind == fcntl.F_UNLCK
 
