@@ -1,7 +1,7 @@
 #!/bin/sh
 # Start Triton on the model repository at /models (or TAILOR_REPOSITORY), with the same restrictions as `tailor serve`.
-# Arguments: further options of Triton. TAILOR_HOST: the address to listen on. TAILOR_ADMIN_KEY: the key for model control;
-# TAILOR_EXIT_TIMEOUT: seconds for running requests at a stop (10).
+# Arguments: further options of Triton. TAILOR_HOST: the address to listen on. TAILOR_ADMIN_KEY: the key for model
+# control. TAILOR_EXIT_TIMEOUT: seconds for running requests at a stop (10).
 set -eu
 
 repository="${TAILOR_REPOSITORY:-/models}"

@@ -1,9 +1,9 @@
 """Health check of a container: exit status 0 if `classifier` answers a request with one image, else 1.
 
 Arguments: `[--live] [URL [METRICS_URL]]`. Needs only the standard library. Triton's ready endpoints return 200 after an
-inference process has died, so the probes run this program. With --live (liveness probe) a server that is only overloaded
-passes too: after a timeout the exit status is 0 if the server answered other requests meanwhile, or, if its metrics are
-not available, if Triton's live endpoint returns 200.
+inference process has died, so the probes run this program. With --live (liveness probe) a server that is only
+overloaded passes too: after a timeout the exit status is 0 if the server answered other requests meanwhile, or, if its
+metrics are not available, if Triton's live endpoint returns 200.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def lives(url: str) -> bool:
 
 
 def ask(url: str, timeout: float) -> None:
-    """Send the classifier a request with one image. Raises OSError if it fails, its subclass TimeoutError after `timeout`."""
+    """Send the classifier a request with one image. Raises OSError if it fails, TimeoutError after `timeout` s."""
     image = struct.pack("<I", len(grey_png())) + grey_png()
     strength = struct.pack("<f", 0.0)
     inputs = [

@@ -1,4 +1,4 @@
-"""Estimate label shift: the class prior of live requests, its distance from the training prior, confidence intervals."""
+"""Estimate label shift: class prior of live requests, its distance from the training prior, confidence intervals."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Bounded:
 class Drift:
     """An estimated live class prior compared with the training prior.
 
-    training, prior, low, high: float64 [C]; low and high bound the confidence interval of prior. em, map: both estimates,
-    float64 [C]; `prior` is the one of `method`. groups: the live shares of the many-, medium- and few-shot classes.
-    distance: total variation distance of prior from training, 0 to 1. images: number of images used.
+    training, prior, low, high: float64 [C]; low and high bound the confidence interval of prior. em, map: both
+    estimates, float64 [C]; `prior` is the one of `method`. groups: the live shares of the many-, medium- and few-shot
+    classes. distance: total variation distance of prior from training, 0 to 1. images: number of images used.
     """
 
     method: Method
@@ -78,13 +78,13 @@ def estimate_drift(
 
     logits: balanced, [N,C]. counts: training samples per class. calibration: applied to the logits; None for no
     calibration. method: `em` is the maximum likelihood of Saerens et al.; `map` adds pseudo_samples (None: one for ten
-    classes) that follow the training prior, so that the estimate stays near it with little data and no class gets share 0.
-    confidence: of the intervals. resamples, seed: of the bootstrap.
+    classes) that follow the training prior, so that the estimate stays near it with little data and no class gets share
+    0. confidence: of the intervals. resamples, seed: of the bootstrap.
 
-    Intervals of shares are percentiles of the bootstrap. The interval of the distance is not, because noise alone makes a
-    distance above 0. It is the distance plus and minus a radius: the quantile of the bootstrap's distances from the
-    estimate (by the triangle inequality the true distance differs by at most the error of the estimate). The radius is at
-    least the quantile of the distance that the same number of correctly classified images of the training prior has.
+    Intervals of shares are percentiles of the bootstrap. The interval of the distance is not, because noise alone makes
+    a distance above 0. It is the distance plus and minus a radius: the quantile of the bootstrap's distances from the
+    estimate (by the triangle inequality the true distance differs by at most the error of the estimate). The radius is
+    at least the quantile of the distance that the same number of correctly classified images of the training prior has.
     Raises InputError naming an unusable argument, ServingError if the estimate has not converged.
     """
     classes = len(counts)
@@ -111,7 +111,8 @@ def estimate_drift(
         )
         low, high = interval(draws, confidence)
         reach = float(np.quantile(total_variation(draws, found[method].prior), confidence))
-        # With few images per class all resamples lack the same classes, so the bootstrap alone gives too small a radius.
+        # With few images per class all resamples lack the same classes, so the bootstrap alone gives too small a
+        # radius.
         pull = pseudo if method == "map" else 0.0
         drawn = np.random.default_rng(seed).multinomial(len(logits), training, resamples)
         unshifted = (drawn + pull * training) / (len(logits) + pull)
@@ -135,7 +136,8 @@ def _share(prior: np.ndarray, draws: np.ndarray, members: np.ndarray, confidence
 def write_live_prior(root: Path, manifest: Manifest, prior: np.ndarray, estimated: Mapping[str, Any]) -> Path:
     """Write the live prior of a repository, for requests with prior `live`; returns its file.
 
-    prior: [C], checked. estimated: the basis of the estimate, stored in the file. The servers use it from the next request.
+    prior: [C], checked. estimated: the basis of the estimate, stored in the file. The servers use it from the next
+    request.
     """
     checked = check_target_prior(prior, len(manifest.classes))
     content = {

@@ -29,8 +29,9 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 class LoggedLogits:
     """Logged images of one release in a time window, in the order of the log.
 
-    logits: balanced, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. found: number of images in the window,
-    N or more. others: number of images of other releases in the window, by version. skipped: unusable file → reason.
+    logits: balanced, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. found: number of images in the
+    window, N or more. others: number of images of other releases in the window, by version. skipped: unusable file →
+    reason.
     """
 
     logits: np.ndarray
@@ -53,7 +54,7 @@ def read_logits(
     most: int = 10_000,
     seed: int = 0,
 ) -> LoggedLogits:
-    """Read the logged logits of the release with this manifest; if there are more than `most`, a random sample of that size.
+    """Read the logged logits of the release with this manifest; of more than `most` images, a random sample.
 
     since, until: seconds since the epoch, until exclusive. The same seed and files give the same sample. One file is in
     memory at a time. Other files in the folder are ignored; damaged ones, or those of other classes, are in `skipped`.

@@ -31,8 +31,8 @@ NICENESS = 5  # a champion may serve on the same cores
 def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
     """Run the graph of each release once per golden request, on the CPU, and compare the responses.
 
-    timeout: seconds for each release. Raises RepositoryError naming the model if ONNX Runtime rejects it, crashes or times
-    out, or if a response is not the golden one.
+    timeout: seconds for each release. Raises RepositoryError naming the model if ONNX Runtime rejects it, crashes or
+    times out, or if a response is not the golden one.
     """
     for release in releases:
         model = root / STUDENT / str(release.version) / "model.onnx"

@@ -23,8 +23,8 @@ DECIDING = ("balanced_accuracy", "few")  # a lower value of one of these needs a
 class PromotionCheck:
     """A comparison of a release with the champion.
 
-    figures: key of FIGURES → (value of the champion, value of the release), None if a manifest has no value. decision: of
-    the gate, one line; empty if there was none. doubt: why the promotion needs a confirmation, else None.
+    figures: key of FIGURES → (value of the champion, value of the release), None if a manifest has no value. decision:
+    of the gate, one line; empty if there was none. doubt: why the promotion needs a confirmation, else None.
     """
 
     champion: int

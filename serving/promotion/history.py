@@ -25,8 +25,8 @@ DECISION_NAME, STORY_NAME = "decision.json", "retrain.json"
 class VersionHistory:
     """One version with its history.
 
-    decision: content of decision.json; story: content of retrain.json; None if the version has no such file. changes: each
-    time that it became the champion, oldest first; empty if its repository was written with it.
+    decision: content of decision.json; story: content of retrain.json; None if the version has no such file. changes:
+    each time that it became the champion, oldest first; empty if its repository was written with it.
     """
 
     state: VersionState
@@ -138,7 +138,7 @@ def utc(seconds: float) -> str:
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object from a file of a version; None if the file does not exist. Raises ManifestError naming the file."""
+    """Read a JSON object from a file; None if the file does not exist. Raises ManifestError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

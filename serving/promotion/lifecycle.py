@@ -1,7 +1,7 @@
 """Lifecycle of a version in `tailor retrain`: publish, verify, promote, watch, roll back or withdraw.
 
-Each function is one step, which the caller retries separately. The steps use `serving.promotion.promotion`, as
-`tailor promote` and `tailor rollback` do. The repository need not exist: its first version is written beside its path and
+Each function is one step, which the caller retries separately. The steps use `serving.promotion.promotion`, as `tailor
+promote` and `tailor rollback` do. The repository need not exist: its first version is written beside its path and
 renamed when it is promoted.
 """
 
@@ -65,10 +65,10 @@ def export_identity(export: Path) -> str:
 def publish(export: Path, repository: Path, evidence: Path) -> int:
     """Publish an export with its evidence as the next version of the repository and return the version.
 
-    No server loads it before it is promoted. The very first version is written beside the path of its repository. A release
-    that was published before keeps its version and gets the new evidence, because a new decision was made. Raises
-    ManifestError for an export that does not match its manifest, RepositoryError for one that does not fit the existing
-    versions, OSError when the disk is full; the partial version is then removed.
+    No server loads it before it is promoted. The very first version is written beside the path of its repository. A
+    release that was published before keeps its version and gets the new evidence, because a new decision was made.
+    Raises ManifestError for an export that does not match its manifest, RepositoryError for one that does not fit the
+    existing versions, OSError when the disk is full; the partial version is then removed.
     """
     if champion_or_none(repository) is None:
         write_repository(export, first_version_folder(repository), evidence=evidence)
@@ -110,8 +110,8 @@ def promote(
 ) -> Promotion:
     """Promote a verified version: make it the champion of the repository and of its servers; no request fails.
 
-    servers: None means this user's servers on the repository at the time of the load. Raises PromotionError if the version
-    does not load or does not answer; the previous champion serves without interruption.
+    servers: None means this user's servers on the repository at the time of the load. Raises PromotionError if the
+    version does not load or does not answer; the previous champion serves without interruption.
     """
     champion = champion_or_none(repository)
     if champion is None:
@@ -150,11 +150,11 @@ def go_live(
     watch_seconds: float,
     undo: Callable[[int], object],
 ) -> tuple[str, ...]:
-    """Promote a verified version, watch it, and roll back if it fails; returns the addresses of the servers that loaded it.
+    """Promote a verified version, watch it, roll back if it fails; returns the addresses of the servers that loaded it.
 
     url: the server; None means this user's servers on this machine. undo: called with the version to roll back to. A
-    version that an earlier attempt made the champion is loaded where it is missing, and watched too. Raises RolledBack if
-    it failed the watch and was rolled back, PromotionError as `promote` does.
+    version that an earlier attempt made the champion is loaded where it is missing, and watched too. Raises RolledBack
+    if it failed the watch and was rolled back, PromotionError as `promote` does.
     """
     champion = champion_or_none(repository)
     done = promote(repository, version, servers_at(repository, url), keep, timeout)
@@ -214,7 +214,7 @@ def servers_of(repository: Path, url: str | None) -> list[RunningServer]:
 
 
 def clean(repository: Path) -> list[str]:
-    """Remove leftovers of killed runs: hidden partial folders, and versions of only one model. Returns the removed paths.
+    """Remove leftovers of killed runs: hidden partial folders, versions of only one model. Returns the removed paths.
 
     The caller must hold the repository's lock, or be the only run.
     """

@@ -1,9 +1,10 @@
 """Promote a release to champion, or roll back to an older version, while requests are served without interruption.
 
-The champion serves unchanged until the challenger is verified. The challenger is published (written atomically beside the
-other versions), rehearsed on a separate server, and then loaded by the server of the users: first its student, which gets
-the golden requests, then its classifier, which from then on serves requests without a version. After a failure the version
-policies and the loaded versions are restored, and a version that was published for the promotion is removed.
+The champion serves unchanged until the challenger is verified. The challenger is published (written atomically beside
+the other versions), rehearsed on a separate server, and then loaded by the server of the users: first its student,
+which gets the golden requests, then its classifier, which from then on serves requests without a version. After a
+failure the version policies and the loaded versions are restored, and a version that was published for the promotion is
+removed.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class PromotionError(ServingError):
 class Promotion:
     """The result of a promotion or rollback.
 
-    version: the champion now. previous: the champion before, the same if nothing changed. rehearsed: whether the version
-    answered its golden requests on a separate server first. servers: the addresses that loaded it; empty if no server runs;
-    the next server to start then serves it. removed: old versions deleted.
+    version: the champion now. previous: the champion before, the same if nothing changed. rehearsed: whether the
+    version answered its golden requests on a separate server first. servers: the addresses that loaded it; empty if no
+    server runs; the next server to start then serves it. removed: old versions deleted.
     """
 
     version: int
@@ -61,17 +62,17 @@ def promote(
 ) -> Promotion:
     """Promote a release: an export folder, which is published first, or the number of a published version.
 
-    servers: the servers of the repository; None finds this user's on this machine. keep: number of versions that stay on
-    disk, including the served ones. timeout: seconds that a load may take. rehearsal: True verifies the version on a
-    separate server; False runs the graph only in ONNX Runtime, if a second server does not fit on the machine; None only
-    checks the files' sha256, if the caller has just verified the version.
+    servers: the servers of the repository; None finds this user's on this machine. keep: number of versions that stay
+    on disk, including the served ones. timeout: seconds that a load may take. rehearsal: True verifies the version on a
+    separate server; False runs the graph only in ONNX Runtime, if a second server does not fit on the machine; None
+    only checks the files' sha256, if the caller has just verified the version.
 
-    Leftovers of killed promotions are removed first. Afterwards the previous champion is still loaded, for requests that
-    name it and for an immediate rollback. If the release is the champion already, servers that have not loaded it, as after
-    a killed promotion, load it. An export that fails is removed from the disk if it was not published before. Raises
-    InputError for a version that does not exist or is older than the champion, RepositoryError and ManifestError for an
-    unusable release, PromotionError if the verification or the swap failed, RepositoryBusy while another promotion, a
-    repair or the start of a server is running.
+    Leftovers of killed promotions are removed first. Afterwards the previous champion is still loaded, for requests
+    that name it and for an immediate rollback. If the release is the champion already, servers that have not loaded it,
+    as after a killed promotion, load it. An export that fails is removed from the disk if it was not published before.
+    Raises InputError for a version that does not exist or is older than the champion, RepositoryError and ManifestError
+    for an unusable release, PromotionError if the verification or the swap failed, RepositoryBusy while another
+    promotion, a repair or the start of a server is running.
     """
     if keep < 2:
         raise InputError(f"keep is {keep}; expected at least 2, the champion and the one before it")
@@ -107,8 +108,8 @@ def rollback(
 ) -> Promotion:
     """Roll back: make an older version the champion again, `version` or the previous champion.
 
-    A version that is still loaded is used at once; another one is verified first, as in a promotion. Newer versions stay on
-    disk but are unloaded, because Triton serves from the newest loaded version. Raises as `promote` does.
+    A version that is still loaded is used at once; another one is verified first, as in a promotion. Newer versions
+    stay on disk but are unloaded, because Triton serves from the newest loaded version. Raises as `promote` does.
     """
     with locked(repository):
         before = read_champion(repository).version
@@ -134,7 +135,7 @@ def _published(repository: Path, version: int) -> int:
 
 
 def _champion_before(repository: Path, champion: int) -> int:
-    """The version that a rollback without a version selects: the older one that is still served, else the previous champion.
+    """The version for a rollback that names none: the older one that is still served, else the previous champion.
 
     The newest older version on disk may have failed its verification or been rolled back from. It is chosen only if no
     promotion was recorded. Raises InputError if there is no older version.
@@ -149,7 +150,10 @@ def _champion_before(repository: Path, champion: int) -> int:
 
 
 def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> tuple[Release, bool]:
-    """Read a version, check its sha256 and verify it; returns it, and whether on a separate server. Raises PromotionError."""
+    """Read a version, check its sha256 and verify it. Raises PromotionError.
+
+    Returns the release and whether it was verified on a separate server.
+    """
     with _promotion_error(f"version {version} is not fit to serve, version {before} stays"):
         release = read_release(repository, version)
         if rehearsal:

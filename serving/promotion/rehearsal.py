@@ -23,8 +23,9 @@ NICENESS = 5  # a champion may serve on the same cores; at 10 and above Triton a
 def rehearse(root: Path, release: Release, timeout: float) -> bool:
     """Start a server with one release of a repository, send its golden requests and a full batch, stop it.
 
-    The server listens on loopback only. Returns whether a server was started: without a local Triton installation the graph
-    is only run in ONNX Runtime. timeout: seconds for the server's start or the dry run. Raises ServingError with the fault.
+    The server listens on loopback only. Returns whether a server was started: without a local Triton installation the
+    graph is only run in ONNX Runtime. timeout: seconds for the server's start or the dry run. Raises ServingError with
+    the fault.
     """
     try:
         find_installation()

@@ -1,7 +1,7 @@
 """Swap the champion: change version policies and load models in an order in which no request fails.
 
-At every moment `student` has each version that `classifier` has, and a server that starts from the policies on disk serves
-a verified version. So a swap that is killed midway needs no repair.
+At every moment `student` has each version that `classifier` has, and a server that starts from the policies on disk
+serves a verified version. So a swap that is killed midway needs no repair.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class RepositoryBusy(ServingError):
 def locked(repository: Path, shared: bool = False, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
     """Hold the repository's lock (flock on its folder, released when the process exits).
 
-    timeout: seconds to wait for it. Raises RepositoryBusy if another process holds it until then, RepositoryError if the
-    folder cannot be opened.
+    timeout: seconds to wait for it. Raises RepositoryBusy if another process holds it until then, RepositoryError if
+    the folder cannot be opened.
     """
     try:
         descriptor = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)

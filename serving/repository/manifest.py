@@ -18,8 +18,8 @@ MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.json"
 STUDENT_NAME = "student.onnx"
 
-# Probabilities. Another ONNX Runtime version or a GPU rounds differently; a wrong graph, prior or preprocessing differs by
-# far more.
+# Probabilities. Another ONNX Runtime version or a GPU rounds differently; a wrong graph, prior or preprocessing differs
+# by far more.
 GOLDEN_TOLERANCE = 2e-3
 
 
@@ -30,8 +30,8 @@ class ManifestError(ServingError, ValueError):
 class ImageFormat(BaseModel):
     """Parameters of `models.preprocess`: resize the shorter side to resize_to, centre crop of `size` (pixels).
 
-    room: a large JPEG is decoded at a reduced size, at least room * resize_to. 0 disables it, as in exports from before this
-    key existed.
+    room: a large JPEG is decoded at a reduced size, at least room * resize_to. 0 disables it, as in exports from before
+    this key existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -54,8 +54,8 @@ class Limits(BaseModel):
 class HalfPrecision(BaseModel):
     """Difference of a float16 graph from PyTorch in float32, measured by export.
 
-    logit: largest absolute difference of a logit. agreement: share of the images with the same best class. images: number
-    of images compared.
+    logit: largest absolute difference of a logit. agreement: share of the images with the same best class. images:
+    number of images compared.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -68,8 +68,8 @@ class Manifest(BaseModel):
     """All data of a release that serving uses.
 
     files: names of files beside the manifest with their sha256. half: set for a graph with a float16 backbone; None for
-    float32. code_revision: the git commit of the project. code_sha256: of the source files that made the release; empty in
-    releases from before this key existed.
+    float32. code_revision: the git commit of the project. code_sha256: of the source files that made the release; empty
+    in releases from before this key existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -112,8 +112,8 @@ class Manifest(BaseModel):
 class Golden(BaseModel):
     """One golden request, an encoded image (base64) and a strength, with the expected response of the classifier.
 
-    index, probability: the expected classes and their probabilities, best first. tolerance: largest allowed difference of a
-    probability; larger for a float16 graph.
+    index, probability: the expected classes and their probabilities, best first. tolerance: largest allowed difference
+    of a probability; larger for a float16 graph.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -174,7 +174,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json` of an export folder and check the sha256 of its files. Raises ManifestError naming the file."""
+    """Read `manifest.json` of an export folder, check the sha256 of its files. Raises ManifestError naming the file."""
     path = folder / MANIFEST_NAME
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():

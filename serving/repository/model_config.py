@@ -21,8 +21,8 @@ CLASSIFIER_INSTANCES = 2
 # Of a graph up to this size several copies fit into memory: a ResNet-50 has 94 MB.
 SMALL_GRAPH_BYTES = 128_000_000
 
-# 0 means one thread per core in ONNX Runtime. The core count of this machine would be wrong on the machine that serves the
-# repository.
+# 0 means one thread per core in ONNX Runtime. The core count of this machine would be wrong on the machine that serves
+# the repository.
 THREAD_PER_CORE = "0"
 ENGINE_CACHE = "/tmp/tailor-engines"
 
@@ -31,10 +31,11 @@ ENGINE_CACHE = "/tmp/tailor-engines"
 class Placement:
     """Device and number of instances of the network.
 
-    gpus: GPU numbers, all GPUs if empty. instances: of `student`, on each GPU; None means two for a graph of up to 128 MB
-    on the local server's CPU, else one. own_network: whether the local server's `classifier` runs the graph itself instead
-    of sending requests to `student`; None means yes for such a graph on a CPU. tensorrt: precision of TensorRT in the
-    onnxruntime backend; None uses ONNX Runtime's CUDA provider. Raises InputError for values that exclude each other.
+    gpus: GPU numbers, all GPUs if empty. instances: of `student`, on each GPU; None means two for a graph of up to 128
+    MB on the local server's CPU, else one. own_network: whether the local server's `classifier` runs the graph itself
+    instead of sending requests to `student`; None means yes for such a graph on a CPU. tensorrt: precision of TensorRT
+    in the onnxruntime backend; None uses ONNX Runtime's CUDA provider. Raises InputError for values that exclude each
+    other.
     """
 
     device: Device = "cpu"
@@ -119,8 +120,8 @@ def classifier_local_config(manifest: Manifest, placement: Placement) -> ModelCo
 def classifier_config(manifest: Manifest) -> ModelConfig:
     """Config of `classifier`: encoded images in, the best classes out; always the python backend.
 
-    The parameter `default_strength` is the value of an absent `strength`. A client can read it and always send a strength:
-    Triton does not put requests with and without an optional input into one batch.
+    The parameter `default_strength` is the value of an absent `strength`. A client can read it and always send a
+    strength: Triton does not put requests with and without an optional input into one batch.
     """
     config = _common(CLASSIFIER, manifest)
     config.backend = "python"
@@ -157,7 +158,7 @@ def _student_signature(manifest: Manifest) -> ModelConfig:
 
 
 def _add_warmup(config: ModelConfig, manifest: Manifest) -> None:
-    """Make Triton run the smallest and the largest batch before the model is ready, so that TensorRT builds its engines."""
+    """Make Triton run the smallest and largest batch before the model is ready, so that TensorRT builds its engines."""
     for batch_size in sorted({1, manifest.max_batch_size}):
         warmup = config.model_warmup.add(name=f"batch_{batch_size}", batch_size=batch_size)
         for tensor in config.input:

@@ -17,7 +17,7 @@ LOG_NAME = "promotions.jsonl"  # Triton ignores files beside the model folders
 
 @dataclass(frozen=True)
 class Change:
-    """One change of the champion. at: seconds since the epoch. action: `promote` or `rollback`. previous: champion before."""
+    """One change of the champion. at: seconds since the epoch. action: `promote` or `rollback`."""
 
     at: float
     action: str

@@ -43,8 +43,8 @@ class Release:
 def find_releases(root: Path, hashes: bool = True) -> list[Release]:
     """The releases that a server of this repository loads, oldest first; the last is the champion (`read_champion`).
 
-    hashes: whether to check the files' sha256 too. Raises RepositoryError or ManifestError naming the file: no repository,
-    a config that does not parse, a version whose student is not served, a missing file, or a wrong sha256.
+    hashes: whether to check the files' sha256 too. Raises RepositoryError or ManifestError naming the file: no
+    repository, a config that does not parse, a version whose student is not served, a missing file, or a wrong sha256.
     """
     if not (root / STUDENT / CONFIG_NAME).is_file():
         raise RepositoryError(
@@ -62,7 +62,7 @@ def find_releases(root: Path, hashes: bool = True) -> list[Release]:
 
 
 def read_champion(root: Path) -> Release:
-    """The champion: the release that serves requests without a version. Raises as `find_releases` with hashes=False does."""
+    """The champion: the release that serves requests without a version. Raises as find_releases without hashes does."""
     return find_releases(root, hashes=False)[-1]
 
 
@@ -114,7 +114,7 @@ class VersionState:
 
 
 def list_versions(repository: Path) -> list[VersionState]:
-    """The published versions with their states, oldest first. Raises RepositoryError or ManifestError naming the file."""
+    """The published versions with states, oldest first. Raises RepositoryError or ManifestError naming the file."""
     champion, served = read_champion(repository).version, served_versions(repository, CLASSIFIER)
     return [
         VersionState(

@@ -21,10 +21,10 @@ LEFTOVER = re.compile(r"\.\d+\.(partial|old|removed)")
 
 
 def prune(repository: Path, keep: int) -> tuple[int, ...]:
-    """Delete the oldest versions that are not served, so that `keep` versions remain on disk; returns the deleted versions.
+    """Delete the oldest versions that are not served, so that `keep` remain on disk; returns the deleted versions.
 
-    Versions older than the champion that were never champion, for example after a killed promotion, are deleted first. A
-    version newer than the champion that was never champion may still be promoted: it is neither counted nor deleted.
+    Versions older than the champion that were never champion, for example after a killed promotion, are deleted first.
+    A version newer than the champion that was never champion may still be promoted: it is neither counted nor deleted.
     """
     served, tried = served_versions(repository, CLASSIFIER), ever_champion(repository)
     present = [v for v in present_versions(repository) if v < served[-1] or v in {*served, *tried}]

@@ -1,8 +1,8 @@
 """Read and write the version policy in a model's config files: which versions a server loads.
 
 Triton serves a request without a version from the highest loaded version. So the policy lists single versions
-(`specific`). The highest version that `classifier` lists is the champion. A version that was only published is not listed,
-so a restart does not load it.
+(`specific`). The highest version that `classifier` lists is the champion. A version that was only published is not
+listed, so a restart does not load it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def served_versions(root: Path, model: str) -> tuple[int, ...]:
 def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_strength: float | None = None) -> None:
     """Set the version policy in a model's configs, atomically per file, and the default strength of `classifier`.
 
-    All other fields keep their values, which an operator may have edited. A server reads the configs at the next load call.
+    All other fields keep their values, which an operator may have edited. A server reads the configs at the next load
+    call.
     """
     for path in config_paths(root, model):
         config = read_config(path)
@@ -75,8 +76,8 @@ def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_st
 def mark_changed(root: Path, model: str, path: Path) -> None:
     """Give a file of a model a later modification time than all other files and folders of that model.
 
-    Triton reloads a model only if the latest modification time of its files has increased. After the system clock was set
-    back, a file that was just written would be older than the others, and a load would have no effect
+    Triton reloads a model only if the latest modification time of its files has increased. After the system clock was
+    set back, a file that was just written would be older than the others, and a load would have no effect
     (docs/experiments.md). Raises OSError.
     """
     latest = max(entry.lstat().st_mtime_ns for entry in (root / model).rglob("*"))

@@ -52,11 +52,11 @@ def write_repository(
 ) -> Path:
     """Write the Triton model repository of one release and return its path.
 
-    export_dir: has student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device: where
-    the student runs. evidence: a folder whose files are copied into the classifier's version folder. A server of the
-    repository does not import Tailor. The write is atomic: `root` is the old or the new repository. Raises ManifestError if
-    the export does not match its manifest, RepositoryError if `root` is not a repository and not empty, and InputError for
-    an unknown device.
+    export_dir: has student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device:
+    where the student runs. evidence: a folder whose files are copied into the classifier's version folder. A server of
+    the repository does not import Tailor. The write is atomic: `root` is the old or the new repository. Raises
+    ManifestError if the export does not match its manifest, RepositoryError if `root` is not a repository and not
+    empty, and InputError for an unknown device.
     """
     placement = device if isinstance(device, Placement) else Placement(device)
     manifest = load_export(export_dir)
@@ -86,10 +86,10 @@ def write_repository(
 def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
     """Publish an export: write it into a repository as its next version and return the version.
 
-    No server loads it before it is promoted. Each of its two folders is written atomically. evidence: a folder whose files,
-    such as the decision, are copied into the classifier's version folder. An export that was published before keeps its
-    version. Raises ManifestError if the export does not match its manifest, and RepositoryError if its classes or shapes
-    differ from the repository's, which all versions of a model must share.
+    No server loads it before it is promoted. Each of its two folders is written atomically. evidence: a folder whose
+    files, such as the decision, are copied into the classifier's version folder. An export that was published before
+    keeps its version. Raises ManifestError if the export does not match its manifest, and RepositoryError if its
+    classes or shapes differ from the repository's, which all versions of a model must share.
     """
     manifest = load_export(export_dir)
     _check_same_signature(manifest, export_dir, root)
@@ -107,7 +107,7 @@ def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
 
 
 def load_export(export_dir: Path) -> Manifest:
-    """Read the manifest of an export and check all its files. Raises ManifestError or RepositoryError naming the file."""
+    """Read the manifest of an export, check all its files. Raises ManifestError or RepositoryError naming the file."""
     manifest = load_manifest(export_dir)
     for name in (STUDENT_NAME, GOLDEN_NAME):
         if name not in manifest.files:
@@ -122,8 +122,8 @@ def _write_runtime(folder: Path, model: str, manifest: Manifest) -> None:
     for name, source in RUNTIME_FILES[model].items():
         shutil.copyfile(source, folder / name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    # An empty file prevents the folder __pycache__ of Python: Triton would detect the new folder as a change of the model
-    # and reload every version at the next load call.
+    # An empty file prevents the folder __pycache__ of Python: Triton would detect the new folder as a change of the
+    # model and reload every version at the next load call.
     (folder / "__pycache__").touch()
 
 

@@ -13,9 +13,9 @@ from serving.server.local_tree import TREE
 from serving.shared.errors import InputError
 from serving.shared.names import ADMIN_HEADER, ADMIN_KEY_VARIABLE, CLASSIFIER, LOCAL_CONFIG, STUDENT
 
-# Endpoints that need the admin key. A caller that may load a model can run code in the server; the other endpoints read or
-# change data of other callers. model-config stays open: it is read-only, and clients read max_batch_size and the default
-# strength from it.
+# Endpoints that need the admin key. A caller that may load a model can run code in the server; the other endpoints read
+# or change data of other callers. model-config stays open: it is read-only, and clients read max_batch_size and the
+# default strength from it.
 RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
 STUB_START_TIMEOUT = 120  # seconds for an inference process to load its model
 
@@ -32,9 +32,9 @@ def triton_arguments(
 ) -> list[str]:
     """The command line of the server.
 
-    runtime: the runtime folder, with `backends` and the tree of links to the repository. prefix: of the run, for its shared
-    memory. ports: by option. grace: seconds that running requests get on SIGTERM. options: further options of Triton (see
-    server_options).
+    runtime: the runtime folder, with `backends` and the tree of links to the repository. prefix: of the run, for its
+    shared memory. ports: by option. grace: seconds that running requests get on SIGTERM. options: further options of
+    Triton (see server_options).
     """
     return [
         str(installation.server),
@@ -61,7 +61,7 @@ def triton_arguments(
 
 
 def admin_key() -> str | None:
-    """The admin key in the environment variable TAILOR_ADMIN_KEY; None if it is not set. Raises InputError for a weak one."""
+    """The admin key in the variable TAILOR_ADMIN_KEY; None if it is not set. Raises InputError for a weak one."""
     key = os.environ.get(ADMIN_KEY_VARIABLE)
     if key is not None and not re.fullmatch(r"[A-Za-z0-9_-]{16,}", key):
         raise InputError(f"{ADMIN_KEY_VARIABLE} is not usable; expected at least 16 letters, digits, - or _")

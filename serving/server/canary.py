@@ -1,4 +1,4 @@
-"""Health check of a running server: send golden requests; if one fails, tell a hanging process from an overloaded one."""
+"""Health check of a running server: send golden requests; after a failure detect whether it hangs or is overloaded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from serving.shared.errors import ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
 from serving.transport.failures import DeadlineExceeded, Refused
 
-# An inference process that uses less than this share of a core is idle. Its threads wake once a second, which takes up to
-# 0.0005 of a core. A classifier that waits for a slow student uses little more than decoding takes.
+# An inference process that uses less than this share of a core is idle. Its threads wake once a second, which takes up
+# to 0.0005 of a core. A classifier that waits for a slow student uses little more than decoding takes.
 IDLE_SHARE = 0.005
 TICKS = 0.02  # seconds: two clock ticks, the least CPU time that counts as work
 METRICS_TIMEOUT = 5.0  # seconds
@@ -40,7 +40,10 @@ class Hanging(ServingError):
 
 
 class Busy(ServingError):
-    """A golden request timed out because of load: every inference process of the model worked, and answered other requests."""
+    """A golden request timed out because of load.
+
+    Every inference process of the model used CPU time, and the model answered other requests.
+    """
 
 
 class Canary:
@@ -51,14 +54,14 @@ class Canary:
         self.timeout = timeout
 
     def backend_failures(self) -> float:
-        """Number of requests that failed because of an inference process, from Triton's metrics; not of bad requests."""
+        """Number of requests that failed because of an inference process, from Triton's metrics; no bad requests."""
         return self._counted("failure", 'reason="BACKEND"')
 
     def ask(self) -> None:
         """Send both models of every release the golden requests.
 
-        `student` gets its own, because the classifier of a small network runs the graph itself. Raises Hanging or Busy, and
-        ServingError when an answer is wrong or a request failed for another reason.
+        `student` gets its own, because the classifier of a small network runs the graph itself. Raises Hanging or Busy,
+        and ServingError when an answer is wrong or a request failed for another reason.
         """
         busy = None
         with Client(self.server.http_url, timeout=self.timeout) as client:
@@ -78,11 +81,11 @@ class Canary:
         ]
 
     def _judged(self, model: str, version: int, question: Callable[[], None]) -> None:
-        """Send golden requests to one version of a model; classify a failure by the CPU time of its inference processes.
+        """Send golden requests to one version of a model; classify a failure by its inference processes' CPU time.
 
-        Processes of other models and versions are ignored, because they may be idle. While requests wait, each process of
-        the model has one. A process that hangs keeps its request and gets no other. A retry would not detect it: the other
-        processes would answer.
+        Processes of other models and versions are ignored, because they may be idle. While requests wait, each process
+        of the model has one. A process that hangs keeps its request and gets no other. A retry would not detect it: the
+        other processes would answer.
         """
         worked, answered, began = (
             self._processor_seconds(model, version),

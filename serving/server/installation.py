@@ -1,7 +1,7 @@
 """Find the Triton server of the nvidia-pytriton package and check that its Python stubs can run on this machine.
 
-Triton starts the program `triton_python_backend_stub` ("stub") for each instance of a Python model; elsewhere it is called
-an inference process.
+Triton starts the program `triton_python_backend_stub` ("stub") for each instance of a Python model; elsewhere it is
+called an inference process.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def find_installation() -> Installation:
 def child_environment() -> dict[str, str]:
     """The environment variables of the server and its inference processes, without the admin key.
 
-    A stub embeds libpython and ignores PYTHONHOME and PYTHONPATH. The first `python3` on PATH determines its packages, and
-    the dynamic loader determines its libpython. So PATH and LD_LIBRARY_PATH begin with the folders of this interpreter.
+    A stub embeds libpython and ignores PYTHONHOME and PYTHONPATH. The first `python3` on PATH determines its packages,
+    and the dynamic loader determines its libpython. So PATH and LD_LIBRARY_PATH begin with the folders of this
+    interpreter.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TAILOR_ADMIN_KEY"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])

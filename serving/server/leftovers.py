@@ -2,8 +2,8 @@
 
 The owner is the process that runs the server. Every resource of one run has the run's prefix: the names of its files in
 /dev/shm and of its runtime folder, and the command lines of the server and its inference processes. The prefix contains
-the owner's PID namespace, process id and start time. So a run whose owner has exited is detected without a pid file, which
-could be stale.
+the owner's PID namespace, process id and start time. So a run whose owner has exited is detected without a pid file,
+which could be stale.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def new_prefix() -> str:
 def runtime_folder(prefix: str) -> Path:
     """Create the runtime folder of a run: empty, readable only by this user, its name starts with the prefix.
 
-    It is in /tmp if the path of the usual folder for temporary files has characters that a shell interprets, because Triton
-    does not quote the command line of an inference process.
+    It is in /tmp if the path of the usual folder for temporary files has characters that a shell interprets, because
+    Triton does not quote the command line of an inference process.
     """
     parent = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent if re.fullmatch(r"[A-Za-z0-9._/+-]+", parent) else "/tmp"))
@@ -51,8 +51,8 @@ def runtime_folders(prefix: str) -> list[Path]:
 def sweep(prefix: str, patience: float = 0.0) -> None:
     """Remove everything of a run; its processes are killed if they have not exited after `patience` seconds.
 
-    A child that the owner had just started shows the owner's command line, without the prefix, until it calls exec. So the
-    run counts as ended only after two checks in a row find no process.
+    A child that the owner had just started shows the owner's command line, without the prefix, until it calls exec. So
+    the run counts as ended only after two checks in a row find no process.
     """
     deadline, empty = time.monotonic() + patience, 0
     kill_until = deadline + GONE_WITHIN

@@ -1,8 +1,8 @@
 """The local server's view of a model repository: a tree of links to its files, without the config.pbtxt of containers.
 
 Why: Triton reloads every version of a model when a file of the model changes that is neither the config in use nor in a
-version folder. For the local server, which uses configs/local.pbtxt, config.pbtxt is such a file, and a swap writes both.
-With config.pbtxt hidden, Triton reads the new version policy and keeps the versions that are loaded.
+version folder. For the local server, which uses configs/local.pbtxt, config.pbtxt is such a file, and a swap writes
+both. With config.pbtxt hidden, Triton reads the new version policy and keeps the versions that are loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TREE = "repository"
 
 
 def link_tree(repository: Path, runtime: Path) -> Path:
-    """Create the tree in a server's runtime folder, or update it after versions were added or removed; returns its path.
+    """Create or update the tree in a server's runtime folder, as when versions were added or removed; returns its path.
 
     Raises ServingError naming the file or folder that cannot be read or linked.
     """
@@ -54,7 +54,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _seen(folder: Path) -> set[str]:
-    """The names in a model's folder that the local server may see: no hidden names, which are half-written or -removed."""
+    """The names in a model's folder that the local server may see: no hidden names (being written or removed)."""
     names = {name for name in _names(folder) if not name.startswith(".")}
     if (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").is_file():
         names.discard(CONFIG_NAME)
@@ -64,8 +64,8 @@ def _seen(folder: Path) -> set[str]:
 def _link(source: Path, folder: Path, present: set[str], names: set[str]) -> None:
     """Make `folder` hold links to `names` in `source` and nothing else; `present` are the names that it held before.
 
-    Read `present` before `names`: a supervisor and a promotion may update the tree at the same time. In the other order, a
-    link that the other process has just created would be removed as outdated.
+    Read `present` before `names`: a supervisor and a promotion may update the tree at the same time. In the other
+    order, a link that the other process has just created would be removed as outdated.
     """
     for name in present - names:
         (folder / name).unlink(missing_ok=True)
@@ -73,6 +73,6 @@ def _link(source: Path, folder: Path, present: set[str], names: set[str]) -> Non
         with contextlib.suppress(FileExistsError):
             (folder / name).symlink_to(source / name)
     if names != present:
-        # Triton takes the latest time of all files. After the clock was set back, the folder's time would stay the latest
-        # and hide later changes of files.
+        # Triton takes the latest time of all files. After the clock was set back, the folder's time would stay the
+        # latest and hide later changes of files.
         os.utime(folder, (0, 0))

@@ -56,10 +56,10 @@ class ModelControl:
     def load(self, model: str) -> None:
         """Load the versions that the model's config lists; other versions are unloaded when these are ready.
 
-        A loaded version is not reloaded, unless its files or more of the config than versions and instances have changed.
-        Triton skips a version whose folder it does not see, and loads nothing while a link points to a removed version. The
-        server's supervisor or the mount may show the folder later, so the load is retried for SEEN_WITHIN seconds. Raises
-        LoadTimeout when a load takes too long.
+        A loaded version is not reloaded, unless its files or more of the config than versions and instances have
+        changed. Triton skips a version whose folder it does not see, and loads nothing while a link points to a removed
+        version. The server's supervisor or the mount may show the folder later, so the load is retried for SEEN_WITHIN
+        seconds. Raises LoadTimeout when a load takes too long.
         """
         repository = Path(self.server.repository)
         deadline = time.monotonic() + SEEN_WITHIN
@@ -98,8 +98,8 @@ class ModelControl:
     def end_hanging_load(self, model: str, version: int) -> bool:
         """Kill the inference processes of a version whose load hangs; returns whether Triton can load models again.
 
-        Triton waits forever for an inference process (its stub) that does not finish loading, and every later load waits
-        too. Possible only for a server of this user on this machine and a model of the python backend.
+        Triton waits forever for an inference process (its stub) that does not finish loading, and every later load
+        waits too. Possible only for a server of this user on this machine and a model of the python backend.
         """
         place = f"/{model}/{version}/model.py"
         ended = False

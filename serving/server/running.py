@@ -21,8 +21,8 @@ NOTE_NAME = "server.json"
 class RunningServer(BaseModel):
     """The record of a server: addresses and admin key for model control.
 
-    prefix: of its run (see leftovers); None for a server that this user did not start here. certificate: the PEM file of
-    its gRPC certificate; None if gRPC is not encrypted or the system's CAs verify it.
+    prefix: of its run (see leftovers); None for a server that this user did not start here. certificate: the PEM file
+    of its gRPC certificate; None if gRPC is not encrypted or the system's CAs verify it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,7 +68,7 @@ def servers_at(repository: Path, url: str | None) -> list[RunningServer] | None:
 
 
 def find_running(repository: Path) -> list[RunningServer]:
-    """The running servers of this user on this repository whose record is in this folder for temporary files or in /tmp."""
+    """The running servers of this user on a repository, by their records in the folder for temporary files and /tmp."""
     wanted, found = os.path.realpath(repository), []
     for parent in sorted({tempfile.gettempdir(), "/tmp"}):
         for folder in sorted(Path(parent).glob("tailor_*")):

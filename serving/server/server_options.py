@@ -1,4 +1,4 @@
-"""Optional features of a Triton server: latency summaries, traces and TLS (command-line options), logit log (variables)."""
+"""Optional features of a Triton server: latency summaries, traces, TLS (command-line options); logit log (variables)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LATENCY_OPTIONS = (
 def trace_options(url: str, every: int = 100, service: str = "tailor") -> list[str]:
     """Options that send an OpenTelemetry trace of every `every`-th inference to a collector.
 
-    url: the collector's OTLP/HTTP endpoint, for example http://127.0.0.1:4318/v1/traces; Triton posts JSON to it, without
-    TLS. A request with a `traceparent` header becomes part of the caller's trace. Raises InputError.
+    url: the collector's OTLP/HTTP endpoint, for example http://127.0.0.1:4318/v1/traces; Triton posts JSON to it,
+    without TLS. A request with a `traceparent` header becomes part of the caller's trace. Raises InputError.
     """
     hint = "expected http://host:port/v1/traces, a collector's OTLP/HTTP endpoint"
     try:
@@ -68,9 +68,9 @@ def grpc_tls_options(certificate: Path, key: Path, client_authority: Path | None
 def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = "1GiB") -> dict[str, str]:
     """Environment variables that make `classifier` log logits for `tailor drift`; creates the folder.
 
-    share: fraction of the images that is logged, above 0, at most 1; each image is sampled independently. limit: bytes of
-    the whole folder, as a number or as text such as 500MiB; the oldest files are deleted. Raises InputError naming an
-    unusable argument, the folder, or pyarrow where it is missing.
+    share: fraction of the images that is logged, above 0, at most 1; each image is sampled independently. limit: bytes
+    of the whole folder, as a number or as text such as 500MiB; the oldest files are deleted. Raises InputError naming
+    an unusable argument, the folder, or pyarrow where it is missing.
     """
     if not 0 < share <= 1:
         raise InputError(f"share of logged images is {share:g}; expected a number above 0, at most 1")

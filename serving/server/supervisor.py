@@ -1,7 +1,8 @@
 """Supervise a server: restart it when it exits; reload a model whose inference process died, is stopped or hangs.
 
-Triton never restarts an inference process (its "stub") that died, and reports its model as ready. So the supervisor checks
-every second that each expected process runs, and sends golden requests every 15 s, every 3 s while requests fail.
+Triton never restarts an inference process (its "stub") that died, and reports its model as ready. So the supervisor
+checks every second that each expected process runs, and sends golden requests every 15 s, every 3 s while requests
+fail.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from serving.shared.terminal import counted
 class Patience:
     """Intervals and limits of a supervisor, in seconds.
 
-    canary_timeout: timeout of one golden request. Two failures in a row start a repair; a timeout caused by load does not
-    count. ending: time that a replaced inference process gets to exit before it is killed. A server that ran for more than
-    `served` seconds is restarted at once. One that failed earlier, or did not start, is a failed start: after n of them in
-    a row the delay is first_delay * 2^(n-1), at most longest_delay, and after more than `restarts` (None: no limit) the
-    supervisor raises GivenUp.
+    canary_timeout: timeout of one golden request. Two failures in a row start a repair; a timeout caused by load does
+    not count. ending: time that a replaced inference process gets to exit before it is killed. A server that ran for
+    more than `served` seconds is restarted at once. One that failed earlier, or did not start, is a failed start: after
+    n of them in a row the delay is first_delay * 2^(n-1), at most longest_delay, and after more than `restarts` (None:
+    no limit) the supervisor raises GivenUp.
     """
 
     poll: float = 1.0
@@ -51,7 +52,7 @@ class Patience:
 
 
 class GivenUp(ServingError):
-    """The server failed more often than `Patience.restarts` permits; the message has the cause and the end of the log."""
+    """The server failed more often than `Patience.restarts` allows; the message has the cause and the end of a log."""
 
 
 class Supervisor:
@@ -87,7 +88,8 @@ class Supervisor:
                     self._restart("the process of the Triton server is stopped (SIGSTOP)", stopping)
                 continue
             with contextlib.suppress(ServingError):  # the repository cannot be read: keep the tree
-                # For a promotion that cannot write this tree (of another user, or with another folder for temporary files).
+                # For a promotion that cannot write this tree (of another user, or with another folder for temporary
+                # files).
                 refresh_trees(self.server.repository, self.server.prefix)
             try:
                 with locked(self.server.repository, shared=True, timeout=0):

@@ -41,12 +41,12 @@ DIAGNOSIS_TIMEOUT = 30.0  # seconds for the dry run in ONNX Runtime after a fail
 class TritonServer:
     """One Triton server on a model repository, in its own process group, with a watchdog process.
 
-    Use it as a context manager, or call start and stop; it may be started again. start leaves no process when it raises.
-    A port of 0 means any free port, chosen at the first start and kept. log, forward: a file and a stream that get the
-    output of the server and its inference processes. grace: seconds that running requests get at a stop. niceness: of the
-    server, 0 to 19; 0 keeps the caller's. grpc_tls: PEM files of a certificate and its key; gRPC then accepts only TLS.
-    options: further command-line options of Triton (see server_options). environment: further environment variables of the
-    server and its models.
+    Use it as a context manager, or call start and stop; it may be started again. start leaves no process when it
+    raises. A port of 0 means any free port, chosen at the first start and kept. log, forward: a file and a stream that
+    get the output of the server and its inference processes. grace: seconds that running requests get at a stop.
+    niceness: of the server, 0 to 19; 0 keeps the caller's. grpc_tls: PEM files of a certificate and its key; gRPC then
+    accepts only TLS. options: further command-line options of Triton (see server_options). environment: further
+    environment variables of the server and its models.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class TritonServer:
         """Check the files, start the server, load both models and send each the golden requests of every release.
 
         Leftovers of killed runs on this machine are removed first. The call waits for a running promotion. Raises
-        ServingError or a subclass, in one line. If the server failed, the last lines of its log follow; if a dry run in ONNX
-        Runtime finds a faulty graph, that is the error instead. Raises OSError if a resource of the machine is missing: a
-        folder for temporary files, memory.
+        ServingError or a subclass, in one line. If the server failed, the last lines of its log follow; if a dry run in
+        ONNX Runtime finds a faulty graph, that is the error instead. Raises OSError if a resource of the machine is
+        missing: a folder for temporary files, memory.
         """
         if self._process:
             raise ServingError("this server runs already; stop it first")
@@ -149,7 +149,7 @@ class TritonServer:
         return self
 
     def canary(self, timeout: float = CANARY_TIMEOUT) -> None:
-        """Send both models the golden requests of every release. Raises ServingError if one fails or is answered wrongly."""
+        """Send both models the golden requests of every release. Raises ServingError if one fails or differs."""
         with Client(self.http_url, timeout=timeout) as client:
             for release in self.releases:
                 check_golden(client, release, rest=False)
@@ -170,9 +170,9 @@ class TritonServer:
     def stop(self, at_once: bool = False, comes_back: bool = False) -> int | None:
         """Stop the server and remove its processes, shared memory and runtime folder. Safe to call twice.
 
-        at_once: send SIGKILL; running requests fail. comes_back: a restart follows, and a server record for it is written,
-        so that a concurrent promotion fails and is retried instead of assuming that no server runs. Returns the exit status
-        (0 after a clean stop), None if the server was not running.
+        at_once: send SIGKILL; running requests fail. comes_back: a restart follows, and a server record for it is
+        written, so that a concurrent promotion fails and is retried instead of assuming that no server runs. Returns
+        the exit status (0 after a clean stop), None if the server was not running.
         """
         if not comes_back:
             self._away = None
@@ -236,7 +236,7 @@ class TritonServer:
         self.example.write_bytes(self.releases[-1].golden[0].image_bytes())
 
     def _leave_word(self) -> None:
-        """Create the runtime folder of the next start under a new prefix, with a server record of the same addresses."""
+        """Create the runtime folder of the next start under a new prefix, with a server record (same addresses)."""
         key = self._running.admin_key if self._running else new_admin_key()
         prefix = new_prefix()
         self._unswept.append(prefix)

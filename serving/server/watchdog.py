@@ -1,7 +1,7 @@
 """Watchdog process of a Triton server: ends the server and removes its files when its owner was killed.
 
-`python -m serving.server.watchdog PREFIX` reads its standard input, a pipe that only the owner holds open. The pipe closes
-when the owner exits for any reason. After a clean stop the owner sends one byte, and the watchdog exits.
+`python -m serving.server.watchdog PREFIX` reads its standard input, a pipe that only the owner holds open. The pipe
+closes when the owner exits for any reason. After a clean stop the owner sends one byte, and the watchdog exits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders: a reader sees the old content or the complete new content. Used for all outputs."""
+"""Atomic writes of files and folders, used for all outputs: a reader sees the old or the complete new content."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Write a folder atomically: it appears at `path` complete or not at all.
 
     Yields an empty temporary folder beside `path` to write into. On success every file in it is synced to disk and the
-    folder replaces the old one. On any exception it is removed and the old one stays. Leftovers of a killed run are removed
-    first.
+    folder replaces the old one. On any exception it is removed and the old one stays. Leftovers of a killed run are
+    removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, retired = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")

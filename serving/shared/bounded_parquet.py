@@ -1,9 +1,9 @@
 """Read columns of a Parquet file within a memory limit, also where the file's footer has wrong sizes.
 
-A file of 2 kB can take gigabytes when it is read: a page of zeros that zstd compressed 30,000 : 1, one dictionary value that
-every row repeats (RLE), one prefix that every row repeats (DELTA_BYTE_ARRAY). A correct footer shows the first of these.
-The footer may be wrong, so the page headers, by which pyarrow allocates, are read too. The other two are detected while
-reading, batch by batch.
+A file of 2 kB can take gigabytes when it is read: a page of zeros that zstd compressed 30,000 : 1, one dictionary value
+that every row repeats (RLE), one prefix that every row repeats (DELTA_BYTE_ARRAY). A correct footer shows the first of
+these. The footer may be wrong, so the page headers, by which pyarrow allocates, are read too. The other two are
+detected while reading, batch by batch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MemoryLimit:
 
 
 class TooLargeError(Exception):
-    """Reading needs more memory than the limit; the message names the column, its size, the limit and how to raise it."""
+    """Reading needs more memory than the limit; the message has the column, its size, the limit and its params key."""
 
     def __init__(self, what: str, size: int, limit: MemoryLimit) -> None:
         advice = f"; raise {limit.key} if that is right" if limit.key else ""
@@ -56,8 +56,8 @@ def read_column(
 ) -> pa.ChunkedArray:
     """Read one column of some row groups (all if None), dictionaries decoded. Peak memory: about twice the limit.
 
-    stream: the same file opened for reading bytes; its page headers are then checked against the limit too. Without it only
-    the footer's sizes are checked before reading. Raises TooLargeError, and pyarrow's errors for a damaged file.
+    stream: the same file opened for reading bytes; its page headers are then checked against the limit too. Without it
+    only the footer's sizes are checked before reading. Raises TooLargeError, and pyarrow's errors for a damaged file.
     """
     import pyarrow as pa
 
@@ -74,7 +74,8 @@ def read_column(
         pages = [sum(_page_sizes(stream, chunk, what, limit)) for chunk in chunks]
         limit.check(what, sum(pages))
     if any(chunk.physical_type == "BYTE_ARRAY" for chunk in chunks):
-        # A value is at most as long as the pages of its chunk: a batch takes at most a quarter of the limit, or one value.
+        # A value is at most as long as the pages of its chunk: a batch takes at most a quarter of the limit, or one
+        # value.
         batch_rows = max(1, min(MAX_BATCH, limit.mib * MIB // (4 * max([1, *pages]))))
     else:
         batch_rows = max(1, MAX_BATCH * rows // max(1, rows, values))
@@ -115,7 +116,7 @@ def _plain_type(kind: Any) -> Any:
 
 
 def _page_sizes(stream: BinaryIO, chunk: Any, what: str, limit: MemoryLimit) -> Iterator[int]:
-    """Uncompressed bytes of each page of a column chunk, from the page headers. Raises ValueError for a damaged header."""
+    """Uncompressed bytes of each page of a column chunk, from the page headers. Raises ValueError for a damaged one."""
     start, size = chunk.data_page_offset, chunk.total_compressed_size
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
         start = chunk.dictionary_page_offset
@@ -153,7 +154,10 @@ def _page_header(data: bytes, at: int) -> tuple[dict[int, int], int]:
 
 
 def _skip(data: bytes, at: int, kind: int) -> int:
-    """The offset behind a value. Kinds: 1, 2 booleans, 3 byte, 4 to 6 integers, 7 double, 8 binary, 9, 10 lists, 12 struct."""
+    """The offset behind a value of a kind.
+
+    1 and 2 booleans, 3 byte, 4 to 6 integers, 7 double, 8 binary, 9 and 10 lists, 12 struct.
+    """
     if kind in (1, 2):
         return at
     if kind in (3, 7):

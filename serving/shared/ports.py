@@ -41,7 +41,7 @@ def choose_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
 
 
 def _bind_problem(host: str, port: int) -> str | None:
-    """The reason why a server cannot open the port, else None. Raises InputError for a host that is not this machine."""
+    """The reason why a server cannot open the port, else None. Raises InputError for a host of another machine."""
     try:
         with socket.socket() as opened:
             # Servers set it too: a port whose last connections are in TIME_WAIT is free.

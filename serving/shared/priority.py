@@ -1,9 +1,9 @@
 """Process priority (niceness): work that serves no request yet runs at lower priority than the serving processes.
 
-Why: a model load (about 0.5 s of CPU time), a rehearsal and golden requests run on the cores that serve requests. At equal
-priority they would delay these requests. An inference process therefore starts with a higher niceness and gets the
-server's niceness back when its model is ready (serving/triton/start.py). Linux has a niceness for each thread. Every user
-may increase it; to decrease it again needs RLIMIT_NICE or CAP_SYS_NICE (`LimitNICE=+0` in a systemd unit,
+Why: a model load (about 0.5 s of CPU time), a rehearsal and golden requests run on the cores that serve requests. At
+equal priority they would delay these requests. An inference process therefore starts with a higher niceness and gets
+the server's niceness back when its model is ready (serving/triton/start.py). Linux has a niceness for each thread.
+Every user may increase it; to decrease it again needs RLIMIT_NICE or CAP_SYS_NICE (`LimitNICE=+0` in a systemd unit,
 `--ulimit nice=20` of a container).
 """
 
@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 
 
 def unhurried(items: Iterable[Item]) -> Iterator[Item]:
-    """Iterate with a pause after the work on each item (throttling), so that user requests get most of the server's time."""
+    """Iterate with a pause after the work on each item, so that user requests get most of the server's time."""
     for item in items:
         begun = time.monotonic()
         yield item
@@ -47,8 +47,8 @@ def niceness() -> int:
 def stand_back(session: int, wanted: int) -> None:
     """Lower the priority of a session: set the niceness of its leader, which processes started later inherit.
 
-    session: the process id of the leader. wanted: the niceness. With autogroups Linux groups processes by session, and a
-    niceness counts only within its group, so the niceness of the group is set too.
+    session: the process id of the leader. wanted: the niceness. With autogroups Linux groups processes by session, and
+    a niceness counts only within its group, so the niceness of the group is set too.
     """
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, session, wanted)
@@ -76,10 +76,10 @@ def may_rise_to(wanted: int) -> bool:
 def write_stub_starter(path: Path, stub: Path, wanted: int) -> dict[str, str]:
     """Write the file that Triton starts as its Python stub: it starts inference processes at lower priority.
 
-    path: the file to write. stub: the stub of the installation. wanted: the server's niceness, to which the model returns
-    when it is ready. The file is a link to `stub` where the niceness cannot be decreased again or programs in this folder
-    cannot run (noexec); a model without start.py always starts at the server's priority. Returns the environment variables
-    that the server needs for it.
+    path: the file to write. stub: the stub of the installation. wanted: the server's niceness, to which the model
+    returns when it is ready. The file is a link to `stub` where the niceness cannot be decreased again or programs in
+    this folder cannot run (noexec); a model without start.py always starts at the server's priority. Returns the
+    environment variables that the server needs for it.
     """
     if wanted <= 0 and may_rise_to(wanted):
         program = shlex.quote(str(stub))

@@ -19,7 +19,8 @@ from serving.shared.errors import ServingError
 from serving.shared.priority import stand_back
 
 POLL = 0.05  # seconds
-# Triton has about 70 files open with two models on two cores, and one for each connection; at 64 it crashes at its start.
+# Triton has about 70 files open with two models on two cores, and one for each connection; at 64 it crashes at its
+# start.
 OPEN_FILES = 512
 
 
@@ -56,8 +57,8 @@ def start_process(
 ) -> subprocess.Popen[bytes]:
     """Start a process in its own session, so that Ctrl-C reaches only the calling process.
 
-    niceness: of the process, 0 to 19; 0 keeps the caller's. output: a file for stdout and stderr; None makes a pipe, which
-    the caller must read.
+    niceness: of the process, 0 to 19; 0 keeps the caller's. output: a file for stdout and stderr; None makes a pipe,
+    which the caller must read.
     """
     process = subprocess.Popen(
         command,

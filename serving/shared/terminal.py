@@ -1,7 +1,7 @@
 """Print untrusted text (class names, file names, server responses) safely on a terminal, or write it as CSV.
 
-Control characters are escaped. Every module prints through `print` and `Console` of this module; ruff rejects the builtin
-and rich's class.
+Control characters are escaped. Every module prints through `print` and `Console` of this module; ruff rejects the
+builtin and rich's class.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rich import console as rich_console
 from rich.markup import escape
 from rich.text import Text
 
-# C0 except tab and line feed, DEL, C1, line separators, bidi embeddings, overrides and isolates, and surrogates (bytes of a
-# file name that is not UTF-8).
+# C0 except tab and line feed, DEL, C1, line separators, bidi embeddings, overrides and isolates, and surrogates (bytes
+# of a file name that is not UTF-8).
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 FORMULA = re.compile("[=+\\-@\t\r＝＋－＠]")  # a spreadsheet reads text that begins so as a formula
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -37,7 +37,7 @@ SINGULAR = {"are": "is", "were": "was", "have": "has"}  # other verbs get an s
 
 
 def csv_cell(value: Any) -> Any:
-    """A value for a CSV file that a spreadsheet may open: text that it would read as a formula gets a leading apostrophe."""
+    """A value for a CSV file for spreadsheets: text that would be read as a formula gets a leading apostrophe."""
     if not isinstance(value, str | PathLike | Exception):
         return value
     text = str(value)
@@ -63,7 +63,7 @@ def print(*values: object, file: IO[str] | None = None, end: str = "\n", flush: 
 
 
 class Console(rich_console.Console):  # noqa: TID251
-    """Rich's console with `safe_text` for every text, and without emoji codes: a class named `:cat:` is printed unchanged."""
+    """Rich's console with `safe_text` for every text, and without emoji codes such as `:cat:`, which may be a class."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(emoji=False, **options)

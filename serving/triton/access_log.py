@@ -1,7 +1,7 @@
 """The access log of `classifier`: one JSON line per request, without image data, in files of bounded size.
 
-Off unless TAILOR_ACCESS_LOG names a folder. Each instance of each version writes its own file there: instances are separate
-processes, and a process must not rotate a file that another one writes.
+Off unless TAILOR_ACCESS_LOG names a folder. Each instance of each version writes its own file there: instances are
+separate processes, and a process must not rotate a file that another one writes.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from collections import Counter
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Limits of decoded pixels per image and per request for a manifest without limits. An image of one colour with 16 megapixels
-# is a file of 34 bytes and takes 0.4 s to decode; a batch of them would delay all other requests.
+# Limits of decoded pixels per image and per request for a manifest without limits. An image of one colour with 16
+# megapixels is a file of 34 bytes and takes 0.4 s to decode; a batch of them would delay all other requests.
 IMAGE_PIXELS, REQUEST_PIXELS = 16_000_000, 25_000_000
-# An image as text, for JSON, which has no bytes. No image file begins with these letters. The base64 must be canonical (no
-# blanks, no line breaks, padding only at the end), because the gateway decodes the image's header from parts of the text
-# (serving/gateway/lua/decoding.lua).
+# An image as text, for JSON, which has no bytes. No image file begins with these letters. The base64 must be canonical
+# (no blanks, no line breaks, padding only at the end), because the gateway decodes the image's header from parts of the
+# text (serving/gateway/lua/decoding.lua).
 DATA_URL = re.compile(rb"data:image/(?:jpeg|png|webp);base64,")
 NUMBER_BYTES = 64  # limit of a number in the text of a prior, with its separator
 LARGEST = float(np.finfo(np.float32).max)  # limit of a strength as text: the input `strength` is float32
@@ -28,7 +28,7 @@ EXPECTED = "expected balanced, train, live, a number, or a list in brackets with
 
 
 class Refused(Exception):
-    """A request is invalid; the message names the input, `reason` is the kind of fault in one word, a label of metrics."""
+    """An invalid request; the message names the input, `reason` is the kind of fault, a label of the metrics."""
 
     def __init__(self, reason, message):
         super().__init__(message)

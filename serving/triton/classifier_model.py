@@ -1,9 +1,9 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
 
-Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py and preprocess.py
-(copies of the modules of training), asked.py, integrity.py, metrics.py, live_prior.py, start.py and the logs. The network
-runs in `student` of the same version, or in this process if the config's parameter `network` is `own`: running a small
-network takes less time than a request to `student`.
+Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py and
+preprocess.py (copies of the modules of training), asked.py, integrity.py, metrics.py, live_prior.py, start.py and the
+logs. The network runs in `student` of the same version, or in this process if the config's parameter `network` is
+`own`: running a small network takes less time than a request to `student`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class TritonPythonModel:
     def initialize(self, args):
         """Read the manifest of this version, check the graph, load the modules beside this file, open the logs.
 
-        The load fails if the graph of `student` does not match the manifest, because the onnxruntime backend does not check
-        it.
+        The load fails if the graph of `student` does not match the manifest, because the onnxruntime backend does not
+        check it.
         """
         # resolve(), because Triton's repository may be a tree of links.
         folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
@@ -125,8 +125,8 @@ class TritonPythonModel:
     def balanced_logits(self, images):
         """The network's logits at strength 0, float64 [n,C], computed in batches of at most max_batch_size.
 
-        The logit adjustment is added in this process in float64, not by the graph in float32, so that every finite strength
-        gives finite logits, and strengths and target priors use the same code. Raises StudentFailed.
+        The logit adjustment is added in this process in float64, not by the graph in float32, so that every finite
+        strength gives finite logits, and strengths and target priors use the same code. Raises StudentFailed.
         """
         ask = self.network_logits if self.network else self.student_logits
         starts = range(0, len(images), self.max_batch_size)
@@ -186,7 +186,7 @@ def failure(message, code):
 
 
 def sibling(name):
-    """Load the module `name` beside this file, by path: an import by name could find a package in site-packages first."""
+    """Load the module `name` beside this file, by path: an import by name could find one in site-packages first."""
     spec = importlib.util.spec_from_file_location(f"tailor_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

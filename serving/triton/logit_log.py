@@ -1,8 +1,9 @@
-"""The logit log of `classifier`: balanced logits of a sample of the images as Parquet files, which `tailor drift` reads.
+"""The logit log of `classifier`: balanced logits of a sample of the images in Parquet files, read by `tailor drift`.
 
-Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the logits of one image before any prior; it has no data of
-the image, the caller or the response. Files are written atomically, so a killed server leaves readable ones. The oldest
-files are deleted if the folder would exceed its limit. One thread writes; no request waits for it. Needs pyarrow and numpy.
+Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the logits of one image before any prior; it has no data
+of the image, the caller or the response. Files are written atomically, so a killed server leaves readable ones. The
+oldest files are deleted if the folder would exceed its limit. One thread writes; no request waits for it. Needs pyarrow
+and numpy.
 """
 
 import base64
@@ -64,7 +65,7 @@ def open_logit_log(args, manifest, read_images, metrics):
 
 
 class LogitLog:
-    """An open log with its writer thread. metadata: of its files. probes: uint8 [n,3,S,S], images that are never logged.
+    """An open log with its writer thread. metadata: of its files. probes: uint8 [n,3,S,S], images not to log.
 
     Requests of health checks are not user traffic, so golden images and images of one colour are not logged.
     """
@@ -159,7 +160,8 @@ class LogitLog:
             for leftover in self.folder.glob(".logits-*.partial"):  # of killed processes, because this one has the lock
                 leftover.unlink()
             files = log_files(self.folder)
-            # Numbers, because a clock may be set back. The random part separates servers whose files were moved together.
+            # Numbers, because a clock may be set back. The random part separates servers whose files were moved
+            # together.
             number = int(NAME.fullmatch(files[-1].name)[1]) + 1 if files else 1
             name = self.name or f"logits-{number:08d}-{secrets.token_hex(4)}.parquet"
             content = stream.getvalue()
@@ -175,7 +177,7 @@ def log_files(folder):
 
 
 def make_room(files, name, size, limit):
-    """Delete the oldest files, never `name`, until `size` more bytes fit under the limit. The caller must hold the lock."""
+    """Delete the oldest files, never `name`, until `size` more bytes fit under the limit. Needs the folder's lock."""
     excess = size + sum(path.stat().st_size for path in files) - limit
     for path in files:
         if excess > 0 and path.name != name:

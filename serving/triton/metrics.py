@@ -1,7 +1,7 @@
-"""Prometheus metrics of `classifier` beside Triton's: requested priors, predicted classes, confidence, rejected requests.
+"""Prometheus metrics of `classifier`: requested priors, predicted classes, confidence, rejected and failed requests.
 
-A call into Triton takes about 70 µs, a batch of a small network less than 1 ms. So counts are summed here, and one thread
-passes the changes to Triton every FLUSH_EVERY seconds. Every label has a bounded set of values.
+A call into Triton takes about 70 µs, a batch of a small network less than 1 ms. So counts are summed here, and one
+thread passes the changes to Triton every FLUSH_EVERY seconds. Every label has a bounded set of values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ FAMILIES = {
     # Counted here because Triton counts a request as a success also if the model's response is an error.
     "tailor_refused_total": "Requests refused by the classifier, by reason",
     "tailor_failed_total": "Requests that the student did not answer",
-    # A histogram made of counters: Triton's histogram takes one observation per call, a counter takes the sum of a batch.
+    # A histogram made of counters: Triton's histogram takes one observation per call, a counter takes the sum of a
+    # batch.
     "tailor_confidence_bucket": "Images answered, by the probability of their most probable class, cumulative over le",
     "tailor_confidence_sum": "Sum of the probabilities of the most probable classes",
     "tailor_confidence_count": "Images answered, the count of the confidence histogram",
@@ -35,8 +36,8 @@ FAMILIES = {
 class Metrics:
     """The counters of one instance of a version. Use from one thread; `close` passes the last counts to Triton.
 
-    classes: the class names. groups: the shot group of each class. ranks: the rank of each class by training frequency, 0
-    is the most frequent.
+    classes: the class names. groups: the shot group of each class. ranks: the rank of each class by training frequency,
+    0 is the most frequent.
     """
 
     def __init__(self, version, classes, groups, ranks):
@@ -108,7 +109,7 @@ class Metrics:
 
 
 def class_labels(classes, ranks):
-    """The label of each class: its name, or with more than MAX_CLASS_LABELS classes `rank a-b`, its range of ranks from 1."""
+    """The label of each class: its name; with more than MAX_CLASS_LABELS classes `rank a-b`, its range of ranks."""
     if len(classes) <= MAX_CLASS_LABELS:
         return list(classes)
     edges = np.linspace(0, len(classes), MAX_CLASS_LABELS + 1).astype(int)

@@ -1,8 +1,8 @@
 """Run an exported graph with ONNX Runtime in an inference process; the instances of a model share the cores.
 
 While one instance works alone it uses every core, for the lowest latency of a single request. While several work, each
-uses its share: more threads than cores cost half of the throughput or more, and a small network on two threads is slower
-than two networks on one thread each. Needs only numpy and onnxruntime.
+uses its share: more threads than cores cost half of the throughput or more, and a small network on two threads is
+slower than two networks on one thread each. Needs only numpy and onnxruntime.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 OUTPUTS = ("logits", "feature")
-# Time that ONNX Runtime's threads spin for work before they sleep: longer than the gaps within a run. Its default is about
-# 1 s after each run, which takes the cores from all other processes. Releases without this setting ignore it.
+# Time that ONNX Runtime's threads spin for work before they sleep: longer than the gaps within a run. Its default is
+# about 1 s after each run, which takes the cores from all other processes. Releases without this setting ignore it.
 SPIN_MICROSECONDS = 500
 # An instance uses every core only after this number of runs in a row without another working instance. Under load the
 # other instances are idle for short times between two batches.
@@ -28,8 +28,8 @@ FLOCK = "hhqqi"  # struct flock: type, whence, start, length, process
 class Network:
     """A loaded model.onnx.
 
-    path: of the graph. config: of the model, with the parameters `execution_provider` and `intra_op_thread_count`; 0 means
-    the cores that this process may use. Raises TritonModelException if onnxruntime lacks the provider.
+    path: of the graph. config: of the model, with the parameters `execution_provider` and `intra_op_thread_count`; 0
+    means the cores that this process may use. Raises TritonModelException if onnxruntime lacks the provider.
     """
 
     def __init__(self, path, config):
@@ -39,7 +39,8 @@ class Network:
                 f"{provider} is not in this onnxruntime; install onnxruntime-gpu for it"
             )
         threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
-        # The cores that this process may use, not all of the machine. int(), because the config's numbers may be strings.
+        # The cores that this process may use, not all of the machine. int(), because the config's numbers may be
+        # strings.
         cores, instances = len(os.sched_getaffinity(0)), sum(int(group["count"]) for group in config["instance_group"])
         share = threads or max(1, cores // instances)
         self.shared = session_of(path, provider, share)

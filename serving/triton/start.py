@@ -1,8 +1,8 @@
-"""Start of an inference process (Triton's stub): lower priority until it is ready, and first-call costs before it serves.
+"""Start of an inference process (Triton's stub): lower priority until it is ready, first-call costs before it serves.
 
-Why: a start takes 0.5 s of CPU time, most of it in imports (Python, numpy), and would delay every request on the machine.
-The launcher (serving/shared/priority.py) starts the process at lower priority, if it can be raised again, and sets
-TAILOR_NICENESS to the niceness of the server.
+Why: a start takes 0.5 s of CPU time, most of it in imports (Python, numpy), and would delay every request on the
+machine. The launcher (serving/shared/priority.py) starts the process at lower priority, if it can be raised again, and
+sets TAILOR_NICENESS to the niceness of the server.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class TritonPythonModel:
             # Only the requested outputs, because each is copied to the server.
             names = [name for name in OUTPUTS if name in wanted] or list(OUTPUTS)
             outputs = self.network.run(concatenate(images), concatenate(strengths), names)
-            # One check of the whole batch: checks of each request's rows would take longer than the rest of this method.
+            # One check of the whole batch: checks of each request's rows would take longer than the rest of this
+            # method.
             sound = all(np.isfinite(output).all() for output in outputs)
             end = 0
             for place, image in zip(places, images, strict=True):
@@ -89,7 +90,7 @@ def refusal(message):
 
 
 def sibling(name):
-    """Load the module `name` beside this file, by path: an import by name could find a package in site-packages first."""
+    """Load the module `name` beside this file, by path: an import by name could find one in site-packages first."""
     spec = importlib.util.spec_from_file_location(f"tailor_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,5 +1,6 @@
--- Limit the decoding time of large images: estimate the cost of an image from its header, queue costly requests by caller.
--- nginx.conf needs `lua_shared_dict decoding 1m;`, `lua_check_client_abort on;` and, for each server, leave() in log_by_lua.
+-- Limit the decoding time of large images: estimate the cost of an image from its header, queue costly requests by
+-- caller. nginx.conf needs `lua_shared_dict decoding 1m;`, `lua_check_client_abort on;` and, for each server, leave()
+-- in log_by_lua.
 local decoding = {
     -- Costs are in PNG pixels. To decode and resize one takes NANOSECONDS of a core (docs/serving-performance.md).
     NANOSECONDS = 25,
@@ -10,13 +11,14 @@ local decoding = {
     wait_seconds = 10,
     slot_seconds = 5, -- then the slot of a crashed worker is free again; decoding takes at most 0.6 s
 }
--- By format, the cost of a pixel and of an encoded byte. A JPEG costs half as much per pixel, and less if it is decoded at a
--- reduced size, which saves little for a progressive JPEG.
+-- By format, the cost of a pixel and of an encoded byte. A JPEG costs half as much per pixel, and less if it is decoded
+-- at a reduced size, which saves little for a progressive JPEG.
 local WEIGHTS = { png = { 1, 0.4 }, webp = { 1, 1.8 }, jpeg = { 0.5, 0.4 }, progressive = { 1, 0.4 } }
 -- A JPEG marker with a segment, or the end-of-image marker; not a stuffed byte, restart marker or fill byte.
 local MARKER = "\255[^%z\1\208-\216\255]"
 local SEARCHED = 4096 -- bytes
--- The prefix of an image as base64 text, which the classifier accepts (serving/triton/asked.py), and its greatest length.
+-- The prefix of an image as base64 text, which the classifier accepts (serving/triton/asked.py), and its greatest
+-- length.
 local DATA_URL, LONGEST_PREFIX = "^data:image/%l+;base64,", 23
 
 -- The unsigned integer in bytes first to last; the most significant byte is at `first`, which may be the higher index.
@@ -28,8 +30,8 @@ local function number(text, first, last)
     return value
 end
 
--- Each parser returns the number of pixels and the format; nil for the pixels if the header does not end within MOST_PARTS.
--- If a file has several sizes, the largest counts, because decoders differ in which one they use.
+-- Each parser returns the number of pixels and the format; nil for the pixels if the header does not end within
+-- MOST_PARTS. If a file has several sizes, the largest counts, because decoders differ in which one they use.
 local function png(part, more)
     local pixels, place = 0, 8
     while more() do
@@ -75,8 +77,8 @@ local function webp(part)
     return kind == "VP8 " and number(head, 28, 27) % 16384 * (number(head, 30, 29) % 16384) or 0, "webp"
 end
 
--- Returns a read(place, count) of the file whose base64 text `read_text` reads; it decodes only the groups of four letters
--- with these bytes. Text that is not base64 gives an empty string; the classifier rejects it.
+-- Returns a read(place, count) of the file whose base64 text `read_text` reads; it decodes only the groups of four
+-- letters with these bytes. Text that is not base64 gives an empty string; the classifier rejects it.
 local function base64_reader(read_text)
     return function(place, count)
         local first = math.floor(place / 3)
@@ -85,8 +87,9 @@ local function base64_reader(read_text)
     end
 end
 
--- The cost of decoding the image of `size` bytes at `offset`; 0 for a file that Pillow rejects before it decodes a pixel.
--- read(offset, count): returns up to count bytes of the body. counted: a table per request, for the number of parts read.
+-- The cost of decoding the image of `size` bytes at `offset`; 0 for a file that Pillow rejects before it decodes a
+-- pixel. read(offset, count): returns up to count bytes of the body. counted: a table per request, for the number of
+-- parts read.
 function decoding.pixels(read, offset, size, counted)
     counted = counted or {}
     local function more()
@@ -122,8 +125,8 @@ end
 
 local entered = {} -- the costly requests of this worker, so that leave() is cheap for all others
 
--- Wait for a slot to decode images of this cost, in the access phase. Returns an error message after wait_seconds, else nil.
--- Only one request of an address competes for the slots at a time, so that many requests get no larger share.
+-- Wait for a slot to decode images of this cost, in the access phase. Returns an error message after wait_seconds, else
+-- nil. Only one request of an address competes for the slots at a time, so that many requests get no larger share.
 function decoding.enter(pixels)
     if pixels <= decoding.cheap then
         return nil
@@ -148,8 +151,8 @@ function decoding.enter(pixels)
     return "other large images are decoded for more than " .. decoding.wait_seconds .. " s; send smaller ones, or try again later"
 end
 
--- Free the slot of this request, after Triton's response or in the log phase. If the client disconnected (499) or the gateway
--- timed out (504), Triton still decodes, so the slot stays in use for the estimated decoding time.
+-- Free the slot of this request, after Triton's response or in the log phase. If the client disconnected (499) or the
+-- gateway timed out (504), Triton still decodes, so the slot stays in use for the estimated decoding time.
 function decoding.leave()
     if next(entered) == nil or not entered[id()] then
         return

@@ -1,6 +1,6 @@
 -- An inference over gRPC: parse and check the ModelInferRequest and send it to Triton over HTTP in the form of
--- tensors.rebuild; grpc_response.lua converts the response. Fields that are not listed here are rejected.
--- Why HTTP: over gRPC, Triton 24.10 exits (SIGSEGV) after some thousand calls that are cancelled or whose deadline expires.
+-- tensors.rebuild; grpc_response.lua converts the response. Fields that are not listed here are rejected. Why HTTP:
+-- over gRPC, Triton 24.10 exits (SIGSEGV) after some thousand calls that are cancelled or whose deadline expires.
 local body = require("body")
 local decoding = require("decoding")
 local ffi = require("ffi")
@@ -84,8 +84,8 @@ local ADD = {
     end,
 }
 
--- Decode a message by its schema: a table of lists, the values of each field by its name. Counts the fields of the request
--- and the bytes of its typed contents in `source`.
+-- Decode a message by its schema: a table of lists, the values of each field by its name. Counts the fields of the
+-- request and the bytes of its typed contents in `source`.
 local function decode(source, offset, size, schema)
     local message, stop = {}, offset + size
     for _, field in pairs(schema) do

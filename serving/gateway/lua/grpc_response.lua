@@ -20,8 +20,8 @@ local function field(number, data)
     return string.char(number * 8 + 2) .. varint(#data) .. data
 end
 
--- Encode a ModelInferResponse with gRPC's frame. answer: Triton's JSON object, whose outputs are all binary. data: the bytes
--- of the outputs, concatenated.
+-- Encode a ModelInferResponse with gRPC's frame. answer: Triton's JSON object, whose outputs are all binary. data: the
+-- bytes of the outputs, concatenated.
 local function message(answer, data)
     local parts, raw, offset = {}, {}, 1
     for _, output in ipairs(answer.outputs) do

@@ -1,6 +1,6 @@
--- An inference over HTTP: parse and check the JSON part and rewrite it with tensors in the binary form.
--- Why: Triton then parses only bytes that tensors.lua wrote. Triton 24.10 exits on some JSON data (a shape larger than the
--- memory, nested brackets), and uses the first of two equal keys where cjson uses the last.
+-- An inference over HTTP: parse and check the JSON part and rewrite it with tensors in the binary form. Why: Triton
+-- then parses only bytes that tensors.lua wrote. Triton 24.10 exits on some JSON data (a shape larger than the memory,
+-- nested brackets), and uses the first of two equal keys where cjson uses the last.
 local body = require("body")
 local decoding = require("decoding")
 local tensors = require("tensors")
@@ -49,7 +49,8 @@ local function decode(text)
     return object
 end
 
--- Reject a value that is not an object, has other keys than those of `kinds`, or a value of another type than listed there.
+-- Reject a value that is not an object, has other keys than those of `kinds`, or a value of another type than listed
+-- there.
 local function check_object(object, where, kinds)
     if type(object) ~= "table" or object[1] ~= nil then
         refuse(where .. "is not an object")
@@ -89,7 +90,8 @@ local function flatten(data, into)
     return into
 end
 
--- Parse an entry of `inputs`; its binary data, if any, begin at `offset`. Returns the input and the offset behind its data.
+-- Parse an entry of `inputs`; its binary data, if any, begin at `offset`. Returns the input and the offset behind its
+-- data.
 local function read_input(entry, offset, source)
     local name = type(entry) == "table" and entry.name
     local where = "input " .. shown(name) .. ": "

@@ -1,5 +1,5 @@
--- The rules for an inference request over HTTP (http.lua) or gRPC (grpc.lua). Each model accepts only the tensors listed
--- here. A request that passes is rewritten in one fixed form.
+-- The rules for an inference request over HTTP (http.lua) or gRPC (grpc.lua). Each model accepts only the tensors
+-- listed here. A request that passes is rewritten in one fixed form.
 local decoding = require("decoding")
 local ffi = require("ffi")
 
@@ -9,9 +9,9 @@ local ITEM = {
     UINT8 = { bytes = 1, ctype = "uint8_t[?]", least = 0, most = 255, whole = true },
     FP32 = { bytes = 4, ctype = "float[?]", least = -math.huge, most = math.huge },
 }
--- A test compares MODELS with the model configs of a repository. labels: the parameter "classification" is allowed, with
--- which Triton returns the best classes with labels instead of numbers. On an output of strings Triton 24.10 then exits with
--- SIGFPE.
+-- A test compares MODELS with the model configs of a repository. labels: the parameter "classification" is allowed,
+-- with which Triton returns the best classes with labels instead of numbers. On an output of strings Triton 24.10 then
+-- exits with SIGFPE.
 tensors.MODELS = {
     student = { inputs = { image = "UINT8", strength = "FP32" }, outputs = { logits = { labels = true }, feature = {} } },
     classifier = {
@@ -49,8 +49,8 @@ local function elements_of(shape, where)
     return elements
 end
 
--- Call each(offset, size) for the strings of a BYTES tensor. They must fill its bytes exactly: Triton 24.10 checks this too,
--- but then rejects every request of the batch.
+-- Call each(offset, size) for the strings of a BYTES tensor. They must fill its bytes exactly: Triton 24.10 checks this
+-- too, but then rejects every request of the batch.
 local function each_string(source, input, expected, where, each)
     local offset, stop, found = input.offset, input.offset + input.size, 0
     while offset < stop and found <= expected do
@@ -132,8 +132,9 @@ local function check_input(input, request, source)
     end
 end
 
--- Check a request {model, id, inputs, outputs}; rejects it if it breaks a rule. An input has name, datatype, shape and either
--- `offset` and `size` of its bytes in the source, or `values`, which become its `data`. Sets `pixels`, the decoding cost.
+-- Check a request {model, id, inputs, outputs}; rejects it if it breaks a rule. An input has name, datatype, shape and
+-- either `offset` and `size` of its bytes in the source, or `values`, which become its `data`. Sets `pixels`, the
+-- decoding cost.
 function tensors.check(request, source)
     local model, seen = tensors.MODELS[request.model], {}
     request.pixels = 0
@@ -162,8 +163,8 @@ function tensors.check(request, source)
     end
 end
 
--- Build the body for Triton over HTTP, as parts for body.replace; the form is the same for both protocols. Sets the variable
--- head_length to the length of the JSON part.
+-- Build the body for Triton over HTTP, as parts for body.replace; the form is the same for both protocols. Sets the
+-- variable head_length to the length of the JSON part.
 function tensors.rebuild(request)
     local inputs, outputs, parts = {}, {}, { "" }
     for index, input in ipairs(request.inputs) do
