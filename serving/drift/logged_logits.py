@@ -81,7 +81,7 @@ def read_logits(
             others[version] = others.get(version, 0) + int(inside.sum())
             continue
         found += int(inside.sum())
-        # Reservoir sample over files: each row draws a random number, and the rows with the smallest numbers stay.
+        # Uniform sample over files: each row draws a random number, and the rows with the smallest numbers stay.
         kept.append((random.random(len(times))[inside], times[inside], logits[inside]))
         if sum(len(draws) for draws, _, _ in kept) > 2 * most:
             kept = [_smallest(kept, most)]

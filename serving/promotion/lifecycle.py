@@ -1,8 +1,8 @@
 """Lifecycle of a version in `tailor retrain`: publish, verify, promote, watch, roll back or withdraw.
 
-Each function is one step, which the caller retries separately. The steps use `serving.promotion.promotion`, as `tailor
-promote` and `tailor rollback` do. The repository need not exist: its first version is written beside its path and
-renamed when it is promoted.
+Each function is one step, which the caller retries separately. The steps use `serving.promotion.promotion`, which
+`tailor promote` and `tailor rollback` use too. The repository need not exist: its first version is written beside its
+path and renamed when it is promoted.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def promote(
         first.rename(repository)
         sync(repository.parent)
         return Promotion(version, 0, False, ())
-    if version < champion.version:  # an older release was decided on again
+    if version < champion.version:  # an older release, replaced or rolled back from before, is the best again
         return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
     return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=None)
 

@@ -21,7 +21,7 @@ TREE = "repository"
 
 
 def link_tree(repository: Path, runtime: Path) -> Path:
-    """Create or update the tree in a server's runtime folder, as when versions were added or removed; returns its path.
+    """Create the tree in a server's runtime folder, or update it to the present versions; returns its path.
 
     Raises ServingError naming the file or folder that cannot be read or linked.
     """

@@ -1,4 +1,4 @@
-"""Optional features of a Triton server: latency summaries, traces, TLS (command-line options); logit log (variables)."""
+"""Optional features of a Triton server: latency summaries, traces and TLS as options, the logit log as variables."""
 
 from __future__ import annotations
 

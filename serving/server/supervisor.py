@@ -52,7 +52,7 @@ class Patience:
 
 
 class GivenUp(ServingError):
-    """The server failed more often than `Patience.restarts` allows; the message has the cause and the end of a log."""
+    """The server failed more often than `Patience.restarts` allows; the message has the cause and the log's end."""
 
 
 class Supervisor:
