@@ -77,9 +77,9 @@ def write_stub_starter(path: Path, stub: Path, wanted: int) -> dict[str, str]:
     """Write the file that Triton starts as its Python stub: it starts inference processes at lower priority.
 
     path: the file to write. stub: the stub of the installation. wanted: the server's niceness, to which the model
-    returns when it is ready. The file is a link to `stub` where the niceness cannot be decreased again or programs in
-    this folder cannot run (noexec); a model without start.py always starts at the server's priority. Returns the
-    environment variables that the server needs for it.
+    returns when it is ready. The file is only a link to `stub` if `wanted` is above 0, if the niceness cannot be
+    decreased again, or if programs in this folder cannot run (noexec). A model without start.py always starts at the
+    server's priority. Returns the environment variables that the server needs for it.
     """
     if wanted <= 0 and may_rise_to(wanted):
         program = shlex.quote(str(stub))
