@@ -1,6 +1,7 @@
 #!/bin/sh
-# Starts Triton on the repository of Tailor at /models, with the same restrictions as `tailor serve`. Further options of
-# Triton's own may follow as arguments; TAILOR_HOST is the address to listen on, TAILOR_ADMIN_KEY the key of the controls.
+# Start Triton on the model repository at /models (or TAILOR_REPOSITORY), with the same restrictions as `tailor serve`.
+# Arguments: further options of Triton. TAILOR_HOST: the address to listen on. TAILOR_ADMIN_KEY: the key for model
+# control. TAILOR_EXIT_TIMEOUT: seconds for running requests at a stop (10).
 set -eu
 
 repository="${TAILOR_REPOSITORY:-/models}"
@@ -16,7 +17,7 @@ for name in student classifier; do
     [ -f "$repository/$name/config.pbtxt" ] || fail "$repository: holds no $name/config.pbtxt; mount artifacts/repository there"
 done
 key="${TAILOR_ADMIN_KEY:-}"
-# Whoever may load a model may run code here, so there is no server without a key.
+# A caller that may load a model can run code here, so the server always has a key.
 [ -n "$key" ] || key="$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')"
 case "$key" in
     *[!A-Za-z0-9_-]*) fail "TAILOR_ADMIN_KEY is not usable; expected letters, digits, - or _" ;;

@@ -1,8 +1,9 @@
-"""Whether a Triton server with Tailor's models answers an image: exit status 0 or 1. The standard library alone.
+"""Health check of a container: exit status 0 if `classifier` answers a request with one image, else 1.
 
-Triton's own ready endpoints stay well when a stub has died, so containers ask this: `[--live] [URL [METRICS_URL]]`.
-With --live it asks whether the server is worth keeping: one that is only too busy to answer in time is. It is well then
-if it answered others meanwhile, or, where its metrics are not to be had, if Triton itself says that it lives.
+Arguments: `[--live] [URL [METRICS_URL]]`. Needs only the standard library. Triton's ready endpoints return 200 after an
+inference process has died, so the probes run this program. With --live (liveness probe) a server that is only
+overloaded passes too: after a timeout the exit status is 0 if the server answered other requests meanwhile, or, if its
+metrics are not available, if Triton's live endpoint returns 200.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import urllib.request
 import zlib
 
 TIMEOUT = 8.0  # seconds
-# Straight to the server: a proxy of the environment would refuse loopback, and Kubernetes would end a healthy pod.
+# Without a proxy of the environment, which would reject loopback; Kubernetes would then restart a healthy pod.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-LIVE_TIMEOUT = 30.0  # seconds; a server that answers nobody for that long, three times in a row, hangs
-SHORT_TIMEOUT = 5.0  # seconds, for what no model has to answer
+LIVE_TIMEOUT = 30.0  # seconds; a server that answers no request for that long, three times in a row, hangs
+SHORT_TIMEOUT = 5.0  # seconds, for metrics and health endpoints, which need no model
 
 
 def grey_png(side: int = 16) -> bytes:
-    """A small grey picture."""
+    """A grey PNG image of side * side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -35,7 +36,7 @@ def grey_png(side: int = 16) -> bytes:
 
 
 def answered(metrics_url: str) -> float | None:
-    """How many requests Triton counts as answered by the classifier; None where it does not say."""
+    """Number of requests that the classifier has answered, from Triton's metrics; None if not available."""
     try:
         with DIRECT.open(metrics_url, timeout=SHORT_TIMEOUT) as answer:
             shown = answer.read().decode()
@@ -46,7 +47,7 @@ def answered(metrics_url: str) -> float | None:
 
 
 def lives(url: str) -> bool:
-    """What Triton says of itself."""
+    """Whether Triton's live endpoint returns 200."""
     try:
         with DIRECT.open(f"{url}/v2/health/live", timeout=SHORT_TIMEOUT):
             return True
@@ -55,7 +56,7 @@ def lives(url: str) -> bool:
 
 
 def ask(url: str, timeout: float) -> None:
-    """Ask the classifier about an image. Raises OSError, of which TimeoutError says that time ran out."""
+    """Send the classifier a request with one image. Raises OSError if it fails, TimeoutError after `timeout` s."""
     image = struct.pack("<I", len(grey_png())) + grey_png()
     strength = struct.pack("<f", 0.0)
     inputs = [
@@ -75,7 +76,7 @@ def ask(url: str, timeout: float) -> None:
 
 
 def main(*arguments: str) -> int:
-    """Ask once; says why on stderr when there is no answer."""
+    """Send one request; prints the reason of a failure on stderr. Returns the exit status."""
     live, addresses = "--live" in arguments, [given for given in arguments if given != "--live"]
     url, metrics_url = (*addresses, *("http://127.0.0.1:8000", "http://127.0.0.1:8002/metrics")[len(addresses) :])
     before = answered(metrics_url) if live else None

@@ -1,1 +1,1 @@
-"""Class shares estimated from logged logits."""
+"""Drift (label shift): estimate the class shares of the live requests from logged logits."""

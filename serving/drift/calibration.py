@@ -1,4 +1,4 @@
-"""The calibration of a served student, from what evaluation kept of its test answers."""
+"""Calibration of a served student, fitted on the test predictions that evaluation stored."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from serving.shared.bounded_parquet import MemoryLimit, TooLargeError, read_colu
 from serving.shared.errors import ServingError
 
 LIMIT = MemoryLimit(1024)
-SAME = 1e-6  # nats; the manifest's own figure is of these very answers
+SAME = 1e-6  # nats; largest difference from the manifest's nll, which evaluation computed from the same predictions
 
 
 def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
-    """Temperature and biases fitted on evaluation's predictions.parquet (label, balanced logits) of this release.
+    """Fit temperature and biases on evaluation's predictions.parquet (label, balanced logits) of this release.
 
     Raises ServingError naming the file: missing, damaged, of another student than the manifest's, a class without test
-    answers, or answers that say nothing about the labels.
+    predictions, or predictions on which no calibration can be fitted.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -41,7 +41,7 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
     if not usable or not np.isfinite(logits).all() or labels.min() < 0 or labels.max() >= classes:
         raise ServingError(f"{predictions}: is not of the {classes} classes of version {manifest.version}")
     absent = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
-    if absent.size:  # its bias would be whatever the penalty leaves, and the class would never be found
+    if absent.size:  # only the penalty would determine the bias of such a class, and it would never be predicted
         raise ServingError(f"{predictions}: class {manifest.classes[absent[0]]!r} has no test answer to calibrate by")
     wrong = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
     recorded = manifest.balanced_metric("nll")

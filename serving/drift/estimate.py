@@ -1,4 +1,4 @@
-"""How far the classes that are asked about have moved from those that were trained on: label shift, with its uncertainty."""
+"""Estimate label shift: class prior of live requests, its distance from the training prior, confidence intervals."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from serving.triton.live_prior import FORMAT, NAME
 
 Method = Literal["em", "map"]
 CONFIDENCE = 0.95
-BOOTSTRAP_STEPS = 20_000  # only the few resamples that have not settled take them
+BOOTSTRAP_STEPS = 20_000  # iterations; few resamples need as many to converge
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """An estimated share or distance with the bounds of its confidence interval."""
+    """An estimated share or distance with its confidence interval, low to high."""
 
     value: float
     low: float
@@ -35,10 +35,11 @@ class Bounded:
 
 @dataclass(frozen=True)
 class Drift:
-    """A live class prior against the training prior.
+    """An estimated live class prior compared with the training prior.
 
-    training, prior, low, high: float64 [C]. em, map: both estimates, of which `prior` is the one of `method`. groups:
-    the live share of many, medium and few. distance: total variation of prior from training, 0 to 1.
+    training, prior, low, high: float64 [C]; low and high bound the confidence interval of prior. em, map: both
+    estimates, float64 [C]; `prior` is the one of `method`. groups: the live shares of the many-, medium- and few-shot
+    classes. distance: total variation distance of prior from training, 0 to 1. images: number of images used.
     """
 
     method: Method
@@ -54,11 +55,11 @@ class Drift:
     distance: Bounded
 
     def exceeds(self, threshold: float) -> bool:
-        """Whether the distance is above a threshold beyond noise: its whole interval is."""
+        """Whether the distance is significantly above a threshold: the lower bound of its interval is above it."""
         return self.distance.low > threshold
 
     def most_shifted(self, number: int) -> list[int]:
-        """Classes by how much their share changed, the most first."""
+        """The indexes of the classes whose share changed most, largest change first."""
         return np.argsort(-np.abs(self.prior - self.training), kind="stable")[:number].tolist()
 
 
@@ -75,16 +76,19 @@ def estimate_drift(
 ) -> Drift:
     """Estimate the class prior of unlabelled data and its distance from the training prior.
 
-    logits: balanced, [N,C]. counts: training samples per class. calibration: None takes the
-    logits as they are. method `em` is Saerens's maximum likelihood, `map` adds pseudo_samples (None: one for
-    ten classes) that follow the training prior: with little data it stays near that, and no class gets nothing. Bounds
-    are the bootstrap's percentiles. The distance's are not, because noise alone makes a distance: the bootstrap says how
-    far an estimate lies from the truth, and by the triangle inequality the true distance is at most that much off. They
-    reach no less far than images of the training prior, as many and each told apart, would lie from it.
-    Raises InputError naming an unusable argument, ServingError when the estimate has not settled.
+    logits: balanced, [N,C]. counts: training samples per class. calibration: applied to the logits; None for no
+    calibration. method: `em` is the maximum likelihood of Saerens et al.; `map` adds pseudo_samples (None: one for ten
+    classes) that follow the training prior, so that the estimate stays near it with little data and no class gets share
+    0. confidence: of the intervals. resamples, seed: of the bootstrap.
+
+    Intervals of shares are percentiles of the bootstrap. The interval of the distance is not, because noise alone makes
+    a distance above 0. It is the distance plus and minus a radius: the quantile of the bootstrap's distances from the
+    estimate (by the triangle inequality the true distance differs by at most the error of the estimate). The radius is
+    at least the quantile of the distance that the same number of correctly classified images of the training prior has.
+    Raises InputError naming an unusable argument, ServingError if the estimate has not converged.
     """
     classes = len(counts)
-    # A class without training samples, where the recipe smooths, has a share of next to nothing.
+    # 1e-9: a class without training samples, which a recipe with smoothing allows, gets a share just above 0.
     training = class_prior(counts, 1e-9)
     pseudo = classes / 10 if pseudo_samples is None else pseudo_samples
     if method not in ("em", "map"):
@@ -107,7 +111,8 @@ def estimate_drift(
         )
         low, high = interval(draws, confidence)
         reach = float(np.quantile(total_variation(draws, found[method].prior), confidence))
-        # With few images a class, resamples of them miss most classes alike, and so lie too near to one another.
+        # With few images per class all resamples lack the same classes, so the bootstrap alone gives too small a
+        # radius.
         pull = pseudo if method == "map" else 0.0
         drawn = np.random.default_rng(seed).multinomial(len(logits), training, resamples)
         unshifted = (drawn + pull * training) / (len(logits) + pull)
@@ -129,9 +134,10 @@ def _share(prior: np.ndarray, draws: np.ndarray, members: np.ndarray, confidence
 
 
 def write_live_prior(root: Path, manifest: Manifest, prior: np.ndarray, estimated: Mapping[str, Any]) -> Path:
-    """Make a prior the one that requests to the repository's servers name `live`; returns its file.
+    """Write the live prior of a repository, for requests with prior `live`; returns its file.
 
-    estimated: what the numbers rest on, kept in the file. The servers use it from their next request on.
+    prior: [C], checked. estimated: the basis of the estimate, stored in the file. The servers use it from the next
+    request.
     """
     checked = check_target_prior(prior, len(manifest.classes))
     content = {

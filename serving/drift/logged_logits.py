@@ -1,4 +1,4 @@
-"""The logged logits of a served release, read back: `tailor drift` estimates from them."""
+"""Read the logit log of a served release, from which `tailor drift` estimates label shift."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from serving.triton.logit_log import FORMAT, classes_sha256, log_files
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LIMIT = MemoryLimit(256)  # a file of the log has at most 4 MiB
+LIMIT = MemoryLimit(256)  # MiB per column; a file of the log has at most 4 MiB
 SPAN = re.compile(r"(\d{1,9})([smhdw])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 @dataclass(frozen=True)
 class LoggedLogits:
-    """Answers of one release in a time window, in the log's order.
+    """Logged images of one release in a time window, in the order of the log.
 
-    logits: balanced, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. found: how many the window holds,
-    N or more. others: answers of other releases in it, by version. skipped: files that could not be used, and why.
+    logits: balanced, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. found: number of images in the
+    window, N or more. others: number of images of other releases in the window, by version. skipped: unusable file →
+    reason.
     """
 
     logits: np.ndarray
@@ -41,7 +42,7 @@ class LoggedLogits:
 
 
 class _Unusable(Exception):
-    """A file of the log that holds no answers that could be read; the message says why."""
+    """A file of the log cannot be used; the message is the reason."""
 
 
 def read_logits(
@@ -53,11 +54,11 @@ def read_logits(
     most: int = 10_000,
     seed: int = 0,
 ) -> LoggedLogits:
-    """The logged answers of the release with this manifest; of more than `most`, a sample of that size.
+    """Read the logged logits of the release with this manifest; of more than `most` images, a random sample.
 
-    since, until: seconds since the epoch. Same seed and same files, same sample. One file is in memory at a time. Files
-    that are none of the log's are passed over; one that is damaged, or of other classes, is named in `skipped`. Raises
-    InputError when there is no such folder, ServingError when it is no log.
+    since, until: seconds since the epoch, until exclusive. The same seed and files give the same sample. One file is in
+    memory at a time. Other files in the folder are ignored; damaged ones, or those of other classes, are in `skipped`.
+    Raises InputError if the folder cannot be read, ServingError if it has no log files.
     """
     if most < 1:
         raise InputError(f"most is {most}; expected at least 1")
@@ -70,7 +71,7 @@ def read_logits(
     for path in files:
         try:
             version, student, times, logits = _read(path, manifest)
-        except FileNotFoundError:  # the oldest just went
+        except FileNotFoundError:  # the server has just deleted its oldest file
             continue
         except _Unusable as reason:
             skipped[path.name] = str(reason)
@@ -80,7 +81,7 @@ def read_logits(
             others[version] = others.get(version, 0) + int(inside.sum())
             continue
         found += int(inside.sum())
-        # Every answer draws a number, and the smallest stay: a fair sample of what is read one file after another.
+        # Uniform sample over files: each row draws a random number, and the rows with the smallest numbers stay.
         kept.append((random.random(len(times))[inside], times[inside], logits[inside]))
         if sum(len(draws) for draws, _, _ in kept) > 2 * most:
             kept = [_smallest(kept, most)]
@@ -89,9 +90,9 @@ def read_logits(
 
 
 def moment_of(text: str, option: str, now: float | None = None) -> float:
-    """Seconds since the epoch of `24h` or `7d` (so long ago) or of an ISO date and time. Raises InputError naming it.
+    """Parse `24h` or `7d` (that long before `now`) or an ISO 8601 date and time into seconds since the epoch.
 
-    A time without a zone is local time.
+    A time without a zone is local time. option: for the message of the InputError for other text.
     """
     if span := SPAN.fullmatch(text.strip()):
         return (time.time() if now is None else now) - int(span[1]) * SECONDS[span[2]]
@@ -113,14 +114,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, manifest: Manifest) -> tuple[int, str, np.ndarray, np.ndarray]:
-    """Version, sha256 of the student, times and logits of one file. Raises _Unusable and FileNotFoundError."""
+    """Read one file: version, sha256 of the student, times and logits. Raises _Unusable and FileNotFoundError."""
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
         LIMIT.check("the file", path.stat().st_size)
         data = path.read_bytes()
-        # read_table would leave threads behind that abort a program which ends at once (pyarrow 24).
+        # Not read_table: its threads abort a program that exits immediately afterwards (pyarrow 24).
         with pyarrow.parquet.ParquetFile(pa.BufferReader(data)) as file:
             names = file.schema_arrow.names
             columns = {name: read_column(file, name, LIMIT, stream=io.BytesIO(data)) for name in dict.fromkeys(names)}
@@ -157,7 +158,7 @@ def _has_columns(table: pa.Table, classes: int) -> bool:
 def _smallest(
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], number: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows with the smallest draws, in their order."""
+    """The `number` rows with the smallest random numbers, in their order."""
     draws, times, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
     chosen = np.sort(np.argsort(draws, kind="stable")[:number])
     return draws[chosen], times[chosen], logits[chosen]

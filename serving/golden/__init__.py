@@ -1,1 +1,1 @@
-"""Golden requests: known responses, sent to a release or a server."""
+"""Golden requests with known responses: run them on a release (dry run) or send them to a server."""

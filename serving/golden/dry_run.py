@@ -1,7 +1,7 @@
-"""Dry run: the golden requests of releases run through ONNX Runtime alone, in a separate process.
+"""Dry run: run the golden requests of releases in ONNX Runtime, without Triton, in a separate process.
 
-It is the trial of a version where no second server can be started, and names the graph as the cause of a failed start.
-A graph can end the process that runs it, or never finish, so that process must not be one that serves.
+It verifies a version where no second server can be started, and detects a faulty graph after a failed server start. The
+separate process is needed because a graph can crash the process that runs it, or never finish.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from serving.shared.priority import stand_back
 from serving.shared.process import with_tailor
 from serving.shared.terminal import print
 
-NICENESS = 5  # a champion may be serving on the same cores
+NICENESS = 5  # a champion may serve on the same cores
 
 
 def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
-    """Run the graph of each release once per golden request, on the CPU, and compare the answers.
+    """Run the graph of each release once per golden request, on the CPU, and compare the responses.
 
-    Raises RepositoryError naming the model when ONNX Runtime refuses it, dies of it or takes longer than `timeout`
-    seconds, or when an answer is not the golden one.
+    timeout: seconds for each release. Raises RepositoryError naming the model if ONNX Runtime rejects it, crashes or
+    times out, or if a response is not the golden one.
     """
     for release in releases:
         model = root / STUDENT / str(release.version) / "model.onnx"
         command = [sys.executable, "-P", "-m", "serving.golden.dry_run", str(root), str(release.version)]
-        # Its package would otherwise write a telemetry file under the user's cache folder.
+        # Without the variable onnxruntime writes a telemetry file into the user's cache folder.
         environment = with_tailor(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
         try:
             ended = subprocess.run(
@@ -60,8 +60,8 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
 
 
 def run_golden(root: Path, release: Release) -> None:
-    """What the process does for one release. Raises RepositoryError naming the model."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when it is first imported
+    """Run the golden requests of one release in this process. Raises RepositoryError naming the model."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime reads it at its import
     import onnxruntime
 
     path = root / STUDENT / str(release.version) / "model.onnx"
@@ -81,7 +81,7 @@ def run_golden(root: Path, release: Release) -> None:
             session.run(["logits"], {"image": image, "strength": strength})[0][0]
             for image, strength in zip(images, strengths, strict=True)
         ]
-    except Exception as error:  # its exceptions have no base of their own below Exception
+    except Exception as error:  # onnxruntime's exceptions have no other common base class
         reason = " ".join(str(error).split())[:300]
         raise RepositoryError(f"{path}: ONNX Runtime cannot run it: {reason}; export again") from error
     for golden, logits in zip(release.golden, answers, strict=True):
@@ -92,7 +92,7 @@ def run_golden(root: Path, release: Release) -> None:
 
 
 def main(root: str, version: str) -> int:
-    """Run one release; its error is one line on standard output."""
+    """Run one release at lower priority; prints an error as one line on standard output. Exit status 0 or 1."""
     stand_back(os.getpid(), NICENESS)
     try:
         run_golden(Path(root), read_release(Path(root), int(version), hashes=False))

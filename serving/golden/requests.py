@@ -1,4 +1,4 @@
-"""Golden requests sent to a running server: both models of a release must return the answers stored in its export."""
+"""Send golden requests to a running server: both models of a release must return the responses stored in its export."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from serving.transport.sync_transport import Transport
 
 
 def check_golden(client: Client, release: Release, rest: bool = True) -> None:
-    """Send the golden requests of a release to `classifier`. Raises ServingError when one fails or its answer is wrong.
+    """Send the golden requests of a release to `classifier`. Raises ServingError if one fails or is answered wrongly.
 
-    rest: pause after each request, so that the requests of users get most of the server's time.
+    rest: pause after each request, so that user requests get most of the server's time.
     """
     for golden in unhurried(release.golden) if rest else release.golden:
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
@@ -29,9 +29,9 @@ def check_golden(client: Client, release: Release, rest: bool = True) -> None:
 
 
 def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -> None:
-    """Send the golden requests of a release to `student`, which a small network's classifier does not use.
+    """Send the golden requests of a release to `student`, which the classifier of a small network does not use.
 
-    Raises ServingError when one fails or its answer is wrong.
+    rest: as in check_golden. Raises ServingError if one fails or is answered wrongly.
     """
     form = release.manifest.image
     with closing(Transport(url, timeout)) as transport:
@@ -45,7 +45,7 @@ def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -
 
 
 def send_whole_batch(url: str, release: Release, timeout: float) -> None:
-    """Send `student` a request of max_batch_size images. Raises ServingError when it fails."""
+    """Send `student` one request of max_batch_size images. Raises ServingError if it fails."""
     form = release.manifest.image
     with closing(Transport(url, timeout)) as transport:
         image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to, form.room)[None]

@@ -1,1 +1,1 @@
-"""A version goes live, or is rolled back; rehearsal; history."""
+"""Promote a version to champion or roll back to an older one; check, rehearsal, swap, history."""

@@ -1,4 +1,4 @@
-"""A release beside the champion before it is promoted by hand: the figures of both manifests, and the gate's decision."""
+"""Compare a release with the champion before a manual promotion: test accuracies and the gate's decision."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from serving.repository.release import published_versions, read_champion, read_r
 from serving.shared.names import CLASSIFIER
 from serving.shared.terminal import cell
 
-# Test accuracies for the balanced prior in a manifest, each a mean over classes → how the table names it.
+# Keys of a manifest's test accuracies for the balanced prior (means over classes) → their names in the table.
 FIGURES = {"balanced_accuracy": "all classes", "many": "many", "medium": "medium", "few": "few"}
-DECIDING = ("balanced_accuracy", "few")  # a release is worse where one of these is lower
+DECIDING = ("balanced_accuracy", "few")  # a lower value of one of these needs a confirmation
 
 
 @dataclass(frozen=True)
 class PromotionCheck:
-    """A release and the champion. figures: name of FIGURES → (champion's, release's), None where a manifest has none.
+    """A comparison of a release with the champion.
 
-    decision: the gate's, in a line; empty where there was none. doubt: why the promotion needs a confirmation, else None.
+    figures: key of FIGURES → (value of the champion, value of the release), None if a manifest has no value. decision:
+    of the gate, one line; empty if there was none. doubt: why the promotion needs a confirmation, else None.
     """
 
     champion: int
@@ -34,15 +35,15 @@ class PromotionCheck:
 
 
 def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | None:
-    """Compare a release with the champion of a repository; None where it is the champion, older, or not published.
+    """Compare a release with the champion of a repository; None if it is the champion, older, or not published.
 
-    Raises RepositoryError or ManifestError naming a file that is damaged.
+    release: an export folder or a version. Raises RepositoryError or ManifestError naming a damaged file.
     """
     champion = read_champion(repository)
     decision = None
     if isinstance(release, int):
         if release <= champion.version or release not in published_versions(repository):
-            return None  # promotion itself refuses it, or has nothing to do
+            return None  # the promotion rejects it, or has nothing to do
         manifest = read_release(repository, release, hashes=False).manifest
         decision = read_optional_json(repository / CLASSIFIER / str(release) / DECISION_NAME)
     else:
@@ -67,7 +68,7 @@ def _doubt(figures: dict[str, tuple[float | None, float | None]], decision: dict
 
 
 def promotion_table(found: PromotionCheck) -> Table:
-    """Both in a table, a row a group."""
+    """A table of the comparison: a row for each class group, columns champion, release and difference."""
     table = Table(title=cell(f"{found.release} beside the champion"), title_justify="left", box=None)
     table.add_column("test accuracy, balanced prior")
     for name in (f"champion {found.champion}", "release", "difference"):

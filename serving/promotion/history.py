@@ -1,4 +1,4 @@
-"""Every version of a repository with its story: from what it was made, how it did, why and when it was promoted."""
+"""Version history of a repository: data, params and code of each version, its metrics, decision and promotions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from serving.server.running import find_running
 from serving.shared.names import CLASSIFIER
 from serving.shared.terminal import cell
 
-# Beside the manifest of a version, where a retraining put them: what the gate decided, and why there was a run.
+# Files in a classifier's version folder that a retraining wrote: the gate's decision, and the reason for the run.
 DECISION_NAME, STORY_NAME = "decision.json", "retrain.json"
 
 
 @dataclass(frozen=True)
 class VersionHistory:
-    """One version. decision: content of decision.json, story: of retrain.json; None where it was published without.
+    """One version with its history.
 
-    changes: each time that it became the champion, oldest first; none for one whose repository was written with it.
+    decision: content of decision.json; story: content of retrain.json; None if the version has no such file. changes:
+    each time that it became the champion, oldest first; empty if its repository was written with it.
     """
 
     state: VersionState
@@ -35,11 +36,11 @@ class VersionHistory:
 
     @property
     def promoted(self) -> float | None:
-        """When it last became the champion, in seconds since the epoch; None where that is not known."""
+        """Time of its last promotion to champion, in seconds since the epoch; None if not recorded."""
         return self.changes[-1].at if self.changes else None
 
     def as_mapping(self) -> dict[str, Any]:
-        """For JSON; times in UTC."""
+        """As a mapping for JSON; times in UTC."""
         manifest = self.state.release.manifest
         return {
             "version": self.state.version,
@@ -66,7 +67,7 @@ class RepositoryHistory:
     servers: tuple[str, ...]
 
     def as_mapping(self) -> dict[str, Any]:
-        """For JSON, the newest version first."""
+        """As a mapping for JSON, the newest version first."""
         return {
             "repository": str(self.repository),
             "servers": list(self.servers),
@@ -75,7 +76,7 @@ class RepositoryHistory:
 
 
 def read_history(repository: Path) -> RepositoryHistory:
-    """The history of all versions of a repository. Raises RepositoryError or ManifestError naming the file."""
+    """Read the history of all versions of a repository. Raises RepositoryError or ManifestError naming the file."""
     changes = read_changes(repository)
     versions = []
     for state in list_versions(repository):
@@ -90,7 +91,10 @@ def read_history(repository: Path) -> RepositoryHistory:
 
 
 def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
-    """A row a version, the newest first; `wide` adds the hashes of data, params and code, for which 120 columns are too few."""
+    """A table with a row for each version, the newest first.
+
+    wide: add the hashes of data, params and code, which need more than 120 columns.
+    """
     by = f", served at {', '.join(found.servers)}" if found.servers else ", no server runs on it here"
     table = Table(title=cell(f"{found.repository}{by}"))
     hashes = ("data", "params", "code") if wide else ()
@@ -113,13 +117,13 @@ def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
 
 
 def scores(manifest: Manifest) -> list[str]:
-    """Mean test accuracy over all classes and over few-shot classes for the balanced prior; empty where not recorded."""
+    """Mean test accuracy over all classes and over few-shot classes for the balanced prior; '' if not recorded."""
     figures = [manifest.balanced_metric(name) for name in ("balanced_accuracy", "few")]
     return ["" if figure is None else f"{figure:.3f}" for figure in figures]
 
 
 def said(decision: dict[str, Any] | None) -> str:
-    """The gate's decision in a few words; empty where there was none."""
+    """The gate's decision and its reasons as one line; empty if there was none."""
     if decision is None:
         return ""
     reasons = decision.get("reasons")
@@ -129,12 +133,12 @@ def said(decision: dict[str, Any] | None) -> str:
 
 
 def utc(seconds: float) -> str:
-    """A time as UTC in ISO form."""
+    """A time in seconds since the epoch as UTC in ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file of a version; None where there is no such file. Raises ManifestError naming the file."""
+    """Read a JSON object from a file; None if the file does not exist. Raises ManifestError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

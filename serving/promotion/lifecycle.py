@@ -1,7 +1,8 @@
-"""The lifecycle of a version: published whole, verified apart from users, promoted, watched, rolled back or withdrawn.
+"""Lifecycle of a version in `tailor retrain`: publish, verify, promote, watch, roll back or withdraw.
 
-`tailor retrain` runs these steps one by one, each with retries of its own; `tailor promote` and `tailor rollback` run
-`serving.promotion.promotion`, on which they rest. A repository need not exist yet: its first version is written beside it.
+Each function is one step, which the caller retries separately. The steps use `serving.promotion.promotion`, which
+`tailor promote` and `tailor rollback` use too. The repository need not exist: its first version is written beside its
+path and renamed when it is promoted.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from serving.shared.atomic import sync, write_file
 from serving.shared.errors import ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
 
-PAUSE = 0.5  # seconds between two rounds of golden requests of a watched version
-ANSWERS_AGAIN_WITHIN = 60.0  # seconds that a restarted server gets while a version is watched
+PAUSE = 0.5  # seconds between two rounds of golden requests while a version is watched
+ANSWERS_AGAIN_WITHIN = 60.0  # seconds that a server gets to restart while a version is watched
 
 
 class RolledBack(ServingError):
-    """A promoted version answered wrongly, and `before`, the champion before it, is the champion again."""
+    """A promoted version failed its watch and was rolled back; `before` is the champion again."""
 
     def __init__(self, message: str, before: int) -> None:
         super().__init__(message)
@@ -45,29 +46,29 @@ class RolledBack(ServingError):
 
 
 def champion_or_none(repository: Path) -> Release | None:
-    """The champion of a repository; None where nothing was ever promoted. Raises ServingError for a damaged repository."""
+    """The champion of a repository; None if it is absent or empty. Raises ServingError for a damaged repository."""
     if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
         return None
     return read_champion(repository)
 
 
 def identity(manifest: Manifest) -> str:
-    """sha256 that two exports share only when they are one release, whatever version each got."""
+    """sha256 of a manifest without its version number: equal only for exports of the same release."""
     return hashlib.sha256(manifest.model_copy(update={"version": 1}).model_dump_json().encode()).hexdigest()
 
 
 def export_identity(export: Path) -> str:
-    """`identity` of an export folder. Raises ManifestError."""
+    """`identity` of the manifest in an export folder. Raises ManifestError."""
     return identity(read_manifest(export))
 
 
 def publish(export: Path, repository: Path, evidence: Path) -> int:
-    """Write an export and its evidence as the next version of the repository, which no server loads yet; its number.
+    """Publish an export with its evidence as the next version of the repository and return the version.
 
-    The first version of all is written beside the path of its repository. A release that was published before keeps its
-    number and gets this evidence, as it has been decided on again. Raises ManifestError for an export that its manifest
-    does not describe, RepositoryError for one that does not fit the existing versions, OSError when the disk is full;
-    then nothing of it remains.
+    No server loads it before it is promoted. The very first version is written beside the path of its repository. A
+    release that was published before keeps its version and gets the new evidence, because a new decision was made.
+    Raises ManifestError for an export that does not match its manifest, RepositoryError for one that does not fit the
+    existing versions, OSError when the disk is full; the partial version is then removed.
     """
     if champion_or_none(repository) is None:
         write_repository(export, first_version_folder(repository), evidence=evidence)
@@ -84,17 +85,17 @@ def publish(export: Path, repository: Path, evidence: Path) -> int:
 
 
 def _replace_evidence(evidence: Path, folder: Path) -> None:
-    """Replace the evidence in a version's folder where it is that of an earlier decision."""
+    """Replace the evidence files in a version folder that are missing or differ, as after an earlier decision."""
     for path in sorted(evidence.iterdir()):
         if not (folder / path.name).is_file() or not filecmp.cmp(path, folder / path.name, shallow=False):
             write_file(folder / path.name, path.read_bytes())
 
 
 def verify(repository: Path, version: int, timeout: float, rehearsal: bool = True) -> bool:
-    """Try a published version apart from the servers of users; whether a second server could be started for it.
+    """Verify a published version without the servers of users; returns whether a separate server was started for it.
 
-    The whole release is loaded by a server of its own and answers its golden requests, or its graph does in ONNX Runtime
-    alone. Raises ServingError with the fault.
+    rehearsal: load the release into a separate server and send its golden requests; False, or where Triton is not
+    installed: run its graph in ONNX Runtime only. timeout: seconds. Raises ServingError with the fault.
     """
     root = repository if champion_or_none(repository) else first_version_folder(repository)
     release = read_release(root, version)
@@ -107,21 +108,21 @@ def verify(repository: Path, version: int, timeout: float, rehearsal: bool = Tru
 def promote(
     repository: Path, version: int, servers: Sequence[RunningServer] | None, keep: int, timeout: float
 ) -> Promotion:
-    """Make a verified version the champion of the repository and of its servers, without a request lost.
+    """Promote a verified version: make it the champion of the repository and of its servers; no request fails.
 
-    servers: None for those that this user runs on the repository when the version is loaded. Raises PromotionError when
-    it does not load or does not answer; the champion before it has then never stopped.
+    servers: None means this user's servers on the repository at the time of the load. Raises PromotionError if the
+    version does not load or does not answer; the previous champion serves without interruption.
     """
     champion = champion_or_none(repository)
     if champion is None:
         first = first_version_folder(repository)
         repository.parent.mkdir(parents=True, exist_ok=True)
-        (first / LOG_NAME).unlink(missing_ok=True)  # of an attempt that ended before the rename
+        (first / LOG_NAME).unlink(missing_ok=True)  # from an attempt that failed before the rename
         record(first, "promote", version, 0)
         first.rename(repository)
         sync(repository.parent)
         return Promotion(version, 0, False, ())
-    if version < champion.version:  # a release that was rolled back from, or replaced, is the best again
+    if version < champion.version:  # an older release, replaced or rolled back from before, is the best again
         return promotion.rollback(repository, version, servers=servers, timeout=timeout, rehearsal=False)
     return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=None)
 
@@ -129,9 +130,10 @@ def promote(
 def roll_back(
     repository: Path, version: int, servers: Sequence[RunningServer] | None, keep: int, timeout: float
 ) -> Promotion:
-    """Make the champion before the promotion the champion again: a newer version where the promotion was to an older one.
+    """Undo a promotion: make `version`, the previous champion, the champion again.
 
-    Raises as promotion.rollback and promotion.promote do.
+    It is newer than the present champion if the promotion was to an older version; then it is promoted. Raises as
+    promotion.rollback and promotion.promote do.
     """
     if version > read_champion(repository).version:
         return promotion.promote(repository, version, servers=servers, keep=keep, timeout=timeout, rehearsal=False)
@@ -148,18 +150,18 @@ def go_live(
     watch_seconds: float,
     undo: Callable[[int], object],
 ) -> tuple[str, ...]:
-    """Promote a verified version and watch it; the addresses of the servers that answer with it.
+    """Promote a verified version, watch it, roll back if it fails; returns the addresses of the servers that loaded it.
 
-    url: the server; None for those of this user on this machine. undo: rolls back to the version that it is given. A
-    version that is the champion by an earlier attempt is loaded where it is not yet, and watched too. Raises RolledBack
-    when it answered wrongly and was rolled back, PromotionError as `promote` does.
+    url: the server; None means this user's servers on this machine. undo: called with the version to roll back to. A
+    version that an earlier attempt made the champion is loaded where it is missing, and watched too. Raises RolledBack
+    if it failed the watch and was rolled back, PromotionError as `promote` does.
     """
     champion = champion_or_none(repository)
     done = promote(repository, version, servers_at(repository, url), keep, timeout)
     try:
         watch(repository, version, servers_of(repository, url), watch_seconds)
     except ServingError as error:
-        changed = champion is not None and champion.version != version  # else an earlier attempt promoted it
+        changed = champion is not None and champion.version != version  # False: an earlier attempt promoted it
         before = champion.version if changed else version_before(repository)
         if before is None:
             raise
@@ -170,7 +172,7 @@ def go_live(
 
 
 def withdraw(repository: Path, version: int) -> None:
-    """Remove a published version that no server loads: it failed its trial, or its server did not load it."""
+    """Remove a published version that no config lists, after it failed its verification or its promotion."""
     if champion_or_none(repository) is None:
         shutil.rmtree(first_version_folder(repository), ignore_errors=True)
         return
@@ -179,10 +181,10 @@ def withdraw(repository: Path, version: int) -> None:
 
 
 def watch(repository: Path, version: int, servers: Sequence[RunningServer], seconds: float) -> None:
-    """Send the new champion its golden requests for a while, in requests that name no version.
+    """Watch a new champion: send its golden requests to each server for `seconds`, and check which version answers.
 
-    A server that does not answer may be restarting: it gets a minute. Raises ServingError for a wrong answer, for the
-    answer of another version, and for a server that does not come back.
+    The version is checked with a request that names none. A server that does not answer may be restarting: it gets 60 s
+    more. Raises ServingError for a wrong response, a response of another version, and a server that does not restart.
     """
     release = read_release(repository, version, hashes=False)
     for server in servers:
@@ -206,15 +208,15 @@ def watch(repository: Path, version: int, servers: Sequence[RunningServer], seco
 
 
 def servers_of(repository: Path, url: str | None) -> list[RunningServer]:
-    """The servers of a repository: those of this user on this machine, or the one at `url`. Raises as `servers_at` does."""
+    """The servers of a repository: the one at `url`, or this user's on this machine. Raises as `servers_at` does."""
     servers = servers_at(repository, url)
     return find_running(repository) if servers is None else servers
 
 
 def clean(repository: Path) -> list[str]:
-    """Remove what killed runs left: hidden halves, and versions that one of the two models lacks; their paths.
+    """Remove leftovers of killed runs: hidden partial folders, versions of only one model. Returns the removed paths.
 
-    The caller holds the repository's lock, or no other run exists.
+    The caller must hold the repository's lock, or be the only run.
     """
     removed = retention.leftovers(repository)
     whole = set(version_folders(repository, STUDENT)) & set(version_folders(repository, CLASSIFIER))
@@ -229,5 +231,5 @@ def clean(repository: Path) -> list[str]:
 
 
 def first_version_folder(repository: Path) -> Path:
-    """Where the first version of all is kept until it is promoted."""
+    """The hidden folder of a repository's first version until that version is promoted."""
     return repository.with_name(f".{repository.name}.first")

@@ -1,9 +1,10 @@
-"""Hot swap: a release becomes the champion, or one before it does again, while requests are answered without a gap.
+"""Promote a release to champion, or roll back to an older version, while requests are served without interruption.
 
-The champion is never touched before the challenger has been tried. A challenger is published (written whole beside the
-others), rehearsed on a server of its own, and only then loaded by the server that answers users: first its student, which
-receives the golden requests, then its classifier, from which moment it answers requests without a version. After a
-failure the version policy and the loaded versions are restored, and what was published for the promotion is removed.
+The champion serves unchanged until the challenger is verified. The challenger is published (written atomically beside
+the other versions), rehearsed on a separate server, and then loaded by the server of the users: first its student,
+which gets the golden requests, then its classifier, which from then on serves requests without a version. After a
+failure the version policies and the loaded versions are restored, and a version that was published for the promotion is
+removed.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ LOAD_TIMEOUT = 120.0  # seconds
 
 
 class PromotionError(ServingError):
-    """The requested version does not serve; the champion still does."""
+    """The requested version failed its verification or its load; the champion still serves."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion or rollback did.
+    """The result of a promotion or rollback.
 
-    version: the champion now; previous: the champion before, the same one where nothing had to be done. rehearsed:
-    whether the version answered its golden requests on a server of its own first. servers: the addresses that
-    loaded it; none where no server runs, and the next one to start serves it. removed: old versions deleted.
+    version: the champion now. previous: the champion before, the same if nothing changed. rehearsed: whether the
+    version answered its golden requests on a separate server first. servers: the addresses that loaded it; empty if no
+    server runs; the next server to start then serves it. removed: old versions deleted.
     """
 
     version: int
@@ -59,18 +60,19 @@ def promote(
     timeout: float = LOAD_TIMEOUT,
     rehearsal: bool | None = True,
 ) -> Promotion:
-    """Make a release the champion: an export folder, which is published first, or the number of a published version.
+    """Promote a release: an export folder, which is published first, or the number of a published version.
 
-    servers: who serves the repository; None finds those of this user on this machine. keep: how many versions stay on
-    disk, the served ones among them. timeout: seconds that a load may take. rehearsal: False tries the graph in ONNX
-    Runtime alone, where a second server does not fit on the machine; None compares the files' sha256 only, where the
-    caller has just tried the version. Afterwards the champion before is still
-    loaded, for requests that name it and for a rollback at once. The champion itself is loaded by the servers that have
-    it not, as after a promotion that was killed. An export that fails is withdrawn from the disk again, if
-    it was not published before; what killed promotions left there goes first. Raises InputError for a version that is
-    not there or is older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError
-    when it failed its trial or the swap, RepositoryBusy while another promotion, a repair or the start of a server is
-    under way.
+    servers: the servers of the repository; None finds this user's on this machine. keep: number of versions that stay
+    on disk, including the served ones. timeout: seconds that a load may take. rehearsal: True verifies the version on a
+    separate server; False runs the graph only in ONNX Runtime, if a second server does not fit on the machine; None
+    only checks the files' sha256, if the caller has just verified the version.
+
+    Leftovers of killed promotions are removed first. Afterwards the previous champion is still loaded, for requests
+    that name it and for an immediate rollback. If the release is the champion already, servers that have not loaded it,
+    as after a killed promotion, load it. An export that fails is removed from the disk if it was not published before.
+    Raises InputError for a version that does not exist or is older than the champion, RepositoryError and ManifestError
+    for an unusable release, PromotionError if the verification or the swap failed, RepositoryBusy while another
+    promotion, a repair or the start of a server is running.
     """
     if keep < 2:
         raise InputError(f"keep is {keep}; expected at least 2, the champion and the one before it")
@@ -104,10 +106,10 @@ def rollback(
     timeout: float = LOAD_TIMEOUT,
     rehearsal: bool = True,
 ) -> Promotion:
-    """Make an older version the champion again: `version`, or the one that was champion before.
+    """Roll back: make an older version the champion again, `version` or the previous champion.
 
-    One that is loaded still takes over at once; another is tried as a challenger is. The versions after it stay on
-    disk, unloaded, as Triton answers from the newest one that it has. Raises as `promote` does.
+    A version that is still loaded is used at once; another one is verified first, as in a promotion. Newer versions
+    stay on disk but are unloaded, because Triton serves from the newest loaded version. Raises as `promote` does.
     """
     with locked(repository):
         before = read_champion(repository).version
@@ -133,10 +135,10 @@ def _published(repository: Path, version: int) -> int:
 
 
 def _champion_before(repository: Path, champion: int) -> int:
-    """The version that a rollback returns to: the one that is still served, or else the previous champion.
+    """The version for a rollback that names none: the older one that is still served, else the previous champion.
 
-    The newest on disk may have failed its trial, or may have been rolled back from; it is chosen only where no promotion
-    was recorded. Raises InputError where there is none.
+    The newest older version on disk may have failed its verification or been rolled back from. It is chosen only if no
+    promotion was recorded. Raises InputError if there is no older version.
     """
     if (served := version_before(repository)) is not None:
         return served
@@ -148,7 +150,10 @@ def _champion_before(repository: Path, champion: int) -> int:
 
 
 def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> tuple[Release, bool]:
-    """Read a version with its hashes and try it; whether on a server of its own. Raises PromotionError when it fails."""
+    """Read a version, check its sha256 and verify it. Raises PromotionError.
+
+    Returns the release and whether it was verified on a separate server.
+    """
     with _promotion_error(f"version {version} is not fit to serve, version {before} stays"):
         release = read_release(repository, version)
         if rehearsal:
@@ -160,7 +165,7 @@ def _try(repository: Path, version: int, before: int, timeout: float, rehearsal:
 
 @contextmanager
 def _promotion_error(what: str) -> Iterator[None]:
-    """Raise a ServingError of the block as PromotionError that begins with `what`."""
+    """Turn a ServingError of the block into a PromotionError whose message begins with `what`."""
     try:
         yield
     except ServingError as error:

@@ -1,6 +1,6 @@
-"""A challenger tried on a server of its own before the champion's server hears of it.
+"""Rehearsal: verify a challenger on a separate server before the champion's server loads it.
 
-What a bad version can do there (answer wrongly, fail to load, never finish loading, end the server) affects no user.
+A bad version (wrong responses, a load that fails or hangs, a crash of the server) then affects no user.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from serving.server.leftovers import new_prefix, runtime_folder
 from serving.server.triton_server import TritonServer
 from serving.shared.names import CLASSIFIER, LABELS_NAME, STUDENT
 
-NICENESS = 5  # a champion may be serving on the same cores
+NICENESS = 5  # a champion may serve on the same cores; at 10 and above Triton aborted (docs/experiments.md)
 
 
 def rehearse(root: Path, release: Release, timeout: float) -> bool:
-    """Serve one release of a repository alone, send its golden requests, stop; it listens on loopback only.
+    """Start a server with one release of a repository, send its golden requests and a full batch, stop it.
 
-    Returns whether a server could be started: without a local Triton installation the graph is run in ONNX Runtime alone.
-    timeout: seconds for the server's start, or for the graph's own run. Raises ServingError with the fault.
+    The server listens on loopback only. Returns whether a server was started: without a local Triton installation the
+    graph is only run in ONNX Runtime. timeout: seconds for the server's start or the dry run. Raises ServingError with
+    the fault.
     """
     try:
         find_installation()
@@ -45,7 +46,7 @@ def rehearse(root: Path, release: Release, timeout: float) -> bool:
         server = TritonServer(stage, http_port=0, grpc_port=0, metrics_port=0, start_timeout=timeout, niceness=NICENESS)
         try:
             server.start()
-            # In the champion's server a whole batch would delay the requests of users.
+            # Here and not in the champion's server, where a full batch would delay the requests of users.
             send_whole_batch(server.http_url, server.releases[-1], timeout)
         finally:
             server.stop(at_once=True)

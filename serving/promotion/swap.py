@@ -1,7 +1,7 @@
-"""The swap: version policies and load calls in the one order in which every request finds its version.
+"""Swap the champion: change version policies and load models in an order in which no request fails.
 
-At every moment `student` has each version that `classifier` has, and the policies on disk are such that a server that
-starts from them serves a version that has been tried. So a swap that is killed midway leaves no repair to do.
+At every moment `student` has each version that `classifier` has, and a server that starts from the policies on disk
+serves a verified version. So a swap that is killed midway needs no repair.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from serving.shared.names import CLASSIFIER, STUDENT
 
 @dataclass(frozen=True)
 class _Policies:
-    """What a repository serves, to go back to."""
+    """The served versions and the champion before a swap, for restoring them."""
 
     student: tuple[int, ...]
     classifier: tuple[int, ...]
@@ -33,9 +33,10 @@ class _Policies:
 def swap(
     repository: Path, release: Release, final: tuple[int, ...], servers: Sequence[RunningServer], timeout: float
 ) -> None:
-    """Make the repository and its servers serve the versions `final`, of which the highest, the release, is champion.
+    """Make the repository and its servers serve the versions `final`; the highest, `release`, becomes the champion.
 
-    Raises ServingError when a server does not load or does not answer rightly; then everything is as it was before.
+    Raises ServingError if a server does not load a version or answers wrongly; the old policies and versions are then
+    restored.
     """
     before = _Policies(
         served_versions(repository, STUDENT),
@@ -56,9 +57,9 @@ def swap(
 
 
 def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout: float) -> None:
-    """Load what the repository's policies list, where a swap was interrupted.
+    """Load the versions that the repository's policies list, to complete an interrupted swap.
 
-    Triton loads nothing that it has already. Raises ServingError when the champion is not loaded or not answered rightly.
+    Triton skips versions that are loaded. Raises ServingError if the champion does not load or answers wrongly.
     """
     release = read_champion(repository)
     for server in servers:
@@ -71,7 +72,7 @@ def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout
 def _forward(
     repository: Path, release: Release, before: _Policies, final: tuple[int, ...], controls: Sequence[ModelControl]
 ) -> None:
-    # What is neither champion nor stays makes room first, so that no more than two releases are ever loaded.
+    # First unload versions that are neither the champion nor in `final`, so that at most two releases are loaded.
     staying = tuple(sorted({*before.classifier} & {*final, before.champion.version}))
     if staying != before.classifier:
         serve_versions(repository, CLASSIFIER, staying)
@@ -89,7 +90,7 @@ def _forward(
 
 
 def _check_champion(control: ModelControl, release: Release) -> None:
-    """Send the golden requests, and a request without a version, which the release must answer. Raises ServingError."""
+    """Send the golden requests and a request without a version, which the release must serve. Raises ServingError."""
     with Client(control.server.url, control.timeout) as client:
         check_golden(client, release)
         answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
@@ -101,12 +102,12 @@ def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[Model
     for model, served in ((STUDENT, before.student), (CLASSIFIER, before.classifier)):
         for control in controls:
             if version not in served:
-                with suppress(ServingError):  # it does not answer: restoring does not wait for it
+                with suppress(ServingError):  # the server does not answer: restore the others anyway
                     control.end_hanging_load(model, version)
 
 
 def _back(repository: Path, before: _Policies, controls: Sequence[ModelControl]) -> None:
-    """Restore policies and loaded versions; a server that cannot follow keeps its champion, which never went."""
+    """Restore policies and loaded versions; a server that fails keeps its champion, which was never unloaded."""
     serve_versions(repository, STUDENT, tuple(sorted({*before.student, *before.classifier})))
     serve_versions(repository, CLASSIFIER, before.classifier, before.champion.manifest.strength)
     for control in controls:

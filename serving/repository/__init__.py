@@ -1,1 +1,1 @@
-"""The model repository on disk: write, read, lock, retention, version policy."""
+"""The model repository on disk: write, read, lock, manifest, configs, version policy, promotion log, retention."""

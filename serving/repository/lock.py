@@ -1,7 +1,7 @@
-"""The lock of a model repository: whoever changes what is served holds it alone, whoever only reads it shares it.
+"""File lock of a model repository: exclusive for a promotion or rollback, shared for a server start or a repair.
 
-A server that starts shares it until it answers. Else a promotion could change the policies while Triton reads them, and
-say that nobody runs on the repository while one is about to, with the version of before.
+Why: a starting server holds the shared lock until it is ready. Without it a promotion could change the version policies
+while Triton reads them, or find no running server while one is starting with the old version.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ POLL = 0.05  # seconds
 
 
 class RepositoryBusy(ServingError):
-    """Somebody else holds the repository's lock."""
+    """Another process holds the repository's lock."""
 
 
 @contextlib.contextmanager
 def locked(repository: Path, shared: bool = False, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
-    """Hold the repository's lock; it ends with this process. Raises RepositoryBusy if it is not to be had in time."""
+    """Hold the repository's lock (flock on its folder, released when the process exits).
+
+    timeout: seconds to wait for it. Raises RepositoryBusy if another process holds it until then, RepositoryError if
+    the folder cannot be opened.
+    """
     try:
         descriptor = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The manifest of a release: what the exported student is, checked whenever it changes hands."""
+"""The manifest of a release (manifest.json) and its golden requests: read and check them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.json"
 STUDENT_NAME = "student.onnx"
 
-# Another ONNX Runtime, or a GPU, rounds differently; a wrong graph, prior or preprocessing is off by far more.
+# Probabilities. Another ONNX Runtime version or a GPU rounds differently; a wrong graph, prior or preprocessing differs
+# by far more.
 GOLDEN_TOLERANCE = 2e-3
 
 
 class ManifestError(ServingError, ValueError):
-    """A manifest that is missing, malformed or does not match its files; the message names the file."""
+    """A manifest is missing, malformed or does not match its files; the message names the file."""
 
 
 class ImageFormat(BaseModel):
-    """How `models.preprocess` makes the network's input: shorter side to resize_to, centre crop of size (pixels).
+    """Parameters of `models.preprocess`: resize the shorter side to resize_to, centre crop of `size` (pixels).
 
-    room: a large JPEG is decoded at a fraction of its size, never below room * resize_to; 0, as in exports from before this
-    was recorded, is never.
+    room: a large JPEG is decoded at a reduced size, at least room * resize_to. 0 disables it, as in exports from before
+    this key existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -40,7 +41,10 @@ class ImageFormat(BaseModel):
 
 
 class Limits(BaseModel):
-    """Pixels that the classifier decodes for an image and for all images of a request; a large JPEG counts less."""
+    """Limits of the pixels that the classifier decodes, per image and per request.
+
+    A large JPEG counts with the reduced size at which it is decoded.
+    """
 
     model_config = ConfigDict(extra="forbid")
     image_pixels: int = Field(default=16_000_000, ge=1)
@@ -48,9 +52,10 @@ class Limits(BaseModel):
 
 
 class HalfPrecision(BaseModel):
-    """What float16 changed, against PyTorch in float32, on the images that export looked at.
+    """Difference of a float16 graph from PyTorch in float32, measured by export.
 
-    logit: largest difference of a logit. agreement: share of `images` whose best class is the same.
+    logit: largest absolute difference of a logit. agreement: share of the images with the same best class. images:
+    number of images compared.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,10 +65,11 @@ class HalfPrecision(BaseModel):
 
 
 class Manifest(BaseModel):
-    """All data of a release that serving uses. `files` maps names beside the manifest to their sha256.
+    """All data of a release that serving uses.
 
-    half: of a graph whose backbone is in float16; None where all of it is float32. code_revision: the git commit of the
-    project. code_sha256: over the source files that made the release; empty in releases from before it was recorded.
+    files: names of files beside the manifest with their sha256. half: set for a graph with a float16 backbone; None for
+    float32. code_revision: the git commit of the project. code_sha256: of the source files that made the release; empty
+    in releases from before this key existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -89,7 +95,7 @@ class Manifest(BaseModel):
     limits: Limits = Limits()
 
     def balanced_metric(self, name: str) -> float | None:
-        """A test figure under the balanced prior, such as `all` or `nll`; None where the release has none."""
+        """A test metric for the balanced prior, such as `all` or `nll`; None if the release has none."""
         balanced = self.metrics.get("balanced")
         value = balanced.get(name) if isinstance(balanced, dict) else None
         return value if isinstance(value, float) else None
@@ -104,9 +110,10 @@ class Manifest(BaseModel):
 
 
 class Golden(BaseModel):
-    """One golden request, an encoded image (base64) at a strength, and what the classifier must say of it.
+    """One golden request, an encoded image (base64) and a strength, with the expected response of the classifier.
 
-    tolerance: how far a probability may be from the golden one; more where the graph is float16.
+    index, probability: the expected classes and their probabilities, best first. tolerance: largest allowed difference
+    of a probability; larger for a float16 graph.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -131,7 +138,10 @@ class Golden(BaseModel):
         return base64.b64decode(self.image)
 
     def difference(self, index: Sequence[int], probability: Sequence[float]) -> str | None:
-        """What an answer gets wrong, in words, or None. Classes whose golden probabilities tie may change places."""
+        """The first difference of a response from the golden one as text, or None if there is none.
+
+        Classes whose golden probabilities are tied may be swapped.
+        """
         if len(index) < len(self.index) or len(probability) < len(self.probability):
             return f"{counted(len(index), 'class')} answered, {len(self.index)} expected"
         for rank, (expected, wanted) in enumerate(zip(self.index, self.probability, strict=True)):
@@ -142,7 +152,10 @@ class Golden(BaseModel):
         return None
 
     def _tied(self, rank: int) -> bool:
-        """Whether the golden answer has a neighbour as probable; the last rank counts as tied, its next is not known."""
+        """Whether a neighbour in the golden response has the same probability within 2 tolerances.
+
+        The last rank counts as tied, because the probability of the next class is not recorded.
+        """
         near = [r for r in (rank - 1, rank + 1) if 0 <= r < len(self.probability)]
         if rank + 1 == len(self.probability) and rank > 0:
             return True
@@ -150,7 +163,7 @@ class Golden(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json` of a folder, without its files. Raises ManifestError naming the file and the key."""
+    """Read `manifest.json` of a folder without checking its files. Raises ManifestError naming the file and the key."""
     path = folder / MANIFEST_NAME
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -161,7 +174,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json` of an export folder and check every file's sha256. Raises ManifestError naming the file."""
+    """Read `manifest.json` of an export folder, check the sha256 of its files. Raises ManifestError naming the file."""
     path = folder / MANIFEST_NAME
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
@@ -172,7 +185,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def check_file(path: Path, expected: str) -> None:
-    """Compare a file's sha256 with the manifest's. Raises ManifestError naming the file."""
+    """Compare a file's sha256 with `expected`, from the manifest. Raises ManifestError naming the file."""
     try:
         found = sha256_of(path)
     except OSError as error:

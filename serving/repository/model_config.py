@@ -1,4 +1,4 @@
-"""The config.pbtxt of the two models, built as Triton's own message type so that a wrong field cannot be written."""
+"""Build the config.pbtxt of both models, as Triton's protobuf message, which has no unknown fields."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from serving.shared.names import CLASSIFIER, LABELS_NAME, STUDENT
 Device = Literal["cpu", "gpu"]
 Precision = Literal["fp32", "fp16"]
 
-OWN_NETWORK = "own"  # of the parameter `network`: the classifier runs the graph itself
+OWN_NETWORK = "own"  # value of the parameter `network`: the classifier runs the graph itself
 CLASSIFIER_INSTANCES = 2
-# A graph of which several copies fit into memory: a ResNet-50 has 94 MB.
+# Of a graph up to this size several copies fit into memory: a ResNet-50 has 94 MB.
 SMALL_GRAPH_BYTES = 128_000_000
 
-# 0 is ONNX Runtime's own word for "one thread per core". Writing this machine's core count instead would make the
-# repository differ from machine to machine, and wrong on the one that serves it.
+# 0 means one thread per core in ONNX Runtime. The core count of this machine would be wrong on the machine that serves
+# the repository.
 THREAD_PER_CORE = "0"
 ENGINE_CACHE = "/tmp/tailor-engines"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the network runs, and in how many instances (on a GPU: on each).
+    """Device and number of instances of the network.
 
-    gpus: their numbers, all where empty. instances: of `student`; None is two of a graph of up to 128 MB on the local
-    server's CPU, one otherwise. own_network: whether the local server's `classifier` runs the graph itself instead of
-    asking `student`; None is for such a graph on a CPU. tensorrt: the precision in which TensorRT runs the graph inside
-    the onnxruntime backend; None leaves it to ONNX Runtime's CUDA provider. Raises InputError where these do not go
-    together.
+    gpus: GPU numbers, all GPUs if empty. instances: of `student`, on each GPU; None means two for a graph of up to 128
+    MB on the local server's CPU, else one. own_network: whether the local server's `classifier` runs the graph itself
+    instead of sending requests to `student`; None means yes for such a graph on a CPU. tensorrt: precision of TensorRT
+    in the onnxruntime backend; None uses ONNX Runtime's CUDA provider. Raises InputError for values that exclude each
+    other.
     """
 
     device: Device = "cpu"
@@ -61,16 +61,16 @@ class Placement:
             raise InputError(f"tensorrt is {self.tensorrt!r}; expected fp32 or fp16")
 
     def decided(self, graph_bytes: int) -> Placement:
-        """The placement of a graph of this size, with what was left open decided."""
+        """This placement with the values that are None set by the size of the graph."""
         small = self.device == "cpu" and graph_bytes <= SMALL_GRAPH_BYTES
         own = small if self.own_network is None else self.own_network
         return replace(self, instances=self.instances or (2 if small else 1), own_network=own)
 
 
 def student_config(manifest: Manifest, placement: Placement) -> ModelConfig:
-    """`student` for the onnxruntime backend: the exported graph.
+    """Config of `student` for the onnxruntime backend, which runs the exported graph.
 
-    One instance unless more are asked for: the backend gives each all cores, and two would take them from one another.
+    One instance by default: each instance of this backend uses all cores, so two would compete for them.
     """
     config = _student_signature(manifest)
     config.backend = "onnxruntime"
@@ -80,10 +80,10 @@ def student_config(manifest: Manifest, placement: Placement) -> ModelConfig:
     if placement.tensorrt:
         accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
         accelerator.parameters["precision_mode"] = placement.tensorrt.upper()
-        # Without it an engine is built anew, for minutes, at every start. The path is the server's, not this machine's.
+        # Without the cache TensorRT builds the engine at every start, for minutes. The path is on the server.
         accelerator.parameters["trt_engine_cache_enable"] = "1"
         accelerator.parameters["trt_engine_cache_path"] = ENGINE_CACHE
-        # And without these it is built anew at each batch size that is larger than all before.
+        # Without the shapes it builds the engine again for each batch size that is larger than all before.
         for bound, rows in (("min", 1), ("opt", manifest.max_batch_size), ("max", manifest.max_batch_size)):
             shapes = [f"{tensor.name}:{'x'.join(map(str, (rows, *tensor.dims)))}" for tensor in config.input]
             accelerator.parameters[f"trt_profile_{bound}_shapes"] = ",".join(shapes)
@@ -92,10 +92,10 @@ def student_config(manifest: Manifest, placement: Placement) -> ModelConfig:
 
 
 def student_local_config(manifest: Manifest, placement: Placement) -> ModelConfig:
-    """`student` for the python backend: the stand-in that runs the same file where there is no onnxruntime backend.
+    """Config of `student` for the local server: the python backend runs the graph, as it has no onnxruntime backend.
 
-    Its instance is a CPU instance even on a GPU, because Triton hands the tensors over in host memory; the parameter
-    `execution_provider` decides where ONNX Runtime computes.
+    The instance is of kind CPU also for a GPU, so that Triton passes tensors in host memory; the parameter
+    `execution_provider` selects the device on which ONNX Runtime computes.
     """
     config = _student_signature(manifest)
     config.backend = "python"
@@ -107,7 +107,7 @@ def student_local_config(manifest: Manifest, placement: Placement) -> ModelConfi
 
 
 def classifier_local_config(manifest: Manifest, placement: Placement) -> ModelConfig:
-    """`classifier` for the local server, which may run the graph itself, as the stand-in of `student` does."""
+    """Config of `classifier` for the local server; with own_network it runs the graph itself, on the CPU."""
     config = classifier_config(manifest)
     if placement.own_network:
         config.instance_group[0].count = max(CLASSIFIER_INSTANCES, placement.instances or 1)
@@ -118,10 +118,10 @@ def classifier_local_config(manifest: Manifest, placement: Placement) -> ModelCo
 
 
 def classifier_config(manifest: Manifest) -> ModelConfig:
-    """`classifier`: encoded images in, the best classes out; the python backend everywhere.
+    """Config of `classifier`: encoded images in, the best classes out; always the python backend.
 
-    `default_strength` tells a client what an absent `strength` means, so that it can always send one: Triton puts
-    requests with and without an optional input in different batches.
+    The parameter `default_strength` is the value of an absent `strength`. A client can read it and always send a
+    strength: Triton does not put requests with and without an optional input into one batch.
     """
     config = _common(CLASSIFIER, manifest)
     config.backend = "python"
@@ -148,7 +148,7 @@ def _student_signature(manifest: Manifest) -> ModelConfig:
     size = manifest.image.size
     config.input.add(name="image", data_type=DataType.TYPE_UINT8, dims=[3, size, size])
     config.input.add(name="strength", data_type=DataType.TYPE_FP32, dims=[1])
-    # With the labels Triton names the classes itself for a client that asks for a classification of `logits`.
+    # With the labels Triton returns class names to a client that requests a classification of `logits`.
     config.output.add(
         name="logits", data_type=DataType.TYPE_FP32, dims=[len(manifest.classes)], label_filename=LABELS_NAME
     )
@@ -158,7 +158,7 @@ def _student_signature(manifest: Manifest) -> ModelConfig:
 
 
 def _add_warmup(config: ModelConfig, manifest: Manifest) -> None:
-    """Have Triton run the smallest and the largest batch before the model counts as loaded: TensorRT builds then."""
+    """Make Triton run the smallest and largest batch before the model is ready, so that TensorRT builds its engines."""
     for batch_size in sorted({1, manifest.max_batch_size}):
         warmup = config.model_warmup.add(name=f"batch_{batch_size}", batch_size=batch_size)
         for tensor in config.input:
@@ -170,8 +170,8 @@ def _add_warmup(config: ModelConfig, manifest: Manifest) -> None:
 
 def _common(name: str, manifest: Manifest) -> ModelConfig:
     config = ModelConfig(name=name, max_batch_size=manifest.max_batch_size)
-    # One by one, as Triton would answer from the newest folder under `latest`, whether it was promoted or not.
+    # `specific`, because with `latest` Triton would serve the newest folder, promoted or not.
     config.version_policy.specific.versions.append(manifest.version)
-    # Present and empty: batches form from what waits. A queue delay or a queue policy costs a multiple of its gain.
+    # Present and empty: a batch has the requests that wait. A queue delay or queue policy costs a multiple of its gain.
     config.dynamic_batching.SetInParent()
     return config

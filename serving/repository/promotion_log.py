@@ -1,4 +1,4 @@
-"""When which version became the champion: a line for each promotion and rollback, in the repository itself."""
+"""Promotion log of a repository (promotions.jsonl): one JSON line for each promotion and rollback, with its time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from serving.shared.terminal import print
 
-LOG_NAME = "promotions.jsonl"  # Triton looks at folders alone
+LOG_NAME = "promotions.jsonl"  # Triton ignores files beside the model folders
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change of champion. at: seconds since the epoch, by the wall clock. action: `promote` or `rollback`."""
+    """One change of the champion. at: seconds since the epoch. action: `promote` or `rollback`."""
 
     at: float
     action: str
@@ -26,11 +26,11 @@ class Change:
 
 
 def record(repository: Path, action: str, version: int, previous: int) -> None:
-    """Append a change that has taken place; a line of a full disk is missed, and said, as the champion stays changed."""
+    """Append a completed change. On a full disk it only prints a warning: the champion has already changed."""
     line = json.dumps(asdict(Change(time.time(), action, version, previous))) + "\n"
     try:
         with (repository / LOG_NAME).open("a+b") as stream:
-            if stream.tell() and _last_byte(stream.name) != b"\n":  # what a killed process left half-written
+            if stream.tell() and _last_byte(stream.name) != b"\n":  # a killed process left half a line
                 stream.write(b"\n")
             stream.write(line.encode())
             stream.flush()
@@ -40,7 +40,7 @@ def record(repository: Path, action: str, version: int, previous: int) -> None:
 
 
 def read_changes(repository: Path) -> list[Change]:
-    """Every change, oldest first; lines that are not whole are passed over. Empty where nothing was ever promoted."""
+    """All changes, oldest first; incomplete lines are skipped. Empty if no promotion was recorded."""
     try:
         lines = (repository / LOG_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -53,9 +53,9 @@ def read_changes(repository: Path) -> list[Change]:
 
 
 def champions(repository: Path) -> list[int]:
-    """The versions that were champion one after another and led to the one of today, ascending.
+    """The line of champions that led to the present one, ascending.
 
-    One that was rolled back from is not among them. Empty where nothing was ever promoted.
+    Versions that were rolled back from are left out. Empty if no promotion was recorded.
     """
     line: set[int] = set()
     for change in read_changes(repository):
@@ -65,7 +65,7 @@ def champions(repository: Path) -> list[int]:
 
 
 def ever_champion(repository: Path) -> set[int]:
-    """The versions that were champion at any time. Empty where no promotion was recorded."""
+    """All versions that were ever champion. Empty if no promotion was recorded."""
     return {version for change in read_changes(repository) for version in (change.version, change.previous)}
 
 

@@ -1,6 +1,6 @@
-"""A release inside a model repository, checked before a server loads it: files, hashes, versions that go together.
+"""Read and check the releases of a model repository before a server loads them: files, sha256, versions of both models.
 
-Triton waits forever for a model without its model.py, so everything that needs no server is checked before.
+Triton waits forever for a model without its model.py, so these checks run before a start or a load.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from serving.repository.writer import RUNTIME_FILES
 from serving.shared.errors import RepositoryError
 from serving.shared.names import CLASSIFIER, STUDENT
 
-# Releases of an older Tailor have none of these, and need none.
+# Releases made by older versions of Tailor do not have these files and do not need them.
 LATER_FILES = {"integrity.py", "network.py", "start.py", "asked.py"}
 NEEDED = {
     STUDENT: ("model.onnx", *RUNTIME_FILES[STUDENT], MANIFEST_NAME),
@@ -43,9 +43,8 @@ class Release:
 def find_releases(root: Path, hashes: bool = True) -> list[Release]:
     """The releases that a server of this repository loads, oldest first; the last is the champion (`read_champion`).
 
-    hashes: whether to compare the files' sha256 too. Raises RepositoryError or ManifestError naming the file: no
-    repository, a config that does not parse, a version whose student is not served, a missing file, or a file whose
-    sha256 is not the manifest's.
+    hashes: whether to check the files' sha256 too. Raises RepositoryError or ManifestError naming the file: no
+    repository, a config that does not parse, a version whose student is not served, a missing file, or a wrong sha256.
     """
     if not (root / STUDENT / CONFIG_NAME).is_file():
         raise RepositoryError(
@@ -63,18 +62,18 @@ def find_releases(root: Path, hashes: bool = True) -> list[Release]:
 
 
 def read_champion(root: Path) -> Release:
-    """The release that answers a request without a version. Raises as `find_releases` does, without comparing sha256."""
+    """The champion: the release that serves requests without a version. Raises as find_releases without hashes does."""
     return find_releases(root, hashes=False)[-1]
 
 
 def published_versions(root: Path) -> list[int]:
-    """The versions that both models have with all their files, ascending; they need not be served."""
+    """The versions of which both models have all files, ascending, served or not."""
     common = set(version_folders(root, STUDENT)) & set(version_folders(root, CLASSIFIER))
     return sorted(version for version in common if not _missing(root, version))
 
 
 def read_release(root: Path, version: int, hashes: bool = True) -> Release:
-    """One release of a repository. Raises RepositoryError or ManifestError naming the file that is not as it should be."""
+    """Read one release of a repository. Raises RepositoryError or ManifestError naming a missing or wrong file."""
     for path in _missing(root, version):
         raise RepositoryError(f"{path}: is missing; write the repository again")
     student, classifier = root / STUDENT / str(version), root / CLASSIFIER / str(version)
@@ -92,7 +91,7 @@ def read_release(root: Path, version: int, hashes: bool = True) -> Release:
 
 
 def instances(root: Path, model: str) -> int:
-    """How many instances of a version the local server runs."""
+    """Number of instances of each version of a model on the local server."""
     return sum(group.count for group in read_config(config_paths(root, model)[-1]).instance_group)
 
 
@@ -103,7 +102,10 @@ def _missing(root: Path, version: int) -> list[Path]:
 
 @dataclass(frozen=True)
 class VersionState:
-    """One published version: `champion`, `served` (loaded, answers who names it) or `kept`; and its manifest's facts."""
+    """One published version and its release.
+
+    state: `champion`, `served` (loaded, for requests that name the version) or `kept` (on disk, not loaded).
+    """
 
     version: int
     state: str
@@ -112,7 +114,7 @@ class VersionState:
 
 
 def list_versions(repository: Path) -> list[VersionState]:
-    """The published versions, oldest first. Raises RepositoryError or ManifestError naming the file."""
+    """The published versions with states, oldest first. Raises RepositoryError or ManifestError naming the file."""
     champion, served = read_champion(repository).version, served_versions(repository, CLASSIFIER)
     return [
         VersionState(

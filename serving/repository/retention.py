@@ -1,6 +1,6 @@
-"""Retention: which versions stay on disk, and the removal of unfit ones and of what killed runs left.
+"""Retention: delete old versions, withdraw failed ones, remove leftovers of killed runs.
 
-The caller holds the repository's lock.
+The caller must hold the repository's lock.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from serving.repository.version_policy import present_versions, served_versions
 from serving.shared.errors import ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
 
-# A version that was being written, replaced or removed: see serving.shared.atomic, and `_remove` below.
+# Hidden folders of versions that were being written or replaced (serving.shared.atomic) or removed (`_remove`).
 LEFTOVER = re.compile(r"\.\d+\.(partial|old|removed)")
 
 
 def prune(repository: Path, keep: int) -> tuple[int, ...]:
-    """Delete the oldest versions that are not served, so that `keep` stay on disk; returns the deleted ones.
+    """Delete the oldest versions that are not served, so that `keep` remain on disk; returns the deleted versions.
 
-    A version that was never champion, as a killed promotion leaves it, is deleted first once a newer champion exists.
-    Before that it may still be promoted, and is neither counted nor deleted.
+    Versions older than the champion that were never champion, for example after a killed promotion, are deleted first.
+    A version newer than the champion that was never champion may still be promoted: it is neither counted nor deleted.
     """
     served, tried = served_versions(repository, CLASSIFIER), ever_champion(repository)
     present = [v for v in present_versions(repository) if v < served[-1] or v in {*served, *tried}]
@@ -38,26 +38,26 @@ def prune(repository: Path, keep: int) -> tuple[int, ...]:
 
 
 def withdraw(repository: Path, version: int) -> None:
-    """Remove a published version unless a model serves it. Raises RepositoryError when a config cannot be read."""
+    """Remove a published version unless a config lists it. Raises RepositoryError when a config cannot be read."""
     if version not in {*served_versions(repository, CLASSIFIER), *served_versions(repository, STUDENT)}:
         _remove(repository, version)
 
 
 @contextlib.contextmanager
 def withdrawn_on_failure(repository: Path) -> Iterator[None]:
-    """Whatever versions the block publishes are withdrawn when it raises; those that were there before stay."""
+    """Withdraw the versions that the block published if it raises; versions that existed before stay."""
     there = set(present_versions(repository))
     try:
         yield
     except BaseException:
-        with contextlib.suppress(ServingError, OSError):  # where the disk has gone, what failed is still what is told
+        with contextlib.suppress(ServingError, OSError):  # report the block's error, not one of the clean-up
             for version in sorted(set(present_versions(repository)) - there):
                 withdraw(repository, version)
         raise
 
 
 def leftovers(repository: Path) -> list[Path]:
-    """The hidden folders of versions that killed runs left half-written or half-removed."""
+    """The hidden folders of half-written or half-removed versions that killed runs left."""
     return [
         path
         for model in (STUDENT, CLASSIFIER)
@@ -67,13 +67,13 @@ def leftovers(repository: Path) -> list[Path]:
 
 
 def remove_leftovers(repository: Path) -> None:
-    """Remove them; one that cannot be removed is in nobody's way."""
+    """Remove the folders of `leftovers`; errors are ignored, because hidden folders are not served."""
     for path in leftovers(repository):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(repository: Path, version: int) -> None:
-    """Delete a version; each of its folders goes out of sight whole first."""
+    """Delete a version; each of its folders is first renamed to a hidden name, so that no partial folder is visible."""
     for model in (CLASSIFIER, STUDENT):
         folder = repository / model / str(version)
         hidden = folder.with_name(f".{version}.removed")

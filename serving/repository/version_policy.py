@@ -1,8 +1,8 @@
-"""Which versions of a model are served: the version policy in its config files, on disk.
+"""Read and write the version policy in a model's config files: which versions a server loads.
 
-Triton answers a request that names no version from the highest one it has loaded. So the policy lists versions one by
-one (`specific`): the highest that `classifier` lists is the champion, and a version that was only published is in no
-list and is loaded by no restart.
+Triton serves a request without a version from the highest loaded version. So the policy lists single versions
+(`specific`). The highest version that `classifier` lists is the champion. A version that was only published is not
+listed, so a restart does not load it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from serving.shared.errors import RepositoryError
 from serving.shared.names import CLASSIFIER, LOCAL_CONFIG, STUDENT
 
 CONFIG_NAME = "config.pbtxt"
-STEP_NS = 1_000_000  # a millisecond, which file systems that round times keep apart
+STEP_NS = 1_000_000  # 1 ms: stays different on file systems that round times
 
 
 def config_paths(root: Path, model: str) -> list[Path]:
-    """The config files of a model: the second one is for the local server. `classifier` of an older Tailor has none."""
+    """The config files of a model, the second one for the local server; an old `classifier` has no second one."""
     local = root / model / "configs" / f"{LOCAL_CONFIG}.pbtxt"
     return [root / model / CONFIG_NAME, *([local] if model == STUDENT or local.is_file() else [])]
 
 
 def read_config(path: Path) -> ModelConfig:
-    """A config file as Triton's message. Raises RepositoryError naming the file."""
+    """Parse a config file into Triton's ModelConfig message. Raises RepositoryError naming the file."""
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
     except OSError as error:
@@ -40,7 +40,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def served_versions(root: Path, model: str) -> tuple[int, ...]:
-    """The versions that a server of this repository loads, ascending; of `student`, those that both its configs list.
+    """The versions that a server of this repository loads, ascending: those that all config files of the model list.
 
     Raises RepositoryError naming the file.
     """
@@ -49,16 +49,17 @@ def served_versions(root: Path, model: str) -> tuple[int, ...]:
         policy = read_config(path).version_policy
         if policy.WhichOneof("policy_choice") == "specific":
             lists.append(set(policy.specific.versions))
-        else:  # a tree written by hand or by an older Tailor: Triton's own default is the latest one
+        else:  # written by hand or by an old version of Tailor: without a policy Triton serves the latest version
             found = version_folders(root, model)
             lists.append(set(found if policy.HasField("all") else found[-max(policy.latest.num_versions, 1) :]))
     return tuple(sorted(set.intersection(*lists)))
 
 
 def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_strength: float | None = None) -> None:
-    """Rewrite the version policy of a model's configs, each file whole, and of `classifier` its default strength.
+    """Set the version policy in a model's configs, atomically per file, and the default strength of `classifier`.
 
-    Everything else in them stays, as someone may have set it by hand. A server notices at its next load call.
+    All other fields keep their values, which an operator may have edited. A server reads the configs at the next load
+    call.
     """
     for path in config_paths(root, model):
         config = read_config(path)
@@ -73,10 +74,11 @@ def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_st
 
 
 def mark_changed(root: Path, model: str, path: Path) -> None:
-    """Give a file of a model a later modification time than every other file and folder of that model has.
+    """Give a file of a model a later modification time than all other files and folders of that model.
 
-    Triton loads a model again only when the latest time of all its files has increased. After the system clock was set
-    back, a file that was just written would be older than the others, and every load without effect. Raises OSError.
+    Triton reloads a model only if the latest modification time of its files has increased. After the system clock was
+    set back, a file that was just written would be older than the others, and a load would have no effect
+    (docs/experiments.md). Raises OSError.
     """
     latest = max(entry.lstat().st_mtime_ns for entry in (root / model).rglob("*"))
     time_ns = max(time.time_ns(), latest + STEP_NS)
@@ -84,7 +86,7 @@ def mark_changed(root: Path, model: str, path: Path) -> None:
 
 
 def version_folders(root: Path, model: str) -> list[int]:
-    """The version folders of a model, ascending."""
+    """The versions of which a model has a folder, ascending."""
     folder = root / model
     if not folder.is_dir():
         return []
@@ -93,11 +95,11 @@ def version_folders(root: Path, model: str) -> list[int]:
 
 
 def present_versions(root: Path) -> list[int]:
-    """The versions that at least one of the two models has a folder of, ascending."""
+    """The versions of which at least one of the two models has a folder, ascending."""
     return sorted({*version_folders(root, STUDENT), *version_folders(root, CLASSIFIER)})
 
 
 def version_before(root: Path) -> int | None:
-    """The champion before the last promotion, which is still loaded; None after the first promotion and a rollback."""
+    """The previous champion if it is still loaded; None after the first promotion and after a rollback."""
     served = served_versions(root, CLASSIFIER)
     return served[-2] if len(served) > 1 else None

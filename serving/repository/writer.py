@@ -1,4 +1,4 @@
-"""The Triton model repository: one release written whole from an export, and further ones published beside it."""
+"""Write a Triton model repository from an export, and publish further releases into it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from serving.shared.atomic import whole_folder
 from serving.shared.errors import RepositoryError
 from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
 
-# The files that run inside Triton by model: name in a version's folder -> the source that it is copied from.
+# By model, the files that run inside Triton: name in a version folder -> source file that is copied.
 TRITON = Path(__file__).parents[1] / "triton"
 _BOTH = ("integrity.py", "network.py", "start.py")
 _CLASSIFIER = ("asked.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
@@ -52,17 +52,17 @@ def write_repository(
 ) -> Path:
     """Write the Triton model repository of one release and return its path.
 
-    export_dir holds student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device:
-    where the student runs. The tree needs nothing of Tailor at serving time. It is built beside `root` and renamed in,
-    so `root` is always the old tree or the new one. evidence: a folder whose files go with the version. Raises
-    ManifestError when the export does not match its manifest, RepositoryError when `root` holds something else than a
-    repository, and InputError for an unknown device.
+    export_dir: has student.onnx, golden.json, model_card.md and the manifest.json that lists their sha256. device:
+    where the student runs. evidence: a folder whose files are copied into the classifier's version folder. A server of
+    the repository does not import Tailor. The write is atomic: `root` is the old or the new repository. Raises
+    ManifestError if the export does not match its manifest, RepositoryError if `root` is not a repository and not
+    empty, and InputError for an unknown device.
     """
     placement = device if isinstance(device, Placement) else Placement(device)
     manifest = load_export(export_dir)
-    # A CPU holds the weights of a float16 graph as float32.
+    # On a CPU the weights of a float16 graph are stored as float32.
     local = placement.decided((export_dir / STUDENT_NAME).stat().st_size * (2 if manifest.half else 1))
-    root = Path(os.path.abspath(root))  # noqa: PTH100 (a link given as root stays a name, it is not followed)
+    root = Path(os.path.abspath(root))  # noqa: PTH100 (does not resolve a link given as root)
     _check_replaceable(root)
     with whole_folder(root) as partial:
         student, classifier = partial / STUDENT, partial / CLASSIFIER
@@ -84,12 +84,12 @@ def write_repository(
 
 
 def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
-    """Write an export into a repository as its next version, which no server loads before it is promoted; the version.
+    """Publish an export: write it into a repository as its next version and return the version.
 
-    Each of its two folders appears whole; evidence is a folder whose files go into the classifier's, such as the
-    decision. An export that lies in the repository already keeps its version. Raises ManifestError when the export does
-    not match its manifest, and RepositoryError when its classes or shapes are not the repository's: one model cannot
-    have versions with different ones.
+    No server loads it before it is promoted. Each of its two folders is written atomically. evidence: a folder whose
+    files, such as the decision, are copied into the classifier's version folder. An export that was published before
+    keeps its version. Raises ManifestError if the export does not match its manifest, and RepositoryError if its
+    classes or shapes differ from the repository's, which all versions of a model must share.
     """
     manifest = load_export(export_dir)
     _check_same_signature(manifest, export_dir, root)
@@ -107,7 +107,7 @@ def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
 
 
 def load_export(export_dir: Path) -> Manifest:
-    """The manifest of an export whose files match it. Raises ManifestError or RepositoryError naming the file."""
+    """Read the manifest of an export, check all its files. Raises ManifestError or RepositoryError naming the file."""
     manifest = load_manifest(export_dir)
     for name in (STUDENT_NAME, GOLDEN_NAME):
         if name not in manifest.files:
@@ -118,25 +118,25 @@ def load_export(export_dir: Path) -> Manifest:
 
 
 def _write_runtime(folder: Path, model: str, manifest: Manifest) -> None:
-    """The manifest, and the files that run inside Triton."""
+    """Write the manifest and the files that run inside Triton into a version folder."""
     for name, source in RUNTIME_FILES[model].items():
         shutil.copyfile(source, folder / name)
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    # A file where Python would create the folder __pycache__: Triton takes a new folder for a change of the model, and
-    # would load every version again at the next load call.
+    # An empty file prevents the folder __pycache__ of Python: Triton would detect the new folder as a change of the
+    # model and reload every version at the next load call.
     (folder / "__pycache__").touch()
 
 
 def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
     _write_runtime(folder, STUDENT, manifest)
-    # The export may have been written again while it was copied: the files in the tree count.
+    # Check the copy, because the export may have changed while it was copied.
     check_file(folder / "model.onnx", manifest.files[STUDENT_NAME])
 
 
 def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, evidence: Path | None) -> None:
     for path in sorted(evidence.iterdir()) if evidence else []:
-        shutil.copyfile(path, folder / path.name)  # first, so that none replaces a file of the model
+        shutil.copyfile(path, folder / path.name)  # first, so that no evidence file replaces a file of the model
     _write_runtime(folder, CLASSIFIER, manifest)
     shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)
     check_file(folder / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
@@ -147,10 +147,10 @@ def _labels(manifest: Manifest) -> str:
 
 
 def _same_release(root: Path, version: int, manifest: Manifest) -> bool:
-    """Whether both folders of a version exist and were written from an export with this manifest."""
+    """Whether both folders of a version exist and have this manifest, except for its version number."""
     expected = manifest.model_copy(update={"version": version})
     try:
-        # Compared as read, because an older Tailor wrote fewer keys.
+        # Compare parsed manifests, because older versions of Tailor wrote fewer keys.
         return all(read_manifest(root / model / str(version)) == expected for model in (STUDENT, CLASSIFIER))
     except ManifestError:
         return False
@@ -179,7 +179,7 @@ def _check_names(manifest: Manifest, path: Path) -> None:
 
 
 def _check_replaceable(root: Path) -> None:
-    """Raise RepositoryError for a folder with other data; an empty folder or a repository may be replaced."""
+    """Raise RepositoryError if `root` is neither absent, an empty folder, nor a repository."""
     if root.is_symlink() or (root.exists() and not root.is_dir()):
         raise RepositoryError(f"{root}: is not a folder; give the path of a new or an old model repository")
     if root.is_dir() and any(root.iterdir()) and not (root / STUDENT / "config.pbtxt").is_file():

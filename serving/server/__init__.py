@@ -1,1 +1,1 @@
-"""One Triton process on this machine, and what restarts it."""
+"""Run one Triton server on this machine: start, stop, health checks, restart, model control."""

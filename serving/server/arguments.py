@@ -1,4 +1,4 @@
-"""The arguments that the Triton server is started with, and the key to its model control."""
+"""The command line of the Triton server, and the admin key that restricts its model control."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from serving.server.local_tree import TREE
 from serving.shared.errors import InputError
 from serving.shared.names import ADMIN_HEADER, ADMIN_KEY_VARIABLE, CLASSIFIER, LOCAL_CONFIG, STUDENT
 
-# Whoever may load a model may run code in the server; the others read or change what is not theirs. model-config stays
-# open: reading it changes nothing, and clients take max_batch_size and the default strength from it.
+# Endpoints that need the admin key. A caller that may load a model can run code in the server; the other endpoints read
+# or change data of other callers. model-config stays open: it is read-only, and clients read max_batch_size and the
+# default strength from it.
 RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
-STUB_START_TIMEOUT = 120  # seconds for one model's stub to load
+STUB_START_TIMEOUT = 120  # seconds for an inference process to load its model
 
 
 def triton_arguments(
@@ -29,8 +30,11 @@ def triton_arguments(
     grace: int,
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The command line. runtime: holds `backends` and the repository's tree; ports by option; grace: seconds on SIGTERM;
-    options: further ones of Triton's own (see server_options).
+    """The command line of the server.
+
+    runtime: the runtime folder, with `backends` and the tree of links to the repository. prefix: of the run, for its
+    shared memory. ports: by option. grace: seconds that running requests get on SIGTERM. options: further options of
+    Triton (see server_options).
     """
     return [
         str(installation.server),
@@ -42,9 +46,9 @@ def triton_arguments(
         "--model-control-mode=explicit",
         f"--load-model={STUDENT}",
         f"--load-model={CLASSIFIER}",
-        # Completing a config would start a throw-away stub per model, and the configs are whole.
+        # The configs are complete; completing them would start one more inference process per model.
         "--disable-auto-complete-config",
-        # Otherwise one failed load of a new version turns the server unready while the old one serves on.
+        # Without this a failed load of a new version makes the server not ready, although the old version serves.
         "--strict-readiness=false",
         f"--exit-timeout-secs={grace}",
         f"--http-address={host}",
@@ -57,7 +61,7 @@ def triton_arguments(
 
 
 def admin_key() -> str | None:
-    """The user's secret for loading models and the like, None where none is set. Raises InputError for a weak one."""
+    """The admin key in the variable TAILOR_ADMIN_KEY; None if it is not set. Raises InputError for a weak one."""
     key = os.environ.get(ADMIN_KEY_VARIABLE)
     if key is not None and not re.fullmatch(r"[A-Za-z0-9_-]{16,}", key):
         raise InputError(f"{ADMIN_KEY_VARIABLE} is not usable; expected at least 16 letters, digits, - or _")
@@ -65,8 +69,8 @@ def admin_key() -> str | None:
 
 
 def new_admin_key() -> str:
-    """A key that nobody knows yet.
+    """A new random admin key.
 
-    Triton takes it on its command line alone, so other local users can read it with ps; it is in no log.
+    Triton accepts it only on the command line, so other local users can read it with ps. It is not logged.
     """
     return secrets.token_urlsafe(32)

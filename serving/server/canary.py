@@ -1,4 +1,4 @@
-"""Health checks of a running server: golden requests, and whether a failed one shows a hanging or only a busy server."""
+"""Health check of a running server: send golden requests; after a failure detect whether it hangs or is overloaded."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from serving.shared.errors import ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
 from serving.transport.failures import DeadlineExceeded, Refused
 
-# Of a core, below which a stub is at rest: its threads look round once a second, which takes up to 0.0005. A classifier
-# that waits for a slow student does little more than to decode.
+# An inference process that uses less than this share of a core is idle. Its threads wake once a second, which takes up
+# to 0.0005 of a core. A classifier that waits for a slow student uses little more than decoding takes.
 IDLE_SHARE = 0.005
-TICKS = 0.02  # seconds: two of the clock's, the least that counts as work
+TICKS = 0.02  # seconds: two clock ticks, the least CPU time that counts as work
 METRICS_TIMEOUT = 5.0  # seconds
-# Triton's error where an inference process (Triton's stub), named by model and instance, does not react for a second.
+# Triton's error when an inference process (its stub), named by model and instance, does not react for a second.
 UNHEALTHY = re.compile(r"Stub process '(\w+)_\d+_\d+' is not healthy")
 
 
 class Hanging(ServingError):
     """An inference process does not work: Triton reports it, or a request timed out and the process used no CPU time.
 
-    models: those whose processes may be the cause, in the order in which they are loaded.
+    models: the models whose processes may be the cause, in the order in which they must be loaded.
     """
 
     def __init__(self, message: str, *models: str) -> None:
@@ -40,31 +40,35 @@ class Hanging(ServingError):
 
 
 class Busy(ServingError):
-    """A request was not answered in time, but others were, and every stub of the model that was asked worked on them."""
+    """A golden request timed out because of load.
+
+    Every inference process of the model used CPU time, and the model answered other requests.
+    """
 
 
 class Canary:
-    """Asks a server its golden requests. timeout: seconds that each may take."""
+    """Sends a server its golden requests. timeout: seconds for each request."""
 
     def __init__(self, server: TritonServer, timeout: float) -> None:
         self.server = server
         self.timeout = timeout
 
     def backend_failures(self) -> float:
-        """How many requests Triton has failed because of an inference process; bad requests are not counted."""
+        """Number of requests that failed because of an inference process, from Triton's metrics; no bad requests."""
         return self._counted("failure", 'reason="BACKEND"')
 
     def ask(self) -> None:
-        """Ask both models of every release: a small network is asked nothing by its classifier.
+        """Send both models of every release the golden requests.
 
-        Raises Hanging or Busy, and ServingError when an answer is wrong or its absence has another cause.
+        `student` gets its own, because the classifier of a small network runs the graph itself. Raises Hanging or Busy,
+        and ServingError when an answer is wrong or a request failed for another reason.
         """
         busy = None
         with Client(self.server.http_url, timeout=self.timeout) as client:
             for model, version, question in self._questions(client):
                 try:
                     self._judged(model, version, question)
-                except Busy as error:  # says nothing of the other model
+                except Busy as error:  # the other models are still checked
                     busy = error
         if busy:
             raise busy
@@ -77,10 +81,11 @@ class Canary:
         ]
 
     def _judged(self, model: str, version: int, question: Callable[[], None]) -> None:
-        """Ask one model, and judge by its own stubs alone: those of another model or version may have nothing to do.
+        """Send golden requests to one version of a model; classify a failure by its inference processes' CPU time.
 
-        While requests wait for a model, each of its stubs has one. A stub that hangs keeps the request it was given and
-        gets no other: asked once more, the others would answer, and nobody would notice that they are fewer.
+        Processes of other models and versions are ignored, because they may be idle. While requests wait, each process
+        of the model has one. A process that hangs keeps its request and gets no other. A retry would not detect it: the
+        other processes would answer.
         """
         worked, answered, began = (
             self._processor_seconds(model, version),
@@ -104,7 +109,7 @@ class Canary:
             raise
 
     def _processor_seconds(self, model: str, version: int) -> dict[int, float]:
-        """Processor time so far of a version's stubs, by process id."""
+        """CPU time in seconds (user and system) of a version's inference processes, by process id."""
         found = {}
         for stub, *place in stubs_of(self.server.prefix):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -113,15 +118,15 @@ class Canary:
         return found
 
     def _answered(self, model: str, version: int) -> float:
-        """How many requests Triton counts as answered by a version so far."""
+        """Number of requests that a version has answered, from Triton's metrics."""
         return self._counted("success", f'model="{model}"', f'version="{version}"')
 
     def _counted(self, result: str, *labels: str) -> float:
-        """Triton's number of requests with this result and these labels so far; 0 where the metrics are unavailable."""
+        """Number of requests with this result and these labels, from Triton's metrics; 0 if these are not available."""
         try:
             with urllib3.PoolManager(
                 timeout=METRICS_TIMEOUT, retries=False
-            ) as pool:  # an open connection holds a stop up
+            ) as pool:  # closed at once, because an open connection delays a stop of the server
                 shown = pool.request("GET", self.server.metrics_url).data.decode()
         except (urllib3.exceptions.HTTPError, UnicodeDecodeError):
             return 0.0

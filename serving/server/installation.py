@@ -1,4 +1,8 @@
-"""The Triton server of the nvidia-pytriton package: where it is, and whether its Python stubs can work here."""
+"""Find the Triton server of the nvidia-pytriton package and check that its Python stubs can run on this machine.
+
+Triton starts the program `triton_python_backend_stub` ("stub") for each instance of a Python model; elsewhere it is
+called an inference process.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from serving.shared.priority import write_stub_starter
 
 STUB_NAME = "triton_python_backend_stub"
 STUB_TIMEOUT = 30.0  # seconds
-NEXT_PYTHON = (3, 13)  # numpy below 2, which the stubs need, has no wheel for it
+NEXT_PYTHON = (3, 13)  # first unsupported version: the stubs need numpy below 2, which has no wheel for it
 
 
 class InstallationError(ServingError):
@@ -26,14 +30,17 @@ class InstallationError(ServingError):
 
 @dataclass(frozen=True)
 class Installation:
-    """The files of a Triton server that works in this Python environment, and the environment variables it needs."""
+    """The files of a checked Triton server, and the environment variables that it needs in this Python environment."""
 
     server: Path
     backend_files: dict[str, Path]
     environment: dict[str, str]
 
     def link(self, runtime: Path, niceness: int) -> dict[str, str]:
-        """Links that Triton sees instead of the true paths, which may hold spaces; environment variables for its stubs."""
+        """Link the backend's files into the runtime folder; returns environment variables for the inference processes.
+
+        Triton gets the links because the real paths may contain spaces, which it does not quote.
+        """
         backend = runtime / "backends" / "python"
         backend.mkdir(parents=True)
         for name, path in self.backend_files.items():
@@ -43,9 +50,9 @@ class Installation:
 
 
 def find_installation() -> Installation:
-    """Find and check the server. Raises InstallationError naming what is missing or in the way.
+    """Find and check the server. Raises InstallationError naming what is missing or incompatible.
 
-    Checked before every start, because a stub that cannot load leaves the server in LOADING for ever.
+    Call it before every start: with a stub that cannot load its libraries, the server stays in state LOADING forever.
     """
     if sys.version_info[:2] >= NEXT_PYTHON:
         raise InstallationError(
@@ -75,10 +82,11 @@ def find_installation() -> Installation:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of the server and its stubs.
+    """The environment variables of the server and its inference processes, without the admin key.
 
-    A stub embeds libpython and ignores PYTHONHOME and PYTHONPATH: the first `python3` on PATH decides its packages, and
-    the loader decides which libpython of that version it runs, so both are pointed at this interpreter's own.
+    A stub embeds libpython and ignores PYTHONHOME and PYTHONPATH. The first `python3` on PATH determines its packages,
+    and the dynamic loader determines its libpython. So PATH and LD_LIBRARY_PATH begin with the folders of this
+    interpreter.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TAILOR_ADMIN_KEY"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
@@ -96,7 +104,7 @@ def _check_packages() -> None:
             raise InstallationError(f"{package} is missing; pip install 'tailor[serve,cpu]'")
     numpy_version = importlib.metadata.version("numpy")
     if int(numpy_version.split(".")[0]) >= 2:
-        # With numpy 2 these stubs answer FP32 outputs empty, with status 200, and die on strings.
+        # With numpy 2 these stubs return empty FP32 outputs, with status 200, and crash on strings.
         raise InstallationError(f"numpy {numpy_version} breaks this Triton's Python stubs; pip install 'numpy<2'")
     if not (Path(sys.executable).parent / "python3").exists():
         raise InstallationError(
@@ -107,7 +115,10 @@ def _check_packages() -> None:
 
 
 def _check_stub(stub: Path, environment: dict[str, str]) -> None:
-    """Run the stub without arguments: it ends with status 1 and its usage when all its libraries are found."""
+    """Run the stub without arguments; if its libraries are found, it prints its usage and exits with status 1.
+
+    Raises InstallationError if it cannot be run, does not exit, or lacks a library (exit status 127).
+    """
     try:
         ended = subprocess.run(
             [stub], env=environment, capture_output=True, text=True, timeout=STUB_TIMEOUT, check=False

@@ -1,8 +1,9 @@
-"""What a server leaves when it, or whoever runs it, is killed: processes, shared memory, a runtime folder; and their end.
+"""Find and remove what a killed server or owner left: processes, shared memory (/dev/shm) and the runtime folder.
 
-Everything of one run carries its prefix: the names of its files in /dev/shm, and the command lines of the server and
-its stubs. The prefix names the process that runs the server by PID namespace, id and start time, so that a run whose
-owner has gone is told from one that lives, without a record that could be lost or lie.
+The owner is the process that runs the server. Every resource of one run has the run's prefix: the names of its files in
+/dev/shm and of its runtime folder, and the command lines of the server and its inference processes. The prefix contains
+the owner's PID namespace, process id and start time. So a run whose owner has exited is detected without a pid file,
+which could be stale.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ from serving.server.installation import STUB_NAME
 SHARED_MEMORY = Path("/dev/shm")
 NAME = re.compile(r"tailor_(\d+)_(\d+)_(\d+)_[0-9a-f]{8}_")
 POLL = 0.05  # seconds
-GONE_WITHIN = 5.0  # seconds that killed processes get to disappear
+GONE_WITHIN = 5.0  # seconds to wait for killed processes to exit
 
 
 def new_prefix() -> str:
-    """A prefix for a run of this process, never used before."""
+    """A new unique prefix for a run that this process owns."""
     return f"tailor_{_namespace()}_{os.getpid()}_{_started(os.getpid())}_{secrets.token_hex(4)}_"
 
 
 def runtime_folder(prefix: str) -> Path:
-    """An empty folder for a run, readable by its owner alone; its name starts with the prefix.
+    """Create the runtime folder of a run: empty, readable only by this user, its name starts with the prefix.
 
-    Triton builds the stub's command line without quoting, so where the usual place for temporary files holds anything
-    that a shell reads otherwise, it is in /tmp.
+    It is in /tmp if the path of the usual folder for temporary files has characters that a shell interprets, because
+    Triton does not quote the command line of an inference process.
     """
     parent = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent if re.fullmatch(r"[A-Za-z0-9._/+-]+", parent) else "/tmp"))
 
 
 def runtime_folders(prefix: str) -> list[Path]:
-    """The runtime folder of a run, for whoever may read it; none where it has gone or lies out of sight."""
+    """The runtime folders of a run; empty if the folder was removed or is in another folder for temporary files."""
     return [path for path in _temporary(prefix) if path.is_dir()]
 
 
 def sweep(prefix: str, patience: float = 0.0) -> None:
-    """Remove everything of a run: its processes are killed if they have not gone within `patience` seconds.
+    """Remove everything of a run; its processes are killed if they have not exited after `patience` seconds.
 
-    A child that the killed owner had just started may show the owner's command line for a moment, so that no process
-    counts as none only when it is seen twice.
+    A child that the owner had just started shows the owner's command line, without the prefix, until it calls exec. So
+    the run counts as ended only after two checks in a row find no process.
     """
     deadline, empty = time.monotonic() + patience, 0
     kill_until = deadline + GONE_WITHIN
@@ -64,12 +65,12 @@ def sweep(prefix: str, patience: float = 0.0) -> None:
                     process.kill()
         time.sleep(POLL)
     for path in (*SHARED_MEMORY.glob(f"{prefix}*"), *_temporary(prefix)):
-        with contextlib.suppress(PermissionError):  # another user's, whose own janitor it waits for
+        with contextlib.suppress(PermissionError):  # of another user; that user's next server start removes it
             _remove(path)
 
 
 def sweep_dead_runs() -> list[str]:
-    """Sweep every run of this machine whose owner has gone; their prefixes."""
+    """`sweep` every run of this machine whose owner has exited; returns their prefixes."""
     named = {path.name for path in (*SHARED_MEMORY.glob("tailor_*"), *_temporary("tailor_"))}
     prefixes = {found[0] for name in named if (found := NAME.match(name))}
     dead = sorted(prefix for prefix in prefixes if not owner_lives(prefix))
@@ -79,13 +80,13 @@ def sweep_dead_runs() -> list[str]:
 
 
 def processes_of(prefix: str) -> Iterator[psutil.Process]:
-    """The live processes of a run: the server and its stubs, which have the prefix in their command lines.
+    """The running processes with the prefix in their command lines: the server and its inference processes.
 
-    The watchdog has it too, and is none of them.
+    The watchdog's command line has the prefix too; it is left out.
     """
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            command = process.cmdline()  # empty for a zombie
+            command = process.cmdline()  # empty for a zombie process
             if (
                 process.pid != os.getpid()
                 and "serving.server.watchdog" not in command
@@ -95,7 +96,7 @@ def processes_of(prefix: str) -> Iterator[psutil.Process]:
 
 
 def stubs_of(prefix: str) -> list[tuple[psutil.Process, str, int]]:
-    """The live stub processes of a run, each with the model and version that it runs."""
+    """The running inference processes (Triton's stubs) of a run, each with its model and version."""
     found = []
     for process in processes_of(prefix):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -120,13 +121,13 @@ def _temporary(prefix: str) -> Iterator[Path]:
 
 
 def owner_lives(prefix: str) -> bool:
-    """Whether the run's owner is there, or in another PID namespace and so not for us to judge."""
+    """Whether the run's owner exists; also True in another PID namespace, whose processes are not visible from here."""
     namespace, owner, started = map(int, NAME.fullmatch(prefix).groups())
     return namespace != _namespace() or _started(owner) == started
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder, also when another process is about the same: what it took meanwhile is gone as well."""
+    """Remove a file or folder; retries when another process removes parts of it at the same time."""
     while path.exists() or path.is_symlink():
         try:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -139,9 +140,9 @@ def _namespace() -> int:
 
 
 def _started(process_id: int) -> int | None:
-    """When a process started, in clock ticks since boot; None where there is none or only its zombie is left."""
+    """Start time of a process in clock ticks since boot; None if it does not exist or is a zombie."""
     try:
-        # The second field is the program's name in brackets, which may hold anything.
+        # Split behind the second field, the program's name in brackets, which may contain spaces and brackets.
         fields = (
             Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         )

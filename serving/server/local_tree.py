@@ -1,8 +1,8 @@
-"""A model repository as the local server sees it: links to its files, without the configs of other servers.
+"""The local server's view of a model repository: a tree of links to its files, without the config.pbtxt of containers.
 
-Triton loads every version of a model anew when a file of the model has changed that is neither its config nor another
-version's, and takes the container's config.pbtxt for such a file. A swap writes both configs; without the one, Triton
-reads the new version policy, and what it has loaded already goes on as it is.
+Why: Triton reloads every version of a model when a file of the model changes that is neither the config in use nor in a
+version folder. For the local server, which uses configs/local.pbtxt, config.pbtxt is such a file, and a swap writes
+both. With config.pbtxt hidden, Triton reads the new version policy and keeps the versions that are loaded.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ TREE = "repository"
 
 
 def link_tree(repository: Path, runtime: Path) -> Path:
-    """Make the tree in a server's runtime folder, or bring it up to date after versions came or went; its path.
+    """Create the tree in a server's runtime folder, or update it to the present versions; returns its path.
 
-    Raises ServingError naming what cannot be read or linked.
+    Raises ServingError naming the file or folder that cannot be read or linked.
     """
     tree = runtime / TREE
-    if tree.is_symlink():  # a server of an older Tailor
+    if tree.is_symlink():  # made by an older release of Tailor
         return tree
     try:
         for model in (STUDENT, CLASSIFIER):
             (tree / model).mkdir(parents=True, exist_ok=True)
             present = _names(tree / model)
             _link(repository.absolute() / model, tree / model, present, _seen(repository / model))
-        # A version of an older Tailor looks for it here. No link may lead nowhere: Triton would list no model then.
+        # Model versions of older releases of Tailor read live_prior.json here. Link it only if it exists: with a broken
+        # link in the tree Triton lists no model.
         present = _names(tree)
         prior = {live_prior.NAME} if (repository / live_prior.NAME).is_file() else set()
         _link(repository.absolute(), tree, present, {STUDENT, CLASSIFIER, *prior})
@@ -43,7 +44,7 @@ def link_tree(repository: Path, runtime: Path) -> Path:
 
 
 def refresh_trees(repository: Path, prefix: str) -> None:
-    """Bring the tree of a run up to date; nothing is written where nothing came or went. Raises as `link_tree` does."""
+    """Update the tree of a run; writes nothing if no version was added or removed. Raises as `link_tree` does."""
     for runtime in runtime_folders(prefix):
         link_tree(repository, runtime)
 
@@ -53,7 +54,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _seen(folder: Path) -> set[str]:
-    """The names in a model's folder that the local server shall see; hidden is what is being written or removed."""
+    """The names in a model's folder that the local server may see: no hidden names (being written or removed)."""
     names = {name for name in _names(folder) if not name.startswith(".")}
     if (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").is_file():
         names.discard(CONFIG_NAME)
@@ -61,10 +62,10 @@ def _seen(folder: Path) -> set[str]:
 
 
 def _link(source: Path, folder: Path, present: set[str], names: set[str]) -> None:
-    """Have the folder, in which `present` was found, hold a link to each of the names in `source`, and nothing else.
+    """Make `folder` hold links to `names` in `source` and nothing else; `present` are the names that it held before.
 
-    `present` must have been read before the names: a supervisor and a promotion may both be about it, and what the other
-    one has linked meanwhile would else be taken for something that has gone.
+    Read `present` before `names`: a supervisor and a promotion may update the tree at the same time. In the other
+    order, a link that the other process has just created would be removed as outdated.
     """
     for name in present - names:
         (folder / name).unlink(missing_ok=True)
@@ -72,4 +73,6 @@ def _link(source: Path, folder: Path, present: set[str], names: set[str]) -> Non
         with contextlib.suppress(FileExistsError):
             (folder / name).symlink_to(source / name)
     if names != present:
-        os.utime(folder, (0, 0))  # else a time from before the clock was set back would hide later changes from Triton
+        # Triton takes the latest time of all files. After the clock was set back, the folder's time would stay the
+        # latest and hide later changes of files.
+        os.utime(folder, (0, 0))

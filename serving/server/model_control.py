@@ -1,6 +1,6 @@
-"""Triton's explicit model control: load and unload models of a running server, with its key, over gRPC.
+"""Load and unload models of a running server: Triton's explicit model control, with the admin key, over gRPC.
 
-Never over HTTP: there a load holds up every request that shares its worker thread.
+Not over HTTP: there a load blocks every request on the same worker thread.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from serving.shared.names import ADMIN_HEADER
 from serving.transport.sync_transport import parse_url
 
 REASON_LENGTH = 500
-SEEN_WITHIN = 10.0  # seconds that a server gets to see a version that was just published, or that one has gone
-UNREADABLE = "failed to poll from model repository"  # Triton's words
-DEAD_STUB_TIMEOUT = 10.0  # seconds for Triton to notice that a stub has gone
+SEEN_WITHIN = 10.0  # seconds for a server to see that a version was published or removed
+UNREADABLE = "failed to poll from model repository"  # from Triton's error message
+DEAD_STUB_TIMEOUT = 10.0  # seconds for Triton to detect that an inference process has exited
 
 
 class LoadTimeout(ServingError):
-    """A load that did not end in time."""
+    """A load or unload that did not end within the timeout."""
 
 
 class UnreadableModel(ServingError):
-    """Triton could not read a model's folder, as where a link in it leads to a version that has been removed."""
+    """Triton could not read a model's folder, for example because a link points to a removed version."""
 
 
 class ModelControl:
-    """Control over a server's models. A context manager. timeout: seconds that a load may take.
+    """A gRPC connection for loading and unloading a server's models. A context manager.
 
-    Its methods raise ServingError naming the model and Triton's reason.
+    timeout: seconds that a load may take. Its methods raise ServingError naming the model and Triton's reason.
     """
 
     def __init__(self, server: RunningServer, timeout: float) -> None:
@@ -54,12 +54,12 @@ class ModelControl:
         self._headers = {f"triton-grpc-protocol-{ADMIN_HEADER}": server.admin_key}
 
     def load(self, model: str) -> None:
-        """Load the versions of the model's present config; unlisted ones are unloaded when the others are ready.
+        """Load the versions that the model's config lists; other versions are unloaded when these are ready.
 
-        What is loaded already stays as it is, unless its files or more of the config than its versions and instances have
-        changed. Triton passes over a version whose folder it does not see, and loads nothing while a link leads to one that
-        has gone. Its supervisor or the mount may be about to show what there is, so it is asked again for a while. Raises
-        LoadTimeout when a load takes too long.
+        A loaded version is not reloaded, unless its files or more of the config than versions and instances have
+        changed. Triton skips a version whose folder it does not see, and loads nothing while a link points to a removed
+        version. The server's supervisor or the mount may show the folder later, so the load is retried for SEEN_WITHIN
+        seconds. Raises LoadTimeout when a load takes too long.
         """
         repository = Path(self.server.repository)
         deadline = time.monotonic() + SEEN_WITHIN
@@ -77,12 +77,13 @@ class ModelControl:
                         f"expected a server that runs on {repository}"
                     )
             except UnreadableModel:
-                if self.server.prefix or time.monotonic() > deadline:  # what we have linked ourselves will not change
+                # With a prefix, refresh_trees has just updated the links: a retry would find the same.
+                if self.server.prefix or time.monotonic() > deadline:
                     raise
             time.sleep(0.2)
 
     def unload(self, model: str) -> None:
-        """Unload every version of a model and wait until it is gone."""
+        """Unload every version of a model and wait until none is ready."""
         self._ask(model, "unload", self._client.unload_model)
         deadline = time.monotonic() + self.timeout
         while self.ready_versions(model):
@@ -91,20 +92,20 @@ class ModelControl:
             time.sleep(0.05)
 
     def ready_versions(self, model: str) -> list[int]:
-        """The versions of a model that are loaded, ascending."""
+        """The versions of a model that are ready, ascending."""
         return sorted(int(found.version) for found in self._index(model) if found.state == "READY")
 
     def end_hanging_load(self, model: str, version: int) -> bool:
-        """Kill the stubs of a version whose load hangs, so that Triton gives it up; whether it then could load again.
+        """Kill the inference processes of a version whose load hangs; returns whether Triton can load models again.
 
-        Triton waits forever for an inference process (its stub) that does not finish loading, and so does every later load.
-        Possible only where the server is on this machine and its stub is a process.
+        Triton waits forever for an inference process (its stub) that does not finish loading, and every later load
+        waits too. Possible only for a server of this user on this machine and a model of the python backend.
         """
         place = f"/{model}/{version}/model.py"
         ended = False
         if self.server.prefix:
             for process in processes_of(self.server.prefix):
-                with contextlib.suppress(psutil.Error):  # it has just ended by itself
+                with contextlib.suppress(psutil.Error):  # it has exited
                     if any(argument.endswith(place) for argument in process.cmdline()):
                         process.kill()
                         ended = True
@@ -137,7 +138,7 @@ class ModelControl:
             raise kind(f"{self.server.grpc_url}: Triton did not {what} {model}: {_reason(error)}") from error
 
     def _index(self, model: str) -> list[Any]:
-        """Triton's index entries of a model's versions. Raises ServingError."""
+        """The entries of a model's versions in Triton's repository index. Raises ServingError."""
         try:
             index = self._client.get_model_repository_index(headers=self._headers, client_timeout=self.timeout)
         except InferenceServerException as error:
@@ -146,10 +147,10 @@ class ModelControl:
 
 
 def _trust(certificate: str, address: str, timeout: float) -> dict[str, Any]:
-    """The client's arguments that trust this certificate alone, for whatever name it was issued. Raises ServingError."""
+    """Arguments of the gRPC client that trust only this certificate, whatever name it has. Raises ServingError."""
     try:
         context = ssl.create_default_context(cafile=certificate)
-        context.check_hostname = False  # the key to it lies on this machine; we reach it by another name than others do
+        context.check_hostname = False  # the certificate names a public host; this connection uses a local address
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         context.set_alpn_protocols(["h2"])
         host, _, port = address.rpartition(":")

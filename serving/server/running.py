@@ -1,4 +1,4 @@
-"""Which servers run on a repository, and how to reach them: a note that each leaves in its private runtime folder."""
+"""Server records: find the running servers of a repository. Each server writes one into its private runtime folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ NOTE_NAME = "server.json"
 
 
 class RunningServer(BaseModel):
-    """A server's addresses and the key to its model control. `prefix` is its run's, None where another started it.
+    """The record of a server: addresses and admin key for model control.
 
-    certificate: the PEM file of what it shows on gRPC, None where that is not encrypted, or the system knows its CA.
+    prefix: of its run (see leftovers); None for a server that this user did not start here. certificate: the PEM file
+    of its gRPC certificate; None if gRPC is not encrypted or the system's CAs verify it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,17 +35,17 @@ class RunningServer(BaseModel):
 
     @property
     def url(self) -> str:
-        """Where it is asked: over gRPC, and where its certificate may name another host, over HTTP beside it."""
+        """Address for inference: gRPC, or HTTP if gRPC has a certificate, which may name another host."""
         return self.http_url if self.certificate and self.http_url else self.grpc_url
 
 
 def leave_note(runtime: Path, server: RunningServer) -> None:
-    """Write the note into the runtime folder, which nobody but its owner can read: it holds the key."""
+    """Write the server record, which contains the admin key, into the runtime folder, which only this user can read."""
     write_file(runtime / NOTE_NAME, server.model_dump_json())
 
 
 def reach(repository: Path, grpc_url: str, key: str) -> RunningServer:
-    """The server at an address that somebody named, with its key; as its own note says where this user runs it here."""
+    """A server by address and admin key; with the other fields of its record if this user runs it on this machine."""
     for server in find_running(repository):
         if server.grpc_url == grpc_url.rstrip("/"):
             return server.model_copy(update={"admin_key": key})
@@ -52,9 +53,9 @@ def reach(repository: Path, grpc_url: str, key: str) -> RunningServer:
 
 
 def servers_at(repository: Path, url: str | None) -> list[RunningServer] | None:
-    """The server at `url`, whose key is in TAILOR_ADMIN_KEY; None for those of this machine, which promotion finds.
+    """The server at `url`, with the key in TAILOR_ADMIN_KEY; None for no `url`: the caller then uses `find_running`.
 
-    Raises InputError where the address is not one of gRPC or the key is not set.
+    Raises InputError if the address is not a gRPC address or the key is not set.
     """
     if url is None:
         return None
@@ -67,12 +68,12 @@ def servers_at(repository: Path, url: str | None) -> list[RunningServer] | None:
 
 
 def find_running(repository: Path) -> list[RunningServer]:
-    """The servers of this user that run on this repository, as far as they share our folder for temporary files."""
+    """The running servers of this user on a repository, by their records in the folder for temporary files and /tmp."""
     wanted, found = os.path.realpath(repository), []
     for parent in sorted({tempfile.gettempdir(), "/tmp"}):
         for folder in sorted(Path(parent).glob("tailor_*")):
-            with contextlib.suppress(OSError, ValidationError):  # not ours to read, going just now, or no note of ours
-                if folder.stat().st_uid != os.geteuid():  # whoever else may name a folder so
+            with contextlib.suppress(OSError, ValidationError):  # not readable, just removed, or of another format
+                if folder.stat().st_uid != os.geteuid():  # any user may create a folder of this name
                     continue
                 server = RunningServer.model_validate_json((folder / NOTE_NAME).read_bytes())
                 if server.repository == wanted and server.prefix == folder.name[: len(server.prefix or "?")]:

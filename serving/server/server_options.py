@@ -1,6 +1,4 @@
-"""What can be switched on in a Triton server beyond its defaults: latencies, traces and TLS as its command-line options,
-the log of logits as variables of its environment.
-"""
+"""Optional features of a Triton server: latency summaries, traces and TLS as options, the logit log as variables."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from urllib.parse import urlsplit
 from serving.shared.errors import InputError
 from serving.triton import logit_log
 
-# Quantiles of the last minute for the metrics: what the dashboard and the alert on latency read.
+# Latency quantiles of the last minute in the metrics; the dashboard and the latency alert use them.
 LATENCY_OPTIONS = (
     "--metrics-config=summary_latencies=true",
     "--metrics-config=summary_quantiles=0.5:0.05,0.95:0.01,0.99:0.001",
@@ -21,10 +19,10 @@ LATENCY_OPTIONS = (
 
 
 def trace_options(url: str, every: int = 100, service: str = "tailor") -> list[str]:
-    """Options that send an OpenTelemetry trace of each `every`-th inference to a collector.
+    """Options that send an OpenTelemetry trace of every `every`-th inference to a collector.
 
-    url: its OTLP/HTTP endpoint, for example http://127.0.0.1:4318/v1/traces; Triton posts JSON there, without TLS. A
-    caller's `traceparent` header is honoured, and his request is then part of his own trace. Raises InputError.
+    url: the collector's OTLP/HTTP endpoint, for example http://127.0.0.1:4318/v1/traces; Triton posts JSON to it,
+    without TLS. A request with a `traceparent` header becomes part of the caller's trace. Raises InputError.
     """
     hint = "expected http://host:port/v1/traces, a collector's OTLP/HTTP endpoint"
     try:
@@ -32,7 +30,7 @@ def trace_options(url: str, every: int = 100, service: str = "tailor") -> list[s
         usable = parts.scheme == "http" and parts.hostname and parts.port and not (parts.query or parts.fragment)
     except ValueError:
         usable = False
-    # A comma would begin a setting of its own.
+    # A comma would begin another setting of --trace-config.
     if not usable or "," in url or not url.isprintable() or " " in url:
         raise InputError(f"trace url is {url!r}; {hint}")
     if every < 1:
@@ -49,10 +47,10 @@ def trace_options(url: str, every: int = 100, service: str = "tailor") -> list[s
 
 
 def grpc_tls_options(certificate: Path, key: Path, client_authority: Path | None = None) -> list[str]:
-    """Options that make gRPC speak TLS alone, with a PEM certificate and its key; HTTP has no TLS in Triton.
+    """Options that make gRPC accept only TLS, with a PEM certificate and its key; Triton has no TLS for HTTP.
 
-    client_authority: certificates of the authorities whose client certificates are asked for (mutual TLS). Raises
-    InputError naming a file that cannot be read.
+    client_authority: PEM file of the CAs that sign client certificates, which are then required (mutual TLS). Raises
+    InputError naming a file that cannot be read or is not PEM.
     """
     for path in (certificate, key, *([client_authority] if client_authority else [])):
         try:
@@ -68,10 +66,11 @@ def grpc_tls_options(certificate: Path, key: Path, client_authority: Path | None
 
 
 def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = "1GiB") -> dict[str, str]:
-    """Variables under which `classifier` logs logits for `tailor drift`, and the folder made ready.
+    """Environment variables that make `classifier` log logits for `tailor drift`; creates the folder.
 
-    share: of the images, above 0 to 1, drawn one by one. limit: bytes of the whole folder, as a number or as text such
-    as 500MiB; the oldest files go. Raises InputError naming what cannot be used.
+    share: fraction of the images that is logged, above 0, at most 1; each image is sampled independently. limit: bytes
+    of the whole folder, as a number or as text such as 500MiB; the oldest files are deleted. Raises InputError naming
+    an unusable argument, the folder, or pyarrow where it is missing.
     """
     if not 0 < share <= 1:
         raise InputError(f"share of logged images is {share:g}; expected a number above 0, at most 1")
@@ -94,7 +93,7 @@ def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = 
 
 
 def bytes_of(text: str) -> int:
-    """Bytes of a size such as 500MiB, 1GiB, 2TiB or a number. Raises InputError."""
+    """Parse a size such as 500MiB, 1GiB, 2TiB or a number of bytes into bytes. Raises InputError."""
     found = re.fullmatch(r"(\d{1,15})\s*([KMGT]iB)?", text.strip())
     if not found:
         raise InputError(f"size is {text!r}; expected a number of bytes, or one with KiB, MiB, GiB or TiB")

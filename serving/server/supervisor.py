@@ -1,7 +1,8 @@
-"""Supervises a server: restarts it when it dies, and reloads a model whose inference process died, stopped or hangs.
+"""Supervise a server: restart it when it exits; reload a model whose inference process died, is stopped or hangs.
 
-Triton never restarts an inference process (its "stub") that died, and the model stays "ready". So the supervisor checks
-every second that each expected process runs, and sends golden requests from time to time, sooner while requests fail.
+Triton never restarts an inference process (its "stub") that died, and reports its model as ready. So the supervisor
+checks every second that each expected process runs, and sends golden requests every 15 s, every 3 s while requests
+fail.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from serving.shared.terminal import counted
 class Patience:
     """Intervals and limits of a supervisor, in seconds.
 
-    canary_timeout: limit of one golden request; the second failure in a row counts, and none that load explains.
-    ending: time that a replaced inference process gets to exit before it is killed. A server that ran for `served`
-    seconds is restarted at once. One that failed earlier, or did not start, is a failed start: after n of them in a row
-    the delay is first_delay * 2^(n-1), at most longest_delay, and after more than `restarts` (None: no limit) the
-    supervisor gives up.
+    canary_timeout: timeout of one golden request. Two failures in a row start a repair; a timeout caused by load does
+    not count. ending: time that a replaced inference process gets to exit before it is killed. A server that ran for
+    more than `served` seconds is restarted at once. One that failed earlier, or did not start, is a failed start: after
+    n of them in a row the delay is first_delay * 2^(n-1), at most longest_delay, and after more than `restarts` (None:
+    no limit) the supervisor raises GivenUp.
     """
 
     poll: float = 1.0
@@ -51,29 +52,29 @@ class Patience:
 
 
 class GivenUp(ServingError):
-    """The server cannot be kept up; the message says why and ends with its log."""
+    """The server failed more often than `Patience.restarts` allows; the message has the cause and the log's end."""
 
 
 class Supervisor:
-    """Watches a started server. report: takes one line for whoever runs the service."""
+    """Supervises a started server. report: called with one line for the operator at each fault and repair."""
 
     def __init__(self, server: TritonServer, report: Callable[[str], None], patience: Patience | None = None) -> None:
         self.server = server
         self.report = report
         self.patience = patience or Patience()
         self._canary = Canary(server, self.patience.canary_timeout)
-        self._failures = 0  # of the canary in a row
+        self._failures = 0  # of golden requests in a row
         self._failed_starts = 0  # in a row
         self._backend_failures = 0.0
-        self._suspicious = False  # requests failed since the last canary
+        self._suspicious = False  # requests failed since the last golden requests
         self._server_stopped = False
-        self._resting = 0.0  # until when no repair is tried, the last one having been impossible
+        self._resting = 0.0  # no repair before this time, because the last one was impossible
         self._started = self._asked = time.monotonic()
         self._lacking: dict[tuple[str, int], int] = {}
         self._expected: dict[tuple[str, int], int] = {}
 
     def run(self, stopping: threading.Event) -> None:
-        """Watch until `stopping` is set. Raises GivenUp when the server cannot be kept up."""
+        """Check and repair the server until `stopping` is set. Raises GivenUp after too many failed starts."""
         while not stopping.is_set():
             ended = self.server.wait(self.patience.poll)
             if ended is not None or self.server.process_id is None:
@@ -83,26 +84,28 @@ class Supervisor:
             if self._server_stopped:
                 if (
                     before
-                ):  # seen twice: when a suspended machine resumes, the processes do not resume in the same moment
+                ):  # in two checks: after a suspend of the machine the processes do not all resume at the same time
                     self._restart("the process of the Triton server is stopped (SIGSTOP)", stopping)
                 continue
-            with contextlib.suppress(ServingError):  # the disk is gone: what was seen stays
-                refresh_trees(self.server.repository, self.server.prefix)  # for a promotion that cannot reach them
+            with contextlib.suppress(ServingError):  # the repository cannot be read: keep the tree
+                # For a promotion that cannot write this tree (of another user, or with another folder for temporary
+                # files).
+                refresh_trees(self.server.repository, self.server.prefix)
             try:
                 with locked(self.server.repository, shared=True, timeout=0):
                     self._look(stopping)
             except GivenUp:
                 raise
-            except RepositoryBusy:  # it loads and unloads just now, and asks golden requests itself
+            except RepositoryBusy:  # a promotion loads and unloads models, and sends golden requests itself
                 self._lacking = {}
-            except (ServingError, OSError):  # the disk is gone: what is loaded answers on, and is still asked
+            except (ServingError, OSError):  # the repository cannot be read: check the models that are loaded
                 self._ask_canary(stopping)
 
     def _look(self, stopping: threading.Event) -> None:
-        """One look at stubs and, when it is time, at answers."""
+        """Check the inference processes and, when it is due, send golden requests; repair what fails."""
         self._learn_releases()
         lacking = self._count_lacking()
-        # Seen twice, because a load has just started or ended a process.
+        # Missing in two checks: a load may be about to start or end a process.
         dead = sorted(place for place, number in lacking.items() if self._lacking.get(place) == number)
         self._lacking = lacking
         if dead and time.monotonic() > self._resting:
@@ -114,7 +117,7 @@ class Supervisor:
             self._ask_canary(stopping)
 
     def _learn_releases(self) -> None:
-        """What should be served now; a promotion may have changed it since the last look."""
+        """Update the expected inference processes and the releases, which a promotion may have changed."""
         root = self.server.repository
         self._expected = {
             (model, version): instances(root, model)
@@ -138,7 +141,7 @@ class Supervisor:
         try:
             self._canary.ask()
             self._failures = 0
-        except Busy as error:  # nothing is broken, and to load anything now would take from those that work
+        except Busy as error:  # nothing is broken, and a load would slow the working processes
             self._failures = 0
             self.report(f"{error}; left alone")
         except (ServingError, OSError) as error:
@@ -152,12 +155,12 @@ class Supervisor:
         self._asked = time.monotonic()
 
     def _heal(self, fault: str, models: list[str], stopping: threading.Event) -> None:
-        """Load models again, beside what still answers; where that does not help, restart the server."""
+        """Reload models while the working processes serve; if the fault remains, restart the server."""
         try:
-            # Their sha256 too: a load of other files would lose what still works.
+            # With sha256: loading damaged files would replace models that still work.
             releases = find_releases(self.server.repository)
         except (ServingError, OSError) as error:
-            # What is loaded in part is worth more than a server that would not start again from these files.
+            # Keep what is loaded: a server would not start from these files.
             self.report(f"{fault}, and the repository cannot replace it: {error}; serving on with what is loaded")
             self._asked = time.monotonic()
             self._resting = self._asked + self.patience.longest_delay
@@ -174,7 +177,7 @@ class Supervisor:
                     _reload(control, self.server.repository, model, releases)
             with contextlib.suppress(Busy):
                 self._canary.ask()
-            # Triton requests the old processes to exit; one that hangs or is stopped never does.
+            # Triton requests the old processes to exit; a process that hangs or is stopped does not.
             _kill([stub for stub in replaced if is_stopped(stub)])
             _kill(psutil.wait_procs(replaced, self.patience.ending)[1])
             if lacking := self._count_lacking():
@@ -186,13 +189,13 @@ class Supervisor:
         self.report(f"{' and '.join(models)} answers again")
 
     def _restart(self, fault: str, stopping: threading.Event) -> None:
-        """Kill what remains of the server and start it again on the same ports. Raises GivenUp after too many failed starts.
+        """Kill the remaining processes and start the server again on the same ports.
 
-        A start may fail for lack of memory or disk space for a while, which ends the supervisor no sooner.
+        Raises GivenUp after too many failed starts in a row, whatever their cause (also no memory or a full disk).
         """
         limit = self.patience.restarts
         if time.monotonic() - self._started > self.patience.served:
-            self._failed_starts = -1  # this start has worked
+            self._failed_starts = -1  # the last start was successful: the loop counts the next one as 0
         while not stopping.is_set():
             self._failed_starts += 1
             if limit is not None and self._failed_starts > limit:
@@ -203,7 +206,7 @@ class Supervisor:
             delay = self._delay()
             number = f"{self._failed_starts}" + ("" if limit is None else f" of {limit}")
             self.report(f"{fault}; starting it again " + (f"in {delay:g} s ({number})" if delay else "at once"))
-            with contextlib.suppress(OSError):  # the next start clears what remains
+            with contextlib.suppress(OSError):  # the next start removes the rest
                 self.server.stop(at_once=True, comes_back=True)
             if stopping.wait(delay):
                 return
@@ -219,7 +222,7 @@ class Supervisor:
             return
 
     def _delay(self) -> float:
-        """Seconds before the next start: none after a start that worked."""
+        """Seconds before the next start: 0 after a successful start."""
         failed = self._failed_starts
         return min(self.patience.first_delay * 2 ** (failed - 1), self.patience.longest_delay) if failed else 0.0
 
@@ -231,10 +234,10 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def _reload(control: ModelControl, root: Path, model: str, releases: list[Release]) -> None:
-    """Have Triton load a model's versions again, the new ones before it unloads the old ones.
+    """Make Triton reload the versions of a model; it unloads the old ones after the new ones are ready.
 
-    Triton does so only where a model file has changed, so each is marked as changed; where that is not permitted the
-    model is unloaded first, and requests fail for a moment.
+    Triton reloads a version only if a file of it has changed, so each model.py gets a new modification time. If the
+    repository is not writable, the model is unloaded first, and requests fail until it is loaded.
     """
     touched = False
     with contextlib.suppress(OSError):

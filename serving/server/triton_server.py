@@ -1,4 +1,4 @@
-"""The local Triton server: start it on checked files, send golden requests, stop it and remove what it left."""
+"""Start and stop the local Triton server: check the files, start, send golden requests, stop, remove leftovers."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from serving.shared.logs import ServerLog
 from serving.shared.ports import choose_ports
 from serving.shared.process import POLL, check_open_files, end_process, start_process, wait_for
 
-GRACE = 10  # seconds that Triton grants running requests, and a dead stub, on SIGTERM
-KILL_AFTER = 5.0  # seconds more; a load that hangs makes Triton ignore SIGTERM
+GRACE = 10  # seconds after SIGTERM that Triton waits for running requests, also where an inference process has died
+KILL_AFTER = 5.0  # further seconds before SIGKILL: Triton ignores SIGTERM while a load hangs
 CANARY_TIMEOUT = 60.0  # seconds
-DIAGNOSIS_TIMEOUT = 30.0  # seconds for ONNX Runtime, after a start that failed
+DIAGNOSIS_TIMEOUT = 30.0  # seconds for the dry run in ONNX Runtime after a failed start
 
 
 class TritonServer:
-    """One Triton server on a model repository, in a process group of its own, with a watchdog beside it.
+    """One Triton server on a model repository, in its own process group, with a watchdog process.
 
-    A port of 0 means any free one, chosen at the first start and kept. What the server and its stubs print goes to the
-    file `log` and to the stream `forward`, where they are given. grace: seconds that running requests get when it is
-    stopped. niceness: how far it stands back for other work, 0 to 19. grpc_tls: PEM files of a certificate and its key,
-    with which gRPC speaks TLS alone. options: further ones of Triton's own (see server_options); environment: further
-    variables for it and its models. Use it as a context manager, or call start and stop; it may be started again. start
-    leaves nothing running when it raises.
+    Use it as a context manager, or call start and stop; it may be started again. start leaves no process when it
+    raises. A port of 0 means any free port, chosen at the first start and kept. log, forward: a file and a stream that
+    get the output of the server and its inference processes. grace: seconds that running requests get at a stop.
+    niceness: of the server, 0 to 19; 0 keeps the caller's. grpc_tls: PEM files of a certificate and its key; gRPC then
+    accepts only TLS. options: further command-line options of Triton (see server_options). environment: further
+    environment variables of the server and its models.
     """
 
     def __init__(
@@ -78,40 +78,40 @@ class TritonServer:
         self.options = [*options, *(grpc_tls_options(*grpc_tls) if grpc_tls else [])]
         self.releases: list[Release] = []
         self.prefix = new_prefix()
-        self.example: Path | None = None  # a file with one golden image, while it runs
+        self.example: Path | None = None  # a file with one golden image, while the server runs
         self._forward = forward
         self._output: ServerLog | None = None
-        self._tail = ""  # of the log of the last run
+        self._tail = ""  # last lines of the previous run's log
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._running: RunningServer | None = None
-        self._away: Path | None = None  # the runtime folder of the next start, while it is about to come back
-        self._unswept: list[str] = []  # prefixes of runs that may have left something
+        self._away: Path | None = None  # the runtime folder of the next start, while a restart is pending
+        self._unswept: list[str] = []  # prefixes of runs that may have leftovers
 
     @property
     def http_url(self) -> str:
-        """Address for HTTP clients, known after start."""
+        """Address for HTTP clients; a port of 0 is replaced at the start."""
         return f"http://{self.host}:{self.ports['--http-port']}"
 
     @property
     def grpc_url(self) -> str:
-        """Address for gRPC clients, known after start."""
+        """Address for gRPC clients; a port of 0 is replaced at the start."""
         scheme = "grpcs" if self.certificate else "grpc"
         return f"{scheme}://{self.host}:{self.ports['--grpc-port']}"
 
     @property
     def metrics_url(self) -> str:
-        """Address of the Prometheus metrics, known after start."""
+        """Address of the Prometheus metrics; a port of 0 is replaced at the start."""
         return f"http://{self.host}:{self.ports['--metrics-port']}/metrics"
 
     @property
     def process_id(self) -> int | None:
-        """The server's process id, which is its process group too; None when it does not run."""
+        """The server's process id, also the id of its process group; None when it does not run."""
         return self._process.pid if self._process else None
 
     @property
     def running(self) -> RunningServer:
-        """How promotion and healing reach it. Raises ServingError when it does not run."""
+        """Addresses and admin key, for promotion and repair. Raises ServingError when the server does not run."""
         if self._running is None:
             raise ServingError("this server does not run; start it first")
         return self._running
@@ -119,14 +119,14 @@ class TritonServer:
     def start(self) -> TritonServer:
         """Check the files, start the server, load both models and send each the golden requests of every release.
 
-        What killed runs left on this machine is cleared first; a promotion that is under way is waited for. Raises
-        ServingError, or a subclass, in one line; if the server itself failed, the end of its log follows, unless ONNX
-        Runtime rejects a graph by itself, which is then the error. Raises OSError where this machine lacks what a process
-        needs: a place for temporary files, memory.
+        Leftovers of killed runs on this machine are removed first. The call waits for a running promotion. Raises
+        ServingError or a subclass, in one line. If the server failed, the last lines of its log follow; if a dry run in
+        ONNX Runtime finds a faulty graph, that is the error instead. Raises OSError if a resource of the machine is
+        missing: a folder for temporary files, memory.
         """
         if self._process:
             raise ServingError("this server runs already; stop it first")
-        self._clear()  # what a stop that failed has left
+        self._clear()  # after a stop that failed
         self._tail = ""
         check_open_files()
         key = admin_key() or new_admin_key()
@@ -136,48 +136,48 @@ class TritonServer:
         sweep_dead_runs()
         comes_back = self._away is not None
         with locked(self.repository, shared=True, timeout=self.start_timeout):
-            self.releases = find_releases(self.repository, hashes=False)  # as that promotion has left them
+            self.releases = find_releases(self.repository, hashes=False)  # again: the promotion may have changed them
             try:
                 self._launch(installation, key)
                 self._await_http()
                 self.canary()
             except BaseException as error:
                 self.stop(comes_back=comes_back)
-                if isinstance(error, ServingError):  # a fault of a graph has a shorter message than Triton's log
+                if isinstance(error, ServingError):  # raises a shorter message than Triton's log if a graph is at fault
                     dry_run(self.repository, self.releases, min(DIAGNOSIS_TIMEOUT, self.start_timeout))
                 raise
         return self
 
     def canary(self, timeout: float = CANARY_TIMEOUT) -> None:
-        """Send both models the golden requests of every release. Raises ServingError when an answer fails or is wrong."""
+        """Send both models the golden requests of every release. Raises ServingError if one fails or differs."""
         with Client(self.http_url, timeout=timeout) as client:
             for release in self.releases:
                 check_golden(client, release, rest=False)
                 ask_student(self.http_url, release, timeout, rest=False)
 
     def stubs(self) -> Counter[tuple[str, int]]:
-        """How many inference processes (Triton's stubs) run by model and version; stopped ones are not counted."""
+        """Number of inference processes (Triton's stubs) by model and version, without those stopped by a signal."""
         return Counter((model, version) for stub, model, version in stubs_of(self.prefix) if not is_stopped(stub))
 
     def is_stopped(self) -> bool:
-        """Whether the server's process is stopped by a signal."""
+        """Whether the server's process is stopped by a signal (SIGSTOP)."""
         return self._process is not None and is_stopped(psutil.Process(self._process.pid))
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the server to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
+        """Wait for the server to exit; its exit status, or None if it still runs after `timeout` seconds."""
         return wait_for(self._process, timeout)
 
     def stop(self, at_once: bool = False, comes_back: bool = False) -> int | None:
-        """Stop the server and remove what it left: processes, shared memory, runtime folder. Safe to call twice.
+        """Stop the server and remove its processes, shared memory and runtime folder. Safe to call twice.
 
-        at_once: kill it, where no caller waits for a response. comes_back: its server record stays, so that a concurrent
-        promotion fails and is retried instead of assuming that no server runs. Returns its exit status (0 after a clean
-        stop), None when it was not running.
+        at_once: send SIGKILL; running requests fail. comes_back: a restart follows, and a server record for it is
+        written, so that a concurrent promotion fails and is retried instead of assuming that no server runs. Returns
+        the exit status (0 after a clean stop), None if the server was not running.
         """
         if not comes_back:
             self._away = None
         elif not self._away:
-            with contextlib.suppress(OSError):  # a full disk: no record for promotions; the rest is still done
+            with contextlib.suppress(OSError):  # a full disk: no record for promotions, but the server is still stopped
                 self._leave_word()
         try:
             return end_process(self._process, 0 if at_once else self.grace + KILL_AFTER) if self._process else None
@@ -185,7 +185,7 @@ class TritonServer:
             self._clear()
 
     def log_tail(self) -> str:
-        """The last lines that the server printed, after stop those of the last run; empty when there are none."""
+        """The last lines of the server's output, after a stop those of the previous run; empty if there are none."""
         if self._output is None:
             return self._tail
         if self.wait(0) is not None:
@@ -199,14 +199,14 @@ class TritonServer:
         self.stop()
 
     def _clear(self) -> None:
-        """Remove what ended runs have left. After an interruption by a signal the next call continues."""
+        """Remove the leftovers of ended runs. If a signal interrupts it, the next call continues."""
         self._running = self.example = None
         if self._process:
-            end_process(self._process, 0)  # still there only where the wait for its end was cut short
+            end_process(self._process, 0)  # set only if the wait for its exit was interrupted
             self._process = None
         coming = self.prefix if self._away else None
         for prefix in [found for found in self._unswept if found != coming]:
-            sweep(prefix)  # stubs outlive a server that was killed or that lost one of them
+            sweep(prefix)  # inference processes outlive a server that was killed or that lost one of them
             self._unswept.remove(prefix)
         if self._output:
             self._output.close()
@@ -236,7 +236,7 @@ class TritonServer:
         self.example.write_bytes(self.releases[-1].golden[0].image_bytes())
 
     def _leave_word(self) -> None:
-        """Make the runtime folder of the next start, with the note of where the server was and will be; a new prefix."""
+        """Create the runtime folder of the next start under a new prefix, with a server record (same addresses)."""
         key = self._running.admin_key if self._running else new_admin_key()
         prefix = new_prefix()
         self._unswept.append(prefix)
@@ -255,7 +255,10 @@ class TritonServer:
         )
 
     def _await_http(self) -> None:
-        """Wait until HTTP answers, as it does once the models are loaded. Raises ServingError with the log's end."""
+        """Wait until the server is ready over HTTP, which it is when the models are loaded.
+
+        Raises ServingError with the last lines of the log if it exits or is not ready within start_timeout seconds.
+        """
         deadline = time.monotonic() + self.start_timeout
         while not _answers(self.host, self.ports["--http-port"]):
             status = self.wait(POLL)

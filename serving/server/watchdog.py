@@ -1,7 +1,7 @@
-"""`python -m serving.server.watchdog PREFIX`: ends a Triton server, and removes its files, when its owner was killed.
+"""Watchdog process of a Triton server: ends the server and removes its files when its owner was killed.
 
-It reads its standard input, a pipe that only the owner holds open, and so detects the owner's end of any cause. After a
-clean stop the owner dismisses it with one byte.
+`python -m serving.server.watchdog PREFIX` reads its standard input, a pipe that only the owner holds open. The pipe
+closes when the owner exits for any reason. After a clean stop the owner sends one byte, and the watchdog exits.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ DISMISSED = b"."
 
 
 def start_watchdog(prefix: str) -> subprocess.Popen[bytes]:
-    """Start the watchdog of a run; of the owner's files it holds only its pipe open."""
+    """Start the watchdog of a run; it inherits no open file of the owner except the pipe."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "serving.server.watchdog", prefix],
         env=with_tailor(os.environ),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the owner
+        start_new_session=True,  # so that Ctrl-C reaches only the owner
     )
 
 
 def dismiss(watchdog: subprocess.Popen[bytes]) -> None:
-    """End the watchdog where nothing is left to remove, and wait for its exit."""
-    # Closed where a signal interrupted an earlier call after the byte was sent.
+    """Stop the watchdog after a clean stop of the server, and wait for its exit."""
+    # The pipe is closed already if a signal interrupted an earlier call after the byte was sent.
     if watchdog.stdin and not watchdog.stdin.closed:
-        with contextlib.suppress(BrokenPipeError):  # it has been killed itself
+        with contextlib.suppress(BrokenPipeError):  # the watchdog was killed
             watchdog.communicate(DISMISSED)
     watchdog.wait()
 
 
 def end_servers(processes: Iterable[psutil.Process]) -> None:
-    """Send SIGTERM to each process that is a Triton server; one that has just exited is ignored."""
+    """Send SIGTERM to each process named `tritonserver`; one that has exited is ignored."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             if process.name() == "tritonserver":
@@ -52,9 +52,10 @@ def end_servers(processes: Iterable[psutil.Process]) -> None:
 
 
 def main(prefix: str) -> int:
-    """Wait for the owner's end; unless it dismissed the watchdog, end its server and remove its files."""
+    """Wait until the owner exits or dismisses the watchdog; in the first case end its server and remove its files."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # also sent to a whole process group, of which this process ends last
+        # A signal to a whole process group reaches this process too, which must exit last.
+        signal.signal(number, signal.SIG_IGN)
     if os.read(0, 1) == DISMISSED:
         return 0
     end_servers(processes_of(prefix))

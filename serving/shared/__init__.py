@@ -1,1 +1,1 @@
-"""Errors, atomic writes, ports, logs, processes, names of models: used by every package of serving."""
+"""Errors, atomic writes, ports, logs, processes, priority, names of models: used by every package of serving."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: how everything that Tailor keeps is written."""
+"""Atomic writes of files and folders, used for all outputs: a reader sees the old or the complete new content."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path` complete or not at all.
+    """Write a folder atomically: it appears at `path` complete or not at all.
 
-    Yields an empty sibling folder to write into. On success every file in it is synced to disk and the folder takes the
-    place of the old one; on any exception it is removed and the old one stays. What a killed run left is cleared first.
+    Yields an empty temporary folder beside `path` to write into. On success every file in it is synced to disk and the
+    folder replaces the old one. On any exception it is removed and the old one stays. Leftovers of a killed run are
+    removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, retired = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if retired.exists() and not path.exists():
-        retired.rename(path)  # killed between the two renames below: the old output is still whole
+        retired.rename(path)  # a run was killed between the two renames below: restore the old folder
     for leftover in (partial, retired):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
@@ -41,7 +42,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write beside `path`, sync, rename over it: a reader sees the old content or the new. An OSError names `path`."""
+    """Write a file atomically: write a temporary file beside `path`, sync it, rename it. An OSError names `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     data = content.encode() if isinstance(content, str) else content
@@ -54,20 +55,20 @@ def write_file(path: Path, content: bytes | str) -> None:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # a failed write (full disk) names no file by itself
+            error.filename, error.filename2 = str(path), None  # the OSError of a write (full disk) has no file name
         raise
     sync(path.parent)
 
 
 def place_file(written: Path, path: Path) -> None:
-    """Put a file that is whole and synced in its place, in a folder of the same file system; the rename is synced too."""
+    """Move a complete, synced file to `path` on the same file system, and sync the rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before anything that follows."""
+    """Sync a file, or a folder's list of names, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -76,6 +77,6 @@ def sync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's content as hexadecimal text."""
+    """The sha256 of a file's content as a hexadecimal string."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,8 +1,9 @@
-"""Columns of a Parquet file read within a memory limit, whatever the file's footer declares.
+"""Read columns of a Parquet file within a memory limit, also where the file's footer has wrong sizes.
 
-A file of 2 kB can take gigabytes when it is read: a page of zeros that zstd packed 30,000 : 1, one dictionary value that
-every row repeats (RLE), one prefix that every row repeats (DELTA_BYTE_ARRAY). The footer shows the first of these, unless
-it lies; the page headers, which pyarrow allocates by, are therefore read as well. The other two are found while reading.
+A file of 2 kB can take gigabytes when it is read: a page of zeros that zstd compressed 30,000 : 1, one dictionary value
+that every row repeats (RLE), one prefix that every row repeats (DELTA_BYTE_ARRAY). A correct footer shows the first of
+these. The footer may be wrong, so the page headers, by which pyarrow allocates, are read too. The other two are
+detected while reading, batch by batch.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ MAX_BATCH = 65_536  # rows decoded at once
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """The most memory that one column may take when it is read, and the params key that sets it ('' where none does).
+    """The memory limit of one column in MiB, and the params key that sets it ('' if none does).
 
-    row_bytes: what one listed row takes in Python (its reference, its label, its object), which bounds the rows.
+    row_bytes: memory of one listed row in Python (reference, label, object); it limits the number of rows.
     """
 
     mib: int
@@ -31,13 +32,13 @@ class MemoryLimit:
     row_bytes: int = 256
 
     def check(self, what: str, size: int) -> None:
-        """Raise TooLargeError when `size` bytes are above the limit; what: the column, for the message."""
+        """Raise TooLargeError if `size` in bytes is above the limit; what: the column, for the message."""
         if size > self.mib * MIB:
             raise TooLargeError(what, size, self)
 
 
 class TooLargeError(Exception):
-    """Reading would take more memory than the limit; the message names what, its size, the limit and how to raise it."""
+    """Reading needs more memory than the limit; the message has the column, its size, the limit and its params key."""
 
     def __init__(self, what: str, size: int, limit: MemoryLimit) -> None:
         advice = f"; raise {limit.key} if that is right" if limit.key else ""
@@ -53,10 +54,10 @@ def read_column(
     groups: Sequence[int] | None = None,
     stream: BinaryIO | None = None,
 ) -> pa.ChunkedArray:
-    """One column of some row groups (all if None), dictionaries decoded. Peak memory: about twice the limit.
+    """Read one column of some row groups (all if None), dictionaries decoded. Peak memory: about twice the limit.
 
-    stream: the file opened for reading bytes, whose page headers are then compared with the footer; without it the footer
-    is believed. Raises TooLargeError, and pyarrow's errors for a damaged file.
+    stream: the same file opened for reading bytes; its page headers are then checked against the limit too. Without it
+    only the footer's sizes are checked before reading. Raises TooLargeError, and pyarrow's errors for a damaged file.
     """
     import pyarrow as pa
 
@@ -73,7 +74,8 @@ def read_column(
         pages = [sum(_page_sizes(stream, chunk, what, limit)) for chunk in chunks]
         limit.check(what, sum(pages))
     if any(chunk.physical_type == "BYTE_ARRAY" for chunk in chunks):
-        # No value is longer than the pages of its chunk: no batch takes more than a quarter of the limit, or one value.
+        # A value is at most as long as the pages of its chunk: a batch takes at most a quarter of the limit, or one
+        # value.
         batch_rows = max(1, min(MAX_BATCH, limit.mib * MIB // (4 * max([1, *pages]))))
     else:
         batch_rows = max(1, MAX_BATCH * rows // max(1, rows, values))
@@ -87,12 +89,12 @@ def read_column(
 
 
 def is_part(path: str, column: str) -> bool:
-    """Whether a leaf of the schema is a column or lies in one that is a struct or list."""
+    """Whether a leaf of the schema is the column, or a part of it if it is a struct or list."""
     return path == column or path.startswith(f"{column}.")
 
 
 def _least_bytes(file: pyarrow.parquet.ParquetFile, column: str, values: int) -> int:
-    """What so many values of a column's type take at least: its fixed width, or an offset of 4 bytes."""
+    """The least bytes for this number of values of a column's type: its fixed width, or an offset of 4 bytes each."""
     kind = _plain_type(file.schema_arrow.field(column).type)
     while hasattr(kind, "value_type"):
         kind = kind.value_type
@@ -114,7 +116,7 @@ def _plain_type(kind: Any) -> Any:
 
 
 def _page_sizes(stream: BinaryIO, chunk: Any, what: str, limit: MemoryLimit) -> Iterator[int]:
-    """Uncompressed bytes of each page of a column chunk, as its header has them. Raises ValueError for a damaged header."""
+    """Uncompressed bytes of each page of a column chunk, from the page headers. Raises ValueError for a damaged one."""
     start, size = chunk.data_page_offset, chunk.total_compressed_size
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
         start = chunk.dictionary_page_offset
@@ -133,7 +135,7 @@ def _page_sizes(stream: BinaryIO, chunk: Any, what: str, limit: MemoryLimit) -> 
 
 
 def _page_header(data: bytes, at: int) -> tuple[dict[int, int], int]:
-    """The integers of a page header (2: uncompressed bytes, 3: compressed bytes) and where its page begins.
+    """Parse a page header: its integer fields (2: uncompressed bytes, 3: compressed bytes) and the offset of its page.
 
     Thrift's compact protocol: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
     """
@@ -152,7 +154,10 @@ def _page_header(data: bytes, at: int) -> tuple[dict[int, int], int]:
 
 
 def _skip(data: bytes, at: int, kind: int) -> int:
-    """The position behind a value: 1 and 2 booleans, 3 byte, 4 to 6 integers, 7 double, 8 binary, 9 and 10 lists, 12 struct."""
+    """The offset behind a value of a kind.
+
+    1 and 2 booleans, 3 byte, 4 to 6 integers, 7 double, 8 binary, 9 and 10 lists, 12 struct.
+    """
     if kind in (1, 2):
         return at
     if kind in (3, 7):

@@ -1,23 +1,23 @@
-"""Errors that a user can act on: each is one line naming the file, argument or address and what would be right."""
+"""Error classes: each message is one line that names the file, argument or address and what is allowed."""
 
 from __future__ import annotations
 
 
 class TailorError(Exception):
-    """The base of every error that a user can act on, of serving and of the pipeline. Exit code 1."""
+    """Base class of the errors of serving and of the pipeline that a user can correct. Exit code 1."""
 
     exit_code = 1
 
 
 class ServingError(TailorError):
-    """Serving fails: no server, a refused request, a release whose files do not belong together. Exit code 1."""
+    """Serving failed: no server, a rejected request, a release whose files do not match. Exit code 1."""
 
 
 class InputError(ServingError):
-    """The caller's input is not usable: an image, a prior, an address or an option. Exit code 2."""
+    """Invalid input of the caller: an image, a prior, an address or an option. Exit code 2."""
 
     exit_code = 2
 
 
 class RepositoryError(ServingError):
-    """A model repository that cannot be written or does not hold together; the message names the file."""
+    """A model repository that cannot be written or is inconsistent; the message names the file."""

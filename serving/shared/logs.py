@@ -1,4 +1,4 @@
-"""What the server and its stubs print: kept for an error's message, written to a file, forwarded as it comes."""
+"""Log of the server and its inference processes: last lines for error messages, a rotated log file, a stream."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from serving.shared.errors import InputError
 from serving.shared.terminal import print
 
 TAIL_LINES = 12
-FILE_BYTES = 64 * 1024 * 1024  # a log file this large is put aside, as FILE.1 to FILE.3
+FILE_BYTES = 64 * 1024 * 1024  # size at which the log file is rotated, to FILE.1 to FILE.3
 FILES_KEPT = 3
 
 
 def new_log_file() -> Path:
-    """An empty file for a server's log in the folder for temporary files, readable by its owner alone."""
+    """Create an empty log file in the folder for temporary files, readable only by this user."""
     descriptor, name = tempfile.mkstemp(prefix="tailor-serve-", suffix=".log")
     os.close(descriptor)
     return Path(name)
 
 
 def remove_log_files(path: Path) -> None:
-    """Remove a log file and the older ones that were put aside."""
+    """Remove a log file and its rotated files."""
     for number in range(FILES_KEPT + 1):
         path.with_name(f"{path.name}.{number}" if number else path.name).unlink(missing_ok=True)
 
 
 class ServerLog:
-    """Takes a process's output line by line. `path`: a file to append to, turned over when large. `forward`: a stream.
+    """Reads a process's output line by line. path: the log file, appended to, rotated by size. forward: a stream.
 
     Raises InputError when the file cannot be written.
     """
@@ -52,22 +52,22 @@ class ServerLog:
         self._reader: threading.Thread | None = None
 
     def follow(self, output: IO[bytes]) -> None:
-        """Read a process's output until it ends, in a thread: a server blocks on a pipe that nobody reads."""
+        """Read a process's output in a thread until it ends: the server would block on a full pipe."""
         self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
 
     def tail(self) -> str:
-        """The last lines, each indented; empty when there are none."""
+        """The last lines, each indented; empty if there are none."""
         return "\n".join(f"  {line[:400]}" for line in self._tail)
 
     def drain(self, timeout: float = 2.0) -> None:
-        """Wait for the last lines of a process that has ended."""
+        """Wait until the last lines of an ended process are read."""
         if self._reader:
             self._reader.join(timeout)
             self._reader = None
 
     def close(self) -> None:
-        """Close the file, after the last lines are in it."""
+        """Write the last lines and close the file."""
         self.drain()
         if self._file:
             self._file.close()
@@ -82,5 +82,5 @@ class ServerLog:
                 if self._forward:
                     try:
                         print(line, file=self._forward, flush=True)
-                    except (OSError, ValueError):  # whoever read it has gone; the server shall not feel it
+                    except (OSError, ValueError):  # the reader of the stream has exited; the server must not fail
                         self._forward = None

@@ -1,4 +1,4 @@
-"""TCP ports of servers: check the requested ones and choose free ones; HTTP clients that bypass a proxy on loopback."""
+"""TCP ports of servers: check requested ports, choose free ones; make HTTP clients bypass a proxy on loopback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from serving.shared.errors import InputError, ServingError
 
-# Below the ports of outgoing connections on Linux (32768 up), none of which can take a chosen port before the server does.
+# Below Linux's ports for outgoing connections (from 32768), which could take a chosen port before the server opens it.
 FREE_PORTS, ATTEMPTS = range(20000, 32001), 200
 PROBLEMS = {
     errno.EADDRINUSE: "the port is in use on {host}; stop what uses it or give another {option}",
@@ -19,9 +19,9 @@ PROBLEMS = {
 
 
 def choose_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
-    """The ports to open by option; a free one where 0 is requested.
+    """The port to open for each option; a free one where 0 is requested.
 
-    Raises InputError for a bad host or number and for two options with one port, ServingError when a port is taken.
+    Raises InputError for a bad host or number and for two options with the same port, ServingError for a port in use.
     """
     chosen: dict[str, int] = {}
     for option, port in sorted(requested.items(), key=lambda item: item[1] == 0):
@@ -29,7 +29,7 @@ def choose_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
             raise InputError(f"{option} is {port}; expected a port from 1 to 65535, or 0 for any free one")
         for other in (name for name, used in chosen.items() if used == port):
             raise InputError(f"{option} is {port} and so is {other}; expected different ports")
-        # The system's random numbers: two processes with one seed would choose the same ports.
+        # Random numbers of the system: two processes with the same seed would choose the same ports.
         for candidate in [port] if port else random.SystemRandom().sample(FREE_PORTS, ATTEMPTS):
             problem = _bind_problem(host, candidate)
             if problem is None and candidate not in chosen.values():
@@ -41,10 +41,10 @@ def choose_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
 
 
 def _bind_problem(host: str, port: int) -> str | None:
-    """Why no server can open the port; None where one can. Raises InputError for a host that is not this machine."""
+    """The reason why a server cannot open the port, else None. Raises InputError for a host of another machine."""
     try:
         with socket.socket() as opened:
-            # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
+            # Servers set it too: a port whose last connections are in TIME_WAIT is free.
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             opened.bind(socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4])
     except OSError as error:
@@ -56,7 +56,7 @@ def _bind_problem(host: str, port: int) -> str | None:
 
 
 def bypass_proxy_on_loopback() -> None:
-    """Make every HTTP client of this process and its children reach loopback directly, whatever HTTP_PROXY is."""
+    """Make the HTTP clients of this process and its children connect to loopback without the proxy of HTTP_PROXY."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     names = [name.strip() for name in given.split(",") if name.strip()]
     if "*" not in names:

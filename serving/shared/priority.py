@@ -1,7 +1,10 @@
-"""Priorities: what only gets ready stands back for what answers users on the same cores.
+"""Process priority (niceness): work that serves no request yet runs at lower priority than the serving processes.
 
-Linux keeps a niceness for each thread. Anyone may raise his own; to lower it again takes RLIMIT_NICE or CAP_SYS_NICE
-(`LimitNICE=+0` in a systemd unit, `--ulimit nice=20` of a container).
+Why: a model load (about 0.5 s of CPU time), a rehearsal and golden requests run on the cores that serve requests. At
+equal priority they would delay these requests. An inference process therefore starts with a higher niceness and gets
+the server's niceness back when its model is ready (serving/triton/start.py). Linux has a niceness for each thread.
+Every user may increase it; to decrease it again needs RLIMIT_NICE or CAP_SYS_NICE (`LimitNICE=+0` in a systemd unit,
+`--ulimit nice=20` of a container).
 """
 
 from __future__ import annotations
@@ -17,17 +20,19 @@ from typing import TypeVar
 
 from serving.triton import start
 
-START_NAME = Path(start.__file__).name  # a model with this file beside it takes its full priority up once it is ready
-# Niceness that is added. More would not pay, and Triton ends itself over a lock when a stub starts so slowly that it
-# takes ten seconds for what is a moment's work.
+# A model with this file in its version folder returns to the server's priority when it is ready.
+START_NAME = Path(start.__file__).name
+# Niceness added while an inference process starts: it halved the median latency of requests during a load (15 to 7 ms).
+# At 10 on a busy machine the start took so long that Triton aborted with a lock_exception (docs/experiments.md).
 STARTING = 5
 LOWEST = 19
-REST, LONGEST_REST = 4.0, 0.1  # times as long as the work before, seconds
+# A pause lasts REST times as long as the work before it, at most LONGEST_REST seconds.
+REST, LONGEST_REST = 4.0, 0.1
 Item = TypeVar("Item")
 
 
 def unhurried(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, with a rest after what is done with each: those who ask meanwhile get most of the server's time."""
+    """Iterate with a pause after the work on each item, so that user requests get most of the server's time."""
     for item in items:
         begun = time.monotonic()
         yield item
@@ -35,23 +40,24 @@ def unhurried(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def niceness() -> int:
-    """The niceness of the calling thread, which its children and threads start with."""
+    """The niceness of the calling thread; its child processes and threads inherit it."""
     return os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def stand_back(session: int, wanted: int) -> None:
-    """Have the leader of a session, and what it starts from now on, stand back for the rest of the machine.
+    """Lower the priority of a session: set the niceness of its leader, which processes started later inherit.
 
-    Linux groups processes by session where autogroups are on, and a niceness then counts within its group alone.
+    session: the process id of the leader. wanted: the niceness. With autogroups Linux groups processes by session, and
+    a niceness counts only within its group, so the niceness of the group is set too.
     """
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, session, wanted)
-    with contextlib.suppress(OSError):  # no autogroups in this kernel, or the process has gone
+    with contextlib.suppress(OSError):  # the kernel has no autogroups, or the process has exited
         Path(f"/proc/{session}/autogroup").write_text(str(wanted), encoding="ascii")
 
 
 def may_rise_to(wanted: int) -> bool:
-    """Whether a process of ours that stands back may go to this niceness again; tried on a thread that ends."""
+    """Whether a process of this user with a higher niceness can return to this one; tried in a temporary thread."""
     risen = []
 
     def rise() -> None:
@@ -68,20 +74,22 @@ def may_rise_to(wanted: int) -> bool:
 
 
 def write_stub_starter(path: Path, stub: Path, wanted: int) -> dict[str, str]:
-    """Put at `path` what Triton starts in the place of a stub: one that stands back until its model is ready.
+    """Write the file that Triton starts as its Python stub: it starts inference processes at lower priority.
 
-    Only where it may rise to the niceness `wanted` afterwards, where programs in this folder run, and for a model that
-    will rise: the others start as they always did. Returns the environment variables that the server needs for it.
+    path: the file to write. stub: the stub of the installation. wanted: the server's niceness, to which the model
+    returns when it is ready. The file is only a link to `stub` if `wanted` is above 0, if the niceness cannot be
+    decreased again, or if programs in this folder cannot run (noexec). A model without start.py always starts at the
+    server's priority. Returns the environment variables that the server needs for it.
     """
     if wanted <= 0 and may_rise_to(wanted):
         program = shlex.quote(str(stub))
-        # A shell of its own, as Triton itself starts one for every stub. The first argument is the path of model.py.
+        # The first argument is the path of model.py. The shell adds no process: exec replaces it.
         path.write_text(
             f'#!/bin/sh\n[ -f "${{1%/*}}/{START_NAME}" ] && exec nice -n {STARTING} {program} "$@"\nexec {program} "$@"\n',
             encoding="utf-8",
         )
         path.chmod(0o700)
-        if os.access(path, os.X_OK):  # not where the folder for temporary files is mounted noexec
+        if os.access(path, os.X_OK):  # false where the folder for temporary files is mounted noexec
             return {start.VARIABLE: str(wanted)}
         path.unlink()
     path.symlink_to(stub)

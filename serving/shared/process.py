@@ -1,4 +1,8 @@
-"""Child processes: started in a session of their own, ended in order, and with all that they started."""
+"""Start and end child processes, each in a new session, together with the processes that they started.
+
+Why a session: Ctrl-C on the terminal then reaches only the parent, which stops its children in order, and one signal to
+the session's process group ends what a killed child left behind.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,13 @@ from serving.shared.errors import ServingError
 from serving.shared.priority import stand_back
 
 POLL = 0.05  # seconds
-# Triton holds about 70 with two models on two cores, and one for each connection; at 64 it crashes while it starts.
+# Triton has about 70 files open with two models on two cores, and one for each connection; at 64 it crashes at its
+# start.
 OPEN_FILES = 512
 
 
 def check_open_files() -> None:
-    """Raise ServingError where the limit of open files, which child processes inherit, is too small for Triton."""
+    """Raise ServingError if the limit of open files, which child processes inherit, is too small for Triton."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= limit < OPEN_FILES:  # RLIM_INFINITY is negative
         raise ServingError(
@@ -36,7 +41,7 @@ def with_tailor(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def wait_for(process: subprocess.Popen[bytes] | None, timeout: float | None) -> int | None:
-    """The exit status of a process, or None when it still runs after `timeout` seconds, or there is none."""
+    """Wait for a process; its exit status, or None if it still runs after `timeout` seconds or `process` is None."""
     try:
         return process.wait(timeout) if process else None
     except subprocess.TimeoutExpired:
@@ -50,9 +55,10 @@ def start_process(
     niceness: int = 0,
     output: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process in its own session, so that Ctrl-C reaches only this process.
+    """Start a process in its own session, so that Ctrl-C reaches only the calling process.
 
-    niceness: added to its priority, 0 to 19. output: a file for its output; None is a pipe, which must be read.
+    niceness: of the process, 0 to 19; 0 keeps the caller's. output: a file for stdout and stderr; None makes a pipe,
+    which the caller must read.
     """
     process = subprocess.Popen(
         command,
@@ -69,7 +75,7 @@ def start_process(
 
 
 def end_process(process: subprocess.Popen[bytes], patience: float) -> int:
-    """Send SIGTERM, and SIGKILL after `patience` seconds (at once where that is 0); the exit status."""
+    """Send SIGTERM, and SIGKILL after `patience` seconds (at once if it is 0); returns the exit status."""
     if process.poll() is None:
         if patience:
             process.send_signal(signal.SIGTERM)
@@ -81,7 +87,7 @@ def end_process(process: subprocess.Popen[bytes], patience: float) -> int:
 
 
 def end_session(process: subprocess.Popen[bytes], patience: float) -> int:
-    """`end_process`, then kill what it left behind in its session; its exit status."""
+    """`end_process`, then SIGKILL for the remaining processes of its process group; returns the exit status."""
     status = end_process(process, patience)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

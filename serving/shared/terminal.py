@@ -1,6 +1,7 @@
-"""Text that others wrote (class names, file names, server responses), safe to print on a terminal or to write as CSV.
+"""Print untrusted text (class names, file names, server responses) safely on a terminal, or write it as CSV.
 
-Every module prints through `print` and `Console` of this module; ruff refuses the builtin and rich's own.
+Control characters are escaped. Every module prints through `print` and `Console` of this module; ruff rejects the
+builtin and rich's class.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from rich import console as rich_console
 from rich.markup import escape
 from rich.text import Text
 
-# C0 but tab and line feed, DEL, C1, line separators, bidi embeddings, overrides and isolates, and the surrogates that stand
-# for bytes of a file name that is not UTF-8.
+# C0 except tab and line feed, DEL, C1, line separators, bidi embeddings, overrides and isolates, and surrogates (bytes
+# of a file name that is not UTF-8).
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-FORMULA = re.compile("[=+\\-@\t\r＝＋－＠]")  # what a spreadsheet takes for the beginning of a formula
+FORMULA = re.compile("[=+\\-@\t\r＝＋－＠]")  # a spreadsheet reads text that begins so as a formula
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def safe_text(text: object) -> str:
-    """Text with each control character as `\\u001b`, which is also JSON's form: JSON text keeps its meaning."""
+    """Escape each control character as in `\\u001b`. JSON has the same escapes, so JSON text keeps its meaning."""
     return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
 
 
 def cell(text: object) -> str:
-    """Text for one cell of a rich table: on one line, its brackets no markup."""
+    """Text for one cell of a rich table: on one line, with brackets escaped."""
     return escape(safe_text(text).replace("\n", "\\n").replace("\t", "\\t"))
 
 
@@ -36,7 +37,7 @@ SINGULAR = {"are": "is", "were": "was", "have": "has"}  # other verbs get an s
 
 
 def csv_cell(value: Any) -> Any:
-    """A value for a CSV file that a spreadsheet may open: text that it would compute gets an apostrophe before it."""
+    """A value for a CSV file for spreadsheets: text that would be read as a formula gets a leading apostrophe."""
     if not isinstance(value, str | PathLike | Exception):
         return value
     text = str(value)
@@ -44,12 +45,12 @@ def csv_cell(value: Any) -> Any:
 
 
 def plain_cell(text: str) -> str:
-    """The text of a cell that `csv_cell` wrote, without its apostrophe."""
+    """Read the text of a cell that `csv_cell` wrote: without its apostrophe."""
     return text[1:] if text.startswith("'") and FORMULA.match(text, 1) else text
 
 
 def counted(number: int | float, noun: str, verb: str = "") -> str:
-    """A number with its noun, and a verb where one is given: `1 class is`, `2 classes are`."""
+    """A number with its noun and an optional verb in the right form: `1 class is`, `2 classes are`."""
     if number == 1:
         return f"1 {noun} {SINGULAR.get(verb, f'{verb}s')}" if verb else f"1 {noun}"
     plural = f"{noun}es" if noun.endswith(("s", "x", "tch")) else f"{noun}s"
@@ -57,16 +58,16 @@ def counted(number: int | float, noun: str, verb: str = "") -> str:
 
 
 def print(*values: object, file: IO[str] | None = None, end: str = "\n", flush: bool = False) -> None:
-    """As the builtin, with `safe_text` for each value."""
+    """The builtin `print` with `safe_text` for each value."""
     builtins.print(*map(safe_text, values), file=file or sys.stdout, end=end, flush=flush)
 
 
 class Console(rich_console.Console):  # noqa: TID251
-    """Rich's console with `safe_text` for every text that it renders; a class called `:cat:` stays one."""
+    """Rich's console with `safe_text` for every text, and without emoji codes such as `:cat:`, which may be a class."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        """As rich's, of safe text."""
+        """Rich's method with `safe_text`."""
         return super().render_str(safe_text(text), **options)

@@ -1,7 +1,7 @@
-"""The access log of `classifier`: one JSON line a request, without a word of the image, in files of bounded size.
+"""The access log of `classifier`: one JSON line per request, without image data, in files of bounded size.
 
-Off unless TAILOR_ACCESS_LOG names a folder. Every instance of every version writes a file of its own there, because the
-instances are processes and none may rotate what another one writes.
+Off unless TAILOR_ACCESS_LOG names a folder. Each instance of each version writes its own file there: instances are
+separate processes, and a process must not rotate a file that another one writes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from pathlib import Path
 
 FOLDER_VARIABLE = "TAILOR_ACCESS_LOG"
 MAX_BYTES = 16 * 1024 * 1024
-BACKUPS = 3  # older files of an instance, each of MAX_BYTES
-ID_LENGTH = 64  # characters of the caller's request id; it may be megabytes
+BACKUPS = 3  # rotated files of an instance, each of MAX_BYTES
+ID_LENGTH = 64  # characters of the request id that are logged; a caller may send megabytes
 
 
 class AccessLog:
-    """An open log, or one that does nothing. `lost` is called, without arguments, for a line that cannot be written."""
+    """The log of one instance; it does nothing if `folder` is empty.
+
+    lost: called without arguments for each line that cannot be written. Raises OSError if the file cannot be opened.
+    """
 
     def __init__(self, folder, name, lost):
         self.handler = None
@@ -27,14 +30,18 @@ class AccessLog:
             return
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True, mode=0o750)
-        # Opened now: a folder that cannot be written shall fail the load of the model, not each request.
+        # Opened at the load, so that a folder that is not writable fails the load and not each request.
         self.handler = logging.handlers.RotatingFileHandler(
             path / f"{name}.jsonl", maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8"
         )
         self.handler.handleError = lambda _record: lost()
 
     def write(self, request_id, started, images, size, prior, outcome):
-        """One line. started: time.monotonic() at arrival. size: encoded bytes of all images. outcome: ok or a reason."""
+        """Write one line.
+
+        started: time.monotonic() at the start of the batch. images: number of rows. size: encoded bytes of all images.
+        prior: its kind, `mixed`, or None for a rejected request. outcome: `ok`, `student` or the reason of a rejection.
+        """
         if self.handler is None:
             return
         now = time.time()
@@ -47,7 +54,7 @@ class AccessLog:
             "outcome": outcome,
             "milliseconds": round((time.monotonic() - started) * 1000, 3),
         }
-        # A record is what the handler takes; its level and name are never written.
+        # The handler needs a record; its level and name are not written.
         self.handler.handle(logging.makeLogRecord({"msg": json.dumps(entry, separators=(",", ":"))}))
 
     def close(self):
@@ -57,6 +64,6 @@ class AccessLog:
 
 
 def open_access_log(args, lost):
-    """The log of the model instance with these initialize arguments, in the folder that the environment names."""
+    """Open the log of a model instance in the folder TAILOR_ACCESS_LOG. args: the arguments of `initialize`."""
     name = f"{args['model_instance_name']}_version_{args['model_version']}"
     return AccessLog(os.environ.get(FOLDER_VARIABLE), name, lost)

@@ -1,6 +1,6 @@
-"""What a request to `classifier` asks: its images decoded, and the prior of every row checked.
+"""Parse a request to `classifier`: decode its images and check the prior of each row.
 
-Runs in the stub, with numpy; preprocess.py decodes, prior.py checks and owns the arithmetic.
+Runs in the inference process, with numpy. preprocess.py decodes the images; prior.py checks and computes priors.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from collections import Counter
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Pixels that are decoded for an image and for a request, where the manifest has no limits: a solid image of 16 megapixels
-# is a file of 34 bytes and 0.4 s of work, and a batch of them would keep every other caller waiting.
+# Limits of decoded pixels per image and per request for a manifest without limits. An image of one colour with 16
+# megapixels is a file of 34 bytes and takes 0.4 s to decode; a batch of them would delay all other requests.
 IMAGE_PIXELS, REQUEST_PIXELS = 16_000_000, 25_000_000
-# An image as text, for JSON, which has no bytes. No image file begins with these letters. The base64 is canonical: no blanks,
-# no line breaks, padding at its end alone, because the gateway reads the image's header from the middle of the text
-# (gateway_lua/decoding.lua).
+# An image as text, for JSON, which has no bytes. No image file begins with these letters. The base64 must be canonical
+# (no blanks, no line breaks, padding only at the end), because the gateway decodes the image's header from parts of the
+# text (serving/gateway/lua/decoding.lua).
 DATA_URL = re.compile(rb"data:image/(?:jpeg|png|webp);base64,")
-NUMBER_BYTES = 64  # of a number in the text of a prior, with what stands between two
-LARGEST = float(np.finfo(np.float32).max)  # of a strength, as what is not text has it
+NUMBER_BYTES = 64  # limit of a number in the text of a prior, with its separator
+LARGEST = float(np.finfo(np.float32).max)  # limit of a strength as text: the input `strength` is float32
 STRENGTHS = {b"balanced": 0.0, b"train": 1.0}
 EXPECTED = "expected balanced, train, live, a number, or a list in brackets with one number per class"
 
 
 class Refused(Exception):
-    """A request asks for what cannot be done; the message names the input, `reason` is the kind of fault in one word."""
+    """An invalid request; the message names the input, `reason` is the kind of fault, a label of the metrics."""
 
     def __init__(self, reason, message):
         super().__init__(message)
@@ -36,18 +36,18 @@ class Refused(Exception):
 
 
 class Asked:
-    """What one request asks: images uint8 [n,3,S,S], log prior [C] or [n,C] and its strength [n,1]."""
+    """A parsed request: images uint8 [n,3,S,S], log prior [C] or [n,C] and its strength [n,1]."""
 
     def __init__(self, images, log_prior, strength, priors):
         self.images, self.log_prior, self.strength = images, log_prior, strength
-        self.priors = priors  # how many rows by kind of prior
+        self.priors = priors  # number of rows by kind of prior
 
 
 class Reader:
-    """Reads requests for one version.
+    """Parses requests to one version.
 
-    manifest: the version's, as a mapping. prior, preprocess: the modules of training, or their copies. live_prior: the
-    repository's. no_live_prior: the exception that it raises where there is none.
+    manifest: of the version, a mapping. prior, preprocess: the modules of these names in `models`, or their copies.
+    live_prior: the LivePrior of the repository. no_live_prior: the exception that it raises if there is none.
     """
 
     def __init__(self, manifest, prior, preprocess, live_prior, no_live_prior):
@@ -62,17 +62,17 @@ class Reader:
         self.strength = float(manifest["strength"])
 
     def read(self, request):
-        """What a request asks, as `Asked`. Raises Refused naming the input, and the row where the request has several."""
+        """Parse a request into `Asked`. Raises Refused naming the input, and the row if the request has several."""
         encoded = read_input(request, "image", (1,))
         if encoded is None:
             raise Refused("image_missing", "image is missing; send one encoded image a row")
         encoded, rows = encoded[:, 0], len(encoded)
-        # The small inputs first: a request that is refused for them costs no decoding.
+        # Small inputs first: a request that is rejected because of them needs no decoding.
         log_prior, strength, kinds = self.read_adjustment(request, rows)
         return Asked(self.read_images(encoded), log_prior, strength, kinds)
 
     def read_adjustment(self, request, rows):
-        """Log prior [C] or [n,C], its strength [n,1], and how many rows ask for each kind of prior. Raises Refused."""
+        """Log prior [C] or [n,C], its strength [n,1], and the number of rows by kind of prior. Raises Refused."""
         strength = read_input(request, "strength", (1,), rows)
         target = read_input(request, "target_prior", None, rows)
         named = read_input(request, "prior", (1,), rows)
@@ -94,7 +94,7 @@ class Reader:
         return self.log_prior, strength, Counter(map(kind_of, strength[:, 0]))
 
     def read_named(self, texts):
-        """As read_adjustment, of the input `prior`: any kind of prior as text, so that all share a batch."""
+        """As read_adjustment, from the input `prior`: any kind of prior as text, so that all requests share a batch."""
         found = [self.read_text(text, row, len(texts)) for row, text in enumerate(texts)]
         kinds = Counter(kind for _, _, kind in found)
         strength = np.array([[value] for _, value, _ in found])
@@ -103,7 +103,7 @@ class Reader:
         return np.stack([log_prior for log_prior, _, _ in found]), strength, kinds
 
     def read_text(self, text, row, rows):
-        """Log prior [C], strength and kind of a row of `prior`. Raises Refused."""
+        """Log prior [C], strength and kind of one row of the input `prior`. Raises Refused."""
         if text in STRENGTHS:
             return self.log_prior, STRENGTHS[text], text.decode()
         if text == b"live":
@@ -117,13 +117,13 @@ class Reader:
             strength = self.prior.parse_number(text.decode()) if len(text) <= NUMBER_BYTES else math.nan
         except ValueError:
             strength = math.nan
-        if not abs(strength) <= LARGEST:  # nor where it is not a number
+        if not abs(strength) <= LARGEST:  # also true for NaN
             shown = ascii(text[:40].decode(errors="replace"))
             raise Refused("prior", f"{at(row, rows)}prior is {shown}; {EXPECTED}")
         return self.log_prior, strength, kind_of(strength)
 
     def read_list(self, text, row, rows):
-        """The target prior [C] that a row of `prior` spells out in JSON. Raises Refused."""
+        """The target prior [C] from a row of the input `prior` that is a JSON list. Raises Refused."""
         limit = NUMBER_BYTES * (self.classes + 1)
         if len(text) > limit:
             raise Refused("prior", f"{at(row, rows)}prior has {len(text)} bytes; expected at most {limit}")
@@ -137,7 +137,7 @@ class Reader:
         return self.checked(numbers, row, rows, "prior")
 
     def checked(self, prior, row, rows, name="target_prior"):
-        """A target prior [C] that the input `name` gave, checked. Raises Refused."""
+        """Check a target prior [C] of the input `name`. Raises Refused."""
         try:
             return self.prior.check_target_prior(prior, self.classes)
         except ValueError as error:
@@ -145,7 +145,7 @@ class Reader:
             raise Refused(name, f"{at(row, rows)}{said}") from None
 
     def read_images(self, encoded):
-        """uint8 [n,3,S,S] of a request's encoded images. Raises Refused, before an image above the limits is decoded."""
+        """Decode a request's images to uint8 [n,3,S,S]. Raises Refused; images above the limits are not decoded."""
         images, total = [], 0
 
         def allow(pixels):
@@ -178,10 +178,10 @@ class Reader:
 
 
 def read_input(request, name, shape, rows=None):
-    """An input's array [rows, *shape], or None when it is absent. Raises Refused for an array of another shape.
+    """An input's array [rows, *shape], or None if it is absent. Raises Refused for an array of another shape.
 
-    Triton checks the shapes too, but its product of huge sides overflows and lets some pass; and where an input is
-    optional it does not count whether a required one is there.
+    shape: None for any. rows: None for any number above 0. Triton checks shapes too, but its product of huge sides
+    overflows, and wrong shapes pass. For a model with optional inputs it does not check that a required one is present.
     """
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
@@ -196,9 +196,9 @@ def read_input(request, name, shape, rows=None):
 
 
 def image_file(data, preprocess):
-    """The bytes of an image file that are given as they are, or as text `data:image/png;base64,...`.
+    """The bytes of an image file, sent as bytes or as text `data:image/png;base64,...` (png, jpeg or webp).
 
-    Raises ImageError for text that is not base64, and before it is decoded for more than MAX_BYTES.
+    Raises ImageError for text that is not base64, and, before decoding, for text of more than MAX_BYTES bytes.
     """
     prefix = DATA_URL.match(data)
     if prefix is None:
@@ -215,10 +215,10 @@ def image_file(data, preprocess):
 
 
 def at(row, rows):
-    """Which row a message is about; nothing where there is only one."""
+    """The prefix of a message that names its row; '' for a request with one row."""
     return f"row {row}: " if rows > 1 else ""
 
 
 def kind_of(strength):
-    """What the metrics call a strength: balanced, train or number."""
+    """The kind of a strength in the metrics: balanced (0), train (1) or number."""
     return {0.0: "balanced", 1.0: "train"}.get(float(strength), "number")

@@ -1,8 +1,9 @@
-"""`classifier` for Triton's python backend: encoded images in, the best classes for the asked target prior out.
+"""`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
 
-Runs inside Triton's stub process with numpy and Pillow, and with the files beside it: prior.py and preprocess.py, the
-copies of what training uses, asked.py, integrity.py, metrics.py, live_prior.py and the logs. The network runs in `student` of
-the same version; or here, where the config's parameter `network` says own: a small one takes less time than asking does.
+Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py and
+preprocess.py (copies of the modules of training), asked.py, integrity.py, metrics.py, live_prior.py, start.py and the
+logs. The network runs in `student` of the same version, or in this process if the config's parameter `network` is
+`own`: running a small network takes less time than a request to `student`.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ import triton_python_backend_utils as pb_utils
 
 
 class StudentFailed(Exception):
-    """`student` did not answer."""
+    """`student`, or the graph in this process, failed or returned logits that are not finite."""
 
 
 class TritonPythonModel:
-    """Triton calls initialize once, execute per batch."""
+    """The model. Triton calls initialize once, execute for each batch, finalize at the end."""
 
     def initialize(self, args):
-        """Read the manifest of this version and load the arithmetic that it shares with training.
+        """Read the manifest of this version, check the graph, load the modules beside this file, open the logs.
 
-        Fails the load where the graph of `student` is not the manifest's: the backend that runs it may not look.
+        The load fails if the graph of `student` does not match the manifest, because the onnxruntime backend does not
+        check it.
         """
-        # The true one: what Triton was given may be a tree of links.
+        # resolve(), because Triton's repository may be a tree of links.
         folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         graph = folder.parents[1] / "student" / args["model_version"] / "model.onnx"
@@ -55,7 +57,7 @@ class TritonPythonModel:
         start.take_up()
 
     def own_network(self, graph, config):
-        """The graph of `student` of this version, loaded here; None where `student` is asked."""
+        """The graph of `student` of this version, loaded in this process; None if requests go to `student`."""
         if config["parameters"].get("network", {}).get("string_value") != "own":
             return None
         network = sibling("network").Network(graph, config)
@@ -63,7 +65,7 @@ class TritonPythonModel:
         return network
 
     def execute(self, requests):
-        """Answer a batch from one pass of the student; a request with a bad row fails alone."""
+        """Process a batch of requests with one call of the network; a request with an invalid row fails alone."""
         started = time.monotonic()
         responses, outcomes = [None] * len(requests), ["ok"] * len(requests)
         asked = {}
@@ -89,14 +91,14 @@ class TritonPythonModel:
         return responses
 
     def finalize(self):
-        """Hand over the last counts and close the logs."""
+        """Close the logs and pass the last counts to Triton."""
         if self.logit_log:
             self.logit_log.close()
         self.metrics.close()
         self.access_log.close()
 
     def answers(self, asked):
-        """The responses by place of all requests that could be read, counted. Raises StudentFailed."""
+        """The responses to the parsed requests, by their index in the batch; counts them. Raises StudentFailed."""
         images = np.concatenate([one.images for one in asked.values()])
         logits = self.balanced_logits(images)
         if self.logit_log:
@@ -121,10 +123,10 @@ class TritonPythonModel:
         return answers
 
     def balanced_logits(self, images):
-        """The network's logits at strength 0, float64 [n,C], in pieces that the student takes.
+        """The network's logits at strength 0, float64 [n,C], computed in batches of at most max_batch_size.
 
-        The adjustment is added here in float64 instead of by the graph in float32, so that every finite strength has
-        a finite answer and a target prior takes the same path. Raises StudentFailed.
+        The logit adjustment is added in this process in float64, not by the graph in float32, so that every finite
+        strength gives finite logits, and strengths and target priors use the same code. Raises StudentFailed.
         """
         ask = self.network_logits if self.network else self.student_logits
         starts = range(0, len(images), self.max_batch_size)
@@ -134,15 +136,15 @@ class TritonPythonModel:
         return logits.astype(np.float64)
 
     def network_logits(self, images):
-        """The logits of the graph that was loaded here, float32 [n,C]. Raises StudentFailed."""
+        """The logits of the graph in this process, float32 [n,C]. Raises StudentFailed."""
         try:
             return self.network.run(images, np.zeros((len(images), 1), dtype=np.float32), ("logits",))[0]
-        except Exception as error:  # ONNX Runtime's exceptions have no base of their own below Exception
+        except Exception as error:  # ONNX Runtime's exceptions have no other common base class
             reason = " ".join(str(error).split())[:300]
             raise StudentFailed(f"student {self.version} failed: {reason}") from error
 
     def student_logits(self, images):
-        """The logits of `student` of the same version, float32 [n,C]. Raises StudentFailed."""
+        """Send the images to `student` of the same version: logits, float32 [n,C]. Raises StudentFailed."""
         response = pb_utils.InferenceRequest(
             model_name="student",
             model_version=self.version,
@@ -151,7 +153,7 @@ class TritonPythonModel:
                 pb_utils.Tensor("image", images),
                 pb_utils.Tensor("strength", np.zeros((len(images), 1), dtype=np.float32)),
             ],
-            # Without it a student on a GPU may answer in device memory, which has no numpy view.
+            # Without it a student on a GPU may return device memory, which has no numpy view.
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
         if response.has_error():
@@ -159,7 +161,7 @@ class TritonPythonModel:
         return pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()
 
     def best(self, logits, asked):
-        """Index and probability, [n,K] each, of the best top_k classes of each row of all requests, as each asked."""
+        """Index and probability, [n,K] each, of the best K = top_k classes of each row under its requested prior."""
         log_prior = self.reader.log_prior
         if any(one.log_prior is not log_prior for one in asked):
             log_prior = np.concatenate(
@@ -170,7 +172,7 @@ class TritonPythonModel:
         return best, np.take_along_axis(self.prior.softmax(adjusted), best, axis=-1)
 
     def log(self, request, started, asked, outcome):
-        """A line of the access log; of a request that was refused only its size is known."""
+        """Write a line of the access log; asked is None for a rejected request, whose line has no prior."""
         image = pb_utils.get_input_tensor_by_name(request, "image")
         encoded = [] if image is None else image.as_numpy().reshape(-1)
         prior = None if asked is None else asked.priors.most_common(1)[0][0] if len(asked.priors) == 1 else "mixed"
@@ -179,12 +181,12 @@ class TritonPythonModel:
 
 
 def failure(message, code):
-    """A response that fails one request."""
+    """An error response to one request."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
 def sibling(name):
-    """Load the module in the file beside this one; by path, as by name a package in site-packages could come first."""
+    """Load the module `name` beside this file, by path: an import by name could find one in site-packages first."""
     spec = importlib.util.spec_from_file_location(f"tailor_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

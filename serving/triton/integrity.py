@@ -1,6 +1,6 @@
-"""Whether the graph beside a model is the one that its manifest names; asked of both models before they load.
+"""Check that the graph (model.onnx) is the one in the manifest, by sha256; both models run the check when they load.
 
-Triton's own onnxruntime backend runs any file that it finds, so in a container `classifier` looks at what `student` has.
+`classifier` checks the file of `student` too, because in a container Triton's onnxruntime backend runs it unchecked.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import triton_python_backend_utils as pb_utils
 
 
 def check_graph(path, manifest):
-    """Compare the sha256 of a model.onnx, `path`, with the one in the manifest, a mapping.
+    """Compare the sha256 of the model.onnx at `path` with the one in `manifest`, a mapping.
 
-    Raises TritonModelException in one line, which fails the load.
+    Raises TritonModelException in one line if they differ or the file cannot be read; the load then fails.
     """
     name = "/".join(path.parts[-3:])
     digest = hashlib.sha256()

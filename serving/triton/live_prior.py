@@ -1,7 +1,7 @@
-"""The live prior of a model repository: the estimate that `tailor drift --write` left, for requests that name it.
+"""Read the live prior of a model repository (live_prior.json), which `tailor drift --write` estimates, for requests.
 
-It lies beside the models, not in one, so that writing it is no change of a model: no reload, and all versions of the same
-classes share it. The file is replaced by a rename; whoever reads it has the old one or the new one.
+The file is beside the model folders, so that writing it does not reload a model, and all versions with the same classes
+share it. It is replaced by a rename, so a read gets the old or the new content.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ HINT = "run `tailor drift --write`"
 
 
 class NoLivePrior(Exception):
-    """There is no live prior that could be used; the message says what to do."""
+    """There is no usable live prior; the message has the reason and the command to run."""
 
 
 class LivePrior:
-    """The live prior of the repository `root`, read again whenever its file was replaced.
+    """The live prior of the repository `root`; its file is read again after it was replaced.
 
-    classes: names by index. arithmetic: the module models.prior, or the copy of it.
+    classes: names by index. arithmetic: the module models.prior or its copy.
     """
 
     def __init__(self, root, classes, arithmetic):

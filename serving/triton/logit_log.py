@@ -1,9 +1,9 @@
-"""The logit log of `classifier`: balanced logits of a sample of the images, which `tailor drift` reads.
+"""The logit log of `classifier`: balanced logits of a sample of the images in Parquet files, read by `tailor drift`.
 
-Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the logits of one image before any prior; nothing of the
-image, the caller or the answer. Each Parquet file is written beside its name and renamed, so that a killed server leaves
-readable ones; the oldest are deleted where the folder would exceed its limit. One thread writes, for which no request
-waits. Needs pyarrow beside numpy.
+Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the logits of one image before any prior; it has no data
+of the image, the caller or the response. Files are written atomically, so a killed server leaves readable ones. The
+oldest files are deleted if the folder would exceed its limit. One thread writes; no request waits for it. Needs pyarrow
+and numpy.
 """
 
 import base64
@@ -25,20 +25,20 @@ FOLDER_VARIABLE = "TAILOR_LOGIT_LOG"
 SHARE_VARIABLE = "TAILOR_LOGIT_LOG_SHARE"
 LIMIT_VARIABLE = "TAILOR_LOGIT_LOG_LIMIT"  # bytes of the whole folder
 SMALLEST_LIMIT = 1 << 20
-# A file grows by being rewritten, until it has this size (a sixteenth of the limit if that is less) or this age.
+# A file is rewritten with new rows until it has FILE_BYTES (1/FILES of the limit if that is less) or this age.
 FILE_BYTES, FILE_SECONDS, FILES = 4 << 20, 3600.0, 16
-WRITE_EVERY = 10.0  # seconds: what a killed server loses
-WAITING_BYTES = 16 << 20  # rows in the queue; further ones are dropped and counted
+WRITE_EVERY = 10.0  # seconds; a killed server loses the rows of this time
+WAITING_BYTES = 16 << 20  # limit of the queue; further rows are dropped and counted
 NAME = re.compile(r"logits-(\d{8,})-[0-9a-f]{8}\.parquet")
 FORMAT = "1"
 LOGGED, LOST = "tailor_logit_log_total", "tailor_logit_log_lost_total"  # counters
 
 
 def open_logit_log(args, manifest, read_images, metrics):
-    """The log of the model instance with these initialize arguments, or None where the environment names no folder.
+    """Open the log of a model instance; None if TAILOR_LOGIT_LOG is not set.
 
-    read_images: from encoded images to the network's input, uint8 [n,3,S,S]. Raises ValueError, which fails
-    the load, where the settings or the folder cannot be used.
+    args: the arguments of `initialize`. read_images: decodes images to the network's input, uint8 [n,3,S,S]. Raises
+    ValueError, which fails the load, if a setting, the folder or pyarrow is not usable.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
@@ -65,9 +65,9 @@ def open_logit_log(args, manifest, read_images, metrics):
 
 
 class LogitLog:
-    """An open log, with its thread. metadata: of its files. probes: uint8 [n,3,S,S], images that are never logged.
+    """An open log with its writer thread. metadata: of its files. probes: uint8 [n,3,S,S], images not to log.
 
-    Requests of monitors are no traffic: neither the golden images nor an image of one colour is logged.
+    Requests of health checks are not user traffic, so golden images and images of one colour are not logged.
     """
 
     def __init__(self, folder, share, limit, classes, metadata, probes, metrics):
@@ -89,7 +89,7 @@ class LogitLog:
         self.thread.start()
 
     def offer(self, images, logits):
-        """Log a sample of answered images, uint8 [n,3,S,S], by their logits [n,C]; returns at once."""
+        """Queue a sample of images, uint8 [n,3,S,S], with their logits [n,C]; does not wait for the disk."""
         now = int(time.time() * 1000)
         for row in np.flatnonzero(self.random.random(len(logits)) < self.share):
             image = images[row]
@@ -103,7 +103,7 @@ class LogitLog:
             self.wake.set()
 
     def close(self):
-        """Write what waits and end the thread, waiting at most 5 s for a disk that hangs."""
+        """Write the queued rows and end the thread; waits at most 5 s if the disk hangs."""
         self.closed = True
         self.wake.set()
         self.thread.join(5)
@@ -111,7 +111,7 @@ class LogitLog:
             self.metrics.count(LOST, self.held - self.saved + self.queue.qsize(), reason="disk")
 
     def write(self):
-        """Put all waiting rows on disk."""
+        """Write all queued rows to disk."""
         for _ in range(self.queue.qsize()):
             self.times[self.held], self.logits[self.held] = self.queue.get_nowait()
             self.held += 1
@@ -124,14 +124,14 @@ class LogitLog:
             self.wake.wait(WRITE_EVERY)
             self.wake.clear()
             self.write()
-        self.write()  # what arrived during the last write
+        self.write()  # rows that were queued during the last write
 
     def _begin_file(self):
-        """Begin another file: its number of rows in memory, and of those on disk."""
+        """Begin a new file: no name, no rows in memory (held) or on disk (saved), its start time."""
         self.name, self.held, self.saved, self.begun = None, 0, 0, time.monotonic()
 
     def _save(self, last):
-        """Write the file again if it has new rows. last: begin another one; rows that a full disk did not take are lost."""
+        """Rewrite the file if it has new rows. last: then begin a new file; rows not written (full disk) are lost."""
         new = self.held - self.saved
         try:
             if new:
@@ -147,7 +147,7 @@ class LogitLog:
     def _write_file(self):
         times, logits, arrow = self.times[: self.held], self.logits[: self.held], self.arrow
 
-        def column(kind, array):  # pyarrow.array imports pandas, 0.5 s of processor time and 43 MB
+        def column(kind, array):  # not pyarrow.array, which imports pandas: 0.5 s of CPU time and 43 MB
             return arrow.Array.from_buffers(kind, array.size, [None, arrow.py_buffer(array)])
 
         columns = {
@@ -157,10 +157,11 @@ class LogitLog:
         stream, table = arrow.BufferOutputStream(), arrow.table(columns).replace_schema_metadata(self.metadata)
         self.parquet.write_table(table, stream, compression="zstd", use_dictionary=False, write_statistics=["time"])
         with locked(self.folder):
-            for leftover in self.folder.glob(".logits-*.partial"):  # of killed processes: this one holds the lock
+            for leftover in self.folder.glob(".logits-*.partial"):  # of killed processes, because this one has the lock
                 leftover.unlink()
             files = log_files(self.folder)
-            # Numbered, as a clock may jump back; the random part separates two servers whose files were moved away.
+            # Numbers, because a clock may be set back. The random part separates servers whose files were moved
+            # together.
             number = int(NAME.fullmatch(files[-1].name)[1]) + 1 if files else 1
             name = self.name or f"logits-{number:08d}-{secrets.token_hex(4)}.parquet"
             content = stream.getvalue()
@@ -170,13 +171,13 @@ class LogitLog:
 
 
 def log_files(folder):
-    """The files of a log, oldest first."""
+    """The files of a log in a folder, oldest first."""
     files = [path for path in Path(folder).iterdir() if NAME.fullmatch(path.name) and path.is_file()]
     return sorted(files, key=lambda path: (int(NAME.fullmatch(path.name)[1]), path.name))
 
 
 def make_room(files, name, size, limit):
-    """Delete the oldest files, never `name`, until `size` bytes more fit under the limit. Hold the folder's lock."""
+    """Delete the oldest files, never `name`, until `size` more bytes fit under the limit. Needs the folder's lock."""
     excess = size + sum(path.stat().st_size for path in files) - limit
     for path in files:
         if excess > 0 and path.name != name:
@@ -186,7 +187,7 @@ def make_room(files, name, size, limit):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the folder's lock: one process at a time counts its bytes and writes."""
+    """Hold the folder's lock (flock): only one process at a time counts its bytes and writes."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -196,7 +197,7 @@ def locked(folder):
 
 
 def write_whole(path, content):
-    """Write beside `path`, sync, and rename over it."""
+    """Write a file atomically: write a temporary file beside `path`, sync it, rename it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as stream:
@@ -210,12 +211,12 @@ def write_whole(path, content):
 
 
 def classes_sha256(names):
-    """Identifies a list of classes in a file's metadata."""
+    """sha256 of a list of class names, which identifies it in a file's metadata."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def setting(variable, default, kind):
-    """A number from the environment. Raises ValueError naming the variable."""
+    """Read a number of type `kind` from an environment variable. Raises ValueError naming the variable."""
     text = os.environ.get(variable) or default
     try:
         return kind(text)

@@ -1,7 +1,7 @@
-"""Prometheus metrics of `classifier`, beside Triton's own: requested priors, answered classes, confidence, refusals.
+"""Prometheus metrics of `classifier`: requested priors, predicted classes, confidence, rejected and failed requests.
 
-A call into Triton costs about 70 µs, a batch of a small network less than a millisecond, so counts gather here and one
-thread hands over what changed, every FLUSH_EVERY seconds. Every label has a bounded set of values.
+A call into Triton takes about 70 µs, a batch of a small network less than 1 ms. So counts are summed here, and one
+thread passes the changes to Triton every FLUSH_EVERY seconds. Every label has a bounded set of values.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 FLUSH_EVERY = 2.0  # seconds
-# Classes that get a label of their own; of more classes, this many runs of neighbours in training frequency do.
+# Largest number of class labels. With more classes, neighbours in training frequency share one of this many labels.
 MAX_CLASS_LABELS = 100
 CONFIDENCE_EDGES = np.arange(1, 11) / 10
 FAMILIES = {
     "tailor_images_total": "Images answered, by the requested class prior: balanced, train, live, number, own",
     "tailor_top_class_total": "Images answered, by their most probable class and its shot group in training",
-    # Triton counts a request as a success also where the model's response is an error.
+    # Counted here because Triton counts a request as a success also if the model's response is an error.
     "tailor_refused_total": "Requests refused by the classifier, by reason",
     "tailor_failed_total": "Requests that the student did not answer",
-    # A histogram in all but its type: Triton takes one observation a call, counters take what a whole batch adds.
+    # A histogram made of counters: Triton's histogram takes one observation per call, a counter takes the sum of a
+    # batch.
     "tailor_confidence_bucket": "Images answered, by the probability of their most probable class, cumulative over le",
     "tailor_confidence_sum": "Sum of the probabilities of the most probable classes",
     "tailor_confidence_count": "Images answered, the count of the confidence histogram",
@@ -33,10 +34,10 @@ FAMILIES = {
 
 
 class Metrics:
-    """Counts of one version's instance. Use from one thread; `close` hands over the last counts.
+    """The counters of one instance of a version. Use from one thread; `close` passes the last counts to Triton.
 
-    classes: the class names. groups: the shot group of each. ranks: each class's place by training frequency, 0 the most
-    frequent.
+    classes: the class names. groups: the shot group of each class. ranks: the rank of each class by training frequency,
+    0 is the most frequent.
     """
 
     def __init__(self, version, classes, groups, ranks):
@@ -50,7 +51,7 @@ class Metrics:
         }
         self.metrics = {}
         self.counts = Counter()
-        # A counter that is there before its first event has a rate when that event comes.
+        # Create the counters with 0: Prometheus computes a rate for the first event only if the counter existed before.
         for prior in ("balanced", "train", "live", "number", "own"):
             self._add("tailor_images_total", 0, prior=prior)
         for name in ("tailor_failed_total", "tailor_access_log_lost_total"):
@@ -64,7 +65,7 @@ class Metrics:
         self.thread.start()
 
     def answered(self, priors, best, confidence):
-        """Count answered images: `priors` how many by kind of prior, `best` [n] class indexes, `confidence` [n] in 0..1."""
+        """Count answered images. priors: number by kind of prior. best: class indexes [n]. confidence: [n] in 0..1."""
         edges = np.searchsorted(CONFIDENCE_EDGES, confidence, side="left")
         with self.lock:
             for prior, count in priors.items():
@@ -83,7 +84,7 @@ class Metrics:
             self._add(family, number, **labels)
 
     def flush(self):
-        """Hand what changed over to Triton."""
+        """Pass the changes since the last flush to Triton."""
         with self.flushing:
             with self.lock:
                 counts, self.counts = self.counts, Counter()
@@ -94,7 +95,7 @@ class Metrics:
                 self.metrics[key].increment(count)
 
     def close(self):
-        """Stop the thread and hand over the last counts."""
+        """Stop the thread and pass the last counts to Triton."""
         self.closed.set()
         self.thread.join()
         self.flush()
@@ -108,7 +109,7 @@ class Metrics:
 
 
 def class_labels(classes, ranks):
-    """The label of every class: its name, or where there are too many, `rank a-b`, the run of neighbours it lies in."""
+    """The label of each class: its name; with more than MAX_CLASS_LABELS classes `rank a-b`, its range of ranks."""
     if len(classes) <= MAX_CLASS_LABELS:
         return list(classes)
     edges = np.linspace(0, len(classes), MAX_CLASS_LABELS + 1).astype(int)

@@ -1,8 +1,8 @@
-"""An exported graph in a stub: ONNX Runtime on the cores that the other instances of the same model leave.
+"""Run an exported graph with ONNX Runtime in an inference process; the instances of a model share the cores.
 
-An instance alone at work takes every core, so that a lone request is answered soonest; beside others each takes its share:
-more threads than cores cost half of the throughput and more, and a small network is slower on two threads than two are on
-one each. Runs with numpy and onnxruntime alone.
+While one instance works alone it uses every core, for the lowest latency of a single request. While several work, each
+uses its share: more threads than cores cost half of the throughput or more, and a small network on two threads is
+slower than two networks on one thread each. Needs only numpy and onnxruntime.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 OUTPUTS = ("logits", "feature")
-# How long ONNX Runtime's threads look out for work before they sleep: over the gaps within a run, which are far shorter.
-# Left to itself it goes on for about a second after each run and takes the cores from everyone else. Releases that do not
-# know this setting pass it over.
+# Time that ONNX Runtime's threads spin for work before they sleep: longer than the gaps within a run. Its default is
+# about 1 s after each run, which takes the cores from all other processes. Releases without this setting ignore it.
 SPIN_MICROSECONDS = 500
-# Runs in a row in which nobody else was at work, before an instance takes every core. Under load an instance is at rest
-# for a moment between two batches, which is no sign that it will stay so.
+# An instance uses every core only after this number of runs in a row without another working instance. Under load the
+# other instances are idle for short times between two batches.
 QUIET_RUNS = 3
 FLOCK = "hhqqi"  # struct flock: type, whence, start, length, process
 
 
 class Network:
-    """A model.onnx, loaded.
+    """A loaded model.onnx.
 
-    path: the graph. config: the model's own, with the parameters `execution_provider` and `intra_op_thread_count`, 0
-    meaning the cores that this process may use. Raises TritonModelException.
+    path: of the graph. config: of the model, with the parameters `execution_provider` and `intra_op_thread_count`; 0
+    means the cores that this process may use. Raises TritonModelException if onnxruntime lacks the provider.
     """
 
     def __init__(self, path, config):
@@ -40,8 +39,8 @@ class Network:
                 f"{provider} is not in this onnxruntime; install onnxruntime-gpu for it"
             )
         threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
-        # Counted here: the cores that this process may use, not all that the machine has. The numbers are strings where
-        # the config came through protobuf's JSON.
+        # The cores that this process may use, not all of the machine. int(), because the config's numbers may be
+        # strings.
         cores, instances = len(os.sched_getaffinity(0)), sum(int(group["count"]) for group in config["instance_group"])
         share = threads or max(1, cores // instances)
         self.shared = session_of(path, provider, share)
@@ -49,10 +48,10 @@ class Network:
         if not threads and share < cores and provider == "CPUExecutionProvider":
             self.whole = session_of(path, provider, cores)
         self.quiet = 0
-        self.file = path.open("rb")  # holds the lock that says who is at work
+        self.file = path.open("rb")  # for the lock that marks this process as working
 
     def warm_up(self, image_shape):
-        """Run an empty image: the first run lays a session's memory out."""
+        """Run a black image in each session, because the first run allocates the session's memory."""
         for session in {self.shared, self.whole}:
             image, strength = np.zeros((1, *image_shape), np.uint8), np.zeros((1, 1), np.float32)
             session.run(OUTPUTS, {"image": image, "strength": strength})
@@ -62,7 +61,8 @@ class Network:
         fed = {"image": image, "strength": strength}
         if self.whole is self.shared:
             return self.shared.run(outputs, fed)
-        # A lock on the graph's first byte, which any number may hold; the kernel lets go of a dead one's.
+        # A shared lock on the first byte of the graph's file marks a working process. The kernel releases it when the
+        # process dies.
         self.lock(fcntl.F_SETLK, fcntl.F_RDLCK)
         try:
             self.quiet = self.quiet + 1 if self.alone() else 0
@@ -72,7 +72,7 @@ class Network:
             self.lock(fcntl.F_SETLK, fcntl.F_UNLCK)
 
     def alone(self):
-        """Whether no other process is at work, which is to say could everyone be locked out."""
+        """Whether no other process runs this graph at the moment: whether an exclusive lock would be granted."""
         kind, *_ = struct.unpack(FLOCK, self.lock(fcntl.F_GETLK, fcntl.F_WRLCK))
         return kind == fcntl.F_UNLCK
 
@@ -81,9 +81,9 @@ class Network:
 
 
 def session_of(path, provider, threads):
-    """An InferenceSession of a graph on so many threads."""
+    """An InferenceSession of the graph at `path` with this number of threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
-    # The Python inside a stub takes paths for ASCII, whatever the locale is; ONNX Runtime encodes them as UTF-8.
+    # Python in an inference process decodes paths as ASCII in every locale; ONNX Runtime encodes them as UTF-8.
     return onnxruntime.InferenceSession(os.fsencode(path).decode(), options, providers=[provider])

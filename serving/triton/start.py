@@ -1,13 +1,13 @@
-"""The start of a stub: it stands back for those who are answered meanwhile, and pays its first-call costs before it serves.
+"""Start of an inference process (Triton's stub): lower priority until it is ready, first-call costs before it serves.
 
-Half a second's work, most of it before the model's own code (Python, numpy), would otherwise take turns with every
-request on the machine. The launcher starts a stub at a lower priority where it may be raised again, and says in
-TAILOR_NICENESS what it shall be raised to.
+Why: a start takes 0.5 s of CPU time, most of it in imports (Python, numpy), and would delay every request on the
+machine. The launcher (serving/shared/priority.py) starts the process at lower priority, if it can be raised again, and
+sets TAILOR_NICENESS to the niceness of the server.
 """
 
 from __future__ import annotations
 
-import asyncio  # noqa: F401 (Triton's stub imports it at its first answer, which would take 15 ms more)
+import asyncio  # noqa: F401 (else Triton's stub imports it at its first response, which takes 15 ms)
 import io
 import os
 from pathlib import Path
@@ -19,9 +19,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 def take_up():
-    """Give every thread of this process the priority that the server has. The last thing that `initialize` does.
+    """Raise the priority of every thread of this process to the server's. `initialize` calls it last.
 
-    Raises OSError where it is not allowed, so that a model that would answer slowly does not load.
+    Raises OSError if it is not permitted: the load then fails, instead of a model serving at lower priority.
     """
     niceness = os.environ.get(VARIABLE)
     if niceness is not None:
@@ -30,11 +30,11 @@ def take_up():
 
 
 def decode_each_format(preprocess, size, resize_to):
-    """Decode and resize a picture of every format: Pillow loads its plug-ins at the first one.
+    """Decode and resize an image of every format: the first image of a format makes Pillow load its plug-in.
 
-    preprocess: the module of that name beside this one.
+    preprocess: the module of that name beside this one. size, resize_to: as in the manifest, pixels.
     """
-    from PIL import Image, WebPImagePlugin  # noqa: F401 (looked for among forty other plug-ins unless it is there)
+    from PIL import Image, WebPImagePlugin  # noqa: F401 (else Pillow imports forty other plug-ins to find it)
 
     pixels = np.zeros((resize_to + 1, resize_to + 1, 3), dtype=np.uint8)
     for form in FORMATS:

@@ -1,7 +1,7 @@
-"""`student` for Triton's python backend: runs the model.onnx beside it where the onnxruntime backend is missing.
+"""`student` for Triton's python backend: runs the model.onnx beside it where Triton has no onnxruntime backend.
 
-Same signature and same answers as the onnxruntime backend gives for the same file. Runs inside Triton's stub process,
-with numpy and onnxruntime, and with integrity.py, network.py and start.py beside it.
+Same inputs, outputs and results as the onnxruntime backend with the same file. Runs in an inference process (Triton's
+stub) with numpy and onnxruntime, and with integrity.py, network.py and start.py beside it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ OUTPUTS = ("logits", "feature")
 
 
 class TritonPythonModel:
-    """The stand-in. Triton calls initialize once, execute per batch, finalize at the end."""
+    """The model. Triton calls initialize once and execute for each batch."""
 
     def initialize(self, args):
-        """Check model.onnx against the manifest beside it and load it; raising when they differ fails the load."""
+        """Check model.onnx against the manifest beside it, load it and warm it up; an exception fails the load."""
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
-        # The numbers are strings where the config came through protobuf's JSON.
+        # int(), because protobuf's JSON writes 64-bit numbers as strings.
         self.image_shape = tuple(int(side) for side in config["input"][0]["dims"])
         sibling("integrity").check_graph(folder / "model.onnx", json.loads((folder / "manifest.json").read_bytes()))
         self.network = sibling("network").Network(folder / "model.onnx", config)
@@ -31,7 +31,7 @@ class TritonPythonModel:
         sibling("start").take_up()
 
     def execute(self, requests):
-        """Answer all requests of a batch from one run of the graph; one with an unusable input fails alone."""
+        """Process all requests of a batch in one run of the graph; a request with an invalid input fails alone."""
         responses = [None] * len(requests)
         places, images, strengths, wanted = [], [], [], set()
         for place, request in enumerate(requests):
@@ -44,10 +44,11 @@ class TritonPythonModel:
                 strengths.append(strength)
                 wanted.update(request.requested_output_names())
         if places:
-            # What nobody asks for need not be carried to the server.
+            # Only the requested outputs, because each is copied to the server.
             names = [name for name in OUTPUTS if name in wanted] or list(OUTPUTS)
             outputs = self.network.run(concatenate(images), concatenate(strengths), names)
-            # One look at the whole batch; a look at each request's rows would take longer than all else done for it here.
+            # One check of the whole batch: checks of each request's rows would take longer than the rest of this
+            # method.
             sound = all(np.isfinite(output).all() for output in outputs)
             end = 0
             for place, image in zip(places, images, strict=True):
@@ -56,8 +57,8 @@ class TritonPythonModel:
         return responses
 
     def unusable(self, image, strength):
-        """The response to a request whose inputs cannot be used; None where they can."""
-        # Triton checks the shapes, but its product of huge sides overflows and lets some pass.
+        """The error response to a request with invalid inputs, else None."""
+        # Triton checks the shapes too, but its product of huge sides overflows, and wrong shapes pass.
         if image.shape[1:] != self.image_shape or strength.shape != (len(image), 1):
             return refusal(
                 f"image has shape {list(image.shape)} and strength {list(strength.shape)}; "
@@ -69,7 +70,7 @@ class TritonPythonModel:
 
 
 def answer(names, values, sound):
-    """The response of one request from its rows of the outputs. sound: whether they are known to be finite."""
+    """The response to one request, from its rows of the outputs. sound: True if the outputs are known to be finite."""
     if not sound and not all(np.isfinite(value).all() for value in values):
         return refusal(
             "the answer holds a number that is not finite; expected a smaller strength, or an image that has one"
@@ -79,17 +80,17 @@ def answer(names, values, sound):
 
 
 def concatenate(arrays):
-    """The rows of all requests in one array; a single request's are not copied."""
+    """Concatenate the rows of all requests; does not copy if there is one request."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def refusal(message):
-    """A response that fails one request because of what it asked."""
+    """An error response to one request with invalid inputs (INVALID_ARG)."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
 
 
 def sibling(name):
-    """Load the module in the file beside this one; by path, as by name a package in site-packages could come first."""
+    """Load the module `name` beside this file, by path: an import by name could find one in site-packages first."""
     spec = importlib.util.spec_from_file_location(f"tailor_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

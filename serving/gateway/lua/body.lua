@@ -1,8 +1,8 @@
--- The body of a request: read by offset, and replaced by the rebuilt one. nginx keeps it in memory or in a file.
+-- The body of a request, which nginx has in memory or in a file: read it by offset, replace it by the rebuilt body.
 local body = {}
 local CHUNK = 65536 -- bytes copied at a time from file to file
 
--- The body of this request: its size, and read(offset, count) from 0.
+-- Open the body of this request: a table with its size and read(offset, count); offsets begin at 0.
 function body.open()
     ngx.req.read_body()
     local path = ngx.req.get_body_file()
@@ -38,7 +38,7 @@ local function copy(source, parts, file)
     assert(file:close())
 end
 
--- Send this body instead. parts: strings, and tables whose `offset` and `size` name a piece of the source.
+-- Replace the body. parts: strings, and tables whose `offset` and `size` select a piece of the source.
 -- Returns false when a file cannot be written.
 function body.replace(source, parts)
     if source.file then
@@ -48,7 +48,7 @@ function body.replace(source, parts)
             os.remove(path)
             return false
         end
-        ngx.req.set_body_file(path, true) -- nginx removes it with the request
+        ngx.req.set_body_file(path, true) -- nginx deletes the file after the request
         return true
     end
     local pieces = {}

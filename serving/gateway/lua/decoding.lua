@@ -1,25 +1,27 @@
--- A fair share of decoding time: what an encoded image costs the classifier, from its header, and turns for costly requests.
--- nginx.conf needs `lua_shared_dict decoding 1m;`, `lua_check_client_abort on;` and, for each server, leave() in log_by_lua.
+-- Limit the decoding time of large images: estimate the cost of an image from its header, queue costly requests by
+-- caller. nginx.conf needs `lua_shared_dict decoding 1m;`, `lua_check_client_abort on;` and, for each server, leave()
+-- in log_by_lua.
 local decoding = {
-    -- Costs are in pixels of PNG. One takes NANOSECONDS of a core, with its resize (docs/serving-performance.md).
+    -- Costs are in PNG pixels. To decode and resize one takes NANOSECONDS of a core (docs/serving-performance.md).
     NANOSECONDS = 25,
-    MOST = 25e6, -- of an image whose header is too long to read: the pixels of a request that the classifier decodes
-    MOST_PARTS = 2000, -- JPEG segments or PNG chunks that are read of a request, each 2 reads of the body
-    cheap = 200e3, -- 5 ms: what never waits
-    costly_at_once = 1, -- instances of the classifier - 1, so that one is free for small images
+    MOST = 25e6, -- cost of an image whose header is too long: the classifier's limit of pixels per request
+    MOST_PARTS = 2000, -- limit of JPEG segments or PNG chunks read per request, each takes 2 reads of the body
+    cheap = 200e3, -- requests up to this cost (5 ms) never wait
+    costly_at_once = 1, -- slots: instances of the classifier - 1, so that one is free for small images
     wait_seconds = 10,
-    slot_seconds = 5, -- after which a slot whose worker crashed is free again; decoding takes 0.6 s at most
+    slot_seconds = 5, -- then the slot of a crashed worker is free again; decoding takes at most 0.6 s
 }
--- By format, the cost of a pixel and of an encoded byte. A JPEG costs half as much, and less where it is large enough to be
--- decoded at a fraction of its size; of a progressive one most is left.
+-- By format, the cost of a pixel and of an encoded byte. A JPEG costs half as much per pixel, and less if it is decoded
+-- at a reduced size, which saves little for a progressive JPEG.
 local WEIGHTS = { png = { 1, 0.4 }, webp = { 1, 1.8 }, jpeg = { 0.5, 0.4 }, progressive = { 1, 0.4 } }
--- A JPEG marker that has a segment, or the end of the image: no stuffed byte, restart or fill byte.
+-- A JPEG marker with a segment, or the end-of-image marker; not a stuffed byte, restart marker or fill byte.
 local MARKER = "\255[^%z\1\208-\216\255]"
 local SEARCHED = 4096 -- bytes
--- The prefix of an image given as base64 text, which the classifier accepts (triton/asked.py), and its greatest length in bytes.
+-- The prefix of an image as base64 text, which the classifier accepts (serving/triton/asked.py), and its greatest
+-- length.
 local DATA_URL, LONGEST_PREFIX = "^data:image/%l+;base64,", 23
 
--- The unsigned number in bytes first to last; the most significant byte is at `first`, which may be the higher index.
+-- The unsigned integer in bytes first to last; the most significant byte is at `first`, which may be the higher index.
 local function number(text, first, last)
     local value = 0
     for index = first, last, first <= last and 1 or -1 do
@@ -28,8 +30,8 @@ local function number(text, first, last)
     return value
 end
 
--- Each parser returns the pixels and the format; no pixels where the header does not end within MOST_PARTS. Where a size
--- comes twice, the largest counts: decoders differ in which one they take.
+-- Each parser returns the number of pixels and the format; nil for the pixels if the header does not end within
+-- MOST_PARTS. If a file has several sizes, the largest counts, because decoders differ in which one they use.
 local function png(part, more)
     local pixels, place = 0, 8
     while more() do
@@ -75,8 +77,8 @@ local function webp(part)
     return kind == "VP8 " and number(head, 28, 27) % 16384 * (number(head, 30, 29) % 16384) or 0, "webp"
 end
 
--- read(place, count) of the file whose base64 text `read_text` reads: decodes the groups of four letters that spell these bytes.
--- Text that is not base64 reads as empty; the classifier refuses it.
+-- Returns a read(place, count) of the file whose base64 text `read_text` reads; it decodes only the groups of four
+-- letters with these bytes. Text that is not base64 gives an empty string; the classifier rejects it.
 local function base64_reader(read_text)
     return function(place, count)
         local first = math.floor(place / 3)
@@ -85,9 +87,9 @@ local function base64_reader(read_text)
     end
 end
 
--- The cost of the encoded image of `size` bytes at `offset`; read(offset, count) returns up to count bytes of the body.
--- 0 where Pillow refuses the file without decoding a pixel.
--- counted: a table for each request, which keeps the number of parts that were read.
+-- The cost of decoding the image of `size` bytes at `offset`; 0 for a file that Pillow rejects before it decodes a
+-- pixel. read(offset, count): returns up to count bytes of the body. counted: a table per request, for the number of
+-- parts read.
 function decoding.pixels(read, offset, size, counted)
     counted = counted or {}
     local function more()
@@ -116,15 +118,15 @@ function decoding.pixels(read, offset, size, counted)
     return pixels or decoding.MOST
 end
 
--- What names this request in all its phases: an error page clears ngx.ctx.
+-- The id of this request in all its phases. Not in ngx.ctx, because an error page clears that.
 local function id()
     return ngx.var.connection .. ":" .. ngx.var.connection_requests
 end
 
-local entered = {} -- costly requests of this worker, so that all others cost leave() nothing
+local entered = {} -- the costly requests of this worker, so that leave() is cheap for all others
 
--- Wait for a turn to have images of that cost decoded, in the access phase. A message where none came in time, else nil.
--- One request of an address competes for the slots at a time, so that a caller with many gets no larger share.
+-- Wait for a slot to decode images of this cost, in the access phase. Returns an error message after wait_seconds, else
+-- nil. Only one request of an address competes for the slots at a time, so that many requests get no larger share.
 function decoding.enter(pixels)
     if pixels <= decoding.cheap then
         return nil
@@ -140,7 +142,7 @@ function decoding.enter(pixels)
                 return nil
             end
         end
-        -- The longer a request has waited, the more often it tries, and the sooner it is the next.
+        -- The longer a request has waited, the more often it tries, so that old requests get a slot first.
         ngx.sleep(first and 0.002 + 0.02 / (1 + 2 * (ngx.now() - first)) or 0.05 + 0.05 * math.random())
     until ngx.now() - arrived > decoding.wait_seconds
     if first then
@@ -149,8 +151,8 @@ function decoding.enter(pixels)
     return "other large images are decoded for more than " .. decoding.wait_seconds .. " s; send smaller ones, or try again later"
 end
 
--- Free what this request holds, when Triton has answered, or in the log phase. Where its client or the gateway gave up first,
--- Triton still decodes, so the slot stays taken for as long as that takes.
+-- Free the slot of this request, after Triton's response or in the log phase. If the client disconnected (499) or the
+-- gateway timed out (504), Triton still decodes, so the slot stays in use for the estimated decoding time.
 function decoding.leave()
     if next(entered) == nil or not entered[id()] then
         return

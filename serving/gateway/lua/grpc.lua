@@ -1,6 +1,6 @@
--- An inference over gRPC: the ModelInferRequest is parsed, checked, and sent to Triton over HTTP in the form of
--- tensors.rebuild; grpc_response.lua makes a gRPC response of the answer. A field that is not listed here is refused. Over
--- gRPC itself Triton 24.10 exits (SIGSEGV) after some thousand calls that callers cancel or whose deadline passes.
+-- An inference over gRPC: parse and check the ModelInferRequest and send it to Triton over HTTP in the form of
+-- tensors.rebuild; grpc_response.lua converts the response. Fields that are not listed here are rejected. Why HTTP:
+-- over gRPC, Triton 24.10 exits (SIGSEGV) after some thousand calls that are cancelled or whose deadline expires.
 local body = require("body")
 local decoding = require("decoding")
 local ffi = require("ffi")
@@ -11,7 +11,7 @@ local FRAME, LONGEST_TEXT, MOST_FIELDS = 5, 200, 8192
 local INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNAVAILABLE = 3, 5, 8, 14
 local NOT_PROTOBUF = "message is not a ModelInferRequest"
 
--- Name and kind of each field by its number, from Triton's grpc_service.proto. A kind that is a table is a message.
+-- The name and kind of each field by its number, from Triton's grpc_service.proto. A table as kind is a nested message.
 local VALUE = { { "bool", "numbers" }, { "int64", "numbers" }, { "string", "texts" }, [5] = { "uint64", "numbers" } }
 local PARAMETER = { { "key", "texts" }, { "value", VALUE } }
 local CONTENTS = { [4] = { "UINT8", "numbers" }, [6] = { "FP32", "floats" }, [8] = { "BYTES", "strings" } }
@@ -35,7 +35,7 @@ local function answer(status, message)
     return ngx.exit(ngx.OK)
 end
 
--- The number at an offset and the offset behind it.
+-- Read a varint: returns its value and the offset behind it.
 local function varint(source, offset, stop)
     local value, factor = 0, 1
     for index, byte in ipairs({ source.read(offset, math.min(10, stop - offset)):byte(1, 10) }) do
@@ -47,7 +47,7 @@ local function varint(source, offset, stop)
     refuse(NOT_PROTOBUF)
 end
 
--- How the bytes of a field are added to the list of its values.
+-- By kind, a function that adds the bytes of a field to the list of its values.
 local ADD = {
     texts = function(source, offset, size, values)
         table.insert(values, size <= LONGEST_TEXT and source.read(offset, size) or refuse("message has a text of " .. size .. " bytes"))
@@ -84,8 +84,8 @@ local ADD = {
     end,
 }
 
--- The message of a schema: the list of each field's values by its name. The source counts the fields of a
--- request and the bytes of its typed contents.
+-- Decode a message by its schema: a table of lists, the values of each field by its name. Counts the fields of the
+-- request and the bytes of its typed contents in `source`.
 local function decode(source, offset, size, schema)
     local message, stop = {}, offset + size
     for _, field in pairs(schema) do
@@ -118,7 +118,7 @@ local function decode(source, offset, size, schema)
     return message
 end
 
--- The value of a field that is given at most once.
+-- The value of a field that may occur at most once.
 local function single(message, name)
     if #message[name] > 1 then
         refuse(name .. " is given twice")
@@ -126,7 +126,7 @@ local function single(message, name)
     return message[name][1]
 end
 
--- The whole number of the one parameter that a tensor may have.
+-- The integer value of the only parameter that a tensor may have.
 local function parameter(message, name, where)
     local given = message.parameters[1]
     if given then

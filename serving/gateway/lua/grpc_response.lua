@@ -1,10 +1,10 @@
--- The response to an inference over gRPC, made of Triton's answer over HTTP: head() and then body() for each of its pieces.
--- The status goes into the trailers, by the variables grpc_status and grpc_message.
+-- Convert Triton's HTTP response into the gRPC response to an inference: call head(), then body() for each piece.
+-- The variables grpc_status and grpc_message become the trailers.
 local cjson = require("cjson.safe")
 
 local response = {}
 local LENGTH_HEADER = "Inference-Header-Content-Length"
--- By Triton's HTTP status: INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNIMPLEMENTED, UNAVAILABLE.
+-- gRPC status by Triton's HTTP status: INVALID_ARGUMENT, NOT_FOUND, INTERNAL, UNIMPLEMENTED, UNAVAILABLE.
 local STATUS = { [400] = 3, [404] = 5, [500] = 13, [501] = 12, [503] = 14 }
 local UNKNOWN, MOST_MESSAGE = 2, 1000
 
@@ -20,8 +20,8 @@ local function field(number, data)
     return string.char(number * 8 + 2) .. varint(#data) .. data
 end
 
--- A ModelInferResponse with gRPC's frame. answer: Triton's JSON object, whose outputs are all binary; data: the bytes of the
--- outputs, one after another.
+-- Encode a ModelInferResponse with gRPC's frame. answer: Triton's JSON object, whose outputs are all binary. data: the
+-- bytes of the outputs, concatenated.
 local function message(answer, data)
     local parts, raw, offset = {}, {}, 1
     for _, output in ipairs(answer.outputs) do
@@ -41,7 +41,7 @@ local function message(answer, data)
 end
 
 function response.head()
-    if ngx.var.grpc_status ~= "" then -- refused by the gateway
+    if ngx.var.grpc_status ~= "" then -- rejected by the gateway
         return
     end
     ngx.ctx.answered = { status = ngx.status, length = tonumber(ngx.header[LENGTH_HEADER]) }

@@ -1,6 +1,6 @@
--- An inference over HTTP: the JSON part is parsed, checked, and written again with its tensors in the binary form, so that
--- Triton parses bytes that tensors.lua wrote. Triton 24.10 exits on data written as JSON (a shape beyond memory, nested
--- brackets) and keeps the first of two equal keys where cjson keeps the last.
+-- An inference over HTTP: parse and check the JSON part and rewrite it with tensors in the binary form. Why: Triton
+-- then parses only bytes that tensors.lua wrote. Triton 24.10 exits on some JSON data (a shape larger than the memory,
+-- nested brackets), and uses the first of two equal keys where cjson uses the last.
 local body = require("body")
 local decoding = require("decoding")
 local tensors = require("tensors")
@@ -27,7 +27,7 @@ local function keys_in(value)
     return keys
 end
 
--- The object that a text spells. A key given twice in one object is found by counting: the decoded one has it once.
+-- Decode a JSON object. Duplicate keys are detected by counting: the decoded object has each key once.
 local function decode(text)
     local object = cjson.decode(text)
     if type(object) ~= "table" then
@@ -49,7 +49,8 @@ local function decode(text)
     return object
 end
 
--- Refuses a value that is not an object with these keys alone, by the type or the check of each.
+-- Reject a value that is not an object, has other keys than those of `kinds`, or a value of another type than listed
+-- there.
 local function check_object(object, where, kinds)
     if type(object) ~= "table" or object[1] ~= nil then
         refuse(where .. "is not an object")
@@ -89,7 +90,8 @@ local function flatten(data, into)
     return into
 end
 
--- An entry of `inputs`, whose binary data would begin at the offset; and the offset behind it.
+-- Parse an entry of `inputs`; its binary data, if any, begin at `offset`. Returns the input and the offset behind its
+-- data.
 local function read_input(entry, offset, source)
     local name = type(entry) == "table" and entry.name
     local where = "input " .. shown(name) .. ": "
@@ -110,13 +112,13 @@ local function read_input(entry, offset, source)
     return input, offset + size
 end
 
--- The request of a body whose first `length` bytes are JSON.
+-- Parse and check the request in a body whose first `length` bytes are JSON.
 local function parse(source, length)
     local object = decode(source.read(0, length))
     local kinds = { id = "string", model_name = "string", inputs = "table", outputs = "table", parameters = "table" }
     check_object(object, "", kinds)
     if (object.model_name or ngx.var.model) ~= ngx.var.model then
-        refuse("model_name is not " .. ngx.var.model .. ", the one of the path") -- KServe's client gives both
+        refuse("model_name is not " .. ngx.var.model .. ", the one of the path") -- KServe's client sends both
     end
     local parameters = object.parameters or {}
     check_object(parameters, "", { binary_data_output = "boolean" })

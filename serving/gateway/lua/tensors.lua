@@ -1,5 +1,5 @@
--- The rules for an inference request, whichever protocol it came by. Each model takes the tensors listed here and no
--- others; what is not listed is refused, and what passes is written again in one fixed form (http.lua, grpc.lua).
+-- The rules for an inference request over HTTP (http.lua) or gRPC (grpc.lua). Each model accepts only the tensors
+-- listed here. A request that passes is rewritten in one fixed form.
 local decoding = require("decoding")
 local ffi = require("ffi")
 
@@ -9,8 +9,9 @@ local ITEM = {
     UINT8 = { bytes = 1, ctype = "uint8_t[?]", least = 0, most = 255, whole = true },
     FP32 = { bytes = 4, ctype = "float[?]", least = -math.huge, most = math.huge },
 }
--- A test compares them with the model configurations of a repository. labels: Triton may give the best classes with their
--- labels instead of the numbers ("classification"); asked so of an output of strings, Triton 24.10 exits with SIGFPE.
+-- A test compares MODELS with the model configs of a repository. labels: the parameter "classification" is allowed,
+-- with which Triton returns the best classes with labels instead of numbers. On an output of strings Triton 24.10 then
+-- exits with SIGFPE.
 tensors.MODELS = {
     student = { inputs = { image = "UINT8", strength = "FP32" }, outputs = { logits = { labels = true }, feature = {} } },
     classifier = {
@@ -19,7 +20,7 @@ tensors.MODELS = {
     },
 }
 
--- A name of the caller's as it may stand in a message.
+-- A name from the request for a message: quoted if it is safe to print, else a replacement.
 function tensors.shown(name)
     return type(name) == "string" and name:match("^[%w_.-]+$") and #name <= 100 and "'" .. name .. "'" or "of unusable name"
 end
@@ -48,8 +49,8 @@ local function elements_of(shape, where)
     return elements
 end
 
--- Calls each(offset, size) for the strings of a BYTES tensor, which must fill its bytes: Triton 24.10 finds out too, but
--- then refuses every request of the batch.
+-- Call each(offset, size) for the strings of a BYTES tensor. They must fill its bytes exactly: Triton 24.10 checks this
+-- too, but then rejects every request of the batch.
 local function each_string(source, input, expected, where, each)
     local offset, stop, found = input.offset, input.offset + input.size, 0
     while offset < stop and found <= expected do
@@ -73,7 +74,7 @@ function tensors.length_prefix(size)
     return string.char(size % 256, math.floor(size / 256) % 256, math.floor(size / 65536) % 256, math.floor(size / 16777216))
 end
 
--- Values of JSON or of gRPC's typed contents as the bytes of a tensor.
+-- Convert values of JSON or of gRPC's typed contents into the bytes of a tensor.
 local function packed(values, datatype, where)
     local item, out = ITEM[datatype], {}
     for index, value in ipairs(values) do
@@ -131,8 +132,9 @@ local function check_input(input, request, source)
     end
 end
 
--- Refuses a request that breaks a rule: {model, id, inputs, outputs}. An input has name, datatype, shape and either
--- `offset` and `size` of its bytes in the source, or `values`, which become its `data`. Counts the `pixels` to decode.
+-- Check a request {model, id, inputs, outputs}; rejects it if it breaks a rule. An input has name, datatype, shape and
+-- either `offset` and `size` of its bytes in the source, or `values`, which become its `data`. Sets `pixels`, the
+-- decoding cost.
 function tensors.check(request, source)
     local model, seen = tensors.MODELS[request.model], {}
     request.pixels = 0
@@ -161,7 +163,8 @@ function tensors.check(request, source)
     end
 end
 
--- The body that Triton gets over HTTP, in parts: one form for each request, of either protocol. Sets the length of its JSON.
+-- Build the body for Triton over HTTP, as parts for body.replace; the form is the same for both protocols. Sets the
+-- variable head_length to the length of the JSON part.
 function tensors.rebuild(request)
     local inputs, outputs, parts = {}, {}, { "" }
     for index, input in ipairs(request.inputs) do
@@ -185,7 +188,7 @@ function tensors.rebuild(request)
     return parts
 end
 
--- Runs parse() and gives its result; or nil, the message of the refusal and the status that goes with it.
+-- Call parse(): returns its result; or nil, the message and the status (may be nil) of a rejected request.
 function tensors.parsed(parse, ...)
     local fine, result = pcall(parse, ...)
     if fine then
