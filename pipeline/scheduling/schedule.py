@@ -30,6 +30,7 @@ from pipeline.scheduling.prefect_server import (
     talking_to,
 )
 from pipeline.scheduling.trigger import DEPLOYMENT, NAME
+from pipeline.shared import owned_process
 from pipeline.shared.errors import ParamsError
 from serving.shared.terminal import counted
 
@@ -37,7 +38,7 @@ LOOK_EVERY = 1.0  # seconds
 PATIENCE = 15.0  # seconds between SIGTERM and SIGKILL of a run
 PAUSE = 5.0  # seconds between attempts to reach or restart a lost server
 BECAUSE = "the schedule"
-LEASH = "leash.py"
+LEASH = Path(owned_process.__file__).name
 
 
 def keep_schedule(
