@@ -78,7 +78,7 @@ def _worker(client: Any) -> Finding:
     if deployments:
         names = ", ".join(deployment.name for deployment in deployments)
         return Finding(
-            "worker", "failing", f"nobody runs {names}", "tailor schedule, or prefect worker start --pool NAME"
+            "worker", "failing", f"no worker runs {names}", "tailor schedule, or prefect worker start --pool NAME"
         )
     return Finding("worker", "warning", "nothing is deployed", "tailor schedule --cron '0 3 * * *', or prefect deploy")
 

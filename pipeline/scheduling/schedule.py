@@ -86,7 +86,7 @@ def _serve(cron: str, timezone: str | None, say: Callable[[str], None], url: str
                 say(
                     f"{counted(caught_up[0], 'run', 'were')} missed; the one of {caught_up[1]:%F %T} UTC is caught up now"
                 )
-            say(f"retrains at {cron!r} ({timezone or 'UTC'}) until it is told to end")
+            say(f"retrains at {cron!r} ({timezone or 'UTC'}) until it is stopped")
             retrain.serve(
                 name=NAME,
                 schedule=Cron(cron, timezone=timezone or "UTC"),

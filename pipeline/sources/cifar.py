@@ -95,7 +95,7 @@ class _Archive:
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{self._place(file)}: is no batch of {self._name}: {error}") from None
             if len(planes) != len(numbers) or not all(0 <= label < classes for label in numbers):
-                raise DataError(f"{self._place(file)}: its labels do not fit its images; fetch the archive anew")
+                raise DataError(f"{self._place(file)}: its labels do not fit its images; fetch the archive again")
             pixels.append(planes.transpose(0, 2, 3, 1))
             labels += numbers
         return np.concatenate(pixels), labels
@@ -107,7 +107,7 @@ class _Archive:
         if found != md5:
             raise DataError(
                 f"{self._place(file)}: has md5 {found}, the published file has {md5}; it is damaged or another version; "
-                "remove it and fetch the archive anew"
+                "remove it and fetch the archive again"
             )
         return unpickle_arrays(data, self._place(file))
 
@@ -121,10 +121,10 @@ class _Archive:
                 self._members = self._unpacked(self._packed)
             return self._members[f"{self._folder.name}/{file}"]
         except KeyError:
-            raise DataError(f"{self._place(file)}: no such file in the archive; fetch it anew") from None
+            raise DataError(f"{self._place(file)}: no such file in the archive; fetch it again") from None
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(f"{self._place(file)}: not readable ({reason}); fetch the archive anew") from None
+            raise DataError(f"{self._place(file)}: not readable ({reason}); fetch the archive again") from None
 
     def _unpacked(self, packed: Path) -> dict[str, bytes]:
         # One pass, because a .tar.gz has no index and each look-up would decompress it from the start. Only the

@@ -61,7 +61,7 @@ def serve(
     ] = None,
     grpc_tls_key: Annotated[Path | None, typer.Option(help="PEM key of --grpc-tls-cert.")] = None,
     grace: Annotated[
-        int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is told to end.")
+        int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is stopped.")
     ] = GRACE,
     restarts: Annotated[
         str,
@@ -146,7 +146,7 @@ def _announce(server: TritonServer) -> None:
     if server.host not in LOOPBACK:
         _report(
             f"--host {server.host}: this Triton release can be killed by one hostile request; "
-            "let nobody but a gateway with size, time and connection limits reach it"
+            "allow only a gateway with size, time and connection limits to reach it"
         )
 
 

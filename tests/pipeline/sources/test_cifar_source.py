@@ -99,7 +99,7 @@ def test_a_missing_or_cut_off_archive_is_named(tmp_path, monkeypatch):
     write_archive(tmp_path / "a", "cifar10", monkeypatch)
     (tmp_path / "a/cifar-10-batches-py/data_batch_4").unlink()
     with pytest.raises(
-        DataError, match="data_batch_4: not readable \\(No such file or directory\\); fetch the archive anew"
+        DataError, match="data_batch_4: not readable \\(No such file or directory\\); fetch the archive again"
     ):
         opened(tmp_path / "a")
     write_archive(tmp_path / "b", "cifar10", monkeypatch, packed=True)
