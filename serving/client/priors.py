@@ -26,8 +26,8 @@ EXPECTED = "expected balanced, train, live, a number, or a file with one number 
 def parse_prior(prior: Prior) -> float | Floats | dict[str, float] | str | None:
     """Parse a prior into a strength (float), a target prior (vector [C] or by class name), LIVE, or None (the default).
 
-    prior: `balanced` (strength 0), `train` (1), `live` (the estimate of `tailor drift --write`), a number or its text, a
-    vector, a mapping from class name to probability, or a file with a JSON list, a JSON object by class name, or one
+    prior: `balanced` (strength 0), `train` (1), `live` (the estimate of `tailor drift --write`), a number or its text,
+    a vector, a mapping from class name to probability, or a file with a JSON list, a JSON object by class name, or one
     number per line. None is the server's default. `vector_of` checks a vector against the number of classes.
     Raises InputError.
     """

@@ -102,7 +102,7 @@ class Connection:
         return context
 
     def grpc_credentials(self) -> Any:
-        """Return the TLS credentials for gRPC; None for a URL without TLS. Raises InputError for an invalid PEM file."""
+        """Return the TLS credentials for gRPC; None for a URL without TLS. Raises InputError as ssl_context does."""
         if not self.secure:
             return None
         import grpc
