@@ -163,7 +163,7 @@ def evaluated(params: Params, folder: Path, target_prior: str) -> dict[str, Any]
 
 
 def table(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
-    """Markdown table, a row per method: mean ± std over seeds in percent, paired differences of `all` to two methods."""
+    """Markdown table, a row per method: mean ± std over seeds in percent, paired differences of `all` to 2 methods."""
     against = [name for name in ("balanced softmax", "gml") if name in found]
     heads = [*COLUMNS, *(f"all, against {name}" for name in against), "s a run"]
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
