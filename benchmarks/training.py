@@ -111,7 +111,7 @@ def table(timings: dict[str, Timing], device: str, others: float) -> str:
 
 
 def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str:
-    """Wall time of teacher and student for EPOCHS epochs: extrapolated from the epoch rows; if `full`, also measured."""
+    """Wall time of teacher and student for EPOCHS epochs: extrapolated from epoch rows; if `full`, also measured."""
     lines = ["", f"| {EPOCHS} epochs of teacher and student | baseline | engine | goal |", "|---|--:|--:|--:|"]
     minutes = [
         EPOCHS * sum(timings[f"{name} epoch"].seconds(side) for name in ("teacher", "student")) / 60
