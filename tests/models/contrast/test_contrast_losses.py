@@ -28,7 +28,7 @@ def both(case, similarity, temperature, **options):
 
 
 def brute_force(case, tau):
-    """Compute Eq. 10 over all keys and over other samples' keys, in plain floats; count the queries that L_tau omits."""
+    """Compute Eq. 10 over all keys and over other samples' keys, in plain floats; count queries that L_tau omits."""
 
     def loss(row, kept):
         masses = {}

@@ -1,4 +1,4 @@
-"""Augmented views of a batch: independent crop, flip, policy and cutout per view, independent of how a batch is split."""
+"""Augmented views of a batch: independent crop, flip, policy and cutout per view; the same for a batch in parts."""
 
 import collections
 

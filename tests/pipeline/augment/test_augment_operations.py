@@ -127,7 +127,7 @@ def test_solarize_add_raises_the_values_below_128_and_no_other(seed):
         ("posterize", lambda image, bits: tv.posterize(image, int(bits)), 0),
         ("autocontrast", lambda image, _: tv.autocontrast(image), 1),  # torchvision's float32 against double precision
         ("brightness", tv.adjust_brightness, 1),  # float32 in another order
-        ("contrast", tv.adjust_contrast, 2),  # the mean is rounded here and in Pillow, not in torchvision; factors go up to 2
+        ("contrast", tv.adjust_contrast, 2),  # mean rounded here and in Pillow, not in torchvision; factors up to 2
         ("color", tv.adjust_saturation, 2),  # the luminance is rounded here and in Pillow, truncated in torchvision
         ("sharpness", tv.adjust_sharpness, 1),
         ("grey", lambda image, _: tv.rgb_to_grayscale(image, 3), 1),
@@ -191,7 +191,7 @@ def test_a_move_between_pixels_is_pillows_within_one_grey_level(name, method):
     for seed, size in enumerate([(32, 32), (17, 23)]):
         found, expected = moved(name, size, seed, method)
         apart = levels_apart(found, expected)
-        # Positions are rounded to 2^-16 here: a thousandth of the pixels may fall outside the image's edge instead of inside.
+        # Positions are rounded to 2^-16 here: a thousandth of the pixels may fall on the other side of the edge.
         assert (apart > 1).float().mean() < 1e-3 and (apart > 0).float().mean() < 0.01
 
 

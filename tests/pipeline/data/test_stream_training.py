@@ -53,7 +53,7 @@ def streams(data) -> tuple[AnyImages, AnyImages]:
 
 
 def in_windows(data) -> tuple[AnyImages, AnyImages]:
-    """Return a stream order as for a table: row groups of four, two groups per window."""
+    """Return train and validation streams ordered as for a table: row groups of four, two groups per window."""
     train, validation = streams(data)
     from pipeline.sources import Groups
 
@@ -63,7 +63,7 @@ def in_windows(data) -> tuple[AnyImages, AnyImages]:
 
 
 def originals(data, mode: str = "on") -> tuple[AnyImages, AnyImages]:
-    """Return params of a stage whose views are cropped from the 16x16 pixels."""
+    """Return train and validation images of a stage whose views are cropped from the 16x16 pixels."""
     params = data[0].model_copy(update={"stream": data[0].stream.model_copy(update={"mode": mode})})
     train, validation, _ = training_images(params, CPU, data[1], augment=CUT, views=3)
     return train, validation
