@@ -288,7 +288,7 @@ def test_a_lost_shard_is_no_bad_image_that_could_be_skipped(tmp_path):
 
 
 def promised(width, height):
-    """Return a PNG whose header declares the given pixels, without the data."""
+    """Return a PNG whose header declares the given width and height, unlike its data."""
     image = bytearray(encode(picture(3)))
     image[16:24] = struct.pack(">II", width, height)
     image[29:33] = struct.pack(">I", zlib.crc32(image[12:29]))

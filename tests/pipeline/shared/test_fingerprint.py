@@ -1,4 +1,4 @@
-"""Code fingerprint of a stage: its import closure against grimp's import graph, and the changes that affect its hash."""
+"""Code fingerprint of a stage: import closure against grimp's import graph, and changes that affect the hash."""
 
 from __future__ import annotations
 

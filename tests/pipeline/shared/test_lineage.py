@@ -1,4 +1,4 @@
-"""The commit of a run and the files of a revision: errors of git are reported; a project may be a subfolder of a repo."""
+"""The commit of a run and the files of a revision: git errors are reported; a project may be a subfolder of a repo."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""File names of images: the same rule in training, ingest and predict; copies of an image in two splits are reported."""
+"""File names of images: the same rule in training, ingest and predict; copies of an image in two splits are errors."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The story of every version: what a repository knows of it, and how `tailor history` tells it."""
+"""`tailor history`: the recorded history of every version of a repository."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_table_fits_120_columns_with_a_long_decision(repository: Path) -> No
     lines = console.export_text().splitlines()
     rows = [line for line in lines if "champion" in line or "kept" in line]
     assert len(rows) == 3 and all("…" not in line and len(line) <= 120 for line in lines)
-    assert "data" not in " ".join(lines) and len(lines) <= 14  # the decision has room
+    assert "data" not in " ".join(lines) and len(lines) <= 14  # the decision fits
 
 
 def test_the_tables_show_balanced_accuracy_and_not_the_share_of_unequal_test_images(repository: Path) -> None:
