@@ -64,7 +64,7 @@ app.callback(help=app.info.help)(version)
 
 
 def add(function: Any, heading: str, example: str) -> None:
-    """Register a function as a command under a heading of --help, with an example at the end of its own --help."""
+    """Register a function as a command under a heading of --help, with an example at the end of its --help."""
     app.command(epilog=example, rich_help_panel=heading)(function)
 
 
@@ -83,10 +83,10 @@ add(drift, OPERATE, "Example: tailor drift artifacts/logits --since 24h --write 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 success, 1 failure, 2 misuse, 130 interrupted.
+    """Run the command line; return the exit status: 0 success, 1 failure, 2 misuse, 130 interrupted.
 
-    An error that a user can act on is one line on stderr and has its own exit status; --debug adds the traceback. Any
-    other exception is a fault of Tailor and is raised.
+    An error that a user can act on is printed as one line on stderr; --debug adds the traceback. Any other exception is
+    a bug in Tailor and is raised.
     """
     bypass_proxy_on_loopback()
     # Pillow warns about unusual images; Tailor accepts such an image or rejects it with its own error.

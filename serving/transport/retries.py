@@ -75,7 +75,7 @@ class Retries:
 def _give_up(state: tenacity.RetryCallState) -> NoReturn:
     """Raise the last error, with the number of attempts."""
     error = state.outcome.exception() if state.outcome else None
-    if not isinstance(error, Unavailable):  # pragma: no cover - tenacity calls this after a failure alone
+    if not isinstance(error, Unavailable):  # pragma: no cover - tenacity calls this only after a failure
         raise RuntimeError("nothing that is tried again failed")
     if state.attempt_number == 1:
         raise error

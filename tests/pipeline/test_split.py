@@ -224,7 +224,7 @@ def test_grayscale_cmyk_16_bit_and_turned_pictures_are_taken(tmp_path):
 
 
 def spoilt(root):
-    """A folder of two classes, three of its images unusable in different ways."""
+    """A folder of two classes with three images that are unusable in different ways."""
     folder(root, {"a": 8, "b": 8})
     write(root / "a/empty.png", b"")
     write(root / "b/pixel.png", encode(picture(5, (1, 1))))

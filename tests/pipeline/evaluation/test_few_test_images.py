@@ -97,7 +97,7 @@ def test_intervals_of_unequal_test_counts_cover_the_truth_within_binomial_noise(
     for trial in range(200):
         estimate = weighted_accuracy(random.binomial(tested, truth), tested, np.ones(4), seed=trial)
         covered += estimate.low <= truth.mean() <= estimate.high
-    assert covered >= 180  # of 200 at 95 %: fewer than 180 come by chance once in 400
+    assert covered >= 180  # of 200 at 95 %: fewer than 180 have a probability of 1/400
 
 
 SMALL_TAIL = [80, 60, 40, 40, 30, 20]  # 270 test images: effective size 221 for the mean over all classes, few: 48

@@ -28,7 +28,7 @@ def student():
     model = ImageClassifier("resnet20", 4, 1 / 30).train()
     with torch.no_grad():
         model(torch.randn(16, 3, SIZE, SIZE))  # changes the running statistics
-        model.classifier.weight.mul_(torch.tensor([[3.0], [0.5], [1.0], [7.0]]))  # no longer unit rows
+        model.classifier.weight.mul_(torch.tensor([[3.0], [0.5], [1.0], [7.0]]))  # rows without unit norm
     return model.eval()
 
 

@@ -27,7 +27,7 @@ DECISION = {"promote": True, "computed": True, "reasons": ["not worse than the c
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Version 1 written, version 2 promoted with its decision, version 3 promoted and rolled back from."""
+    """A repository: version 1 written, version 2 promoted with its decision, version 3 promoted and rolled back."""
     tmp_path = tmp_path_factory.mktemp("made")
     write_export(tmp_path / "one", 1)
     root = write_repository(tmp_path / "one", tmp_path / "repository")

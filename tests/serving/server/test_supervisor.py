@@ -213,7 +213,7 @@ def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(reposi
 
 def test_without_its_repository_the_server_answers_on_and_is_repaired_when_the_disk_is_back(watched: Watched) -> None:
     away = watched.root.rename(watched.root.with_name("away"))
-    time.sleep(1.5)  # a canary or two
+    time.sleep(1.5)  # one or two health checks (canaries)
     assert watched.answers() == 8
     assert watched.reports == []
     watched.kill_stub("classifier")  # one of two
@@ -230,7 +230,7 @@ def test_stub_is_not_replaced_from_a_graph_that_was_changed(watched: Watched) ->
     watched.kill_stub("classifier")
     watched.await_report("model.onnx: sha256 is")
     assert "serving on with what is loaded" in watched.reports[-1]
-    assert watched.answers() >= 4  # the other instance does
+    assert watched.answers() >= 4  # served by the other instance
     path.write_bytes(sound)
     watched.await_report("classifier answers again")
     assert watched.answers() == 8
