@@ -313,7 +313,7 @@ def test_bicubic_takes_every_shear_of_autoaugment_and_half_of_randaugments_moves
 def test_bicubic_autoaugment_is_pillows_where_its_one_step_is_a_shear_and_the_plain_one_where_nothing_is_sheared():
     images, plain, cubic = scenes(SOME), params("autoaugment"), params("autoaugment", bicubic=True)
     draws = [draw_views(SOME, SIDE, SIDE, 1, policy, seeded(3)) for policy in (plain, cubic)]
-    codes = draws[0].tables[0][0][:, [3, 11]].long()  # after crop and flip; per slot: operation, argument, six matrix entries
+    codes = draws[0].tables[0][0][:, [3, 11]].long()  # per slot: operation, argument, 6 matrix entries
     moved_by = {OPERATIONS.index("shear_y"): draws[0].tables[0][0][:, 4]}
     found = [apply_views(images, drawn, policy)[0] for drawn, policy in zip(draws, (plain, cubic), strict=True)]
     sheared = (codes == OPERATIONS.index("shear_y")).any(1)
