@@ -1,18 +1,19 @@
-"""Test accuracy of the methods side by side: same data, network, epochs and seeds, last epoch, mean ± sample std.
+"""Test accuracy of several methods with the same data, network, epochs and seeds: last epoch, mean ± sample std.
 
     python -m benchmarks.accuracy recipes/cifar10-parquet-if100.yaml --data DIR    # the paper's size: for a GPU
     python -m benchmarks.accuracy recipes/cifar10-parquet-if100-cpu.yaml --data DIR --plus recipes/variants/plus-short.yaml
 
 Methods, all with params.student's network, schedule and augmentation:
-- cross-entropy: L_cls without the logit adjustment, judged by its plain logits. balanced softmax: L_cls of Eq. 6 alone.
+- cross-entropy: L_cls without logit adjustment, evaluated with its plain logits. balanced softmax: only L_cls of Eq. 6.
 - gml: the student of the recipe, with the recipe's teacher.
-- gml without ...: ablations, a term of the loss at weight 0; without both leaves L_cls.
-- balanced softmax, 2.5 times the epochs: L_cls alone at about the cost of the GML student.
-- gml + <switch>: one switch of the plus recipe alone. plus: all of them.
+- gml without ...: ablations, one term of the loss with weight 0; "without both" leaves L_cls.
+- balanced softmax, 2.5 times the epochs: only L_cls, at about the cost of the GML student.
+- gml + <switch>: a single switch of the plus recipe. plus: all switches.
 
-Every finished run is kept under --work and not repeated, so an interrupted comparison goes on. The accuracies are for the
-balanced target prior, of cross-entropy for the training prior, which its plain logits answer for; many, medium and few are
-means over the classes of a group. The test split is read once a run, after its last epoch; nothing is chosen by it.
+Every finished run is stored under --work and not repeated, so an interrupted comparison resumes. Accuracies are for the
+balanced target prior, those of cross-entropy for the training prior, to which its plain logits correspond. many, medium
+and few are means over the classes of a group. The test split is read once per run, after the last epoch; it is not used
+for any selection.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ from pipeline.params.recipe import apply_recipe
 from pipeline.shared.artifacts import sha256_of_json, write_file, write_json
 
 PLUS = Path("recipes/variants/plus.yaml")
-# Of params.yaml, what the figures of one seed depend on.
+# Sections of params.yaml that affect the results of one seed.
 SECTIONS = {"device", "engine", "data", "stream", "image", "prior", "teacher", "student", "evaluate"}
-TARGET_PRIORS = {"cross-entropy": "train"}  # of the others balanced
+TARGET_PRIORS = {"cross-entropy": "train"}  # of the other methods: balanced
 ABLATIONS = {
     "gml without contrast": {"beta": 0.0},
     "gml without distillation": {"alpha": 0.0},
@@ -58,7 +59,7 @@ COLUMNS = ("all", "many", "medium", "few")
 
 
 def merged(params: Params, changes: dict[str, Any]) -> Params:
-    """Params with a nested mapping of changes applied, validated anew."""
+    """Return params with a nested mapping of changes applied, validated again."""
 
     def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         for key, value in new.items():
@@ -69,7 +70,7 @@ def merged(params: Params, changes: dict[str, Any]) -> Params:
 
 
 def switches(recipe: Path) -> dict[str, dict[str, Any]]:
-    """The switches of a plus recipe, each alone, and all together under `plus`."""
+    """Return the changes of a plus recipe by method name: one per switch, and all together under `plus`."""
     plus = read_yaml(recipe)
     augment = plus["student"].pop("augment")
     alone = {key: {"student": {key: value}} for key, value in plus["student"].items()}
@@ -91,7 +92,7 @@ Trainer = Callable[[Params, Path, Path], Path]
 
 
 def classification_alone(params: Params, adjustment: float, output: Path, longer: float = 1) -> Path:
-    """Train the student's network on L_cls alone, `longer` times its epochs."""
+    """Train the student's network with L_cls only, for `longer` times its epochs."""
     section = classification_section(params.student, adjustment)
     alone = params.model_copy(update={"teacher": section})
     teacher.run(merged(alone, {"teacher": {"epochs": round(longer * alone.teacher.epochs)}}), output)
@@ -99,7 +100,7 @@ def classification_alone(params: Params, adjustment: float, output: Path, longer
 
 
 def methods(plus: Path = PLUS) -> dict[str, Trainer]:
-    """Name → what trains it: (params of one seed, the teacher's folder, output folder) → the network's folder."""
+    """Return trainers by method name: (params of one seed, teacher folder, output folder) → folder of the network."""
 
     def contrast(change: dict[str, Any]) -> Trainer:
         def train(params: Params, taught_by: Path, output: Path) -> Path:
@@ -124,7 +125,7 @@ def methods(plus: Path = PLUS) -> dict[str, Trainer]:
 def train_all(
     params: Params, known: dict[str, Trainer], names: list[str], seeds: list[int]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Method → the metrics of each seed, from the current folder where they are there, else trained."""
+    """Return the metrics of each seed by method, read from the current folder if stored there, else after training."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
         mine = merged(params, {"seed": seed})
@@ -151,7 +152,7 @@ def train_all(
 
 
 def evaluated(params: Params, folder: Path, target_prior: str) -> dict[str, Any]:
-    """Metrics for the target prior on the test split, and the last validation accuracy."""
+    """Return the metrics on the test split for the target prior, and the last validation accuracy."""
     device, test, classes = choose_device(params.device), load_images(params.data, params.image, "test"), load_prior()
     logits = network_logits(folder, folder.name, test, params.image, classes, device)
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
@@ -162,7 +163,7 @@ def evaluated(params: Params, folder: Path, target_prior: str) -> dict[str, Any]
 
 
 def table(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
-    """A row a method: mean ± std over the seeds, in percent, and the difference of `all` seed by seed to two methods."""
+    """Markdown table, a row per method: mean ± std over seeds in percent, paired differences of `all` to 2 methods."""
     against = [name for name in ("balanced softmax", "gml") if name in found]
     heads = [*COLUMNS, *(f"all, against {name}" for name in against), "s a run"]
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
@@ -182,7 +183,7 @@ def table(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
 
 
 def difference(values: list[float]) -> str:
-    """Mean of the differences of the seeds, in percent, and the 95 % interval of Student's t."""
+    """Format the mean difference over seeds in percent, with the 95 % interval of Student's t."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{100 * mean:+.2f}"
@@ -191,7 +192,7 @@ def difference(values: list[float]) -> str:
 
 
 def spread(values: list[float | None]) -> str:
-    """mean ± sample standard deviation, in percent; n/a of an empty group."""
+    """Format mean ± sample standard deviation in percent; n/a for an empty group."""
     if any(value is None for value in values):
         return "n/a"
     mean = f"{100 * statistics.fmean(values):.2f}"
@@ -199,13 +200,13 @@ def spread(values: list[float | None]) -> str:
 
 
 def comparison_id(params: Params, plus: Path) -> str:
-    """The name of a comparison's folder: another recipe has another, what its figures do not depend on leaves it."""
+    """Return the folder name of a comparison: a hash of SECTIONS and of the plus recipe."""
     recipe = {"params": params.model_dump(mode="json", include=SECTIONS), "plus": read_yaml(plus)}
     return sha256_of_json(recipe)[:12]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""How often the intervals of `tailor drift` hold the truth: `python -m benchmarks.drift_intervals [--sets 300]`.
+"""Coverage of the confidence intervals of `tailor drift`: `python -m benchmarks.drift_intervals [--sets 300]`.
 
-Ten Gaussian classes whose posterior is known, a long-tailed training prior (imbalance factor 25), and data sets drawn under
-five live priors; 95 % intervals of 200 resamples. Printed: the share of class intervals and of distance intervals that hold
-the truth, and how wide a distance interval is. 300 sets tell 95 % from 92 % (one standard error is 1.3 points).
+Ten Gaussian classes with a known posterior, a long-tailed training prior (imbalance factor 25), and data sets drawn
+from five live priors; 95 % intervals of 200 resamples. Prints the coverage of the class intervals and of the distance
+intervals, and the mean width of a distance interval. 300 sets distinguish 95 % from 92 % (standard error 1.3 points).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ RATIOS = {"forward 50": 50.0, "as training": None, "uniform": 1.0, "backward 10"
 
 
 def live_prior(ratio: float | None) -> np.ndarray:
-    """A prior that falls from the first class to the last by `ratio`; the training prior where that is None."""
+    """Return a prior that falls from the first class to the last by the factor `ratio`; None: the training prior."""
     p = np.array(COUNTS, dtype=np.float64) if ratio is None else ratio ** -np.linspace(0, 1, CLASSES)
     return p / p.sum()
 
 
 def covered(prior: np.ndarray, samples: int, sets: int, method: Method) -> tuple[float, float, float]:
-    """Share of class intervals and of distance intervals that hold the truth; mean width of the latter."""
+    """Return the coverage of class intervals and of distance intervals, and the mean width of distance intervals."""
     apart = total_variation(prior, live_prior(None))
     classes, distances, widths = [], [], []
     for seed in range(sets):
@@ -41,7 +41,7 @@ def covered(prior: np.ndarray, samples: int, sets: int, method: Method) -> tuple
 
 
 def main() -> None:
-    """Simulate and print the table."""
+    """Run the simulation and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.drift_intervals", description=__doc__.partition("\n")[0]
     )

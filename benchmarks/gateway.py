@@ -1,9 +1,9 @@
-"""What the gateway costs a small request: `python -m benchmarks.gateway [--other DIR] [--rounds 5] [--seconds 2]`.
+"""Overhead of the gateway for small requests: `python -m benchmarks.gateway [--other DIR] [--rounds 5] [--seconds 2]`.
 
-`student` and `classifier` of a ResNet-20 at 16 pixels, over HTTP and gRPC, from 8 connections: to Triton directly, through the
-gateway, and with --other through the gateway of another checkout (a commit before, say), in turns in one run on one server. A
-ratio is the median over the rounds of requests/s through the gateway by requests/s of the other side, beside the smallest
-and the largest. The models, requests and load generator are those of benchmarks.serving.
+`student` and `classifier` of a ResNet-20 at 16 pixels, over HTTP and gRPC, from 8 connections: to Triton directly,
+through the gateway, and with --other through the gateway of another checkout (for example the previous commit), in
+turns on one server. A ratio is the median over rounds of requests/s through the gateway divided by requests/s of the
+other side, with the smallest and the largest. Models, requests and load generator: see benchmarks.serving.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ USERS = 8
 
 @contextmanager
 def gateway_of(checkout: Path, server: TritonServer) -> Iterator[dict[str, int]]:
-    """The ports of the gateway that a checkout's code starts in front of a server, by protocol."""
+    """Run the gateway of a checkout in front of a server; yields its ports by protocol."""
     ports = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
     upstream = [
         "--upstream-http",
@@ -56,7 +56,7 @@ def gateway_of(checkout: Path, server: TritonServer) -> Iterator[dict[str, int]]
 
 
 def loads(server: TritonServer, release: Release) -> dict[tuple[str, str], Load]:
-    """What is sent, by model and protocol, to the server itself."""
+    """Return the loads for the server itself, by model and protocol."""
     with Client(server.http_url) as client:
         calls = [client.request([photo], "balanced") for photo in release.photos]
     http, grpc = port_of(server.http_url), port_of(server.grpc_url)
@@ -70,7 +70,7 @@ def loads(server: TritonServer, release: Release) -> dict[tuple[str, str], Load]
 
 
 def row(model: str, protocol: str, found: dict[str, list[Record]]) -> str:
-    """A row of the table: rates, and the gateway's ratio to each other side."""
+    """Format a row of the table: rates, p50, and the gateway's ratio to each other side."""
     cells = [model, protocol, f"{median(found['gateway'], 'rate'):,.0f}", f"{median(found['gateway'], 'p50'):.2f}"]
     for side in found:
         if side != "gateway":

@@ -1,4 +1,4 @@
-"""Forms of L_GML + L_tau that compute the same, and the memory they are compared on; see benchmarks.gml_loss."""
+"""Equivalent implementations of L_GML + L_tau, and the test case on which benchmarks.gml_loss compares them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ONE_HOT, OURS, FUSED = "one-hot", "contrast_losses", "contrast_losses, fused"
 
 
 class Case(NamedTuple):
-    """similarity [B,K] and log_tau [] are leaves that collect gradients; see contrast_losses for the rest."""
+    """Inputs of the losses. similarity [B,K] and log_tau [] are leaf tensors with gradients; rest: contrast_losses."""
 
     similarity: Tensor
     log_tau: Tensor
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 
 def make_case(batch: int, keys: int, classes: int, device: str) -> Case:
-    """A memory as ImageNet-LT's would be (1280 to 5 images a class, k_m 2), every query's own image in it once."""
+    """Make queues with class sizes as in ImageNet-LT (1280 to 5 images, k_m 2) that contain each query's image once."""
     generator = torch.Generator().manual_seed(0)
     counts = [int(1280 * (5 / 1280) ** (c / (classes - 1))) for c in range(classes)]
     lengths = torch.tensor(queue_lengths(counts, keys, 2))
@@ -54,7 +54,7 @@ def make_case(batch: int, keys: int, classes: int, device: str) -> Case:
 
 
 def one_hot_loss(case: Case, similarity: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
-    """One loss; weights: [B,K], 1 keeps a pair."""
+    """One loss in the one-hot form. weights: [B,K], 1 includes a pair."""
     exponent = similarity / tau
     peak = exponent.amax(1, keepdim=True).detach()
     one_hot = F.one_hot(case.runs.row_class, len(case.log_prior)).to(similarity.dtype)
@@ -118,7 +118,7 @@ def step(form: Form, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def check(form: Form, case: Case, expected: list[Tensor]) -> None:
-    """Raises AssertionError when a loss or gradient is off by more than float32 sums in another order explain."""
+    """Raise AssertionError when a loss or gradient deviates by more than the rounding of reordered float32 sums."""
     found = [*step(form, case), case.similarity.grad, case.log_tau.grad]
     for name, a, b in zip(["L_GML", "L_tau", "d/dsimilarity", "d/dlog tau"], found, expected, strict=True):
         error = ((a - b).abs().max() / b.abs().max()).item()

@@ -1,16 +1,18 @@
-"""L_GML + L_tau, forward and backward, against the one-hot form: `python -m benchmarks.gml_loss [--device cuda]`.
+"""Time and memory of L_GML + L_tau against the one-hot form: `python -m benchmarks.gml_loss [--device cuda]`.
 
-Four forms of the same two losses, float32, from a given similarity [B,K] to its gradient and that of log tau_g:
-- one-hot: as the official code has it. Each loss builds the one-hot [K,C] of the keys' classes and multiplies it twice,
-  with the exponentials and with the weights (1 or 0) that count the keys.
-- lean one-hot: the same, but the one-hot is built once a step and nothing is multiplied only to be counted.
-- gml_loss twice: models.losses, the reference (scatter and index_add over the classes).
-- contrast_losses: models.contrast.gml, what training uses; on CUDA also with its fused kernels.
+Four forms of the same two losses, forward and backward in float32, from a given similarity [B,K] to its gradient and
+that of log tau_g:
+- one-hot: as in the official code. Each loss builds the one-hot matrix [K,C] of the keys' classes and multiplies it
+  twice, with the exponentials and with the weights (1 or 0) that count the keys.
+- lean one-hot: the same, but the one-hot matrix is built once per step and counting needs no multiplication.
+- gml_loss twice: the reference in models.contrast.gml_reference (scatter and index_add over the classes).
+- contrast_losses: models.contrast.gml, used in training; on CUDA also with the fused kernels.
 
-Before anything is timed, every form's losses and gradients are held against the one-hot form's; on CUDA the kernels also
-against the plain version, each timed alone as a replayed graph, and a line says which is faster. Time is the median over
-rounds in which the forms take turns, with the spread beside it. Peak memory is what one step adds to its inputs: on CUDA
-max_memory_allocated, on the CPU the growth of the peak resident set (VmHWM) in a fresh process for each figure.
+Before the timing, the losses and gradients of every form are compared with the one-hot form. On CUDA the kernels are
+also compared with the plain version, each timed alone as a replayed CUDA graph; the report names the faster one. Time
+is the median over rounds in which the forms take turns, with the spread. Peak memory is what one step adds to its
+inputs: on CUDA max_memory_allocated, on the CPU the growth of the peak resident set (VmHWM) in a new process per
+figure.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def milliseconds(form: Form, case: Case) -> float:
 
 
 def times(case: Case, names: list[str], repeat: int) -> dict[str, list[float]]:
-    """Milliseconds of a step by form and round, after the check, which warms up as well."""
+    """Return the milliseconds of a step by form and round, measured after the check, which is also the warm-up."""
     expected = [*step(FORMS[ONE_HOT], case), case.similarity.grad.clone(), case.log_tau.grad.clone()]
     for name in names:
         check(FORMS[name], case, expected)
@@ -71,8 +73,8 @@ def status_mebibytes(field: str) -> float:
 
 
 def peak_here(name: str, size: tuple[int, int, int], device: str) -> float:
-    """MiB that one step adds at its peak to what it starts from."""
-    step(FORMS[name], make_case(4, 64, 8, device))  # libraries and threads take their memory now
+    """Return the peak MiB that one step adds to the memory in use before it."""
+    step(FORMS[name], make_case(4, 64, 8, device))  # warm-up: libraries and threads allocate their memory
     case = make_case(*size, device)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -80,14 +82,14 @@ def peak_here(name: str, size: tuple[int, int, int], device: str) -> float:
         before = torch.cuda.memory_allocated()
         step(FORMS[name], case)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
     before = status_mebibytes("VmRSS")
     step(FORMS[name], case)
     return status_mebibytes("VmHWM") - before
 
 
 def peak(name: str, size: tuple[int, int, int], device: str) -> float:
-    """peak_here in a process of its own, so that neither caches nor the heap of an earlier form count."""
+    """Run peak_here in a separate process, so that caches and the heap of an earlier form do not count."""
     command = [sys.executable, "-m", "benchmarks.gml_loss", "--device", device, "--peak", name, *map(str, size)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -101,7 +103,7 @@ def head(device: str, repeat: int) -> str:
 
 
 def kernels_against_plain(size: tuple[int, int, int]) -> str:
-    """A line on the fused kernels at a size: how near they are to the plain version, and which of the two is faster."""
+    """Compare the fused kernels with the plain version at a size: deviation, and which of the two is faster."""
     case, place = make_case(*size, "cuda"), ", ".join(map(str, size))
     longest = case.runs.longest
     if fault := fault_of_kernels(case.similarity.device, *size[:2], longest, SplitAtOwnClass, timed=False):
@@ -121,7 +123,7 @@ def kernels_against_plain(size: tuple[int, int, int]) -> str:
 def rows(
     size: tuple[int, int, int], device: str, repeat: int, goals: tuple[float | None, float | None]
 ) -> Iterator[str]:
-    """The table's rows of one size. goals: of the time and of the memory ratio."""
+    """Yield the table's rows of one size. goals: for the time ratio and the memory ratio."""
     names = [name for name in FORMS if device == "cuda" or name != FUSED]
     case = make_case(*size, device)
     if FUSED in names and fault_of_kernels(
@@ -144,7 +146,7 @@ def rows(
 
 
 def empty_cuda_rows() -> str:
-    """What is still to be measured, with the command."""
+    """Return empty table rows for measurements that are still missing, with the command for them."""
     lines = [
         "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.gml_loss --device cuda --output "
         "benchmarks/results/gml_loss-cuda.md` prints these rows and says which of the two is faster. The fused kernels "

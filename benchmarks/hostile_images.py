@@ -1,9 +1,9 @@
-"""What callers who send the costliest images cost the others: `python -m benchmarks.hostile_images [--seconds 20]`.
+"""Effect of callers with expensive images on other callers: `python -m benchmarks.hostile_images [--seconds 20]`.
 
-Serves an untrained network behind the gateway. A good caller asks for small images at a steady rate, first alone, then beside
-eight callers, each with a loopback address of its own (127.0.0.2 to 127.0.0.9), who send the costliest images that the
-classifier decodes as fast as they are answered. A latency counts from the moment a request was due, so that a stall is not
-hidden by the requests it holds back. Before that the table of what decoding images of 16 megapixels costs.
+Serves an untrained network behind the gateway. A normal caller sends small images at a steady rate, first alone, then
+beside eight hostile callers with different loopback addresses (127.0.0.2 to 127.0.0.9), which send the images that take
+longest to decode, each as fast as responses arrive. Latency is measured from the scheduled start of a request, so that
+a stall also counts for the requests that it delays. Also prints a table of decoding times of 16-megapixel images.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.shared.ports import choose_ports
 
-GOAL_ANSWERED, GOAL_P99 = 0.99, 5.0  # of the good requests; p99 beside hostile callers / p99 alone
+GOAL_ANSWERED, GOAL_P99 = 0.99, 5.0  # share of successful normal requests; p99 with hostile callers / p99 alone
 HOSTILE = 8
-RATE = 40.0  # good requests a second
-CONNECTIONS = 4  # of the good caller, each a thread
-PATIENCE = 10.0  # seconds, of the good caller
-SIDE, REST = 4000, 3000  # pixels: 16 megapixels, and what a request of 25 has room for beside it
+RATE = 40.0  # normal requests per second
+CONNECTIONS = 4  # of the normal caller, one thread each
+PATIENCE = 10.0  # timeout of the normal caller in seconds
+SIDE, REST = 4000, 3000  # pixels per side: 16 and 9 megapixels, together the limit of 25 megapixels per request
 
 
 def saved(image: Image.Image, form: str, **options: object) -> bytes:
@@ -50,7 +50,7 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def costly_images(side: int) -> dict[str, bytes]:
-    """Images of side x side pixels, by what they are."""
+    """Return encoded images of side x side pixels, by description."""
     solid = Image.new("RGB", (side, side), (200, 30, 60))
     noise = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
     rough = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
@@ -68,7 +68,7 @@ def costly_images(side: int) -> dict[str, bytes]:
 
 
 def decoding_seconds(data: bytes, size: int, resize_to: int, **options: int) -> float:
-    """Processor time that preprocessing takes, the least of three."""
+    """Return the CPU seconds of preprocessing, the minimum of three runs."""
     times = []
     for _ in range(3):
         started = time.process_time()
@@ -78,7 +78,7 @@ def decoding_seconds(data: bytes, size: int, resize_to: int, **options: int) -> 
 
 
 def cost_table(images: dict[str, bytes]) -> str:
-    """What preprocessing each image costs, for a network of 224 pixels."""
+    """Markdown table of the preprocessing time of each image, for a network of 224 pixels."""
     rows = ["| image | bytes | whole, ms | served, ms |", "|---|--:|--:|--:|"]
     for name, data in images.items():
         whole, served = (1000 * decoding_seconds(data, 224, 256, **options) for options in ({"room": 0}, {}))
@@ -87,7 +87,7 @@ def cost_table(images: dict[str, bytes]) -> str:
 
 
 def infer_request(images: list[bytes]) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of one request to `classifier` over HTTP."""
+    """Return body and headers of one HTTP request to `classifier`."""
     raw = b"".join(struct.pack("<I", len(image)) + image for image in images)
     entry = {"name": "image", "datatype": "BYTES", "shape": [len(images), 1]}
     head = json.dumps({"inputs": [entry | {"parameters": {"binary_data_size": len(raw)}}]}).encode()
@@ -95,9 +95,9 @@ def infer_request(images: list[bytes]) -> tuple[bytes, dict[str, str]]:
 
 
 def ask(url: str, rate: float) -> int:
-    """Ask at `rate` requests/s until standard input ends, then print [due, latency, answered] of each as JSON.
+    """Send `rate` requests/s until EOF on standard input, then print [due, latency, success] of each as JSON.
 
-    What was due before the end and could not be sent within PATIENCE after it, because answers were missing, is not answered.
+    A request due before the end that could not be sent within PATIENCE seconds after it counts as failed.
     """
     ends, asked = [], []
 
@@ -129,7 +129,7 @@ def ask(url: str, rate: float) -> int:
 def attack(
     port: int, address: str, request: tuple[bytes, dict[str, str]], over: threading.Event, statuses: Counter
 ) -> None:
-    """Send one request again and again from an address, and count the answers by status."""
+    """Send one request repeatedly from a source address, and count the responses by status."""
     while not over.is_set():
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=(address, 0))
         try:
@@ -145,14 +145,14 @@ def attack(
 
 
 def measure(gateway: GatewayProcess, request: tuple[bytes, dict[str, str]], seconds: float) -> tuple[dict, Counter]:
-    """Latency (s) and outcome of the good requests, quiet and loaded, and the hostile callers' answers by status."""
+    """Return latency (s) and success of the normal requests, quiet and loaded, and the hostile responses by status."""
     asker = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.hostile_images", "--ask", gateway.http_url],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     over, statuses = threading.Event(), Counter()
     try:
-        time.sleep(3)  # until it is at its pace
+        time.sleep(3)  # warm-up
         start = time.monotonic()
         time.sleep(seconds)
         middle = time.monotonic()
@@ -179,7 +179,7 @@ def measure(gateway: GatewayProcess, request: tuple[bytes, dict[str, str]], seco
 
 
 def report(found: dict, statuses: Counter, others: OtherWork) -> tuple[str, bool]:
-    """A Markdown table, and whether both goals were met."""
+    """Return a Markdown table, and whether both goals were met."""
     rows, p99, share = [], {}, {}
     for kind, requests in found.items():
         cuts = statistics.quantiles([1000 * latency for latency, _ in requests], n=100, method="inclusive")
@@ -213,7 +213,7 @@ def main() -> int:
     if not options.no_table:
         print(cost_table(images), end="\n\n")
     release = release_of(options.network, options.work)
-    # The solid one has 700 bytes: to send it costs its caller nothing.
+    # A solid lossless WebP has 700 bytes, so sending it costs the caller nothing.
     costliest = [images["WebP, one colour, lossless"], costly_images(REST)["WebP, one colour, lossless"]]
     ports = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
     with TritonServer(release.repository, http_port=0, grpc_port=0, metrics_port=0) as server:

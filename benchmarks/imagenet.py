@@ -1,10 +1,10 @@
-"""How fast an ImageNet recipe trains, from files to weights, and what each way to take less memory costs of that speed.
+"""Training speed of an ImageNet recipe from files to weights, and the cost of each option that saves memory.
 
-A data set of ImageNet's shape (benchmarks.made_imagenet, or the real one) goes through the stages `split` and `prior`; then
-the student is trained for an epoch as the recipe says, in parts (`accumulate`), with activations computed again, with both,
-and on a GPU in float32 as well. A ratio is a row's images a second over the first row's; on the CPU these are seconds of
-processor time, which other work on the machine lengthens little. Memory is the most that the run held, beside what
-`tailor memory` had said of a step.
+A data set with ImageNet's sizes (benchmarks.made_imagenet, or the real one) passes through the stages `split` and
+`prior`; then the student is trained for one epoch by the recipe, with gradient accumulation (`accumulate`), with
+activation checkpointing, with both, and on a GPU also in float32. A ratio is a row's images/s divided by those of the
+first row; on the CPU the seconds are CPU time, on which other work has little effect. Memory is the peak of the run,
+beside the estimate of `tailor memory` for a step.
 
   python -m benchmarks.made_imagenet imagenet --scale 0.1
   python -m benchmarks.imagenet imagenet --device cuda --output benchmarks/results/imagenet-cuda.md
@@ -48,12 +48,12 @@ HEADING = "| student | images/s | ratio | most memory, GiB | a step as accounted
 
 
 def rows_on(device: str) -> dict[str, dict[str, Any]]:
-    """The rows of a device: on the CPU the recipe is trained in float32 anyway."""
+    """Return the rows for a device: no float32 row on the CPU, where the recipe always trains in float32."""
     return {name: row for name, row in ROWS.items() if device == "cuda" or row != FLOAT32}
 
 
 class Measured(NamedTuple):
-    """Images a second of an epoch, evaluation included; GiB that the run held at most, and that a step was said to take."""
+    """speed: images/s of an epoch including evaluation. held: peak GiB. accounted: estimated GiB of a step."""
 
     speed: float
     held: float
@@ -61,7 +61,7 @@ class Measured(NamedTuple):
 
 
 def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) -> Params:
-    """The recipe with what the command changes and what a row does."""
+    """Return the recipe's params with the changes of the command line and of a row."""
     changes: dict[str, Any] = {
         "device": arguments.device,
         "data": {"location": str(arguments.data.resolve())},
@@ -86,7 +86,7 @@ def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) 
 
 
 def measured(params: Params, prior: Prior, images: Any, device: torch.device) -> Measured:
-    """One epoch of the student. Its teacher is untrained, which costs the same."""
+    """Train the student for one epoch; the untrained teacher costs the same as a trained one."""
     said = account(params, "student", prior).peak / GIB
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -103,7 +103,7 @@ def measured(params: Params, prior: Prior, images: Any, device: torch.device) ->
 
 
 def table(found: dict[str, Measured]) -> str:
-    """The ratios."""
+    """Markdown table of speeds, ratios and memory."""
     first = next(iter(found.values())).speed
     rows = (
         f"| {name} | {row.speed:,.1f} | {row.speed / first:.2f} | {row.held:.2f} | {row.accounted:.2f} |"
@@ -113,7 +113,7 @@ def table(found: dict[str, Measured]) -> str:
 
 
 def empty_cuda_rows() -> str:
-    """What is still to be measured, with the command."""
+    """Return empty table rows for measurements that are still missing, with the commands for them."""
     rows = "\n".join(f"| {name} | | | | |" for name in ROWS)
     return (
         "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.made_imagenet imagenet --scale 0.1`, then "

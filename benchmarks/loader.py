@@ -1,13 +1,13 @@
-"""The streaming loader against a plain torchvision DataLoader: `python -m benchmarks.loader [--data FOLDER] [--device cuda]`.
+"""The streaming loader against a torchvision DataLoader: `python -m benchmarks.loader [--data FOLDER] [--device cuda]`.
 
-Both read the same JPEGs of photograph size from the disk, on the same cores, and end with the same kind of batch: float32
-[B,3,224,224], randomly cropped and resized, flipped, normalised. The DataLoader does so in worker processes with Pillow
-(ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize). The stream decodes, cuts a box of the original and
-resizes it in threads; the rest of the view is made in batches on the device, which here is the same cores. Each side works in a
-process of its own, in turns, round by round; a ratio is the median over rounds, beside the smallest and the largest.
+Both read the same photograph-sized JPEGs from disk on the same cores and return the same kind of batch: float32
+[B,3,224,224], random resized crop, flip, normalised. The DataLoader uses worker processes with Pillow (ImageFolder,
+RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize). The stream decodes, crops and resizes in threads; the
+rest of the augmentation runs in batches on the device (on a CPU, the same cores). Each side runs in a separate process,
+in turns, round by round; a ratio is the median over rounds, with the smallest and the largest.
 
-Limits, in as many threads, of bytes that lie in memory: libjpeg-turbo alone, and what the stream does with each image (decode,
-cut, resize). The JPEGs are made on the fly: mosaics of pictures of the pack, or of made ones.
+Upper limits, with as many threads and the files in memory: libjpeg-turbo alone, and the stream's work per image
+(decode, crop, resize). The JPEGs are generated: mosaics of pictures of the pack, or of random ones.
 
   python -m benchmarks.loader --data FOLDER --output benchmarks/results/loader-cpu.md
   python -m benchmarks.loader --data FOLDER --device cuda --output benchmarks/results/loader-cuda.md
@@ -60,7 +60,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Given:
-    """What every side is given: the folder of photographs, params over it, images a batch, worker threads or processes."""
+    """Input of every side: folder of photographs, params for it, batch size, number of worker threads or processes."""
 
     root: Path
     params: Params
@@ -69,12 +69,12 @@ class Given:
 
     @property
     def sections(self) -> tuple[DataParams, ImageParams, StreamParams]:
-        """The sections that a stream takes."""
+        """The params sections that ImageStream takes."""
         return self.params.data, self.params.image, self.params.stream
 
 
 def recipe(root: Path, workers: int, device: str) -> Params:
-    """The shipped params with ImageNet's sizes and augmentation, streaming from the photographs."""
+    """Return the shipped params with ImageNet's sizes and augmentation, streaming from the photographs."""
     content = read_yaml(PARAMS_FILE)
     content["data"] |= {"source": "folder", "location": str(root)}
     content["stream"] = {"mode": "on", "workers": workers, "decode": "gpu" if device == "cuda" else "fast"}
@@ -84,7 +84,7 @@ def recipe(root: Path, workers: int, device: str) -> Params:
 
 
 def every_round(work: Callable[[], None]) -> Callable[[int, Turn], None]:
-    """A row's work whose rounds are alike."""
+    """Return a row's work that calls `work` in each round."""
 
     def rounds_of(rounds: int, turn: Turn) -> None:
         for _ in range(rounds):
@@ -95,9 +95,9 @@ def every_round(work: Callable[[], None]) -> Callable[[int, Turn], None]:
 
 
 def dataloader_side(given: Given) -> dict[str, Work]:
-    """The plain way."""
+    """The side of the torchvision DataLoader."""
     image = given.params.image
-    # As in torchvision's reference training.
+    # The augmentation of torchvision's reference training.
     steps = [transforms.RandomResizedCrop(image.size), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     data = datasets.ImageFolder(given.root, transforms.Compose([*steps, transforms.Normalize(image.mean, image.std)]))
     loader = DataLoader(
@@ -107,7 +107,7 @@ def dataloader_side(given: Given) -> dict[str, Work]:
 
 
 def batches_of(given: Given) -> Iterator[tuple[Draws, torch.Tensor]]:
-    """An epoch of the stream: the draws of a batch and its crops, uint8 [B,1,3,224,224]."""
+    """Yield an epoch of the stream: the augmentation draws of a batch and its crops, uint8 [B,1,3,224,224]."""
     augment, size = given.params.teacher.augment, given.params.image.size
     stream = ImageStream(*given.sections, "train", torch.device("cpu"), given.root, augment=augment)
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ def batches_of(given: Given) -> Iterator[tuple[Draws, torch.Tensor]]:
 
 
 def loader_side(given: Given) -> dict[str, Work]:
-    """The stream, and the views of the engine."""
+    """The side of the stream with the engine's augmentation."""
     keep_freed_memory()
     normalised, augment = Normalisation(given.params.image, torch.device("cpu")), given.params.teacher.augment
 
@@ -131,13 +131,13 @@ def loader_side(given: Given) -> dict[str, Work]:
 
 
 def pixels_side(given: Given) -> dict[str, Work]:
-    """The stream alone."""
+    """The side of the stream without augmentation."""
     keep_freed_memory()
     return {"epoch": every_round(lambda: [None for _ in batches_of(given)] and None)}
 
 
 def limit_side(given: Given, work: Callable[[bytes], object]) -> dict[str, Work]:
-    """`work` on the bytes of every image of an epoch, in threads."""
+    """A side that calls `work` on the bytes of every image of an epoch, in threads."""
     keep_freed_memory()
     warnings.simplefilter("ignore", DeprecationWarning)
     encoded = [path.read_bytes() for path in sorted(given.root.glob("*/*.jpg"))]
@@ -155,7 +155,7 @@ def limit_side(given: Given, work: Callable[[bytes], object]) -> dict[str, Work]
 
 
 def decode_side(given: Given) -> dict[str, Work]:
-    """What the stream does with an image."""
+    """The limit for the stream's work per image: decode, crop, resize."""
     image, scale = given.params.image, given.params.teacher.augment.crop_scale
     generator = torch.Generator().manual_seed(0)
 
@@ -169,7 +169,7 @@ def decode_side(given: Given) -> dict[str, Work]:
 
 
 def libjpeg_side(given: Given) -> dict[str, Work]:
-    """Decoding alone."""
+    """The limit for decoding only (libjpeg-turbo)."""
     rgb = torchvision.io.ImageReadMode.RGB
     return limit_side(
         given, lambda data: torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), rgb)
@@ -186,7 +186,7 @@ SIDES = {
 
 
 def table(costs: dict[str, list[Cost]], images: int, others: float) -> str:
-    """Speed of each side, and ratios over the DataLoader: by the clock with its range, and in processor time."""
+    """Markdown table: speed of each side, and ratios to the DataLoader by wall time (with range) and CPU time."""
     lines = ["| | images/s | over the DataLoader | smallest to largest | in processor time | of the decoding limit |"]
     lines.append("|---|--:|--:|--:|--:|--:|")
     for name, taken in costs.items():
@@ -205,10 +205,10 @@ def table(costs: dict[str, list[Cost]], images: int, others: float) -> str:
 
 
 def wait_share(given: Given, device: torch.device, backbone: str) -> float:
-    """Share of an epoch of training that its steps wait for data: of the second, when all is warm."""
+    """Return the fraction of the second epoch (after warm-up) that training steps wait for data."""
     model = ImageClassifier(backbone, CLASSES, 1 / 30)
     objective = TeacherObjective(model, torch.full((CLASSES,), -np.log(CLASSES)), 1.0)
-    # On a CPU a step is so slow that a few images show it.
+    # Steps on a CPU are slow: the small split is enough.
     split, batch = ("train", given.batch) if device.type == "cuda" else ("few", 16)
     section = given.params.teacher.model_copy(update={"batch_size": batch, "epochs": 2})
     train = ImageStream(*given.sections, split, device, given.root, augment=section.augment)

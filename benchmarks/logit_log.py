@@ -1,8 +1,8 @@
-"""What the log of logits costs an answer: `python -m benchmarks.logit_log [--images 20000]`.
+"""CPU cost of logging logits: `python -m benchmarks.logit_log [--images 20000]`.
 
-Processor time of the thread that answers, by time.thread_time, an image: `LogitLog.offer` for batches of 8 images of
-224 x 224, against the decoding and resizing of one JPEG of 500 x 375 that the same thread does for each of them. Beside it
-the processor time of the log's own thread, an image, until all is on disk. The best of three rounds.
+CPU time per image of the request thread (time.thread_time): `LogitLog.offer` for batches of 8 images of 224 x 224,
+compared with decoding and resizing one JPEG of 500 x 375 per image, which the same thread does. Also the CPU time per
+image of the log's writer thread until all rows are on disk. Minimum of three rounds.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ ABOUT = {"tailor_logits": "1", "version": "1", "student_sha256": "", "classes_sh
 
 
 class Uncounted:
-    """Metrics that are not read; lost rows would make the figures wrong."""
+    """Metrics that are not read; rows lost by the log end the benchmark, since they would distort the figures."""
 
     def count(self, family: str, number: int = 1, reason: str = "") -> None:
-        """End the benchmark where rows are lost."""
+        """Exit when rows are lost."""
         if family == LOST:
             raise SystemExit(f"logit_log: {number} images were lost ({reason}); give fewer --images")
 
 
 def seconds_of_decoding() -> float:
-    """Processor seconds of decoding and resizing one photograph-like JPEG."""
+    """Return the CPU seconds of decoding and resizing one photograph-like JPEG."""
     stream = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (47, 63, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
@@ -50,7 +50,7 @@ def seconds_of_decoding() -> float:
 
 
 def seconds_of_logging(classes: int, share: float, images: int) -> tuple[float, float]:
-    """Processor seconds an image: of the thread that answers, and of the log's own."""
+    """Return CPU seconds per image: of the request thread, and of the log's writer thread."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (BATCH, 3, SIZE, SIZE), dtype=np.uint8)
     logits = random.normal(size=(BATCH, classes))
@@ -63,14 +63,14 @@ def seconds_of_logging(classes: int, share: float, images: int) -> tuple[float, 
             log.offer(pixels, logits)
             answering += time.thread_time() - began
             if place % max(1, (1 << 20) // (BATCH * classes)) == 0:
-                log.write()  # by hand, so that nothing is lost however fast the batches come
+                log.write()  # written here, so that no rows are lost at any batch rate
         log.close()
         whole = time.process_time() - whole
     return answering / (batches * BATCH), max(0.0, whole - answering) / (batches * BATCH)
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Run the measurement and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.logit_log", description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=20_000, help="images a row (default: %(default)s)")
     images = parser.parse_args().images

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in a line."""
+"""One-line descriptions of the machine of a benchmark: hardware, versions, load."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torchvision
 
 
 def hardware(device: str) -> str:
-    """The GPU's name, where it is one, and the processor's."""
+    """Return the name of the CPU, preceded by that of the GPU for device `cuda`."""
     return f"{torch.cuda.get_device_name()}, {processor()}" if device == "cuda" else processor()
 
 
 def processor() -> str:
-    """The processor's name and how many cores this process may use."""
+    """Return the CPU's name and the number of cores that this process may use."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def versions(threads: int) -> str:
-    """Versions, torch's threads, and how busy the machine is by other work."""
+    """Return versions, torch's number of threads, and the load average."""
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     return (
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, {threads} threads, Python "

@@ -1,10 +1,10 @@
-"""A data set of ImageNet-LT's shape, made here: official lists, 1,000 classes of 1,280 to 5 images, files like photographs.
+"""Generate a data set with ImageNet-LT's sizes: list files, 1,000 classes of 1,280 to 5 images, photograph-like JPEGs.
 
-The pictures are images of a pack of Parquet shards (`image`: encoded bytes), or scikit-learn's digits, enlarged to the size
-of a photograph and roughened until a file has a photograph's bytes. They are for speed and for the way from files to a
-trained network; what a network learns of them says nothing.
+The pictures are images of a Parquet pack (`image`: encoded bytes), or scikit-learn's digits, enlarged to the size of a
+photograph, with noise until a file has as many bytes as a photograph. The data set is for speed measurements and for
+tests of the path from files to a trained network; accuracies on it have no meaning.
 
-  python -m benchmarks.made_imagenet FOLDER                      all of it: 185,846 files, about 20 GB
+  python -m benchmarks.made_imagenet FOLDER                      the whole set: 185,846 files, about 20 GB
   python -m benchmarks.made_imagenet FOLDER --scale 0.02 --pack PACK.parquet
 """
 
@@ -29,15 +29,15 @@ from serving.shared.atomic import write_file
 SHAPE = PUBLISHED["imagenet_lt"]
 LISTS = {"train": "ImageNet_LT_train.txt", "validation": "ImageNet_LT_val.txt", "test": "ImageNet_LT_test.txt"}
 QUALITY = 90
-ROUGHNESS = 32  # of 255: a 500x375 file then has about 100 KB, as ImageNet's have
+ROUGHNESS = 32  # noise amplitude of 255: a 500x375 file then has about 100 KB, as in ImageNet
 
 
 def class_counts(classes: int, scale: float) -> dict[str, list[int]]:
-    """Images of each class by split, the largest first; at least one of each.
+    """Return the images per class by split, largest class first; at least one per class.
 
-    Train falls as ImageNet-LT's does: from its largest to its smallest class over as many many-, medium- and few-shot
-    classes, evenly in the logarithm but for the head, which is bent so that all classes have its number of images.
-    Fewer classes than 1,000 are taken at even distances.
+    Train has ImageNet-LT's largest and smallest class and its numbers of many-, medium- and few-shot classes. The curve
+    is linear in the logarithm except in the head, which is bent so that the sum is ImageNet-LT's number of images.
+    Fewer classes than 1,000 are sampled at equal distances.
     """
     low, high = 0.05, 1.0
     for _ in range(60):
@@ -64,9 +64,9 @@ def make(
     size: tuple[int, int] = (500, 375),
     workers: int = 0,
 ) -> dict[str, int]:
-    """Write the images and their lists under `folder`; images of each split. The same arguments give the same bytes.
+    """Write the images and their list files under `folder`; return the images per split. Deterministic.
 
-    size: width and height in pixels. workers: processes that make images; 0 for this one alone.
+    size: width and height in pixels. workers: processes that generate images; 0 uses only this process.
     """
     entries = {
         split: [
@@ -97,7 +97,7 @@ def _results(work: functools.partial[int], tasks: list[list[tuple[str, int]]], w
 
 
 def write_images(folder: Path, pack: Path | None, size: tuple[int, int], entries: list[tuple[str, int]]) -> int:
-    """Write some of the images; how many."""
+    """Write some of the images; return their number."""
     for path, label in entries:
         random = np.random.default_rng(list(path.encode()))
         target = folder / path
@@ -107,7 +107,7 @@ def write_images(folder: Path, pack: Path | None, size: tuple[int, int], entries
 
 
 def photograph(random: np.random.Generator, label: int, pictures: list[np.ndarray], size: tuple[int, int]) -> bytes:
-    """A JPEG file: a picture enlarged, in its class's tint, rough as a photograph is."""
+    """Return a JPEG file: an enlarged picture with the tint of its class and noise."""
     picture = Image.fromarray(pictures[random.integers(len(pictures))]).resize(size, Image.Resampling.BICUBIC)
     tint = 0.6 + 0.4 * np.cos(2 * np.pi * (label * 0.618 + np.arange(3) / 3))
     rough = random.integers(-ROUGHNESS, ROUGHNESS + 1, (size[1], size[0], 1), dtype=np.int16)
@@ -119,7 +119,7 @@ def photograph(random: np.random.Generator, label: int, pictures: list[np.ndarra
 
 @functools.cache
 def _pictures(pack: Path | None) -> list[np.ndarray]:
-    """Up to 2,000 small pictures uint8 [H,W,3] to enlarge."""
+    """Load up to 2,000 small pictures, uint8 [H,W,3]."""
     if pack is None:
         from sklearn.datasets import load_digits
 

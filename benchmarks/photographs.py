@@ -1,4 +1,4 @@
-"""JPEGs of photograph size for benchmarks.loader, made on the fly: mosaics of the pictures of a pack, or of made ones."""
+"""Generate photograph-sized JPEGs for benchmarks.loader: mosaics of the pictures of a pack, or of random ones."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-SIZES = [(500, 375), (375, 500), (500, 333)]  # pixels: what ImageNet's photographs have most often
+SIZES = [(500, 375), (375, 500), (500, 333)]  # pixels: the most frequent sizes in ImageNet
 QUALITY = 90
 CLASSES, FEW = 10, 48
 PACK = "tiny-imagenet-val.parquet"
 
 
 def photographs(root: Path, count: int, pack: Path | None) -> None:
-    """Write `count` JPEGs of SIZES under root/<class>/, mosaics of small pictures, and their split tables.
+    """Write `count` JPEGs of SIZES under root/<class>/ (mosaics of small pictures) and their split tables.
 
-    root/train.parquet has all of them, root/few.parquet the first FEW, root/none.parquet none.
+    root/train.parquet lists all of them, root/few.parquet the first FEW, root/none.parquet none.
     """
     rng = np.random.default_rng(0)
     if pack:

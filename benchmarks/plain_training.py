@@ -1,10 +1,9 @@
-"""GML training in the usual way, to measure the engine against: no part of Tailor's training is used for what is timed.
+"""Baseline of benchmarks.training: GML training written in the usual way, without Tailor's training engine.
 
-Data: PIL images, torchvision's transforms on one image after the other, three views, DataLoader workers. Network: a CIFAR
-ResNet as it is usually written, contiguous, float32, eager. Loss: the one-hot form of benchmarks.gml_forms. Step: SGD, then
-`.item()` of loss and accuracy. The mathematics is the engine's: `loss_parts` on the same views gives the same numbers,
-which benchmarks.training checks first. Shared with the engine are the small modules that are the same either way:
-cosine classifier, projection heads, class-wise queues.
+Data: PIL images, torchvision transforms applied image by image, three views, DataLoader workers. Network: a standard
+CIFAR ResNet, contiguous, float32, eager. Loss: the one-hot form of benchmarks.gml_forms. Step: SGD, then `.item()` of
+loss and accuracy. The mathematics is that of the engine: `loss_parts` on the same views gives the same numbers, which
+benchmarks.training checks first. Shared with the engine: cosine classifier, projection heads, class-wise queues.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pipeline.params import ImageParams, TrainingParams
 
 
 class Cutout:
-    """A black square of `side` pixels about a uniform place of a tensor [3,H,W], clipped at the borders."""
+    """Transform: a black square of `side` pixels at a uniform random position of a tensor [3,H,W], clipped."""
 
     def __init__(self, side: int) -> None:
         self.side = side
@@ -45,7 +44,7 @@ class Cutout:
 
 
 def training_transform(params: TrainingParams, image: ImageParams) -> transforms.Compose:
-    """Crop, flip, AutoAugment, Cutout, as the CIFAR recipe has them."""
+    """Return the CIFAR recipe's augmentation: crop, flip, AutoAugment, Cutout."""
     augment = params.augment
     return transforms.Compose(
         [
@@ -60,7 +59,7 @@ def training_transform(params: TrainingParams, image: ImageParams) -> transforms
 
 
 class Views(Dataset):
-    """Image i → `views` float32 [3,H,W] of independent draws, its label, i."""
+    """Dataset: item i is (`views` independent augmentations float32 [3,H,W], label, i)."""
 
     def __init__(self, data: Images, transform: transforms.Compose, views: int) -> None:
         self.pixels = data.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -78,7 +77,7 @@ class Views(Dataset):
 def training_loader(
     data: Images, params: TrainingParams, image: ImageParams, views: int, workers: int, pinned: bool
 ) -> DataLoader:
-    """Shuffled whole batches of `views` views."""
+    """Return a DataLoader of shuffled full batches with `views` views per image."""
     return DataLoader(
         Views(data, training_transform(params, image), views),
         batch_size=params.batch_size, shuffle=True, drop_last=True,
@@ -87,7 +86,7 @@ def training_loader(
 
 
 def test_loader(data: Images, image: ImageParams, workers: int, pinned: bool) -> DataLoader:
-    """Normalised images in order."""
+    """Return a DataLoader of normalised images in order."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(image.mean, image.std)])
     return DataLoader(
         Views(data, transform, 1),
@@ -99,7 +98,7 @@ def test_loader(data: Images, image: ImageParams, workers: int, pinned: bool) ->
 
 
 class PlainBlock(nn.Module):
-    """Two convolutions with batch norm, and shortcut A."""
+    """Residual block: two convolutions with batch norm, shortcut of option A."""
 
     def __init__(self, inside: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -117,7 +116,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainClassifier(nn.Module):
-    """CIFAR ResNet and cosine classifier, with the weights of an ImageClassifier. images → (features, logits)."""
+    """CIFAR ResNet with cosine classifier and the weights of an ImageClassifier. images → (features, logits)."""
 
     def __init__(self, model: ImageClassifier) -> None:
         super().__init__()
@@ -142,7 +141,7 @@ class PlainClassifier(nn.Module):
 
 
 class PlainTeacher(nn.Module):
-    """L_cls on one view, from the initial state of an engine's objective."""
+    """L_cls on one view, initialised with the state of an engine's objective."""
 
     def __init__(self, objective: TeacherObjective) -> None:
         super().__init__()
@@ -150,13 +149,13 @@ class PlainTeacher(nn.Module):
         self.register_buffer("log_prior", objective.log_prior.clone())
 
     def loss_parts(self, views: list[Tensor], target: Tensor, _indexes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss by name, and the logits that the accuracy is of."""
+        """Return the loss by name, and the logits for the accuracy."""
         _, logits = self.model(views[0])
         return {"loss": F.cross_entropy(logits + self.log_prior, target)}, logits
 
 
 class PlainStudent(nn.Module):
-    """The three terms on three views, from the initial state of an engine's objective."""
+    """The three loss terms on three views, initialised with the state of an engine's objective."""
 
     def __init__(self, objective: StudentObjective) -> None:
         super().__init__()
@@ -174,7 +173,7 @@ class PlainStudent(nn.Module):
         return self
 
     def loss_parts(self, views: list[Tensor], target: Tensor, indexes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses by name, `loss` their weighted sum, and the logits that the accuracy is of."""
+        """Return the losses by name (`loss`: their weighted sum), and the logits for the accuracy."""
         batch, weights = len(target), self.weights
         features, logits = self.model(torch.cat(views[:2]))
         with torch.no_grad():
@@ -199,7 +198,7 @@ class PlainStudent(nn.Module):
 
 
 def plain_optimiser(module: nn.Module, params: TrainingParams) -> torch.optim.SGD:
-    """SGD with weight decay for all but log tau_g."""
+    """Return SGD with weight decay for all parameters but log tau_g."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in named if name != "log_tau_g"], "weight_decay": params.weight_decay},
@@ -215,7 +214,7 @@ def train_epoch(
     optimiser: torch.optim.SGD,
     device: torch.device,
 ) -> float:
-    """One pass; the mean loss. Loss and accuracy are read after every step, as is usual."""
+    """Train one epoch; return the mean loss. Loss and accuracy are read after every step, as is usual."""
     module.train()
     losses, right, seen = 0.0, 0, 0
     for views, target, indexes in batches:
@@ -233,7 +232,7 @@ def train_epoch(
 
 @torch.no_grad()
 def test_accuracy(module: PlainTeacher | PlainStudent, loader: DataLoader, device: torch.device) -> float:
-    """Share of images whose largest logit is their class."""
+    """Return the share of images whose largest logit is that of their class."""
     module.eval()
     right = sum(
         (module.model(views[0].to(device))[1].argmax(1) == target.to(device)).sum().item()

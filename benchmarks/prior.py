@@ -1,14 +1,14 @@
 """Counting labels of a Parquet file, 10^8 rows of 10^6 classes, on one core: `python -m benchmarks.prior [--rows 1e8]`.
 
-Four ways from the file to the count of every class:
-- reading alone: the same batches decoded and dropped, the limit of any count.
-- count_labels: pipeline.prior, what the stage `prior` runs.
-- whole column: the column read at once, then one numpy.bincount; what most scripts do.
+Four methods of counting the rows of every class:
+- reading alone: the same batches are decoded and dropped; the upper limit of any method.
+- count_labels: pipeline.prior, as in the stage `prior`.
+- whole column: the column is read at once, then one numpy.bincount; the usual script.
 - Arrow value_counts: pyarrow's hash table over the whole column.
 
-Each runs in a process of its own, pinned to one core, after one unmeasured run; the ways take turns, and all counts must agree
-before anything is printed. Time is the processor's, of the process, so that a neighbour's load weighs little; the file is in
-the page cache. Peak memory is the growth of the peak resident set (VmHWM) over what the imports took. Labels are long-tailed
+Each runs in a separate process, pinned to one core, after one warm-up run; the methods take turns, and all counts must
+agree before anything is printed. Time is CPU time of the process, on which other load has little effect; the file is in
+the page cache. Peak memory is the growth of the peak resident set (VmHWM) since the imports. Labels are long-tailed
 (log-uniform), int32, as `split` writes them.
 """
 
@@ -35,7 +35,7 @@ from pipeline.data.class_prior import BATCH_ROWS, count_labels
 from pipeline.data.split_tables import read_batches
 
 OURS, LIMIT = "count_labels", "reading alone"
-GOAL = 20  # million labels a second on one core
+GOAL = 20  # million labels per second on one core
 
 
 def reading_alone(path: Path, classes: int) -> np.ndarray | None:  # noqa: ARG001
@@ -64,7 +64,7 @@ WAYS: dict[str, Callable[[Path, int], np.ndarray | None]] = {
 
 
 def write_labels(path: Path, rows: int, classes: int) -> None:
-    """The file: log-uniform labels in random order, row groups of pyarrow's default size."""
+    """Write the file: log-uniform labels in random order, row groups of pyarrow's default size."""
     generator = np.random.default_rng(0)
     schema = pa.schema([("label", pa.int32())])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
@@ -80,7 +80,7 @@ def peak_mebibytes() -> float:
 
 
 def measure_here(name: str, path: Path, classes: int) -> dict[str, float | str]:
-    """Processor seconds, MiB and a hash of the counts of one way, in this process, on one core."""
+    """Return CPU seconds, MiB and a hash of the counts of one method, in this process, on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     before = peak_mebibytes()
     counts = WAYS[name](path, classes)

@@ -1,7 +1,7 @@
-"""What the death of Triton costs callers: `python -m benchmarks.recovery [--kills 5] [--rate 40]`.
+"""Recovery time after Triton is killed: `python -m benchmarks.recovery [--kills 5] [--rate 40]`.
 
-Serves an export with `tailor serve`, sends its classifier requests at a steady rate over HTTP without retries, and kills
-Triton again and again with SIGKILL. A recovery is the time from the kill to the last failed request's due time.
+Serves an export with `tailor serve`, sends requests to its classifier at a steady rate over HTTP without retries, and
+repeatedly kills Triton with SIGKILL. Recovery time: from the kill to the scheduled start of the last failed request.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from serving.repository.writer import write_repository
 from serving.transport.retries import Retries
 
 GOAL = 4.0  # seconds
-SETTLING = 8.0  # seconds before a kill; above Patience.served, so that each start counts as one that worked
+SETTLING = 8.0  # seconds before a kill; above Patience.served, so that each start counts as successful
 LONGEST = 30.0  # seconds after a kill in which failures are attributed to it
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 
 
 def measure(export: Path, kills: int, rate: float, folder: Path) -> tuple[list[float], list[tuple[float, float, int]]]:
-    """The moments of the kills, and every request: due time, latency, version or 0; times in seconds, monotonic."""
+    """Return the times of the kills, and every request: (due time, latency, version or 0). Seconds, monotonic clock."""
     root = write_repository(export, folder / "repository")
     command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(root), *PORTS, "--quiet"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
@@ -66,7 +66,7 @@ def _restarted(owner: int, killed: int) -> bool:
 
 
 def report(command: str, moments: list[float], asked: list[tuple[float, float, int]]) -> tuple[str, bool]:
-    """A text with the figures, and whether the median recovery reached the goal."""
+    """Return a text with the figures, and whether the median recovery time meets the goal."""
     failed = [due for due, _, version in asked if version == 0]
     ends = [*moments[1:], moments[-1] + LONGEST]
     recoveries = [

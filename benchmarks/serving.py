@@ -1,15 +1,15 @@
-"""The served models against the limit and against other servers: `python -m benchmarks.serving [--peers-python PYTHON]`.
+"""Throughput and latency of served models against ONNX Runtime and other servers: `python -m benchmarks.serving`.
 
-In one run on the same cores, in turns, round by round: raw ONNX Runtime in a process, at the best batch and threads that the
-run itself finds, against `student`; decoding and inference in a process against `classifier`; LitServe, BentoML, Ray Serve
-and FastAPI on the same ONNX file against `student` over HTTP. And what a request's prior costs. A
-ratio is the median over the rounds, beside the smallest and the largest; p50 and p99 are medians of the turns'. The load
-generator (benchmarks.serving_load) shares the cores; its part of them is in the tables, and what other work took during a
-turn. Where that was more than a tenth, no ratio is printed.
+In one run on the same cores, in turns, round by round: raw ONNX Runtime in a process, at the best batch and threads
+that a search finds, against `student`; decoding and inference in a process against `classifier`; LitServe, BentoML, Ray
+Serve and FastAPI on the same ONNX file against `student` over HTTP (--peers-python); and the cost of a request's prior.
+A ratio is the median over the rounds, with the smallest and the largest; p50 and p99 are medians over turns. The load
+generator (benchmarks.serving_load) shares the cores; the tables show its share, and that of other work during a turn.
+With more than a tenth of other work no ratio is printed.
 
 The models are exports of untrained networks, made by the pipeline's stages, in the repository that `tailor repository`
-writes, on the Triton server that `tailor serve` starts. Each section's result is kept in --work, so that a run may be cut
-and gone on with, in parts with other --rounds too; --fresh measures again.
+writes, on the Triton server that `tailor serve` starts. The result of each section is stored in --work, so an
+interrupted run can be resumed, also with other --rounds; --fresh measures again.
 
   python -m benchmarks.serving --only limit-resnet32 --rounds 3
   python -m benchmarks.serving --peers-python build/peers/bin/python --output benchmarks/results/serving-cpu.md
@@ -37,7 +37,7 @@ from serving.shared.errors import ServingError
 
 
 def chosen(patterns: list[str] | None) -> list[Section]:
-    """The sections that are asked for. Raises ValueError naming a pattern that is none's."""
+    """Return the sections that match the patterns. Raises ValueError naming a pattern without a match."""
     known = sections()
     if not patterns:
         return [section for section in known if section.network != TRIAL]
@@ -48,12 +48,12 @@ def chosen(patterns: list[str] | None) -> list[Section]:
 
 
 def kept_at(section: Section, given: Given) -> Path:
-    """Where a section's result is kept."""
+    """Return the path of a section's stored result."""
     return given.work / "results" / f"{given.device}-{section.name}.json"
 
 
 def result_of(section: Section, given: Given, fresh: bool) -> dict[str, Any]:
-    """A section's result: the one that is kept, unless `fresh`, else measured now and kept."""
+    """Return a section's result: the stored one, or with `fresh` or without one, a new measurement, which is stored."""
     path = kept_at(section, given)
     if not fresh and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def result_of(section: Section, given: Given, fresh: bool) -> dict[str, Any]:
     made_with = {"seconds": given.seconds, "rounds": given.rounds}
     started = time.strftime("%Y-%m-%d %H:%M")
     found = {"made_with": made_with, "started": started, **section.measure(given)}
-    if section.kind != "peer" or "turns" in found:  # a peer that is not installed may be later
+    if section.kind != "peer" or "turns" in found:  # a peer without turns is not installed; it may be later
         write_file(path, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -113,7 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     options = parse(arguments)
     python = options.peers_python.absolute() if options.peers_python else None
     given = Given(options.work, options.seconds, options.rounds, options.device, python, options.others)

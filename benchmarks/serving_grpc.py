@@ -1,6 +1,6 @@
-"""gRPC as the load generator speaks it: one HTTP/2 connection, one prepared call at a time, no library between.
+"""Minimal gRPC client of the load generator: one HTTP/2 connection, one prepared call at a time, no library.
 
-gRPC's own client takes a multiple of this per call, and it would take it from the server's cores.
+The official gRPC client takes a multiple of its CPU time per call, on cores that the server needs.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from serving.transport.messages import SERVICE, Infer
 DATA, HEADERS, RESET, SETTINGS, PING, GO_AWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8  # RFC 9113, section 6
 END_STREAM = ACK = 0x1
 END_HEADERS = 0x4
-INITIAL_WINDOW = 0x4  # the setting
-FRAME_BYTES = 16384  # what a peer takes that has not said otherwise
+INITIAL_WINDOW = 0x4  # identifier of SETTINGS_INITIAL_WINDOW_SIZE
+FRAME_BYTES = 16384  # default of SETTINGS_MAX_FRAME_SIZE
 WINDOW, OWN_WINDOW = 65535, 1 << 30
 
 
 def grpc_request(call: Infer) -> bytes:
-    """A call's message with gRPC's prefix: not compressed, its length."""
+    """Return a call's message with gRPC's prefix: flag "not compressed" and length."""
     return struct.pack(">BI", 0, len(call.message)) + call.message
 
 
 class GrpcWire:
-    """Calls ModelInfer, one at a time."""
+    """Connection that calls ModelInfer, one call at a time."""
 
     def __init__(self, port: int) -> None:
         self.sock = connect(port)
         self._head = _header_block(SERVICE + Infer.rpc, f"127.0.0.1:{port}")
         self._got, self._stream, self._answered = bytearray(), -1, 0
         self._window, self._stream_window, self._initial = WINDOW, 0, WINDOW
-        self._left = memoryview(b"")  # of the request, what the server's windows do not let through yet
+        self._left = memoryview(b"")  # rest of the request, held back by flow control
         settings = struct.pack(">HI", INITIAL_WINDOW, OWN_WINDOW)
         opening = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0, settings)
         send_all(self.sock, opening + _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", OWN_WINDOW)))
@@ -65,14 +65,14 @@ class GrpcWire:
             else:
                 answer += self._control(kind, flags, stream, payload)
         del self._got[:place]
-        if done and not self._answered:  # trailers alone: a status that is not OK
+        if done and not self._answered:  # trailers only: a status other than OK
             raise LoadError("a gRPC call was refused")
         if answer or self._left:
             self._pump(answer)
         return done
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        """Take in a frame that is no answer; what must be said to it."""
+        """Handle a frame other than DATA and HEADERS; return the bytes of the reply."""
         if kind == SETTINGS and not flags & ACK:
             for place in range(0, len(payload), 6):
                 name, value = struct.unpack_from(">HI", payload, place)
@@ -91,7 +91,7 @@ class GrpcWire:
         return b""
 
     def _pump(self, first: bytes) -> None:
-        """Send `first`, and of the request as much as the windows let through."""
+        """Send `first`, and as much of the request as the flow-control windows allow."""
         parts = [first]
         while self._left and (size := min(len(self._left), self._window, self._stream_window, FRAME_BYTES)) > 0:
             last = END_STREAM if size == len(self._left) else 0
@@ -107,7 +107,7 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes | memoryview) -> b
 
 
 def _header_block(path: str, authority: str) -> bytes:
-    """The header fields of every call, by HPACK's static table and literals (RFC 7541)."""
+    """Encode the header fields of every call with HPACK's static table and literals (RFC 7541)."""
 
     def text(value: str) -> bytes:
         return bytes([len(value)]) + value.encode()  # below 127 bytes each

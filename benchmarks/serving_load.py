@@ -1,6 +1,6 @@
-"""The load of benchmarks.serving: prepared bytes over kept connections, answers timed and counted, nothing parsed twice.
+"""Load generator of benchmarks.serving: sends prepared bytes over keep-alive connections, times and counts responses.
 
-It shares the cores with what it measures, so it is one thread around epoll, and says how much of the time it computed.
+The generator shares the cores with the server, so it is a single epoll thread, and reports its own CPU share.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Protocol
 
 import numpy as np
 
-PATIENCE = 30.0  # seconds without any answer
-WARM_UP = 0.25  # share of the time that is run before it counts
+PATIENCE = 30.0  # timeout in seconds without any response
+WARM_UP = 0.25  # warm-up before the measurement, as a share of its time
 READ = 1 << 18
 
 
 class LoadError(Exception):
-    """The server did not answer, or not with success; the message says what came."""
+    """The server sent no response or an error response; the message contains it."""
 
 
 @dataclass
 class Measured:
-    """One turn: images answered per second, latencies (ms) of the requests, the generator's share of one core."""
+    """Result of one turn: images per second, latencies (ms) of the requests, the generator's share of one core."""
 
     rate: float
     latencies: np.ndarray = field(repr=False)
@@ -45,11 +45,11 @@ class Wire(Protocol):
     def send(self, request: bytes) -> None: ...
 
     def receive(self) -> bool:
-        """Take in what has come; whether the answer is whole now. Raises LoadError for one that is no success."""
+        """Read available bytes; return whether the response is complete. Raises LoadError for an error response."""
 
 
 class HttpWire:
-    """HTTP/1.1; a request is head and body as they are sent."""
+    """HTTP/1.1 connection; a request is head and body as bytes."""
 
     def __init__(self, port: int) -> None:
         self.sock = connect(port)
@@ -74,7 +74,7 @@ class HttpWire:
 
 
 def content_length(head: bytearray) -> int:
-    """Bytes of a successful answer's body. Raises LoadError for another."""
+    """Return the body length of a response of status 200. Raises LoadError for another status."""
     if head[9:12] != b"200":
         raise LoadError(f"the server answered {head.partition(b'HTTP/1.1 ')[2][:60].decode('latin-1').splitlines()[0]}")
     place = head.lower().find(b"\r\ncontent-length:")
@@ -90,7 +90,7 @@ def connect(port: int) -> socket.socket:
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
-    """sendall, whose timeout is a LoadError."""
+    """Run sendall; raises LoadError instead of OSError."""
     try:
         sock.sendall(data)
     except OSError as error:
@@ -98,7 +98,7 @@ def send_all(sock: socket.socket, data: bytes) -> None:
 
 
 def http_request(path: str, body: bytes, headers: dict[str, str]) -> bytes:
-    """A POST as it goes over the wire."""
+    """Return the bytes of an HTTP POST request."""
     lines = {"host": "127.0.0.1", "content-length": str(len(body)), **headers}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
@@ -106,10 +106,10 @@ def http_request(path: str, body: bytes, headers: dict[str, str]) -> bytes:
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked. requests: canned, of `images` images each, in the form that `wire` sends.
+    """The load on a server. requests: prepared requests of `images` images each, in the form that `wire` sends.
 
-    users: connections that each wait for their answer. rate: None, or requests a second in all, due at random times
-    (Poisson) from when their latency counts, sent as soon as a connection is free.
+    users: connections, each with one request in flight. rate: None (closed loop), or requests per second in total,
+    scheduled at random times (Poisson) from which their latency is measured, and sent when a connection is free.
     """
 
     port: int
@@ -121,7 +121,7 @@ class Load:
 
 
 def run(load: Load, seconds: float) -> Measured:
-    """Ask for `seconds`, after a warm-up that is not counted. Raises LoadError, and OSError where nobody listens."""
+    """Send requests for `seconds` after a warm-up. Raises LoadError, and OSError where no server listens."""
     wires = [load.wire(load.port) for _ in range(load.users)]
     gc.collect()
     gc.disable()
@@ -134,21 +134,21 @@ def run(load: Load, seconds: float) -> Measured:
         gc.enable()
         for wire in wires:
             wire.sock.close()
-    # Every answer came, some after the end; those count only where there is no other.
+    # All responses have arrived, some after the end; a late one counts only if there is no other.
     counted = answers[(answers[:, 0] >= begins) & (answers[:, 0] < begins + seconds)]
     counted = counted if len(counted) else answers[-1:]
     before = answers[answers[:, 0] < counted[0, 0], 0]
-    # A batch's answers come together, so time counts from the last answer before to the last of all: whole seconds
-    # would count a batch that was begun before, or ended after them, or not.
+    # The responses of a batch arrive together, so the span is from the last response before the measurement to the last
+    # counted one: with fixed bounds a batch at a bound would be counted in full or not at all.
     span = counted[-1, 0] - (before[-1] if len(before) else began)
     took = span if span > seconds / 2 else max(seconds, answers[-1, 0] - began)
     return Measured(len(counted) * load.images / took, counted[:, 1] * 1000, own_share)
 
 
 def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: float | None) -> np.ndarray:
-    """When an answer came, and how long it took (s), [n,2]; asks until `ends`, and returns when all is answered.
+    """Send requests until `ends` and wait for all responses; return arrival time and latency (s) of each, [n,2].
 
-    Requests that were due but not sent by then are left out.
+    Requests that were due but not sent before `ends` are dropped.
     """
     selector = selectors.EpollSelector()
     for wire in wires:
@@ -161,7 +161,7 @@ def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: f
         now = clock()
         while free and next_due <= now < ends:
             wire = free.pop()
-            # Of a closed loop a request is due when it is sent.
+            # In a closed loop a request is due when it is sent.
             sent[wire] = next_due if due else clock()
             wire.send(next(requests))
             if due:
@@ -183,7 +183,7 @@ def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: f
 
 
 def arrivals(start: float, rate: float) -> Iterator[float]:
-    """Times of a Poisson process, the same gaps each time."""
+    """Yield the times of a Poisson process with a fixed seed."""
     generator = np.random.default_rng(0)
     while True:
         for gap in generator.exponential(1 / rate, 1024):

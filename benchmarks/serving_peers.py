@@ -1,6 +1,6 @@
-"""The peers of benchmarks.serving: each one's server started in the peers' own environment, asked in its own form, ended.
+"""The peer servers of benchmarks.serving: start each in the peers' environment, build its requests, stop it.
 
-While another side works, a peer's processes are stopped (SIGSTOP): some compute while they wait.
+While another side is measured, a peer's processes are suspended (SIGSTOP), since some use CPU while idle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NO_REPORTS = {"BENTOML_DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0", "D
 
 @dataclass(frozen=True)
 class Peer:
-    """A server to compare with. request: one image's pixels, uint8 [3,S,S], as an HTTP request of it."""
+    """A server to compare with. request: builds its HTTP request from one image's pixels, uint8 [3,S,S]."""
 
     name: str
     package: str
@@ -70,14 +70,14 @@ PEERS = {
 
 
 def version_of(peer: Peer, python: Path) -> str | None:
-    """The peer's version in that environment, None where it is not installed."""
+    """Return the peer's version in an environment; None where it is not installed."""
     told = f"from importlib.metadata import version; print(version({peer.package!r}))"
     done = subprocess.run([python, "-c", told], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def how_to_install(python: Path | None = None) -> str:
-    """What makes the peers' rows."""
+    """Return the command that installs the peers."""
     venv = python.parent.parent if python else Path("build/peers")
     return (
         f"python3 -m venv {venv} && {venv}/bin/pip install -r benchmarks/{REQUIREMENTS.name}, then --peers-python "
@@ -87,7 +87,7 @@ def how_to_install(python: Path | None = None) -> str:
 
 @dataclass
 class RunningPeer:
-    """A peer that answers. load: what it is asked."""
+    """A running peer and the load for it."""
 
     load: Load
     process: psutil.Process
@@ -103,7 +103,7 @@ class RunningPeer:
                 process.resume()
 
     def end(self) -> None:
-        """End it in order, and after END_SECONDS whatever of it is left."""
+        """Terminate the peer; kill processes that remain after END_SECONDS."""
         self.go_on()
         processes = self._all()
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -122,7 +122,7 @@ class RunningPeer:
 
 @contextlib.contextmanager
 def serving(peer: Peer, python: Path, release: Release, users: int, log: Path) -> Iterator[RunningPeer]:
-    """The peer on all cores, from when it has answered. Raises LoadError when it never does; its output is in `log`."""
+    """Run a peer on all cores; yields it after its first response. Raises LoadError without one. Output: `log`."""
     cores = len(os.sched_getaffinity(0))
     port = choose_ports("127.0.0.1", {"--port": 0})["--port"]
     given = {"BENCHMARK_GRAPH": str(release.graph), "BENCHMARK_PORT": str(port), "BENCHMARK_WORKERS": str(cores)}

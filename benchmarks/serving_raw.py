@@ -1,7 +1,7 @@
-"""The limit that a server is held against: ONNX Runtime in a process, with nothing around it, at its best setting.
+"""The upper limit for a server: plain ONNX Runtime in a process, at its best setting.
 
-It runs in a process of its own, which computes only in its turns. Pixels are ready, or JPEG files are decoded as the
-classifier decodes them.
+It runs in a separate process, which computes only in its turns. Input: pixels, or JPEG files decoded as in the
+classifier.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from benchmarks.serving_load import WARM_UP, LoadError, Measured
 from benchmarks.serving_releases import Release
 from models.preprocess import preprocess
 
-# A session's threads go on looking for work so many seconds after a run, and would take the cores from the next side.
+# Seconds in which a session's threads may still spin after a run, on cores that the next side needs.
 SPINNING = 1.0
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """So many sessions that run at the same time, threads in each, images in a run, JPEG files or pixels."""
+    """Number of parallel sessions, threads per session, images per run; decode: JPEG files instead of pixels."""
 
     sessions: int
     threads: int
@@ -40,13 +40,13 @@ class Setting:
 
 
 def settings(cores: int, batches: Sequence[int], decode: bool) -> list[Setting]:
-    """What is tried: a session on all cores, and a session a core."""
+    """Return the settings to try: one session on all cores, and one session per core."""
     ways = sorted({(cores, 1), (1, cores)})
     return [Setting(*way, batch, decode) for way, batch in product(ways, batches)]
 
 
 class Raw:
-    """The process with the sessions. A context manager."""
+    """The process that holds the sessions. A context manager."""
 
     def __init__(self, release: Release, device: str = "cpu") -> None:
         context = multiprocessing.get_context("spawn")
@@ -56,7 +56,7 @@ class Raw:
         theirs.close()
 
     def run(self, setting: Setting, seconds: float) -> Measured:
-        """One turn; latencies are those of a run of a batch, decoding included. Raises LoadError when it has died."""
+        """Measure one turn; latencies are of a batch, including decoding. Raises LoadError when the process exited."""
         try:
             self._connection.send((setting, seconds))
             found = Measured(*self._connection.recv())
@@ -67,7 +67,7 @@ class Raw:
         return found
 
     def best(self, tried: Sequence[Setting], seconds: float) -> tuple[Setting, dict[str, float]]:
-        """The fastest setting, and the images/s of all."""
+        """Return the fastest setting, and the images/s of all settings."""
         rates = {setting: self.run(setting, seconds).rate for setting in tried}
         return max(rates, key=lambda setting: rates[setting]), {str(setting): rate for setting, rate in rates.items()}
 
@@ -103,7 +103,7 @@ def _work(connection: Connection, release: Release, device: str) -> None:
 
 
 def _turn(sessions: list, release: Release, setting: Setting, seconds: float) -> tuple[float, np.ndarray, float]:
-    """Images/s, milliseconds of the runs, and 0: there is no generator."""
+    """Return images/s, milliseconds of each run, and 0 (no load generator)."""
     begins = time.perf_counter() + WARM_UP * seconds
     rates, latencies = [0.0] * len(sessions), [[] for _ in sessions]
 

@@ -1,7 +1,7 @@
-"""What benchmarks.serving serves: exports of ResNet-32 at 32 pixels and ResNet-50 at 224, by the pipeline's own stages.
+"""Releases for benchmarks.serving: exports of ResNet-32 at 32 pixels and ResNet-50 at 224 by the pipeline's stages.
 
-Split, prior, evaluation and export run as in `dvc repro`; only training is left out, so the weights are random. What a
-network answers costs the same whatever its weights.
+Split, prior, evaluation and export run as in `dvc repro`; only training is omitted, so the weights are random, which
+does not change the cost of inference.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from serving.repository.writer import write_repository
 from serving.shared.atomic import whole_folder
 
 CLASSES = 10
-IMAGES = 32  # different images that the requests hold
+IMAGES = 32  # distinct images in the requests
 QUALITY = 85  # of the JPEG files
 
 
 @dataclass(frozen=True)
 class Network:
-    """A served network and how it is asked.
+    """A served network and its load.
 
-    size: of its input. photo: width and height of the JPEG files that the classifier is sent. users: how many wait for
-    an answer at the same time. batches: what raw ONNX Runtime is tried with. stretch: how much longer its turns are.
-    instances, own_network: as in Placement, None being what `tailor repository` decides.
+    size: pixels of its input. photo: width and height of the JPEG files for the classifier. users: concurrent requests.
+    batches: batch sizes to try with raw ONNX Runtime. stretch: factor on the length of a turn. instances, own_network:
+    as in Placement; None is the default of `tailor repository`.
     """
 
     name: str
@@ -74,7 +74,7 @@ NETWORKS = {
         instances=1,
         own_network=False,
     ),
-    # For trying the benchmark out: the stages and servers are the same, the network is next to nothing.
+    # For trials of the benchmark: the same stages and servers with a very small network.
     "resnet20": Network("ResNet-20", "resnet20", 16, (16, 16), 8, (1, 8)),
 }
 TRIAL = "resnet20"
@@ -82,7 +82,7 @@ TRIAL = "resnet20"
 
 @dataclass(frozen=True)
 class Release:
-    """An export on disk, and images for it: pixels uint8 [N,3,S,S], and JPEG files."""
+    """An export on disk and images for it: pixels uint8 [N,3,S,S], and JPEG files."""
 
     network: Network
     graph: Path
@@ -92,12 +92,12 @@ class Release:
 
 
 def release_of(key: str, work: Path, device: Device = "cpu") -> Release:
-    """The release of a network, made in `work` where it is not there yet."""
+    """Return the release of a network; export it into `work` if it does not exist."""
     network = NETWORKS[key]
     folder = work.absolute() / key
     if not (folder / EXPORT / "manifest.json").is_file():
         make_export(network, folder)
-    load_manifest(folder / EXPORT)  # its files are still what it says
+    load_manifest(folder / EXPORT)  # check the hashes of its files
     placement = Placement(device, instances=network.instances, own_network=network.own_network)
     repository = write_repository(folder / EXPORT, folder / f"{REPOSITORY}-{device}", placement)
     generator = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def release_of(key: str, work: Path, device: Device = "cpu") -> Release:
 
 
 def make_export(network: Network, folder: Path) -> None:
-    """Run the stages around two untrained networks."""
+    """Run the pipeline's stages with two untrained networks."""
     content = read_yaml(PARAMS_FILE)
     content["image"] |= {"size": network.size, "resize_to": network.size}
     content["data"] |= {"test_per_class": 2, "validation_per_class": 1}
@@ -124,7 +124,7 @@ def make_export(network: Network, folder: Path) -> None:
 
 
 def save_untrained(params: Params, network: Network, output: Path) -> None:
-    """A network as a training stage leaves it, with the weights of its initialisation."""
+    """Write a network in the form of a training stage, with its initial weights."""
     torch.manual_seed(0)
     tau_s, image = params.student.tau_s, params.image
     weights = ImageClassifier(network.backbone, CLASSES, tau_s).state_dict()
@@ -132,7 +132,7 @@ def save_untrained(params: Params, network: Network, output: Path) -> None:
 
 
 def photo(generator: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG file with shapes at several scales and noise, about as many bytes as a photograph of its size has."""
+    """Return a JPEG file with shapes at several scales and noise; it has about as many bytes as a photograph."""
     picture = np.zeros((height, width, 3), dtype=np.float32)
     for cells in (2, 8, 32):
         coarse = Image.fromarray(generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8))

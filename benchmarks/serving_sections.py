@@ -1,4 +1,4 @@
-"""The sections of benchmarks.serving: what each starts, which sides take turns in it, what it leaves behind."""
+"""The sections of benchmarks.serving: the servers that each starts, the sides that take turns, the stored result."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from serving.server.triton_server import TritonServer
 from serving.transport.connection import Connection
 from serving.transport.messages import Infer
 
-LARGE, LARGE_USERS = 8, 8  # images in a large request, and how many wait with one
-SEARCH = 0.5  # of a turn's seconds, for each setting that is tried
+LARGE, LARGE_USERS = 8, 8  # images in a large request, and concurrent large requests
+SEARCH = 0.5  # time of each setting in the search, as a fraction of a turn
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a section is made with. others: share of the cores that other work may take for a ratio to be printed."""
+    """Options of all sections. others: largest share of the cores used by other work for which a ratio is printed."""
 
     work: Path
     seconds: float
@@ -45,7 +45,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Section:
-    """One thing that is measured in one go and kept. kind: what it compares. peer: a key of PEERS, where it has one."""
+    """A measurement whose result is stored. kind: the kind of comparison. peer: a key of PEERS for the kind `peer`."""
 
     kind: str
     network: str
@@ -61,11 +61,11 @@ class Section:
 
 
 def sections() -> list[Section]:
-    """All that there are, the trial network's last."""
+    """Return all sections, those of the trial network last."""
     found = []
     for network in NETWORKS:
         found.append(Section("limit", network))
-        if network in ("resnet32", TRIAL):  # where a larger network hides what surrounds it, nothing would be seen
+        if network in ("resnet32", TRIAL):  # a larger network would hide the cost of an adjustment
             found.append(Section("adjustment", network))
         if network in ("resnet32", "resnet50", TRIAL):
             found += [Section("peer", network, peer) for peer in PEERS]
@@ -73,7 +73,7 @@ def sections() -> list[Section]:
 
 
 def measure_limit(section: Section, given: Given, release: Release) -> dict[str, Any]:
-    """Raw ONNX Runtime against `student`, decoding and inference against `classifier`."""
+    """Measure raw ONNX Runtime against `student`, and decoding with inference against `classifier`."""
     cores, seconds = len(os.sched_getaffinity(0)), given.seconds * release.network.stretch
     with Raw(release, given.device) as raw, tailor(release, given) as server:
         best, tried = raw.best(settings(cores, release.network.batches, False), SEARCH * seconds)
@@ -86,7 +86,7 @@ def measure_limit(section: Section, given: Given, release: Release) -> dict[str,
             "decode and infer": functools.partial(raw.run, best_decoding),
             "classifier": classifier(server, release, ["balanced"]),
         }
-        if section.network.startswith("resnet50"):  # a request of eight adds nothing where one image takes its time
+        if section.network.startswith("resnet50"):  # a batch of eight adds no information where one image is slow
             del sides["HTTP, batch 8"]
         turns = in_rounds(section.name, sides, given.rounds, seconds)
     found = {"raw": {"best": str(best), "tried": tried}}
@@ -95,7 +95,7 @@ def measure_limit(section: Section, given: Given, release: Release) -> dict[str,
 
 
 def measure_adjustment(section: Section, given: Given, release: Release) -> dict[str, Any]:
-    """What a request's prior costs."""
+    """Measure the cost of a request's prior."""
     own = np.full(10, 0.1)
     with tailor(release, given) as server:
         sides = {
@@ -110,7 +110,7 @@ def measure_adjustment(section: Section, given: Given, release: Release) -> dict
 
 
 def measure_peer(section: Section, given: Given, release: Release) -> dict[str, Any]:
-    """A peer against `student` over HTTP, batch 1: at saturation, then both at half the peer's own rate."""
+    """Measure a peer against `student` over HTTP, batch 1: at saturation, then both at half the peer's rate."""
     peer, python = PEERS[section.peer or ""], given.peers_python
     if python is None or (version := version_of(peer, python)) is None:
         return {}
@@ -147,7 +147,7 @@ MEASURES: dict[str, Callable[[Section, Given, Release], dict[str, Any]]] = {
 
 @contextmanager
 def tailor(release: Release, given: Given) -> Iterator[TritonServer]:
-    """The release as `tailor serve` serves it, on free ports."""
+    """Serve a release as `tailor serve` does, on free ports."""
     log = given.work.absolute() / "triton.log"
     with TritonServer(release.repository, http_port=0, grpc_port=0, metrics_port=0, log=log) as server:
         yield server
@@ -164,7 +164,7 @@ def student(server: TritonServer, release: Release, batch: int = 1, strength: fl
 def student_load(
     server: TritonServer, release: Release, batch: int = 1, strength: float = 0.0, grpc: bool = False
 ) -> Load:
-    """`student` asked for logits."""
+    """Return a load on `student` that requests logits."""
     calls = []
     for start in range(0, len(release.pixels), batch):
         strengths = np.full((batch, 1), strength, dtype=np.float32)
@@ -177,7 +177,7 @@ def student_load(
 
 
 def classifier(server: TritonServer, release: Release, priors: list[Any]) -> Side:
-    """`classifier` asked over HTTP for one JPEG file a request, under these priors in turn."""
+    """Return a load on `classifier` over HTTP: one JPEG file per request, under the given priors in turn."""
     with Client(server.http_url) as client:
         pairs = itertools.islice(zip(itertools.cycle(release.photos), itertools.cycle(priors), strict=False), 96)
         requests = [as_http(client.request([photo], prior)) for photo, prior in pairs]

@@ -1,4 +1,4 @@
-"""What benchmarks.serving prints: a table of ratios for each kind of comparison."""
+"""Report of benchmarks.serving: a Markdown table of ratios for each kind of comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.serving_sections import Given, Section, sections
 from benchmarks.serving_turns import Record, median, ratios
 
 Found = Mapping[Section, dict[str, Any]]
-# Side → what it is held against, and the goal of the ratio by network.
+# Side → the side it is compared with, and the goal of the ratio by network.
 LIMITS = {
     "HTTP, batch 1": ("raw", {"resnet32": 0.88, "resnet32-asking": 0.88, "resnet50": 0.97, "resnet50-asking": 0.97}),
     "HTTP, batch 8": ("raw", {"resnet32": 0.97, "resnet32-asking": 0.97}),
@@ -26,7 +26,7 @@ LIMITS = {
         {"resnet32": 0.75, "resnet32-asking": 0.75, "resnet50": 0.95, "resnet50-asking": 0.95},
     ),
 }
-# Side → what it is held against, and the largest cost that is allowed.
+# Side → the side it is compared with, and the largest allowed cost.
 COSTS = {
     "student, strength 1": ("student, strength 0", 0.01),
     "classifier, train": ("classifier, balanced", 0.01),
@@ -50,7 +50,7 @@ PEER_HEADING = (
 
 
 def report(command: str, given: Given, found: Found) -> str:
-    """The whole text, Markdown."""
+    """Return the whole report as Markdown."""
     parts = [head(command, given, found)]
     tables = [
         ("Against raw ONNX Runtime", LIMIT_HEADING, limit_rows(found, given)),
@@ -64,7 +64,7 @@ def report(command: str, given: Given, found: Found) -> str:
 
 
 def head(command: str, given: Given, found: Found) -> str:
-    """Command, hardware, versions, and how quiet the machine was."""
+    """Return the head of the report: command, hardware, versions, and load by other work."""
     records = [record for result in found.values() for record in _records(result)]
     days = sorted({result["started"][:10] for result in found.values()})
     rounds = sorted({result["made_with"]["rounds"] for result in found.values()})
@@ -105,7 +105,7 @@ def limit_rows(found: Found, given: Given) -> Iterator[str]:
 
 
 def limit_lines(found: Found) -> Iterator[str]:
-    """Which settings were tried for the limit, and which is the best."""
+    """Yield the settings that were tried for the limit, and the best one."""
     for section, result in found.items():
         for limit, search in result.get("limits", {}).items():
             tried = ", ".join(f"{setting}: {rate:,.1f}" for setting, rate in search["tried"].items())
@@ -143,7 +143,7 @@ def peer_rows(found: Found, given: Given) -> Iterator[str]:
 
 
 def empty_gpu_rows() -> str:
-    """What is still to be measured, with the command."""
+    """Return empty table rows for measurements that are still missing, with the command for them."""
     rows = [
         f"| {NETWORKS[section.network].name} | {side} | | | | | | | | | |"
         for section in sections()
@@ -195,5 +195,5 @@ def _others(*sides: list[Record]) -> str:
 
 
 def _most_others(*sides: list[Record]) -> float:
-    # Of a result that was kept from before other work was measured during a turn, what was seen before it.
+    # Older stored results have no `others`: use `busy`, measured before the turn.
     return max(record.get("others", record["busy"]) for side in sides for record in side)

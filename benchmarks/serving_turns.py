@@ -1,4 +1,4 @@
-"""Sides measured in turns, round by round, with a look before each turn at what else the machine does."""
+"""Measure sides in turns, round by round, with a measurement of other CPU load before each turn."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from benchmarks.other_work import OtherWork, cores_ticks
 from benchmarks.serving_load import Measured
 
-WATCHED = 0.3  # seconds before a turn
+WATCHED = 0.3  # seconds of observation before a turn
 Side = Callable[[float], Measured]
 Record = dict[str, float]
 
 
 def in_rounds(name: str, sides: Mapping[str, Side], rounds: int, seconds: float) -> dict[str, list[Record]]:
-    """Records by side, `rounds` of each, after every side has warmed up for a moment."""
+    """Return `rounds` records by side, after a short warm-up of every side."""
     found: dict[str, list[Record]] = {side: [] for side in sides}
     for side in sides.values():
         side(seconds / 4)
@@ -34,7 +34,7 @@ def in_rounds(name: str, sides: Mapping[str, Side], rounds: int, seconds: float)
 
 
 def turn(measure: Side, seconds: float) -> Record:
-    """One turn: images/s, p50 and p99 (ms), shares of all cores of the generator and of other work; load average before it."""
+    """Measure one turn: images/s, p50 and p99 (ms), generator's and other work's share of all cores, load average."""
     busy, load = busy_share(), os.getloadavg()[0]
     others = OtherWork()
     found = measure(seconds)
@@ -46,7 +46,7 @@ def turn(measure: Side, seconds: float) -> Record:
 
 
 def busy_share() -> float:
-    """How much of all cores' time other work takes, watched for a moment in which we do nothing."""
+    """Return the share of all cores used by other work, measured while the benchmark is idle."""
     before = cores_ticks()
     time.sleep(WATCHED)
     total, idle = (after - then for after, then in zip(cores_ticks(), before, strict=True))
@@ -58,5 +58,5 @@ def median(records: list[Record], field: str) -> float:
 
 
 def ratios(ours: list[Record], against: list[Record], field: str = "rate") -> list[float]:
-    """Ours / theirs, round by round."""
+    """Return ours / against, round by round."""
     return [a[field] / b[field] for a, b in zip(ours, against, strict=True)]

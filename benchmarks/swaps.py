@@ -1,10 +1,11 @@
-"""What a hot swap costs those who ask meanwhile: `python -m benchmarks.swaps [--swaps 50] [--rate 40]`.
+"""Latency of requests during a promotion (hot swap): `python -m benchmarks.swaps [--swaps 50] [--rate 40]`.
 
-Serves an export, asks its classifier at a steady rate over HTTP from a process of its own, and promotes release after
-release, each a new version with the same graph. Quiet stretches and swaps take turns, so that both see the same machine.
-A request's latency counts from the moment it was due, so that a stall is not hidden by the requests it holds back. A
-swap is the whole of `tailor promote` (publishing, the rehearsal on a second server, loading, golden requests) and the two
-seconds after it, in which Triton lets old instances go. A quiet stretch is as long as the swap before it.
+Serves an export, sends requests to its classifier at a steady rate over HTTP from a separate process, and promotes
+release after release, each a new version with the same graph. Quiet stretches and swaps alternate, so that both see the
+same machine load. Latency is measured from the scheduled start of a request, so that a stall also counts for the
+requests that it delays. A swap is the whole of `tailor promote` (publishing, the rehearsal on a second server, loading,
+golden requests) and the two seconds after it, in which Triton unloads old instances. A quiet stretch is as long as the
+swap before it.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from serving.transport.retries import Retries
 
 GOAL = 2.0  # p99 during swaps / p99 without
 UNLOADING = 2.0  # seconds after a promotion that still count as the swap
-ASKERS = 4  # connections, each a thread
+ASKERS = 4  # connections, one thread each
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A span of time (seconds, monotonic) in which the server was left alone or swapped."""
+    """A time span (seconds, monotonic clock) of kind `quiet` or `swap`."""
 
     kind: str
     start: float
@@ -47,7 +48,7 @@ class Stretch:
 
 
 def ask(url: str, golden: list[Golden], rate: float, retries: Retries | None = None) -> int:
-    """Send `rate` requests/s until standard input ends, then print [due, latency, version or 0] of each as JSON."""
+    """Send `rate` requests/s until EOF on standard input, then print [due, latency, version or 0] of each as JSON."""
     stop = threading.Event()
     asked: list[tuple[float, float, int]] = []
 
@@ -77,7 +78,7 @@ def ask(url: str, golden: list[Golden], rate: float, retries: Retries | None = N
 
 
 def new_release(export: Path, folder: Path, number: int) -> Path:
-    """A copy of an export that counts as another release: only its manifest tells it apart."""
+    """Copy an export as another release, with a different code revision in its manifest."""
     copy = shutil.copytree(export, folder / f"export-{number}")
     manifest = load_manifest(copy).model_copy(update={"code_revision": f"swap {number}"})
     (copy / MANIFEST_NAME).write_text(manifest.model_dump_json())
@@ -87,17 +88,17 @@ def new_release(export: Path, folder: Path, number: int) -> Path:
 def measure(
     export: Path, swaps: int, rate: float, folder: Path
 ) -> tuple[list[Stretch], list[tuple[float, float, int]]]:
-    """The stretches of quiet and of swapping, and every request: when it was due, its latency, the version or 0."""
+    """Return the quiet and swap stretches, and every request: due time, latency, version or 0."""
     root = write_repository(export, folder / "repository")
     stretches = []
     with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server:
         command = [sys.executable, "-m", "benchmarks.swaps", "--ask", server.http_url, "--export", str(export)]
-        # In a session of its own, as a caller elsewhere is: what the promotion starts shares none of its time slices.
+        # A separate session (scheduler autogroup): processes of the promotion do not share the caller's time slices.
         asker = subprocess.Popen(
             [*command, "--rate", str(rate)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         try:
-            time.sleep(3)  # until it is at its pace
+            time.sleep(3)  # warm-up
             for number in range(swaps):
                 release = new_release(export, folder, number)
                 start = time.monotonic()
@@ -117,7 +118,10 @@ def measure(
 def report(
     command: str, stretches: list[Stretch], asked: list[tuple[float, float, int]], others: float = 0.0
 ) -> tuple[str, bool]:
-    """A Markdown table, and whether both goals were met: no failed request, p99 within GOAL. others: share of other work."""
+    """Return a Markdown table, and whether both goals were met: no failed request, p99 within GOAL.
+
+    others: share of the cores that other work took.
+    """
     during = {kind: [] for kind in ("quiet", "swap")}
     for due, latency, version in asked:
         for stretch in stretches:

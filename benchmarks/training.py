@@ -1,16 +1,16 @@
-"""The training engine against GML training in the usual way: `python -m benchmarks.training [--device cuda] [--data FOLDER]`.
+"""The training engine against plain GML training: `python -m benchmarks.training [--device cuda] [--data FOLDER]`.
 
 Baseline (benchmarks.plain_training) and engine (pipeline.training.engine) train the CIFAR-10-LT recipe at imbalance
-factor 100 on the same images. Before anything is timed, both get the same views and weights in float64 and must compute
-the same losses and gradients. Each then works in a process of its own, in turns, round by round, while the other waits.
-A ratio is the median over rounds of baseline / engine, beside the smallest and the largest. Processor time, of all threads
-and loader workers together, is beside it because other work on the machine lengthens it little.
+factor 100 on the same images. Before the timing, both get the same views and weights in float64 and must compute the
+same losses and gradients. Each then runs in a separate process, in turns, round by round, while the other waits. A
+ratio is the median over rounds of baseline / engine, with the smallest and the largest. The CPU time of all threads and
+loader workers is printed too, because other work on the machine has little effect on it.
 
-On a machine with other work set OMP_WAIT_POLICY=passive: else torch's threads wait for one another by spinning, and what is
-measured, by the clock and in processor time, is the waiting.
+On a machine with other work set OMP_WAIT_POLICY=passive: otherwise torch's threads spin while they wait for one
+another, which dominates both wall time and CPU time.
 
-Rows: the three views alone, as they enter the network; one teacher or student step (the baseline's views are ready, the
-engine makes its own within the step); whole epochs with everything, evaluation included. On the CPU a round is a few steps.
+Rows: the three views alone, as input of the network; one teacher or student step (the baseline's views are prepared,
+the engine computes them within the step); whole epochs including evaluation. On the CPU a round is a few steps.
 
   python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md
   python -m benchmarks.training --data FOLDER --device cuda --full --output benchmarks/results/training-cuda.md
@@ -49,23 +49,23 @@ GOAL_MINUTES = 3
 
 
 class Timing(NamedTuple):
-    """Costs of a row's rounds, baseline and engine in pairs; images trained a round."""
+    """Costs of a row's rounds, paired for baseline and engine; images: trained per round."""
 
     baseline: list[Cost]
     engine: list[Cost]
     images: int
 
     def ratios(self, kind: str) -> list[float]:
-        """Baseline / engine, round by round; kind is a field of Cost."""
+        """Return baseline / engine, round by round. kind: a field of Cost."""
         return [getattr(a, kind) / getattr(b, kind) for a, b in zip(self.baseline, self.engine, strict=True)]
 
     def seconds(self, side: str) -> float:
-        """Median seconds of a round by the clock."""
+        """Return the median wall seconds of a round."""
         return statistics.median(cost.wall for cost in getattr(self, side))
 
 
 def whole_run(setup: Setup) -> tuple[float, History, History]:
-    """Seconds of teacher and student from first to last epoch, as the stages train them, and their histories."""
+    """Train teacher and student for all epochs as the stages do; return the seconds and both histories."""
     begin = time.perf_counter()
     teacher, student = objective_of(setup, "teacher"), objective_of(setup, "student")
     histories = []
@@ -79,7 +79,7 @@ def whole_run(setup: Setup) -> tuple[float, History, History]:
 
 
 def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
-    """The command, hardware and versions, what a round is, and how near the two sides' mathematics is."""
+    """Return the head of the report: command, hardware, versions, size of a round, difference of the two sides."""
     waiting = os.environ.get("OMP_WAIT_POLICY")
     setting = f"OMP_WAIT_POLICY={waiting} " if waiting else ""
     words = ["FOLDER" if word == str(arguments.data) else word for word in sys.argv[1:]]
@@ -96,7 +96,7 @@ def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
 
 
 def table(timings: dict[str, Timing], device: str, others: float) -> str:
-    """The ratios. Goals stand where there is one. others: share of the cores that other work took."""
+    """Markdown table of the ratios, with goals. others: share of the cores that other work took."""
     lines = [HEADING]
     for row, timing in timings.items():
         wall, cpu = timing.ratios("wall"), timing.ratios("cpu")
@@ -111,7 +111,7 @@ def table(timings: dict[str, Timing], device: str, others: float) -> str:
 
 
 def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str:
-    """Wall time of teacher and student over EPOCHS epochs: extrapolated from the epochs' rows, and made if `full`."""
+    """Wall time of teacher and student for EPOCHS epochs: extrapolated from epoch rows; if `full`, also measured."""
     lines = ["", f"| {EPOCHS} epochs of teacher and student | baseline | engine | goal |", "|---|--:|--:|--:|"]
     minutes = [
         EPOCHS * sum(timings[f"{name} epoch"].seconds(side) for name in ("teacher", "student")) / 60
@@ -130,7 +130,7 @@ def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str
 
 
 def empty_cuda_rows() -> str:
-    """What is still to be measured, with the command."""
+    """Return empty table rows for measurements that are still missing, with the command for them."""
     rows = "\n".join(f"| {row} | | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
     return (
         "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data FOLDER --device cuda --full` "

@@ -1,4 +1,4 @@
-"""What both sides of benchmarks.training are given: the recipe, the images of a round, the initial weights."""
+"""Common setup of both sides of benchmarks.training: the recipe, the images of a round, the initial weights."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Setup:
 
     @property
     def log_prior(self) -> Tensor:
-        """[C]."""
+        """Log class prior, [C]."""
         return (torch.tensor(self.counts) / sum(self.counts)).log()
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:
-    """The setup that the command asks for."""
+    """Return the setup for the command's arguments."""
     params = recipe(arguments)
     pixels, labels = pack(arguments.data, "train") if arguments.data else made(20_000, 0)
     counts = class_sizes("exponential", np.bincount(labels).tolist(), IMBALANCE)
@@ -61,7 +61,7 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
 
 
 def recipe(arguments: argparse.Namespace) -> Params:
-    """params.yaml with the official CIFAR recipe in it: 200 epochs, batch 128, rate .1, AutoAugment and Cutout, K 4096."""
+    """Return params.yaml with the official CIFAR recipe: 200 epochs, batch 128, lr 0.1, AutoAugment, Cutout, K 4096."""
     content = read_yaml(PARAMS_FILE)
     content["image"] = {
         "size": 32, "resize_to": 32, "mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010],
@@ -83,20 +83,20 @@ def recipe(arguments: argparse.Namespace) -> Params:
 
 
 def pack(folder: Path, split: str) -> tuple[list[bytes], np.ndarray]:
-    """Encoded images and labels of the CIFAR-10 pack."""
+    """Load encoded images and labels of the CIFAR-10 pack."""
     rows = pq.read_table(folder / f"cifar10-{split}.parquet", columns=["image", "label"])
     return rows.column("image").to_pylist(), rows.column("label").to_numpy().astype(np.int64)
 
 
 def made(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth noise uint8 [N,3,32,32] and labels in turn."""
+    """Generate smooth noise uint8 [N,3,32,32] and cyclic labels."""
     coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     smooth = F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1)
     return (smooth * 255).to(torch.uint8).numpy(), np.arange(count) % CLASSES
 
 
 def images_of(pixels: list[bytes] | np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> Images:
-    """The chosen images, decoded where they are encoded."""
+    """Return the chosen images, decoded if they are encoded."""
     if isinstance(pixels, np.ndarray):
         stacked = torch.from_numpy(pixels[chosen])
     else:
@@ -107,7 +107,7 @@ def images_of(pixels: list[bytes] | np.ndarray, labels: np.ndarray, chosen: np.n
 
 
 def objective_of(setup: Setup, name: str) -> TeacherObjective | StudentObjective:
-    """The engine's objective of a stage, from seed 0; a student's teacher is untrained, which costs the same."""
+    """Return the engine's objective of a stage, from seed 0; the student's untrained teacher costs the same."""
     params = setup.params
     torch.manual_seed(0)
     teacher = ImageClassifier(params.teacher.backbone, CLASSES, params.teacher.tau_s)

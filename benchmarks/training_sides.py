@@ -1,4 +1,4 @@
-"""The two sides of benchmarks.training: for each row of its table, the work of one round on the same images."""
+"""The two sides of benchmarks.training: the work of one round for each row of its table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOSE = 1e-9  # in float64
 
 
 def baseline_side(setup: Setup) -> dict[str, Work]:
-    """The plain training's work by row."""
+    """Return the baseline's work by row."""
     device, image, cuda = setup.device, setup.params.image, setup.device.type == "cuda"
     torch.backends.cudnn.benchmark = cuda
 
@@ -63,7 +63,7 @@ def baseline_side(setup: Setup) -> dict[str, Work]:
 
 
 def engine_side(setup: Setup) -> dict[str, Work]:
-    """The engine's work by row."""
+    """Return the engine's work by row."""
     device, image, engine = setup.device, setup.params.image, setup.params.engine
     if device.type == "cpu":
         keep_freed_memory()
@@ -107,7 +107,7 @@ def engine_side(setup: Setup) -> dict[str, Work]:
 def rows(
     views: Work, steps: Callable[[str, int, Turn], None], epochs: Callable[[str, int, Turn], None]
 ) -> dict[str, Work]:
-    """Work by row of the table, in its order."""
+    """Return the work by row of the table, in its order."""
     by_stage = {
         f"{name} {kind}": functools.partial(work, name)
         for kind, work in (("step", steps), ("epoch", epochs))
@@ -120,10 +120,10 @@ SIDES = {"baseline": baseline_side, "engine": engine_side}
 
 
 def difference(setup: Setup) -> float:
-    """The largest difference of the two sides' losses and gradients on the same views and weights, of the largest of each.
+    """Return the largest relative difference of the two sides' losses and gradients on the same views and weights.
 
-    In float64, where what the two round differently is far below what they could do differently. Raises AssertionError
-    when they differ by more: the comparison would not be of the same mathematics.
+    In float64, where rounding differences are far below those of a different computation. Raises AssertionError when
+    the sides differ by more than CLOSE.
     """
     device, count = setup.device, 32
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +133,7 @@ def difference(setup: Setup) -> float:
     target, ids = setup.train.labels[:count].to(device), torch.arange(count, device=device)
     engine = objective_of(setup, "student").to(device).double()
     with torch.no_grad():
-        engine.teacher.train()(views[0])  # statistics unlike those that it starts with
+        engine.teacher.train()(views[0])  # batch statistics other than the initial ones
     baseline = plain.PlainStudent(engine).to(device)
     found = engine.to(memory_format=torch.channels_last).train()(views, target, ids)
     expected, _ = baseline.train().loss_parts(list(views), target, ids)

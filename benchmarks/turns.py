@@ -1,4 +1,4 @@
-"""Several sides of a comparison measured in turns, round by round, each in a process of its own while the others wait."""
+"""Measure several sides of a comparison in turns, round by round, each in a separate process while the others wait."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-# A row's work: so many rounds, each followed by a call. What it prepares belongs to its first round, which warms up.
+# A row's work: runs a number of rounds and calls Turn after each. Its setup is part of the first round (warm-up).
 Turn = Callable[[], None]
 Work = Callable[[int, Turn], None]
 Side = Callable[[Any], dict[str, Work]]
 
 
 class Cost(NamedTuple):
-    """What a round took: seconds by the clock, and of processor time in all threads and loader workers together."""
+    """Cost of a round: wall seconds, and CPU seconds of all threads and loader workers."""
 
     wall: float
     cpu: float
 
 
 def processor_seconds() -> float:
-    """Processor time that this process and its children that live have used."""
+    """Return the CPU seconds of this process and its running children."""
     tick, total = os.sysconf("SC_CLK_TCK"), 0
     for process in ("self", *(str(worker.pid) for worker in multiprocessing.active_children())):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a loader worker that has just ended
-            # Fields 14 and 15 of proc(5), counted after the name, which may hold blanks.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a loader worker that has just exited
+            # Fields 14 and 15 of proc(5), counted after the name, which may contain blanks.
             total += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
     return total / tick
 
@@ -40,10 +40,10 @@ def processor_seconds() -> float:
 def in_turns(
     sides: dict[str, Side], given: Any, rows: Sequence[str], rounds: int, threads: int
 ) -> dict[str, dict[str, list[Cost]]]:
-    """Costs by row and side of `rounds` rounds, after one that is dropped.
+    """Measure `rounds` rounds after a warm-up round; return the costs by row and side.
 
-    sides: what makes a side's work by row from `given`, importable by name, called in its process with `threads` threads.
-    Raises EOFError when a side ends early; its own traceback says why.
+    sides: functions, importable by name, that return a side's work by row from `given`; called in the side's process
+    with `threads` threads. Raises EOFError when a side exits early, after its traceback.
     """
     context = multiprocessing.get_context("spawn")
     connections, processes = {}, []
@@ -80,7 +80,7 @@ def _row(connections: dict[str, Connection], row: str, rounds: int) -> dict[str,
 
 
 def _work(connection: Connection, side: Side, given: Any, threads: int) -> None:
-    # On command: a row and a number of rounds; then a round for each message, answered by its cost.
+    # Protocol: receive a row and a number of rounds; then run one round per message and send its cost.
     torch.set_num_threads(threads)
     with contextlib.redirect_stdout(sys.stderr):
         work = side(given)

@@ -1,4 +1,4 @@
-"""The pages under docs/ and the README are correct: they build, link, and name commands and messages that exist.
+"""Checks of docs/ and the README: the site builds, links resolve, and named commands and messages exist.
 
 The commands themselves are run by tests/end_to_end/test_documented_commands.py.
 """
@@ -28,7 +28,7 @@ from tests.support.documented import (
 )
 
 PAGES_SCRIPT = ROOT / "docs/reference/pages.py"
-LOGS = {"results", "experiments"}  # records of runs, which teach no task
+LOGS = {"results", "experiments"}  # records of runs, not task pages
 LEVELS = """
 [[tool.importlinter.contracts]]
 name = "levels of the pipeline"

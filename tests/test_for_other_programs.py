@@ -1,4 +1,4 @@
-"""Tailor in another program's environment: `tailor[client]` brings no PyTorch, and the program may have its own `models`."""
+"""Tailor in another program's environment: `tailor[client]` without PyTorch, and programs with a module `models`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from tests.support.documented import ROOT, blocks
 from tests.support.requirements import installed_with
 
-# What only training needs; each is in the closure of `tailor[train]`.
+# Packages that only training needs; each is in the closure of `tailor[train]`.
 TRAINING = {"torch", "torchvision", "pyarrow", "pyyaml", "safetensors", "fsspec"}
 
-# Reaches no server: what is under test is that the import and the types hold.
+# Contacts no server: tests only imports and types.
 CLIENT = """
 import sys
 from tailor.client import Client, InputError, Prediction, ServingError
@@ -53,7 +53,7 @@ def test_the_client_imports_neither_torch_nor_the_pipeline(module: str, tmp_path
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The content of a wheel of this checkout, as it lies in site-packages."""
+    """The content of a wheel of this checkout, in the layout of site-packages."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("models", "pipeline", "serving", "tailor"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -70,7 +70,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """The folder of a program whose own modules have the names of Tailor's."""
+    """The folder of a program whose modules have the names of Tailor's."""
     for name in ("models", "pipeline", "serving"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('Tailor imported the {name}.py of the program')")
     return tmp_path
@@ -101,7 +101,7 @@ def test_the_example_of_the_losses_runs_beside_modules_of_the_same_names(install
 
 
 def run_in(folder: Path, code: str, installed: Path) -> str:
-    """What a script of `folder` prints, with `installed` in the place of site-packages."""
+    """Run a script of `folder` with `installed` as site-packages; return its output."""
     (folder / "script.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=300,

@@ -1,4 +1,4 @@
-"""Which room may import what: the arrows between the rooms, and what each needs of a machine."""
+"""Import rules of the top-level packages: allowed imports between them, and their third-party dependencies."""
 
 import json
 import pkgutil
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Everything that a training machine carries; what these need themselves comes with them.
+# Packages of a training machine; their dependencies are added.
 TRAINING = ["torch", "torchvision", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "rich", "jinja2", "pillow"]
 NEEDS_MORE = {
     "pipeline.commands.doctor_checks",
@@ -21,7 +21,7 @@ NEEDS_MORE = {
 }
 NEED_MORE = ("pipeline.commands.", "pipeline.flows.", "pipeline.scheduling.")  # typer; Prefect and DVC
 
-# Hides every package that is not among TRAINING or needed by one of them, then imports the modules one after another.
+# Hides every package outside TRAINING and its dependencies, then imports the modules one after another.
 BARE_MACHINE = """
 import importlib, importlib.abc, importlib.metadata, json, re, sys
 allowed, modules = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -63,7 +63,7 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def test_no_command_of_ours_imports_from_the_folder_that_it_runs_in():
-    """Python puts the working folder first for -m: a `models.py` of the user's there would take the place of Tailor's."""
+    """`python -m` puts the working folder first on the path: a user's `models.py` there would shadow Tailor's."""
     sources = [path for room in ("models", "pipeline", "serving", "tailor") for path in (ROOT / room).rglob("*.py")]
     started = {path: re.findall(r'sys\.executable,\s*"([^"]+)"', path.read_text(encoding="utf-8")) for path in sources}
     assert sum(map(len, started.values())) >= 9
@@ -71,11 +71,11 @@ def test_no_command_of_ours_imports_from_the_folder_that_it_runs_in():
 
 
 def modules_of(room):
-    """The modules of a room and of the rooms inside it, without what runs only inside Triton and what runs on import."""
+    """Return the modules of a package and its subpackages, except those that run only in Triton or on import."""
     modules = [room]
     for entry in pkgutil.iter_modules([ROOT / room.replace(".", "/")]):
         name = f"{room}.{entry.name}"
-        # Locust patches the standard library on import, and has to come first in a process of its own.
+        # Locust patches the standard library on import, so it must be imported first in a separate process.
         if name not in ("serving.triton", "serving.loadtest.locustfile") and entry.name != "__main__":
             modules += modules_of(name) if entry.ispkg else [name]
     return modules
@@ -103,7 +103,7 @@ def test_models_and_the_training_stages_import_on_a_machine_that_carries_little_
     modules = [module for module in modules if module not in NEEDS_MORE and not module.startswith(NEED_MORE)]
     found = fresh(BARE_MACHINE, TRAINING, modules)
     assert found["failed"] == {}
-    # What the other rooms use is installed here, and was hidden.
+    # Packages of the other rooms are installed, but hidden.
     assert {"sklearn", "timm", "onnx", "onnxruntime", "dvc", "prefect", "tritonclient", "typer"} <= set(found["hidden"])
 
 

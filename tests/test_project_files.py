@@ -1,4 +1,4 @@
-"""What describes the project's files agrees with them: the deps of dvc.yaml, a new project's files, the installed packages."""
+"""Consistency of project files: the deps of dvc.yaml, a new project's files, the packages of the installation."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ROOMS = ("models", "pipeline", "serving", "tailor")
 PROJECT_FILES = ROOT / "pipeline/preparation/project_files"
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 
-# No stage depends on these: they check values, write files, word errors. Nor on the modules that .dvcignore names.
+# No stage depends on these: they check values, write files, format errors. Nor on the modules in .dvcignore.
 NO_DEPENDENCY = ("pipeline.command_line", "pipeline.params", "pipeline.shared", "serving.shared")
 IGNORED = set((ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines())
-# What stage `split` reads; later stages read its tables, which are dependencies.
+# Modules of stage `split`; later stages read its tables, which are dependencies.
 SPLIT_ALONE = ("models.image_names", "pipeline.sources")
-# The step of the optimiser takes either objective; a change of the student's must not train the teacher again.
+# The optimiser step takes either objective; a change of the student's must not retrain the teacher.
 STUDENT_ALONE = ("models.contrast", "models.objectives.student")
-# What trains a further seed has made artifacts/student, a dependency of stage `seeds`.
+# The code that trains a further seed also made artifacts/student, a dependency of stage `seeds`.
 SEEDS_ALONE = ("pipeline.evaluation", "pipeline.seeds", "models.sample_size")
 
 
@@ -81,7 +81,7 @@ def test_a_new_project_begins_with_the_params_of_this_one():
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_make_names_an_environment_that_was_moved(tmp_path):
-    """A link to the environment of another folder is none."""
+    """A link to the environment of another folder is not accepted."""
     (tmp_path / "here/bin").mkdir(parents=True)
     (tmp_path / ".venv").symlink_to("here")
     command = ["make", "-f", ROOT / "Makefile", "-C", tmp_path, "--no-print-directory", "not-moved"]
@@ -106,7 +106,7 @@ def test_every_folder_of_code_is_installed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     installed = find_packages(ROOT, include=settings["packages"]["find"]["include"])
     folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    folders -= {ROOT / "serving/deploy"}  # data: its health check runs in a container, alone
+    folders -= {ROOT / "serving/deploy"}  # data: its health check runs standalone in a container
     assert sorted(installed) == sorted(folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders)
 
 
@@ -114,7 +114,7 @@ def test_whoever_installs_tailor_gets_the_types_and_every_file_that_the_code_rea
     monkeypatch.chdir(ROOT)
     distribution = Distribution()
     distribution.parse_config_files()
-    distribution.include_package_data = False  # what is declared, not what git or an older build happens to know
+    distribution.include_package_data = False  # only declared files, not those known to git or an older build
     build = distribution.get_command_obj("build_py")
     build.ensure_finalized()
     installed = {f"{package.replace('.', '/')}/{name}" for package, _, _, names in build.data_files for name in names}
@@ -129,6 +129,6 @@ def test_whoever_installs_tailor_gets_the_types_and_every_file_that_the_code_rea
 
 
 def file_of(module: str) -> str:
-    """The file of a module of ours, relative to the project's root."""
+    """Return the file of a module of Tailor, relative to the project's root."""
     path = module.replace(".", "/")
     return f"{path}/__init__.py" if (ROOT / path).is_dir() else f"{path}.py"

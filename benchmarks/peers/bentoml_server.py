@@ -1,6 +1,6 @@
-"""BentoML with its adaptive batching: a worker a core, image files in as its documentation has it, JSON out.
+"""BentoML server with adaptive batching: a worker per core, image files in (as in its documentation), JSON out.
 
-The files are uncompressed (BMP), so that reading them costs next to nothing.
+The files are uncompressed (BMP), so that decoding has almost no cost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class StudentService:
     def __init__(self) -> None:
         self.student = Student()
 
-    # Its own answer to a batch that takes longer than this is 503.
+    # BentoML responds with status 503 when a batch takes longer than max_latency_ms.
     @bentoml.api(batchable=True, max_batch_size=MAX_BATCH, max_latency_ms=10_000)
     def predict(self, images: list[Image]) -> list[list[float]]:
         pixels = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])

@@ -1,4 +1,4 @@
-"""FastAPI and ONNX Runtime, as most would write it: a process a core, raw bytes in, JSON out. It has no batching."""
+"""FastAPI server with ONNX Runtime, written in the usual way: a process per core, raw bytes in, JSON out, unbatched."""
 
 from __future__ import annotations
 

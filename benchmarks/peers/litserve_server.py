@@ -1,6 +1,6 @@
-"""LitServe with its dynamic batching: a worker a core, multipart bytes in, JSON out."""
+"""LitServe server with dynamic batching: a worker per core, multipart bytes in, JSON out."""
 
-# No postponed annotations here: LitServe reads the type of decode_request's argument itself.
+# No `from __future__ import annotations`: LitServe reads the annotation of decode_request's argument.
 import litserve
 import numpy as np
 from session import BATCH_SECONDS, MAX_BATCH, PORT, WORKERS, Student

@@ -1,4 +1,4 @@
-"""Ray Serve with its batching at its defaults: a replica a core, raw bytes in, JSON out."""
+"""Ray Serve server with default batching: a replica per core, raw bytes in, JSON out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StudentDeployment:
         return self.student.logits(np.stack(images)).tolist()
 
     async def __call__(self, request: Request) -> JSONResponse:
-        # A response of its own has a length; what is merely returned comes in chunks.
+        # An explicit JSONResponse has a Content-Length; a returned value would be sent in chunks.
         return JSONResponse(await self.logits(self.student.pixels(await request.body())))
 
 

@@ -1,6 +1,6 @@
-"""What the peers' servers share: the graph in ONNX Runtime on one thread, which as many processes run as there are cores.
+"""ONNX Runtime session shared by the peer servers: the graph on one thread; the servers run one process per core.
 
-Runs in the peers' environment, which has nothing of Tailor. What to serve comes in the environment of the process.
+Runs in the peers' environment, without Tailor. Environment variables name the graph and the port.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ GRAPH = os.environ["BENCHMARK_GRAPH"]
 PORT = int(os.environ["BENCHMARK_PORT"])
 WORKERS = int(os.environ["BENCHMARK_WORKERS"])
 MAX_BATCH = 32
-BATCH_SECONDS = 0.001  # that a batch waits for more, where the peer wants a number; the best of 0, 1 and 10 ms
+BATCH_SECONDS = 0.001  # wait for a batch to fill, for peers that need a value; the best of 0, 1 and 10 ms
 
 
 class Student:
-    """The exported graph at strength 0."""
+    """The exported student graph at strength 0."""
 
     def __init__(self) -> None:
         options = onnxruntime.SessionOptions()
@@ -29,10 +29,10 @@ class Student:
         self.shape = tuple(self._session.get_inputs()[0].shape[1:])
 
     def pixels(self, data: bytes) -> np.ndarray:
-        """uint8 [3,S,S] of a request's bytes."""
+        """Return a request's bytes as uint8 [3,S,S]."""
         return np.frombuffer(data, dtype=np.uint8).reshape(self.shape)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B,3,S,S] to float32 [B,C]."""
+        """Compute logits float32 [B,C] of images uint8 [B,3,S,S]."""
         strength = np.zeros((len(images), 1), dtype=np.float32)
         return self._session.run(["logits"], {"image": images, "strength": strength})[0]

@@ -1,4 +1,4 @@
-"""Client and AsyncClient, priors, images, predictions."""
+"""The Python client: Client and AsyncClient, their options, input images, priors and predictions."""
 
 from serving.client.async_client import AsyncClient
 from serving.client.sync_client import Client

@@ -1,4 +1,4 @@
-"""The client for asyncio programs: as serving.client.sync_client, with await."""
+"""The asyncio client: the same methods as serving.client.sync_client, awaited."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Result = TypeVar("Result")
 class AsyncClient(ClientBase):
     """Sends requests to a Tailor server over HTTP or gRPC from asyncio. An async context manager.
 
-    Its tasks may share it; it belongs to the event loop that uses it first. Images are read and checked in a thread,
-    so that the loop continues meanwhile. The options are ClientBase's.
+    Tasks of one event loop may share a client; the first call binds the client to the running loop. Images are read and
+    checked in a thread, which keeps the loop free. Options: see ClientBase.
     """
 
     def __init__(self, url: str = DEFAULT_URLS["http"], timeout: float = 60.0, **options: Any) -> None:
@@ -40,7 +40,7 @@ class AsyncClient(ClientBase):
         timeout: float | None = None,
         check: bool = True,
     ) -> list[Prediction]:
-        """Classify images under one prior; one Prediction each, in order. As Client.predict."""
+        """Classify images under one prior; return one Prediction per image, in order. Arguments: see Client.predict."""
         deadline = self._deadline(timeout)
         parse_prior(prior)
         encoded = await asyncio.to_thread(encode_images, images, check)
@@ -56,7 +56,7 @@ class AsyncClient(ClientBase):
         check: bool = True,
         keep_going: bool = False,
     ) -> AsyncIterator[Prediction | ServingError]:
-        """Classify any number of images as they come, in order, holding few of them in memory. As Client.stream."""
+        """Classify a stream of images in order, with few of them in memory. Arguments: see Client.stream."""
         parse_prior(prior)
         waiting: deque[asyncio.Task[list[Prediction | ServingError]]] = deque()
         try:
@@ -72,11 +72,11 @@ class AsyncClient(ClientBase):
             await _cancel(waiting)
 
     async def class_names(self) -> list[str]:
-        """The server's class names by index, from the labels of `student`; requested once per release."""
+        """Return the server's class names by index, from the labels of `student`; requested once per release."""
         return await self._carry(self._dialogue.class_names(), self._deadline())
 
     async def status(self) -> Status:
-        """The server's and the models' state and versions. Raises ServingError when no server answers."""
+        """Return the state and versions of the server and its models. Raises ServingError when no server responds."""
         return await self._carry(self._dialogue.status(), self._deadline())
 
     async def close(self) -> None:
@@ -90,7 +90,7 @@ class AsyncClient(ClientBase):
         await self.close()
 
     async def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:
-        """Hold a dialogue: its calls go to the server, their answers and failures back to it."""
+        """Run a request sequence: send the calls that it yields, and pass their responses or errors back to it."""
         try:
             calls = next(steps)
             while True:
@@ -126,7 +126,7 @@ class AsyncClient(ClientBase):
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel the running tasks and wait for them, so that asyncio reports no exception as never retrieved."""
+    """Cancel the running tasks and await them, so that asyncio does not log "exception was never retrieved"."""
     tasks = list(tasks)
     for task in tasks:
         task.cancel()

@@ -1,4 +1,4 @@
-"""Images as callers have them (files, bytes, Pillow images, numpy arrays) to the encoded bytes that are sent."""
+"""Convert input images (files, bytes, Pillow images, numpy arrays) to the encoded bytes of a request."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from serving.shared.errors import InputError
 ImageLike = bytes | bytearray | memoryview | str | Path | Image.Image | NDArray[np.uint8]
 
 SINGLE = (bytes, bytearray, memoryview, str, os.PathLike, Image.Image)
-# Lossless at the least effort: the bytes live for one request.
+# Fastest PNG compression level: the bytes are used for one request only.
 PNG_EFFORT = 1
 ARRAY_HINT = "expected uint8 [H,W,3] or [H,W]"
 
 
 def encode_images(images: Sequence[ImageLike], check: bool = True) -> list[bytes]:
-    """The encoded bytes of every image, in order. Raises InputError naming the file, or the image's place, from 0.
+    """Return the encoded bytes of every image, in order. Raises InputError naming the file or the image's index from 0.
 
-    images: a list, or an array [N,H,W,3]. check: decode files and bytes as the server will, before anything is sent.
+    images: a list, or an array [N,H,W,3]. check: decode files and bytes before the request, as the server will.
     """
     return [read_image(image, place, check) for place, image in enumerate(each_image(images))]
 
 
 def each_image(images: Iterable[ImageLike]) -> Iterable[ImageLike]:
-    """`images` itself. Raises InputError for one image instead of several: text and bytes would pass as lists."""
+    """Return `images` unchanged. Raises InputError for a single image: str and bytes would pass as sequences."""
     if isinstance(images, SINGLE) or (isinstance(images, np.ndarray) and images.ndim != 4):
         raise InputError("images is a single image; give a list of images: predict([image])")
     if not isinstance(images, Iterable):
@@ -43,12 +43,12 @@ def each_image(images: Iterable[ImageLike]) -> Iterable[ImageLike]:
 
 
 def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
-    """The encoded bytes of one image.
+    """Return the encoded bytes of one image.
 
-    A file (str, Path) or bytes are sent as they are; a Pillow image or a numpy array (uint8 [H,W,3] RGB or [H,W] grey)
-    is written as PNG, which loses nothing. Raises InputError naming the file (or the image's place) and what is wrong:
-    missing, a folder, too large, not a JPEG, PNG or WebP image, damaged, too many pixels. The size is bounded before
-    the file is read. check=False leaves the decoding, and what only that finds, to the server.
+    A file (str, Path) and bytes are sent unchanged; a Pillow image or a numpy array (uint8 [H,W,3] RGB or [H,W] grey)
+    is encoded as PNG (lossless). Raises InputError naming the file (or the image's index) and the problem: missing, a
+    folder, too large, not a JPEG, PNG or WebP image, damaged, too many pixels. The file size is checked before the file
+    is read. check=False skips decoding here, so that the server detects a damaged image.
     """
     name = f"image {place}"
     try:
@@ -74,7 +74,7 @@ def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The JPEG, PNG and WebP files (by name) in a folder and the folders below it, sorted. Raises InputError if none."""
+    """List the JPEG, PNG and WebP files (by suffix) in a folder, recursive and sorted. Raises InputError if none."""
     found = [
         path
         for path in sorted(folder.rglob("*"))
@@ -86,7 +86,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def header_pixels(data: bytes) -> int:
-    """The pixels that an encoded image's header gives; 0 for a file that the server will refuse."""
+    """Return the pixel count in an encoded image's header; 0 for an image that the server will reject."""
     try:
         with opened(data) as image:
             return image.width * image.height
@@ -95,7 +95,7 @@ def header_pixels(data: bytes) -> int:
 
 
 def blank_image() -> bytes:
-    """A small grey PNG, to see whether a server answers at all."""
+    """Return a small grey PNG for a health check of the classifier."""
     return _png(Image.new("RGB", (32, 32), (128, 128, 128)))
 
 

@@ -1,4 +1,4 @@
-"""What the synchronous and the asynchronous client share: their options, and groups of a long row of images."""
+"""Base class of both clients (constructor options, deadlines), and splitting a stream of images into batches."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BATCH = 8
 
 
 class ClientBase:
-    """The options of a client. Raises InputError for one that is not usable.
+    """Constructor options of a client. Raises InputError for an invalid option.
 
-    url: http://host:port or grpc://host:port, https:// or grpcs:// with TLS. timeout: seconds that one call may take,
-    all its requests, retries and waits included. token: sent as `Authorization: Bearer`. headers: sent with every
-    request. ca_file: PEM of the CAs to trust instead of the system's. certificate_file, key_file: PEM of a client
-    certificate. insecure: accept any certificate, https alone. retries: when a request is tried again. concurrency:
-    requests at a time, where a call needs several.
+    url: http://host:port or grpc://host:port; https:// or grpcs:// with TLS. timeout: seconds for one call, including
+    all its requests, retries and waits. token: sent as `Authorization: Bearer`. headers: sent with every request.
+    ca_file: PEM of the CAs to trust instead of the system's. certificate_file, key_file: PEM of a client certificate.
+    insecure: accept any certificate (https only). retries: the retry policy. concurrency: parallel requests of one
+    call.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class ClientBase:
 
     @property
     def url(self) -> str:
-        """The server's address."""
+        """The server's URL."""
         return self._connection.url
 
     def _deadline(self, timeout: float | None = None) -> Deadline:
-        """A call's deadline, from now on."""
+        """Return the deadline of a call that starts now; timeout=None uses the client's timeout."""
         return Deadline(self._timeout if timeout is None else timeout)
 
 
 def groups(images: Iterable[ImageLike], size: int) -> Iterator[list[tuple[int, ImageLike]]]:
-    """Runs of at most `size` images with their places, taken from `images` as they are needed."""
+    """Yield lists of at most `size` (index, image) pairs, reading `images` lazily. Raises InputError if size < 1."""
     if size < 1:
         raise InputError(f"batch is {size}; expected 1 or more")
     numbered = enumerate(images)
@@ -74,7 +74,7 @@ def groups(images: Iterable[ImageLike], size: int) -> Iterator[list[tuple[int, I
 
 
 def read_group(group: Sequence[tuple[int, ImageLike]], check: bool, keep_going: bool) -> list[bytes | InputError]:
-    """The encoded bytes of a group's images; with keep_going an unusable one leaves its error in its place."""
+    """Return the encoded bytes of a group's images; with keep_going an invalid image is replaced by its InputError."""
     read: list[bytes | InputError] = []
     for place, image in group:
         try:

@@ -1,4 +1,4 @@
-"""What a server answers, typed."""
+"""Typed responses of a server (Prediction, ModelStatus, Status), and a prediction as JSON and as CSV rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serving.shared.terminal import csv_cell
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image: the best classes by name and index, their probabilities, the version that gave it."""
+    """The prediction for one image: top classes by name and index, their probabilities, and the model version."""
 
     classes: tuple[str, ...]
     indexes: tuple[int, ...]
@@ -21,7 +21,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model as the server sees it: the versions that it serves, none when it is not loaded."""
+    """A model on the server: its served versions; empty when the model is not loaded."""
 
     name: str
     versions: tuple[int, ...]
@@ -29,7 +29,7 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A server's state. `answers`: whether the classifier answered an image just now; ready endpoints alone can lie."""
+    """A server's state. `answers`: whether a test image was just classified; a ready endpoint does not prove that."""
 
     url: str
     server: str
@@ -43,7 +43,7 @@ CSV_COLUMNS = ("image", "version", "rank", "class", "index", "probability", "err
 
 
 def as_mapping(image: Path, answer: Prediction | ServingError, top: int | None) -> dict[str, object]:
-    """One image's answer as JSON takes it: its best `top` classes, all that came when None; or its error."""
+    """Convert one image's result to a JSON object: its best `top` classes (None: all in the response), or its error."""
     if isinstance(answer, ServingError):
         return {"image": str(image), "error": str(answer)}
     rows = [{"class": name, "index": index, "probability": p} for name, index, p in _best(answer, top)]
@@ -51,7 +51,7 @@ def as_mapping(image: Path, answer: Prediction | ServingError, top: int | None) 
 
 
 def as_rows(image: Path, answer: Prediction | ServingError, top: int | None) -> list[list[object]]:
-    """One image's answer as rows of CSV_COLUMNS, best class first; or one row with its error."""
+    """Convert one image's result to rows of CSV_COLUMNS, best class first; or to one row with its error."""
     if isinstance(answer, ServingError):
         return [[csv_cell(image), "", "", "", "", "", csv_cell(answer)]]
     best = enumerate(_best(answer, top), start=1)

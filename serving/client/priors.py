@@ -1,4 +1,4 @@
-"""What a caller may give as the prior of an answer, and what it means to the server."""
+"""Parse the prior argument of a request: named prior, strength, or target prior as vector, mapping or file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from serving.shared.errors import InputError
 Prior = str | float | Path | Sequence[float] | NDArray[Any] | Mapping[str, float] | None
 
 NAMED = {"balanced": 0.0, "train": 1.0}
-LIVE = "live"  # what `tailor drift --write` estimated; the server has the numbers
+LIVE = "live"  # the estimate of `tailor drift --write`; its numbers are stored on the server
 MAX_FILE_BYTES = 16 * 1024 * 1024
 LARGEST = float(np.finfo(np.float32).max)
 EXPECTED = "expected balanced, train, live, a number, or a file with one number per class"
 
 
 def parse_prior(prior: Prior) -> float | Floats | dict[str, float] | str | None:
-    """The strength (a number), the target prior as a vector [C] or by class name, LIVE, or None for the server's default.
+    """Parse a prior into a strength (float), a target prior (vector [C] or by class name), LIVE, or None (the default).
 
-    prior: `balanced` (strength 0), `train` (1), `live` (the estimate of `tailor drift --write`), a number or its text, a
-    vector, a mapping from class name to probability, or a file holding a JSON list, a JSON object by class name, or one
-    number per line. A vector is checked as far as it can be without knowing the number of classes; see `vector_of`.
+    prior: `balanced` (strength 0), `train` (1), `live` (the estimate of `tailor drift --write`), a number or its text,
+    a vector, a mapping from class name to probability, or a file with a JSON list, a JSON object by class name, or one
+    number per line. None is the server's default. `vector_of` checks a vector against the number of classes.
     Raises InputError.
     """
     if prior is None:
@@ -54,9 +54,9 @@ def parse_prior(prior: Prior) -> float | Floats | dict[str, float] | str | None:
 
 
 def vector_of(parsed: Floats | Mapping[str, float], names: Sequence[str] | None, classes: int) -> Floats:
-    """The target prior float64 [C], checked against the server's classes. names are needed for a mapping alone.
+    """Return the target prior, float64 [C], checked against the server's classes. Only a mapping needs `names`.
 
-    Classes that a mapping leaves out get 0. Raises InputError naming the class, or what is wrong with the numbers.
+    Classes missing from a mapping get 0. Raises InputError naming the unknown class or the invalid number.
     """
     if isinstance(parsed, Mapping):
         place = {class_key(name): index for index, name in enumerate(names or ())}
@@ -75,7 +75,7 @@ def vector_of(parsed: Floats | Mapping[str, float], names: Sequence[str] | None,
 
 
 def as_text(parsed: float | str | Floats) -> bytes:
-    """A prior as the server's input `prior` takes it: a name, a number, or a JSON list with one number per class."""
+    """Encode a prior for the server's input `prior`: a name, a number, or a JSON list with one number per class."""
     if isinstance(parsed, str):
         return parsed.encode()
     return json.dumps(parsed.tolist() if isinstance(parsed, np.ndarray) else parsed).encode()
@@ -138,7 +138,7 @@ def _read(path: Path) -> Floats | dict[str, float]:
         return _vector(_lines(text, path), str(path))
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a ValueError too for an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError also covers an integer of thousands of digits
         raise InputError(f"{path}: is not JSON: {error}; {EXPECTED}") from None
     return _by_name(content, str(path)) if isinstance(content, dict) else _vector(content, str(path))
 

@@ -1,7 +1,7 @@
-"""The questions behind predict, class names and status, and what their answers mean: no connection, no waiting.
+"""Request sequences of predict, class_names and status, independent of the transport (sans I/O).
 
-A dialogue is a generator that yields calls that may go out together, and is sent their answers in order. Client and
-AsyncClient each carry it over their own transport.
+A sequence is a generator: it yields lists of calls that may be sent in parallel, and receives their responses in order.
+Client and AsyncClient run the same generators over their transports.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Result = TypeVar("Result")
 Steps = Generator[Sequence[Call], Sequence[Any], Result]
 
 OUTPUTS = {"class": 0, "index": 0, "probability": 0}
-# Bytes of images in one request; recent Triton servers refuse HTTP bodies above 64 MB.
+# Bytes of images in one request; recent Triton servers reject HTTP bodies above 64 MB.
 REQUEST_BYTES = 48 * 1024 * 1024
-REQUEST_PIXELS = Limits().request_pixels  # of images in one request, where the release has no limit of its own
+REQUEST_PIXELS = Limits().request_pixels  # pixels of the images in one request: the default limit of a release
 SERVE_AGAIN = "serve a repository that `dvc repro` wrote"
 
 
 class Dialogue:
-    """What is asked of one server; what it said of itself is kept, so that it is asked once."""
+    """Builds the request sequences for one server and caches its limits, inputs and class names per release."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -42,7 +42,7 @@ class Dialogue:
         self._release: int | None = None
 
     def predict(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[list[Prediction]]:
-        """One Prediction per encoded image, in order, in as many requests as the server's limits ask for."""
+        """Return one Prediction per encoded image, in order; split into several requests by the server's limits."""
         parsed = parse_prior(prior)
         if not encoded:
             return []
@@ -51,7 +51,7 @@ class Dialogue:
             rows, default = yield from self.limits()
             name, row = yield from self._prior_input(default if parsed is None else parsed)
             answers = yield [classifier_call(chunk, name, row, version) for chunk in chunks(encoded, rows)]
-            # A new release may have other classes and another default; what was made with the old ones is asked again.
+            # A new release may change the classes and the default prior: repeat requests built from the old values.
             renewed = version is None and self._is_renewed(answers)
             if not (renewed and (parsed is None or isinstance(parsed, dict))):
                 break
@@ -61,7 +61,7 @@ class Dialogue:
     def predict_each(
         self, read: Sequence[bytes | InputError], prior: Prior, version: int | None, keep_going: bool
     ) -> Steps[list[Prediction | ServingError]]:
-        """As predict; with keep_going what was not readable, or is refused, has its error in its place."""
+        """Run predict; with keep_going an unreadable or rejected image is replaced by its error."""
         good = [data for data in read if isinstance(data, bytes)]
         answers: list[Prediction | ServingError] = []
         try:
@@ -69,7 +69,7 @@ class Dialogue:
         except Refused as refused:
             if not keep_going:
                 raise
-            # One bad image fails its whole request; alone, each gets its own answer.
+            # One bad image fails its whole request: send each image in a separate request.
             for data in good:
                 try:
                     answers += [refused] if len(good) == 1 else (yield from self.predict([data], prior, version))
@@ -79,7 +79,7 @@ class Dialogue:
         return [next(answered) if isinstance(data, bytes) else data for data in read]
 
     def limits(self) -> Steps[tuple[int, float | None]]:
-        """Most rows in a request, and the default strength; one row and none where the server restricts its configs."""
+        """Return the largest batch and the default strength; (1, None) where the server restricts access to configs."""
         if self._limits is None:
             try:
                 [config] = yield [ModelConfig(CLASSIFIER)]
@@ -95,7 +95,7 @@ class Dialogue:
         return self._limits
 
     def class_names(self) -> Steps[list[str]]:
-        """The server's class names by index, from the labels of `student`."""
+        """Return the server's class names by index, from the labels of `student`."""
         if self._names is None:
             [metadata] = yield [ModelMetadata(STUDENT)]
             with self._reading(STUDENT):
@@ -112,7 +112,7 @@ class Dialogue:
         return list(self._names)
 
     def status(self) -> Steps[Status]:
-        """The server's and the models' state and versions."""
+        """Return the state and versions of the server and its models."""
         [server] = yield [ServerMetadata()]
         models = []
         for name in (STUDENT, CLASSIFIER):
@@ -132,7 +132,7 @@ class Dialogue:
             return Status(self.url, server["name"], server["version"], tuple(models), problem is None, problem)
 
     def request(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[Infer]:
-        """The one request for encoded images. Raises InputError when they do not fit into one."""
+        """Return a single request for encoded images. Raises InputError when they exceed the largest batch."""
         parsed = parse_prior(prior)
         rows, default = yield from self.limits()
         if len(encoded) > rows:
@@ -143,10 +143,10 @@ class Dialogue:
     def _prior_input(
         self, parsed: float | np.ndarray | dict[str, float] | str | None
     ) -> Steps[tuple[str, np.ndarray | None]]:
-        """The input that carries a prior, and one row of it; None where the server's default is not known here.
+        """Return the name of the input for a prior and one row of it; row None selects the server's default.
 
-        `prior` carries every kind as text: requests with different inputs never share a batch in Triton, whatever they
-        ask. A server of an older Tailor, which has no such input, is sent what it knows.
+        The input `prior` takes every kind of prior as text: Triton does not batch requests that have different inputs.
+        A server of an older Tailor without this input gets `strength` or `target_prior` instead.
         """
         if parsed is None:
             return "prior", None
@@ -159,7 +159,7 @@ class Dialogue:
         except Refused:
             if not isinstance(parsed, float):
                 raise
-            inputs = {}  # a server that tells nothing of itself is sent what every one knows
+            inputs = {}  # metadata is restricted: use `strength`, which every release supports
         if "prior" in inputs:
             return "prior", np.array([as_text(parsed if vector is None else vector)], dtype=np.object_)
         if isinstance(parsed, str):
@@ -170,14 +170,14 @@ class Dialogue:
 
     @contextmanager
     def _reading(self, asked: str) -> Iterator[None]:
-        """Turn what an answer of another shape than Triton's breaks into ServingError."""
+        """Convert the exceptions of parsing a response that is not Triton's into ServingError."""
         try:
             yield
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise not_triton(self.url, f"what it tells of {asked} is not what Triton would") from error
 
     def _is_renewed(self, answers: Sequence[Answer]) -> bool:
-        """Whether another release answers now than before; what the one before said of itself is then forgotten."""
+        """Return whether the responses come from a new release; if so, clear the cached limits, names and inputs."""
         newest = max(answer.version for answer in answers)
         before, self._release = self._release, newest
         if before in (None, newest):
@@ -192,7 +192,7 @@ class Dialogue:
         return found
 
     def _classifier_inputs(self) -> Steps[dict[str, int]]:
-        """The inputs of `classifier` by name, with the length of a row."""
+        """Return the inputs of `classifier` by name, with the length of a row."""
         if self._inputs is None:
             [metadata] = yield [ModelMetadata(CLASSIFIER)]
             with self._reading(CLASSIFIER):
@@ -201,7 +201,7 @@ class Dialogue:
 
 
 def classifier_call(encoded: Sequence[bytes], name: str, row: np.ndarray | None, version: int | None) -> Infer:
-    """One request to `classifier`: encoded images, and the prior's input `name` with `row` for each of them."""
+    """Build a request to `classifier`: encoded images, and the input `name` with `row` (the prior) for each image."""
     inputs = {"image": np.array(encoded, dtype=np.object_).reshape(-1, 1)}
     if row is not None:
         inputs[name] = np.repeat(row[None], len(encoded), axis=0)
@@ -209,7 +209,7 @@ def classifier_call(encoded: Sequence[bytes], name: str, row: np.ndarray | None,
 
 
 def chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:
-    """Runs of images that one request takes: at most `rows`, and bounded in bytes and pixels."""
+    """Split images into lists for one request each: at most `rows`, REQUEST_BYTES and REQUEST_PIXELS."""
     chunk: list[bytes] = []
     size = pixels = 0
     for data in encoded:

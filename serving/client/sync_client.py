@@ -1,4 +1,4 @@
-"""The synchronous client: images and a prior in, typed predictions out."""
+"""The synchronous client: classify images under a prior and return typed predictions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ Result = TypeVar("Result")
 class Client(ClientBase):
     """Sends requests to a Tailor server over HTTP or gRPC. A context manager.
 
-    Several threads may share one client, and then share its connections; a forked process needs its own. The options
-    are ClientBase's.
+    Threads may share a client and its connections; a forked process needs a new client. Options: see ClientBase.
     """
 
     def __init__(self, url: str = DEFAULT_URLS["http"], timeout: float = 60.0, **options: Any) -> None:
@@ -41,15 +40,15 @@ class Client(ClientBase):
         timeout: float | None = None,
         check: bool = True,
     ) -> list[Prediction]:
-        """Classify images under one prior; one Prediction each, in order.
+        """Classify images under one prior; return one Prediction per image, in order.
 
         images: files, encoded bytes, Pillow images or numpy arrays (uint8 [H,W,3] or [H,W]), or one array [N,H,W,3].
-        prior: `balanced`, `train`, `live` (the estimate of `tailor drift --write`), a strength, a target prior as vector,
-        mapping or file; None is the server's default.
-        version: the release that answers; None is the newest. timeout: seconds for the whole call, retries included; None is
-        the client's own. check: decode every image here before anything is sent; False leaves that to the server. More
-        images than one request takes go out as several, `concurrency` at a time. Raises InputError naming the image or
-        the prior, and ServingError when the server is absent, refuses or is late.
+        prior: `balanced`, `train`, `live` (the estimate of `tailor drift --write`), a strength, or a target prior as
+        vector, mapping or file; None is the server's default. version: the model version; None is the newest.
+        timeout: seconds for the whole call including retries; None is the client's timeout. check: decode every image
+        before the first request; False skips that, and the server detects damaged images. Images beyond one request's
+        limits are split into several requests, `concurrency` in parallel. Raises InputError naming the image or the
+        prior, and ServingError when the server is unreachable, rejects the request or exceeds the deadline.
         """
         deadline = self._deadline(timeout)
         parse_prior(prior)
@@ -66,11 +65,11 @@ class Client(ClientBase):
         check: bool = True,
         keep_going: bool = False,
     ) -> Iterator[Prediction | ServingError]:
-        """Classify any number of images as they come, in order, holding few of them in memory.
+        """Classify a stream of images of any length, in order, with few of them in memory.
 
-        `concurrency` requests of up to `batch` images are in flight, each with the client's timeout of its own. With
-        keep_going an image that fails yields its error in its place, and the rest continues; else it is raised. The other
-        arguments are predict's.
+        Up to `concurrency` requests of up to `batch` images are in flight, each with the client's timeout. keep_going:
+        yield the error of a failed image in its position and continue; otherwise raise it. Other arguments: see
+        predict.
         """
         parse_prior(prior)
         waiting: deque[Future[list[Prediction | ServingError]]] = deque()
@@ -86,15 +85,15 @@ class Client(ClientBase):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def request(self, encoded: Sequence[bytes], prior: Prior = None, *, version: int | None = None) -> Infer:
-        """The request that predict would send for encoded images of one batch, for those who send it by other means."""
+        """Build the request that predict would send for encoded images of one batch, for another sender (load test)."""
         return self._carry(self._dialogue.request(encoded, prior, version), self._deadline())
 
     def class_names(self) -> list[str]:
-        """The server's class names by index, from the labels of `student`; requested once per release."""
+        """Return the server's class names by index, from the labels of `student`; requested once per release."""
         return self._carry(self._dialogue.class_names(), self._deadline())
 
     def status(self) -> Status:
-        """The server's and the models' state and versions. Raises ServingError when no server answers."""
+        """Return the state and versions of the server and its models. Raises ServingError when no server responds."""
         return self._carry(self._dialogue.status(), self._deadline())
 
     def close(self) -> None:
@@ -108,7 +107,7 @@ class Client(ClientBase):
         self.close()
 
     def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:
-        """Hold a dialogue: its calls go to the server, their answers and failures back to it."""
+        """Run a request sequence: send the calls that it yields, and pass their responses or errors back to it."""
         try:
             calls = next(steps)
             while True:

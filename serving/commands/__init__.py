@@ -1,4 +1,4 @@
-"""The commands of serving, one module per group of commands; `app` holds the Typer application."""
+"""Command line of serving: one module per group of commands; `app` defines the Typer application."""
 
 from serving.commands.app import main
 

@@ -1,4 +1,4 @@
-"""`python -m serving.commands`: the commands of serving alone, where the pipeline is not on the path."""
+"""Entry point of `python -m serving.commands`: the commands of serving only, without the package `pipeline`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The Typer application `tailor`: the commands of serving with an example of each, and how an error ends the program.
+"""The Typer application `tailor`: the commands of serving with examples, and the exit status of errors.
 
 The pipeline adds its own commands to the same application in `pipeline.commands.app`, which is what `tailor` runs.
 """
@@ -30,17 +30,17 @@ from serving.shared.errors import TailorError
 from serving.shared.ports import bypass_proxy_on_loopback
 from serving.shared.terminal import print
 
-# typer's usage errors (unknown option, missing argument, bad value) under the one base that all its releases have.
+# Base class of typer's usage errors (unknown option, missing argument, bad value), the same in all releases of typer.
 USAGE_ERROR = typer.BadParameter.__mro__[1]
-# The headings of --help, in the order of a user's way. A command names its heading where it is registered.
+# Headings of --help in their order, from preparing data to operating a server.
 PREPARE, TRAIN, SERVE, REQUEST, OPERATE = HEADINGS = ("Prepare", "Train", "Serve", "Send requests", "Operate")
 
 
 class Commands(TyperGroup):
-    """A group whose --help lists the commands under headings; without rich, Typer does not print its panels."""
+    """A command group whose --help lists the commands under headings, which Typer prints only with rich markup."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Print the commands with a line each, under the headings."""
+        """Print one line per command, under the headings."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         width = formatter.width - 4 - max(len(name) for name, _ in commands)
         for heading in HEADINGS:
@@ -64,7 +64,7 @@ app.callback(help=app.info.help)(version)
 
 
 def add(function: Any, heading: str, example: str) -> None:
-    """Register a function as a command under a heading of --help, with an example at the end of its own --help."""
+    """Register a function as a command under a heading of --help, with an example at the end of its --help."""
     app.command(epilog=example, rich_help_panel=heading)(function)
 
 
@@ -83,20 +83,20 @@ add(drift, OPERATE, "Example: tailor drift artifacts/logits --since 24h --write 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 success, 1 failure, 2 misuse, 130 interrupted.
+    """Run the command line; return the exit status: 0 success, 1 failure, 2 misuse, 130 interrupted.
 
-    An error that a user can act on is one line on stderr and has its own exit status; --debug adds the traceback. Any
-    other exception is a fault of Tailor and is raised.
+    An error that a user can act on is printed as one line on stderr; --debug adds the traceback. Any other exception is
+    a bug in Tailor and is raised.
     """
     bypass_proxy_on_loopback()
-    # Pillow warns of oddities in an image that is then used, or refused in one line of our own.
+    # Pillow warns about unusual images; Tailor accepts such an image or rejects it with its own error.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         result = app(given, prog_name="tailor", standalone_mode=False)
     except BrokenPipeError:
-        # The reader of the output has exited; the interpreter's own flush at exit would print a second error.
+        # The reader of stdout has exited; the interpreter's flush at exit would print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception, command: str) -> tuple[str, int]:
-    """The message and the exit status of an error that a user can act on. Raises any other error."""
+    """Return the message and exit status of an error that a user can act on. Raises any other error."""
     if isinstance(error, USAGE_ERROR):
         return error.format_message(), error.exit_code
     if isinstance(error, TailorError):

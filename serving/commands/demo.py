@@ -1,4 +1,4 @@
-"""`tailor demo`: all of serving on sample images, each sent under two priors over both protocols."""
+"""`tailor demo`: serve a repository and classify sample images under two priors over both protocols."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class Sample:
 
 
 def run(repository: Path, samples: Path) -> int:
-    """Serve `repository`, send every image of `samples`/samples.csv, print a table; returns how many answers differ.
+    """Serve `repository`, classify every image of `samples`/samples.csv, print a table; return the number of changes.
 
+    A change is an image whose best class differs between the two priors.
     Raises ServingError when HTTP and gRPC disagree or when the server does not start or stop cleanly; InputError for
-    the samples.
+    invalid samples.
     """
     images = read_samples(samples)
     console = Console()
@@ -61,7 +62,7 @@ def run(repository: Path, samples: Path) -> int:
 
 
 def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> str:
-    """What the table can show and what it cannot."""
+    """Return the text below the table: what the comparison shows, and what it does not."""
     if not any(differing):
         return "here it moves the probabilities alone: this student is sure of these images, or has learned too little"
     changed = [index for index, differs in enumerate(differing) if differs]
@@ -78,7 +79,7 @@ def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differin
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """The rows of samples.csv (columns file, label). Raises InputError naming the file and line."""
+    """Read samples.csv (columns file, label). Raises InputError naming the file and line."""
     path = folder / "samples.csv"
     try:
         with path.open(encoding="utf-8", newline="") as stream:
@@ -99,7 +100,7 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def check_same(images: list[Sample], over_http: list[Prediction], over_grpc: list[Prediction]) -> None:
-    """Raise ServingError naming the first image that the two protocols answer differently."""
+    """Raise ServingError naming the first image whose predictions differ between the two protocols."""
     for sample, one, other in zip(images, over_http, over_grpc, strict=True):
         gap = max(abs(a - b) for a, b in zip(one.probabilities, other.probabilities, strict=True))
         if one.indexes != other.indexes or not gap <= TOLERANCE:
@@ -107,7 +108,7 @@ def check_same(images: list[Sample], over_http: list[Prediction], over_grpc: lis
 
 
 def comparison(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> Table:
-    """One row per image: truth, the answer under each prior with its probability, and a mark where they differ."""
+    """Table with a row per image: true class, prediction and probability under each prior, a mark where they differ."""
     table = Table(title="One model, two target priors")
     table.add_column("image", overflow="fold")
     table.add_column("truth", overflow="fold")

@@ -1,4 +1,4 @@
-"""`tailor drift`: the live class prior from logged logits, how far it lies from training's, and what follows from that."""
+"""`tailor drift`: estimate the live class prior from logged logits, and act on its distance from training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRIGGERS = "tailor.triggers"
 
 
 class MethodOption(StrEnum):
-    """How the prior is estimated."""
+    """Estimators of the class prior."""
 
     map = "map"
     em = "em"
@@ -140,9 +140,9 @@ def drift(
 
 
 def retraining() -> Callable[[str], Any]:
-    """What starts a retraining, given the reason: the entry point `retrain` of the group tailor.triggers.
+    """Load the function that starts a retraining, called with the reason: entry point `retrain` of tailor.triggers.
 
-    Another room provides it, as serving imports none of them. Raises ServingError where none is installed.
+    The package `pipeline` provides it: serving does not import pipeline. Raises ServingError where none is installed.
     """
     hint = "pip install 'tailor[pipeline]', or leave --retrain-above out"
     entry = next(iter(entry_points(group=TRIGGERS, name="retrain")), None)
@@ -177,10 +177,10 @@ def _check_enough(logged: LoggedLogits, log: Path, manifest: Manifest, wanted: i
 def _calibration(
     given: Path | None, manifest: Manifest, write: bool
 ) -> tuple[Calibration | None, dict[str, Any] | None]:
-    """The calibration, and the facts that are printed about it; None if there are no test answers of this release.
+    """Return the calibration and its facts for the output; (None, None) without test predictions of this release.
 
-    write: whether a live prior is to be written. Raises ServingError then without a calibration, and for one of too few
-    test images.
+    write: whether a live prior will be written; then raises ServingError without a calibration, or with one from too
+    few test images.
     """
     path = given or PREDICTIONS
     try:
@@ -256,7 +256,7 @@ def _show(found: Drift, facts: dict[str, Any], manifest: Manifest, top: int, wri
 
 
 def drift_table(found: Drift, manifest: Manifest, top: int, title: str) -> Table:
-    """A table of the live class prior: the groups, then the `top` most shifted classes."""
+    """Table of the live class prior: a row per group of classes, then the `top` most shifted classes."""
     table = Table(title=f"class prior of {cell(title)}")
     table.add_column("classes", overflow="fold")
     for name in ("training", "live", f"{found.confidence:.0%} interval", "times"):

@@ -1,4 +1,4 @@
-"""Requests to paste into a shell: `curl` sends an image file to the classifier, as bytes or within JSON."""
+"""Example requests for a shell: `curl` commands that send an image file to the classifier, as bytes or in JSON."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ curl -d @request.json {url}/v2/models/classifier/infer"""
 
 
 def curl_example(url: str, image: Path, strength: float = 0.0) -> str:
-    """Shell commands that classify an image file at a strength over HTTP; they run in any POSIX shell.
+    """Return POSIX shell commands that classify an image file at a strength over HTTP.
 
-    Triton's binary form: a JSON header, then each image after its length in four bytes, lowest first. It has no limit on
-    the image but the server's own, where the gateway takes 1 MiB of JSON.
+    Triton's binary form: a JSON header, then each image after its length as four bytes, little-endian. Only the
+    server's limit on images applies; the gateway limits JSON to 1 MiB.
     """
     return CURL.format(image=shlex.quote(str(image)), strength=strength, url=url)
 
 
 def json_example(url: str, image: Path) -> str:
-    """Shell commands that write request.json with the image as base64 text, and send it; they run in any POSIX shell.
+    """Return POSIX shell commands that write request.json with the image as base64 text, and send it.
 
-    The classifier finds out itself which kind of image it is: `image/png` may stay for a JPEG or WebP file.
+    The classifier detects the image format from the bytes: `image/png` also works for a JPEG or WebP file.
     """
     return JSON.format(image=shlex.quote(str(image)), url=url)

@@ -1,4 +1,4 @@
-"""The command `tailor gateway`: run nginx in front of Triton, or write its configuration for an nginx elsewhere."""
+"""`tailor gateway`: run nginx in front of Triton, or write its configuration for another nginx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT = Gateway()
 
 
 class Stopped(SystemExit):
-    """The gateway was told to end."""
+    """Raised when the gateway receives SIGTERM or SIGINT."""
 
 
 def gateway(

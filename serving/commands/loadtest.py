@@ -1,4 +1,4 @@
-"""`tailor loadtest`: load on a running server, judged by thresholds."""
+"""`tailor loadtest`: load test of a running server, checked against thresholds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def loadtest(
         raise ServingError(f"load test failed: {'; '.join(result['missed'])}")
 
 
-# Typer reads the signature: `**options` stands for the fields of LoadPlan.
+# Typer reads the signature: replace `**options` with the fields of LoadPlan.
 _OWN, _PLAN = ([*inspect.signature(one, eval_str=True).parameters.values()] for one in (loadtest, LoadPlan))
 loadtest.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*_OWN[:-1], *_PLAN[1:])]
@@ -72,7 +72,7 @@ loadtest.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 
 
 def load_table(found: Mapping[str, Any], url: str) -> Table:
-    """A table of a load test: a row for each kind of request, by the version that answered, and one for all."""
+    """Table of a load test: a row for each kind of request (by model version), and one for all requests."""
     table = Table(title=f"load on {cell(url)}: {'held' if found['passed'] else 'failed'}")
     table.add_column("requests")
     for name in ("number", "failed", "per second", "p50 ms", "p99 ms"):

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a command prints what it found."""
+"""Options shared by several commands (repository, URL, headers, TLS), and printing of JSON."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from serving.shared.errors import InputError
 from serving.shared.names import STUDENT
 from serving.shared.terminal import print
 
-REPOSITORY = Path("artifacts/repository")  # what `dvc repro` wrote
-RELEASES = Path("releases")  # what was promoted: retrain.repository of params.yaml as it is delivered
+REPOSITORY = Path("artifacts/repository")  # repository written by `dvc repro`
+RELEASES = Path("releases")  # repository of promoted releases: the default of retrain.repository in params.yaml
 
 
 class Protocol(StrEnum):
-    """How to reach the server."""
+    """Protocols of a server."""
 
     http = "http"
     grpc = "grpc"
@@ -56,15 +56,15 @@ RepositoryOption = Annotated[
         show_default=False,
     ),
 ]
-# Read by main itself, so that it also covers errors in the arguments; declared for --help.
+# main reads --debug from the arguments, so that it also covers errors of parsing them; declared here for --help.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def choose_repository(given: Path | None, promoted: Path = RELEASES, note: bool = False) -> Path:
-    """The repository that a command is about: the one given, else `promoted` where it is a folder, else `dvc repro`'s.
+    """Return the repository of a command: the given one, else `promoted` if it is a folder, else that of `dvc repro`.
 
-    All commands use this rule, so that `serve` and `rollback` mean the same repository. note: print a line on stderr where
-    `dvc repro` has written a model that has not been promoted, for a command whose user may expect that model.
+    All commands use this rule, so that `serve` and `rollback` select the same repository. note: print a line on stderr
+    where `dvc repro` has written a model that has not been promoted, for a command whose user may expect that model.
     """
     if given is not None:
         return given
@@ -80,7 +80,7 @@ def choose_repository(given: Path | None, promoted: Path = RELEASES, note: bool 
 
 
 def _models(repository: Path) -> set[str]:
-    """The sha256 of each version's graph, by its manifest; a manifest that cannot be read is left to the command."""
+    """Return the sha256 of each version's graph from its manifest; an invalid manifest is ignored here."""
     found = set()
     for path in repository.glob(f"{STUDENT}/[0-9]*/{MANIFEST_NAME}"):
         with contextlib.suppress(ManifestError):
@@ -89,7 +89,7 @@ def _models(repository: Path) -> set[str]:
 
 
 def address(url: str | None, protocol: Protocol | None) -> str:
-    """The server's address from --url and --protocol. Raises InputError where the two contradict each other."""
+    """Return the server's URL from --url and --protocol. Raises InputError where the two contradict each other."""
     if url is None:
         return DEFAULT_URLS[protocol or "http"]
     scheme, found, rest = url.partition("://")
@@ -101,7 +101,7 @@ def address(url: str | None, protocol: Protocol | None) -> str:
 
 
 def parse_headers(given: list[str] | None) -> dict[str, str]:
-    """Headers by name from --header. Raises InputError naming the option or the file, and showing no value."""
+    """Parse --header into a dict by name. Raises InputError naming the option or the file, without any value."""
     headers = {}
     for text in given or []:
         lines = [text]
@@ -120,5 +120,5 @@ def parse_headers(given: list[str] | None) -> dict[str, str]:
 
 
 def print_json(content: object) -> None:
-    """Print `content` for a program to read; a number that is not finite is an error, it has no JSON."""
+    """Print `content` as JSON. Raises ValueError for a number that is not finite."""
     print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))

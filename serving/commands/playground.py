@@ -1,4 +1,4 @@
-"""`tailor playground`: a page on a running server."""
+"""`tailor playground`: serve the playground page for a running server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def playground(
     It uses a running server. Needs Gradio (pip install 'tailor[playground]'). The page is for this machine alone and
     sends images nowhere but to the server. Ends with Ctrl-C.
     """
-    # Read at Gradio's import: no telemetry, no look for a newer version, and no more than one page's files kept.
+    # Gradio reads them at import: no telemetry and no check for a newer version of Gradio.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
@@ -46,7 +46,7 @@ def playground(
     from serving.playground.page import build, find_samples, launch_options
 
     with Client(address(url, None), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
-        client.class_names()  # a server that cannot be reached is told now, in one line
+        client.class_names()  # an unreachable server fails here with one line
         page = build(client, find_samples(samples.absolute()))
         chosen = choose_ports("127.0.0.1", {"--port": port})["--port"]
         _, local, _ = page.launch(

@@ -1,4 +1,4 @@
-"""`tailor predict` and `tailor status`: what asks a server."""
+"""`tailor predict` and `tailor status`: classify images on a server, and show its state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from serving.commands.options import (
 from serving.shared.errors import InputError, ServingError
 from serving.shared.terminal import Console, cell, counted, print
 
-BAR_FROM = 100  # images; fewer are done before one could read a bar
+BAR_FROM = 100  # images; fewer finish too fast for a progress bar
 
 
 def predict(
@@ -105,7 +105,7 @@ def status(
 
 
 def _shown(answers: Iterable[Prediction | ServingError], number: int) -> Iterable[Prediction | ServingError]:
-    """The answers as they come, under a progress bar where there is a terminal and something to wait for."""
+    """Yield the results with a progress bar, on a terminal and for at least BAR_FROM images."""
     console = Console(file=sys.stderr)
     if number < BAR_FROM or not console.is_terminal:
         return answers
@@ -113,7 +113,7 @@ def _shown(answers: Iterable[Prediction | ServingError], number: int) -> Iterabl
 
 
 def _within(answers: Iterable[Prediction | ServingError], top: int | None) -> Iterator[Prediction | ServingError]:
-    """The answers themselves. Raises InputError when they hold fewer classes than were asked for."""
+    """Yield the results; print errors on stderr. Raises InputError when a response has fewer than `top` classes."""
     for answer in answers:
         if isinstance(answer, ServingError):
             print(f"tailor: {answer}", file=sys.stderr)
@@ -123,7 +123,7 @@ def _within(answers: Iterable[Prediction | ServingError], top: int | None) -> It
 
 
 def _print_csv(pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int | None) -> int:
-    """Print row by row; returns how many images failed. The heading waits for the first answer: it may be an error."""
+    """Print CSV row by row; return the number of failed images. The header follows the first result, which may raise."""
     writer, failed = None, 0
     for image, answer in pairs:
         if writer is None:
@@ -137,7 +137,7 @@ def _print_csv(pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int
 def _print_all(
     pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int | None, prior: str | None, as_json: bool
 ) -> int:
-    """Print JSON or a table; returns how many images failed."""
+    """Print JSON or a table; return the number of failed images."""
     if as_json:
         print_json([as_mapping(image, answer, top) for image, answer in pairs])
     else:
@@ -148,7 +148,7 @@ def _print_all(
 def prediction_table(
     pairs: Sequence[tuple[Path, Prediction | ServingError]], top: int | None, prior: str | None
 ) -> Table:
-    """A table of every image's best `top` classes with their probabilities."""
+    """Table of every image's best `top` classes with their probabilities."""
     found = {answer.version for _, answer in pairs if isinstance(answer, Prediction)}
     versions = ", ".join(str(version) for version in sorted(found)) or "none"
     table = Table(title=f"prior {cell(prior or 'as the server defaults to')}, version {versions}")
@@ -166,7 +166,7 @@ def prediction_table(
 
 
 def status_table(found: Status) -> Table:
-    """A table of the models, their versions and whether they answer."""
+    """Table of the models, their versions and their states."""
     table = Table(title=cell(f"{found.server} {found.server_version} at {found.url}"))
     table.add_column("model")
     table.add_column("versions")

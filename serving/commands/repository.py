@@ -1,4 +1,4 @@
-"""`tailor repository`: an export as a Triton model repository."""
+"""`tailor repository`: write the Triton model repository of an export."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ EXPORT = Path("artifacts/export")
 
 
 class DeviceName(StrEnum):
-    """Where the student runs."""
+    """Devices for the student."""
 
     cpu = "cpu"
     gpu = "gpu"
 
 
 class PrecisionName(StrEnum):
-    """In which numbers TensorRT computes."""
+    """Floating-point precisions of TensorRT."""
 
     fp32 = "fp32"
     fp16 = "fp16"

@@ -1,4 +1,4 @@
-"""`tailor serve`: the server in the foreground until it is told to end."""
+"""`tailor serve`: run the server in the foreground until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class Stopped(SystemExit):
-    """`serve` was told to end. A SystemExit, because the HTTP client's event loop would print any other as an error."""
+    """Raised at SIGTERM or SIGINT. A SystemExit: the HTTP client's event loop prints other exceptions as errors."""
 
 
 def serve(
@@ -100,7 +100,7 @@ def serve(
     stopping = threading.Event()
 
     def stop_once(_number: int, _frame: FrameType | None) -> None:
-        # A second signal shall not cut the cleaning up short.
+        # Ignore further signals, so that they do not interrupt the cleanup.
         if not stopping.is_set():
             stopping.set()
             raise Stopped
@@ -127,7 +127,7 @@ def serve(
 
 
 def _restarts(text: str) -> int | None:
-    """The number of failed starts, None for no limit. Raises InputError."""
+    """Return the allowed number of failed starts; None for no limit. Raises InputError."""
     if text == "unlimited":
         return None
     if not (text.isascii() and text.isdecimal()):

@@ -1,4 +1,4 @@
-"""`tailor --version`."""
+"""`tailor --version`: print the versions of Tailor and of the Triton server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _tell(asked: bool) -> None:
         return
     print(f"tailor {metadata.version('tailor')}")
     try:
-        # This package brings the server, which cannot tell its own version without being started.
+        # This package contains the server, whose own version is available only from a running server.
         print(f"tritonserver of nvidia-pytriton {metadata.version('nvidia-pytriton')}")
     except metadata.PackageNotFoundError:
         print("no tritonserver here; pip install 'tailor[serve]' brings one")

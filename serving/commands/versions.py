@@ -1,4 +1,4 @@
-"""`tailor promote`, `tailor rollback` and `tailor versions`: which release answers."""
+"""`tailor promote`, `tailor rollback` and `tailor versions`: choose and list the releases of a repository."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def versions(
 
 
 def _confirm(found: PromotionCheck | None, force: bool) -> None:
-    """Show a release beside the champion on stderr; request a confirmation where there is doubt. Raises ServingError."""
+    """Print a release beside the champion on stderr; ask for confirmation where there is doubt. Raises ServingError."""
     if found is None:
         return
     terminal = Console(file=sys.stderr)
@@ -151,7 +151,7 @@ def _tell(done: promotion.Promotion, as_json: bool) -> None:
 
 
 def versions_table(found: Sequence[VersionState], repository: str) -> Table:
-    """A table of a repository's releases: state, age, and the test accuracy that their manifests report."""
+    """Table of a repository's releases: state, publication time, and the test accuracy in their manifests."""
     table = Table(title=cell(f"releases in {repository}"))
     for heading in ("version", "state", "published", "balanced accuracy", "few", "code"):
         table.add_column(heading)

@@ -1,1 +1,1 @@
-"""nginx in front of Triton."""
+"""The gateway: nginx as a reverse proxy in front of Triton, with limits and TLS."""

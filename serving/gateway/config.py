@@ -1,4 +1,4 @@
-"""The gateway's configuration: typed limits in, an nginx.conf out. The only door to Triton that a stranger may knock at."""
+"""Gateway configuration: validated limits, rendered to nginx.conf. Untrusted callers reach Triton only through it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MIB = 1024 * 1024
 GRPC_QUERIES = (
     r'~ "^/inference\.GRPCInferenceService/(?:Server(?:Live|Ready|Metadata)|Model(?:Ready|Metadata|Config))\z"'
 )
-# TLS 1.2 with forward secrecy and authenticated encryption; TLS 1.3 has nothing else.
+# TLS 1.2 ciphers with forward secrecy and authenticated encryption; all TLS 1.3 ciphers have both.
 CIPHERS = ":".join(
     f"ECDHE-{key}-{cipher}"
     for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
     for key in ("ECDSA", "RSA")
 )
-# What a path may not hold, although it stands in quotes: nginx reads them (Lua the semicolon and the question mark).
+# Characters forbidden in a path: nginx interprets them inside quotes (Lua: the semicolon and the question mark).
 READ_BY_NGINX = re.compile(r"""["'$\\;?{}#]""")
 EXPECTED = "expected an absolute path without quotes, $ \\ ; ? { } # and control characters"
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -36,7 +36,7 @@ Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{
 
 @dataclass(frozen=True)
 class Refusal:
-    """What the gateway itself answers: an HTTP status, the gRPC status that means the same, and the words for both."""
+    """An error response of the gateway itself: HTTP status, equivalent gRPC status, and the message for both."""
 
     status: int
     grpc_status: int
@@ -44,14 +44,14 @@ class Refusal:
 
 
 class Gateway(BaseModel):
-    """Where the gateway listens, what it stands before and what it lets through. Sizes in bytes, times in seconds.
+    """Options of the gateway: listening ports, upstream addresses, limits. Sizes in bytes, times in seconds.
 
-    body_bytes bounds a request; header_seconds the reading of its headers, body_seconds each wait for a piece of its body,
-    answer_seconds the server's work on it. connections bounds the requests at once, connections_per_address those of one
-    caller, requests_per_second a caller's rate (0: no bound). large_images bounds the requests at once whose images take
-    more than 5 ms to decode; a caller's wait their turn. trusted_proxies: networks whose X-Forwarded-For is believed.
-    workers: nginx's processes, 0 for one per core. modules: where nginx's module for Lua lies. Without certificate and key
-    there is no TLS.
+    body_bytes: size limit of a request body. header_seconds: timeout for reading the headers. body_seconds: timeout for
+    each read of the body. answer_seconds: timeout for Triton's response. connections: concurrent requests in total;
+    connections_per_address: of one caller. requests_per_second: rate limit of one caller (0: none). large_images:
+    concurrent requests with images that take more than 5 ms to decode; a caller's further ones are queued.
+    trusted_proxies: networks whose X-Forwarded-For header is used. workers: nginx worker processes, 0 for one per core.
+    modules: folder of nginx's modules. Without certificate and key there is no TLS.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,7 +63,7 @@ class Gateway(BaseModel):
     certificate: Path | None = None
     key: Path | None = None
     access_log: Path | None = None
-    # One MiB more than the client puts into a request: names, shapes, priors.
+    # One MiB above the client's limit on images in a request, for names, shapes and priors.
     body_bytes: int = Field(default=REQUEST_BYTES + MIB, ge=MIB, le=1024 * MIB)
     header_seconds: Seconds = 5
     body_seconds: Seconds = 10
@@ -99,30 +99,30 @@ class Gateway(BaseModel):
 
     @property
     def open_per_address(self) -> int:
-        """Bound on the TCP connections of one address. Twice its requests, so that idle ones do not count against it."""
+        """Limit on the TCP connections of one address: twice its requests, to leave room for idle connections."""
         return 2 * self.connections_per_address
 
     @property
     def open_connections(self) -> int:
-        """Bound on the TCP connections of all callers."""
+        """Limit on the TCP connections of all callers."""
         return 2 * self.connections
 
     @property
     def worker_connections(self) -> int:
-        """Sockets that one worker needs if it has all callers.
+        """Sockets that one worker needs when it serves all callers.
 
-        For each caller one socket of its own and the two ends of a Unix socket, for each request one to Triton; and
-        the listening, the idle and the closing ones.
+        Per connection: the TCP socket and both ends of a Unix socket. Per request: one socket to Triton. 256 more for
+        listening, idle and closing sockets.
         """
         return 3 * self.open_connections + self.connections + 256
 
     @property
     def open_files(self) -> int:
-        """File descriptors that one worker needs: its sockets and a file for each body that it buffers."""
+        """File descriptors that one worker needs: its sockets, and one file per buffered request body."""
         return self.worker_connections + self.connections + 64
 
     def refusals(self) -> list[Refusal]:
-        """What the gateway answers of its own, each once per HTTP status."""
+        """Return the gateway's error responses, one per HTTP status."""
         size = f"{self.body_bytes // MIB} MiB"
         unavailable = "Triton does not answer; try again later"
         return [
@@ -151,15 +151,14 @@ class Gateway(BaseModel):
         ]
 
     def routes(self) -> list[tuple[str, str]]:
-        """Names of the routes from accepted connections to nginx's servers, and where each finds the caller's address."""
+        """Return (name, source of the caller's address) of each route from accepted connections to nginx's servers."""
         direct, proxied = ("direct", "proxy_protocol"), ("proxied", "X-Forwarded-For")
         return [direct, proxied] if self.trusted_proxies else [direct]
 
     def render(self, folder: Path, runtime: Path | None = None) -> str:
-        """The nginx.conf. Raises InputError for a path that nginx would read.
+        """Render nginx.conf. Raises InputError for a path with characters that nginx would interpret.
 
-        folder: where the Lua lies. runtime: where nginx keeps its pid and the bodies that it buffers; folder if not
-        given.
+        folder: folder of the Lua files. runtime: folder of nginx's pid file and buffered bodies; default: folder.
         """
         for path in (folder, runtime or folder):
             if _nginx_reads(path):
@@ -185,7 +184,7 @@ class Gateway(BaseModel):
 
 
 def read_gateway(**values: object) -> Gateway:
-    """A Gateway from a caller's values. Raises InputError naming the first that is not usable."""
+    """Validate options and return a Gateway. Raises InputError naming the first invalid option."""
     try:
         return Gateway.model_validate(values)
     except ValidationError as error:
@@ -196,6 +195,6 @@ def read_gateway(**values: object) -> Gateway:
 
 
 def _nginx_reads(path: Path) -> bool:
-    """Whether nginx would take a part of the path, in quotes, for something else."""
+    """Return whether nginx would interpret characters of the quoted path (or the path is relative or not printable)."""
     text = str(path)
     return not text.isprintable() or not path.is_absolute() or READ_BY_NGINX.search(text) is not None

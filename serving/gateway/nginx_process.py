@@ -1,4 +1,4 @@
-"""nginx as the gateway: checked, started, waited for, stopped."""
+"""Run nginx as the gateway: check its configuration, start, restart and stop it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from serving.shared.process import POLL, end_session, start_process, wait_for
 START_TIMEOUT = 20.0  # seconds
 PACKAGES = "nginx-light libnginx-mod-http-lua libnginx-mod-stream lua-cjson"
 MODULES = ("ngx_http_lua_module.so", "ngx_stream_module.so")
-# Debian's nginx lies in /usr/sbin, which is on no plain user's PATH.
+# Debian installs nginx in /usr/sbin, which is not on the PATH of an unprivileged user.
 PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 
 
 @dataclass(frozen=True)
 class RestartDelay:
-    """Seconds to wait before nginx is restarted: `first`, doubled each time up to `longest`.
+    """Backoff before nginx is restarted, in seconds: `first`, doubled each time up to `longest`.
 
-    A run of at least `stable` seconds resets the delay to `first`. There is no last attempt.
+    A run of at least `stable` seconds resets the delay to `first`. The number of restarts is not limited.
     """
 
     first: float = 0.1
@@ -41,9 +41,9 @@ class RestartDelay:
 
 
 class GatewayProcess:
-    """nginx with the configuration of a Gateway, in a session of its own. A context manager, or start and stop.
+    """nginx with the configuration of a Gateway, in a separate session. A context manager, or start and stop.
 
-    log: what nginx prints (None: kept only while it runs). start leaves nothing running when it raises.
+    log: file for nginx's output (None: kept only while nginx runs). When start raises, no process remains.
     """
 
     def __init__(self, gateway: Gateway, log: Path | None = None) -> None:
@@ -56,29 +56,29 @@ class GatewayProcess:
 
     @property
     def http_url(self) -> str:
-        """Address for HTTP clients."""
+        """URL for HTTP clients."""
         return f"http{'s' if self.gateway.certificate else ''}://{self.gateway.host}:{self.gateway.http_port}"
 
     @property
     def grpc_url(self) -> str:
-        """Address for gRPC clients."""
+        """URL for gRPC clients."""
         return f"grpc{'s' if self.gateway.certificate else ''}://{self.gateway.host}:{self.gateway.grpc_port}"
 
     @property
     def process_id(self) -> int | None:
-        """nginx's process id; None when it does not run."""
+        """Process id of nginx's master; None when nginx is not running."""
         return self._process.pid if self._process else None
 
     def start(self) -> GatewayProcess:
-        """Check the configuration and start nginx. Raises ServingError: nginx missing, its complaint, a port in use."""
+        """Check the configuration and start nginx. Raises ServingError: nginx missing, nginx's error, port in use."""
         if self._process:
             raise ServingError("this gateway runs already; stop it first")
         self._nginx = find_nginx(self.gateway)
         check_open_files(self.gateway)
-        # nginx would retry for seconds, and meanwhile another process on the port would answer for it.
+        # nginx would retry the bind for seconds, while another process on the port receives the requests.
         choose_ports(str(self.gateway.host), {"http_port": self.gateway.http_port, "grpc_port": self.gateway.grpc_port})
         self._folder = Path(tempfile.mkdtemp(prefix="tailor-gateway-", dir="/tmp"))
-        # Workers without root's rights pass through it to the folders that nginx creates for them.
+        # Unprivileged workers need to traverse it to reach the folders that nginx creates for them.
         self._folder.chmod(0o711)
         try:
             config = write_config(self.gateway, self._folder)
@@ -91,10 +91,9 @@ class GatewayProcess:
         return self
 
     def keep_running(self, report: Callable[[str], None], delay: RestartDelay | None = None) -> None:
-        """Restart nginx each time its master process ends; never returns. report: called with one line per restart.
+        """Restart nginx each time its master process exits; never returns. report: called with one line per restart.
 
-        The workers of a killed master still accept connections, and hold the ports that its successor needs, so they
-        are killed first.
+        The workers of a killed master still accept connections and hold the ports, so they are killed first.
         """
         delay = delay or RestartDelay()
         pause, started, reason = delay.first, time.monotonic(), ""
@@ -113,11 +112,11 @@ class GatewayProcess:
                 reason = f"{first} {log[-1].strip()}" if log else first
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for nginx to end by itself; its exit status, or None when it still runs after `timeout` seconds."""
+        """Wait for nginx to exit; return its exit status, or None when it still runs after `timeout` seconds."""
         return wait_for(self._process, timeout)
 
     def stop(self) -> int | None:
-        """Let running requests finish, then end nginx and remove its folder. Safe to call twice. Returns its exit status."""
+        """Finish running requests, stop nginx and remove its folder; return its exit status. Safe to call twice."""
         process, self._process = self._process, None
         status = None
         if process:
@@ -126,7 +125,7 @@ class GatewayProcess:
             time.sleep(POLL)
             while process.poll() is None and self._has_requests() and time.monotonic() < deadline:
                 time.sleep(POLL)
-            status = end_session(process, patience=5.0)  # workers outlive a master that was killed
+            status = end_session(process, patience=5.0)  # also ends workers that outlive a killed master
         if self._output:
             self._output.close()
         if self._folder:
@@ -141,20 +140,20 @@ class GatewayProcess:
         self.stop()
 
     def log_tail(self) -> str:
-        """The last lines that nginx printed, empty when there are none."""
+        """Return the last lines of nginx's output; empty when there are none."""
         return self._output.tail() if self._output else ""
 
     def _has_requests(self) -> bool:
-        """Whether nginx's http block has open connections: state 3 of the accepted ends of its Unix sockets.
+        """Return whether nginx's http block has open connections: state 03 (connected) of its Unix sockets.
 
-        nginx itself would also wait for idle callers that have not closed their end, worker_shutdown_timeout long.
+        nginx's graceful shutdown would also wait, up to worker_shutdown_timeout, for idle callers.
         """
         entries = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
         return any(entry[-1].startswith(f"{self._folder}/") and entry[5] == "03" for entry in entries)
 
     def _launch(self) -> None:
-        """Start nginx in its folder, whose configuration is checked, and wait until it listens."""
-        for socket_path in self._folder.glob("*.sock"):  # of an nginx that was killed; this one could not bind them
+        """Start nginx with the checked configuration in its folder, and wait until it listens."""
+        for socket_path in self._folder.glob("*.sock"):  # left by a killed nginx; binding them would fail
             socket_path.unlink()
         command = [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf"), "-e", "stderr"]
         self._process = start_process(command, dict(os.environ), self._folder)
@@ -174,7 +173,7 @@ class GatewayProcess:
 
 
 def find_nginx(gateway: Gateway) -> str:
-    """The nginx program. Raises ServingError saying how to get it, or its module for Lua."""
+    """Return the path of nginx. Raises ServingError with install instructions for nginx or a missing module."""
     nginx = shutil.which("nginx", path=PLACES)
     missing = [str(gateway.modules / name) for name in MODULES if not (gateway.modules / name).is_file()]
     if nginx is None or missing:
@@ -185,7 +184,7 @@ def find_nginx(gateway: Gateway) -> str:
 
 
 def check_open_files(gateway: Gateway) -> None:
-    """Raises ServingError if the hard limit on open files is below what nginx needs; nginx would only log it."""
+    """Raise ServingError if the hard limit on open files is below what nginx needs; nginx would only log a warning."""
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit != resource.RLIM_INFINITY and limit < gateway.open_files:
         raise ServingError(
@@ -195,7 +194,7 @@ def check_open_files(gateway: Gateway) -> None:
 
 
 def check_config(nginx: str, config: Path) -> None:
-    """Let nginx read a configuration. Raises ServingError with the first line of its complaint."""
+    """Test a configuration with `nginx -t`. Raises ServingError with the first line of nginx's error."""
     ended = subprocess.run(
         [nginx, "-t", "-q", "-p", str(config.parent), "-c", str(config), "-e", "stderr"],
         capture_output=True,
@@ -207,12 +206,12 @@ def check_config(nginx: str, config: Path) -> None:
 
 
 def write_config(gateway: Gateway, folder: Path, runtime: Path | None = None) -> Path:
-    """Write nginx.conf and the Lua that it names into a folder; nginx.conf's path. For `runtime` see Gateway.render."""
+    """Write nginx.conf and its Lua files into a folder; return nginx.conf's path. runtime: see Gateway.render."""
     config = folder / "nginx.conf"
     write_file(config, gateway.render(folder, runtime))
     for source in sorted(Path(__file__).with_name("lua").glob("*.lua")):
         write_file(folder / source.name, source.read_bytes())
-        # nginx's workers read it after they dropped root's rights.
+        # Unprivileged nginx workers read it.
         (folder / source.name).chmod(0o644)
     return config
 

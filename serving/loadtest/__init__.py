@@ -1,1 +1,1 @@
-"""Load tests: the options, the prepared requests, the senders, the users over time, the verdict."""
+"""Load tests with Locust: options, prepared requests, senders, load shapes, thresholds."""

@@ -1,11 +1,11 @@
-"""The Locust file of a load test: users over HTTP in Triton's binary form, and over gRPC. `tailor loadtest` runs it.
+"""The Locust file of a load test: users that send HTTP (Triton's binary form) or gRPC. `tailor loadtest` runs it.
 
     locust -f serving/loadtest/locustfile.py --headless --host http://127.0.0.1:8000 --images photos --users 16 --run-time 30s
 
-The address selects the protocol. Requests are prepared before the test from the images of a folder, a share of them with
---prior, the others balanced. Rows in the reports carry the model version that answered. With --rate the users are sources
-whose requests start at random times, and the response time counts from when the request was due, so that a slow server
-cannot hide its delay by receiving fewer requests.
+The URL selects the protocol. Requests are prepared before the test from the images of a folder, a share of them with
+--prior, the others balanced. Rows of the reports name the model version of the responses. With --rate (open workload)
+each user is a Poisson source of requests, and the response time is measured from the scheduled start of the request, so
+that a slow server does not reduce the load and hide its delay (coordinated omission).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from serving.shared.errors import InputError, ServingError
 from serving.transport.connection import Connection
 
 SHAPED_SECONDS = 60  # duration of a shape without --run-time
-IN_FLIGHT = 256  # unanswered requests of one source, above which it drops new ones and counts them as failures
-AFTER_FAILURE = 0.1  # seconds between a failure and the user's next request; an absent server fails thousands a second
-DRAIN = 5.0  # seconds that open requests get at the end
+IN_FLIGHT = 256  # requests of one source in flight; above it new requests are dropped and counted as failures
+AFTER_FAILURE = 0.1  # seconds between a failure and the user's next request; without it thousands fail per second
+DRAIN = 5.0  # seconds to wait for open requests at the end
 logger = logging.getLogger("tailor.loadtest")
 
 
 class ClassifierUser(User):
-    """Sends one prepared request after another, or is a source of them."""
+    """Sends prepared requests one after another (closed workload), or at random times with --rate (open workload)."""
 
     wait_time = constant(0)
 
@@ -57,7 +57,7 @@ class ClassifierUser(User):
 
     @task
     def classify(self) -> None:
-        """Send one request; for a source, one arrival."""
+        """Send one request; with --rate, wait for its scheduled start and send it without waiting for the response."""
         rate = self.environment.parsed_options.rate
         if not rate:
             if not self._load.send(time.perf_counter()):
@@ -73,7 +73,7 @@ class ClassifierUser(User):
 
 
 class Shape(LoadTestShape):
-    """--shape over --run-time, up to --users."""
+    """Number of users over time: --shape over --run-time, up to --users."""
 
     use_common_options = True
 
@@ -95,7 +95,7 @@ class Load:
         self._request, self._mix, self._sender = environment.events.request, mix, sender
 
     def send(self, due: float) -> bool:
-        """Send one request and report the milliseconds from when it was due to its answer; whether it was answered."""
+        """Send one request and report the milliseconds from `due` to the response; return whether it succeeded."""
         label, call = self._mix.draw()
         version, length, problem = None, 0, None
         try:
@@ -106,7 +106,7 @@ class Load:
         return problem is None
 
     def drop(self) -> None:
-        """Report an arrival that is not sent, because too many before it are unanswered."""
+        """Report a request that is not sent because IN_FLIGHT requests are open."""
         self._report("dropped", None, 0.0, 0, Failed(f"not sent: {IN_FLIGHT} requests of this source are unanswered"))
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class Load:
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: Any) -> None:
-    """The options of LoadPlan, beside Locust's own. Paths stay text: Locust's messages to its workers hold no other type."""
+    """Add the options of LoadPlan to Locust's. Paths stay strings: Locust's messages to its workers carry no Path."""
     group = parser.add_argument_group("tailor")
     for option in locust_options():
         kind = str if option.kind is Path else option.kind
@@ -137,13 +137,13 @@ def add_options(parser: Any) -> None:
 
 
 def locust_options() -> list[PlanOption]:
-    """The options of a load test that Locust does not have itself."""
+    """Return the options of a load test that Locust itself does not have."""
     return [option for option in plan_options() if option.name not in (*RUN_OPTIONS, "users", "seconds")]
 
 
 @events.init.add_listener
 def prepare(environment: Any, **_: Any) -> None:
-    """Prepare the requests and the connection; an error is one line and ends Locust with its exit status."""
+    """Prepare the requests and the connection. An error is logged as one line, and Locust exits with its status."""
     options = environment.parsed_options
     try:
         if not environment.host:
@@ -153,7 +153,7 @@ def prepare(environment: Any, **_: Any) -> None:
         given = {option.name: getattr(options, option.name) for option in locust_options()}
         plan = LoadPlan(connection, allow_remote=True, **{**given, "images": Path(options.images)})
         if connection.protocol == "grpc":
-            # Before any channel, and after Locust has forked its workers: a channel does not survive a fork.
+            # Before any channel is opened and after Locust has forked its workers: a channel does not survive a fork.
             import grpc.experimental.gevent
 
             grpc.experimental.gevent.init_gevent()
@@ -169,10 +169,10 @@ def prepare(environment: Any, **_: Any) -> None:
 
 
 def finish(environment: Any, plan: LoadPlan) -> None:
-    """Judge the test, write the summary, and end Locust with status 1 when a threshold was missed."""
+    """Check the thresholds, write the summary, and set Locust's exit status to 1 when a threshold was missed."""
     stats = environment.stats
     kinds = [_measured(entry, entry.response_times) for entry in stats.entries.values()]
-    # Failures are often faster than answers and would hide slow ones, so the total is timed by the answers alone.
+    # Failures are often faster than responses and would hide slow ones: percentiles of the total exclude them.
     answered: Counter[int] = Counter()
     for entry in stats.entries.values():
         if VERSION.search(entry.name):
@@ -189,7 +189,7 @@ def finish(environment: Any, plan: LoadPlan) -> None:
 
 
 def _measured(entry: Any, times: Mapping[int, int]) -> Measured:
-    """A row of Locust's statistics, timed by these milliseconds and how often each was seen."""
+    """Convert a row of Locust's statistics. times: the number of requests by response time in milliseconds."""
     number = sum(times.values())
     p50, p99 = (float(calculate_response_time_percentile(times, number, share)) for share in (0.5, 0.99))
     name = "all" if entry is entry.stats.total else f"{entry.method} {entry.name}"

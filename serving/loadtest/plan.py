@@ -1,4 +1,4 @@
-"""The options of a load test, each written once: `tailor loadtest` and the Locust file read them from `LoadPlan`."""
+"""Options of a load test, defined once in `LoadPlan` for `tailor loadtest` and the Locust file."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from serving.loadtest.shapes import SHAPES
 from serving.shared.errors import InputError
 from serving.transport.connection import Connection
 
-# Passes the headers to the processes that send; in their command lines `ps` would show them.
+# Environment variable with the headers for the Locust processes: a command line would be visible in `ps`.
 HEADERS_VARIABLE = "TAILOR_LOADTEST_HEADERS"
 TIMESPAN = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
-# What Locust has itself, or has another option for; and what concerns the run as a whole and not what is sent.
+# LOCUST_NAMES: options with another name in Locust. RUN_OPTIONS: options that the Locust file does not need.
 LOCUST_NAMES = {"users": "--users", "seconds": "--run-time", "timeout": "--request-timeout"}
 RUN_OPTIONS = ("workers", "allow_remote")
 POSITIVE = math.ulp(0.0)
 
 
 class Bounds(NamedTuple):
-    """The smallest and largest allowed value of an option, and the same in words."""
+    """The smallest and largest allowed value of an option, and their text in an error message."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ SHARE, UP_TO_64 = Bounds(0, 1, "a share from 0 to 1"), Bounds(1, 64, "1 to 64")
 
 
 def seconds_of(text: str | int) -> int:
-    """Seconds of a time span such as 90, 90s, 10m or 1h30m. Raises InputError."""
+    """Parse a time span such as 90, 90s, 10m or 1h30m into seconds. Raises InputError."""
     match = TIMESPAN.fullmatch(str(text).strip())
     if not match or not any(match.groups()):
         raise InputError(f"--time is {text!r}; expected a time such as 90s, 10m or 1h30m")
@@ -59,10 +59,10 @@ def seconds_of(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """One load test. Every field but `connection` is an option. Raises InputError naming the option that is not usable.
+    """Options of one load test: every field but `connection`. Raises InputError naming the invalid option.
 
-    Without `rate` the workload is closed: each user waits for its response. With `rate` it is open: requests are sent at
-    random times, `rate` a second in total, whether or not the server keeps up.
+    Without `rate` the workload is closed: each user waits for its response. With `rate` the workload is open: requests
+    are sent at random times, `rate` per second in total, also when the server is slower.
     """
 
     connection: Connection
@@ -126,7 +126,7 @@ class LoadPlan:
             raise InputError(f"--images is {self.images}, not a folder; give one with JPEG, PNG or WebP files")
 
     def locust_arguments(self) -> list[str]:
-        """The plan as arguments of `locust -f serving/loadtest/locustfile.py`, without the headers, which `ps` would show."""
+        """Return the arguments for `locust -f serving/loadtest/locustfile.py`, without headers (visible in `ps`)."""
         given = {"--host": self.connection.url, "--ca-file": self.connection.ca_file}
         for option in plan_options():
             if option.name not in RUN_OPTIONS:
@@ -136,7 +136,7 @@ class LoadPlan:
 
 @cache
 def plan_options() -> tuple[PlanOption, ...]:
-    """The options of a load test, from the fields of LoadPlan."""
+    """Return the options of a load test, from the fields of LoadPlan."""
     hints, options = get_type_hints(LoadPlan, include_extras=True), []
     for field in fields(LoadPlan)[1:]:
         kind, info, *bounds = get_args(hints[field.name])
@@ -147,7 +147,7 @@ def plan_options() -> tuple[PlanOption, ...]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its loopback address."""
+    """Return whether a host is `localhost` or a loopback address."""
     if host == "localhost":
         return True
     try:

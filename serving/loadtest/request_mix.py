@@ -1,4 +1,4 @@
-"""The requests of a load test: images of a folder, each under the balanced prior and under the one that is tested."""
+"""Prepare the requests of a load test: images of a folder under the balanced prior and under the tested prior."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ BALANCED, ADJUSTED = "balanced", "adjusted"
 
 @dataclass(frozen=True)
 class Mix:
-    """Prepared requests by label, and the share of adjusted ones. The bytes are made once, before the test."""
+    """Prepared requests by label, and the share of adjusted ones. They are encoded once, before the test."""
 
     requests: dict[str, list[Infer]]
     adjusted_share: float
 
     def draw(self) -> tuple[str, Infer]:
-        """A label and a request, at random."""
+        """Draw a random request; return its label and the request."""
         label = ADJUSTED if random.random() < self.adjusted_share else BALANCED
         return label, random.choice(self.requests[label])
 
 
 def make_mix(client: Client, folder: Path, prior: str, adjusted_share: float, batch: int) -> Mix:
-    """Requests of `batch` images each from the folder, at most MAX_REQUESTS of them and MAX_BYTES in all.
+    """Prepare requests of `batch` images from a folder: at most MAX_REQUESTS, with at most MAX_BYTES in total.
 
-    A larger folder is sampled, the same way each time. Every image is decoded once here. Raises InputError for a folder
-    without images and for an unusable image or prior, ServingError when the server does not return its classes.
+    A larger folder is sampled with a fixed seed. Every used image is decoded once. Raises InputError for a folder
+    without images and for an invalid image or prior, ServingError when the server does not return its classes.
     """
     files = image_files(folder)
     random.Random(SEED).shuffle(files)
     groups: list[list[bytes]] = []
     size = 0
     for start in range(0, min(len(files), MAX_REQUESTS * batch), batch):
-        # The last group is filled up from the beginning, so that all requests have the same size.
+        # The last group wraps around to the first files, so that all requests have the same batch size.
         group = [read_image(files[(start + offset) % len(files)]) for offset in range(batch)]
         size += sum(map(len, group))
         if groups and size > MAX_BYTES:

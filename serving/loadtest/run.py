@@ -1,4 +1,4 @@
-"""Run a load test: Locust in a process of its own, with checks before it and a time limit around it."""
+"""Run a load test: Locust in a subprocess, after checks of its input and with a time limit."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ PATIENCE = 15.0  # seconds between SIGTERM and SIGKILL
 
 
 def run(plan: LoadPlan, report: Path, progress: Callable[[float], None]) -> dict[str, Any]:
-    """Run a load test; returns the content of summary.json, with `passed`. Starts no server.
+    """Run a load test; return the content of summary.json, with `passed`. Starts no server.
 
     report: a folder for loadtest.html, loadtest_stats.csv and the other tables of Locust, summary.json and locust.log.
-    progress: called with the completed part of the time. Raises ServingError when Locust is missing or exits early, when
-    the server does not answer a first request, or when the test takes far longer than planned.
+    progress: called with the elapsed fraction of the time. Raises ServingError when Locust is missing or exits early,
+    when the server does not respond to a first request, or when the test exceeds its time by more than GRACE seconds.
     """
     if importlib.util.find_spec("locust") is None:
         raise ServingError("locust is not installed; install the extra: pip install 'tailor[loadtest]'")
     connection = plan.connection
     with Client(connection.url, plan.timeout, headers=connection.headers, ca_file=connection.ca_file) as client:
-        client.predict([read_image(image_files(plan.images)[0])], plan.prior)  # fail here, in one line, not in Locust
+        # A wrong URL or prior fails here with one line, and not inside Locust.
+        client.predict([read_image(image_files(plan.images)[0])], plan.prior)
     report.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["locust", "-f", "serving/loadtest/locustfile.py", "--headless", *plan.locust_arguments()])
     result = {**_run_locust(plan, report, progress), "command": command}
@@ -45,14 +46,14 @@ def run(plan: LoadPlan, report: Path, progress: Callable[[float], None]) -> dict
 
 
 def _run_locust(plan: LoadPlan, report: Path, progress: Callable[[float], None]) -> dict[str, Any]:
-    """Run Locust to its end, in a session of its own; its summary."""
+    """Run Locust in a separate session until it exits; return its summary."""
     summary, log = report / ".summary.json", report / "locust.log"
     summary.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
     command += [*plan.locust_arguments(), f"--summary={summary.absolute()}", f"--stop-timeout={plan.timeout:g}"]
     command += ["--csv", str(report / "loadtest"), "--csv-full-history", "--html", str(report / "loadtest.html")]
     if plan.workers > 1:
-        # Locust's master would listen on every address of the machine.
+        # By default Locust's master would listen on every address of the machine.
         port = choose_ports("127.0.0.1", {"--master-port": 0})["--master-port"]
         command += [f"--processes={plan.workers}", "--master-bind-host=127.0.0.1", f"--master-bind-port={port}"]
         command += ["--master-host=127.0.0.1", f"--master-port={port}"]
@@ -76,7 +77,7 @@ def _run_locust(plan: LoadPlan, report: Path, progress: Callable[[float], None])
 
 
 def _environment(plan: LoadPlan) -> dict[str, str]:
-    """The environment of the processes that send: Tailor's packages, the headers, and no LOCUST_ settings of the caller."""
+    """Return Locust's environment: Tailor's packages and the headers, without LOCUST_ variables of the caller."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
     return with_tailor(environment) | {HEADERS_VARIABLE: json.dumps(dict(plan.connection.headers))}
 

@@ -1,7 +1,7 @@
 """Send prepared requests of a load test over HTTP or gRPC, and read only the model version of each response.
 
-HTTP uses geventhttpclient itself: Locust's FastHttpUser, which wraps it, follows redirects, keeps cookies, opens a pool
-per user and takes 40 to 80 % more processor time per request (0.33 to 0.44 ms against 0.24 ms, 16 users, one core).
+HTTP uses geventhttpclient directly. Locust's FastHttpUser wraps it, but follows redirects, keeps cookies, opens a pool
+per user, and takes 40 to 80 % more CPU time per request (0.33 to 0.44 ms against 0.24 ms, 16 users, one core).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 from serving.transport.connection import CONNECT_TIMEOUT, Connection
 from serving.transport.messages import HEADER_LENGTH, SERVICE, Infer
 
-CONNECTIONS = 4096  # above the users or arrivals in flight of one process
+CONNECTIONS = 4096  # limit of the HTTP pool; above the requests in flight of one process
 
 
 class Failed(Exception):
-    """A request of the test was not answered with a prediction."""
+    """A request of the load test failed: no response, an error response, or a response without a prediction."""
 
 
 class HttpSender:
-    """HTTP in Triton's binary form over kept connections, one for each request in flight. `send` raises Failed."""
+    """HTTP in Triton's binary form over keep-alive connections, one per request in flight. `send` raises Failed."""
 
     kind = "HTTP"
 
@@ -40,7 +40,7 @@ class HttpSender:
         )
 
     def send(self, call: Infer) -> tuple[int, int]:
-        """The version that answered, and the response's bytes."""
+        """Send one request; return the model version and the response size in bytes."""
         request = call.http
         headers = {**self._headers, **request.headers}
         try:
@@ -61,7 +61,7 @@ class HttpSender:
 
 
 class GrpcSender:
-    """gRPC over one channel; a gevent process calls grpc.experimental.gevent.init_gevent() before. `send` raises Failed."""
+    """gRPC over one channel. `send` raises Failed. With gevent, call grpc.experimental.gevent.init_gevent() first."""
 
     kind = "gRPC"
 
@@ -89,10 +89,10 @@ Sender = HttpSender | GrpcSender
 
 
 def make_sender(connection: Connection, timeout: float) -> Sender:
-    """The sender for the protocol of the address."""
+    """Return the sender for the protocol of the connection."""
     return (HttpSender if connection.protocol == "http" else GrpcSender)(connection, timeout)
 
 
 def _shown(body: bytes) -> str:
-    """The beginning of a response on one line; reports group failures by it."""
+    """Return the start of a response body on one line; reports group failures by this text."""
     return " ".join(body[:200].decode("utf-8", "replace").split())

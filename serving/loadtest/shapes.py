@@ -1,4 +1,4 @@
-"""The number of active users over the time of a load test."""
+"""Load shapes: the number of active users over the time of a load test."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 
 STEPS = 5
-SPIKE = (0.4, 0.6)  # part of the time at full load
-SPIKE_BASE = 0.2  # part of the users before and after
-RAMP = 0.05  # part of the time that a soak takes to fill up
+SPIKE = (0.4, 0.6)  # start and end of the full load, as fractions of the time
+SPIKE_BASE = 0.2  # fraction of the users before and after the spike
+RAMP = 0.05  # fraction of the time in which a soak reaches all users
 
 
-# Part of the users by part of the time.
+# Fraction of the users as a function of the fraction of the time.
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
     "steps": lambda part: (math.floor(part * STEPS) + 1) / STEPS,
@@ -21,10 +21,10 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def users_at(shape: str, elapsed: float, seconds: float, users: int) -> int | None:
-    """The active users `elapsed` seconds after the start, from 1 to `users`; None when the time is over.
+    """Return the number of active users `elapsed` seconds after the start, from 1 to `users`; None after `seconds`.
 
-    constant: all of them. steps: a fifth more in each fifth of the time. spike: a fifth of them, all in the middle fifth.
-    soak: filled up over the first twentieth, then all.
+    constant: all users. steps: a fifth of the users more in each fifth of the time. spike: a fifth of the users, and
+    all users in the middle fifth of the time. soak: ramp up over the first twentieth of the time, then all users.
     """
     if elapsed >= seconds:
         return None

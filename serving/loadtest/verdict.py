@@ -1,4 +1,4 @@
-"""The result of a load test by model version, and whether it is within the thresholds."""
+"""Result of a load test: measurements by model version, checked against the thresholds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from serving.loadtest.plan import LoadPlan
 
-VERSION = re.compile(r"version (\d+), (\w+)")  # in the name of a kind of request that was answered
+VERSION = re.compile(r"version (\d+), (\w+)")  # in the names that request_name gives to requests with a response
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Requests of one kind, or all: number, failures, requests per second, response time in milliseconds."""
+    """Measurements of one kind of request, or of all: counts, requests per second, response times in milliseconds."""
 
     name: str
     requests: int
@@ -25,10 +25,10 @@ class Measured:
 
 
 def judge(total: Measured, kinds: Sequence[Measured], plan: LoadPlan) -> dict[str, Any]:
-    """Compare the measurement with the plan's thresholds; a test in which no request was answered has failed.
+    """Compare the measurements with the plan's thresholds; a test without any successful request fails.
 
-    Returns the content of summary.json: the total, each kind of request, requests and failures by model version, each
-    missed threshold in words, and `passed`.
+    Returns the content of summary.json: the total, each kind of request, requests and failures by model version, a
+    text for each missed threshold, and `passed`.
     """
     missed = []
     share = total.failures / total.requests if total.requests else 1.0
@@ -54,5 +54,5 @@ def judge(total: Measured, kinds: Sequence[Measured], plan: LoadPlan) -> dict[st
 
 
 def request_name(version: int | None, label: str) -> str:
-    """The name of a kind of request in the reports: the version that answered and the requested prior."""
+    """Return the name of a kind of request in the reports: model version and label of the prior."""
     return f"version {version}, {label}" if version is not None else f"no answer, {label}"

@@ -1,1 +1,1 @@
-"""The playground: a page on a running server, for people."""
+"""The playground: a local web page (Gradio) that compares priors on a running server."""

@@ -1,4 +1,4 @@
-"""What the page shows: one image's answers under several priors side by side, and a batch as CSV."""
+"""Content of the playground page: predictions of one image under several priors, and a batch of files as CSV."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXPECTED = "`cat: 3, dog: 1`, one number per class, or JSON; weights need not su
 
 @dataclass(frozen=True)
 class Answer:
-    """One image under one prior. milliseconds: from question to answer, the client's time. error: why there is none."""
+    """The result of one image under one prior. milliseconds: client latency. error: the message of a failed request."""
 
     title: str
     prediction: Prediction | None
@@ -40,7 +40,7 @@ class Answer:
 
 
 def ask(client: Client, image: bytes, title: str, prior: Prior) -> Answer:
-    """Ask for one image; what goes wrong is part of the answer."""
+    """Classify one image; a failure is returned as the Answer's error."""
     started = time.perf_counter()
     try:
         (prediction,) = client.predict([image], prior)
@@ -50,10 +50,10 @@ def ask(client: Client, image: bytes, title: str, prior: Prior) -> Answer:
 
 
 def side_by_side(client: Client, image: bytes, strength: float, own: str) -> list[Answer]:
-    """The answers for balanced, train, live, the strength of the slider, and a prior of one's own where one is typed.
+    """Classify one image under balanced, train, live, the slider's strength, and the typed prior `own` if not empty.
 
-    Raises InputError for an image that cannot be read, naming what is wrong with it, and ServingError when no server
-    answers: then no column would be right.
+    Raises InputError for an image that cannot be read, and ServingError when no server responds: both concern every
+    column.
     """
     started = time.perf_counter()
     (prediction,) = client.predict([image], "balanced")
@@ -69,10 +69,10 @@ def side_by_side(client: Client, image: bytes, strength: float, own: str) -> lis
 
 
 def own_prior(text: str) -> Prior:
-    """A typed prior, scaled to sum to 1: `cat: 3, dog: 1`, one number per class, or a JSON list or object.
+    """Parse a typed prior and scale it to sum to 1: `cat: 3, dog: 1`, one number per class, or a JSON list or object.
 
-    Entries stand apart by commas, semicolons or lines; a class name that holds one of these needs JSON. Classes without a
-    weight have 0. Raises InputError.
+    Commas, semicolons or line ends separate entries; a class name that contains one of these needs JSON. Classes
+    without a weight get 0. Raises InputError.
     """
     if len(text) > MAX_PRIOR_TEXT:
         raise InputError(f"your own prior has {len(text):,} characters; expected at most {MAX_PRIOR_TEXT:,}")
@@ -116,9 +116,9 @@ def _normalised(typed: dict[str, Any] | list[Any]) -> Prior:
 
 
 def as_html(answers: Sequence[Answer]) -> str:
-    """The columns as HTML: the best classes with a bar each, the time, the version. Names are text, whatever they hold.
+    """Render the columns as HTML: top classes with bars, latency, version. Class names are escaped.
 
-    A column whose best class is not that of the first column is marked.
+    A column whose best class differs from that of the first column is marked.
     """
     first = next((answer.prediction.classes[0] for answer in answers[:1] if answer.prediction), None)
     return f'<div class="columns">{"".join(_column(answer, answers[0].title, first) for answer in answers)}</div>'
@@ -144,7 +144,7 @@ def _column(answer: Answer, reference: str, first: str | None) -> str:
 
 
 def thumbnail(image: bytes, name: str, side: int = 256) -> str:
-    """The image as HTML, of at most `side` pixels, encoded again from its pixels. Raises ImageError for what is no image."""
+    """Render the image as HTML, re-encoded as JPEG of at most `side` pixels. Raises ImageError for an invalid image."""
     small = decode(image, resize_to=side)
     small.thumbnail((side, side))
     stream = io.BytesIO()
@@ -155,8 +155,7 @@ def thumbnail(image: bytes, name: str, side: int = 256) -> str:
 
 @dataclass(frozen=True)
 class Batch:
-    """Answers for many files: a CSV file with a row for each image and class, how many images failed, and the first SHOWN
-    images with their answers."""
+    """Results of many files. csv: a row per image and class. failed: count of failed images. shown: the first SHOWN."""
 
     csv: Path
     failed: int
@@ -164,11 +163,11 @@ class Batch:
 
 
 def classify_batch(client: Client, files: Sequence[Path], prior: Prior) -> Batch:
-    """Classify many files.
+    """Classify many files and write the results to a temporary CSV file.
 
-    An upload keeps no folders (Gradio hands on the name alone), so that `cat/1.jpg` and `dog/1.jpg` have the same name:
-    names that repeat are numbered in the order of the upload, `1.jpg (1)` and `1.jpg (2)`.
-    Raises InputError for a prior that cannot be, ServingError when no server answers.
+    Gradio drops the folders of an upload, so `cat/1.jpg` and `dog/1.jpg` have the same name: repeated names are
+    numbered in upload order, `1.jpg (1)` and `1.jpg (2)`. Raises InputError for an invalid prior, ServingError when no
+    server responds.
     """
     failed, shown = 0, []
     with tempfile.NamedTemporaryFile(
@@ -186,7 +185,7 @@ def classify_batch(client: Client, files: Sequence[Path], prior: Prior) -> Batch
 
 
 def batch_table(batch: Batch) -> str:
-    """The first images of a batch as an HTML table: thumbnail, name, best class, probability. Names are text."""
+    """Render the first images of a batch as an HTML table: thumbnail, escaped name, best class, probability."""
     rows = "".join(_batch_row(*row) for row in batch.shown)
     head = "".join(f'<th scope="col">{name}</th>' for name in ("image", "file", "class", "probability"))
     return f'<div class="batch"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -194,7 +193,7 @@ def batch_table(batch: Batch) -> str:
 
 def _batch_row(name: str, path: Path, answer: Prediction | ServingError) -> str:
     if isinstance(answer, ServingError):
-        fault = str(answer).removeprefix(f"{path}: ")  # the upload's own folder means nothing to the user
+        fault = str(answer).removeprefix(f"{path}: ")  # the path of the uploaded copy is of no use to the user
         return f'<tr><td></td><td>{escape(name)}</td><td class="none" colspan="2">{escape(fault)}</td></tr>'
     best, probability = escape(answer.classes[0]), answer.probabilities[0]
     image = thumbnail(path.read_bytes(), name, side=64)
@@ -202,13 +201,13 @@ def _batch_row(name: str, path: Path, answer: Prediction | ServingError) -> str:
 
 
 def told_apart(files: Sequence[Path]) -> list[str]:
-    """The name of each file, with its number in brackets where several have it; no two are alike."""
+    """Return a unique display name per file: the file name, with a number in brackets where the name repeats."""
     total, names = Counter(path.name for path in files), []
     seen: Counter[str] = Counter()
     for path in files:
         name = path.name
         if total[path.name] > 1:
-            # A file may be called "1.jpg (2)" already.
+            # A file may already have the name "1.jpg (2)".
             while name in total or name in names:
                 seen[path.name] += 1
                 name = f"{path.name} ({seen[path.name]})"

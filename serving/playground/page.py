@@ -1,4 +1,4 @@
-"""The page itself, made of Gradio's parts over the real client."""
+"""The playground page: Gradio components and their handlers, over the synchronous client."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MAX_SAMPLES = 24
 
 
 def find_samples(folder: Path) -> list[Path]:
-    """The first images of a folder, by name; none where there is no such folder."""
+    """Return the first MAX_SAMPLES images of a folder, sorted by name; an empty list for a missing folder."""
     found = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     return found[:MAX_SAMPLES]
 
 
 def build(client: Client, samples: Sequence[Path] = ()) -> gradio.Blocks:
-    """The page on a server. samples: images to click. No request is sent before the user acts."""
+    """Build the page. samples: sample images to click. No request is sent before a user action."""
     import gradio as gr
 
     with gr.Blocks(title="Tailor playground", analytics_enabled=False) as page:
@@ -77,7 +77,7 @@ def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
         def choose(event: gradio.SelectData) -> str:
             return str(samples[event.index])
 
-        # Gradio reads the annotation as an object to pass the event, which a string of a lazy import is not.
+        # Gradio needs the class in the annotation to pass the event; with the lazy import it would be a string.
         choose.__annotations__["event"] = gr.SelectData
         gallery.select(choose, None, upload, show_progress="hidden", api_visibility="private")
     strength.release(**asked, show_progress="hidden")
@@ -116,7 +116,7 @@ def _many_images(gr: Any, client: Client) -> None:
 
 
 def launch_options() -> dict[str, Any]:
-    """How the page is served: this machine alone, bounded uploads, system fonts, nothing of others loaded."""
+    """Options of Gradio's launch: loopback only, limited upload size, system fonts, no external resources."""
     import gradio as gr
 
     theme = gr.themes.Base(

@@ -1,1 +1,1 @@
-"""Triton's two protocols, with retries and deadlines."""
+"""Transport of requests to Triton over HTTP and gRPC, with TLS, retries and deadlines."""

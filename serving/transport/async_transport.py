@@ -1,4 +1,4 @@
-"""The transport of asyncio programs: the calls and failures of transport.py over aiohttp and grpc.aio."""
+"""The asyncio transport: the calls and errors of sync_transport over aiohttp and grpc.aio."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from serving.transport.sync_transport import check_open
 
 
 class AsyncTransport:
-    """Connections to one Triton server, opened when first used, in the event loop that uses them first.
+    """Connections to one Triton server, opened at the first call and bound to the event loop of that call.
 
-    Its methods raise what Transport's raise.
+    The methods raise the same errors as those of Transport.
     """
 
     def __init__(self, connection: Connection, retries: Retries) -> None:
@@ -31,9 +31,9 @@ class AsyncTransport:
         self._wire: AsyncHttpWire | AsyncGrpcWire = wire(connection)
 
     async def ask(self, call: Call, deadline: Deadline) -> Any:
-        """The response to a call, with retries where they are safe and before the deadline.
+        """Send a call and return its response; safe retries are made until the deadline.
 
-        Raises InputError after `close`, and in another event loop than that of the first call, which owns the connections.
+        Raises InputError after `close`, and in another event loop than that of the first call.
         """
         check_open(self.url, self._closed)
         loop = asyncio.get_running_loop()
@@ -43,13 +43,13 @@ class AsyncTransport:
         return await tenacity.AsyncRetrying(**self._retries.policy(deadline))(self._wire.send, call, deadline)
 
     async def close(self) -> None:
-        """Close the connections; open ones would hold up the server's shutdown."""
+        """Close the connections; open connections would delay the server's shutdown."""
         self._closed = True
         await self._wire.close()
 
 
 class AsyncHttpWire:
-    """HTTP/1.1 with kept connections (aiohttp)."""
+    """HTTP/1.1 with keep-alive connections (aiohttp)."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -62,7 +62,7 @@ class AsyncHttpWire:
 
         connection, url = self._connection, self._connection.url
         if self._session is None:
-            # The client bounds the requests in flight; cookies of a server are ignored.
+            # limit=0: the client already limits the requests in flight. Cookies of a server are ignored.
             connector = aiohttp.TCPConnector(limit=0, ssl=self._context if self._context else True)
             self._session = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
@@ -102,7 +102,7 @@ class AsyncGrpcWire:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        connection.grpc_credentials()  # an unusable file fails here and not at the first request
+        connection.grpc_credentials()  # an invalid PEM file fails here and not at the first request
         self._metadata = tuple(connection.headers.items())
         self._channel: Any = None
 
@@ -127,7 +127,7 @@ class AsyncGrpcWire:
 
 
 async def _read(response: Any) -> bytes:
-    """Read the whole body; one above ANSWER_BYTES is cut off."""
+    """Read the whole body; stop after ANSWER_BYTES and close the connection."""
     body = bytearray()
     async for piece in response.content.iter_any():
         body += piece

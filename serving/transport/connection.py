@@ -1,4 +1,4 @@
-"""How to reach a server: its address, TLS, and the headers of each request."""
+"""Connection settings of a server: URL, TLS files, and the headers of each request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from serving.shared.errors import InputError
 
 SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
-HEADER_NAME = re.compile(r"(?!grpc-)[a-z0-9._-]+(?<!-bin)")  # what gRPC takes with text; HTTP would take more
+HEADER_NAME = re.compile(r"(?!grpc-)[a-z0-9._-]+(?<!-bin)")  # text metadata keys of gRPC; HTTP allows more
 OWN_HEADERS = (
     *("accept-encoding", "connection", "content-encoding", "content-length", "content-type", "host"),
     *("inference-header-content-length", "te", "transfer-encoding"),
@@ -21,13 +21,13 @@ OWN_HEADERS = (
 HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")  # a name or an IPv4 address, or an IPv6 address
 PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
 CONNECT_TIMEOUT = 10.0  # seconds
-ANSWER_BYTES = 64 * 1024 * 1024  # an answer is far smaller; more is not Triton's
+ANSWER_BYTES = 64 * 1024 * 1024  # limit on a response body; Triton's responses are far smaller
 GRPC_OPTIONS = [
     ("grpc.max_receive_message_length", ANSWER_BYTES),
     ("grpc.max_send_message_length", -1),
-    # Both protocols go straight to the address that was given; gRPC alone would follow http_proxy even to loopback.
+    # Both protocols connect directly to the given address; gRPC would otherwise use http_proxy, even for loopback.
     ("grpc.enable_http_proxy", 0),
-    # gRPC waits a second and more before it tries a lost server again; retries.py decides about that instead.
+    # gRPC waits 1 s or more before it reconnects; retries.py controls the waits instead.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -37,11 +37,11 @@ GRPC_OPTIONS = [
 
 @dataclass(frozen=True)
 class Connection:
-    """An address with what goes with it. Raises InputError for an unusable address, header, file or combination.
+    """Connection settings of one server. Raises InputError for an invalid URL, header, file or combination.
 
-    url: http://host:port, https://…, grpc://host:port or grpcs://…. headers: sent with every request; they may hold
-    secrets, so no message and no repr shows them. ca_file: PEM of the CAs to trust instead of the system's.
-    certificate_file, key_file: PEM of a client certificate. insecure: accept any certificate (https alone).
+    url: http://host:port, https://…, grpc://host:port or grpcs://…. headers: sent with every request; they may contain
+    secrets, so no error message and no repr shows them. ca_file: PEM of the CAs to trust instead of the system's.
+    certificate_file, key_file: PEM of a client certificate. insecure: accept any certificate (https only).
     """
 
     url: str
@@ -80,11 +80,11 @@ class Connection:
 
     @property
     def address(self) -> str:
-        """host:port, an IPv6 host in brackets."""
+        """host:port; an IPv6 host is in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """The TLS settings of HTTP, None for an address without TLS."""
+        """Return the TLS context for HTTP; None for a URL without TLS. Raises InputError for an invalid PEM file."""
         if not self.secure:
             return None
         ca, certificate, key = self._pem_files()
@@ -102,17 +102,17 @@ class Connection:
         return context
 
     def grpc_credentials(self) -> Any:
-        """The TLS settings of gRPC, None for an address without TLS."""
+        """Return the TLS credentials for gRPC; None for a URL without TLS. Raises InputError as ssl_context does."""
         if not self.secure:
             return None
         import grpc
 
         ca, certificate, key = self._pem_files()
-        self.ssl_context()  # gRPC accepts a wrong key and fails at the first request; OpenSSL fails here
+        self.ssl_context()  # detects a wrong key now; gRPC would fail only at the first request
         return grpc.ssl_channel_credentials(ca, key, certificate)
 
     def grpc_channel(self, asynchronous: bool = False) -> Any:
-        """A new gRPC channel to the address, of grpc or of grpc.aio."""
+        """Open a gRPC channel to the address, of grpc or (asynchronous) grpc.aio."""
         import grpc
 
         api, credentials = grpc.aio if asynchronous else grpc, self.grpc_credentials()
@@ -131,7 +131,7 @@ class Connection:
 
 
 def parse_url(url: str) -> tuple[str, bool, str]:
-    """Protocol (http or grpc), whether it is encrypted, and host:port of a server's address. Raises InputError."""
+    """Parse a server URL into protocol (http or grpc), TLS flag and host:port. Raises InputError."""
     found = Connection(url)
     return found.protocol, found.secure, found.address
 
@@ -141,7 +141,7 @@ def _parse(url: str) -> dict[str, Any]:
     try:
         parts = urlsplit(url)
         port = parts.port
-        # The form that every library below accepts; each would refuse another host with its own error.
+        # ASCII (IDNA) is the form that every HTTP and gRPC library accepts.
         host = (parts.hostname or "").encode("idna").decode("ascii")
     except ValueError:
         raise refused from None

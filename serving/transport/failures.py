@@ -1,4 +1,4 @@
-"""Errors between client and server, and how HTTP statuses and gRPC codes become them."""
+"""Error types of the transport, and the conversion of HTTP statuses and gRPC codes into them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serving.shared.errors import ServingError
 from serving.transport.messages import Garbled
 
 REASON_LENGTH = 500
-# A gateway or a server that is starting, stopping or full; nothing is wrong with the request.
+# Statuses of a gateway or server that is starting, stopping or overloaded; the request itself is valid.
 UNAVAILABLE = (502, 503)
 ADVICE = {
     401: "give credentials with --header 'Authorization: ...' (in Python: token= or headers=)",
@@ -24,13 +24,13 @@ TLS_HINT = "give the CA that signed its certificate with --ca-file (in Python: c
 
 
 class Refused(ServingError):
-    """The server refused the request; the message is its reason. A retry would be refused too."""
+    """The server rejected the request; the message is the server's reason. Not retried."""
 
 
 class Unavailable(ServingError):
     """No server accepts connections, the connection broke, or the server is not ready. A retry is safe.
 
-    pause: seconds of the server's Retry-After, None without one.
+    pause: seconds in the server's Retry-After header; None without the header.
     """
 
     def __init__(self, message: str, pause: float | None = None) -> None:
@@ -39,21 +39,21 @@ class Unavailable(ServingError):
 
 
 class DeadlineExceeded(ServingError):
-    """The caller's timeout has passed."""
+    """The deadline of the call has passed."""
 
 
 def unreachable(url: str) -> Unavailable:
-    """The error where no server accepts connections, or a connection broke."""
+    """Return the error for a server that accepts no connections, or a broken connection."""
     return Unavailable(_absent(url, ""))
 
 
 def not_triton(url: str, why: str = "") -> ServingError:
-    """The error where a response is not Triton's; a retry would not change that."""
+    """Return the error for a response that is not Triton's; not retried."""
     return ServingError(_absent(url, why))
 
 
 def readable(url: str, read: Callable[..., Any], *response: Any) -> Any:
-    """What a call's `read` makes of a response with status 200. Raises ServingError where it is not Triton's."""
+    """Parse a response of status 200 with the call's `read`. Raises ServingError where the response is not Triton's."""
     try:
         return read(*response)
     except Garbled as error:
@@ -61,17 +61,17 @@ def readable(url: str, read: Callable[..., Any], *response: Any) -> Any:
 
 
 def deadline_exceeded(url: str, budget: float) -> DeadlineExceeded:
-    """The error where the deadline of a call has passed; budget: its seconds."""
+    """Return the error for a call whose deadline has passed. budget: its timeout in seconds."""
     return DeadlineExceeded(f"{url} did not answer within {budget:g} s; try again or allow a longer timeout")
 
 
 def tls_error(url: str, why: object) -> ServingError:
-    """The error where TLS fails: an untrusted certificate, a wrong name, no TLS at the other end."""
+    """Return the error for failed TLS: untrusted certificate, wrong host name, or a server without TLS."""
     return ServingError(f"{url}: no encrypted connection: {_one_line(str(why))}; {TLS_HINT}")
 
 
 def check_http(url: str, status: int, headers: dict[str, str], body: bytes, budget: float) -> None:
-    """Raise the error of an HTTP status other than 200; headers by lower-case name."""
+    """Raise the error for an HTTP status other than 200. headers: by lower-case name."""
     if status == 200:
         return
     reason = _triton_reason(body)
@@ -91,11 +91,11 @@ def check_http(url: str, status: int, headers: dict[str, str], body: bytes, budg
 
 
 def from_grpc(url: str, error: Any, budget: float) -> ServingError:
-    """The error for a grpc.RpcError, by its status code and details."""
+    """Return the error for a grpc.RpcError, by its status code and details."""
     code, details = error.code().name, _one_line(error.details() or "")
     if code == "DEADLINE_EXCEEDED":
         return deadline_exceeded(url, budget)
-    handshake = "handshake" in details.replace("tcp handshaker", "")  # a TCP connection that broke is retried
+    handshake = "handshake" in details.replace("tcp handshaker", "")  # "tcp handshaker": a broken connection, not TLS
     if code in UNREACHABLE and (handshake or "CERTIFICATE_VERIFY" in details):
         return tls_error(url, details)
     if code == "UNAVAILABLE" and "restrict" not in details.lower() and "unknown model" not in details.lower():
@@ -113,7 +113,7 @@ def _absent(url: str, why: str) -> str:
 
 
 def _triton_reason(body: bytes) -> str | None:
-    """The error of Triton's JSON, None when this is not Triton's."""
+    """Return the error message in Triton's JSON body; None for a body of another form."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
@@ -123,7 +123,7 @@ def _triton_reason(body: bytes) -> str | None:
 
 
 def _retry_after(headers: dict[str, str]) -> float | None:
-    """Seconds of a Retry-After header; a date is not read, as clocks differ."""
+    """Return the seconds of a Retry-After header; None for a date, since the clocks of two machines differ."""
     value = headers.get("retry-after", "")
     return float(value) if value.isascii() and value.isdigit() else None
 

@@ -1,6 +1,6 @@
-"""HTTP connections with one deadline for connecting, sending, and reading the header and the body of the response.
+"""HTTP connections with one deadline for connecting, sending, and reading the response header and body.
 
-A socket's own timeout counts from the last byte, so a server that sends one byte a second would hold its caller forever.
+A socket timeout restarts with each byte, so a server that sends one byte per second would block the caller forever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 
 def timed_connection(secure: bool, current: Any) -> type[HTTPConnection]:
-    """urllib3's connection class with deadlines; `current.deadline` is the one of the present call."""
+    """Return urllib3's connection class with deadlines; `current.deadline` is the deadline of the current call."""
 
     class Timed(HTTPSConnection if secure else HTTPConnection):  # type: ignore[misc]
         def connect(self) -> None:
@@ -24,7 +24,7 @@ def timed_connection(secure: bool, current: Any) -> type[HTTPConnection]:
 
 
 class _TimedSocket:
-    """A socket on which each wait ends with the deadline of the present call."""
+    """A socket whose blocking operations end at the deadline of the current call."""
 
     def __init__(self, sock: Any, current: Any) -> None:
         self._sock = sock
@@ -42,7 +42,7 @@ class _TimedSocket:
 
 
 class _TimedReader(io.RawIOBase):
-    """The reading end of a socket."""
+    """Raw reader of a socket that applies the deadline to each read."""
 
     def __init__(self, sock: Any, raw: io.RawIOBase, current: Any) -> None:
         self._sock, self._raw, self._current = sock, raw, current

@@ -1,6 +1,6 @@
-"""Requests to Triton as HTTP request and as gRPC message, and the reading of both responses; no connection.
+"""Encode requests to Triton as HTTP requests and gRPC messages, and decode their responses (sans I/O).
 
-Each call has both forms as bytes, so that the synchronous and the asynchronous transports send the same.
+The encoded forms are bytes, so that the synchronous and the asynchronous transport send identical requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SERVICE = "/inference.GRPCInferenceService/"
 
 
 class Garbled(Exception):
-    """A response with status 200 that is not Triton's."""
+    """A response of status 200 that cannot be decoded as Triton's."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class HttpRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """The outputs of an inference by name, object arrays of bytes for strings, and the version that gave them."""
+    """The outputs of an inference by name (object arrays of bytes for strings), and the model version."""
 
     outputs: dict[str, np.ndarray]
     version: int
 
 
 class _Metadata:
-    """A request whose response is a mapping: JSON over HTTP, a message over gRPC."""
+    """A request whose response is decoded to a dict: JSON over HTTP, a protobuf message over gRPC."""
 
     path = ""
 
@@ -68,7 +68,7 @@ class _Metadata:
 
 
 class ServerMetadata(_Metadata):
-    """Triton's own name and version."""
+    """Request for the server's name and version."""
 
     rpc, path = "ServerMetadata", "/v2"
 
@@ -79,7 +79,7 @@ class ServerMetadata(_Metadata):
 
 @dataclass(frozen=True)
 class ModelMetadata(_Metadata):
-    """A model's versions, inputs and outputs; shapes as Triton writes them, -1 for the batch."""
+    """Request for a model's versions, inputs and outputs; shapes have -1 for the batch dimension."""
 
     model: str
     version: str = ""
@@ -96,7 +96,7 @@ class ModelMetadata(_Metadata):
 
 @dataclass(frozen=True)
 class ModelConfig(_Metadata):
-    """A model's config.pbtxt as a mapping."""
+    """Request for a model's configuration (config.pbtxt) as a dict."""
 
     model: str
     rpc = "ModelConfig"
@@ -115,10 +115,11 @@ class ModelConfig(_Metadata):
 
 @dataclass(frozen=True, eq=False)
 class Infer:
-    """One inference, its answer an Answer.
+    """An inference request; the response is an Answer.
 
-    inputs: arrays by name, the batch first; object arrays of bytes for strings. outputs: name to 0 for the tensor as
-    it is, or to n for Triton's classification of it, n strings "value:index:label" a row. version: "" is the newest.
+    inputs: arrays by name, batch dimension first; object arrays of bytes for strings. outputs: name to 0 for the plain
+    tensor, or to n for Triton's classification extension, n strings "value:index:label" per row. version: "" is the
+    newest.
     """
 
     model: str
@@ -129,7 +130,7 @@ class Infer:
 
     @cached_property
     def http(self) -> HttpRequest:
-        """Made once; a retry sends the same bytes."""
+        """The HTTP request; cached, so that a retry sends the same bytes."""
         import tritonclient.http as api
 
         tensors = []
@@ -145,7 +146,7 @@ class Infer:
 
     @cached_property
     def message(self) -> bytes:
-        """Made once; a retry sends the same message."""
+        """The gRPC message; cached, so that a retry sends the same bytes."""
         request = _messages().ModelInferRequest(model_name=self.model, model_version=self.version)
         for name, array in self.inputs.items():
             request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
@@ -167,7 +168,7 @@ class Infer:
         except Garbled:
             raise
         except Exception as error:
-            # tritonclient does not check what it parses; other bytes raise any kind of exception.
+            # tritonclient parses without validation: invalid bytes can raise any exception.
             raise Garbled from error
 
     def read_message(self, data: bytes) -> Answer:
@@ -190,8 +191,8 @@ class Infer:
         return Answer(outputs, int(version))
 
 
-# A request to Triton: `rpc` is its method in Triton's gRPC service, `http` and `message` its two forms as bytes, and
-# read_http(headers, body) and read_message(data) return its response, or raise Garbled.
+# A request to Triton. `rpc`: method of Triton's gRPC service. `http`, `message`: the encoded request.
+# read_http(headers, body) and read_message(data) decode the response, or raise Garbled.
 Call = ServerMetadata | ModelMetadata | ModelConfig | Infer
 
 
@@ -201,7 +202,7 @@ def _model_path(model: str, version: str) -> str:
 
 
 def _parsed(rpc: str, data: bytes) -> Any:
-    """The response message of a method. Raises Garbled."""
+    """Parse the response message of an RPC method. Raises Garbled."""
     from google.protobuf.message import DecodeError
 
     try:

@@ -1,4 +1,4 @@
-"""Retries of a request: when, how long in total, and the waits between them."""
+"""Retry policy and deadline of a request: which errors are retried, number of attempts, waits, total time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serving.transport.failures import Unavailable, deadline_exceeded
 
 
 class Deadline:
-    """The end of one call's budget in seconds, retries and waits included."""
+    """The deadline of one call. budget: its seconds, including retries and waits."""
 
     def __init__(self, budget: float) -> None:
         if not budget > 0:
@@ -23,11 +23,11 @@ class Deadline:
         self.ends = time.monotonic() + budget
 
     def passed(self) -> bool:
-        """Whether no time is left."""
+        """Return whether no time remains."""
         return time.monotonic() >= self.ends
 
     def left(self, url: str) -> float:
-        """Seconds left, above 0. Raises DeadlineExceeded naming the server when there are none."""
+        """Return the remaining seconds, above 0. Raises DeadlineExceeded naming the server when none remain."""
         left = self.ends - time.monotonic()
         if left <= 0:
             raise deadline_exceeded(url, self.budget)
@@ -36,13 +36,13 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Retries:
-    """At most `attempts` tries of one request, with waits drawn at random below a bound that doubles each time.
+    """Retry policy: at most `attempts` attempts, exponential backoff with full jitter.
 
-    Only what is safe and may help is tried again: no connection, a connection that broke, UNAVAILABLE, HTTP 502 and 503.
-    An inference changes no state on the server, so that one which may have been answered is sent again. A refusal (4xx,
-    INVALID_ARGUMENT) and a deadline are final. The random wait ("full jitter") spreads the requests of all clients after a
-    restart of the server; the server's Retry-After is added when the deadline allows it.
-    first_wait, longest_wait: seconds.
+    Retried: no connection, a broken connection, UNAVAILABLE, HTTP 502 and 503. An inference changes no state on the
+    server, so a request whose response was lost is retried too. A rejected request (4xx, INVALID_ARGUMENT) and a passed
+    deadline are final. The random wait spreads the requests of all clients after a server restart; the server's
+    Retry-After is added when the deadline allows it.
+    first_wait, longest_wait: bounds of the wait in seconds.
     """
 
     attempts: int = 4
@@ -54,8 +54,8 @@ class Retries:
             raise InputError(f"{self} is not usable; expected attempts >= 1 and 0 <= first_wait <= longest_wait")
 
     def policy(self, deadline: Deadline) -> dict[str, Any]:
-        """These rules as arguments of tenacity.Retrying and tenacity.AsyncRetrying."""
-        # The clock of tenacity starts now, which is later than the deadline's.
+        """Return the policy as arguments of tenacity.Retrying and tenacity.AsyncRetrying."""
+        # tenacity's clock starts now, later than that of the deadline.
         left = deadline.ends - time.monotonic()
         return {
             "retry": tenacity.retry_if_exception_type(Unavailable),
@@ -73,9 +73,9 @@ class Retries:
 
 
 def _give_up(state: tenacity.RetryCallState) -> NoReturn:
-    """Raise the last failure, with the number of attempts."""
+    """Raise the last error, with the number of attempts."""
     error = state.outcome.exception() if state.outcome else None
-    if not isinstance(error, Unavailable):  # pragma: no cover - tenacity calls this after a failure alone
+    if not isinstance(error, Unavailable):  # pragma: no cover - tenacity calls this only after a failure
         raise RuntimeError("nothing that is tried again failed")
     if state.attempt_number == 1:
         raise error

@@ -1,4 +1,4 @@
-"""Requests to Triton over HTTP or gRPC: send a call, return its response, raise failures as one-line errors."""
+"""The synchronous transport: send a call to Triton over HTTP or gRPC, return its response, raise one-line errors."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from serving.transport.messages import SERVICE, Call, Infer
 from serving.transport.retries import Deadline, Retries
 
 __all__ = ["Refused", "Transport", "parse_url"]
-CONNECTIONS_KEPT = 256  # idle HTTP connections; threads beyond that many open and close their own
+CONNECTIONS_KEPT = 256  # idle HTTP connections in the pool; further connections are closed after use
 
 
 class Transport:
-    """Connections to one Triton server, opened when first used and kept. Threads may share it; processes may not.
+    """Connections to one Triton server, opened at the first call and kept. Thread-safe; not usable after a fork.
 
-    connection: an address, or a Connection with TLS and headers. timeout: seconds that a call may take with all its
-    retries, unless the call has its own. Its methods raise ServingError: Refused when the server refuses the request,
-    Unavailable when no server answers after the retries, DeadlineExceeded after the timeout.
+    connection: a URL, or a Connection with TLS and headers. timeout: seconds for a call with all its retries, unless
+    the call has its own deadline. The methods raise ServingError: Refused when the server rejects the request,
+    Unavailable when no server responds after the retries, DeadlineExceeded after the timeout.
     """
 
     def __init__(self, connection: Connection | str, timeout: float, retries: Retries | None = None) -> None:
@@ -47,7 +47,7 @@ class Transport:
         self._wire: HttpWire | GrpcWire = wire(self.connection)
 
     def ask(self, call: Call, deadline: Deadline | None = None) -> Any:
-        """The response to a call, with retries where they are safe and before the deadline. InputError after `close`."""
+        """Send a call and return its response; safe retries until the deadline. Raises InputError after `close`."""
         check_open(self.url, self._closed)
         deadline = deadline or Deadline(self.timeout)
         return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send, call, deadline)
@@ -55,31 +55,31 @@ class Transport:
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, int], version: str = ""
     ) -> tuple[dict[str, np.ndarray], int]:
-        """One inference (see calls.Infer): the outputs by name, and the version that answered."""
+        """Run one inference (see messages.Infer); return the outputs by name and the model version."""
         answer = self.ask(Infer(model, inputs, outputs, version))
         return answer.outputs, answer.version
 
     def close(self) -> None:
-        """Close the connections; open ones would hold up the server's shutdown."""
+        """Close the connections; open connections would delay the server's shutdown."""
         self._closed = True
         self._wire.close()
 
 
 def check_open(url: str, closed: bool) -> None:
-    """Raise InputError for a client that was closed."""
+    """Raise InputError for a closed client."""
     if closed:
         raise InputError(f"the client of {url} is closed; make a new one")
 
 
 class HttpWire:
-    """HTTP/1.1 with kept connections (urllib3); `send` sends one call once, and may be used by several threads at a time."""
+    """HTTP/1.1 with keep-alive connections (urllib3). `send` sends a call once (no retry) and is thread-safe."""
 
     def __init__(self, connection: Connection) -> None:
         import urllib3
 
         self._connection = connection
         self._errors, self._timeout = urllib3.exceptions, urllib3.Timeout
-        # The deadline of the call in each thread, for the connection that the thread uses.
+        # Deadline of the current call per thread, read by the thread's connection.
         self._current = threading.local()
         context = connection.ssl_context()
         if context is None:
@@ -122,7 +122,7 @@ class HttpWire:
         self._pool.close()
 
     def _read(self, response: Any) -> bytes:
-        """Read the whole body and return the connection to the pool; a body above ANSWER_BYTES is cut off."""
+        """Read the whole body and return the connection to the pool; a body above ANSWER_BYTES is truncated."""
         body = response.read(ANSWER_BYTES + 1)
         if len(body) > ANSWER_BYTES:
             response.close()
@@ -131,7 +131,7 @@ class HttpWire:
 
 
 class GrpcWire:
-    """gRPC on one channel; otherwise as HttpWire."""
+    """gRPC on one channel. `send` sends a call once (no retry) and is thread-safe."""
 
     def __init__(self, connection: Connection) -> None:
         import grpc
@@ -143,7 +143,7 @@ class GrpcWire:
 
     def send(self, call: Call, deadline: Deadline) -> Any:
         url = self._connection.url
-        # Without a serialiser gRPC hands over bytes; its own complains of a foreign answer in the log.
+        # No deserializer: gRPC returns bytes, and does not log an error for a response that is not Triton's.
         method = self._channel.unary_unary(SERVICE + call.rpc)
         try:
             data = method(call.message, timeout=deadline.left(url), metadata=self._metadata)

@@ -1,4 +1,4 @@
-"""The comparison of methods runs whole, at the size of a smoke check; no accuracy is asserted."""
+"""benchmarks.accuracy: smoke test of the whole comparison at a small size; no accuracy is asserted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_method_is_trained_on_every_seed_and_an_interrupted_comparison_goe
     rows = re.findall(r"^\| ([^|]+) \| ([\d.]+ ± [\d.]+) \|", told, re.MULTILINE)
     assert [name for name, _ in rows] == list(accuracy.methods())
     assert {"cross-entropy", "balanced softmax", "teacher", "gml", "plus"} < set(accuracy.methods())
-    # What a row says is the mean of what the runs left behind.
+    # A row contains the mean of the stored results of the runs.
     kept = [json.loads(path.read_text())["all"] for path in sorted((tmp_path / "work").glob("*/runs/*/gml.json"))]
     assert len(kept) == 2 and dict(rows)["gml"].startswith(f"{50 * sum(kept):.2f}")
 

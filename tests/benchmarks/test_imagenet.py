@@ -1,4 +1,4 @@
-"""The ImageNet recipe goes the whole way, from JPEG files of photographs' size to a student, on a data set of its shape."""
+"""benchmarks.imagenet: the ImageNet recipe from photograph-sized JPEG files to a trained student, on generated data."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_pictures_come_from_a_pack_where_one_is_given(tmp_path):
     pq.write_table(pa.table({"image": [stream.getvalue()]}), tmp_path / "pack.parquet")
     made_imagenet.make(tmp_path / "made", classes=2, scale=0.001, pack=tmp_path / "pack.parquet", size=(40, 30))
     image = np.asarray(Image.open(next((tmp_path / "made").rglob("*.JPEG"))))
-    assert image.shape == (30, 40, 3) and image.std((0, 1)).max() < 20  # one plain colour, rough
+    assert image.shape == (30, 40, 3) and image.std((0, 1)).max() < 20  # one plain colour with noise
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Other work on the cores is measured apart from a benchmark's own, and a ratio that it spoils is not printed."""
+"""benchmarks.other_work: CPU use of other processes is measured, and no ratio is printed on a busy machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_own_work_counts_in_this_process_in_a_running_child_and_in_one_that_has_
 
 
 def test_a_process_that_is_no_descendant_is_other_work() -> None:
-    """Started by a shell that ends at once, so that it becomes a child of the machine's first process."""
+    """A shell that exits immediately starts the process, so that init adopts it."""
     command = f'"{sys.executable}" -c "{BUSY.format(seconds=60).replace(chr(10), "; ", 1)}" >/dev/null 2>&1 & echo $!'
     others = OtherWork()
     started = time.monotonic()

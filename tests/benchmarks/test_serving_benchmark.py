@@ -1,4 +1,4 @@
-"""The comparison of servers runs whole on a small network, for a moment; its table's form is checked, not its figures."""
+"""benchmarks.serving: a short run on a small network; the form of the tables is checked, not the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of swaps runs whole for a moment: of the time from its first swap on, nothing is left out."""
+"""benchmarks.swaps: a short run; its stretches cover all of the time since the first swap."""
 
 from __future__ import annotations
 
@@ -27,4 +27,4 @@ def test_what_follows_a_promotion_counts_as_the_swap(tmp_path, monkeypatch):
     assert "2 swaps of " in text and "3 versions answered" in text
     rows = [line.split("|") for line in text.splitlines() if line.startswith(("| quiet", "| swap"))]
     within = sum(stretches[0].start <= due < stretches[-1].end for due, _, _ in asked)
-    assert abs(sum(int(row[2]) for row in rows) - within) <= 20  # the copy of the export between two rounds
+    assert abs(sum(int(row[2]) for row in rows) - within) <= 20  # tolerance: the copy of the export between two rounds

@@ -1,4 +1,4 @@
-"""Projects that several tests look at, trained once."""
+"""Fixtures of the end-to-end tests: a project shared by several tests and trained once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.project import SHORT, Project
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """The embedded data, trained for twelve epochs each by one `dvc repro`. Tests leave it as they find it."""
+    """A project on the embedded data; one `dvc repro` trained both networks for 12 epochs. Read-only for tests."""
     project = Project(tmp_path_factory.mktemp("digits") / "project")
     project.set(SHORT)
     project.commit()

@@ -1,8 +1,7 @@
-"""Every command and every Python program in a block of the README and of docs/ is typed as it stands, page by page, or listed
-here with the reason.
+"""Run every command and Python program in the blocks of the README and docs/, page by page; exceptions are listed here.
 
-A page is followed in its order in a project that has what it takes for granted. Commands of REFER are typed on another page,
-those of LONG by `make test-docs`, those of ELSEWHERE need what a test has not; the last two are held against the parsers.
+A page is followed in order, in a project that meets its requirements. Commands in REFER are run on another page, those
+in LONG by `make test-docs`, those in ELSEWHERE need what a test lacks; the last two are checked by the parsers only.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ from tests.support.running_gateway import make_certificate
 pytestmark = pytest.mark.end_to_end
 
 SIZES = {"cat": 60, "dog": 40, "oak": 28, "elm": 20, "ant": 15, "bee": 12, "cow": 9, "hen": 7, "owl": 5, "fox": 4}
-# What costs time alone; everything else stays as init chose it.
+# Settings that only save time; everything else stays as chosen by `tailor init`.
 QUICK = {part: {**SHORT[part], "epochs": 2} for part in ("teacher", "student")}
 OWN = ["docs/own-images.md", "docs/target-prior.md", "docs/drift.md", "README.md", "docs/data-sources.md",
        "docs/serving.md", "docs/new-images.md"]  # fmt: skip
 FOLLOWED = ["docs/index.md", *OWN, "docs/retraining.md", "docs/retraining-schedule.md", "docs/retraining-faults.md",
             "docs/paper.md", "recipes/README.md", "CONTRIBUTING.md"]  # fmt: skip
 
-# (page, beginning of the command) → the page on which the same command is typed in the same project.
+# (page, beginning of the command) → the page on which the same command is run in the same project.
 REFER = {
     ("README.md", "make demo"): "docs/index.md",
     ("README.md", "tailor new trees"): "docs/own-images.md",
@@ -93,9 +92,9 @@ ELSEWHERE = {
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
     ("docs/serving-performance.md", "python3 -m venv"): "downloads other servers",
 }
-# Pages whose Python runs elsewhere; that of FOLLOWED runs where it stands among the commands.
+# Pages whose Python runs elsewhere; that of FOLLOWED runs in its position among the commands.
 PROGRAMS_ELSEWHERE = {"docs/losses.md": "needs no project: tests/test_docs.py runs it"}
-# What a test changes of a command, beside ports: how much, never what.
+# Changes of a test to a command, besides ports: only its size, not its kind.
 LESS = {"--log-share 0.01": "--log-share 1"}
 LESS_LOAD = {
     "--time 2m": "--time 10s",
@@ -106,7 +105,7 @@ LESS_LOAD = {
 
 
 def listed(table: dict[tuple[str, str], str], page: str, command: str) -> bool:
-    """Whether a table has the command, in full or by its first words."""
+    """Return whether a table contains the command, in full or by its first words."""
     return any(page == on and (command == text or command.startswith(f"{text} ") or text in command.split("=")[0])
                for on, text in table)  # fmt: skip
 
@@ -138,13 +137,13 @@ def test_every_program_of_a_page_is_run_or_listed_and_nothing_is_listed_that_has
 )  # fmt: skip
 def test_a_command_that_is_not_typed_is_one_that_its_program_takes(page: str, command: str) -> None:
     check_command(command)
-    for word in command.split():  # the files that it names are there
+    for word in command.split():  # check that its files exist
         if word.startswith(("pipeline/", "tests/", "benchmarks/", "recipes/")):
             assert (ROOT / word).is_file(), f"{page}: {word} is not there"
 
 
 def follow(page: str, reader: Reader, before: dict[str, Callable[[], object]] | None = None) -> dict[str, str]:
-    """Type a page's commands and run its programs in their order; what each printed. before: what to do ahead of one."""
+    """Run a page's commands and programs in order; return their outputs. before: actions ahead of a command."""
     printed = {}
     try:
         for kind, text in steps(ROOT / page):
@@ -163,7 +162,7 @@ def follow(page: str, reader: Reader, before: dict[str, Callable[[], object]] | 
 
 @pytest.fixture(scope="session")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A user's own 200 images of ten classes, led by docs/own-images.md to trained, exported networks."""
+    """A project with 200 images of ten classes, trained and exported by following docs/own-images.md."""
     parent = tmp_path_factory.mktemp("own")
     project = OwnProject(parent / "trees")
     reader = Reader(project, folder=parent)
@@ -173,7 +172,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def put_pictures(project: Project) -> None:
-    """The images of a project's classes, others to ask about, and what else the pages take for granted."""
+    """Write the images of a project's classes, images for requests, and other files that the pages require."""
     scans = load_digits()
     pictures = [[Image.fromarray((scan * 15.9).astype("uint8")).resize((32, 32)) for scan in scans.images[scans.target == c]]
                 for c in range(10)]  # fmt: skip
@@ -228,14 +227,14 @@ def test_the_page_on_drift(own: Project) -> None:
     evaluated = predictions.read_bytes()
 
     def enough_test_images() -> None:
-        # No live prior is written from a calibration of 38 test images; each of them ten times has the same likelihood.
+        # 38 test images are too few for a calibration: repeat each ten times, which leaves the likelihood unchanged.
         table = pyarrow.parquet.read_table(predictions)
         pyarrow.parquet.write_table(pa.concat_tables([table] * 10), predictions)
 
     before = {"tailor drift": ask, "tailor drift --since 24h --write": enough_test_images}
     try:
         printed = follow("docs/drift.md", reader, before)
-    finally:  # its last command retrains where the estimate is far enough off, which so few images leave to chance
+    finally:  # the last command retrains for a large distance, which is random with so few images
         shutil.rmtree(own.root / "releases", ignore_errors=True)
         predictions.write_bytes(evaluated)
     assert "distance from the training prior" in printed["tailor drift --since 24h"]
@@ -257,7 +256,7 @@ def test_the_readme(own: Project) -> None:
 
 
 def assert_two_answers(page: str, printed: dict[str, str]) -> None:
-    """The page's one program printed a class and its probability for each of its two images."""
+    """Assert that the page's only program printed a class and its probability for each of its two images."""
     (program,) = blocks(ROOT / page, "python")
     answers = [line.rsplit(" ", 1) for line in printed[program].splitlines()]
     assert len(answers) == 2
@@ -305,8 +304,8 @@ def has_nginx() -> bool:
 
 @own_group
 def test_the_page_on_new_images(own: Project) -> None:
-    own.set({"ingest": {"settle_seconds": 0}})  # the minute that the page tells to wait
-    jq = shutil.which("jq")  # without it, all but what comes behind the pipe is typed
+    own.set({"ingest": {"settle_seconds": 0}})  # instead of the wait of one minute in the page
+    jq = shutil.which("jq")  # without jq the command is run up to the pipe
     printed = follow("docs/new-images.md", Reader(own, {} if jq else {" | jq '.[] | select(.state != \"ok\")'": ""}))
     assert "12 images added" in printed["tailor ingest"]
     assert "workspace" in printed["tailor experiments"]
@@ -316,7 +315,7 @@ def test_the_page_on_new_images(own: Project) -> None:
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
-    """The objects that jq prints one after another."""
+    """Parse the consecutive objects in jq's output."""
     decoder, rows = json.JSONDecoder(), []
     while text := text.strip():
         row, end = decoder.raw_decode(text)
@@ -351,7 +350,7 @@ def test_the_first_page_and_the_demo(digits: Project) -> None:
 
 @pytest.fixture
 def retrained(tmp_path: Path) -> Retraining:
-    """A project whose served version was trained on old data, and whose stages have prepared results of new data."""
+    """A project whose served version was trained on old data; its stages have prepared results of new data."""
     project = Retraining(tmp_path / "project")
     project.prepare("old", 1, 0.6)
     project.prepare("new", 2, 0.9)
@@ -407,7 +406,7 @@ class TestWhatTakesLong:
         try:
             reader.type("tailor serve")
             for command in typed_of("docs/serving.md", "tailor loadtest"):
-                # On a busy machine a threshold may be missed, which is status 1 and no fault of the page.
+                # On a busy machine a threshold may be missed (status 1), which is not an error of the page.
                 printed = reader.type(command, expect=(0, 1))
                 assert "p99 ms" in printed and "reports in artifacts/loadtest" in printed
         finally:
@@ -447,5 +446,5 @@ def typed_of(page: str, beginning: str) -> list[str]:
 
 
 def project_path() -> dict[str, str]:
-    """The environment with this interpreter's programs first."""
+    """Return the environment with this interpreter's bin folder first on PATH."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -1,4 +1,4 @@
-"""What a DVC user expects of dvc.yaml, with the true commands."""
+"""dvc.yaml with the real DVC commands: repro, experiments, cache, metrics."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_students_parameter_retrains_the_student_and_not_the_teacher(digits):
     digits.run("git", "checkout", "params.yaml")
     # The first run's results come back from DVC's cache without training.
     assert digits.stages_run(digits.run("dvc", "repro")) == []
-    # Both are listed: what lies in the project, and the experiment with its own params and metrics.
+    # Both are listed: the workspace, and the experiment with its params and metrics.
     workspace, committed = json.loads(digits.run("dvc", "exp", "show", "--json").stdout)
     (experiment,) = (
         revision for row in committed["experiments"] for revision in row["revs"] if revision["name"] == name
@@ -124,7 +124,7 @@ def test_a_stage_killed_half_way_leaves_no_half_output_and_the_next_repro_finish
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     time.sleep(0.2)
-    assert not output.exists()  # DVC removes a changed stage's out before it runs; nothing half-written took its place
+    assert not output.exists()  # DVC removes a changed stage's out before it runs; no partial output replaced it
     digits.run("git", "checkout", "params.yaml")
     assert "student" not in digits.stages_run(digits.run("dvc", "repro"))
     assert (output / "model.safetensors").is_file()
@@ -165,7 +165,7 @@ def test_the_champion_answers_the_test_split_as_the_evaluation_says(digits):
     content = json.loads(done.stdout)
     assert content["samples"] == 400
     assert all(row["won"] == row["lost"] == 0 for row in content["classes"])
-    assert abs(content["measures"]["ece"]["difference"]) < 1e-4  # ONNX Runtime rounds otherwise than PyTorch
+    assert abs(content["measures"]["ece"]["difference"]) < 1e-4  # ONNX Runtime rounds differently from PyTorch
     other = digits.run("tailor", "compare", "7", ".", expect=2)
     assert other.stderr == "tailor: artifacts/repository: holds no version 7; it has 1\n"
 
@@ -195,5 +195,5 @@ def test_a_champion_stands_in_the_report_and_one_that_cannot_be_compared_is_told
 
 
 def undated(report):
-    """A report's page without the date of its evaluation."""
+    """Return a report's page without the date of its evaluation."""
     return re.sub(r"Evaluated [-0-9: ]+ UTC", "", report.read_text())

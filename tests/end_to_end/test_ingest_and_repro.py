@@ -1,4 +1,4 @@
-"""New images through the true commands: `tailor ingest` makes DVC run again what they change, and no more."""
+"""`tailor ingest` with the real commands: DVC reruns only the stages that the new images affect."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def project(made: Project, tmp_path: Path) -> Project:
-    """A copy of that project for one test."""
+    """A copy of the project for one test."""
     own = copy.copy(made)
     own.root = shutil.copytree(made.root, tmp_path / "project")
     return own
 
 
 def drop(project: Project, wanted: int) -> None:
-    """Scans that no split holds, as files in the class folders of the drop."""
+    """Write scans that are in no split into the class folders of the drop folder."""
     tables = (pyarrow.parquet.read_table(path) for path in (project.root / "data/split").glob("*.parquet"))
     held = {reference for table in tables for reference in table.column("reference").to_pylist()}
     source = DigitsSource()
@@ -46,7 +46,7 @@ def drop(project: Project, wanted: int) -> None:
 
 
 def md5s(project: Project) -> dict[str, str]:
-    """Of the split's tables, by DVC."""
+    """Return DVC's md5 sums of the split's tables."""
     done = project.run("dvc", "ls", ".", "data/split", "--show-hash", "--json")
     return {entry["path"]: entry["md5"] for entry in json.loads(done.stdout)}
 
@@ -63,11 +63,11 @@ def test_a_new_shard_runs_split_again_and_changes_training_alone(project):
     assert project.stages_run(done) == ["split"] and "30 of the training images taken in" in done.stdout
     after = md5s(project)
     assert {name for name in after if after[name] != before[name]} == {"train.parquet"}
-    # Its class folders stay, empty, for the next images.
+    # The empty class folders remain for the next images.
     folders = [folder for folder in (project.root / "data/drop").iterdir() if not folder.name.startswith(".")]
     assert folders and not any(list(folder.iterdir()) for folder in folders)
     assert "no new data" in project.run("tailor", "ingest").stdout
-    # Taken back: the split of before is in DVC's cache, and nothing runs.
+    # After the ingest is reverted, the previous split is in DVC's cache, and no stage runs.
     next((project.root / "data/ingested").glob("*.parquet")).unlink()
     assert project.stages_run(project.run("dvc", "repro", "split")) == []
     assert md5s(project) == before

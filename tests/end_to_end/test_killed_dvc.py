@@ -1,4 +1,4 @@
-"""DVC that is killed while it trains leaves no training behind, and the next `dvc repro` resumes."""
+"""DVC killed during training: no training process remains, and the next `dvc repro` resumes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.support.project import Project
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("killed"), pytest.mark.timeout(1200)]
 
-# A wrapper that stays between DVC and the stage, as a shell does that does not replace itself by its last command.
+# A wrapper process between DVC and the stage, like a shell that does not exec its last command.
 FORKING_SHELL = '#!/bin/sh\n/bin/sh "$@"\nexit $?\n'
 
 
 def stages_of(root: Path) -> list[psutil.Process]:
-    """The processes that run a stage of the project."""
+    """Return the processes that run a stage of the project."""
     found = []
     for process in psutil.process_iter(["cmdline", "cwd", "status"]):
         command = process.info["cmdline"] or []
@@ -33,7 +33,7 @@ def stages_of(root: Path) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A project whose teacher trains for minutes."""
+    """A project whose teacher training takes minutes."""
     made = Project(tmp_path_factory.mktemp("owned") / "project")
     made.set({"teacher": {"epochs": 400, "backbone": "resnet20"}, "image": {"size": 8, "resize_to": 8}})
     made.commit()
@@ -93,7 +93,7 @@ def test_training_ends_when_dvc_is_killed_and_the_next_repro_resumes_it(
 
 
 def wait_until(holds, seconds: float, log: Path) -> None:
-    """Wait until something holds; fails with the log where it does not in time."""
+    """Wait until a condition holds; fail with the log after a timeout."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, log.read_text()

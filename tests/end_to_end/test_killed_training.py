@@ -1,4 +1,4 @@
-"""Training that is killed at random moments, by the true commands, ends with the same bits."""
+"""Training killed at random times, with the real commands: the resumed result is bit-identical."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.project import Project
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("killed"), pytest.mark.timeout(3000)]
 
-KILLS = 6  # of each stage
+KILLS = 6  # per stage
 SMALL = {
     "teacher": {"epochs": 24, "backbone": "resnet20", "batch_size": 16},
     "student": {"epochs": 16, "backbone": "resnet20", "batch_size": 16, "queue_total": 64},
@@ -22,7 +22,7 @@ SMALL = {
 
 
 def kill_stage(project: Project, stage: str, seconds: float) -> bool:
-    """Start a training stage and kill it `seconds` after its first line; False if it had finished by then."""
+    """Start a training stage and kill it `seconds` after its first line; return False if it finished before."""
     running = subprocess.Popen(
         ["python", "-u", "-m", f"pipeline.{stage}"],
         cwd=project.root,
@@ -44,7 +44,7 @@ def kill_stage(project: Project, stage: str, seconds: float) -> bool:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    """A project whose training nobody killed."""
+    """A project whose training was not interrupted."""
     project = Project(tmp_path_factory.mktemp("calm") / "calm")
     project.set(SMALL)
     project.commit()
@@ -53,7 +53,7 @@ def calm(tmp_path_factory):
 
 
 def killed_at_random(project: Project, stages: tuple[str, ...], calm: Project) -> None:
-    """Kill each stage at random moments, let it end, and compare its weights with the calm ones, bit by bit."""
+    """Kill each stage at random times, let it finish, and check that its weights equal the uninterrupted ones."""
     project.run("dvc", "repro", "prior")
     draw = random.Random(0)
     for stage in stages:

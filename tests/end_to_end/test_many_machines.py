@@ -1,4 +1,4 @@
-"""A training stage over hosts, by torchrun on two nodes and as a Ray Train job of two workers: the same network."""
+"""Distributed training on several hosts: torchrun on two nodes and a Ray Train job give the same network."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ WEIGHTS = Path("artifacts/teacher/model.safetensors")
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
-    """A project whose split and prior are made, with one epoch of four batches to train."""
+    """A project with a finished split and prior, and a training of one epoch with four batches."""
     project = Project(tmp_path_factory.mktemp("machines") / "project")
     project.environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    # Whatever a command starts inherits it: so what is left of it can be told from others' processes.
+    # Inherited by all processes of a command, to identify the ones that remain.
     project.environment["TAILOR_TEST"] = str(project.root)
     path = project.root / "params.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def trained(project: Project) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def by_torchrun(project) -> dict[str, torch.Tensor]:
-    """The teacher's weights from two nodes of one process each, which meet on loopback."""
+    """Train the teacher on two nodes of one process each on loopback; return its weights."""
     port = choose_ports("127.0.0.1", {"--rdzv-endpoint": 0})["--rdzv-endpoint"]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
@@ -71,7 +71,7 @@ def by_torchrun(project) -> dict[str, torch.Tensor]:
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], said
-    # One process of one node speaks.
+    # Only rank 0 prints.
     assert sum(text.count("teacher  epoch 1/1") for text in said) == 1
     return trained(project)
 
@@ -86,7 +86,7 @@ def test_a_ray_job_of_two_workers_trains_the_network_that_torchrun_does_and_leav
     done = project.run(
         "python", "-m", "pipeline.commands", "ray-train", "--workers", "2", "-m", "pipeline.teacher", timeout=540
     )
-    # The stage's own words and no others.
+    # Only the stage's own output.
     first, last = done.stdout.splitlines()
     assert first.startswith("teacher  epoch 1/1  loss") and last.startswith("teacher: 1 epoch, loss")
     found = trained(project)
@@ -94,7 +94,7 @@ def test_a_ray_job_of_two_workers_trains_the_network_that_torchrun_does_and_leav
     for name, value in by_torchrun.items():
         assert torch.allclose(found[name].double(), value.double(), rtol=1e-4, atol=1e-6), name
     assert not (project.root / "artifacts/.ray").exists()
-    # Its last processes end by themselves when they miss their head.
+    # The last processes exit when they detect that the head has exited.
     deadline = time.monotonic() + 60
     while left := started_by(project, before):
         assert time.monotonic() < deadline, left
@@ -102,7 +102,7 @@ def test_a_ray_job_of_two_workers_trains_the_network_that_torchrun_does_and_leav
 
 
 def started_by(project: Project, before: set[int]) -> list[str]:
-    """Names of processes that a command of the project has left: they inherit its environment."""
+    """Return the names of processes that remain of a command of the project, by their inherited environment."""
     return [
         entry.info["name"] for entry in psutil.process_iter(["name", "environ"])
         if entry.pid not in before and (entry.info["environ"] or {}).get("TAILOR_TEST") == str(project.root)

@@ -1,4 +1,4 @@
-"""A project of one's own, in which the installed package runs, and what git holds of the images in it."""
+"""A user's project with the installed package, and the check that git never contains its images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 @pytest.fixture(scope="module")
 def trees(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> OwnProject:
-    """A project with images in three classes, trained by one `dvc repro`. A module of the user's has a name of Tailor's."""
+    """A project with images in three classes, trained by one `dvc repro`; a user module has a name of Tailor's."""
     project = installed.new(tmp_path_factory.mktemp("own") / "trees")
     put_images(project.root / "data/source")
     (project.root / "models.py").write_text("raise SystemExit('this is not Tailor')\n")
@@ -36,7 +36,7 @@ def trees(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Own
 
 
 def git_objects(project: Project) -> bytes:
-    """The content of everything that the project's git repository holds, on a branch, in refs/exps or on no ref."""
+    """Return the content of all objects in the project's git repository, reachable or not."""
     command = ["git", "cat-file", "--batch-all-objects", "--batch"]
     return subprocess.run(command, cwd=project.root, check=True, capture_output=True).stdout
 
@@ -67,7 +67,7 @@ def test_an_upgrade_runs_the_stages_that_can_run_what_has_changed(installed: Ins
     finally:
         for path, text in before.items():
             path.write_text(text)
-    assert trees.stages_run(trees.run("dvc", "repro")) == ["code"]  # the results of before are in DVC's cache
+    assert trees.stages_run(trees.run("dvc", "repro")) == ["code"]  # the previous results are in DVC's cache
 
 
 def test_a_second_project_shares_the_environment_and_nothing_else(

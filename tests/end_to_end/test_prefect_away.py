@@ -1,4 +1,4 @@
-"""Where PREFECT_API_URL names a server that is not there, each command that needs it says so in one line and starts nothing."""
+"""PREFECT_API_URL of an unreachable server: each command that needs it fails with one line and starts nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("prefect away")]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a recipe, a release, and logged answers whose classes are far from those of training."""
+    """A folder with a recipe, a release, and logged logits whose class prior differs strongly from training's."""
     root = tmp_path_factory.mktemp("away")
     shutil.copyfile(ROOT / "params.yaml", root / "params.yaml")
     manifest = write_export(root / "export", 1)
@@ -51,7 +51,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
     project: Path, arguments: list[str]
 ) -> None:
-    with socket.socket() as closed:  # bound and not listening: nobody else gets the port meanwhile
+    with socket.socket() as closed:  # bound but not listening, so that no other process takes the port
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/api"
         done = subprocess.run(
@@ -66,7 +66,7 @@ def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
         )
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stderr.splitlines()
-    if arguments[0] == "drift":  # it has told what it found before it asks for a run
+    if arguments[0] == "drift":  # it prints the estimate before it requests a run
         assert any(line.startswith("tailor: retraining, as the distance") for line in lines[:-1])
         lines = lines[-1:]
     (line,) = lines

@@ -1,4 +1,4 @@
-"""What can go wrong with a retraining does, while a real server is asked all the time: nothing is lost, the champion answers.
+"""Faults during a retraining, under continuous requests to a real server: no request fails, the champion stays served.
 
 Each run is `tailor retrain --json` in a process forked from one that has imported Prefect already.
 """
@@ -34,7 +34,7 @@ from tests.support.shown import check_refusal, last_run
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain"), pytest.mark.timeout(1800)]
 
-GOOD = 0.9  # accuracy of each challenger that is to be promoted, whichever of the others was before it
+GOOD = 0.9  # accuracy of each challenger that should be promoted
 TASKS = ["ingest", "split", "prior", "teacher", "student", "evaluate", "export", "gate", "publish", "verify", "promote"]
 
 
@@ -46,7 +46,7 @@ def prefect(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def context(prefect, tmp_path_factory):
-    """Where runs are forked from."""
+    """The multiprocessing context from which runs are forked."""
     settings = {
         "PREFECT_API_URL": prefect.api_url,
         "PREFECT_HOME": str(tmp_path_factory.mktemp("home")),
@@ -90,14 +90,14 @@ def server(project):
 
 
 def champion_of(project: Retraining) -> int:
-    """The version that answers, the newest one there is; which tests ran before, none needs to know."""
+    """Return the served version, which is the newest one; independent of the tests that ran before."""
     newest = list_versions(project.repository)[-1]
     assert newest.state == "champion"
     return newest.version
 
 
 def leftovers(project: Retraining) -> list[str]:
-    """What a run that came to its end must not leave."""
+    """Return temporary (hidden) files in the repository, which a finished run must not leave."""
     hidden = [path for model in ("student", "classifier") for path in (project.repository / model).glob(".*")]
     return [str(path) for path in hidden]
 
@@ -129,9 +129,7 @@ def test_dvc_exp_show_lists_the_promoted_and_the_refused_run_with_their_metrics_
     assert before == [project.run("git", *asked).stdout for asked in (["status", "--porcelain"], ["stash", "list"])]
     (_, committed) = json.loads(project.run("dvc", "exp", "show", "--json").stdout)
     runs = [revision for experiment in committed["experiments"] for revision in experiment["revs"]]
-    runs.sort(
-        key=lambda run: run["name"]
-    )  # the name begins with the time: of several that were refused, the last counts
+    runs.sort(key=lambda run: run["name"])  # names begin with the time: take the last of several rejected ones
     listed = {run["name"].split("-", 3)[3]: run["data"]["metrics"][METRICS]["data"]["all"] for run in runs}
     assert listed["promoted-1"] == pytest.approx(0.6, abs=0.05) and listed["refused"] == pytest.approx(0.25, abs=0.05)
 
@@ -147,10 +145,10 @@ def test_runs_killed_before_and_after_every_task_lose_nothing_and_the_next_one_f
         for moment in moments:
             Begun(context, project.root).kill_at(moment)
         outcome = Begun(context, project.root).outcome()
-    # The last kill follows "promote: done"; a run that by then has noted its decision leaves nothing to the next.
+    # The last kill follows "promote: done"; a run that has recorded its decision leaves no work to the next.
     assert outcome.ending in ("promoted", "unchanged") and outcome.version == before + 1
     assert asking.failures == [] and asking.versions[-1] == before + 1
-    assert asking.versions == sorted(asking.versions)  # never back, and never a third
+    assert asking.versions == sorted(asking.versions)  # the version never decreases
     assert [(state.version, state.state) for state in list_versions(project.repository)][-2:] == [
         (before, "served"),
         (before + 1, "champion"),
@@ -180,7 +178,7 @@ def test_runs_killed_in_the_midst_of_a_swap_leave_a_version_that_answers(project
 
 
 def spoil_at(model: Path, moment: Path) -> None:
-    """Have a version answer wrongly from the moment that a file is there, which it is tried and promoted without."""
+    """Make a version return wrong results once a file exists, which is created after its promotion."""
     code = model.read_text()
     line = "        logits = self.balanced_logits(images)\n"
     assert line in code
@@ -190,11 +188,11 @@ def spoil_at(model: Path, moment: Path) -> None:
 
 
 def taken_back(project: Retraining, context, version: int, moment: Path) -> Outcome:
-    """The outcome of a run whose version `version` answers wrongly once it is promoted."""
+    """Return the outcome of a run whose version `version` returns wrong results after its promotion."""
     log = project.repository / LOG_NAME
     known = len(log.read_text().splitlines())
     run = Begun(context, project.root)
-    run.await_line("publish: done")  # a release that was there before keeps its number
+    run.await_line("publish: done")  # an existing release keeps its number
     spoil_at(project.repository / "classifier" / str(version) / "model.py", moment)
     deadline = time.monotonic() + WITHIN
     while len(log.read_text().splitlines()) == known:
@@ -249,7 +247,7 @@ def test_an_older_version_that_is_best_again_and_answers_wrongly_is_left_for_the
 
 
 def corrupt_graph(project: Retraining) -> None:
-    """A graph cut short, under a manifest that knows no better."""
+    """Truncate a graph, with a matching hash in its manifest."""
     export = project.root / "prepared" / "bad" / "export"
     graph = export / "student.onnx"
     graph.write_bytes(graph.read_bytes()[:-40])
@@ -293,9 +291,9 @@ def test_a_challenger_that_is_not_fit_never_reaches_the_server(
     project, context, server, prefect, damage, seed, accuracy, ending, message
 ):
     before = champion_of(project)
-    project.prepare("bad", seed, accuracy)  # of one release that is decided upon once, nothing is decided again
+    project.prepare("bad", seed, accuracy)  # a release is decided on only once
     damage(project)
-    # The stages see one file change, the challenger's name.
+    # The stages depend on one changed file, the challenger's name.
     (project.root / "prepared" / "bad").rename(project.root / "prepared" / damage.__name__)
     project.choose(damage.__name__)
     with Asking(server) as asking:
@@ -305,12 +303,12 @@ def test_a_challenger_that_is_not_fit_never_reaches_the_server(
     assert champion_of(project) == before
     if ending == "refused":
         check_refusal(last_run(prefect.api_url), project.root / outcome.evidence)
-    if damage is no_report:  # what was missing may be there by the next run, which therefore asks again
+    if damage is no_report:  # missing evidence may exist at the next run, which therefore decides again
         assert Begun(context, project.root).outcome().ending == "refused"
 
 
 def hold_gate_in(root: str, log: str) -> None:
-    """A flow of the gate alone."""
+    """A flow with only the gate."""
     os.chdir(root)
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -370,7 +368,7 @@ def test_a_drop_that_is_still_being_written_waits_with_three_bad_rows_of_ten_it_
         fill(4, range(2000, 2010))
         message, _ = told(0)
     assert "the drop was refused: 4 of 10 rows are bad" in message
-    assert len(list((drop / CLASSES[0]).glob("*.png"))) == 10  # nothing of it was taken
+    assert len(list((drop / CLASSES[0]).glob("*.png"))) == 10  # no file was ingested
     assert asking.failures == [] and len(set(asking.versions)) == 1
 
 
@@ -404,7 +402,7 @@ def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(
         with Asking(server) as asking:
             run = Begun(context, project.root)
             run.await_line("promote: starts")
-            while (model, before + 1) not in server.stubs():  # it is there from the load's begin on
+            while (model, before + 1) not in server.stubs():  # it exists from the start of the load
                 assert run.process.is_alive(), run.text()
             os.kill(server.process_id, signal.SIGKILL)
             outcome = run.outcome()

@@ -1,4 +1,4 @@
-"""`tailor schedule` under Prefect's real server: it survives a restart, and what was missed is caught up once."""
+"""`tailor schedule` with a real Prefect server: it survives a restart, and missed runs are caught up once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.retraining import ROOT, Retraining
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain_schedule"), pytest.mark.timeout(1800)]
 
-WITHIN = 120.0  # seconds; a busy machine is slow
-MISSED = 3  # as many runs of the days to come as Prefect lays out
+WITHIN = 120.0  # timeout in seconds, for a busy machine
+MISSED = 3  # number of future runs that Prefect schedules
 
 
 class Schedule:
-    """`tailor schedule` while it runs, and what it has said."""
+    """A running `tailor schedule`, and its output."""
 
     def __init__(self, project: Retraining) -> None:
         self.project = project
@@ -40,13 +40,13 @@ class Schedule:
             time.sleep(0.1)
 
     def kill_prefect(self) -> None:
-        """Kill -9 of Prefect's server."""
+        """Send SIGKILL to Prefect's server."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             if "server" in process.cmdline() and "start" in process.cmdline():
                 process.kill()
 
     def end(self) -> None:
-        """SIGTERM; everything that it started goes with it."""
+        """Send SIGTERM; all processes that it started must exit too."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(120) == 0, self.log.read_text()
@@ -59,7 +59,7 @@ def database(project: Retraining):
 
 
 def states(project: Retraining) -> list[str]:
-    """The names of the states of the runs whose time has passed, in the order of their times."""
+    """Return the state names of the runs whose scheduled time has passed, ordered by time."""
     with database(project) as base:
         now = datetime.now(UTC).strftime("%F %T")
         query = "select state_name from flow_run where expected_start_time < ? order by expected_start_time"
@@ -77,7 +77,7 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
     schedule.kill_prefect()
     schedule.await_line("Prefect's server ended by itself and is started again")
     deadline = time.monotonic() + WITHIN
-    while True:  # Prefect has laid out the runs of the days to come
+    while True:  # until Prefect has scheduled the runs of the coming days
         with database(project) as base:
             (laid_out,) = base.execute("select count(*) from flow_run where state_type = 'SCHEDULED'").fetchone()
         if laid_out >= MISSED:
@@ -85,7 +85,7 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
         assert time.monotonic() < deadline, schedule.log.read_text()
         time.sleep(0.5)
     schedule.end()
-    # The days go by while nobody is there: the first of the runs move into the past.
+    # Simulate days without a running schedule: move the first runs into the past.
     with database(project) as base:
         query = "select id, state_id from flow_run where state_type = 'SCHEDULED' order by expected_start_time limit ?"
         for number, (run, state) in enumerate(base.execute(query, (MISSED,)).fetchall()):
@@ -94,7 +94,7 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
                 "update flow_run set expected_start_time = ?1, next_scheduled_start_time = ?1 where id = ?2",
                 (moment.strftime("%F %T.%f"), run),
             )
-            # The state knows it too: by this one Prefect has a run wait that comes before its time.
+            # The state contains the time too: Prefect uses it to delay a run that starts too early.
             details = "json_set(state_details, '$.scheduled_time', ?)"
             base.execute(
                 f"update flow_run_state set state_details = {details} where id = ?", (moment.isoformat(), state)
@@ -102,7 +102,7 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
     schedule = Schedule(project)
     schedule.await_line(f"{MISSED} runs were missed")
     schedule.await_line("Finished in state Promoted")
-    # Whoever sees a reason asks it for a run, and is not kept waiting for the end.
+    # A request for a run returns without waiting for its end.
     asking = "from pipeline.scheduling.trigger import trigger_retrain; print(trigger_retrain('drift'))"
     assert "the schedule was asked for a retraining" in project.run(sys.executable, "-c", asking).stdout
     schedule.await_line("Finished in state Unchanged")

@@ -1,4 +1,4 @@
-"""From images to a served answer: what Triton says of a test image is what the evaluation said of it."""
+"""From images to served predictions: Triton's response for a test image equals the evaluation's prediction."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def serve(project: Project) -> TritonServer:
 
 
 def assert_served_as_evaluated(project: Project, images: list[bytes], logits: np.ndarray, tolerance: float) -> None:
-    """Both protocols and both priors give the classes and probabilities that the logits of predictions.parquet imply."""
+    """Assert that both protocols and priors return the classes and probabilities of predictions.parquet's logits."""
     log_prior = np.array(json.loads((project.root / "artifacts/prior.json").read_text())["log_prior"])
     expected = {"balanced": softmax(logits), "train": softmax(adjust_logits(logits, log_prior, 1.0))}
     with serve(project) as server:
@@ -46,7 +46,7 @@ def assert_served_as_evaluated(project: Project, images: list[bytes], logits: np
 
 
 def some_digits(project: Project) -> tuple[list[bytes], np.ndarray]:
-    """Test scans as PNG files, and the logits that the evaluation wrote down for them."""
+    """Write test scans as PNG files; return them with the logits of the evaluation."""
     from sklearn.datasets import load_digits
 
     table = pyarrow.parquet.read_table(project.root / "artifacts/evaluation/predictions.parquet").to_pylist()[::40]
@@ -91,7 +91,7 @@ def test_digits_are_served_in_float16_as_they_were_evaluated(digits, tmp_path):
     assert (project.root / "artifacts/export/manifest.json").read_bytes() == before
 
 
-@pytest.mark.timeout(1800)  # as long as its training may take on a busy machine
+@pytest.mark.timeout(1800)  # its training may take this long on a busy machine
 @pytest.mark.xdist_group("photographs")
 @pytest.mark.skipif(
     not all((PHOTOGRAPHS / name).is_file() for name in PACKS),
@@ -109,7 +109,7 @@ def test_real_photographs_are_trained_exported_and_served(tmp_path):
     assert counts == [4900, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     metrics = json.loads((project.root / "artifacts/evaluation/metrics.json").read_text())
     assert metrics["student"]["balanced"]["few"] is None
-    assert metrics["student"]["balanced"]["all"] > 0.12  # one epoch is no result, but it is not guessing either
+    assert metrics["student"]["balanced"]["all"] > 0.12  # after one epoch: low, but above chance
 
     table = pyarrow.parquet.read_table(project.root / "artifacts/evaluation/predictions.parquet").to_pylist()[::400]
     packed = pyarrow.parquet.read_table(PHOTOGRAPHS / PACKS[1], columns=["name", "image"]).to_pydict()
@@ -139,7 +139,7 @@ def test_your_own_folder_of_images_becomes_a_served_classifier(tmp_path):
 
 
 def make_folder(root: Path, per_class: tuple[int, ...]) -> None:
-    """Noisy pictures of one colour a class, as JPEG, PNG, grayscale-free and of many sizes."""
+    """Write noisy pictures of one colour per class, as JPEG and PNG files, in many sizes, none of them greyscale."""
     generator = np.random.default_rng(0)
     for channel, (name, count) in enumerate(zip(("red", "green", "blue"), per_class, strict=True)):
         (root / name).mkdir(parents=True)

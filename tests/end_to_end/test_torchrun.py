@@ -1,4 +1,4 @@
-"""Training on several processes by the command that dvc.yaml names for it."""
+"""Distributed training with torchrun, by the command in dvc.yaml."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_dvc_repro_trains_on_two_processes_when_torchrun_launches_the_stages(tmp
     project.commit()
     done = project.run("dvc", "repro", "student")
     for stage in ("teacher", "student"):
-        # One process speaks, and every image of the validation split was asked once.
+        # Only rank 0 prints, and every image of the validation split was evaluated once.
         assert len([line for line in done.stdout.splitlines() if line.startswith(f"{stage}  epoch")]) == 2
         records = (project.root / f"artifacts/{stage}/metrics.jsonl").read_text().splitlines()
         counted = json.loads(records[-1])["validation_accuracy"] * 100

@@ -1,4 +1,4 @@
-"""The golden facts G1 to G5: values worked out by hand in float64, agreed with the official code. To 1e-10."""
+"""The golden facts G1 to G5: values computed by hand in float64, verified with the official code, to 1e-10."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_g2_encoder_gradients_come_from_the_gml_term_alone():
     )
     total.backward()
     assert total.item() == pytest.approx(2.19736385187310, **EXACT)
-    # The mean over two queries halves each query's own gradient; the fact quotes the gradients of that mean.
+    # The mean over two queries halves each query's gradient; the fact states the gradients of the mean.
     assert queries.grad[1].tolist() == pytest.approx([1.378334321955, -0.308150417549], **EXACT)
     assert keys.grad[0].tolist() == pytest.approx([-0.092174154795, -0.692084901421], **EXACT)
 

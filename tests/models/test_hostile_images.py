@@ -1,4 +1,4 @@
-"""Files that cost a decoder far more than their size; each is refused at once, and its honest neighbour is not."""
+"""Image files that cost a decoder far more than their size are rejected early; similar valid files are accepted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MEGABYTE = zlib.compress(bytes(1_000_000), 9)  # a kilobyte
 
 
 def tags(count: int) -> bytes:
-    """EXIF with so many tags, the first of them the orientation that turns an image by a quarter."""
+    """Return EXIF with `count` tags, the first an orientation of a quarter turn."""
     entries = b"".join(struct.pack("<HHII", 0x112 + tag, 3, 1, 6) for tag in range(count))
     return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + entries + bytes(4)
 
@@ -44,7 +44,7 @@ TAGS = tags(65_000)
 
 
 def shared_tags(size: int, count: int = 999) -> bytes:
-    """EXIF whose tags all have the same bytes as their values, `size` of them."""
+    """Return EXIF whose tags share the same value of `size` bytes."""
     entries = b"".join(struct.pack(">HHII", 1000 + tag, 1, size, 14 + 12 * count) for tag in range(count))
     return b"MM\0*\0\0\0\x08" + struct.pack(">H", count) + entries + bytes(4 + size)
 
@@ -54,7 +54,7 @@ def webp_with(exif: bytes) -> bytes:
 
 
 def as_text(exif: bytes) -> bytes:
-    """EXIF in a PNG's compressed text."""
+    """Embed EXIF in a PNG's compressed text."""
     return chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n9\n" + exif.hex().encode()))
 
 
@@ -157,7 +157,7 @@ def test_exif_that_only_pillow_would_see_is_never_parsed(hidden_behind: bytes) -
         JPEG[:2] + segment(0xE2, MPF) + JPEG[2:],
         JPEG[:2]
         + b"".join(segment(0xE1, b"Exif\0\0" + TAGS[at : at + 65_000]) for at in range(0, 455_000, 65_000))
-        + JPEG[20:],  # without JFIF's segment, as Pillow takes the resolution from there first
+        + JPEG[20:],  # without the JFIF segment, from which Pillow would take the resolution first
         JPEG[:20] + bytes(300_000) + JPEG[20:],
         PNG[:33] + chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1_048_577), 9)) * MAX_METADATA + PNG[33:],
     ],

@@ -1,4 +1,4 @@
-"""Label shift: the estimated prior against QuaPy's EM and a general optimiser, on the field's five shifted test sets."""
+"""Label shift: the estimated prior against QuaPy's EM and a general optimiser, on five standard shifted test sets."""
 
 import re
 
@@ -24,13 +24,13 @@ MEANS = np.random.default_rng(7).normal(size=(CLASSES, 8))
 
 
 def shifted(ratio):
-    """A prior that falls from the first class to the last by `ratio`."""
+    """Return a prior that falls from the first class to the last by the factor `ratio`."""
     p = ratio ** -np.linspace(0, 1, CLASSES)
     return p / p.sum()
 
 
 def drawn(prior, samples, seed=0):
-    """Labels, and the exact log-likelihoods of Gaussian classes, which are logits for the balanced prior."""
+    """Draw labels, and the exact log-likelihoods of Gaussian classes, which are logits for the balanced prior."""
     random = np.random.default_rng(seed)
     labels = random.choice(CLASSES, samples, p=prior)
     points = MEANS[labels] + random.normal(size=(samples, 8))
@@ -42,7 +42,7 @@ def drawn(prior, samples, seed=0):
 def test_em_finds_the_prior_of_each_shifted_set_where_quapys_em_finds_it(ratio, monkeypatch):
     from quapy.method.aggregative import EMQ
 
-    monkeypatch.setattr(EMQ, "MAX_ITER", 100_000)  # a plain EM needs more than its usual 1,000 steps for 1e-5
+    monkeypatch.setattr(EMQ, "MAX_ITER", 100_000)  # plain EM needs more than its default of 1,000 steps for 1e-5
     _, logits = drawn(shifted(ratio), 3000)
     probabilities = softmax(logits)
     found = estimate_prior(probabilities, tolerance=1e-8)
@@ -98,7 +98,7 @@ def test_intervals_cover_the_true_prior_about_as_often_as_they_say():
         p = softmax(drawn(truth, 500, seed)[1])
         low, high = interval(bootstrap_priors(p, estimate_prior(p), resamples=100, seed=seed), 0.9)
         covered.append((low <= truth) & (truth <= high))
-    # 400 intervals, ten of each set dependent on one another: 90 % within four of their standard errors.
+    # 400 intervals, correlated within a set of ten: the tolerance is four standard errors around 90 %.
     assert abs(np.mean(covered) - 0.9) < 0.07
 
 
@@ -112,7 +112,7 @@ def test_the_bootstrap_is_the_same_for_the_same_seed():
 
 def test_calibration_takes_back_a_temperature_and_biases_and_the_estimate_with_it():
     bias = np.linspace(0, 2, CLASSES)
-    labels, logits = drawn(shifted(3), 4000, 1)  # the validation set's own long tail must not enter
+    labels, logits = drawn(shifted(3), 4000, 1)  # the validation set's long tail must have no effect
     fitted = fit_calibration(3 * logits + bias, labels)
     assert fitted.temperature == pytest.approx(3, rel=0.1)
     expected = -(bias - bias.mean()) / 3

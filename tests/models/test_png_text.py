@@ -1,4 +1,4 @@
-"""PNG files with large text or colour profiles: their pixels are read, and what turns them upright is kept."""
+"""PNG files with large text or colour profiles: their pixels are read, and their EXIF orientation is applied."""
 
 import contextlib
 import io

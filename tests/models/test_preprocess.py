@@ -1,4 +1,4 @@
-"""From encoded bytes to the array that the network takes: every kind of picture, upright, at the right place and size."""
+"""Preprocessing from encoded bytes to the network's input: every image mode, orientation, crop position and size."""
 
 import io
 import struct
@@ -104,7 +104,7 @@ def with_segments(*contents):
 
 
 def exif_of(order, kind, value, others=()):
-    """EXIF with the orientation as a tag of that type (3 short, 4 long), behind other tags (number, type, count, value)."""
+    """Return EXIF with an orientation tag of a type (3 short, 4 long) after other tags (number, type, count, value)."""
     field = struct.pack(order + ("Hxx" if kind == 3 else "I"), value)
     entries = b"".join(struct.pack(order + "HHII", *tag) for tag in others) + struct.pack(order + "HHI", 0x112, kind, 1)
     head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(others) + 1)
@@ -159,7 +159,7 @@ def test_several_pictures_in_one_file_give_the_first():
 
 
 def test_an_upright_picture_looks_the_same_however_it_was_stored():
-    stored_sideways = np.rot90(COLOUR)  # counter-clockwise; orientation 6 says: turn clockwise to view
+    stored_sideways = np.rot90(COLOUR)  # counter-clockwise; orientation 6 means: rotate clockwise to view
     assert np.array_equal(pixels(oriented(np.ascontiguousarray(stored_sideways), 6, "PNG")), COLOUR)
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_exif_tag_costs_the_picture_nothing():
     exif[0x0112], exif[0x011A] = 3, 1.5
     data = bytearray(encode(COLOUR, exif=exif))
     at = data.index(b"eXIf") + 4
-    # XResolution declared as text: Pillow reads it, and stumbles when it has to write it back.
+    # XResolution declared as text: Pillow reads it, but fails to write it back.
     kind = data.index(bytes.fromhex("011a") if data[at : at + 2] == b"MM" else bytes.fromhex("1a01"), at) + 2
     data[kind : kind + 2] = b"\x00\x02" if data[at : at + 2] == b"MM" else b"\x02\x00"
     length = int.from_bytes(data[at - 8 : at - 4], "big")
@@ -206,7 +206,7 @@ def test_a_picture_whose_shorter_side_fits_is_only_cropped_in_the_centre(width, 
 def test_the_shorter_side_is_resized_and_the_centre_cropped_as_torchvision_does(width, height):
     from torchvision.transforms import functional
 
-    # Sizes at which both libraries agree on the longer side; elsewhere torchvision truncates it.
+    # Sizes for which both libraries agree on the longer side; for others torchvision truncates it.
     image = Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8))
     reference = functional.center_crop(functional.resize(image, 32, antialias=True), 24)
     assert np.array_equal(resize(image, 24, 32), np.asarray(reference).transpose(2, 0, 1))
@@ -225,7 +225,7 @@ def test_a_tiny_picture_is_enlarged():
 
 
 def photograph(width, height):
-    """Smooth light and fine grain, as a camera's."""
+    """Return a photograph-like image: smooth gradients with fine noise."""
     random = np.random.default_rng(width)
     light = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     grain = random.normal(0, 8, (height, width, 3))
@@ -236,7 +236,7 @@ def apart(found, expected):
     return np.abs(found.astype(int) - expected.astype(int))
 
 
-# 573 does not divide by 8: without Pillow's box the crop is half a pixel off, which an edge shows.
+# 573 is not divisible by 8: without Pillow's box the crop is half a pixel off, visible at an edge.
 @pytest.mark.parametrize("size", [(720, 573), (573, 720), (513, 515), (1201, 1103)])
 @pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
 def test_a_large_jpeg_decoded_at_a_fraction_looks_as_decoded_whole(size, orientation):

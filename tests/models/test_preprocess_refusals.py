@@ -1,4 +1,4 @@
-"""Bytes that are no usable picture: refused with one clear line, by ImageError and by nothing else."""
+"""Invalid images are rejected with a one-line ImageError and no other exception."""
 
 import io
 import re
@@ -31,7 +31,7 @@ def oriented(form):
 
 
 def png_of_size(width, height):
-    """A PNG whose header promises width x height pixels, with the compressed data of a single row."""
+    """Return a PNG whose header declares width x height pixels, with the compressed data of a single row."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -168,6 +168,6 @@ def test_a_cut_and_spliced_picture_is_decoded_or_refused_by_image_error_and_noth
 
 def test_an_unreadable_png_header_is_refused():
     data = bytearray(encode("PNG"))
-    data[11] = 5  # the header chunk claims 5 bytes, with a checksum to match
+    data[11] = 5  # the header chunk declares 5 bytes, with a matching checksum
     data[21:25] = struct.pack(">I", zlib.crc32(data[12:21]))
     refusal(bytes(data))

@@ -1,4 +1,4 @@
-"""Class prior, logit adjustment and the caller's own target prior."""
+"""Class prior, logit adjustment and target priors given by the caller."""
 
 import math
 import re
@@ -142,7 +142,7 @@ def test_a_class_without_mass_in_the_target_prior_ranks_last_and_stays_finite():
 @pytest.mark.parametrize("tau_s", [1 / 30, 0.01, 1e-4])
 def test_a_prior_of_0_rules_a_class_out_for_every_tau_s(tau_s, dtype):
     log_prior = log_target_prior([0.0, 0.4, 0.6]).astype(dtype)
-    cosines = np.array([[1.0, -1.0, -1.0]])  # an image that could not look more like the excluded class
+    cosines = np.array([[1.0, -1.0, -1.0]])  # an image with the highest similarity to the excluded class
     adjusted = adjust_logits((cosines / tau_s).astype(dtype), log_prior, 1.0)
     assert np.isfinite(adjusted).all()
     assert softmax(adjusted)[0].tolist() == pytest.approx([0, 0.4, 0.6], rel=1e-3 if dtype == np.float32 else 1e-9)

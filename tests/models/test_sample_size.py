@@ -1,4 +1,4 @@
-"""Too few test images: the rule against simulation and sums by hand, and what it means for figures of unequal counts."""
+"""Minimum number of test images: the rule against simulation and hand calculation, and for unequal class counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `prior`: counts of the training split alone, and what a class without samples means."""
+"""Stage `prior`: counts of the training split only, and classes without samples."""
 
 import json
 import math
@@ -120,7 +120,7 @@ def test_ten_million_labels_of_a_million_classes_are_counted_in_memory_that_rows
         [sys.executable, "-c", COUNTING, *paths], cwd=ROOT, capture_output=True, text=True, check=True
     )
     before, after_few, after_many = map(float, done.stdout.split())
-    # The 7.5 million labels more are 30 MB in the file and 60 MB as int64.
+    # The additional 7.5 million labels are 30 MB in the file and 60 MB as int64.
     assert after_many - after_few < 25
     assert after_few > before
     expected = np.zeros(10**6, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Further seeds: whole runs again, resumed when they were interrupted, their mean and spread."""
+"""Stage `seeds`: full runs with further seeds, resumed after interruptions; their mean and spread."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_changes(params: Params, changes: dict) -> Params:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A tiny project with everything up to the evaluation made; its folder and params."""
+    """A tiny project with all stages up to the evaluation finished; its folder and params."""
     root = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -128,7 +128,7 @@ def test_a_setting_of_the_report_alone_trains_no_seed_again():
         for name, inside in seeds.DEPENDS.items()
         for key in ([""] if inside is True else inside)
     }
-    # The split's files stand in the fingerprint for data; the list of seeds says which run, and not how.
+    # The fingerprint contains the split's files; the list of seeds selects runs and does not affect them.
     assert keys == set(stage["params"]) - {"data", "seeds"}
     assert not {"evaluate", "evaluate.champion", "evaluate.samples"} & keys
 

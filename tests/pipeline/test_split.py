@@ -1,4 +1,4 @@
-"""Stage `split`: who goes where, the same every time, and each unusable image by its name."""
+"""Stage `split`: assignment of images to splits, determinism, and each unusable image reported by name."""
 
 import collections
 import csv
@@ -59,7 +59,7 @@ def test_validation_is_balanced_and_taken_first_from_what_the_profile_drops():
     kept = assigned(rows_of(counts), 5, profile="exponential", imbalance_factor=10, validation_per_class=0)
     with_validation = assigned(rows_of(counts), 5, profile="exponential", imbalance_factor=10, validation_per_class=3)
     assert by_class(with_validation["validation"]) == dict.fromkeys(range(5), 3)
-    # 48 are left after the test images: the head keeps all of them and has to give some up, no other class does.
+    # 48 remain after the test images: only the head class has to give up images.
     assert by_class(kept["train"]) == {0: 48, 1: 26, 2: 15, 3: 8, 4: 4}
     assert by_class(with_validation["train"]) == {0: 45, 1: 26, 2: 15, 3: 8, 4: 4}
     assert {r.sample_id for r in with_validation["train"]} < {r.sample_id for r in kept["train"]}
@@ -76,7 +76,7 @@ def test_max_per_class_cuts_training_and_validation_before_the_profile_and_leave
         3: 4,
     }
     tailed = assigned(rows, 4, max_per_class=10, profile="exponential", imbalance_factor=5, validation_per_class=2)
-    # 34 images remain, the head's size is their mean, 8.5; the profile of the whole would begin at 25.
+    # 34 images remain; the head's size is their mean, 8.5; the profile of all images would start at 25.
     assert by_class(tailed["train"]) == {0: 8, 1: 4, 2: 2, 3: 1} and by_class(tailed["validation"])[0] == 2
     assert assigned(rows, 4, max_per_class=10, seed=1)["train"] != cut["train"]
 
@@ -224,7 +224,7 @@ def test_grayscale_cmyk_16_bit_and_turned_pictures_are_taken(tmp_path):
 
 
 def spoilt(root):
-    """A folder of two classes, three of its images unusable in different ways."""
+    """A folder of two classes with three images that are unusable in different ways."""
     folder(root, {"a": 8, "b": 8})
     write(root / "a/empty.png", b"")
     write(root / "b/pixel.png", encode(picture(5, (1, 1))))
@@ -250,7 +250,7 @@ def test_with_skip_unusable_images_are_left_out_counted_and_listed(tmp_path, cap
         ("train", "b/pixel.png", "b", f"{root}/b/pixel.png: is a single pixel: a placeholder, not a picture; "
          "replace the image or remove it"),
     ]  # fmt: skip
-    # What is left is split as if the others had never been there.
+    # The remaining images are split as if the others did not exist.
     for name in ("a/empty.png", "b/lost.png", "b/pixel.png"):
         (root / name).unlink()
     split.run(data_params(root), tmp_path / "clean")
@@ -288,7 +288,7 @@ def test_a_lost_shard_is_no_bad_image_that_could_be_skipped(tmp_path):
 
 
 def promised(width, height):
-    """A PNG whose header alone promises so many pixels."""
+    """Return a PNG whose header declares the given width and height, unlike its data."""
     image = bytearray(encode(picture(3)))
     image[16:24] = struct.pack(">II", width, height)
     image[29:33] = struct.pack(">I", zlib.crc32(image[12:29]))

@@ -1,4 +1,4 @@
-"""A stage's command line: one line and an exit code for what a user can act on, the traceback on request."""
+"""A stage's command line: a one-line error and an exit code for user errors, a traceback on request."""
 
 import errno
 import os
@@ -117,7 +117,7 @@ time.sleep(8)
 print("continued", flush=True)
 """
     (tmp_path / "stage.py").write_text(code)
-    # The shell has no variable of DVC's, and exits when the stage has printed its id.
+    # The shell has none of DVC's variables, and exits after the stage has printed its id.
     variable = f"DVC_STAGE={stage}" if stage else ""
     shell = f"{variable} {sys.executable} stage.py >out 2>&1 & until [ -s out ]; do sleep 0.1; done"
     environment = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"} | {"PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The student stage with its switches: terms on and off, with a teacher of any width and without one, on real small files."""
+"""Stage `student` with its switches: terms on and off, teachers of any width or none, on small real files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHORT = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Params over a split folder of 30 images in three classes; split and prior are there, no teacher yet."""
+    """Params for a folder of 30 images in three classes; split and prior are finished, without a teacher."""
     monkeypatch.chdir(tmp_path)
     source = folder(tmp_path / "images", {"a": 18, "b": 12, "c": 9})
 
@@ -91,7 +91,7 @@ def test_an_interrupted_run_resumes_under_the_same_prior_alone(made, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline.training.run, "write_file", stop)  # called once the first epoch is kept
+        patched.setattr(pipeline.training.run, "write_file", stop)  # called after the first epoch is saved
         pipeline.teacher.run(recipe)
     pipeline.prior.run(made(teacher={"prior.weighting": weighting, "prior.beta": 0.9}))
     pipeline.teacher.run(recipe)
@@ -99,7 +99,7 @@ def test_an_interrupted_run_resumes_under_the_same_prior_alone(made, monkeypatch
 
 
 def test_a_student_starts_with_weights_and_an_order_of_images_that_are_not_its_teachers(made):
-    still = {"learning_rate": 1e-12, "epochs": 2}  # what is kept are the initial weights
+    still = {"learning_rate": 1e-12, "epochs": 2}  # the saved weights are the initial ones
     recipe = made(
         **still, gamma=1.0, beta=0.0, alpha=0.0, teacher={f"teacher.{key}": value for key, value in still.items()}
     )
@@ -107,10 +107,10 @@ def test_a_student_starts_with_weights_and_an_order_of_images_that_are_not_its_t
     pipeline.student.run(recipe)
     taught, learnt = load_model(TEACHER, "teacher")[0], load_model(STUDENT, "student")[0]
     for one, other in zip(taught.parameters(), learnt.parameters(), strict=True):
-        # Those of batch norm start at 0 and 1.
+        # Batch-norm weights start at 0 and 1.
         assert one.ndim == 1 or not torch.allclose(one, other, rtol=0, atol=1e-3)
 
-    # With the teacher's weights in the student's place only order and augmentation are left to differ.
+    # The student starts with the teacher's weights, so only order and augmentation differ.
     losses = []
     for stage, section in (("teacher", recipe.teacher), ("student", recipe.student)):
         prior = pipeline.data.class_prior.load_prior()

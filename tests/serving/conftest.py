@@ -1,6 +1,6 @@
-"""A release small enough to write in a moment, and one real Triton server on it for the whole session.
+"""Fixtures of the serving tests: a tiny release, and one Triton server on it for the whole session.
 
-With TAILOR_TEST_BACKENDS that server is what a container runs: see container.py.
+With TAILOR_TEST_BACKENDS that server runs as in a container: see tests/support/container.py.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ ADMIN_KEY = "a-key-known-to-the-tests"
 
 @dataclass(frozen=True)
 class Release:
-    """A tiny export with everything that a test compares the server against."""
+    """A tiny export, and reference results to compare a server's responses with."""
 
     export_dir: Path
     manifest: Manifest
 
     def logits(self, images: list[bytes], strength: float = 0.0) -> np.ndarray:
-        """The graph's own logits [B,C], from ONNX Runtime without Triton."""
+        """Compute the graph's logits [B,C] with ONNX Runtime, without Triton."""
         return run_graph(self.export_dir / STUDENT_NAME, [preprocess(image, SIZE, SIZE) for image in images], strength)[
             0
         ]
 
     def probabilities(self, images: list[bytes], log_prior: np.ndarray) -> np.ndarray:
-        """What the classifier must answer, [B,C], computed with numpy from the balanced logits."""
+        """Compute the expected probabilities of the classifier, [B,C], with numpy from the balanced logits."""
         return softmax(self.logits(images).astype(np.float64) + log_prior)
 
 
@@ -70,24 +70,24 @@ def run_graph(path: Path, images: list[np.ndarray], strength: float) -> list[np.
 
 
 def encode(pixels: np.ndarray, form: str = "PNG") -> bytes:
-    """An image file's bytes from uint8 [H,W,3] or [H,W]."""
+    """Encode uint8 [H,W,3] or [H,W] as an image file."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, form)
     return stream.getvalue()
 
 
 def picture(seed: int) -> bytes:
-    """A PNG of noise that fits the tiny network."""
+    """Return a PNG of noise with the input size of the tiny network."""
     return encode(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
 
 def write_graph(path: Path, seed: int) -> None:
-    """uint8 image and strength to cosine logits and feature: a fixed projection of the pixels and a cosine classifier."""
+    """Write an ONNX graph: image and strength to cosine logits and feature, by a random projection of the pixels."""
     random = np.random.default_rng(seed)
     weights = random.normal(size=(FEATURE_DIM, len(CLASSES)))
     constants = {
         "half": np.float32(127.5),
-        "tiny": np.float32(0.01),  # so that a black image has a feature too
+        "tiny": np.float32(0.01),  # so that the feature of a black image is not zero
         "flat": np.array([0, -1], dtype=np.int64),
         "last": np.array([1], dtype=np.int64),
         "projection": random.normal(size=(3 * SIZE * SIZE, FEATURE_DIM)).astype(np.float32),
@@ -125,7 +125,7 @@ def write_graph(path: Path, seed: int) -> None:
 
 
 def write_export(folder: Path, version: int = 1) -> Manifest:
-    """An export folder as `pipeline.export` leaves it, with golden answers from ONNX Runtime."""
+    """Write an export folder in the form of `pipeline.export`, with golden requests computed by ONNX Runtime."""
     folder.mkdir(parents=True)
     write_graph(folder / STUDENT_NAME, seed=version)
     golden = []
@@ -173,7 +173,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
 
 @pytest.fixture(scope="session")
 def repository(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # A space in the path on purpose: Triton itself cannot take one.
+    # A path with a space, which Triton itself does not support.
     return write_repository(release.export_dir, tmp_path_factory.mktemp("with space") / "repository")
 
 
@@ -208,7 +208,7 @@ def tailor(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="module")
 def exports(release: Release, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Release]:
-    """Exports whose graphs differ, by the version that each gets when they are promoted in order."""
+    """Exports with different graphs, by the version number that each gets when promoted in order."""
     folder = tmp_path_factory.mktemp("exports")
     return {1: release} | {n: Release(folder / str(n), write_export(folder / str(n), version=n)) for n in range(2, 10)}
 
@@ -220,7 +220,7 @@ def root(repository: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def serving(root: Path) -> Iterator[TritonServer]:
-    """A server on a repository of its own, which a test may change."""
+    """A server on a separate copy of the repository, which a test may change."""
     server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0).start()
     yield server
     server.stop(at_once=True)

@@ -1,4 +1,4 @@
-"""Small archives of CIFAR's python version, written as Python 2 wrote the published ones."""
+"""Write small archives in CIFAR's python format, pickled as by Python 2."""
 
 import hashlib
 import io
@@ -13,12 +13,12 @@ NAMES = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datase
 
 
 class Python2Pickler(pickle._Pickler):
-    """Protocol 2 with every text as a byte string, the form of the published files."""
+    """Pickler of protocol 2 that writes every text as a byte string, as in the published files."""
 
     dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
 
     def save_text(self, text):
-        """BINSTRING, which Python 3 reads but does not write."""
+        """Write the opcode BINSTRING, which Python 3 reads but does not write."""
         data = text.encode() if isinstance(text, str) else text
         self.write(b"T" + struct.pack("<i", len(data)) + data)
         self.memoize(text)
@@ -27,14 +27,14 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(content):
-    """The bytes of such a file."""
+    """Return `content` pickled as by Python 2."""
     stream = io.BytesIO()
     Python2Pickler(stream, protocol=2).dump(content)
     return stream.getvalue()
 
 
 def write_archive(root, name, monkeypatch, per_class=3, packed=False, classes=None):
-    """An archive of few images under root; torchvision's md5 sums become those of its files."""
+    """Write an archive of few images under root; torchvision's md5 sums are replaced with those of its files."""
     published = NAMES[name]
     classes = classes or (10 if name == "cifar10" else 100)
     key = "labels" if name == "cifar10" else "fine_labels"

@@ -1,4 +1,4 @@
-"""Connections that misbehave below the level of a request: slow, cut, lying about length, flooding frames."""
+"""Misbehaving connections: slow, cut off, with a wrong length, or flooding frames."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def head(length: int | None, *more: str) -> bytes:
 
 
 def answer(opened: socket.socket) -> bytes:
-    """What comes back until the other side closes or says no more."""
+    """Receive until the server closes the connection or a timeout."""
     received = b""
     with contextlib.suppress(OSError):
         while piece := opened.recv(65536):
@@ -43,7 +43,7 @@ def answer(opened: socket.socket) -> bytes:
 
 
 def status_of(received: bytes) -> int:
-    """The status of an HTTP/1 answer, 0 where the connection was closed without one."""
+    """Return the status of an HTTP/1 response; 0 where the connection was closed without a response."""
     return int(received.split(b" ", 2)[1]) if received.startswith(b"HTTP/1") else 0
 
 
@@ -81,7 +81,7 @@ def huge_length(port: Port) -> int:
 
 
 def endless_chunks(port: Port, most: int = 200_000) -> int:
-    """One-byte chunks until the other side has had enough; the raw server dies of three million."""
+    """Send up to `most` one-byte chunks until the server closes; three million crash Triton without a gateway."""
     with connected(port) as opened:
         opened.sendall(head(None, "Transfer-Encoding: chunked", "Inference-Header-Content-Length: 10"))
         sent = 0
@@ -95,7 +95,7 @@ def endless_chunks(port: Port, most: int = 200_000) -> int:
 
 @contextmanager
 def body_without_end(port: Port, most: int) -> Iterator[socket.socket]:
-    """A connection that has announced 8 GiB and sent the first `most` bytes of them, or as many as were taken."""
+    """A connection that announces 8 GiB and sends the first `most` bytes, or as many as the server accepts."""
     with connected(port) as opened:
         opened.sendall(head(8 * 1024**3, "Inference-Header-Content-Length: 10"))
         with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ def odd(first_line: str, *more: str, body: str = "") -> bytes:
     return ("\r\n".join([first_line, "Host: tailor", *more]) + "\r\n\r\n" + body).encode()
 
 
-# Requests that nginx itself refuses, most of them before it chooses a location, and the status of the refusal.
+# Requests that nginx itself rejects, most of them before it selects a location, with the response status.
 ODD_REQUESTS: dict[str, tuple[bytes, int]] = {
     "odd: gzip and chunked": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: gzip, chunked", body="0\r\n\r\n"), 501),
     "odd: unknown encoding": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: x"), 501),
@@ -162,7 +162,7 @@ HTTP_CONNECTIONS: dict[str, tuple[Callable[[Port], int], tuple[int, ...]]] = {
 
 
 def slow_headers(port: Port, seconds: float) -> float:
-    """A letter of a header every now and then; how long the other side stood it, at most `seconds`."""
+    """Send a header byte by byte with pauses; return the seconds until the server closes, at most `seconds`."""
     started = time.monotonic()
     with connected(port) as opened, contextlib.suppress(OSError):
         opened.sendall(b"GET /v2 HTTP/1.1\r\n")
@@ -176,7 +176,7 @@ def slow_headers(port: Port, seconds: float) -> float:
 
 
 def slow_body(port: Port, seconds: float) -> float:
-    """Half a body and then nothing; how long the other side stood it, at most `seconds`."""
+    """Send part of a body and then nothing; return the seconds until the server closes, at most `seconds`."""
     started = time.monotonic()
     body, headers = good_body()
     with connected(port, seconds) as opened, contextlib.suppress(OSError):
@@ -207,7 +207,7 @@ HEADERS = [
 
 
 def http2_headers(port: Port, headers: list[tuple[str, str]]) -> dict[str, str]:
-    """The headers and trailers that answer a request without a body."""
+    """Send an HTTP/2 request without a body; return the headers and trailers of the response."""
     found: dict[str, str] = {}
     with http2(port) as (opened, connection):
         stream = connection.get_next_available_stream_id()
@@ -223,7 +223,7 @@ def http2_headers(port: Port, headers: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def rapid_reset(port: Port, streams: int = 300) -> None:
-    """Streams that are opened and reset at once (CVE-2023-44487), within reason."""
+    """Open streams and reset them immediately (CVE-2023-44487), a bounded number."""
     with http2(port) as (opened, connection), contextlib.suppress(OSError, h2.exceptions.ProtocolError):
         for _ in range(streams):
             stream = connection.get_next_available_stream_id()
@@ -236,7 +236,7 @@ GOAWAY = 7
 
 
 def frame_types(data: bytes) -> list[int]:
-    """The types of the whole frames of HTTP/2 in `data`."""
+    """Return the types of the complete HTTP/2 frames in `data`."""
     types, position = [], 0
     while position + 9 <= len(data):
         types.append(data[position + 3])
@@ -245,7 +245,7 @@ def frame_types(data: bytes) -> list[int]:
 
 
 def resets_until_goaway(port: Port, most: int) -> int:
-    """How many streams the other side lets one connection open and reset before it sends GOAWAY; at most `most`."""
+    """Open and reset streams on one connection until GOAWAY; return their number, at most `most`."""
     received = b""
     with http2(port) as (opened, connection):
         for count in range(1, most + 1):
@@ -277,7 +277,7 @@ def settings_flood(port: Port, frames: int = 1000) -> None:
 
 
 def continuation_flood(port: Port, frames: int = 2000) -> None:
-    """Headers that never end (CVE-2024-27316)."""
+    """Send CONTINUATION frames without an end of the headers (CVE-2024-27316)."""
     with http2(port) as (opened, _), contextlib.suppress(OSError):
         opened.sendall(b"\0\0\1\1\0\0\0\0\1\x82" + b"\0\0\x10\x09\0\0\0\0\1" + b"\x40\x01a\x01b" * 3 + b"\0")
         for _ in range(frames):
@@ -287,7 +287,7 @@ def continuation_flood(port: Port, frames: int = 2000) -> None:
 
 
 def idle_streams(port: Port, streams: int = 100) -> None:
-    """Streams that send headers and never a message."""
+    """Open streams that send headers but no message."""
     with http2(port) as (opened, connection), contextlib.suppress(OSError, h2.exceptions.ProtocolError):
         for _ in range(streams):
             connection.send_headers(connection.get_next_available_stream_id(), HEADERS)

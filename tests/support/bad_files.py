@@ -1,4 +1,4 @@
-"""Image files that the server refuses, with the fault that the response names."""
+"""Image files that the server rejects, with the fault named in the response."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A grammar of bad requests: from a seed, any number of requests that no server should answer with 200.
+"""Generator of invalid requests: from a seed, any number of requests to which no server should respond with 200.
 
-Each is made from a good request by one fault, on the level of tensors (sent over HTTP in binary form, as JSON, or over
-gRPC) or of the protocol itself. `culprit` is what a useful answer names; nothing where the request has no inputs.
+Each is a valid request with one fault, in its tensors (sent over HTTP in binary form, as JSON, or over gRPC) or in the
+protocol. `culprit`: text that the error message should contain; empty where the request has no inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZES = {"UINT8": np.uint8, "FP32": np.float32, "INT64": np.int64, "FP64": np.fl
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input as it goes over the wire: `raw` need not agree with dtype and shape."""
+    """An input tensor as transmitted: `raw` may contradict dtype and shape."""
 
     name: str
     dtype: str
@@ -37,7 +37,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TensorRequest:
-    """An inference request and the fault in it."""
+    """An inference request and its fault."""
 
     fault: str
     culprit: str
@@ -49,7 +49,7 @@ class TensorRequest:
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A request that is wrong as HTTP, or that asks for what is not there. `statuses`: what may answer it."""
+    """A request that is invalid HTTP or requests something that does not exist. `statuses`: allowed responses."""
 
     fault: str
     culprit: str
@@ -61,7 +61,7 @@ class HttpRequest:
 
 
 def strings(*values: bytes) -> bytes:
-    """BYTES elements in Triton's binary form."""
+    """Encode BYTES elements in Triton's binary form."""
     return b"".join(struct.pack("<I", len(value)) + value for value in values)
 
 
@@ -83,7 +83,7 @@ def target_prior(*values: float) -> Tensor:
 
 
 def good_inputs(model: str, seed: int) -> tuple[Tensor, ...]:
-    """A good request for one row."""
+    """Return the inputs of a valid request with one row."""
     if model == "classifier":
         return classifier([picture(seed)], strength=strength(0.5))
     pixels = np.random.default_rng(seed).integers(0, 256, 3 * SIZE * SIZE, dtype=np.uint8)
@@ -101,21 +101,21 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def solid_webp(side: int) -> bytes:
-    """A lossless WebP of side x side pixels, all of one colour: 36 bytes."""
+    """Return a lossless WebP of side x side pixels in one colour: 36 bytes."""
     one = saved(Image.new("RGB", (1, 1), "red"), "WEBP", lossless=True)
     sizes = int.from_bytes(one[21:25], "little") & ~(2**28 - 1) | (side - 1) | (side - 1) << 14
     return one[:21] + sizes.to_bytes(4, "little") + one[25:]
 
 
 def shared_exif() -> bytes:
-    """EXIF of 999 tags that all have the same 50 kB as their value, which Pillow would copy for each."""
+    """Return EXIF with 999 tags that share the same 50 kB value, which Pillow would copy for each tag."""
     entries = b"".join(struct.pack(">HHII", 1000 + tag, 1, 50_000, 14 + 12 * 999) for tag in range(999))
     return b"MM\0*\0\0\0\x08" + struct.pack(">H", 999) + entries + bytes(4 + 50_000)
 
 
 @cache
 def hostile_images() -> dict[str, bytes]:
-    """Files that no decoder should be made to work on, by fault."""
+    """Return image files that a server must reject before decoding, by fault."""
     red = Image.new("RGB", (16, 16), "red")
     png, jpeg = saved(red, "PNG"), saved(red, "JPEG")
     progressive = saved(Image.new("L", (64, 64), 100), "JPEG", progressive=True)
@@ -157,12 +157,12 @@ def hostile_images() -> dict[str, bytes]:
 
 
 def data_url(image: bytes) -> bytes:
-    """An image as text, as a JSON request carries it."""
+    """Encode an image as a data URL, as in a JSON request."""
     return b"data:image/png;base64," + base64.b64encode(image)
 
 
 def bad_text_image(draw: random.Random) -> TensorRequest:
-    """Images as base64 text: not base64, a text in a text, or a hostile file, which must be bounded as its bytes are."""
+    """Images as base64 text: invalid base64, a data URL in a data URL, or a hostile file, limited like its bytes."""
     text, hostile = data_url(picture(1)), hostile_images()
     broken = {
         "space": text[:60] + b" " + text[60:],
@@ -183,7 +183,7 @@ def bad_text_image(draw: random.Random) -> TensorRequest:
 
 
 def many_pixels(draw: random.Random) -> TensorRequest:
-    """Images that are each small enough, and together above the pixels of a request."""
+    """Images that are each within the limit, but together exceed the pixels of a request."""
     images = [draw.choice([solid_webp(4000), saved(Image.new("1", (4000, 4000)), "PNG")]) for _ in range(2)]
     if draw.random() < 0.5:
         images = [data_url(image) for image in images]
@@ -202,13 +202,13 @@ def bad_image(draw: random.Random) -> TensorRequest:
 
 def damaged_image(draw: random.Random) -> TensorRequest:
     data = bytearray(picture(draw.randrange(50)))
-    # Cut further back, all pixels may be there.
+    # Cut in the first half: a cut further back may leave all pixels intact.
     del data[draw.randrange(9, len(data) // 2) :]
     return TensorRequest("image: cut anywhere", "image", "classifier", classifier([bytes(data)]))
 
 
 def many_images(draw: random.Random) -> TensorRequest:
-    """Thousands of files of many parts, whose headers take seconds to read."""
+    """Thousands of files with many segments, whose headers take seconds to read."""
     jpeg = saved(Image.new("RGB", (16, 16), "red"), "JPEG")
     images = [jpeg[:2] + b"\xff\xfe\0\2" * draw.choice([10, 200]) + jpeg[2:]] * draw.choice([MAX_BATCH_SIZE + 1, 4096])
     return TensorRequest("image: many of many parts", "batch-size", "classifier", classifier(images))
@@ -240,7 +240,7 @@ def bad_prior(draw: random.Random) -> TensorRequest:
 
 
 def bad_prior_text(draw: random.Random) -> TensorRequest:
-    """What the input `prior` cannot take: no name, no number, no list of five that sum to 1."""
+    """Invalid values of the input `prior`: not a name, not a number, not a list of five numbers that sum to 1."""
     fault, text = draw.choice(
         [
             ("empty", b""),
@@ -273,7 +273,7 @@ def both_priors(draw: random.Random) -> TensorRequest:
 
 
 def bad_tensor(draw: random.Random) -> TensorRequest:
-    """One input of a good request with another dtype, shape, name or size; or without it, or with it twice."""
+    """A valid request in which one input has a wrong dtype, shape, name or size, is missing, or occurs twice."""
     model = draw.choice(["classifier", "student"])
     inputs = list(good_inputs(model, draw.randrange(50)))
     place = draw.randrange(len(inputs))
@@ -290,13 +290,13 @@ def bad_tensor(draw: random.Random) -> TensorRequest:
     elif fault == "negative":
         inputs[place] = replace(good, shape=(good.shape[0], *good.shape[1:-1], -draw.randint(1, 2**40)))
     elif fault == "huge":
-        # Triton counts rows modulo 2**32, so some huge counts of a tensor that is not the first pass as the true one.
+        # Triton counts rows modulo 2**32, so some huge row counts of a tensor after the first pass as correct.
         huge = [2**31, 2**31 + 1, MAX_BATCH_SIZE + 1] + [2**40, 2**62] * (place == 0)
         inputs[place] = replace(good, shape=(draw.choice(huge), *good.shape[1:]))
     elif fault == "name":
         inputs[place] = replace(good, name=draw.choice(["", "x", "Image", "image ", "\u0000", "ä" * 500]))
     elif fault == "missing":
-        # An absent strength is the default's business, an absent image nobody's.
+        # Without strength the default applies, so the classifier's image is dropped.
         place = 0 if model == "classifier" else place
         good = inputs.pop(place)
     elif fault == "twice":
@@ -308,7 +308,7 @@ def bad_tensor(draw: random.Random) -> TensorRequest:
     else:
         place, good = 0, inputs[0]
         inputs[0] = replace(good, raw=struct.pack("<I", 2**31) + good.raw[4:-1])
-    # Of a row count that is too large Triton may name the other input.
+    # For a row count that is too large Triton may name the other input.
     culprit = {"name": "", "huge": "input"}.get(fault, good.name)
     return TensorRequest(f"tensor: {fault}", culprit, model, tuple(inputs))
 
@@ -344,7 +344,7 @@ INFER = "/v2/models/classifier/infer"
 
 
 def json_part(fault: TensorRequest) -> dict[str, object]:
-    """The JSON of a request, whose data follow it."""
+    """Return the JSON header of a request in binary form."""
     inputs = [
         {
             "name": tensor.name,
@@ -362,7 +362,7 @@ def path_of(fault: TensorRequest) -> str:
 
 
 def over_http(fault: TensorRequest) -> tuple[str, bytes, dict[str, str]]:
-    """Path, body and headers of a tensor request in Triton's binary form."""
+    """Return path, body and headers of a tensor request in Triton's binary form."""
     head = json.dumps(json_part(fault), ensure_ascii=False).encode()
     body = head + b"".join(tensor.raw for tensor in fault.inputs)
     return path_of(fault), body, {"Inference-Header-Content-Length": str(len(head))}
@@ -379,7 +379,7 @@ def over_grpc(fault: TensorRequest) -> service_pb2.ModelInferRequest:
 
 
 def typed_over_grpc(draw: random.Random) -> service_pb2.ModelInferRequest:
-    """A request with typed contents instead of raw bytes, and an image whose shape is beyond memory."""
+    """A request with typed contents instead of raw bytes, and an image whose shape exceeds memory."""
     message = service_pb2.ModelInferRequest(model_name=draw.choice(["classifier", "student"]))
     shape = draw.choice([[2**31, 1], [2**45, 3, SIZE, SIZE], [2**62, 1], [2**32, 2**32, 2**32]])
     image = message.inputs.add(name="image", shape=shape)
@@ -401,12 +401,12 @@ def varint(value: int) -> bytes:
 
 
 def protobuf_field(tag: int, data: bytes) -> bytes:
-    """A field of bytes by its tag, which is 8 times its number, plus 2."""
+    """Encode a protobuf field of bytes. tag: 8 times the field number, plus 2."""
     return varint(tag) + varint(len(data)) + data
 
 
 def message_bytes(draw: random.Random) -> tuple[str, bytes]:
-    """A name and a message that protobuf reads otherwise than a careless parser, or that asks for what none may."""
+    """A name and a message that protobuf parses differently from a careless parser, or with a forbidden request."""
     model = draw.choice(["classifier", "student"])
     good = over_grpc(TensorRequest("", "", model, good_inputs(model, 1)))
     plain = good.SerializeToString()
@@ -471,7 +471,7 @@ def not_json(draw: random.Random) -> HttpRequest:
 
 
 def json_tensors(draw: random.Random) -> HttpRequest:
-    """Tensors written as JSON that do not hold together, some of which end Triton 24.10."""
+    """Inconsistent tensors as JSON; some of them crash Triton 24.10."""
     entry: dict[str, object] = {"name": "strength", "datatype": "FP32", "shape": [1, 1], "data": [0.5]}
     empty = {"name": "strength", "datatype": "FP32", "shape": [2**45, 1]}
     image = {"name": "image", "datatype": "BYTES", "shape": [1, 1]}
@@ -506,7 +506,7 @@ def json_tensors(draw: random.Random) -> HttpRequest:
 
 
 def twice_in_json(draw: random.Random) -> HttpRequest:
-    """A key that comes twice: of the two values cjson keeps the last and RapidJSON the first."""
+    """A duplicate JSON key: cjson keeps the last value and RapidJSON the first."""
     body, headers = good_body()
     length = int(headers["Inference-Header-Content-Length"])
     key, hidden = draw.choice(
@@ -525,7 +525,7 @@ def twice_in_json(draw: random.Random) -> HttpRequest:
 
 
 def outputs_asked(draw: random.Random) -> HttpRequest:
-    """Outputs with a wish that Triton 24.10 does not survive, or that is not the caller's to have."""
+    """Outputs with a parameter that crashes Triton 24.10 or is not allowed for callers."""
     body, headers = good_body()
     length = int(headers["Inference-Header-Content-Length"])
     wish, culprit = draw.choice(

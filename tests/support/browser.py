@@ -1,4 +1,4 @@
-"""A page of a file in the browser of tests/support/chromium.py, and what a reader of it notices."""
+"""Open an HTML file in Chromium (tests/support/chromium.py) and record console messages, requests and dialogs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 
 class Reader:
-    """A page opened from disk once its charts are drawn; what it complained of, asked for and popped up."""
+    """A page opened from disk, after its charts are drawn; its console messages, requests and dialogs."""
 
     def __init__(self, browser, path, **options):
         self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
@@ -22,17 +22,17 @@ class Reader:
         self.page.wait_for_selector("body.drawn", timeout=120_000)
 
     def violations(self):
-        """What axe calls serious or critical: rule and the elements."""
+        """Return axe's serious and critical accessibility violations: rule and elements."""
         found = Axe().run(self.page).response["violations"]
         grave = [each for each in found if each["impact"] in ("serious", "critical")]
         return [(each["id"], [node["html"][:120] for node in each["nodes"]]) for each in grave]
 
     def evaluate(self, script):
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         return self.page.evaluate(script)
 
     def wait(self, condition):
-        """Wait until a JavaScript expression is true; from outside, as the page's policy forbids to evaluate text in it."""
+        """Wait until a JavaScript expression is true; polls from outside, since the page's policy forbids eval."""
         deadline = time.monotonic() + 30
         while not self.page.evaluate(condition):
             assert time.monotonic() < deadline, condition

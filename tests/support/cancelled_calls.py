@@ -1,4 +1,4 @@
-"""gRPC calls that their caller cancels, or whose deadline passes, while the server works on them."""
+"""gRPC calls that are cancelled, or whose deadline passes, while the server processes them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ IN_FLIGHT = 8
 
 
 def cancel_calls(grpc_url: str, seconds: float, seed: int = 0) -> int:
-    """Inferences for some seconds, eight at a time, of which every second one is cancelled and the others have a deadline
-    about as long as an answer takes. Stops early when the server has exited. Returns the number of calls.
+    """Send inferences for `seconds`, eight in flight; return the number of calls.
+
+    Every second call is cancelled; the others have a deadline of about one response time. Stops early when the server
+    has exited.
     """
     draw, calls, end = random.Random(seed), 0, time.monotonic() + seconds
     message = over_grpc(TensorRequest("", "", "classifier", good_inputs("classifier", 1)))

@@ -1,4 +1,4 @@
-"""The first params of a folder of images."""
+"""The params that `tailor init` suggests for a folder of images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NO_OPTIONS = {"tested": None, "own_validation": False, "shorter": 32, "unreadabl
 
 
 def found(counts: list[int], **changes: object) -> Found:
-    """What `look` would find: classes of these sizes."""
+    """Return the result of `look` for classes of the given sizes."""
     return Found([f"class {n}" for n in range(len(counts))], counts, **{**NO_OPTIONS, **changes})
 
 
 def chosen_params(what: Found, gpu: bool = True) -> Params:
-    """The params that init would write for it."""
+    """Return the params that `tailor init` would write for it."""
     return write_text(TEMPLATE, choices(what, "data/source", gpu))[1]

@@ -1,4 +1,4 @@
-"""The headless Chromium of this machine, in which tests look at pages as a reader does; nothing is ever downloaded."""
+"""The machine's headless Chromium for tests of pages; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def find_chromium() -> str | None:
-    """What TAILOR_CHROMIUM names, and nothing else where it is set; otherwise the first Chromium on the PATH."""
+    """Return the program in TAILOR_CHROMIUM if set, otherwise the first Chromium on the PATH."""
     named = os.environ.get("TAILOR_CHROMIUM")
     return next(filter(None, map(shutil.which, [named] if named else NAMES)), None)
 
@@ -30,7 +30,7 @@ needs_chromium = pytest.mark.skipif(
 
 @contextmanager
 def started() -> Iterator[Browser]:
-    """A browser. Root, as in a container, has no sandbox."""
+    """Launch a browser, without sandbox, which Chromium does not support for root (containers)."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

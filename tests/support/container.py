@@ -1,7 +1,7 @@
-"""What a container runs, here: its entry point on a Triton whose backends the caller chooses.
+"""Run the container's entry point without a container, on a Triton with selectable backends.
 
-With TAILOR_TEST_BACKENDS, a folder that holds `onnxruntime` as Triton ships it, `student` runs in Triton's own onnxruntime
-backend, from the config.pbtxt that a container reads. Without it the local server's stand-in takes its place.
+TAILOR_TEST_BACKENDS: a folder with Triton's backend `onnxruntime`; then `student` runs in that backend, from the same
+config.pbtxt as in a container. Without it the local server's Python replacement is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ READY = 120.0  # seconds
 
 @dataclass(frozen=True)
 class Container:
-    """The addresses of a server that the container's entry point started."""
+    """URLs of a server started by the container's entry point."""
 
     http_url: str
     grpc_url: str
@@ -34,22 +34,22 @@ class Container:
 
 
 class EndedWhileStarting(Exception):
-    """The server ended before it was healthy; the message is its log."""
+    """The server exited before it was healthy; the message is its log."""
 
 
 def backends() -> Path | None:
-    """The folder with a real onnxruntime backend, None where the caller named none."""
+    """Return the folder with Triton's onnxruntime backend; None where TAILOR_TEST_BACKENDS is not set."""
     given = os.environ.get(BACKENDS_VARIABLE)
     return Path(given).absolute() if given else None
 
 
 @contextmanager
 def running_container(repository: Path, folder: Path, key: str) -> Iterator[Container]:
-    """Run the entry point on a repository until the block is left; folder: an empty one for links and the log.
+    """Context manager: run the entry point on a repository. folder: an empty folder for links and the log.
 
     Raises EndedWhileStarting.
     """
-    (folder / "models").symlink_to(repository)  # Triton takes no space in a path
+    (folder / "models").symlink_to(repository)  # Triton does not support a space in a path
     installation = find_installation()
     python = folder / "backends" / "python"
     python.mkdir(parents=True)
@@ -63,7 +63,7 @@ def running_container(repository: Path, folder: Path, key: str) -> Iterator[Cont
     ports = choose_ports("127.0.0.1", {"--http-port": 0, "--grpc-port": 0, "--metrics-port": 0})
     options += [f"{option}={port}" for option, port in ports.items()]
     environment = installation.environment | {
-        # PATH decides the stubs' Python too, so the environment's own comes first.
+        # PATH also selects the Python of the inference processes, so the environment's bin folder comes first.
         "PATH": os.pathsep.join(
             [str(Path(sys.executable).parent), str(installation.server.parent), installation.environment["PATH"]]
         ),
@@ -85,7 +85,7 @@ def running_container(repository: Path, folder: Path, key: str) -> Iterator[Cont
 
 
 def await_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Ask as the image's HEALTHCHECK does until it is content; fail with the server's log where it never is."""
+    """Run the image's HEALTHCHECK until it succeeds; fail with the server's log after READY seconds."""
     deadline = time.monotonic() + READY
     while True:
         command = [sys.executable, DEPLOY / "healthcheck.py", url]

@@ -1,4 +1,4 @@
-"""Thousands of connections of one address that never become requests."""
+"""Thousands of connections from one address that never send a request."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # with an
 
 
 def client_hello() -> bytes:
-    """The first message of a TLS handshake."""
+    """Return the first message of a TLS handshake."""
     context, outgoing = ssl.create_default_context(), ssl.MemoryBIO()
     with contextlib.suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost").do_handshake()
     return outgoing.read()
 
 
-# What each of thousands of connections of one address sends before it stays silent, and the port: HTTP or gRPC, with TLS
-# or without.
+# Port (HTTP or gRPC), TLS, and the bytes that each connection sends before it stays silent.
 CROWDS: dict[str, tuple[str, bool, bytes]] = {
     "crowd: silent TCP": ("http", False, b""),
     "crowd: half-sent headers": ("http", False, b"GET /v2 HTTP/1.1\r\nHost: tai"),
@@ -39,7 +38,7 @@ CROWDS: dict[str, tuple[str, bool, bytes]] = {
 
 @contextmanager
 def crowd(port: int, first_bytes: bytes, connections: int, source: str) -> Iterator[None]:
-    """Connections of one address that send their first bytes and then nothing; each that is closed is replaced."""
+    """Keep connections from one address open that send their first bytes and then nothing; replace closed ones."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2 * connections, hard)), hard))
     stopping = threading.Event()

@@ -1,4 +1,4 @@
-"""The commands of `tailor data` in this process, and images to check."""
+"""Run the commands of `tailor data` in this process, and generate images for them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipeline.commands.app import main
 
 
 def scene(seed):
-    """A picture with coarse structure, as photographs have."""
+    """Return a picture with coarse structure, like a photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
 
 
 def command(tmp_path, made, *options, name="check"):
-    """Exit code of the command on params, run in this process."""
+    """Run the command on params in this process; return its exit code."""
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(made.model_dump(mode="json")))
     where = ["--output", str(tmp_path / "report")] if name == "check" else []

@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/: where they stand, and whether the programs that they name would take them."""
+"""Find the commands in the README and docs/, and check that the named programs accept them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pipeline.commands.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")]
-# Pages that are written by hand; the lists of modules are docstrings.
+# Hand-written pages; the lists of modules are generated.
 PAGES += sorted(page for page in (ROOT / "docs").rglob("*.md") if not page.name.startswith("modules-"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:tailor|dvc|make|python -m|promtool|pytest) [^`\n]+)`")
-# Kinds of blocks that hold no command; every other block is one of commands.
+# Languages of blocks without commands; every other block has commands.
 NO_COMMANDS = {"text", "yaml", "json", "python", "mermaid"}
-# Programs of others, whose options no test here looks up.
+# External programs whose options are not checked.
 FOREIGN = {
     "docker",
     "kubectl",
@@ -47,28 +47,28 @@ RUN_BY_MODULE = re.compile(r"(pipeline|benchmarks|serving)(\.\w+)+|pytest")
 
 
 def name_of(page: Path) -> str:
-    """A page as the tests call it."""
+    """Return a page's name in the tests: its path relative to the root."""
     return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page in a language."""
+    """Return the fenced blocks of a page in a language."""
     return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page: lines after `$ ` in console blocks, continuation lines joined, comments left out."""
+    """Return the commands of a page: lines after `$ ` in console blocks, continuation lines joined, no comments."""
     return [command for block in blocks(page, "console") for command in commands_in(block)]
 
 
 def commands_in(block: str) -> list[str]:
-    """The commands of one console block."""
+    """Return the commands of one console block."""
     lines = [line[2:] for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
     return [" ".join(re.sub(r"\s+#\s.*", "", line).split()) for line in lines]
 
 
 def steps(page: Path) -> list[tuple[str, str]]:
-    """What a reader of a page does, in its order: ("console", a command) and ("python", a program)."""
+    """Return the steps of a page in order: ("console", a command) and ("python", a program)."""
     found = []
     for kind, block in FENCE.findall(page.read_text(encoding="utf-8")):
         if kind in ("console", "python"):
@@ -77,14 +77,14 @@ def steps(page: Path) -> list[tuple[str, str]]:
 
 
 def spoken_of(page: Path) -> list[str]:
-    """The commands with arguments that stand in a page's running text and tables."""
+    """Return the commands with arguments in a page's text and tables."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     return [found for found in INLINE.findall(text) if not re.search(r"[A-Z]{4,}$|FILE|FOLDER|…", found)]
 
 
 @cache
 def help_of(*command: str) -> str:
-    """What `--help` prints: of a program in a process of its own, of a module of ours (`-m name …`) in this one."""
+    """Return the output of `--help`: of a program in a subprocess, of Tailor's modules (`-m name …`) in-process."""
     if command[0] == "-m":
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
@@ -97,7 +97,7 @@ def help_of(*command: str) -> str:
 
 
 def check_options(words: list[str], *command: str) -> None:
-    """Every --option among the words is one that the command's own help names."""
+    """Check that the command's help lists every --option among the words."""
     if not any(word.startswith("-") for word in words) and command[0] != "-m":
         return
     text = help_of(*command)
@@ -108,7 +108,7 @@ def check_options(words: list[str], *command: str) -> None:
 
 
 def check_tailor(words: list[str]) -> None:
-    """The command is one of `tailor`, and its help names every option."""
+    """Check that the command is one of `tailor`, and that its help lists every option."""
     program: Any = typer.main.get_command(app)
     context = program.make_context("tailor", [], resilient_parsing=True)
     name, *rest = words
@@ -124,7 +124,7 @@ def check_tailor(words: list[str]) -> None:
 
 
 def check_command(command: str) -> None:
-    """What can be said of a command without running it: its program, module or target is there and has its options."""
+    """Check a command without running it: its program, module or make target exists and has the options."""
     words = shlex.split(command, comments=True)
     words = words[: next((place for place, word in enumerate(words) if word in ("|", "&", "&&", ">")), len(words))]
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -153,7 +153,7 @@ def check_command(command: str) -> None:
 
 
 def check_torchrun(words: list[str]) -> None:
-    """torchrun's own parser takes the words, and what it shall start can be imported."""
+    """Check that torchrun's parser accepts the words, and that the module to start can be imported."""
     from torch.distributed.run import get_args_parser
 
     options = get_args_parser().parse_args([re.sub(r"^\$\w+$", "0", word) for word in words])
@@ -161,7 +161,7 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_python(words: list[str], command: str) -> None:
-    """The module exists and its help lists the options; of pytest the files exist."""
+    """Check that the module exists and its help lists the options; for pytest, that the files exist."""
     assert words[0] == "-m" and RUN_BY_MODULE.fullmatch(words[1]), command
     module, *words = words[1:]
     if module == "pytest":

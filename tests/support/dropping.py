@@ -1,4 +1,4 @@
-"""A small project in a folder of its own, with its split made, and drops of images for it."""
+"""A small project in a separate folder with a finished split, and drop folders of new images for it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.params import Params
 from tests.support.making import data_params, folder, parse_params, png, write
 
 SIZES = {"cat": 12, "dog": 10, "eel": 9}
-FIRST_NEW = 1000  # seeds of images that the source does not have
+FIRST_NEW = 1000  # seeds of images that are not in the source
 
 
 def project(root: Path, sizes: dict[str, int] = SIZES, **ingest: Any) -> Params:
-    """Params over a folder source at `root`, the working directory from here on, with its split made; nothing has to settle."""
+    """Create a project at `root` with a folder source and its split, and change into it; settle_seconds is 0."""
     os.chdir(root)
     folder(root / "source", sizes)
     made = data_params(Path("source")).model_dump(mode="json")
@@ -30,23 +30,23 @@ def project(root: Path, sizes: dict[str, int] = SIZES, **ingest: Any) -> Params:
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    """Rows of a split's table."""
+    """Return the rows of a split's table."""
     return pyarrow.parquet.read_table(f"data/split/{name}.parquet").to_pylist()
 
 
 def held_out(name: str = "test") -> tuple[str, bytes]:
-    """Class and bytes of one image of a split."""
+    """Return class and bytes of one image of a split."""
     row = rows_of(name)[0]
     return row["reference"].split("/")[0], (Path("source") / row["reference"]).read_bytes()
 
 
 def drop_images(label: str, seeds: range, root: Path = Path("data/drop")) -> list[Path]:
-    """New images in a class folder of the drop."""
+    """Write new images into a class folder of the drop folder."""
     return [write(root / label / f"{seed}.png", png(FIRST_NEW + seed)) for seed in seeds]
 
 
 def shards() -> list[dict[str, Any]]:
-    """Rows of every shard, without the images, sorted."""
+    """Return the rows of all shards without the images, sorted by name."""
     found = [row for path in sorted(Path("data/ingested").glob("*.parquet")) for row in _rows(path)]
     return sorted(found, key=lambda row: row["name"])
 
@@ -56,11 +56,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def files(root: str) -> dict[str, bytes]:
-    """Every file under a folder by its path."""
+    """Return the content of every file under a folder, by path."""
     return {str(path): path.read_bytes() for path in sorted(Path(root).rglob("*")) if path.is_file()}
 
 
 def listing() -> list[dict[str, str]]:
-    """The rows of the one quarantine that there is."""
+    """Return the rows of the only quarantine."""
     (path,) = Path("data/quarantine").glob("*/rows.csv")
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))

@@ -1,4 +1,4 @@
-"""Loopback servers in front of the real one that fail on purpose: the first connections or calls, and then no more."""
+"""Loopback proxies in front of the real server that inject faults into the first connections or calls."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 import grpc
 
 Fault = Callable[[socket.socket], None]
-PATIENCE = 10.0  # seconds after which a test's connection ends by itself
+PATIENCE = 10.0  # timeout of a test's connection in seconds
 
 
 class FaultyHttp:
-    """Takes connections; each of the first ones meets the next fault, the others a tunnel to `target` (host, port).
+    """Accepts connections; the first ones get one fault each, the others a tunnel to `target` (host, port).
 
-    forever: the last fault is met again and again. requests: what came in, as bytes, one entry a connection.
+    forever: repeat the last fault for all further connections. requests: received bytes, one entry per connection.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FaultyHttp:
         return f"{'https' if self._context else 'http'}://127.0.0.1:{self.port}"
 
     def drop_connections(self) -> None:
-        """Cut every open connection, as a server that restarts does."""
+        """Close every open connection, like a server that restarts."""
         for connection in self._open:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -73,7 +73,7 @@ class FaultyHttp:
         if self._context:
             try:
                 connection = self._context.wrap_socket(connection, server_side=True)
-            except OSError:  # wrap_socket has closed it
+            except OSError:  # wrap_socket has closed the connection
                 return
         with contextlib.suppress(OSError), connection:
             self._open.append(connection)
@@ -89,7 +89,7 @@ class FaultyHttp:
                 self._tunnel(connection, place)
 
     def _tunnel(self, connection: socket.socket, place: int) -> None:
-        """Copy both ways in one thread: two threads in one SSLSocket hung one connection in about 1,500."""
+        """Copy in both directions in one thread: with two threads on an SSLSocket, 1 of 1,500 connections hung."""
         with socket.create_connection(self._target, timeout=PATIENCE) as server:
             while True:
                 buffered = isinstance(connection, ssl.SSLSocket) and connection.pending()
@@ -105,7 +105,7 @@ class FaultyHttp:
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """A request's head and body."""
+    """Read one request: head and body."""
     data = b""
     while b"\r\n\r\n" not in data:
         piece = connection.recv(65536)
@@ -120,32 +120,32 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 def reset(connection: socket.socket) -> None:
-    """End the connection with RST instead of an answer."""
+    """Fault: end the connection with RST instead of a response."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def hang_up(_connection: socket.socket) -> None:
-    """Close without an answer."""
+    """Fault: close without a response."""
 
 
 def silent(connection: socket.socket) -> None:
-    """Say nothing until the other end goes."""
+    """Fault: send nothing until the client closes."""
     connection.recv(1)
 
 
 def answers(status: str, body: bytes = b"", **headers: object) -> Fault:
-    """A whole answer, whatever was asked."""
+    """Fault: send a fixed complete response."""
     return says(http_answer(status, body, **headers))
 
 
 def says(data: bytes) -> Fault:
-    """These bytes, then the end of the connection."""
+    """Fault: send these bytes, then close the connection."""
     return lambda connection: connection.sendall(data)
 
 
 def trickles(data: bytes, pause: float = 0.05) -> Fault:
-    """These bytes one by one, so that no single wait is long."""
+    """Fault: send these bytes one by one, so that no single wait is long."""
 
     def fault(connection: socket.socket) -> None:
         for place in range(len(data)):
@@ -162,9 +162,9 @@ def http_answer(status: str, body: bytes = b"", **headers: object) -> bytes:
 
 
 class FaultyGrpc(grpc.GenericRpcHandler):
-    """A gRPC server whose first calls fail with the given codes; the others are passed on to `target` as they are.
+    """A gRPC server whose first calls fail with the given codes; the others are forwarded to `target` unchanged.
 
-    calls: the method and metadata of each call that came in.
+    calls: method and metadata of each received call.
     """
 
     def __init__(self, target: str | None, faults: Sequence[grpc.StatusCode | float] = ()) -> None:
@@ -174,7 +174,7 @@ class FaultyGrpc(grpc.GenericRpcHandler):
         self._channel = grpc.insecure_channel(target) if target else None
 
     def delay_inference(self, seconds: float) -> None:
-        """Answer each inference that much later from now on."""
+        """Delay each further inference by `seconds`."""
         self._delay = seconds
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class FaultyGrpc(grpc.GenericRpcHandler):
 
 @contextlib.contextmanager
 def grpc_server(handler: FaultyGrpc, credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
-    """Serve the handler; yields its url."""
+    """Serve the handler; yields its URL."""
     server = grpc.server(ThreadPoolExecutor(8), handlers=[handler])
     open_port = (lambda a: server.add_secure_port(a, credentials)) if credentials else server.add_insecure_port
     port = open_port("127.0.0.1:0")

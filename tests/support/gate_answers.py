@@ -1,4 +1,4 @@
-"""Predictions of made-up runs for the gate and the comparison."""
+"""Generated predictions of runs for tests of the gate and the comparison."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LABELS = np.repeat(np.arange(C), 60)
 
 
 def answering(accuracy, seed):
-    """Logits right for a share of each class: accuracy is a number or one per class."""
+    """Return logits that are correct for a share of each class. accuracy: one number, or one per class."""
     random = np.random.default_rng(seed)
     right = random.random(len(LABELS)) < np.broadcast_to(accuracy, C)[LABELS]
     predicted = np.where(right, LABELS, (LABELS + 1 + random.integers(0, C - 1, len(LABELS))) % C)
@@ -46,7 +46,7 @@ def answers_of(logits):
 
 
 def contender(folder, logits, ids=None, labels=LABELS, classes=None, **more):
-    """The two files of a contender, its rows shuffled."""
+    """Write the two files of a contender, with shuffled rows."""
     folder.mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng(1).permutation(len(labels))
     ids = np.array(ids if ids is not None else [f"s{i}" for i in range(len(labels))])[order]

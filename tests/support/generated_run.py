@@ -1,4 +1,4 @@
-"""Predictions made up for any number of classes, and the report of them: what a page must bear without any training."""
+"""Generated predictions for any number of classes, and their report, without training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOSTILE = [
 
 
 def made_prior(classes: int) -> Prior:
-    """Classes of 500 to 5 training images; the first ones have hostile names."""
+    """Return a prior of classes with 500 to 5 training images; the first ones have hostile names."""
     counts = np.maximum(500 * 0.01 ** np.linspace(0, 1, classes), 5).astype(int).tolist()
     names = [*HOSTILE, *(f"species {c} of a genus" for c in range(len(HOSTILE), classes))][:classes]
     p = np.array(counts) / sum(counts)
@@ -37,7 +37,7 @@ def made_prior(classes: int) -> Prior:
 
 
 def made_logits(labels: np.ndarray, prior: Prior, seed: int, skill: float = 4.0) -> np.ndarray:
-    """Logits [N,C] that know a class the better the more images it has, and take it for its neighbours."""
+    """Return logits [N,C] that are more accurate for larger classes, and confuse a class with the next one."""
     random, classes = np.random.default_rng(seed), len(prior.classes)
     logits = random.normal(size=(len(labels), classes)).astype(np.float32)
     logits[np.arange(len(labels)), labels] += skill * (0.5 + np.log(np.array(prior.counts)) / 6)[labels]
@@ -49,7 +49,7 @@ def made_logits(labels: np.ndarray, prior: Prior, seed: int, skill: float = 4.0)
 def made_report(
     classes: int, per_class: int, validation: bool = True, champion: bool = False, warnings: tuple[str, ...] = ()
 ) -> str:
-    """The report of made-up predictions, as `evaluate` puts it together."""
+    """Return the report of generated predictions, built as in `evaluate`."""
     prior, recipe = made_prior(classes), params()
     labels = np.repeat(np.arange(classes), per_class)
     logits = {name: made_logits(labels, prior, seed) for seed, name in enumerate(("teacher", "student"))}
@@ -97,19 +97,19 @@ def made_report(
 
 
 def facts_of_the_model(prior: Prior) -> list[tuple[str, str]]:
-    """The facts of a model card, of the default params."""
+    """Return the facts of a model card for the default params."""
     recipe = params()
     return model_facts(recipe.teacher, recipe.student, recipe.image.size, recipe.serving.strength, prior)
 
 
 def made_model_card(prior: Prior, metrics: dict) -> str:
-    """The model card of the default params."""
+    """Return the model card for the default params."""
     recipe = params()
     return model_card(recipe.data, recipe.student.backbone, recipe.seed, facts_of_the_model(prior), prior, metrics)
 
 
 def made_histories(validation: bool) -> dict[str, list[dict[str, float]]]:
-    """Five epochs of teacher and student, with validation accuracies or without."""
+    """Return histories of five epochs of teacher and student, with or without validation accuracies."""
     score = {"validation_accuracy": 0.5} if validation else {}
     return {
         name: [{"epoch": epoch, "loss": loss / epoch, **score} for epoch in range(1, 6)]
@@ -118,7 +118,7 @@ def made_histories(validation: bool) -> dict[str, list[dict[str, float]]]:
 
 
 def champion_of(labels: np.ndarray, prior: Prior, there: bool):
-    """A champion's answers, a little worse."""
+    """Return slightly worse predictions of a champion; None without `there`."""
     from pipeline.evaluation.predictions import Answers
 
     if not there:

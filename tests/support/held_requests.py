@@ -1,4 +1,4 @@
-"""Requests that all lie at the server but for their last byte, so that any number of them are in flight at one moment."""
+"""Send many requests except for their last byte, then complete them, so that all are in flight at the same time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.bad_connections import HEADERS, connected, http2
 
 
 class OverHttp:
-    """A connection for each request."""
+    """HTTP requests, one connection each."""
 
     def __init__(self, port: int, calls: Sequence[Infer], stack: ExitStack) -> None:
         self._calls = calls
@@ -39,7 +39,7 @@ class OverHttp:
 
 
 class OverGrpc:
-    """A stream for each request, all on one connection; they have to fit HTTP/2's first window of 64 KiB."""
+    """gRPC requests, one stream each on one connection; together at most HTTP/2's initial window of 64 KiB."""
 
     def __init__(self, port: int, calls: Sequence[Infer], stack: ExitStack) -> None:
         opened, self._connection = stack.enter_context(http2(port))
@@ -78,12 +78,12 @@ class OverGrpc:
 
 
 def framed(call: Infer) -> bytes:
-    """The message of a call as gRPC sends it: not compressed, its length before it."""
+    """Return the message of a call with gRPC's prefix: flag "not compressed" and length."""
     return b"\0" + struct.pack(">I", len(call.message)) + call.message
 
 
 def answers_at_once(http_port: int, grpc_port: int, calls: Sequence[Infer]) -> list[Answer]:
-    """The answers to calls that are all in flight before the first is whole, every other one over gRPC, in order."""
+    """Send calls, alternately over gRPC and HTTP, so that all are in flight at once; return the responses in order."""
     with ExitStack() as stack:
         held = [OverGrpc(grpc_port, calls[::2], stack), OverHttp(http_port, calls[1::2], stack)]
         early, _, _ = select.select(held[1].sockets, [], [], 0.5)

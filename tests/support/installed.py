@@ -1,4 +1,4 @@
-"""Tailor as a user has it: a wheel in an environment of its own, and projects that `tailor new` makes there."""
+"""Install Tailor's wheel in a separate virtual environment, and create projects there with `tailor new`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK["student"] = {**QUICK["teacher"], **QUICK["student"]}
 
 
 class Installed:
-    """A virtual environment with Tailor's wheel; what Tailor needs comes from the environment that runs the tests."""
+    """A virtual environment with Tailor's wheel; dependencies come from the environment that runs the tests."""
 
     def __init__(self, folder: Path) -> None:
         source = folder / "source"
@@ -50,14 +50,14 @@ class Installed:
         dvc.chmod(0o755)
 
     def new(self, folder: Path, *options: str) -> OwnProject:
-        """The project that `tailor new` makes."""
+        """Create a project with `tailor new`."""
         project = OwnProject(folder, self.root / "bin", code=None)
         run(self.root / "bin/tailor", "new", folder, *options, environment=project.environment)
         return project
 
 
 def run(*command: object, environment: dict[str, str] | None = None) -> None:
-    """Run a command that must end well."""
+    """Run a command; assert exit status 0."""
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, env=environment, stdin=subprocess.DEVNULL
     )
@@ -65,7 +65,7 @@ def run(*command: object, environment: dict[str, str] | None = None) -> None:
 
 
 def put_images(folder: Path, counts: tuple[int, ...] = (16, 10, 6), seed: int = 0) -> None:
-    """Small PNG files of noise around a colour, a folder for each class."""
+    """Write small PNG files of noise around a colour, one folder per class."""
     generator = np.random.default_rng(seed)
     for label, count in enumerate(counts):
         (folder / f"class{label}").mkdir(parents=True)

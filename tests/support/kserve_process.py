@@ -1,7 +1,7 @@
-"""One inference by KServe's own client, in a process of its own: its messages cannot be loaded beside Triton's.
+"""Run one inference with KServe's client in a separate process: its protobuf messages conflict with Triton's.
 
-Standard input: {url, protocol (rest or grpc), model, binary, inputs: [{name, datatype, shape, base64}]}. Prints the outputs by
-name as lists; strings as UTF-8.
+Standard input: {url, protocol (rest or grpc), model, binary, inputs: [{name, datatype, shape, base64}]}. Prints the
+outputs by name as lists; strings as UTF-8.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A folder of images with the list files of published splits."""
+"""Write a folder of images with the list files of published splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that logs logits as fast as it can until it is killed, or that logs a given number: for test_logit_log."""
+"""Process for test_logit_log that logs logits at full speed until it is killed, or logs a given number of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serving.triton import logit_log
 
 
 class Counts:
-    """Takes the counts that Triton's metrics would."""
+    """Counters in place of Triton's metrics."""
 
     def __init__(self) -> None:
         self.logged, self.lost = 0, {"queue": 0, "disk": 0}
@@ -26,14 +26,14 @@ class Counts:
 
 
 def opened(folder: Path, classes: int = 5, limit: int = 1 << 20, share: float = 1.0, about: dict | None = None):
-    """A log and its counts."""
+    """Open a log; return it with its counters."""
     counts = Counts()
     about = about or {"tailor_logits": "1", "version": "1", "student_sha256": "s", "classes_sha256": "c"}
     return logit_log.LogitLog(folder, share, limit, classes, about, [], counts), counts
 
 
 def batch(rows: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images of noise and logits; the first column says which batch it is."""
+    """Return noise images and logits; the first column of the logits is the batch number."""
     random = np.random.default_rng(seed)
     logits = random.normal(size=(rows, classes))
     logits[:, 0] = seed

@@ -1,4 +1,4 @@
-"""Logs of logits as the server writes them."""
+"""Write logs of logits in the server's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.logging_process import opened
 
 
 def write_log(folder: Path, manifest: Manifest, logits: np.ndarray, **about: str) -> None:
-    """Logits as a server logs them."""
+    """Write logits to a log as a server does."""
     said = {
         "tailor_logits": "1",
         "version": str(manifest.version),

@@ -1,4 +1,4 @@
-"""Small real inputs for the tests of this folder: params, encoded images, folders and tables of them."""
+"""Make small real inputs for tests: params, encoded images, folders and tables of images."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 
 def content(changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The shipped params.yaml as a mapping, with dotted keys set; None as a value is YAML's null."""
+    """Return the shipped params.yaml as a mapping with dotted keys set; the value None is YAML's null."""
     made = copy.deepcopy(SHIPPED)
     for key, value in (changes or {}).items():
         *sections, last = key.split(".")
@@ -31,12 +31,12 @@ def content(changes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def params(changes: dict[str, Any] | None = None) -> Params:
-    """The shipped params with dotted keys set, validated."""
+    """Return the shipped params with dotted keys set, validated."""
     return parse_params(content(changes), Path("params.yaml"))
 
 
 def data_params(location: Path, source: str = "folder", **changes: Any) -> Params:
-    """Params over a small source: everything kept, two test images and one validation image a class."""
+    """Return params for a small source: all images used, two test images and one validation image per class."""
     settled = {
         "source": source, "location": str(location), "profile": "natural", "test_per_class": 2,
         "validation_per_class": 1, "validation_share": 0.5, "seed": 0, **changes,
@@ -45,12 +45,12 @@ def data_params(location: Path, source: str = "folder", **changes: Any) -> Param
 
 
 def picture(seed: int, size: tuple[int, int] = (16, 16)) -> np.ndarray:
-    """Random pixels uint8 [H,W,3], different for each seed."""
+    """Return random pixels uint8 [H,W,3], different for each seed."""
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
 def encode(pixels: np.ndarray | Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    """The bytes of an image file."""
+    """Encode an image as the bytes of a file."""
     stream = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(stream, form, **options)
@@ -58,19 +58,19 @@ def encode(pixels: np.ndarray | Image.Image, form: str = "PNG", **options: Any) 
 
 
 def png(seed: int) -> bytes:
-    """A PNG of its own for each seed."""
+    """Return a PNG, different for each seed."""
     return encode(picture(seed))
 
 
 def write(path: Path, data: bytes) -> Path:
-    """A file, its folders made."""
+    """Write a file and create its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
 
 
 def folder(root: Path, sizes: dict[str, int]) -> Path:
-    """A folder of images: so many under each class path, all different."""
+    """Write a folder of images, all different. sizes: number of images by class path."""
     seed = 0
     for place, size in sizes.items():
         (root / place).mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def folder(root: Path, sizes: dict[str, int]) -> Path:
 
 
 def table(path: Path, columns: dict[str, list[Any]]) -> Path:
-    """A Parquet file, or a CSV file by its suffix."""
+    """Write a Parquet file, or a CSV file for the suffix .csv."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         rows = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]

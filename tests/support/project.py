@@ -1,4 +1,4 @@
-"""A working copy of the project in a folder of its own, for tests that run the true commands."""
+"""A working copy of the project in a separate folder, for tests that run the real commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIT_NAME = ("-c", "user.name=test", "-c", "user.email=test@example.invalid")
 
 
 class Project:
-    """The project's code, committed to a fresh git repository at `root`, with small enough training for a test."""
+    """The project's code in a new git repository at `root`, with training small enough for a test."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -43,11 +43,11 @@ class Project:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             **SETTINGS,
         }
-        # The copy runs its own code: it comes first on the path of `python -m`, also under an editable install.
+        # `python -m` puts the copy first on the path, so it runs its own code, also under an editable install.
         self.environment.pop("PYTHONPATH", None)
 
     def commit(self) -> None:
-        """Make the folder a git repository holding everything that is not ignored."""
+        """Make the folder a git repository and commit everything that is not ignored."""
         self.run("git", "init", "--quiet", ".")
         self.run("git", "add", "-A")
         self.run("git", *GIT_NAME, "commit", "--quiet", "-m", "a project")
@@ -60,7 +60,7 @@ class Project:
         overlay.unlink()
 
     def run(self, *command: str, expect: int = 0, timeout: float = 900) -> subprocess.CompletedProcess[str]:
-        """Run a command in the project; its exit status must be the expected one."""
+        """Run a command in the project; assert the expected exit status."""
         done = subprocess.run(
             command,
             cwd=self.root,
@@ -77,14 +77,14 @@ class Project:
         return done
 
     def stages_run(self, done: subprocess.CompletedProcess[str]) -> list[str]:
-        """The stages that a `dvc repro` or `dvc exp run` ran."""
+        """Return the stages that a `dvc repro` or `dvc exp run` ran."""
         return [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
 
 
 class OwnProject(Project):
-    """A folder for a user's own project, which `tailor new` makes; nothing is copied.
+    """A project folder that `tailor new` creates; nothing is copied.
 
-    binaries: where `tailor`, `python` and `dvc` are. code: what they run; None for the package that is installed there.
+    binaries: folder of `tailor`, `python` and `dvc`. code: the code that they run; None for the installed package.
     """
 
     def __init__(self, root: Path, binaries: Path = Path(sys.executable).parent, code: Path | None = ROOT) -> None:

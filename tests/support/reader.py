@@ -1,4 +1,4 @@
-"""A reader who types the commands of a page into a project, one after another, and has several terminals."""
+"""Run the commands of a documentation page in a project, one after another; services run in the background."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from serving.shared.ports import choose_ports
 from tests.support.project import Project
 
-# What runs until it is told to end, the line by which one knows that it is ready, and the statuses that it may end with.
+# Services: the line that reports readiness, and the allowed exit statuses.
 SERVICES = {
     "tailor serve": (r"^ready (\S+) (\S+)", (0,)),
     "tailor gateway": (r"^ready https://", (0,)),
@@ -27,7 +27,7 @@ STARTS_WITHIN = 120.0  # seconds
 
 @dataclass
 class Terminal:
-    """A service that runs in a terminal of its own; log: what it prints."""
+    """A running service. log: file of its output."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -36,10 +36,10 @@ class Terminal:
 
 @dataclass
 class Reader:
-    """Types into `project`. altered: text of a command → what is typed instead, beside ports and addresses.
+    """Runs commands in `project`. altered: replacements of text in commands, besides ports and addresses.
 
-    Ports differ from the pages' as others may serve on this machine: those that listen take free ones, those that ask get
-    the address of the server that was started last. folder: where the reader is, at first the project if not given.
+    Ports differ from those of the pages, which may be in use on this machine: services get free ports, clients get the
+    address of the server that was started last. folder: the working folder; default: the project.
     """
 
     project: Project
@@ -49,7 +49,7 @@ class Reader:
     folder: Path | None = None
 
     def type(self, command: str, expect: tuple[int, ...] = (0,)) -> str:
-        """Run a command to its end, or start a service and wait until it is ready; returns what it prints."""
+        """Run a command to its end, or start a service and wait until it is ready; return its output."""
         if command.startswith("cd "):
             self.folder = (self.folder or self.project.root) / command.removeprefix("cd ")
             return ""
@@ -66,7 +66,7 @@ class Reader:
         return done.stdout
 
     def run(self, program: str) -> str:
-        """Run a page's Python in the project, with the address of this run's server; returns what it prints."""
+        """Run a page's Python program in the project, with the address of this run's server; return its output."""
         assert self.addresses or PAGES_SERVER not in program, "no server was started before it on the page"
         text = program.replace(PAGES_SERVER, self.addresses[0] if self.addresses else "")
         done = subprocess.run(
@@ -77,7 +77,7 @@ class Reader:
         return done.stdout
 
     def as_typed(self, command: str) -> str:
-        """The command with ports and addresses of this run."""
+        """Return the command with the ports and addresses of this run."""
         for text, instead in self.altered.items():
             command = command.replace(text, instead)
         if command.startswith("tailor serve"):
@@ -96,7 +96,7 @@ class Reader:
             command = command.replace(PAGES_SERVER, self.addresses[0])
         if command.startswith(("tailor playground", "tailor schedule")):
             command += " --port 0"
-        return command.replace("make ", "make -o install ")  # what runs the tests is installed
+        return command.replace("make ", "make -o install ")  # the test environment is already installed
 
     def _start(self, text: str, ready: str, ends_with: tuple[int, ...]) -> str:
         log = self.project.root / f".terminal-{len(self.terminals)}.log"
@@ -116,7 +116,7 @@ class Reader:
         return log.read_text(encoding="utf-8")
 
     def close(self) -> None:
-        """End every service as one does, the last one first; each must end as it promises."""
+        """Stop every service with its signal, the last one first; assert the allowed exit statuses."""
         wrong = []
         for terminal in reversed(self.terminals):
             terminal.process.send_signal(signal.SIGINT if 130 in terminal.ends_with else signal.SIGTERM)
@@ -128,5 +128,5 @@ class Reader:
 
 
 def _hear_ctrl_c() -> None:
-    """Tests that were started in the background hand on a shell's wish to ignore it."""
+    """Reset SIGINT: tests started in the background inherit from the shell that it is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What requirements bring with them, by the metadata of the packages that are installed here."""
+"""Resolve the transitive closure of requirements from the metadata of the installed packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DISTRIBUTIONS = {canonicalize_name(found.name) for found in metadata.distributio
 
 
 def installed_with(requirements: Sequence[str]) -> set[str]:
-    """Names of the distributions that requirements bring. Those of Tailor are read from pyproject.toml."""
+    """Return the names of the distributions that requirements install. Tailor's are read from pyproject.toml."""
     found, waiting = set(), [Requirement(text) for text in requirements]
     while waiting:
         wanted = waiting.pop()

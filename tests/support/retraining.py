@@ -1,4 +1,4 @@
-"""A project whose stages copy what was prepared for them: the true flow, DVC, Prefect and Triton, and no training."""
+"""A project whose stages copy prepared results: the real flow, DVC, Prefect and Triton, without training."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ STAGES = {
 }
 METRICS = "artifacts/evaluation/metrics/student_balanced.json"
 PER_CLASS = 100  # test samples: enough for the gate in every group
-# Where nobody waits for better luck: one try, and no second server.
+# No retries and no rehearsal on a second server.
 QUICK = {"retries": 0, "retry_seconds": 0.1, "rehearsal": False, "watch_seconds": 0.0, "load_seconds": 20}
 
 
 class Retraining:
-    """A project at `root`. api: address of a Prefect server, None for the command to start one."""
+    """A project at `root`. api: URL of a Prefect server; None: the command starts one."""
 
     def __init__(self, root: Path, api: str | None = None, **settings: object) -> None:
         self.root = root
@@ -72,11 +72,11 @@ class Retraining:
 
     @property
     def repository(self) -> Path:
-        """What was promoted."""
+        """The repository of promoted releases."""
         return self.root / "releases"
 
     def prepare(self, name: str, seed: int, accuracy: float | list[float]) -> None:
-        """A challenger: its graph is drawn from `seed`, its answers on the test set are right for a share of each class."""
+        """Prepare a challenger. seed: of its graph. accuracy: share of correct test predictions, one or per class."""
         folder = self.root / "prepared" / name
         write_export(folder / "export", seed)
         self.edit_manifest(name, version=1)
@@ -94,7 +94,7 @@ class Retraining:
         (folder / "prior").write_text(json.dumps(asdict(prior)))
         random = np.random.default_rng(
             7
-        )  # the same luck for all: who has the higher accuracy is right wherever the other is
+        )  # one seed for all challengers: a higher accuracy is correct wherever a lower one is
         right = random.random(len(labels)) < np.broadcast_to(accuracy, len(CLASSES))[labels]
         logits = np.eye(len(CLASSES))[np.where(right, labels, (labels + 1) % len(CLASSES))] * 3.0
         (folder / "evaluate/metrics").mkdir(parents=True)
@@ -112,7 +112,7 @@ class Retraining:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     def choose(self, name: str) -> None:
-        """Have the stages make this challenger at their next run."""
+        """Select the challenger that the stages produce at their next run."""
         (self.root / "challenger").write_text(name)
 
     def set(self, section: str, **changes: object) -> None:
@@ -123,7 +123,7 @@ class Retraining:
         path.write_text(yaml.safe_dump(params))
 
     def start_into(self, log: TextIO, *arguments: str) -> subprocess.Popen[str]:
-        """Start `tailor`; what it prints goes to a file."""
+        """Start `tailor` with its output in a file."""
         return subprocess.Popen(
             [sys.executable, "-m", "pipeline.commands", *arguments],
             cwd=self.root,
@@ -135,7 +135,7 @@ class Retraining:
         )
 
     def run(self, *command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run a command in the project; its exit status must be the expected one."""
+        """Run a command in the project; assert the expected exit status."""
         done = subprocess.run(
             command,
             cwd=self.root,
@@ -151,5 +151,5 @@ class Retraining:
 
 
 def ids_to_numbers(ids: list[str]) -> list[int]:
-    """The number in each id."""
+    """Return the number in each id."""
     return [int(name.rpartition("-")[2]) for name in ids]

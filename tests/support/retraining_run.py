@@ -1,4 +1,4 @@
-"""A retraining that goes on in a process of its own, who asks the server meanwhile, and what lives below a process."""
+"""A retraining in a separate process, requests to the server during it, and the descendants of a process."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from tests.serving.conftest import picture
 
-WITHIN = 300.0  # seconds that a run gets; a busy machine is slow
+WITHIN = 300.0  # timeout of a run in seconds, for a busy machine
 
 
 def run_in(root: str, log: str, because: str) -> None:
-    """`tailor retrain --json` in a process that has imported it: its log, and its answer beside that."""
+    """Run `tailor retrain --json` in a forked process; stderr goes to `log`, stdout to `log`.json."""
     os.chdir(root)
     for number, path in ((1, f"{log}.json"), (2, log)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -32,7 +32,7 @@ def run_in(root: str, log: str, because: str) -> None:
 
 
 class Begun:
-    """A run that goes on in a process of its own."""
+    """A retraining run in a separate process."""
 
     def __init__(self, context, root: Path, name: str = "run") -> None:
         self.log = root / f"{name}.log"
@@ -50,7 +50,7 @@ class Begun:
             time.sleep(0.005)
 
     def kill_at(self, wanted: str, after: float = 0.0) -> None:
-        """Kill -9 when the log says `wanted`, and `after` seconds more."""
+        """Send SIGKILL `after` seconds after the log contains `wanted`."""
         self.await_line(wanted)
         time.sleep(after)
         self.process.kill()
@@ -60,13 +60,13 @@ class Begun:
         self.process.join(WITHIN)
         answer = self.log.with_name(f"{self.log.name}.json").read_text()
         assert answer, self.text()
-        outcome = Outcome(**json.loads(answer))  # nothing else is printed there, and no key is left out
+        outcome = Outcome(**json.loads(answer))  # stdout contains only the JSON, with every key
         assert self.process.exitcode == (1 if outcome.ending in ("failed", "busy") else 0), self.text()
         return outcome
 
 
 class Asking(threading.Thread):
-    """Asks the server for a picture all the time, and keeps what failed and which versions answered, in order."""
+    """Thread that sends requests to the server without pause; records failures and the versions in order."""
 
     def __init__(self, server: TritonServer) -> None:
         super().__init__(daemon=True)
@@ -93,7 +93,7 @@ class Asking(threading.Thread):
 
 
 def commands_below(process_id: int) -> list[str]:
-    """The command lines of a process's descendants."""
+    """Return the command lines of a process's descendants."""
     found = []
     for process in psutil.Process(process_id).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -102,7 +102,7 @@ def commands_below(process_id: int) -> list[str]:
 
 
 def end_of_all(processes: list[psutil.Process]) -> None:
-    """Wait until none of them lives."""
+    """Wait until all processes have exited."""
     deadline = time.monotonic() + 60
     while lasting := [process for process in processes if lives(process)]:
         assert time.monotonic() < deadline, lasting
@@ -110,7 +110,7 @@ def end_of_all(processes: list[psutil.Process]) -> None:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it goes on; whoever ended and is not waited for does not."""
+    """Return whether a process runs; a zombie does not."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False

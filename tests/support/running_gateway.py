@@ -1,4 +1,4 @@
-"""A gateway in front of a server of the tests, with or without TLS; skips where nginx is missing."""
+"""Start a gateway in front of a test server, with or without TLS; skips where nginx is missing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def running_gateway(server: TritonServer, log: Path | None = None, **values: obj
 
 
 def workers_of(process_id: int) -> list[psutil.Process]:
-    """The workers of nginx's master process, which listens before it starts them."""
+    """Return the workers of nginx's master process; waits for them, since the master listens before it starts them."""
     master, deadline = psutil.Process(process_id), time.monotonic() + 10
     while not (workers := master.children()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -56,7 +56,7 @@ def workers_of(process_id: int) -> list[psutil.Process]:
 
 
 def make_certificate(folder: Path, algorithm: tuple[str, ...] = EC) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
+    """Create a self-signed certificate for 127.0.0.1; return the files of certificate and key."""
     certificate, key = folder / "tls.crt", folder / "tls.key"
     kind = ["-x509", "-newkey", *algorithm, "-nodes", "-days", "2"]
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]

@@ -1,4 +1,4 @@
-"""`tailor serve` as a process of its own, and what on this machine is its."""
+"""`tailor serve` in a separate process, and its processes and shared memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def family(process_id: int) -> list[psutil.Process]:
 
 
 def of_run(process_id: int) -> list[str]:
-    """The names in shared memory of what a process serves."""
+    """Return the names of a server process's shared-memory files."""
     return [path.name for path in Path("/dev/shm").glob(f"tailor_*_{process_id}_*")]
 
 
@@ -35,7 +35,7 @@ def triton_of(serving: subprocess.Popen[str]) -> psutil.Process:
 
 
 def started_serve(repository: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """`tailor serve` in a process of its own."""
+    """Run `tailor serve` in a separate process."""
     command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), *ANY_PORT]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What Prefect's server shows of a run, read from its API as its pages do."""
+"""Read a run from the API of Prefect's server, as Prefect's pages do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.flows.prefect_artifacts import comparison
 
 @dataclass(frozen=True)
 class ShownRun:
-    """A flow run: its name, its state's name, and its artifacts by their keys."""
+    """A flow run: name, name of its state, artifacts by key."""
 
     name: str
     state: str
@@ -22,14 +22,14 @@ class ShownRun:
 
 
 def last_run(api: str) -> ShownRun:
-    """The run that began last."""
+    """Return the flow run that started last."""
     (run,) = _ask(api, "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
     artifacts = _ask(api, "artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
     return ShownRun(run["name"], run["state"]["name"], {artifact["key"]: artifact["data"] for artifact in artifacts})
 
 
 def check_refusal(shown: ShownRun, evidence: Path) -> None:
-    """The run is named by its data and code, and has the comparison as a table, a link to the report, and the decision."""
+    """Assert that a refused run has the name of its data and code, a comparison table, a report link, a decision."""
     story, decision = (json.loads((evidence / name).read_text()) for name in ("retrain.json", "decision.json"))
     revision, changed, _ = story["code_revision"].partition("+")
     assert shown.name == f"data {story['data_sha256'][:8]} code {revision[:8]}{changed}"

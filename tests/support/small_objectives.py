@@ -12,13 +12,13 @@ IDS = torch.arange(100, 106)
 
 
 def network(backbone="resnet20", seed=0):
-    """A freshly initialised classifier of three classes."""
+    """Return a newly initialised classifier of three classes."""
     torch.manual_seed(seed)
     return ImageClassifier(backbone, CLASSES, 0.1)
 
 
 def student(*, model=None, teacher=None, weights=None, train_tau_g=True, total=16, minimum=2, counts=COUNTS, **encoder):
-    """A student's objective in training mode, terms weighted unequally; `encoder` is that of the contrast."""
+    """Return a student's objective in training mode with unequal weights of the terms. encoder: of the contrast."""
     teacher = teacher or network(seed=1)
     model = model or network()
     chosen = {
@@ -33,19 +33,19 @@ def student(*, model=None, teacher=None, weights=None, train_tau_g=True, total=1
 
 
 def views(number=3, batch=BATCH):
-    """The same random views at every call, [number,batch,3,8,8]."""
+    """Return random views [number,batch,3,8,8], the same at every call."""
     return torch.randn(number, batch, 3, 8, 8, generator=torch.Generator().manual_seed(4))
 
 
 def images_seen_by(module):
-    """A list that fills with what the module is given."""
+    """Return a list that collects the inputs of a module."""
     seen = []
     module.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     return seen
 
 
 def descend(objective, rate=0.1):
-    """One plain gradient step, and what the engine calls after it."""
+    """Run one gradient step, and the hooks that the engine calls after it."""
     objective.zero_grad()
     objective(views(objective.views), TARGET, IDS)["loss"].backward()
     with torch.no_grad():
@@ -56,5 +56,5 @@ def descend(objective, rate=0.1):
 
 
 def gradient(module):
-    """Sum of the absolute gradients of a module's parameters."""
+    """Return the sum of the absolute gradients of a module's parameters."""
     return sum(p.grad.abs().sum().item() for p in module.parameters() if p.grad is not None)

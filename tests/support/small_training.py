@@ -1,4 +1,4 @@
-"""Small training runs for tests: three classes of 8x8 images told apart by their bright channel."""
+"""Small training runs for tests: three classes of 8x8 images that differ in their bright channel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def made_images(count: int, seed: int = 0) -> Images:
-    """`count` images, classes in turn."""
+    """Generate `count` images with cyclic classes."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     images = torch.randint(0, 100, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -31,7 +31,7 @@ def made_images(count: int, seed: int = 0) -> Images:
 
 
 def training_params(**changes) -> TrainingParams:
-    """Two epochs of batches of eight."""
+    """Return params of two epochs with batches of eight."""
     values = {
         "backbone": "resnet20",
         "tau_s": 1 / 30,
@@ -47,7 +47,7 @@ def training_params(**changes) -> TrainingParams:
 
 
 def made_objective(stage: str, seed: int = 0) -> TeacherObjective | StudentObjective:
-    """The objective of a stage, freshly initialised from a seed; `momentum` is a student whose contrast needs no teacher."""
+    """Return the objective of a stage, initialised from a seed. `momentum`: a student with a momentum encoder."""
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,7 +73,7 @@ def made_training(
     checkpoint_activations: bool = False,
     **changes,
 ) -> Training:
-    """A run of a stage, not yet started."""
+    """Return a training run of a stage, not yet started."""
     objective = made_objective(stage, seed)
     engine = EngineParams(
         checkpoint_seconds=checkpoint_seconds, precision=precision, checkpoint_activations=checkpoint_activations
@@ -82,7 +82,7 @@ def made_training(
 
 
 class NormFree(nn.Module):
-    """Stands for a batch norm, and looks at nothing but the sample itself."""
+    """Replacement of a batch norm that acts on each sample alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,14 +102,14 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
-    """A step in float64 on a network without batch norm but in the key head, which sees the whole queue in any case."""
+    """Return a float64 step on a network with batch norm only in the key head, which always processes whole queues."""
     objective = made_objective(stage)
     if stage != "teacher":
-        # A class all of whose keys are one image's: L_tau leaves its queries out, in whichever part they are.
+        # All keys of class 2 are of one image: L_tau omits its queries, in every part of the batch.
         objective.queues.sample_ids[objective.queues.row_class == 2] = 5
     for module in objective.batch_modules():
         without_batch_norm(module)
-    if stage == "momentum":  # whose encoder and key head follow the others, parameter by parameter
+    if stage == "momentum":  # its encoder and key head mirror the others, parameter by parameter
         without_batch_norm(objective.key_head).requires_grad_(False)
         objective.momentum_encoder.requires_grad_(False)
     objective.double()
@@ -124,7 +124,7 @@ RANKS = 2
 
 
 def in_each_rank(rank: int, work, folder: Path, arguments: tuple) -> None:
-    """Run `work` as one rank of a gloo group; its result goes into a file of the rank."""
+    """Run `work` as one rank of a gloo group; save its result in a file of the rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     try:
@@ -134,10 +134,10 @@ def in_each_rank(rank: int, work, folder: Path, arguments: tuple) -> None:
 
 
 def in_ranks(work, folder: Path, *arguments) -> list:
-    """What `work` gives in each of two processes."""
+    """Run `work` in a group of two processes; return the result of each rank."""
     mp.spawn(in_each_rank, (work, folder, arguments), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 class PowerCut(Exception):
-    """The end of a run at an arbitrary step."""
+    """Raised to end a run at an arbitrary step."""

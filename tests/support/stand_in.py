@@ -1,4 +1,4 @@
-"""The models of Triton in this process, on a stand-in for Triton's Python backend."""
+"""Run Triton's models in this process, on a fake of Triton's Python backend."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def backend() -> types.ModuleType:
 
 
 def load(repository: Path, name: str, config: str, utilities: types.ModuleType) -> Any:
-    """The model of a repository, initialised as the stub does it."""
+    """Load a model of a repository and initialise it as Triton's inference process does."""
     path = repository / name / "1" / "model.py"
     spec = importlib.util.spec_from_file_location(f"tried_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -120,7 +120,7 @@ def student(repository: Path) -> Any:
 
 @pytest.fixture
 def calls() -> list[tuple[str, int, int]]:
-    """Model, version and rows of every call that the classifier makes."""
+    """Record of the classifier's calls to other models: model, version and rows."""
     return []
 
 
@@ -151,7 +151,7 @@ def request(images: list[bytes], **inputs: object) -> Response:
 
 
 def counted(metrics: Any, family: str) -> dict[tuple[str, ...], float]:
-    """What a family holds, by the values of its labels but the version."""
+    """Return the values of a metric family, by the values of its labels except the version."""
     metrics.flush()
     return {
         tuple(value for name, value in sorted(labels) if name != "version"): metric.value

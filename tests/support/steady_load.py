@@ -1,4 +1,4 @@
-"""Requests without pause while versions change places, and whether each answer is its version's own."""
+"""Continuous requests during version changes; checks that each response matches its version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serving.shared.errors import ServingError
 
 
 class Addresses(Protocol):
-    """Where a server is asked."""
+    """An object with the URLs of a server."""
 
     @property
     def http_url(self) -> str: ...
@@ -23,7 +23,7 @@ class Addresses(Protocol):
 
 
 class Load:
-    """Asks for a picture without pause, over both protocols, and keeps every answer and every failure."""
+    """Sends requests without pause over both protocols; records every response and every failure."""
 
     def __init__(self, server: Addresses) -> None:
         self.answers: list[tuple[int, Prediction]] = []

@@ -1,4 +1,4 @@
-"""A supervised Triton and requests beside it."""
+"""Run Triton under a supervisor in a thread, and send requests to it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IMPATIENT = Patience(
 
 
 class Watched:
-    """A server under a supervisor that runs in a thread, and what it reports."""
+    """A server under a supervisor that runs in a thread, and the supervisor's reports."""
 
     def __init__(self, root: Path, patience: Patience = IMPATIENT, server: TritonServer | None = None) -> None:
         self.root = root
@@ -61,7 +61,7 @@ class Watched:
             time.sleep(0.05)
 
     def answers(self) -> int:
-        """How many of eight questions in a row are answered."""
+        """Return how many of eight consecutive requests succeed."""
         answered = 0
         with Client(self.server.http_url, timeout=10) as client:
             for seed in range(8):
@@ -85,7 +85,7 @@ class Watched:
 
 @contextlib.contextmanager
 def failures_under_load(server: TritonServer) -> Iterator[list[float]]:
-    """The moments at which requests failed, while four callers send one after another without retries."""
+    """Send requests from four threads without retries; yields the list of the times of failed requests."""
     over, failed = threading.Event(), []
 
     def call(seed: int) -> None:

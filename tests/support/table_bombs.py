@@ -1,4 +1,4 @@
-"""Parquet and CSV files of a few kilobytes that take gigabytes when they are read, and what reading them takes."""
+"""Write Parquet and CSV files of a few kilobytes that expand to gigabytes, and measure the memory of reading them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 MIB = 1024 * 1024
-# Runs a function of tests in a process of its own: its result, and by how many MiB its largest memory grew.
+# Runs code in a separate process; prints its result and the growth of the process's peak memory in MiB.
 MEASURED = """
 import json, os, sys
 def peak():
@@ -25,7 +25,7 @@ print(json.dumps([result, peak() - before]))
 
 
 def measured(code: str, folder: Path) -> tuple[object, int]:
-    """The variable `result` of some lines of Python, and the growth of the process's peak memory in MiB."""
+    """Run Python code in a subprocess; return its variable `result` and the growth of its peak memory in MiB."""
     ended = subprocess.run(
         [sys.executable, "-c", MEASURED, code], cwd=folder, capture_output=True, text=True, check=False, timeout=300
     )
@@ -35,14 +35,14 @@ def measured(code: str, folder: Path) -> tuple[object, int]:
 
 
 def repeated(file: Path, column: str, value: bytes | str, rows: int, **others: list[object]) -> Path:
-    """One value in a dictionary, and so many rows that name it."""
+    """Write one dictionary value and `rows` rows that refer to it."""
     values = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value]))
     columns = {column: values, **{name: pa.array(content * (rows // len(content))) for name, content in others.items()}}
     return _write(file, columns, store_schema=False)
 
 
 def same_prefix(path: Path, column: str, value: str, rows: int) -> Path:
-    """A value whose every repetition is stored as the length of its prefix."""
+    """Write a value whose repetitions are stored as the length of a shared prefix (DELTA_BYTE_ARRAY)."""
     return _write(
         path,
         {column: pa.array([value] * rows), "label": pa.array([0] * rows)},
@@ -52,7 +52,7 @@ def same_prefix(path: Path, column: str, value: str, rows: int) -> Path:
 
 
 def packed(path: Path, column: str, size: int, lie: bool = False) -> Path:
-    """One value of zeros and one of a byte, packed by zstd; with `lie` the footer says that it has a single byte."""
+    """Write a value of zeros and one of a single byte, packed by zstd. lie: the footer has a false size of one byte."""
     _write(path, {column: pa.array([bytes(size), b"x"]), "label": pa.array([0, 1])}, use_dictionary=False)
     if lie:
         group = pyarrow.parquet.read_metadata(path).row_group(0)
@@ -68,7 +68,7 @@ def packed(path: Path, column: str, size: int, lie: bool = False) -> Path:
 
 
 def many_rows(path: Path, rows: int) -> Path:
-    """Labels that run-length encoding stores in a few bytes."""
+    """Write labels that run-length encoding stores in a few bytes."""
     zeros = pa.array(np.zeros(rows, np.int8))
     return _write(path, {"label": zeros.cast(pa.int64()), "path": zeros.cast(pa.string()).dictionary_encode()})
 

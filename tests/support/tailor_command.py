@@ -1,4 +1,4 @@
-"""The command `tailor`, run in this process."""
+"""Type and assertions for tests that run the command `tailor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dashboard and the alerts ask of a server's metrics."""
+"""PromQL expressions of the Grafana dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L_GML and L_tau together: against a brute force, against the reference gml_loss, and in what they cost."""
+"""L_GML and L_tau together: against brute force, against the reference gml_loss, and their memory."""
 
 import math
 
@@ -28,7 +28,7 @@ def both(case, similarity, temperature, **options):
 
 
 def brute_force(case, tau):
-    """Eq. 10 over all keys and over those of other samples, and how many queries the second leaves out; plain floats."""
+    """Compute Eq. 10 over all keys and over other samples' keys, in plain floats; count queries that L_tau omits."""
 
     def loss(row, kept):
         masses = {}
@@ -58,7 +58,7 @@ def cases(draw):
     seed = draw(st.integers(0, 2**16))
     random = torch.Generator().manual_seed(seed)
     target = torch.randint(len(runs.lengths), (batch,), generator=random)
-    # Sample ids of a class are its own; few of them, so that a query meets its image once, often or nowhere else.
+    # Few sample ids per class, so that a query's image occurs once, often or not at all among the keys.
     key_ids = 100 * runs.row_class + torch.randint(3, (keys,), generator=random)
     query_ids = 100 * target + torch.randint(3, (batch,), generator=random)
     weights = torch.randint(1, 5000, (len(runs.lengths),), generator=random).double()
@@ -95,7 +95,7 @@ def test_values_and_gradients_equal_the_reference_at_any_temperature(case, tau):
             rest = (case["runs"].row_class, case["target"], case["log_prior"])
             gml = gml_loss(similarity, *rest, log_tau.exp().detach(), STRENGTH)
             of_tau = gml_loss(similarity.detach(), *rest, log_tau.exp(), STRENGTH, mask)
-        # Unequal weights: a gradient that went to the wrong loss would show.
+        # Unequal weights reveal a gradient assigned to the wrong loss.
         (2 * gml + 3 * of_tau).backward()
         results.append([gml.detach(), of_tau.detach(), similarity.grad, log_tau.grad])
     for found, expected in zip(*results, strict=True):
@@ -110,7 +110,7 @@ def example(dtype=torch.float64):
         "similarity": (torch.rand(5, 10, generator=random, dtype=torch.float64) * 2 - 1).to(dtype),
         "target": torch.tensor([0, 1, 2, 3, 1]),
         "query_ids": torch.tensor([1, 2, 3, 4, 6]),
-        # Query 4 meets its own image alone, query 6 twice: both slots of its class.
+        # Class keys of query 4: only its own image; of query 6: its own image twice.
         "key_ids": torch.tensor([1, -1, -2, 1, 6, 6, -3, 3, -4, 4]),
         "log_prior": torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=dtype).log(),
     }
@@ -140,7 +140,7 @@ def test_a_query_that_meets_its_own_image_alone_is_left_out_of_l_tau_and_counted
     tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     losses = both(case, case["similarity"], tau)
     losses.tau.backward()
-    # Class 3 has one key, which is query 4's own; both keys of class 1 are query 6's, and query 2 is of class 1 too.
+    # The only key of class 3 is query 4's image; both keys of class 1 are query 6's; query 2 is of class 1 too.
     assert losses.queries_without_keys.item() == 2
     assert torch.isfinite(losses.tau) and torch.isfinite(tau.grad) and tau.grad != 0
 
@@ -157,7 +157,7 @@ def test_a_batch_in_which_every_query_is_left_out_costs_nothing_and_has_no_gradi
 def test_float32_stays_finite_and_a_query_far_from_its_class_is_still_pulled_towards_it(tau):
     case = example(torch.float32)
     similarity = case["similarity"].clone()
-    # The worst a cosine can do, for a query of the near class and one of a far class.
+    # Extreme cosines, for a query of the near class and one of a far class.
     similarity[:2] = torch.where(case["runs"].row_class == 0, 1.0, -1.0)
     similarity.requires_grad_()
     log_tau = torch.tensor(tau).log().requires_grad_()
@@ -180,7 +180,7 @@ def test_a_memory_of_one_class_has_nothing_to_tell_apart():
 
 
 class LargestResult(TorchDispatchMode):
-    """The most elements that any operation's result holds, backward pass included."""
+    """Record the largest number of elements of any operation's result, including the backward pass."""
 
     elements = 0
 

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: their results in Triton's interpreter, and their code for NVIDIA's architectures."""
+"""The fused Triton kernels without a GPU: results in Triton's interpreter, and compilation for NVIDIA GPUs."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 
 ROOT = Path(__file__).parents[3]
 
-# In a process of its own: the interpreter is chosen before the kernels are made, and then for good.
+# In a separate process: the interpreter is selected for the whole process before the kernels are created.
 INTERPRETED = """
 import torch
 import models.contrast.fused_kernel

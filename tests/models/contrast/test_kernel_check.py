@@ -1,4 +1,4 @@
-"""The fused kernels are used where they prove right, and where they do not the plain version takes over and says why."""
+"""Check of the fused kernels: used where their results are correct; otherwise the plain version, with the reason."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 
 ROOT = Path(__file__).parents[3]
 
-# What is put into the kernels, as a replacement of forward or backward of their autograd function, and what is said then.
+# Faults injected into forward or backward of the kernels' autograd function, and the expected message.
 FAULTS = {
     "another value": ("forward", "lambda ctx, *i: tuple(o * 1.001 for o in forward(ctx, *i))", "own is off by 1.0e-03 of its"),
     "no number": ("forward", "lambda ctx, *i: tuple(o * float('nan') for o in forward(ctx, *i))", "own is off by nan"),
@@ -33,8 +33,8 @@ FAULTS = {
     "no C compiler": ("forward", "raising(FileNotFoundError(2, 'No such file or directory', 'gcc'))", "gcc"),
 }  # fmt: skip
 
-# In a process of its own, because Triton's interpreter is chosen before the kernels are made. It lets kernels run on
-# the CPU, so that everything but CUDA itself and the times is as it would be on a GPU.
+# In a separate process, because Triton's interpreter is selected before the kernels are created. It runs kernels on
+# the CPU, so everything but CUDA itself and the times is as on a GPU.
 PROGRAM = """
 import contextlib, io, json, sys
 import torch
@@ -99,7 +99,7 @@ print(json.dumps(outcomes))
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """By fault: whether two losses were plain ones, how often the kernels were called, what was said. "" is no fault."""
+    """By fault ("": none): whether two losses were computed by the plain version, number of kernel calls, message."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -115,14 +115,14 @@ def outcomes(tmp_path_factory):
 def test_kernels_that_are_right_are_asked_once_and_then_used(outcomes):
     right = outcomes[""]
     assert right["lines"] == [] and right["near plain"]
-    assert right["calls"] == 3  # the question and two losses
+    assert right["calls"] == 3  # the check and two losses
 
 
 @pytest.mark.parametrize("name", [*FAULTS, "no Triton"])
 def test_kernels_with_a_fault_leave_the_plain_version_in_use_and_one_line(outcomes, name):
     found = outcomes[name]
     assert found["bits of plain"]
-    assert found["calls"] == (0 if name == "no Triton" else 1)  # nothing but the question ran them
+    assert found["calls"] == (0 if name == "no Triton" else 1)  # only the check ran them
     (line,) = found["lines"]
     assert line.startswith("contrast losses on cpu at [4, 40]: plain version, not the fused kernels: ")
     assert (FAULTS[name][2] if name in FAULTS else "Triton cannot be imported") in line

@@ -1,4 +1,4 @@
-"""Class-wise queues: lengths against exact fractions, enqueue against a queue that is written one sample at a time."""
+"""Class-wise queues: lengths against exact fractions, enqueue against a reference that adds one sample at a time."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ CIFAR10_IF100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
 
 def cifar100(factor):
-    """The long-tailed CIFAR-100 counts by the rule of gml-facts section 1, written out here again."""
+    """Class counts of CIFAR-100-LT by the rule of gml-facts section 1, implemented independently."""
     return [math.floor(500 * (1 / factor) ** (c / 99)) for c in range(100)]
 
 
@@ -28,7 +28,7 @@ def requests(draw):
 
 
 def quotas(counts, total, minimum):
-    """Eq. 5 as real numbers, exactly."""
+    """Eq. 5 in exact fractions."""
     samples = sum(counts)
     return [minimum + (total - minimum * len(counts)) * Fraction(count, samples) for count in counts]
 
@@ -86,7 +86,7 @@ def test_lengths_that_cannot_be_are_refused_with_what_would_do(counts, total, mi
 
 
 class SlowQueues:
-    """The same memory as lists of (id, feature), one sample at a time, as gml-facts section 4 words it."""
+    """Reference queues: lists of (id, feature), one sample at a time, as in gml-facts section 4."""
 
     def __init__(self, queues):
         self.rows = [(int(i), row.tolist()) for i, row in zip(queues.sample_ids, queues.features, strict=True)]
@@ -155,7 +155,7 @@ def test_enqueue_reads_nothing_back_and_runs_under_a_traced_graph_with_static_sh
         queues.enqueue(features, labels, ids)
         return queues.sample_ids
 
-    # Tracing with symbolic data fails at the first value that is read back to the host or decides a shape.
+    # Tracing with symbolic data fails at the first value that is read by the host or determines a shape.
     labels = torch.tensor([0, 2, 2])
     make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(torch.zeros(3, 2), labels, torch.arange(3))
 

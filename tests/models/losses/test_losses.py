@@ -1,4 +1,4 @@
-"""The loss terms against a brute force in plain Python floats, and what must hold for any finite input."""
+"""The loss terms against brute force in plain Python floats, and properties for any finite input."""
 
 import math
 
@@ -13,13 +13,13 @@ from models.losses.distillation import distillation_loss
 
 
 def log_mean_exp(values):
-    """By sorting nothing and vectorising nothing: the largest is taken out, the rest is summed exactly."""
+    """Reference log-mean-exp in plain Python: subtract the maximum, sum exactly."""
     peak = max(values)
     return peak + math.log(math.fsum(math.exp(value - peak) for value in values) / len(values))
 
 
 def brute_scores(case, row):
-    """log s_c of Eq. 4 for one query: a list over classes, None for a class without a key."""
+    """Return log s_c of Eq. 4 for one query: a list over classes, None for a class without a key."""
     scores = []
     for c in range(case["classes"]):
         kept = [
@@ -32,7 +32,7 @@ def brute_scores(case, row):
 
 
 def brute_loss(case):
-    """Eq. 10, query by query; a query without a key of its own class is left out of the mean."""
+    """Compute Eq. 10 query by query; a query without a key of its class is excluded from the mean."""
     losses = []
     for row, target in enumerate(case["target"]):
         scores = brute_scores(case, row)
@@ -52,7 +52,7 @@ def brute_loss(case):
 @st.composite
 def cases(draw):
     classes = draw(st.integers(2, 5))
-    # Every class owns a key, and the rows lie in any order: the loss must not lean on the queue's layout.
+    # Every class has a key, and the rows are in random order: the loss must not depend on the queue's layout.
     extra = draw(st.lists(st.integers(0, classes - 1), max_size=8))
     row_class = draw(st.permutations([*range(classes), *extra]))
     batch = draw(st.integers(1, 4))
@@ -66,7 +66,7 @@ def cases(draw):
 
     mask = rows(st.sampled_from([True, True, False]))
     if draw(st.booleans()):
-        # Empty a class for a query on purpose.
+        # Mask all keys of a class for a query.
         row, emptied = draw(st.integers(0, batch - 1)), draw(st.integers(0, classes - 1))
         mask[row] = [keep and owner != emptied for keep, owner in zip(mask[row], row_class, strict=True)]
     return {
@@ -94,7 +94,7 @@ def tensors(case, dtype=torch.float64, masked=True):
 
 
 def whole(case):
-    """The same case with every pair kept."""
+    """The same case without a mask."""
     return {**case, "mask": [[True] * len(row) for row in case["mask"]]}
 
 
@@ -151,7 +151,7 @@ def test_only_ratios_of_the_prior_matter_and_none_at_strength_0(case, scale):
 def test_float32_stays_finite_down_to_a_temperature_of_a_thousandth(tau, masked):
     random = torch.Generator().manual_seed(1)
     similarity = (torch.rand(6, 40, generator=random) * 2 - 1).requires_grad_()
-    # The worst a cosine can do: one class at +1, another at -1, for a query of either.
+    # Extreme cosines: one class at +1, another at -1, for a query of either.
     row_class = torch.arange(40) % 4
     with torch.no_grad():
         similarity[0] = torch.where(row_class == 0, 1.0, -1.0)
@@ -193,8 +193,8 @@ def test_gradients_of_the_gml_loss_agree_with_finite_differences(masked):
     mask = None
     if masked:
         mask = torch.rand(4, 9, generator=random) > 0.3
-        mask[0] &= row_class != 2  # a class of others emptied
-        mask[3] &= row_class != 1  # the query's own class emptied
+        mask[0] &= row_class != 2  # masks another class
+        mask[3] &= row_class != 1  # masks the query's class
 
     def loss(similarity, log_tau):
         return gml_loss(similarity, row_class, target, log_prior, log_tau.exp(), 0.7, mask)

@@ -1,4 +1,4 @@
-"""Backbones of the large data sets and of libraries: features of the stated width, and weights taken in."""
+"""Backbones of the large data sets and of libraries (torchvision, timm): feature widths, and loading of weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_papers_large_backbones_have_2048_features_and_learn(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
 
 
-# A network of each kind that the two libraries have, and the pixels that it is asked for.
+# A network of each family of the two libraries, and its input size in pixels.
 KINDS = {
     "torchvision/alexnet": 64, "torchvision/convnext_tiny": 64, "torchvision/densenet121": 64,
     "torchvision/efficientnet_b0": 64, "torchvision/googlenet": 64, "torchvision/inception_v3": 96,
@@ -45,7 +45,7 @@ KINDS = {
 @pytest.mark.parametrize("name", list(KINDS))
 def test_the_width_that_is_read_off_the_last_layer_is_that_of_the_features(name):
     size = KINDS[name]
-    # Shapes alone, but for RegNet, which reads its widths off tensors.
+    # Shapes only (meta device), except for RegNet, which computes its widths from tensor values.
     with torch.device("cpu" if "regnet_x" in name else "meta"):
         backbone = build_backbone(name, size).eval()
         assert backbone(torch.zeros(2, 3, size, size)).shape == (2, backbone.feature_dim)

@@ -1,4 +1,4 @@
-"""Convolution, batch norm, shortcut and ReLU together: the bits of the four operations, or their values where frozen."""
+"""Fused convolution, batch norm, shortcut and ReLU: bit-identical to the four operations, or equal when frozen."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from models.networks.resnet_cifar import CifarResNet
 
 @pytest.fixture
 def layer():
-    """A convolution and a batch norm that has seen data: scale, shift and statistics are all of their own."""
+    """A convolution and a batch norm with non-default scale, shift and statistics."""
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(5, 7, 3, 2, 1, bias=False), nn.BatchNorm2d(7)
-    nn.init.uniform_(norm.weight, -1, 2)  # a channel of negative scale as well
+    nn.init.uniform_(norm.weight, -1, 2)  # includes channels of negative scale
     nn.init.normal_(norm.bias)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.1, 3)
@@ -67,7 +67,7 @@ def test_a_frozen_network_in_double_precision_equals_the_one_with_its_norms_to_t
     torch.manual_seed(0)
     network = CifarResNet(3).double()
     with torch.no_grad():
-        network(torch.randn(16, 3, 8, 8, dtype=torch.float64))  # statistics of its own
+        network(torch.randn(16, 3, 8, 8, dtype=torch.float64))  # updates the running statistics
     network.eval()
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     with_norms = network(x).detach()

@@ -33,7 +33,7 @@ def test_a_cifar_resnet_of_depth_n_has_n_minus_one_convolutions(name):
 
 
 def slow_shortcut(x, planes):
-    """Every second pixel of each axis, channels in the middle of `planes`, value by value."""
+    """Reference shortcut: every second pixel of each axis, channels in the middle of `planes`, value by value."""
     batch, channels, height, width = x.shape
     out = torch.zeros(batch, planes, (height + 1) // 2, (width + 1) // 2)
     before = (planes - channels) // 2
@@ -47,7 +47,7 @@ def slow_shortcut(x, planes):
 @pytest.mark.parametrize("size", [8, 7])
 def test_the_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides(size):
     block = BasicBlock(16, 32, 2).eval()
-    torch.nn.init.zeros_(block.conv2.weight)  # leaves the shortcut alone
+    torch.nn.init.zeros_(block.conv2.weight)  # leaves only the shortcut
     x = torch.rand(2, 16, size, size)
     assert torch.equal(block(x), slow_shortcut(x, 32))
 
@@ -112,7 +112,7 @@ def test_class_weights_start_on_the_unit_sphere():
     classifier = CosineClassifier(16, 500)
     assert torch.allclose(classifier.weight.norm(dim=1), torch.ones(500))
     assert [name for name, _ in classifier.named_parameters()] == ["weight"]
-    # Uniform in a cube before the scaling: a coordinate's spread on the sphere is then about 1/sqrt(16).
+    # Uniform in a cube before the scaling: the std of a coordinate on the sphere is about 1/sqrt(16).
     assert classifier.weight.mean().abs() < 0.02 and classifier.weight.std().item() == pytest.approx(0.25, abs=0.02)
 
 

@@ -1,4 +1,4 @@
-"""The average of weights: the recurrence written out in plain numbers, statistics averaged, counters copied."""
+"""Exponential moving average of weights: recurrence in plain numbers, statistics averaged, counters copied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def small_network() -> nn.Module:
 
 
 def shaken(network: nn.Module) -> None:
-    """Other weights and other statistics, as after a step."""
+    """Change weights and statistics, as a training step does."""
     network.train()
     network(torch.randn(8, 3, dtype=torch.float64))
     with torch.no_grad():

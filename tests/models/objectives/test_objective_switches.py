@@ -1,4 +1,4 @@
-"""The student's terms switched off, and its contrast features from a momentum encoder instead of a teacher."""
+"""The student's objective with disabled terms, and with contrast features of a momentum encoder, without a teacher."""
 
 import copy
 
@@ -73,7 +73,7 @@ def test_a_term_switched_off_leaves_the_others_as_they_were(term):
     }
     assert set(parts) - set(left) == gone[term]
     for name in set(left) - {"loss"}:
-        # Without the query view beside it, the classifier view has batch-norm statistics of its own.
+        # Without the query view in the batch, the classifier view has other batch-norm statistics.
         assert term == "beta" or torch.equal(left[name], parts[name]), name
 
 
@@ -131,7 +131,7 @@ def test_the_momentum_encoder_starts_as_the_student_and_follows_it_with_its_key_
 
 
 def test_momentum_features_are_filed_under_their_own_label_and_image():
-    # The official code shuffles the images and not their labels and ids, so that the pairs it stores do not match.
+    # The official code shuffles the images but not their labels and ids, so its stored pairs do not match.
     objective = without_teacher()
     reference = copy.deepcopy(objective.momentum_encoder)
     objective(views(), TARGET, IDS)
@@ -145,7 +145,7 @@ def test_momentum_features_are_filed_under_their_own_label_and_image():
 
 def test_gml_without_teacher_equals_its_definition_and_trains_the_query_side_alone():
     objective = without_teacher()
-    descend(objective)  # apart from the student, as it is from the second step on
+    descend(objective)  # differs from the student, as after the first step
     model, encoder = copy.deepcopy(objective.model), copy.deepcopy(objective.momentum_encoder)
     query_head, key_head, queues = (
         copy.deepcopy(m) for m in (objective.query_head, objective.key_head, objective.queues)
@@ -196,7 +196,7 @@ def test_the_momentum_encoder_is_state_that_a_resumed_run_gets_back():
     ],
 )
 def test_a_step_has_static_shapes_and_reads_nothing_back_to_the_host(weights, switches):
-    # On the meta device there are shapes and no values: whatever asks for a value, or for a shape that hangs on one, fails.
+    # The meta device has shapes without values: reading a value, or a shape that depends on one, fails.
     objective = student(weights=weights, **switches).to("meta")
     meta = [tensor.to("meta") for tensor in (views(objective.views), TARGET, IDS)]
     parts = objective(*meta)

@@ -1,4 +1,4 @@
-"""What a step of teacher and student training computes, what it moves, and what it leaves alone."""
+"""A step of teacher and student training: computed losses, changed state, unchanged state."""
 
 import copy
 

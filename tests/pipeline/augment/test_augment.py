@@ -1,4 +1,4 @@
-"""Views of a batch: each one a crop, a flip, a policy and a hole by its own draw, the same however the batch is cut up."""
+"""Augmented views of a batch: independent crop, flip, policy and cutout per view; the same for a batch in parts."""
 
 import collections
 
@@ -19,7 +19,7 @@ def seeded(seed=0):
 
 
 def pictures(count, height=8, width=8, low=1):
-    """Random pixels without 0, so that black is always a pad or a hole."""
+    """Return random pixels without 0, so that black is always padding or cutout."""
     return torch.randint(low, 256, (count, 3, height, width), dtype=torch.uint8, generator=seeded(9))
 
 
@@ -28,7 +28,7 @@ def augment(*, crop=0, flip=False, cut=0, **others):
 
 
 def everything(policy, contrast="same"):
-    """Params in which every part of a view is at work."""
+    """Return params in which every augmentation is enabled."""
     cut = 0 if policy == "simaugment" and contrast in ("same", "simaugment") else 3
     return augment(crop=2, flip=True, cut=cut, policy=policy, contrast_policy=contrast)
 
@@ -38,7 +38,7 @@ def views_of(images, *, views=1, seed=0, **keys):
 
 
 def crops_of(image, padding):
-    """All crops of a padded image by their place: [(top, left)] → crop."""
+    """Return all crops of a padded image by position: (top, left) → crop."""
     _, height, width = image.shape
     padded = torch.zeros(3, height + 2 * padding, width + 2 * padding, dtype=image.dtype)
     padded[:, padding : padding + height, padding : padding + width] = image
@@ -56,7 +56,7 @@ def place_of_crop(image, found, padding):
 
 
 def holes_of(side, height, width):
-    """The hole of every centre: side x side pixels, clipped at the borders, row by row."""
+    """Return the cutout of every centre, row by row: side x side pixels, clipped at the borders."""
     made = {}
     for i in range(height):
         for j in range(width):
@@ -98,7 +98,7 @@ def test_cutout_blackens_one_square_around_a_uniform_centre_and_nothing_else(sid
         matching = [centre for centre, expected in known.items() if torch.equal(expected, hole)]
         assert matching
         centres.update(dict.fromkeys(matching, 1 / len(matching)))
-    # 50 per centre are expected; a centre of an ambiguous hole counts in parts.
+    # 50 per centre are expected; a centre with an ambiguous cutout counts in fractions.
     assert len(centres) == 30
     if side <= 3:
         assert min(centres.values()) > 20 and max(centres.values()) < 85
@@ -206,7 +206,7 @@ def test_what_a_gpu_computes_is_one_graph_without_a_look_at_the_data(contrast, m
     from torch.fx.experimental.proxy_tensor import make_fx
 
     monkeypatch.setattr(operations, "computes_all_rows", lambda _: True)
-    cut = contrast == "cut"  # each view has its own pixels
+    cut = contrast == "cut"  # each view has different pixels
     images = pictures(12).view(4, 3, 3, 8, 8) if cut else pictures(4)
     params = everything("stacked", "simaugment" if cut else contrast).model_copy(update={"bicubic": True})
     draws = draw_views(4, 8, 8, 3, params, seeded())
@@ -214,7 +214,7 @@ def test_what_a_gpu_computes_is_one_graph_without_a_look_at_the_data(contrast, m
     def applied(*tables):
         return apply_views(images, type(draws)(tables), params)
 
-    # Tracing with fake tensors fails where a value is asked for or a shape hangs on one.
+    # Tracing with fake tensors fails where a value is read or a shape depends on one.
     graph = make_fx(applied, tracing_mode="fake", _allow_non_fake_inputs=True)(*draws.tables)
     assert torch.equal(graph(*draws.tables), apply_views(images, draws, params))
 

@@ -1,4 +1,4 @@
-"""CutMix and Mixup: what each image takes from its partner, and the share of its own label that it keeps."""
+"""CutMix and Mixup: mixed pixels of each image and its partner, and the weight of the original label."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def drawn(mix, count=64, height=12, width=10, alpha=1.0, seed=0):
 
 
 def flat_images(count=64, height=12, width=10):
-    """Image i is all i, so that every pixel tells where it came from."""
+    """Return images in which every pixel of image i has the value i, to identify the origin of pixels."""
     return torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, height, width).contiguous()
 
 
@@ -58,7 +58,7 @@ def test_cutmix_boxes_are_distributed_as_torchvisions():
     image = torch.zeros(1, 3, 12, 10, dtype=torch.uint8)
     kept = torch.tensor([reference.make_params([image])["lam_adjusted"] for _ in range(size)])
     found = drawn("cutmix", count=size).share
-    # Five standard errors of a difference of means; the standard deviations agree to as much.
+    # Five standard errors of a difference of means; the same tolerance for standard deviations.
     tolerance = 5 * (2 * kept.var() / size).sqrt()
     assert abs(found.mean() - kept.mean()) < tolerance and abs(found.std() - kept.std()) < tolerance
 

@@ -1,4 +1,4 @@
-"""Every operation of the policies against Pillow's, image by image: equal, but where a test says how far apart and why."""
+"""Every operation of the augmentation policies against Pillow, image by image: equal, or within a stated tolerance."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def seeded(seed=0):
 
 
 def pictures(count, height, width, generator):
-    """Noise within a range of each channel's own, among it flat channels and such with few values."""
+    """Return noise with a different range per channel, including constant channels and channels with few values."""
     low = torch.randint(0, 200, (count, 3, 1, 1), generator=generator)
     spread = torch.randint(1, 256, (count, 3, 1, 1), generator=generator)
     noise = torch.rand(count, 3, height, width, generator=generator)
@@ -46,7 +46,7 @@ def one_by_one(change, images, values):
 
 
 def batched(name, images, values):
-    """The operation as the policies call it, on the batch with a fresh argument an image."""
+    """Apply an operation as the policies do, to the batch with a different argument per image."""
     codes = torch.full((len(images),), CODE[name])
     return apply_slot(images.clone(), codes, values.float(), None, possible=(name,), fill=FILL, method="nearest")
 
@@ -127,8 +127,8 @@ def test_solarize_add_raises_the_values_below_128_and_no_other(seed):
         ("posterize", lambda image, bits: tv.posterize(image, int(bits)), 0),
         ("autocontrast", lambda image, _: tv.autocontrast(image), 1),  # torchvision's float32 against double precision
         ("brightness", tv.adjust_brightness, 1),  # float32 in another order
-        ("contrast", tv.adjust_contrast, 2),  # the mean is rounded here as in Pillow, not there; factors go up to 2
-        ("color", tv.adjust_saturation, 2),  # the luminance is rounded here as in Pillow, cut off there
+        ("contrast", tv.adjust_contrast, 2),  # mean rounded here and in Pillow, not in torchvision; factors up to 2
+        ("color", tv.adjust_saturation, 2),  # the luminance is rounded here and in Pillow, truncated in torchvision
         ("sharpness", tv.adjust_sharpness, 1),
         ("grey", lambda image, _: tv.rgb_to_grayscale(image, 3), 1),
     ],
@@ -143,7 +143,7 @@ def test_an_operation_on_values_is_torchvisions_but_for_rounding(name, change, a
 @given(SIZES, SEEDS)
 @settings(max_examples=15, deadline=None)
 def test_a_blur_is_pillows_within_one_grey_level(size, seed):
-    # One level, because the fixed point of Pillow's weights and float32 round a tie apart.
+    # Tolerance of one level: Pillow's fixed-point weights and float32 round a tie differently.
     generator = seeded(seed)
     images, radius = pictures(COUNT, *size, generator), uniform(0.1, 2.0)(generator)
     expected = one_by_one(lambda image, value: image.filter(ImageFilter.GaussianBlur(value)), images, radius)
@@ -167,7 +167,7 @@ LARGEST = {"shear_x": 0.3, "shear_y": 0.3, "translate_x": 15, "translate_y": 15,
 
 
 def moved(name, size, seed, method):
-    """The batch moved by arguments of its own and Pillow's answer."""
+    """Return the geometrically transformed batch and Pillow's result, with an argument per image."""
     generator = seeded(seed)
     images = pictures(COUNT, *size, generator)
     values = LARGEST[name] * (2 * torch.rand(COUNT, dtype=torch.float64, generator=generator) - 1)
@@ -181,7 +181,7 @@ def moved(name, size, seed, method):
 @settings(max_examples=12, deadline=None)
 def test_a_move_to_the_nearest_pixel_is_pillows_to_the_last_bit(name, size, seed):
     found, expected = moved(name, size, seed, "nearest")
-    # A translation is in double precision there: a place within 2^-17 of a pixel's edge may fall to either side.
+    # Pillow translates in double precision: a position within 2^-17 of a pixel's edge may round either way.
     assert (found != expected).float().mean() <= (0.02 if name.startswith("translate") else 0)
 
 
@@ -191,7 +191,7 @@ def test_a_move_between_pixels_is_pillows_within_one_grey_level(name, method):
     for seed, size in enumerate([(32, 32), (17, 23)]):
         found, expected = moved(name, size, seed, method)
         apart = levels_apart(found, expected)
-        # Places are rounded to 2^-16 here: a thousandth of the pixels may also fall on the other side of the image's edge.
+        # Positions are rounded to 2^-16 here: a thousandth of the pixels may fall on the other side of the edge.
         assert (apart > 1).float().mean() < 1e-3 and (apart > 0).float().mean() < 0.01
 
 

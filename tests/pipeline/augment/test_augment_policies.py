@@ -1,4 +1,4 @@
-"""The policies by their distributions: how often what is drawn, and what it makes of pictures, against torchvision's."""
+"""The augmentation policies by distribution: frequencies of operations, and image statistics against torchvision."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def seeded(seed=0):
 
 
 def scenes(count):
-    """Smooth pictures of many colours, with some noise: a histogram to equalize, edges to sharpen, places to move."""
+    """Return smooth colourful pictures with noise, on which every operation has an effect."""
     generator = seeded(7)
     coarse = torch.rand(count, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bicubic", align_corners=False)
@@ -51,7 +51,7 @@ def params(policy, **keys):
 
 
 def features(images):
-    """Numbers [N,·] in which the policies differ: level, spread, edges, saturation, change towards the borders."""
+    """Return statistics [N,·] that differ between policies: level, spread, edges, saturation, change to the borders."""
     values = images.double()
     edges = (
         (values[..., 1:] - values[..., :-1]).abs().mean((1, 2, 3)),
@@ -63,7 +63,7 @@ def features(images):
 
 
 def assert_same_distribution(found, expected):
-    """Means and variances of every feature within five standard errors of the difference of two samples."""
+    """Assert that mean and variance of every feature agree within five standard errors of a two-sample difference."""
     found, expected = features(found), features(expected)
     for one, other in ((found, expected), (_squares(found), _squares(expected))):
         error = (one.var(0) / len(one) + other.var(0) / len(other)).sqrt()
@@ -85,7 +85,7 @@ def one_by_one(change):
 
 
 def assert_shares(codes, expected):
-    """Operation frequencies within five standard deviations of the binomial."""
+    """Assert that operation frequencies are within five standard deviations of the binomial."""
     for name in OPERATIONS:
         share = expected.get(name, 0.0)
         found = (codes == OPERATIONS.index(name)).double().mean().item()
@@ -112,7 +112,7 @@ def test_autoaugment_magnitudes_are_torchvisions_but_for_solarize():
         magnitudes, signed = space[theirs]
         for index, magnitude in enumerate(magnitudes(10, 24, SIDE).tolist()):
             middle, spread = autoaugment_argument(name, index, 24, SIDE)
-            # A rotation has no random sign here; an enhancement is 1 ± magnitude.
+            # Here a rotation has no random sign; an enhancement is 1 ± magnitude.
             found = middle if name in ("rotate", "posterize") else spread
             assert found == pytest.approx(magnitude, abs=1e-5)
             assert (spread > 0) == (signed and name != "rotate" and index > 0)
@@ -185,7 +185,7 @@ def test_randaugment_magnitudes_are_those_of_level_ten_with_noise_below():
 
 
 def timm_old_randaugment(picture):
-    """Two of 15 operations with replacement, each half of the time, in Pillow: the reference of the distribution test."""
+    """Reference in Pillow: two of 15 operations with replacement, each applied with probability 0.5."""
     fill = (124, 116, 104)
     bilinear = Image.Resampling.BILINEAR
     for _ in range(2):
@@ -313,7 +313,7 @@ def test_bicubic_takes_every_shear_of_autoaugment_and_half_of_randaugments_moves
 def test_bicubic_autoaugment_is_pillows_where_its_one_step_is_a_shear_and_the_plain_one_where_nothing_is_sheared():
     images, plain, cubic = scenes(SOME), params("autoaugment"), params("autoaugment", bicubic=True)
     draws = [draw_views(SOME, SIDE, SIDE, 1, policy, seeded(3)) for policy in (plain, cubic)]
-    codes = draws[0].tables[0][0][:, [3, 11]].long()  # after crop, flip; operation, argument and six of a matrix a slot
+    codes = draws[0].tables[0][0][:, [3, 11]].long()  # per slot: operation, argument, 6 matrix entries
     moved_by = {OPERATIONS.index("shear_y"): draws[0].tables[0][0][:, 4]}
     found = [apply_views(images, drawn, policy)[0] for drawn, policy in zip(draws, (plain, cubic), strict=True)]
     sheared = (codes == OPERATIONS.index("shear_y")).any(1)

@@ -1,4 +1,4 @@
-"""Options that the pipeline's commands share."""
+"""Options shared by the pipeline's commands."""
 
 from pathlib import Path
 

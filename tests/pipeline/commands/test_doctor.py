@@ -1,4 +1,4 @@
-"""The doctor: each check in each of its states, and no check that keeps another from being made."""
+"""`tailor doctor`: each check in each of its states; a failed check does not prevent the others."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def free_port() -> int:
 
 
 def doctor_in_a_process(url: str) -> dict[str, dict[str, str]]:
-    """Findings by name, of a process of its own: Prefect reads its settings once."""
+    """Run the doctor in a separate process (Prefect reads its settings once); return the findings by name."""
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.commands", "doctor", "--json"],
         env={**os.environ, "PREFECT_API_URL": url, "PYTHONPATH": str(Path(__file__).parents[3])},

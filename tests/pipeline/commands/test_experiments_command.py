@@ -1,4 +1,4 @@
-"""`tailor experiments`: the runs that DVC keeps, with metrics and changed params, within 120 columns."""
+"""`tailor experiments`: the runs stored by DVC, with metrics and changed params, within 120 columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE = "artifacts/evaluation/metrics/student_balanced.json"
 
 
 def run_of(epochs: int, accuracy: float | None, **more: object) -> dict[str, object]:
-    """A run as `dvc exp show --json` prints it; without metrics where accuracy is None."""
+    """Return a run in the format of `dvc exp show --json`; without metrics where accuracy is None."""
     metrics = {} if accuracy is None else {FILE: {"data": {"all": accuracy, "few": accuracy / 2, "nll": 1.0}}}
     params = {"student": {"epochs": epochs, "batch_size": 64}, "seeds": [1, 2]}
     return {"timestamp": "2026-11-28T07:59:17", "params": {"params.yaml": {"data": params}}, "metrics": metrics, **more}

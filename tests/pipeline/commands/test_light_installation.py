@@ -1,4 +1,4 @@
-"""`tailor` on the base installation, without torch, PyYAML, DVC and Prefect; and how errors end the program."""
+"""`tailor` on the base installation, without torch, PyYAML, DVC and Prefect; and the exit status of errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.requirements import installed_with
 
 pytestmark = pytest.mark.slow
 
-# Hides the installed packages that `pip install tailor` does not bring, runs a command, and lists what it has imported.
+# Hides packages that `pip install tailor` does not install, runs a command, and lists the imported modules.
 LIGHT = """
 import importlib.abc, importlib.metadata, json, re, sys
 allowed = set(json.loads(sys.argv[1])) | {"tailor", "setuptools"}
@@ -36,7 +36,7 @@ sys.exit(status)
 
 
 def light(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
-    """`tailor` in a process that has the packages of the base installation alone."""
+    """Run `tailor` in a process with only the packages of the base installation."""
     base = json.dumps(sorted(installed_with(["tailor"])))
     return subprocess.run(
         [sys.executable, "-c", LIGHT, base, *arguments],
@@ -97,7 +97,7 @@ def test_a_fault_of_ours_is_not_hidden(failing, error) -> None:
 
 @pytest.fixture
 def failing():
-    """A list of one error that the command `tailor fail` of this test raises."""
+    """A list with one error, which the test command `tailor fail` raises."""
     errors: list[Exception] = []
 
     def fail(debug: bool = False) -> None:  # noqa: ARG001

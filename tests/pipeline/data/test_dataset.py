@@ -1,4 +1,4 @@
-"""Images of a split in memory: the right pixels under the right labels, and normalised as torchvision would."""
+"""Images of a split in memory: correct pixels and labels, and normalisation equal to torchvision's."""
 
 import re
 
@@ -29,7 +29,7 @@ def test_every_image_has_its_own_pixels_label_and_bytes(made, name):
     for index, sample_id in enumerate(images.sample_ids):
         assert images.encoded(index) == (root / sample_id).read_bytes()
         assert load_classes(where)[images.labels[index]] == sample_id.split("/")[0]
-        # making.folder numbers its pictures in the order in which it writes them.
+        # making.folder numbers its pictures in writing order.
         seed = {"ant": 1, "bee": 6}[sample_id.split("/")[0]] + int(sample_id[-7:-4])
         assert np.array_equal(images.images[index].numpy(), picture(seed).transpose(2, 0, 1))
 
@@ -83,6 +83,6 @@ def test_pixels_are_normalised_per_channel():
 def test_a_file_too_large_to_be_an_image_is_refused_before_it_is_read(tmp_path):
     root = folder(tmp_path / "source", {"a": 4, "b": 4})
     with write(root / "a/huge.png", b"").open("r+b") as stream:
-        stream.truncate(33 * 2**20)  # a sparse file: it takes no room on the disk
+        stream.truncate(33 * 2**20)  # a sparse file, which uses no disk space
     with pytest.raises(DataError, match=re.escape(f"{root}/a/huge.png: has {33 * 2**20} bytes, above the limit")):
         split.run(data_params(root), tmp_path / "split")

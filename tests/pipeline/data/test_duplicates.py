@@ -1,4 +1,4 @@
-"""Near duplicates: every pair that comparing all with all would find, and copies as people make them."""
+"""Near-duplicate detection: the same pairs as an exhaustive comparison, and typical copies of images."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Resized crops come from the whole photograph: held against torchvision's RandomResizedCrop on the decoded file."""
+"""Resized crops of the full-size photograph, against torchvision's RandomResizedCrop on the decoded file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.slow
 
 IMAGE = ImageParams(size=224, resize_to=256, mean=[0.5] * 3, std=[0.25] * 3)
 CROPS = AugmentParams(crop="resized", crop_padding=0, flip=True, cutout=0)
-MANY = 300  # views of each side
+MANY = 300  # views per side of the comparison
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Red and green rise from edge to edge, so that a view shows where it was cut; blue has a photograph's 1/f spectrum."""
+    """Return a photograph whose red and green are ramps that identify a crop's position; blue has a 1/f spectrum."""
     random = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
@@ -41,7 +41,7 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def measures(views: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Of views uint8 [N,3,S,S]: share of the image's area, output pixels per source pixel both ways, gradient energy."""
+    """Measure views uint8 [N,3,S,S]: share of the image's area, output pixels per source pixel, gradient energy."""
     values, size = views.double(), views.shape[-1]
     middle = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
 
@@ -55,7 +55,7 @@ def measures(views: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 
 def assert_same_distribution(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Mean and variance of each measure within five standard errors of the difference of two samples."""
+    """Assert that mean and variance of each measure agree within five standard errors of a two-sample difference."""
     spread = [(sample - sample.mean(0)).square() for sample in (found, expected)]
     for one, other in ((found, expected), spread):
         error = (one.var(0) / len(one) + other.var(0) / len(other)).sqrt()
@@ -63,7 +63,7 @@ def assert_same_distribution(found: torch.Tensor, expected: torch.Tensor) -> Non
 
 
 def streaming(root, image=IMAGE, **stream):
-    """Params over the photographs of a folder, split into root/split."""
+    """Return params for a folder of photographs, split into root/split."""
     made = data_params(root / "source", validation_per_class=0, test_per_class=1)
     made = made.model_copy(update={"image": image, "stream": StreamParams(workers=2, **stream)})
     if not (root / "split").is_dir():
@@ -76,7 +76,7 @@ def images_of(root, augment=CROPS, views=1, **keys):
 
 
 def folder_of(root, *pictures: bytes) -> None:
-    """Two classes of the same pictures, one of each held out."""
+    """Write two classes with the same pictures, one of each held out."""
     for name in ("a", "b"):
         for number, data in enumerate([pictures[0], *pictures]):
             write(root / f"source/{name}/{number}.png", data + (name + str(number)).encode())
@@ -87,7 +87,7 @@ def drawn(count: int, views: int = 1, augment=CROPS):
 
 
 def views_of(images, count: int, views: int) -> torch.Tensor:
-    """So many views of the first image, by a stage's draws: uint8 [views * count,3,size,size]."""
+    """Return views of the first image with a stage's random draws: uint8 [views * count,3,size,size]."""
     draws = drawn(count, views)
     places = torch.zeros(count, dtype=torch.int64)
     return apply_views(images.pixels(places, draws), draws, CROPS).flatten(0, 1)
@@ -123,7 +123,7 @@ def test_a_view_is_torchvisions_crop_of_the_decoded_file_at_the_box_that_was_dra
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("width", "height"), [(1600, 1200), (2400, 3200)])
 def test_a_larger_photograph_is_reduced_to_what_the_smallest_box_needs_and_keeps_its_gradients(width, height, form):
-    # With subsampled colours a JPEG is sharper in blue when it is decoded at half size.
+    # With chroma subsampling a JPEG is sharper in blue when decoded at half size.
     colours = {"subsampling": 0} if form == "JPEG" else {}
     data = encode(photograph(width, height), form, **colours)
     picture, most = Image.open(io.BytesIO(data)), enough_pixels(IMAGE, CROPS.crop_scale)
@@ -146,7 +146,7 @@ def test_a_photograph_that_was_turned_is_upright_however_large_it_is():
         exif[0x0112] = 6  # a quarter turn clockwise
         found = original(encode(picture, "JPEG", exif=exif), enough_pixels(IMAGE, CROPS.crop_scale))
         assert found.shape[1] > found.shape[2]
-        # What rose from left to right now rises from top to bottom.
+        # The ramp from left to right now runs from top to bottom.
         assert found[0, -1].float().mean() - found[0, 0].float().mean() > 200
 
 
@@ -155,7 +155,7 @@ def test_the_mode_says_how_many_originals_stay_in_memory_and_not_what_views_show
     folder_of(tmp_path, *pictures)
     one = 120 * 90 * 3
     places, draws = torch.arange(6), drawn(6)
-    monkeypatch.setattr("pipeline.data.dataset.free_bytes", lambda: 5 * one)  # a half of it is room for two
+    monkeypatch.setattr("pipeline.data.dataset.free_bytes", lambda: 5 * one)  # half of it holds two images
     found = {mode: images_of(tmp_path, mode=mode) for mode in ("on", "off", "auto")}
     expected = found["on"].pixels(places, draws)
     assert all(torch.equal(images.pixels(places, draws), expected) for images in found.values())
@@ -197,7 +197,7 @@ def test_a_padded_view_beside_resized_ones_is_the_test_view(tmp_path):
 
 
 def test_what_is_left_to_the_gpu_is_cut_at_the_same_boxes(tmp_path):
-    # There is no GPU here: its decoder fails, and the CPU's takes its place.
+    # Without a GPU its decoder fails, and the CPU decoder is used.
     data = encode(photograph(200, 150), "JPEG")
     folder_of(tmp_path, data)
     stream, draws = images_of(tmp_path, mode="on", views=3), drawn(4, 3)

@@ -1,4 +1,4 @@
-"""Long-tail profiles: the CIFAR-LT counts and index choice as published, and the laws of the other profiles."""
+"""Long-tail profiles: the published CIFAR-LT counts and selected indices, and the formulas of the other profiles."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Published splits: the six CIFAR-LT choices from labels alone, and what is said when another one comes out."""
+"""Published splits: the six CIFAR-LT selections from labels alone, and the message for a different selection."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.support.making import ROOT, params
 
 
 def cifar_rows(source):
-    """The rows that the real archive has, in a shuffled order as its batches are."""
+    """Return the rows of the real archive, shuffled like its batches."""
     classes = 10 if source == "cifar10" else 100
     labels = np.random.default_rng(3).permutation(np.repeat(np.arange(classes), 50_000 // classes)).tolist()
     train = [Row(f"train#{i}", label, f"train#{i}", "train") for i, label in enumerate(labels)]

@@ -1,4 +1,4 @@
-"""A split as a stream: the images that memory would hold, in bounded memory, and no thread left when it ends."""
+"""A split as a stream: the same images as in memory, bounded memory, and no remaining thread at its end."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ ROOT = Path(__file__).parents[3]
 
 
 def stream_of(params, *arguments, **options) -> ImageStream:
-    """A stream under the sections of some params."""
+    """Return a stream with the sections of params."""
     return ImageStream(params.data, params.image, params.stream, *arguments, **options)
 
 
 def images_of(params, *arguments) -> Images:
-    """Images in memory under the sections of some params."""
+    """Return images in memory with the sections of params."""
     return load_images(params.data, params.image, *arguments)
 
 
 def streaming(params: Params, **changes) -> Params:
-    """The same params with every split as a stream."""
+    """Return the same params with every split as a stream."""
     return params.model_copy(update={"stream": StreamParams(**{"mode": "on", "workers": 3, **changes})})
 
 
@@ -58,7 +58,7 @@ def made(tmp_path):
 
 @pytest.fixture
 def packed(made, tmp_path):
-    """The same images in shards of row groups of a few rows."""
+    """Write the same images as shards with row groups of a few rows."""
     params = made[0]
     shards = tmp_path / "packed"
     with pytest.MonkeyPatch.context() as patch:
@@ -151,7 +151,7 @@ def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, 
 
 
 def spoilt(source: Path, where: Path, params: Params, *places: int) -> list[str]:
-    """Damage the files of some training images; their references."""
+    """Damage the files of some training images; return their references."""
     names = [images_of(params, "train", where).references[place] for place in places]
     for name in names:
         write(source / name, b"spoilt")
@@ -181,7 +181,7 @@ def test_under_skip_a_bad_image_gives_way_to_the_next_of_its_class_and_is_counte
         assert torch.equal(stream.pixels(torch.tensor([place])), held.pixels(torch.tensor([instead])))
     assert stream.epoch_record(10.0)["images_replaced"] == 3
     told = stream.replaced()
-    assert told.startswith("3 images could not be read; replaced by others of their class, the first 3: ")
+    assert told.startswith("3 images could not be read and were replaced by others of their class, the first 3: ")
     assert all(name in told for name in [*names, held.references[20]]) and "dvc repro -f split" in told
     assert stream.replaced() is None and stream.epoch_record(10.0)["images_replaced"] == 0
 
@@ -223,7 +223,7 @@ def test_the_gpu_decoder_without_a_gpu_is_refused_naming_the_key(made):
 
 
 def test_what_nvjpeg_does_not_take_is_decoded_on_the_cpu(made):
-    # There is no GPU here: its decoder fails as it would on a damaged file.
+    # Without a GPU its decoder fails, as for a damaged file.
     params, where, _ = made
     held, stream = images_of(params, "train", where), stream_of(params, "train", CPU, where)
     found = stream.decode_on_gpu(stream.empty(3).zero_(), [(0, 7, held.encoded(7)), (2, 9, held.encoded(9))])

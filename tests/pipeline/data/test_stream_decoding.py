@@ -1,4 +1,4 @@
-"""Quick decoding: the server's pixels to within a grey level, for every kind of picture, and refused where they are."""
+"""Fast decoding: within one grey level of the server's pixels for every kind of image; rejects the same images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAME = params({"image.size": 64, "image.resize_to": 64}).image
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth picture: noise is what no two decoders agree on."""
+    """Return a smooth picture: decoders differ on noise."""
     small = Image.fromarray(picture(seed, (max(2, height // 24), max(2, width // 24))))
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -118,7 +118,7 @@ def test_what_the_server_refuses_is_refused_in_the_same_words(kind):
 
 
 def jpeg_of_size(width: int, height: int) -> bytes:
-    """A small JPEG whose header promises other sides."""
+    """Return a small JPEG whose header declares other sides."""
     data = bytearray(encode(photo(48, 48), "JPEG"))
     place = data.index(b"\xff\xc0") + 5
     data[place : place + 4] = struct.pack(">HH", height, width)

@@ -1,4 +1,4 @@
-"""The order of an epoch: every image once, the same again from the same seed, each row group within one window."""
+"""The order of an epoch: every image once, deterministic by seed, each row group within one window."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_group_is_read_within_one_window_of_which_batches_are_drawn():
     order = shuffled(1000, groups, 500, seeded()).numpy()
     for window in groups.number[order].reshape(8, 125):
         assert np.bincount(window).tolist().count(25) == len(set(window)) == 5
-        # The first quarter of a window holds rows of nearly all its groups.
+        # The first quarter of a window contains rows of nearly all its groups.
         assert len(set(window[:31])) >= 4
 
 

@@ -1,4 +1,4 @@
-"""Training on a stream: the bits of training from memory, exactly resumed, each sample once over two ranks."""
+"""Training on a stream: bit-identical to training from memory, exact resume, each sample once over two ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def params_of(source, **stream):
 
 @pytest.fixture
 def data(tmp_path):
-    """Params and splits of three classes, 16x16 pixels that a stream halves."""
+    """Params and splits of three classes with 16x16 pixels, which a stream resizes to half."""
     params = params_of(folder(tmp_path / "source", {"a": 24, "b": 12, "c": 8}), decode="exact")
     split.run(params, tmp_path / "split")
     return params, tmp_path / "split"
@@ -51,7 +51,7 @@ def streams(data) -> tuple[AnyImages, AnyImages]:
 
 
 def in_windows(data) -> tuple[AnyImages, AnyImages]:
-    """As of a table: places in groups of four, two groups a window."""
+    """Return train and validation streams ordered as for a table: row groups of four, two groups per window."""
     train, validation = streams(data)
     from pipeline.sources import Groups
 
@@ -61,7 +61,7 @@ def in_windows(data) -> tuple[AnyImages, AnyImages]:
 
 
 def originals(data, mode: str = "on") -> tuple[AnyImages, AnyImages]:
-    """Of a stage whose views are cut from the 16x16 pixels."""
+    """Return train and validation images of a stage whose views are cropped from the 16x16 pixels."""
     params = data[0].model_copy(update={"stream": data[0].stream.model_copy(update={"mode": mode})})
     train, validation, _ = training_images(params, CPU, data[1], augment=CUT, views=3)
     return train, validation
@@ -73,7 +73,7 @@ def training_of(name: str, run_folder=None) -> Training:
 
 
 def result(training: Training, images: tuple[AnyImages, AnyImages]) -> tuple[dict[str, torch.Tensor], list]:
-    """The state that a run ends with and its history, without what a clock measures."""
+    """Return the final state of a run and its history, without times."""
     history = training.run(*images)
     timed = ("images_per_second", "memory_mib", "data_wait")
     return training._step.state(), [{k: v for k, v in record.items() if k not in timed} for record in history]
@@ -143,11 +143,11 @@ def test_an_epoch_says_how_long_it_waited_and_what_was_replaced(data, capsys):
     history = training_of("teacher").run(train, streams(data)[1])
     assert all(0 <= record["data_wait"] < 1 for record in history)
     replaced = [record["images_replaced"] for record in history]
-    # 32 of 33 images make an epoch, so that one of three may go without the bad one.
+    # An epoch has 32 of 33 images, so one of three epochs may omit the damaged image.
     assert set(replaced) <= {0, 1} and sum(replaced) >= 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "replaced" in line]
     assert len(lines) == sum(replaced)
-    assert lines[0].startswith("teacher  1 image could not be read; replaced by others of their class, the first 1: ")
+    assert lines[0].startswith("teacher  1 image could not be read and were replaced by others of their class, the first 1: ")
 
 
 def test_what_only_other_processes_have_replaced_is_told_by_the_one_that_speaks(data, capsys, monkeypatch):
@@ -157,7 +157,7 @@ def test_what_only_other_processes_have_replaced_is_told_by_the_one_that_speaks(
     training_of("teacher").run(train, validation)
     lines = [line for line in capsys.readouterr().out.splitlines() if "replaced" in line]
     assert len(lines) == 3
-    assert lines[0].startswith("teacher  2 images could not be read by other processes; replaced by others")
+    assert lines[0].startswith("teacher  2 images could not be read by other processes and were replaced by others")
 
 
 @pytest.mark.parametrize("images", [streams, originals])
@@ -172,7 +172,7 @@ def test_the_views_of_a_batch_that_failed_are_read_again_for_the_dump(images, da
 
 
 def seen_by_a_rank(source, where, name) -> list:
-    """Sample ids whose pixels this rank reads, and the losses of its epochs."""
+    """Return the sample ids whose pixels this rank reads, and the losses of its epochs."""
     data = params_of(source, decode="exact"), where
     train, validation = originals(data) if name == "cut" else streams(data)
     read: list[int] = []

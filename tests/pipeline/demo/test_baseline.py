@@ -1,4 +1,4 @@
-"""The table of `make demo`: the student against plain cross-entropy, with the figures of the answers themselves."""
+"""The table of `make demo`: the student against plain cross-entropy, with accuracies computed from predictions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = np.repeat([0, 1, 2], 20)
 
 
 def answers_right_in(a: int, b: int, c: int) -> Answers:
-    """Twenty images a class, of which so many are right; the others are taken for the next class."""
+    """Return predictions for twenty images per class; incorrect ones predict the next class."""
     right = np.concatenate([np.arange(20) < count for count in (a, b, c)])
     return Answers([f"{i:02d}" for i in range(60)], LABELS, np.eye(3)[np.where(right, LABELS, (LABELS + 1) % 3)], PRIOR)
 

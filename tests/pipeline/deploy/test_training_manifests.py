@@ -1,4 +1,4 @@
-"""The manifests that train on several hosts: by Kubernetes' schemas, and by what torchrun needs to find its peers."""
+"""Kubernetes manifests for distributed training: valid by schema, and with torchrun's rendezvous settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ validator = pytest.importorskip("kubernetes_validate", reason="package kubernete
 
 
 def documents(name: str) -> dict[str, dict[str, Any]]:
-    """The manifests of a file by kind."""
+    """Return the manifests of a file by kind."""
     return {found["kind"]: found for found in yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8"))}
 
 
@@ -24,7 +24,7 @@ def replicas() -> dict[str, dict[str, Any]]:
 
 
 def pods() -> dict[str, dict[str, Any]]:
-    """The pod templates of both ways."""
+    """Return the pod templates of both kinds of job."""
     job = documents("indexed-job.yaml")["Job"]["spec"]["template"]
     return {"job": job, **{name: replica["template"] for name, replica in replicas().items()}}
 
@@ -41,7 +41,7 @@ def test_the_indexed_job_and_its_service_pass_their_schemas():
 
 @pytest.mark.parametrize("role", ["Master", "Worker"])
 def test_the_pods_of_the_pytorchjob_pass_the_schema_of_pods(role):
-    # Its own schema is a resource of the operator's; but for the replicas it is a handful of keys, named below.
+    # The operator's schema is not available here; the keys besides the replicas are listed below.
     template = copy.deepcopy(replicas()[role]["template"])
     template["spec"]["restartPolicy"] = "Never"  # the operator sets it
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "made"}, "spec": {"template": template}}
@@ -52,7 +52,7 @@ def test_the_pytorchjob_has_what_the_operator_reads_and_no_more():
     manifest = documents("pytorchjob.yaml")["PyTorchJob"]
     assert manifest["apiVersion"] == "kubeflow.org/v1"
     assert set(manifest["spec"]) == {"nprocPerNode", "runPolicy", "pytorchReplicaSpecs"}
-    assert manifest["spec"]["nprocPerNode"] == "8"  # text, by its schema
+    assert manifest["spec"]["nprocPerNode"] == "8"  # a string, by the schema
     assert manifest["spec"]["runPolicy"]["cleanPodPolicy"] in ("Running", "All", "None")
     assert set(replicas()) == {"Master", "Worker"} and replicas()["Master"]["replicas"] == 1
     for replica in replicas().values():
@@ -77,7 +77,7 @@ def test_the_indexed_jobs_pods_meet_at_the_first_of_them():
     (container,) = pod["containers"]
     arguments = container["args"]
     host, _, port = option(arguments, "rdzv-endpoint").partition(":")
-    # A pod of an indexed job is called <job>-<index> under the Service that its subdomain names.
+    # The host name of a pod of an indexed job is <job>-<index> under the Service of its subdomain.
     assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}" and pod["subdomain"] == service["metadata"]["name"]
     assert int(port) == service["spec"]["ports"][0]["port"]
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"] is True

@@ -1,6 +1,6 @@
-"""`balanced` and `train` mean the same whatever prior, at whatever strength, the loss added: three Gaussians of known answer.
+"""Target priors `balanced` and `train` are independent of the loss's prior and strength: test on three Gaussians.
 
-The network is made, not trained: its logits are the minimum of L_cls, log p(c | x) - strength * log_prior of the loss.
+The network is constructed, not trained: its logits are the minimum of L_cls, log p(c | x) - strength * log_prior.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEANS = torch.tensor([-1.5, 0.0, 1.5])  # of unit variance
 P = torch.tensor(COUNTS) / sum(COUNTS)
 TAU_S = 1 / 200  # so small that all logits lie within ±1/tau_s
 IMAGE = params({"image.size": 8, "image.resize_to": 8}).image
-POINTS = 500  # of each class
+POINTS = 500  # per class
 PRIORS = {
     "frequency": log_class_prior(COUNTS).tolist(),
     "effective_number": log_class_prior(effective_number(COUNTS, 0.999)).tolist(),
@@ -47,18 +47,18 @@ PRIORS = {
 
 
 def phi(z: float) -> float:
-    """The normal distribution function."""
+    """Return the standard normal distribution function."""
     return (1 + math.erf(z / math.sqrt(2))) / 2
 
 
-# Of the decision by likelihood alone the borders are -0.75 and 0.75, of plain Bayes they move by log p1/p2 / 1.5.
+# Decision boundaries: -0.75 and 0.75 by likelihood; with the prior they shift by log p1/p2 / 1.5.
 BALANCED = (2 * phi(0.75) + (phi(0.75) - phi(-0.75))) / 3
 BORDERS = -0.75 + math.log(10) / 1.5, 0.75 + math.log(9) / 1.5
 BAYES_BY_CLASS = [phi(BORDERS[0] + 1.5), phi(BORDERS[1]) - phi(BORDERS[0]), 1 - phi(BORDERS[1] - 1.5)]
 
 
 def points() -> tuple[Tensor, Tensor]:
-    """Quantiles of each class as images uint8 [N,3,8,8], whose first two channels hold x in 16 bits; labels [N]."""
+    """Return quantiles of each class as images uint8 [N,3,8,8] with x as 16 bits in two channels, and labels [N]."""
     quantiles = torch.special.ndtri((torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS)
     x = (MEANS[:, None] + quantiles).flatten()
     code = ((x + 8) * 4000).round().long()
@@ -67,7 +67,7 @@ def points() -> tuple[Tensor, Tensor]:
 
 
 class Minimum(nn.Module):
-    """Features whose cosines with the three unit class vectors are tau_s times the minimum of L_cls."""
+    """Backbone whose features have cosines with the three unit class vectors of tau_s times the minimum of L_cls."""
 
     def __init__(self, log_prior: list[float], strength: float) -> None:
         super().__init__()

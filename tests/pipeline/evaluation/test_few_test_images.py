@@ -1,4 +1,4 @@
-"""What rests on too few test images: named by each command, and never a decision of the gate."""
+"""Results from too few test images: every command reports them, and the gate does not decide by them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_init_holds_out_a_share_and_says_beforehand_what_the_split_will_hold():
     what = found(counts)
     settled = chosen_params(what).data
     kept = assign(rows_of(counts), what.classes, settled)
-    assert len(kept["test"]) == 106  # a quarter of the smallest class would be 12
+    assert len(kept["test"]) == 106  # one quarter of the smallest class would be 12
     tested, trained = (np.bincount([row.label for row in kept[name]], minlength=12) for name in ("test", "train"))
     assert expected_tests(what) == sample_sizes(tested, [shot_group(count) for count in trained])
 
@@ -71,7 +71,7 @@ def test_init_and_data_check_name_the_groups_that_cannot_be_judged(tmp_path, mon
 
 
 def unequal(tested, seed=0):
-    """Labels with so many images of each class, and logits that are right for 6 or 9 of 10."""
+    """Return labels with the given class sizes, and logits that are correct for 6 or 9 of 10."""
     random, labels = np.random.default_rng(seed), np.repeat(np.arange(len(tested)), tested)
     right = random.random(len(labels)) < np.where(labels % 2, 0.6, 0.9)
     predicted = np.where(right, labels, (labels + 1) % len(tested))
@@ -97,14 +97,14 @@ def test_intervals_of_unequal_test_counts_cover_the_truth_within_binomial_noise(
     for trial in range(200):
         estimate = weighted_accuracy(random.binomial(tested, truth), tested, np.ones(4), seed=trial)
         covered += estimate.low <= truth.mean() <= estimate.high
-    assert covered >= 180  # of 200 at 95 %: fewer than 180 come by chance once in 400
+    assert covered >= 180  # of 200 at 95 %: fewer than 180 have a probability of 1/400
 
 
-SMALL_TAIL = [80, 60, 40, 40, 30, 20]  # 270 test images count as 221 in the mean over all classes, those of few as 48
+SMALL_TAIL = [80, 60, 40, 40, 30, 20]  # 270 test images: effective size 221 for the mean over all classes, few: 48
 
 
 def two_runs(tmp_path, tested):
-    """A champion, and a challenger that is wrong on two of these test images, of the last class."""
+    """A champion, and a challenger with two errors in the test images, both of the last class."""
     labels = np.repeat(np.arange(C), tested)
     good = np.eye(C)[labels] * 3.0
     worse = good.copy()
@@ -122,7 +122,7 @@ def test_the_gate_does_not_decide_by_too_few_test_images_and_says_what_to_do(tmp
     content = json.loads((tmp_path / "d.json").read_text())
     assert content["undecided"] is True and content["measures"]["few"]["images"] == 50
     equal = decide(champion, champion, FAST, 15, None)
-    assert equal.undecided and not equal.promote  # two equal models too: zero difference on 50 images is no evidence
+    assert equal.undecided and not equal.promote  # also for equal models: no difference on 50 images is no evidence
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     arguments = ["--challenger", challenger.predictions, "--challenger-prior", challenger.prior, "--champion"]
     arguments += [champion.predictions, "--champion-prior", champion.prior, "--output", tmp_path / "e.json"]
@@ -144,7 +144,7 @@ def test_a_loss_on_enough_images_is_a_refusal_whatever_the_small_groups_show(tmp
 
 
 def test_the_gate_does_not_decide_where_the_mean_over_all_classes_rests_on_too_few(tmp_path):
-    """228 test images are enough, but most are of the head: they count as 59, as evaluate and data check print."""
+    """228 test images are enough, but most are of the head: effective size 59, as evaluate and data check print."""
     (champion, challenger), labels = two_runs(tmp_path, [80, 60, 40, 40, 5, 3])
     found = decide(challenger, champion, FAST, 15, None)
     assert found.undecided and found.reasons[0].startswith("all: 228 test images, which count as 59 in a mean over")

@@ -1,4 +1,4 @@
-"""The gate: what it promotes, what it refuses, and that it refuses what it cannot compute."""
+"""The gate: cases of promotion and refusal; it refuses results that it cannot compute."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_challenger_worse_on_few_only_is_refused_for_few_only(tmp_path):
     logits = answering(0.9, 0)
     worse = logits.copy()
     worse[LABELS == C - 1] = np.eye(C)[0]
-    worse[LABELS == 0] = np.eye(C)[0]  # the head makes up for some of it
+    worse[LABELS == 0] = np.eye(C)[0]  # the head compensates for a part of it
     found = decide(contender(tmp_path / "b", worse), contender(tmp_path / "a", logits), FAST, 15, tmp_path / "d.json")
     assert not found.promote and found.computed
     assert found.measures["few"].passed is False and found.measures["few"].high < 0
@@ -62,7 +62,7 @@ def test_a_planted_loss_is_found_and_chance_is_not_called_a_loss():
         for seed in range(30):
             pair = answers_of(answering(accuracy, 2 * seed + 1)), answers_of(answering(0.8, 2 * seed))
             refused[accuracy] += compare(*pair, few_off, 15)["all"].passed is False
-    # One-sided 2.5 % of 30 by chance: four or more happens once in a hundred and fifty sets of thirty.
+    # One-sided 2.5 % of 30: four or more by chance have a probability of 1/150.
     assert refused[0.8] <= 3 and refused[0.6] >= 28
 
 
@@ -98,7 +98,7 @@ UNEQUAL = np.repeat(np.arange(C), [900, 400, 100, 60, 40, 30])
 
 
 def on_unequal(predicted):
-    """Answers to a test split of unequal classes, which are sure of these predictions."""
+    """Return confident predictions on a test split of unequal classes."""
     return Answers([str(i) for i in range(len(UNEQUAL))], UNEQUAL, np.eye(C)[predicted] * 0.9 + 0.1 / C, prior_of())
 
 
@@ -119,7 +119,7 @@ def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
 
 
 def test_a_loss_of_the_tail_is_not_made_up_for_by_the_many_test_images_of_the_head():
-    """70 images of the tail are lost, 120 of the head are won: more images are right, and balanced accuracy is lower."""
+    """70 tail images become wrong and 120 head images correct: accuracy rises, and balanced accuracy falls."""
     champion, challenger = UNEQUAL.copy(), UNEQUAL.copy()
     champion[:120] = 1
     challenger[UNEQUAL >= 4] = 0

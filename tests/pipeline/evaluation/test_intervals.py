@@ -1,4 +1,4 @@
-"""Intervals: they keep their promise, agree with an independent reference, and say so where there is nothing to say."""
+"""Confidence intervals: coverage, agreement with an independent reference, and results for empty groups."""
 
 import numpy as np
 import pytest

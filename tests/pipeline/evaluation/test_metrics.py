@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and a calibration error counted bin by bin; weights against repeated samples."""
+"""Metrics against scikit-learn; calibration error against a bin-by-bin reference; weights against repeated samples."""
 
 import math
 import warnings
@@ -40,7 +40,7 @@ def test_accuracies_equal_scikit_learns(case):
         expected = reference.recall_score(labels, predicted, labels=[c], average=None, zero_division=np.nan)[0]
         assert by_class[c] == (None if np.isnan(expected) else pytest.approx(expected))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes that were predicted and are not in the labels
+        warnings.simplefilter("ignore")  # warnings about predicted classes that are not in the labels
         assert mean_of(by_class) == pytest.approx(reference.balanced_accuracy_score(labels, predicted))
 
 
@@ -70,7 +70,7 @@ def test_top_k_and_log_loss_equal_scikit_learns(case, k):
 
 
 def slow_ece(probabilities, labels, bins):
-    """Sample by sample into bins (a, b]; the gap of each bin by its share."""
+    """Reference ECE: sample by sample into bins (a, b]; gaps weighted by the share of the bin."""
     members = [[] for _ in range(bins)]
     for row, label in zip(probabilities, labels, strict=True):
         confidence = max(row)
@@ -92,7 +92,7 @@ def test_the_calibration_error_equals_one_counted_bin_by_bin(case, bins):
 
 
 def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower_one():
-    # Two bins of width .5: .5 lies in the first, .5 + a little in the second, and 1 in the last.
+    # Two bins of width .5: .5 is in the first, slightly more in the second, and 1 in the last.
     probabilities = np.array([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]])
     labels = np.array([0, 1, 0])
     assert expected_calibration_error(probabilities, labels, 2) == pytest.approx((abs(1 - 0.5) + abs(1 - 1.75)) / 3)
@@ -111,7 +111,7 @@ def test_a_weight_is_worth_that_many_copies_of_its_sample(case, data):
 @given(answered(all_classes=True), st.data())
 def test_figures_at_a_target_prior_are_those_of_a_test_set_drawn_by_it(case, data):
     probabilities, labels, classes = case
-    # As many copies of each class as make the replicated test set follow the target prior exactly.
+    # Replicate each class so that the test set follows the target prior exactly.
     share = np.array(data.draw(st.lists(st.integers(1, 3), min_size=classes, max_size=classes)))
     counts = np.bincount(labels, minlength=classes)
     common = math.lcm(*counts.tolist())
@@ -133,7 +133,7 @@ def test_groups_are_means_of_class_accuracies_and_an_empty_one_is_none():
     found = evaluate_answers(probabilities, labels, ["many", "many", "few", "few"], np.full(4, 0.25), bins=15, top_k=1)
     assert found["many"] == pytest.approx((3 / 4 + 1) / 2) and found["few"] == 0.0 and found["medium"] is None
     assert found["all"] == pytest.approx(4 / 6) and found["top1"] == pytest.approx(4 / 6)
-    # Class 3 has no test sample, so it takes no part.
+    # Class 3 has no test sample, so it is excluded.
     assert found["balanced_accuracy"] == pytest.approx((3 / 4 + 1 + 0) / 3)
     assert mean_of([]) is None and mean_of([None]) is None
 

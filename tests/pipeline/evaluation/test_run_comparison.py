@@ -1,4 +1,4 @@
-"""Two runs compared: by class and in all, in the terminal, as JSON and as a page; and what cannot be compared."""
+"""Comparison of two runs: per class and in total, in the terminal, as JSON and as a page; and incomparable runs."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_where_no_sample_changed_a_class_is_still_not_certain():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two projects with a run each: `old`, and `new`, which is better."""
+    """Two projects with one run each: `old`, and the better `new`."""
     for name, accuracy, seed in (("old", 0.6, 0), ("new", 0.9, 1)):
         made = contender(tmp_path / name / "artifacts/evaluation", answering(accuracy, seed))
         made.prior.rename(tmp_path / name / "artifacts/prior.json")
@@ -143,7 +143,7 @@ def test_what_is_neither_folder_nor_version_nor_revision_is_misuse(runs, monkeyp
 
 
 def test_two_revisions_are_compared_from_dvcs_cache(runs, monkeypatch, capsys):
-    """Files of two commits, the first one's no longer checked out."""
+    """Compare files of two commits; those of the first are not checked out."""
     project = runs / "new"
     monkeypatch.chdir(project)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
@@ -176,7 +176,7 @@ def test_two_revisions_are_compared_from_dvcs_cache(runs, monkeypatch, capsys):
 
 @pytest.fixture
 def retrained(tmp_path, monkeypatch):
-    """A project after a retraining: `releases` with a champion 2, and `artifacts/repository`, which holds one version alone."""
+    """A project after a retraining: `releases` with champion 2, and `artifacts/repository` with a single version."""
     monkeypatch.chdir(tmp_path)
     params = data_params(folder(Path("source"), dict.fromkeys(CLASSES, 8)))
     Path("params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))

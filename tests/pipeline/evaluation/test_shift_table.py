@@ -1,4 +1,4 @@
-"""The table of the five shifted test sets."""
+"""The table of results on the five shifted test sets."""
 
 import numpy as np
 import pytest

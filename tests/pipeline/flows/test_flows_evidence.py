@@ -1,4 +1,4 @@
-"""What a decision rests on: kept whole, and a refusal where it is not there."""
+"""Evidence of a decision: stored completely; the gate refuses where it is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = Path("artifacts/retrain/0123456789ab")
 
 @pytest.fixture(autouse=True)
 def evaluated(tmp_path, monkeypatch):
-    """A folder in which a challenger was evaluated that is good enough to be the first."""
+    """A folder with the evaluation of a challenger that is good enough to be the first champion."""
     monkeypatch.chdir(tmp_path)
     contender(tmp_path / "artifacts/evaluation", answering(0.9, 0))
     Path("artifacts/evaluation/prior.json").rename("artifacts/prior.json")
@@ -44,7 +44,7 @@ def test_a_file_of_the_evaluation_that_cannot_be_had_is_a_refusal_that_names_it(
     path.unlink()
     said = "no such file; run `dvc repro evaluate` first"
     if how == "unreadable":
-        path.symlink_to("/proc/self/mem")  # whose first byte nobody can read
+        path.symlink_to("/proc/self/mem")  # its first byte is not readable
         said = "cannot be copied (Input/output error)"
     decision, folder = gather(params(), None, STORY)
     assert not decision.promote and not decision.computed

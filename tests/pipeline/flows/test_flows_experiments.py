@@ -1,4 +1,4 @@
-"""A decided run becomes a DVC experiment, and nothing else of the project changes; where it cannot, one line says why."""
+"""A decided run is saved as a DVC experiment without other changes to the project; a failure is one line of output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def nobody():
-    """Somebody whom git does not know."""
+    """An environment without a git identity."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in NOBODY.items():
             patch.setenv(name, value)
@@ -47,7 +47,7 @@ def nobody():
 
 
 def write_project() -> None:
-    """A project in the current folder, which git does not know."""
+    """Write a project into the current folder, without git."""
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES, "metrics": ["out/metrics.json"]}))
     Path("answers").write_text('{"accuracy": 0.5}')
@@ -55,14 +55,14 @@ def write_project() -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of one's own, the current one."""
+    """An empty folder as the current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
-    """A project committed, with one stage of the two reproduced on later answers and another seed."""
+    """A committed project, with one of its two stages reproduced on newer answers and another seed."""
     made = tmp_path_factory.mktemp("committed") / "project"
     made.mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def committed(tmp_path_factory):
 
 @pytest.fixture
 def project(committed, folder):
-    """A copy of it in the current folder."""
+    """A copy of `committed` as the current folder."""
     shutil.copytree(committed, folder, dirs_exist_ok=True)
     return folder
 
@@ -92,7 +92,7 @@ def set_seed(seed: int) -> None:
 
 
 def state(folder: Path) -> tuple[object, ...]:
-    """All of the project that somebody works with: its files, their times, the index, branch and stash, DVC's view."""
+    """Return the state of the project: files, their times, index, branch, stash, DVC's status."""
     files = {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -104,7 +104,7 @@ def state(folder: Path) -> tuple[object, ...]:
 
 
 def shown(*options: str) -> dict[str, dict]:
-    """The experiments that `dvc exp show` lists, by name."""
+    """Return the experiments that `dvc exp show` lists, by name."""
     listed = json.loads(run("dvc", "exp", "show", "--json", *options))
     return {
         revision["name"]: revision["data"]
@@ -116,7 +116,7 @@ def shown(*options: str) -> dict[str, dict]:
 
 def test_a_decided_run_is_listed_with_its_params_and_metrics_and_the_project_stays_as_it_is(project):
     Path("notes.txt").write_text("of somebody's own")
-    run("git", "add", "answers")  # what somebody staged stays staged
+    run("git", "add", "answers")  # staged files stay staged
     before, said = state(project), []
     keep_run(REFUSED, "few 0.61 is below 0.70", load_params(), said.append)
     assert state(project) == before
@@ -129,7 +129,7 @@ def test_a_decided_run_is_listed_with_its_params_and_metrics_and_the_project_sta
     assert content["params"]["params.yaml"]["data"]["seed"] == 5
     assert run("git", "log", "-1", "--format=%s", content["rev"]) == "retrain: refused: few 0.61 is below 0.70\n"
     assert "notes.txt" not in run("git", "ls-tree", "-r", "--name-only", content["rev"])
-    # What the run did not reproduce is as out of date in the experiment as in the project: `dvc exp save` says otherwise.
+    # Stages that the run did not reproduce stay out of date in the experiment, unlike with `dvc exp save`.
     assert list(json.loads(run("dvc", "status", "--json"))) == ["seeds"]
     assert run("git", "show", f"{content['rev']}:dvc.lock") == Path("dvc.lock").read_text()
 
@@ -203,7 +203,7 @@ def test_a_git_that_fails_is_told_in_its_own_words(project, monkeypatch):
 
 @pytest.fixture
 def slow_git(project):
-    """A git that hangs when it reads the answers; the file that says so."""
+    """Configure a git filter that hangs when git reads the answers; return the file that the filter creates."""
     Path(".git/info/attributes").write_text("answers filter=slow\n")
     run("git", "config", "filter.slow.clean", "echo $$ > .git/hangs; sleep 600")
     Path("answers").write_text('{"accuracy": 0.99}')

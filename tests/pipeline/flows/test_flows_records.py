@@ -1,4 +1,4 @@
-"""What one run of the flow leaves for the next: which release was decided on, which run came last."""
+"""Records of flow runs for later runs: the releases already decided on, and the last run."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_clock_that_was_set_back_keeps_no_scheduled_run_from_taking_place(tmp_
     write_run(run_of(now() + timedelta(hours=5)), tmp_path)
     assert missed(now(), tmp_path) is None
     assert missed(now() + timedelta(hours=1), tmp_path) is None
-    # Once a run has ended under the new time, order is back.
+    # The order is correct again after a run has ended under the new time.
     write_run(replace(run_of(now())), tmp_path)
     assert missed(now() - timedelta(hours=1), tmp_path) is not None
 
@@ -93,7 +93,7 @@ def test_old_evidence_goes_and_the_current_one_stays_whatever_the_clock_said(tmp
     for number in range(6):
         (tmp_path / str(number)).mkdir()
         os.utime(tmp_path / str(number), (1e9 + number, 1e9 + number))
-    current = tmp_path / "0"  # written after the clock was set back: by its time the oldest
+    current = tmp_path / "0"  # written after the clock was set back: the oldest by its time
     prune(current, keep=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "4", "5"]
     prune(current, keep=3)

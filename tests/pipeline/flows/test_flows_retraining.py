@@ -1,4 +1,4 @@
-"""The flow's own rules: one run at a time, what is tried again, what a schedule must look like."""
+"""Rules of the retraining flow: one run at a time, retries, valid schedules."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def hold(folder, taken):
 
 @pytest.fixture
 def other_run(tmp_path, monkeypatch):
-    """Another process that holds the lock until it is told to end."""
+    """Start another process that holds the lock until it is stopped."""
     monkeypatch.chdir(tmp_path)
     context = multiprocessing.get_context("spawn")
     taken = context.Event()

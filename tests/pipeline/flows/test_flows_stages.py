@@ -1,4 +1,4 @@
-"""DVC's stages as the flow runs them: in order, no longer than allowed, and never longer than whoever asked for them lives."""
+"""DVC stages run by the flow: in order, within the time limit, and stopped when the requesting process exits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOREVER = "echo $$ > pid; sleep 600 & sleep 600"
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of two stages in the current folder; `set` gives the command of the second."""
+    """A project of two stages in the current folder; `set` defines the command of the second."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -44,7 +44,7 @@ def project(tmp_path, monkeypatch):
 
 
 def become_subreaper(on: bool) -> None:
-    """Whether orphans of this process's descendants become its children. prctl(2), PR_SET_CHILD_SUBREAPER."""
+    """Set whether this process adopts orphans of its descendants: prctl(2), PR_SET_CHILD_SUBREAPER."""
     assert ctypes.CDLL(None, use_errno=True).prctl(36, int(on), 0, 0, 0) == 0
 
 
@@ -57,7 +57,7 @@ def await_file(path: str | Path) -> str:
 
 
 def gone(process_id: int, waited_for: bool = False) -> bool:
-    """Whether the process ends in time; and is waited for, without which its id stays known."""
+    """Return whether the process exits in time; reaps it, since a zombie keeps its id."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -125,13 +125,13 @@ def test_a_stage_ends_when_whoever_asked_for_it_is_killed(project):
     owner.kill()
     owner.wait()
     assert gone(shell) and all(gone(child.pid) for child in children) and gone(dvc, waited_for=True)
-    # Its locks went with it.
+    # Its locks are released.
     project("cp one two")
     assert reproduce("export", lambda _line: None) is True
 
 
 def test_a_command_on_a_leash_leaves_no_process_id_behind_where_nobody_waits_for_orphans(tmp_path):
-    # As in a container whose first process waits for nothing: the orphans come to this process, which lets them be.
+    # As in a container whose init does not reap: this process adopts the orphans and does not reap them.
     stubborn = "trap '' TERM; echo $$ > pid; while :; do sleep 0.1; done"
     owner = (
         "import time; from pipeline.shared.owned_process import start_on_leash\n"
@@ -167,7 +167,7 @@ def test_a_command_on_a_leash_keeps_its_exit_status_and_ignores_a_signal_to_the_
 @pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])
 @pytest.mark.fault_case("dvc-killed")
 def test_what_a_command_started_ends_with_it_however_it_ended(end, tmp_path):
-    # As where the system kills DVC alone for its memory: a second try must not train beside its stage.
+    # As when the OOM killer kills only DVC: a retry must not train in parallel with the running stage.
     left = tmp_path / "pid"
     process = start_on_leash(["sh", "-c", f"sleep 600 & echo $! > {left}; {end}"])
     assert process.wait(30) == (137 if "kill" in end else 0)

@@ -1,4 +1,4 @@
-"""Ingest: a drop folder becomes one shard of training images, or nothing."""
+"""Ingest: a drop folder becomes one shard of training images, or nothing changes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_class_folders_stay_in_the_drop_and_empty_ones_are_no_data(tmp_path, tak
     folders = {path for path in Path("data/drop").rglob("*") if path.is_dir() and ".taken" not in path.parts}
     assert {str(path.relative_to("data/drop")) for path in folders} == {"cat", "dog", "dog/monday", "unknown"}
     assert ingest(params) == IngestReport()
-    # `cp new.png data/drop/cat` between two rounds: without the folder it would make a file of that name.
+    # `cp new.png data/drop/cat` between two rounds: without the folder, cp would create a file of that name.
     shutil.copy(write(Path("new.png"), png(FIRST_NEW + 2)), "data/drop/cat")
     assert ingest(params).added == 1
     split.run(params)
@@ -154,7 +154,7 @@ def test_three_bad_rows_of_ten_pass_and_four_refuse_the_drop_whole(tmp_path, bad
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A project to copy: its root, its params, and encoded images by what they are."""
+    """A project to copy: its root, its params, and encoded images by kind."""
     root, here = tmp_path_factory.mktemp("made"), Path.cwd()
     params = project(root, min_good_share=0.0, new_classes=["gnu"])
     trained = next(row for row in rows_of("train") if row["label"] == 1)

@@ -1,4 +1,4 @@
-"""Ingest of classes that the source does not have."""
+"""Ingest of new classes, which are not in the source."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_class_taken_in_later_is_sorted_among_the_new_ones_behind_those_of_the
 
 
 def project_params_again(params):
-    """The same params, new classes refused: a class that was taken in is known from then on."""
+    """Return the same params with new classes rejected: a class that was ingested before is known."""
     return params.model_copy(update={"ingest": params.ingest.model_copy(update={"new_classes": "refuse"})})
 
 

@@ -1,4 +1,4 @@
-"""Ingest that is killed, or whose disk fills: all of a round or nothing, and the next run ends it."""
+"""Ingest killed at any point, or on a full disk: a round is complete or absent, and the next run finishes it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_a_disk_that_fills_while_the_round_is_written_changes_nothing(tmp_path, 
     assert ingest(params).added == 2
 
 
-# Every kill: a process that ends by SIGKILL at its n-th change of the disk, for every n until it lives to the end.
+# A process killed by SIGKILL at its n-th change of the disk, for every n until it finishes.
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree"}
 
 
 def killed_at(change: int, params) -> bool:
-    """Run ingest in a child that is killed at that change of the disk; whether it was."""
+    """Run ingest in a child process that is killed at the given disk change; return whether it was killed."""
     child = os.fork()
     if child == 0:
         left = [change]
@@ -80,7 +80,7 @@ def a_drop_of_everything() -> None:
 
 
 def outcome() -> tuple:
-    """What must be the same in the end, whenever a run was killed."""
+    """Return the state that must be the same, independent of when a run was killed."""
     waiting = [path for path in files("data/drop") if "/.taken/" not in path]
     quarantined = [data for path, data in files("data/quarantine").items() if path.endswith(".png")]
     return shards(), sorted(quarantined), waiting, sorted(path.name for path in Path("data/.ingest").iterdir())
@@ -101,7 +101,7 @@ def test_killed_at_any_change_of_the_disk_the_next_run_ends_as_if_nothing_had_ha
         killed = killed_at(changes, params)
         for shard in Path("data/ingested").glob("*.parquet"):
             assert hashlib.sha256(shard.read_bytes()).hexdigest() == shard.stem
-        # Only a run that was killed when all was in place leaves the next one nothing to report.
+        # The next run has nothing to report only if the killed one had finished its changes.
         in_place = bool(files("data/ingested")) and not Path("data/.ingest/round/plan.json").exists()
         if killed:
             again = ingest(params)

@@ -1,4 +1,4 @@
-"""Ingest of tables, and of whatever else lies in a drop folder: none of it stops the rest."""
+"""Ingest of tables and of unexpected files in a drop folder: they do not prevent the ingest of the rest."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_file_that_may_not_be_read_stays_aside_and_stops_no_other(tmp_path, mo
     drop_images("cat", range(1))
     closed = write(Path("data/drop/cat/closed.png"), b"nobody's")
     closed.chmod(0)
-    # A superuser may read every file; what is asked here is what is done where one may not.
+    # Root may read every file; this tests the case without permission.
     monkeypatch.setattr(quarantine.os, "access", lambda path, _: Path(path).stat().st_mode & 0o777 != 0)
     report = ingest(params)
     assert (report.added, report.quarantined, listing()[0]["file"]) == (1, 1, "")

@@ -1,4 +1,4 @@
-"""Ingest of a drop folder that is still being written, or that a clock makes look so."""
+"""Ingest of a drop folder that is still being written, or appears so because of clock differences."""
 
 from __future__ import annotations
 

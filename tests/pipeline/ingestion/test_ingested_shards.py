@@ -1,4 +1,4 @@
-"""Shards that ingest has made, as split and training take them."""
+"""Shards written by ingest, as input of split and training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained network on disk: back to the last bit, the old one kept on a full disk, damage named in one line."""
+"""A trained network on disk: bit-identical after loading, old file kept on a full disk, one-line error for damage."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ def trained(seed=0):
     torch.manual_seed(seed)
     model = ImageClassifier("resnet20", 4, 0.1).train()
     with torch.no_grad():
-        model(torch.randn(4, 3, 16, 16))  # moves the running statistics of the batch norms
+        model(torch.randn(4, 3, 16, 16))  # changes the running statistics of the batch norms
     return model
 
 
@@ -73,7 +73,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_names_the_file(saved):
 
 def test_a_disk_that_fills_up_half_way_through_the_weights_keeps_the_old_folder(saved):
     old, folder = saved
-    # The operating system's own limit on a file of this process; Python ignores the signal and the write fails.
+    # The operating system's limit on file sizes (RLIMIT_FSIZE); Python ignores the signal, and the write fails.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
     try:

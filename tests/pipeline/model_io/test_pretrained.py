@@ -1,4 +1,4 @@
-"""Training may start from a local file of weights: the file that was meant, or an error that says what is wrong."""
+"""Pretrained weights from a local file: the correct file is loaded, or the error names the problem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.making import data_params, folder, params
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of a ResNet-20's weights."""
+    """A file with the weights of a ResNet-20."""
     torch.manual_seed(7)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(build_backbone("resnet20").network.state_dict(), path)

@@ -1,4 +1,4 @@
-"""Two processes that share a batch do what one process does with the whole of it."""
+"""Distributed training: two ranks that share a batch compute the same as one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pipeline.shared.errors import ParamsError, StageError
 from pipeline.training.step import Step
 from tests.support.small_training import CPU, IMAGE, double_step, in_ranks, made_images, made_training, training_params
 
-# A partner of a mix is the other rank's image as often as not.
+# Partners of a mix come from either rank.
 MIXED = AugmentParams(crop_padding=1, flip=True, cutout=0, mix="cutmix")
 pytestmark = pytest.mark.end_to_end
 
 
 def ten_steps(stage: str) -> dict:
-    """Losses of each of ten steps, and the state after them.
+    """Return the losses of ten steps, and the state after them.
 
-    In double precision: in single, ten steps amplify the rounding of a sum taken in another order, on some processors
-    past any bound that would still find a fault.
+    In double precision: in single precision, ten steps amplify the rounding of a sum in another order, on some CPUs
+    beyond any bound that could still detect a fault.
     """
     changes = {"ema_decay": 0.9, "augment": MIXED} if stage == "mixed" else {}
     training = made_training("student" if stage == "mixed" else stage, epochs=2, **changes)
@@ -68,9 +68,9 @@ def test_ten_steps_on_two_ranks_give_the_losses_and_queues_of_one(stage, tmp_pat
 
 
 def one_step(parts: int) -> dict:
-    """Losses and gradients of a batch of eight taken in `parts`, on a network without batch norm.
+    """Return losses and gradients of a batch of eight in `parts`, on a network without batch norm.
 
-    Image 5 is the only one of class 2 in queues and batch, so L_tau leaves both its queries out: the first rank keeps two
+    Image 5 is the only one of class 2 in queues and batch, so L_tau omits both its queries: the first rank keeps two
     of its four queries, the second all of them.
     """
     step = double_step("student", parts, training_params().augment)
@@ -94,7 +94,7 @@ def test_a_batch_shared_unevenly_by_queries_without_keys_has_the_losses_and_grad
 
 
 def shared_norm() -> list[torch.Tensor]:
-    """A batch-norm layer on this rank's half of a batch: output, input gradient, weight gradient, running statistics."""
+    """Run batch norm on this rank's half of a batch; return output, input and weight gradients, running statistics."""
     generator = torch.Generator().manual_seed(3)
     batch = torch.randn(8, 5, 4, 4, generator=generator, dtype=torch.float64) * 3 + 2
     weights = torch.randn(8, 5, 4, 4, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The served graph with its backbone in float16: what stays float32, how near it is to PyTorch, and what is refused."""
+"""The ONNX graph with its backbone in float16: parts that stay float32, deviation from PyTorch, rejected networks."""
 
 import json
 import re
@@ -31,7 +31,7 @@ IMAGE = params().image
 
 
 class Attending(nn.Module):
-    """A backbone with what float16 is bad at: a layer norm and a softmax between its matrix products."""
+    """A backbone with operations unsuited to float16: a layer norm and a softmax between its matrix products."""
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Attending(nn.Module):
 
 
 class Scaling(nn.Module):
-    """Three multiplications and additions, each of which float16 rounds."""
+    """Backbone of three multiplications and additions, each rounded in float16."""
 
     def forward(self, images):
         return (images.flatten(1)[:, :8] * 0.3333 + 0.7) * 1.7
@@ -58,7 +58,7 @@ def resnet():
     torch.manual_seed(0)
     model = ImageClassifier("resnet20", len(P), 1 / 30).train()
     with torch.no_grad():
-        model(torch.randn(16, 3, SIZE, SIZE))  # moves the running statistics
+        model(torch.randn(16, 3, SIZE, SIZE))  # changes the running statistics
     return model.eval()
 
 
@@ -128,7 +128,7 @@ def test_the_backbone_is_float16_and_normalisation_classifier_scale_and_prior_ar
 
 
 def test_between_the_backbone_and_the_logits_nothing_is_rounded(half):
-    """A row of the class matrix that differs in its seventh digit moves the logit, which float16 would not show."""
+    """A difference in the seventh digit of a class-matrix row changes the logit, which float16 would round away."""
     whole = onnx.load_from_string(half.served)
     pixels = pictures(8).images.numpy()
     before = answers(half.served, pixels)
@@ -181,7 +181,7 @@ def test_too_many_images_of_another_class_are_refused_with_share_and_bound(small
     model, _ = small
     near = pictures(200)
     near.images[:] = near.images[:1]
-    near.images.flatten(1)[range(200), range(200)] ^= 1  # each differs from the next by less than float16 can tell
+    near.images.flatten(1)[range(200), range(200)] ^= 1  # differences below float16's precision
     with torch.inference_mode():
         middle = nn.functional.normalize(model(normalise(near.images, IMAGE))[0], dim=1).mean(0)
         aside = torch.randn(8)
@@ -208,7 +208,7 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name():
 
 
 def test_a_value_inside_the_backbone_beyond_float16_is_refused_although_a_cpu_would_not_show_it():
-    model = attending(scale=1e5)  # every weight fits, their products do not
+    model = attending(scale=1e5)  # every weight is in float16's range, the products are not
     assert model.backbone.inner.weight.abs().max() < LARGEST
     half = half_of(model)
     pixels = pictures(4).images.numpy()

@@ -1,4 +1,4 @@
-"""The served graph against the training path: in PyTorch, and as an ONNX file in ONNX Runtime."""
+"""The exported graph against the training path: in PyTorch, and as an ONNX file in ONNX Runtime."""
 
 import os
 import sys
@@ -27,8 +27,8 @@ def student():
     torch.manual_seed(0)
     model = ImageClassifier("resnet20", 4, 1 / 30).train()
     with torch.no_grad():
-        model(torch.randn(16, 3, SIZE, SIZE))  # moves the running statistics
-        model.classifier.weight.mul_(torch.tensor([[3.0], [0.5], [1.0], [7.0]]))  # no longer unit rows
+        model(torch.randn(16, 3, SIZE, SIZE))  # changes the running statistics
+        model.classifier.weight.mul_(torch.tensor([[3.0], [0.5], [1.0], [7.0]]))  # rows without unit norm
     return model.eval()
 
 
@@ -90,7 +90,7 @@ def test_the_file_is_whole_in_itself_and_old_enough_for_every_triton(graph):
 
 
 def test_the_file_does_not_know_the_machine_that_exported_it(graph):
-    # A stack trace in a node would hold the paths of the checkout and of the libraries.
+    # A stack trace in a node would contain the paths of the checkout and of the libraries.
     texts = [str(Path(module.__file__).parent).encode() for module in (onnx, torch, sys.modules[to_onnx.__module__])]
     assert not any(text in graph for text in [*texts, str(ROOT).encode()])
 

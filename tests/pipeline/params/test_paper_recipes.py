@@ -1,7 +1,8 @@
-"""The files of recipes/, held against the paper's tables as they are written down here.
+"""The files of recipes/ against the paper's tables, which are copied here.
 
-Columns: dataset, imbalance factor, epochs, batch size, learning rate, weight decay, milestones or cosine, warm-up epochs;
-tau_g and whether it is trained, K, k_m, gamma, beta, alpha, backbone, classifier view, query and key view, projection.
+Columns: dataset, imbalance factor, epochs, batch size, learning rate, weight decay, milestones or cosine, warm-up
+epochs; tau_g and whether it is trained, K, k_m, gamma, beta, alpha, backbone, classifier view, query and key view,
+projection.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ METHOD = """
     inaturalist2018-100  0.1   fixed    65536  2  1    1  0  resnet50         simaugment   simaugment  1024
     inaturalist2018-400  0.1   fixed    65536  2  1    1  0  resnet50         simaugment   simaugment  1024
 """
-# Of the teacher: epochs, batch size, learning rate, weight decay, milestones or cosine, warm-up, backbone, its view.
+# Teacher: epochs, batch size, learning rate, weight decay, milestones or cosine, warm-up, backbone, view.
 TEACHER = """
     cifar            200  128  0.1   5e-4  160,180  5  resnet56          autoaugment
     imagenet-lt       90  128  0.05  5e-4  cosine   0  resnext101_32x8d  randaugment
     inaturalist2018  100  128  0.02  2e-4  cosine   0  resnet152         simaugment
 """
-# Classes, largest and smallest class, and all images of the training split (those of CIFAR-LT as counted on its rule).
+# Number of classes, largest and smallest class, images of the training split (CIFAR-LT: counted by its rule).
 SIZES = {
     "cifar10-if10": (10, 5000, 500, 20431),
     "cifar10-if50": (10, 5000, 100, 13996),
@@ -104,18 +105,18 @@ def schedule_of(section) -> str:
 
 
 def optimisation_of(section) -> list[str | float]:
-    """The cells of a table: epochs, batch size, learning rate, weight decay, schedule, warm-up."""
+    """Return the cells of a table: epochs, batch size, learning rate, weight decay, schedule, warm-up."""
     numbers = [section.epochs, section.batch_size, section.learning_rate, section.weight_decay]
     return [*numbers, schedule_of(section), section.schedule.warmup_epochs]
 
 
 def cells(row: list[str]) -> list[str | float]:
-    """Numbers as numbers, the rest as it is."""
+    """Convert number cells to numbers; leave the others unchanged."""
     return [float(cell) if cell.replace(".", "").replace("e-", "").isdigit() else cell for cell in row]
 
 
 def flat(model: dict, prefix: str = "") -> dict[str, object]:
-    """A nested mapping by dotted key."""
+    """Flatten a nested mapping to dotted keys."""
     made: dict[str, object] = {}
     for key, value in model.items():
         made |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -175,7 +176,7 @@ def test_what_every_row_shares(name):
     assert student.contrast_encoder == "teacher"
     image = made.image
     assert (image.size, image.resize_to, image.mean, image.std) == IMAGES[family(name)]
-    # Nothing of the published training split is held back, and nothing is fetched unasked.
+    # No image of the published training split is held out, and nothing is downloaded without a request.
     assert (made.data.validation_per_class, made.data.download) == (0, False)
     assert made.data.profile == ("exponential" if cifar else "natural")
 

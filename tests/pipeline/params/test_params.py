@@ -1,4 +1,4 @@
-"""params.yaml: what is accepted, and that every refusal names the file, the key, the value and what would be right."""
+"""params.yaml: accepted values, and errors that name the file, the key, the value and the allowed values."""
 
 import math
 import re
@@ -190,7 +190,7 @@ def test_several_mistakes_come_in_one_line(tmp_path):
     [("1e-4", 1e-4), ("5E-3", 5e-3), ("1.5e-3", 1.5e-3), ("2.e-3", 2e-3), ("1e+0", 1.0), ("+1e-2", 1e-2)],
 )
 def test_a_number_in_exponent_form_is_the_number_that_the_user_meant(tmp_path, text, number):
-    # YAML 1.1 reads most of these as text.
+    # YAML 1.1 parses most of these as text.
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text().replace("weight_decay: 0.0005", f"weight_decay: {text}"))
     assert load_params(path).student.weight_decay == number

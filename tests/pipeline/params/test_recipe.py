@@ -1,4 +1,4 @@
-"""The recipe command: an overlay's values in params.yaml, comments kept, nothing half-done."""
+"""`tailor recipe`: merges an overlay into params.yaml, keeps comments, and writes all changes or none."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_what_is_extended_twice_is_taken_once_and_undoes_nothing(params, tmp_pat
     base, change, child = (tmp_path / f"{name}.yaml" for name in ("base", "change", "child"))
     student = yaml.safe_load(apply_recipe([base, change, child], params)[0])["student"]
     assert (student["epochs"], student["alpha"], student["beta"]) == (8, 0.0, 2.0)
-    # Named again by the user, it is meant.
+    # Allowed, since the user names it again.
     assert yaml.safe_load(apply_recipe([base, change, base], params)[0])["student"]["epochs"] == 7
 
 

@@ -1,4 +1,4 @@
-"""A backbone that does not run at the image size, or does not export, is refused in one line before the first step."""
+"""A backbone that does not run at the image size, or cannot be exported, is rejected in one line before training."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`data check`: what it finds in a spoilt folder, what it says of known data sets, and how it goes on after a kill."""
+"""`tailor data check`: faults in a damaged folder, messages about known data sets, and resuming after a kill."""
 
 import csv
 import json
@@ -124,7 +124,7 @@ def test_the_right_cifar_archive_is_called_right(tmp_path, monkeypatch):
     made = data_params(
         tmp_path / "cifar", "cifar10", profile="exponential", imbalance_factor=10, validation_per_class=0
     )
-    # At factor 10 and seed 0 the published choice is asked for too, and this small archive cannot have it.
+    # At factor 10 and seed 0 the published selection is checked too, which this small archive cannot match.
     assert command(tmp_path, made, "--near", "off") == 1
     wrong = [row for row in report(tmp_path)["published"] if not row["same"]]
     assert [row["figure"] for row in wrong] == ["CIFAR-LT, factor 10"]
@@ -155,7 +155,7 @@ def test_a_second_check_reads_only_what_changed(tmp_path, monkeypatch):
     assert check(made, journal) == first and reads == []
     write(root / "ant/002.png", png(500))
     with journal.open("a") as stream:
-        stream.write('["ant/000.png", "cut o')  # as a killed run leaves it
+        stream.write('["ant/000.png", "cut o')  # the partial line of a killed run
     assert check(made, journal).content_hash != first.content_hash and reads == ["ant/002.png"]
     reads.clear()
     assert check(made, journal).list_hash == first.list_hash and reads == []
@@ -169,7 +169,7 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path):
     root = folder(tmp_path / "photos", {"ant": 100, "bee": 100})
     big = encode(Image.effect_noise((600, 600), 80).convert("RGB"))
     for number, path in enumerate(sorted(root.rglob("*.png"))):
-        path.write_bytes(big + bytes([number % 256, number // 256]))  # what follows the end of a PNG is not looked at
+        path.write_bytes(big + bytes([number % 256, number // 256]))  # bytes after the end of a PNG are ignored
     (tmp_path / "params.yaml").write_text(
         yaml.safe_dump(content({"data.source": "folder", "data.location": str(root)}))
     )

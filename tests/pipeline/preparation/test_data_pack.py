@@ -1,4 +1,4 @@
-"""`data pack`: the same bytes and the same split from a few shards, whole or not at all, however often it is interrupted."""
+"""`tailor data pack`: the same image bytes and split from a few shards; atomic, also after interruptions."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tests.support.making import data_params, folder, write
 
 
 def packed_params(made, packed):
-    """The params that the command prints for a pack."""
+    """Return the params that the command prints for a pack."""
     told = yaml.safe_load(packed.table())["data"]
     kept = {"validation_per_class": made.data.validation_per_class, "test_per_class": made.data.test_per_class}
     return data_params(told["location"], told["source"], table=told["table"], **kept)

@@ -1,4 +1,4 @@
-"""`tailor init`: a params.yaml for a folder of one's own, from what is there."""
+"""`tailor init`: suggests a params.yaml from the contents of a user's folder of images."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_choices_for_the_papers_data_sets_are_near_the_papers() -> None:
         224,
         256,
     )
-    assert imagenet.student.queue_total == 32768  # the paper's 16384 is half of it
+    assert imagenet.student.queue_total == 32768  # twice the paper's 16384
 
 
 def test_without_a_gpu_photographs_are_made_small_enough_to_train_and_the_file_says_so() -> None:

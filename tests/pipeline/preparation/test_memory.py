@@ -1,4 +1,4 @@
-"""The account of a step's memory is what the allocator hands out for the real step, and large recipes are seen to fit."""
+"""The memory estimate of a step against the allocator's record of the real step, and estimates of large recipes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made(**changes):
 
 
 def allocated(given, prior, stage: str) -> int:
-    """Bytes at the fullest moment of the real step, by what PyTorch's allocator on the CPU hands out and takes back."""
+    """Return the peak bytes of the real step, from the allocations and frees of PyTorch's CPU allocator."""
     section = getattr(given, stage)
     objective = pipeline.preparation.gpu_memory.new_objective(given, stage, prior).to(memory_format=torch.channels_last)
     recompute = given.engine.checkpoint_activations
@@ -43,7 +43,7 @@ def allocated(given, prior, stage: str) -> int:
     held = peak = 0
     for index, size in enumerate(sizes):
         held += size
-        # What is freed next is a kernel's scratch: without AVX-512, oneDNN takes 76 MB for one convolution. No GPU has it.
+        # Skip scratch memory that is freed next: without AVX-512, oneDNN takes 76 MB for a convolution; a GPU does not.
         if sizes[index + 1 : index + 2] != [-size]:
             peak = max(peak, held)
     return sum(there.values()) + peak + views.nbytes
@@ -85,7 +85,7 @@ def test_every_kind_is_counted_at_its_size():
 
 def test_parts_and_recomputation_take_less_and_bfloat16_halves_the_activations():
     activations = "activations: network"
-    # Large, so that the weights' own copies in bfloat16 count for little; nothing of it is allocated.
+    # Large, so that the bfloat16 copies of the weights are negligible; nothing is allocated.
     large = {"student.batch_size": 256}
     whole = account(*reordered(made(**large))).largest[activations]
     for changes, most in (
@@ -129,7 +129,7 @@ def test_originals_of_resized_crops_are_counted_in_the_hosts_memory_at_their_lar
     given, prior = made(**{"teacher.augment.crop": "resized"})
     padded, resized = account(given, "student", prior), account(given, "teacher", prior)
     assert (padded.originals, padded.images) == (False, 3000 * 3 * 32 * 32)
-    # A box of 8 % and ratio 3/4 or 4/3 has 32 pixels each way.
+    # A crop of 8 % of the area and ratio 3/4 or 4/3 has 32 pixels per side.
     assert resized.originals and resized.images == pytest.approx(3000 * 3 * 32 * 32 * (4 / 3) / 0.08, rel=1e-3)
     recipe = tmp_path / "params.yaml"
     recipe.write_text((ROOT / "params.yaml").read_text().replace("crop: pad", "crop: resized"))

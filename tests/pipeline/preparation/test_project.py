@@ -1,4 +1,4 @@
-"""The files of a new project, its git and DVC wherever it lies, and which folders of images git is made to ignore."""
+"""`tailor new`: the project's files, its git and DVC setup in any location, and the image folders that git ignores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def staged(folder: Path) -> set[str]:
-    """What `git add -A` in a folder would commit."""
+    """Return the files that `git add -A` in a folder would commit."""
     git(folder, "add", "-A")
     return set(git(folder, "ls-files").splitlines())
 

@@ -1,4 +1,4 @@
-"""What the report says: figures that agree with the metrics, names that stay text, bounded size, cards that validate."""
+"""The report: figures agree with the metrics, names are escaped, the size is bounded, model cards are valid."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """All tags with their attributes, and the texts; tags must nest."""
+    """Parser that collects tags with their attributes, and texts; asserts that tags nest."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -66,19 +66,19 @@ def parsed(text):
 
 @pytest.fixture(scope="module")
 def content(text):
-    """What page.js reads."""
+    """Return the data that page.js reads."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
 @pytest.fixture(scope="module")
 def made():
-    """Labels, prior and logits [N,C] of twelve classes."""
+    """Return labels, prior and logits [N,C] of twelve classes."""
     prior, labels = made_prior(12), np.repeat(np.arange(12), 25)
     return labels, prior, made_logits(labels, prior, 0)
 
 
 def coloured(figure):
-    """A figure as the browser draws it, its page's colours put in."""
+    """Return a figure as the browser draws it, with the page's colours."""
     return json.loads(re.sub(r'"var\(--[a-z]+\)"', '"#123456"', json.dumps(figure)))
 
 
@@ -158,7 +158,7 @@ def test_a_class_name_is_text_and_never_a_tag(text, parsed, content):
     shown = " ".join(value for _, value in parsed.texts)
     assert HOSTILE[0] in shown and "49" not in [value for _, value in parsed.texts]
     hovered = [name for trace in content["figures"]["long-tail"]["data"] for name in trace["text"]]
-    assert "&lt;b&gt;bold&lt;/b&gt; &amp; &lt;br&gt;" in hovered  # plotly reads <b>, so a name must not hold it
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; &lt;br&gt;" in hovered  # plotly interprets <b>, so names are escaped
 
 
 def test_json_inside_a_script_element_cannot_end_it():
@@ -203,7 +203,7 @@ def test_the_temperature_comes_from_validation_data_and_without_them_there_is_no
     assert sum(each.answers for each in found.after.bins) == len(labels)
     assert reliability(sharp, labels, None, 15).after is None
     assert reliability(sharp, labels, (sharp[:0], labels[:0]), 15).temperature is None
-    assert reliability(-sharp, labels, (-sharp, labels), 15).temperature is None  # learnt nothing
+    assert reliability(-sharp, labels, (-sharp, labels), 15).temperature is None  # worse than chance
 
 
 def test_confusion_pairs_and_extreme_classes_are_counted_right():
@@ -235,7 +235,7 @@ def test_pictures_are_small_whatever_comes_in_and_carry_nothing_but_pixels():
 @pytest.mark.slow
 def test_a_thousand_classes_make_a_page_hardly_larger_than_ten(text):
     assert len(made_report(1000, 1)) < len(text) + 600_000
-    assert len(text) < 5_500_000  # of which plotly.js is 4.8 million
+    assert len(text) < 5_500_000  # plotly.js has 4.8 million
 
 
 def test_without_plotly_the_page_says_so_and_keeps_its_tables(monkeypatch):

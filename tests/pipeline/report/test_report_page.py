@@ -1,4 +1,4 @@
-"""The pages in a real browser: charts drawn without a network, light, dark, on a phone and on paper, usable by all."""
+"""The report pages in a real browser: charts without network access, light and dark, phone, print, accessibility."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Files of the report of 12 and of 1,000 classes, of one with a champion, and of a comparison."""
+    """Files of reports with 12 and 1,000 classes, of one with a champion, and of a comparison."""
     folder = tmp_path_factory.mktemp("pages")
     texts = {
         "report": made_report(12, 20),

@@ -1,4 +1,4 @@
-"""Runs recorded in MLflow, each once; an unreachable MLflow loses nothing."""
+"""Runs recorded in MLflow exactly once; nothing is lost while MLflow is unreachable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MANIFEST = {"data_sha256": "d" * 64, "params_sha256": "p" * 64, "code_revision":
 
 @pytest.fixture(autouse=True)
 def finished_run(tmp_path, monkeypatch):
-    """The artifacts of a run that are recorded."""
+    """Write the artifacts of a run that are recorded."""
     monkeypatch.chdir(tmp_path)
     write(Path("artifacts/evaluation/metrics.json"), json.dumps(METRICS).encode())
     write(Path("artifacts/evaluation/report.html"), b"<html>")

@@ -1,4 +1,4 @@
-"""Which Prefect server a run talks to, what is said where the named one is of no use, and whose processes a schedule ends."""
+"""The Prefect server that a run uses, errors for an unusable server, and the processes that a schedule stops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 class Other(BaseHTTPRequestHandler):
-    """Answers every path with a page, as a web server that is no API; `version` at the path of Prefect's version."""
+    """HTTP handler that responds with a page to every path, and with `version` at Prefect's version path."""
 
     version: str | None = None
 
@@ -49,7 +49,7 @@ class Other(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def other(request) -> Iterator[str]:
-    """The address of a server that is not the one wanted; its parameter is the version of Prefect that it claims."""
+    """The URL of a wrong server; the parameter is the Prefect version that it reports."""
     server = HTTPServer(("127.0.0.1", 0), type("Handler", (Other,), {"version": request.param}))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

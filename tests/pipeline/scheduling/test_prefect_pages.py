@@ -1,4 +1,4 @@
-"""Prefect's pages in a real browser: they work on the port of `tailor schedule --port`, and links lead to them."""
+"""Prefect's pages in a real browser: they work on the port of `tailor schedule --port`, and printed links open them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN = UUID(int=7)
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for Prefect's files; nothing is set in the environment."""
+    """A folder for Prefect's files; environment variables of Prefect are unset."""
     for name in ("PREFECT_API_URL", "PREFECT_UI_URL", "PREFECT_UI_API_URL", "PREFECT_SERVER_UI_API_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: after an exception, on a full disk, and after the process was killed half-way."""
+"""Atomic writes: a file is complete or absent after an exception, on a full disk, and after a kill."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ import pytest
 from pipeline.shared.artifacts import sha256_of_json, whole_folder, write_file, write_json
 from tests.support.making import ROOT
 
-# A process that may write files of 64 KiB and no more: past that, the operating system itself fails the write.
+# A process with a file size limit of 64 KiB: beyond it the operating system fails the write.
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_an_exception_before_there_was_any_output_leaves_nothing(tmp_path):
 def test_a_file_keeps_its_old_content_on_a_full_disk_and_the_error_names_it(tmp_path):
     path = tmp_path / "weights.bin"
     write_file(path, b"old")
-    # The partial file lies on a device that is always full: the write fails with the kernel's own ENOSPC.
+    # The partial file is on a device that is always full: the write fails with the kernel's ENOSPC.
     (tmp_path / ".weights.bin.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught:
         write_file(path, b"x" * 100_000)
@@ -157,7 +157,7 @@ def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path, body, left
         write_file(folder / "old.txt", "old")
     assert run_python(KILLED_BETWEEN_THE_RENAMES, output).returncode == -signal.SIGKILL
     assert not output.exists() and names(tmp_path / ".out.old") == ["old.txt"]
-    # The old output comes back with the next run, even when that fails as well.
+    # The next run restores the old output, even when that run fails too.
     run_python(NEXT.format(body=body), output)
     assert names(tmp_path) == ["out"] and names(output) == [left]
 

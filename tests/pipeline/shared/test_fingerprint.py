@@ -1,4 +1,4 @@
-"""What a stage can run, computed from its imports, held against another library's import graph, and what changes its hash."""
+"""Code fingerprint of a stage: import closure against grimp's import graph, and changes that affect the hash."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def names(stage: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def graph() -> grimp.ImportGraph:
-    return grimp.build_graph(*PACKAGES, cache_dir=None)  # its cache missed files that a merge changed
+    return grimp.build_graph(*PACKAGES, cache_dir=None)  # grimp's cache missed files changed by a merge
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_a_stage_imports_is_hashed(stage: str, graph: grimp.ImportGraph) -> None:
     modules, pending = set(), {f"pipeline.{stage}"}
-    while pending:  # an import of a module runs the packages around it, with their imports
+    while pending:  # importing a module also runs its parent packages and their imports
         modules |= pending
         around = {module.rpartition(".")[0] for module in pending if "." in module}
         pending = around.union(*map(graph.find_upstream_modules, pending)) - modules

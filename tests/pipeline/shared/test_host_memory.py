@@ -1,4 +1,4 @@
-"""Memory that a step frees is kept for the next one."""
+"""Memory freed by a step is kept for the next one."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from pipeline.shared.host_memory import free_bytes
 
 pytestmark = pytest.mark.slow
 
-# In a process of its own, as the advice holds until its end.
+# In a separate process, since the advice applies until the process exits.
 PROGRAM = """
 import resource
 import torch
@@ -36,7 +36,7 @@ print(given_back, faults_of_a_step())
 def test_after_the_first_step_the_kernel_clears_no_page_anew():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
-    # With huge pages a fault clears 2 MiB, without 4 KiB.
+    # With huge pages a page fault clears 2 MiB, without them 4 KiB.
     assert given_back > 100 and kept < given_back / 20
 
 

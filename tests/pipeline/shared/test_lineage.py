@@ -1,4 +1,4 @@
-"""The commit of a run and the files of a revision: git's refusal is no answer, and a project may be part of a repository."""
+"""The commit of a run and the files of a revision: git errors are reported; a project may be a subfolder of a repo."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def run(folder, *command):
 
 
 def repository(root, project, *init):
-    """A repository with a project in a folder of it, whose DVC is set up there (`--subdir`) or in the root."""
+    """A repository with a project in a subfolder; DVC is set up there (`--subdir`) or in the root."""
     folder = root / project
     (folder / "artifacts/evaluation").mkdir(parents=True)
     run(root, "git", "init", "-q")

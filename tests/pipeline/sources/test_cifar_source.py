@@ -1,4 +1,4 @@
-"""Sources cifar10 and cifar100: small archives in the published form, right, damaged and hostile."""
+"""Sources cifar10 and cifar100: small archives in the published format, valid, damaged and hostile."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ def opened(root, name="cifar10", **changes):
 def test_every_image_and_label_is_what_torchvision_reads(tmp_path, monkeypatch, name, packed):
     write_archive(tmp_path, name, monkeypatch, packed=packed)
     source = opened(tmp_path, name)
-    if packed:  # torchvision reads only what it has unpacked itself
+    if packed:  # torchvision reads only archives that it has unpacked
         monkeypatch.setattr(
             NAMES[name], "tgz_md5", hashlib.md5((tmp_path / NAMES[name].filename).read_bytes()).hexdigest()
         )

@@ -1,4 +1,4 @@
-"""One class name in two Unicode forms: composed (NFC), as Linux types it, and decomposed (NFD), as macOS copies it."""
+"""A class name in two Unicode forms: composed (NFC, usual on Linux) and decomposed (NFD, copied from macOS)."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""Control characters, markup and formulas in the names of classes and files, through the true commands of the pipeline."""
+"""Control characters, markup and formulas in the names of classes and files, with the pipeline's real commands."""
 
 import csv
 import os
@@ -18,7 +18,7 @@ SHOWN = "\\u001b]0;x\\u0007\\u001b[31mred[bold]"
 
 
 def ran(tmp_path, *command):
-    """A command of the project in tmp_path: its output, which holds no control character."""
+    """Run a command in the project; return its output, which must not contain a control character."""
     ended = subprocess.run(
         [sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

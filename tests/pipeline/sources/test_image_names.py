@@ -1,4 +1,4 @@
-"""One definition of what is an image of a class, for training, ingest and predict; copies of it in two splits are named."""
+"""File names of images: the same rule in training, ingest and predict; copies of an image in two splits are errors."""
 
 import os
 import shutil

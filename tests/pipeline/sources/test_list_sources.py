@@ -1,4 +1,4 @@
-"""Sources imagenet_lt, places_lt, inaturalist2018: the official forms of list and JSON, and the usual wrong trees."""
+"""Sources imagenet_lt, places_lt, inaturalist2018: official list and JSON formats, and common wrong folder trees."""
 
 import json
 
@@ -160,7 +160,7 @@ def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
 
 
 def moved(root, inside, outside=""):
-    """The images of a tree under another folder, its lists where they were."""
+    """Move the images of a tree into another folder, but not its lists."""
     for path in sorted(root.iterdir()):
         if path.is_dir():
             (root / inside / outside).mkdir(parents=True, exist_ok=True)

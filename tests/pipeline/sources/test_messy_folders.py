@@ -1,4 +1,4 @@
-"""A folder of one's own as it is found: foreign files all in one error, what is passed over counted, folders one level off."""
+"""Messy image folders: foreign files in one error, skipped files counted, class folders one level too deep or high."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.making import data_params, folder, png, write
 
 
 def error_of(root: Path) -> str:
-    """What opening a folder as a source prints."""
+    """Return the error of opening a folder as a source."""
     with pytest.raises(DataError) as caught:
         open_source(data_params(root, "folder").data)
     return str(caught.value)

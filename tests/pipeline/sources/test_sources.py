@@ -1,4 +1,4 @@
-"""Sources: folders and tables as users have them, right and wrong."""
+"""Image sources: valid and invalid folders and tables."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor

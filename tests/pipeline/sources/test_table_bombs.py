@@ -1,4 +1,4 @@
-"""Small tables that take gigabytes when they are read: refused in one line, in memory that the limit bounds."""
+"""Decompression bombs in tables: small files that expand to gigabytes are rejected in one line, in bounded memory."""
 
 import gzip
 from pathlib import Path

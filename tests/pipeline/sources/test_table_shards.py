@@ -1,4 +1,4 @@
-"""Source table over many shards, local and at an address: the same rows however they lie; shards that do not belong."""
+"""Source `table` with many shards, local and remote: the same rows in any layout; rejected foreign shards."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ LABELS = [seed % 3 for seed in range(24)]
 
 
 def shards(root, count=3, rows=IMAGES, labels=LABELS, row_group_size=3):
-    """So many Parquet files under root/train, in order; root is a folder or an address."""
+    """Write Parquet files under root/train, in order; root is a folder or a URL."""
     files, base = fsspec.url_to_fs(str(root))
     files.makedirs(f"{base}/train", exist_ok=True)
     size = len(rows) // count

@@ -1,4 +1,4 @@
-"""Tables whose cells look like numbers, whose columns repeat, or whose labels are wrong: what is read, and the exit status."""
+"""Tables with number-like cells, repeated columns or wrong labels: parsed values, and the exit status."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A batch in parts descends the gradient of the whole; recomputed activations give the same bits and take less memory."""
+"""Gradient accumulation equals the whole batch; activation checkpointing is bit-identical and takes less memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_parts_of_a_batch_give_the_losses_gradient_and_queues_of_the_whole(stage
     whole, parts = double_step(stage, 1, augment), double_step(stage, 4, augment)
     generator = torch.Generator().manual_seed(5)
     for _ in range(2):
-        # Class 2 only as image 5, so that its keys stay one image's.
+        # Class 2 has only image 5, so that all its keys are of one image.
         chosen = torch.tensor([5, 0, 1, 3, 4, 6, 5, 7])[torch.randperm(8, generator=generator)]
         inputs = whole.draw(chosen, generator)
         expected, found = whole(inputs), parts(inputs)
@@ -84,7 +84,7 @@ def test_parts_that_a_batch_cannot_be_cut_into_are_refused(parts):
 
 
 def saved_bytes(step: Step, inputs) -> int:
-    """Bytes that autograd keeps from the forward pass for the backward pass of one step, each storage once."""
+    """Return the bytes that autograd saves for the backward pass of one step, counting each storage once."""
     kept = {}
 
     def keep(tensor):
@@ -108,12 +108,12 @@ def test_recomputed_activations_give_the_same_bits_and_take_less_memory(stage):
     generator = torch.Generator().manual_seed(5)
     inputs = [plain.draw(torch.randperm(32, generator=generator)[:8], generator) for _ in range(3)]
     assert saved_bytes(recomputed, inputs[0]) < 0.55 * saved_bytes(plain, inputs[0])
-    for step in (plain, recomputed):  # the passes that were counted moved running statistics and queues
+    for step in (plain, recomputed):  # the counted passes changed running statistics and queues
         step.load_state(made_state)
     for drawn in inputs:
         expected, found = plain(drawn), recomputed(drawn)
         assert {k: v.item() for k, v in expected.items()} == {k: v.item() for k, v in found.items()}
-    # Gradients, momentum, and running statistics with their counters, which a second pass must not move again.
+    # Gradients, momentum, and running statistics with their counters, which recomputation must not update twice.
     assert [name for name, value in plain.state().items() if not torch.equal(value, recomputed.state()[name])] == []
 
 

@@ -1,4 +1,4 @@
-"""A run that is cut off goes on where it was and ends with the same bits as one that never stopped."""
+"""An interrupted run resumes from its checkpoint and ends bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def cut_off(training: Training, after: int) -> None:
-    """Let the run die once `after` more steps have been done."""
+    """Interrupt the run after `after` further steps."""
     forward, done = training.objective.forward, []
 
     def counted(*arguments):
@@ -32,7 +32,7 @@ def cut_off(training: Training, after: int) -> None:
 
 
 def result(training: Training) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """The whole state that a run ends with, its best network included, and its history without what a clock measures."""
+    """Return the final state of a run including its best network, and its history without times."""
     history = training.run(made_images(40), made_images(9, seed=1))
     best = {f"best.{name}": tensor for name, tensor in training.best.weights.items()}
     return {**training._step.state(), **best}, [
@@ -45,7 +45,7 @@ RECIPES = {
     "student": {},
     "momentum": {},
     "averaged": {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")},
-    # Cut within a batch as often as between two.
+    # Interrupt within batches as well as between them.
     "in parts, recomputed": {"accumulate": 2, "checkpoint_activations": True},
 }
 
@@ -64,7 +64,7 @@ def test_a_run_cut_off_many_times_ends_as_one_that_was_not(name, checkpoint_seco
     draw = random.Random(f"{stage} {checkpoint_seconds}")
     folder = RunFolder(tmp_path / "unfinished", "run")
     for _ in range(4):
-        # At one checkpoint an epoch a run must get past an epoch (5 steps) to get anywhere at all.
+        # With one checkpoint per epoch (5 steps), a run must pass an epoch to make progress.
         longest = 4 if checkpoint_seconds == 0 else 5
         cut_off(made(folder), draw.randint(0, longest))
     found, history = result(made(folder))
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
 def test_the_checkpoints_of_another_run_are_not_taken_for_its_own(tmp_path):
     RunFolder(tmp_path, "one").save(1, Snapshot({"x": torch.tensor([1])}, {}))
     assert RunFolder(tmp_path, "other").load() is None
-    assert RunFolder(tmp_path, "one").load() is None  # the other run has taken the place
+    assert RunFolder(tmp_path, "one").load() is None  # replaced by the other run
 
 
 def test_a_finished_stage_leaves_no_state_behind(tmp_path):

@@ -1,4 +1,4 @@
-"""The learning rate by epoch, at the values that are known."""
+"""Learning rate schedules: known values by epoch."""
 
 import math
 
@@ -17,7 +17,7 @@ def test_cosine_over_90_epochs_starts_just_below_the_base_and_ends_just_above_ze
     found = rates(0.05, 90, kind="cosine")
     assert found[0] == pytest.approx(0.04999, abs=6e-6) and found[-1] == pytest.approx(1.49e-5, abs=5e-8)
     assert found == sorted(found, reverse=True)
-    # Half a wave is point-symmetric: an epoch and its mirror image share the base between them.
+    # Half a cosine wave is point-symmetric: the rates of an epoch and its mirror image add up to the base rate.
     assert [a + b for a, b in zip(found, reversed(found), strict=True)] == pytest.approx([0.05] * 90, rel=1e-12)
     assert rates(0.05, 91, kind="cosine")[45] == pytest.approx(0.025, rel=1e-12)
 
@@ -63,9 +63,9 @@ def test_the_rules_agree_where_there_is_neither_warm_up_nor_milestone():
 
 def test_the_official_cosine_is_counted_from_the_end_of_a_warm_up_that_does_not_overshoot():
     found = rates(0.05, 90, kind="cosine", rule="official", warmup_epochs=3)
-    # As the authors' ImageNet program gives them, to the digits that it prints.
+    # Values printed by the authors' ImageNet program, to its digits.
     assert [float(f"{rate:.4g}") for rate in found[:3]] == [0.01667, 0.03333, 0.05]
     assert found[3] == pytest.approx(0.04998, abs=6e-6) and found[4] == pytest.approx(0.0499, abs=6e-5)
     assert max(found) == pytest.approx(0.05, rel=1e-12) and found[3:] == sorted(found[3:], reverse=True)
-    # The wave after warm-up is one over the 87 epochs that are left.
+    # The cosine after the warm-up covers the remaining 87 epochs.
     assert found[3:] == pytest.approx(rates(0.05, 87, kind="cosine"), rel=1e-12)

@@ -1,4 +1,4 @@
-"""A training step: mixed labels, bfloat16 around float32 losses, averaged weights, and the same by replay."""
+"""A training step: mixed labels, bfloat16 autocast with float32 losses, averaged weights, and CUDA graph replay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def drawn(step: Step, batches: int) -> list:
 
 
 def replaying(work):
-    """Stands for a CUDA graph where there is no GPU: it runs the recorded work again, on the same tensors."""
+    """Fake of a CUDA graph for tests without a GPU: runs the recorded work again on the same tensors."""
     parts = work()
 
     def replay():

@@ -1,4 +1,4 @@
-"""TensorBoard files on demand: every number of every epoch, read back by TensorBoard's own reader."""
+"""Optional TensorBoard files: every metric of every epoch, read with TensorBoard's reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training engine: same seed same run, last batch dropped, errors that say what to change."""
+"""The training engine: deterministic by seed, last partial batch dropped, errors that name the setting to change."""
 
 from __future__ import annotations
 

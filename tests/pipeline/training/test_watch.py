@@ -1,4 +1,4 @@
-"""Means over an epoch, and the first loss part that is not finite, with its step and its name."""
+"""Loss means over an epoch, and detection of the first non-finite loss part with its step and name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_run_that_fails_stops_at_the_step_and_leaves_its_batch_and_state(tmp_p
     def poisoned(*arguments):
         found = forward(*arguments)
         calls.append(arguments[2].tolist())
-        if len(calls) == 8:  # five steps an epoch: the third of the second
+        if len(calls) == 8:  # five steps per epoch: step 3 of epoch 2
             found["gml"] = found["gml"] * math.nan
             found["loss"] = found["loss"] * math.nan
         return found
@@ -74,5 +74,5 @@ def test_a_run_that_fails_stops_at_the_step_and_leaves_its_batch_and_state(tmp_p
     tensors = safetensors.torch.load_file(folder / "tensors.safetensors")
     assert tensors["views"].shape == (3, 8, 3, 8, 8) and tensors["views"].dtype == torch.uint8
     assert "objective.log_tau_g" in tensors
-    # The checkpoint of the last good epoch is still there, and a run with a mended recipe of its own starts anew.
+    # The checkpoint of the last good epoch remains, and a run with a corrected recipe starts from scratch.
     assert RunFolder(tmp_path / "unfinished", "run").load().state["epoch"] == 1

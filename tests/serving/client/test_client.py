@@ -1,4 +1,4 @@
-"""Both clients on the real server: every kind of image, many at once, threads and tasks sharing one."""
+"""Client and AsyncClient on the real server: every kind of image, streams, and sharing between threads and tasks."""
 
 from __future__ import annotations
 
@@ -147,14 +147,14 @@ def test_a_stream_is_in_order_and_reads_no_further_than_it_must(url: str) -> Non
         expected = client.predict([picture(seed) for seed in range(60)], "train")
         stream = client.stream(source(), "train", batch=4)
         assert next(stream) == expected[0]
-        assert taken == 12  # two groups at work and the one that is waited for
+        assert taken == 12  # two groups in flight and the one that is awaited
         assert [expected[0], *stream] == expected
     assert asyncio.run(run()) == expected
 
 
 @pytest.mark.end_to_end
 def test_a_stream_that_goes_on_has_each_error_in_its_place(url: str, tmp_path: Path) -> None:
-    # One that is found here, and one that only the server finds.
+    # One error that the client detects, and one that only the server detects.
     images = [picture(0), tmp_path / "nowhere.png", picture(1), b"nonsense", picture(2)]
 
     async def run() -> list[Prediction | ServingError]:

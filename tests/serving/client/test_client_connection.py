@@ -1,4 +1,4 @@
-"""TLS and headers: who is trusted, who is told what, and what is never shown."""
+"""TLS and headers of the clients: trusted certificates, sent headers, and secrets that are never shown."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def predict(request: pytest.FixtureRequest) -> Predict:
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a CA, a server's certificate, a client's, and a CA that signed nothing."""
+    """A folder with a CA, a server certificate, a client certificate, and an unrelated CA."""
     folder = tmp_path_factory.mktemp("pki")
     ca = trustme.CA()
     ca.cert_pem.write_to_path(folder / "ca.pem")
@@ -129,7 +129,7 @@ def test_tls_towards_a_server_without_it_says_so(server: TritonServer, predict: 
 def test_headers_reach_the_server_over_http(server: TritonServer, predict: Predict) -> None:
     with FaultyHttp(http_target(server)) as between:
         predict(between.url, token=SECRET, headers={"X-Tenant": "shop 7"})
-        [request] = between.requests  # both questions on one connection
+        [request] = between.requests  # both requests on one connection
     heads = [part.lower() for part in request.split(b"\r\n\r\n") if b" HTTP/1.1\r\n" in part]
     assert len(heads) == 2
     for head in heads:

@@ -1,4 +1,4 @@
-"""A client after `close`, and an AsyncClient in a second event loop: one line that says so, over both protocols."""
+"""Lifetime of clients: one-line errors after `close` and for an AsyncClient in a second event loop, both protocols."""
 
 from __future__ import annotations
 

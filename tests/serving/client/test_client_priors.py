@@ -1,4 +1,4 @@
-"""What a caller may give as a prior, without a server."""
+"""Parsing of a request's prior, without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the clients do when the server, or what stands between, fails: against servers that fail on purpose."""
+"""Retries and errors of the clients against proxies that inject faults."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_giving_up_tells_how_often_it_was_tried(predict: Predict) -> None:
     ],
 )
 def test_a_refusal_is_not_tried_again_over_http(predict: Predict, fault: Any, message: str) -> None:
-    # The first questions are for what it takes; a server that tells nothing is asked with one row a request.
+    # The first requests read the model's inputs; with restricted metadata each request has one row.
     with FaultyHttp(None, [fault], forever=True) as faulty:
         with pytest.raises(Refused, match=message):
             predict(faulty.url)
@@ -124,7 +124,7 @@ def test_a_refusal_is_not_tried_again_over_http(predict: Predict, fault: Any, me
 
 
 def test_a_refusal_is_not_tried_again_over_grpc(predict: Predict) -> None:
-    refusals = [grpc.StatusCode.INVALID_ARGUMENT] * 2  # its config and its inputs, which it need not tell
+    refusals = [grpc.StatusCode.INVALID_ARGUMENT] * 2  # restricted: its config and its inputs
     handler = FaultyGrpc(None, [*refusals, grpc.StatusCode.RESOURCE_EXHAUSTED])
     with grpc_server(handler) as url, pytest.raises(Refused, match="refused: made to fail: RESOURCE_EXHAUSTED"):
         predict(url)
@@ -156,7 +156,7 @@ def test_one_budget_covers_all_tries(predict: Predict) -> None:
     patient = Retries(attempts=1000, first_wait=0.05, longest_wait=0.05)
     with FaultyHttp(None, [answers("503 Service Unavailable")], forever=True) as faulty:
         began = time.monotonic()
-        # The last wait may end a moment too late for another try; then the deadline is what there is to tell.
+        # The last wait may end too late for another attempt; then the error is the deadline.
         with pytest.raises((Unavailable, DeadlineExceeded), match=r"tried|within 1 s"):
             predict(faulty.url, timeout=1.0, retries=patient)
         assert time.monotonic() - began < 1.5

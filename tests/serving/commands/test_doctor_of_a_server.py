@@ -1,4 +1,4 @@
-"""What the doctor says of servers and of the champion."""
+"""`tailor doctor`: checks of servers and of the champion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which repository a command is about where none is named: what was promoted, or what `dvc repro` wrote."""
+"""Default repository of a command: promoted releases, or the repository written by `dvc repro`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTE = (
 
 @pytest.fixture
 def project(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A project as retraining leaves it: version 2 of `releases` is the champion, `artifacts/repository` holds version 1."""
+    """A project after a retraining: version 2 of `releases` is the champion, `artifacts/repository` has version 1."""
     monkeypatch.chdir(tmp_path)
     for folder in (REPOSITORY, RELEASES):
         shutil.copytree(repository, folder)
@@ -49,13 +49,13 @@ def test_what_is_named_is_taken_then_what_was_promoted_then_what_repro_wrote(
     RELEASES.mkdir()
     assert choose_repository(None) == RELEASES
     assert choose_repository(Path("mine")) == Path("mine")
-    assert capsys.readouterr() == ("", "")  # one alone is there
+    assert capsys.readouterr() == ("", "")  # only one exists
     REPOSITORY.mkdir(parents=True)
     assert choose_repository(Path("mine")) == Path("mine")
     assert choose_repository(None, REPOSITORY) == choose_repository(None, Path("prod")) == REPOSITORY
-    assert capsys.readouterr() == ("", "")  # nobody could be mistaken
+    assert capsys.readouterr() == ("", "")  # unambiguous
     assert choose_repository(None, note=True) == RELEASES
-    assert capsys.readouterr() == ("", "")  # it holds no model
+    assert capsys.readouterr() == ("", "")  # it contains no model
 
 
 def test_a_line_on_a_model_that_was_not_promoted_is_printed_on_request_alone(
@@ -70,7 +70,7 @@ def test_a_line_on_a_model_that_was_not_promoted_is_printed_on_request_alone(
     write_export(Path("second"), version=2)
     write_repository(Path("second"), REPOSITORY)
     assert choose_repository(None) == RELEASES
-    assert capsys.readouterr() == ("", "")  # as all commands but serve
+    assert capsys.readouterr() == ("", "")  # like all commands except serve
     assert choose_repository(None, note=True) == RELEASES
     assert capsys.readouterr() == ("", NOTE)
 

@@ -1,4 +1,4 @@
-"""`tailor serve` as a process: ready, asked, signalled, killed, short of what it needs."""
+"""`tailor serve` as a process: readiness, requests, signals, kills, missing resources."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_serve_is_ready_answers_and_leaves_nothing_behind_on_sigterm(
         with Client(url) as client:
             assert client.predict([picture(1)], "train")[0].version == 1
     processes = family(serving.pid)
-    assert len(processes) >= 5  # the watchdog, the server and three stubs
+    assert len(processes) >= 5  # the watchdog, the server and three inference processes
     assert of_run(serving.pid)
     serving.send_signal(signal.SIGTERM)
     output, errors = serving.communicate(timeout=30)
@@ -107,7 +107,7 @@ def test_next_start_clears_what_serve_and_watchdog_left_when_both_were_killed(
     assert living(processes)
     assert of_run(serving.pid)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tempfile.tempdir", str(tmp_path))  # where the killed one had its runtime folder
+        patch.setattr("tempfile.tempdir", str(tmp_path))  # the killed server's runtime folder is there
         sweep_dead_runs()
     psutil.wait_procs(processes, timeout=5)
     assert not living(processes)

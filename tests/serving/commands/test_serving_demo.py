@@ -1,4 +1,4 @@
-"""The demo: real server, sample images, a table."""
+"""`tailor demo`: real server, sample images, a table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_demo(repository: Path, samples: Path) -> subprocess.CompletedProcess[str
 
 
 def choose(release: Release, differing: bool) -> list[int]:
-    """Pictures whose best class does, or does not, depend on the prior."""
+    """Choose pictures whose best class depends, or does not depend, on the prior."""
     log_prior = np.array(release.manifest.log_prior)
     seeds = []
     for seed in range(200):

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: output, one-line errors, exit status."""
+"""The command line of serving: output, one-line errors, exit status."""
 
 from __future__ import annotations
 

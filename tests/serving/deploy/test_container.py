@@ -1,4 +1,4 @@
-"""What a container does, by its own entry point: it answers, shows its metrics, and swaps versions under load."""
+"""The container's entry point: it serves requests, exports its metrics, and swaps versions under load."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def names_of(url: str) -> set[str]:
 
 
 def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repository: Path, tmp_path: Path) -> None:
-    """The container's own entry point with the local server in NGC's place; then what it shows against what is asked."""
+    """Run the entry point with the local server instead of NGC's, and compare its metrics with the dashboard's."""
     with running_container(repository, tmp_path, ADMIN_KEY) as server:
         with Client(server.http_url) as client:
             assert client.predict([picture(1)], "train")[0].version == 1
@@ -58,7 +58,7 @@ def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repos
 
 
 def health(server: Container, *options: str, metrics_url: str | None = None) -> tuple[int, str]:
-    """What the container's health check says of a server when it waits two seconds, and its exit status."""
+    """Run the container's health check with a timeout of two seconds; return its exit status and output."""
     code = "import sys, healthcheck as h; h.TIMEOUT = h.LIVE_TIMEOUT = 2.0; sys.exit(h.main(*sys.argv[1:]))"
     command = [sys.executable, "-c", code, *options, server.http_url, metrics_url or server.metrics_url]
     ended = subprocess.run(command, cwd=DEPLOY, capture_output=True, text=True, check=False)
@@ -83,7 +83,7 @@ def test_a_server_that_is_only_busy_is_alive_and_one_that_answers_nobody_is_not(
         def ask() -> None:
             with Client(server.http_url, timeout=60) as client:
                 while seconds.read_text() == "0.4":
-                    client.predict([picture(1)] * 8)  # a whole batch: they wait one behind the other
+                    client.predict([picture(1)] * 8)  # a whole batch, processed one after another
 
         asked = [pool.submit(ask) for _ in range(20)]
         time.sleep(2)
@@ -97,7 +97,7 @@ def test_a_server_that_is_only_busy_is_alive_and_one_that_answers_nobody_is_not(
     assert unready[0] == 1 and "timed out" in unready[1]
     assert alive[0] == 0 and alive[1].endswith("it is busy\n")
     assert hung[0] == 1 and hung[1].endswith("nor does it answer others\n")
-    assert unknown[0] == 0  # then Triton's own word counts
+    assert unknown[0] == 0  # then Triton's readiness counts
 
 
 def test_versions_change_places_in_a_container_as_in_the_local_server(
@@ -129,8 +129,8 @@ def test_graph_that_changed_under_a_container_is_refused_by_classifier_though_st
     for name in ("run", "again"):
         (tmp_path / name).mkdir()
     with running_container(root, tmp_path / "run", ADMIN_KEY) as server:
-        write_graph(path, seed=2)  # that runs and answers otherwise
-        if not backends():  # what stands in for the onnxruntime backend shall look at the graph as little as it does
+        write_graph(path, seed=2)  # runs, with other results
+        if not backends():  # the replacement of the onnxruntime backend must not check the graph's hash either
             content = json.loads(manifest.read_text())
             content["files"]["student.onnx"] = sha256_of(path)
             manifest.write_text(json.dumps(content))

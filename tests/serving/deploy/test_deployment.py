@@ -1,4 +1,4 @@
-"""The files that others' machines read: images, manifests, units, alerts; each by its own checker."""
+"""Deployment files (images, Kubernetes manifests, systemd units, alerts), each validated by its tool or schema."""
 
 from __future__ import annotations
 
@@ -134,8 +134,7 @@ def test_every_package_that_the_command_imports_is_installed_in_its_stage(stage:
     code = "import sys, serving.commands; print(*{name.partition('.')[0] for name in sys.modules})"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     by_module = metadata.packages_distributions()
-    # Beside the requirements: how this checkout is installed; and what a package imports where it is
-    # there, and does without elsewhere.
+    # Besides the requirements: the installation of this checkout, and optional imports of packages.
     known = installed_with(requirements) | {"setuptools", "tailor", "brotli", "ml-dtypes", "grpcio-tools"}
     missing = {
         name
@@ -181,7 +180,7 @@ def test_compose_publishes_on_loopback_alone_and_drops_rights() -> None:
 
 def test_compose_passes_its_schema() -> None:
     compose = pytest.importorskip("compose_spec", reason="package compose-spec").PyCompose
-    # Docker fills in variables and merges anchors before it looks at the schema.
+    # Docker substitutes variables and merges anchors before it validates the schema.
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "compose.yaml").read_text())
     content = yaml.safe_load(re.sub(r"\$\{\w+:\?[^}]*\}", "given", text))
     compose.from_yaml(json.dumps(content)).validate()

@@ -1,4 +1,4 @@
-"""The live class prior from logged logits: what may be read, what is estimated, how sure it is, and what follows."""
+"""Drift: reading logged logits, estimating the live class prior with intervals, writing it, starting a retraining."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ LIVE = np.array([0.1, 0.1, 0.2, 0.3, 0.3])
 
 
 def drawn(prior: np.ndarray, samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of Gaussian classes, and exact logits for the balanced prior."""
-    random = np.random.default_rng(1000 + seed)  # not the numbers that choose or resample
+    """Draw labels of Gaussian classes, and exact logits for the balanced prior."""
+    random = np.random.default_rng(1000 + seed)  # a seed other than those of sampling and resampling
     labels = random.choice(5, samples, p=prior)
     points = MEANS[labels] + random.normal(size=(samples, 4))
     return labels, points @ MEANS.T - (MEANS**2).sum(1) / 2
@@ -54,7 +54,7 @@ def drawn(prior: np.ndarray, samples: int, seed: int = 0) -> tuple[np.ndarray, n
 
 @pytest.fixture
 def own(repository: Path, tmp_path: Path) -> Path:
-    """A folder with a repository where `tailor` looks for it, and a log of 2,000 answers under LIVE."""
+    """A folder with a repository in its default location, and a log of 2,000 predictions under LIVE."""
     shutil.copytree(repository, tmp_path / "artifacts/repository")
     return tmp_path
 
@@ -67,7 +67,7 @@ def logged(own: Path, release: Release) -> Path:
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command in this process printed, and its status; as CompletedProcess says it."""
+    """Output and exit status of a command in this process, like CompletedProcess."""
 
     returncode: int
     stdout: str
@@ -76,7 +76,7 @@ class Ended:
 
 @pytest.fixture
 def drift(logged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """`tailor drift` in this process, where LIVE was logged."""
+    """Run `tailor drift` in this process, in the folder where LIVE was logged."""
     monkeypatch.chdir(logged.parents[1])
 
     def run(*arguments: object) -> Ended:
@@ -97,7 +97,7 @@ def test_what_was_logged_is_read_back_and_of_too_much_a_fair_sample(logged: Path
     assert part.logits.shape == (300, 5)
     np.testing.assert_array_equal(part.logits, again.logits)
     assert not np.array_equal(part.logits, other.logits)
-    assert 100 < (part.logits.max(1) > 70).sum() < 200  # of either half about as much
+    assert 100 < (part.logits.max(1) > 70).sum() < 200  # about half from either part
 
 
 def test_window_of_time_is_half_open_and_moments_are_read(logged: Path, release: Release) -> None:
@@ -115,7 +115,7 @@ def test_window_of_time_is_half_open_and_moments_are_read(logged: Path, release:
 
 
 def damage(path: Path, kind: str) -> None:
-    """A file with a log's name that is none, or one of another's."""
+    """Write an invalid file with a log's name, or a log of another release."""
     whole = path.read_bytes()
     table = pyarrow.parquet.ParquetFile(path).read()
     columns = {name: table[name] for name in table.column_names}
@@ -182,7 +182,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(method: str, shift:
         found = estimate_drift(drawn(truth, 300, seed)[1], COUNTS, method=method, resamples=100, seed=seed)
         classes.append((found.low <= truth) & (truth <= found.high))
         distances.append(found.distance.low <= apart <= found.distance.high)
-    # Rare classes lie at the edge of what can be, where the bootstrap is a little short; the distance is on the safe side.
+    # Rare classes are near 0, where the bootstrap under-covers slightly; the interval of the distance is conservative.
     assert np.mean(classes) > 0.85
     assert np.mean(distances) > 0.95 - 4 * (0.95 * 0.05 / 60) ** 0.5
 
@@ -243,7 +243,7 @@ def test_unusable_argument_of_an_estimate_is_named(arguments: dict, said: str) -
 
 
 def write_predictions(path: Path, manifest: Manifest, temperature: float = 1.0, images: int = 2000) -> Manifest:
-    """Test answers as evaluation keeps them, and the manifest of the release that they are of."""
+    """Write test predictions in the format of the evaluation, and return the manifest of their release."""
     labels, logits = drawn(np.full(5, 0.2), images, 9)
     logits = logits * temperature
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,12 +344,12 @@ def test_drift_above_a_threshold_is_a_status(drift: Drift) -> None:
 
 @pytest.fixture
 def tested(own: Path, release: Release) -> Path:
-    """Test answers of the release, enough to calibrate by."""
+    """Test predictions of the release, enough for a calibration."""
     return calibrated(own, release.manifest)
 
 
 def calibrated(root: Path, manifest: Manifest, temperature: float = 1.0, images: int = 2000) -> Path:
-    """Test answers where `tailor drift` looks for them, of the release in the repository of this folder."""
+    """Test predictions in their default location, of the release in the folder's repository."""
     path = root / "artifacts/evaluation/predictions.parquet"
     answered = write_predictions(path, manifest, temperature, images)
     for model in ("student", "classifier"):
@@ -415,7 +415,7 @@ def test_a_live_prior_is_not_written_without_a_calibration(drift: Drift, release
 
 
 def pull(reason: str) -> str:
-    """What a retraining would be."""
+    """Entry point in place of a retraining."""
     Path("told").write_text(reason)
     return "asked for"
 
@@ -449,7 +449,7 @@ def test_retraining_is_whatever_the_entry_point_names_and_is_told_why(
 
 @pytest.fixture
 def serving(own: Path, release: Release) -> Iterator[str]:
-    """The HTTP address of `tailor serve`, which logs every answer; with test answers of its release."""
+    """The HTTP URL of `tailor serve` that logs every prediction; with test predictions of its release."""
     calibrated(own, release.manifest)
     options = ["--log-logits", "artifacts/logits", "--log-share", "1", "--log-limit", "2MiB", "--quiet"]
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
@@ -469,7 +469,7 @@ def serving(own: Path, release: Release) -> Iterator[str]:
 def test_from_the_real_servers_log_to_the_prior_of_its_next_answer(
     own: Path, release: Release, serving: str, tailor: Tailor
 ) -> None:
-    """serve --log-logits, requests, drift --write, predict --prior live: no step by hand and no reload."""
+    """serve --log-logits, requests, drift --write, predict --prior live: no manual step and no reload."""
     root, log = own / "artifacts/repository", own / "artifacts/logits"
     with Client(serving) as client:
         client.predict([picture(seed) for seed in range(3, 303)], "train")
@@ -495,5 +495,5 @@ def test_from_the_real_servers_log_to_the_prior_of_its_next_answer(
 
 
 def logged_by_now(log: Path, manifest: Manifest) -> int:
-    """How many answers a log holds by now."""
+    """Return the number of rows in a log."""
     return read_logits(log, manifest).found if log.is_dir() and log_files(log) else 0

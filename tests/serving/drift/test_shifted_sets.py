@@ -1,4 +1,4 @@
-"""The field's five shifted test sets, made of real scans and photographs: from the log to the estimate and its use."""
+"""Drift on five standard shifted test sets of real scans and photographs: from the log to the estimate and its use."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from serving.repository.manifest import Manifest
 from tests.support.logit_logs import write_log
 
 PACKS = Path(os.environ.get("TAILOR_IMAGE_PACKS", Path(__file__).parents[4] / "shared/data"))
-COUNTS = [int(400 * 25 ** (-c / 9)) for c in range(10)]  # many to few
+COUNTS = [int(400 * 25 ** (-c / 9)) for c in range(10)]  # 400 to 16
 PHOTOGRAPHS = pytest.param("photographs", marks=[pytest.mark.slow, pytest.mark.xdist_group("shifted photographs")])
 
 
 @dataclass(frozen=True)
 class Student:
-    """A classifier of a long-tailed training set, its loss weighted so that its logits answer for a balanced prior."""
+    """A classifier of a long-tailed training set with a weighted loss: its logits are for the balanced prior."""
 
     logits: np.ndarray
     labels: np.ndarray
@@ -40,7 +40,7 @@ class Student:
 
 
 def trained(features: np.ndarray, labels: np.ndarray, counts: list[int], held: int) -> Student:
-    """Train on `counts` of each class, calibrate on `held` others, keep the rest as test set."""
+    """Train on `counts` images per class, calibrate on `held` others, use the rest as test set."""
     order = np.random.default_rng(1).permutation(len(labels))
     features, labels = features[order], labels[order]
     tail = np.concatenate([np.flatnonzero(labels == c)[:count] for c, count in enumerate(counts)])
@@ -70,7 +70,7 @@ def photographs() -> Student:
 
 
 def edges_and_colours(pixels: np.ndarray) -> np.ndarray:
-    """Histograms of gradients in cells of 4 x 4 and mean colours of 8 x 8: [N,32,32,3] to [N,560]."""
+    """Compute gradient histograms in 4 x 4 cells and mean colours in 8 x 8: [N,32,32,3] to [N,560]."""
     down, across = np.gradient(pixels.mean(3), axis=(1, 2))
     strength, turn = np.hypot(across, down), (np.arctan2(down, across) / (2 * np.pi) % 1) * 8
     bins = np.stack([strength * (turn.astype(int) % 8 == angle) for angle in range(8)], 1)
@@ -81,7 +81,7 @@ def edges_and_colours(pixels: np.ndarray) -> np.ndarray:
 
 
 def described(release: Release, counts: list[int]) -> Manifest:
-    """The manifest of a release with ten classes."""
+    """Return the manifest of a release with ten classes."""
     names = [str(c) for c in range(10)]
     return release.manifest.model_copy(update={"classes": names, "counts": counts})
 
@@ -109,17 +109,17 @@ def test_a_shifted_set_is_found_in_the_log_as_quapys_em_finds_it_and_its_distanc
     monkeypatch.setattr(EMQ, "MAX_ITER", 20_000)
     answered = softmax(calibrate(logged.logits, student.calibration))
     theirs, _ = EMQ.EM(np.full(10, 0.1), answered, epsilon=1e-7)
-    # The likelihood is flat where classes are hard to tell apart: theirs may stop at another prior, not at a likelier one.
+    # The likelihood is flat for similar classes: the reference may stop at another prior, but not at a likelier one.
     assert np.log(answered @ found.em).sum() > np.log(answered @ theirs).sum() - 1e-3
     assert np.abs(found.em - theirs).max() < {"digits": 1e-3, "photographs": 0.01}[kind]
     assert found.distance.low <= total_variation(truth, found.training) <= found.distance.high
     counted = np.bincount(logged.logits.argmax(1), minlength=10) / len(rows)
-    # This student of photographs is right for one in three, and the forward sets hold 300 images.
+    # This student of photographs is correct for one in three, and the forward sets have 300 images.
     assert total_variation(found.prior, truth) < {"digits": 0.1, "photographs": 0.25}[kind]
-    if not name.startswith("forward"):  # counting its answers is best where they are wrong towards what there is
+    if not name.startswith("forward"):  # counting predictions wins where errors fall on frequent classes
         assert total_variation(found.prior, truth) < total_variation(counted, truth)
     if name.endswith("50"):
-        # What the estimate is for: it answers better than the balanced prior, and never saw a label.
+        # The estimate improves accuracy over the balanced prior, without labels.
         labels, adjusted = student.labels[rows], calibrate(logged.logits, student.calibration)
         right = (adjust_logits(adjusted, log_target_prior(found.prior), 1.0).argmax(1) == labels).mean()
         assert right > (adjusted.argmax(1) == labels).mean()

@@ -1,4 +1,4 @@
-"""The gateway's reading of image headers, and the turns of costly requests, in nginx with a stand-in for Triton."""
+"""The gateway's parsing of image headers, and its queue for costly requests, in nginx with a fake of Triton."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ WAIT = 2  # seconds
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """Works as many seconds as a request's query says, and counts what it works on at once by the request's kind."""
+    """Fake server: works for the seconds in a request's query, and counts concurrent requests by kind."""
 
     now: ClassVar[collections.Counter[str]] = collections.Counter()
     most: ClassVar[collections.Counter[str]] = collections.Counter()
@@ -127,7 +127,7 @@ class StandIn(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Of nginx with decoding.lua, in front of a StandIn."""
+    """Port of nginx with decoding.lua, in front of a StandIn."""
     require_nginx()
     folder = tmp_path_factory.mktemp("nginx")
     port = choose_ports("127.0.0.1", {"http": 0})["http"]
@@ -157,7 +157,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 def send(port: int, path: str, body: bytes | None = None, address: str = "127.0.0.1") -> tuple[int, str, float]:
-    """Status, text and seconds of a request from a loopback address."""
+    """Send a request from a loopback address; return status, text and seconds."""
     started = time.monotonic()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20, source_address=(address, 0))
     try:
@@ -277,7 +277,7 @@ def test_an_endless_header_costs_the_most_and_is_not_read_to_its_end(port: int) 
 
 
 def test_of_two_sizes_the_larger_counts(port: int) -> None:
-    """Pillow takes a PNG's last size before its data, which an animation's frame may be too; a JPEG's last frame header."""
+    """Pillow uses the last size before a PNG's data, also of an animation frame; and a JPEG's last frame header."""
     solid = Image.new("RGB", (WIDTH, HEIGHT))
     png, jpeg = saved(solid, "PNG"), saved(solid, "JPEG")
     frame = jpeg.index(b"\xff\xc0")
@@ -326,7 +326,7 @@ def test_a_caller_with_many_costly_requests_gets_no_larger_share(port: int) -> N
         turns = StandIn.done["costly"]
         over.set()
     assert [future.result() for future in greedy] == [None] * 20
-    # Every second turn, or 6 turns in all, up to 22 on a busy machine; without a fair share, every 21st, or 63.
+    # Every second slot, so 6 slots in total, up to 22 on a busy machine; without fairness every 21st, so 63.
     assert answered == [200] * 3 and turns <= 30
 
 
@@ -340,7 +340,7 @@ def test_a_costly_request_that_gets_no_turn_is_refused(port: int) -> None:
 
 
 def test_the_turn_of_a_client_that_left_is_kept_while_its_image_is_decoded(port: int) -> None:
-    seconds = 1.0  # what 40 megapixels take
+    seconds = 1.0  # decoding time of 40 megapixels
     gone = http.client.HTTPConnection("127.0.0.1", port)
     gone.request("GET", f"/work?pixels=40000000&seconds={seconds}")
     time.sleep(0.2)

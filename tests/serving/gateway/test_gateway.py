@@ -1,4 +1,4 @@
-"""The gateway: what its configuration accepts, and what it lets through. What it keeps out: test_killing_requests.py."""
+"""The gateway: valid configurations, forwarded and rejected requests. Crashing requests: test_killing_requests.py."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gateway(server: TritonServer) -> Iterator[GatewayProcess]:
 
 
 def ask(url: str, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> tuple[int, Any]:
-    """Status and JSON of an answer."""
+    """Send a request; return status and JSON of the response."""
     connection = http.client.HTTPConnection(url.partition("://")[2], **FINITE)
     try:
         connection.request(method, path, body, headers or {})
@@ -369,7 +369,7 @@ def test_odd_request_is_refused_in_the_documented_form(gateway: GatewayProcess, 
 
 @pytest.mark.end_to_end
 def test_request_of_http_09_is_answered_in_json_without_a_head(gateway: GatewayProcess) -> None:
-    """A status is not part of that version."""
+    """HTTP/0.9 has no status line."""
     with bad_connections.connected(gateway.gateway.http_port) as opened:
         opened.sendall(b"GET /nothing\r\n")
         assert list(json.loads(bad_connections.answer(opened))) == ["error"]
@@ -383,7 +383,7 @@ def test_request_of_http_09_is_answered_in_json_without_a_head(gateway: GatewayP
 def test_refusal_over_http2_has_the_form_of_grpc(
     gateway: GatewayProcess, path: str, authority: str, status: int
 ) -> None:
-    """Clients take the status of gRPC only from a response with status 200 and the content type of gRPC."""
+    """gRPC clients read the gRPC status only from a response of HTTP status 200 with gRPC's content type."""
     headers = dict(bad_connections.HEADERS) | {":path": path, ":authority": authority}
     found = bad_connections.http2_headers(gateway.gateway.grpc_port, [pair for pair in headers.items() if pair[1]])
     assert (found[":status"], found["content-type"]) == ("200", "application/grpc")
@@ -395,7 +395,7 @@ def test_refusal_over_http2_has_the_form_of_grpc(
 def test_slow_headers_and_bodies_are_cut_off_in_time_while_good_requests_are_answered(
     gateway: GatewayProcess, release: Release
 ) -> None:
-    """Six slow callers of each kind over HTTP at once, six idle streams over HTTP/2, and three good callers beside them."""
+    """Concurrent: six slow callers of each kind over HTTP, six idle streams over HTTP/2, and three normal callers."""
     port = gateway.gateway.http_port
     with ThreadPoolExecutor(18) as pool, Load(gateway) as load:
         slow = [
@@ -457,7 +457,7 @@ def test_access_log_names_no_query_and_no_header(server: TritonServer, tmp_path:
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("wish", [{"timeout": 1000}, {"priority": 1}, {"parameters": {"of_my_own": "x"}}])
 def test_parameters_of_a_request_are_refused_in_words(gateway: GatewayProcess, wish: dict[str, Any]) -> None:
-    """A queue policy they would change is not for callers; our client sends none."""
+    """Parameters could change the queue policy, which callers may not; Tailor's client sends none."""
     encoded = np.array([[picture(1)]], dtype=np.object_)
     for kind, url in ((tritonclient.http, gateway.http_url), (tritonclient.grpc, gateway.grpc_url)):
         image = kind.InferInput("image", [1, 1], "BYTES")

@@ -1,4 +1,4 @@
-"""The gateway below the level of a request: thousands of connections of one address, TLS, streams that are reset."""
+"""The gateway's connection handling: thousands of connections from one address, TLS, reset streams."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONNECTIONS = 2500
 
 @pytest.fixture(scope="module")
 def gateways(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, GatewayProcess]]:
-    """Gateways without TLS and with it, with the default bounds on connections, that wait a minute for headers."""
+    """Gateways with and without TLS, with the default limits on connections and a header timeout of a minute."""
     certificate, key = make_certificate(tmp_path_factory.mktemp("tls"), RSA)
     with (
         running_gateway(server, header_seconds=60) as plain,
@@ -40,7 +40,7 @@ def gateways(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def infer_status(gateway: GatewayProcess) -> int | str:
-    """The status of one good request over a connection of its own, or the error that came instead."""
+    """Send a valid request over a new connection; return its status, or the error."""
     address = (str(gateway.gateway.host), gateway.gateway.http_port)
     if gateway.gateway.certificate:
         trusting = ssl.create_default_context(cafile=str(gateway.gateway.certificate))
@@ -132,7 +132,7 @@ def test_tls_1_2_needs_forward_secrecy_and_authenticated_encryption(
 
 
 def test_streams_that_are_reset_end_their_connection(gateways: dict[bool, GatewayProcess]) -> None:
-    """CVE-2023-44487: nginx counts streams as requests of their connection."""
+    """CVE-2023-44487 (rapid reset): nginx counts streams as requests of their connection."""
     assert bad_connections.resets_until_goaway(gateways[False].gateway.grpc_port, most=3000) < 2000
 
 

@@ -1,4 +1,4 @@
-"""nginx under `tailor gateway`: restarted when its master ends, refused where it may not open enough files."""
+"""nginx under `tailor gateway`: restarted when its master exits; an error where it may not open enough files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.end_to_end
 
 
 def kill_master(process_id: int) -> list[psutil.Process]:
-    """Kill nginx's master process; the workers that it leaves."""
+    """Kill nginx's master process; return the remaining workers."""
     master = psutil.Process(process_id)
     workers = workers_of(process_id)
     assert master.name() == "nginx" and workers
@@ -47,12 +47,12 @@ def kill_master(process_id: int) -> list[psutil.Process]:
 
 
 class Ended(Exception):
-    """Ends keep_running in a test."""
+    """Raised to end keep_running in a test."""
 
 
 @contextmanager
 def kept_running(gateway: GatewayProcess, delay: RestartDelay) -> Iterator[queue.Queue[str]]:
-    """keep_running in a thread for the block, and the lines that it reports. The block's last kill ends it."""
+    """Context manager: keep_running in a thread; yields its reported lines. The block's last kill ends it."""
     lines: queue.Queue[str] = queue.Queue()
     ending = threading.Event()
 
@@ -76,7 +76,7 @@ def kept_running(gateway: GatewayProcess, delay: RestartDelay) -> Iterator[queue
 
 
 def await_ready(gateway: GatewayProcess, other_than: int) -> int:
-    """Wait for an nginx that answers and is not the one given; its process id."""
+    """Wait until an nginx other than the given one responds; return its process id."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         if gateway.process_id != other_than:
@@ -151,14 +151,14 @@ def test_start_that_fails_is_repeated_until_its_cause_is_gone(server: TritonServ
 
 @pytest.fixture
 def public_folder() -> Iterator[Path]:
-    """A folder that nginx's workers can enter after they have dropped root's rights, unlike pytest's own."""
+    """A folder that unprivileged nginx workers can enter, unlike pytest's."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o711)
         yield Path(folder)
 
 
 def test_entry_point_of_the_image_starts_again_after_it_was_killed(public_folder: Path) -> None:
-    """A pod's /tmp outlives its containers: the Unix sockets of a killed nginx are still there."""
+    """A pod's /tmp outlives its containers: the Unix sockets of a killed nginx still exist."""
     require_nginx()
     ports = choose_ports("127.0.0.1", {"http_port": 0, "grpc_port": 0})
     config, runtime = public_folder / "config", public_folder / "runtime"
@@ -195,7 +195,7 @@ def test_nginx_packages_are_the_same_wherever_they_are_listed() -> None:
 
 @contextmanager
 def slow_upstream(seconds: float) -> Iterator[str]:
-    """An HTTP server in Triton's place that answers one request after some seconds; its address."""
+    """An HTTP server in place of Triton that responds to one request after some seconds; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer() -> None:
@@ -239,7 +239,7 @@ def test_too_few_open_files_are_one_line_before_nginx_starts() -> None:
 
 @pytest.mark.parametrize("connections", [8, 512])
 def test_a_gateway_starts_with_as_many_open_files_as_it_needs(connections: int) -> None:
-    """The figure in the message above is enough."""
+    """The number in the error message is sufficient."""
     require_nginx()
     ports = choose_ports("127.0.0.1", {"--http-port": 0, "--grpc-port": 0})
     options = [text for option, port in ports.items() for text in (option, str(port))]

@@ -1,4 +1,4 @@
-"""Turns of costly requests in the gateway's own configuration: callers that do not read, leave, or lose their worker."""
+"""Slots for costly requests in the gateway's configuration: callers that do not read, disconnect, or lose a worker."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.support.running_gateway import running_gateway
 
 pytestmark = pytest.mark.slow
 
-SLOT_SECONDS = 5  # slot_seconds of decoding.lua: a slot without a worker is free after that
-LARGE = 64 * 1024 * 1024  # bytes of a response, more than all socket buffers on its way hold
+SLOT_SECONDS = 5  # slot_seconds of decoding.lua: after it a slot without a worker is released
+LARGE = 64 * 1024 * 1024  # bytes of a response, more than all socket buffers on its path
 SIDE, DECODING = 4900, 0.6  # of a square image, and the seconds that the gateway expects its decoding to take
 
 
@@ -37,7 +37,7 @@ COSTLY = request(solid_webp(1000))
 
 @dataclass
 class Upstream:
-    """An HTTP server in Triton's place. Each request that starts takes `seconds` and is answered with `size` bytes."""
+    """An HTTP server in place of Triton: each request takes `seconds`, and its response has `size` bytes."""
 
     seconds: float = 0.0
     size: int = 2
@@ -79,13 +79,13 @@ def triton() -> Iterator[Upstream]:
 
 @pytest.fixture
 def gateway(triton: Upstream) -> Iterator[GatewayProcess]:
-    """With one turn for costly requests."""
+    """A gateway with one slot for costly requests."""
     with running_gateway(triton, large_images=1, shutdown_seconds=1) as running:
         yield running
 
 
 def costly(gateway: GatewayProcess, address: str) -> tuple[int, float]:
-    """Status and seconds of a costly request from a loopback address."""
+    """Send a costly request from a loopback address; return status and seconds."""
     started = time.monotonic()
     with bad_connections.connected(gateway.gateway.http_port, 20, address) as opened:
         opened.sendall(COSTLY)

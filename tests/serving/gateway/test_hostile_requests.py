@@ -1,6 +1,7 @@
-"""Bad requests by the hundred through the gateway, while good ones run beside them.
+"""Hundreds of generated invalid requests through the gateway, with valid requests in parallel.
 
-TAILOR_HOSTILE_REQUESTS=10000 makes a long run of it, TAILOR_HOSTILE_SEED another one, TAILOR_HOSTILE_REPORT=FILE a table.
+TAILOR_HOSTILE_REQUESTS=10000: a long run; TAILOR_HOSTILE_SEED: another seed; TAILOR_HOSTILE_REPORT=FILE: writes a
+table.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ REQUESTS = int(os.environ.get("TAILOR_HOSTILE_REQUESTS", "500"))
 SEED = int(os.environ.get("TAILOR_HOSTILE_SEED", "20"))
 REPORT = os.environ.get("TAILOR_HOSTILE_REPORT")
 WORKERS = 4
-# What a caller may be told of a request of his that is wrong; the rest would say that the server is.
+# Allowed error statuses for an invalid request; the others would be server errors.
 CALLERS_FAULT = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED"}
 GROWTH = 0.05
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 
-Outcome = tuple[str, str, bool]  # fault, what came back, whether that was right
+Outcome = tuple[str, str, bool]  # fault, response, whether it was allowed
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,14 @@ def own_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def gateway(own_server: TritonServer) -> Iterator[GatewayProcess]:
-    # All callers here share one address, so the bound on one address would hit the good ones too.
+    # All callers share one address, so the limit per address would also affect the valid requests.
     limits = {"connections": 2000, "connections_per_address": 1500}
     with running_gateway(own_server, header_seconds=2, body_seconds=2, **limits) as running:
         yield running
 
 
 class Attacker:
-    """One connection of each protocol to the gateway; sends what it is told and judges the answer."""
+    """One connection per protocol to the gateway; sends requests and checks the responses."""
 
     def __init__(self, gateway: GatewayProcess, seed: int) -> None:
         self.gateway = gateway
@@ -116,7 +117,7 @@ class Attacker:
         return name, "closed", True
 
     def http_answer(self, fault: str, culprit: str, request: tuple[Any, ...], statuses: Any) -> Outcome:
-        # A gateway that has refused a request closes the connection, now or while the next one is on its way.
+        # After a rejected request the gateway closes the connection, immediately or during the next request.
         for last in (False, True):
             try:
                 self.http.request(*request)
@@ -150,7 +151,7 @@ class Attacker:
 
 @contextlib.contextmanager
 def good_requests_beside(gateway: GatewayProcess, expected: list[Prediction]) -> Iterator[dict[str, Any]]:
-    """Good requests over both protocols as long as the block lasts; what went wrong with them, and their times."""
+    """Context manager: valid requests over both protocols; yields their errors and times."""
     over = threading.Event()
     seen: dict[str, Any] = {"wrong": [], "seconds": []}
 
@@ -187,7 +188,7 @@ def family(process_id: int) -> list[psutil.Process]:
 
 
 def resident(process_id: int) -> int:
-    """Bytes that a process and its children hold."""
+    """Return the resident bytes of a process and its children."""
     return sum(process.memory_info().rss for process in family(process_id))
 
 
@@ -215,8 +216,8 @@ def table(outcomes: list[Outcome], seconds: list[float], memory: tuple[int, int]
 def test_bad_requests_harm_nobody_and_are_told_what_is_wrong(own_server: TritonServer, gateway: GatewayProcess) -> None:
     with Client(own_server.grpc_url) as client:
         expected = [client.predict([picture(place)], 0.5)[0] for place in range(20)]
-    # The first of each kind brings the buffers to the size that they keep, and the largest of all those of each instance,
-    # which take turns.
+    # Warm-up: one request of each kind grows the buffers to their final size; the largest is sent to each instance,
+    # since instances alternate.
     largest = np.array([[bad_requests.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
     transport = Transport(own_server.http_url, 60)
     for _ in range(6):
@@ -236,7 +237,7 @@ def test_bad_requests_harm_nobody_and_are_told_what_is_wrong(own_server: TritonS
     assert [(fault, told) for fault, told, right in outcomes if not right] == []
     assert good["wrong"] == []
     assert len(good["seconds"]) > REQUESTS / 20
-    # Nobody died: a dead stub is never restarted, so the same processes are there.
+    # No process died: dead inference processes are never restarted, so the processes are the same.
     assert {process.pid for process in family(own_server.process_id)} == processes
     own_server.canary()
     assert after <= before * (1 + GROWTH), report.splitlines()[4]
@@ -270,7 +271,7 @@ def answers(server: TritonServer) -> bool:
 
 
 def test_gateway_keeps_the_servers_descriptors_for_requests(own_server: TritonServer) -> None:
-    """Hundreds of idle callers are the gateway's business; the server sees none of them."""
+    """Hundreds of idle callers use descriptors of the gateway only, not of the server."""
     with running_gateway(own_server, header_seconds=5, connections=64) as running, contextlib.ExitStack() as idle:
         before = psutil.Process(own_server.process_id).num_fds()
         for _ in range(150):
@@ -282,7 +283,7 @@ def test_gateway_keeps_the_servers_descriptors_for_requests(own_server: TritonSe
 def test_gateway_whose_descriptors_are_exhausted_answers_again_once_callers_have_gone(
     own_server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit, render = 24, Gateway.render  # a dozen are nginx's own
+    limit, render = 24, Gateway.render  # nginx itself uses a dozen
 
     def with_few_descriptors(gateway: Gateway, *folders: Path) -> str:
         return re.sub(r"worker_rlimit_nofile \d+;", f"worker_rlimit_nofile {limit};", render(gateway, *folders))
@@ -300,7 +301,7 @@ def test_gateway_whose_descriptors_are_exhausted_answers_again_once_callers_have
             assert worker.num_fds() == limit
             with Client(running.http_url, timeout=1) as client, pytest.raises(ServingError):
                 client.predict([picture(1)], 0.5)
-            assert direct.predict([picture(1)], 0.5) == wanted  # the server feels nothing of it
+            assert direct.predict([picture(1)], 0.5) == wanted  # the server is not affected
         for url in (running.http_url, running.grpc_url):
             with Client(url, timeout=20) as client:
                 assert client.predict([picture(1)], 0.5) == wanted

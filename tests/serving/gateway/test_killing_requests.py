@@ -1,6 +1,6 @@
-"""What one request does to the raw server, each to a server of its own; and that the same request stops at the gateway.
+"""Requests that crash an unprotected Triton, each on a separate server; the gateway rejects the same requests.
 
-Nothing here takes more than 4 GiB of memory: what is sent without end in principle ends here.
+No test takes more than 4 GiB of memory: endless requests are bounded.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tests.support.running_gateway import running_gateway
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 
-MEMORY = 6 * 2**30  # bytes that shall be free, so that it is Triton that ends and not the machine
-DEATH = 90.0  # seconds; Triton writes a long trace of its stack first
+MEMORY = 6 * 2**30  # required free bytes, so that only Triton crashes and not the machine
+DEATH = 90.0  # timeout in seconds; Triton writes a long stack trace before it exits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +60,7 @@ def gateway(guarded: TritonServer) -> Iterator[GatewayProcess]:
 
 @pytest.fixture
 def raw(repository: Path) -> Iterator[TritonServer]:
-    """A server that nothing is in front of; it may die."""
+    """An unprotected server, which may crash."""
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as victim:
         yield victim
 
@@ -96,7 +96,7 @@ def beyond_memory_in_the_json_part() -> tuple[bytes, dict[str, str]]:
 
 
 def classification_of_strings() -> tuple[bytes, dict[str, str]]:
-    """A valid request but for one wish: the best classes of an output that holds strings."""
+    """A valid request except for one parameter: classification of a string output."""
     body, headers = good_body()
     length = int(headers["Inference-Header-Content-Length"])
     wish = [{"name": "class", "parameters": {"classification": 1}}]
@@ -105,7 +105,7 @@ def classification_of_strings() -> tuple[bytes, dict[str, str]]:
 
 
 def gzip_of_two_gibibytes() -> tuple[bytes, dict[str, str]]:
-    """Zeros: one block of 16 MiB, flushed so that it can stand for itself, 128 times over."""
+    """2 GiB of zeros in gzip: a flushed block of 16 MiB, repeated 128 times."""
     zeros, times = bytes(2**24), 128
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = compressor.compress(zeros) + compressor.flush(zlib.Z_FULL_FLUSH)
@@ -181,14 +181,14 @@ def test_body_without_end_fills_the_raw_server_and_stops_at_the_gateway(
 
 @dataclass
 class Told:
-    """What the callers of one run were told, how often; `ok` for an answer."""
+    """Counts of the errors received by the callers of one run; `ok` for a successful response."""
 
     good: collections.Counter[str] = field(default_factory=collections.Counter)
     lying: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
 def liars_beside_good_callers(grpc_url: str, seconds: float, until_harm: bool = False) -> Told:
-    """Sixteen good callers and two whose image says that it is longer than it is, all with the same inputs."""
+    """Run sixteen valid callers and two whose image has a false length, all with the same inputs."""
     good = good_inputs("classifier", 1)
     lie = replace(good[0], raw=struct.pack("<I", 2**31) + good[0].raw[4:])
     told, over, began = Told(), threading.Event(), time.monotonic()

@@ -1,4 +1,4 @@
-"""Clients that others wrote get through the gateway the answers that ours gets from the server."""
+"""Third-party clients through the gateway get the same results as Tailor's client from the server."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def gateway(server: TritonServer) -> Iterator[GatewayProcess]:
 
 @pytest.fixture(scope="module")
 def logits(release: Release) -> np.ndarray:
-    """What `student` must give for PIXELS and STRENGTH, [1,C], from ONNX Runtime without Triton."""
+    """Expected logits of `student` for PIXELS and STRENGTH, [1,C], from ONNX Runtime without Triton."""
     return release.logits([picture(1)], 0.5)
 
 
 @pytest.fixture(scope="module")
 def names(release: Release, logits: np.ndarray) -> list[bytes]:
-    """What `classifier` must give for ENCODED and STRENGTH."""
+    """Expected classes of `classifier` for ENCODED and STRENGTH."""
     best = np.argsort(-logits[0])[: release.manifest.top_k]
     return [release.manifest.classes[index].encode() for index in best]
 

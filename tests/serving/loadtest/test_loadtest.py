@@ -1,4 +1,4 @@
-"""Load tests: what is asked of the server and when, what makes one fail, and what it must never do."""
+"""Load tests: sent requests and their timing, thresholds, and safety checks."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_load_over_grpc_by_two_processes_fails_below_its_thresholds(
     found = json.loads(ended.stdout)
     assert not found["passed"]
     assert [kind["name"] for kind in found["kinds"]] == ["gRPC version 1, balanced"]
-    # Four seconds of a fifth, two, three and four fifths and all of the rate; Poisson arrivals scatter.
+    # One to five fifths of the rate, four seconds each; Poisson arrivals scatter.
     assert 30 < found["total"]["requests"] < 160
 
 
@@ -288,7 +288,7 @@ def test_users_come_and_go_as_the_shape_says_and_each_is_answered(
     assert found["requests"] > 100
     with (report / "loadtest_stats_history.csv").open() as lines:
         counted = [int(row["User Count"]) for row in csv.DictReader(lines) if row["Name"] == "Aggregated"]
-    history = [count for count in counted if count]  # one a second, the first before anyone was there
+    history = [count for count in counted if count]  # one per second; the first is before any user
     assert max(history) == users
     if shape == "soak":
         assert history == sorted(history)
@@ -297,14 +297,14 @@ def test_users_come_and_go_as_the_shape_says_and_each_is_answered(
     assert history[:first] == sorted(history[:first])
     assert history[first:] == sorted(history[first:], reverse=True)
     assert (history[0], history[-1]) == (users / 5, users / 5)
-    assert history.count(users) <= 4  # two seconds of ten, as far as counts a second apart can tell
+    assert history.count(users) <= 4  # two seconds of ten, at a resolution of one second
 
 
 @pytest.mark.end_to_end
 def test_an_open_load_does_not_wait_for_a_server_that_falls_behind(
     tailor: Tailor, server: TritonServer, images: Path, tmp_path: Path
 ) -> None:
-    # Eight threads that take 0.4 s each answer 20 a second; 60 a second are sent all the same, and wait in a row.
+    # Eight threads with 0.4 s per request serve 20/s; 60/s are sent anyway and queue.
     slow = FaultyGrpc(server.grpc_url.removeprefix("grpc://"))
     with grpc_server(slow) as url:
         slow.delay_inference(0.4)
@@ -314,7 +314,7 @@ def test_an_open_load_does_not_wait_for_a_server_that_falls_behind(
         )
     assert (ended.returncode, ended.stderr) == (0, "")
     found = json.loads(ended.stdout)
-    assert found["total"]["requests"] > 75  # two users who wait for each answer would have made 15
+    assert found["total"]["requests"] > 75  # a closed loop of two users would send 15
     assert found["total"]["p99_ms"] > 1500
 
 
@@ -326,7 +326,7 @@ def test_an_interrupted_load_test_leaves_no_process(server: TritonServer, images
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # Tests that were started in the background hand on a shell's wish to ignore Ctrl-C.
+        # Tests started in the background inherit from the shell that SIGINT is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     log, waited = report / "locust.log", time.monotonic() + 30

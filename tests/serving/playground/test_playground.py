@@ -1,4 +1,4 @@
-"""`tailor playground` in a real browser: an image dropped, a prior changed, a broken file, a folder to CSV."""
+"""`tailor playground` in a real browser: upload an image, change a prior, a damaged file, a folder to CSV."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_samples_are_the_images_of_the_folder_and_none_where_there_is_no_folder(
 
 def test_a_picture_taken_sideways_is_shown_upright() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the first row is the right side
+    exif[0x0112] = 6  # EXIF orientation: the first row is the right side
     wide = Image.new("RGB", (64, 32), "blue")
     wide.paste("red", (0, 0, 32, 32))
     data = io.BytesIO()
@@ -131,7 +131,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The playground on the session's server, open in Chromium; `page.strangers`: what it asked of others."""
+    """The playground on the session's server, open in Chromium; `page.strangers`: requests to other hosts."""
     uploads, samples = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("samples")
     for seed in (7, 8):
         (samples / f"sample-{seed}.png").write_bytes(picture(seed))
@@ -160,13 +160,13 @@ def is_ours(url: str) -> bool:
 
 
 def columns(page: Any) -> dict[str, str]:
-    """The columns on the page: title → its text."""
+    """Return the text of the page's columns by title."""
     sections = page.locator("#answers .column").all()
     return {section.locator("h3").inner_text(): section.inner_text() for section in sections}
 
 
 def tab_to(page: Any, inside: str) -> None:
-    """Press Tab until an element that matches has the focus, and see that the focus shows."""
+    """Press Tab until a matching element has the focus, and check that the focus is visible."""
     for _ in range(20):
         page.keyboard.press("Tab")
         if page.evaluate("(inside) => document.activeElement.matches(inside)", inside):
@@ -177,7 +177,7 @@ def tab_to(page: Any, inside: str) -> None:
 
 
 def upload(page: Any, path: Path) -> None:
-    """Choose a file, in the place of the one before."""
+    """Upload a file, replacing the previous one."""
     if page.locator("#image button[aria-label='Clear']").count():
         page.locator("#image button[aria-label='Clear']").first.click()
         page.wait_for_selector("#answers :text('Drop an image')")
@@ -185,7 +185,7 @@ def upload(page: Any, path: Path) -> None:
 
 
 def file_chooser(page: Any) -> Any:
-    """What Enter on the image's button opens. A page that has just loaded may not listen yet: one presses again."""
+    """Return the file dialog that Enter on the image's button opens; retried, since a new page may not listen yet."""
     from playwright.sync_api import TimeoutError as NothingOpened
 
     for _ in range(6):
@@ -197,7 +197,7 @@ def file_chooser(page: Any) -> Any:
 
 
 class TestInABrowser:
-    """Each test uploads what it needs."""
+    """Tests of one page; each uploads its own files."""
 
     pytestmark = with_browser
 
@@ -241,7 +241,7 @@ class TestInABrowser:
             page.wait_for_selector("#answers .column", timeout=60_000)
             shown = columns(page)
         finally:
-            written.unlink()  # the server is the whole session's
+            written.unlink()  # the server is shared by the session
         live = softmax(release.logits([picture(3)])[0] + np.log(shares))
         best = int(live.argmax())
         assert shown["live"].splitlines()[1:3] == [CLASSES[best], f"{100 * live[best]:.1f} %"]

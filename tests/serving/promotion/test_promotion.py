@@ -1,4 +1,4 @@
-"""Releases that change places: on disk, and in a real server that is asked all the while."""
+"""Promotion and rollback: on disk, and in a real server under continuous requests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_promotion_without_a_server_takes_effect_at_the_next_start(root: Path, e
     done = promote(root, exports[2].export_dir, rehearsal=False)
     assert (done.version, done.previous, done.servers, done.rehearsed) == (2, 1, (), False)
     assert served_versions(root, "classifier") == served_versions(root, "student") == (1, 2)
-    assert promote(root, exports[2].export_dir).previous == 2  # it is the champion already
+    assert promote(root, exports[2].export_dir).previous == 2  # already the champion
     done = rollback(root)
     assert (done.version, done.previous) == (1, 2)
     assert served_versions(root, "classifier") == served_versions(root, "student") == (1,)
@@ -98,7 +98,7 @@ def test_rollback_goes_to_the_newest_on_disk_where_no_promotion_was_recorded(
 
 
 def cut_short(export: Path, copy: Path) -> Path:
-    """An export that is what its manifest says, and whose graph does not load."""
+    """Copy an export with a truncated graph that does not load; its manifest has the matching hash."""
     shutil.copytree(export, copy)
     graph = copy / STUDENT_NAME
     graph.write_bytes(graph.read_bytes()[:-40])
@@ -235,7 +235,7 @@ def test_versions_of_killed_promotions_do_not_displace_former_champions(
     root: Path, exports: dict[int, Release]
 ) -> None:
     promote(root, exports[2].export_dir, rehearsal=False)
-    for number in (3, 4, 5):  # published by promotions that were killed then
+    for number in (3, 4, 5):  # published by promotions that were then killed
         assert publish(exports[number].export_dir, root) == number
     assert promote(root, exports[6].export_dir, rehearsal=False, keep=4).removed == (3, 4)
     assert [state.version for state in list_versions(root)] == [1, 2, 5, 6]
@@ -280,7 +280,7 @@ def lose_a_file(root: Path) -> None:
 
 
 def golden_of_another(root: Path) -> None:
-    """A wrong golden answer, its hash right."""
+    """Write a wrong golden answer with a correct hash."""
     path = root / "classifier" / "2" / GOLDEN_NAME
     golden = json.loads(path.read_text())
     golden[0]["probability"] = golden[0]["probability"][::-1]
@@ -344,8 +344,8 @@ def test_version_that_breaks_only_in_the_champions_server_is_taken_back(
             promote(root, 2, timeout=4)
         assert served_versions(root, "classifier") == served_versions(root, "student") == (1,)
         time.sleep(0.3)
-        assert set(load.versions()) == {1}  # nobody who named no version ever met it
-        # What was left behind, a hanging stub among it, is no obstacle for the next one.
+        assert set(load.versions()) == {1}  # requests without a version never reached it
+        # Remains, such as a hanging inference process, do not prevent the next promotion.
         shutil.rmtree(root / "classifier" / "2")
         assert promote(root, exports[3].export_dir, timeout=20).version == 3
     assert load.failures == []
@@ -393,7 +393,7 @@ def test_policies_go_back_also_where_the_server_dies_while_a_hanging_load_is_end
 
     def processes_of_a_dying_server(prefix: str) -> list[psutil.Process]:
         stubs = [stub for stub, _, _ in stubs_of(prefix)]
-        with contextlib.suppress(psutil.NoSuchProcess):  # asked once more, for the other model
+        with contextlib.suppress(psutil.NoSuchProcess):  # called again for the other model
             server = psutil.Process(serving.process_id)
             server.kill()
             server.wait(10)

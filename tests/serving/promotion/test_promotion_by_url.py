@@ -1,4 +1,4 @@
-"""Promotion of a server that is known by its address and key alone, as that of a container or of another machine is."""
+"""Promotion on a server known only by URL and key, such as one in a container or on another machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODELS = ("student", "classifier")
 
 @pytest.fixture
 def supervised(serving: TritonServer) -> Iterator[TritonServer]:
-    """The server as `tailor serve` runs it."""
+    """A server under a supervisor, as in `tailor serve`."""
     stopping, reports = threading.Event(), []
     thread = threading.Thread(target=Supervisor(serving, reports.append).run, args=(stopping,))
     thread.start()
@@ -43,14 +43,14 @@ def supervised(serving: TritonServer) -> Iterator[TritonServer]:
 
 
 def by_url(root: Path, server: TritonServer) -> RunningServer:
-    """The server as `--url` names it where its note is out of sight."""
+    """The server as selected by `--url`, without access to its record."""
     return RunningServer(
         repository=str(root), http_url=None, grpc_url=server.grpc_url, admin_key=server.running.admin_key, prefix=None
     )
 
 
 def tree_of(server: TritonServer) -> Path:
-    """The tree that Triton reads."""
+    """Return the model repository that Triton reads."""
     [runtime] = runtime_folders(server.prefix)
     return runtime / TREE
 
@@ -60,7 +60,7 @@ def shown(server: TritonServer, model: str) -> list[int]:
 
 
 def waited_for(change: Callable[[], Promotion], server: TritonServer) -> Promotion:
-    """What a change comes to that begins to load before the server's tree is right, which then is put right."""
+    """Start a change before the server's tree is correct, then correct the tree; return the change's result."""
     done: list[Promotion] = []
     root, thread = server.repository, threading.Thread(target=lambda: done.append(change()))
     before = served_versions(root, "student"), served_versions(root, "classifier")
@@ -68,7 +68,7 @@ def waited_for(change: Callable[[], Promotion], server: TritonServer) -> Promoti
     while (
         served_versions(root, "student"),
         served_versions(root, "classifier"),
-    ) == before:  # until it is about to load
+    ) == before:  # until just before the load
         assert thread.is_alive()
         time.sleep(0.05)
     thread.join(3)
@@ -90,7 +90,7 @@ def test_versions_are_promoted_pruned_and_rolled_back_by_address_alone(
 ) -> None:
     reached = [by_url(root, supervised)]
     with Load(supervised) as load:
-        for number in (2, 3, 4):  # one right after the other: what was pruned may still be in the tree
+        for number in (2, 3, 4):  # in direct succession: pruned versions may still be in the tree
             done = promote(root, exports[number].export_dir, servers=reached, rehearsal=False, keep=2)
             assert (done.version, done.servers) == (number, (supervised.grpc_url,))
         assert done.removed == (2,)
@@ -102,7 +102,7 @@ def test_versions_are_promoted_pruned_and_rolled_back_by_address_alone(
     assert load.versions()[-1] == 3
     assert present_versions(root) == [3, 4]
     await_tree(supervised, [3, 4])
-    assert all(path.exists() for path in tree_of(supervised).rglob("*"))  # no link leads nowhere
+    assert all(path.exists() for path in tree_of(supervised).rglob("*"))  # no dangling link
 
 
 def test_tree_follows_a_repository_that_somebody_holds_locked(

@@ -1,4 +1,4 @@
-"""`tailor promote` of a release that is worse than the champion, or that cannot be compared with it."""
+"""`tailor promote` of a release that is worse than the champion or not comparable with it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from serving.shared.names import CLASSIFIER
 
 
 class Terminal(io.StringIO):
-    """Standard input that is a terminal."""
+    """Standard input that reports a terminal."""
 
     def isatty(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
 
 def export(folder: Path, version: int, accuracy: float | None, **others: float) -> Path:
-    """An export whose manifest has test accuracies for the balanced prior, all of them `accuracy` but for others; or none."""
+    """Write an export with test accuracies for the balanced prior: all `accuracy` except `others`; or none."""
     write_export(folder, version)
     path = folder / MANIFEST_NAME
     figures = {} if accuracy is None else {"balanced": dict.fromkeys(FIGURES, accuracy) | others}
@@ -38,18 +38,18 @@ def export(folder: Path, version: int, accuracy: float | None, **others: float) 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository whose champion has a test accuracy of 50 %; standard input is no terminal."""
+    """A repository whose champion has a test accuracy of 50 %; standard input is not a terminal."""
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     return write_repository(export(tmp_path / "first", 1, 0.5), tmp_path / "releases")
 
 
 def promote(root: Path, release: Any, *options: str) -> int:
-    """The exit status of the command; no server runs."""
+    """Run the command without a server; return its exit status."""
     return main(["promote", str(release), "--repository", str(root), "--no-rehearsal", *options])
 
 
 def champion(root: Path) -> int:
-    """The version that is the champion."""
+    """Return the champion's version."""
     return next(found.version for found in list_versions(root) if found.state == "champion")
 
 
@@ -85,7 +85,7 @@ def test_a_release_that_is_better_on_average_and_worse_for_few_shot_classes_need
 ) -> None:
     assert promote(root, export(tmp_path / "second", 2, 0.6, few=0.4)) == 1
     assert "its test accuracy of few is 40.0%, below the champion's 50.0%" in capsys.readouterr().err
-    # More test images of one class count no more than those of another.
+    # Classes with more test images have no larger weight.
     assert promote(root, export(tmp_path / "third", 3, 0.6, all=0.3)) == 0
 
 

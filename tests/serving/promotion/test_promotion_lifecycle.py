@@ -1,4 +1,4 @@
-"""Publishing, verifying and promoting on disk: whole or not at all, whatever is wrong with the challenger or the disk."""
+"""Publishing, verifying and promoting on disk: atomic for every fault of the challenger or the disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEEP, TIMEOUT = 3, 30.0
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Three exports that differ; each calls itself version 1, as `pipeline.export` does."""
+    """Three different exports, each with version 1 in its manifest, as written by `pipeline.export`."""
     folder = tmp_path_factory.mktemp("exports")
     for number in (1, 2, 3):
         write_export(folder / str(number), number)
@@ -64,7 +64,7 @@ def go_live(repository: Path, export: Path, evidence: Path, servers=()):
 
 
 def evidence_folder(repository: Path) -> Path:
-    """The folder of the champion's evidence."""
+    """Return the folder of the champion's evidence."""
     return repository / "classifier" / str(lifecycle.champion_or_none(repository).version)
 
 
@@ -139,7 +139,7 @@ def test_a_release_that_is_best_again_carries_the_new_decision_and_is_left_in_ei
 
 
 def cut_graph(export: Path) -> None:
-    """A graph cut short, under a manifest that knows no better."""
+    """Truncate a graph and write its hash into the manifest."""
     graph = export / "student.onnx"
     graph.write_bytes(graph.read_bytes()[:-40])
     sums = json.loads((export / "manifest.json").read_text())["files"]
@@ -190,7 +190,7 @@ def test_a_challenger_that_is_not_fit_changes_nothing_that_is_served(
 @pytest.mark.parametrize("size", [200, 3_000])
 @pytest.mark.fault_case("disk-full-during-publish")
 def test_a_file_that_grows_too_large_is_published_not_even_half(repository, exports, evidence, size):
-    """A limit on the size of a file, which fails as a full disk does: in the midst of a write."""
+    """A file size limit fails in the middle of a write, like a full disk."""
     before = files(repository)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -257,10 +257,10 @@ def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(
     try:
         servers = lifecycle.servers_of(repository, None)
         assert [found.grpc_url for found in servers] == [server.grpc_url]
-        assert lifecycle.servers_of(repository, server.grpc_url) == servers  # its address alone says as much
+        assert lifecycle.servers_of(repository, server.grpc_url) == servers  # found by its URL only
         assert go_live(repository, exports / "2", evidence, servers).servers == (server.grpc_url,)
         lifecycle.watch(repository, 2, servers, 0.0)
-        # Its golden answers change under the watch, as if the graph had begun to answer otherwise.
+        # Change its golden answers during the watch, as if the graph returned other results.
         wrong = repository / "classifier" / "2" / "golden.json"
         golden = json.loads(wrong.read_text())
         golden[0]["probability"] = golden[0]["probability"][::-1]
@@ -269,7 +269,7 @@ def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(
             lifecycle.watch(repository, 2, servers, 5.0)
         assert lifecycle.roll_back(repository, 1, servers, KEEP, TIMEOUT).version == 1
         lifecycle.watch(repository, 1, servers, 0.0)
-        # A version that does not load there is no champion, and the one before never stopped.
+        # A version that does not load does not become champion, and the previous one stays served.
         lifecycle.publish(exports / "3", repository, evidence)
         model = repository / "classifier" / "3" / "model.py"
         model.write_text(

@@ -1,4 +1,4 @@
-"""The story of every version: what a repository knows of it, and how `tailor history` tells it."""
+"""`tailor history`: the recorded history of every version of a repository."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DECISION = {"promote": True, "computed": True, "reasons": ["not worse than the c
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Version 1 written, version 2 promoted with its decision, version 3 promoted and rolled back from."""
+    """A repository: version 1 written, version 2 promoted with its decision, version 3 promoted and rolled back."""
     tmp_path = tmp_path_factory.mktemp("made")
     write_export(tmp_path / "one", 1)
     root = write_repository(tmp_path / "one", tmp_path / "repository")
@@ -81,7 +81,7 @@ def test_the_table_fits_120_columns_with_a_long_decision(repository: Path) -> No
     lines = console.export_text().splitlines()
     rows = [line for line in lines if "champion" in line or "kept" in line]
     assert len(rows) == 3 and all("…" not in line and len(line) <= 120 for line in lines)
-    assert "data" not in " ".join(lines) and len(lines) <= 14  # the decision has room
+    assert "data" not in " ".join(lines) and len(lines) <= 14  # the decision fits
 
 
 def test_the_tables_show_balanced_accuracy_and_not_the_share_of_unequal_test_images(repository: Path) -> None:

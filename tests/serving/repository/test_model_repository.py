@@ -1,4 +1,4 @@
-"""What `write_repository` leaves on the disk, and what it refuses."""
+"""`write_repository`: written files, and rejected exports."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_interrupted_writing_leaves_the_old_tree(
 
 def test_tree_lost_between_the_renames_comes_back(release: Release, tmp_path: Path) -> None:
     root = write_repository(release.export_dir, tmp_path / "repository")
-    root.rename(tmp_path / ".repository.old")  # what a kill between the two renames leaves
+    root.rename(tmp_path / ".repository.old")  # the state after a kill between the two renames
     (tmp_path / "export").mkdir()
     with pytest.raises(ManifestError, match=r"export/manifest\.json: No such file"):
         write_repository(tmp_path / "export", root)
@@ -305,7 +305,7 @@ def test_dry_run_that_takes_too_long_is_ended(repository: Path) -> None:
 def test_graph_that_kills_onnx_runtime_kills_nobody_else(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "onnxruntime"  # stands for a graph with which the library crashes
+    package = tmp_path / "onnxruntime"  # fake package that crashes, like the library on some graphs
     package.mkdir()
     (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -349,7 +349,7 @@ def test_published_release_gets_the_next_number_and_is_served_by_nobody(reposito
     root = shutil.copytree(repository, tmp_path / "repository")
     write_export(tmp_path / "export", version=7)
     assert publish(tmp_path / "export", root) == 2
-    assert publish(tmp_path / "export", root) == 2  # it is there already
+    assert publish(tmp_path / "export", root) == 2  # already published
     found = releases.read_release(root, 2)
     assert found.manifest.version == 2
     assert releases.published_versions(root) == [1, 2]
@@ -414,7 +414,7 @@ def test_classifier_without_its_student_is_refused(repository: Path, tmp_path: P
 def test_manifest_from_before_limits_and_reduced_decoding_is_read_and_served_as_it_was(
     release: Release, tmp_path: Path
 ) -> None:
-    """Such an export keeps its version too: what an older Tailor wrote lacks the keys, and is the same release."""
+    """Such an export also keeps its version: an older manifest lacks the keys, but is the same release."""
     export = shutil.copytree(release.export_dir, tmp_path / "export")
     older = json.loads((export / MANIFEST_NAME).read_text())
     del older["limits"], older["image"]["room"]

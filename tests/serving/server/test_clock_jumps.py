@@ -1,4 +1,4 @@
-"""The system clock is set, or the machine was suspended: running models keep answering, and later changes take effect."""
+"""System clock changes and suspended machines: running models stay served, and later changes take effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ started = pytest.fixture(started_serve)
 
 
 def date_files(root: Path, hours: float) -> None:
-    """Give all files of a repository a modification time in the future, as if the clock had been set back since."""
+    """Set the modification times of a repository into the future, as if the clock had been set back since."""
     later = time.time() + 3600 * hours
     for path in root.rglob("*"):
         os.utime(path, (later, later))
@@ -34,7 +34,7 @@ def date_files(root: Path, hours: float) -> None:
 
 @pytest.mark.end_to_end
 def test_promotion_takes_effect_also_after_the_clock_was_set_back(root: Path, exports: dict[int, Release]) -> None:
-    # Triton compares times of files: what is written now is older than what it has loaded.
+    # Triton compares file times: files written now are older than the loaded ones.
     date_files(root, hours=3)
     with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server, Client(server.http_url) as client:
         for version in (2, 3):
@@ -77,7 +77,7 @@ def test_clock_that_jumps_by_hours_fails_no_request_and_ends_no_process(reposito
         "LD_PRELOAD": str(FAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # a kernel's monotonic clock does not jump either
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # like the kernel's monotonic clock, which does not jump
     }
     server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, environment=environment)
     watched = Watched(repository, server=server)

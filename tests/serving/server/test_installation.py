@@ -1,4 +1,4 @@
-"""Whether the local server can run here, told in words."""
+"""Check of the local server's installation: messages for missing parts."""
 
 from __future__ import annotations
 

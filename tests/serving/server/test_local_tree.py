@@ -1,4 +1,4 @@
-"""What the local server sees of a repository, and what a load call of its Triton therefore leaves as it is."""
+"""The local server's view of a repository: a load call to Triton leaves other models and versions unchanged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def processes(server: TritonServer, version: int) -> set[int]:
 
 
 def mapped(process: int) -> set[str]:
-    """The files that a process has mapped: its libraries and extension modules."""
+    """Return the files mapped by a process: its libraries and extension modules."""
     lines = Path(f"/proc/{process}/maps").read_text().splitlines()
     return {path for line in lines if (path := line[73:]).startswith("/") and not path.startswith("/dev/shm")}
 
@@ -60,7 +60,7 @@ def test_tree_shows_all_but_the_configs_of_other_servers(root: Path, tmp_path: P
 
 
 def test_classifier_that_has_one_config_alone_shows_it(root: Path, tmp_path: Path) -> None:
-    shutil.rmtree(root / "classifier" / "configs")  # as Tailor once wrote it
+    shutil.rmtree(root / "classifier" / "configs")  # the layout of an older Tailor
     assert seen(link_tree(root, tmp_path))["classifier"] == ["1", "config.pbtxt"]
 
 
@@ -71,7 +71,7 @@ def test_tree_follows_versions_that_come_and_go(root: Path, tmp_path: Path, seco
     for model in MODELS:
         shutil.rmtree(root / model / "1")
     link_tree(root, tmp_path)
-    # A link to what has gone would keep Triton from loading anything.
+    # A dangling link would prevent Triton from loading any model.
     assert seen(tree) == {"student": ["2", "configs", "labels.txt"], "classifier": ["2", "configs"]}
     assert all(path.exists() for path in tree.rglob("*"))
 
@@ -128,6 +128,6 @@ def test_first_answer_of_a_version_loads_no_more_code(serving: TritonServer, roo
             control.load(model)
     before = {process: mapped(process) for process in processes(serving, 2)}
     with Client(serving.http_url) as client:
-        for _ in range(4):  # every instance, whichever Triton asks
+        for _ in range(4):  # reaches every instance
             assert client.predict([picture(1)])[0].version == 2
     assert {process: mapped(process) for process in before} == before

@@ -1,4 +1,4 @@
-"""Ending a load that hangs, where what hangs or who is asked about it has just gone."""
+"""Ending a hanging load when the inference process or the server has just exited."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def control() -> Iterator[ModelControl]:
-    """Control over a server that has gone."""
+    """ModelControl of a server that has exited."""
     port = choose_ports("127.0.0.1", {"--grpc-port": 0})["--grpc-port"]
     server = RunningServer(
         repository="none", http_url=None, grpc_url=f"grpc://127.0.0.1:{port}", admin_key="key", prefix=new_prefix()
@@ -32,7 +32,7 @@ def control() -> Iterator[ModelControl]:
 
 @pytest.fixture
 def stub(control: ModelControl) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that looks like the stub of classifier 2."""
+    """A process that looks like the inference process of classifier 2."""
     command = [
         sys.executable,
         "-c",

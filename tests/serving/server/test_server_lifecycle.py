@@ -1,4 +1,4 @@
-"""Starting the real server, what it serves and what it refuses."""
+"""Starting the real server: served repositories, and rejected ones."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_graph_that_does_not_load_is_the_error_instead_of_the_end_of_tritons_log
 
 
 def cut_graph(root: Path, graph: Path) -> None:
-    """Cut the end of version 1's graph off, and have its manifests say so."""
+    """Truncate version 1's graph, and write its hash into the manifests."""
     path = root / "student" / "1" / "model.onnx"
     path.write_bytes(graph.read_bytes()[:-40])
     for model in ("student", "classifier"):

@@ -1,4 +1,4 @@
-"""Traces and TLS, switched on by `tailor serve` in the real server."""
+"""Options of `tailor serve`: OpenTelemetry traces and TLS in the real server."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_unusable_certificate_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def collector() -> Iterator[tuple[str, list[dict]]]:
-    """An OTLP/HTTP endpoint and the spans that it has received."""
+    """An OTLP/HTTP endpoint, and its received spans."""
     spans: list[dict] = []
 
     class Endpoint(http.server.BaseHTTPRequestHandler):
@@ -91,7 +91,7 @@ def collector() -> Iterator[tuple[str, list[dict]]]:
 
 @contextmanager
 def serving(repository: Path, *options: str) -> Iterator[tuple[str, str]]:
-    """`tailor serve` with options, ended by SIGTERM; its addresses over HTTP and gRPC."""
+    """Run `tailor serve` with options, stop it by SIGTERM; yields its HTTP and gRPC URLs."""
     command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(repository), "--quiet"]
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
     with subprocess.Popen([*command, *options, *ports], stdout=subprocess.PIPE, text=True) as process:
@@ -134,7 +134,7 @@ def test_serve_traces_each_nth_request_alone(repository: Path, collector: tuple[
     with serving(repository, "--trace-url", url, "--trace-every", "10") as (http_url, _), Client(http_url) as client:
         for _ in range(40):
             client.predict([picture(1)], "train")
-    # What the server asked itself before it was ready counts too, and each trace has one span of this name.
+    # The server's own golden requests before readiness count too; each trace has one span of this name.
     assert 4 <= [span["name"] for span in spans].count("InferRequest") <= 6
 
 
@@ -170,7 +170,7 @@ def test_serve_with_a_certificate_answers_over_tls_alone_and_still_loads_models(
         assert grpc_url.startswith("grpcs://")
         with Client(grpc_url, ca_file=ca) as client:
             assert client.predict([picture(1)])[0].version == 1
-        for url in (grpc_url, grpc_url.replace("grpcs://", "grpc://")):  # a CA that signed nothing here; no TLS
+        for url in (grpc_url, grpc_url.replace("grpcs://", "grpc://")):  # an unrelated CA; no TLS
             with Client(url, timeout=3) as client, pytest.raises(ServingError):
                 client.predict([picture(1)])
         (running,) = [server for server in find_running(repository) if server.grpc_url == grpc_url]

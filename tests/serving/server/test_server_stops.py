@@ -1,4 +1,4 @@
-"""The real server stopped, whatever cuts that short, and what is cleared up after it."""
+"""Stopping the real server, also with interruptions, and the cleanup after it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from tests.support.serve_process import family, living, shared_memory
 
 
 def started(repository: Path) -> tuple[TritonServer, list[psutil.Process]]:
-    """A server in this process, and all that it started: there may be another."""
+    """Start a server in this process; yields it with its processes (another server may be running)."""
     before = family(os.getpid())
     server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0).start()
     return server, [process for process in family(os.getpid()) if process not in before]
 
 
 class CutShort(BaseException):
-    """What a signal's handler raises, as that of `tailor serve` does."""
+    """Raised by a signal handler, like that of `tailor serve`."""
 
 
 @pytest.fixture
 def interrupted_after() -> Iterator[Callable[[float], None]]:
-    """Has this thread interrupted once, in so many seconds, wherever it then is."""
+    """Interrupt this thread once after the given seconds, at any point."""
 
     def cut_short(_number: int, _frame: FrameType | None) -> None:
         raise CutShort
@@ -88,7 +88,7 @@ def test_server_is_stopped_for_a_restart_although_no_note_of_it_can_be_written(r
     folders = runtime_folders("tailor_")
     server, processes = started(repository)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # as a full disk does, it refuses what is written
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # writes fail, as on a full disk
     try:
         assert server.stop(comes_back=True) == 0
     finally:

@@ -1,6 +1,6 @@
-"""The two python-backend models as Triton's stub runs them, one batch at a time, with the stub's module faked.
+"""The two Python-backend models called directly, one batch at a time, with Triton's Python module faked.
 
-The real server forms its batches as it likes; here a batch holds exactly the requests that a test puts in it.
+The real server forms its batches dynamically; here a batch contains exactly the requests that a test puts in it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.stand_in import Response, Tensor, TritonError, TritonModelExc
 
 @pytest.fixture
 def classifier_with_network(repository: Path) -> Iterator[Any]:
-    """The classifier as the local server runs it where the network is small: nobody is asked."""
+    """The classifier as in the local server with a small network: it runs the network itself, without calls."""
     model = load(repository, "classifier", "configs/local.pbtxt", backend())
     yield model
     model.finalize()
@@ -145,7 +145,7 @@ def test_instance_takes_every_core_only_after_nobody_else_was_at_work(
     image, strength = np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 1), np.float32)
     for _ in range(4):
         network.run(image, strength)
-    # Another instance, which is to say another process, that is killed at work.
+    # Another instance (a separate process) that is killed during a request.
     held = "import fcntl, sys; f = open(sys.argv[1], 'rb'); fcntl.lockf(f, fcntl.LOCK_SH); print(flush=True); input()"
     path = repository / "student" / "1" / "model.onnx"
     with subprocess.Popen([sys.executable, "-c", held, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -241,7 +241,7 @@ def test_student_gives_what_is_asked_for(student: Any, monkeypatch: pytest.Monke
         np.testing.assert_array_equal(one[name], both[name])
 
 
-# The config of a container is among them: there the classifier asks `student`, whose backend looks at no hash.
+# Includes the config of a container: there the classifier calls `student`, whose backend checks no hash.
 @pytest.mark.parametrize(
     ("model", "config"),
     [
@@ -260,7 +260,7 @@ def test_changed_or_absent_graph_is_not_loaded(
     if linked:
         (tmp_path / "seen").mkdir()
         seen = link_tree(root, tmp_path / "seen")
-        shutil.copyfile(root / model / "config.pbtxt", seen / model / "config.pbtxt")  # `load` reads it there
+        shutil.copyfile(root / model / "config.pbtxt", seen / model / "config.pbtxt")  # `load` reads it from there
     load(seen, model, config, backend())
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(TritonModelException) as caught:

@@ -1,4 +1,4 @@
-"""A server that something is done to, and its supervisor."""
+"""The supervisor: recovery after faults injected into the server and its inference processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def watched(repository: Path, tmp_path: Path) -> Iterator[Watched]:
 
 
 def insert_at_execute(root: Path, model: str, line: str) -> None:
-    """Have a model of version 1 run one more line, as Python, at the start of each batch."""
+    """Insert a line of Python at the start of each batch of a version 1 model."""
     path = root / model / "1" / "model.py"
     begin = {"student": "        responses = [None] * len(requests)\n", "classifier": "        asked = {}\n"}[model]
     assert begin in path.read_text()
@@ -71,7 +71,7 @@ def test_stopped_inference_process_is_replaced_within_ten_seconds_and_ended(repo
 def test_one_unhealthy_process_is_replaced_within_ten_seconds_though_it_is_not_stopped(
     repository: Path, tmp_path: Path
 ) -> None:
-    # As where its control group is frozen: Triton fails its requests with these words, and the process looks asleep.
+    # As with a frozen control group: Triton fails the requests with this message, and the process appears to sleep.
     root, chosen = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "chosen"
     chosen.touch()
     words = "Stub process 'classifier_0_0' is not healthy."
@@ -137,7 +137,7 @@ def test_without_a_limit_of_restarts_a_server_is_started_again_after_any_number_
 
 
 def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repository: Path, tmp_path: Path) -> None:
-    # Triton receives the heartbeat of this process, and a second request is answered by the other instance.
+    # Triton receives this process's heartbeat, and the other instance serves a second request.
     root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
     waiting.touch()
     hang = f"import os, time; str(os.getpid()) in open({str(waiting)!r}).read() and time.sleep(1000)"
@@ -155,7 +155,7 @@ def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repos
 
 
 def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repository: Path, tmp_path: Path) -> None:
-    # The classifier runs the network itself: the student's stubs have nothing to do, however busy the server is.
+    # The classifier runs the network itself: the student's inference processes are idle even on a busy server.
     root = shutil.copytree(repository, tmp_path / "repository")
     work = "from time import process_time as t; end = t() + 0.16; any(iter(lambda: t() > end, True))"
     insert_at_execute(root, "classifier", work)
@@ -167,7 +167,7 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
         def ask() -> None:
             with Client(watched.server.http_url, timeout=120) as client:
                 while not over.is_set():
-                    client.predict([picture(1)] * 8)  # a whole batch: they wait one behind the other
+                    client.predict([picture(1)] * 8)  # a whole batch, processed one after another
 
         with ThreadPoolExecutor(60) as pool:
             asking = [pool.submit(ask) for _ in range(60)]
@@ -199,7 +199,7 @@ def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(reposi
 
         with ThreadPoolExecutor(3) as pool:
             waiting.write_text(" ".join(str(stub.pid) for stub in spinning))
-            asked = pool.map(lost, [0.0, 0.3, 0.6])  # one each, and no batch of all
+            asked = pool.map(lost, [0.0, 0.3, 0.6])  # separate requests, not one batch
             watched.await_report("; asking once more")
             watched.await_report("; loading student and classifier again")
             waiting.write_text("")
@@ -213,7 +213,7 @@ def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(reposi
 
 def test_without_its_repository_the_server_answers_on_and_is_repaired_when_the_disk_is_back(watched: Watched) -> None:
     away = watched.root.rename(watched.root.with_name("away"))
-    time.sleep(1.5)  # a canary or two
+    time.sleep(1.5)  # one or two health checks (canaries)
     assert watched.answers() == 8
     assert watched.reports == []
     watched.kill_stub("classifier")  # one of two
@@ -230,7 +230,7 @@ def test_stub_is_not_replaced_from_a_graph_that_was_changed(watched: Watched) ->
     watched.kill_stub("classifier")
     watched.await_report("model.onnx: sha256 is")
     assert "serving on with what is loaded" in watched.reports[-1]
-    assert watched.answers() >= 4  # the other instance does
+    assert watched.answers() >= 4  # served by the other instance
     path.write_bytes(sound)
     watched.await_report("classifier answers again")
     assert watched.answers() == 8

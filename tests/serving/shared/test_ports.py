@@ -1,4 +1,4 @@
-"""Ports of servers: which are refused, and which are chosen."""
+"""Ports of servers: rejected and chosen ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What gets ready stands back, and takes its priority up once it serves."""
+"""Process priority: processes run at lower priority while they start, and at normal priority once they serve."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_started(starter: Path, model: Path) -> str:
 def test_stub_starts_at_a_lower_priority_where_its_model_will_rise(stub: Path, tmp_path: Path) -> None:
     starter, model = tmp_path / "starter", tmp_path / "model.py"
     assert write_stub_starter(starter, stub, 0) == {"TAILOR_NICENESS": "0"}
-    assert run_started(starter, model) == f"0 {model} one two three\n"  # a model of an older Tailor
+    assert run_started(starter, model) == f"0 {model} one two three\n"  # model.py of an older Tailor
     (tmp_path / "start.py").touch()
     assert run_started(starter, model) == f"{STARTING} {model} one two three\n"
 
@@ -69,7 +69,7 @@ def test_server_that_stands_back_itself_starts_its_stubs_as_they_are(stub: Path,
 
 
 def test_who_may_not_rise_is_told_so_by_the_kernel() -> None:
-    """In a process without the right, which a user without privileges is."""
+    """Runs in an unprivileged process."""
     question = (
         "import os, resource; from serving.shared.priority import may_rise_to; "
         "resource.setrlimit(resource.RLIMIT_NICE, (0, 0)); os.getuid() or os.setuid(65534); print(may_rise_to(0))"
@@ -102,7 +102,7 @@ def test_every_thread_of_a_ready_stub_rises() -> None:
 def test_rest_follows_each_item_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     rests: list[float] = []
     clock = iter([0.0, 0.01, 1.0, 3.0])
-    # In that module alone: other threads ask for the time too.
+    # Only in that module: other threads read the clock too.
     monkeypatch.setattr(priority, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=rests.append))
     assert list(unhurried("ab")) == ["a", "b"]
     assert rests == [pytest.approx(0.04), priority.LONGEST_REST]
@@ -118,5 +118,5 @@ def test_stubs_that_serve_have_the_servers_priority_and_rest_between_requests(se
     with Client(server.http_url) as client:
         client.predict([picture(1)])
     before = sum(sum(stub.cpu_times()[:2]) for stub in stubs)
-    time.sleep(1)  # ONNX Runtime's threads would spin for all of it
+    time.sleep(1)  # ONNX Runtime's threads would spin during the whole sleep
     assert sum(sum(stub.cpu_times()[:2]) for stub in stubs) - before < 0.3

@@ -1,4 +1,4 @@
-"""Control characters and formulas in class names, file names and server responses reach no terminal and no spreadsheet."""
+"""Control characters and formulas in class names, file names and server responses are neutralised in all output."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_rows_of_csv_are_safe_for_classes_files_and_errors() -> None:
 
 
 class HostileServer(http.server.BaseHTTPRequestHandler):
-    """Answers as Triton does, with hostile names everywhere."""
+    """HTTP handler with Triton's responses and hostile names."""
 
     def do_GET(self) -> None:
         content = {"name": HOSTILE, "version": HOSTILE, "max_batch_size": 8, "versions": ["1"], "platform": HOSTILE,

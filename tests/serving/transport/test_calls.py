@@ -1,4 +1,4 @@
-"""Answers of every kind, read without a connection: a prediction, or a refusal to take it for one."""
+"""Decoding of responses without a connection: valid predictions, and errors for anything else."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_request_is_made_once_and_carries_the_model_and_version() -> None:
 
 
 def test_a_broken_tcp_connection_is_retried_and_no_fault_of_tls() -> None:
-    """As gRPC reported it on a busy machine: its TCP handshaker is none of TLS."""
+    """gRPC's message on a busy machine: its "tcp handshaker" is not TLS."""
     import grpc
 
     from serving.transport.failures import Unavailable, from_grpc

@@ -1,4 +1,4 @@
-"""HTTP_PROXY in the environment does not come between Tailor and loopback."""
+"""HTTP_PROXY in the environment is not used for loopback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREFECT = "import sys; from pipeline.scheduling.prefect_server import answers; p
 
 
 class Well(http.server.BaseHTTPRequestHandler):
-    """Answers every request with 200."""
+    """HTTP handler that responds to every request with 200."""
 
     def do_GET(self) -> None:
         self.send_response(200)

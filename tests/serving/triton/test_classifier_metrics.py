@@ -1,4 +1,4 @@
-"""What the classifier counts and logs: priors, classes, confidence, refusals; never a word of the image."""
+"""The classifier's metrics and log: priors, classes, confidence, rejected requests; no image content."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_real_server_shows_the_counts_of_both_instances(server: TritonServer) ->
         return sum(value for name, value in scrape(server).items() if name.startswith(family))
 
     names = ('tailor_images_total{prior="own"', 'tailor_refused_total{reason="image_format"', "tailor_top_class_total")
-    time.sleep(2.5)  # what other tests asked a moment ago
+    time.sleep(2.5)  # until requests of earlier tests are counted
     before = [shown(name) for name in names]
     with Client(server.grpc_url) as client:
         for seed in range(10):

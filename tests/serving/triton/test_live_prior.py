@@ -1,4 +1,4 @@
-"""The prior that requests name: balanced and train as ever, and live, from a file that is replaced while they come."""
+"""Named priors of requests: balanced, train, and live from a file that is replaced during requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def named(images: list[bytes], *names: str) -> Response:
 
 @pytest.fixture
 def live_file(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the classifier looks for its live prior: not in the repository that other tests share."""
+    """The classifier's live-prior file, outside the repository shared with other tests."""
     monkeypatch.setattr(classifier.reader.live_prior, "path", tmp_path / NAME)
     return tmp_path / NAME
 
@@ -118,7 +118,7 @@ def test_live_is_a_word_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def assert_same(answers: Iterable[Prediction], expected: list[Prediction]) -> None:
-    """The same but for a vector's rounding to float32 on its way."""
+    """Assert equality up to the rounding of a vector to float32 in transport."""
     for answer, wanted in zip(answers, expected, strict=True):
         assert (answer.indexes, answer.version) == (wanted.indexes, wanted.version)
         np.testing.assert_allclose(answer.probabilities, wanted.probabilities, rtol=1e-5)
@@ -126,7 +126,7 @@ def assert_same(answers: Iterable[Prediction], expected: list[Prediction]) -> No
 
 @pytest.fixture(scope="module")
 def own_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server on a repository that may be written to."""
+    """A server on a writable repository."""
     root = shutil.copytree(repository, tmp_path_factory.mktemp("live") / "repository")
     with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server:
         yield server
@@ -138,7 +138,7 @@ def test_any_client_gets_the_live_prior_from_the_real_server(
     own_server: TritonServer, release: Release, protocol: str
 ) -> None:
     (own_server.repository / NAME).unlink(missing_ok=True)
-    images = [picture(seed) for seed in range(20)]  # more than a batch takes
+    images = [picture(seed) for seed in range(20)]  # more than the largest batch
     with Client(own_server.http_url if protocol == "http" else own_server.grpc_url) as client:
         with pytest.raises(Refused, match="prior is live, but this repository has none; run `tailor drift --write`"):
             client.predict(images, "live")

@@ -1,4 +1,4 @@
-"""The log of logits: sampled, bounded, readable whatever ends its server, and never in the way of an answer."""
+"""The logit log: sampling, size limit, readable after any end of the server, and no delay of responses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def tables(folder: Path) -> list[Any]:
-    """What the log holds, oldest file first."""
+    """Return the tables of the log, oldest file first."""
     return [pyarrow.parquet.ParquetFile(path).read() for path in logit_log.log_files(folder)]
 
 
@@ -52,7 +52,7 @@ def logging_classifier(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Any]:
-    """A classifier that logs into tmp_path/log, with these settings."""
+    """A classifier that logs into tmp_path/log with the given settings."""
 
     def made(**settings: str) -> Any:
         monkeypatch.setenv("TAILOR_LOGIT_LOG", str(tmp_path / "log"))
@@ -87,7 +87,7 @@ def test_logits_are_those_before_any_prior_and_no_probe_is_among_them(
     logging_classifier: Callable[..., Any], release: Release, tmp_path: Path
 ) -> None:
     model = logging_classifier(share="1")
-    golden = [picture(1), picture(2)]  # conftest's own
+    golden = [picture(1), picture(2)]  # the golden images of conftest
     grey = encode(np.full((20, 20, 3), 128, dtype=np.uint8))
     model.execute(
         [
@@ -179,8 +179,8 @@ def test_folder_never_exceeds_its_limit_and_the_oldest_go(tmp_path: Path) -> Non
     log.close()
     assert largest <= 1 << 20
     kept = logits_of(tmp_path)[:, 0]
-    assert 0.6 * (1 << 20) < len(kept) * 2000 < 1.2 * (1 << 20)  # they are compressed a little
-    # What is left is the newest without a gap.
+    assert 0.6 * (1 << 20) < len(kept) * 2000 < 1.2 * (1 << 20)  # slightly compressed
+    # The newest rows remain, without a gap.
     np.testing.assert_array_equal(kept, np.repeat(np.arange(40), 24)[-len(kept) :])
     assert counts.lost == {"queue": 0, "disk": 0}
     assert {path.name for path in tmp_path.iterdir()} >= {"notes.txt", "logits-00000000-0000000x.parquet"}
@@ -216,7 +216,7 @@ def test_killed_at_any_moment_it_leaves_files_that_can_be_read_and_the_next_clea
         process.kill()
         process.wait()
         assert size_of(tmp_path) <= 1 << 20
-        assert len(logits_of(tmp_path)) > 0  # every file is whole
+        assert len(logits_of(tmp_path)) > 0  # every file is complete
     (tmp_path / ".logits-00000001-aaaaaaaa.parquet.partial").write_bytes(b"half")
     log, _ = opened(tmp_path)
     log.offer(*batch(1, 5, 0))
@@ -241,7 +241,7 @@ def test_disk_that_hangs_costs_rows_and_no_time(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(logit_log, "WRITE_EVERY", 0.01)
     monkeypatch.setattr(logit_log, "WAITING_BYTES", 100_000)
     log, counts = opened(tmp_path, classes=500)
-    with logit_log.locked(tmp_path):  # the thread waits for it; were it so with a request, this would not end
+    with logit_log.locked(tmp_path):  # only the writer thread waits for the lock; a blocked request would not return
         for seed in range(200):
             log.offer(*batch(8, 500, seed))
     log.close()
@@ -250,7 +250,7 @@ def test_disk_that_hangs_costs_rows_and_no_time(tmp_path: Path, monkeypatch: pyt
 
 
 def test_full_disk_costs_rows_and_is_tried_again(tmp_path: Path) -> None:
-    """A file system of its own would need a privilege; no file may be larger than what is written here instead."""
+    """Uses a file size limit instead of a small file system, which would need root."""
     program = (
         "import resource, sys; from pathlib import Path\n"
         "from tests.support.logging_process import batch, opened\n"
@@ -269,7 +269,7 @@ def test_full_disk_costs_rows_and_is_tried_again(tmp_path: Path) -> None:
         check=True,
     )
     lost, logged = map(int, ended.stdout.split())
-    assert lost == 64 and logged == 16  # two full files went, what the third held was kept until there was room
+    assert lost == 64 and logged == 16  # two full files were lost; the third's rows were kept until space was available
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert len(logits_of(tmp_path)) == 16
 
@@ -287,7 +287,7 @@ def test_rows_of_a_file_that_grew_old_on_a_full_disk_are_counted_as_lost(
         patch.setattr(logit_log, "write_whole", full)
         log.offer(*batch(8, 5, 0))
         log.write()
-        assert counts.lost["disk"] == 0  # tried again
+        assert counts.lost["disk"] == 0  # retried
         patch.setattr(logit_log, "FILE_SECONDS", -1)
         log.write()
     log.close()
@@ -360,7 +360,7 @@ def test_serve_refuses_a_log_that_cannot_be_before_it_starts(
 def test_real_server_logs_what_it_was_asked_and_loses_none_at_its_end(
     repository: Path, release: Release, tmp_path: Path
 ) -> None:
-    """Both instances, both protocols; started, asked its golden requests, asked by a health check, stopped."""
+    """Both instances, both protocols; start, golden requests, health check, stop."""
     root = shutil.copytree(repository, tmp_path / "repository")
     environment = logit_log_environment(tmp_path / "log", 1.0, "1MiB")
     with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0, environment=environment) as server:

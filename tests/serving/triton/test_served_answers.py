@@ -1,4 +1,4 @@
-"""What the real server answers, against the graph in ONNX Runtime and numpy."""
+"""Predictions of the real server against ONNX Runtime and numpy."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_two_hundred_mixed_requests_in_flight_at_once_are_answered_as_one_by_one
         calls = [client.request([image], prior) for image, prior in asked]
     http_port, grpc_port = (int(url.rpartition(":")[2]) for url in (server.http_url, server.grpc_url))
     together = answers_at_once(http_port, grpc_port, calls)
-    assert len({answer.probabilities for answer in alone}) > 100  # the priors matter
+    assert len({answer.probabilities for answer in alone}) > 100  # the priors have an effect
     for mine, answer in zip(together, alone, strict=True):
         assert tuple(name.decode() for name in mine.outputs["class"][0]) == answer.classes
         np.testing.assert_allclose(mine.outputs["probability"][0], answer.probabilities, rtol=1e-4, atol=1e-6)

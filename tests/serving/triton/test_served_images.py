@@ -1,4 +1,4 @@
-"""Images of every kind, good and bad, through the client and the real server."""
+"""Valid and invalid images of every kind through the client and the real server."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_server_refuses_what_the_client_would_have(server: TritonServer, name: s
 def test_image_as_base64_text_is_answered_as_its_file(server: TritonServer, name: str) -> None:
     transport = Transport(server.grpc_url, timeout=30)
     try:
-        for media_type in (b"jpeg", b"png", b"webp"):  # the bytes decide, not the type that a browser guessed
+        for media_type in (b"jpeg", b"png", b"webp"):  # the format is detected from the bytes, not from the media type
             text = data_url(GOOD[name]).replace(b"png", media_type, 1)
             images = np.array([[GOOD[name]], [text]], dtype=np.object_)
             answer = transport.infer("classifier", {"image": images}, {"index": 0, "probability": 0})[0]
@@ -125,7 +125,7 @@ def test_bad_base64_text_is_refused_with_its_fault(server: TritonServer, text: b
 
 
 def infer(url: str, *images: bytes) -> int:
-    """How many images were answered. Raises Refused."""
+    """Send images; return the number of predictions. Raises Refused."""
     transport = Transport(url, timeout=60)
     try:
         inputs = {"image": np.array([[image] for image in images], dtype=np.object_)}
@@ -144,7 +144,7 @@ def test_image_above_16_million_pixels_is_refused_before_it_is_decoded(server: T
             Refused, match="image has 49000000 pixels to decode, above the limit of 16000000; make it smaller"
         ):
             infer(server.grpc_url, image, image, image, image)
-    assert time.monotonic() - started < 0.6  # one of them took that long before
+    assert time.monotonic() - started < 0.6  # a single one took that long before the fix
 
 
 @pytest.mark.end_to_end

@@ -1,4 +1,4 @@
-"""`tailor --help` as a map of all commands, and the completion of a shell."""
+"""`tailor --help` lists all commands; shell completion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TAILOR = [sys.executable, "-c", "import sys; from pipeline.commands.app import m
 
 
 def completed(line: str) -> list[str]:
-    """What bash would offer after a line."""
+    """Return bash's completions of a line."""
     words = line.split(" ")
     asked = {"_TAILOR_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
     done = subprocess.run(TAILOR, env=os.environ | asked, capture_output=True, text=True, check=False, timeout=60)
@@ -45,7 +45,7 @@ def test_the_help_is_a_map_of_every_command_under_a_heading() -> None:
 
 
 def commands_of(group: Any, context: Any) -> Iterator[tuple[str, str]]:
-    """Every command and group beneath a group: as it is typed, and what its --help prints."""
+    """Yield every command and group below a group: the words to type, and its --help."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         inner = command.make_context(name, [], parent=context, resilient_parsing=True)
@@ -64,7 +64,7 @@ def test_every_command_shows_an_example_those_of_a_group_too() -> None:
 
 
 def helps_of_groups(group: Any, context: Any) -> Iterator[tuple[str, str]]:
-    """Each group with the map of its commands, as a terminal of 80 columns shows it."""
+    """Return the help of each group for a terminal of 80 columns."""
     yield context.command_path, group.get_help(context)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
