@@ -145,7 +145,7 @@ class ImageStream:
         if not problems:
             return None
         return (
-            f"{counted(len(problems), 'image')} could not be read and were replaced by others of their class, the first "
+            f"{counted(len(problems), 'image')} could not be read; replaced by others of their class, the first "
             f"{min(SHOWN, len(problems))}: {'; '.join(problems[:SHOWN])}; run `dvc repro -f split` to leave them out"
         )
 

@@ -14,6 +14,7 @@ from pipeline.shared.errors import ParamsError, StageError
 from pipeline.training.history import History
 from pipeline.training.resume import Snapshot
 from pipeline.training.step import Step
+from serving.shared.terminal import counted
 
 
 @dataclass
@@ -124,6 +125,6 @@ def replaced_elsewhere(record: dict[str, float]) -> str | None:
     if not count:
         return None
     return (
-        f"{count:,} images could not be read by other processes and were replaced by others of their class; "
+        f"{counted(int(count), 'image')} could not be read by other processes; replaced by others of their class; "
         "run `dvc repro -f split` to leave them out"
     )

@@ -181,7 +181,7 @@ def test_under_skip_a_bad_image_gives_way_to_the_next_of_its_class_and_is_counte
         assert torch.equal(stream.pixels(torch.tensor([place])), held.pixels(torch.tensor([instead])))
     assert stream.epoch_record(10.0)["images_replaced"] == 3
     told = stream.replaced()
-    assert told.startswith("3 images could not be read and were replaced by others of their class, the first 3: ")
+    assert told.startswith("3 images could not be read; replaced by others of their class, the first 3: ")
     assert all(name in told for name in [*names, held.references[20]]) and "dvc repro -f split" in told
     assert stream.replaced() is None and stream.epoch_record(10.0)["images_replaced"] == 0
 

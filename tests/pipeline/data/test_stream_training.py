@@ -147,7 +147,7 @@ def test_an_epoch_says_how_long_it_waited_and_what_was_replaced(data, capsys):
     assert set(replaced) <= {0, 1} and sum(replaced) >= 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "replaced" in line]
     assert len(lines) == sum(replaced)
-    assert lines[0].startswith("teacher  1 image could not be read and were replaced by others of their class, the first 1: ")
+    assert lines[0].startswith("teacher  1 image could not be read; replaced by others of their class, the first 1: ")
 
 
 def test_what_only_other_processes_have_replaced_is_told_by_the_one_that_speaks(data, capsys, monkeypatch):
@@ -157,7 +157,7 @@ def test_what_only_other_processes_have_replaced_is_told_by_the_one_that_speaks(
     training_of("teacher").run(train, validation)
     lines = [line for line in capsys.readouterr().out.splitlines() if "replaced" in line]
     assert len(lines) == 3
-    assert lines[0].startswith("teacher  2 images could not be read by other processes and were replaced by others")
+    assert lines[0].startswith("teacher  2 images could not be read by other processes; replaced by others")
 
 
 @pytest.mark.parametrize("images", [streams, originals])
