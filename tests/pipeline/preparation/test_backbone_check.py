@@ -33,7 +33,7 @@ def test_a_module_of_the_users_with_a_name_of_tailors_is_not_imported_by_the_che
     for name in ("models", "pipeline", "serving"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('this is not Tailor')\n")
     monkeypatch.chdir(tmp_path)
-    check_backbones(params({"student.backbone": "torchvision/resnet18"}))
+    check(params({"student.backbone": "torchvision/resnet18"}))
 
 
 def test_our_own_networks_are_not_built_twice_and_only_the_first_process_looks(monkeypatch):
