@@ -166,7 +166,7 @@ def test_a_killed_write_of_a_file_leaves_the_old_content(tmp_path):
     path = tmp_path / "value.json"
     write_json(path, "old")
     program = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom pipeline import artifacts\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom pipeline.shared import artifacts\n"
         "sys.addaudithook(lambda event, _: os.kill(os.getpid(), signal.SIGKILL) if event == 'os.rename' else None)\n"
         "artifacts.write_json(Path(sys.argv[1]), 'new')\n"
     )
