@@ -198,7 +198,7 @@ def tailor(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "serving.commands", *map(str, arguments)]
+        command = [sys.executable, "-m", "pipeline.commands", *map(str, arguments)]
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
         )

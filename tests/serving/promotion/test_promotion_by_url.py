@@ -142,12 +142,12 @@ def test_server_of_another_repository_is_told_and_nothing_is_left_of_the_try(
         promote(other, exports[2].export_dir, servers=[by_url(other, serving)], rehearsal=False)
     assert served_versions(other, "classifier") == served_versions(other, "student") == (1,)
     assert present_versions(other) == [1]
-    with ModelControl(serving.server.running, 10) as control:
+    with ModelControl(serving.running, 10) as control:
         assert control.ready_versions("student") == control.ready_versions("classifier") == [1]
 
 
 def test_address_of_a_server_of_this_machine_is_reached_as_its_note_says(serving: TritonServer, root: Path) -> None:
     found = reach(root, serving.grpc_url, "the key that was given")
-    assert found == serving.server.running.model_copy(update={"admin_key": "the key that was given"})
+    assert found == serving.running.model_copy(update={"admin_key": "the key that was given"})
     assert reach(root, "grpc://127.0.0.1:9", "key").prefix is None
     assert reach(root.parent, serving.grpc_url, "key").prefix is None

@@ -122,7 +122,7 @@ def test_where_the_default_strength_is_another_the_version_before_is_loaded_anew
 @pytest.mark.end_to_end
 def test_first_answer_of_a_version_loads_no_more_code(serving: TritonServer, root: Path, second: Path) -> None:
     publish(second, root)
-    with ModelControl(serving.server.running, 60) as control:
+    with ModelControl(serving.running, 60) as control:
         for model in MODELS:
             serve_versions(root, model, (1, 2))
             control.load(model)
