@@ -56,7 +56,7 @@ class Project:
         """Merge values into params.yaml through the recipe command."""
         overlay = self.root / ".overlay.yaml"
         overlay.write_text(yaml.safe_dump(changes), encoding="utf-8")
-        self.run("python", "-m", "pipeline.commands", "recipe", str(overlay))
+        self.run("python", "-P", "-m", "pipeline.commands", "recipe", str(overlay))
         overlay.unlink()
 
     def run(self, *command: str, expect: int = 0, timeout: float = 900) -> subprocess.CompletedProcess[str]:

@@ -297,12 +297,12 @@ def test_rows_of_a_file_that_grew_old_on_a_full_disk_are_counted_as_lost(
 @pytest.mark.slow
 def test_writing_imports_no_pandas_into_the_process_that_answers(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from logging_process import batch, opened\n"
+        "import sys; from pathlib import Path\n"
+        "from tests.support.logging_process import batch, opened\n"
         "log, counts = opened(Path(sys.argv[1])); log.offer(*batch(8, 5, 0)); log.write(); log.close()\n"
         "print(counts.logged, 'pandas' in sys.modules)\n"
     )
-    command = [sys.executable, "-c", program, tmp_path, Path(__file__).parent]
+    command = [sys.executable, "-c", program, tmp_path]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout == "8 False\n"
 
