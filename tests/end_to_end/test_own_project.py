@@ -56,7 +56,8 @@ def test_a_second_repro_hashes_the_code_and_runs_nothing_else(trees: OwnProject)
 
 
 def test_an_upgrade_runs_the_stages_that_can_run_what_has_changed(installed: Installed, trees: OwnProject) -> None:
-    modules = {name: installed.packages / f"pipeline/{name}.py" for name in ("prior", "seeds", "metrics")}
+    paths = {"prior": "pipeline/prior.py", "metrics": "pipeline/evaluation/metrics.py"}
+    modules = {name: installed.packages / path for name, path in paths.items()}
     before = {path: path.read_text() for path in modules.values()}
     try:
         modules["prior"].write_text(before[modules["prior"]] + "\n# a comment\n")

@@ -137,7 +137,8 @@ def test_a_source_that_brings_its_own_images_is_streamed_too(tmp_path):
 
 def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, monkeypatch):
     params, where, _ = packed
-    stream = stream_of(params, "train", CPU, where)
+    # One thread: several read some groups a second time where the cache is as small as the one set below.
+    stream = stream_of(streaming(params, workers=1, prefetch=1), "train", CPU, where)
     stream._window = 9_000
     reads = []
     original = Shard.read_group
