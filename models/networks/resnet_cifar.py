@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from models.networks.conv_bn_relu import conv_bn_relu
 
 BLOCKS_PER_STAGE = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 WIDTHS = (16, 32, 64)
@@ -55,3 +54,31 @@ class CifarResNet(nn.Module):
         """Normalised images [B,3,H,W] → features [B,64], non-negative and unnormalised."""
         maps: Tensor = self.blocks(conv_bn_relu(x, self.conv1, self.bn1))
         return maps.mean(dim=(2, 3))
+
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d and other subclasses, equal in evaluation mode
+
+
+def conv_bn_relu(x: Tensor, conv: nn.Conv2d, norm: BatchNorm, shortcut: Tensor | None = None) -> Tensor:
+    """relu(norm(conv(x)) + shortcut): x [B,in,H,W]; shortcut: the result's shape or None. conv has no bias.
+
+    Bit-identical to the four operations in training; equal up to rounding if frozen on the CPU.
+    """
+    out = _folded(x, conv, norm) if _frozen_on_cpu(x, norm) else norm(conv(x))
+    if shortcut is not None:
+        out = out.add_(shortcut)
+    return F.relu(out, inplace=True)
+
+
+def _frozen_on_cpu(x: Tensor, norm: BatchNorm) -> bool:
+    # A compiled or exported graph keeps the norm, because its compiler folds it.
+    return not (torch.is_grad_enabled() or norm.training or torch.compiler.is_compiling()) and x.device.type == "cpu"
+
+
+def _folded(x: Tensor, conv: nn.Conv2d, norm: BatchNorm) -> Tensor:
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    bias = norm.bias - mean * scale
+    return F.conv2d(
+        x, conv.weight * scale[:, None, None, None], bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )

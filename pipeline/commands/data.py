@@ -69,7 +69,7 @@ def check(
     params: ParamsOption = PARAMS_FILE,
     jobs: JobsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> int:
     """Report what is wrong with the data, and draw the long tail. Git ignores the folder of the data from then on."""
     from pipeline.params import load_params
@@ -116,7 +116,7 @@ def pack(
     params: ParamsOption = PARAMS_FILE,
     jobs: JobsOption = None,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Write many small files into a few Parquet shards."""
     from pipeline.params import load_params

@@ -25,7 +25,7 @@ def doctor(
     disk_gib: Annotated[float, typer.Option(min=0, help="Warn when less is free on a disk.")] = 5.0,
     params: ParamsOption = PARAMS_FILE,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> int:
     """Check everything that Tailor needs, from params to disk.
 

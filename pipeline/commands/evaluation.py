@@ -32,7 +32,7 @@ def gate(
     champion_latency: Latency = None,
     output: Annotated[Path, typer.Option(help="The file to write.")] = DECISION,
     params: ParamsOption = PARAMS_FILE,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> int:
     """Decide whether the challenger replaces the champion."""
     from pipeline.evaluation.gate import decide
@@ -56,7 +56,7 @@ def shifted_priors(
     draws: Annotated[int, typer.Option(min=1, help="Test subsets per shifted set.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the table as CSV too.")] = None,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Print accuracy on test sets with shifted class priors.
 

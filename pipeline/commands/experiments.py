@@ -43,7 +43,7 @@ def experiments(
     all_commits: Annotated[bool, typer.Option("--all-commits", help="Include the runs since every commit.")] = False,
     prior: Annotated[TargetPrior, typer.Option(help="Target prior of the metrics.")] = TargetPrior.balanced,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """List the runs that DVC keeps, with metrics and params.
 

@@ -25,7 +25,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite a file whose cha
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the file, write nothing.")]
 
 
-def new(folder: Folder, recipe: Recipes = None, debug: Debug = False) -> None:  # noqa: ARG001
+def new(folder: Folder, recipe: Recipes = None, debug: Debug = False) -> None:
     """Create a project of your own, with git and DVC.
 
     Its stages run from the installed package, so that several projects share one environment. The default recipe trains on
@@ -51,7 +51,7 @@ def recipe(
     ],
     params: Annotated[Path, typer.Option(help="The file to change.")] = PARAMS_FILE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes, write nothing.")] = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Write a recipe's values into params.yaml."""
     from pipeline.params.recipe import apply_recipe
@@ -68,7 +68,7 @@ def init(
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> int:
     """Write a params.yaml for your own images.
 

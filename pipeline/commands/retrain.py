@@ -22,7 +22,7 @@ def ingest(
     ] = None,
     params: ParamsOption = PARAMS_FILE,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> int:
     """Add labelled images of the drop folder to the training split.
 
@@ -100,7 +100,7 @@ def schedule(
     cron: Annotated[str, typer.Option(help="When: minute, hour, day, month, weekday.")],
     timezone: Annotated[str | None, typer.Option(help="IANA name of the time zone; UTC if not given.")] = None,
     port: Annotated[int, typer.Option(help="Port of Prefect's server and its pages; 0 for any free one.")] = 4200,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Retrain on a schedule until SIGTERM or Ctrl-C.
 
@@ -117,7 +117,7 @@ def history(
     params: ParamsOption = PARAMS_FILE,
     wide: Annotated[bool, typer.Option("--wide", help="Show the hashes of data, params and code too.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """List every version with its data, metrics and decision."""
     versions = read_history(repository_of(repository, params))

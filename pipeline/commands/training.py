@@ -34,7 +34,7 @@ def memory(
         typer.Option(help="With --classes: training images; as published, or 100 a class, if not given."),
     ] = None,
     card: Annotated[float, typer.Option(help="Memory of the GPU in GB.")] = 80.0,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> int:
     """Print what a training step takes of a GPU's memory.
 

@@ -10,7 +10,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
@@ -24,7 +25,6 @@ from serving.commands.playground import playground
 from serving.commands.predict import predict, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
-from serving.commands.version import version
 from serving.commands.versions import promote, rollback, versions
 from serving.shared.errors import TailorError
 from serving.shared.ports import bypass_proxy_on_loopback
@@ -60,6 +60,29 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(requested: bool) -> None:
+    if not requested:
+        return
+    print(f"tailor {metadata.version('tailor')}")
+    try:
+        # This package contains the server, whose own version is available only from a running server.
+        print(f"tritonserver of nvidia-pytriton {metadata.version('nvidia-pytriton')}")
+    except metadata.PackageNotFoundError:
+        print("no tritonserver here; pip install 'tailor[serve]' brings one")
+    raise typer.Exit
+
+
+def version(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version, and the server's."),
+    ] = False,
+) -> None:
+    """Options of `tailor` before a command."""
+
+
 app.callback(help=app.info.help)(version)
 
 

@@ -129,7 +129,7 @@ def comparison(images: list[Sample], answers: dict[str, list[Prediction]], diffe
 def demo(
     repository: Annotated[Path, typer.Option(help="Triton model repository.")] = REPOSITORY,
     samples: Annotated[Path, typer.Option(help="Folder with samples.csv and its images.")] = SAMPLES,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Compare two priors on sample images.
 

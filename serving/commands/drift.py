@@ -79,7 +79,7 @@ def drift(
         float | None, typer.Option(help="Start a retraining when the whole interval of the distance lies above this.")
     ] = None,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Estimate the class prior of live images, without labels.
 

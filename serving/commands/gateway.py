@@ -56,7 +56,7 @@ def gateway(
     runtime_folder: Annotated[
         Path | None, typer.Option(help="With --write: where that nginx keeps its pid and buffered bodies.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run nginx in front of a Triton server until SIGTERM.
 

@@ -40,7 +40,7 @@ def loadtest(
         Path | None, typer.Option(help="Folder for the reports; a new one in artifacts/loadtest if not given.")
     ] = None,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
     **options: Any,
 ) -> None:
     """Put load on a running server with Locust and judge it.

@@ -29,7 +29,7 @@ def playground(
     timeout: Timeout = 60.0,
     header: Headers = None,
     ca_file: CaFile = None,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Open a page that compares priors on images of your own.
 

@@ -61,7 +61,7 @@ def predict(
     ca_file: CaFile = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each image and class.")] = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Classify image files and print the best classes of each.
 
@@ -91,7 +91,7 @@ def status(
     header: Headers = None,
     ca_file: CaFile = None,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Show the server's state and the versions it serves. Status 1 when no server answers, or it answers no image."""
     with Client(address(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:

@@ -62,7 +62,7 @@ def repository(
         bool, typer.Option("--replace", help="Replace a repository that holds several versions, or is being served.")
     ] = False,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Write the Triton model repository of an export.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
@@ -11,9 +12,8 @@ from typing import Annotated
 
 import typer
 
-from serving.commands.example import curl_example, json_example
 from serving.commands.options import Debug, RepositoryOption, choose_repository
-from serving.server.server_options import LATENCY_OPTIONS, logit_log_environment, trace_options
+from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options
 from serving.server.supervisor import Patience, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
@@ -70,7 +70,7 @@ def serve(
             f"ran for {Patience.served:g} s has not failed."
         ),
     ] = str(Patience.restarts),
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Run the Triton server until SIGTERM or Ctrl-C.
 
@@ -152,3 +152,39 @@ def _announce(server: TritonServer) -> None:
 
 def _report(line: str) -> None:
     print(f"tailor: {line}", file=sys.stderr, flush=True)
+
+
+CURL = """\
+image={image}
+bytes=$(wc -c < "$image")
+json='{{"inputs": [{{"name": "image", "shape": [1, 1], "datatype": "BYTES",
+    "parameters": {{"binary_data_size": '$((bytes + 4))'}}}},
+  {{"name": "strength", "shape": [1, 1], "datatype": "FP32", "data": [{strength:g}]}}]}}'
+{{ printf %s "$json"
+  printf "$(printf '\\\\%03o' $((bytes & 255)) $((bytes >> 8 & 255)) $((bytes >> 16 & 255)) $((bytes >> 24 & 255)))"
+  cat "$image"; }} | curl --silent --show-error --data-binary @- \\
+  --header "Inference-Header-Content-Length: ${{#json}}" {url}/v2/models/classifier/infer"""
+
+
+JSON = """\
+{{ printf '{{"inputs": [{{"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["data:image/png;base64,'; \\
+  base64 < {image} | tr -d '\\n'; \\
+  printf '"]}}, {{"name": "prior", "shape": [1, 1], "datatype": "BYTES", "data": ["balanced"]}}]}}'; }} > request.json
+curl -d @request.json {url}/v2/models/classifier/infer"""
+
+
+def curl_example(url: str, image: Path, strength: float = 0.0) -> str:
+    """Return POSIX shell commands that classify an image file at a strength over HTTP.
+
+    Triton's binary form: a JSON header, then each image after its length as four bytes, little-endian. Only the
+    server's limit on images applies; the gateway limits JSON to 1 MiB.
+    """
+    return CURL.format(image=shlex.quote(str(image)), strength=strength, url=url)
+
+
+def json_example(url: str, image: Path) -> str:
+    """Return POSIX shell commands that write request.json with the image as base64 text, and send it.
+
+    The classifier detects the image format from the bytes: `image/png` also works for a JPEG or WebP file.
+    """
+    return JSON.format(image=shlex.quote(str(image)), url=url)

@@ -52,7 +52,7 @@ def promote(
         bool, typer.Option("--force", help="Do not ask before a release that is worse, or that cannot be compared.")
     ] = False,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Make a release the champion, without a request lost.
 
@@ -79,7 +79,7 @@ def rollback(
     timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
     rehearsal: Rehearsal = True,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """Make an older release the champion again; no request is lost."""
     root = choose_repository(repository)
@@ -90,7 +90,7 @@ def rollback(
 def versions(
     repository: RepositoryOption = None,
     as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001
+    debug: Debug = False,
 ) -> None:
     """List the releases of a repository, with the state of each."""
     root = choose_repository(repository)

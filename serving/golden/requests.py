@@ -16,6 +16,10 @@ from serving.shared.priority import unhurried
 from serving.transport.sync_transport import Transport
 
 
+class WrongResponseError(ServingError):
+    """A server answered a golden request with other classes or probabilities than the export stored."""
+
+
 def check_golden(client: Client, release: Release, rest: bool = True) -> None:
     """Send the golden requests of a release to `classifier`. Raises ServingError if one fails or is answered wrongly.
 
@@ -25,7 +29,7 @@ def check_golden(client: Client, release: Release, rest: bool = True) -> None:
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
         wrong = golden.difference(answer.indexes, answer.probabilities)
         if wrong:
-            raise ServingError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
+            raise WrongResponseError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
 
 
 def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -> None:
@@ -41,7 +45,7 @@ def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -
             best = np.argsort(-logits, kind="stable")
             wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
             if wrong:
-                raise ServingError(f"student {release.version} answers a golden request wrongly: {wrong}")
+                raise WrongResponseError(f"student {release.version} answers a golden request wrongly: {wrong}")
 
 
 def send_whole_batch(url: str, release: Release, timeout: float) -> None:

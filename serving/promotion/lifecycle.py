@@ -16,7 +16,7 @@ from pathlib import Path
 
 from serving.client.sync_client import Client
 from serving.golden.dry_run import dry_run
-from serving.golden.requests import check_golden
+from serving.golden.requests import WrongResponseError, check_golden
 from serving.promotion import promotion
 from serving.promotion.promotion import Promotion
 from serving.promotion.rehearsal import rehearse
@@ -197,7 +197,7 @@ def watch(repository: Path, version: int, servers: Sequence[RunningServer], seco
                     if answered == version:
                         check_golden(client, release)
             except ServingError as error:
-                if "golden request" in str(error) or time.monotonic() > given_up:
+                if isinstance(error, WrongResponseError) or time.monotonic() > given_up:
                     raise
             else:
                 if answered != version:

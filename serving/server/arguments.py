@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from serving.server.installation import Installation
 from serving.server.local_tree import TREE
 from serving.shared.errors import InputError
 from serving.shared.names import ADMIN_HEADER, ADMIN_KEY_VARIABLE, CLASSIFIER, LOCAL_CONFIG, STUDENT
+from serving.triton import logit_log
 
 # Endpoints that need the admin key. A caller that may load a model can run code in the server; the other endpoints read
 # or change data of other callers. model-config stays open: it is read-only, and clients read max_batch_size and the
@@ -74,3 +77,92 @@ def new_admin_key() -> str:
     Triton accepts it only on the command line, so other local users can read it with ps. It is not logged.
     """
     return secrets.token_urlsafe(32)
+
+
+# Latency quantiles of the last minute in the metrics; the dashboard and the latency alert use them.
+LATENCY_OPTIONS = (
+    "--metrics-config=summary_latencies=true",
+    "--metrics-config=summary_quantiles=0.5:0.05,0.95:0.01,0.99:0.001",
+)
+
+
+def trace_options(url: str, every: int = 100, service: str = "tailor") -> list[str]:
+    """Options that send an OpenTelemetry trace of every `every`-th inference to a collector.
+
+    url: the collector's OTLP/HTTP endpoint, for example http://127.0.0.1:4318/v1/traces; Triton posts JSON to it,
+    without TLS. A request with a `traceparent` header becomes part of the caller's trace. Raises InputError.
+    """
+    hint = "expected http://host:port/v1/traces, a collector's OTLP/HTTP endpoint"
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme == "http" and parts.hostname and parts.port and not (parts.query or parts.fragment)
+    except ValueError:
+        usable = False
+    # A comma would begin another setting of --trace-config.
+    if not usable or "," in url or not url.isprintable() or " " in url:
+        raise InputError(f"trace url is {url!r}; {hint}")
+    if every < 1:
+        raise InputError(f"every is {every}; expected 1 for a trace of each request, n for each n-th")
+    if not service.replace("-", "").replace("_", "").isalnum():
+        raise InputError(f"service is {service!r}; expected letters, digits, - or _")
+    return [
+        "--trace-config=mode=opentelemetry",
+        f"--trace-config=opentelemetry,url={url}",
+        f"--trace-config=opentelemetry,resource=service.name={service}",
+        "--trace-config=level=TIMESTAMPS",
+        f"--trace-config=rate={every}",
+    ]
+
+
+def grpc_tls_options(certificate: Path, key: Path, client_authority: Path | None = None) -> list[str]:
+    """Options that make gRPC accept only TLS, with a PEM certificate and its key; Triton has no TLS for HTTP.
+
+    client_authority: PEM file of the CAs that sign client certificates, which are then required (mutual TLS). Raises
+    InputError naming a file that cannot be read or is not PEM.
+    """
+    for path in (certificate, key, *([client_authority] if client_authority else [])):
+        try:
+            begins = path.read_bytes()[:11]
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; give a PEM file") from None
+        if begins != b"-----BEGIN ":
+            raise InputError(f"{path}: is not a PEM file; it does not start with -----BEGIN")
+    files = [f"--grpc-server-cert={certificate.absolute()}", f"--grpc-server-key={key.absolute()}"]
+    if client_authority:
+        return ["--grpc-use-ssl-mutual=true", *files, f"--grpc-root-cert={client_authority.absolute()}"]
+    return ["--grpc-use-ssl=true", *files]
+
+
+def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = "1GiB") -> dict[str, str]:
+    """Environment variables that make `classifier` log logits for `tailor drift`; creates the folder.
+
+    share: fraction of the images that is logged, above 0, at most 1; each image is sampled independently. limit: bytes
+    of the whole folder, as a number or as text such as 500MiB; the oldest files are deleted. Raises InputError naming
+    an unusable argument, the folder, or pyarrow where it is missing.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share of logged images is {share:g}; expected a number above 0, at most 1")
+    size = limit if isinstance(limit, int) else bytes_of(limit)
+    if size < logit_log.SMALLEST_LIMIT:
+        raise InputError(f"limit of the logged logits is {limit}; expected at least 1MiB")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise InputError("logging logits needs pyarrow, which is missing; pip install pyarrow")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; give a folder for the logged logits") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: is not writable; give a folder for the logged logits")
+    return {
+        logit_log.FOLDER_VARIABLE: str(folder.absolute()),
+        logit_log.SHARE_VARIABLE: repr(share),
+        logit_log.LIMIT_VARIABLE: str(size),
+    }
+
+
+def bytes_of(text: str) -> int:
+    """Parse a size such as 500MiB, 1GiB, 2TiB or a number of bytes into bytes. Raises InputError."""
+    found = re.fullmatch(r"(\d{1,15})\s*([KMGT]iB)?", text.strip())
+    if not found:
+        raise InputError(f"size is {text!r}; expected a number of bytes, or one with KiB, MiB, GiB or TiB")
+    return int(found[1]) << (10 * ("KMGT".index(found[2][0]) + 1) if found[2] else 0)

@@ -19,12 +19,11 @@ from serving.golden.dry_run import dry_run
 from serving.golden.requests import ask_student, check_golden
 from serving.repository.lock import locked
 from serving.repository.release import Release, find_releases
-from serving.server.arguments import admin_key, new_admin_key, triton_arguments
+from serving.server.arguments import admin_key, grpc_tls_options, new_admin_key, triton_arguments
 from serving.server.installation import Installation, find_installation
 from serving.server.leftovers import is_stopped, new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
 from serving.server.local_tree import link_tree
 from serving.server.running import RunningServer, leave_note
-from serving.server.server_options import grpc_tls_options
 from serving.server.watchdog import dismiss, start_watchdog
 from serving.shared import priority
 from serving.shared.errors import ServingError

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.networks.conv_bn_relu import conv_bn_relu
-from models.networks.resnet_cifar import CifarResNet
+from models.networks.resnet_cifar import CifarResNet, conv_bn_relu
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from conftest import SIZE, Release, picture
 from tritonclient.utils import serialize_byte_tensor
 
 from models.preprocess import preprocess
-from serving.commands.example import curl_example, json_example
+from serving.commands.serve import curl_example, json_example
 from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer
 from tests.support.chromium import needs_chromium, started

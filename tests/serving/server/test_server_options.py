@@ -21,9 +21,9 @@ from conftest import picture
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from serving.client.sync_client import Client
+from serving.server.arguments import grpc_tls_options, trace_options
 from serving.server.model_control import ModelControl
 from serving.server.running import find_running
-from serving.server.server_options import grpc_tls_options, trace_options
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, ServingError
 from tests.support.running_gateway import make_certificate
