@@ -52,26 +52,26 @@ def run(repository: Path, samples: Path) -> int:
     differing = [a.indexes[0] != b.indexes[0] for a, b in zip(*(answers[prior] for prior in PRIORS), strict=True)]
     console.print(comparison(images, answers, differing))
     console.print(
-        f"HTTP and gRPC agree on {counted(len(images), 'image')}; the prior changes the answer for {sum(differing)}"
+        f"HTTP and gRPC agree on {counted(len(images), 'image')}; the prior changes the answer for {sum(differing)}."
     )
     console.print(meaning(images, answers, differing), highlight=False)
     if status != 0:
         raise ServingError(f"the Triton server ended with status {status}, not 0")
-    console.print("the server was stopped cleanly")
+    console.print("The server was stopped cleanly.")
     return sum(differing)
 
 
 def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> str:
     """Return the text below the table: what the comparison shows, and what it does not."""
     if not any(differing):
-        return "here it moves the probabilities alone: this student is sure of these images, or has learned too little"
+        return "No answer changes here, only the probabilities: the student is confident on these images, or undertrained."
     changed = [index for index, differs in enumerate(differing) if differs]
     right = {
         prior: sum(predictions[index].classes[0] == images[index].label for index in changed)
         for prior, predictions in answers.items()
     }
     return (
-        f"of these {len(changed)}, balanced is right for {right['balanced']}, train for {right['train']}. Images with "
+        f"Of these {len(changed)}, balanced is right for {right['balanced']}, train for {right['train']}. Images with "
         "changed answers were selected for this table,\nso it shows what the prior does, not how accurate the model is. "
         "balanced is for data whose classes are equally\nfrequent, as in the embedded data's test split; train is for data "
         "whose classes are as frequent as in training."

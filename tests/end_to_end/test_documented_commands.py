@@ -344,7 +344,7 @@ def test_the_first_page_and_the_demo(digits: Project) -> None:
     assert "student − cross-entropy" in " ".join(demo.split()) and "One seed and 400 test images" in " ".join(
         demo.split()
     )
-    assert "HTTP and gRPC agree on 12 images" in demo and "the server was stopped cleanly" in demo and "≠" in demo
+    assert "HTTP and gRPC agree on 12 images" in demo and "The server was stopped cleanly." in demo and "≠" in demo
     assert "student_balanced.json" in printed["dvc metrics show"]
 
 

@@ -60,16 +60,16 @@ def test_demo_shows_where_the_prior_changes_the_answer(repository: Path, release
         int(release.probabilities([picture(seed)], prior)[0].argmax() == seed % len(CLASSES))
         for prior in (0, log_prior)
     )
-    assert f"of these 1, balanced is right for {balanced}, train for {trained}" in ended.stdout
+    assert f"Of these 1, balanced is right for {balanced}, train for {trained}" in ended.stdout
     assert "it shows what the prior does, not how accurate the model is" in ended.stdout
-    assert ended.stdout.rstrip().endswith("the server was stopped cleanly")
+    assert ended.stdout.rstrip().endswith("The server was stopped cleanly.")
 
 
 @pytest.mark.end_to_end
 def test_demo_says_so_when_the_prior_changes_no_answer(repository: Path, release: Release, tmp_path: Path) -> None:
     ended = run_demo(repository, write_samples(tmp_path / "samples", choose(release, differing=False)))
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "the prior changes the answer for 0\nhere it moves the probabilities alone" in ended.stdout
+    assert "the prior changes the answer for 0.\nNo answer changes here, only the probabilities" in ended.stdout
 
 
 @pytest.mark.slow
