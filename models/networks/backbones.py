@@ -90,7 +90,7 @@ def check_backbone(name: str) -> None:
             raise UnknownBackboneError(
                 f"backbone {name!r} needs timm, which is not installed; pip install timm"
             ) from None
-        known, kind = timm.list_models(), "a timm model"
+        known, kind = [*timm.list_models(), *timm.list_pretrained()], "a timm model"
     else:
         known, kind = list(BLOCKS_PER_STAGE), "a CIFAR ResNet, torchvision/<model> or timm/<model>"
     valid = [f"{library}/{entry}" for entry in known] if library else known

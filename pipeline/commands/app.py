@@ -9,6 +9,7 @@ from __future__ import annotations
 from pipeline.commands.compare import compare
 from pipeline.commands.data import app as data
 from pipeline.commands.doctor import doctor
+from pipeline.commands.encoders import encoders
 from pipeline.commands.evaluation import gate, shifted_priors
 from pipeline.commands.experiments import experiments
 from pipeline.commands.init import init, new, recipe
@@ -49,6 +50,7 @@ add(init, PREPARE, "Example: tailor init data/source, then: dvc repro")
 add(recipe, PREPARE, RECIPE)
 app.add_typer(data, name="data", rich_help_panel=PREPARE)
 add(ingest, PREPARE, "Example: tailor ingest --drop data/drop --json | jq .quarantined")
+add(encoders, PREPARE, "Example: tailor encoders efficientnet_lite0 --measure")
 add(memory, TRAIN, MEMORY)
 add(ray_train, TRAIN, RAY_TRAIN)
 add(

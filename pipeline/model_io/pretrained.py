@@ -1,16 +1,21 @@
-"""Pretrained weights from a local safetensors file: no download, no pickle, checked by sha256."""
+"""Pretrained weights from a file: tensors only, never a pickle with code, checked by sha256."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from models.networks.backbones import Backbone
 from pipeline.params import PretrainedParams
 from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
+
+PICKLED = (".pth", ".pt", ".bin")
 
 
 def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str) -> None:
@@ -22,20 +27,41 @@ def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str
     """
     if pretrained is None:
         return
-    path = Path(pretrained.file)
+    weights = read_weights(Path(pretrained.file), pretrained.sha256, f"{key}.file", f"{key}.sha256")
     try:
-        found = sha256_of(path)
-    except OSError as error:
-        raise ParamsError(
-            f"{key}.file is {pretrained.file!r}: {error.strerror}; expected a safetensors file on this machine"
-        ) from None
-    if found != pretrained.sha256:
-        raise ParamsError(f"{key}.sha256 is {pretrained.sha256}, but {path} has {found}; it is another file")
-    try:
-        backbone.take_weights(safetensors.torch.load_file(path))
-    except safetensors.SafetensorError as error:
-        raise ParamsError(f"{key}.file is {pretrained.file!r}, which is no safetensors file: {error}") from None
+        backbone.take_weights(weights)
     except ValueError as error:
         raise ParamsError(
             f"{key}.file is {pretrained.file!r}, which {error}; does it belong to the backbone?"
         ) from None
+
+
+def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors or PyTorch file after a check of its sha256.
+
+    Raises ParamsError that names `key`, or `hash_key` for another sha256.
+    """
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise ParamsError(
+            f"{key} is {str(path)!r}: {error.strerror}; expected a .safetensors or .pth file on this machine"
+        ) from None
+    if found != sha256:
+        raise ParamsError(f"{hash_key} is {sha256}, but {path} has {found}; it is another file")
+    try:
+        if path.suffix not in PICKLED:
+            return safetensors.torch.load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except safetensors.SafetensorError as error:
+        raise ParamsError(f"{key} is {str(path)!r}, which is no safetensors file: {error}") from None
+    except pickle.UnpicklingError:
+        raise ParamsError(
+            f"{key} is {str(path)!r}, which holds more than tensors and could run code; only tensors are loaded: convert it "
+            "to safetensors on a machine where you trust it"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ParamsError(f"{key} is {str(path)!r}, which is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ParamsError(f"{key} is {str(path)!r}, which is no state_dict: expected a mapping from names to tensors")
+    return weights

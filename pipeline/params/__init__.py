@@ -6,6 +6,7 @@ from pipeline.params.data import ListParams as ListParams
 from pipeline.params.data import PriorParams as PriorParams
 from pipeline.params.data import StreamParams as StreamParams
 from pipeline.params.data import TableParams as TableParams
+from pipeline.params.encoder import EncoderParams as EncoderParams
 from pipeline.params.file import PARAMS_FILE as PARAMS_FILE
 from pipeline.params.file import Params as Params
 from pipeline.params.file import load_params as load_params

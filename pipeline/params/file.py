@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
+from pipeline.params.encoder import EncoderParams
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.section import Section
@@ -29,6 +30,7 @@ class Params(Section):
     stream: StreamParams = StreamParams()
     image: ImageParams
     prior: PriorParams
+    encoder: EncoderParams | None = None
     teacher: TrainingParams
     student: StudentParams
     evaluate: EvaluateParams

@@ -55,7 +55,9 @@ def test_a_file_that_is_not_there_or_is_no_safetensors_or_of_another_network_is_
     assert said.startswith(f"student.pretrained.file is {str(missing)!r}: No such file or directory")
     pickled = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(1)}, pickled)
-    assert "which is no safetensors file" in refusal(pickled)
+    assert "which has no conv1.weight" in refusal(pickled)
+    named = pickled.rename(tmp_path / "weights.tensors")
+    assert "which is no safetensors file" in refusal(named)
     assert re.search(
         r"which has blocks\.\S+ of shape .*; does it belong to the backbone\?$", refusal(weights, backbone="resnet32")
     )

