@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
-from models.networks.encoders import Encoder, find_encoder
+from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
+from pipeline.augment import random_views
+from pipeline.data.dataset import normalise
 from pipeline.model_io.pretrained import read_weights
-from pipeline.params import EncoderParams, ImageParams
+from pipeline.params import AugmentParams, EncoderParams, ImageParams
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import ParamsError
 
@@ -44,10 +46,27 @@ class LoadedEncoder:
         """sha256 of everything but the image that a feature depends on; equal keys, equal features."""
         return sha256_of_json({"encoder": asdict(self.record), "image": image.model_dump(mode="json")})
 
+    def features(self, pixels: Tensor, image: ImageParams, views: EncoderParams, generator: torch.Generator) -> Tensor:
+        """Features float16 [B,1+V,D] on the CPU of uint8 [B,3,H,W] on the encoder's device: of the image, then of V views.
+
+        views: section `encoder`, for its weak views (crop and flip); generator: of their random numbers.
+        """
+        batches = pixels[None]
+        if views.views:
+            weak = AugmentParams(crop_padding=views.crop_padding, flip=views.flip, cutout=0)
+            batches = torch.cat([batches, random_views(pixels, views.views, weak, generator)])
+        with torch.inference_mode():
+            found = [self.network(normalise(batch, image)).half().cpu() for batch in batches]
+        return torch.stack(found, 1)
+
 
 def describe(params: EncoderParams) -> Encoder:
     """The entry of `tailor encoders`; for timm/<model> an entry made from timm's own description of it."""
-    if listed := find_encoder(params.name):
+    try:
+        listed = find_encoder(params.name)
+    except UnknownEncoderError as error:
+        raise ParamsError(f"encoder.name is {params.name!r}; {error}") from None
+    if listed:
         return listed
     model = params.name.removeprefix("timm/")
     try:

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from models.networks.encoders import find_encoder
 from pipeline.params.section import Count, Section
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _known(name: str) -> str:
-    find_encoder(name)
-    return name
 
 
 class EncoderParams(Section):
@@ -26,7 +20,7 @@ class EncoderParams(Section):
     views: number of augmented views of each training image, beside the image itself. crop_padding, flip: of these views.
     """
 
-    name: Annotated[str, AfterValidator(_known)]
+    name: str
     weights: str | None = None
     sha256: Sha256 | None = None
     download: bool = False

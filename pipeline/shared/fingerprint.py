@@ -22,7 +22,7 @@ from serving.shared.terminal import print
 
 ROOT = Path(__file__).parents[2]  # the folder that holds the packages
 PACKAGES = ("models", "pipeline", "serving")
-STAGES = ("split", "prior", "teacher", "student", "evaluate", "export", "seeds")
+STAGES = ("split", "prior", "embed", "teacher", "student", "evaluate", "export", "seeds")
 FOLDER = Path(".tailor/code")
 DIGITS = 16  # leading digits of a sha256 in the files
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from models.networks import encoders
 from models.networks.backbones import build_backbone
-from models.networks.encoders import ENCODERS, HALF, Encoder
+from models.networks.encoders import ENCODERS, HALF
 from pipeline.commands.app import main
 from pipeline.commands.encoders import encoders_table
 from pipeline.model_io.encoder import load_encoder
@@ -23,22 +24,14 @@ from pipeline.params import EncoderParams, ImageParams
 from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
 from serving.shared.terminal import Console
-from tests.support.making import params
+from tests.support.small_encoder import TINY, tiny_encoder
 
 IMAGE = ImageParams(size=32, resize_to=32, mean=list(HALF), std=list(HALF))
-TINY = "test_vit"  # of timm: 0.3 million parameters, made for tests
 
 
 @pytest.fixture(name="weights")
 def _weights(tmp_path, monkeypatch):
-    """The file with the weights of a small listed encoder named `tiny`."""
-    torch.manual_seed(7)
-    network = build_backbone(f"timm/{TINY}").network
-    path = tmp_path / "tiny.safetensors"
-    safetensors.torch.save_file(network.state_dict(), path)
-    listed = Encoder("tiny", TINY, 160, 64, 1, HALF, HALF, "MIT", "hf://timm/tiny@main")
-    monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
-    return path
+    return tiny_encoder(tmp_path, monkeypatch)
 
 
 def given(path, **changes) -> EncoderParams:
@@ -185,8 +178,10 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
 
 
 def test_a_misspelt_encoder_is_refused_with_the_nearest():
-    with pytest.raises(ParamsError, match=r"encoder\.name is 'dinov2_x'; .*; did you mean dinov2_\w\?"):
-        params({"encoder": {"name": "dinov2_x"}})
+    assert re.fullmatch(
+        r"encoder\.name is 'dinov2_x'; .*; did you mean dinov2_\w\?", refusal(EncoderParams(name="dinov2_x"))
+    )
+    assert refusal(EncoderParams(name="timm/vit_no")).startswith("encoder.name: backbone 'timm/vit_no' is unknown")
 
 
 @pytest.mark.slow

@@ -1,0 +1,183 @@
+"""Stored features of images: shards of float16 safetensors beside an index, and a split of features for training.
+
+artifacts/embeddings/ holds, for each split, shards of SHARD_ROWS rows in the order of the split's table, and index.json
+with the encoder that computed them. A shard has `features` float16 [n,1+V,D] (the image itself, then V augmented views)
+and `sha256` uint8 [n,32] of the encoded images; its metadata has the key of everything else that a feature depends on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.data.dataset import Images
+from pipeline.data.split_tables import ArrowStrings, read_split
+from pipeline.params import DataParams, EncoderParams, ImageParams
+from pipeline.shared.artifacts import EMBEDDINGS, SPLIT, write_file
+from pipeline.shared.errors import ParamsError, StageError
+from pipeline.sources import open_reader
+
+SHARD_ROWS = 1024
+INDEX = "index.json"
+FEATURES, HASHES, KEY = "features", "sha256", "key"
+READER_BYTES = 256 * 2**20  # cache of the images that a report or an export reads
+
+
+@dataclass(frozen=True)
+class FeatureImages(Images):
+    """A split whose rows are features: images float16 [N,1+V,D], the feature of the image itself and of V views."""
+
+    def pixels(self, chosen: Tensor) -> Tensor:
+        """Features float16 [B,D] of the images themselves, in the place of pixels."""
+        return self.images[chosen, 0]
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{number:05}.safetensors"
+
+
+def split_hashes(split: str, folder: Path = SPLIT) -> np.ndarray:
+    """sha256 of the encoded images of a split, uint8 [N,32], in the order of its table."""
+    column = read_split(split, ["sha256"], folder).column("sha256")
+    return np.frombuffer(b"".join(bytes.fromhex(text.as_py()) for text in column), np.uint8).reshape(-1, 32)
+
+
+def write_shard(path: Path, features: Tensor, hashes: np.ndarray, key: str) -> None:
+    """Write a shard whole or not at all."""
+    tensors = {FEATURES: features.contiguous(), HASHES: torch.from_numpy(hashes.copy())}
+    write_file(path, safetensors.torch.save(tensors, {KEY: key}))
+
+
+def read_shard(path: Path, key: str) -> dict[str, Tensor] | None:
+    """Tensors of a shard; None if it does not exist, is damaged or has another key."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get(KEY) != key:
+                return None
+            return {name: file.get_tensor(name) for name in (FEATURES, HASHES)}
+    except (OSError, safetensors.SafetensorError):
+        return None
+
+
+class StoredFeatures:
+    """Features of finished shards by the hash of the image. Memory: about 100 bytes an image; features stay on disk."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._shards: list[Path] = []
+        self._at: dict[bytes, tuple[int, int]] = {}
+
+    def add(self, path: Path) -> bool:
+        """Add the rows of a shard; returns False for one that `read_shard` does not accept."""
+        shard = read_shard(path, self._key)
+        if shard is None:
+            return False
+        for row, digest in enumerate(shard[HASHES].numpy()):
+            self._at.setdefault(digest.tobytes(), (len(self._shards), row))
+        self._shards.append(path)
+        return True
+
+    def missing(self, hashes: np.ndarray) -> list[int]:
+        """First row of each image of `hashes` uint8 [n,32] that no shard has."""
+        rows: dict[bytes, int] = {}
+        for row, digest in enumerate(hashes):
+            if (image := digest.tobytes()) not in self._at:
+                rows.setdefault(image, row)
+        return list(rows.values())
+
+    def gather(self, hashes: np.ndarray, computed: dict[bytes, Tensor]) -> Tensor:
+        """Features [n,1+V,D] of `hashes`, from `computed` or from the shards, each of which is read once."""
+        found: list[Tensor | None] = [computed.get(digest.tobytes()) for digest in hashes]
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for row, digest in enumerate(hashes):
+            if found[row] is None:
+                shard, position = self._at[digest.tobytes()]
+                wanted.setdefault(shard, []).append((row, position))
+        for shard, rows in wanted.items():
+            stored = read_shard(self._shards[shard], self._key)
+            if stored is None:
+                raise StageError(f"{self._shards[shard]}: has changed while embed ran; run `dvc repro embed` again")
+            for row, position in rows:
+                found[row] = stored[FEATURES][position]
+        return torch.stack([feature for feature in found if feature is not None])
+
+
+def write_index(folder: Path, encoder: EncoderParams, image: ImageParams, record: dict[str, Any]) -> None:
+    """Write index.json: the params that the features depend on, and the record of the encoder."""
+    index = {"params": _of(encoder), "image": image.model_dump(mode="json"), "encoder": record}
+    write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _of(encoder: EncoderParams) -> dict[str, Any]:
+    return encoder.model_dump(mode="json", exclude={"download", "licence"})
+
+
+def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDDINGS) -> dict[str, Any]:
+    """Read the record of the encoder whose features are stored.
+
+    Raises ParamsError when there are none, or when they were computed with other params.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        stored = {**index["params"], **{f"image.{key}": value for key, value in index["image"].items()}}
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run `dvc repro embed` first") from None
+    except (ValueError, KeyError, TypeError):
+        raise ParamsError(f"{path}: damaged or without features; run `dvc repro -f embed`") from None
+    wanted = {**_of(encoder), **{f"image.{key}": value for key, value in image.model_dump(mode="json").items()}}
+    for key, value in wanted.items():
+        if stored.get(key) != value:
+            name = key if key.startswith("image.") else f"encoder.{key}"
+            raise ParamsError(
+                f"{name} is {value!r}, but the features of {folder} were computed with {stored.get(key)!r}; "
+                "run `dvc repro embed`"
+            )
+    record: dict[str, Any] = index["encoder"]
+    return record
+
+
+def load_features(
+    encoder: EncoderParams, image: ImageParams, data: DataParams, split: str, folder: Path = SPLIT,
+    embeddings: Path = EMBEDDINGS,
+) -> FeatureImages:  # fmt: skip
+    """Load the features of a split into memory: 2 bytes a value.
+
+    Raises ParamsError as `read_index` does, StageError when the features are of other images than the split's.
+    """
+    read_index(encoder, image, embeddings)
+    hashes = split_hashes(split, folder)
+    table = read_split(split, ["sample_id", "label", "reference"], folder)
+    shards = list(_shards(split, hashes, embeddings))
+    features = torch.cat(shards) if shards else torch.zeros(0, 1, 1, dtype=torch.float16)
+    ids, references = ArrowStrings(table.column("sample_id")), ArrowStrings(table.column("reference"))
+    labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
+    return FeatureImages(features, labels, ids, references, open_reader(data, READER_BYTES))
+
+
+def _shards(split: str, hashes: np.ndarray, folder: Path) -> Iterator[Tensor]:
+    for number, start in enumerate(range(0, len(hashes), SHARD_ROWS)):
+        path = folder / shard_name(split, number)
+        try:
+            shard = safetensors.torch.load_file(path)
+            same = np.array_equal(shard[HASHES].numpy(), hashes[start : start + SHARD_ROWS])
+        except (OSError, safetensors.SafetensorError, KeyError) as error:
+            raise StageError(f"{path}: {error}; run `dvc repro -f embed`") from None
+        if not same:
+            raise StageError(f"{path}: holds features of other images than data/split; run `dvc repro embed`")
+        yield shard[FEATURES]
+
+
+def bad_rows(features: Tensor) -> Sequence[int]:
+    """Rows of features [n,1+V,D] with a value that is not finite."""
+    return (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

@@ -1,0 +1,207 @@
+"""Stage `embed`: features once per image, resumed after a kill, extended by new images, never half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import pipeline.embed
+import pipeline.split
+from models.preprocess import preprocess
+from pipeline.data.embeddings import load_features
+from pipeline.model_io.encoder import LoadedEncoder, load_encoder
+from pipeline.shared.artifacts import EMBEDDINGS, SPLIT
+from pipeline.shared.errors import ParamsError, StageError
+from tests.support.making import data_params, folder, png, write
+from tests.support.small_encoder import tiny_encoder, tiny_params
+
+
+@pytest.fixture(name="weights")
+def _weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.embed.SHARD_ROWS", 16)
+    monkeypatch.setattr("pipeline.data.embeddings.SHARD_ROWS", 16)
+    monkeypatch.setattr("pipeline.embed.BATCH", 4)
+    return tiny_encoder(tmp_path, monkeypatch)
+
+
+def made(weights, changes=None, **sizes):
+    """Params, after a split of a folder with those numbers of images by class."""
+    ready = tiny_params(weights, folder(weights.parent / "images", sizes or {"a": 40, "b": 9}), changes)
+    pipeline.split.run(ready)
+    return ready
+
+
+def contents(path=EMBEDDINGS):
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+def features(params, split="train"):
+    return load_features(params.encoder, params.image, params.data, split)
+
+
+def test_the_features_are_those_of_the_encoder_on_the_servers_pixels(weights):
+    params = made(weights)
+    done = pipeline.embed.run(params)
+    assert (done.images, done.computed) == (49, 49)
+    assert str(done) == "tiny: features of 49 images, 49 computed, 0 stored before → artifacts/embeddings"
+    loaded = load_encoder(params.encoder, params.image)
+    for split in ("train", "validation", "test"):
+        stored = features(params, split)
+        pixels = [preprocess(stored.encoded(index), 32, 32) for index in range(len(stored))]
+        expected = loaded.network((torch.from_numpy(np.stack(pixels)) / 255 - 0.5) / 0.5)
+        assert stored.pixels(torch.arange(len(stored))).dtype == torch.float16
+        assert torch.allclose(stored.images[:, 0].float(), expected, atol=4e-3)
+    index = json.loads((EMBEDDINGS / "index.json").read_text())
+    assert index["encoder"]["sha256"] == params.encoder.sha256 and index["encoder"]["licence"] == "MIT"
+    assert not EMBEDDINGS.with_name(".embeddings.unfinished").exists()
+
+
+def test_views_are_stored_for_training_images_alone(weights):
+    params = made(weights, {"encoder.views": 2, "encoder.crop_padding": 4, "encoder.flip": True})
+    pipeline.embed.run(params)
+    train, test = features(params), features(params, "test")
+    assert train.images.shape[1:] == (3, 64) and test.images.shape[1:] == (1, 64)
+    assert not torch.equal(train.images[:, 1], train.images[:, 2])
+    first = contents()
+    shutil.rmtree(EMBEDDINGS)
+    pipeline.embed.run(params)
+    assert contents() == first
+
+
+def test_only_new_images_are_computed(weights):
+    params = made(weights)
+    pipeline.embed.run(params)
+    before = features(params)
+    assert pipeline.embed.run(params).computed == 0
+    write(weights.parent / "images/a/100.png", png(1000))  # added
+    (weights.parent / "images/a/001.png").unlink()  # removed
+    write(weights.parent / "images/b/000.png", png(1001))  # replaced
+    pipeline.split.run(params)
+    with pytest.raises(StageError, match="holds features of other images than data/split; run `dvc repro embed`"):
+        [features(params, split) for split in ("train", "validation", "test")]
+    assert pipeline.embed.run(params).computed == 2
+    after = features(params)
+    rows = {name: row for row, name in enumerate(before.sample_ids)}
+    kept = [(rows[name], row) for row, name in enumerate(after.sample_ids) if name in rows and "b/000" not in name]
+    assert kept
+    assert all(torch.equal(before.images[old], after.images[new]) for old, new in kept)
+
+
+def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(weights, monkeypatch):
+    params = made(weights, {"encoder.views": 1})
+    pipeline.embed.run(params)
+    expected = contents()
+    whole = LoadedEncoder.features
+    for after in range(0, 14, 2):
+        shutil.rmtree(EMBEDDINGS)
+        left = after
+
+        def stopping(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return whole(*arguments)
+
+        monkeypatch.setattr(LoadedEncoder, "features", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.embed.run(params)
+        assert not EMBEDDINGS.exists()
+        monkeypatch.setattr(LoadedEncoder, "features", whole)
+        pipeline.embed.run(params)
+        assert contents() == expected
+
+
+@pytest.mark.faults
+def test_a_process_that_is_killed_at_any_moment_resumes_to_the_same_bytes(weights):
+    params = made(weights, {"encoder.views": 1})
+    started = time.monotonic()
+    pipeline.embed.run(params)
+    seconds, expected = time.monotonic() - started, contents()
+    draw = random.Random(17)
+    for _ in range(20):
+        shutil.rmtree(EMBEDDINGS, ignore_errors=True)
+        child = os.fork()
+        if not child:
+            pipeline.embed.run(params)
+            os._exit(0)
+        time.sleep(draw.uniform(0, 1.2 * seconds))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pipeline.embed.run(params)
+        assert contents() == expected
+
+
+def test_a_full_disk_leaves_the_old_features_and_no_half_written_file(weights, monkeypatch):
+    params = made(weights)
+    pipeline.embed.run(params)
+    expected = contents()
+    write(weights.parent / "images/a/100.png", png(1000))
+    pipeline.split.run(params)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("serving.shared.atomic.os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        pipeline.embed.run(params)
+    assert caught.value.filename.endswith("train-00000.safetensors")
+    assert contents() == expected
+    assert list(EMBEDDINGS.with_name(".embeddings.unfinished").iterdir()) == []
+
+
+def test_a_feature_that_is_not_finite_names_the_image(weights, monkeypatch):
+    params = made(weights)
+    whole = LoadedEncoder.features
+
+    def broken(*arguments):
+        found = whole(*arguments)
+        found[1, 0, 3] = torch.nan
+        return found
+
+    monkeypatch.setattr(LoadedEncoder, "features", broken)
+    with pytest.raises(StageError, match=r"^\S+\.png: its feature is not finite"):
+        pipeline.embed.run(params)
+
+
+def test_features_of_another_encoder_or_size_are_refused(weights):
+    params = made(weights)
+    with pytest.raises(ParamsError, match=r"index\.json: no such file; run `dvc repro embed` first"):
+        features(params)
+    pipeline.embed.run(params)
+    other = params.model_copy(update={"image": params.image.model_copy(update={"resize_to": 40})})
+    with pytest.raises(ParamsError, match=r"^image\.resize_to is 40, but the features of .* computed with 32; run"):
+        features(other)
+    more = params.model_copy(update={"encoder": params.encoder.model_copy(update={"views": 3})})
+    with pytest.raises(ParamsError, match=r"^encoder\.views is 3, but"):
+        features(more)
+    # Another size is another key: nothing of the old features is used.
+    assert pipeline.embed.run(other).computed == 49
+
+
+def test_a_damaged_shard_is_computed_again(weights):
+    params = made(weights)
+    pipeline.embed.run(params)
+    expected = contents()
+    shard = EMBEDDINGS / "train-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(StageError, match=r"train-00000\.safetensors: .*; run `dvc repro -f embed`"):
+        features(params)
+    assert pipeline.embed.run(params).computed == 16
+    assert contents() == expected
+
+
+def test_without_an_encoder_nothing_is_computed_and_the_output_never_changes(weights):
+    params = data_params(folder(weights.parent / "images", {"a": 6, "b": 6}))
+    assert pipeline.embed.run(params).images == 0 and not SPLIT.exists()
+    assert contents() == {"index.json": b'{\n  "encoder": null\n}\n'}

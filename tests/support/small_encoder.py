@@ -1,0 +1,43 @@
+"""A small encoder with random weights, listed as `tiny` during a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from models.networks import encoders
+from models.networks.backbones import build_backbone
+from models.networks.encoders import HALF, Encoder
+from pipeline.params import Params
+from pipeline.shared.artifacts import sha256_of
+from tests.support.making import data_params, params
+
+TINY = "test_vit"  # of timm: 0.3 million parameters, made for tests
+
+
+def tiny_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """List the encoder `tiny`, and write the file with its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        network = build_backbone(f"timm/{TINY}").network
+    path = folder / "tiny.safetensors"
+    safetensors.torch.save_file(network.state_dict(), path)
+    listed = Encoder("tiny", TINY, 160, 64, 1, HALF, HALF, "MIT", "hf://timm/tiny@main")
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
+    return path
+
+
+def tiny_params(weights: Path, source: Path, changes: dict[str, Any] | None = None) -> Params:
+    """Params for a folder of images at 32 pixels, with the encoder `tiny`. changes: dotted keys."""
+    data = data_params(source).model_dump(mode="json")["data"]
+    given = {
+        **{f"data.{key}": value for key, value in data.items()},
+        "image.size": 32,
+        "image.resize_to": 32,
+        "encoder": {"name": "tiny", "weights": str(weights), "sha256": sha256_of(weights)},
+    }
+    return params(given | (changes or {}))
