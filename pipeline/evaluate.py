@@ -16,7 +16,8 @@ import pyarrow.parquet
 from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.data.dataset import AnyImages, evaluation_images
+from pipeline.data.dataset import AnyImages
+from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import _answers, network_logits, network_metrics
 from pipeline.evaluation.predictions import Answers, GateError, check_comparable, load_answers
@@ -26,7 +27,7 @@ from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.report import Evaluation, Origin, render_report, study
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
-from pipeline.report.model_card import model_card, model_facts
+from pipeline.report.model_card import model_card, model_facts, network_name
 from pipeline.report.study import write_plots
 from pipeline.shared.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError
@@ -54,7 +55,7 @@ class Result:
 
 def run(params: Params, output: Path = EVALUATION) -> Result:
     """Evaluate both networks on the test split; no other stage reads it. Raises DataError when it is empty."""
-    prior, test = load_prior(), evaluation_images(params, "test")
+    prior, test = load_prior(), evaluation_inputs(params, "test")
     if len(test) == 0:
         raise DataError(
             "data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split"
@@ -69,7 +70,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
         best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
-    validation, held_out = None, evaluation_images(params, "validation")
+    validation, held_out = None, evaluation_inputs(params, "validation")
     if len(held_out):  # the temperature is fitted on validation images
         validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
     shown = study(logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion)
@@ -78,7 +79,8 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
         print(f"evaluate: warning: {line}", file=sys.stderr)
     about_data = data_facts(data, image, prior, sizes)
-    about_model = model_facts(params.teacher, params.student, image.size, params.serving.strength, prior)
+    strength, encoder = params.serving.strength, stored_encoder(params)
+    about_model = model_facts(params.teacher, params.student, image.size, strength, prior, encoder)
     with whole_folder(output) as folder:
         classes = _per_class(found, labels, prior)
         _write_tables(folder, metrics, classes, found["student"]["balanced"], labels, prior)
@@ -88,7 +90,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         )
         samples = _write_samples(folder / "samples", test, chosen, found["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes))
-        card = model_card(data, params.student.backbone, params.seed, about_model, prior, metrics["student"])
+        card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
             shown, metrics, classes, samples, prior, test.encoded, about_data, about_model,

@@ -16,13 +16,14 @@ from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import evaluation_images
 from pipeline.model_io.checkpoint import check_image, load_model
+from pipeline.model_io.encoder import attach_encoder
 from pipeline.onnx_export.float16 import to_half
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_half, check_parity
 from pipeline.onnx_export.release import build_manifest, golden_answers, golden_tolerance, open_session, top_k
 from pipeline.params import Params, ServingParams
 from pipeline.report.mlflow_record import record_after_stage
-from pipeline.report.model_card import model_card, model_facts
+from pipeline.report.model_card import model_card, model_facts, network_name
 from pipeline.shared.artifacts import (
     EVALUATION,
     EXPORT,
@@ -75,6 +76,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     prior = load_prior()
     model, config = load_model(STUDENT, "student")
     check_image(config, params.image, STUDENT)
+    attach_encoder(model, config, params, STUDENT)
     image, export, serving = params.image, params.export, params.serving
     held_out = evaluation_images(params, "validation")
     examples = held_out if len(held_out) else evaluation_images(params, "train")
@@ -104,10 +106,10 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         golden = golden_answers(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
-        facts = model_facts(params.teacher, params.student, image.size, serving.strength, prior)
-        card = model_card(params.data, params.student.backbone, params.seed, facts, prior, metrics)
+        facts = model_facts(params.teacher, params.student, image.size, serving.strength, prior, config.encoder)
+        card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
-        manifest = build_manifest(folder, params, prior, model, metrics, half)
+        manifest = build_manifest(folder, params, prior, model, metrics, half, config.encoder)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
     write_repository(output, repository)
     record_after_stage("export", params, output)

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline import student, teacher
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
-from pipeline.data.dataset import evaluation_images
+from pipeline.data.embeddings import evaluation_inputs
 from pipeline.evaluation.network_metrics import network_logits, network_metrics
 from pipeline.model_io.checkpoint import BEST
 from pipeline.model_io.devices import choose_device
@@ -40,6 +40,7 @@ from serving.shared.terminal import print
 Metrics = dict[str, Any]
 # Params that the metrics of a seed depend on, as in dvc.yaml. Keys of evaluate that only the report uses are excluded.
 DEPENDS: dict[str, Any] = {
+    "encoder": True,
     "engine": {"precision"},
     "evaluate": {"ece_bins", "top_k"},
     "image": True,
@@ -134,7 +135,7 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
 
 
 def _evaluate(params: Params, folder: Path) -> Metrics:
-    prior, test = load_prior(), evaluation_images(params, "test")
+    prior, test = load_prior(), evaluation_inputs(params, "test")
     device, labels = choose_device(params.device), test.labels.numpy()
     networks = {"teacher": folder / "teacher", "student": folder / "student"}
     if (folder / "student" / BEST).is_dir():

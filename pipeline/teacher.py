@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
+from pipeline.data.embeddings import INDEX, stored_encoder
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
-from pipeline.shared.artifacts import PRIOR, SPLIT, TEACHER
+from pipeline.shared.artifacts import EMBEDDINGS, PRIOR, SPLIT, TEACHER
 from pipeline.training.run import (
     Result,
     check_backbones,
@@ -26,10 +27,10 @@ def run(params: Params, output: Path = TEACHER) -> Result:
     prior, section = load_prior(), params.teacher
     check_recipe(section, params.student, prior)
     check_backbones(section.backbone, params.student.backbone, params.image.size, params.export.opset)
-    config = model_config(section, params.image, len(prior.classes))
+    config = model_config(section, params.image, len(prior.classes), stored_encoder(params))
     with joined_ranks(params.device) as device:
         objective = teacher_objective(section, config, prior, stage_seed(params.seed, "teacher"))
-        inputs = [SPLIT / "train.parquet", PRIOR]
+        inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS / INDEX] if config.encoder else [])]
         return train_network("teacher", objective, config, params, prior, device, output, inputs)
 
 

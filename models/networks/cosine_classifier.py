@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.networks.autocast import full_precision, without_autocast
-from models.networks.backbones import build_backbone
+from models.networks.backbones import Backbone, build_backbone
 
 
 class CosineClassifier(nn.Module):
@@ -30,12 +30,12 @@ class CosineClassifier(nn.Module):
 class ImageClassifier(nn.Module):
     """Backbone and cosine classifier. `tau_s` is part of the model, so that a checkpoint defines the scale of its logits.
 
-    image_size: see build_backbone.
+    backbone: its name, with image_size as for build_backbone, or the backbone itself.
     """
 
-    def __init__(self, backbone: str, classes: int, tau_s: float, image_size: int | None = None) -> None:
+    def __init__(self, backbone: str | Backbone, classes: int, tau_s: float, image_size: int | None = None) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone, image_size)
+        self.backbone = build_backbone(backbone, image_size) if isinstance(backbone, str) else backbone
         self.feature_dim: int = self.backbone.feature_dim
         self.classes = classes
         self.tau_s = tau_s

@@ -1,6 +1,7 @@
 """Data augmentation of a batch on its device, with separate random numbers per image: crop, flip, policy, Cutout, mix."""
 
 from pipeline.augment.mix import MixDraws, apply_mix, draw_mix
+from pipeline.augment.stored import draw_stored, take_stored
 from pipeline.augment.views import Draws, apply_views, cut_boxes, cuts_originals, draw_views, random_views
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "cut_boxes",
     "cuts_originals",
     "draw_mix",
+    "draw_stored",
     "draw_views",
     "random_views",
+    "take_stored",
 ]

@@ -46,6 +46,10 @@ def memory(
     if card <= 0:
         raise ParamsError(f"--card is {card:g}; expected more than 0")
     recipe = load_params(params)
+    if recipe.encoder:
+        raise ParamsError(
+            f"encoder is {recipe.encoder.name}: {stage} trains on its stored features, not on images, and needs no estimate"
+        )
     needed = account(recipe, stage.value, prior_of(recipe, classes, images))
     section = getattr(recipe, stage.value)
     console = Console(width=100)

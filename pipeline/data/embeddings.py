@@ -19,9 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.data.dataset import Images
+from pipeline.data.dataset import AnyImages, Images, evaluation_images, training_images
 from pipeline.data.split_tables import ArrowStrings, read_split
-from pipeline.params import DataParams, EncoderParams, ImageParams
+from pipeline.params import AugmentParams, EncoderParams, ImageParams, Params
 from pipeline.shared.artifacts import EMBEDDINGS, SPLIT, write_file
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.sources import open_reader
@@ -34,7 +34,12 @@ READER_BYTES = 256 * 2**20  # cache of the images that a report or an export rea
 
 @dataclass(frozen=True)
 class FeatureImages(Images):
-    """A split whose rows are features: images float16 [N,1+V,D], the feature of the image itself and of V views."""
+    """A split whose rows are features: images float16 [N,1+V,D], the feature of the image itself and of V views.
+
+    encoder: the record of the encoder.
+    """
+
+    encoder: dict[str, Any]
 
     def pixels(self, chosen: Tensor) -> Tensor:
         """Features float16 [B,D] of the images themselves, in the place of pixels."""
@@ -147,22 +152,39 @@ def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDD
     return record
 
 
-def load_features(
-    encoder: EncoderParams, image: ImageParams, data: DataParams, split: str, folder: Path = SPLIT,
-    embeddings: Path = EMBEDDINGS,
-) -> FeatureImages:  # fmt: skip
+def stored_encoder(params: Params) -> dict[str, Any] | None:
+    """Record of the encoder whose features teacher and student take; None if they take images. Raises as `read_index`."""
+    return read_index(params.encoder, params.image) if params.encoder else None
+
+
+def training_inputs(
+    params: Params, device: torch.device, *, augment: AugmentParams, views: int
+) -> tuple[AnyImages, AnyImages, str | None]:
+    """The training and the validation split: features if params have an encoder, else as `training_images`."""
+    if params.encoder is None:
+        return training_images(params, device, augment=augment, views=views)
+    return load_features(params, "train"), load_features(params, "validation"), None
+
+
+def evaluation_inputs(params: Params, split: str) -> AnyImages:
+    """What the trained network takes of a split: features if params have an encoder, else as `evaluation_images`."""
+    return evaluation_images(params, split) if params.encoder is None else load_features(params, split)
+
+
+def load_features(params: Params, split: str, folder: Path = SPLIT, embeddings: Path = EMBEDDINGS) -> FeatureImages:
     """Load the features of a split into memory: 2 bytes a value.
 
     Raises ParamsError as `read_index` does, StageError when the features are of other images than the split's.
     """
-    read_index(encoder, image, embeddings)
-    hashes = split_hashes(split, folder)
+    if params.encoder is None:
+        raise ParamsError("encoder is null; name one of `tailor encoders`")
+    encoder = read_index(params.encoder, params.image, embeddings)
     table = read_split(split, ["sample_id", "label", "reference"], folder)
-    shards = list(_shards(split, hashes, embeddings))
-    features = torch.cat(shards) if shards else torch.zeros(0, 1, 1, dtype=torch.float16)
+    shards = list(_shards(split, split_hashes(split, folder), embeddings))
+    features = torch.cat(shards) if shards else torch.zeros(0, 1, encoder["width"], dtype=torch.float16)
     ids, references = ArrowStrings(table.column("sample_id")), ArrowStrings(table.column("reference"))
     labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
-    return FeatureImages(features, labels, ids, references, open_reader(data, READER_BYTES))
+    return FeatureImages(features, labels, ids, references, open_reader(params.data, READER_BYTES), encoder)
 
 
 def _shards(split: str, hashes: np.ndarray, folder: Path) -> Iterator[Tensor]:

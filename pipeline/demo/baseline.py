@@ -18,7 +18,8 @@ from rich.table import Table
 from models.sample_size import sample_sizes, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.data.dataset import AnyImages, evaluation_images
+from pipeline.data.dataset import AnyImages
+from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.comparison import Measure, compare
 from pipeline.evaluation.metrics import GROUPS, answers
 from pipeline.evaluation.network_metrics import TARGET_PRIORS, network_logits
@@ -52,7 +53,7 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
 
     Raises DataError if the test split is empty.
     """
-    prior, test = load_prior(), evaluation_images(params, "test")
+    prior, test = load_prior(), evaluation_inputs(params, "test")
     if len(test) == 0:
         raise DataError("data/split/test.parquet: holds no images; the comparison needs a test split")
     plain = classification_section(params.student, adjustment=0.0)
@@ -61,7 +62,7 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
     output = folder / name
     if not (output / "model.safetensors").is_file():
         recipe = params.model_copy(update={"teacher": plain})
-        config = model_config(plain, params.image, len(prior.classes))
+        config = model_config(plain, params.image, len(prior.classes), stored_encoder(params))
         with joined_ranks(params.device) as device:
             objective = teacher_objective(plain, config, prior, stage_seed(params.seed, "teacher"))
             train_network("teacher", objective, config, recipe, prior, device, output, inputs)

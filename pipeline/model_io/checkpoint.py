@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.networks.adapters import feature_backbone
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import ImageClassifier
 from pipeline.params import ImageParams
@@ -27,7 +29,9 @@ BEST = "best"  # subfolder for the network of the epoch with the best validation
 class ModelConfig:
     """Parameters that rebuild the network: backbone, number of classes, tau_s and the format of its input images.
 
-    adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift.
+    adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift. encoder: the
+    record of the frozen encoder whose features the network takes in the place of images; None for images. adapter:
+    hidden units of the residual adapter on these features; 0 for none.
     """
 
     backbone: str
@@ -37,10 +41,14 @@ class ModelConfig:
     mean: list[float]
     std: list[float]
     adjustment: float = 1.0
+    encoder: dict[str, Any] | None = None
+    adapter: int = 0
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
     """Create a newly initialised network. Raises ParamsError that names the params key for an unknown backbone."""
+    if config.encoder:
+        return ImageClassifier(feature_backbone(config.encoder["width"], config.adapter), config.classes, config.tau_s)
     try:
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
     except UnknownBackboneError as error:
@@ -66,6 +74,15 @@ def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
             raise ParamsError(
                 f"image.{key} is {getattr(image, key)}, but {folder} was trained with {value}; run `dvc repro` to train again"
             )
+
+
+def check_encoder(config: ModelConfig, encoder: dict[str, Any] | None, folder: Path) -> None:
+    """Raise ParamsError when a network was trained on the features of another encoder, or on images. encoder: its record."""
+    if config.encoder != encoder:
+        names = [f"{each['name']} ({each['sha256'][:12]})" if each else "none" for each in (encoder, config.encoder)]
+        raise ParamsError(
+            f"encoder is {names[0]}, but {folder} was trained with {names[1]}; run `dvc repro` to train again"
+        )
 
 
 def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
+from models.networks.cosine_classifier import ImageClassifier
 from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
 from pipeline.augment import random_views
 from pipeline.data.dataset import normalise
+from pipeline.model_io.checkpoint import ModelConfig, check_encoder
 from pipeline.model_io.pretrained import read_weights
-from pipeline.params import AugmentParams, EncoderParams, ImageParams
+from pipeline.params import AugmentParams, EncoderParams, ImageParams, Params
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import ParamsError
 
@@ -58,6 +60,20 @@ class LoadedEncoder:
         with torch.inference_mode():
             found = [self.network(normalise(batch, image)).half().cpu() for batch in batches]
         return torch.stack(found, 1)
+
+
+def attach_encoder(model: ImageClassifier, config: ModelConfig, params: Params, folder: Path) -> None:
+    """Put the encoder before a network that was trained on its features, which then takes images; else do nothing.
+
+    folder: of the network, for the message. Raises ParamsError when params name another encoder than it was trained
+    with, and as `load_encoder` does.
+    """
+    if params.encoder is None:
+        check_encoder(config, None, folder)
+        return
+    loaded = load_encoder(params.encoder, params.image)
+    check_encoder(config, asdict(loaded.record), folder)
+    model.backbone = Backbone(nn.Sequential(loaded.network, model.backbone), model.feature_dim)
 
 
 def describe(params: EncoderParams) -> Encoder:

@@ -92,7 +92,13 @@ def golden_answers(
 
 
 def build_manifest(
-    folder: Path, params: Params, prior: Prior, model: ImageClassifier, metrics: dict[str, Any], half: Parity | None
+    folder: Path,
+    params: Params,
+    prior: Prior,
+    model: ImageClassifier,
+    metrics: dict[str, Any],
+    half: Parity | None,
+    encoder: dict[str, Any] | None = None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -113,6 +119,7 @@ def build_manifest(
         code_sha256=code_sha256(),
         versions={name: version(name) for name in ("tailor", "torch", "onnx", "onnxruntime")},
         metrics=metrics,
+        encoder=encoder,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
     )

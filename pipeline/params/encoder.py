@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.params.section import Count, Section
+from pipeline.params.training import AugmentParams, TrainingParams
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -28,3 +29,31 @@ class EncoderParams(Section):
     views: Annotated[int, Field(ge=0, le=64)] = 0
     crop_padding: Count = 16
     flip: bool = True
+
+
+# Features are computed once, so a step cannot crop or change an image; encoder.views has stored views instead.
+NO_AUGMENT = AugmentParams(crop_padding=0, flip=False, cutout=0)
+FIXED = ("crop", "crop_padding", "flip", "policy", "cutout", "mix")
+
+
+def check_encoder_sections(encoder: EncoderParams | None, sections: dict[str, TrainingParams]) -> None:
+    """Raise ValueError unless each training section takes features exactly if there is an encoder."""
+    for name, section in sections.items():
+        if (section.backbone == "encoder") != (encoder is not None):
+            raise ValueError(
+                f"{name}.backbone is {section.backbone!r}, but section encoder is {'null' if encoder is None else 'set'}; "
+                "expected backbone: encoder in teacher and student, exactly if there is an encoder"
+            )
+        if encoder is None:
+            if section.adapter:
+                raise ValueError(f"{name}.adapter is {section.adapter}, but there is no encoder; set adapter: 0")
+            continue
+        if section.pretrained is not None:
+            raise ValueError(f"{name}.pretrained is set; the weights of an encoder are encoder.weights")
+        for key in FIXED:
+            value, allowed = getattr(section.augment, key), getattr(NO_AUGMENT, key)
+            if value != allowed:
+                raise ValueError(
+                    f"{name}.augment.{key} is {value!r}; the features of an encoder are not augmented in training: set "
+                    f"{str(allowed).lower()}, and encoder.views for stored views"
+                )

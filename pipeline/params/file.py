@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
-from pipeline.params.encoder import EncoderParams
+from pipeline.params.encoder import EncoderParams, check_encoder_sections
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.section import Section
@@ -40,6 +40,11 @@ class Params(Section):
     ingest: IngestParams = IngestParams()
     tracking: TrackingParams = TrackingParams()
     retrain: RetrainParams = RetrainParams()
+
+    @model_validator(mode="after")
+    def _encoder_and_backbones_agree(self) -> Params:
+        check_encoder_sections(self.encoder, {"teacher": self.teacher, "student": self.student})
+        return self
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -101,6 +106,8 @@ def _explain(path: Path, entry: Any) -> str:
     if entry["type"] == "missing":
         return f"{path}: {key} is missing; add it (see the file's default in the repository)"
     message = entry["msg"].removeprefix("Value error, ")
+    if not key:  # an error of several sections, which the message names
+        return f"{path}: {message}"
     value = "" if isinstance(entry["input"], dict | BaseModel) else f" is {entry['input']!r};"
     return f"{path}: {key}{value or ':'} {message[:1].lower()}{message[1:]}"
 

@@ -83,11 +83,13 @@ class TrainingParams(Section):
     the difference, so that `balanced` and `train` mean the same for every strength. ema_decay: decay of the moving
     average of weights, which is evaluated and saved instead of the last step's weights; 0 for none. accumulate: number
     of parts of a batch (gradient accumulation), for batches that do not fit into the device's memory. pretrained:
-    initial weights.
+    initial weights. backbone `encoder`: the features of section encoder, which stay as they are; adapter: hidden units
+    of a residual adapter on them, 0 for none.
     """
 
     backbone: str
     pretrained: PretrainedParams | None = None
+    adapter: Count = 0
     tau_s: Positive
     adjustment: NonNegative = 1.0
     ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.0

@@ -9,7 +9,7 @@ import yaml
 
 from models.sample_size import from_json, warnings_of
 from pipeline.data.class_prior import Prior
-from pipeline.params import DataParams, StudentParams, TrainingParams
+from pipeline.params import DataParams, Params, StudentParams, TrainingParams
 from serving.shared.terminal import counted
 
 # Metric names for the metadata: Tailor's name → Hugging Face's.
@@ -70,6 +70,11 @@ def model_card(
     )  # fmt: skip
 
 
+def network_name(params: Params) -> str:
+    """Name of the student's network for the card: of its pretrained encoder, or of its backbone."""
+    return params.encoder.name if params.encoder else params.student.backbone
+
+
 def render_card(template: str, metadata: dict[str, Any], **context: Any) -> str:
     """Render a card in the format of the Hugging Face Hub: a YAML block, then Markdown."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
@@ -79,11 +84,26 @@ def render_card(template: str, metadata: dict[str, Any], **context: Any) -> str:
 
 
 def model_facts(
-    teacher: TrainingParams, student: StudentParams, size: int, strength: float, prior: Prior
+    teacher: TrainingParams,
+    student: StudentParams,
+    size: int,
+    strength: float,
+    prior: Prior,
+    encoder: dict[str, Any] | None = None,
 ) -> list[tuple[str, str]]:
-    """Facts about the model as (term, text) pairs. size: of an image; strength: the default of serving."""
+    """Facts about the model as (term, text) pairs. size: of an image; strength: the default of serving.
+
+    encoder: the record of the frozen encoder whose features were trained on; None for a network trained on images.
+    """
+    network, facts = student.backbone, []
+    if encoder:
+        network = f"frozen {encoder['name']}{', a residual adapter' if student.adapter else ''}"
+        text = (
+            f"{encoder['name']}, licence {encoder['licence']}; weights {encoder['source']}, sha256 {encoder['sha256']}"
+        )
+        facts = [("Pretrained encoder", text)]
     return [
-        ("Network", f"{student.backbone} with a cosine classifier of {counted(len(prior.classes), 'class')}"),
+        ("Network", f"{network} with a cosine classifier of {counted(len(prior.classes), 'class')}"),
         (
             "Training",
             f"{counted(student.epochs, 'epoch')} with the GML loss (ICML 2023, Mutual Information Maximization between Latent "
@@ -93,6 +113,7 @@ def model_facts(
         ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
         ("Output", "logits of every class; strength 0 answers for a balanced target prior, 1 for the training prior"),
         ("Default strength", f"{strength:g}"),
+        *facts,
     ]
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from models.networks.backbones import UnknownBackboneError, check_backbone
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
-from pipeline.data.dataset import training_images
+from pipeline.data.embeddings import training_inputs
 from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, save_model
 from pipeline.model_io.pretrained import start_from
 from pipeline.params import EngineParams, ImageParams, Params, StreamParams, StudentParams, TrainingParams
@@ -38,6 +39,8 @@ from pipeline.training.history import History, as_jsonl, write_scalars
 from pipeline.training.resume import RunFolder
 from serving.shared.terminal import counted, print
 
+ENCODER = "encoder"  # the backbone that takes the stored features of section encoder
+
 
 @dataclass(frozen=True)
 class Result:
@@ -51,9 +54,14 @@ class Result:
         return f"{counted(self.last['epoch'], 'epoch')}, loss {self.last['loss']:.4f}{score} → {self.output}"
 
 
-def model_config(section: TrainingParams, image: ImageParams, classes: int) -> ModelConfig:
-    """The config of the network that a params section trains."""
-    return ModelConfig(section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment)
+def model_config(
+    section: TrainingParams, image: ImageParams, classes: int, encoder: dict[str, Any] | None = None
+) -> ModelConfig:
+    """The config of the network that a params section trains. encoder: record of the encoder whose features it takes."""
+    return ModelConfig(
+        section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment,
+        encoder, section.adapter,
+    )  # fmt: skip
 
 
 def stage_seed(seed: int, stage: str) -> int:
@@ -97,7 +105,7 @@ def train_network(
     training = Training(
         name, objective, section, params.image, seed, device, folder, params.engine, record, shift=shift
     )
-    train, validation, notice = training_images(params, device, augment=section.augment, views=objective.views)
+    train, validation, notice = training_inputs(params, device, augment=section.augment, views=objective.views)
     if notice and rank() == 0:
         print(f"{name}  {notice}", flush=True)
     history = training.run(train, validation)
@@ -158,6 +166,8 @@ def save_run(training: Training, config: ModelConfig, history: History, output: 
 def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) -> None:
     """Raise ParamsError for errors that would appear only after the teacher's training: unknown backbones, too small queues."""
     for key, name in (("teacher.backbone", teacher.backbone), ("student.backbone", student.backbone)):
+        if name == ENCODER:
+            continue
         try:
             check_backbone(name)
         except UnknownBackboneError as error:
@@ -180,7 +190,7 @@ def check_backbones(teacher: str, student: str, size: int, opset: int) -> None:
         return
     arguments_of = {("teacher.backbone", teacher): [str(size)], ("student.backbone", student): [str(size), str(opset)]}
     for (key, name), arguments in arguments_of.items():
-        if "/" not in name:  # Tailor's CIFAR ResNets accept every size; tests export them
+        if "/" not in name:  # Tailor's CIFAR ResNets accept every size; tests export them. `embed` runs the encoder.
             continue
         command = [sys.executable, "-P", "-m", "pipeline.preparation.backbone_check", name, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

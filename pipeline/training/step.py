@@ -15,8 +15,9 @@ from models.networks.activation_checkpointing import recompute_blocks
 from models.networks.ema import WeightAverage
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import Mixed, TeacherObjective
-from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_views
+from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_stored, draw_views, take_stored
 from pipeline.data.dataset import AnyImages, Normalisation
+from pipeline.data.embeddings import FeatureImages
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.training.optimiser import Optimiser
 
@@ -81,6 +82,8 @@ class Step:
         self._module: nn.Module = objective if alone else shared_gradients(objective)
         self._augment = params.augment
         self._images = None if train.images is None else train.images.to(device)
+        # Stored views of each image, for features; 0 for images, whose views are drawn and cut here.
+        self._stored = train.images.shape[1] if isinstance(train, FeatureImages) else 0
         self._labels, self._size = train.labels.to(device), image.size
         self._normalise = Normalisation(image, device)
 
@@ -89,14 +92,18 @@ class Step:
 
         Pixels of a stream are added by the caller.
         """
+        if self._stored:
+            return StepInputs(chosen, draw_stored(len(chosen), self.objective.views, self._stored, generator), None)
         size = self._size
         draws = draw_views(len(chosen), size, size, self.objective.views, self._augment, generator)
         return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator))
 
     def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
-        """This rank's views uint8 [views,b,3,H,W] of inputs on the device, and mixed labels of the classifier view or None."""
+        """This rank's views uint8 [views,b,3,H,W], or features [views,b,D], and mixed labels of the classifier view or None."""
         own = own_rows(inputs)
         pixels = self._images[own.chosen] if own.pixels is None else own.pixels
+        if self._stored:
+            return take_stored(pixels, own.draws), None
         views = apply_views(pixels, own.draws, self._augment)
         if own.mix is None:
             return views, None

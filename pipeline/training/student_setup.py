@@ -9,7 +9,7 @@ import torch
 from models.networks.cosine_classifier import ImageClassifier
 from models.objectives.student import StudentObjective, StudentWeights
 from pipeline.data.class_prior import Prior
-from pipeline.model_io.checkpoint import ModelConfig, build_model, check_image, load_model
+from pipeline.model_io.checkpoint import ModelConfig, build_model, check_encoder, check_image, load_model
 from pipeline.model_io.pretrained import start_from
 from pipeline.params import ImageParams, StudentParams
 
@@ -25,6 +25,7 @@ def build_objective(
     if weights.need_teacher(section.contrast_encoder):
         frozen, trained = load_model(teacher, "teacher")
         check_image(trained, image, teacher)
+        check_encoder(trained, config.encoder, teacher)
         teacher_adjustment = trained.adjustment
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

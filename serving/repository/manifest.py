@@ -67,9 +67,10 @@ class HalfPrecision(BaseModel):
 class Manifest(BaseModel):
     """All data of a release that serving uses.
 
-    files: names of files beside the manifest with their sha256. half: set for a graph with a float16 backbone; None for
-    float32. code_revision: the git commit of the project. code_sha256: of the source files that made the release; empty
-    in releases from before this key existed.
+    files: names of files beside the manifest with their sha256. encoder: name, licence, source and sha256 of the
+    weights of a pretrained encoder; None for a network without one. half: set for a graph with a float16 backbone; None
+    for float32. code_revision: the git commit of the project. code_sha256: of the source files that made the release;
+    empty in releases from before this key existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -91,6 +92,7 @@ class Manifest(BaseModel):
     code_sha256: str = ""
     versions: dict[str, str]
     metrics: dict[str, Any]
+    encoder: dict[str, str | int] | None = None
     half: HalfPrecision | None = None
     limits: Limits = Limits()
 

@@ -35,7 +35,8 @@ from tests.support.shown import check_refusal, last_run
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain"), pytest.mark.timeout(1800)]
 
 GOOD = 0.9  # accuracy of each challenger that should be promoted
-TASKS = ["ingest", "split", "prior", "teacher", "student", "evaluate", "export", "gate", "publish", "verify", "promote"]
+STAGES = ["split", "prior", "embed", "teacher", "student", "evaluate", "export"]
+TASKS = ["ingest", *STAGES, "gate", "publish", "verify", "promote"]
 
 
 @pytest.fixture(scope="module")

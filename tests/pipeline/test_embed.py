@@ -46,7 +46,7 @@ def contents(path=EMBEDDINGS):
 
 
 def features(params, split="train"):
-    return load_features(params.encoder, params.image, params.data, split)
+    return load_features(params, split)
 
 
 def test_the_features_are_those_of_the_encoder_on_the_servers_pixels(weights):

@@ -39,5 +39,13 @@ def tiny_params(weights: Path, source: Path, changes: dict[str, Any] | None = No
         "image.size": 32,
         "image.resize_to": 32,
         "encoder": {"name": "tiny", "weights": str(weights), "sha256": sha256_of(weights)},
-    }
+        **{
+            f"{stage}.{key}": value
+            for stage in ("teacher", "student")
+            for key, value in {
+                "backbone": "encoder", "epochs": 3, "batch_size": 8, "augment.crop_padding": 0, "augment.flip": False,
+            }.items()
+        },
+        "student.adapter": 16,
+    }  # fmt: skip
     return params(given | (changes or {}))

@@ -70,7 +70,7 @@ def gone(process_id: int, waited_for: bool = False) -> bool:
 
 
 def test_the_stages_of_a_release_come_in_the_order_of_the_datas_way_and_seeds_are_none_of_them():
-    assert stage_names(ROOT) == ["split", "prior", "teacher", "student", "evaluate", "export"]
+    assert stage_names(ROOT) == ["split", "prior", "embed", "teacher", "student", "evaluate", "export"]
 
 
 @pytest.mark.usefixtures("project")

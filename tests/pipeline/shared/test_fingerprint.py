@@ -40,7 +40,7 @@ def test_files_that_a_module_reads_are_hashed_with_it() -> None:
     templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/report").glob("*.jinja")}
     assert templates < names("evaluate") and "pipeline/report/page.js" in names("evaluate")
     assert {"serving/triton/classifier_model.py", "serving/triton/network.py"} < names("export")
-    for stage in ("split", "prior", "teacher", "student"):
+    for stage in ("split", "prior", "embed", "teacher", "student"):
         assert {name for name in names(stage) if not name.endswith(".py") or "triton" in name} == set()
 
 

@@ -1,0 +1,31 @@
+"""Trained parts on the features of a frozen encoder: a residual adapter, or nothing."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.networks.autocast import full_precision
+from models.networks.backbones import Backbone
+
+
+class ResidualAdapter(nn.Module):
+    """x + up(gelu(down(layer_norm(x)))): a bottleneck of `hidden` units whose output starts at 0, so that it starts as x."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B,width] → [B,width]."""
+        change: Tensor = self.up(F.gelu(self.down(self.norm(features))))
+        return features + full_precision(change)
+
+
+def feature_backbone(width: int, adapter: int) -> Backbone:
+    """The trained part between features [B,width] and the classifier. adapter: its hidden units; 0 for no adapter."""
+    return Backbone(ResidualAdapter(width, adapter) if adapter else nn.Identity(), width)
