@@ -83,6 +83,7 @@ class StudentObjective(nn.Module):
         queue_total: int,
         queue_minimum: int,
         projection_dim: int,
+        projection_hidden: int | None = None,
         contrast_encoder: ContrastEncoder = "teacher",
         encoder_momentum: float = 0.999,
         teacher_adjustment: float | None = None,
@@ -90,9 +91,10 @@ class StudentObjective(nn.Module):
     ) -> None:
         """Create the heads, the queues and, if needed, the momentum encoder; a teacher that no term needs is not stored.
 
-        teacher_adjustment: the strength of the logit adjustment in the teacher's L_cls; None: the student's. If the two
-        differ, L_KD adds the difference times log_prior to the teacher's logits, so that L_KD and L_cls have the same
-        minimum. Raises ValueError when a teacher is needed and not given.
+        projection_hidden: hidden units of the projection heads; None: the feature width. teacher_adjustment: the
+        strength of the logit adjustment in the teacher's L_cls; None: the student's. If the two differ, L_KD adds the
+        difference times log_prior to the teacher's logits, so that L_KD and L_cls have the same minimum. Raises
+        ValueError when a teacher is needed and not given.
         """
         super().__init__()
         self.model = model
@@ -108,14 +110,14 @@ class StudentObjective(nn.Module):
         self.momentum_encoder: nn.Module | None = None
         if not weights.beta:
             return
-        self.query_head = ProjectionHead(model.feature_dim, model.feature_dim, projection_dim)
+        self.query_head = ProjectionHead(model.feature_dim, projection_hidden or model.feature_dim, projection_dim)
         # The key head starts as a copy of the query head, unless the teacher has another feature width.
         stored = model if contrast_encoder == "momentum" or teacher is None else teacher
         width = stored.feature_dim
         if width == model.feature_dim:
             self.key_head = copy.deepcopy(self.query_head)
         else:
-            self.key_head = ProjectionHead(width, width, projection_dim)
+            self.key_head = ProjectionHead(width, projection_hidden or width, projection_dim)
         if contrast_encoder == "momentum":
             self.momentum_encoder = copy.deepcopy(model.backbone).requires_grad_(False)
             self.key_head.requires_grad_(False)

@@ -108,7 +108,8 @@ class StudentParams(TrainingParams):
 
     A term of weight 0 is not computed. contrast_encoder: the encoder that fills the queues, the frozen `teacher` or a
     `momentum` copy of the student, updated with encoder_momentum in each step; with `momentum` and alpha 0 no teacher
-    is used.
+    is used. projection_hidden: hidden units of the projection heads, which embed all queue_total rows in each step; null:
+    the feature width.
     """
 
     gamma: NonNegative
@@ -123,6 +124,7 @@ class StudentParams(TrainingParams):
     queue_total: PositiveInt
     queue_minimum: PositiveInt
     projection_dim: PositiveInt
+    projection_hidden: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _classifier_is_trained(self) -> StudentParams:

@@ -54,6 +54,7 @@ def student_objective(
         queue_total=section.queue_total,
         queue_minimum=section.queue_minimum,
         projection_dim=section.projection_dim,
+        projection_hidden=section.projection_hidden,
         contrast_encoder=section.contrast_encoder,
         encoder_momentum=section.encoder_momentum,
         teacher_adjustment=teacher_adjustment,

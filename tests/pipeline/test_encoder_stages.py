@@ -161,7 +161,9 @@ def test_an_adapter_without_an_encoder_is_refused():
 
 def test_a_run_without_an_encoder_does_not_read_the_folder_of_features(weights):
     ready = data_params(folder(weights.parent / "images", {"a": 12, "b": 9})).model_dump(mode="json")
-    made = params({**{f"data.{key}": value for key, value in ready["data"].items()}, "teacher.epochs": 1})
+    made = params(
+        {**{f"data.{key}": value for key, value in ready["data"].items()}, "teacher.epochs": 1, "teacher.batch_size": 8}
+    )
     for stage in (pipeline.split, pipeline.prior, pipeline.teacher):
         stage.run(made)
     assert json.loads((TEACHER / "config.json").read_text())["encoder"] is None

@@ -129,6 +129,7 @@ def test_the_tables_hold_every_recipe_of_the_folder():
         "cifar10-parquet-if100",
         "cifar10-parquet-if100-one-epoch",
         "cifar10-parquet-if100-cpu",
+        "photographs-lite0",
         "tiny-imagenet-lt",
         "tiny-imagenet-lt-cpu",
     }
