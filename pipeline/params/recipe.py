@@ -122,13 +122,14 @@ def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
 
 
 def _flow(value: Any) -> Any:
-    """Convert a list, or the lists of a mapping, to ruamel's flow style on one line."""
-    from ruamel.yaml.comments import CommentedSeq
+    """Convert a list or a new mapping to ruamel's flow style on one line."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     if isinstance(value, dict):
-        return {key: _flow(entry) for key, entry in value.items()}
-    if not isinstance(value, list):
+        made: Any = CommentedMap({key: _flow(entry) for key, entry in value.items()})
+    elif isinstance(value, list):
+        made = CommentedSeq(value)
+    else:
         return value
-    sequence = CommentedSeq(value)
-    sequence.fa.set_flow_style()
-    return sequence
+    made.fa.set_flow_style()
+    return made
