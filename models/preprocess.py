@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # both antialiased
 MAX_BYTES = 32 * 1024 * 1024
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 64
@@ -77,7 +78,11 @@ class ImageError(ValueError):
 
 
 def decode(
-    data: bytes, resize_to: int = 0, room: int = ROOM, allow: Callable[[int], None] | None = None
+    data: bytes,
+    resize_to: int = 0,
+    room: int = ROOM,
+    allow: Callable[[int], None] | None = None,
+    interpolation: str = "bilinear",
 ) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an upright RGB image.
 
@@ -91,7 +96,7 @@ def decode(
     decoded.
     """
     with opened(data) as image:
-        return decoded(image, resize_to, room, allow)
+        return decoded(image, resize_to, room, allow, interpolation)
 
 
 @contextlib.contextmanager
@@ -132,7 +137,11 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def decoded(
-    image: Image.Image, resize_to: int = 0, room: int = ROOM, allow: Callable[[int], None] | None = None
+    image: Image.Image,
+    resize_to: int = 0,
+    room: int = ROOM,
+    allow: Callable[[int], None] | None = None,
+    interpolation: str = "bilinear",
 ) -> Image.Image:
     """Decode the pixels of an image from `opened`; see `decode`."""
     width, height = image.size
@@ -150,7 +159,7 @@ def decoded(
     # With the box, because the last row and column may cover less than a whole pixel; without it all others would be
     # shifted.
     size = scaled_size(width, height, resize_to)
-    return upright(to_rgb(image).resize(size, Image.Resampling.BILINEAR, box=box), image)
+    return upright(to_rgb(image).resize(size, FILTERS[interpolation], box=box), image)
 
 
 def check_size(width: int, height: int) -> None:
@@ -302,14 +311,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize(image: Image.Image, size: int, resize_to: int) -> NDArray[np.uint8]:
-    """Resize the shorter side to `resize_to` (antialiased bilinear) and crop the centre: uint8 [3, size, size], RGB.
+def resize(image: Image.Image, size: int, resize_to: int, interpolation: str = "bilinear") -> NDArray[np.uint8]:
+    """Resize the shorter side to `resize_to` (antialiased) and crop the centre: uint8 [3, size, size], RGB.
 
     An image whose shorter side already fits is not resampled, so 32x32 images are unchanged. Raises ImageError when the
     resized image would be smaller than the crop.
     """
     if min(image.size) != resize_to:
-        image = image.resize(scaled_size(*image.size, resize_to), Image.Resampling.BILINEAR)
+        image = image.resize(scaled_size(*image.size, resize_to), FILTERS[interpolation])
     if min(image.size) < size:
         raise ImageError(
             "shape", f"would be cropped to {size} pixels after a resize to {resize_to}; expected resize_to >= size"
@@ -331,7 +340,12 @@ def centred(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def preprocess(
-    data: bytes, size: int, resize_to: int, room: int = ROOM, allow: Callable[[int], None] | None = None
+    data: bytes,
+    size: int,
+    resize_to: int,
+    room: int = ROOM,
+    allow: Callable[[int], None] | None = None,
+    interpolation: str = "bilinear",
 ) -> NDArray[np.uint8]:
-    """Encoded bytes to uint8 [3, size, size]: `decode`, then `resize`. Raises ImageError."""
-    return resize(decode(data, resize_to, room, allow), size, resize_to)
+    """Encoded bytes to uint8 [3, size, size]: `decode`, then `resize`. interpolation: of FILTERS. Raises ImageError."""
+    return resize(decode(data, resize_to, room, allow, interpolation), size, resize_to, interpolation)

@@ -169,11 +169,14 @@ def load_images(
             raise OtherSizeError
         return resize(picture, size, size)
 
+    def prepared(encoded: bytes) -> np.ndarray:
+        return preprocess(encoded, size, resize_to, interpolation=image.interpolation)
+
     def load(positions: Sequence[int]) -> None:
         for position in positions:
             encoded = source.read(references[position])
             try:
-                stacked[position] = square(encoded) if as_they_are else preprocess(encoded, size, resize_to)
+                stacked[position] = square(encoded) if as_they_are else prepared(encoded)
             except ImageError as error:
                 raise DataError(
                     f"{references[position]}: {error}; replace the image and run `dvc repro` again"

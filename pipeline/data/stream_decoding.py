@@ -35,7 +35,7 @@ from pipeline.params import ImageParams
 
 def exact(data: bytes, image: ImageParams) -> Tensor:
     """Decode to uint8 [3,size,size], identical to the served classifier. Raises ImageError."""
-    return torch.from_numpy(preprocess(data, image.size, image.resize_to))
+    return torch.from_numpy(preprocess(data, image.size, image.resize_to, interpolation=image.interpolation))
 
 
 def fast(data: bytes, image: ImageParams) -> Tensor:

@@ -36,7 +36,7 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     manifest = read_release(repository, version).manifest
     if load_classes() != [class_key(name) for name in manifest.classes]:
         raise StageError(f"version {version} of {repository} has other classes than data/split/classes.json")
-    seen = {"size": manifest.image.size, "resize_to": manifest.image.resize_to}
+    seen = manifest.image.model_dump(include={"size", "resize_to", "interpolation"})
     test = evaluation_images(params.model_copy(update={"image": params.image.model_copy(update=seen)}), "test")
     session = open_session(repository / STUDENT / str(version) / "model.onnx")
     strength = 1.0 if target_prior == "train" else 0.0

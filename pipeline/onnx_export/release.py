@@ -106,7 +106,7 @@ def build_manifest(
         classes=prior.classes,
         counts=prior.counts,
         log_prior=prior.log_prior,
-        image=ImageFormat(size=params.image.size, resize_to=params.image.resize_to, room=ROOM),
+        image=ImageFormat(**params.image.model_dump(include={"size", "resize_to", "interpolation"}), room=ROOM),
         feature_dim=model.feature_dim,
         tau_s=model.tau_s,
         strength=params.serving.strength,

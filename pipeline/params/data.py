@@ -90,12 +90,16 @@ class StreamParams(Section):
 
 
 class ImageParams(Section):
-    """Network input: shorter side to resize_to, centre crop of size (pixels), then (x/255 - mean) / std per channel."""
+    """Network input: shorter side to resize_to, centre crop of size (pixels), then (x/255 - mean) / std per channel.
+
+    interpolation: of the resize, in embed and by the server; bicubic is for the features of an encoder only.
+    """
 
     size: Annotated[int, Field(ge=8, le=1024)]
     resize_to: Annotated[int, Field(ge=8, le=2048)]
     mean: Annotated[list[Share], Field(min_length=3, max_length=3)]
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     @model_validator(mode="after")
     def _crop_fits(self) -> ImageParams:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.params.data import ImageParams
 from pipeline.params.section import Count, Section
 from pipeline.params.training import AugmentParams, TrainingParams
 
@@ -36,8 +37,12 @@ NO_AUGMENT = AugmentParams(crop_padding=0, flip=False, cutout=0)
 FIXED = ("crop", "crop_padding", "flip", "policy", "cutout", "mix")
 
 
-def check_encoder_sections(encoder: EncoderParams | None, sections: dict[str, TrainingParams]) -> None:
+def check_encoder_sections(
+    encoder: EncoderParams | None, image: ImageParams, sections: dict[str, TrainingParams]
+) -> None:
     """Raise ValueError unless each training section takes features exactly if there is an encoder."""
+    if encoder is None and image.interpolation != "bilinear":
+        raise ValueError(f"image.interpolation is {image.interpolation!r}; without an encoder, expected bilinear")
     for name, section in sections.items():
         if (section.backbone == "encoder") != (encoder is not None):
             raise ValueError(

@@ -43,7 +43,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _encoder_and_backbones_agree(self) -> Params:
-        check_encoder_sections(self.encoder, {"teacher": self.teacher, "student": self.student})
+        check_encoder_sections(self.encoder, self.image, {"teacher": self.teacher, "student": self.student})
         return self
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from models.preprocess import preprocess
 from models.prior import softmax
 from serving.repository.manifest import GOLDEN_NAME
 from serving.repository.release import Release, read_release
@@ -67,9 +66,7 @@ def run_golden(root: Path, release: Release) -> None:
     path = root / STUDENT / str(release.version) / "model.onnx"
     form = release.manifest.image
     try:
-        images = [
-            preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None] for golden in release.golden
-        ]
+        images = [form.pixels(golden.image_bytes())[None] for golden in release.golden]
     except ValueError as error:
         raise RepositoryError(f"{root / CLASSIFIER / str(release.version) / GOLDEN_NAME}: image {error}") from None
     strengths = [np.array([[golden.strength]], dtype=np.float32) for golden in release.golden]

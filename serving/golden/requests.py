@@ -6,7 +6,6 @@ from contextlib import closing
 
 import numpy as np
 
-from models.preprocess import preprocess
 from models.prior import softmax
 from serving.client.sync_client import Client
 from serving.repository.release import Release
@@ -40,7 +39,7 @@ def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -
     form = release.manifest.image
     with closing(Transport(url, timeout)) as transport:
         for golden in unhurried(release.golden) if rest else release.golden:
-            image = preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None]
+            image = form.pixels(golden.image_bytes())[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
             best = np.argsort(-logits, kind="stable")
             wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
@@ -52,7 +51,7 @@ def send_whole_batch(url: str, release: Release, timeout: float) -> None:
     """Send `student` one request of max_batch_size images. Raises ServingError if it fails."""
     form = release.manifest.image
     with closing(Transport(url, timeout)) as transport:
-        image = preprocess(release.golden[-1].image_bytes(), form.size, form.resize_to, form.room)[None]
+        image = form.pixels(release.golden[-1].image_bytes())[None]
         _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
 
 

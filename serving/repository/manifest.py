@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from models.preprocess import preprocess
 from serving.shared.atomic import sha256_of as sha256_of
 from serving.shared.errors import ServingError
 from serving.shared.terminal import counted
@@ -31,13 +34,18 @@ class ImageFormat(BaseModel):
     """Parameters of `models.preprocess`: resize the shorter side to resize_to, centre crop of `size` (pixels).
 
     room: a large JPEG is decoded at a reduced size, at least room * resize_to. 0 disables it, as in exports from before
-    this key existed.
+    this key existed. interpolation: of the resize.
     """
 
     model_config = ConfigDict(extra="forbid")
     size: int = Field(ge=1)
     resize_to: int = Field(ge=1)
     room: int = Field(default=0, ge=0)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def pixels(self, data: bytes) -> NDArray[np.uint8]:
+        """Encoded bytes to uint8 [3, size, size], as the served classifier does. Raises ImageError."""
+        return preprocess(data, self.size, self.resize_to, self.room, interpolation=self.interpolation)
 
 
 class Limits(BaseModel):

@@ -56,6 +56,7 @@ class Reader:
         self.classes = len(manifest["classes"])
         self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
         self.size, self.resize_to = manifest["image"]["size"], manifest["image"]["resize_to"]
+        self.interpolation = manifest["image"].get("interpolation", "bilinear")
         self.room, limits = manifest["image"].get("room", 0), manifest.get("limits", {})
         self.image_pixels = limits.get("image_pixels", IMAGE_PIXELS)
         self.request_pixels = limits.get("request_pixels", REQUEST_PIXELS)
@@ -165,7 +166,9 @@ class Reader:
         for row, data in enumerate(encoded):
             try:
                 file = image_file(data, self.preprocess)
-                images.append(self.preprocess.preprocess(file, self.size, self.resize_to, self.room, allow))
+                images.append(
+                    self.preprocess.preprocess(file, self.size, self.resize_to, self.room, allow, self.interpolation)
+                )
             except self.preprocess.ImageError as error:
                 reason = error.kind if error.kind == "request_pixels" else f"image_{error.kind}"
                 raise Refused(reason, f"{at(row, len(encoded))}image {error}") from None

@@ -21,6 +21,7 @@ from pipeline.data.embeddings import load_features
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.shared.artifacts import EMBEDDINGS, SPLIT
 from pipeline.shared.errors import ParamsError, StageError
+from serving.repository.manifest import ImageFormat
 from tests.support.making import data_params, folder, png, write
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
@@ -64,6 +65,18 @@ def test_the_features_are_those_of_the_encoder_on_the_servers_pixels(weights):
     index = json.loads((EMBEDDINGS / "index.json").read_text())
     assert index["encoder"]["sha256"] == params.encoder.sha256 and index["encoder"]["licence"] == "MIT"
     assert not EMBEDDINGS.with_name(".embeddings.unfinished").exists()
+
+
+def test_bicubic_pixels_are_those_of_the_server(weights):
+    params = made(weights, {"image.interpolation": "bicubic"})
+    pipeline.embed.run(params)
+    stored = features(params)
+    form = ImageFormat(size=32, resize_to=32, interpolation="bicubic")
+    pixels = form.pixels(stored.encoded(0))
+    assert not np.array_equal(pixels, preprocess(stored.encoded(0), 32, 32))
+    network = load_encoder(params.encoder, params.image).network
+    expected = network((torch.from_numpy(pixels)[None] / 255 - 0.5) / 0.5)
+    assert torch.allclose(stored.pixels(torch.tensor([0])).float(), expected, atol=4e-3)
 
 
 def test_views_are_stored_for_training_images_alone(weights):

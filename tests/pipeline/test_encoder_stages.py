@@ -152,7 +152,7 @@ def test_sections_that_do_not_fit_an_encoder_are_refused_by_their_key(weights, c
     assert str(caught.value).startswith(f"params.yaml: {message}")
 
 
-def test_an_adapter_without_an_encoder_is_refused():
+def test_an_adapter_or_bicubic_images_without_an_encoder_are_refused():
     with pytest.raises(
         ParamsError, match=r"^params\.yaml: student\.adapter is 8, but there is no encoder; set adapter: 0"
     ):
