@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class _SplitEmbedding:
         self._split, self._encoder, self._image, self._device = split, encoder, params.image, device
         self._section = section if split == "train" else section.model_copy(update={"views": 0})
         self._key = sha256_of_json({"encoder": encoder.key(params.image), **views_key(self._section)})
-        self._work = folders[1]
+        self._work, self._done, self._started = folders[1], 0, time.monotonic()
         self._stored = StoredFeatures(self._key)
         # The old output first: whether an image is in it must not depend on how often the stage was interrupted.
         for path in [*sorted(folders[0].glob("*.safetensors")), *sorted(self._work.glob("*.safetensors"))]:
@@ -126,7 +127,9 @@ class _SplitEmbedding:
             progress.update(bar, advance=len(rows) - len(missing))
             for part, features in self._features(missing, start, rows):
                 computed |= {rows[row].tobytes(): feature for row, feature in zip(part, features, strict=True)}
-                progress.update(bar, advance=len(part))
+                self._done += len(part)
+                rate = f"{self._done / (time.monotonic() - self._started):,.0f} images/s"
+                progress.update(bar, advance=len(part), rate=rate)
             write_shard(path, self._stored.gather(rows, computed), rows, self._key)
             self._stored.add(path)
             yield len(missing)
