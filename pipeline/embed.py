@@ -38,7 +38,9 @@ from pipeline.shared.errors import StageError
 from pipeline.shared.progress import progress_bar
 from serving.shared.terminal import counted
 
-BATCH = 32
+# Images of a forward pass. EfficientNet-Lite0 at 224 pixels: 28 images per second of processor time with 8, 19 with 32,
+# whose activations do not fit into the cache.
+BATCH = {"cpu": 8, "cuda": 128}
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ class _SplitEmbedding:
 
     def _features(self, missing: list[int], start: int, rows: np.ndarray) -> Iterator[tuple[list[int], Tensor]]:
         chosen = torch.tensor(missing, dtype=torch.int64) + start
-        parts = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
-        for part, pixels in zip(parts, self._stream.batches(chosen, BATCH) if parts else (), strict=True):
+        batch = BATCH[self._device.type]
+        parts = [missing[first : first + batch] for first in range(0, len(missing), batch)]
+        for part, pixels in zip(parts, self._stream.batches(chosen, batch) if parts else (), strict=True):
             # The draws of the views depend on the images alone, so that a resumed run repeats them.
             digest = hashlib.sha256(rows[part].tobytes()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

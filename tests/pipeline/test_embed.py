@@ -31,7 +31,7 @@ def _weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipeline.embed.SHARD_ROWS", 16)
     monkeypatch.setattr("pipeline.data.embeddings.SHARD_ROWS", 16)
-    monkeypatch.setattr("pipeline.embed.BATCH", 4)
+    monkeypatch.setitem(pipeline.embed.BATCH, "cpu", 4)
     return tiny_encoder(tmp_path, monkeypatch)
 
 

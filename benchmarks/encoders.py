@@ -1,0 +1,109 @@
+"""Throughput of stage `embed` against the bare forward pass of its encoder: `python -m benchmarks.encoders`.
+
+Both process the same number of photographs-sized JPEGs on the same cores, in turns in one process; the ratio is the
+median over rounds, with the smallest and the largest. The bare forward pass has its images in memory and takes its best
+batch size. `embed` reads, decodes and resizes the JPEGs besides, and writes shards. Goal: at least 0.9.
+
+  python -m benchmarks.encoders --encoder efficientnet_lite0 --size 224 --images 512
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+import pipeline.embed
+import pipeline.split
+from models.networks.encoders import ENCODERS
+from pipeline.model_io.encoder import LoadedEncoder, load_encoder
+from pipeline.params import Params, parse_params
+from pipeline.shared.artifacts import EMBEDDINGS
+
+ROOT = Path(__file__).parents[1]
+BATCHES = (8, 16, 32, 64)
+SIDE = 320  # pixels of a JPEG
+GOAL = 0.9
+
+
+def prepared(name: str, size: int, images: int, root: Path) -> Params:
+    """Params, after a split of a folder of generated JPEGs: smooth colours with noise, in two classes."""
+    draw = np.random.default_rng(0)
+    for number in range(images):
+        coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((SIDE, SIDE))
+        noise = draw.integers(0, 16, (SIDE, SIDE, 3), dtype=np.uint8)
+        path = root / f"images/{'ab'[number % 2]}/{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(coarse) // 2 + noise).save(path, quality=90)
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    encoder = ENCODERS[name]
+    content["data"] |= {"source": "folder", "location": str(root / "images"), "profile": "natural", "test_per_class": 1}
+    content["image"] |= {"size": size, "resize_to": size, "mean": list(encoder.mean), "std": list(encoder.std)}
+    content["encoder"] = {"name": name}
+    for section in ("teacher", "student"):
+        content[section]["backbone"] = "encoder"
+        content[section]["augment"] |= {"crop_padding": 0}
+    params = parse_params(content, Path("params.yaml"))
+    pipeline.split.run(params)
+    return params
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of a call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def bare(encoder: LoadedEncoder, images: Tensor, batch: int) -> None:
+    """The forward pass alone, over normalised images."""
+    for part in images.split(batch):
+        encoder.network(part)
+
+
+def main() -> int:
+    """Print images/s of both sides and their ratio; returns 0 if the goal is met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--encoder", default="efficientnet_lite0", choices=list(ENCODERS))
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        params = prepared(options.encoder, options.size, options.images, Path(folder))
+        encoder = load_encoder(params.encoder, params.image)
+        encoder.network.to(memory_format=torch.channels_last)
+        images = torch.randn(options.images, 3, options.size, options.size).to(memory_format=torch.channels_last)
+        best = min(BATCHES, key=lambda batch: seconds(lambda: bare(encoder, images[:128], batch)))
+        overhead = seconds(lambda: load_encoder(params.encoder, params.image))
+        sides = []
+        for _ in range(options.rounds):
+            shutil.rmtree(EMBEDDINGS, ignore_errors=True)
+            with contextlib.redirect_stderr(io.StringIO()):
+                embed = seconds(lambda: pipeline.embed.run(params)) - overhead
+            sides.append((options.images / embed, options.images / seconds(lambda: bare(encoder, images, best))))
+    ratios = [mine / theirs for mine, theirs in sides]
+    for label, column in (("embed", 0), (f"bare forward, batch {best}", 1)):
+        print(f"{label}: {statistics.median(side[column] for side in sides):,.1f} images/s")
+    print(
+        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), goal {GOAL}; {os.cpu_count()} cores"
+    )
+    return 0 if statistics.median(ratios) >= GOAL else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
