@@ -1,6 +1,6 @@
 """Throughput of stage `embed` against the bare forward pass of its encoder: `python -m benchmarks.encoders`.
 
-Both process the same number of photographs-sized JPEGs on the same cores, in turns in one process; the ratio is the
+Both process the same number of photograph-sized JPEGs on the same cores, in turns in one process; the ratio is the
 median over rounds, with the smallest and the largest. The bare forward pass has its images in memory and takes its best
 batch size. `embed` reads, decodes and resizes the JPEGs besides, and writes shards. Goal: at least 0.9.
 

@@ -24,9 +24,9 @@ def encoders(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the pretrained encoders: input size, feature width, parameters, licence, source and sha256 of the weights.
+    """List the pretrained encoders.
 
-    An encoder computes the features that teacher and student are trained on (section encoder of params.yaml). Any other
+    With input size, feature width, parameters, licence, source and sha256 of the weights. An encoder computes the features that teacher and student are trained on (section encoder of params.yaml). Any other
     network of timm can be used as timm/<model>.
     """
     try:
