@@ -26,8 +26,9 @@ def encoders(
 ) -> None:
     """List the pretrained encoders.
 
-    With input size, feature width, parameters, licence, source and sha256 of the weights. An encoder computes the features that teacher and student are trained on (section encoder of params.yaml). Any other
-    network of timm can be used as timm/<model>.
+    With input size, feature width, parameters, licence, source and sha256 of the weights. An encoder computes the
+    features that teacher and student are trained on (section encoder of params.yaml). Any other network of timm can be
+    used as timm/<model>.
     """
     try:
         chosen = [find_encoder(name) for name in names or ENCODERS]
