@@ -170,7 +170,7 @@ def _last_run(limits: Limits) -> Iterator[Finding]:
 
 def _ingest() -> Iterator[Finding]:
     if (INGEST_STATE / "round").is_dir():
-        yield Finding("ingest", "warning", "a run was killed or is under way", "tailor ingest finishes it")
+        yield Finding("ingest", "warning", "a run was killed or is in progress", "tailor ingest finishes it")
     refused = sorted(QUARANTINE.glob("refused-*")) if QUARANTINE.is_dir() else []
     rows = sorted(QUARANTINE.glob("*/rows.csv")) if QUARANTINE.is_dir() else []
     if refused:

@@ -79,13 +79,13 @@ def _show(evidence: str | None) -> None:
     from rich.table import Table
 
     from pipeline.evaluation.comparison import Measure
-    from pipeline.flows.prefect_artifacts import comparison
+    from pipeline.flows.prefect_artifacts import comparison_rows
 
     path = Path(evidence or "") / "decision.json"
     if evidence is None or not path.is_file():
         return
     measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
-    rows = comparison({name: Measure(**measure) for name, measure in measures.items()})
+    rows = comparison_rows({name: Measure(**measure) for name, measure in measures.items()})
     if rows:
         table = Table(title="challenger against champion", box=None, title_justify="left")
         columns = ("measure", "champion", "challenger", "difference", "interval", "verdict")  # fit into 80 columns
@@ -107,9 +107,9 @@ def schedule(
     Runs a Prefect server on loopback, its database in .prefect/, or uses the one that PREFECT_API_URL names. The schedule
     survives a restart; of the runs missed meanwhile one is caught up. For a work pool of your own, see prefect.yaml.
     """
-    from pipeline.scheduling.schedule import keep_schedule
+    from pipeline.scheduling.schedule import run_schedule
 
-    keep_schedule(cron, timezone, lambda line: print(f"schedule: {line}", file=sys.stderr, flush=True), port)
+    run_schedule(cron, timezone, lambda line: print(f"schedule: {line}", file=sys.stderr, flush=True), port)
 
 
 def history(

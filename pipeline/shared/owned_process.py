@@ -27,10 +27,10 @@ PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL; torchrun ends its workers
 POLL = 0.05  # seconds
 
 
-def start_on_leash(
+def start_owned_process(
     command: Sequence[str], environment: Mapping[str, str] | None = None, output: IO[str] | int | None = subprocess.PIPE
 ) -> subprocess.Popen[str]:
-    """Start a command in a separate process group that ends when this process ends; `end_leash` ends it earlier.
+    """Start a command in a separate process group that ends when this process ends; `end_owned_process` ends it earlier.
 
     output: for standard output and standard error together; a pipe by default. The returned process has the exit status
     of the command.
@@ -47,7 +47,7 @@ def start_on_leash(
     )
 
 
-def end_leash(process: subprocess.Popen[str]) -> int:
+def end_owned_process(process: subprocess.Popen[str]) -> int:
     """End the command, if it still runs, and all processes of its process group.
 
     Returns the command's exit status, 128 + n if signal n ended it.

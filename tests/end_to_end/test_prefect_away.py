@@ -71,7 +71,7 @@ def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
         lines = lines[-1:]
     (line,) = lines
     assert (
-        line.startswith(f"tailor: PREFECT_API_URL is '{url}', where no Prefect server of use answers (")
+        line.startswith(f"tailor: PREFECT_API_URL is '{url}', where no usable Prefect server responds (")
         and "Connection refused" in line
     )
     assert "start it, correct PREFECT_API_URL, or unset it" in line

@@ -75,7 +75,7 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
     schedule = Schedule(project)
     schedule.await_line("retrains at '0 3 * * *' (UTC)")
     schedule.kill_prefect()
-    schedule.await_line("Prefect's server ended by itself and is started again")
+    schedule.await_line("Prefect's server exited unexpectedly and is restarted")
     deadline = time.monotonic() + WITHIN
     while True:  # until Prefect has scheduled the runs of the coming days
         with database(project) as base:
@@ -104,7 +104,7 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
     schedule.await_line("Finished in state Promoted")
     # A request for a run returns without waiting for its end.
     asking = "from pipeline.scheduling.trigger import trigger_retrain; print(trigger_retrain('drift'))"
-    assert "the schedule was asked for a retraining" in project.run(sys.executable, "-c", asking).stdout
+    assert "requested a retraining from the schedule" in project.run(sys.executable, "-c", asking).stdout
     schedule.await_line("Finished in state Unchanged")
     deadline = time.monotonic() + WITHIN
     while "Unchanged" not in states(project) and time.monotonic() < deadline:
@@ -147,10 +147,10 @@ def test_the_work_pools_of_prefect_yaml_can_be_deployed_to(tmp_path):
 
 
 def test_the_environment_of_a_schedule_tells_nobody_anything(tmp_path, monkeypatch):
-    from pipeline.scheduling.prefect_server import settle_environment
+    from pipeline.scheduling.prefect_server import set_prefect_env
 
     for name in ("PREFECT_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK"):
         monkeypatch.delenv(name, raising=False)
-    settle_environment(tmp_path)
+    set_prefect_env(tmp_path)
     assert os.environ["PREFECT_HOME"] == str(tmp_path)
     assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false" and os.environ["DO_NOT_TRACK"] == "1"

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.commands.app import main
 from pipeline.commands.experiments import experiments_table, read_experiments
-from pipeline.flows.dvc_experiments import keep_run
+from pipeline.flows.dvc_experiments import save_experiment
 from pipeline.params import load_params
 from serving.shared.terminal import Console
 from tests.pipeline.flows.test_flows_experiments import REFUSED, committed, folder, project  # noqa: F401
@@ -62,7 +62,7 @@ def test_the_table_holds_every_name_and_figure_within_120_columns() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("project")
 def test_a_kept_run_is_listed_beneath_its_commit(capsys) -> None:
-    keep_run(REFUSED, "few 0.61 is below 0.70", load_params(), print)
+    save_experiment(REFUSED, "few 0.61 is below 0.70", load_params(), print)
     capsys.readouterr()
     assert main(["experiments", "--json"]) == 0
     workspace, commit, kept = json.loads(capsys.readouterr().out)
