@@ -71,7 +71,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
     debug: Debug = False,
 ) -> int:
-    """Report what is wrong with the data, and draw the long tail. Git ignores the folder of the data from then on."""
+    """Report what is wrong with the data, and draw the long tail. Adds the folder of the data to .gitignore."""
     from pipeline.params import load_params
     from pipeline.preparation import check as data_check
     from pipeline.preparation import check_report as data_report
@@ -95,13 +95,13 @@ def check(
 
 def _conclusion(report: Report, allowed: bool) -> str:
     if report.verdict:
-        return "not right"
+        return "failed"
     if not report.problems:
-        return "right"
+        return "passed"
     return (
-        "right, but for the duplicates above, which --allow-duplicates accepts"
+        "passed, except for the duplicates above, which --allow-duplicates accepts"
         if allowed
-        else "not right, see the problem above; remove the copies, or accept them with --allow-duplicates"
+        else "failed, see the problem above; remove the copies, or accept them with --allow-duplicates"
     )
 
 

@@ -42,9 +42,9 @@ def gate(
     if (champion is None) != (champion_prior is None):
         raise ParamsError("--champion and --champion-prior go together; pass both, or neither for the first model")
     recipe = load_params(params)
-    theirs = Contender(champion, champion_prior, champion_latency) if champion and champion_prior else None
-    ours = Contender(challenger, challenger_prior, challenger_latency)
-    decision = decide(ours, theirs, recipe.gate, recipe.evaluate.ece_bins, output)
+    served = Contender(champion, champion_prior, champion_latency) if champion and champion_prior else None
+    trained = Contender(challenger, challenger_prior, challenger_latency)
+    decision = decide(trained, served, recipe.gate, recipe.evaluate.ece_bins, output)
     print(f"gate: {decision} → {output}")
     return UNDECIDED if decision.undecided else int(not decision.promote)
 

@@ -62,7 +62,7 @@ class Drop:
 class Clock:
     """Times of the wall clock and of files, in seconds."""
 
-    time = staticmethod(time.time)
+    now = staticmethod(time.time)
     sleep = staticmethod(time.sleep)
 
     def ctime(self, path: Path) -> float:
@@ -70,7 +70,7 @@ class Clock:
         try:
             return path.lstat().st_ctime
         except OSError:
-            return self.time()
+            return self.now()
 
 
 def stamp_of(path: Path) -> Stamp | None:
@@ -149,7 +149,7 @@ def _unsettled(files: Iterable[Path], seconds: float, clock: Clock) -> set[Path]
     If a ctime is in the future, because the clock was set back, the file's age is unknown: the function waits `seconds`
     and checks whether the ctime has changed.
     """
-    now = clock.time()
+    now = clock.now()
     ages = {path: now - clock.ctime(path) for path in files} if seconds else {}
     young = {path for path, age in ages.items() if 0 <= age < seconds}
     future = {path: clock.ctime(path) for path, age in ages.items() if age < 0}

@@ -198,7 +198,7 @@ own_group = pytest.mark.xdist_group("own images")
 @own_group
 def test_own_images_lead_to_a_report_and_served_answers(own: Project) -> None:
     printed = {" ".join(command.split()[:2]): text for command, text in own.printed.items()}
-    assert "imbalance factor 15.0" in printed["tailor init"] and "data check: right" in printed["tailor data"]
+    assert "imbalance factor 15.0" in printed["tailor init"] and "data check: passed" in printed["tailor data"]
     assert (own.root / "artifacts/evaluation/report.html").stat().st_size > 1000
     rows = list(csv.DictReader(io.StringIO(printed["tailor predict"])))
     assert len({row["image"] for row in rows}) == sum(SIZES.values()) and {row["class"] for row in rows} <= set(SIZES)
@@ -266,7 +266,7 @@ def assert_two_answers(page: str, printed: dict[str, str]) -> None:
 @own_group
 def test_the_page_on_data_sources(own: Project) -> None:
     printed = follow("docs/data-sources.md", Reader(own))
-    assert "data check: right" in printed["tailor data check"]
+    assert "data check: passed" in printed["tailor data check"]
     assert "location: data/packed" in printed["tailor data pack data/packed"]
 
 

@@ -127,6 +127,6 @@ def test_a_workers_own_error_comes_before_rays():
     class Failed(Exception):
         worker_failures: ClassVar = {1: ParamsError("teacher.batch_size is 63"), 0: RuntimeError("a peer is gone")}
 
-    assert ray_train._cause(Failed()) is Failed.worker_failures[1]
-    lost = ray_train._cause(RuntimeError("a node\nis gone"))
+    assert ray_train.worker_error(Failed()) is Failed.worker_failures[1]
+    lost = ray_train.worker_error(RuntimeError("a node\nis gone"))
     assert isinstance(lost, StageError) and str(lost).startswith("Ray lost the workers: a node is gone")

@@ -29,7 +29,7 @@ def trees(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Own
     (project.root / "models.py").write_text("raise SystemExit('this is not Tailor')\n")
     project.run("tailor", "init", "data/source")
     project.set(QUICK)
-    assert "data check: right" in project.run("tailor", "data", "check").stdout
+    assert "data check: passed" in project.run("tailor", "data", "check").stdout
     project.first = project.run("dvc", "repro")
     project.commit()
     return project
@@ -130,7 +130,7 @@ def test_init_makes_the_working_folder_a_project_and_keeps_the_images_out_of_git
     assert PNG not in git_objects(project)
     inside = OwnProject(project.root / "data", installed.root / "bin", code=None)
     refused = inside.run("tailor", "init", "../photos [1]", expect=2)
-    assert "lies in the project" in refused.stderr and not (inside.root / "params.yaml").exists()
+    assert "is in the project" in refused.stderr and not (inside.root / "params.yaml").exists()
     assert "exists already" in project.run("tailor", "new", ".", expect=2).stderr
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import balanced_accuracy_score
 from models.prior import shot_group
 from models.sample_size import ENOUGH
 from pipeline.commands.app import main as tailor
-from pipeline.commands.compare import show
+from pipeline.commands.compare import print_comparison
 from pipeline.data.assignment import assign
 from pipeline.evaluation.gate import decide
 from pipeline.evaluation.intervals import weighted_accuracy
@@ -168,7 +168,7 @@ def test_a_comparison_marks_each_measure_of_too_few_images(capsys):
     content = as_json(compared)
     assert content["measures"]["all"]["too_few"] and content["measures"]["few"]["images"] == 4
     assert len(content["warnings"]) == len(compared.warnings) == 5
-    show(compared, 0)
+    print_comparison(compared, 0)
     assert "warning: all: 12 test images, fewer than 100" in capsys.readouterr().out
     assert "Too few test images to compare" in render_comparison(compared, "x")
     assert compare_runs(big, big, ("one", "two"), FAST, 15).warnings == [] and COUNTS[-1] < 20

@@ -33,7 +33,7 @@ class FixedClock(Clock):
         self.young = young
         self.on_read = on_read
 
-    def time(self) -> float:
+    def now(self) -> float:
         self.on_read()
         return 10_000.0
 
@@ -79,8 +79,8 @@ def test_after_a_clock_was_set_back_files_are_watched_for_changes(tmp_path, caps
     slept = []
 
     class SetBack(Clock):
-        def time(self) -> float:
-            return Clock.time() - 7200
+        def now(self) -> float:
+            return Clock.now() - 7200
 
         def sleep(self, seconds: float) -> None:
             slept.append(seconds)
