@@ -1,6 +1,6 @@
 """Checks of docs/ and the README: the site builds, links resolve, and named commands and messages exist.
 
-The commands themselves are run by tests/end_to_end/test_documented_commands.py.
+The commands themselves are run by tests/end_to_end/documentation.
 """
 
 from __future__ import annotations
