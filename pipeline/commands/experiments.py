@@ -90,16 +90,9 @@ def _experiment(name: str, since: str | None, data: Any, base: Mapping[str, Any]
 
 def _flat_params(data: Any) -> dict[str, Any]:
     """Params of a run by dotted key; empty if DVC could not read them."""
-    content = ((data or {}).get("params", {}).get(str(PARAMS_FILE)) or {}).get("data") or {}
-    return dict(_flat(content, ""))
+    from dvc.utils.flatten import flatten
 
-
-def _flat(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return flatten(((data or {}).get("params", {}).get(str(PARAMS_FILE)) or {}).get("data") or {})
 
 
 def experiments_table(runs: list[Experiment], prior: str) -> Table:

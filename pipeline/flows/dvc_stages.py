@@ -41,9 +41,9 @@ class StageFailed(StageError):
         self.status = status
 
 
-def stage_names(root: Path | None = None) -> list[str]:
+def stage_names() -> list[str]:
     """Names of the stages that produce a release, in topological order; ties in dvc.yaml's order."""
-    with _repo(root) as repo:
+    with _open_repo() as repo:
         graph = repo.index.graph
         order = {stage: index for index, stage in enumerate(repo.index.stages)}
         releases = [stage for stage in graph if getattr(stage, "name", None) == RELEASE]
@@ -54,9 +54,9 @@ def stage_names(root: Path | None = None) -> list[str]:
         return [stage.name for stage in stages if getattr(stage, "name", None)]
 
 
-def changed_stages(names: list[str], root: Path | None = None) -> list[str]:
+def changed_stages(names: list[str]) -> list[str]:
     """The given stages that `dvc repro` would run or restore from its cache."""
-    with _repo(root) as repo:
+    with _open_repo() as repo:
         changed = repo.status(targets=names)
     return [name for name in names if name in changed]
 
@@ -107,11 +107,11 @@ def _failure(name: str, lines: list[str]) -> StageFailed:
 
 
 @contextmanager
-def _repo(root: Path | None):
-    """Open the project as a DVC repository. DvcException becomes a StageError of one line."""
+def _open_repo():
+    """Open the working folder's project as a DVC repository. DvcException becomes a StageError of one line."""
     logging.getLogger("dvc").setLevel(logging.ERROR)  # DVC logs progress messages at lower levels
     try:
-        with Repo(root and str(root)) as repo:
+        with Repo() as repo:
             yield repo
     except DvcException as error:
         raise StageError(f"dvc: {' '.join(str(error).split())}") from error

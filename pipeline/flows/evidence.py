@@ -21,9 +21,7 @@ IDENTITY_LENGTH = 12  # leading characters of a release's identity, used as the 
 PREDICTIONS, REPORT = "predictions.parquet", "report.html"
 
 
-def write_evidence(
-    params: Params, champion: Release | None, run_info: dict[str, Any], folder: Path = FOLDER
-) -> tuple[Decision, Path]:
+def write_evidence(params: Params, champion: Release | None, run_info: dict[str, Any]) -> tuple[Decision, Path]:
     """Run the gate and write its evidence. Returns the decision and the folder of evidence.
 
     The folder is later copied into the version's folder. run_info: why and from which data the challenger was trained,
@@ -35,7 +33,7 @@ def write_evidence(
     if champion:
         graphs.append(repository / STUDENT / str(champion.version) / "model.onnx")
     latency_ms = measure_latency(graphs) or [None, None]
-    output = folder / run_info["release"][:IDENTITY_LENGTH]
+    output = FOLDER / run_info["release"][:IDENTITY_LENGTH]
     with whole_folder(output) as evidence:
         error = _copy_evaluation(evidence)
         challenger = Contender(EVALUATION / PREDICTIONS, PRIOR, latency_ms[0])

@@ -22,24 +22,11 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.data.split_tables import data_sha256
+from pipeline.flows import records
 from pipeline.flows.dvc_experiments import save_experiment
 from pipeline.flows.dvc_stages import CODE, changed_stages, stage_names
 from pipeline.flows.prefect_artifacts import PrefectReporter
-from pipeline.flows.records import (
-    FOLDER,
-    DecisionRecord,
-    Ending,
-    Outcome,
-    RunRecord,
-    gate_sha256,
-    missed_run,
-    now,
-    prune,
-    read_decision,
-    read_run,
-    write_decision,
-    write_run,
-)
+from pipeline.flows.records import FOLDER, DecisionRecord, Ending, Outcome, RunRecord, gate_sha256
 from pipeline.flows.tasks import HOUR, TaskRunner, ingest_images, promote, publish, reproduce_stage, run_gate, verify
 from pipeline.ingestion.ingest import IngestReport
 from pipeline.params import Params, load_params
@@ -77,16 +64,16 @@ def retrain(because: str = "requested by hand", drop: str | None = None) -> Stat
         params = load_params()
         with run_lock(params.retrain.when_busy, logger.info):
             scheduled = flow_run.get_scheduled_start_time()
-            if deployment.get_id() and (later := missed_run(scheduled)):
+            if deployment.get_id() and (later := records.missed_run(scheduled)):
                 message = f"missed at {scheduled:%F %T}; replaced by the run of {later.begun}"
                 return Completed(name="Skipped", message=message)
-            run = RunRecord(now().isoformat(), None, because, os.getpid(), None)
-            write_run(run)
+            run = RunRecord(records.now().isoformat(), None, because, os.getpid(), None)
+            records.write_run(run)
             try:
                 outcome = _run_tasks(params, because, Path(drop) if drop else None, PrefectReporter(logger))
             except ACTIONABLE as error:
                 outcome = Outcome("failed", explain(error))
-            write_run(replace(run, ended=now().isoformat(), outcome=outcome))
+            records.write_run(replace(run, ended=records.now().isoformat(), outcome=outcome))
     except RunInProgress as error:
         return Cancelled(message=str(error))
     except ACTIONABLE as error:
@@ -107,7 +94,7 @@ def run_lock(when_busy: str, log: Callable[[str], None]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        other = read_run("running")
+        other = records.read_run("running")
         owner = f"process {other.process}, since {other.begun}" if other else "it has just started"
         if when_busy == "refuse":
             raise RunInProgress(
@@ -160,7 +147,7 @@ def _run_tasks(params: Params, because: str, drop: Path | None, reporter: Prefec
             record = DecisionRecord(release, before, gate_sha256(params.gate), ending, None)
             _record_decision(record, outcome.message, params)
     reporter.report_outcome(outcome)
-    prune(evidence)
+    records.prune(evidence)
     return outcome
 
 
@@ -189,7 +176,7 @@ def _promote(run: TaskRunner, params: Params, version: int, release: str, before
         servers = run(promote, params, version)
     except lifecycle.RolledBack as error:
         rolled_back = DecisionRecord(release, error.before, gate, "refused", None)
-        write_decision(rolled_back)  # first, so that the next run cannot promote it again
+        records.write_decision(rolled_back)  # first, so that the next run cannot promote it again
         save_experiment(rolled_back, str(error), params, get_run_logger().info)
         raise
     instead = f" instead of {before}" if before else ""
@@ -201,12 +188,12 @@ def _promote(run: TaskRunner, params: Params, version: int, release: str, before
 def _record_decision(record: DecisionRecord, reason: str, params: Params) -> None:
     """Save the experiment, then the decision: if the run is killed in between, the next run decides again."""
     save_experiment(record, reason, params, get_run_logger().info)
-    write_decision(record)
+    records.write_decision(record)
 
 
 def _unchanged(params: Params, champion: int | None, report: IngestReport) -> Outcome | None:
     """Outcome `unchanged` if the exported release already has a decision; else None. All stages are up to date."""
-    record = read_decision()
+    record = records.read_decision()
     if not record or not record.already_decided(lifecycle.export_identity(EXPORT), champion, params.gate):
         return None
     decision = {"undecided": "undecided, because the test images are too few", "refused": "refused"}

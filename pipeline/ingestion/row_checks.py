@@ -7,7 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.preprocess import ImageError
@@ -40,15 +40,6 @@ class CheckedRow:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class _Image:
-    """Hash of a row's bytes, and the problem found on reading and decoding them, if any."""
-
-    sha256: str = ""
-    reason: str = ""
-    detail: str = ""
-
-
 def check_rows(
     rows: list[DropRow], params: IngestParams, classes: list[str], ingested: Ingested, split: Path = SPLIT
 ) -> list[CheckedRow]:
@@ -63,50 +54,48 @@ def check_rows(
     existing = _existing_images({image.sha256 for image in images if image.sha256}, classes, ingested, split)
     drop_labels: dict[str, set[str]] = defaultdict(set)
     for image, (label, _) in zip(images, labels, strict=True):
-        if label is not None and not image.reason:
+        if label is not None and image.outcome == "good":
             drop_labels[image.sha256].add(label)
     results, added = [], set()
-    for row, image, (label, label_problem) in zip(rows, images, labels, strict=True):
-        result = _check_row(row, image, label, label_problem, existing[image.sha256], drop_labels[image.sha256])
+    for image, (label, label_problem) in zip(images, labels, strict=True):
+        result = replace(image, label=label)
+        if image.outcome == "good":
+            result = _check_label(result, label_problem, existing[image.sha256], drop_labels[image.sha256])
         if result.outcome == "good" and result.sha256 in added:
-            result = CheckedRow(row, "existing", image.sha256, label)
+            result = replace(result, outcome="existing")
         added.add(result.sha256 if result.outcome == "good" else "")
         results.append(result)
     return results
 
 
-def _check_row(
-    row: DropRow,
-    image: _Image,
-    label: str | None,
-    label_problem: tuple[str, str],
-    existing: list[tuple[str, str]],
-    drop_labels: set[str],
+def _check_label(
+    image: CheckedRow, label_problem: tuple[str, str], existing: list[tuple[str, str]], drop_labels: set[str]
 ) -> CheckedRow:
-    """existing: (split, class) pairs of the equal images in the data set. drop_labels: labels of the image in the drop."""
+    """Compare the label of a readable image with the data set and the drop.
+
+    existing: (split, class) pairs of the equal images in the data set. drop_labels: labels of the image in the drop.
+    """
 
     def bad(reason: str, detail: str) -> CheckedRow:
-        return CheckedRow(row, "bad", image.sha256, label, reason, detail)
+        return replace(image, outcome="bad", reason=reason, detail=detail)
 
-    if image.reason:
-        return bad(image.reason, image.detail)
-    if label is None:
+    if image.label is None:
         return bad(*label_problem)
     for held_out in ("test", "validation"):
         if held_out in {split for split, _ in existing}:
             return bad(f"in {held_out}", f"is an image of the {held_out} split")
     train_labels = {name for _, name in existing}
-    if label in train_labels:
-        return CheckedRow(row, "existing", image.sha256, label)
-    if other_labels := sorted((train_labels | drop_labels) - {label}):
+    if image.label in train_labels:
+        return replace(image, outcome="existing")
+    if other_labels := sorted((train_labels | drop_labels) - {image.label}):
         where = "a training image" if train_labels else "in this drop too"
         return bad("two labels", f"is {where} labelled {other_labels[0]!r}")
-    return CheckedRow(row, "good", image.sha256, label)
+    return image
 
 
-def _read_images(rows: list[DropRow]) -> list[_Image]:
+def _read_images(rows: list[DropRow]) -> list[CheckedRow]:
     pool = ThreadPoolExecutor((os.cpu_count() or 1) + 4)
-    results: list[_Image] = []
+    results: list[CheckedRow] = []
     try:
         with progress_bar(unit="images") as bar:
             task = bar.add_task("ingest: reading images", total=len(rows), rate="")
@@ -118,21 +107,21 @@ def _read_images(rows: list[DropRow]) -> list[_Image]:
     return results
 
 
-def _read_image(row: DropRow) -> _Image:
+def _read_image(row: DropRow) -> CheckedRow:
     if row.problem:
-        return _Image("", *row.problem)
+        return CheckedRow(row, "bad", "", None, *row.problem)
     try:
         data = row.read()
     except BadImageError as error:
-        return _Image("", "unreadable", str(error))
+        return CheckedRow(row, "bad", "", None, "unreadable", str(error))
     except DataError as error:
-        return _Image("", "table", str(error))
+        return CheckedRow(row, "bad", "", None, "table", str(error))
     digest = hashlib.sha256(data).hexdigest()
     try:
         picture(data)
     except ImageError as error:
-        return _Image(digest, error.kind, str(error))
-    return _Image(digest)
+        return CheckedRow(row, "bad", digest, None, error.kind, str(error))
+    return CheckedRow(row, "good", digest)
 
 
 def _class_of(

@@ -81,44 +81,35 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
 def _request_run(url: str, reason: str) -> str | None:
     """Request a run of the deployment; None if the server has no such deployment. Raises PrefectServerError."""
     import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.exceptions import ObjectNotFound
 
     try:
-        return _create_run(reason)
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name(DEPLOYMENT)
+            states = {"type": {"any_": ["SCHEDULED", "PENDING"]}}
+            pending = FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment.id]}, "state": states})
+            if any(not run.auto_scheduled for run in client.read_flow_runs(flow_run_filter=pending)):
+                return "a retraining is already requested and has not started"
+            run = client.create_flow_run_from_deployment(deployment.id, parameters={"because": reason})
+    except ObjectNotFound:
+        return None
     except httpx.HTTPError as error:
         cause = " ".join(str(error).split())
         raise PrefectServerError(
             f"Prefect's server at {without_password(url)} rejected the request for a retraining: {cause}"
         ) from error
-
-
-def _create_run(reason: str) -> str | None:
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter
-    from prefect.exceptions import ObjectNotFound
-
-    with get_client(sync_client=True) as client:
-        try:
-            deployment = client.read_deployment_by_name(DEPLOYMENT)
-        except ObjectNotFound:
-            return None
-        pending = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}}
-        waiting = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(pending))
-        if any(not run.auto_scheduled for run in waiting):
-            return "a retraining is already requested and has not started"
-        run = client.create_flow_run_from_deployment(deployment.id, parameters={"because": reason})
     return f"requested a retraining from the schedule, run {run.name!r}"
 
 
-class _OneLine(logging.Filter):
+def _remove_traceback(record: logging.LogRecord) -> bool:
     """Logging filter that removes the traceback from a record and keeps its message."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Remove the traceback and accept the record."""
-        record.exc_info = record.exc_text = None
-        return True
+    record.exc_info = record.exc_text = None
+    return True
 
 
 def _hide_tracebacks() -> None:
     loggers: list[Any] = [logging.getLogger(name) for name in ("prefect", "prefect.flow_runs", "prefect.task_runs")]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
-        handler.addFilter(_OneLine())
+        handler.addFilter(_remove_traceback)

@@ -69,8 +69,9 @@ def exits(process_id: int, reaped: bool = False) -> bool:
     return False
 
 
-def test_the_stages_of_a_release_are_in_topological_order_without_seeds():
-    assert stage_names(ROOT) == ["split", "prior", "teacher", "student", "evaluate", "export"]
+def test_the_stages_of_a_release_are_in_topological_order_without_seeds(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert stage_names() == ["split", "prior", "teacher", "student", "evaluate", "export"]
 
 
 @pytest.mark.usefixtures("project")
