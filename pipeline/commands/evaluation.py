@@ -14,13 +14,13 @@ from pipeline.shared.errors import ParamsError
 from serving.commands.options import Debug
 from serving.shared.terminal import Console, print
 
+PREDICTIONS = EVALUATION / "predictions.parquet"
 UNDECIDED = 3  # exit status of `tailor gate`
 Latency = Annotated[float | None, typer.Option(metavar="MS", help="Milliseconds per image.")]
 
 
 def gate(
-    challenger: Annotated[Path, typer.Option(help="The challenger's predictions.")] = EVALUATION
-    / "predictions.parquet",
+    challenger: Annotated[Path, typer.Option(help="The challenger's predictions.")] = PREDICTIONS,
     challenger_prior: Annotated[Path, typer.Option(help="The challenger's prior.")] = PRIOR,
     challenger_latency: Latency = None,
     champion: Annotated[
@@ -50,8 +50,7 @@ def gate(
 
 
 def shifted_priors(
-    predictions: Annotated[Path, typer.Option(help="Predictions on the test split.")] = EVALUATION
-    / "predictions.parquet",
+    predictions: Annotated[Path, typer.Option(help="Predictions on the test split.")] = PREDICTIONS,
     prior: Annotated[Path, typer.Option(help="The training prior.")] = PRIOR,
     draws: Annotated[int, typer.Option(min=1, help="Test subsets per shifted set.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,

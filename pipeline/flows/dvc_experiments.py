@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from dvc.repo.experiments.refs import ExpRefInfo
@@ -64,10 +65,7 @@ def create_experiment(name: str, message: str, timeout: float = TIMEOUT) -> None
         author = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in AUTHOR.items()}
         english = {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
         environment = os.environ | author | english | {"GIT_INDEX_FILE": str(scratch / "index")}
-
-        def git(*arguments: str, otherwise: str | None = None) -> str:
-            return _run_git(arguments, environment, scratch / "output", deadline, otherwise)
-
+        git = partial(_run_git, environment, scratch / "output", deadline)
         no_repository = "this folder is in no git repository; `git init`, then commit it"
         index = Path(git("rev-parse", "--git-dir", otherwise=no_repository)) / "index"
         no_commit = "git has no commit yet; `git commit` dvc.yaml, dvc.lock and params.yaml"
@@ -81,7 +79,7 @@ def create_experiment(name: str, message: str, timeout: float = TIMEOUT) -> None
 
 
 def _run_git(
-    arguments: tuple[str, ...], environment: Mapping[str, str], log: Path, deadline: float, otherwise: str | None
+    environment: Mapping[str, str], log: Path, deadline: float, *arguments: str, otherwise: str | None = None
 ) -> str:
     """Run git and return the last line that it prints. Raises ExperimentError.
 

@@ -37,10 +37,6 @@ class _Imports(ModuleFinder):
         return super().import_hook(name, caller, fromlist, level)
 
 
-def _is_package(path: Path) -> bool:
-    return (path / "__init__.py").is_file()
-
-
 @cache
 def source_files(stage: str, root: Path = ROOT) -> tuple[Path, ...]:
     """Absolute, sorted paths of the files that a stage can run or read.
@@ -55,7 +51,9 @@ def source_files(stage: str, root: Path = ROOT) -> tuple[Path, ...]:
     while pending:
         path = pending.pop()
         text = path.read_text(encoding="utf-8")
-        beside = [entry for entry in path.parent.iterdir() if entry.suffix != ".py" and not _is_package(entry)]
+        beside = [
+            entry for entry in path.parent.iterdir() if entry.suffix != ".py" and not (entry / "__init__.py").is_file()
+        ]
         read = [entry for entry in beside if f'"{entry.name}"' in text]
         read += [entry for entry in path.parents[1].iterdir() if f'.parents[1] / "{entry.name}"' in text]
         files = {file for entry in read for file in (entry.rglob("*") if entry.is_dir() else [entry])}

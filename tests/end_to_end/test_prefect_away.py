@@ -48,7 +48,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["retrain", "schedule", "drift"],
 )
 @pytest.mark.fault_case("prefect-unreachable")
-def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
+def test_an_unreachable_server_is_named_in_one_line_and_no_process_is_started(
     project: Path, arguments: list[str]
 ) -> None:
     with socket.socket() as closed:  # bound but not listening, so that no other process takes the port
