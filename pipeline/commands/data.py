@@ -98,11 +98,9 @@ def _conclusion(report: Report, allowed: bool) -> str:
         return "failed"
     if not report.problems:
         return "passed"
-    return (
-        "passed, except for the duplicates above, which --allow-duplicates accepts"
-        if allowed
-        else "failed, see the problem above; remove the copies, or accept them with --allow-duplicates"
-    )
+    if allowed:
+        return "passed, except for the duplicates above, which --allow-duplicates accepts"
+    return "failed, see the problem above; remove the copies, or accept them with --allow-duplicates"
 
 
 @app.command(epilog=PACK)

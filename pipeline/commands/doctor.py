@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -12,9 +12,6 @@ from pipeline.commands.options import ParamsOption, RepositoryOption, repository
 from pipeline.shared.artifacts import PARAMS_FILE
 from serving.commands.options import AsJson, Debug, print_json
 from serving.shared.terminal import Console, cell
-
-if TYPE_CHECKING:
-    from pipeline.commands.doctor_prefect import Finding
 
 COLOURS = {"ok": "green", "warning": "yellow", "failing": "red"}
 
@@ -40,13 +37,9 @@ def doctor(
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        Console().print(_findings_table(findings))
+        table = Table(box=None, show_header=False)
+        for finding in findings:
+            text = cell(finding.message) + (f"\n[dim]→ {cell(finding.remedy)}[/dim]" if finding.remedy else "")
+            table.add_row(finding.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", text)
+        Console().print(table)
     return 1 if any(finding.state == "failing" for finding in findings) else 0
-
-
-def _findings_table(findings: list[Finding]) -> Table:
-    table = Table(box=None, show_header=False)
-    for finding in findings:
-        text = cell(finding.message) + (f"\n[dim]→ {cell(finding.remedy)}[/dim]" if finding.remedy else "")
-        table.add_row(finding.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", text)
-    return table

@@ -48,8 +48,7 @@ def run(job: Job) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # To import PyTorch from a shared disk can take longer than Ray's 60 s, after which Ray restarts the workers.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    if not job.address:
-        # Off, so that Ray keeps a cluster of one machine on loopback.
+    if not job.address:  # off, so that Ray keeps a cluster of one machine on loopback
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import psutil
@@ -58,15 +57,14 @@ def run(job: Job) -> str:
         from ray.train.torch import TorchConfig, TorchTrainer
     except ModuleNotFoundError as error:
         raise ParamsError(f"{error.name} is not installed; pip install 'tailor[ray]'") from None
-    # Workers import this source tree, also if it is not installed.
-    code = {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
     # A new cluster has CPUs for the workers and no dashboard.
     cluster = {} if job.address else {"num_cpus": job.workers * job.cpus, "include_dashboard": False}
     try:
         # "local": without an address Ray would join any cluster that runs on this machine.
         ray.init(
             address=job.address or "local",
-            runtime_env={"env_vars": code},
+            # Workers import this source tree, also if it is not installed.
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}},
             log_to_driver=job.debug,
             logging_level="warning" if job.debug else "error",
             **cluster,
@@ -81,15 +79,13 @@ def run(job: Job) -> str:
         # NCCL needs GPU tensors; with device: cpu the workers request no GPU and use gloo.
         gpus = load_params(job.params).device != "cpu" and ray.cluster_resources().get("GPU", 0) >= job.workers
         task = {"stage": job.stage, "folder": str(job.folder), "params": str(job.params), "output": str(output)}
-        resources = {"CPU": job.cpus, "GPU": int(gpus)}
+        resources, failures = {"CPU": job.cpus, "GPU": int(gpus)}, FailureConfig(max_failures=job.restarts)
         trainer = TorchTrainer(
             _run_worker,
             train_loop_config=task,
             scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpus, resources_per_worker=resources),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            run_config=RunConfig(
-                name=job.stage, storage_path=str(storage), failure_config=FailureConfig(max_failures=job.restarts)
-            ),
+            run_config=RunConfig(name=job.stage, storage_path=str(storage), failure_config=failures),
         )
         with _print_appended(output):
             return trainer.fit().return_value

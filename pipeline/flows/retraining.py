@@ -28,7 +28,7 @@ from pipeline.flows.dvc_stages import CODE, changed_stages, stage_names
 from pipeline.flows.prefect_artifacts import PrefectReporter
 from pipeline.flows.records import FOLDER, DecisionRecord, Ending, Outcome, RunRecord, gate_sha256
 from pipeline.flows.tasks import HOUR, TaskRunner, ingest_images, promote, publish, reproduce_stage, run_gate, verify
-from pipeline.ingestion.ingest import IngestReport
+from pipeline.ingestion.transaction import IngestReport
 from pipeline.params import Params, load_params
 from pipeline.shared.artifacts import EXPORT, SPLIT
 from pipeline.shared.errors import StageError, TailorError, explain

@@ -14,7 +14,8 @@ from pipeline.evaluation.gate import Decision
 from pipeline.evaluation.predictions import GateError
 from pipeline.flows.dvc_stages import MISUSE, StageFailed, reproduce
 from pipeline.flows.evidence import write_evidence
-from pipeline.ingestion.ingest import IngestReport, ingest
+from pipeline.ingestion.ingest import ingest
+from pipeline.ingestion.transaction import IngestReport
 from pipeline.params import Params
 from pipeline.shared.artifacts import EXPORT
 from serving.promotion import lifecycle

@@ -4,52 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.data.split_tables import load_classes
 from pipeline.ingestion.drop_folder import read_drop
 from pipeline.ingestion.quarantine import write_refused_listing
 from pipeline.ingestion.row_checks import check_rows, count_reasons
-from pipeline.ingestion.transaction import RoundSummary, finish_round, write_round
+from pipeline.ingestion.transaction import IngestReport, finish_round, write_round
 from pipeline.params import Params
-from pipeline.shared.artifacts import INGEST_STATE, INGESTED, QUARANTINE
+from pipeline.shared.artifacts import INGEST_STATE
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.sources import Ingested
 from serving.shared.terminal import counted, print
-
-
-@dataclass(frozen=True)
-class IngestReport:
-    """Result of one run of ingest.
-
-    shard: the new file of data/ingested/; None if no row was added. already_present: rows that are in the training split
-    already, with the same label. quarantined: bad rows, moved to data/quarantine/. reasons: number of bad rows by
-    reason. waiting: files that may still be being written. refused: why the whole drop was refused; None if it was not.
-    new_classes: classes that first appear in this shard.
-    """
-
-    shard: Path | None = None
-    added: int = 0
-    already_present: int = 0
-    quarantined: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    waiting: int = 0
-    refused: str | None = None
-    new_classes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        parts = [f"{counted(self.added, 'image')} added → {self.shard}" if self.shard else "no new data"]
-        if self.new_classes:
-            parts.append(f"new classes {', '.join(self.new_classes)}")
-        if self.already_present:
-            parts.append(f"{self.already_present:,} already present")
-        if self.quarantined:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
-            parts.append(f"{counted(self.quarantined, 'bad row')} ({reasons}) → {QUARANTINE}")
-        if self.waiting:
-            parts.append(f"{counted(self.waiting, 'file')} may still be being written and will be read later")
-        return f"refused: {self.refused}" if self.refused else "; ".join(parts)
 
 
 def ingest(params: Params, drop: Path | None = None) -> IngestReport:
@@ -98,36 +65,23 @@ def _ingest_drop(params: Params, root: Path) -> IngestReport:
             f"{min_good_share:g} allows; nothing was ingested; see {write_refused_listing(rows)}",
         )
     write_round(drop, rows, classes, params.ingest.taken)
-    summary = finish_round()
-    if summary is None:
+    report = finish_round()
+    if report is None:
         raise StageError(f"{INGEST_STATE}: another program removed the round; leave this folder to ingest, run again")
-    return _report(summary, drop.waiting)
+    return replace(report, waiting=drop.waiting + report.waiting)
 
 
-def _report(summary: RoundSummary, waiting: int = 0) -> IngestReport:
-    return IngestReport(
-        shard=INGESTED / summary.shard if summary.shard else None,
-        added=summary.added,
-        already_present=summary.already_present,
-        quarantined=summary.quarantined,
-        reasons=summary.reasons,
-        waiting=waiting + summary.changed,
-        new_classes=summary.new_classes,
-    )
-
-
-def _merge(interrupted: RoundSummary | None, report: IngestReport) -> IngestReport:
+def _merge(interrupted: IngestReport | None, report: IngestReport) -> IngestReport:
     """Add the round of a killed run, which this run completed, to this run's report."""
     if interrupted is None:
         return report
     print("ingest: completed the round of a killed run", file=sys.stderr)
-    before = _report(interrupted)
     return replace(
         report,
-        shard=report.shard or before.shard,
-        added=before.added + report.added,
-        already_present=before.already_present + report.already_present,
-        quarantined=before.quarantined + report.quarantined,
-        reasons=dict(Counter(before.reasons) + Counter(report.reasons)),
-        new_classes=sorted({*before.new_classes, *report.new_classes}),
+        shard=report.shard or interrupted.shard,
+        added=interrupted.added + report.added,
+        already_present=interrupted.already_present + report.already_present,
+        quarantined=interrupted.quarantined + report.quarantined,
+        reasons=dict(Counter(interrupted.reasons) + Counter(report.reasons)),
+        new_classes=sorted({*interrupted.new_classes, *report.new_classes}),
     )

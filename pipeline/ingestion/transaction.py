@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.ingestion.row_checks import CheckedRow, count_reasons
 from pipeline.shared.artifacts import (
     INGEST_STATE,
     INGESTED,
+    QUARANTINE,
     place_file,
     sha256_of,
     sha256_of_json,
@@ -26,6 +27,7 @@ from pipeline.shared.artifacts import (
 )
 from pipeline.shared.errors import StageError
 from pipeline.sources.ingested import SCHEMA, new_classes_metadata
+from serving.shared.terminal import counted
 
 ROUND = INGEST_STATE / "round"
 PLAN, SHARD, BAD = "plan.json", "shard.parquet", "quarantine"
@@ -34,24 +36,40 @@ ROW_GROUP_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class RoundSummary:
-    """Content of a round: names of its shard (None without good rows) and its quarantine folder, and counts of rows.
+class IngestReport:
+    """Result of one run of ingest, or of one round.
 
-    reasons: number of bad rows by reason. changed: rows whose image has changed since the check; they and their files
-    (for a table, all files that it names) stay in the drop folder for the next round.
+    shard: the new file of data/ingested/; None if no row was added. already_present: rows that are in the training split
+    already, with the same label. quarantined: bad rows, moved to data/quarantine/. reasons: number of bad rows by
+    reason. waiting: files that may still be being written, and rows whose image has changed since the check; they stay in
+    the drop folder for the next round, for a table with all files that it names. refused: why the whole drop was refused;
+    None if it was not. new_classes: classes that first appear in this shard.
     """
 
-    shard: str | None
-    quarantine: str | None
-    added: int
-    already_present: int
-    quarantined: int
-    reasons: dict[str, int]
-    changed: int
-    new_classes: list[str]
+    shard: Path | None = None
+    added: int = 0
+    already_present: int = 0
+    quarantined: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    waiting: int = 0
+    refused: str | None = None
+    new_classes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{counted(self.added, 'image')} added → {self.shard}" if self.shard else "no new data"]
+        if self.new_classes:
+            parts.append(f"new classes {', '.join(self.new_classes)}")
+        if self.already_present:
+            parts.append(f"{self.already_present:,} already present")
+        if self.quarantined:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
+            parts.append(f"{counted(self.quarantined, 'bad row')} ({reasons}) → {QUARANTINE}")
+        if self.waiting:
+            parts.append(f"{counted(self.waiting, 'file')} may still be being written and will be read later")
+        return f"refused: {self.refused}" if self.refused else "; ".join(parts)
 
 
-def write_round(drop: Drop, rows: list[CheckedRow], classes: list[str], taken: str) -> RoundSummary:
+def write_round(drop: Drop, rows: list[CheckedRow], classes: list[str], taken: str) -> None:
     """Write shard, quarantine and plan of a round to the folder ROUND, which is created atomically."""
     good = [checked for checked in rows if checked.outcome == "good"]
     bad = [checked for checked in rows if checked.outcome == "bad"]
@@ -59,20 +77,22 @@ def write_round(drop: Drop, rows: list[CheckedRow], classes: list[str], taken: s
         added, changed = write_shard(folder / SHARD, good, classes)
         shard = f"{sha256_of(folder / SHARD)}.parquet" if added else None
         quarantine, unreadable = write_quarantine(folder / BAD, bad) if bad else (None, [])
-        new = sorted({str(checked.label) for checked in added} - set(classes))
+        new_classes = sorted({str(checked.label) for checked in added} - set(classes))
         existing = len(rows) - len(good) - len(bad)
-        reasons = count_reasons(rows)
-        summary = RoundSummary(shard, quarantine, len(added), existing, len(bad), reasons, len(changed), new)
+        report = IngestReport(
+            None, len(added), existing, len(bad), count_reasons(rows), len(changed), new_classes=new_classes
+        )
         deferred = _files_of(_rows_for_next_round(rows, changed), drop)
         files = {path.relative_to(drop.root).as_posix(): stamp for path, stamp in drop.files.items()}
         plan = {
             "drop": str(drop.root.absolute()),
             "remove": sorted(files.keys() - deferred - _files_of(unreadable, drop)) if taken == "remove" else [],
             "files": {name: stamp for name, stamp in files.items() if name not in deferred},
-            "written": vars(summary),
+            "shard": shard,
+            "quarantine": quarantine,
+            "report": vars(report),
         }
         write_json(folder / PLAN, plan)
-    return summary
 
 
 def _rows_for_next_round(rows: list[CheckedRow], changed: list[CheckedRow]) -> list[CheckedRow]:
@@ -92,26 +112,27 @@ def _files_of(rows: list[CheckedRow], drop: Drop) -> set[str]:
     return {_file_of(checked) for checked in rows} | {image.relative_to(drop.root).as_posix() for image in images}
 
 
-def finish_round() -> RoundSummary | None:
+def finish_round() -> IngestReport | None:
     """Move shard, quarantine and files of the drop of ROUND into place, and delete ROUND. None if there is no round.
 
     Each step is skipped if it is done already, so that after a kill at any point the next call completes the round.
     """
     try:
         plan = json.loads((ROUND / PLAN).read_text(encoding="utf-8"))
-        summary = RoundSummary(**plan["written"])
+        shard = INGESTED / plan["shard"] if plan["shard"] else None
+        report = replace(IngestReport(**plan["report"]), shard=shard)
     except FileNotFoundError:
         shutil.rmtree(ROUND, ignore_errors=True)  # left by a kill during the final deletion, when all steps were done
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{ROUND / PLAN}: damaged ({error}); remove {ROUND} and run again") from None
-    if summary.shard and (ROUND / SHARD).is_file():
-        place_file(ROUND / SHARD, INGESTED / summary.shard)
-    if summary.quarantine and (ROUND / BAD).is_dir():
-        move_to_quarantine(ROUND / BAD, summary.quarantine)
+    if shard and (ROUND / SHARD).is_file():
+        place_file(ROUND / SHARD, shard)
+    if plan["quarantine"] and (ROUND / BAD).is_dir():
+        move_to_quarantine(ROUND / BAD, plan["quarantine"])
     _clear_drop(Path(plan["drop"]), plan)
     shutil.rmtree(ROUND)
-    return summary
+    return report
 
 
 def write_shard(path: Path, good: list[CheckedRow], classes: list[str]) -> tuple[list[CheckedRow], list[CheckedRow]]:

@@ -77,9 +77,9 @@ def _serve(cron: str, timezone: str, log: Callable[[str], None], url: str) -> No
     while True:
         started = time.monotonic()
         try:
-            missed = cancel_missed_runs()
-            if missed:
-                log(f"{counted(len(missed), 'run', 'were')} missed; the run of {missed[-1]:%F %T} UTC starts now")
+            missed_times = cancel_missed_runs()
+            if missed_times:
+                log(f"{counted(len(missed_times), 'run', 'were')} missed; the run of {missed_times[-1]:%F %T} UTC starts now")
             log(f"retrains at {cron!r} ({timezone}) until it is stopped")
             retrain.serve(
                 name=NAME,
@@ -119,11 +119,11 @@ def cancel_missed_runs() -> list[datetime]:
         late_runs = client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate(flow_run_filter), sort=FlowRunSort.EXPECTED_START_TIME_ASC
         )
-        missed = [run for run in late_runs if run.auto_scheduled]
-        for run in missed[:-1]:
-            reason = f"missed; replaced by the run of {missed[-1].expected_start_time}"
+        missed_runs = [run for run in late_runs if run.auto_scheduled]
+        for run in missed_runs[:-1]:
+            reason = f"missed; replaced by the run of {missed_runs[-1].expected_start_time}"
             client.set_flow_run_state(run.id, Cancelled(message=reason), force=True)
-    return [run.expected_start_time for run in missed]
+    return [run.expected_start_time for run in missed_runs]
 
 
 def end_runs() -> None:

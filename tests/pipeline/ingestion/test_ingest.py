@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import split
-from pipeline.ingestion.ingest import IngestReport, ingest
+from pipeline.ingestion.ingest import ingest
+from pipeline.ingestion.transaction import IngestReport
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.sources import open_source
 from tests.support.dropping import FIRST_NEW, drop_images, files, held_out, listing, project, rows_of, shards

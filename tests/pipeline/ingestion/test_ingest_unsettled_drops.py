@@ -12,7 +12,7 @@ from pipeline.data.split_tables import load_classes
 from pipeline.ingestion.drop_folder import Clock, Drop, read_drop
 from pipeline.ingestion.ingest import ingest
 from pipeline.ingestion.row_checks import check_rows
-from pipeline.ingestion.transaction import RoundSummary, finish_round, write_round
+from pipeline.ingestion.transaction import IngestReport, finish_round, write_round
 from pipeline.params import Params
 from pipeline.sources import Ingested
 from tests.support.dropping import FIRST_NEW, drop_images, project
@@ -122,7 +122,7 @@ def test_a_marker_written_while_the_drop_is_read_belongs_to_the_next_batch(tmp_p
     assert len(read(params, FixedClock([])).rows) == 3
 
 
-def ingest_with_change(params: Params, drop: Drop, change: Callable[[], object]) -> RoundSummary:
+def ingest_with_change(params: Params, drop: Drop, change: Callable[[], object]) -> IngestReport:
     """Ingest a drop; `change` is called after its rows were checked."""
     classes = load_classes()
     rows = check_rows(drop.rows, params.ingest, classes, Ingested())
@@ -134,8 +134,8 @@ def ingest_with_change(params: Params, drop: Drop, change: Callable[[], object])
 def test_an_image_that_changes_after_its_check_waits_for_the_next_run(tmp_path):
     params = project(tmp_path)
     path, _ = drop_images("cat", range(2))
-    summary = ingest_with_change(params, read(params, Clock()), lambda: path.write_bytes(png(FIRST_NEW + 77)))
-    assert (summary.added, summary.changed) == (1, 1) and path.exists()
+    report = ingest_with_change(params, read(params, Clock()), lambda: path.write_bytes(png(FIRST_NEW + 77)))
+    assert (report.added, report.waiting) == (1, 1) and path.exists()
     assert ingest(params).added == 1
 
 
@@ -144,8 +144,8 @@ def test_a_table_waits_for_the_next_run_if_one_of_its_images_changes_after_its_c
     images = drop_images("photos", range(4))
     paths = [str(path.relative_to(DROP)) for path in images]
     labels = table(DROP / "labels.csv", {"path": paths, "label": ["cat", "dog", "eel", "cat"]})
-    summary = ingest_with_change(params, read(params, Clock()), lambda: images[1].write_bytes(png(FIRST_NEW + 77)))
-    assert summary.added == 3
+    report = ingest_with_change(params, read(params, Clock()), lambda: images[1].write_bytes(png(FIRST_NEW + 77)))
+    assert report.added == 3
     assert labels.exists() and all(path.exists() for path in images)
     again = ingest(params)
     assert (again.added, again.already_present, again.quarantined, labels.exists()) == (1, 3, 0, False)
