@@ -45,9 +45,10 @@ class RunInProgress(StageError):
 
 
 def run_name() -> str:
-    """Name of the flow run: hashes of data and code before ingest; `new` if there is no split yet."""
+    """Name of the flow run: hashes of data and code; `new` if there is no split yet."""
     data = data_sha256(SPLIT)[:8] if (SPLIT / "test.parquet").is_file() else "new"
-    return f"data {data} code {_short_revision()}"
+    revision, changed, _ = code_revision().partition("+")
+    return f"data {data} code {revision[:8]}{changed}"
 
 
 @flow(name="retrain", flow_run_name=run_name)
@@ -127,15 +128,14 @@ def _run_tasks(params: Params, because: str, drop: Path | None, reporter: Prefec
     for name in names:
         run(reproduce_stage, name, timeout, name=name)
     release = lifecycle.export_identity(EXPORT)
-    data = data_sha256(SPLIT)
-    reporter.report_name(f"data {data[:8]} code {_short_revision()}")
+    reporter.report_name(run_name())
     if champion and lifecycle.identity(champion.manifest) == release:
         # An earlier run promoted this release and was killed, possibly before the servers loaded it.
         servers = _promote(run, params, champion.version, release, None)
         serves = _serves(champion.version, servers, repository)
         return Outcome("promoted", f"{serves}; an earlier run promoted it", champion.version)
-    run_info = {"because": because, "release": release, "data_sha256": data, "code_revision": code_revision(),
-                "compared_with": before, "run": flow_run.get_name(), "ingest": str(report)}  # fmt: skip
+    run_info = {"because": because, "release": release, "data_sha256": data_sha256(SPLIT), "compared_with": before,
+                "code_revision": code_revision(), "run": flow_run.get_name(), "ingest": str(report)}  # fmt: skip
     decision, evidence = run(run_gate, params, champion, run_info)
     reporter.report_decision(decision, evidence)
     if decision.promote:
@@ -205,8 +205,3 @@ def _unchanged(params: Params, champion: int | None, report: IngestReport) -> Ou
 def _serves(version: int | str, servers: tuple[str, ...], repository: Path) -> str:
     where = f"at {', '.join(servers)}" if servers else f"once a server starts on {repository}; no server runs on it now"
     return f"version {version} answers, {where}"
-
-
-def _short_revision() -> str:
-    revision, changed, _ = code_revision().partition("+")
-    return f"{revision[:8]}{changed}"

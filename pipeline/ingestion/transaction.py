@@ -82,7 +82,9 @@ def write_round(drop: Drop, rows: list[CheckedRow], classes: list[str], taken: s
         report = IngestReport(
             None, len(added), existing, len(bad), count_reasons(rows), len(changed), new_classes=new_classes
         )
-        deferred = _files_of(_rows_for_next_round(rows, changed), drop)
+        changed_files = {_file_of(checked) for checked in changed}
+        # All rows of a table that has a changed row stay in the drop folder with it.
+        deferred = _files_of([checked for checked in rows if _file_of(checked) in changed_files], drop)
         files = {path.relative_to(drop.root).as_posix(): stamp for path, stamp in drop.files.items()}
         plan = {
             "drop": str(drop.root.absolute()),
@@ -93,12 +95,6 @@ def write_round(drop: Drop, rows: list[CheckedRow], classes: list[str], taken: s
             "report": vars(report),
         }
         write_json(folder / PLAN, plan)
-
-
-def _rows_for_next_round(rows: list[CheckedRow], changed: list[CheckedRow]) -> list[CheckedRow]:
-    """Rows whose files stay in the drop folder: changed rows, and all rows of a table that has a changed row."""
-    files = {_file_of(checked) for checked in changed}
-    return [checked for checked in rows if _file_of(checked) in files]
 
 
 def _file_of(checked: CheckedRow) -> str:

@@ -221,13 +221,11 @@ def _refresh_settings() -> None:
 
 
 def _check_address(url: str) -> None:
-    try:
+    with contextlib.suppress(ValueError):  # a port that is not a number, an incomplete IPv6 address
         parts = urllib.parse.urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.split() == [url]
-    except ValueError:  # a port that is not a number, an incomplete IPv6 address
-        valid = False
-    if not valid:
-        raise ParamsError(f"{API_URL} is {url!r}; expected an address such as http://{HOST}:4200/api, or none")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.split() == [url]:
+            return
+    raise ParamsError(f"{API_URL} is {url!r}; expected an address such as http://{HOST}:4200/api, or none")
 
 
 def without_password(url: str) -> str:

@@ -79,7 +79,9 @@ def _serve(cron: str, timezone: str, log: Callable[[str], None], url: str) -> No
         try:
             missed_times = cancel_missed_runs()
             if missed_times:
-                log(f"{counted(len(missed_times), 'run', 'were')} missed; the run of {missed_times[-1]:%F %T} UTC starts now")
+                log(
+                    f"{counted(len(missed_times), 'run', 'were')} missed; the run of {missed_times[-1]:%F %T} UTC starts now"
+                )
             log(f"retrains at {cron!r} ({timezone}) until it is stopped")
             retrain.serve(
                 name=NAME,
