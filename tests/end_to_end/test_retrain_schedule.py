@@ -1,4 +1,4 @@
-"""`tailor schedule` with a real Prefect server: it survives a restart, and missed runs are caught up once."""
+"""`tailor schedule` with a real Prefect server: it survives a restart, and one run replaces the missed runs."""
 
 from __future__ import annotations
 
