@@ -33,11 +33,11 @@ class Job:
     stage: str
     folder: Path
     params: Path
-    workers: int = 1
-    address: str | None = None
-    cpus: int = 1
-    restarts: int = 0
-    debug: bool = False
+    workers: int
+    address: str | None
+    cpus: int
+    restarts: int
+    debug: bool
 
 
 def run(job: Job) -> str:
@@ -57,8 +57,6 @@ def run(job: Job) -> str:
         from ray.train.torch import TorchConfig, TorchTrainer
     except ModuleNotFoundError as error:
         raise ParamsError(f"{error.name} is not installed; pip install 'tailor[ray]'") from None
-    # A new cluster has CPUs for the workers and no dashboard.
-    cluster = {} if job.address else {"num_cpus": job.workers * job.cpus, "include_dashboard": False}
     try:
         # "local": without an address Ray would join any cluster that runs on this machine.
         ray.init(
@@ -67,7 +65,7 @@ def run(job: Job) -> str:
             runtime_env={"env_vars": {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}},
             log_to_driver=job.debug,
             logging_level="warning" if job.debug else "error",
-            **cluster,
+            **({} if job.address else {"num_cpus": job.workers * job.cpus, "include_dashboard": False}),
         )
     except ConnectionError as error:
         raise ParamsError(f"--address is {job.address!r}: {' '.join(str(error).split())}") from None
