@@ -120,8 +120,8 @@ def test_runs_of_other_classes_or_other_samples_are_refused_by_their_names(runs,
     contender(runs / "classes", answering(0.6, 0), classes=["owl", *"bcdef"])
     contender(runs / "samples", answering(0.6, 0), ids=[f"other{i}" for i in range(len(LABELS))])
     for name, said in (
-        ("classes", "classes and old have other classes: 'b' is"),
-        ("samples", "samples and old were tested on other samples (720"),
+        ("classes", "classes and old have different classes: 'b' is"),
+        ("samples", "samples and old were tested on different samples (720"),
     ):
         assert main(["compare", "old", name]) == 1
         printed = capsys.readouterr()
