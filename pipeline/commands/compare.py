@@ -17,7 +17,7 @@ from serving.commands.options import AsJson, Debug, print_json
 from serving.shared.terminal import Console, cell, counted, print
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.predictions import Answers
+    from pipeline.evaluation.predictions import Predictions
     from pipeline.evaluation.run_comparison import Comparison
     from pipeline.params import Params
 
@@ -77,24 +77,24 @@ def compare(
         print(f"page → {html}")
 
 
-def _answers(name: str, repository: Callable[[], Path], params: Params | None, target_prior: str) -> Answers:
+def _answers(name: str, repository: Callable[[], Path], params: Params | None, target_prior: str) -> Predictions:
     """Predictions of a run on the test set. Raises StageError or ServingError with the name of the run."""
-    from pipeline.evaluation.predictions import load_answers
+    from pipeline.evaluation.predictions import load_predictions
     from pipeline.evaluation.runs import load_run, load_run_at_revision
-    from pipeline.onnx_export.published_version import served_answers
+    from pipeline.onnx_export.published_version import predict_with_release
     from pipeline.shared.errors import ParamsError, StageError
 
     if Path(name).is_dir():
-        return load_answers(load_run(Path(name)), target_prior)
+        return load_predictions(load_run(Path(name)), target_prior)
     if name == "champion" or (name.isdecimal() and len(name) < 7):  # an abbreviated commit hash has 7 digits
         if params is None:
             raise ParamsError(
                 f"{PARAMS_FILE}: no such file; a version's images are the recipe's, so pass --params FILE"
             )
-        return served_answers(repository(), None if name == "champion" else int(name), params, target_prior)
+        return predict_with_release(repository(), None if name == "champion" else int(name), params, target_prior)
     with tempfile.TemporaryDirectory(prefix="tailor-compare-") as folder:
         try:
-            return load_answers(load_run_at_revision(name, Path(folder)), target_prior)
+            return load_predictions(load_run_at_revision(name, Path(folder)), target_prior)
         except StageError as error:
             raise type(error)(str(error).replace(f"{folder}/", f"{name}: ")) from None
 

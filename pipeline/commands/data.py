@@ -16,7 +16,7 @@ from serving.commands.options import AsJson, Debug
 from serving.shared.terminal import Console, print
 
 if TYPE_CHECKING:
-    from pipeline.preparation.check import Report
+    from pipeline.preparation.check import DataReport
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 CHECK = """\b
@@ -84,16 +84,16 @@ def check(
     if "://" not in recipe.data.location:
         keep_out_of_git(Path(recipe.data.location))
     report = data_check.check(recipe, journal, None if near == "off" else int(near), jobs, fresh)
-    data_report.write(report, output)
+    data_report.write_report(report, output)
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")
     else:
-        data_report.show(report, Console())
+        data_report.print_report(report, Console())
         print(f"data check: {_conclusion(report, allow_duplicates)} → {output}")
     return 1 if report.verdict or (report.problems and not allow_duplicates) else 0
 
 
-def _conclusion(report: Report, allowed: bool) -> str:
+def _conclusion(report: DataReport, allowed: bool) -> str:
     if report.verdict:
         return "not right"
     if not report.problems:
@@ -132,4 +132,4 @@ def pack(
         print(json.dumps(packed.as_mapping(), indent=2, ensure_ascii=False))
     else:
         print(f"data pack: {packed}")
-        print(packed.table())
+        print(packed.params_yaml())

@@ -63,11 +63,11 @@ def shifted_priors(
     The five sets of SADE (2022), for no adjustment, the known prior and the estimated prior.
     """
     from models.prior import log_target_prior
-    from pipeline.evaluation.predictions import Contender, load_answers
+    from pipeline.evaluation.predictions import Contender, load_predictions
     from pipeline.evaluation.shifted_priors import SETS, shift_table
     from pipeline.shared.artifacts import as_csv, write_file
 
-    answers = load_answers(Contender(predictions, prior))
+    answers = load_predictions(Contender(predictions, prior))
     # The log of the balanced probabilities equals the logits up to an offset per row, which has no effect here.
     logits = log_target_prior(answers.probabilities)
     rows = shift_table(logits, answers.labels, answers.prior.counts, draws=draws, seed=seed)

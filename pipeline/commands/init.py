@@ -78,24 +78,24 @@ def init(
     """
     from models.sample_size import ADVICE, warnings_of
     from pipeline.model_io.devices import choose_device
-    from pipeline.preparation.first_params import choices, expected_tests, look, write_text
-    from pipeline.preparation.project import create_project, enclosing_project, first_params, keep_out_of_git
+    from pipeline.preparation.first_params import expected_tests, inspect_folder, suggest_params, write_text
+    from pipeline.preparation.project import create_project, default_params, enclosing_project, keep_out_of_git
     from pipeline.shared.errors import ParamsError
 
-    template = output.read_text(encoding="utf-8") if output.is_file() else first_params()
+    template = output.read_text(encoding="utf-8") if output.is_file() else default_params()
     if not output.is_file() and output != PARAMS_FILE:
         raise ParamsError(f"{output}: no such file; expected a params.yaml to change")
     if not output.is_file() and (project := enclosing_project(Path())):
         raise ParamsError(f"params.yaml: no such file here; this folder lies in the project {project}, run it there")
-    if not (force or dry_run) and template != first_params() and _changed(output):
+    if not (force or dry_run) and template != default_params() and _changed(output):
         raise ParamsError(f"{output}: has changes that no commit holds; commit it, or give --force to overwrite it")
     if Path().resolve().is_relative_to(folder.resolve()):
         raise ParamsError(
             f"{folder}: is the project's folder or holds it; expected a folder of images inside the project or elsewhere, such "
             "as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
         )
-    found = look(folder)
-    chosen = choices(found, folder.as_posix(), choose_device("auto").type == "cuda")
+    found = inspect_folder(folder)
+    chosen = suggest_params(found, folder.as_posix(), choose_device("auto").type == "cuda")
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:

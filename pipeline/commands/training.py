@@ -41,16 +41,18 @@ def memory(
     Line by line, without a GPU and without an image. Status 1 when the step does not fit.
     """
     from pipeline.params import load_params
-    from pipeline.preparation.gpu_memory import account, advice, prior_of, table
+    from pipeline.preparation.gpu_memory import choose_prior, estimate_memory, memory_advice, memory_table
 
     if card <= 0:
         raise ParamsError(f"--card is {card:g}; expected more than 0")
     recipe = load_params(params)
-    needed = account(recipe, stage.value, prior_of(recipe, classes, images))
+    needed = estimate_memory(recipe, stage.value, choose_prior(recipe, classes, images))
     section = getattr(recipe, stage.value)
     console = Console(width=100)
-    console.print(table(needed, f"{stage}: {section.backbone}, batch {section.batch_size}, {recipe.image.size} pixels"))
-    for line in advice(needed, stage.value, card):
+    console.print(
+        memory_table(needed, f"{stage}: {section.backbone}, batch {section.batch_size}, {recipe.image.size} pixels")
+    )
+    for line in memory_advice(needed, stage.value, card):
         console.print(line, highlight=False)
     return 0 if needed.fits(card * 1e9) else 1
 

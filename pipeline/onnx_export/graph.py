@@ -56,13 +56,13 @@ class ServedStudent(nn.Module):
 
         image: uint8 [B,3,H,W]; strength: float32 [B,1].
         """
-        return self.answer(self.backbone(self.normalise(image)), strength)
+        return self.head(self.backbone(self.normalise(image)), strength)
 
     def normalise(self, image: Tensor) -> Tensor:
         """Normalise an image uint8 [B,3,H,W] to the backbone's input, float32 [B,3,H,W]."""
         return image.float() * self.scale + self.shift
 
-    def answer(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    def head(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits [B,C] and the unit feature [B,D] from backbone features [B,D] and strength [B,1]."""
         feature = F.normalize(features, dim=1)
         return adjust_logits(F.linear(feature, self.class_matrix, self.class_bias), self.log_prior, strength), feature

@@ -184,7 +184,10 @@ def test_a_champion_stands_in_the_report_and_one_that_cannot_be_compared_is_told
     prior = json.loads((champion / "prior.json").read_text())
     (champion / "prior.json").write_text(json.dumps(prior | {"classes": [f"{name}?" for name in prior["classes"]]}))
     digits.run("python", "-m", "pipeline.evaluate", "--params", recipe.name)
-    assert "Without the champion of evaluate.champion: challenger and champion have other classes" in report.read_text()
+    assert (
+        "Without the champion of evaluate.champion: challenger and champion have different classes"
+        in report.read_text()
+    )
     recipe.write_text(text.replace("  champion: null", "  champion: nowhere"))
     done = digits.run("python", "-m", "pipeline.evaluate", "--params", recipe.name, expect=2)
     assert done.stderr.startswith("evaluate: nowhere: no such folder")

@@ -15,7 +15,7 @@ import pipeline.teacher
 from pipeline.data.class_prior import Prior
 from pipeline.demo.baseline import CORRECTED, PLAIN, STUDENT_ROW, classification_section, gain_table, limits, run
 from pipeline.evaluation.comparison import compare
-from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.predictions import Predictions
 from serving.shared.terminal import Console
 from tests.support.making import data_params, folder, params
 
@@ -23,10 +23,12 @@ PRIOR = Prior(["a", "b", "c"], [200, 50, 5], [0.78, 0.2, 0.02], [-0.2, -1.6, -3.
 LABELS = np.repeat([0, 1, 2], 20)
 
 
-def answers_right_in(a: int, b: int, c: int) -> Answers:
+def answers_right_in(a: int, b: int, c: int) -> Predictions:
     """Return predictions for twenty images per class; incorrect ones predict the next class."""
     right = np.concatenate([np.arange(20) < count for count in (a, b, c)])
-    return Answers([f"{i:02d}" for i in range(60)], LABELS, np.eye(3)[np.where(right, LABELS, (LABELS + 1) % 3)], PRIOR)
+    return Predictions(
+        [f"{i:02d}" for i in range(60)], LABELS, np.eye(3)[np.where(right, LABELS, (LABELS + 1) % 3)], PRIOR
+    )
 
 
 def printed(table: object) -> str:
@@ -55,7 +57,7 @@ def test_the_table_has_the_accuracy_of_each_group_and_the_difference_with_its_in
 
 
 def test_a_group_without_test_images_has_no_figure() -> None:
-    plain = Answers(["0", "1"], np.array([0, 1]), np.eye(3)[[0, 1]], PRIOR)
+    plain = Predictions(["0", "1"], np.array([0, 1]), np.eye(3)[[0, 1]], PRIOR)
     measures = dict.fromkeys((PLAIN, CORRECTED, STUDENT_ROW), compare(plain, plain, params().gate, 15))
     assert row_of(printed(gain_table(measures, plain, 0.95)), PLAIN) == ["100.0 %", "100.0 %", "100.0 %", "n/a"]
 

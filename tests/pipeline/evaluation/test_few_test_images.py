@@ -18,8 +18,8 @@ from pipeline.commands.compare import show
 from pipeline.data.assignment import assign
 from pipeline.evaluation.gate import decide
 from pipeline.evaluation.intervals import weighted_accuracy
-from pipeline.evaluation.metrics import evaluate_answers
-from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.metrics import prediction_metrics
+from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.run_comparison import as_json, compare_runs
 from pipeline.params import GateParams
 from pipeline.preparation.check import sample_sizes
@@ -82,7 +82,7 @@ def test_figures_of_unequal_test_counts_are_scikit_learns_and_say_what_they_rest
     labels, logits = unequal([200, 90, 20, 4])
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     groups = ["many", "many", "few", "few"]
-    metrics = evaluate_answers(p, labels, groups, np.full(4, 0.25), bins=15, top_k=2)
+    metrics = prediction_metrics(p, labels, groups, np.full(4, 0.25), bins=15, top_k=2)
     assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, p.argmax(1)))
     few = labels >= 2
     assert metrics["few"] == pytest.approx(np.mean([(p.argmax(1) == labels)[labels == c].mean() for c in (2, 3)]))
@@ -162,7 +162,7 @@ def test_a_comparison_marks_each_measure_of_too_few_images(capsys):
     logits = np.eye(C)[np.repeat(np.arange(C), 60)] * 3.0
     big = answers_of(logits)
     few = np.arange(len(logits)) % 60 < 2
-    small = Answers([i for i, keep in zip(big.sample_ids, few, strict=True) if keep], big.labels[few],
+    small = Predictions([i for i, keep in zip(big.sample_ids, few, strict=True) if keep], big.labels[few],
                     big.probabilities[few], big.prior)  # fmt: skip
     compared = compare_runs(small, small, ("one", "two"), FAST, 15)
     content = as_json(compared)
@@ -176,13 +176,13 @@ def test_a_comparison_marks_each_measure_of_too_few_images(capsys):
 
 def test_the_report_and_the_model_card_carry_the_warning_only_where_it_holds():
     page, enough = made_report(10, 3), made_report(10, ENOUGH)
-    assert "Too few test images to judge this model by" in page and "all: 30 test images, fewer than 100" in page
+    assert "Too few test images to evaluate this model" in page and "all: 30 test images, fewer than 100" in page
     assert page.count('class="warning">few test images') >= 6
     assert "Too few test images" not in enough and 'class="warning">few' not in enough
     prior = made_prior(10)
     for per_class, warned in ((3, True), (ENOUGH, False)):
         labels = np.repeat(np.arange(10), per_class)
         p = np.full((len(labels), 10), 0.1)
-        values = evaluate_answers(p, labels, prior.groups, np.full(10, 0.1), bins=15, top_k=2)
+        values = prediction_metrics(p, labels, prior.groups, np.full(10, 0.1), bins=15, top_k=2)
         card = made_model_card(prior, {"balanced": values, "train": values})
         assert ("**Too few test images.** all: 30 test images" in card) is warned

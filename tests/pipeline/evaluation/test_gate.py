@@ -14,8 +14,8 @@ from sklearn.metrics import balanced_accuracy_score
 from pipeline.commands.app import main
 from pipeline.evaluation.comparison import compare, mcnemar, paired_interval
 from pipeline.evaluation.gate import decide
-from pipeline.evaluation.metrics import calibration_of, evaluate_answers, expected_calibration_error
-from pipeline.evaluation.predictions import Answers, Contender, GateError
+from pipeline.evaluation.metrics import expected_calibration_error, prediction_metrics, resampled_ece
+from pipeline.evaluation.predictions import Contender, GateError, Predictions
 from pipeline.params import GateParams
 from tests.support.gate_answers import FAST, LABELS, C, answering, answers_of, contender, prior_of
 
@@ -99,7 +99,7 @@ UNEQUAL = np.repeat(np.arange(C), [900, 400, 100, 60, 40, 30])
 
 def on_unequal(predicted):
     """Return confident predictions on a test split of unequal classes."""
-    return Answers([str(i) for i in range(len(UNEQUAL))], UNEQUAL, np.eye(C)[predicted] * 0.9 + 0.1 / C, prior_of())
+    return Predictions([str(i) for i in range(len(UNEQUAL))], UNEQUAL, np.eye(C)[predicted] * 0.9 + 0.1 / C, prior_of())
 
 
 @pytest.mark.parametrize("target", ["balanced", "train"])
@@ -110,7 +110,8 @@ def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
     found = compare(challenger, champion, GateParams(resamples=100, target_prior=target), 15)["all"]
     p = np.array(prior_of().p) if target == "train" else np.full(C, 1 / C)
     metrics = [
-        evaluate_answers(a.probabilities, UNEQUAL, a.prior.groups, p, bins=15, top_k=2) for a in (champion, challenger)
+        prediction_metrics(a.probabilities, UNEQUAL, a.prior.groups, p, bins=15, top_k=2)
+        for a in (champion, challenger)
     ]
     assert [found.champion, found.challenger] == pytest.approx([m["at_target_prior"]["all"] for m in metrics])
     if target == "balanced":
@@ -133,7 +134,7 @@ def test_the_resampled_calibration_error_is_the_evaluations():
     p = answers_of(answering(0.6, 3)).probabilities
     index = np.random.default_rng(0).integers(0, len(LABELS), (5, len(LABELS)))
     expected = [expected_calibration_error(p[rows], LABELS[rows], 15) for rows in index]
-    assert calibration_of(p, LABELS, 15)(index).tolist() == pytest.approx(expected, abs=1e-12)
+    assert resampled_ece(p, LABELS, 15)(index).tolist() == pytest.approx(expected, abs=1e-12)
     assert paired_interval(lambda rows: rows.mean(-1), 1, FAST) == (-1.0, 1.0)
 
 
@@ -153,10 +154,10 @@ def test_a_gate_that_cannot_be_computed_is_a_refusal_with_its_reason(tmp_path):
     cases = {
         "no such file": Contender(tmp_path / "nowhere.parquet", champion.prior),
         "damaged": Contender(tmp_path / "damaged.parquet", champion.prior),
-        "other classes: 'b' is a class of one alone": contender(tmp_path / "c", logits, classes=["owl", *"bcdef"]),
+        "different classes: only one has 'b'": contender(tmp_path / "c", logits, classes=["owl", *"bcdef"]),
         "logits have shape [360, 5]": contender(tmp_path / "d", logits[:, :5]),
-        "tested on other samples": contender(tmp_path / "e", logits, ids=[f"t{i}" for i in range(360)]),
-        "a sample id stands twice": contender(tmp_path / "f", logits, ids=["s0"] * 360),
+        "tested on different samples": contender(tmp_path / "e", logits, ids=[f"t{i}" for i in range(360)]),
+        "a sample id in more than one row": contender(tmp_path / "f", logits, ids=["s0"] * 360),
         "has two labels": contender(tmp_path / "g", logits, labels=other_label),
         "not finite": contender(tmp_path / "h", nan),
     }

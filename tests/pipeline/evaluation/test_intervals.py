@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from pipeline.evaluation.intervals import NOTHING, bootstrap, weighted_accuracy, wilson
+from pipeline.evaluation.intervals import NO_ESTIMATE, bootstrap, weighted_accuracy, wilson
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -20,9 +20,9 @@ def test_wilsons_interval_is_scipys(pair):
 
 
 def test_nothing_tested_has_no_figure_rather_than_a_zero():
-    assert wilson(0, 0) == NOTHING
-    assert weighted_accuracy(np.array([0, 0]), np.array([0, 0]), np.ones(2)) == NOTHING
-    assert weighted_accuracy(np.array([3, 0]), np.array([4, 0]), np.array([0.0, 1.0])) == NOTHING
+    assert wilson(0, 0) == NO_ESTIMATE
+    assert weighted_accuracy(np.array([0, 0]), np.array([0, 0]), np.ones(2)) == NO_ESTIMATE
+    assert weighted_accuracy(np.array([3, 0]), np.array([4, 0]), np.array([0.0, 1.0])) == NO_ESTIMATE
 
 
 def test_the_bootstrap_of_a_class_is_scipys_bootstrap_of_its_samples():

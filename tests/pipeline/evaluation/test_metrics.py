@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from pipeline.evaluation.metrics import (
-    answers,
-    evaluate_answers,
+    adjusted_probabilities,
     expected_calibration_error,
     mean_of,
     negative_log_likelihood,
     per_class_accuracy,
+    prediction_metrics,
     top_k_accuracy,
 )
 
@@ -120,8 +120,8 @@ def test_figures_at_a_target_prior_are_those_of_a_test_set_drawn_by_it(case, dat
         return
     target = share / share.sum()
     groups = ["many"] * classes
-    found = evaluate_answers(probabilities, labels, groups, target, bins=15, top_k=2)["at_target_prior"]
-    drawn = evaluate_answers(probabilities[copies], labels[copies], groups, target, bins=15, top_k=2)
+    found = prediction_metrics(probabilities, labels, groups, target, bins=15, top_k=2)["at_target_prior"]
+    drawn = prediction_metrics(probabilities[copies], labels[copies], groups, target, bins=15, top_k=2)
     for name in ("all", "nll", "ece"):
         assert found[name] == pytest.approx(drawn[name], abs=1e-9), name
 
@@ -130,7 +130,9 @@ def test_groups_are_means_of_class_accuracies_and_an_empty_one_is_none():
     labels = np.array([0, 0, 0, 0, 1, 2])
     predicted = np.array([0, 0, 0, 1, 1, 0])
     probabilities = np.eye(4)[predicted]
-    found = evaluate_answers(probabilities, labels, ["many", "many", "few", "few"], np.full(4, 0.25), bins=15, top_k=1)
+    found = prediction_metrics(
+        probabilities, labels, ["many", "many", "few", "few"], np.full(4, 0.25), bins=15, top_k=1
+    )
     assert found["many"] == pytest.approx((3 / 4 + 1) / 2) and found["few"] == 0.0 and found["medium"] is None
     assert found["all"] == pytest.approx(4 / 6) and found["top1"] == pytest.approx(4 / 6)
     # Class 3 has no test sample, so it is excluded.
@@ -144,6 +146,9 @@ def test_one_sure_mistake_does_not_make_the_likelihood_infinite():
 
 def test_answers_for_the_training_prior_favour_the_head():
     logits, log_prior = np.array([[0.0, 0.1]]), np.log([0.9, 0.1])
-    assert answers(logits, log_prior, 0.0).argmax() == 1 and answers(logits, log_prior, 1.0).argmax() == 0
-    odds = answers(logits, log_prior, 1.0)[0]
+    assert (
+        adjusted_probabilities(logits, log_prior, 0.0).argmax() == 1
+        and adjusted_probabilities(logits, log_prior, 1.0).argmax() == 0
+    )
+    odds = adjusted_probabilities(logits, log_prior, 1.0)[0]
     assert odds[0] / odds[1] == pytest.approx(9 * math.exp(-0.1))

@@ -88,7 +88,7 @@ def test_a_run_is_found_in_its_project_its_artifacts_and_its_evaluation(runs, pl
 def test_a_copy_of_both_files_is_a_run_and_half_of_them_is_refused_by_name(runs):
     copy = runs / "copy"
     copy.mkdir()
-    with pytest.raises(ParamsError, match=r"copy: holds no predictions\.parquet"):
+    with pytest.raises(ParamsError, match=r"copy: has no predictions\.parquet"):
         load_run(copy)
     shutil.copy(runs / "old/artifacts/evaluation/predictions.parquet", copy)
     with pytest.raises(ParamsError, match=r"has no prior\.json beside or above it"):
@@ -120,8 +120,8 @@ def test_runs_of_other_classes_or_other_samples_are_refused_by_their_names(runs,
     contender(runs / "classes", answering(0.6, 0), classes=["owl", *"bcdef"])
     contender(runs / "samples", answering(0.6, 0), ids=[f"other{i}" for i in range(len(LABELS))])
     for name, said in (
-        ("classes", "classes and old have other classes: 'b' is"),
-        ("samples", "samples and old were tested on other samples (720"),
+        ("classes", "classes and old have different classes: only one has 'b'"),
+        ("samples", "samples and old were tested on different samples (720"),
     ):
         assert main(["compare", "old", name]) == 1
         printed = capsys.readouterr()

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.commands.app import main
 from pipeline.evaluation.shifted_priors import SETS, shift_table, shifted_prior, shifted_rows
-from pipeline.report.study import COARSE_TOLERANCE
+from pipeline.report.analysis import COARSE_TOLERANCE
 from pipeline.shared.errors import DataError
 from tests.support.gate_answers import COUNTS, LABELS, answering, contender
 from tests.support.generated_run import made_logits, made_prior

@@ -15,9 +15,9 @@ from torch import nn
 from models.networks.cosine_classifier import ImageClassifier
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import Images, normalise
-from pipeline.onnx_export.float16 import LARGEST, HalfGraph, to_half
+from pipeline.onnx_export.float16 import FLOAT16_MAX, Float16Graph, to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
-from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_half
+from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16
 from pipeline.onnx_export.release import golden_tolerance, open_session
 from pipeline.shared.errors import StageError
 from tests.support.making import params
@@ -71,7 +71,7 @@ def attending(scale=1.0):
 
 
 def half_of(model):
-    return to_half(ServedStudent(model, IMAGE.mean, IMAGE.std, PRIOR.log_prior).eval(), SIZE, opset=20)
+    return to_float16(ServedStudent(model, IMAGE.mean, IMAGE.std, PRIOR.log_prior).eval(), SIZE, opset=20)
 
 
 def pictures(number):
@@ -84,7 +84,7 @@ def check(half, model, examples=None, **bounds):
     recipe = params({"export.max_batch_size": 16, **{f"export.half.{key}": value for key, value in bounds.items()}})
     sessions = (open_session(half.served), open_session(half.rounding))
     network = TrainedNetwork(model, IMAGE, PRIOR.log_prior, [0.0] * len(P))
-    return check_half(half, sessions, network, examples or pictures(40), recipe.export, recipe.seed)
+    return check_float16(half, sessions, network, examples or pictures(40), recipe.export, recipe.seed)
 
 
 @pytest.fixture(scope="module")
@@ -203,13 +203,15 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name():
     model = attending()
     with torch.no_grad():
         model.backbone.patches.weight[0, 0, 0, 0] = 1e6
-    with pytest.raises(StageError, match=r"weight patches\.weight of the backbone holds 1e\+06, beyond .* 65504; keep"):
+    with pytest.raises(
+        StageError, match=r"weight patches\.weight of the backbone has the value 1e\+06, beyond .* 65504; keep"
+    ):
         half_of(model)
 
 
 def test_a_value_inside_the_backbone_beyond_float16_is_refused_although_a_cpu_would_not_show_it():
     model = attending(scale=1e5)  # every weight is in float16's range, the products are not
-    assert model.backbone.inner.weight.abs().max() < LARGEST
+    assert model.backbone.inner.weight.abs().max() < FLOAT16_MAX
     half = half_of(model)
     pixels = pictures(4).images.numpy()
     assert np.isfinite(answers(half.served, pixels)).all()
@@ -221,7 +223,7 @@ def test_a_value_inside_the_backbone_beyond_float16_is_refused_although_a_cpu_wo
 
 def test_a_value_that_is_no_number_counts_as_beyond():
     with pytest.raises(StageError, match="Relu second reaches nan in the backbone"):
-        HalfGraph(b"", b"", ["Conv first", "Relu second"]).check_magnitude(np.array([1.0, np.nan], dtype=np.float32))
+        Float16Graph(b"", b"", ["Conv first", "Relu second"]).check_magnitude(np.array([1.0, np.nan], dtype=np.float32))
 
 
 def test_golden_answers_of_float16_leave_room_for_a_gpus_rounding_and_those_of_float32_do_not():
@@ -232,10 +234,10 @@ def test_golden_answers_of_float16_leave_room_for_a_gpus_rounding_and_those_of_f
 
 def test_the_converter_brings_neither_torch_nor_its_folder_into_the_path():
     code = (
-        "import json, sys; import onnx; from pipeline.onnx_export.float16 import _converted;"
+        "import json, sys; import onnx; from pipeline.onnx_export.float16 import convert_to_float16;"
         "before = list(sys.path); m = onnx.parser.parse_model("
         "'<ir_version: 10, opset_import: [\"\": 20]> g (float[2] pixels) => (float[2] features) {features = Relu(pixels)}');"
-        "half = _converted(m); print(json.dumps([before == sys.path, [n.op_type for n in half.graph.node]]))"
+        "half = convert_to_float16(m); print(json.dumps([before == sys.path, [n.op_type for n in half.graph.node]]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [True, ["Cast", "Relu", "Cast"]]

@@ -45,7 +45,7 @@ def test_a_spoilt_folder_is_told_with_every_file(tmp_path, spoilt, capsys):
     assert "exact duplicates: 2 groups, 1 of them across splits" in said
     assert "near duplicates: 1 group, 1 of them across splits" in said
     assert "train: 2 classes of 32 to 8 images, imbalance factor 4; 0 many, 1 medium, 1 few" in " ".join(said.split())
-    assert "not right: 2 images are missing or cannot be used; the first: " in said and "data check: not right" in said
+    assert "error: 2 images are missing or cannot be used; the first: " in said and "data check: not right" in said
     found = report(tmp_path)
     assert found["images"] == {"train": 40, "validation": 0, "test": 6} and found["missing"] == found["unreadable"] == 1
     assert [row["sample_id"] for row in listed(tmp_path, "problems.csv")] == [
@@ -90,7 +90,7 @@ def test_an_image_under_two_labels_is_a_fault(tmp_path):
     write(root / "bee/copy.png", (root / "ant/001.png").read_bytes())
     assert command(tmp_path, data_params(root)) == 1
     assert report(tmp_path)["verdict"] == [
-        f"1 image lies under two labels; the first: {root}/bee/copy.png and {root}/ant/001.png"
+        f"1 image with two labels; the first: {root}/bee/copy.png and {root}/ant/001.png"
     ]
 
 
@@ -112,7 +112,7 @@ def test_lists_that_are_not_the_published_ones_are_told_figure_by_figure(tmp_pat
     root = tree(tmp_path / "imagenet", IMAGENET)
     assert command(tmp_path, data_params(root, "imagenet_lt")) == 1
     said = capsys.readouterr().out
-    assert "imagenet_lt as published" in said and "not right: imagenet_lt differs from what was published" in said
+    assert "imagenet_lt as published" in said and "error: imagenet_lt differs from what was published" in said
     figures = {row["figure"]: (row["published"], row["found"], row["same"]) for row in report(tmp_path)["published"]}
     assert figures["train images"] == ("115,846", "6", False) and figures["few classes"] == ("136", "3", False)
 

@@ -19,7 +19,7 @@ from tests.support.making import data_params, folder, write
 
 def packed_params(made, packed):
     """Return the params that the command prints for a pack."""
-    told = yaml.safe_load(packed.table())["data"]
+    told = yaml.safe_load(packed.params_yaml())["data"]
     kept = {"validation_per_class": made.data.validation_per_class, "test_per_class": made.data.test_per_class}
     return data_params(told["location"], told["source"], table=told["table"], **kept)
 
@@ -153,11 +153,11 @@ def test_the_command_tells_a_script_what_it_packed(tmp_path, capsys):
 def test_an_output_that_is_there_is_never_overwritten(tmp_path, capsys):
     root = folder(tmp_path / "photos", {"bee": 4, "ant": 4})
     write(tmp_path / "packed/mine.txt", b"precious")
-    with pytest.raises(ParamsError, match=r"packed: is there already; remove it or name another folder"):
+    with pytest.raises(ParamsError, match=r"packed: exists already; remove it or give another folder"):
         pack(data_params(root), tmp_path / "packed", 1)
     assert command(tmp_path, data_params(root), str(tmp_path / "packed"), name="pack") == 2
     assert command(tmp_path, data_params(root), str(tmp_path / "other"), "--shard-size", "64M", name="pack") == 0
     out, err = capsys.readouterr()
-    assert "data pack: 8 train in 1 shard " in out and "source: table" in out and "is there already" in err
+    assert "data pack: 8 train in 1 shard " in out and "source: table" in out and "exists already" in err
     assert command(tmp_path, data_params(root), str(tmp_path / "third"), "--shard-size", "64T", name="pack") == 2
     assert "--shard-size is '64T'; expected bytes such as 64M or 1G" in capsys.readouterr().err

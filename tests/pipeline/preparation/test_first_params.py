@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.made_imagenet import class_counts
 from pipeline.commands.app import main
 from pipeline.data.assignment import assign
-from pipeline.preparation.first_params import choices, look, write_text
+from pipeline.preparation.first_params import inspect_folder, suggest_params, write_text
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.source import Row
 from tests.support.chosen_params import TEMPLATE, chosen_params, found
@@ -66,13 +66,13 @@ def test_the_choices_for_the_papers_data_sets_are_near_the_papers() -> None:
 
 
 def test_without_a_gpu_photographs_are_made_small_enough_to_train_and_the_file_says_so() -> None:
-    text, params = write_text(TEMPLATE, choices(found([300, 30], shorter=400), "data/source", gpu=False))
+    text, params = write_text(TEMPLATE, suggest_params(found([300, 30], shorter=400), "data/source", gpu=False))
     assert params.image.size == 64
-    assert "on a GPU run this again" in text
+    assert "with a GPU run this command again" in text
 
 
 def test_the_folder_is_counted_and_its_images_measured(folder: Path) -> None:
-    seen = look(folder)
+    seen = inspect_folder(folder)
     assert (seen.classes, seen.counts, seen.shorter) == (["elm", "oak", "yew"], [6, 12, 2], 40)
     assert "imbalance factor 6.0" in str(seen)
     assert seen.tested is None
@@ -80,7 +80,7 @@ def test_the_folder_is_counted_and_its_images_measured(folder: Path) -> None:
 
 def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_used(folder: Path) -> None:
     (folder / "oak/0.png").write_bytes(b"no picture")
-    seen = look(folder)
+    seen = inspect_folder(folder)
     assert seen.unreadable == ["oak/0.png"]
     assert seen.shorter == 40
 
@@ -88,19 +88,19 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_used(folder: Path
 def test_splits_of_ones_own_are_kept(folder: Path, tmp_path: Path) -> None:
     for part in ("train", "test"):
         shutil.copytree(folder, tmp_path / "split" / part)
-    seen = look(tmp_path / "split")
+    seen = inspect_folder(tmp_path / "split")
     assert seen.tested == [6, 12, 2] and not seen.own_validation
     assert seen.counts == [6, 12, 2]
-    assert not {"data.test_per_class", "data.test_share"} & set(choices(seen, "x", gpu=False))
+    assert not {"data.test_per_class", "data.test_share"} & set(suggest_params(seen, "x", gpu=False))
 
 
 def test_a_class_of_one_image_is_refused_by_name() -> None:
     with pytest.raises(DataError, match="class 'class 1' has 1 image"):
-        choices(found([9, 1]), "x", gpu=False)
+        suggest_params(found([9, 1]), "x", gpu=False)
 
 
 def test_the_file_differs_from_the_template_in_chosen_lines_alone_each_with_its_reason() -> None:
-    chosen = choices(found([90, 9]), "photos: mine", gpu=True)
+    chosen = suggest_params(found([90, 9]), "photos: mine", gpu=True)
     text, _ = write_text(TEMPLATE, chosen)
     changed = [new for old, new in zip(TEMPLATE.splitlines(), text.splitlines(), strict=True) if old != new]
     assert 0 < len(changed) <= len(chosen)
@@ -111,7 +111,9 @@ def test_the_file_differs_from_the_template_in_chosen_lines_alone_each_with_its_
 
 def test_a_template_without_a_key_is_refused_by_its_name() -> None:
     with pytest.raises(ParamsError, match=r"has no key image\.size"):
-        write_text(TEMPLATE.replace("\nimage:\n  size:", "\nimage:\n  sized:"), choices(found([90, 9]), "x", gpu=True))
+        write_text(
+            TEMPLATE.replace("\nimage:\n  size:", "\nimage:\n  sized:"), suggest_params(found([90, 9]), "x", gpu=True)
+        )
 
 
 def test_changes_that_no_commit_holds_are_not_overwritten(

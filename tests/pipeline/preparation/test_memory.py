@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import pipeline.preparation.gpu_memory
 from pipeline.commands.app import main
-from pipeline.preparation.gpu_memory import account, prior_of
+from pipeline.preparation.gpu_memory import choose_prior, estimate_memory
 from pipeline.training.step import Step
 from tests.support.making import ROOT, params
 from tests.support.small_training import CPU, made_images
@@ -24,7 +24,7 @@ SMALL = {
 
 def made(**changes):
     made = params({**SMALL, **changes})
-    return made, prior_of(made, 30, 3000)
+    return made, choose_prior(made, 30, 3000)
 
 
 def allocated(given, prior, stage: str) -> int:
@@ -65,14 +65,14 @@ def everything(step: Step) -> list[torch.Tensor]:
 )
 def test_the_account_is_within_a_tenth_of_what_the_real_step_allocates(stage, changes):
     given, prior = made(**changes)
-    found = account(given, stage, prior)
+    found = estimate_memory(given, stage, prior)
     assert found.peak == pytest.approx(allocated(given, prior, stage), rel=0.1)
     assert found.peak == sum(found.at_peak.values())
 
 
 def test_every_kind_is_counted_at_its_size():
     given, prior = made()
-    largest = account(given, "student", prior).largest
+    largest = estimate_memory(given, "student", prior).largest
     network = sum(
         p.nbytes
         for p in pipeline.preparation.gpu_memory.new_objective(given, "student", prior).model.backbone.parameters()
@@ -87,13 +87,13 @@ def test_parts_and_recomputation_take_less_and_bfloat16_halves_the_activations()
     activations = "activations: network"
     # Large, so that the bfloat16 copies of the weights are negligible; nothing is allocated.
     large = {"student.batch_size": 256}
-    whole = account(*reordered(made(**large))).largest[activations]
+    whole = estimate_memory(*reordered(made(**large))).largest[activations]
     for changes, most in (
         ({"student.accumulate": 4}, 0.35),
         ({"engine.checkpoint_activations": True}, 0.6),
         ({"engine.precision": "bfloat16"}, 0.75),
     ):
-        assert account(*reordered(made(**large, **changes))).largest[activations] < most * whole, changes
+        assert estimate_memory(*reordered(made(**large, **changes))).largest[activations] < most * whole, changes
 
 
 def reordered(given_and_prior):
@@ -122,19 +122,19 @@ def test_a_step_that_does_not_fit_is_told_with_what_would_help(capsys):
     assert main(["memory", "--params", str(ROOT / "params.yaml"), "--classes", "10", "--card", "0.01"]) == 1
     said = capsys.readouterr().out
     assert "does not fit a card of 0.01 GB" in said
-    assert "less memory: student.accumulate, engine.checkpoint_activations" in said
+    assert "to reduce memory: student.accumulate, engine.checkpoint_activations" in said
 
 
 def test_originals_of_resized_crops_are_counted_in_the_hosts_memory_at_their_largest(tmp_path, capsys):
     given, prior = made(**{"teacher.augment.crop": "resized"})
-    padded, resized = account(given, "student", prior), account(given, "teacher", prior)
+    padded, resized = estimate_memory(given, "student", prior), estimate_memory(given, "teacher", prior)
     assert (padded.originals, padded.images) == (False, 3000 * 3 * 32 * 32)
     # A crop of 8 % of the area and ratio 3/4 or 4/3 has 32 pixels per side.
     assert resized.originals and resized.images == pytest.approx(3000 * 3 * 32 * 32 * (4 / 3) / 0.08, rel=1e-3)
     recipe = tmp_path / "params.yaml"
     recipe.write_text((ROOT / "params.yaml").read_text().replace("crop: pad", "crop: resized"))
     main(["memory", "--params", str(recipe), "--classes", "10", "--images", "1000"])
-    assert "originals for resized crops take no more than" in " ".join(capsys.readouterr().out.split())
+    assert "originals for resized crops take at most" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_a_split_the_number_of_classes_is_asked_for(tmp_path, monkeypatch, capsys):
@@ -151,10 +151,10 @@ def test_a_number_of_images_beside_those_that_the_split_counts_is_refused(tmp_pa
     (tmp_path / "artifacts/prior.json").write_text("{}")
     assert main(["memory", "--params", str(ROOT / "params.yaml"), "--images", "500"]) == 2
     said = capsys.readouterr().err
-    assert "--images is 500, but artifacts/prior.json counts the images already; give --classes too" in said
+    assert "--images is 500, but artifacts/prior.json has the number of images already; give --classes too" in said
 
 
 def test_published_data_sets_are_counted_without_their_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prior = prior_of(params({"data.source": "inaturalist2018"}), None, None)
+    prior = choose_prior(params({"data.source": "inaturalist2018"}), None, None)
     assert len(prior.counts) == 8142 and sum(prior.counts) == 437_513 and max(prior.counts) == 1000

@@ -16,15 +16,14 @@ from PIL import Image
 
 from models.preprocess import ImageError
 from pipeline.data.class_prior import Prior
-from pipeline.evaluation.metrics import answers, evaluate_answers
+from pipeline.evaluation.metrics import adjusted_probabilities, prediction_metrics
 from pipeline.report import page as page_module
-from pipeline.report import study
+from pipeline.report.analysis import analyse_predictions, write_plots
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
 from pipeline.report.mistakes import confusion_matrix, confusion_pairs, extreme_classes
 from pipeline.report.page import SIDE, as_script, render_page, thumbnail
 from pipeline.report.reliability import reliability
 from pipeline.report.strength import STRENGTHS, strength_sweep
-from pipeline.report.study import write_plots
 from tests.support.generated_run import HOSTILE, made_logits, made_model_card, made_prior, made_report
 from tests.support.making import encode, params, picture, png
 
@@ -171,9 +170,14 @@ def test_json_inside_a_script_element_cannot_end_it():
 
 def test_headline_and_groups_are_the_metrics_of_the_evaluation(made):
     labels, prior, logits = made
-    found = study({"teacher": logits[:, ::-1], "student": logits}, labels, prior, 15, 0, draws=1)
-    expected = evaluate_answers(
-        answers(logits, np.array(prior.log_prior), 0.0), labels, prior.groups, np.full(12, 1 / 12), bins=15, top_k=5
+    found = analyse_predictions({"teacher": logits[:, ::-1], "student": logits}, labels, prior, 15, 0, draws=1)
+    expected = prediction_metrics(
+        adjusted_probabilities(logits, np.array(prior.log_prior), 0.0),
+        labels,
+        prior.groups,
+        np.full(12, 1 / 12),
+        bins=15,
+        top_k=5,
     )
     assert found.headline["all classes"].value == pytest.approx(expected["balanced_accuracy"])
     for group in ("many", "medium", "few"):
@@ -188,9 +192,9 @@ def test_the_strength_sweep_meets_the_metrics_at_0_and_1(made):
     rows = {row.strength: row for row in strength_sweep(logits, labels, prior)}
     assert list(rows) == STRENGTHS.tolist() and {0.0, 1.0} < set(rows)
     for strength in (0.0, 1.0):
-        p = answers(logits, np.array(prior.log_prior), strength)
+        p = adjusted_probabilities(logits, np.array(prior.log_prior), strength)
         for name, target in (("balanced", np.full(12, 1 / 12)), ("train", np.array(prior.p))):
-            metrics = evaluate_answers(p, labels, prior.groups, target, bins=15, top_k=5)
+            metrics = prediction_metrics(p, labels, prior.groups, target, bins=15, top_k=5)
             assert getattr(rows[strength], name) == pytest.approx(metrics["at_target_prior"]["all"])
         assert rows[strength].few == pytest.approx(metrics["few"])
 
@@ -200,7 +204,7 @@ def test_the_temperature_comes_from_validation_data_and_without_them_there_is_no
     sharp = 6 * logits
     found = reliability(sharp, labels, (6 * made_logits(labels, prior, 9), labels), 15)
     assert found.temperature > 2 and found.after.ece.value < found.before.ece.value
-    assert sum(each.answers for each in found.after.bins) == len(labels)
+    assert sum(each.count for each in found.after.bins) == len(labels)
     assert reliability(sharp, labels, None, 15).after is None
     assert reliability(sharp, labels, (sharp[:0], labels[:0]), 15).temperature is None
     assert reliability(-sharp, labels, (-sharp, labels), 15).temperature is None  # worse than chance
@@ -215,7 +219,7 @@ def test_confusion_pairs_and_extreme_classes_are_counted_right():
     assert pairs[0].rows == [5, 6, 7] and sum(pair.count for pair in pairs) == 5
     worst, best = extreme_classes(predicted, labels, prior)
     assert [row.name for row in worst] == ["b", "d"] and [row.name for row in best] == ["c", "a"]
-    assert worst[0].answers[:3] == ["c", "c", "c"] and worst[0].accuracy.value == 0.4
+    assert worst[0].predicted[:3] == ["c", "c", "c"] and worst[0].accuracy.value == 0.4
     assert confusion_pairs(labels, labels, prior) == []
 
 
@@ -253,14 +257,14 @@ def test_a_hole_in_what_a_template_needs_fails_rather_than_staying_empty():
 def test_an_empty_group_is_not_a_number_and_a_class_without_test_images_leaves_out_the_shift_table(made):
     labels, prior, logits = made
     kept = np.array(prior.groups)[labels] != "few"
-    found = study({"teacher": logits[kept], "student": logits[kept]}, labels[kept], prior, 15, 0, draws=1)
+    found = analyse_predictions({"teacher": logits[kept], "student": logits[kept]}, labels[kept], prior, 15, 0, draws=1)
     assert found.headline["few"].value is None
     assert found.shift.rows == [] and "has no test sample" in found.shift.missing
 
 
 def test_the_plots_files_hold_the_figures_of_the_page(made, tmp_path):
     labels, prior, logits = made
-    found = study({"teacher": logits, "student": logits}, labels, prior, 15, 0, draws=1)
+    found = analyse_predictions({"teacher": logits, "student": logits}, labels, prior, 15, 0, draws=1)
     write_plots(found, tmp_path)
     names = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
     assert names["strength.csv"][0] == "strength,balanced,train,many,medium,few" and len(names["strength.csv"]) == 42

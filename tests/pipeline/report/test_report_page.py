@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from models.prior import softmax
-from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.run_comparison import compare_runs
 from pipeline.params import GateParams
 from pipeline.report import render_comparison
@@ -48,7 +48,7 @@ def made_comparison():
 
     prior, labels = made_prior(12), np.repeat(np.arange(12), 20)
     ids = [f"{i:03d}" for i in range(len(labels))]
-    runs = [Answers(ids, labels, softmax(made_logits(labels, prior, seed, 3.0 + seed)), prior) for seed in (0, 1)]
+    runs = [Predictions(ids, labels, softmax(made_logits(labels, prior, seed, 3.0 + seed)), prior) for seed in (0, 1)]
     names = ("<script>alert(2)</script>", "runs/new & better")
     return render_comparison(compare_runs(*runs, names, GateParams(resamples=200), 15), "tailor compare")
 
@@ -108,7 +108,7 @@ def test_a_hostile_class_name_runs_nothing_and_is_shown_as_it_is(report):
 
 def test_a_class_is_found_by_a_part_of_its_name_and_the_worst_come_first_when_asked(report):
     report.page.fill("#find", "SPECIES 1")
-    assert report.page.locator("#classes tr").count() == 2 and "2 of 12" in report.page.inner_text("#found")
+    assert report.page.locator("#classes tr").count() == 2 and "2 of 12" in report.page.inner_text("#class-count")
     report.page.fill("#find", "")
     report.page.select_option("#order", "4 1")
     accuracies = [float(text[:-1]) for text in report.page.locator("#classes td:nth-child(5)").all_inner_texts()]
@@ -154,7 +154,7 @@ def test_a_thousand_classes_are_drawn_and_the_table_stays_short(browser, pages):
     assert reader.complaints == []
     assert reader.evaluate("document.querySelectorAll('#long-tail .points path').length") == 1000
     assert reader.page.locator("#classes tr").count() == 100
-    assert "1,000 of 1,000 classes, the first 100 shown" in reader.page.inner_text("#found")
+    assert "1,000 of 1,000 classes, the first 100 shown" in reader.page.inner_text("#class-count")
     reader.context.close()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.params import Params
-from pipeline.report.mlflow_record import TrackingError, collect, flat, record_after_stage, run, track
+from pipeline.report.mlflow_record import TrackingError, collect_run, flatten, record_after_stage, record_run, run
 from pipeline.shared.errors import ParamsError, StageError
 from tests.support.making import params, write
 
@@ -51,7 +51,7 @@ def runs(uri: str) -> list:
 def test_a_run_is_recorded_with_its_params_metrics_curves_files_and_hashes(store):
     from mlflow import MlflowClient
 
-    address = track(tracked(store))
+    address = record_run(tracked(store))
     (kept,) = runs(store)
     assert kept.info.run_id in address and kept.info.status == "FINISHED"
     assert kept.data.params["student.tau_g"] == "0.1" and kept.data.params["image.mean"] == "[0.5, 0.5, 0.5]"
@@ -70,10 +70,10 @@ def test_a_run_is_recorded_with_its_params_metrics_curves_files_and_hashes(store
 
 
 def test_a_release_is_recorded_once_and_another_one_beside_it(store):
-    first = track(tracked(store))
-    assert track(tracked(store)) == first and len(runs(store)) == 1
+    first = record_run(tracked(store))
+    assert record_run(tracked(store)) == first and len(runs(store)) == 1
     write(Path("artifacts/export/manifest.json"), json.dumps(MANIFEST | {"data_sha256": "e" * 64}).encode())
-    track(tracked(store))
+    record_run(tracked(store))
     assert len(runs(store)) == 2
 
 
@@ -83,9 +83,9 @@ def test_a_run_that_was_recorded_in_part_is_recorded_again(store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifact", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         with pytest.raises(TrackingError, match="the disk is full"):
-            track(tracked(store))
+            record_run(tracked(store))
     assert [kept.info.status for kept in runs(store)] == ["RUNNING"]
-    track(tracked(store))
+    record_run(tracked(store))
     assert [kept.info.status for kept in runs(store)] == ["FINISHED"]
 
 
@@ -96,7 +96,7 @@ def test_an_unreachable_server_costs_one_line_without_its_password_and_nothing_e
         port = probe.getsockname()[1]
     there = tracked(f"http://me:secret@127.0.0.1:{port}")
     with pytest.raises(TrackingError) as caught:
-        track(there)
+        record_run(there)
     assert "secret" not in str(caught.value) and f"127.0.0.1:{port}" in str(caught.value)
     record_after_stage("export", there)
     said = capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_a_database_that_cannot_be_reached_or_lacks_its_driver_costs_a_line_too(
 def test_without_a_tracking_uri_nothing_is_recorded_and_mlflow_is_not_imported(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "mlflow"]:
         monkeypatch.delitem(sys.modules, name)
-    assert track(params()) is None
+    assert record_run(params()) is None
     record_after_stage("export", params())
     assert capsys.readouterr().err == "" and "mlflow" not in sys.modules
     with pytest.raises(ParamsError, match=r"tracking\.mlflow is null"):
@@ -132,33 +132,33 @@ def test_without_a_tracking_uri_nothing_is_recorded_and_mlflow_is_not_imported(m
 def test_without_mlflow_installed_the_extra_is_named(monkeypatch, store):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ParamsError, match=r"pip install 'tailor\[mlflow\]'"):
-        track(tracked(store))
+        record_run(tracked(store))
 
 
 def test_an_experiment_that_was_deleted_is_named(store):
     from mlflow import MlflowClient
 
-    track(tracked(store))
+    record_run(tracked(store))
     client = MlflowClient(tracking_uri=store)
     client.delete_experiment(client.get_experiment_by_name("cloth").experiment_id)
     with pytest.raises(TrackingError, match=r"tracking\.experiment is 'cloth', which was deleted"):
-        track(tracked(store))
+        record_run(tracked(store))
 
 
 def test_before_an_export_there_is_nothing_to_record_and_a_damaged_one_is_named(store):
     path = Path("artifacts/export/manifest.json")
     path.write_text("{")
     with pytest.raises(StageError, match=r"manifest\.json: damaged"):
-        track(tracked(store))
+        record_run(tracked(store))
     path.unlink()
     with pytest.raises(ParamsError, match="run `dvc repro` first"):
-        track(tracked(store))
+        record_run(tracked(store))
 
 
 def test_what_is_recorded_of_the_data_has_no_password():
     made = params({"data.source": "table", "data.location": "s3://key:secret@bucket/cloth"})
-    assert "secret" not in json.dumps(collect(made).params)
+    assert "secret" not in json.dumps(collect_run(made).params)
 
 
 def test_flat_keeps_every_leaf_under_its_dotted_key():
-    assert flat({"a": 1, "b": {"c": 2, "d": {"e": None}}}) == {"a": 1, "b.c": 2, "b.d.e": None}
+    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": None}}}) == {"a": 1, "b.c": 2, "b.d.e": None}
