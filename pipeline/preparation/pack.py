@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,21 @@ class PackResult:
         return f"data:\n  source: table\n  location: {self.output}\n  table:{splits}\n    id: name"
 
 
+def read_image(source: Source, row: Row) -> bytes | BadImageError:
+    """The bytes of an image, or the error with which it cannot be read."""
+    try:
+        return source.read(row.reference)
+    except BadImageError as error:
+        return error
+
+
 def pack(
-    params: Params, output: Path, shard_bytes: int, jobs: int | None = None, shuffle: int | None = None
+    params: Params,
+    output: Path,
+    shard_bytes: int,
+    jobs: int | None = None,
+    shuffle: int | None = None,
+    read: Callable[[Source, Row], bytes | BadImageError] = read_image,
 ) -> PackResult:
     """Write the source's images to output/<split>/00000.parquet and following shards of about shard_bytes each.
 
@@ -90,7 +104,7 @@ def pack(
                 writers[split] = writer = _ShardWriter(work / split, source, shard_bytes)
                 bar.advance(task, writer.next)
                 for part in in_parts(split_rows[writer.next :], 64):
-                    for row, data in zip(part, pool.map(lambda row: _read(source, row), part), strict=True):
+                    for row, data in zip(part, pool.map(lambda row: read(source, row), part), strict=True):
                         if isinstance(data, BadImageError) and params.data.on_bad_image == "fail":
                             raise data
                         writer.add(row, data)
@@ -105,13 +119,6 @@ def pack(
     (work / PLAN).unlink()
     work.rename(output)
     return PackResult(images, {split: len(paths) for split, paths in shards.items()}, len(skipped), output)
-
-
-def _read(source: Source, row: Row) -> bytes | BadImageError:
-    try:
-        return source.read(row.reference)
-    except BadImageError as error:
-        return error
 
 
 def _prepare(work: Path, source: Source, params: Params, options: list[int | None]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -27,9 +27,9 @@ COMMAND = "python -m pipeline.evaluate"
 class Provenance:
     """Where the metrics come from. date: of the evaluation; commit: of the code; histories: network → records by epoch."""
 
-    date: str = "unknown"
-    commit: str = "unknown"
-    histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    date: str
+    commit: str
+    histories: Mapping[str, Sequence[Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Evaluation:
 
     metrics: network → target prior → metric; classes: rows of per_class.csv; samples: test samples with their image
     bytes; encoded: row of the test split → bytes of its image; data_facts, model_facts: (term, text) pairs; recipe:
-    params as JSON; notes: missing parts and the reasons; warnings: reasons not to rely on the metrics, shown in a red
-    box above them.
+    params as JSON; notes: missing parts and the reasons.
     """
 
     analysis: Analysis
@@ -51,9 +50,8 @@ class Evaluation:
     data_facts: Sequence[tuple[str, str]]
     model_facts: Sequence[tuple[str, str]]
     recipe: Mapping[str, Any]
+    provenance: Provenance
     notes: Sequence[str] = ()
-    warnings: Sequence[str] = ()
-    provenance: Provenance = Provenance()
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -102,7 +100,6 @@ def render_report(evaluation: Evaluation) -> str:
         notes=evaluation.notes,
         few=few,
         advice=ADVICE,
-        warnings=[*evaluation.warnings, *(f"{name}: {text}" for name, text in few.items())],
         provenance=evaluation.provenance,
         curves=list(curves),
         test_images=count_test_images(classes),

@@ -46,9 +46,7 @@ def made_logits(labels: np.ndarray, prior: Prior, seed: int, skill: float = 4.0)
 
 
 @lru_cache
-def made_report(
-    classes: int, per_class: int, validation: bool = True, champion: bool = False, warnings: tuple[str, ...] = ()
-) -> str:
+def made_report(classes: int, per_class: int, validation: bool = True, champion: bool = False) -> str:
     """Return the report of generated predictions, built as in `evaluate`."""
     prior, recipe = made_prior(classes), params()
     labels = np.repeat(np.arange(classes), per_class)
@@ -87,12 +85,12 @@ def made_report(
         for row in choose_samples(given, 12, 0)
     ]  # fmt: skip
     sizes = SplitSizes(sum(prior.counts), len(labels), len(labels))
-    origin = Provenance("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
+    provenance = Provenance("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
     facts, about = data_facts(recipe.data, recipe.image, prior, sizes), facts_of_the_model(prior)
     return render_report(
         Evaluation(
             found, metrics, rows, samples, prior, png, facts, about, recipe.model_dump(mode="json"),
-            warnings=warnings, provenance=origin,
+            provenance,
         )
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ def row_of(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│┃ \n").split("│")][1:]
 
 
-def test_the_table_has_the_accuracy_of_each_group_and_the_difference_with_its_interval_on_one_screen() -> None:
+def test_the_table_shows_group_accuracies_and_differences_with_intervals_in_80_columns() -> None:
     plain, corrected, student = answers_right_in(20, 12, 2), answers_right_in(18, 14, 8), answers_right_in(18, 16, 11)
     rows = {PLAIN: plain, CORRECTED: corrected, STUDENT_ROW: student}
     measures = {name: compare(one, plain, params().gate, 15) for name, one in rows.items()}
@@ -56,7 +56,7 @@ def test_the_table_has_the_accuracy_of_each_group_and_the_difference_with_its_in
     assert len(text.splitlines()) <= 12 and max(map(len, text.splitlines())) <= 80
 
 
-def test_a_group_without_test_images_has_no_figure() -> None:
+def test_a_group_without_test_images_has_no_accuracy() -> None:
     plain = Predictions(["0", "1"], np.array([0, 1]), np.eye(3)[[0, 1]], PRIOR)
     measures = dict.fromkeys((PLAIN, CORRECTED, STUDENT_ROW), compare(plain, plain, params().gate, 15))
     assert row_of(printed(gain_table(measures, plain, 0.95)), PLAIN) == ["100.0 %", "100.0 %", "100.0 %", "n/a"]
@@ -83,7 +83,9 @@ def test_plain_cross_entropy_has_the_students_recipe_without_adjustment() -> Non
 
 
 @pytest.mark.slow
-def test_plain_cross_entropy_is_trained_once_and_judged_on_the_same_test_images(tmp_path, monkeypatch, capsys) -> None:
+def test_plain_cross_entropy_is_trained_once_and_evaluated_on_the_same_test_images(
+    tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     base = data_params(folder(tmp_path / "images", {"a": 18, "b": 12, "c": 9})).model_dump(mode="json")["data"]
     short = {f"{stage}.{key}": value for stage in ("teacher", "student") for key, value in

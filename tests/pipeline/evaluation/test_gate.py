@@ -24,11 +24,11 @@ from tests.support.gate_answers import FAST, LABELS, C, answering, answers_of, c
 @given(st.integers(0, 10**6), st.floats(0.2, 0.95), st.floats(0.2, 0.95))
 def test_swapping_champion_and_challenger_mirrors_every_difference(seed, one, other):
     a, b = answers_of(answering(one, seed)), answers_of(answering(other, seed + 1))
-    there, back = compare(a, b, FAST, 15), compare(b, a, FAST, 15)
-    for name, found in there.items():
-        assert found.difference == pytest.approx(-back[name].difference, abs=1e-12)
-        assert (found.low, found.high) == pytest.approx((-back[name].high, -back[name].low), abs=1e-12)
-        assert found.mcnemar == back[name].mcnemar
+    forward, backward = compare(a, b, FAST, 15), compare(b, a, FAST, 15)
+    for name, found in forward.items():
+        assert found.difference == pytest.approx(-backward[name].difference, abs=1e-12)
+        assert (found.low, found.high) == pytest.approx((-backward[name].high, -backward[name].low), abs=1e-12)
+        assert found.mcnemar == backward[name].mcnemar
 
 
 @settings(max_examples=5)
@@ -50,12 +50,12 @@ def test_a_challenger_worse_on_few_only_is_refused_for_few_only(tmp_path):
     assert not found.promote and found.computed
     assert found.measures["few"].passed is False and found.measures["few"].high < 0
     assert found.measures["many"].difference >= 0
-    told = json.loads((tmp_path / "d.json").read_text())
-    assert told["promote"] is False and told["measures"]["few"]["difference"] == found.measures["few"].difference
-    assert any(reason.startswith("few ") for reason in told["reasons"])
+    content = json.loads((tmp_path / "d.json").read_text())
+    assert content["promote"] is False and content["measures"]["few"]["difference"] == found.measures["few"].difference
+    assert any(reason.startswith("few ") for reason in content["reasons"])
 
 
-def test_a_planted_loss_is_found_and_chance_is_not_called_a_loss():
+def test_the_gate_refuses_a_real_loss_and_seldom_a_random_one():
     few_off = GateParams.model_validate({"resamples": 200, "few": {"rule": "none"}})
     refused = {0.8: 0, 0.6: 0}
     for accuracy in refused:
@@ -75,7 +75,7 @@ def test_intervals_cover_the_true_difference_within_binomial_noise():
     assert 88 <= covered <= 100  # 95 of 100, three standard errors either way
 
 
-def test_mcnemar_counts_the_samples_that_one_alone_gets_right():
+def test_mcnemar_counts_the_samples_that_only_one_model_predicts_correctly():
     a = np.array([True] * 6 + [False] * 1 + [True] * 9)
     b = np.array([False] * 6 + [True] * 1 + [True] * 9)
     same = np.full(16, 0.25)
@@ -83,7 +83,7 @@ def test_mcnemar_counts_the_samples_that_one_alone_gets_right():
     assert mcnemar(a, a, same, FAST) == 1.0
 
 
-def test_mcnemar_of_samples_that_weigh_unequally_is_the_share_of_signs_with_a_larger_sum():
+def test_mcnemar_with_unequal_weights_is_the_share_of_sign_vectors_with_a_larger_sum():
     a = np.array([True, True, False, False, False, False, True])
     b = np.array([False, True, True, True, True, True, True])
     weights = np.array([5.0, 9, 1, 1, 1, 0.5, 9])
@@ -119,7 +119,7 @@ def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
         assert found.effective == pytest.approx(metrics[0]["test_images"]["all"]["effective"])
 
 
-def test_a_loss_of_the_tail_is_not_made_up_for_by_the_many_test_images_of_the_head():
+def test_gains_in_head_classes_do_not_offset_a_loss_in_tail_classes():
     """70 tail images become wrong and 120 head images correct: accuracy rises, and balanced accuracy falls."""
     champion, challenger = UNEQUAL.copy(), UNEQUAL.copy()
     champion[:120] = 1
@@ -130,7 +130,7 @@ def test_a_loss_of_the_tail_is_not_made_up_for_by_the_many_test_images_of_the_he
     assert found.mcnemar < 0.05 and found.passed is False
 
 
-def test_the_resampled_calibration_error_is_the_evaluations():
+def test_the_resampled_ece_equals_the_ece_of_the_resampled_rows():
     p = answers_of(answering(0.6, 3)).probabilities
     index = np.random.default_rng(0).integers(0, len(LABELS), (5, len(LABELS)))
     expected = [expected_calibration_error(p[rows], LABELS[rows], 15) for rows in index]
@@ -145,7 +145,7 @@ def test_the_first_model_must_reach_the_floor(tmp_path):
     assert not refused.promote and refused.computed and "below gate.floor 30.0%" in refused.reasons[0]
 
 
-def test_a_gate_that_cannot_be_computed_is_a_refusal_with_its_reason(tmp_path):
+def test_a_gate_that_cannot_be_computed_refuses_with_the_reason(tmp_path):
     logits = answering(0.9, 0)
     champion = contender(tmp_path / "a", logits)
     nan, other_label = logits.copy(), LABELS.copy()
@@ -161,10 +161,10 @@ def test_a_gate_that_cannot_be_computed_is_a_refusal_with_its_reason(tmp_path):
         "has two labels": contender(tmp_path / "g", logits, labels=other_label),
         "not finite": contender(tmp_path / "h", nan),
     }
-    for said, challenger in cases.items():
+    for reason, challenger in cases.items():
         found = decide(challenger, champion, FAST, 15, tmp_path / "decision.json")
         assert not found.promote and not found.computed
-        assert found.reasons[0].startswith("cannot be computed: ") and said in found.reasons[0], found.reasons
+        assert found.reasons[0].startswith("cannot be computed: ") and reason in found.reasons[0], found.reasons
         assert json.loads((tmp_path / "decision.json").read_text())["computed"] is False
     found = decide(champion, None, FAST, 15, None, GateError("report.html: no such file"))
     assert not found.promote and found.reasons == ["cannot be computed: report.html: no such file"]
@@ -180,9 +180,9 @@ def test_latency_above_the_ratio_is_refused(tmp_path):
     assert decide(slow, fast, timed, 15, None).reasons[0].startswith("latency_ms 1.0000 → 1.5000")
 
 
-def test_the_command_says_its_decision_by_line_and_exit_code(tmp_path, capsys):
+def test_the_command_prints_its_decision_and_sets_the_exit_code(tmp_path, capsys):
     made = contender(tmp_path / "a", answering(0.9, 0))
-    ours = [
+    challenger = [
         "--challenger",
         str(made.predictions),
         "--challenger-prior",
@@ -190,10 +190,10 @@ def test_the_command_says_its_decision_by_line_and_exit_code(tmp_path, capsys):
         "--output",
         str(tmp_path / "d"),
     ]
-    assert main(["gate", *ours]) == 0
+    assert main(["gate", *challenger]) == 0
     assert capsys.readouterr().out.startswith("gate: promote: first model, balanced accuracy")
-    theirs = ["--champion", str(tmp_path / "none"), "--champion-prior", str(made.prior)]
-    assert main(["gate", *ours, *theirs]) == 1
+    champion = ["--champion", str(tmp_path / "none"), "--champion-prior", str(made.prior)]
+    assert main(["gate", *challenger, *champion]) == 1
     assert "gate: refuse: cannot be computed" in capsys.readouterr().out
-    assert main(["gate", *ours, "--champion", "x"]) == 2
+    assert main(["gate", *challenger, "--champion", "x"]) == 2
     assert "--champion and --champion-prior go together" in capsys.readouterr().err
