@@ -110,25 +110,21 @@ def gain_table(measures: dict[str, dict[str, Measure]], plain: Predictions, conf
     for column, images in zip(COLUMNS, (len(plain.labels), *tested), strict=True):
         table.add_column(f"{column}\n{counted(images, 'image')}", justify="right")
     for name, row in measures.items():
-        table.add_row(name, *(_percent(row[column].challenger) for column in COLUMNS), end_section=name == STUDENT_ROW)
+        table.add_row(
+            name, *(_points("{:.1f} %", row[column].challenger) for column in COLUMNS), end_section=name == STUDENT_ROW
+        )
     student = measures[STUDENT_ROW]
-    table.add_row("difference", *(_points(student[column].difference) for column in COLUMNS))
-    table.add_row(f" {100 * confidence:g} % interval", *(_interval(student[column]) for column in COLUMNS))
+    table.add_row("difference", *(_points("{:+.1f}", student[column].difference) for column in COLUMNS))
+    table.add_row(
+        f" {100 * confidence:g} % interval",
+        *(_points("{:.1f} to {:.1f}", student[column].low, student[column].high) for column in COLUMNS),
+    )
     return table
 
 
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.1f} %"
-
-
-def _points(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:+.1f}"
-
-
-def _interval(measure: Measure) -> str:
-    if measure.low is None or measure.high is None:
-        return "n/a"
-    return f"{100 * measure.low:.1f} to {100 * measure.high:.1f}"
+def _points(form: str, *values: float | None) -> str:
+    """Format shares in percentage points; n/a if one is None."""
+    return "n/a" if None in values else form.format(*(100 * value for value in values))
 
 
 def limits(epochs: int, prior: Prior, tested: int) -> str:

@@ -6,12 +6,14 @@ images with wrong labels: the rows are well-formed, so ingest accepts them, and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet
@@ -38,7 +40,7 @@ def run() -> None:
     project = _make_project()
     _print_heading("round 1: no champion yet; the first model must reach gate.floor")
     _run_command(project, "tailor", "retrain", "--because", "the first model")
-    with _Server(project) as (_, grpc, *_):
+    with _serve(project) as (_, grpc, *_):
         image = _sample_image(project)
         _run_command(project, "tailor", "predict", image, "--url", grpc)
         _print_heading(
@@ -93,30 +95,23 @@ def _sample_image(project: Path) -> str:
     return str(samples[0].relative_to(project))
 
 
-class _Server:
-    """Context manager that runs `tailor serve` on the releases; gives the addresses that the server printed."""
-
-    def __init__(self, project: Path) -> None:
-        ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
-        self._process = subprocess.Popen(
-            _resolve(["tailor", "serve", "--repository", "releases", "--quiet", *ports]),
-            cwd=project,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> list[str]:
-        for line in self._process.stdout:
-            if line.startswith("ready "):
-                print(line, end="", flush=True)
-                return line.split()[1:]
-        raise StageError(f"tailor serve ended with status {self._process.wait()}")
-
-    def __exit__(self, *_error: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.communicate()
+@contextlib.contextmanager
+def _serve(project: Path) -> Iterator[list[str]]:
+    """Run `tailor serve` on the releases; gives the addresses that the server printed."""
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    command = _resolve(["tailor", "serve", "--repository", "releases", "--quiet", *ports])
+    process = subprocess.Popen(
+        command, cwd=project, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        ready = next((line for line in process.stdout if line.startswith("ready ")), None)
+        if ready is None:
+            raise StageError(f"tailor serve ended with status {process.wait()}")
+        print(ready, end="", flush=True)
+        yield ready.split()[1:]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
 
 
 def _run_command(project: Path, *command: str) -> None:

@@ -89,15 +89,9 @@ def trace(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], ops
         # The exporter emits deprecation warnings about its internals on every call.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            network,
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            output_names=outputs,
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
+            network, tuple(inputs.values()), input_names=list(inputs), output_names=outputs, opset_version=opset,
+            dynamic_shapes=tuple({0: batch} for _ in inputs), dynamo=True, verbose=False,
+        )  # fmt: skip
     graph = program.model_proto
     graph.ir_version = min(graph.ir_version, LARGEST_IR)
     for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):

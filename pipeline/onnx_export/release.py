@@ -77,15 +77,13 @@ def golden_requests(
         logits = session.run(["logits"], {"image": pixels, "strength": np.array([[strength]], dtype=np.float32)})[0][0]
         probability = softmax(logits)
         index = np.argsort(-probability, kind="stable")[:best]
+        image = base64.b64encode(examples.encoded(example)).decode()
         golden.append(
             Golden(
-                image=base64.b64encode(examples.encoded(example)).decode(),
-                strength=strength,
-                index=index.tolist(),
-                probability=probability[index].tolist(),
+                image=image, strength=strength, index=index.tolist(), probability=probability[index].tolist(),
                 tolerance=tolerance,
             )
-        )
+        )  # fmt: skip
     return golden
 
 

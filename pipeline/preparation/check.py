@@ -79,8 +79,7 @@ class DataReport:
 
     def test_sizes(self) -> dict[str, SampleSize]:
         """Sample sizes of the test split, for all classes and by shot group; empty if the test split is empty."""
-        groups = [shot_group(count) for count in self.counts["train"]]
-        return sample_sizes(self.counts["test"], groups)
+        return sample_sizes(self.counts["test"], [shot_group(count) for count in self.counts["train"]])
 
     def count_missing(self) -> int:
         """Number of images whose file is missing."""

@@ -70,7 +70,27 @@ def estimate_memory(params: Params, stage: str, prior: Prior) -> MemoryEstimate:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in filter(None, (objective, average)):
             _to_fake_tensors(module.to(memory_format=torch.channels_last))
-        return measure_step(params, stage, objective, average, sum(prior.counts))
+        # The average exists already, because fake tensors cannot be deep-copied.
+        section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
+        size, batch = params.image.size, section.batch_size
+        no_images = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0).long(), [], [], None)
+        precision = precision_of(params.engine, torch.device("cuda"))
+        recompute = params.engine.checkpoint_activations
+        step = Step(objective, section, params.image, no_images, torch.device("cpu"), precision, recompute)
+        step.average = average
+        live = LiveMemory()
+        _declare_state(live, step)
+        live.follow_gradients(objective.parameters())
+        with live:
+            views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
+            target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+            live.declare("views", [views])
+            with _label_saved_tensors(live, objective):
+                step.descend(views, target, chosen, None)
+    originals = cuts_originals(objective.views, section.augment)
+    pixels = int(enough_pixels(params.image, section.augment.crop_scale)) if originals else size * size
+    images = sum(prior.counts) * 3 * pixels
+    return MemoryEstimate(live.peak, live.at_peak, dict(live.largest), images, originals)
 
 
 def _build_modules(
@@ -78,41 +98,6 @@ def _build_modules(
 ) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
     objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
     return objective, WeightAverage(objective.model, decay) if decay else None
-
-
-def measure_step(
-    params: Params,
-    stage: str,
-    objective: TeacherObjective | StudentObjective,
-    average: WeightAverage | None,
-    images: int,
-) -> MemoryEstimate:
-    """Run one step on the CPU with CUDA's precision, and record live tensors; on fake tensors in a FakeTensorMode.
-
-    images: number of training images.
-    """
-    # The average exists already, because fake tensors cannot be deep-copied.
-    section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
-    size, batch = params.image.size, section.batch_size
-    no_images = Images(
-        torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], [], None
-    )
-    precision = precision_of(params.engine, torch.device("cuda"))
-    recompute = params.engine.checkpoint_activations
-    step = Step(objective, section, params.image, no_images, torch.device("cpu"), precision, recompute)
-    step.average = average
-    live = LiveMemory()
-    _declare_state(live, step)
-    live.follow_gradients(objective.parameters())
-    with live:
-        views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
-        target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
-        live.declare("views", [views])
-        with _label_saved_tensors(live, objective):
-            step.descend(views, target, chosen, None)
-    originals = cuts_originals(objective.views, section.augment)
-    pixels = int(enough_pixels(params.image, section.augment.crop_scale)) if originals else size * size
-    return MemoryEstimate(live.peak, live.at_peak, dict(live.largest), images * 3 * pixels, originals)
 
 
 def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:

@@ -39,7 +39,7 @@ SHIFT_COLUMNS = {  # row of the shift table → column of shift.csv
 }
 SHIFT_TOLERANCE = 1e-2  # nats: a seventh of a standard error, and a third of the time
 # Nats per class, if the table at full precision would take minutes. Noise alone is worth half a nat per class. With
-# 1,000 classes an accuracy may change by at most 0.34 points (tests/pipeline/evaluation/test_shift_table.py).
+# 1,000 classes an accuracy may change by at most 0.34 points (tests/pipeline/evaluation/test_shifted_priors.py).
 COARSE_TOLERANCE = 1e-2
 
 

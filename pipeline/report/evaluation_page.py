@@ -83,30 +83,15 @@ def render_report(evaluation: Evaluation) -> str:
         "classes": [[_short(row[column]) for column in COLUMNS] for row in rows],
     }
     return render_page(
-        "report.html.jinja",
-        data,
-        analysis=analysis,
-        metrics=evaluation.metrics,
-        prior=evaluation.prior,
-        top=f"top{recipe['evaluate']['top_k']}",
-        champion=any(row["network"] == "champion" for row in analysis.groups),
-        start=start,
-        sets=list(SETS),
-        shift=[row for row in analysis.shift.rows if "distance" not in row["prior"]],
+        "report.html.jinja", data, analysis=analysis, metrics=evaluation.metrics, prior=evaluation.prior,
+        top=f"top{recipe['evaluate']['top_k']}", champion=any(row["network"] == "champion" for row in analysis.groups),
+        start=start, sets=list(SETS), shift=[row for row in analysis.shift.rows if "distance" not in row["prior"]],
         samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in evaluation.samples],
-        data_facts=evaluation.data_facts,
-        model_facts=evaluation.model_facts,
-        image_uri=cache(lambda row: thumbnail(evaluation.encoded(row))),
-        notes=evaluation.notes,
-        few=few,
-        advice=ADVICE,
-        provenance=evaluation.provenance,
-        curves=list(curves),
-        test_images=count_test_images(classes),
-        params=recipe,
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        command=COMMAND,
-    )
+        image_uri=cache(lambda row: thumbnail(evaluation.encoded(row))), data_facts=evaluation.data_facts,
+        model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
+        advice=ADVICE, curves=list(curves), test_images=count_test_images(classes), params=recipe,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,
+    )  # fmt: skip
 
 
 def count_test_images(classes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:

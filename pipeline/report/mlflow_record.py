@@ -110,16 +110,13 @@ def collect_run(params: Params, export: Path = EXPORT) -> MlflowRun:
     files = [EVALUATION / name for name in EVALUATION_FILES] + [export / name for name in EXPORT_FILES]
     content["data"]["location"] = shown(params.data.location)
     return MlflowRun(
-        f"{params.data.source} {release[:8]}",
-        release,
-        {
-            key: json.dumps(value) if isinstance(value, list | None) else str(value)
-            for key, value in flatten(content).items()
-        },
-        {key: float(value) for key, value in flatten(metrics).items() if isinstance(value, int | float)},
-        [point for network, history in HISTORIES.items() for point in _curve(network, history)],
-        [file for file in files if file.is_file()],
-        {RELEASE_TAG: release, **{f"tailor.{key}": value for key, value in facts.items()}},
+        name=f"{params.data.source} {release[:8]}",
+        release=release,
+        params={k: json.dumps(v) if isinstance(v, list | None) else str(v) for k, v in flatten(content).items()},
+        metrics={key: float(value) for key, value in flatten(metrics).items() if isinstance(value, int | float)},
+        curves=[point for network, history in HISTORIES.items() for point in _curve(network, history)],
+        files=[file for file in files if file.is_file()],
+        tags={RELEASE_TAG: release, **{f"tailor.{key}": value for key, value in facts.items()}},
     )
 
 

@@ -109,15 +109,11 @@ def _metadata(data: DataParams, backbone: str, metrics: dict[str, Any]) -> dict[
         for key, kind in METRICS.items()
         if values[key] is not None
     ]
-    return {
-        "library_name": "onnx",
-        "pipeline_tag": "image-classification",
-        "tags": ["long-tailed", "logit-adjustment"],
-        "metrics": ["accuracy"],
-        "model-index": [
-            {
-                "name": f"tailor-{data.source}-{backbone.replace('/', '-')}",
-                "results": [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": results}],
-            }
-        ],
+    index = {
+        "name": f"tailor-{data.source}-{backbone.replace('/', '-')}",
+        "results": [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": results}],
     }
+    return {
+        "library_name": "onnx", "pipeline_tag": "image-classification", "tags": ["long-tailed", "logit-adjustment"],
+        "metrics": ["accuracy"], "model-index": [index],
+    }  # fmt: skip
