@@ -12,7 +12,7 @@ TEMPLATE = (ROOT / "params.yaml").read_text(encoding="utf-8")
 NO_OPTIONS = {"tested": None, "own_validation": False, "shorter": 32, "unreadable": []}
 
 
-def found(counts: list[int], **changes: object) -> FolderSummary:
+def folder_summary(counts: list[int], **changes: object) -> FolderSummary:
     """Return the result of `inspect_folder` for classes of the given sizes."""
     return FolderSummary([f"class {n}" for n in range(len(counts))], counts, **{**NO_OPTIONS, **changes})
 

@@ -94,10 +94,10 @@ def test_plain_cross_entropy_is_trained_once_and_evaluated_on_the_same_test_imag
     for stage in (pipeline.split, pipeline.prior, pipeline.teacher, pipeline.student):
         stage.run(chosen)
     capsys.readouterr()
-    found = run(chosen)
+    result = run(chosen)
     first = capsys.readouterr().out
     assert "teacher  epoch 1/1" in first and PLAIN in first and "One seed" in first
     assert "warning: all: " in first and "fewer than 100" in first
-    assert json.loads((found.output / "config.json").read_text())["adjustment"] == 0
-    assert run(chosen) == found
+    assert json.loads((result.output / "config.json").read_text())["adjustment"] == 0
+    assert run(chosen) == result
     assert capsys.readouterr().out == first.partition("\n")[2]

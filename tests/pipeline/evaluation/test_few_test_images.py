@@ -25,7 +25,7 @@ from pipeline.params import GateParams
 from pipeline.preparation.check import sample_sizes
 from pipeline.preparation.first_params import expected_tests
 from pipeline.report import render_comparison
-from tests.support.chosen_params import chosen_params, found
+from tests.support.chosen_params import chosen_params, folder_summary
 from tests.support.data_commands import command, report
 from tests.support.gate_answers import COUNTS, FAST, C, answers_of, contender
 from tests.support.generated_run import made_model_card, made_prior, made_report
@@ -46,7 +46,7 @@ def test_a_share_of_each_class_is_held_out_at_least_one_image_and_at_most_the_ca
 
 def test_init_predicts_the_sizes_of_the_test_split():
     counts = [300, 120, 60, 40, 20, 10, 8, 7, 5, 4, 3, 2]
-    summary = found(counts)
+    summary = folder_summary(counts)
     data = chosen_params(summary).data
     splits = assign(rows_of(counts), summary.classes, data)
     assert len(splits["test"]) == 106  # one quarter of the smallest class would be 12
@@ -146,9 +146,11 @@ def test_a_loss_on_enough_images_is_refused_although_a_small_group_is_undecided(
 def test_the_gate_does_not_decide_if_the_mean_over_all_classes_has_too_few_images(tmp_path):
     """228 test images are enough, but most are of the head: effective size 59, as evaluate and data check print."""
     (champion, challenger), labels = two_runs(tmp_path, [80, 60, 40, 40, 5, 3])
-    found = decide(challenger, champion, FAST, 15, None)
-    assert found.undecided and found.reasons[0].startswith("all: 228 test images, which count as 59 in a mean over")
-    assert found.measures["all"].size == sample_sizes(np.bincount(labels), ["many"] * C)["all"]
+    decision = decide(challenger, champion, FAST, 15, None)
+    assert decision.undecided and decision.reasons[0].startswith(
+        "all: 228 test images, which count as 59 in a mean over"
+    )
+    assert decision.measures["all"].size == sample_sizes(np.bincount(labels), ["many"] * C)["all"]
 
 
 def test_a_first_model_on_too_few_images_is_not_decided_unless_there_is_no_floor(tmp_path):

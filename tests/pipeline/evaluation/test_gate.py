@@ -25,10 +25,10 @@ from tests.support.gate_answers import FAST, LABELS, C, answering, answers_of, c
 def test_swapping_champion_and_challenger_mirrors_every_difference(seed, one, other):
     a, b = answers_of(answering(one, seed)), answers_of(answering(other, seed + 1))
     forward, backward = compare(a, b, FAST, 15), compare(b, a, FAST, 15)
-    for name, found in forward.items():
-        assert found.difference == pytest.approx(-backward[name].difference, abs=1e-12)
-        assert (found.low, found.high) == pytest.approx((-backward[name].high, -backward[name].low), abs=1e-12)
-        assert found.mcnemar == backward[name].mcnemar
+    for name, measure in forward.items():
+        assert measure.difference == pytest.approx(-backward[name].difference, abs=1e-12)
+        assert (measure.low, measure.high) == pytest.approx((-backward[name].high, -backward[name].low), abs=1e-12)
+        assert measure.mcnemar == backward[name].mcnemar
 
 
 @settings(max_examples=5)
@@ -46,12 +46,16 @@ def test_a_challenger_worse_on_few_only_is_refused_for_few_only(tmp_path):
     worse = logits.copy()
     worse[LABELS == C - 1] = np.eye(C)[0]
     worse[LABELS == 0] = np.eye(C)[0]  # the head compensates for a part of it
-    found = decide(contender(tmp_path / "b", worse), contender(tmp_path / "a", logits), FAST, 15, tmp_path / "d.json")
-    assert not found.promote and found.computed
-    assert found.measures["few"].passed is False and found.measures["few"].high < 0
-    assert found.measures["many"].difference >= 0
+    decision = decide(
+        contender(tmp_path / "b", worse), contender(tmp_path / "a", logits), FAST, 15, tmp_path / "d.json"
+    )
+    assert not decision.promote and decision.computed
+    assert decision.measures["few"].passed is False and decision.measures["few"].high < 0
+    assert decision.measures["many"].difference >= 0
     content = json.loads((tmp_path / "d.json").read_text())
-    assert content["promote"] is False and content["measures"]["few"]["difference"] == found.measures["few"].difference
+    assert (
+        content["promote"] is False and content["measures"]["few"]["difference"] == decision.measures["few"].difference
+    )
     assert any(reason.startswith("few ") for reason in content["reasons"])
 
 
@@ -70,8 +74,8 @@ def test_intervals_cover_the_true_difference_within_binomial_noise():
     covered = 0
     for seed in range(100):
         pair = answers_of(answering(0.75, 2 * seed)), answers_of(answering(0.7, 2 * seed + 1))
-        found = compare(*pair, GateParams(resamples=200), 15)["all"]
-        covered += found.low <= 0.05 <= found.high
+        measure = compare(*pair, GateParams(resamples=200), 15)["all"]
+        covered += measure.low <= 0.05 <= measure.high
     assert 88 <= covered <= 100  # 95 of 100, three standard errors either way
 
 
@@ -107,16 +111,16 @@ def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
     random = np.random.default_rng(4)
     predicted = [np.where(random.random(len(UNEQUAL)) < share, UNEQUAL, 0) for share in (0.5, 0.8)]
     champion, challenger = map(on_unequal, predicted)
-    found = compare(challenger, champion, GateParams(resamples=100, target_prior=target), 15)["all"]
+    measure = compare(challenger, champion, GateParams(resamples=100, target_prior=target), 15)["all"]
     p = np.array(prior_of().p) if target == "train" else np.full(C, 1 / C)
     metrics = [
         prediction_metrics(a.probabilities, UNEQUAL, a.prior.groups, p, bins=15, top_k=2)
         for a in (champion, challenger)
     ]
-    assert [found.champion, found.challenger] == pytest.approx([m["at_target_prior"]["all"] for m in metrics])
+    assert [measure.champion, measure.challenger] == pytest.approx([m["at_target_prior"]["all"] for m in metrics])
     if target == "balanced":
-        assert found.challenger == pytest.approx(balanced_accuracy_score(UNEQUAL, predicted[1]))
-        assert found.effective == pytest.approx(metrics[0]["test_images"]["all"]["effective"])
+        assert measure.challenger == pytest.approx(balanced_accuracy_score(UNEQUAL, predicted[1]))
+        assert measure.effective == pytest.approx(metrics[0]["test_images"]["all"]["effective"])
 
 
 def test_gains_in_head_classes_do_not_offset_a_loss_in_tail_classes():
@@ -125,9 +129,9 @@ def test_gains_in_head_classes_do_not_offset_a_loss_in_tail_classes():
     champion[:120] = 1
     challenger[UNEQUAL >= 4] = 0
     few_off = GateParams.model_validate({"resamples": 300, "few": {"rule": "none"}})
-    found = compare(on_unequal(challenger), on_unequal(champion), few_off, 15)["all"]
-    assert found.difference == pytest.approx((120 / 900 - 2) / C)
-    assert found.mcnemar < 0.05 and found.passed is False
+    measure = compare(on_unequal(challenger), on_unequal(champion), few_off, 15)["all"]
+    assert measure.difference == pytest.approx((120 / 900 - 2) / C)
+    assert measure.mcnemar < 0.05 and measure.passed is False
 
 
 def test_the_resampled_ece_equals_the_ece_of_the_resampled_rows():
@@ -162,12 +166,14 @@ def test_a_gate_that_cannot_be_computed_refuses_with_the_reason(tmp_path):
         "not finite": contender(tmp_path / "h", nan),
     }
     for reason, challenger in cases.items():
-        found = decide(challenger, champion, FAST, 15, tmp_path / "decision.json")
-        assert not found.promote and not found.computed
-        assert found.reasons[0].startswith("cannot be computed: ") and reason in found.reasons[0], found.reasons
+        decision = decide(challenger, champion, FAST, 15, tmp_path / "decision.json")
+        assert not decision.promote and not decision.computed
+        assert decision.reasons[0].startswith("cannot be computed: ") and reason in decision.reasons[0], (
+            decision.reasons
+        )
         assert json.loads((tmp_path / "decision.json").read_text())["computed"] is False
-    found = decide(champion, None, FAST, 15, None, GateError("report.html: no such file"))
-    assert not found.promote and found.reasons == ["cannot be computed: report.html: no such file"]
+    decision = decide(champion, None, FAST, 15, None, GateError("report.html: no such file"))
+    assert not decision.promote and decision.reasons == ["cannot be computed: report.html: no such file"]
     timed = GateParams(resamples=100, latency_ratio=1.2)
     assert "was not measured" in decide(champion, champion, timed, 15, None).reasons[0]
 

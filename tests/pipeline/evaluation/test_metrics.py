@@ -78,17 +78,17 @@ def slow_ece(probabilities, labels, bins):
             if number / bins < confidence <= (number + 1) / bins:
                 members[number].append((confidence, float(np.argmax(row) == label)))
     return math.fsum(
-        abs(math.fsum(right for _, right in found) / len(found) - math.fsum(sure for sure, _ in found) / len(found))
-        * len(found) / len(labels)
-        for found in members if found
+        abs(math.fsum(right for _, right in pairs) / len(pairs) - math.fsum(sure for sure, _ in pairs) / len(pairs))
+        * len(pairs) / len(labels)
+        for pairs in members if pairs
     )  # fmt: skip
 
 
 @given(answered(), st.sampled_from([2, 10, 15]))
 def test_the_ece_equals_a_reference_computed_bin_by_bin(case, bins):
     probabilities, labels, _ = case
-    found = expected_calibration_error(probabilities, labels, bins)
-    assert found == pytest.approx(slow_ece(probabilities, labels, bins), abs=1e-12)
+    ece = expected_calibration_error(probabilities, labels, bins)
+    assert ece == pytest.approx(slow_ece(probabilities, labels, bins), abs=1e-12)
 
 
 def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower_one():
@@ -120,23 +120,23 @@ def test_metrics_at_a_target_prior_equal_those_of_a_test_set_with_that_prior(cas
         return
     target = share / share.sum()
     groups = ["many"] * classes
-    found = prediction_metrics(probabilities, labels, groups, target, bins=15, top_k=2)["at_target_prior"]
+    metrics = prediction_metrics(probabilities, labels, groups, target, bins=15, top_k=2)["at_target_prior"]
     drawn = prediction_metrics(probabilities[copies], labels[copies], groups, target, bins=15, top_k=2)
     for name in ("all", "nll", "ece"):
-        assert found[name] == pytest.approx(drawn[name], abs=1e-9), name
+        assert metrics[name] == pytest.approx(drawn[name], abs=1e-9), name
 
 
 def test_groups_are_means_of_class_accuracies_and_an_empty_one_is_none():
     labels = np.array([0, 0, 0, 0, 1, 2])
     predicted = np.array([0, 0, 0, 1, 1, 0])
     probabilities = np.eye(4)[predicted]
-    found = prediction_metrics(
+    metrics = prediction_metrics(
         probabilities, labels, ["many", "many", "few", "few"], np.full(4, 0.25), bins=15, top_k=1
     )
-    assert found["many"] == pytest.approx((3 / 4 + 1) / 2) and found["few"] == 0.0 and found["medium"] is None
-    assert found["all"] == pytest.approx(4 / 6) and found["top1"] == pytest.approx(4 / 6)
+    assert metrics["many"] == pytest.approx((3 / 4 + 1) / 2) and metrics["few"] == 0.0 and metrics["medium"] is None
+    assert metrics["all"] == pytest.approx(4 / 6) and metrics["top1"] == pytest.approx(4 / 6)
     # Class 3 has no test sample, so it is excluded.
-    assert found["balanced_accuracy"] == pytest.approx((3 / 4 + 1 + 0) / 3)
+    assert metrics["balanced_accuracy"] == pytest.approx((3 / 4 + 1 + 0) / 3)
     assert mean_of([]) is None and mean_of([None]) is None
 
 

@@ -70,9 +70,9 @@ def test_the_interval_of_a_class_covers_the_true_difference_within_binomial_nois
 
 def test_an_unchanged_class_still_has_an_interval_of_positive_width():
     same = answers_of(answering(1.0, 0))
-    found = compare_runs(same, same, ("a", "b"), FAST, 15)
-    assert found.changed(10) == []
-    assert all(row.p == row.q == 1 and row.low < -0.02 < 0.02 < row.high for row in found.classes)
+    comparison = compare_runs(same, same, ("a", "b"), FAST, 15)
+    assert comparison.changed(10) == []
+    assert all(row.p == row.q == 1 and row.low < -0.02 < 0.02 < row.high for row in comparison.classes)
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def runs(tmp_path):
 
 @pytest.mark.parametrize("subfolder", ["", "artifacts", "artifacts/evaluation"])
 def test_load_run_accepts_a_project_its_artifacts_and_its_evaluation(runs, subfolder):
-    found = load_run(runs / "new" / subfolder)
-    assert found.predictions == runs / "new/artifacts/evaluation/predictions.parquet" and found.prior.is_file()
+    run_files = load_run(runs / "new" / subfolder)
+    assert run_files.predictions == runs / "new/artifacts/evaluation/predictions.parquet" and run_files.prior.is_file()
 
 
 def test_load_run_accepts_a_copy_of_both_files_and_names_a_missing_one(runs):

@@ -142,16 +142,16 @@ def test_no_value_after_the_backbone_is_rounded_to_float16(half):
 def test_norm_and_softmax_inside_a_backbone_stay_float32(small):
     whole = shape_inference.infer_shapes(onnx.load_from_string(small[1].served))
     kinds = {value.name: value.type.tensor_type.elem_type for value in whole.graph.value_info}
-    found = {node.op_type: kinds[node.output[0]] for node in whole.graph.node if node.output[0] in kinds}
-    assert found["Softmax"] == found["LayerNormalization"] == found["Gemm"] == TensorProto.FLOAT
-    assert found["Conv"] == TensorProto.FLOAT16
+    dtypes = {node.op_type: kinds[node.output[0]] for node in whole.graph.node if node.output[0] in kinds}
+    assert dtypes["Softmax"] == dtypes["LayerNormalization"] == dtypes["Gemm"] == TensorProto.FLOAT
+    assert dtypes["Conv"] == TensorProto.FLOAT16
     onnx.checker.check_model(whole, full_check=True)
 
 
 def test_float16_is_close_to_pytorch_but_not_equal(half, student, small):
     for graph, model in ((half, student), (small[1], small[0])):
-        found = check(graph, model)
-        assert 1e-5 < found.logit < 0.06 and found.agreement > 0.9 and found.images == 40
+        parity = check(graph, model)
+        assert 1e-5 < parity.logit < 0.06 and parity.agreement > 0.9 and parity.images == 40
 
 
 def test_the_rounding_graph_rounds_every_node_as_numpy_does_and_a_cpu_does_not():

@@ -50,8 +50,11 @@ def test_data_check_reports_every_bad_file_of_a_folder(tmp_path, spoilt, capsys)
     assert (
         "error: 2 images are missing or cannot be used; the first: " in printed and "data check: not right" in printed
     )
-    found = report(tmp_path)
-    assert found["images"] == {"train": 40, "validation": 0, "test": 6} and found["missing"] == found["unreadable"] == 1
+    content = report(tmp_path)
+    assert (
+        content["images"] == {"train": 40, "validation": 0, "test": 6}
+        and content["missing"] == content["unreadable"] == 1
+    )
     assert [row["sample_id"] for row in read_rows(tmp_path, "problems.csv")] == [
         "train/ant/torn.png",
         "train/bee/lost.png",
@@ -101,8 +104,8 @@ def test_an_image_with_two_labels_is_an_error(tmp_path):
 def test_the_hashes_identify_the_split_and_the_image_bytes(tmp_path):
     def hashes(name, seed=0):
         made = data_params(tmp_path / name, seed=seed)
-        found = check(made, tmp_path / f"{name}.jsonl", None)
-        return found.list_hash, found.content_hash
+        data_report = check(made, tmp_path / f"{name}.jsonl", None)
+        return data_report.list_hash, data_report.content_hash
 
     for name in ("mine", "theirs", "recoded"):
         folder(tmp_path / name, {"ant": 6, "bee": 5})

@@ -19,7 +19,7 @@ from pipeline.data.assignment import assign
 from pipeline.preparation.first_params import inspect_folder, suggest_params, write_text
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.source import Row
-from tests.support.chosen_params import TEMPLATE, chosen_params, found
+from tests.support.chosen_params import TEMPLATE, chosen_params, folder_summary
 from tests.support.making import encode, picture
 
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 def test_suggested_params_are_valid_and_leave_training_images_in_each_class(
     counts: list[int], gpu: bool, side: int
 ) -> None:
-    params = chosen_params(found(counts, shorter=side), gpu)
+    params = chosen_params(folder_summary(counts, shorter=side), gpu)
     rows = [Row(f"{c}/{n}", c, f"{c}/{n}", "train") for c, count in enumerate(counts) for n in range(count)]
     splits = assign(rows, [str(c) for c in range(len(counts))], params.data)
     assert {row.label for row in splits["train"]} == {row.label for row in splits["test"]} == set(range(len(counts)))
@@ -50,13 +50,13 @@ def test_suggested_params_are_valid_and_leave_training_images_in_each_class(
 def test_suggested_params_for_the_papers_data_sets_are_close_to_the_papers() -> None:
     """CIFAR-100-LT: ResNet-32, K 4096, 200 epochs; ImageNet-LT: the ResNet-50 family at 224 pixels."""
     cifar = chosen_params(
-        found([round(500 * 0.01 ** (c / 99)) for c in range(100)], tested=[100] * 100, own_validation=True)
+        folder_summary([round(500 * 0.01 ** (c / 99)) for c in range(100)], tested=[100] * 100, own_validation=True)
     )
     assert (cifar.student.backbone, cifar.image.size, cifar.student.epochs) == ("resnet32", 32, 200)
     assert cifar.student.queue_total == 4096
     assert cifar.student.learning_rate == pytest.approx(0.05)
     counts = class_counts(1000, 1.0)["train"]
-    imagenet = chosen_params(found(counts, tested=[50] * 1000, own_validation=True, shorter=375))
+    imagenet = chosen_params(folder_summary(counts, tested=[50] * 1000, own_validation=True, shorter=375))
     assert (imagenet.student.backbone, imagenet.image.size, imagenet.image.resize_to) == (
         "torchvision/resnet50",
         224,
@@ -66,7 +66,9 @@ def test_suggested_params_for_the_papers_data_sets_are_close_to_the_papers() -> 
 
 
 def test_without_a_gpu_init_suggests_small_images_and_gives_the_reason() -> None:
-    text, params = write_text(TEMPLATE, suggest_params(found([300, 30], shorter=400), "data/source", gpu=False))
+    text, params = write_text(
+        TEMPLATE, suggest_params(folder_summary([300, 30], shorter=400), "data/source", gpu=False)
+    )
     assert params.image.size == 64
     assert "with a GPU run this command again" in text
 
@@ -96,11 +98,11 @@ def test_existing_split_folders_are_used(folder: Path, tmp_path: Path) -> None:
 
 def test_a_class_with_one_image_is_refused_by_name() -> None:
     with pytest.raises(DataError, match="class 'class 1' has 1 image"):
-        suggest_params(found([9, 1]), "x", gpu=False)
+        suggest_params(folder_summary([9, 1]), "x", gpu=False)
 
 
 def test_only_the_suggested_lines_of_the_template_change_each_with_its_reason() -> None:
-    chosen = suggest_params(found([90, 9]), "photos: mine", gpu=True)
+    chosen = suggest_params(folder_summary([90, 9]), "photos: mine", gpu=True)
     text, _ = write_text(TEMPLATE, chosen)
     changed = [new for old, new in zip(TEMPLATE.splitlines(), text.splitlines(), strict=True) if old != new]
     assert 0 < len(changed) <= len(chosen)
@@ -112,7 +114,8 @@ def test_only_the_suggested_lines_of_the_template_change_each_with_its_reason() 
 def test_a_template_without_a_key_is_refused_by_name() -> None:
     with pytest.raises(ParamsError, match=r"has no key image\.size"):
         write_text(
-            TEMPLATE.replace("\nimage:\n  size:", "\nimage:\n  sized:"), suggest_params(found([90, 9]), "x", gpu=True)
+            TEMPLATE.replace("\nimage:\n  size:", "\nimage:\n  sized:"),
+            suggest_params(folder_summary([90, 9]), "x", gpu=True),
         )
 
 

@@ -65,9 +65,9 @@ def state_tensors(step: Step) -> list[torch.Tensor]:
 )
 def test_the_estimate_is_within_a_tenth_of_the_real_step(stage, changes):
     given, prior = made(**changes)
-    found = estimate_memory(given, stage, prior)
-    assert found.peak == pytest.approx(measure_allocated(given, prior, stage), rel=0.1)
-    assert found.peak == sum(found.at_peak.values())
+    estimate = estimate_memory(given, stage, prior)
+    assert estimate.peak == pytest.approx(measure_allocated(given, prior, stage), rel=0.1)
+    assert estimate.peak == sum(estimate.at_peak.values())
 
 
 def test_every_kind_is_counted_at_its_size():

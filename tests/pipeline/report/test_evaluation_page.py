@@ -140,11 +140,11 @@ def test_the_confusion_matrix_equals_scikit_learns_and_keeps_the_classes_with_mo
     for classes in (12, 80):
         prior, labels = made_prior(classes), np.repeat(np.arange(classes), 5)
         predicted = made_logits(labels, prior, 3, skill=3.0).argmax(1)
-        found = confusion_matrix(predicted, labels, prior)
-        shown = [prior.classes.index(name) for name in found.classes]
+        matrix = confusion_matrix(predicted, labels, prior)
+        shown = [prior.classes.index(name) for name in matrix.classes]
         assert len(shown) == min(classes, 30) and shown == sorted(shown)  # counts fall with the index
         full = reference(labels, predicted, labels=range(classes))
-        assert (np.array(found.counts) == full[np.ix_(shown, shown)]).all() and found.tested == [5] * len(shown)
+        assert (np.array(matrix.counts) == full[np.ix_(shown, shown)]).all() and matrix.tested == [5] * len(shown)
         mistakes = full.sum(0) + full.sum(1) - 2 * full.diagonal()
         hidden = set(range(classes)) - set(shown)
         assert not hidden or max(mistakes[list(hidden)]) <= min(mistakes[shown])
@@ -162,15 +162,15 @@ def test_a_class_name_is_text_and_never_a_tag(text, parsed, content):
 
 def test_json_cannot_end_its_script_element():
     hostile = {"</script><!--<script>": ["\u2028", "&amp;", "<![CDATA["]}
-    found = str(as_script(hostile))
-    assert not re.search("[<>&\u2028]", found) and json.loads(found) == hostile
+    script = str(as_script(hostile))
+    assert not re.search("[<>&\u2028]", script) and json.loads(script) == hostile
     with pytest.raises(ValueError, match="not JSON compliant"):
         as_script(float("nan"))
 
 
 def test_headline_and_groups_are_the_metrics_of_the_evaluation(made):
     labels, prior, logits = made
-    found = analyse_predictions({"teacher": logits[:, ::-1], "student": logits}, labels, prior, 15, 0, draws=1)
+    analysis = analyse_predictions({"teacher": logits[:, ::-1], "student": logits}, labels, prior, 15, 0, draws=1)
     expected = prediction_metrics(
         adjusted_probabilities(logits, np.array(prior.log_prior), 0.0),
         labels,
@@ -179,12 +179,12 @@ def test_headline_and_groups_are_the_metrics_of_the_evaluation(made):
         bins=15,
         top_k=5,
     )
-    assert found.headline["all classes"].value == pytest.approx(expected["balanced_accuracy"])
+    assert analysis.headline["all classes"].value == pytest.approx(expected["balanced_accuracy"])
     for group in ("many", "medium", "few"):
-        estimate = found.headline[group]
+        estimate = analysis.headline[group]
         assert estimate.value == pytest.approx(expected[group]) and estimate.low < estimate.value < estimate.high
-    assert found.headline["ece"].value == pytest.approx(expected["ece"])
-    assert {row["network"] for row in found.groups} == {"teacher", "student"}
+    assert analysis.headline["ece"].value == pytest.approx(expected["ece"])
+    assert {row["network"] for row in analysis.groups} == {"teacher", "student"}
 
 
 def test_the_strength_sweep_equals_the_metrics_at_0_and_1(made):
@@ -202,9 +202,9 @@ def test_the_strength_sweep_equals_the_metrics_at_0_and_1(made):
 def test_the_temperature_is_fitted_only_with_validation_data(made):
     labels, prior, logits = made
     sharp = 6 * logits
-    found = reliability(sharp, labels, (6 * made_logits(labels, prior, 9), labels), 15)
-    assert found.temperature > 2 and found.after.ece.value < found.before.ece.value
-    assert sum(each.count for each in found.after.bins) == len(labels)
+    calibration = reliability(sharp, labels, (6 * made_logits(labels, prior, 9), labels), 15)
+    assert calibration.temperature > 2 and calibration.after.ece.value < calibration.before.ece.value
+    assert sum(each.count for each in calibration.after.bins) == len(labels)
     assert reliability(sharp, labels, None, 15).after is None
     assert reliability(sharp, labels, (sharp[:0], labels[:0]), 15).temperature is None
     assert reliability(-sharp, labels, (-sharp, labels), 15).temperature is None  # worse than chance
@@ -257,15 +257,17 @@ def test_a_template_with_a_missing_value_fails():
 def test_an_empty_group_has_no_value_and_a_class_without_test_images_removes_the_shift_table(made):
     labels, prior, logits = made
     rows = np.array(prior.groups)[labels] != "few"
-    found = analyse_predictions({"teacher": logits[rows], "student": logits[rows]}, labels[rows], prior, 15, 0, draws=1)
-    assert found.headline["few"].value is None
-    assert found.shift.rows == [] and "has no test sample" in found.shift.missing
+    analysis = analyse_predictions(
+        {"teacher": logits[rows], "student": logits[rows]}, labels[rows], prior, 15, 0, draws=1
+    )
+    assert analysis.headline["few"].value is None
+    assert analysis.shift.rows == [] and "has no test sample" in analysis.shift.missing
 
 
 def test_the_plot_files_have_the_columns_of_dvc_yaml(made, tmp_path):
     labels, prior, logits = made
-    found = analyse_predictions({"teacher": logits, "student": logits}, labels, prior, 15, 0, draws=1)
-    write_plots(found, tmp_path)
+    analysis = analyse_predictions({"teacher": logits, "student": logits}, labels, prior, 15, 0, draws=1)
+    write_plots(analysis, tmp_path)
     names = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
     assert names["strength.csv"][0] == "strength,balanced,train,many,medium,few" and len(names["strength.csv"]) == 42
     assert names["groups.csv"][0] == "bar,network,group,accuracy,low,high" and len(names["groups.csv"]) == 9
