@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from models.prior import GROUPS, shot_group
+from models.prior import shot_group
 from models.sample_size import ADVICE, warnings_of
 from models.sample_size import as_json as sizes_as_json
 from pipeline.data.assignment import SPLITS
@@ -120,7 +120,7 @@ def as_json(report: DataReport) -> dict[str, Any]:
         "largest_class": max(report.counts["train"]),
         "smallest_class": min(report.counts["train"]),
         "imbalance_factor": report.imbalance_factor,
-        "groups": {group: report.groups()[group] for group in GROUPS},
+        "groups": report.groups(),
         "missing": missing,
         "unreadable": len(report.bad) - missing,
         "duplicate_groups": len(exact),

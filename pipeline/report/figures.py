@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from pipeline.evaluation.metrics import GROUPS
-from pipeline.report.reliability import Calibration, Reliability
+from pipeline.report.reliability import Reliability, ReliabilityCurve
 from pipeline.report.strength import StrengthRow
 
 Figure = dict[str, Any]
@@ -140,7 +140,7 @@ def reliability_lines(reliability: Reliability) -> Figure:
     return {"data": traces, "layout": layout(x, y, 400)}
 
 
-def _reliability(name: str, side: Calibration, colour: str, symbol: str) -> dict[str, Any]:
+def _reliability(name: str, side: ReliabilityCurve, colour: str, symbol: str) -> dict[str, Any]:
     counts = [each.count for each in side.bins]
     sizes = [round(5 + 17 * math.sqrt(count / sum(counts)), 1) for count in counts]
     return {

@@ -31,7 +31,7 @@ class ReliabilityBin:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ReliabilityCurve:
     """Calibration of one set of probabilities: the bins that are not empty, ECE, NLL in nats."""
 
     bins: list[ReliabilityBin]
@@ -46,8 +46,8 @@ class Reliability:
     after, temperature: None without validation data, or if no temperature can be fitted.
     """
 
-    before: Calibration
-    after: Calibration | None
+    before: ReliabilityCurve
+    after: ReliabilityCurve | None
     temperature: float | None
 
 
@@ -67,7 +67,7 @@ def reliability(
     return Reliability(before, after, temperature)
 
 
-def _calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Calibration:
+def _calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> ReliabilityCurve:
     index, confidence, correct = confidence_bins(probabilities, labels, bins)
     counts = np.bincount(index, minlength=bins)
     sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidence, correct)]
@@ -78,4 +78,4 @@ def _calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Ca
     ]
     value = expected_calibration_error(probabilities, labels, bins)
     ece = Estimate(value, *bootstrap(resampled_ece(probabilities, labels, bins), len(labels), ECE_RESAMPLES))
-    return Calibration(nonempty, ece, negative_log_likelihood(probabilities, labels))
+    return ReliabilityCurve(nonempty, ece, negative_log_likelihood(probabilities, labels))
