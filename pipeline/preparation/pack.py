@@ -79,7 +79,7 @@ def pack(
     """Write the source's images to output/<split>/00000.parquet and following shards of about shard_bytes each.
 
     shuffle: seed of a random order, None is the source's order. A stream shuffles a few row groups at a time; with the
-    random order these contain all classes. jobs: images read in parallel.
+    random order these contain all classes. jobs: images read in parallel. read: reads one image.
 
     Columns: image (the file's bytes), label (int32), name (the sample id); class names are in the shards' metadata. The
     output folder is created atomically. An interrupted run resumes after its last complete shard and gives a
