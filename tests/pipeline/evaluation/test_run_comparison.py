@@ -110,7 +110,7 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(runs, monkeypatch
     assert main(["compare", "old", "new", "--html", "page.html", "--classes", "3"]) == 0
     printed = capsys.readouterr().out
     assert "new against old: 360 test images, balanced prior" in printed and "page → page.html" in printed
-    assert "the surest 3 of them" in printed and "\x1b[" not in printed
+    assert "the 3 with the smallest q" in printed and "\x1b[" not in printed
     assert "tailor compare old new" in Path("page.html").read_text()
     assert main(["compare", "old", "new", "--json", "--prior", "train"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -47,9 +47,7 @@ def test_data_check_reports_every_bad_file_of_a_folder(tmp_path, spoilt, capsys)
     assert "train: 2 classes of 32 to 8 images, imbalance factor 4; 0 many, 1 medium, 1 few" in " ".join(
         printed.split()
     )
-    assert (
-        "error: 2 images are missing or cannot be used; the first: " in printed and "data check: not right" in printed
-    )
+    assert "error: 2 images are missing or cannot be used; the first: " in printed and "data check: failed" in printed
     content = report(tmp_path)
     assert (
         content["images"] == {"train": 40, "validation": 0, "test": 6}

@@ -130,7 +130,7 @@ def test_uncommitted_changes_are_not_overwritten(
         subprocess.run([*git, *command], check=True)
     Path("params.yaml").write_text(mine, encoding="utf-8")
     assert main(["init", str(folder)]) == 2
-    assert "no commit holds" in capsys.readouterr().err
+    assert "has uncommitted changes" in capsys.readouterr().err
     assert Path("params.yaml").read_text(encoding="utf-8") == mine
     assert main(["init", str(folder), "--force", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -91,7 +91,7 @@ def test_init_refuses_a_folder_of_images_that_contains_the_project(
     monkeypatch.chdir(tmp_path / inside)
     given = "." if inside == "." else ".."
     assert main(["init", given]) == 2
-    assert f"{given}: is the project's folder or holds it" in capsys.readouterr().err
+    assert f"{given}: is the project's folder or contains it" in capsys.readouterr().err
     assert not (tmp_path / inside / "params.yaml").exists()
 
 
