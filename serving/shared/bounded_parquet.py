@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from serving.shared.errors import ServingError
+
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet
 
 MIB = 1024 * 1024
 MAX_BATCH = 65_536  # rows decoded at once
+PREDICTIONS_MIB = 1024  # 24,000 test images of 8,000 classes take 760 MiB
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,32 @@ def read_column(
         size += parts[-1].nbytes
         limit.check(what, size)
     return pa.chunked_array(parts, parts[0].type if parts else _plain_type(file.schema_arrow.field(column).type))
+
+
+def read_predictions(path: Path, *columns: str) -> tuple[np.ndarray, np.ndarray, list[list[Any]]]:
+    """Read labels [N], logits float64 [N,C] and further `columns` of evaluation's predictions.parquet.
+
+    Raises FileNotFoundError, and ServingError with the file if it is damaged or above the memory limit.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    limit = MemoryLimit(PREDICTIONS_MIB)
+    try:
+        with path.open("rb") as stream, pyarrow.parquet.ParquetFile(path) as file:
+            labels, logits, *others = (
+                read_column(file, name, limit, stream=stream) for name in ("label", "logits", *columns)
+            )
+        return labels.to_numpy(), np.array(logits.to_pylist(), np.float64), [other.to_pylist() for other in others]
+    except FileNotFoundError:
+        raise
+    except TooLargeError as error:
+        raise ServingError(f"{path}: {error}") from None
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        raise ServingError(
+            f"{path}: damaged ({str(error).splitlines()[0][:100]}); run `dvc repro -f evaluate`"
+        ) from None
 
 
 def is_part(path: str, column: str) -> bool:
