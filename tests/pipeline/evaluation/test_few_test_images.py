@@ -170,7 +170,7 @@ def test_a_comparison_marks_each_measure_of_too_few_images(capsys):
     content = as_json(comparison)
     assert content["measures"]["all"]["too_few"] and content["measures"]["few"]["images"] == 4
     assert len(content["warnings"]) == len(comparison.warnings) == 5
-    show(comparison, 0)
+    print_comparison(comparison, 0)
     assert "warning: all: 12 test images, fewer than 100" in capsys.readouterr().out
     assert "Too few test images to compare" in render_comparison(comparison, "x")
     assert compare_runs(big, big, ("one", "two"), FAST, 15).warnings == [] and COUNTS[-1] < 20
