@@ -19,7 +19,7 @@ from pipeline.shared.artifacts import (
     INGEST_STATE,
     INGESTED,
     QUARANTINE,
-    place_file,
+    move_file,
     sha256_of,
     sha256_of_json,
     whole_folder,
@@ -123,7 +123,7 @@ def finish_round() -> IngestReport | None:
     except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{ROUND / PLAN}: damaged ({error}); remove {ROUND} and run again") from None
     if shard and (ROUND / SHARD).is_file():
-        place_file(ROUND / SHARD, shard)
+        move_file(ROUND / SHARD, shard)
     if plan["quarantine"] and (ROUND / BAD).is_dir():
         move_to_quarantine(ROUND / BAD, plan["quarantine"])
     _clear_drop(Path(plan["drop"]), plan)
