@@ -18,7 +18,7 @@ from pipeline.ingestion.row_checks import Verdict, reasons
 from pipeline.shared.artifacts import (
     INGEST_STATE,
     INGESTED,
-    place_file,
+    move_file,
     sha256_of,
     sha256_of_json,
     whole_folder,
@@ -106,7 +106,7 @@ def finish_round() -> Written | None:
     except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{ROUND / PLAN}: damaged ({error}); remove {ROUND} and run again") from None
     if written.shard and (ROUND / SHARD).is_file():
-        place_file(ROUND / SHARD, INGESTED / written.shard)
+        move_file(ROUND / SHARD, INGESTED / written.shard)
     if written.quarantine and (ROUND / BAD).is_dir():
         place_quarantine(ROUND / BAD, written.quarantine)
     _take_away(Path(plan["drop"]), plan)

@@ -60,10 +60,10 @@ def write_file(path: Path, content: bytes | str) -> None:
     sync(path.parent)
 
 
-def place_file(written: Path, path: Path) -> None:
+def move_file(source: Path, path: Path) -> None:
     """Move a complete, synced file to `path` on the same file system, and sync the rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written.replace(path)
+    source.replace(path)
     sync(path.parent)
 
 

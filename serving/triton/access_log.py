@@ -21,10 +21,11 @@ ID_LENGTH = 64  # characters of the request id that are logged; a caller may sen
 class AccessLog:
     """The log of one instance; it does nothing if `folder` is empty.
 
-    lost: called without arguments for each line that cannot be written. Raises OSError if the file cannot be opened.
+    count_lost: called without arguments for each line that cannot be written. Raises OSError if the file cannot be
+    opened.
     """
 
-    def __init__(self, folder, name, lost):
+    def __init__(self, folder, name, count_lost):
         self.handler = None
         if not folder:
             return
@@ -34,7 +35,7 @@ class AccessLog:
         self.handler = logging.handlers.RotatingFileHandler(
             path / f"{name}.jsonl", maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8"
         )
-        self.handler.handleError = lambda _record: lost()
+        self.handler.handleError = lambda _record: count_lost()
 
     def write(self, request_id, started, images, size, prior, outcome):
         """Write one line.
@@ -63,7 +64,7 @@ class AccessLog:
             self.handler.close()
 
 
-def open_access_log(args, lost):
+def open_access_log(args, count_lost):
     """Open the log of a model instance in the folder TAILOR_ACCESS_LOG. args: the arguments of `initialize`."""
     name = f"{args['model_instance_name']}_version_{args['model_version']}"
-    return AccessLog(os.environ.get(FOLDER_VARIABLE), name, lost)
+    return AccessLog(os.environ.get(FOLDER_VARIABLE), name, count_lost)

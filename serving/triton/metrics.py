@@ -64,16 +64,16 @@ class Metrics:
         self.thread = threading.Thread(target=self._flush_often, name="metrics", daemon=True)
         self.thread.start()
 
-    def answered(self, priors, best, confidence):
-        """Count answered images. priors: number by kind of prior. best: class indexes [n]. confidence: [n] in 0..1."""
+    def count_images(self, priors, best, confidence):
+        """Count classified images. priors: number by kind of prior. best: class indexes [n]. confidence: [n] in 0..1."""
         edges = np.searchsorted(CONFIDENCE_EDGES, confidence, side="left")
         with self.lock:
             for prior, count in priors.items():
                 self._add("tailor_images_total", count, prior=prior)
             for index in best:
                 self._add("tailor_top_class_total", 1, **self.class_labels[index])
-            for place, edge in enumerate(CONFIDENCE_EDGES):
-                self._add("tailor_confidence_bucket", int((edges <= place).sum()), le=f"{edge:.1f}")
+            for index, edge in enumerate(CONFIDENCE_EDGES):
+                self._add("tailor_confidence_bucket", int((edges <= index).sum()), le=f"{edge:.1f}")
             self._add("tailor_confidence_bucket", len(confidence), le="+Inf")
             self._add("tailor_confidence_sum", float(confidence.sum()))
             self._add("tailor_confidence_count", len(confidence))
@@ -113,5 +113,5 @@ def class_labels(classes, ranks):
     if len(classes) <= MAX_CLASS_LABELS:
         return list(classes)
     edges = np.linspace(0, len(classes), MAX_CLASS_LABELS + 1).astype(int)
-    runs = np.searchsorted(edges, np.asarray(ranks), side="right")
-    return [f"rank {edges[run - 1] + 1}-{edges[run]}" for run in runs]
+    bins = np.searchsorted(edges, np.asarray(ranks), side="right")
+    return [f"rank {edges[i - 1] + 1}-{edges[i]}" for i in bins]

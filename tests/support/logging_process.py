@@ -25,11 +25,11 @@ class Counts:
             self.lost[reason] += number
 
 
-def opened(folder: Path, classes: int = 5, limit: int = 1 << 20, share: float = 1.0, about: dict | None = None):
-    """Open a log; return it with its counters."""
+def opened(folder: Path, classes: int = 5, limit: int = 1 << 20, share: float = 1.0, about: dict | None = None, **options: float):
+    """Open a log; return it with its counters. options: of LogitLog."""
     counts = Counts()
-    about = about or {"tailor_logits": "1", "version": "1", "student_sha256": "s", "classes_sha256": "c"}
-    return logit_log.LogitLog(folder, share, limit, classes, about, [], counts), counts
+    metadata = about or {"tailor_logits": "1", "version": "1", "student_sha256": "s", "classes_sha256": "c"}
+    return logit_log.LogitLog(folder, share, limit, classes, metadata, [], counts, **options), counts
 
 
 def batch(rows: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +42,7 @@ def batch(rows: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 if __name__ == "__main__":
     folder, classes, batches = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    logit_log.WRITE_EVERY = 0.05
-    log, counts = opened(folder, classes)
+    log, counts = opened(folder, classes, write_every=0.05)
     print("open", flush=True)
     for seed in range(batches) if batches else iter(int, 1):
         log.offer(*batch(8, classes, seed))

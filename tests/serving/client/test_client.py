@@ -18,11 +18,11 @@ from PIL import Image
 from serving.client.async_client import AsyncClient
 from serving.client.images import image_files, read_image
 from serving.client.predictions import Prediction
-from serving.client.requests import Dialogue
+from serving.client.requests import RequestSequence
 from serving.client.sync_client import Client
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, ServingError
-from serving.transport.failures import Refused
+from serving.transport.failures import RequestRejected
 from serving.transport.messages import Answer, Infer, ModelConfig
 
 PIXELS = np.random.default_rng(8).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -101,7 +101,7 @@ def test_an_unusable_image_is_refused_before_anything_is_sent(images: Any, messa
 @pytest.mark.end_to_end
 def test_unchecked_images_are_refused_by_the_server(url: str) -> None:
     with Client(url) as client:
-        with pytest.raises(Refused, match="image is not a JPEG, PNG or WebP image"):
+        with pytest.raises(RequestRejected, match="image is not a JPEG, PNG or WebP image"):
             client.predict([b"nonsense"], check=False)
         with pytest.raises(InputError, match="image 0: has 0 bytes"):
             client.predict([b""], check=False)
@@ -166,7 +166,7 @@ def test_a_stream_that_goes_on_has_each_error_in_its_place(url: str, tmp_path: P
         good = client.predict([picture(0), picture(1), picture(2)], "train")
         assert answers[::2] == good
         assert isinstance(answers[1], InputError)
-        assert isinstance(answers[3], Refused)
+        assert isinstance(answers[3], RequestRejected)
         with pytest.raises(InputError, match=r"nowhere\.png"):
             list(client.stream(images, "train", check=False))
     assert list(map(str, asyncio.run(run()))) == list(map(str, answers))
@@ -209,7 +209,7 @@ def test_what_a_release_said_of_itself_is_asked_again_when_another_answers() -> 
 
     asked: list[Any] = []
 
-    def carry(dialogue: Dialogue, answers: Iterator[Any]) -> list[Prediction]:
+    def carry(dialogue: RequestSequence, answers: Iterator[Any]) -> list[Prediction]:
         steps = dialogue.predict([picture(1)], None, None)
         try:
             calls = next(steps)
@@ -219,7 +219,7 @@ def test_what_a_release_said_of_itself_is_asked_again_when_another_answers() -> 
         except StopIteration as done:
             return done.value
 
-    dialogue = Dialogue("http://127.0.0.1:8000")
+    dialogue = RequestSequence("http://127.0.0.1:8000")
     carry(dialogue, iter([config("0.5"), answer(1)]))
     carry(dialogue, iter([answer(1)]))
     last = carry(dialogue, iter([answer(2), config("1.0"), answer(2)]))

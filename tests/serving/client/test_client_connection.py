@@ -195,7 +195,7 @@ def test_secrets_are_in_no_message_and_no_repr(predict: Predict) -> None:
         ("http://h:1", {"headers": {"bad name": "x"}}, "header name is 'bad name'"),
         ("grpc://h:1", {"headers": {"x-bin": "x"}}, "header name is 'x-bin'"),
         ("grpc://h:1", {"headers": {"Grpc-Timeout": "1S"}}, "header name is 'Grpc-Timeout'"),
-        ("http://h:1", {"headers": {"Host": "x"}}, "header Host belongs to the connection itself"),
+        ("http://h:1", {"headers": {"Host": "x"}}, "header Host is set by the connection; remove it"),
         ("http://h:1", {"headers": {"Authorization": "x"}, "token": "y"}, "exclude each other"),
         ("http://h:1", {"concurrency": 0}, "concurrency is 0; expected 1 to 256"),
         ("ftp://h:1", {}, "url is 'ftp://h:1'; expected http://host:port or grpc://host:port"),

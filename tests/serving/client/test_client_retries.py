@@ -19,7 +19,7 @@ from serving.client.predictions import Prediction
 from serving.client.sync_client import Client
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, ServingError
-from serving.transport.failures import DeadlineExceeded, Refused, Unavailable
+from serving.transport.failures import DeadlineExceeded, RequestRejected, Unavailable
 from serving.transport.retries import Deadline, Retries
 from tests.support.faulty_server import (
     FaultyGrpc,
@@ -114,7 +114,7 @@ def test_giving_up_tells_how_often_it_was_tried(predict: Predict) -> None:
 def test_a_refusal_is_not_tried_again_over_http(predict: Predict, fault: Any, message: str) -> None:
     # The first requests read the model's inputs; with restricted metadata each request has one row.
     with FaultyHttp(None, [fault], forever=True) as faulty:
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(RequestRejected, match=message):
             predict(faulty.url)
         assert [request.split()[1] for request in faulty.requests] == [
             b"/v2/models/classifier/config",
@@ -126,7 +126,7 @@ def test_a_refusal_is_not_tried_again_over_http(predict: Predict, fault: Any, me
 def test_a_refusal_is_not_tried_again_over_grpc(predict: Predict) -> None:
     refusals = [grpc.StatusCode.INVALID_ARGUMENT] * 2  # restricted: its config and its inputs
     handler = FaultyGrpc(None, [*refusals, grpc.StatusCode.RESOURCE_EXHAUSTED])
-    with grpc_server(handler) as url, pytest.raises(Refused, match="refused: made to fail: RESOURCE_EXHAUSTED"):
+    with grpc_server(handler) as url, pytest.raises(RequestRejected, match="refused: made to fail: RESOURCE_EXHAUSTED"):
         predict(url)
     assert len(handler.calls) == 3
 

@@ -31,7 +31,7 @@ from serving.gateway.config import Gateway
 from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support import bad_connections, bad_requests
 from tests.support.running_gateway import running_gateway, workers_of
 
@@ -221,7 +221,7 @@ def test_bad_requests_harm_nobody_and_are_told_what_is_wrong(own_server: TritonS
     largest = np.array([[bad_requests.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
     transport = Transport(own_server.http_url, 60)
     for _ in range(6):
-        with pytest.raises(Refused, match="image"):
+        with pytest.raises(RequestRejected, match="image"):
             transport.infer("classifier", {"image": largest}, {"class": 0})
     transport.close()
     attack(gateway, max(100, REQUESTS // 20), SEED + 1000)

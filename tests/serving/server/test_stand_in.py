@@ -191,14 +191,14 @@ def test_bad_row_fails_its_request_and_its_mates_are_answered(classifier: Any, r
 
 
 def test_image_that_exhausts_memory_fails_one_request(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = classifier.reader.preprocess.decode
+    whole = classifier.parser.preprocess.decode
 
     def exhausted(data: bytes, *options: Any) -> Image.Image:
         if data == b"vast":
             raise MemoryError
         return whole(data, *options)
 
-    monkeypatch.setattr(classifier.reader.preprocess, "decode", exhausted)
+    monkeypatch.setattr(classifier.parser.preprocess, "decode", exhausted)
     answers = classifier.execute([request([b"vast"]), request([picture(1)])])
     assert answers[0].error.message() == "image needs more memory than there is; send a smaller one"
     assert answers[1].error is None

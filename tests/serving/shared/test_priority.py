@@ -17,11 +17,11 @@ from serving.client.sync_client import Client
 from serving.server.leftovers import processes_of
 from serving.server.triton_server import TritonServer
 from serving.shared import priority
-from serving.shared.priority import STARTING, may_rise_to, niceness, unhurried, write_stub_starter
+from serving.shared.priority import STARTING, can_raise_priority, niceness, throttled, write_stub_launcher
 from serving.triton import start
 
 may_rise = pytest.mark.skipif(
-    not may_rise_to(niceness()) or niceness() > 0, reason="takes a niceness of 0 and the right to come back to it"
+    not can_raise_priority(niceness()) or niceness() > 0, reason="takes a niceness of 0 and the right to come back to it"
 )
 
 
@@ -41,7 +41,7 @@ def run_started(starter: Path, model: Path) -> str:
 @may_rise
 def test_stub_starts_at_a_lower_priority_where_its_model_will_rise(stub: Path, tmp_path: Path) -> None:
     starter, model = tmp_path / "starter", tmp_path / "model.py"
-    assert write_stub_starter(starter, stub, 0) == {"TAILOR_NICENESS": "0"}
+    assert write_stub_launcher(starter, stub, 0) == {"TAILOR_NICENESS": "0"}
     assert run_started(starter, model) == f"0 {model} one two three\n"  # model.py of an older Tailor
     (tmp_path / "start.py").touch()
     assert run_started(starter, model) == f"{STARTING} {model} one two three\n"
@@ -50,8 +50,8 @@ def test_stub_starts_at_a_lower_priority_where_its_model_will_rise(stub: Path, t
 def test_stub_starts_as_it_is_where_it_could_not_rise(
     stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(priority, "may_rise_to", lambda _wanted: False)
-    assert write_stub_starter(tmp_path / "starter", stub, 0) == {}
+    monkeypatch.setattr(priority, "can_raise_priority", lambda _wanted: False)
+    assert write_stub_launcher(tmp_path / "starter", stub, 0) == {}
     assert (tmp_path / "starter").readlink() == stub
 
 
@@ -59,20 +59,20 @@ def test_stub_starts_as_it_is_where_no_program_may_run(
     stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_arguments: False)
-    assert write_stub_starter(tmp_path / "starter", stub, 0) == {}
+    assert write_stub_launcher(tmp_path / "starter", stub, 0) == {}
     assert (tmp_path / "starter").readlink() == stub
 
 
 def test_server_that_stands_back_itself_starts_its_stubs_as_they_are(stub: Path, tmp_path: Path) -> None:
-    assert write_stub_starter(tmp_path / "starter", stub, 5) == {}
+    assert write_stub_launcher(tmp_path / "starter", stub, 5) == {}
     assert (tmp_path / "starter").is_symlink()
 
 
 def test_who_may_not_rise_is_told_so_by_the_kernel() -> None:
     """Runs in an unprivileged process."""
     question = (
-        "import os, resource; from serving.shared.priority import may_rise_to; "
-        "resource.setrlimit(resource.RLIMIT_NICE, (0, 0)); os.getuid() or os.setuid(65534); print(may_rise_to(0))"
+        "import os, resource; from serving.shared.priority import can_raise_priority; "
+        "resource.setrlimit(resource.RLIMIT_NICE, (0, 0)); os.getuid() or os.setuid(65534); print(can_raise_priority(0))"
     )
     asked = subprocess.run(
         [sys.executable, "-c", question], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True
@@ -84,8 +84,8 @@ def test_who_may_not_rise_is_told_so_by_the_kernel() -> None:
 @may_rise
 def test_every_thread_of_a_ready_stub_rises() -> None:
     script = (
-        "import os, threading, time; from serving.triton.start import take_up; os.nice(5)\n"
-        "threading.Thread(target=time.sleep, args=(20,), daemon=True).start(); take_up()\n"
+        "import os, threading, time; from serving.triton.start import apply_priority; os.nice(5)\n"
+        "threading.Thread(target=time.sleep, args=(20,), daemon=True).start(); apply_priority()\n"
         "print({os.getpriority(os.PRIO_PROCESS, int(task)) for task in os.listdir('/proc/self/task')})"
     )
     ended = subprocess.run(
@@ -104,7 +104,7 @@ def test_rest_follows_each_item_and_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     clock = iter([0.0, 0.01, 1.0, 3.0])
     # Only in that module: other threads read the clock too.
     monkeypatch.setattr(priority, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=rests.append))
-    assert list(unhurried("ab")) == ["a", "b"]
+    assert list(throttled("ab")) == ["a", "b"]
     assert rests == [pytest.approx(0.04), priority.LONGEST_REST]
 
 

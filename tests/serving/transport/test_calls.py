@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
-from serving.client.requests import OUTPUTS, Dialogue, classifier_call
+from serving.client.requests import OUTPUTS, RequestSequence, classifier_call
 from serving.shared.errors import ServingError
-from serving.transport.messages import HEADER_LENGTH, Answer, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
+from serving.transport.messages import HEADER_LENGTH, Answer, InvalidResponse, Infer, ModelConfig, ModelMetadata, ServerMetadata
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -44,7 +44,7 @@ def test_any_http_answer_is_read_or_refused(body: Any, tail: bytes, length: obje
         headers = {} if told is None else {HEADER_LENGTH: str(told)}
         try:
             answer = call().read_http(headers, head + tail)
-        except Garbled:
+        except InvalidResponse:
             continue
         assert isinstance(answer, Answer)
         assert set(answer.outputs) == set(OUTPUTS)
@@ -55,7 +55,7 @@ def test_any_grpc_answer_is_read_or_refused(data: bytes) -> None:
     for question in (call(), ModelConfig("m"), ModelMetadata("m"), ServerMetadata()):
         try:
             question.read_message(data)
-        except Garbled:
+        except InvalidResponse:
             continue
 
 
@@ -73,7 +73,7 @@ def test_any_inference_message_is_read_or_refused(
         message.outputs.add(name=name, datatype=datatype, shape=shape)
     try:
         answer = call().read_message(message.SerializeToString())
-    except Garbled:
+    except InvalidResponse:
         return
     assert all(len(array) == 1 for array in answer.outputs.values())
 
@@ -91,7 +91,7 @@ def test_whatever_a_server_tells_of_itself_a_dialogue_ends_in_words(told: list[A
     ]
     for begin in dialogues:
         answers = iter([content if isinstance(content, dict) else {} for content in told])
-        steps = begin(Dialogue("http://127.0.0.1:8000"))
+        steps = begin(RequestSequence("http://127.0.0.1:8000"))
         with pytest.raises((ServingError, StopIteration)):
             calls = next(steps)
             while True:
@@ -114,7 +114,7 @@ def test_a_broken_tcp_connection_is_retried_and_no_fault_of_tls() -> None:
     """gRPC's message on a busy machine: its "tcp handshaker" is not TLS."""
     import grpc
 
-    from serving.transport.failures import Unavailable, from_grpc
+    from serving.transport.failures import Unavailable, grpc_error
 
     class Broken:
         def code(self) -> grpc.StatusCode:
@@ -123,4 +123,4 @@ def test_a_broken_tcp_connection_is_retried_and_no_fault_of_tls() -> None:
         def details(self) -> str:
             return "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: tcp handshaker shutdown"
 
-    assert isinstance(from_grpc("grpc://127.0.0.1:9", Broken(), 1.0), Unavailable)
+    assert isinstance(grpc_error("grpc://127.0.0.1:9", Broken(), 1.0), Unavailable)

@@ -18,7 +18,7 @@ from conftest import CLASSES, picture
 import serving.triton
 from serving.client.sync_client import Client
 from serving.server.triton_server import TritonServer
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.stand_in import backend, counted, request, scrape
 
 FOLDER = Path(serving.triton.__file__).parent
@@ -178,7 +178,7 @@ def test_real_server_shows_the_counts_of_both_instances(server: TritonServer) ->
         for seed in range(10):
             client.predict([picture(seed)] * 2, [0.2] * len(CLASSES))
     transport = Transport(server.http_url, timeout=10)
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRejected):
         transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
     transport.close()
     deadline = time.monotonic() + 10

@@ -16,14 +16,14 @@ from conftest import CLASSES, COUNTS, TOP_K, Release, picture, write_export
 from serving.client.async_client import AsyncClient
 from serving.client.predictions import Prediction
 from serving.client.priors import LIVE, parse_prior
-from serving.client.requests import Dialogue
+from serving.client.requests import RequestSequence
 from serving.client.sync_client import Client
 from serving.drift.estimate import write_live_prior
 from serving.promotion.promotion import promote
 from serving.server.triton_server import TritonServer
 from serving.shared.atomic import write_file
 from serving.shared.errors import InputError, ServingError
-from serving.transport.failures import Refused
+from serving.transport.failures import RequestRejected
 from serving.triton.live_prior import NAME
 from tests.support.running_gateway import running_gateway
 from tests.support.stand_in import Response, Tensor, counted, request
@@ -41,7 +41,7 @@ def named(images: list[bytes], *names: str) -> Response:
 @pytest.fixture
 def live_file(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The classifier's live-prior file, outside the repository shared with other tests."""
-    monkeypatch.setattr(classifier.reader.live_prior, "path", tmp_path / NAME)
+    monkeypatch.setattr(classifier.parser.live_prior, "path", tmp_path / NAME)
     return tmp_path / NAME
 
 
@@ -140,7 +140,7 @@ def test_any_client_gets_the_live_prior_from_the_real_server(
     (own_server.repository / NAME).unlink(missing_ok=True)
     images = [picture(seed) for seed in range(20)]  # more than the largest batch
     with Client(own_server.http_url if protocol == "http" else own_server.grpc_url) as client:
-        with pytest.raises(Refused, match="prior is live, but this repository has none; run `tailor drift --write`"):
+        with pytest.raises(RequestRejected, match="prior is live, but this repository has none; run `tailor drift --write`"):
             client.predict(images, "live")
         for prior in (PRIOR, OTHER):
             write_live_prior(own_server.repository, release.manifest, np.array(prior), {})
@@ -211,7 +211,7 @@ def test_live_prior_outlives_a_promotion_and_a_restart(
 
 
 def test_server_that_knows_no_prior_by_name_is_named_before_an_image_is_sent() -> None:
-    steps = Dialogue("http://old").predict([picture(1)], "live", None)
+    steps = RequestSequence("http://old").predict([picture(1)], "live", None)
     next(steps)
     [asked] = steps.send([{"max_batch_size": 8}])
     assert asked.path == "/v2/models/classifier"

@@ -15,7 +15,7 @@ from models.preprocess import preprocess
 from serving.client.sync_client import Client, Prediction
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.container import backends
 from tests.support.held_requests import answers_at_once
 
@@ -190,7 +190,7 @@ def rows(images: list[bytes], **inputs: object) -> dict[str, np.ndarray]:
 def test_bad_request_is_refused_naming_the_input(
     transport: Transport, inputs: dict[str, np.ndarray], message: str
 ) -> None:
-    with pytest.raises(Refused, match=message) as caught:
+    with pytest.raises(RequestRejected, match=message) as caught:
         transport.infer("classifier", inputs, {"class": 0, "index": 0, "probability": 0})
     assert "Traceback" not in str(caught.value)
     assert ".py" not in str(caught.value)
@@ -203,7 +203,7 @@ def test_student_refuses_a_strength_that_is_not_finite_or_computes_with_it_in_a_
         if backends():
             assert not np.isfinite(transport.infer("student", inputs, {"logits": 0})[0]["logits"]).all()
             continue
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(RequestRejected, match=message):
             transport.infer("student", inputs, {"logits": 0})
 
 
@@ -214,7 +214,7 @@ def test_bad_requests_fail_alone_while_their_neighbours_are_answered(server: Tri
         try:
             inputs = rows([b"broken" if bad else picture(place)], strength=[[0.0]])
             answered, version = own.infer("classifier", inputs, {"class": 0, "index": 0, "probability": 0})
-        except Refused as refused:
+        except RequestRejected as refused:
             return str(refused)
         finally:
             own.close()

@@ -17,7 +17,7 @@ from models.preprocess import MAX_BYTES, preprocess
 from serving.client.sync_client import Client, read_image
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.bad_files import BAD, PIXELS, header_of_100_megapixels, saved
 from tests.support.bad_requests import data_url, solid_webp
 
@@ -82,7 +82,7 @@ def test_bad_file_is_named_with_its_fault_in_one_line(tmp_path: Path, name: str)
 def test_server_refuses_what_the_client_would_have(server: TritonServer, name: str) -> None:
     transport = Transport(server.grpc_url, timeout=30)
     try:
-        with pytest.raises(Refused, match=r"image (is|has) "):
+        with pytest.raises(RequestRejected, match=r"image (is|has) "):
             transport.infer("classifier", {"image": np.array([[BAD[name][0]]], dtype=np.object_)}, {"index": 0})
     finally:
         transport.close()
@@ -120,12 +120,12 @@ def test_image_as_base64_text_is_answered_as_its_file(server: TritonServer, name
     ],
 )  # fmt: skip
 def test_bad_base64_text_is_refused_with_its_fault(server: TritonServer, text: bytes, fault: str) -> None:
-    with pytest.raises(Refused, match=re.escape(f"image {fault}")):
+    with pytest.raises(RequestRejected, match=re.escape(f"image {fault}")):
         infer(server.grpc_url, text)
 
 
 def infer(url: str, *images: bytes) -> int:
-    """Send images; return the number of predictions. Raises Refused."""
+    """Send images; return the number of predictions. Raises RequestRejected."""
     transport = Transport(url, timeout=60)
     try:
         inputs = {"image": np.array([[image] for image in images], dtype=np.object_)}
@@ -141,7 +141,7 @@ def test_image_above_16_million_pixels_is_refused_before_it_is_decoded(server: T
     started = time.monotonic()
     for _ in range(8):
         with pytest.raises(
-            Refused, match="image has 49000000 pixels to decode, above the limit of 16000000; make it smaller"
+            RequestRejected, match="image has 49000000 pixels to decode, above the limit of 16000000; make it smaller"
         ):
             infer(server.grpc_url, image, image, image, image)
     assert time.monotonic() - started < 0.6  # a single one took that long before the fix
@@ -151,7 +151,7 @@ def test_image_above_16_million_pixels_is_refused_before_it_is_decoded(server: T
 def test_request_has_at_most_25_million_pixels_however_small_its_files(server: TritonServer) -> None:
     image = saved(Image.new("L", (3500, 3500)), "PNG", compress_level=1)
     with pytest.raises(
-        Refused,
+        RequestRejected,
         match="row 2: image brings the request to 36750000 pixels, above the limit of 25000000; send fewer images",
     ):
         infer(server.grpc_url, image, image, image)
@@ -163,9 +163,9 @@ def test_large_jpeg_counts_a_quarter_as_it_is_decoded_at_a_fraction(server: Trit
     image = Image.new("L", (7000, 7000), 99)
     photo, progressive = saved(image, "JPEG"), saved(image, "JPEG", progressive=True)
     assert infer(server.grpc_url, photo, photo) == 2
-    with pytest.raises(Refused, match="row 2: image brings the request to 36750000 pixels"):
+    with pytest.raises(RequestRejected, match="row 2: image brings the request to 36750000 pixels"):
         infer(server.grpc_url, photo, photo, photo)
-    with pytest.raises(Refused, match="image has 24500000 pixels to decode, above the limit of 16000000"):
+    with pytest.raises(RequestRejected, match="image has 24500000 pixels to decode, above the limit of 16000000"):
         infer(server.grpc_url, progressive)
 
 
