@@ -25,7 +25,7 @@ class AccessLog:
     opened.
     """
 
-    def __init__(self, folder, name, count_lost):
+    def __init__(self, folder, name, count_lost, max_bytes=MAX_BYTES, backups=BACKUPS):
         self.handler = None
         if not folder:
             return
@@ -33,7 +33,7 @@ class AccessLog:
         path.mkdir(parents=True, exist_ok=True, mode=0o750)
         # Opened at the load, so that a folder that is not writable fails the load and not each request.
         self.handler = logging.handlers.RotatingFileHandler(
-            path / f"{name}.jsonl", maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8"
+            path / f"{name}.jsonl", maxBytes=max_bytes, backupCount=backups, encoding="utf-8"
         )
         self.handler.handleError = lambda _record: count_lost()
 

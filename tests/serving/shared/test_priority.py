@@ -21,7 +21,8 @@ from serving.shared.priority import STARTING, can_raise_priority, niceness, thro
 from serving.triton import start
 
 may_rise = pytest.mark.skipif(
-    not can_raise_priority(niceness()) or niceness() > 0, reason="takes a niceness of 0 and the right to come back to it"
+    not can_raise_priority(niceness()) or niceness() > 0,
+    reason="takes a niceness of 0 and the right to come back to it",
 )
 
 

@@ -14,7 +14,15 @@ from tritonclient.grpc import service_pb2
 
 from serving.client.requests import OUTPUTS, RequestSequence, classifier_call
 from serving.shared.errors import ServingError
-from serving.transport.messages import HEADER_LENGTH, Answer, InvalidResponse, Infer, ModelConfig, ModelMetadata, ServerMetadata
+from serving.transport.messages import (
+    HEADER_LENGTH,
+    Answer,
+    Infer,
+    InvalidResponse,
+    ModelConfig,
+    ModelMetadata,
+    ServerMetadata,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

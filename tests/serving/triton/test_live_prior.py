@@ -140,7 +140,9 @@ def test_any_client_gets_the_live_prior_from_the_real_server(
     (own_server.repository / NAME).unlink(missing_ok=True)
     images = [picture(seed) for seed in range(20)]  # more than the largest batch
     with Client(own_server.http_url if protocol == "http" else own_server.grpc_url) as client:
-        with pytest.raises(RequestRejected, match="prior is live, but this repository has none; run `tailor drift --write`"):
+        with pytest.raises(
+            RequestRejected, match="prior is live, but this repository has none; run `tailor drift --write`"
+        ):
             client.predict(images, "live")
         for prior in (PRIOR, OTHER):
             write_live_prior(own_server.repository, release.manifest, np.array(prior), {})

@@ -19,7 +19,7 @@ from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
 from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.bad_files import BAD, PIXELS, header_of_100_megapixels, saved
-from tests.support.bad_requests import data_url, solid_webp
+from tests.support.bad_images import data_url, solid_webp
 
 
 def rotated_by_exif() -> bytes:
