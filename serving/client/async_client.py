@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, TypeVar
 
-from serving.client.images import ImageLike, check_list, encode_images
+from serving.client.images import ImageLike, encode_images
 from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, encode_group, groups
 from serving.client.predictions import Prediction, Status
 from serving.client.priors import Prior, parse_prior
@@ -58,10 +58,16 @@ class AsyncClient(ClientBase):
     ) -> AsyncIterator[Prediction | ServingError]:
         """Classify a stream of images in order, with few of them in memory. Arguments: see Client.stream."""
         parse_prior(prior)
+
+        async def predict_group(group: Sequence[tuple[int, ImageLike]]) -> list[Prediction | ServingError]:
+            deadline = self._deadline()
+            encoded = await asyncio.to_thread(encode_group, group, check, keep_going)
+            return await self._run(self._sequence.predict_each(encoded, prior, version, keep_going), deadline)
+
         waiting: deque[asyncio.Task[list[Prediction | ServingError]]] = deque()
         try:
-            for group in groups(check_list(images), batch):
-                waiting.append(asyncio.create_task(self._predict_group(group, prior, version, check, keep_going)))
+            for group in groups(images, batch):
+                waiting.append(asyncio.create_task(predict_group(group)))
                 if len(waiting) > self._concurrency:
                     for prediction in await waiting.popleft():
                         yield prediction
@@ -115,13 +121,6 @@ class AsyncClient(ClientBase):
             return await asyncio.gather(*tasks)
         finally:
             await _cancel(tasks)
-
-    async def _predict_group(
-        self, group: Sequence[tuple[int, ImageLike]], prior: Prior, version: int | None, check: bool, keep_going: bool
-    ) -> list[Prediction | ServingError]:
-        deadline = self._deadline()
-        encoded = await asyncio.to_thread(encode_group, group, check, keep_going)
-        return await self._run(self._sequence.predict_each(encoded, prior, version, keep_going), deadline)
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from serving.client.images import ImageLike, read_image
+from serving.client.images import ImageLike, check_list, read_image
 from serving.client.requests import RequestSequence
 from serving.shared.errors import InputError
 from serving.transport.connection import Connection
@@ -65,10 +65,10 @@ class ClientBase:
 
 
 def groups(images: Iterable[ImageLike], size: int) -> Iterator[list[tuple[int, ImageLike]]]:
-    """Yield lists of at most `size` (index, image) pairs, reading `images` lazily. Raises InputError if size < 1."""
+    """Yield lists of at most `size` (index, image) pairs, reading `images` lazily. Raises InputError."""
     if size < 1:
         raise InputError(f"batch is {size}; expected 1 or more")
-    numbered = enumerate(images)
+    numbered = enumerate(check_list(images))
     while group := list(islice(numbered, size)):
         yield group
 

@@ -145,11 +145,9 @@ def _read_file(path: Path) -> Floats | dict[str, float]:
 
 def _lines(text: str, path: Path) -> list[float]:
     numbers = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         try:
-            numbers.append(parse_number(line.strip()))
+            numbers += [parse_number(line)] if line else []
         except ValueError:
-            raise InputError(f"{path}: line {number} is {line.strip()[:40]!r}; expected a number") from None
+            raise InputError(f"{path}: line {number} is {line[:40]!r}; expected a number") from None
     return numbers

@@ -145,8 +145,8 @@ class RequestSequence:
     ) -> Exchange[tuple[str, np.ndarray | None]]:
         """Return the name of the input for a prior and one row of it; row None selects the server's default.
 
-        The input `prior` takes every kind of prior as text: Triton does not batch requests that have different inputs.
-        A server of an older Tailor without this input gets `strength` or `target_prior` instead.
+        The input `prior` takes every kind as text, because Triton batches only requests with the same inputs. A server
+        of an older Tailor without this input gets `strength` or `target_prior` instead.
         """
         if parsed is None:
             return "prior", None

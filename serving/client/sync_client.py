@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from serving.client.images import ImageLike, check_list, encode_images, read_image
+from serving.client.images import ImageLike, encode_images, read_image
 from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, encode_group, groups
 from serving.client.predictions import ModelStatus, Prediction, Status
 from serving.client.priors import Prior, parse_prior
@@ -72,11 +72,17 @@ class Client(ClientBase):
         predict.
         """
         parse_prior(prior)
+
+        def predict_group(group: Sequence[tuple[int, ImageLike]]) -> list[Prediction | ServingError]:
+            deadline = self._deadline()
+            encoded = encode_group(group, check, keep_going)
+            return self._run(self._sequence.predict_each(encoded, prior, version, keep_going), deadline)
+
         waiting: deque[Future[list[Prediction | ServingError]]] = deque()
         pool = ThreadPoolExecutor(self._concurrency, "tailor-client")
         try:
-            for group in groups(check_list(images), batch):
-                waiting.append(pool.submit(self._predict_group, group, prior, version, check, keep_going))
+            for group in groups(images, batch):
+                waiting.append(pool.submit(predict_group, group))
                 if len(waiting) > self._concurrency:
                     yield from waiting.popleft().result()
             while waiting:
@@ -128,10 +134,3 @@ class Client(ClientBase):
             return list(pool.map(lambda call: self._transport.send(call, deadline), calls))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def _predict_group(
-        self, group: Sequence[tuple[int, ImageLike]], prior: Prior, version: int | None, check: bool, keep_going: bool
-    ) -> list[Prediction | ServingError]:
-        deadline = self._deadline()
-        encoded = encode_group(group, check, keep_going)
-        return self._run(self._sequence.predict_each(encoded, prior, version, keep_going), deadline)

@@ -14,9 +14,8 @@ from pathlib import Path
 def whole_folder(path: Path) -> Iterator[Path]:
     """Write a folder atomically: it appears at `path` complete or not at all.
 
-    Yields an empty temporary folder beside `path` to write into. On success every file in it is synced to disk and the
-    folder replaces the old one. On any exception it is removed and the old one stays. Leftovers of a killed run are
-    removed first.
+    Yields an empty temporary folder beside `path`, which then replaces the old one, synced to disk. On any exception the
+    old one stays. Leftovers of a killed run are removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, retired = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")

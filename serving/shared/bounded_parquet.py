@@ -135,7 +135,7 @@ def _page_sizes(stream: BinaryIO, chunk: Any, label: str, limit: MemoryLimit) ->
 
 
 def _page_header(data: bytes, offset: int) -> tuple[dict[int, int], int]:
-    """Parse a page header: its integer fields (2: uncompressed bytes, 3: compressed bytes) and the offset of its page.
+    """Parse a page header (fields 2: uncompressed bytes, 3: compressed bytes) or a struct in it; and the offset behind.
 
     Thrift's compact protocol: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
     """
@@ -154,14 +154,9 @@ def _page_header(data: bytes, offset: int) -> tuple[dict[int, int], int]:
 
 
 def _skip(data: bytes, offset: int, kind: int) -> int:
-    """The offset behind a value of a kind.
-
-    1 and 2 booleans, 3 byte, 4 to 6 integers, 7 double, 8 binary, 9 and 10 lists, 12 struct.
-    """
-    if kind in (1, 2):
-        return offset
-    if kind in (3, 7):
-        return offset + (1 if kind == 3 else 8)
+    """The offset behind a value. kind: 1, 2 boolean, 3 byte, 4 to 6 integer, 7 double, 8 binary, 9, 10 list, 12 struct."""
+    if kind in (1, 2, 3, 7):
+        return offset + {3: 1, 7: 8}.get(kind, 0)
     if kind in (4, 5, 6):
         return _varint(data, offset)[1]
     if kind == 8:
@@ -172,14 +167,11 @@ def _skip(data: bytes, offset: int, kind: int) -> int:
         if size == 15:
             size, offset = _varint(data, offset)
         for _ in range(size):
-            offset = offset + 1 if element in (1, 2) else _skip(data, offset, element)
+            offset = _skip(data, offset, 3 if element in (1, 2) else element)  # a boolean in a list takes a byte
         return offset
     if kind != 12:
         raise IndexError
-    while data[offset]:
-        inner, step, offset = data[offset] & 15, data[offset] >> 4, offset + 1
-        offset = _skip(data, offset if step else _varint(data, offset)[1], inner)
-    return offset + 1
+    return _page_header(data, offset)[1]
 
 
 def _varint(data: bytes, offset: int) -> tuple[int, int]:

@@ -49,8 +49,8 @@ def niceness() -> int:
 def lower_priority(session: int, target: int) -> None:
     """Lower the priority of a session: set the niceness of its leader, which processes started later inherit.
 
-    session: the process id of the leader. target: the niceness. With autogroups Linux groups processes by session, and
-    a niceness counts only within its group, so the niceness of the group is set too.
+    session: the process id of the leader. With autogroups a niceness counts only within the processes of a session, so
+    the niceness of the group is set too.
     """
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, session, target)
@@ -80,10 +80,9 @@ def write_stub_launcher(
 ) -> dict[str, str]:
     """Write the file that Triton starts as its Python stub: it starts inference processes at lower priority.
 
-    path: the file to write. stub: the stub of the installation. target: the server's niceness, to which the model
-    returns when it is ready. The file is only a link to `stub` if `target` is above 0, if the niceness cannot be
-    decreased again, or if programs in this folder cannot run (noexec). A model without start.py always starts at the
-    server's priority. Returns the environment variables that the server needs for it.
+    stub: of the installation. target: the server's niceness, to which a ready model returns; a model without start.py
+    starts at it. The file is only a link to `stub` if `target` is above 0, if the niceness cannot be decreased again, or
+    if programs in this folder cannot run (noexec). Returns the environment variables that the server needs for it.
     """
     if target <= 0 and can_raise(target):
         program = shlex.quote(str(stub))

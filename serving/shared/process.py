@@ -55,7 +55,7 @@ def start_process(
     niceness: int = 0,
     output: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process in its own session, so that Ctrl-C reaches only the calling process.
+    """Start a process in its own session.
 
     niceness: of the process, 0 to 19; 0 keeps the caller's. output: a file for stdout and stderr; None makes a pipe,
     which the caller must read.

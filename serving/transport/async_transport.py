@@ -24,24 +24,17 @@ from serving.transport.sync_transport import check_open
 
 
 class AsyncTransport:
-    """Connections to one Triton server, opened at the first call and bound to the event loop of that call.
-
-    The methods raise the same errors as those of Transport.
-    """
+    """Connections to one Triton server, opened at the first call and bound to its event loop. Errors: as Transport."""
 
     def __init__(self, connection: Connection, retries: Retries) -> None:
         self.url = connection.url
         self._retries = retries
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        wire = AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire
-        self._wire: AsyncHttpWire | AsyncGrpcWire = wire(connection)
+        self._wire = (AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire)(connection)
 
     async def send(self, call: Call, deadline: Deadline) -> Any:
-        """Send a call and return its response; safe retries are made until the deadline.
-
-        Raises InputError after `close`, and in another event loop than that of the first call.
-        """
+        """Send a call and return its response. Raises InputError after `close` and in a second event loop."""
         check_open(self.url, self._closed)
         loop = asyncio.get_running_loop()
         if self._loop not in (None, loop):
@@ -99,9 +92,8 @@ class AsyncHttpWire:
         return decode_response(url, call.read_http, headers, body)
 
     async def close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        if self._session is not None:
+            await self._session.close()
 
 
 class AsyncGrpcWire:
@@ -127,10 +119,9 @@ class AsyncGrpcWire:
         return decode_response(url, call.read_message, data)
 
     async def close(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel is not None:
+        if self._channel is not None:
             with suppress(ValueError):
-                await channel.close()
+                await self._channel.close()
 
 
 async def _read_body(response: Any) -> bytes:

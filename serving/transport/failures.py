@@ -44,12 +44,15 @@ class DeadlineExceeded(ServingError):
 
 def unreachable(url: str) -> Unavailable:
     """Return the error for a server that accepts no connections, or a broken connection."""
-    return Unavailable(_no_triton(url, ""))
+    return Unavailable(str(not_triton(url)))
 
 
 def not_triton(url: str, reason: str = "") -> ServingError:
     """Return the error for a response that is not Triton's; not retried."""
-    return ServingError(_no_triton(url, reason))
+    detail = f" ({reason})" if reason else ""
+    return ServingError(
+        f"no Triton server answers at {url}{detail}; start one with `tailor serve` or give another --url"
+    )
 
 
 def decode_response(url: str, decode: Callable[..., Any], *response: Any) -> Any:
@@ -105,11 +108,6 @@ def grpc_error(url: str, error: Any, budget: float) -> ServingError:
     if code == "UNAUTHENTICATED":
         return RequestRejected(f"{url} refused: {details or code}; {ADVICE[401]}")
     return RequestRejected(f"{url} refused: {details or code}")
-
-
-def _no_triton(url: str, reason: str) -> str:
-    detail = f" ({reason})" if reason else ""
-    return f"no Triton server answers at {url}{detail}; start one with `tailor serve` or give another --url"
 
 
 def _triton_reason(body: bytes) -> str | None:

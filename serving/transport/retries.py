@@ -74,8 +74,7 @@ class Retries:
 def _raise_last_error(state: tenacity.RetryCallState) -> NoReturn:
     """Raise the last error, with the number of attempts."""
     error = state.outcome.exception() if state.outcome else None
-    if not isinstance(error, Unavailable):  # pragma: no cover - tenacity calls this only after a failure
-        raise RuntimeError("no error that is retried")
+    assert isinstance(error, Unavailable)  # the only error that is retried
     if state.attempt_number == 1:
         raise error
     attempts = f"tried {state.attempt_number} times in {state.seconds_since_start or 0:.1f} s"

@@ -33,8 +33,7 @@ class Transport:
     """Connections to one Triton server, opened at the first call and kept. Thread-safe; not usable after a fork.
 
     connection: a URL, or a Connection with TLS and headers. timeout: seconds for a call with all its retries, unless
-    the call has its own deadline. The methods raise ServingError: RequestRejected when the server rejects the request,
-    Unavailable when no server responds after the retries, DeadlineExceeded after the timeout.
+    the call has its own deadline. The methods raise RequestRejected, Unavailable or DeadlineExceeded.
     """
 
     def __init__(self, connection: Connection | str, timeout: float, retries: Retries | None = None) -> None:
@@ -42,9 +41,8 @@ class Transport:
         self.url = self.connection.url
         self.timeout = Deadline(timeout).budget
         self.retries = retries or Retries()
-        wire = HttpWire if self.connection.protocol == "http" else GrpcWire
         self._closed = False
-        self._wire: HttpWire | GrpcWire = wire(self.connection)
+        self._wire = (HttpWire if self.connection.protocol == "http" else GrpcWire)(self.connection)
 
     def send(self, call: Call, deadline: Deadline | None = None) -> Any:
         """Send a call and return its response; safe retries until the deadline. Raises InputError after `close`."""

@@ -85,7 +85,7 @@ class TritonPythonModel:
                 outcomes = ["student" if index in parsed else outcome for index, outcome in enumerate(outcomes)]
             for index, response in zip(parsed, results, strict=True):
                 responses[index] = response
-        if self.access_log.handler:
+        if self.access_log:
             for index, request in enumerate(requests):
                 self.log(request, started, parsed.get(index), outcomes[index])
         return responses
@@ -95,7 +95,8 @@ class TritonPythonModel:
         if self.logit_log:
             self.logit_log.close()
         self.metrics.close()
-        self.access_log.close()
+        if self.access_log:
+            self.access_log.close()
 
     def classify(self, parsed):
         """The responses to parsed requests, in order; counts their images. Raises StudentFailed."""
