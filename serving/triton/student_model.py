@@ -73,7 +73,7 @@ def build_response(names, values, finite):
     """The response to one request, from its rows of the outputs. finite: True if the outputs are known to be finite."""
     if not finite and not all(np.isfinite(value).all() for value in values):
         return error_response(
-            "the answer holds a number that is not finite; expected a smaller strength, or an image that has one"
+            "the outputs have a number that is not finite; send a smaller strength or a different image"
         )
     tensors = [pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in zip(names, values, strict=True)]
     return pb_utils.InferenceResponse(tensors)

@@ -200,7 +200,7 @@ def test_image_that_exhausts_memory_fails_one_request(classifier: Any, monkeypat
 
     monkeypatch.setattr(classifier.parser.preprocess, "decode", exhausted)
     answers = classifier.execute([request([b"vast"]), request([picture(1)])])
-    assert answers[0].error.message() == "image needs more memory than there is; send a smaller one"
+    assert answers[0].error.message() == "image needs more memory than is available; send a smaller one"
     assert answers[1].error is None
 
 
@@ -267,7 +267,7 @@ def test_changed_or_absent_graph_is_not_loaded(
         load(seen, model, config, backend())
     expected = json.loads((path.parent / "manifest.json").read_text())["files"]["student.onnx"]
     assert str(caught.value) == (
-        f"student/1/model.onnx: sha256 is {sha256_of(path)[:12]}..., manifest.json says {expected[:12]}...; "
+        f"student/1/model.onnx: sha256 is {sha256_of(path)[:12]}..., manifest.json has {expected[:12]}...; "
         "write the version again"
     )
     path.unlink()
