@@ -140,8 +140,8 @@ def test_instance_takes_every_core_only_after_nobody_else_was_at_work(
     def session(name: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(run=lambda *_arguments: used.append(name))
 
-    monkeypatch.setattr(network, "shared", session("share"))
-    monkeypatch.setattr(network, "whole", session("all"))
+    monkeypatch.setattr(network, "share_session", session("share"))
+    monkeypatch.setattr(network, "full_session", session("all"))
     image, strength = np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 1), np.float32)
     for _ in range(4):
         network.run(image, strength)
