@@ -164,7 +164,9 @@ class RequestParser:
                 reason = error.kind if error.kind == "request_pixels" else f"image_{error.kind}"
                 raise BadRequest(reason, f"image {error}") from None
             except MemoryError:
-                raise BadRequest("image_memory", "image needs more memory than is available; send a smaller one") from None
+                raise BadRequest(
+                    "image_memory", "image needs more memory than is available; send a smaller one"
+                ) from None
 
         return np.stack(parse_rows(read_image, encoded))
 
