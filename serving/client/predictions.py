@@ -29,7 +29,7 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A server's state. `answers`: whether a test image was just classified; a ready endpoint does not prove that."""
+    """A server's state. `answers`: whether it classified a test image, which a ready endpoint does not prove."""
 
     url: str
     server: str

@@ -24,7 +24,7 @@ from PIL import Image
 from serving.gateway.config import Gateway
 from serving.gateway.nginx_process import find_nginx
 from serving.shared.ports import choose_ports
-from tests.support.bad_requests import chunk, data_url, hostile_images, saved
+from tests.support.bad_images import chunk, data_url, hostile_images, saved
 from tests.support.running_gateway import require_nginx
 
 pytestmark = pytest.mark.slow

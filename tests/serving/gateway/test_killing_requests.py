@@ -143,9 +143,9 @@ def test_one_request_that_ends_the_raw_server_stops_at_the_gateway(
 def test_millions_of_chunks_end_the_raw_server_and_stop_at_the_gateway(
     gateway: GatewayProcess, raw: TritonServer
 ) -> None:
-    assert bad_connections.endless_chunks(gateway.gateway.http_port, most=3_000_000) in (0, 411)
+    assert bad_connections.endless_chunks(gateway.gateway.http_port, limit=3_000_000) in (0, 411)
     assert_answers(gateway)
-    bad_connections.endless_chunks(raw.ports["--http-port"], most=3_000_000)
+    bad_connections.endless_chunks(raw.ports["--http-port"], limit=3_000_000)
     assert raw.wait(DEATH) == -signal.SIGSEGV
 
 
