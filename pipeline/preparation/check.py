@@ -12,14 +12,14 @@ import numpy as np
 from models.prior import GROUPS, class_names_problem, shot_group
 from models.sample_size import SampleSize, sample_sizes
 from pipeline.data.assignment import SPLITS, assign, without
-from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, looks_of
-from pipeline.data.inspection import Inspected, Journal, inspect_images
-from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, perceptual_hash
+from pipeline.data.inspection import InspectionResult, Journal, inspect_images
+from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
 from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import StageError
-from pipeline.sources import FolderSource, Row, Source, open_own
+from pipeline.sources import FolderSource, Row, Source, open_base_source
 from serving.shared.terminal import counted
 
 MIN_HASHED_SIDE = 32
@@ -53,7 +53,7 @@ class DataReport:
     location: str
     classes: list[str]
     assigned: Assigned
-    inspected: dict[str, Inspected]
+    inspected: dict[str, InspectionResult]
     counts: dict[str, list[int]]
     bad: list[Row]
     conflicts: list[tuple[Row, Row]]
@@ -108,12 +108,12 @@ def check(
     Raises DataError or ParamsError if the source cannot be opened.
     """
     data = params.data
-    source = open_own(data)
+    source = open_base_source(data)
     if fresh:
         journal.unlink(missing_ok=True)
     settings = sha256_of_json([data.source, data.location, data.table.model_dump(), near is not None])
     inspected = inspect_images(
-        source, "check", looks_of if near is not None else None, Journal(journal, settings), jobs
+        source, "check", perceptual_hash if near is not None else None, Journal(journal, settings), jobs
     )
     bad = [row for row in source.rows if inspected[row.reference].problem]
     names = class_names_problem(source.classes)
@@ -136,8 +136,8 @@ def check(
     if conflicts and source.origin not in PUBLISHED:
         row, other = conflicts[0]
         verdict.append(
-            f"{counted(len(conflicts), 'image')} with two labels; the first: {source.place(row)} and "
-            f"{source.place(other)}"
+            f"{counted(len(conflicts), 'image')} with two labels; the first: {source.location(row)} and "
+            f"{source.location(other)}"
         )
     published = compare_with_published(params, source)
     if any(not figure.same for figure in published):
@@ -157,7 +157,7 @@ def check(
     )  # fmt: skip
 
 
-def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, Inspected]) -> bool:
+def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, InspectionResult]) -> bool:
     """Whether all images of a group have at least 32 x 32 pixels, the input size of the perceptual hash.
 
     Smaller images are enlarged, and their hashes cannot distinguish them.
@@ -175,7 +175,7 @@ def _cross_split_problem(kind: str, groups: list[list[tuple[str, Row]]], source:
     other, second = next(member for member in others if member[0] != split)
     return [
         f"{counted(len(shared), 'group')} of {kind} in two splits, so that figures on held-out images are too good; the first: "
-        f"{source.place(row)} ({split}) and {source.place(second)} ({other}); keep each image in one split"
+        f"{source.location(row)} ({split}) and {source.location(second)} ({other}); keep each image in one split"
     ]
 
 
@@ -213,7 +213,7 @@ def compare_with_published(params: Params, source: Source) -> list[PublishedFigu
     choice = published_choice(source.origin, params.data)
     if choice:
         labels, data = np.array([row.label for row in by_split["train"]]), params.data
-        chosen = choose(labels, class_sizes(data.profile, counts, data.imbalance_factor), data.seed)
+        chosen = choose_images(labels, class_sizes(data.profile, counts, data.imbalance_factor), data.seed)
         published = f"{counted(choice[0], 'image')}, {choice[1]}"
         measured = f"{counted(sum(map(len, chosen)), 'image')}, {hash_of_ranks(labels, chosen)}"
         figures.append(PublishedFigure(f"CIFAR-LT, factor {data.imbalance_factor:g}", published, measured))
@@ -221,12 +221,12 @@ def compare_with_published(params: Params, source: Source) -> list[PublishedFigu
 
 
 def _near_duplicates(
-    assigned: Assigned, inspected: Mapping[str, Inspected], distance: int | None
+    assigned: Assigned, inspected: Mapping[str, InspectionResult], distance: int | None
 ) -> list[list[tuple[str, Row]]] | None:
     if distance is None:
         return None
     members = [(split, row) for split, rows in assigned.items() for row in rows]
-    groups = group_near_duplicates([inspected[row.reference].looks for _, row in members], distance)
+    groups = group_near_duplicates([inspected[row.reference].perceptual_hash for _, row in members], distance)
     # Byte-identical images are reported as exact duplicates.
     return [
         [members[i] for i in group]

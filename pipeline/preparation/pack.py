@@ -22,7 +22,7 @@ from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of, sha256_of_json, unfinished, write_json
 from pipeline.shared.errors import ParamsError
 from pipeline.shared.progress import progress_bar
-from pipeline.sources import BadImageError, Row, Source, in_parts, open_own
+from pipeline.sources import BadImageError, Row, Source, in_parts, open_base_source
 from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY
 from serving.shared.terminal import counted
 
@@ -88,7 +88,7 @@ def pack(
     """
     if output.exists():
         raise ParamsError(f"{output}: exists already; remove it or give another folder")
-    source = open_own(params.data)
+    source = open_base_source(params.data)
     if params.data.on_bad_image == "fail":
         check_missing(source)
     rows = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
