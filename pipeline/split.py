@@ -18,7 +18,7 @@ from pipeline.data.published import PUBLISHED
 from pipeline.params import Params
 from pipeline.shared.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError, StageError
-from pipeline.sources import Row, WithIngested, open_source
+from pipeline.sources import Row, SourceWithIngested, open_source
 from serving.shared.terminal import counted, print
 
 SCHEMA = pa.schema(
@@ -109,7 +109,7 @@ def _taken_in() -> list[str]:
 
 
 def new_images(
-    source: WithIngested, assigned: dict[str, list[Row]], hashes: dict[str, str]
+    source: SourceWithIngested, assigned: dict[str, list[Row]], hashes: dict[str, str]
 ) -> tuple[list[Row], list[tuple[Row, str]]]:
     """Ingested images that are in no split of the source, and those that are in one, with the split's name.
 

@@ -42,10 +42,10 @@ def resized_crop(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
     True.
     """
     large = images.shape[2] * images.shape[3] >= LARGE
-    return (_one_by_one if large and images.device.type == "cpu" else _all_at_once)(images, box, flipped)
+    return (resize_one_by_one if large and images.device.type == "cpu" else resize_all_at_once)(images, box, flipped)
 
 
-def _all_at_once(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
+def resize_all_at_once(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
     height, width = images.shape[2:]
     views = box.shape[0]
     top, left, tall, wide = box.unbind(-1)
@@ -80,8 +80,8 @@ def _neighbours(start: Tensor, length: Tensor, position: Tensor) -> tuple[Tensor
     return first, second, share
 
 
-def _one_by_one(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
-    # Same result as _all_at_once, for the CPU: one image at a time fits in its cache, and whole lines are copied
+def resize_one_by_one(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
+    # Same result as resize_all_at_once, for the CPU: one image at a time fits in its cache, and whole lines are copied
     # instead of single pixels by gather.
     height, width = images.shape[2:]
     top, left, tall, wide = box.unbind(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.data.profiles import choose, class_members, class_sizes, test_size, validation_size
+from pipeline.data.profiles import choose_images, class_members, class_sizes, test_size, validation_size
 from pipeline.data.published import check_published_choice
 from pipeline.params import DataParams
 from pipeline.shared.errors import DataError, ParamsError
@@ -45,7 +45,7 @@ def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str 
         pool, test = _hold_out_test(pool, classes, params, generator)
     if params.max_per_class:
         labels = np.array([row.label for row in pool])
-        chosen = choose(labels, [params.max_per_class] * len(classes), params.seed)
+        chosen = choose_images(labels, [params.max_per_class] * len(classes), params.seed)
         pool = [pool[i] for i in np.sort(np.concatenate(chosen))]
     labels = np.array([row.label for row in pool])
     available = np.bincount(labels, minlength=len(classes)).tolist()
@@ -53,7 +53,7 @@ def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str 
         sizes = class_sizes(params.profile, available, params.imbalance_factor)
     except ValueError as error:
         raise ParamsError(f"data.{error}") from None
-    kept = choose(labels, sizes, params.seed)
+    kept = choose_images(labels, sizes, params.seed)
     check_published_choice(origin, params, labels, kept)
     validation = hinted["validation"]
     if not validation:

@@ -25,7 +25,7 @@ def check_labels(source: Source, hashes: Mapping[str, str]) -> None:
         row, other = pairs[0]
         more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
         raise DataError(
-            f"{source.place(row)} and {source.place(other)} are the same image, labelled {source.classes[row.label]!r} "
+            f"{source.location(row)} and {source.location(other)} are the same image, labelled {source.classes[row.label]!r} "
             f"and {source.classes[other.label]!r}; keep one of them{more}"
         )
 
@@ -64,7 +64,7 @@ def find_duplicates(
     ]
 
 
-def looks_of(image: Image.Image) -> str:
+def perceptual_hash(image: Image.Image) -> str:
     """Perceptual hash of an image, 64 bits as hexadecimal text: similar for a resized, recompressed or brightened copy."""
     from imagehash import phash  # imported here and below, because only `data check` needs it
 
@@ -101,7 +101,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
 def group_near_duplicates(looks: list[str], distance: int) -> list[list[int]]:
     """Positions of similar images, in groups of at least two, linked by hashes at most `distance` bits apart.
 
-    looks: hexadecimal hashes from `looks_of`; an image with an empty hash is in no group.
+    looks: hexadecimal hashes from `perceptual_hash`; an image with an empty hash is in no group.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

@@ -55,7 +55,7 @@ def validation_size(kept: int, spare: int, per_class: int, share: float) -> int:
     return max(0, min(per_class - min(spare, per_class), int(share * kept), kept - 1))
 
 
-def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
+def choose_images(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
     """Indices kept of each class, in shuffled order: the sample choice of CIFAR-LT (Cao et al. 2019).
 
     labels: [N] integers. One legacy numpy generator shuffles class after class, and the first sizes[c] indices are

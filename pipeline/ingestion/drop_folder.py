@@ -15,7 +15,7 @@ from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.params import IngestParams
 from pipeline.shared.errors import DataError
-from pipeline.sources.shards import RowGroups, Shard, image_bytes
+from pipeline.sources.shards import RowGroupCache, Shard, image_bytes
 from pipeline.sources.source import BadImageError, read_image_file, reading_order
 from pipeline.sources.storage import Storage
 from pipeline.sources.table import WHOLE_NUMBER
@@ -220,7 +220,7 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
         paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
     except DataError as error:
         return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", str(error)))], set()
-    images, as_text = RowGroups(column), table.suffix.lower() == ".csv"
+    images, as_text = RowGroupCache(column), table.suffix.lower() == ".csv"
     rows, named = [], set()
     for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
         file = _named(root, path) if isinstance(path, str) else None
@@ -246,8 +246,8 @@ def _label(value: object, as_text: bool) -> str | int | None:
     return value if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
-def _cell(images: RowGroups, shard: Shard, index: int) -> bytes:
+def _cell(images: RowGroupCache, shard: Shard, index: int) -> bytes:
     value = image_bytes(images.value(shard, index))
     if not isinstance(value, bytes):
-        raise BadImageError(f"{shard.place}: row {index} holds {type(value).__name__}; expected encoded image bytes")
+        raise BadImageError(f"{shard.location}: row {index} holds {type(value).__name__}; expected encoded image bytes")
     return value

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from models.preprocess import ImageError
 from models.prior import class_key
-from pipeline.data.inspection import picture
+from pipeline.data.inspection import decode_checked
 from pipeline.data.split_tables import read_split
 from pipeline.ingestion.drop_folder import DropRow
 from pipeline.params import IngestParams
@@ -125,7 +125,7 @@ def _read(row: DropRow) -> _Read:
         return _Read("", "table", str(error))
     digest = hashlib.sha256(data).hexdigest()
     try:
-        picture(data)
+        decode_checked(data)
     except ImageError as error:
         return _Read(digest, error.kind, str(error))
     return _Read(digest)

@@ -21,7 +21,7 @@ from pipeline.params.release import GateRule as GateRule
 from pipeline.params.release import ServingParams as ServingParams
 from pipeline.params.training import AugmentParams as AugmentParams
 from pipeline.params.training import EngineParams as EngineParams
+from pipeline.params.training import LearningRateParams as LearningRateParams
 from pipeline.params.training import PretrainedParams as PretrainedParams
-from pipeline.params.training import ScheduleParams as ScheduleParams
 from pipeline.params.training import StudentParams as StudentParams
 from pipeline.params.training import TrainingParams as TrainingParams

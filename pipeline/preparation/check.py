@@ -12,14 +12,14 @@ import numpy as np
 from models.prior import GROUPS, class_names_problem, shot_group
 from models.sample_size import SampleSize, sample_sizes
 from pipeline.data.assignment import SPLITS, assign, without
-from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, looks_of
-from pipeline.data.inspection import Inspected, Journal, inspect_images
-from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, perceptual_hash
+from pipeline.data.inspection import InspectionResult, Journal, inspect_images
+from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
 from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import StageError
-from pipeline.sources import FolderSource, Row, Source, open_own
+from pipeline.sources import FolderSource, Row, Source, open_base_source
 from serving.shared.terminal import counted
 
 HASHED_SIDE = 32
@@ -53,7 +53,7 @@ class Report:
     location: str
     classes: list[str]
     assigned: Assigned
-    inspected: dict[str, Inspected]
+    inspected: dict[str, InspectionResult]
     counts: dict[str, list[int]]
     bad: list[Row]
     conflicts: list[tuple[Row, Row]]
@@ -107,11 +107,13 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     Raises DataError or ParamsError if the source cannot be opened.
     """
     data = params.data
-    source = open_own(data)
+    source = open_base_source(data)
     if fresh:
         journal.unlink(missing_ok=True)
     about = sha256_of_json([data.source, data.location, data.table.model_dump(), near is not None])
-    inspected = inspect_images(source, "check", looks_of if near is not None else None, Journal(journal, about), jobs)
+    inspected = inspect_images(
+        source, "check", perceptual_hash if near is not None else None, Journal(journal, about), jobs
+    )
     bad = [row for row in source.rows if inspected[row.reference].problem]
     names = class_names_problem(source.classes)
     verdict = [names] if names else []
@@ -135,8 +137,8 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     if conflicts and source.origin not in PUBLISHED:
         row, other = conflicts[0]
         verdict.append(
-            f"{counted(len(conflicts), 'image', 'lie')} under two labels; the first: {source.place(row)} and "
-            f"{source.place(other)}"
+            f"{counted(len(conflicts), 'image', 'lie')} under two labels; the first: {source.location(row)} and "
+            f"{source.location(other)}"
         )
     published = compare(params, source)
     if any(not figure.same for figure in published):
@@ -156,7 +158,7 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     )  # fmt: skip
 
 
-def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, Inspected]) -> bool:
+def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, InspectionResult]) -> bool:
     """Whether all images of a group have at least 32 x 32 pixels, the input size of the perceptual hash.
 
     Smaller images are enlarged, and their hashes cannot distinguish them.
@@ -174,7 +176,7 @@ def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> l
     other, second = next(member for member in others if member[0] != split)
     return [
         f"{counted(len(shared), 'group')} of {kind} in two splits, so that figures on held-out images are too good; the first: "
-        f"{source.place(row)} ({split}) and {source.place(second)} ({other}); keep each image in one split"
+        f"{source.location(row)} ({split}) and {source.location(second)} ({other}); keep each image in one split"
     ]
 
 
@@ -212,7 +214,9 @@ def compare(params: Params, source: Source) -> list[Difference]:
     choice = published_choice(source.origin, params.data)
     if choice:
         labels = np.array([row.label for row in by_split["train"]])
-        kept = choose(labels, class_sizes(params.data.profile, counts, params.data.imbalance_factor), params.data.seed)
+        kept = choose_images(
+            labels, class_sizes(params.data.profile, counts, params.data.imbalance_factor), params.data.seed
+        )
         name = f"CIFAR-LT, factor {params.data.imbalance_factor:g}"
         chosen = f"{counted(sum(map(len, kept)), 'image')}, {hash_of_ranks(labels, kept)}"
         found.append(Difference(name, f"{counted(choice[0], 'image')}, {choice[1]}", chosen))
@@ -220,12 +224,12 @@ def compare(params: Params, source: Source) -> list[Difference]:
 
 
 def _near(
-    assigned: Assigned, inspected: Mapping[str, Inspected], distance: int | None
+    assigned: Assigned, inspected: Mapping[str, InspectionResult], distance: int | None
 ) -> list[list[tuple[str, Row]]] | None:
     if distance is None:
         return None
     rows = [(split, row) for split, kept in assigned.items() for row in kept]
-    groups = group_near_duplicates([inspected[row.reference].looks for _, row in rows], distance)
+    groups = group_near_duplicates([inspected[row.reference].perceptual_hash for _, row in rows], distance)
     # Byte-identical images are reported as exact duplicates.
     return [
         [rows[i] for i in group] for group in groups if len({inspected[rows[i][1].reference].sha256 for i in group}) > 1

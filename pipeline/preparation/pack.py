@@ -21,7 +21,7 @@ from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of, sha256_of_json, unfinished, write_json
 from pipeline.shared.errors import ParamsError
 from pipeline.shared.progress import progress_bar
-from pipeline.sources import BadImageError, Row, Source, in_parts, open_own
+from pipeline.sources import BadImageError, Row, Source, in_parts, open_base_source
 from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY
 from serving.shared.terminal import counted
 
@@ -72,7 +72,7 @@ def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None
     """
     if output.exists():
         raise ParamsError(f"{output}: is there already; remove it or name another folder")
-    source = open_own(params.data)
+    source = open_base_source(params.data)
     if params.data.on_bad_image == "fail":
         check_missing(source)
     rows = {split: [row for row in source.rows if row.split == split] for split in SPLITS}

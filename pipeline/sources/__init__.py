@@ -12,13 +12,13 @@ from pipeline.sources.digits import DigitsSource
 from pipeline.sources.folder import FolderSource as FolderSource
 from pipeline.sources.ingested import Ingested as Ingested
 from pipeline.sources.ingested import ReaderWithIngested as ReaderWithIngested
-from pipeline.sources.ingested import WithIngested as WithIngested
+from pipeline.sources.ingested import SourceWithIngested as SourceWithIngested
 from pipeline.sources.lists import ListSource
 from pipeline.sources.shards import CACHE_BYTES as CACHE_BYTES
 from pipeline.sources.source import BadImageError as BadImageError
-from pipeline.sources.source import FilesUnderRoot as FilesUnderRoot
+from pipeline.sources.source import FileSource as FileSource
 from pipeline.sources.source import Groups as Groups
-from pipeline.sources.source import Reader as Reader
+from pipeline.sources.source import ImageReader as ImageReader
 from pipeline.sources.source import Row as Row
 from pipeline.sources.source import Source as Source
 from pipeline.sources.source import in_parts as in_parts
@@ -26,12 +26,12 @@ from pipeline.sources.source import reading_order as reading_order
 from pipeline.sources.table import TableReader, TableSource
 
 
-def open_source(params: DataParams, ingested: Path = INGESTED) -> WithIngested:
+def open_source(params: DataParams, ingested: Path = INGESTED) -> SourceWithIngested:
     """Open the source of params.yaml with the ingested images. Raises DataError or ParamsError if files are missing."""
-    return WithIngested(open_own(params), Ingested(ingested))
+    return SourceWithIngested(open_base_source(params), Ingested(ingested))
 
 
-def open_own(params: DataParams) -> Source:
+def open_base_source(params: DataParams) -> Source:
     """Open the source of params.yaml without ingested images. Raises as `open_source` does."""
     if params.source == "digits":
         return DigitsSource()
@@ -43,18 +43,18 @@ def open_own(params: DataParams) -> Source:
     return FolderSource(root) if params.source == "folder" else ListSource(params.source, root, params.lists)
 
 
-def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES, ingested: Path = INGESTED) -> Reader:
+def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES, ingested: Path = INGESTED) -> ImageReader:
     """Open a reader of the images in a split table, without listing the source again. Raises as `open_source` does.
 
     cache_bytes: memory for cached row groups of a table.
     """
     if params.source == "table":
-        own: Reader = TableReader(params.location, params.table, cache_bytes)
+        base: ImageReader = TableReader(params.location, params.table, cache_bytes)
     elif params.source in ("digits", "cifar10", "cifar100"):
-        own = open_own(params)
+        base = open_base_source(params)
     else:
-        own = FilesUnderRoot(_root(params))
-    return ReaderWithIngested(own, Ingested(ingested))
+        base = FileSource(_root(params))
+    return ReaderWithIngested(base, Ingested(ingested))
 
 
 def _root(params: DataParams) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.shared.errors import DataError, raise_problems
-from pipeline.sources.source import FilesUnderRoot, Row
+from pipeline.sources.source import FileSource, Row
 from serving.shared.terminal import counted
 
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -24,7 +24,7 @@ NOT_UTF8 = "its name is not UTF-8; rename it, for instance with convmv"
 ClassFiles = dict[Path, list[Path]]
 
 
-class FolderSource(FilesUnderRoot):
+class FolderSource(FileSource):
     """A folder per class, named after it; or train/, validation/ (or val/) and test/, each with a folder per class.
 
     Classes are numbered in the sorted order of their names in train. Raises DataError for folders that cannot be

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from models.prior import class_key
 from pipeline.shared.artifacts import INGESTED, sha256_of
 from pipeline.shared.errors import DataError
-from pipeline.sources.shards import RowGroups, Shard, row_groups
-from pipeline.sources.source import Groups, Reader, Row, Source
+from pipeline.sources.shards import RowGroupCache, Shard, row_groups
+from pipeline.sources.source import Groups, ImageReader, Row, Source
 from pipeline.sources.storage import Storage
 
 PREFIX = "ingested:"  # of the references to these images
@@ -30,19 +30,19 @@ class Ingested:
         self.folder = folder
         storage = Storage(str(folder))
         self._shards = {path.name: Shard(storage, path.name) for path in sorted(folder.glob("*.parquet"))}
-        self._images = RowGroups("image")
+        self._images = RowGroupCache("image")
 
     def check(self) -> None:
         """Raise DataError for a shard whose sha256 differs from its name; reads all bytes."""
         for path in map(self.folder.joinpath, self._shards):
             if sha256_of(path) != path.stem:
-                raise DataError(f"{path}: its content is not what its name says; restore it from a copy, or remove it")
+                raise DataError(f"{path}: its sha256 differs from its name; restore it from a copy, or remove it")
 
     @cached_property
     def new_classes(self) -> list[str]:
         """Classes added by shards, sorted, so that their numbers change only if a later shard adds a class."""
-        found = (shard.carried(NEW_CLASSES_KEY) or [] for shard in self._shards.values())
-        return sorted({class_key(name) for names in found for name in names})
+        names = (name for shard in self._shards.values() for name in shard.metadata_value(NEW_CLASSES_KEY) or [])
+        return sorted(set(map(class_key, names)))
 
     def content(self) -> list[tuple[str, str]]:
         """(sha256, class name) of each image."""
@@ -61,8 +61,8 @@ class Ingested:
                 label = class_key(label)
                 if label not in number:
                     raise DataError(
-                        f"{shard.place}: holds the class {label!r}, which the source does not have; it was taken in for "
-                        "other data: move the file out of the folder, or restore the source"
+                        f"{shard.location}: holds the class {label!r}, which the source does not have; it was ingested for "
+                        "another data set: move the file out of the folder, or restore the source"
                     )
                 rows.append(Row(f"{PREFIX}{shard.name}#{index}", number[label], f"ingested/{digest}", "train"))
         return rows
@@ -77,7 +77,7 @@ class Ingested:
 
     def read(self, reference: str) -> bytes:
         """Encoded bytes of one image. Raises DataError if its shard does not exist."""
-        name, index = _place(reference)
+        name, index = _split_reference(reference)
         if name not in self._shards:
             raise DataError(f"{self.folder / name}: no such file; restore it, or run `dvc repro split` without it")
         return self._images.value(self._shards[name], index)
@@ -86,13 +86,13 @@ class Ingested:
         """Row groups of ingested images."""
         return row_groups(pc.utf8_slice_codeunits(references, len(PREFIX)), self._shards, "image")
 
-    def place(self, reference: str) -> str:
+    def location(self, reference: str) -> str:
         """The shard's path and the row."""
-        name, index = _place(reference)
+        name, index = _split_reference(reference)
         return f"{self.folder / name}#{index}"
 
 
-class WithIngested:
+class SourceWithIngested(Source):
     """A source combined with the ingested images; their new classes follow the classes of the source.
 
     own: the source. rows: of the source only, so that held-out images and the long-tail profile do not depend on
@@ -102,8 +102,7 @@ class WithIngested:
     def __init__(self, source: Source, ingested: Ingested) -> None:
         self.own, self._ingested = source, ingested
         self.origin, self.rows = source.origin, source.rows
-        known = set(source.classes)
-        self.classes = source.classes + [name for name in ingested.new_classes if name not in known]
+        self.classes = list(dict.fromkeys(source.classes + ingested.new_classes))
 
     def check(self) -> None:
         """Check the ingested shards, as `Ingested.check`."""
@@ -135,15 +134,15 @@ class WithIngested:
         """For an ingested image the reference, which has the shard's sha256; otherwise as the source."""
         return reference if reference.startswith(PREFIX) else self.own.stamp(reference)
 
-    def place(self, row: Row) -> str:
+    def location(self, row: Row) -> str:
         """Location of the image, for messages."""
-        return self._ingested.place(row.reference) if row.reference.startswith(PREFIX) else self.own.place(row)
+        return self._ingested.location(row.reference) if row.reference.startswith(PREFIX) else self.own.location(row)
 
 
 class ReaderWithIngested:
     """A reader combined with the ingested images, which have groups if the images of the source have groups."""
 
-    def __init__(self, own: Reader, ingested: Ingested) -> None:
+    def __init__(self, own: ImageReader, ingested: Ingested) -> None:
         self._own, self._ingested = own, ingested
 
     def read(self, reference: str) -> bytes:
@@ -172,6 +171,6 @@ def _columns(shard: Shard, *names: str) -> list[list[str]]:
     return [shard.column(name).to_pylist() for name in names]
 
 
-def _place(reference: str) -> tuple[str, int]:
+def _split_reference(reference: str) -> tuple[str, int]:
     name, _, index = reference.removeprefix(PREFIX).rpartition("#")
     return name, int(index)

@@ -123,14 +123,14 @@ def test_padding_is_black():
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 80), (97, 64)])
-def test_resized_crops_are_the_same_an_image_at_a_time_and_all_at_once(height, width):
+def test_resized_crops_are_the_same_an_image_at_a_time_andresize_all_at_once(height, width):
     images = pictures(4, height, width)
     sides = torch.tensor(height), torch.tensor(width)
     box = crops.boxes_of(crops.draw_chances(12, seeded(1)), *sides, [0.05, 1.0]).view(3, 4, 4)
     flipped = torch.randint(2, (3, 4), generator=seeded(2)).bool()
-    found = crops._one_by_one(images, box, flipped)
-    assert torch.equal(found, crops._all_at_once(images, box, flipped))
-    assert torch.equal(found, crops.resized_crop(images, box, flipped))
+    views = crops.resize_one_by_one(images, box, flipped)
+    assert torch.equal(views, crops.resize_all_at_once(images, box, flipped))
+    assert torch.equal(views, crops.resized_crop(images, box, flipped))
 
 
 def test_a_view_is_a_crop_then_a_flip_then_a_hole():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.duplicates import group_near_duplicates, looks_of, near_pairs
+from pipeline.data.duplicates import group_near_duplicates, near_pairs, perceptual_hash
 from tests.support.data_commands import scene
 from tests.support.making import encode
 
@@ -42,7 +42,9 @@ def jpeg(image, quality):
 )
 def test_a_copy_that_was_changed_a_little_is_found_and_no_other_picture(copy):
     pictures = [scene(seed) for seed in range(40)]
-    looks = [looks_of(picture) for picture in pictures] + [looks_of(copy(picture)) for picture in pictures[:5]]
+    looks = [perceptual_hash(picture) for picture in pictures] + [
+        perceptual_hash(copy(picture)) for picture in pictures[:5]
+    ]
     assert sorted(map(sorted, group_near_duplicates(looks, 4))) == [[i, 40 + i] for i in range(5)]
 
 

@@ -16,7 +16,7 @@ from pipeline.augment import apply_views, draw_views
 from pipeline.augment.crops import CHANCES, boxes_of
 from pipeline.data.dataset import Images, training_images
 from pipeline.data.stream import ImageStream
-from pipeline.data.stream_decoding import enough_pixels, original
+from pipeline.data.stream_decoding import decode_original, enough_pixels
 from pipeline.params import AugmentParams, ImageParams, StreamParams
 from pipeline.shared.errors import DataError
 from tests.support.making import data_params, encode, write
@@ -127,7 +127,7 @@ def test_a_larger_photograph_is_reduced_to_what_the_smallest_box_needs_and_keeps
     colours = {"subsampling": 0} if form == "JPEG" else {}
     data = encode(photograph(width, height), form, **colours)
     picture, most = Image.open(io.BytesIO(data)), enough_pixels(IMAGE, CROPS.crop_scale)
-    small = original(data, most)
+    small = decode_original(data, most)
     assert 0.99 * most < small.shape[1] * small.shape[2] <= most
     boxes = boxes_of(drawn(60).tables[0][0][:, :CHANCES], torch.tensor(height), torch.tensor(width), [0.08, 1.0])
     scale, views, expected = small.shape[1] / height, [], []
@@ -144,7 +144,7 @@ def test_a_photograph_that_was_turned_is_upright_however_large_it_is():
     for size in ((300, 200), (1600, 1200)):
         picture, exif = photograph(*size), Image.Exif()
         exif[0x0112] = 6  # a quarter turn clockwise
-        found = original(encode(picture, "JPEG", exif=exif), enough_pixels(IMAGE, CROPS.crop_scale))
+        found = decode_original(encode(picture, "JPEG", exif=exif), enough_pixels(IMAGE, CROPS.crop_scale))
         assert found.shape[1] > found.shape[2]
         # The ramp from left to right now runs from top to bottom.
         assert found[0, -1].float().mean() - found[0, 0].float().mean() > 200

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.profiles import choose_images, class_sizes
 
 CIFAR10 = {
     10: [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500],
@@ -50,14 +50,14 @@ def test_the_six_cifar_splits_by_total_groups_and_hash_of_every_index(classes, f
     assert (many, classes - many - few, few) == groups
     # Class-contiguous labels in file order, so that a rank within the class is the index less the class's start.
     per_class = 50_000 // classes
-    kept = choose(np.repeat(np.arange(classes), per_class), sizes, seed=0)
+    kept = choose_images(np.repeat(np.arange(classes), per_class), sizes, seed=0)
     ranks = np.concatenate([indexes - c * per_class for c, indexes in enumerate(kept)]).astype("<i8")
     assert hashlib.sha256(ranks.tobytes()).hexdigest()[:16] == digest
 
 
 def test_the_choice_does_not_depend_on_how_the_classes_are_interleaved():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(100), 500))
-    kept = choose(labels, sizes_of(100, 100), seed=0)
+    kept = choose_images(labels, sizes_of(100, 100), seed=0)
     ranks = [np.searchsorted(np.flatnonzero(labels == c), indexes) for c, indexes in enumerate(kept)]
     assert ranks[0][:5].tolist() == [90, 254, 283, 445, 461]
     assert ranks[1][:3].tolist() == [277, 307, 436]
@@ -71,7 +71,9 @@ def test_a_larger_imbalance_keeps_a_subset_of_a_smaller_one(available, seed, fac
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(available)), available))
     large = [max(1, int(size / factor)) for size in available]
     small = [max(1, int(size / more)) for size in large]
-    for kept, fewer, members in zip(choose(labels, large, seed), choose(labels, small, seed), available, strict=True):
+    for kept, fewer, members in zip(
+        choose_images(labels, large, seed), choose_images(labels, small, seed), available, strict=True
+    ):
         assert fewer.tolist() == kept[: len(fewer)].tolist()
         assert len(set(kept.tolist())) == len(kept) <= members
 

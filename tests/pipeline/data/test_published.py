@@ -38,7 +38,9 @@ def test_the_split_of_each_published_factor_passes_and_has_its_size(source):
 
 def test_another_choice_than_the_published_one_stops_the_split(monkeypatch):
     rows, _ = cifar_rows("cifar10")
-    monkeypatch.setattr(assignment, "choose", lambda labels, sizes, seed: profiles.choose(labels, sizes, seed + 1))
+    monkeypatch.setattr(
+        assignment, "choose_images", lambda labels, sizes, seed: profiles.choose_images(labels, sizes, seed + 1)
+    )
     with pytest.raises(DataError) as caught:
         assignment.assign(rows, list("0123456789"), asked("cifar10", 100), "cifar10")
     assert "cifar10: the images kept at imbalance factor 100 hash to " in str(caught.value)

@@ -17,11 +17,11 @@ from pipeline import split
 from pipeline.data import dataset
 from pipeline.data.dataset import Images, evaluation_images, load_images, training_images
 from pipeline.data.stream import ImageStream
-from pipeline.data.stream_decoding import fast
+from pipeline.data.stream_decoding import decode_fast
 from pipeline.params import Params, StreamParams
 from pipeline.preparation.pack import pack
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.sources.shards import RowGroups, Shard
+from pipeline.sources.shards import RowGroupCache, Shard
 from tests.support.making import data_params, encode, folder, picture, write
 from tests.support.small_training import CPU
 
@@ -95,16 +95,16 @@ def test_batches_come_in_order_however_many_threads_read_them(made, workers):
     assert stream_threads() == []
 
 
-def test_no_more_batches_are_read_ahead_than_prefetch_says_and_leaving_early_ends_the_threads(made, monkeypatch):
+def test_at_most_prefetch_batches_are_read_ahead_and_leaving_early_ends_the_threads(made):
     params, where, _ = made
     stream = stream_of(streaming(params, prefetch=2), "train", CPU, where)
-    rooms = []
-    empty = stream.empty
-    monkeypatch.setattr(stream, "empty", lambda count: rooms.append(count) or empty(count))
+    allocated = []
+    allocate = stream.allocate_batch
+    stream.allocate_batch = lambda count: allocated.append(count) or allocate(count)
     with stream.feed(torch.zeros(50, 4, dtype=torch.int64)) as feed:
         for taken in range(1, 6):
             next(feed)
-            assert len(rooms) == taken + 3, "the batches taken, two ahead, and the one that comes next"
+            assert len(allocated) == taken + 3, "the batches taken, two ahead, and the one that comes next"
     assert stream_threads() == []
 
 
@@ -139,12 +139,14 @@ def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, 
     params, where, _ = packed
     # One thread: several read some groups a second time where the cache is as small as the one set below.
     stream = stream_of(streaming(params, workers=1, prefetch=1), "train", CPU, where)
-    stream._window = 9_000
+    stream.window = 9_000
     reads = []
     original = Shard.read_group
     monkeypatch.setattr(Shard, "read_group", lambda self, *a: reads.append((self.name, a[0])) or original(self, *a))
-    make_room = RowGroups._make_room
-    monkeypatch.setattr(RowGroups, "_make_room", lambda self, *a: setattr(self, "_room", 18_000) or make_room(self, *a))
+    make_room = RowGroupCache._make_room
+    monkeypatch.setattr(
+        RowGroupCache, "_make_room", lambda self, *a: setattr(self, "_room", 18_000) or make_room(self, *a)
+    )
     order = stream.order(torch.Generator().manual_seed(0))
     with stream.feed(order[:36].view(9, 4)) as feed:
         assert len(list(feed)) == 9
@@ -227,9 +229,9 @@ def test_what_nvjpeg_does_not_take_is_decoded_on_the_cpu(made):
     # Without a GPU its decoder fails, as for a damaged file.
     params, where, _ = made
     held, stream = images_of(params, "train", where), stream_of(params, "train", CPU, where)
-    found = stream.decode_on_gpu(stream.empty(3).zero_(), [(0, 7, held.encoded(7)), (2, 9, held.encoded(9))])
-    assert torch.equal(found[0], fast(held.encoded(7), params.image))
-    assert torch.equal(found[2], fast(held.encoded(9), params.image))
+    found = stream.decode_on_gpu(stream.allocate_batch(3).zero_(), [(0, 7, held.encoded(7)), (2, 9, held.encoded(9))])
+    assert torch.equal(found[0], decode_fast(held.encoded(7), params.image))
+    assert torch.equal(found[2], decode_fast(held.encoded(9), params.image))
     assert not found[1].any()
 
 
@@ -237,12 +239,12 @@ def test_an_image_that_only_nvjpeg_finds_bad_is_named_or_replaced_as_any_other(m
     params, where, source = made
     held = images_of(params, "train", where)
     (name,) = spoilt(source, where, params, 3)
-    left = [(0, 3, b"spoilt"), (1, 9, held.encoded(9))]
+    nvjpeg = [(0, 3, b"spoilt"), (1, 9, held.encoded(9))]
     stream = stream_of(params, "train", CPU, where)
     with pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")):
-        stream.decode_on_gpu(stream.empty(2), left)
+        stream.decode_on_gpu(stream.allocate_batch(2), nvjpeg)
     stream = stream_of(params, "train", CPU, where, replace_bad=True)
-    found = stream.decode_on_gpu(stream.empty(2), left)
+    found = stream.decode_on_gpu(stream.allocate_batch(2), nvjpeg)
     assert torch.equal(found, held.pixels(torch.tensor([4, 9])))
     assert name in stream.replaced()
 
@@ -280,9 +282,9 @@ def test_a_table_sorted_by_class_is_told_with_what_to_do(packed):
     params, where, _ = packed
     stream = stream_of(params, "train", CPU, where)
     assert stream.warning() is None
-    stream._window, stream.labels = 3_000, torch.arange(len(stream)) % 3
+    stream.window, stream.labels = 3_000, torch.arange(len(stream)) % 3
     assert stream.warning() is None
-    stream.labels = torch.from_numpy(stream._groups.number)
+    stream.labels = torch.from_numpy(stream.groups.number)
     assert "lies sorted by class" in stream.warning() and "stream.shuffle_mib" in stream.warning()
 
 

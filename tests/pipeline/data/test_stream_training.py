@@ -55,8 +55,8 @@ def in_windows(data) -> tuple[AnyImages, AnyImages]:
     train, validation = streams(data)
     from pipeline.sources import Groups
 
-    train._groups = Groups(torch.arange(len(train)).numpy() // 4, torch.full((8,), 10).numpy())
-    train._window = 20
+    train.groups = Groups(torch.arange(len(train)).numpy() // 4, torch.full((8,), 10).numpy())
+    train.window = 20
     return train, validation
 
 

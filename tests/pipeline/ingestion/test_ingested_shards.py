@@ -36,7 +36,7 @@ def test_a_shard_that_was_changed_is_refused_by_split_and_ingest(tmp_path):
     pyarrow.parquet.write_table(content.set_column(1, "label", pa.array(["dog", "dog"])), shard)
     for run in (split.run, ingest):
         drop_images("cat", range(3, 4))
-        with pytest.raises(DataError, match="its content is not what its name says"):
+        with pytest.raises(DataError, match="its sha256 differs from its name"):
             run(params)
 
 

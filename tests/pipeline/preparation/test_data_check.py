@@ -147,7 +147,7 @@ def test_a_second_check_reads_only_what_changed(tmp_path, monkeypatch):
     made, journal, reads = data_params(root), tmp_path / "journal", []
     original = inspection.inspect_image
     monkeypatch.setattr(
-        inspection, "inspect_image", lambda s, row, looks: (reads.append(row.sample_id), original(s, row, looks))[1]
+        inspection, "inspect_image", lambda s, row, hash_fn: (reads.append(row.sample_id), original(s, row, hash_fn))[1]
     )
     first = check(made, journal)
     assert len(reads) == 11

@@ -128,7 +128,7 @@ class Hostile:
 def test_a_pickle_that_would_run_code_is_refused_before_it_does(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     for data in (pickle.dumps(content), pickle.dumps(content, protocol=2)):
-        with pytest.raises(DataError, match=r"batch: not unpickled: it asks for .*, which is no array"):
+        with pytest.raises(DataError, match=r"batch: not unpickled: it contains .*, which is not an array"):
             unpickle_arrays(data, "batch")
     assert list(tmp_path.iterdir()) == []
 

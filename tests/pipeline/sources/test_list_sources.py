@@ -44,7 +44,7 @@ def test_lists_elsewhere_are_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert {row.split for row in opened(root, lists=given).rows} == {"train", "test"}
     message = refusal(ParamsError, root, lists={"train": "lists/none.txt"})
-    assert message == f"data.lists.train is 'lists/none.txt', which is no file here nor under {root}"
+    assert message == f"data.lists.train is 'lists/none.txt', which is not a file in the working folder or in {root}"
     assert "does not hold ImageNet_LT_train.txt; put the official lists there" in refusal(ParamsError, root)
 
 
@@ -140,7 +140,7 @@ def test_a_list_that_is_an_image_is_named(tmp_path):
     path = write(tmp_path / "ImageNet_LT_train.txt", png(0))
     with pytest.raises(DataError) as caught:
         opened(tmp_path)
-    assert str(caught.value) == f"{path}: is no text; expected lines of `relative/path label`"
+    assert str(caught.value) == f"{path}: is not text; expected lines of `relative/path label`"
 
 
 def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
@@ -202,7 +202,7 @@ def test_the_images_of_another_imagenet_year(tmp_path):
     (other / "train/n01484850").rename(other / "train/n99999999")
     message = refusal(DataError, other)
     assert (
-        "1 whole folder is missing, train/n01484850 for one (another year's ImageNet? the lists are of ILSVRC 2012)"
+        "1 whole folder is missing, for example train/n01484850 (another year's ImageNet? the lists are of ILSVRC 2012)"
         in message
     )
 

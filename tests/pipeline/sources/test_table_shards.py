@@ -11,8 +11,8 @@ import pytest
 from pipeline import split
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import open_source, reading_order
-from pipeline.sources.shards import CLASSES_KEY, RowGroups, Shard
-from pipeline.sources.storage import Storage, shown
+from pipeline.sources.shards import CLASSES_KEY, RowGroupCache, Shard
+from pipeline.sources.storage import Storage, redact_url
 from tests.support.making import data_params, png, write
 
 IMAGES = [png(seed) for seed in range(24)]
@@ -80,12 +80,12 @@ def test_row_groups_are_read_once_and_kept_only_while_memory_allows(tmp_path, mo
     monkeypatch.setattr(
         Shard, "read_group", lambda self, group, column: (reads.append(group), original(self, group, column))[1]
     )
-    plenty = RowGroups("image")
+    plenty = RowGroupCache("image")
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda row: plenty.value(shard, row), range(24))) == IMAGES
     assert sorted(reads) == list(range(8))
     reads.clear()
-    scarce = RowGroups("image", cache_bytes=1)
+    scarce = RowGroupCache("image", cache_bytes=1)
     assert [scarce.value(shard, row) for row in range(24)] == IMAGES and reads == list(range(8))
     assert scarce.value(shard, 0) == IMAGES[0] and reads[-1] == 0 and len(reads) == 9
 
@@ -103,7 +103,7 @@ def test_class_names_that_a_shard_carries_are_taken_unless_others_are_given(tmp_
     assert opened(tmp_path, class_names=["a", "b", "c"]).classes == ["a", "b", "c"]
     wrong = table.replace_schema_metadata({CLASSES_KEY: json.dumps(["ant"])})
     pyarrow.parquet.write_table(wrong, tmp_path / "train.parquet")
-    with pytest.raises(ParamsError, match=r"train.parquet carries 1 name for 3 classes"):
+    with pytest.raises(ParamsError, match=r"train.parquet has 1 name for 3 classes"):
         opened(tmp_path)
 
 
@@ -180,11 +180,11 @@ def test_a_bucket_without_credentials_says_what_to_give(monkeypatch, tmp_path):
     assert "give this machine credentials that may read it" in message
 
 
-def test_no_secret_of_an_address_is_shown():
-    assert shown("sftp://me:hunter2@host/x.parquet") == "sftp://…@host/x.parquet"
-    assert shown("https://host/x.parquet?X-Amz-Signature=abc&b=c") == "https://host/x.parquet?…"
-    assert shown("s3://bucket/shard-?.parquet") == "s3://bucket/shard-?.parquet"
-    assert shown("/local/odd@name?a=b") == "/local/odd@name?a=b"
+def test_redact_url_removes_user_password_and_signature():
+    assert redact_url("sftp://me:hunter2@host/x.parquet") == "sftp://…@host/x.parquet"
+    assert redact_url("https://host/x.parquet?X-Amz-Signature=abc&b=c") == "https://host/x.parquet?…"
+    assert redact_url("s3://bucket/shard-?.parquet") == "s3://bucket/shard-?.parquet"
+    assert redact_url("/local/odd@name?a=b") == "/local/odd@name?a=b"
 
 
 def test_image_columns_that_are_structs_of_bytes_and_path_are_read_as_plain_ones(tmp_path):
