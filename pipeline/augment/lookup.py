@@ -16,7 +16,7 @@ from pipeline.augment.pixels import blend, in_bytes, luminance
 SOLARIZE_ADD_BELOW = 128  # only values below it are increased (timm's solarize_add, AutoAugment's SolarizeAdd)
 
 
-def look_up(images: Tensor, tables: Tensor) -> Tensor:
+def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
     """Replace every value of uint8 [N,3,H,W] by its entry in tables uint8 [N,3,256]."""
     return tables.gather(2, images.flatten(2).long()).view_as(images)
 

@@ -51,22 +51,9 @@ AUTOAUGMENT = (
 )
 
 RANDAUGMENT = (
-    "autocontrast",
-    "equalize",
-    "invert",
-    "rotate",
-    "posterize",
-    "solarize",
-    "solarize_add",
-    "color",
-    "contrast",
-    "brightness",
-    "sharpness",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-)
+    "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast",
+    "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
 RANDAUGMENT_STEPS = 2
 RANDAUGMENT_SHARE = 0.5
 RANDAUGMENT_MAGNITUDE = (10.0, 0.5)  # mean and standard deviation; 10 is the maximum
@@ -180,10 +167,7 @@ def draw_randaugment_step(count: int, height: int, width: int, generator: torch.
         "posterize": torch.floor(4 * level),
         "solarize": torch.floor(256 * level),
         "solarize_add": torch.floor(110 * level),
-        "color": factor,
-        "contrast": factor,
-        "brightness": factor,
-        "sharpness": factor,
+        **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), factor),
         "shear_x": 0.3 * level * sign,
         "shear_y": 0.3 * level * sign,
         "translate_x": 0.45 * width * level * sign,

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.augment.affine import AFFINE, fixed_matrix
 from pipeline.augment.crops import CHANCES, boxes_of, cutout, draw_chances, padded_crop, resized_crop
 from pipeline.augment.operations import CODE, apply_slot
+from pipeline.augment.pixels import copy_to_device
 from pipeline.augment.policies import Plan, draw_bicubic, draw_slots, plan_of
 from pipeline.params import AugmentParams
 
@@ -42,10 +43,8 @@ class Draws:
         return Draws(tuple(table[:, rows] for table in self.tables))
 
     def to(self, device: torch.device | str) -> Draws:
-        """Copy to a device; asynchronous, through pinned memory, for a GPU."""
-        device = torch.device(device)
-        pinned = (table.pin_memory() if device.type == "cuda" and not table.is_cuda else table for table in self.tables)
-        return Draws(tuple(table.to(device, non_blocking=True) for table in pinned))
+        """The draws on a device, by `copy_to_device`."""
+        return Draws(tuple(copy_to_device(table, device) for table in self.tables))
 
 
 def draw_views(
@@ -88,14 +87,14 @@ def cut_boxes(draws: Draws, height: Tensor, width: Tensor, params: AugmentParams
 
     None for a view with a padded crop, which `apply_views` cuts.
     """
-    found: list[list[list[int] | None]] = []
+    boxes_of_views: list[list[list[int] | None]] = []
     for (policy, members), table in zip(_runs(draws.views, params), draws.tables, strict=True):
         if plan_of(policy, params).resized:
             boxes = boxes_of(table[..., :CHANCES], height, width, params.crop_scale)
-            found += torch.cat([boxes, table[..., CHANCES, None].long()], -1).tolist()
+            boxes_of_views += torch.cat([boxes, table[..., CHANCES, None].long()], -1).tolist()
         else:
-            found += [[None] * len(height)] * members
-    return list(zip(*found, strict=True))
+            boxes_of_views += [[None] * len(height)] * members
+    return list(zip(*boxes_of_views, strict=True))
 
 
 def random_views(images: Tensor, views: int, params: AugmentParams, generator: torch.Generator) -> Tensor:

@@ -16,15 +16,15 @@ SPLITS = ("train", "validation", "test")
 
 def without(source: Source, skipped: list[Row]) -> list[Row]:
     """The source's rows without the skipped ones. Raises DataError when a class has no training image left."""
-    out = {row.reference for row in skipped}
-    rows = [row for row in source.rows if row.reference not in out]
-    left = {row.label for row in rows if row.split == "train"}
-    empty = [name for label, name in enumerate(source.classes) if label not in left]
+    skipped_references = {row.reference for row in skipped}
+    rows = [row for row in source.rows if row.reference not in skipped_references]
+    train_labels = {row.label for row in rows if row.split == "train"}
+    empty = [name for label, name in enumerate(source.classes) if label not in train_labels]
     if empty:
         raise DataError(
             f"class {empty[0]!r} has no usable training image (such classes: {len(empty)}; "
-            f"{counted(len(skipped), 'image')} left "
-            "out by data.on_bad_image: skip); `tailor data check` lists the images"
+            f"{counted(len(skipped), 'image')} left out by "
+            "data.on_bad_image: skip); `tailor data check` lists the images"
         )
     return rows
 
@@ -58,7 +58,7 @@ def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str 
     validation = hinted["validation"]
     if not validation:
         members = class_members(labels, len(classes))
-        dropped = [np.setdiff1d(found, chosen) for found, chosen in zip(members, kept, strict=True)]
+        dropped = [np.setdiff1d(own, chosen) for own, chosen in zip(members, kept, strict=True)]
         kept, held = _hold_out_validation(kept, dropped, params, generator)
         validation = [pool[i] for i in held]
     train = [pool[i] for chosen in kept for i in chosen]
@@ -74,13 +74,12 @@ def _hold_out_test(
         size = test_size(len(members), params.test_per_class, params.test_share)
         if not size or len(members) <= size:
             raise DataError(
-                f"class {name!r} has {counted(len(members), 'image')}, too few to hold out data.test_per_class "
-                f"= {size or 1} and train; "
-                f"{'lower it, ' if size > 1 else ''}add images, or give the source a test split"
+                f"class {name!r} has {counted(len(members), 'image')}, too few to hold out data.test_per_class = "
+                f"{size or 1} and train; {'lower it, ' if size > 1 else ''}add images, or give the source a test split"
             )
         held.extend(sorted(generator.permutation(members)[:size].tolist()))
-    out = set(held)
-    return [row for i, row in enumerate(pool) if i not in out], [pool[i] for i in held]
+    held_set = set(held)
+    return [row for i, row in enumerate(pool) if i not in held_set], [pool[i] for i in held]
 
 
 def _hold_out_validation(
@@ -89,8 +88,8 @@ def _hold_out_validation(
     remaining, held = [], []
     for chosen, spare in zip(kept, dropped, strict=True):
         free = generator.permutation(spare)[: params.validation_per_class]
-        wanted = validation_size(len(chosen), len(spare), params.validation_per_class, params.validation_share)
-        taken = generator.permutation(chosen)[:wanted] if wanted > 0 else chosen[:0]
+        size = validation_size(len(chosen), len(spare), params.validation_per_class, params.validation_share)
+        taken = generator.permutation(chosen)[:size] if size > 0 else chosen[:0]
         remaining.append(chosen[~np.isin(chosen, taken)])
         held.extend(sorted([*free.tolist(), *taken.tolist()]))
     return remaining, held

@@ -63,12 +63,12 @@ def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
             raise DataError(f"{path}: column {column!r} has {counted(labels.null_count, 'row')} without a label")
         values = labels.to_numpy()
         try:
-            found = np.bincount(values, minlength=classes)
+            batch_counts = np.bincount(values, minlength=classes)
         except ValueError:  # numpy raises it for negative numbers
             raise DataError(f"{path}: has label {values.min()}; expected 0 to {classes - 1}") from None
-        if len(found) > classes:
-            raise DataError(f"{path}: has label {len(found) - 1}; expected 0 to {classes - 1}")
-        counts += found
+        if len(batch_counts) > classes:
+            raise DataError(f"{path}: has label {len(batch_counts) - 1}; expected 0 to {classes - 1}")
+        counts += batch_counts
     return counts
 
 

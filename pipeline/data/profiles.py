@@ -20,16 +20,16 @@ def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> 
     if profile == "natural":
         return list(available)
     if profile == "exponential":
-        wanted = [int(head * tail ** (c / (classes - 1.0))) for c in range(classes)]
+        sizes = [int(head * tail ** (c / (classes - 1.0))) for c in range(classes)]
     elif profile == "step":
-        wanted = [int(head) if c < classes // 2 else int(head * tail) for c in range(classes)]
+        sizes = [int(head) if c < classes // 2 else int(head * tail) for c in range(classes)]
     elif profile == "pareto":
         exponent = np.log(imbalance_factor) / np.log(classes)
         # Rounding to 1e-9 keeps the last class at n*f if the power is slightly below the integer.
-        wanted = [int(round(head * (c + 1) ** -exponent, 9)) for c in range(classes)]
+        sizes = [int(round(head * (c + 1) ** -exponent, 9)) for c in range(classes)]
     else:
         raise ValueError(f"profile is {profile!r}; expected natural, exponential, pareto or step")
-    sizes = [min(size, there) for size, there in zip(wanted, available, strict=True)]
+    sizes = [min(size, count) for size, count in zip(sizes, available, strict=True)]
     if min(sizes) < 1:
         raise ValueError(
             f"profile {profile} with imbalance factor {imbalance_factor:g} leaves class {sizes.index(min(sizes))} without "

@@ -71,12 +71,12 @@ class ImageStream:
         self.sample_ids = ArrowStrings(table.column("sample_id"))
         self.references = ArrowStrings(table.column("reference"))
         self._image, self._device, self._replace_bad, self._augment = image, device, replace_bad, augment
-        self._originals: dict[int, Tensor] = {}  # decoded, by index
+        self.originals: dict[int, Tensor] = {}  # decoded, by index
         self._free_bytes = hold
         self._max_pixels = enough_pixels(image, augment.crop_scale) if augment else 0.0
         self.window = settings.shuffle_mib * 2**20
-        self._reader = open_reader(data, 2 * self.window)  # caches the current window and the next
-        self.groups = self._reader.groups(table.column("reference"))
+        self.reader = open_reader(data, 2 * self.window)  # caches the current window and the next
+        self.groups = self.reader.groups(table.column("reference"))
         self._decode = "exact" if exactly else settings.decode
         if self._decode == "gpu" and device.type != "cuda":
             raise ParamsError(f"stream.decode is 'gpu', but the device is {device}; expected fast or exact")
@@ -91,7 +91,7 @@ class ImageStream:
 
     def encoded(self, index: int) -> bytes:
         """The original bytes of one image."""
-        return self._reader.read(self.references[index])
+        return self.reader.read(self.references[index])
 
     def order(self, generator: torch.Generator) -> Tensor:
         """The indices of an epoch, int64 [N], from a CPU generator; see `stream_order.shuffled_order`."""
@@ -225,10 +225,10 @@ class ImageStream:
         raise DataError(f"{problem}; and no other image of its class can be read instead")
 
     def _read_and_decode(self, index: int, decode: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
-        if whole and index in self._originals:
-            return index, b"", self._originals[index]
+        if whole and index in self.originals:
+            return index, b"", self.originals[index]
         reference = self.references[index]
-        data = self._reader.read(reference)
+        data = self.reader.read(reference)
         try:
             if not whole:
                 return index, data, DECODERS[decode](data, self._image)
@@ -237,7 +237,7 @@ class ImageStream:
         except ImageError as error:
             raise BadImageError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
         with self._lock:
-            if pixels is not None and pixels.nbytes <= self._free_bytes and index not in self._originals:
-                self._originals[index] = pixels
+            if pixels is not None and pixels.nbytes <= self._free_bytes and index not in self.originals:
+                self.originals[index] = pixels
                 self._free_bytes -= pixels.nbytes
         return index, data, pixels

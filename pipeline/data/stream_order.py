@@ -55,8 +55,8 @@ def order_warning(labels: np.ndarray, groups: Groups, window: int) -> str | None
     if share >= WELL_MIXED:
         return None
     return (
-        f"the table lies sorted by class: the {window >> 20} MiB that are shuffled at a time hold {share:.0%} of the "
-        "classes that they should; raise stream.shuffle_mib, or write the shards in random order (data pack --shuffle)"
+        f"the table is sorted by class: the {window >> 20} MiB that are shuffled at a time hold {share:.0%} of the "
+        "expected classes; raise stream.shuffle_mib, or write the shards in random order (data pack --shuffle)"
     )
 
 

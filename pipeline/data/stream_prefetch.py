@@ -62,15 +62,11 @@ class PrefetchIterator(Iterator[Tensor]):
             start = stop
         self._ahead.append((pixels, parts, draws))
 
-    def close(self) -> None:
-        """Stop the threads; tasks that have not started are dropped."""
-        self._pool.shutdown(cancel_futures=True)
-
     def __enter__(self) -> PrefetchIterator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._pool.shutdown(cancel_futures=True)
 
 
 def default_workers() -> int:

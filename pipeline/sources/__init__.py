@@ -9,21 +9,18 @@ from pipeline.shared.artifacts import INGESTED
 from pipeline.shared.errors import ParamsError
 from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
-from pipeline.sources.folder import FolderSource as FolderSource
-from pipeline.sources.ingested import Ingested as Ingested
-from pipeline.sources.ingested import ReaderWithIngested as ReaderWithIngested
-from pipeline.sources.ingested import SourceWithIngested as SourceWithIngested
+from pipeline.sources.folder import FolderSource
+from pipeline.sources.ingested import Ingested, ReaderWithIngested, SourceWithIngested
 from pipeline.sources.lists import ListSource
-from pipeline.sources.shards import CACHE_BYTES as CACHE_BYTES
-from pipeline.sources.source import BadImageError as BadImageError
-from pipeline.sources.source import FileSource as FileSource
-from pipeline.sources.source import Groups as Groups
-from pipeline.sources.source import ImageReader as ImageReader
-from pipeline.sources.source import Row as Row
-from pipeline.sources.source import Source as Source
-from pipeline.sources.source import in_parts as in_parts
-from pipeline.sources.source import reading_order as reading_order
+from pipeline.sources.shards import CACHE_BYTES
+from pipeline.sources.source import BadImageError, FileSource, Groups, ImageReader, Row, Source, in_parts, reading_order
 from pipeline.sources.table import TableReader, TableSource
+
+__all__ = [
+    "CACHE_BYTES", "BadImageError", "FileSource", "FolderSource", "Groups", "ImageReader", "Ingested",
+    "ReaderWithIngested", "Row", "Source", "SourceWithIngested", "in_parts", "open_base_source", "open_reader",
+    "open_source", "reading_order",
+]  # fmt: skip
 
 
 def open_source(params: DataParams, ingested: Path = INGESTED) -> SourceWithIngested:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -46,34 +47,31 @@ class Ingested:
 
     def content(self) -> list[tuple[str, str]]:
         """(sha256, class name) of each image."""
-        return [
-            (digest, class_key(label))
-            for shard in self._shards.values()
-            for digest, label in zip(*_columns(shard, "sha256", "label"), strict=True)
-        ]
+        return [(digest, class_key(label)) for _, _, (digest, label) in self._values("sha256", "label")]
 
     def rows(self, classes: list[str]) -> list[Row]:
         """All images as training rows, in the order of the shard names. Raises DataError for an unknown class."""
         number = {name: index for index, name in enumerate(classes)}
         rows = []
-        for shard in self._shards.values():
-            for index, (label, digest) in enumerate(zip(*_columns(shard, "label", "sha256"), strict=True)):
-                label = class_key(label)
-                if label not in number:
-                    raise DataError(
-                        f"{shard.location}: holds the class {label!r}, which the source does not have; it was ingested for "
-                        "another data set: move the file out of the folder, or restore the source"
-                    )
-                rows.append(Row(f"{PREFIX}{shard.name}#{index}", number[label], f"ingested/{digest}", "train"))
+        for shard, index, (label, digest) in self._values("label", "sha256"):
+            name = class_key(label)
+            if name not in number:
+                raise DataError(
+                    f"{shard.location}: holds the class {name!r}, which the source does not have; it was ingested for "
+                    "another data set: move the file out of the folder, or restore the source"
+                )
+            rows.append(Row(f"{PREFIX}{shard.name}#{index}", number[name], f"ingested/{digest}", "train"))
         return rows
 
     def hashes(self) -> dict[str, str]:
         """sha256 of each image by reference."""
-        return {
-            f"{PREFIX}{shard.name}#{index}": digest
-            for shard in self._shards.values()
-            for index, digest in enumerate(_columns(shard, "sha256")[0])
-        }
+        return {f"{PREFIX}{shard.name}#{index}": digest for shard, index, (digest,) in self._values("sha256")}
+
+    def _values(self, *columns: str) -> Iterator[tuple[Shard, int, tuple[str, ...]]]:
+        for shard in self._shards.values():
+            values = (shard.column(column).to_pylist() for column in columns)
+            for index, row in enumerate(zip(*values, strict=True)):
+                yield shard, index, row
 
     def read(self, reference: str) -> bytes:
         """Encoded bytes of one image. Raises DataError if its shard does not exist."""
@@ -165,10 +163,6 @@ class ReaderWithIngested:
 def new_classes_metadata(names: list[str]) -> dict[bytes, bytes]:
     """Parquet metadata of a shard that adds these classes."""
     return {NEW_CLASSES_KEY: json.dumps(names, ensure_ascii=False).encode()}
-
-
-def _columns(shard: Shard, *names: str) -> list[list[str]]:
-    return [shard.column(name).to_pylist() for name in names]
 
 
 def _split_reference(reference: str) -> tuple[str, int]:

@@ -169,7 +169,7 @@ class RowGroupCache:
     """Cache of a column's row groups: each is read once and evicted when the cache is full. Thread-safe."""
 
     def __init__(self, column: str, cache_bytes: int = CACHE_BYTES) -> None:
-        self._column, self.cache_bytes = column, cache_bytes
+        self._column, self._cache_bytes = column, cache_bytes
         self._groups: OrderedDict[tuple[str, int], Future[pa.ChunkedArray]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -203,7 +203,7 @@ class RowGroupCache:
             ]
             total = sum(size for _, size in done)
             for key, size in done:
-                if total <= self.cache_bytes:
+                if total <= self._cache_bytes:
                     break
                 if key != newest:
                     del self._groups[key]

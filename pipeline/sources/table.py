@@ -158,7 +158,9 @@ class TableSource(TableReader, Source):
     def _split_location(self, split: str) -> str:
         shards = self._splits[split]
         return (
-            shards[0].place if len(shards) == 1 else f"{shards[0].place} and {counted(len(shards) - 1, 'more shard')}"
+            shards[0].location
+            if len(shards) == 1
+            else f"{shards[0].location} and {counted(len(shards) - 1, 'more shard')}"
         )
 
     def location(self, row: Row) -> str:

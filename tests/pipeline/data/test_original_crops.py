@@ -19,6 +19,7 @@ from pipeline.data.stream import ImageStream
 from pipeline.data.stream_decoding import decode_original, enough_pixels
 from pipeline.params import AugmentParams, ImageParams, StreamParams
 from pipeline.shared.errors import DataError
+from pipeline.shared.host_memory import free_bytes
 from tests.support.making import data_params, encode, write
 from tests.support.small_training import CPU
 
@@ -71,8 +72,9 @@ def streaming(root, image=IMAGE, **stream):
     return made
 
 
-def images_of(root, augment=CROPS, views=1, **keys):
-    return training_images(streaming(root, **keys), CPU, root / "split", augment=augment, views=views)[0]
+def images_of(root, augment=CROPS, views=1, free_memory=free_bytes, **keys):
+    params = streaming(root, **keys)
+    return training_images(params, CPU, root / "split", augment=augment, views=views, free_memory=free_memory)[0]
 
 
 def folder_of(root, *pictures: bytes) -> None:
@@ -150,13 +152,13 @@ def test_a_photograph_that_was_turned_is_upright_however_large_it_is():
         assert found[0, -1].float().mean() - found[0, 0].float().mean() > 200
 
 
-def test_the_mode_says_how_many_originals_stay_in_memory_and_not_what_views_show(tmp_path, monkeypatch):
+def test_the_mode_says_how_many_originals_stay_in_memory_and_not_what_views_show(tmp_path):
     pictures = [encode(photograph(120, 90, seed)) for seed in range(3)]
     folder_of(tmp_path, *pictures)
     one = 120 * 90 * 3
     places, draws = torch.arange(6), drawn(6)
-    monkeypatch.setattr("pipeline.data.dataset.free_bytes", lambda: 5 * one)  # half of it holds two images
-    found = {mode: images_of(tmp_path, mode=mode) for mode in ("on", "off", "auto")}
+    # Half of the free memory holds two images.
+    found = {mode: images_of(tmp_path, free_memory=lambda: 5 * one, mode=mode) for mode in ("on", "off", "auto")}
     expected = found["on"].pixels(places, draws)
     assert all(torch.equal(images.pixels(places, draws), expected) for images in found.values())
     for path in (tmp_path / "source").glob("*/*"):
@@ -164,7 +166,7 @@ def test_the_mode_says_how_many_originals_stay_in_memory_and_not_what_views_show
     with pytest.raises(DataError):
         found["on"].pixels(places[:1], draws.rows(0, 1))
     assert torch.equal(found["off"].pixels(places, draws), expected)
-    assert len(found["auto"]._held) == 2
+    assert len(found["auto"].originals) == 2
 
 
 def test_squares_of_the_networks_size_are_cut_on_the_device_to_the_bits_of_a_stream(tmp_path):

@@ -21,7 +21,8 @@ from pipeline.data.stream_decoding import decode_fast
 from pipeline.params import Params, StreamParams
 from pipeline.preparation.pack import pack
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.sources.shards import RowGroupCache, Shard
+from pipeline.sources import open_reader
+from pipeline.sources.shards import Shard
 from tests.support.making import data_params, encode, folder, picture, write
 from tests.support.small_training import CPU
 
@@ -143,10 +144,7 @@ def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, 
     reads = []
     original = Shard.read_group
     monkeypatch.setattr(Shard, "read_group", lambda self, *a: reads.append((self.name, a[0])) or original(self, *a))
-    make_room = RowGroupCache._make_room
-    monkeypatch.setattr(
-        RowGroupCache, "_make_room", lambda self, *a: setattr(self, "_room", 18_000) or make_room(self, *a)
-    )
+    stream.reader = open_reader(params.data, cache_bytes=18_000)
     order = stream.order(torch.Generator().manual_seed(0))
     with stream.feed(order[:36].view(9, 4)) as feed:
         assert len(list(feed)) == 9
@@ -249,17 +247,15 @@ def test_an_image_that_only_nvjpeg_finds_bad_is_named_or_replaced_as_any_other(m
     assert name in stream.replaced()
 
 
-def test_auto_streams_what_takes_more_than_half_of_the_free_memory_and_says_so(made, monkeypatch):
+def test_auto_streams_a_split_above_half_of_the_free_memory_and_returns_the_reason(made):
     params, where, _ = made
     auto = streaming(params, mode="auto")
     need = sum(len(images_of(params, name, where)) for name in ("train", "validation")) * 3 * 16 * 16
-    monkeypatch.setattr(dataset, "free_bytes", lambda: 2 * need)
-    train, validation, said = training_images(auto, CPU, where)
-    assert isinstance(train, Images) and isinstance(validation, Images) and said is None
-    monkeypatch.setattr(dataset, "free_bytes", lambda: 2 * need - 1)
-    train, validation, said = training_images(auto, CPU, where)
+    train, validation, reason = training_images(auto, CPU, where, free_memory=lambda: 2 * need)
+    assert isinstance(train, Images) and isinstance(validation, Images) and reason is None
+    train, validation, reason = training_images(auto, CPU, where, free_memory=lambda: 2 * need - 1)
     assert isinstance(train, ImageStream) and isinstance(validation, ImageStream)
-    assert said == (
+    assert reason == (
         f"reads images as it needs them: decoded they take {need / 1e9:.1f} GB, above half of the "
         f"{(2 * need - 1) / 1e9:.1f} GB free in memory (stream.mode: auto)"
     )
@@ -271,9 +267,9 @@ def test_a_process_with_memory_enough_streams_where_another_has_not(made, monkey
     params, where, _ = made
     auto = streaming(params, mode="auto")
     monkeypatch.setattr(dataset, "mean_over_ranks", lambda value: (value + 1) / 2)
-    train, validation, said = training_images(auto, CPU, where)
+    train, validation, reason = training_images(auto, CPU, where)
     assert isinstance(train, ImageStream) and isinstance(validation, ImageStream)
-    assert said == "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
+    assert reason == "reads images as it needs them: another process has too little memory for all (stream.mode: auto)"
     monkeypatch.setattr(dataset, "mean_over_ranks", lambda value: value)
     assert isinstance(training_images(auto, CPU, where)[0], Images)
 
@@ -285,7 +281,7 @@ def test_a_table_sorted_by_class_is_told_with_what_to_do(packed):
     stream.window, stream.labels = 3_000, torch.arange(len(stream)) % 3
     assert stream.warning() is None
     stream.labels = torch.from_numpy(stream.groups.number)
-    assert "lies sorted by class" in stream.warning() and "stream.shuffle_mib" in stream.warning()
+    assert "is sorted by class" in stream.warning() and "stream.shuffle_mib" in stream.warning()
 
 
 PEAK = """

@@ -158,7 +158,7 @@ def test_a_value_of_the_wrong_kind_is_refused_with_what_is_allowed(tmp_path, key
             "teacher.schedule.warmup is not a key; did you mean teacher.schedule.warmup_epochs?",
         ),
         ("data.table.classnames", "data.table.classnames is not a key; did you mean data.table.class_names?"),
-        ("prior.xyz", "prior.xyz is not a key; known here: beta, smoothing, weighting"),
+        ("prior.xyz", "prior.xyz is not a key; allowed: beta, smoothing, weighting"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_one_of_its_section(tmp_path, key, said):
@@ -240,5 +240,5 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
 def test_a_key_that_stands_twice_is_refused_naming_it_and_its_line(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text() + "\nseed: 1\n")
-    with pytest.raises(ParamsError, match=r"key 'seed' stands twice .*line \d+"):
+    with pytest.raises(ParamsError, match=r"duplicate key 'seed' .*line \d+"):
         load_params(path)
