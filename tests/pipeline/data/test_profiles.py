@@ -100,17 +100,17 @@ def test_pareto_follows_a_power_of_the_rank():
 
 @given(st.lists(st.integers(30, 500), min_size=2, max_size=12), st.sampled_from(["exponential", "pareto", "step"]))
 def test_no_class_keeps_more_than_it_has(available, profile):
-    assert all(kept <= there for kept, there in zip(class_sizes(profile, available, 10), available, strict=True))
+    assert all(size <= count for size, count in zip(class_sizes(profile, available, 10), available, strict=True))
 
 
 @pytest.mark.parametrize("profile", ["exponential", "pareto", "step"])
-def test_a_factor_that_leaves_the_tail_empty_is_refused_with_the_largest_that_does_not(profile):
+def test_a_factor_that_empties_the_tail_is_rejected_with_the_largest_allowed_factor(profile):
     with pytest.raises(ValueError, match=r"leaves class [24] without images") as caught:
         class_sizes(profile, [50] * 5, 51)
     assert str(caught.value).endswith("lower the factor to at most 50")
     assert min(class_sizes(profile, [50] * 5, 50)) == 1
 
 
-def test_an_unknown_profile_is_refused_with_the_known_ones():
+def test_an_unknown_profile_is_rejected_with_the_allowed_ones():
     with pytest.raises(ValueError, match="profile is 'linear'; expected natural, exponential, pareto or step"):
         class_sizes("linear", [5, 5], 2)

@@ -74,7 +74,7 @@ def test_paths_of_a_table_in_a_bucket_are_read_from_the_bucket(memory):
         source.read(source.rows[1].reference)
 
 
-def test_row_groups_are_read_once_and_kept_only_while_memory_allows(tmp_path, monkeypatch):
+def test_row_groups_are_read_once_and_evicted_above_the_cache_size(tmp_path, monkeypatch):
     shard = Shard(Storage(str(shards(tmp_path, 1))), "train/00000.parquet")
     reads, original = [], Shard.read_group
     monkeypatch.setattr(
@@ -95,7 +95,7 @@ def test_reading_order_follows_rows_by_number_and_files_by_name():
     assert [references[i] for i in reading_order(references)] == ["a#0", "a/x#1.png", "b#9", "b#10", "b#100"]
 
 
-def test_class_names_that_a_shard_carries_are_taken_unless_others_are_given(tmp_path):
+def test_class_names_in_a_shards_metadata_are_used_unless_params_set_others(tmp_path):
     table = pa.table({"image": IMAGES[:3], "label": [0, 1, 2]})
     carried = table.replace_schema_metadata({CLASSES_KEY: json.dumps(["ant", "bee", "cat"])})
     pyarrow.parquet.write_table(carried, tmp_path / "train.parquet")
@@ -132,7 +132,7 @@ def test_a_shard_damaged_in_the_middle_is_named_when_its_rows_are_read(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "error_text"),
     [
         ({"image": IMAGES[:3], "label": ["a", "b", "c"]}, "column 'label' is string, but int16 in train/00000.parquet"),
         (
@@ -142,12 +142,12 @@ def test_a_shard_damaged_in_the_middle_is_named_when_its_rows_are_read(tmp_path)
         ({"img": IMAGES[:3], "label": pa.array([0, 1, 2], pa.int16())}, "has no column 'image'; it has img, label"),
     ],
 )
-def test_a_shard_whose_schema_changed_is_named_with_the_one_it_differs_from(tmp_path, columns, said):
+def test_a_shard_whose_schema_changed_is_named_with_the_one_it_differs_from(tmp_path, columns, error_text):
     shards(tmp_path)
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "train/00001.parquet")
     with pytest.raises(DataError) as caught:
         opened(tmp_path, train="train")
-    assert str(caught.value).startswith(f"{tmp_path}/train/00001.parquet: {said}")
+    assert str(caught.value).startswith(f"{tmp_path}/train/00001.parquet: {error_text}")
 
 
 def test_a_folder_or_pattern_without_shards_is_named(tmp_path, memory):
@@ -160,12 +160,12 @@ def test_a_folder_or_pattern_without_shards_is_named(tmp_path, memory):
         opened(memory)
 
 
-def test_an_address_of_no_known_kind_is_a_misuse():
+def test_an_address_of_an_unknown_protocol_is_rejected():
     with pytest.raises(ParamsError, match=r"^data.location is 's4://bucket': Protocol not known: s4"):
         opened("s4://bucket")
 
 
-def test_a_bucket_without_credentials_says_what_to_give(monkeypatch, tmp_path):
+def test_missing_credentials_of_a_bucket_are_reported_with_what_to_set(monkeypatch, tmp_path):
     pytest.importorskip("s3fs")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
