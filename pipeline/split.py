@@ -59,7 +59,7 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     everything.check()
     if problem := class_names_problem(everything.classes):
         raise DataError(f"{params.data.location}: {problem}")
-    source = everything.own
+    source = everything.base
     skip = params.data.on_bad_image == "skip"
     if not skip:
         check_missing(source)

@@ -101,12 +101,6 @@ def _per_image(table: Tensor) -> Tensor:
 
 
 LOOKUP: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "autocontrast": autocontrast,
-    "invert": invert,
-    "equalize": equalize,
-    "solarize": solarize,
-    "solarize_add": solarize_add,
-    "posterize": posterize,
-    "contrast": contrast,
-    "brightness": brightness,
+    table.__name__: table
+    for table in (autocontrast, invert, equalize, solarize, solarize_add, posterize, contrast, brightness)
 }

@@ -57,8 +57,8 @@ def draw_mix(count: int, height: int, width: int, params: AugmentParams, generat
         reach = (half * length).long()
         edges.append(((centre - reach).clamp(0, length), (centre + reach).clamp(0, length)))
     (top, bottom), (left, right) = edges
-    kept = 1 - (bottom - top) * (right - left) / (height * width)
-    return MixDraws(partner, kept.float(), torch.stack([top, left, bottom, right], 1))
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return MixDraws(partner, share.float(), torch.stack([top, left, bottom, right], 1))
 
 
 def apply_mix(images: Tensor, draws: MixDraws, pool: Tensor | None = None) -> Tensor:

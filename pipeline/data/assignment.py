@@ -45,24 +45,23 @@ def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str 
         pool, test = _hold_out_test(pool, classes, params, generator)
     if params.max_per_class:
         labels = np.array([row.label for row in pool])
-        chosen = choose_images(labels, [params.max_per_class] * len(classes), params.seed)
-        pool = [pool[i] for i in np.sort(np.concatenate(chosen))]
+        capped = choose_images(labels, [params.max_per_class] * len(classes), params.seed)
+        pool = [pool[i] for i in np.sort(np.concatenate(capped))]
     labels = np.array([row.label for row in pool])
     available = np.bincount(labels, minlength=len(classes)).tolist()
     try:
         sizes = class_sizes(params.profile, available, params.imbalance_factor)
     except ValueError as error:
         raise ParamsError(f"data.{error}") from None
-    kept = choose_images(labels, sizes, params.seed)
-    check_published_choice(origin, params, labels, kept)
+    chosen = choose_images(labels, sizes, params.seed)
+    check_published_choice(origin, params, labels, chosen)
     validation = hinted["validation"]
     if not validation:
         members = class_members(labels, len(classes))
-        dropped = [np.setdiff1d(own, chosen) for own, chosen in zip(members, kept, strict=True)]
-        kept, held = _hold_out_validation(kept, dropped, params, generator)
+        dropped = [np.setdiff1d(own, train) for own, train in zip(members, chosen, strict=True)]
+        chosen, held = _hold_out_validation(chosen, dropped, params, generator)
         validation = [pool[i] for i in held]
-    train = [pool[i] for chosen in kept for i in chosen]
-    return {"train": train, "validation": validation, "test": test}
+    return {"train": [pool[i] for i in np.concatenate(chosen)], "validation": validation, "test": test}
 
 
 def _hold_out_test(
@@ -83,13 +82,13 @@ def _hold_out_test(
 
 
 def _hold_out_validation(
-    kept: list[np.ndarray], dropped: list[np.ndarray], params: DataParams, generator: np.random.Generator
+    chosen: list[np.ndarray], dropped: list[np.ndarray], params: DataParams, generator: np.random.Generator
 ) -> tuple[list[np.ndarray], list[int]]:
     remaining, held = [], []
-    for chosen, spare in zip(kept, dropped, strict=True):
-        free = generator.permutation(spare)[: params.validation_per_class]
-        size = validation_size(len(chosen), len(spare), params.validation_per_class, params.validation_share)
-        taken = generator.permutation(chosen)[:size] if size > 0 else chosen[:0]
-        remaining.append(chosen[~np.isin(chosen, taken)])
-        held.extend(sorted([*free.tolist(), *taken.tolist()]))
+    for train, spare in zip(chosen, dropped, strict=True):
+        from_spare = generator.permutation(spare)[: params.validation_per_class]
+        size = validation_size(len(train), len(spare), params.validation_per_class, params.validation_share)
+        from_train = generator.permutation(train)[:size] if size > 0 else train[:0]
+        remaining.append(train[~np.isin(train, from_train)])
+        held.extend(sorted([*from_spare.tolist(), *from_train.tolist()]))
     return remaining, held

@@ -43,8 +43,7 @@ class Prior:
         return shift
 
     def __str__(self) -> str:
-        sizes = {group: self.groups.count(group) for group in GROUPS}
-        groups = ", ".join(f"{number} {group}" for group, number in sizes.items())
+        groups = ", ".join(f"{self.groups.count(group)} {group}" for group in GROUPS)
         return (
             f"{counted(len(self.classes), 'class')} of {max(self.counts):,} to {min(self.counts):,} samples "
             f"({groups}) → {PRIOR}"

@@ -20,7 +20,7 @@ from models.preprocess import ImageError, decode, preprocess, resize
 from pipeline.augment import Draws, cuts_originals
 from pipeline.data.split_tables import count_rows, read_split
 from pipeline.data.stream import ImageStream
-from pipeline.params import AugmentParams, DataParams, ImageParams, Params, StreamParams
+from pipeline.params import AugmentParams, DataParams, ImageParams, Params
 from pipeline.shared.artifacts import SPLIT
 from pipeline.shared.errors import DataError
 from pipeline.shared.host_memory import free_bytes
@@ -98,7 +98,7 @@ def training_images(
     """
     rows = sum(count_rows(split, folder) for split in ("train", "validation"))
     data, image, settings = params.data, params.image, params.stream
-    streamed, reason = should_stream(settings, image.size, rows, device, free_memory)
+    streamed, reason = should_stream(params, rows, device, free_memory())
     # Free memory differs between processes, and processes with different decisions would wait for one another forever.
     if mean_over_ranks(torch.tensor(float(streamed), device=device)).item() > 0 and not streamed:
         streamed = True
@@ -119,28 +119,19 @@ def training_images(
 
 
 def evaluation_images(params: Params, split: str, folder: Path = SPLIT) -> AnyImages:
-    """Load a split with the pixels that the server uses, on the CPU: in memory, or a stream.
-
-    Raises as `load_images` does.
-    """
+    """Load a split with the pixels that the server uses, on the CPU: in memory, or a stream. Raises as `load_images` does."""
     data, image, cpu = params.data, params.image, torch.device("cpu")
-    if should_stream(params.stream, image.size, count_rows(split, folder), cpu)[0]:
+    if should_stream(params, count_rows(split, folder), cpu, free_bytes())[0]:
         return ImageStream(data, image, params.stream, split, cpu, folder, exactly=True)
     return load_images(data, image, split, folder)
 
 
-def should_stream(
-    stream: StreamParams,
-    size: int,
-    rows: int,
-    device: torch.device,
-    free_memory: Callable[[], int] = free_bytes,
-) -> tuple[bool, str | None]:
-    """Whether `rows` images of size x size pixels are streamed, and the reason if stream.mode is auto."""
-    if stream.mode != "auto":
-        return stream.mode == "on", None
-    needed = rows * 3 * size**2
-    free_in = {"in memory": free_memory()}
+def should_stream(params: Params, rows: int, device: torch.device, free_memory: int) -> tuple[bool, str | None]:
+    """Whether `rows` decoded images are streamed, and the reason if stream.mode is auto. free_memory: bytes of the host."""
+    if params.stream.mode != "auto":
+        return params.stream.mode == "on", None
+    needed = rows * 3 * params.image.size**2
+    free_in = {"in memory": free_memory}
     if device.type == "cuda":
         free_in[f"on {device}"] = torch.cuda.mem_get_info(device)[0]
     for where, free in free_in.items():

@@ -50,9 +50,9 @@ def test_size(images: int, per_class: int, share: float | None) -> int:
     return max(min(per_class, max(1, int(round(share * images, 9))), images - 1), 0)
 
 
-def validation_size(kept: int, spare: int, per_class: int, share: float) -> int:
-    """Validation images held out of the `kept` images of a class, in addition to those from its `spare` (dropped) images."""
-    return max(0, min(per_class - min(spare, per_class), int(share * kept), kept - 1))
+def validation_size(images: int, spare: int, per_class: int, share: float) -> int:
+    """Validation images held out of the `images` of a class, in addition to those from its `spare` (dropped) images."""
+    return max(0, min(per_class - min(spare, per_class), int(share * images), images - 1))
 
 
 def choose_images(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
@@ -70,9 +70,6 @@ def choose_images(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.nd
 
 
 def class_members(labels: np.ndarray, classes: int) -> list[np.ndarray]:
-    """Indices of each class in ascending order.
-
-    labels: [N] integers 0..classes-1. Sorts once, for any number of classes.
-    """
+    """Indices of each class in ascending order. labels: [N] integers 0..classes-1. Sorts once, for any number of classes."""
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.cumsum(np.bincount(labels, minlength=classes))[:-1])

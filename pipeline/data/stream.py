@@ -181,7 +181,8 @@ class ImageStream:
             if draws is None:
                 decoded = [evaluation_view(image, self._image) for image in decoded]
         except RuntimeError:  # one unsupported image makes nvJPEG fail for the whole batch
-            decoded = [self._decode_on_cpu(index, draws is not None).to(self._device) for index in indices]
+            on_cpu = [self._read_or_replace(index, "fast", draws is not None)[2] for index in indices]
+            decoded = [image.to(self._device) for image in on_cpu if image is not None]  # None only for "gpu"
         if draws is not None:
             self._cut_views(decoded, draws, slots, pixels)
         else:
@@ -200,11 +201,6 @@ class ImageStream:
     def add_wait(self, seconds: float) -> None:
         """Add time that a step has waited for a batch."""
         self._wait_seconds += seconds
-
-    def _decode_on_cpu(self, index: int, whole: bool) -> Tensor:
-        _, _, pixels = self._read_or_replace(index, "fast", whole)
-        assert pixels is not None  # only "gpu" returns None
-        return pixels
 
     def _read_or_replace(self, index: int, decode: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
         # Index, bytes and pixels (None: for nvJPEG) of an image or of its replacement.

@@ -63,9 +63,7 @@ class AugmentParams(Section):
     @model_validator(mode="after")
     def _some_view_takes_cutout(self) -> AugmentParams:
         if self.cutout and self.policy == "simaugment" and self.contrast_policy in ("same", "simaugment"):
-            raise ValueError(
-                f"cutout is {self.cutout}, but every view is simaugment, which has no Cutout; set cutout: 0"
-            )
+            raise ValueError(f"cutout is {self.cutout}, but every view is simaugment with no Cutout; set it to 0")
         return self
 
 

@@ -6,14 +6,23 @@ from pathlib import Path
 
 from pipeline.params import DataParams
 from pipeline.shared.artifacts import INGESTED
-from pipeline.shared.errors import ParamsError
 from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.ingested import Ingested, ReaderWithIngested, SourceWithIngested
 from pipeline.sources.lists import ListSource
 from pipeline.sources.shards import CACHE_BYTES
-from pipeline.sources.source import BadImageError, FileSource, Groups, ImageReader, Row, Source, in_parts, reading_order
+from pipeline.sources.source import (
+    BadImageError,
+    FileSource,
+    Groups,
+    ImageReader,
+    Row,
+    Source,
+    existing_root,
+    in_parts,
+    reading_order,
+)
 from pipeline.sources.table import TableReader, TableSource
 
 __all__ = [
@@ -36,7 +45,7 @@ def open_base_source(params: DataParams) -> Source:
         return TableSource(params.location, params.table)
     if params.source in ("cifar10", "cifar100"):
         return CifarSource(params.source, Path(params.location), params.download)
-    root = _root(params)
+    root = existing_root(params.location, params.source)
     return FolderSource(root) if params.source == "folder" else ListSource(params.source, root, params.lists)
 
 
@@ -50,14 +59,5 @@ def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES, ingested: Pa
     elif params.source in ("digits", "cifar10", "cifar100"):
         base = open_base_source(params)
     else:
-        base = FileSource(_root(params))
+        base = FileSource(existing_root(params.location, params.source))
     return ReaderWithIngested(base, Ingested(ingested))
-
-
-def _root(params: DataParams) -> Path:
-    root = Path(params.location)
-    if not root.is_dir():
-        raise ParamsError(
-            f"data.location is {params.location!r}, which is not a folder; expected the root of source {params.source}"
-        )
-    return root

@@ -50,14 +50,6 @@ class CifarSource(Source):
             self._pixels[split] = pixels
             self.rows += [Row(f"{split}#{i}", label, f"{name}/{split}#{i}", split) for i, label in enumerate(labels)]
 
-    def location(self, row: Row) -> str:
-        """Split of the image and its index in the order of the batches."""
-        return row.sample_id
-
-    def stamp(self, reference: str) -> str:
-        """Constant, because the md5 of the files was checked when the source was opened."""
-        return f"{self.origin}/{reference}"
-
     def read(self, reference: str) -> bytes:
         """Encode the image as PNG, pixels unchanged."""
         split, _, index = reference.partition("#")

@@ -19,14 +19,6 @@ class DigitsSource(Source):
         self._pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
         self.rows = [Row(str(i), int(label), f"digits/{i}", "train") for i, label in enumerate(scans.target)]
 
-    def location(self, row: Row) -> str:
-        """Sample id with the number of the scan."""
-        return row.sample_id
-
-    def stamp(self, reference: str) -> str:
-        """Constant, because the scans are part of an installed package."""
-        return f"digits/{reference}"
-
     def read(self, reference: str) -> bytes:
         """Encode the scan as PNG."""
         return as_png(self._pixels[int(reference)])

@@ -75,10 +75,10 @@ class Ingested:
 
     def read(self, reference: str) -> bytes:
         """Encoded bytes of one image. Raises DataError if its shard does not exist."""
-        name, index = _split_reference(reference)
+        name, _, index = reference.removeprefix(PREFIX).rpartition("#")
         if name not in self._shards:
             raise DataError(f"{self.folder / name}: no such file; restore it, or run `dvc repro split` without it")
-        return self._images.value(self._shards[name], index)
+        return self._images.value(self._shards[name], int(index))
 
     def groups(self, references: pa.ChunkedArray) -> Groups:
         """Row groups of ingested images."""
@@ -86,19 +86,43 @@ class Ingested:
 
     def location(self, reference: str) -> str:
         """The shard's path and the row."""
-        name, index = _split_reference(reference)
-        return f"{self.folder / name}#{index}"
+        return str(self.folder / reference.removeprefix(PREFIX))
 
 
-class SourceWithIngested(Source):
+class ReaderWithIngested(ImageReader):
+    """A reader combined with the ingested images, which have groups if the images of the source have groups."""
+
+    def __init__(self, base: ImageReader, ingested: Ingested) -> None:
+        self.base, self._ingested = base, ingested
+
+    def read(self, reference: str) -> bytes:
+        """Encoded bytes of an image, from the reader or an ingested shard."""
+        return (self._ingested if reference.startswith(PREFIX) else self.base).read(reference)
+
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:
+        """Groups of the reader, followed by those of the ingested images."""
+        mask = pc.starts_with(references, PREFIX)
+        base = self.base.groups(references.filter(pc.invert(mask)))
+        is_ingested = mask.to_numpy()
+        if base is None or not is_ingested.any():
+            return base
+        added = self._ingested.groups(references.filter(mask))
+        number = np.empty(len(is_ingested), dtype=np.int64)
+        number[~is_ingested], number[is_ingested] = base.number, len(base.sizes) + added.number
+        return Groups(number, np.concatenate([base.sizes, added.sizes]))
+
+
+class SourceWithIngested(ReaderWithIngested, Source):
     """A source combined with the ingested images; their new classes follow the classes of the source.
 
-    own: the source. rows: of the source only, so that held-out images and the long-tail profile do not depend on
+    base: the source. rows: of the source only, so that held-out images and the long-tail profile do not depend on
     ingested images. ingested: the rows of the ingested images, all for training. `read` reads both.
     """
 
+    base: Source
+
     def __init__(self, source: Source, ingested: Ingested) -> None:
-        self.own, self._ingested = source, ingested
+        super().__init__(source, ingested)
         self.origin, self.rows = source.origin, source.rows
         self.classes = list(dict.fromkeys(source.classes + ingested.new_classes))
 
@@ -116,55 +140,23 @@ class SourceWithIngested(Source):
         """sha256 of each ingested image, by reference."""
         return self._ingested.hashes()
 
-    def read(self, reference: str) -> bytes:
-        """Encoded bytes of an image, from the source or an ingested shard."""
-        return self._ingested.read(reference) if reference.startswith(PREFIX) else self.own.read(reference)
-
     def missing(self) -> list[Row]:
         """Missing rows of the source; images of a shard are never missing one by one."""
-        return self.own.missing()
+        return self.base.missing()
 
     def why_missing(self, rows: list[Row]) -> str | None:
         """As `Source.why_missing` of the source."""
-        return self.own.why_missing(rows)
+        return self.base.why_missing(rows)
 
     def stamp(self, reference: str) -> str | None:
         """For an ingested image the reference, which has the shard's sha256; otherwise as the source."""
-        return reference if reference.startswith(PREFIX) else self.own.stamp(reference)
+        return reference if reference.startswith(PREFIX) else self.base.stamp(reference)
 
     def location(self, row: Row) -> str:
         """Location of the image, for messages."""
-        return self._ingested.location(row.reference) if row.reference.startswith(PREFIX) else self.own.location(row)
-
-
-class ReaderWithIngested:
-    """A reader combined with the ingested images, which have groups if the images of the source have groups."""
-
-    def __init__(self, own: ImageReader, ingested: Ingested) -> None:
-        self._own, self._ingested = own, ingested
-
-    def read(self, reference: str) -> bytes:
-        """Encoded bytes of an image, from the reader or an ingested shard."""
-        return (self._ingested if reference.startswith(PREFIX) else self._own).read(reference)
-
-    def groups(self, references: pa.ChunkedArray) -> Groups | None:
-        """Groups of the reader, followed by those of the ingested images."""
-        new = pc.starts_with(references, PREFIX)
-        own = self._own.groups(references.filter(pc.invert(new)))
-        ingested = new.to_numpy()
-        if own is None or not ingested.any():
-            return own
-        added = self._ingested.groups(references.filter(new))
-        number = np.empty(len(ingested), dtype=np.int64)
-        number[~ingested], number[ingested] = own.number, len(own.sizes) + added.number
-        return Groups(number, np.concatenate([own.sizes, added.sizes]))
+        return self._ingested.location(row.reference) if row.reference.startswith(PREFIX) else self.base.location(row)
 
 
 def new_classes_metadata(names: list[str]) -> dict[bytes, bytes]:
     """Parquet metadata of a shard that adds these classes."""
     return {NEW_CLASSES_KEY: json.dumps(names, ensure_ascii=False).encode()}
-
-
-def _split_reference(reference: str) -> tuple[str, int]:
-    name, _, index = reference.removeprefix(PREFIX).rpartition("#")
-    return name, int(index)

@@ -68,17 +68,15 @@ class ListSource(FileSource):
         self.rows = [Row(path, label, path, split) for split, listed in entries.items() for path, label in listed]
 
     def _class_names(self, entries: dict[str, list[Entry]]) -> list[str]:
-        folders: dict[int, str] = {}
+        train_list, folders = self.lists["train"], dict[int, str]()
         for path, label in entries["train"]:
             folders.setdefault(label, path.rpartition("/")[0] or ".")
         classes = max(folders, default=-1) + 1
         if classes < 2:
-            raise DataError(f"{self.lists['train']}: lists {counted(classes, 'class')}; expected at least 2")
+            raise DataError(f"{train_list}: lists {counted(classes, 'class')}; expected at least 2")
         if len(folders) < classes:
             missing = next(label for label in range(classes) if label not in folders)
-            raise DataError(
-                f"{self.lists['train']}: label {missing} has no training image; expected labels 0..C-1 without a gap"
-            )
+            raise DataError(f"{train_list}: label {missing} has no training image; labels must be 0..C-1 without a gap")
         for split, listed in entries.items():
             if unknown := next((entry for entry in listed if entry[1] >= classes), None):
                 image, label = unknown
@@ -132,9 +130,7 @@ def _find_lists(name: str, root: Path, lists: ListParams) -> dict[str, Path]:
         if path is not None:
             paths[split] = path
         elif param is not None:
-            raise ParamsError(
-                f"data.lists.{split} is {param!r}, which is not a file in the working folder or in {root}"
-            )
+            raise ParamsError(f"data.lists.{split} is {param!r}, which is not a file here or in {root}")
     return paths
 
 
@@ -173,6 +169,5 @@ def _read_json(path: Path) -> Iterator[tuple[str, str, int]]:
             yield f"annotation {number}", names[annotation["image_id"]], int(annotation["category_id"])
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(
-            f"{path}: not readable as iNaturalist's JSON ({reason}); expected images and annotations"
-        ) from None
+        expected = "expected images and annotations"
+        raise DataError(f"{path}: not readable as iNaturalist's JSON ({reason}); {expected}") from None

@@ -143,9 +143,8 @@ def _read_csv(stream: BinaryIO, columns: Sequence[str], limit: MemoryLimit) -> t
         size = count = 0
         while part := list(islice(filter(None, rows), MAX_BATCH)):
             if (wrong := next((i for i, row in enumerate(part) if len(row) != len(names)), None)) is not None:
-                raise ValueError(
-                    f"row {count + wrong:,} has {counted(len(part[wrong]), 'cell')}; expected {len(names)}"
-                )
+                cells_of_row = counted(len(part[wrong]), "cell")
+                raise ValueError(f"row {count + wrong:,} has {cells_of_row}; expected {len(names)}")
             for name, index in index_of.items():
                 column = [row[index] for row in part]
                 cells[name] += [cell or None for cell in column]

@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from models.preprocess import MAX_BYTES
-from pipeline.shared.errors import DataError
+from pipeline.shared.errors import DataError, ParamsError
 
 Item = TypeVar("Item")
 
@@ -73,9 +73,11 @@ class Source(ImageReader, Protocol):
 
     def stamp(self, reference: str) -> str | None:
         """Text that changes when the image's file changes, found without reading it; None if the file is missing."""
+        return f"{self.origin}/{reference}"
 
     def location(self, row: Row) -> str:
         """Location of the image, for messages."""
+        return row.sample_id
 
 
 class FileSource(Source):
@@ -110,6 +112,14 @@ def rows_without_stamp(source: Source) -> list[Row]:
     with ThreadPoolExecutor() as pool:
         stamps = pool.map(lambda part: [source.stamp(row.reference) for row in part], in_parts(source.rows))
         return [row for row, stamp in zip(source.rows, chain.from_iterable(stamps), strict=True) if stamp is None]
+
+
+def existing_root(location: str, source: str) -> Path:
+    """data.location as a path. Raises ParamsError if it is not a folder."""
+    root = Path(location)
+    if not root.is_dir():
+        raise ParamsError(f"data.location is {location!r}, which is not a folder; expected the root of source {source}")
+    return root
 
 
 def read_image_file(path: Path) -> bytes:

@@ -59,9 +59,7 @@ class Storage:
                 else:
                     matches = [self._path(name)]
             if not matches:
-                raise DataError(
-                    f"{self.location(name)}: holds no .parquet file; set data.table to where the shards are"
-                )
+                raise DataError(f"{self.location(name)}: holds no .parquet file; set data.table to the shards")
             files += [match.removeprefix(f"{self._base.rstrip('/')}/") for match in matches]
         return files
 
@@ -113,9 +111,7 @@ class Storage:
         except DataError:
             raise
         except FileNotFoundError:
-            raise DataError(
-                f"{self.location(name)}: no such file; set data.location and data.table to where it is"
-            ) from None
+            raise DataError(f"{self.location(name)}: no such file; set data.location or data.table to it") from None
         except Exception as error:
             if self.is_local and isinstance(error, OSError):
                 raise BadImageError(f"{self.location(name)}: {error.strerror or error}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -22,7 +21,7 @@ from pipeline.sources.shards import (
     open_shards,
     row_groups,
 )
-from pipeline.sources.source import BadImageError, Groups, Row, Source, rows_without_stamp
+from pipeline.sources.source import BadImageError, Groups, Row, Source, existing_root, rows_without_stamp
 from pipeline.sources.storage import Storage, is_address
 from serving.shared.bounded_parquet import MemoryLimit
 from serving.shared.terminal import counted
@@ -38,10 +37,8 @@ class TableReader:
     """
 
     def __init__(self, location: str, params: TableParams, cache_bytes: int = CACHE_BYTES) -> None:
-        if not is_address(location) and not Path(location).is_dir():
-            raise ParamsError(
-                f"data.location is {location!r}, which is not a folder; expected the root of source table"
-            )
+        if not is_address(location):
+            existing_root(location, "table")
         self._storage, self._params = Storage(location), params
         files = {"train": params.train, "validation": params.validation, "test": params.test}
         columns = [column for column in (params.image, params.path, params.label, params.id) if column]
@@ -193,5 +190,5 @@ class TableSource(TableReader, Source):
 
     def why_missing(self, rows: list[Row]) -> str | None:
         """If all images are missing: that paths are relative to data.location; else None."""
-        all_of_them = len(rows) == len(self.rows)
-        return "paths are relative to data.location; set it to the folder that holds them" if all_of_them else None
+        hint = "paths are relative to data.location; set it to the folder that holds them"
+        return hint if len(rows) == len(self.rows) else None

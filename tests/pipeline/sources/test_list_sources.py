@@ -44,7 +44,7 @@ def test_lists_in_other_folders_are_read_from_params(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert {row.split for row in opened(root, lists=lists).rows} == {"train", "test"}
     message = refusal(ParamsError, root, lists={"train": "lists/none.txt"})
-    assert message == f"data.lists.train is 'lists/none.txt', which is not a file in the working folder or in {root}"
+    assert message == f"data.lists.train is 'lists/none.txt', which is not a file here or in {root}"
     assert "does not hold ImageNet_LT_train.txt; put the official lists there" in refusal(ParamsError, root)
 
 
@@ -99,7 +99,7 @@ def test_inaturalist_is_read_from_lists_or_its_own_json_and_tested_on_its_valida
         ("train/x/1.JPEG one", "line 7 is 'train/x/1.JPEG one'; expected `relative/path label`"),
         ("/etc/passwd 1", "line 7: '/etc/passwd' leaves the image root; expected a path relative to it"),
         ("../../x.JPEG 1", "line 7: '../../x.JPEG' leaves the image root"),
-        ("train/x/1.JPEG 4", "label 3 has no training image; expected labels 0..C-1 without a gap"),
+        ("train/x/1.JPEG 4", "label 3 has no training image; labels must be 0..C-1 without a gap"),
     ],
 )
 def test_an_invalid_line_is_named(tmp_path, line, error_text):
@@ -121,7 +121,7 @@ def test_a_label_that_only_a_held_out_list_has_is_named(tmp_path):
     [
         ("{", "not readable as iNaturalist's JSON"),
         ("[]", "not readable as iNaturalist's JSON"),
-        ('{"images": []}', "not readable as iNaturalist's JSON (no 'annotations')"),
+        ('{"images": []}', "not readable as iNaturalist's JSON (no key 'annotations')"),
         ('{"images": [], "annotations": [{"image_id": 5, "category_id": 0}]}', "iNaturalist's JSON (no 5)"),
         (
             '{"images": [{"id": 5, "file_name": "a"}], "annotations": [{"image_id": 5, "category_id": 8142}]}',

@@ -149,7 +149,7 @@ def test_a_parquet_table_of_paths(tmp_path):
             [0, 1, 1],
             {"train": "none.parquet"},
             DataError,
-            "none.parquet: no such file; set data.location and data.table",
+            "none.parquet: no such file; set data.location or data.table",
         ),
     ],
 )

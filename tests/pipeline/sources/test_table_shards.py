@@ -155,7 +155,7 @@ def test_a_folder_or_pattern_without_shards_is_named(tmp_path, memory):
     for root, name in ((tmp_path, "empty"), (tmp_path, "none-*.parquet"), (memory, "none-*.parquet")):
         with pytest.raises(DataError) as caught:
             opened(root, train=name)
-        assert str(caught.value) == f"{root}/{name}: holds no .parquet file; set data.table to where the shards are"
+        assert str(caught.value) == f"{root}/{name}: holds no .parquet file; set data.table to the shards"
     with pytest.raises(DataError, match=r"memory://bucket/photos/train.parquet: no such file; set data.location"):
         opened(memory)
 
@@ -195,8 +195,8 @@ def test_image_columns_that_are_structs_of_bytes_and_path_are_read_as_plain_ones
     split.run(data_params(tmp_path, "table", table={"train": "struct.parquet"}), tmp_path / "out")
     references = pa.chunked_array([[row.reference for row in struct.rows]])
     assert (
-        struct.own.groups(references).sizes[0]
-        >= plain.own.groups(pa.chunked_array([[row.reference for row in plain.rows]])).sizes[0]
+        struct.base.groups(references).sizes[0]
+        >= plain.base.groups(pa.chunked_array([[row.reference for row in plain.rows]])).sizes[0]
     )
     missing = pa.table({"image": [{"bytes": None, "path": "x"}, {"bytes": b"x", "path": None}], "label": [0, 1]})
     pyarrow.parquet.write_table(missing, tmp_path / "missing.parquet")
