@@ -61,13 +61,10 @@ def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
         if labels.null_count:
             raise DataError(f"{path}: column {column!r} has {counted(labels.null_count, 'row')} without a label")
         values = labels.to_numpy()
-        try:
-            batch_counts = np.bincount(values, minlength=classes)
-        except ValueError:  # numpy raises it for negative numbers
-            raise DataError(f"{path}: has label {values.min()}; expected 0 to {classes - 1}") from None
-        if len(batch_counts) > classes:
-            raise DataError(f"{path}: has label {len(batch_counts) - 1}; expected 0 to {classes - 1}")
-        counts += batch_counts
+        wrong = values[(values < 0) | (values >= classes)]
+        if len(wrong):
+            raise DataError(f"{path}: has label {wrong[0]}; expected 0 to {classes - 1}")
+        counts += np.bincount(values, minlength=classes)
     return counts
 
 

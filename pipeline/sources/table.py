@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 
@@ -60,10 +61,12 @@ class TableReader:
         value = self._value(reference)
         return value if isinstance(value, bytes) else self._storage.read(value)
 
-    def _value(self, reference: str) -> bytes | str:
+    def _cell(self, reference: str) -> tuple[Shard, str, Any]:
         name, _, index = reference.rpartition("#")
-        shard = self._shards[name]
-        value = image_bytes(self._images.value(shard, int(index)))
+        return self._shards[name], index, image_bytes(self._images.value(self._shards[name], int(index)))
+
+    def _value(self, reference: str) -> bytes | str:
+        shard, index, value = self._cell(reference)
         if value is None:
             raise BadImageError(f"{shard.location}: row {index} has no image; remove the row or give it one")
         if not isinstance(value, bytes if self._params.image else str):
@@ -176,10 +179,7 @@ class TableSource(TableReader, Source):
         return f"{self._stamps[name]}#{row}"
 
     def _path(self, reference: str) -> str | None:
-        if not self._params.path:
-            return None
-        name, _, index = reference.rpartition("#")
-        path = self._images.value(self._shards[name], int(index))
+        path = self._cell(reference)[2] if self._params.path else None
         return path if isinstance(path, str) else None
 
     def missing(self) -> list[Row]:
