@@ -56,7 +56,7 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     """
     shards = _taken_in()
     everything = open_source(params.data)
-    everything.check()
+    everything.shards.check()
     if problem := class_names_problem(everything.classes):
         raise DataError(f"{params.data.location}: {problem}")
     source = everything.base

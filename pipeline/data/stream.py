@@ -84,7 +84,7 @@ class ImageStream:
         self._prefetch = settings.prefetch
         self._lock = threading.Lock()
         self._problems: list[str] = []
-        self._wait_seconds = 0.0
+        self.wait_seconds = 0.0  # time that steps have waited for batches
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,10 +102,7 @@ class ImageStream:
         return None if self.groups is None else order_warning(self.labels.numpy(), self.groups, self.window)
 
     def pixels(self, chosen: Tensor, draws: Draws | None = None) -> Tensor:
-        """Pixels uint8 [B,3,H,W] of the images at indices `chosen` int64 [B], on the CPU, or on the device if it decodes.
-
-        draws: as in `feed`.
-        """
+        """Pixels uint8 [B,3,H,W] at indices `chosen` int64 [B], on the CPU, or on the device if it decodes. draws: see `feed`."""
         with self.feed(chosen[None], draws=None if draws is None else [draws]) as feed:
             return next(feed)
 
@@ -130,9 +127,9 @@ class ImageStream:
 
     def epoch_record(self, seconds: float) -> dict[str, float]:
         """Values for the record of an epoch of `seconds`: share of time waiting for data, images replaced on all ranks."""
-        own = torch.tensor([len(self._problems), self._wait_seconds], dtype=torch.float64, device=self._device)
+        own = torch.tensor([len(self._problems), self.wait_seconds], dtype=torch.float64, device=self._device)
         replaced, waited = mean_over_ranks(own).tolist()
-        self._wait_seconds = 0.0
+        self.wait_seconds = 0.0
         return {
             "data_wait": waited / seconds,
             **({"images_replaced": round(replaced * rank_count())} if self._replace_bad else {}),
@@ -197,10 +194,6 @@ class ImageStream:
         with torch.inference_mode(False):
             batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
         return batch if views is None else batch.unflatten(0, (count, views))
-
-    def add_wait(self, seconds: float) -> None:
-        """Add time that a step has waited for a batch."""
-        self._wait_seconds += seconds
 
     def _read_or_replace(self, index: int, decode: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
         # Index, bytes and pixels (None: for nvJPEG) of an image or of its replacement.

@@ -109,10 +109,7 @@ def decode_nvjpeg(encoded: Iterable[bytes], device: torch.device) -> list[Tensor
 
 
 def decode_unless_nvjpeg(data: bytes, image: ImageParams, max_pixels: float | None = None) -> Tensor | None:
-    """None if nvJPEG can decode the file, by its header; otherwise its pixels by `decode_fast` or `decode_original`.
-
-    Raises ImageError.
-    """
+    """None if nvJPEG can decode the file; else its pixels by `decode_fast` or `decode_original`. Raises ImageError."""
     with opened(data) as picture:
         if is_plain_jpeg(picture):
             return None

@@ -43,7 +43,7 @@ class PrefetchIterator(Iterator[Tensor]):
         started = time.perf_counter()
         pixels, parts, draws = self._ahead.popleft()
         nvjpeg = [(start + slot, index, data) for start, part in parts for slot, index, data in part.result()]
-        self._stream.add_wait(time.perf_counter() - started)
+        self._stream.wait_seconds += time.perf_counter() - started
         self._submit_batch()
         return self._stream.decode_on_gpu(pixels, nvjpeg, *draws) if nvjpeg else pixels
 

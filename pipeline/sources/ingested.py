@@ -84,20 +84,16 @@ class Ingested:
         """Row groups of ingested images."""
         return row_groups(pc.utf8_slice_codeunits(references, len(PREFIX)), self._shards, "image")
 
-    def location(self, reference: str) -> str:
-        """The shard's path and the row."""
-        return str(self.folder / reference.removeprefix(PREFIX))
-
 
 class ReaderWithIngested(ImageReader):
     """A reader combined with the ingested images, which have groups if the images of the source have groups."""
 
     def __init__(self, base: ImageReader, ingested: Ingested) -> None:
-        self.base, self._ingested = base, ingested
+        self.base, self.shards = base, ingested
 
     def read(self, reference: str) -> bytes:
         """Encoded bytes of an image, from the reader or an ingested shard."""
-        return (self._ingested if reference.startswith(PREFIX) else self.base).read(reference)
+        return (self.shards if reference.startswith(PREFIX) else self.base).read(reference)
 
     def groups(self, references: pa.ChunkedArray) -> Groups | None:
         """Groups of the reader, followed by those of the ingested images."""
@@ -106,7 +102,7 @@ class ReaderWithIngested(ImageReader):
         is_ingested = mask.to_numpy()
         if base is None or not is_ingested.any():
             return base
-        added = self._ingested.groups(references.filter(mask))
+        added = self.shards.groups(references.filter(mask))
         number = np.empty(len(is_ingested), dtype=np.int64)
         number[~is_ingested], number[is_ingested] = base.number, len(base.sizes) + added.number
         return Groups(number, np.concatenate([base.sizes, added.sizes]))
@@ -126,19 +122,15 @@ class SourceWithIngested(ReaderWithIngested, Source):
         self.origin, self.rows = source.origin, source.rows
         self.classes = list(dict.fromkeys(source.classes + ingested.new_classes))
 
-    def check(self) -> None:
-        """Check the ingested shards, as `Ingested.check`."""
-        self._ingested.check()
-
     @cached_property
     def ingested(self) -> list[Row]:
         """Rows of the ingested images."""
-        return self._ingested.rows(self.classes)
+        return self.shards.rows(self.classes)
 
     @cached_property
     def ingested_hashes(self) -> dict[str, str]:
         """sha256 of each ingested image, by reference."""
-        return self._ingested.hashes()
+        return self.shards.hashes()
 
     def missing(self) -> list[Row]:
         """Missing rows of the source; images of a shard are never missing one by one."""
@@ -154,7 +146,8 @@ class SourceWithIngested(ReaderWithIngested, Source):
 
     def location(self, row: Row) -> str:
         """Location of the image, for messages."""
-        return self._ingested.location(row.reference) if row.reference.startswith(PREFIX) else self.base.location(row)
+        name = row.reference.removeprefix(PREFIX)
+        return self.base.location(row) if name == row.reference else str(self.shards.folder / name)
 
 
 def new_classes_metadata(names: list[str]) -> dict[bytes, bytes]:

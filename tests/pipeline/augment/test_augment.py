@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.augment import apply_views, crops, draw_views, operations, random_views
+from pipeline.augment import apply_views, crops, draw_views, operations
 from pipeline.params import AugmentParams
 
 POLICIES = ["none", "autoaugment", "randaugment", "simaugment", "stacked"]
+
+
+def random_views(images, views, params, generator):
+    """Draw random numbers and apply them: uint8 [B,3,H,W] → uint8 [views,B,3,H,W]."""
+    draws = draw_views(len(images), *images.shape[2:], views, params, generator)
+    return apply_views(images, draws, params)
 
 
 def seeded(seed=0):

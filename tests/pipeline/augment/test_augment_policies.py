@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
-from pipeline.augment import apply_views, draw_views, random_views
+from pipeline.augment import apply_views, draw_views
 from pipeline.augment.crops import boxes_of, draw_chances
 from pipeline.augment.operations import OPERATIONS
 from pipeline.augment.policies import (
@@ -27,6 +27,12 @@ from pipeline.params import AugmentParams
 SIDE = 32
 MANY = 20_000  # draws
 SOME = 1_500  # images augmented one by one in the reference
+
+
+def random_views(images, views, params, generator):
+    """Draw random numbers and apply them: uint8 [B,3,H,W] → uint8 [views,B,3,H,W]."""
+    draws = draw_views(len(images), *images.shape[2:], views, params, generator)
+    return apply_views(images, draws, params)
 
 
 def seeded(seed=0):
@@ -289,7 +295,7 @@ def test_simaugment_changes_pictures_as_torchvisions_parts_do():
 
 def test_stacked_is_jitter_grey_and_blur_before_randaugment():
     def names(policy, **keys):
-        return [slot.possible for slot in plan_of(policy, params(policy, **keys)).slots]
+        return list(plan_of(policy, params(policy, **keys)).slots)
 
     jitter = [("brightness", "contrast", "color")] * 3
     soft, rand = [("grey",), ("blur",)], [RANDAUGMENT] * 2
