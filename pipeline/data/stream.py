@@ -102,7 +102,7 @@ class ImageStream:
         return None if self.groups is None else order_warning(self.labels.numpy(), self.groups, self.window)
 
     def pixels(self, chosen: Tensor, draws: Draws | None = None) -> Tensor:
-        """Pixels uint8 [B,3,H,W] at indices `chosen` int64 [B], on the CPU, or on the device if it decodes. draws: see `feed`."""
+        """Pixels uint8 [B,3,H,W] at indices `chosen` int64 [B], on the CPU or the decoding device. draws: see `feed`."""
         with self.feed(chosen[None], draws=None if draws is None else [draws]) as feed:
             return next(feed)
 
