@@ -151,7 +151,7 @@ def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, 
     assert len(set(reads)) > 8 and len(reads) <= len(set(reads)) + 1
 
 
-def spoilt(source: Path, where: Path, params: Params, *indices: int) -> list[str]:
+def damage_images(source: Path, where: Path, params: Params, *indices: int) -> list[str]:
     """Damage the files of some training images; return their references."""
     names = [images_of(params, "train", where).references[place] for place in indices]
     for name in names:
@@ -161,7 +161,7 @@ def spoilt(source: Path, where: Path, params: Params, *indices: int) -> list[str
 
 def test_an_image_damaged_after_the_split_raises_an_error_with_its_name(made):
     params, where, source = made
-    (name,) = spoilt(source, where, params, 3)
+    (name,) = damage_images(source, where, params, 3)
     stream = stream_of(params, "train", CPU, where)
     with (
         pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")),
@@ -174,7 +174,7 @@ def test_an_image_damaged_after_the_split_raises_an_error_with_its_name(made):
 def test_with_skip_a_bad_image_is_replaced_by_the_next_of_its_class_and_counted_and_named(made):
     params, where, source = made
     held = images_of(params, "train", where)
-    names = spoilt(source, where, params, 3, 4)
+    names = damage_images(source, where, params, 3, 4)
     (source / held.references[20]).unlink()
     stream = stream_of(params, "train", CPU, where, replace_bad=True)
     last = int(torch.nonzero(held.labels == 0).max())
@@ -190,7 +190,7 @@ def test_with_skip_a_bad_image_is_replaced_by_the_next_of_its_class_and_counted_
 def test_a_class_without_any_readable_image_is_not_replaced_by_another(made):
     params, where, source = made
     labels = images_of(params, "train", where).labels
-    spoilt(source, where, params, *torch.nonzero(labels == 1).flatten().tolist())
+    damage_images(source, where, params, *torch.nonzero(labels == 1).flatten().tolist())
     stream = stream_of(params, "train", CPU, where, replace_bad=True)
     with pytest.raises(DataError, match="no other image of its class can be read instead"):
         stream.pixels(torch.nonzero(labels == 1)[0])
@@ -236,7 +236,7 @@ def test_images_that_nvjpeg_rejects_are_decoded_on_the_cpu(made):
 def test_an_image_that_only_nvjpeg_rejects_is_named_or_replaced(made):
     params, where, source = made
     held = images_of(params, "train", where)
-    (name,) = spoilt(source, where, params, 3)
+    (name,) = damage_images(source, where, params, 3)
     nvjpeg = [(0, 3, b"spoilt"), (1, 9, held.encoded(9))]
     stream = stream_of(params, "train", CPU, where)
     with pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")):
