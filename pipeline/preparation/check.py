@@ -41,7 +41,7 @@ class Difference:
 
 
 @dataclass
-class Report:
+class DataReport:
     """Result of a data check; counts are of images.
 
     verdict, problems, remarks: lines of text. verdict: errors with which `split` would fail. problems: errors that
@@ -99,7 +99,9 @@ class Report:
         return {name: sizes[place][1:] for name, place in places.items()}
 
 
-def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None = None, fresh: bool = False) -> Report:
+def check(
+    params: Params, journal: Path, near: int | None = 4, jobs: int | None = None, fresh: bool = False
+) -> DataReport:
     """Read every image of the source and run all checks.
 
     journal: file of results per image, with which an interrupted check resumes; `fresh` deletes it first. near: bits in
@@ -149,7 +151,7 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
         alike = [group for group in near_duplicates or [] if _large_enough(group, inspected)]
         for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", alike)):
             problems += _across(kind, groups, source)
-    return Report(
+    return DataReport(
         source.origin, data.location, source.classes, assigned, inspected,
         {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
         bad, conflicts, duplicates, near_duplicates,

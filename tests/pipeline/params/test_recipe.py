@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from pipeline.commands.app import main
 from pipeline.params import load_params
 from pipeline.params.recipe import apply_recipe
-from pipeline.preparation.first_params import Found, choices, write_text
+from pipeline.preparation.first_params import FolderSummary, suggest_params, write_text
 
 ROOT = Path(__file__).parents[3]
 
@@ -183,7 +183,7 @@ def test_lists_over_several_lines_are_edited_by_recipe_and_init_alike(params, tm
     assert (after.seeds, after.image.mean, after.student.augment.crop_scale) == ([3], [0.1, 0.2, 0.3], [0.3, 1.0])
     if form != "block lists":
         assert "seeds: [3] # seeds trained besides" in params.read_text(encoding="utf-8")
-    actual = Found(["a", "b"], [300, 30], False, False, 400, [])
+    actual = FolderSummary(["a", "b"], [300, 30], False, False, 400, [])
     chosen = choices(actual, "photos", gpu=False)
     content = yaml.safe_load(write_text(written, chosen)[0])
     assert content["data"]["location"] == "photos" and content["image"]["mean"] == [0.485, 0.456, 0.406]

@@ -45,7 +45,7 @@ def test_a_spoilt_folder_is_told_with_every_file(tmp_path, spoilt, capsys):
     assert "exact duplicates: 2 groups, 1 of them across splits" in said
     assert "near duplicates: 1 group, 1 of them across splits" in said
     assert "train: 2 classes of 32 to 8 images, imbalance factor 4; 0 many, 1 medium, 1 few" in " ".join(said.split())
-    assert "not right: 2 images are missing or cannot be used; the first: " in said and "data check: not right" in said
+    assert "not right: 2 images are missing or cannot be used; the first: " in said and "data check: failed" in said
     found = report(tmp_path)
     assert found["images"] == {"train": 40, "validation": 0, "test": 6} and found["missing"] == found["unreadable"] == 1
     assert [row["sample_id"] for row in listed(tmp_path, "problems.csv")] == [

@@ -85,4 +85,4 @@ def test_a_name_that_the_label_file_of_the_server_cannot_hold_is_refused_before_
         split.run(made, tmp_path / "out")
     assert f"class name {name!r} is empty or has a line break; rename the class" in str(caught.value)
     assert command(tmp_path, made, "--near", "off") == 1
-    assert f"not right: class name {name!r} is empty" in capsys.readouterr().out
+    assert f"error: class name {name!r} is empty" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.command_line import stage_main
-from pipeline.preparation.first_params import look
+from pipeline.preparation.first_params import inspect_folder
 from pipeline.preparation.long_tail_chart import show_long_tail
 from pipeline.shared.errors import DataError, DataProblems
 from pipeline.sources import open_source
@@ -77,8 +77,8 @@ def test_files_that_are_never_images_are_skipped_and_counted(
     write(root / "bee/@eaDir/0.png", png(99))
     write(root / "bee/inner/0.png", png(98))
     expected = f"4 hidden files and files or folders of tools were passed over: {tool} (3), @eaDir (1)"
-    assert look(root).remarks == [expected]
-    assert look(root).counts == [5, 6]
+    assert inspect_folder(root).remarks == [expected]
+    assert inspect_folder(root).counts == [5, 6]
     assert command(tmp_path, data_params(root)) == 0
     assert report(tmp_path)["remarks"] == [expected]
     assert f"note: {expected}".replace("\r", "\\u000d") in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_folders_that_cannot_be_the_classes_are_named_with_what_to_do(
 
 def test_classes_that_hold_only_folders_of_images_are_read_with_a_remark(tmp_path: Path) -> None:
     root = folder(tmp_path, {"animals/ant": 2, "animals/bee": 2, "plants/oak": 2, "plants/elm": 2, "rock": 1})
-    assert look(root).remarks == [
+    assert inspect_folder(root).remarks == [
         f"{root}: 2 of 3 classes hold folders of images and no images of their own, and each is read as one class: "
         f"animals (ant, bee), plants (elm, oak); if the inner folders are the classes, move them up into {root}"
     ]
@@ -121,11 +121,13 @@ def test_classes_that_hold_only_folders_of_images_are_read_with_a_remark(tmp_pat
 
 def test_a_folder_beside_train_that_is_not_read_is_named(tmp_path: Path) -> None:
     root = folder(tmp_path, {"train/ant": 2, "train/bee": 2, "extra": 2})
-    assert look(root).remarks == [f"{root}/extra: not read; beside train/ only val/ (or validation/) and test/ are"]
+    assert inspect_folder(root).remarks == [
+        f"{root}/extra: not read; beside train/ only val/ (or validation/) and test/ are"
+    ]
 
 
 def test_a_right_folder_has_no_remarks_and_a_class_may_have_one_inner_folder(tmp_path: Path) -> None:
-    assert look(folder(tmp_path, {"ant/inner": 2, "bee": 2, "test": 2})).remarks == []
+    assert inspect_folder(folder(tmp_path, {"ant/inner": 2, "bee": 2, "test": 2})).remarks == []
 
 
 def test_more_than_one_problem_is_still_an_error_of_data(tmp_path: Path) -> None:
