@@ -1,16 +1,8 @@
 """Data augmentation of a batch on its device, with separate random numbers per image: crop, flip, policy, Cutout, mix."""
 
 from pipeline.augment.mix import MixDraws, apply_mix, draw_mix
-from pipeline.augment.views import Draws, apply_views, cut_boxes, cuts_originals, draw_views, random_views
+from pipeline.augment.views import Draws, apply_views, cut_boxes, cuts_originals, draw_views
 
 __all__ = [
-    "Draws",
-    "MixDraws",
-    "apply_mix",
-    "apply_views",
-    "cut_boxes",
-    "cuts_originals",
-    "draw_mix",
-    "draw_views",
-    "random_views",
-]
+    "Draws", "MixDraws", "apply_mix", "apply_views", "cut_boxes", "cuts_originals", "draw_mix", "draw_views",
+]  # fmt: skip

@@ -32,7 +32,7 @@ def test_images_in_a_folder_of_a_tool_are_no_images_of_the_class_anywhere(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", ".DS_Store", "._000.png"])
-def test_files_that_a_desktop_leaves_are_passed_over(tmp_path, name):
+def test_desktop_files_are_skipped(tmp_path, name):
     params = project(tmp_path)
     write(Path("source/cat") / name, b"of the desktop")
     write(Path("data/drop/cat") / name, b"of the desktop")

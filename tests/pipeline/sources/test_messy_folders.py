@@ -38,7 +38,7 @@ def test_every_foreign_file_is_listed_in_one_run(tmp_path: Path) -> None:
     assert sorted(line.split(": ")[0].strip() for line in lines[1:]) == sorted(str(root / name) for name in named)
 
 
-def test_of_many_files_with_one_problem_ten_are_listed_and_the_rest_is_counted(tmp_path: Path) -> None:
+def test_of_many_files_with_one_problem_ten_are_listed_and_the_others_counted(tmp_path: Path) -> None:
     root = folder(tmp_path, {"ant": 2, "bee": 2})
     for number in range(1250):
         write(root / "ant" / f"{number:04d}.gif", b"x")
@@ -68,7 +68,7 @@ def test_data_check_and_split_print_a_line_for_each_problem(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("tool", ["Thumbs.db", "desktop.ini", ".DS_Store", "Picasa.ini", "Icon\r"])
-def test_what_is_never_an_image_is_passed_over_and_counted(
+def test_files_that_are_never_images_are_skipped_and_counted(
     tmp_path: Path, tool: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = folder(tmp_path / "photos", {"ant": 5, "bee": 5})
@@ -85,7 +85,7 @@ def test_what_is_never_an_image_is_passed_over_and_counted(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "error_text"),
     [
         ({"photos/ant": 3, "photos/bee": 3, "test/ant": 1, "test/bee": 1},
          "test would be read as classes, but hold folders of images (ant, bee) and no train/ is beside; for splits of "
@@ -105,10 +105,10 @@ def test_what_is_never_an_image_is_passed_over_and_counted(
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_the_classes_are_named_with_what_to_do(
-    tmp_path: Path, sizes: dict[str, int], said: str
+    tmp_path: Path, sizes: dict[str, int], error_text: str
 ) -> None:
     message = error_of(folder(tmp_path, sizes))
-    assert said.format(root=tmp_path) in message and "\n" not in message
+    assert error_text.format(root=tmp_path) in message and "\n" not in message
 
 
 def test_classes_that_hold_only_folders_of_images_are_read_with_a_remark(tmp_path: Path) -> None:
@@ -146,6 +146,6 @@ def test_the_long_tail_has_class_names_and_its_scale_in_80_columns() -> None:
     assert "c0 … c4" in console.export_text()
 
 
-def test_one_epoch_is_not_one_epochs(tmp_path: Path) -> None:
+def test_one_epoch_is_printed_in_the_singular(tmp_path: Path) -> None:
     assert str(Result({"epoch": 1, "loss": 0.5}, tmp_path)).startswith("1 epoch, loss")
     assert str(Result({"epoch": 2, "loss": 0.5}, tmp_path)).startswith("2 epochs, loss")
