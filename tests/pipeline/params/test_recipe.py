@@ -184,7 +184,7 @@ def test_lists_over_several_lines_are_edited_by_recipe_and_init_alike(params, tm
     if form != "block lists":
         assert "seeds: [3] # seeds trained besides" in params.read_text(encoding="utf-8")
     actual = FolderSummary(["a", "b"], [300, 30], False, False, 400, [])
-    chosen = choices(actual, "photos", gpu=False)
+    chosen = suggest_params(actual, "photos", gpu=False)
     content = yaml.safe_load(write_text(written, chosen)[0])
     assert content["data"]["location"] == "photos" and content["image"]["mean"] == [0.485, 0.456, 0.406]
     assert content["gate"] == yaml.safe_load(written)["gate"]
