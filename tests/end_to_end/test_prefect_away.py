@@ -67,7 +67,7 @@ def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     if arguments[0] == "drift":  # it prints the estimate before it requests a run
-        assert any(line.startswith("tailor: retraining, as the distance") for line in lines[:-1])
+        assert any(line.startswith("tailor: starting a retraining: distance") for line in lines[:-1])
         lines = lines[-1:]
     (line,) = lines
     assert (

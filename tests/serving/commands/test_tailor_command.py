@@ -120,7 +120,7 @@ def test_status_prints_versions(tailor: Tailor, server: TritonServer) -> None:
 @pytest.mark.end_to_end
 def test_more_classes_than_the_server_gives_is_misuse(tailor: Tailor, server: TritonServer, image: Path) -> None:
     ended = tailor("predict", image, "--url", server.http_url, "--top", 4)
-    assert_one_line(ended, 2, "--top is 4; the server answers with the best 3")
+    assert_one_line(ended, 2, "--top is 4; the server returns the best 3")
 
 
 @pytest.mark.end_to_end
