@@ -73,7 +73,7 @@ loadtest.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 
 def load_table(result: Mapping[str, Any], url: str) -> Table:
     """Table of a load test: a row for each kind of request (by model version), and one for all requests."""
-    table = Table(title=f"load on {cell(url)}: {'held' if result['passed'] else 'failed'}")
+    table = Table(title=f"load on {cell(url)}: {'passed' if result['passed'] else 'failed'}")
     table.add_column("requests")
     for name in ("number", "failed", "per second", "p50 ms", "p99 ms"):
         table.add_column(name, justify="right")

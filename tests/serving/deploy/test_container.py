@@ -95,8 +95,8 @@ def test_a_server_that_is_only_busy_is_alive_and_one_that_answers_nobody_is_not(
         write_file(seconds, "0")
         assert [each.exception() for each in asked] == [None] * 20
     assert unready[0] == 1 and "timed out" in unready[1]
-    assert alive[0] == 0 and alive[1].endswith("it is busy\n")
-    assert hung[0] == 1 and hung[1].endswith("nor does it answer others\n")
+    assert alive[0] == 0 and alive[1].endswith("it is busy with other requests\n")
+    assert hung[0] == 1 and hung[1].endswith("it answers no other requests either\n")
     assert unknown[0] == 0  # then Triton's readiness counts
 
 

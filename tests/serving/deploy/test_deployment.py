@@ -88,11 +88,11 @@ def test_container_entry_refuses_in_one_line(
 
 
 @pytest.mark.parametrize("options", [[], ["--live"]])
-def test_healthcheck_says_why_nobody_answers(options: list[str]) -> None:
+def test_the_health_check_prints_why_no_server_responds(options: list[str]) -> None:
     command = [sys.executable, DEPLOY / "healthcheck.py", *options, "http://127.0.0.1:9", "http://127.0.0.1:9/metrics"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("classifier at http://127.0.0.1:9 does not answer")
+    assert ended.stderr.startswith("classifier at http://127.0.0.1:9 does not respond")
 
 
 def test_only_the_probe_that_ends_a_pod_forgives_a_busy_server_and_all_outlast_what_they_run() -> None:
