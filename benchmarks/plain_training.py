@@ -121,7 +121,7 @@ class PlainClassifier(nn.Module):
     def __init__(self, model: ImageClassifier) -> None:
         super().__init__()
         state = model.backbone.network.state_dict()
-        blocks = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+        blocks = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
         widths = [16, *(width for width in (16, 32, 64) for _ in range(blocks // 3))]
         self.network = nn.Module()
         self.network.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
