@@ -114,7 +114,7 @@ def test_command_restarts_nginx_when_its_master_is_killed_and_still_ends_with_st
     assert process.returncode == 0
 
 
-def test_pause_grows_while_nginx_ends_at_once_and_not_after_a_run_that_served(server: TritonServer) -> None:
+def test_the_delay_grows_only_while_nginx_exits_immediately(server: TritonServer) -> None:
     with running_gateway(server) as gateway:
         with kept_running(gateway, RestartDelay(first=0.1, longest=0.3, stable=1000)) as lines:
             for pause in ("0.1", "0.2", "0.3", "0.3"):
@@ -131,7 +131,7 @@ def test_pause_grows_while_nginx_ends_at_once_and_not_after_a_run_that_served(se
             await_ready(gateway, other_than=ended)
 
 
-def test_start_that_fails_is_repeated_until_its_cause_is_gone(server: TritonServer, tmp_path: Path) -> None:
+def test_a_failed_start_is_retried_until_it_succeeds(server: TritonServer, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     with (
@@ -158,7 +158,7 @@ def public_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_entry_point_of_the_image_starts_again_after_it_was_killed(public_folder: Path) -> None:
+def test_the_entry_point_of_the_image_restarts_after_it_was_killed(public_folder: Path) -> None:
     """A pod's /tmp outlives its containers: the Unix sockets of a killed nginx still exist."""
     require_nginx()
     ports = choose_ports("127.0.0.1", {"http_port": 0, "grpc_port": 0})
@@ -228,7 +228,7 @@ def test_stop_waits_for_running_requests_and_not_for_idle_callers(server: Triton
         assert busy.recv(4096).endswith(b"\r\n\r\nok")
 
 
-def test_too_few_open_files_are_one_line_before_nginx_starts() -> None:
+def test_too_low_a_limit_on_open_files_is_an_error_before_nginx_starts() -> None:
     require_nginx()
     command = [sys.executable, "-m", "serving.commands", "gateway"]
     limited = ["bash", "-c", 'ulimit -n 1000 && exec "$@"', "-", *command]

@@ -137,8 +137,8 @@ def test_the_command_and_the_locust_file_have_every_option(
     assert main(["loadtest", "--help"]) == 0
     command = capsys.readouterr().out
     assert all(f"{option.flag} " in command for option in plan_options())
-    given = [name.partition("=")[0] for name in plan(rate=1.0, max_p99=1.0, min_rps=1.0).locust_arguments()]
-    assert given == [
+    names = [name.partition("=")[0] for name in plan(rate=1.0, max_p99=1.0, min_rps=1.0).locust_arguments()]
+    assert names == [
         *("--host", "--images", "--users", "--run-time", "--rate", "--shape", "--prior", "--adjusted-share", "--batch"),
         *("--request-timeout", "--max-p99", "--max-failures", "--min-rps"),
     ]
@@ -147,7 +147,7 @@ def test_the_command_and_the_locust_file_have_every_option(
     listed = subprocess.run(
         [sys.executable, "-c", f"{program}; p.print_help()"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-    assert all(f"{name} " in listed for name in given if name not in ("--host", "--users", "--run-time"))
+    assert all(f"{name} " in listed for name in names if name not in ("--host", "--users", "--run-time"))
 
 
 def test_loopback_is_detected_by_address() -> None:
