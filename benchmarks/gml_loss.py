@@ -89,14 +89,6 @@ def peak(name: str, size: tuple[int, int, int], device: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def head(device: str, repeat: int) -> str:
-    return (
-        f"`python -m benchmarks.gml_loss --device {device} --repeat {repeat}`\n\n"
-        f"{hardware(device)}; {versions(torch.get_num_threads())}.\n"
-        f"L_GML + L_tau, forward and backward, float32; median of {repeat}. Ratios are one-hot / this form.\n"
-    )
-
-
 def kernels_against_plain(size: tuple[int, int, int]) -> str:
     """Compare the fused kernels with the plain version at a size: deviation, and which of the two is faster."""
     case, size_text = make_case(*size, "cuda"), ", ".join(map(str, size))
@@ -159,7 +151,11 @@ def main() -> None:
         print(text, flush=True)
         lines.append(text)
 
-    add_line(head(device, repeat))
+    add_line(
+        f"`python -m benchmarks.gml_loss --device {device} --repeat {repeat}`\n\n"
+        f"{hardware(device)}; {versions(torch.get_num_threads())}.\n"
+        f"L_GML + L_tau, forward and backward, float32; median of {repeat}. Ratios are one-hot / this form.\n"
+    )
     add_line(HEADING)
     for size, *goals in zip(SIZES, TIME_GOALS[device], MEMORY_GOALS, strict=True):
         for row in rows(size, device, repeat, tuple(goals)):

@@ -11,10 +11,10 @@ tests of the path from files to a trained network; accuracies on it have no mean
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -81,19 +81,12 @@ def make(
     all_images = [entry for images in entries.values() for entry in images]
     tasks = [all_images[start : start + 64] for start in range(0, len(all_images), 64)]
     work = functools.partial(write_images, folder, pack, size)
-    with progress_bar(unit="images") as progress:
+    with progress_bar(unit="images") as progress, contextlib.ExitStack() as stack:
+        run = stack.enter_context(ProcessPoolExecutor(workers)).map if workers else map
         bar = progress.add_task("images", total=len(all_images), rate="")
-        for done in _run_tasks(work, tasks, workers):
+        for done in run(work, tasks):
             progress.update(bar, advance=done)
     return {split: len(images) for split, images in entries.items()}
-
-
-def _run_tasks(work: functools.partial[int], tasks: list[list[tuple[str, int]]], workers: int) -> Iterator[int]:
-    if not workers:
-        yield from map(work, tasks)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(work, tasks)
 
 
 def write_images(folder: Path, pack: Path | None, size: tuple[int, int], entries: list[tuple[str, int]]) -> int:

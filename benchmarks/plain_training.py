@@ -88,13 +88,8 @@ def training_loader(
 def test_loader(data: Images, image: ImageParams, workers: int, pinned: bool) -> DataLoader:
     """Return a DataLoader of normalised images in order."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(image.mean, image.std)])
-    return DataLoader(
-        Views(data, transform, 1),
-        batch_size=128,
-        num_workers=workers,
-        pin_memory=pinned,
-        persistent_workers=workers > 0,
-    )
+    views, keep = Views(data, transform, 1), workers > 0
+    return DataLoader(views, 128, num_workers=workers, pin_memory=pinned, persistent_workers=keep)
 
 
 class PlainBlock(nn.Module):

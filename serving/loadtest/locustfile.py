@@ -79,27 +79,23 @@ class UserShape(LoadTestShape):
 
     def tick(self) -> tuple[int, float] | None:
         options = self.runner.environment.parsed_options
-        constant_shape = options.shape == "constant"
-        seconds = options.run_time or (float("inf") if constant_shape else SHAPED_SECONDS)
-        elapsed = self.get_run_time()
-        if elapsed >= seconds:
-            return None
-        users = options.num_users if constant_shape else users_at(options.shape, elapsed, seconds, options.num_users)
-        return users, float(options.num_users)
+        seconds = options.run_time or (float("inf") if options.shape == "constant" else SHAPED_SECONDS)
+        users = users_at(options.shape, self.get_run_time(), seconds, options.num_users)
+        return None if users is None else (users, float(options.num_users))
 
 
 class RequestLoad:
     """The prepared requests and the connection of one sending process."""
 
     def __init__(self, environment: Any, mix: Mix, sender: Sender) -> None:
-        self._request, self._mix, self._sender = environment.events.request, mix, sender
+        self._request, self._mix, self.sender = environment.events.request, mix, sender
 
     def send(self, due: float) -> bool:
         """Send one request and report the milliseconds from `due` to the response; return whether it succeeded."""
         label, call = self._mix.draw()
         version, length, error = None, 0, None
         try:
-            version, length = self._sender.send(call)
+            version, length = self.sender.send(call)
         except RequestFailed as failure:
             error = failure
         self._report(label, version, (time.perf_counter() - due) * 1000, length, error)
@@ -111,12 +107,9 @@ class RequestLoad:
             "dropped", None, 0.0, 0, RequestFailed(f"not sent: {IN_FLIGHT} requests of this source are unanswered")
         )
 
-    def close(self) -> None:
-        self._sender.close()
-
     def _report(self, label: str, version: int | None, milliseconds: float, length: int, error: Any) -> None:
         self._request.fire(
-            request_type=self._sender.kind,
+            request_type=self.sender.kind,
             name=request_name(version, label),
             response_time=milliseconds,
             response_length=length,
@@ -187,7 +180,7 @@ def finish(environment: Any, plan: LoadPlan) -> None:
         write_file(Path(environment.parsed_options.summary), json.dumps(result, indent=2) + "\n")
     environment.process_exit_code = 1 if result["missed"] else 0
     if not isinstance(environment.runner, MasterRunner):
-        environment.tailor_load.close()
+        environment.tailor_load.sender.close()
 
 
 def _measurement(entry: Any, times: Mapping[int, int]) -> Measurement:

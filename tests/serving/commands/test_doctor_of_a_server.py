@@ -31,9 +31,9 @@ def findings(name: str, repository: Path, url: str | None = None, **limits: floa
 @pytest.mark.parametrize(("days", "state"), [(1, "ok"), (40, "warning"), (-1, "warning")])
 def test_the_champions_age_counts_from_its_promotion(own: Path, monkeypatch, days: int, state: str) -> None:
     now = time.time()
-    monkeypatch.setattr("serving.repository.promotion_log.time.time", lambda: now - days * 86400)
+    monkeypatch.setattr(time, "time", lambda: now - days * 86400)
     record(own, "promote", 1, 1)
-    monkeypatch.setattr("serving.repository.promotion_log.time.time", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
     (finding,) = findings("champion", own, champion_days=30)
     assert finding.state == state and "version 1, promoted" in finding.message
     (own / LOG_NAME).unlink()

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -283,15 +282,19 @@ def test_idle_callers_use_no_descriptors_of_the_server(own_server: TritonServer)
 
 
 def test_a_gateway_with_exhausted_descriptors_recovers_when_callers_disconnect(
-    own_server: TritonServer, monkeypatch: pytest.MonkeyPatch
+    own_server: TritonServer,
 ) -> None:
-    limit, render = 24, Gateway.render  # nginx itself uses a dozen
+    limit = 24  # nginx itself uses a dozen
 
-    def with_few_descriptors(gateway: Gateway, *folders: Path) -> str:
-        return re.sub(r"worker_rlimit_nofile \d+;", f"worker_rlimit_nofile {limit};", render(gateway, *folders))
+    class FewDescriptors(Gateway):
+        @property
+        def open_files(self) -> int:
+            return limit
 
-    monkeypatch.setattr(Gateway, "render", with_few_descriptors)
-    with running_gateway(own_server, header_seconds=30) as running, Client(own_server.http_url) as direct:
+    with (
+        running_gateway(own_server, kind=FewDescriptors, header_seconds=30) as running,
+        Client(own_server.http_url) as direct,
+    ):
         [worker] = workers_of(running.process_id)
         expected = direct.predict([picture(1)], 0.5)
         with contextlib.ExitStack() as idle:
