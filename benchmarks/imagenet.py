@@ -31,7 +31,7 @@ from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import load_images, training_images
 from pipeline.params import PARAMS_FILE, Params, parse_params
 from pipeline.params.recipe import apply_recipe
-from pipeline.preparation.gpu_memory import GIB, account, new_objective
+from pipeline.preparation.gpu_memory import GIB, estimate_memory, new_objective
 from pipeline.training.engine import Training
 from serving.shared.atomic import write_file
 
@@ -82,7 +82,7 @@ def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) 
 
 def measure_training(params: Params, prior: Prior, images: Any, device: torch.device) -> TrainingCost:
     """Train the student for one epoch; the untrained teacher costs the same as a trained one."""
-    said = account(params, "student", prior).peak / GIB
+    said = estimate_memory(params, "student", prior).peak / GIB
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -42,7 +42,7 @@ from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.augment.crops import boxes_of, draw_chances
 from pipeline.data.dataset import Normalisation
 from pipeline.data.stream import ImageStream
-from pipeline.data.stream_decoding import cut, enough_pixels, original
+from pipeline.data.stream_decoding import crop_and_resize, decode_original, enough_pixels
 from pipeline.params import PARAMS_FILE, DataParams, ImageParams, Params, StreamParams, parse_params, read_yaml
 from pipeline.shared.host_memory import keep_freed_memory
 from pipeline.training.engine import Training
@@ -160,10 +160,10 @@ def decode_side(source: LoaderInput) -> dict[str, Work]:
     generator = torch.Generator().manual_seed(0)
 
     def work(data: bytes) -> None:
-        pixels = original(data, enough_pixels(image, scale))
+        pixels = decode_original(data, enough_pixels(image, scale))
         sides = (torch.tensor(side) for side in pixels.shape[1:])
         box = boxes_of(draw_chances(1, generator)[0], *sides, scale)
-        cut(pixels, [*box.tolist(), 0], image)
+        crop_and_resize(pixels, [*box.tolist(), 0], image)
 
     return limit_side(source, work)
 

@@ -18,7 +18,7 @@ from models.networks.cosine_classifier import ImageClassifier
 from models.objectives.student import StudentObjective, StudentWeights
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
-from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
 
 CLASSES = 10
@@ -47,7 +47,7 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
     params = recipe(arguments)
     pixels, labels = pack(arguments.data, "train") if arguments.data else generate_images(20_000, 0)
     counts = class_sizes("exponential", np.bincount(labels).tolist(), IMBALANCE)
-    long_tailed = np.concatenate(choose(labels, counts, 0))
+    long_tailed = np.concatenate(choose_images(labels, counts, 0))
     batch = params.student.batch_size
     steps = arguments.steps or len(long_tailed) // batch
     chosen = np.random.default_rng(0).permutation(long_tailed)[: steps * batch]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks import plain_training as plain
 from benchmarks.training_setup import Setup, objective_of
 from benchmarks.turns import Turn, Work
-from pipeline.augment import random_views
+from pipeline.augment import apply_views, draw_views
 from pipeline.data.dataset import Normalisation
 from pipeline.shared.host_memory import keep_freed_memory
 from pipeline.training.cuda_graph import CapturedStep
@@ -128,7 +128,9 @@ def difference(setup: Setup) -> float:
     device, count = setup.device, 32
     generator = torch.Generator().manual_seed(0)
     images = setup.train.images[:count].to(device)
-    views = random_views(images, 3, setup.params.student.augment, generator)
+    augment = setup.params.student.augment
+    draws = draw_views(len(images), *images.shape[2:], 3, augment, generator)
+    views = apply_views(images, draws.to(images.device), augment)
     views = Normalisation(setup.params.image, device)(views).double()
     target, ids = setup.train.labels[:count].to(device), torch.arange(count, device=device)
     engine = objective_of(setup, "student").to(device).double()

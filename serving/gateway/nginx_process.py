@@ -102,7 +102,7 @@ class GatewayProcess:
             if time.monotonic() - started >= delay.stable:
                 pause = delay.first
             report(f"{reason}; restarting it in {pause:g} s")
-            end_session(self._process, patience=0)
+            end_session(self._process, timeout=0)
             time.sleep(pause)
             pause, started, reason = min(2 * pause, delay.longest), time.monotonic(), ""
             try:
@@ -125,7 +125,7 @@ class GatewayProcess:
             time.sleep(POLL)
             while process.poll() is None and self._has_open_requests() and time.monotonic() < deadline:
                 time.sleep(POLL)
-            status = end_session(process, patience=5.0)  # also ends workers that outlive a killed master
+            status = end_session(process, timeout=5.0)  # also ends workers that outlive a killed master
         if self._output:
             self._output.close()
         if self._folder:

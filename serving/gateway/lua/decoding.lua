@@ -17,7 +17,7 @@ local WEIGHTS = { png = { 1, 0.4 }, webp = { 1, 1.8 }, jpeg = { 0.5, 0.4 }, prog
 -- A JPEG marker with a segment, or the end-of-image marker; not a stuffed byte, restart marker or fill byte.
 local MARKER = "\255[^%z\1\208-\216\255]"
 local SEARCHED = 4096 -- bytes
--- The prefix of an image as base64 text, which the classifier accepts (serving/triton/asked.py), and its greatest
+-- The prefix of an image as base64 text, which the classifier accepts (serving/triton/request_parser.py), and its greatest
 -- length.
 local DATA_URL, LONGEST_PREFIX = "^data:image/%l+;base64,", 23
 

@@ -240,7 +240,7 @@ def test_a_request_in_flight_has_the_grace_period_after_sigterm(
     repository: Path, tmp_path: Path, work: int, grace: int, answered: bool
 ) -> None:
     root, slow = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "slow"
-    path, begin = root / "classifier" / "1" / "model.py", "        asked = {}\n"
+    path, begin = root / "classifier" / "1" / "model.py", "        parsed = {}\n"
     assert begin in path.read_text()
     wait = f"import os; os.path.exists({str(slow)!r}) and (print('asked', flush=True), time.sleep({work}))"
     path.write_text(path.read_text().replace(begin, f"        {wait}\n{begin}"))

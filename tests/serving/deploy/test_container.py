@@ -24,7 +24,7 @@ from serving.server.model_control import ModelControl
 from serving.server.running import RunningServer
 from serving.shared.atomic import write_file
 from serving.shared.errors import ServingError
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.container import DEPLOY, Container, EndedWhileStarting, backends, metrics_text, running_container
 from tests.support.steady_load import Load, assert_each_answer_is_its_versions
 from tests.support.watched import OBSERVABILITY, expressions
@@ -44,7 +44,7 @@ def test_the_container_entry_serves_with_the_metrics_of_the_dashboard(repository
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{server.http_url}/v2/logging", timeout=5)
         transport = Transport(server.http_url, timeout=10)
-        with pytest.raises(Refused, match="image is not"):
+        with pytest.raises(RequestRejected, match="image is not"):
             transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
         transport.close()
         deadline = time.monotonic() + 10
@@ -67,7 +67,7 @@ def health(server: Container, *options: str, metrics_url: str | None = None) -> 
 
 def test_a_busy_server_is_alive_and_one_that_answers_no_request_is_not(repository: Path, tmp_path: Path) -> None:
     root, seconds = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "seconds"
-    path, begin = root / "classifier" / "1" / "model.py", "        asked = {}\n"
+    path, begin = root / "classifier" / "1" / "model.py", "        parsed = {}\n"
     assert begin in path.read_text()
     path.write_text(
         path.read_text().replace(begin, f"        time.sleep(float(open({str(seconds)!r}).read()))\n{begin}")

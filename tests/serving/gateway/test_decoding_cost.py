@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.bad_requests import chunk, data_url, hostile_images, saved
+from tests.support.bad_images import chunk, data_url, hostile_images, saved
 from tests.support.decoding_nginx import decoding_nginx, send
 
 pytestmark = pytest.mark.slow

@@ -133,7 +133,7 @@ def test_tls_1_2_needs_forward_secrecy_and_authenticated_encryption(
 
 def test_many_reset_streams_close_their_connection(gateways: dict[bool, GatewayProcess]) -> None:
     """CVE-2023-44487 (rapid reset): nginx counts streams as requests of their connection."""
-    assert bad_connections.resets_until_goaway(gateways[False].gateway.grpc_port, most=3000) < 2000
+    assert bad_connections.resets_until_goaway(gateways[False].gateway.grpc_port, limit=3000) < 2000
 
 
 def test_calls_of_a_grpc_channel_continue_beyond_the_request_limit_of_a_connection(

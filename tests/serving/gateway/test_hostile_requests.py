@@ -30,8 +30,8 @@ from serving.gateway.config import Gateway
 from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
-from serving.transport.sync_transport import Refused, Transport
-from tests.support import bad_connections, bad_requests
+from serving.transport.sync_transport import RequestRejected, Transport
+from tests.support import bad_connections, bad_protocol, bad_requests
 from tests.support.running_gateway import running_gateway, workers_of
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
@@ -90,21 +90,21 @@ class Attacker:
                 f"http {fault.fault}", fault.culprit, ("POST", path, body, headers), range(400, 500)
             )
         if kind < 0.42:
-            return self.message_answer(*bad_requests.message_bytes(self.draw))
+            return self.message_answer(*bad_protocol.message_bytes(self.draw))
         if kind < 0.65:
             fault = self.draw.choice(bad_requests.TENSOR_FAULTS)(self.draw)
             return self.grpc_answer(f"grpc {fault.fault}", fault.culprit, bad_requests.over_grpc(fault))
         if kind < 0.68:
             return self.grpc_answer(
-                "grpc tensor: typed, beyond memory", "image", bad_requests.typed_over_grpc(self.draw)
+                "grpc tensor: typed, beyond memory", "image", bad_protocol.typed_over_grpc(self.draw)
             )
         if kind < 0.69:
-            large = bad_requests.large_body(self.draw)
+            large = bad_protocol.large_body(self.draw)
             return self.http_answer(
                 large.fault, large.culprit, (large.method, large.path, large.body, large.headers), (413,)
             )
         if kind < 0.93:
-            bad = self.draw.choice(bad_requests.HTTP_FAULTS)(self.draw)
+            bad = self.draw.choice(bad_protocol.HTTP_FAULTS)(self.draw)
             return self.http_answer(bad.fault, bad.culprit, (bad.method, bad.path, bad.body, bad.headers), bad.statuses)
         if kind < 0.97:
             name = self.draw.choice(list(bad_connections.HTTP_CONNECTIONS))
@@ -222,7 +222,7 @@ def test_bad_requests_get_an_error_message_and_affect_no_other_request(
     largest = np.array([[bad_requests.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
     transport = Transport(own_server.http_url, 60)
     for _ in range(6):
-        with pytest.raises(Refused, match="image"):
+        with pytest.raises(RequestRejected, match="image"):
             transport.infer("classifier", {"image": largest}, {"class": 0})
     transport.close()
     attack(gateway, max(100, REQUESTS // 20), SEED + 1000)
@@ -316,7 +316,7 @@ def test_a_gateway_with_exhausted_descriptors_recovers_when_callers_disconnect(
 def test_the_grammar_generates_the_same_requests_for_the_same_seed() -> None:
     def drawn(seed: int) -> list[Any]:
         draw = random.Random(seed)
-        faults: list[Callable[[random.Random], Any]] = [*bad_requests.TENSOR_FAULTS, *bad_requests.HTTP_FAULTS]
+        faults: list[Callable[[random.Random], Any]] = [*bad_requests.TENSOR_FAULTS, *bad_protocol.HTTP_FAULTS]
         return [draw.choice(faults)(draw) for _ in range(50)]
 
     assert drawn(3) == drawn(3)

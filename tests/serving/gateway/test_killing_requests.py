@@ -143,9 +143,9 @@ def test_the_gateway_rejects_each_request_that_crashes_the_server(
 def test_the_gateway_rejects_millions_of_chunks_that_crash_the_server(
     gateway: GatewayProcess, raw: TritonServer
 ) -> None:
-    assert bad_connections.endless_chunks(gateway.gateway.http_port, most=3_000_000) in (0, 411)
+    assert bad_connections.endless_chunks(gateway.gateway.http_port, limit=3_000_000) in (0, 411)
     assert_answers(gateway)
-    bad_connections.endless_chunks(raw.ports["--http-port"], most=3_000_000)
+    bad_connections.endless_chunks(raw.ports["--http-port"], limit=3_000_000)
     assert raw.wait(DEATH) == -signal.SIGSEGV
 
 
