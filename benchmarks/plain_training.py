@@ -88,13 +88,8 @@ def training_loader(
 def test_loader(data: Images, image: ImageParams, workers: int, pinned: bool) -> DataLoader:
     """Return a DataLoader of normalised images in order."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(image.mean, image.std)])
-    return DataLoader(
-        Views(data, transform, 1),
-        batch_size=128,
-        num_workers=workers,
-        pin_memory=pinned,
-        persistent_workers=workers > 0,
-    )
+    views, keep = Views(data, transform, 1), workers > 0
+    return DataLoader(views, 128, num_workers=workers, pin_memory=pinned, persistent_workers=keep)
 
 
 class PlainBlock(nn.Module):
@@ -121,7 +116,7 @@ class PlainClassifier(nn.Module):
     def __init__(self, model: ImageClassifier) -> None:
         super().__init__()
         state = model.backbone.network.state_dict()
-        blocks = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+        blocks = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
         widths = [16, *(width for width in (16, 32, 64) for _ in range(blocks // 3))]
         self.network = nn.Module()
         self.network.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)

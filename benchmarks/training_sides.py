@@ -137,11 +137,11 @@ def difference(setup: Setup) -> float:
     with torch.no_grad():
         engine.teacher.train()(views[0])  # batch statistics other than the initial ones
     baseline = plain.PlainStudent(engine).to(device)
-    found = engine.to(memory_format=torch.channels_last).train()(views, target, ids)
+    actual = engine.to(memory_format=torch.channels_last).train()(views, target, ids)
     expected, _ = baseline.train().loss_parts(list(views), target, ids)
-    found["loss"].backward()
+    actual["loss"].backward()
     expected["loss"].backward()
-    losses = [(found[name].detach(), value.detach()) for name, value in expected.items()]
+    losses = [(actual[name].detach(), value.detach()) for name, value in expected.items()]
     gradients = [
         (ours.grad, theirs.grad)
         for a, b in ((getattr(engine, part), getattr(baseline, part)) for part in ("model", "query_head", "key_head"))
@@ -153,5 +153,5 @@ def difference(setup: Setup) -> float:
         for pairs in (losses, gradients)
     )
     if not worst < CLOSE:
-        raise AssertionError(f"baseline and engine differ by {worst:.1e}; they would not do the same work")
+        raise AssertionError(f"baseline and engine differ by {worst:.1e}; they must do the same work")
     return worst

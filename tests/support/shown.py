@@ -50,9 +50,9 @@ def check_refusal(shown: ShownRun, evidence: Path) -> None:
     assert set(shown.artifacts) == expected
 
 
-def _ask(api: str, path: str, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+def _ask(api: str, path: str, query: dict[str, Any]) -> list[dict[str, Any]]:
     request = urllib.request.Request(
-        f"{api}/{path}", json.dumps(wanted).encode(), {"Content-Type": "application/json"}, method="POST"
+        f"{api}/{path}", json.dumps(query).encode(), {"Content-Type": "application/json"}, method="POST"
     )
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.load(response)
