@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
 from pipeline.params import AugmentParams, EngineParams, ImageParams, LearningRateParams, TrainingParams
@@ -115,8 +116,8 @@ def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
     objective.double()
     params = training_params(accumulate=accumulate, augment=augment)
     step = Step(objective, params, IMAGE, made_images(32), CPU)
-    normalise = step._normalise
-    step._normalise = lambda views: normalise(views).double()
+    normalise = step.normalise
+    step.normalise = lambda views: normalise(views).double()
     return step
 
 
