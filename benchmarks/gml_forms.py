@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.contrast.gml import KeyRuns, contrast_losses
+from models.contrast.gml import ClassSegments, contrast_losses
 from models.contrast.gml_reference import gml_loss, other_sample_mask
 from models.contrast.queues import queue_lengths
 
@@ -22,7 +22,7 @@ class Case(NamedTuple):
 
     similarity: Tensor
     log_tau: Tensor
-    runs: KeyRuns
+    runs: ClassSegments
     target: Tensor
     log_prior: Tensor
     query_ids: Tensor
@@ -41,7 +41,7 @@ def make_case(batch: int, keys: int, classes: int, device: str) -> Case:
     features = F.normalize(torch.randn(batch + keys, 32, generator=generator), dim=1)
     log_prior = (torch.tensor(counts) / sum(counts)).log()
     starts = lengths.cumsum(0) - lengths
-    runs = KeyRuns(row_class.to(device), starts.to(device), lengths.to(device), int(lengths.max()))
+    runs = ClassSegments(row_class.to(device), starts.to(device), lengths.to(device), int(lengths.max()))
     return Case(
         (features[:batch] @ features[batch:].T).to(device).requires_grad_(),
         torch.tensor(0.1, device=device).log().requires_grad_(),

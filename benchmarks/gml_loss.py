@@ -30,9 +30,9 @@ import torch
 from benchmarks.gml_forms import FORMS, FUSED, ONE_HOT, OURS, Case, Form, check, make_case, step
 from benchmarks.machine import hardware, versions
 from benchmarks.other_work import OtherWork, quiet_ratio
-from models.contrast.fused_kernel import FusedSplit
-from models.contrast.fused_kernel_check import device_milliseconds, fault_of_kernels, made_inputs
-from models.contrast.gml import SplitAtOwnClass
+from models.contrast.fused_kernel import FusedOwnClassLogSumExp
+from models.contrast.fused_kernel_check import device_milliseconds, kernel_fault, random_inputs
+from models.contrast.gml import OwnClassLogSumExp
 from serving.shared.atomic import write_file
 
 SIZES = [(128, 4096, 100), (128, 16384, 1000), (128, 65536, 8142)]
@@ -106,13 +106,13 @@ def kernels_against_plain(size: tuple[int, int, int]) -> str:
     """Compare the fused kernels with the plain version at a size: deviation, and which of the two is faster."""
     case, place = make_case(*size, "cuda"), ", ".join(map(str, size))
     longest = case.runs.longest
-    if fault := fault_of_kernels(case.similarity.device, *size[:2], longest, SplitAtOwnClass, timed=False):
+    if fault := kernel_fault(case.similarity.device, *size[:2], longest, OwnClassLogSumExp, timed=False):
         return f"{place}: the kernels do not do what the plain version does: {fault}"
     plain = [*step(FORMS[OURS], case), case.similarity.grad.clone(), case.log_tau.grad.clone()]
     fused = [*step(FORMS[FUSED], case), case.similarity.grad, case.log_tau.grad]
     apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fused, plain, strict=True))
-    inputs = made_inputs(case.similarity.device, *size[:2], longest)
-    ours, theirs = (device_milliseconds(split, inputs) for split in (FusedSplit, SplitAtOwnClass))
+    inputs = random_inputs(case.similarity.device, *size[:2], longest)
+    ours, theirs = (device_milliseconds(split, inputs) for split in (FusedOwnClassLogSumExp, OwnClassLogSumExp))
     verdict = f"faster by {theirs / ours:.2f}" if ours < theirs else f"slower by {ours / theirs:.2f}"
     return (
         f"{place}: losses and gradients of the kernels are within {apart:.1e} of the plain version's (of the largest value); "
@@ -126,8 +126,8 @@ def rows(
     """Yield the table's rows of one size. goals: for the time ratio and the memory ratio."""
     names = [name for name in FORMS if device == "cuda" or name != FUSED]
     case = make_case(*size, device)
-    if FUSED in names and fault_of_kernels(
-        case.similarity.device, *size[:2], case.runs.longest, SplitAtOwnClass, timed=False
+    if FUSED in names and kernel_fault(
+        case.similarity.device, *size[:2], case.runs.longest, OwnClassLogSumExp, timed=False
     ):
         names.remove(FUSED)
     others = OtherWork()

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.gml_forms import Case, one_hot
-from models.contrast.gml import KeyRuns
+from models.contrast.gml import ClassSegments
 from models.networks.cosine_classifier import ImageClassifier
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
@@ -181,7 +181,7 @@ class PlainStudent(nn.Module):
             self.queues.enqueue(teacher_features[batch:], target, indexes)
         logits, teacher_logits = logits[:batch], teacher_logits[:batch]
         similarity = self.query_head(features[batch:]) @ self.key_head(self.queues.features).T
-        runs = KeyRuns(self.queues.row_class, self.queues.starts, self.queues.lengths, 0)
+        runs = ClassSegments(self.queues.row_class, self.queues.starts, self.queues.lengths, 0)
         case = Case(similarity, self.log_tau_g, runs, target, self.log_prior, indexes, self.queues.sample_ids)
         gml, tau = one_hot(case)
         heat = weights.distillation_temperature

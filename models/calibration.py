@@ -84,12 +84,12 @@ def fit_temperature(logits: Any, labels: Any, source_prior: Any = None, *, max_i
         if gradient * step < 1e-12:
             break
         while True:
-            tried = slope - size * step
-            found = _loss(scores, y, weights, 0.0, np.concatenate([[tried], none]))
-            if found <= value - 1e-4 * size * gradient * step or size < 1e-10:
+            new_slope = slope - size * step
+            candidate = _loss(scores, y, weights, 0.0, np.concatenate([[new_slope], none]))
+            if candidate <= value - 1e-4 * size * gradient * step or size < 1e-10:
                 break
             size /= 2
-        slope, value = tried, found
+        slope, value = new_slope, candidate
     if slope <= 1e-6:
         raise ValueError("logits do not grow with the labels' probability; no temperature calibrates them")
     return unit / slope
@@ -132,11 +132,11 @@ def _newton(scores: Floats, y: Labels, weights: Floats, ridge: float, max_iterat
         if decrement < 1e-12:
             return float(theta[0]), theta[1:]
         size = 1.0
-        while (found := _loss(scores, y, weights, ridge, theta - size * step)) > value - 1e-4 * size * decrement:
+        while (candidate := _loss(scores, y, weights, ridge, theta - size * step)) > value - 1e-4 * size * decrement:
             size /= 2
             if size < 1e-10:  # only rounding errors remain
                 return float(theta[0]), theta[1:]
-        theta, value = theta - size * step, found
+        theta, value = theta - size * step, candidate
     raise ValueError(f"max_iterations is {max_iterations}, too few for this calibration; raise it or ridge ({ridge})")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.contrast.gml import ContrastLosses, KeyRuns, contrast_losses, queries_with_keys
+from models.contrast.gml import ClassSegments, ContrastLosses, contrast_losses, queries_with_keys
 from models.contrast.queues import ClassQueues
 from models.distributed import gather_batch, rank_count, sum_over_ranks
 from models.losses.distillation import distillation_loss
@@ -112,10 +112,8 @@ class StudentObjective(nn.Module):
         # The key head starts as a copy of the query head, unless the teacher has another feature width.
         stored = model if contrast_encoder == "momentum" or teacher is None else teacher
         width = stored.feature_dim
-        if width == model.feature_dim:
-            self.key_head = copy.deepcopy(self.query_head)
-        else:
-            self.key_head = ProjectionHead(width, width, projection_dim)
+        same_width = width == model.feature_dim
+        self.key_head = copy.deepcopy(self.query_head) if same_width else ProjectionHead(width, width, projection_dim)
         if contrast_encoder == "momentum":
             self.momentum_encoder = copy.deepcopy(model.backbone).requires_grad_(False)
             self.key_head.requires_grad_(False)
@@ -153,9 +151,7 @@ class StudentObjective(nn.Module):
 
     def observations(self) -> dict[str, float]:
         """Further values for the record of an epoch: the share of the queues that holds features of training images."""
-        if not self.weights.beta:
-            return {}
-        return {"queue_fill": (self.queues.sample_ids >= 0).double().mean().item()}
+        return {"queue_fill": self.queues.fill().item()} if self.weights.beta else {}
 
     def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> WholeBatch | None:
         """Store the contrast features of a whole batch, given as micro-batches of views [V,b,3,H,W]; embed the queue once.
@@ -166,7 +162,7 @@ class StudentObjective(nn.Module):
             return None
         features = torch.cat([self._contrast_features(part[2]) for part in views])
         self._enqueue(features, target, sample_ids)
-        with_keys = queries_with_keys(self._runs(), target, sample_ids, self.queues.sample_ids)
+        with_keys = queries_with_keys(self._segments(), target, sample_ids, self.queues.sample_ids)
         batch = len(target) * rank_count()
         return WholeBatch.of(self.key_head(self.queues.features), batch, sum_over_ranks(with_keys))
 
@@ -234,19 +230,17 @@ class StudentObjective(nn.Module):
         batch, stores = views.shape[1], stores and self.weights.beta > 0
         features = logits = None
         if stores and self.momentum_encoder is not None:
-            features = self._contrast_features(views[2])
-        seen = [views[0]] if self.weights.alpha else []
-        if stores and self.momentum_encoder is None:
-            seen.append(views[2])
-        if seen and self.teacher is not None:
-            encoded, classified = self.teacher(torch.cat(seen))
-            features = features if self.momentum_encoder is not None or not stores else encoded[-batch:]
+            features, stores = self._contrast_features(views[2]), False
+        teacher_views = [views[0]] * (self.weights.alpha > 0) + [views[2]] * stores
+        if teacher_views and self.teacher is not None:
+            encoded, classified = self.teacher(torch.cat(teacher_views))
+            features = encoded[-batch:] if stores else features
             logits = classified[:batch] if self.weights.alpha else None
         return features, logits
 
-    def _runs(self) -> KeyRuns:
+    def _segments(self) -> ClassSegments:
         queues = self.queues
-        return KeyRuns(queues.row_class, queues.starts, queues.lengths, queues.longest)
+        return ClassSegments(queues.row_class, queues.starts, queues.lengths, queues.longest)
 
     def _contrast(
         self, query_features: Tensor, target: Tensor, sample_ids: Tensor, whole: WholeBatch | None
@@ -255,9 +249,9 @@ class StudentObjective(nn.Module):
         keys = self.key_head(self.queues.features) if whole is None else whole.keys
         with without_autocast(query):
             similarity = query @ keys.T
-        found = contrast_losses(
+        losses = contrast_losses(
             similarity,
-            self._runs(),
+            self._segments(),
             target,
             self.log_prior,
             self.log_tau_g.exp(),
@@ -268,8 +262,8 @@ class StudentObjective(nn.Module):
         )
         queries, ranks = len(target), rank_count()
         if whole is not None:
-            return share_of_batch(found, queries, whole.batch, whole.with_keys)
+            return share_of_batch(losses, queries, whole.batch, whole.with_keys)
         if ranks == 1:
-            return found
-        with_keys = sum_over_ranks(queries - found.queries_without_keys)
-        return share_of_batch(found, queries, queries * ranks, with_keys)
+            return losses
+        with_keys = sum_over_ranks(queries - losses.queries_without_keys)
+        return share_of_batch(losses, queries, queries * ranks, with_keys)

@@ -39,14 +39,14 @@ def network_logits(
         ) from None
 
 
-def _answers(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
+def answers_by_prior(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
     log_prior = np.array(prior.log_prior)
     return {name: answers(logits, log_prior, strength) for name, strength in TARGET_PRIORS.items()}
 
 
 def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params: EvaluateParams) -> dict[str, Any]:
     """Metrics of balanced logits [N,C] with labels [N]: target prior → metric → value."""
-    found = _answers(logits, prior)
+    found = answers_by_prior(logits, prior)
     classes = len(prior.classes)
     targets = {"balanced": np.full(classes, 1 / classes), "train": np.array(prior.p)}
     return {

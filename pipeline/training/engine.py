@@ -40,7 +40,7 @@ from pipeline.training.state import (
     snapshot_of,
     take_snapshot,
 )
-from pipeline.training.step import Step, StepInputs, draw_ahead, own_places, own_rows, precision_of
+from pipeline.training.step import Step, StepInputs, draw_ahead, own_indices, own_rows, precision_of
 
 
 @dataclass
@@ -103,11 +103,11 @@ class Training:
 
     def _how_to_resume(self, steps: int) -> str:
         """Text for the last line of an interrupted stage: the newest checkpoint and how to resume from it."""
-        if not self._kept or self.run_folder is None:
+        if not self._checkpoint or self.run_folder is None:
             return "no checkpoint is kept yet, so the same command starts from the first step"
-        epoch, step = self._kept
-        where = f"step {step:,} of {steps:,} in epoch {epoch + 1}" if step else f"epoch {epoch}"
-        return f"the same command resumes after {where} of {self.params.epochs}, kept in {self.run_folder.folder}"
+        epoch, step = self._checkpoint
+        point = f"step {step:,} of {steps:,} in epoch {epoch + 1}" if step else f"epoch {epoch}"
+        return f"the same command resumes after {point} of {self.params.epochs}, kept in {self.run_folder.folder}"
 
     def _prepare(self, train: AnyImages) -> None:
         if self.device.type == "cpu":
@@ -126,7 +126,9 @@ class Training:
         self._monitor = NonFiniteMonitor(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._at = Position()
-        self._kept: tuple[int, int] | None = None  # finished epochs, and steps of the next, in the newest checkpoint
+        self._checkpoint: tuple[int, int] | None = (
+            None  # finished epochs, and steps of the next, in the newest checkpoint
+        )
         self._saved = time.monotonic()
 
     def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:
@@ -162,7 +164,7 @@ class Training:
         batches = at.order.view(steps, batch)
         drawn, ahead = itertools.tee(draw_ahead(self._step, batches[first:], self._generator))
         draws = (own_rows(inputs).draws for inputs, _ in ahead)
-        with self._train.feed(own_places(batches[first:]), draws=draws) as feed:
+        with self._train.feed(own_indices(batches[first:]), draws=draws) as feed:
             del ahead, draws  # otherwise tee would buffer the draws of all steps if the feed does not read them
             for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
                 self._generator.set_state(state)
@@ -190,12 +192,12 @@ class Training:
             if len(validation):
                 record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device, self.shift)
             elif at.epoch + 1 == self.params.epochs:
-                some = torch.arange(min(batch, len(self._train)))
-                outputs(self.model, self._train.pixels(some), self.image, self.device)
+                indices = torch.arange(min(batch, len(self._train)))
+                outputs(self.model, self._train.pixels(indices), self.image, self.device)
         except NotFiniteError as error:
             raise self._diverged(str(error)) from None
         if len(validation):
-            self._keep_best(record)
+            self._update_best(record)
         record["images_per_second"] = (steps - first) * batch / seconds
         record["memory_mib"] = peak_memory_mib(self.device)
         record.update(data)
@@ -211,7 +213,7 @@ class Training:
             f"{self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs"
         )
 
-    def _keep_best(self, record: dict[str, float]) -> None:
+    def _update_best(self, record: dict[str, float]) -> None:
         if self.best is None or record["validation_accuracy"] > self.best.accuracy:
             weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
             self.best = Best(int(record["epoch"]), record["validation_accuracy"], weights)
@@ -237,15 +239,15 @@ class Training:
             self._fail(failure, steps, rate)
         at = self._at
         if at.step:
-            at.sums = self._monitor.kept_sums()
+            at.sums = self._monitor.checkpoint_sums()
         if rank() == 0:
-            kept = snapshot_of(at, self._step, self._generator, self.best)
-            self.run_folder.save(at.epoch * 1_000_000 + at.step, kept)
-        self._kept = at.epoch, at.step
+            snapshot = snapshot_of(at, self._step, self._generator, self.best)
+            self.run_folder.save(at.epoch * 1_000_000 + at.step, snapshot)
+        self._checkpoint = at.epoch, at.step
 
     def _restore(self) -> None:
         snapshot: Snapshot | None = self.run_folder.load() if self.run_folder else None
         check_same_everywhere(snapshot, self.device, self.run_folder.folder if self.run_folder else None)
         if snapshot is not None:
             self._at, self.best = take_snapshot(snapshot, self._step, self._generator)
-            self._kept = self._at.epoch, self._at.step
+            self._checkpoint = self._at.epoch, self._at.step

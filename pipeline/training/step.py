@@ -136,7 +136,7 @@ class Step:
         with self._autocast():
             seen = (self._normalise(views[:, start:stop]) for start, stop in runs)
             whole = self.objective.whole_batch(seen, target, chosen)
-        found = []
+        losses = []
         for start, stop in runs:
             part = None if mixed is None else mixed.rows(start, stop)
             with self._autocast():
@@ -144,11 +144,11 @@ class Step:
                     self._normalise(views[:, start:stop]), target[start:stop], chosen[start:stop], part, whole
                 )
             (parts["loss"] / self._parts).backward()
-            found.append({name: part.detach() for name, part in parts.items()})
+            losses.append({name: part.detach() for name, part in parts.items()})
         if whole is not None:
             whole.backward()
         average_gradients(self.optimiser.parameters)
-        return {name: torch.stack([parts[name] for parts in found]).mean(0) for name in found[0]}
+        return {name: torch.stack([parts[name] for parts in losses]).mean(0) for name in losses[0]}
 
     def _autocast(self) -> torch.autocast:
         half = self.precision != torch.float32
@@ -178,7 +178,7 @@ class Step:
         return wrong
 
 
-def own_places(batches: Tensor) -> Tensor:
+def own_indices(batches: Tensor) -> Tensor:
     """This rank's share of each global batch of indices: [...,B] → [...,b]."""
     share = batches.shape[-1] // rank_count()
     return batches[..., rank() * share : (rank() + 1) * share]

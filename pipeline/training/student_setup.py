@@ -10,7 +10,7 @@ from models.networks.cosine_classifier import ImageClassifier
 from models.objectives.student import StudentObjective, StudentWeights
 from pipeline.data.class_prior import Prior
 from pipeline.model_io.checkpoint import ModelConfig, build_model, check_image, load_model
-from pipeline.model_io.pretrained import start_from
+from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import ImageParams, StudentParams
 
 
@@ -29,7 +29,7 @@ def build_objective(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(config, "student.backbone")
-        start_from(model.backbone, section.pretrained, "student.pretrained")
+        load_pretrained(model.backbone, section.pretrained, "student.pretrained")
         return student_objective(section, weights, prior, model, frozen, teacher_adjustment)
 
 

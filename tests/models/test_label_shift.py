@@ -152,7 +152,7 @@ def test_calibration_of_separable_data_stays_finite():
         (lambda: estimate_prior([[0.5, 0.5]], [1, 0]), "source_prior has a class without mass"),
         (lambda: estimate_prior([[0.5, 0.5]], concentration=0.5), "concentration is 0.5; expected finite numbers >= 1"),
         (lambda: estimate_prior([[0.5, 0.5]], tolerance=0), "tolerance is 0"),
-        (lambda: mapls_concentration(0, 1, 2), "kept is 0; expected a share above 0"),
+        (lambda: mapls_concentration(0, 1, 2), "em_share is 0; expected a share above 0"),
         (lambda: interval(np.zeros((3, 2)), 1.0), "confidence is 1.0"),
         (lambda: fit_calibration([[1.0, 2.0]], [2]), "labels has 2 to 2; expected 0 to 1"),
         (lambda: fit_calibration([[1.0, np.inf]], [0]), "logits has an entry that is not finite"),

@@ -39,7 +39,7 @@ def test_groups_without_classes_are_left_out_and_a_group_without_test_images_is_
     said = warnings_of(sizes)
     assert [line.partition(":")[0] for line in said] == ["all", "medium", "few"]
     assert said[1] == "medium: 7 test images, fewer than 100: figures are uncertain by up to ±37 percentage points"
-    assert said[2] == "few: no test images: nothing is known"
+    assert said[2] == "few: no test images, so no accuracy can be measured"
     assert from_json(as_json(sizes)) == sizes
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.contrast.gml import KeyRuns, contrast_losses
+from models.contrast.gml import ClassSegments, contrast_losses
 from models.contrast.gml_reference import gml_loss, other_sample_mask
 
 STRENGTH = 0.7
@@ -18,7 +18,7 @@ STRENGTH = 0.7
 def key_runs(lengths):
     lengths = torch.tensor(lengths)
     row_class = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    return KeyRuns(row_class, lengths.cumsum(0) - lengths, lengths, int(lengths.max()))
+    return ClassSegments(row_class, lengths.cumsum(0) - lengths, lengths, int(lengths.max()))
 
 
 def both(case, similarity, temperature, **options):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.contrast.fused_kernel_check import kernels_may_run
+from models.contrast.fused_kernel_check import kernels_supported
 
 pytestmark = pytest.mark.slow
 
@@ -40,14 +40,14 @@ import contextlib, io, json, sys
 import torch
 from triton.runtime.errors import OutOfResources
 import models.contrast.fused_kernel, models.contrast.fused_kernel_check
-from models.contrast.gml import KeyRuns, SplitAtOwnClass, contrast_losses
-from models.contrast.fused_kernel import FusedSplit
+from models.contrast.gml import ClassSegments, OwnClassLogSumExp, contrast_losses
+from models.contrast.fused_kernel import FusedOwnClassLogSumExp
 
 models.contrast.fused_kernel.BLOCK = 16
 lengths = torch.tensor([30, 7, 3])
-runs = KeyRuns(torch.repeat_interleave(torch.arange(3), lengths), lengths.cumsum(0) - lengths, lengths, 30)
+runs = ClassSegments(torch.repeat_interleave(torch.arange(3), lengths), lengths.cumsum(0) - lengths, lengths, 30)
 similarity = torch.rand(4, 40, generator=torch.Generator().manual_seed(0))
-forward, backward = FusedSplit.forward, FusedSplit.backward
+forward, backward = FusedOwnClassLogSumExp.forward, FusedOwnClassLogSumExp.backward
 calls = 0
 
 def counted(function):
@@ -73,7 +73,7 @@ def losses(fused):
 
 def outcome():
     global calls
-    models.contrast.fused_kernel_check._ANSWERS.clear()
+    models.contrast.fused_kernel_check.CHECKED.clear()
     calls = 0
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         found = [losses("auto"), losses("auto")]
@@ -86,11 +86,11 @@ def outcome():
 plain = losses(False)
 outcomes = {}
 for name, (place, fault, _) in {"": ("forward", "forward", ""), **json.loads(sys.argv[1])}.items():
-    FusedSplit.forward, FusedSplit.backward = staticmethod(counted(forward)), staticmethod(backward)
+    FusedOwnClassLogSumExp.forward, FusedOwnClassLogSumExp.backward = staticmethod(counted(forward)), staticmethod(backward)
     fault = eval(fault)
-    setattr(FusedSplit, place, staticmethod(counted(fault) if place == "forward" else fault))
+    setattr(FusedOwnClassLogSumExp, place, staticmethod(counted(fault) if place == "forward" else fault))
     outcomes[name] = outcome()
-FusedSplit.forward = staticmethod(counted(forward))
+FusedOwnClassLogSumExp.forward = staticmethod(counted(forward))
 sys.modules["triton.errors"] = None
 outcomes["no Triton"] = outcome()
 print(json.dumps(outcomes))
@@ -130,10 +130,10 @@ def test_kernels_with_a_fault_leave_the_plain_version_in_use_and_one_line(outcom
 
 def test_without_a_gpu_nothing_is_asked():
     assert os.environ.get("TRITON_INTERPRET") is None
-    assert not kernels_may_run(torch.zeros(2, 3))
+    assert not kernels_supported(torch.zeros(2, 3))
 
 
 def test_the_kernels_are_not_asked_to_compute_in_double_precision(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels_may_run(torch.zeros(2, 3))
-    assert not kernels_may_run(torch.zeros(2, 3, dtype=torch.float64))
+    assert kernels_supported(torch.zeros(2, 3))
+    assert not kernels_supported(torch.zeros(2, 3, dtype=torch.float64))

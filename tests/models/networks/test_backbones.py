@@ -82,13 +82,13 @@ def test_a_librarys_own_weights_are_taken_in_without_their_classifier(name):
 
         whole = torchvision.models.get_model(model, weights=None, num_classes=7)
     backbone = build_backbone(name)
-    backbone.take_weights(whole.state_dict())
+    backbone.load_weights(whole.state_dict())
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in backbone.network.state_dict().items())
 
 
 def test_weights_of_a_trained_classifier_are_taken_in_without_its_cosine_classifier():
     trained, backbone = ImageClassifier("resnet20", 5, 0.1), build_backbone("resnet20")
-    backbone.take_weights(trained.state_dict())
+    backbone.load_weights(trained.state_dict())
     assert torch.equal(backbone.network.conv1.weight, trained.backbone.network.conv1.weight)
 
 
@@ -97,7 +97,7 @@ def test_weights_of_a_trained_classifier_are_taken_in_without_its_cosine_classif
     [
         (lambda state: state.pop("bn1.bias"), "has no bn1.bias, which this network needs"),
         (lambda state: state.update({"bn1.bias": torch.zeros(3)}), r"has bn1.bias of shape [3]; expected [16]"),
-        (lambda state: state.update({"extra": torch.zeros(3)}), "has extra, which this network does not know"),
+        (lambda state: state.update({"extra": torch.zeros(3)}), "has extra, which this network does not have"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(change, said):
@@ -106,5 +106,5 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(change, 
     state = dict(build_backbone("resnet20").network.state_dict())
     change(state)
     with pytest.raises(ValueError, match=re.escape(said)):
-        backbone.take_weights(state)
+        backbone.load_weights(state)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

@@ -12,7 +12,7 @@ import pipeline.prior
 import pipeline.split
 import pipeline.teacher
 from models.networks.backbones import build_backbone
-from pipeline.model_io.pretrained import start_from
+from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import PretrainedParams
 from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
@@ -31,14 +31,14 @@ def weights(tmp_path):
 def refusal(path, sha256=None, backbone="resnet20") -> str:
     given = PretrainedParams(file=str(path), sha256=sha256 or sha256_of(path))
     with pytest.raises(ParamsError) as caught:
-        start_from(build_backbone(backbone), given, "student.pretrained")
+        load_pretrained(build_backbone(backbone), given, "student.pretrained")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_backbone_starts_from_the_files_weights(weights):
     backbone = build_backbone("resnet20")
-    start_from(backbone, PretrainedParams(file=str(weights), sha256=sha256_of(weights)), "student.pretrained")
+    load_pretrained(backbone, PretrainedParams(file=str(weights), sha256=sha256_of(weights)), "student.pretrained")
     expected = safetensors.torch.load_file(weights)
     assert all(torch.equal(value, expected[name]) for name, value in backbone.network.state_dict().items())
 

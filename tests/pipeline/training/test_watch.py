@@ -23,7 +23,7 @@ def test_means_are_those_of_the_epoch_also_when_it_was_resumed():
     monitor = NonFiniteMonitor(CPU)
     monitor.begin()
     assert monitor.add(0, None, parts(1.0, 4.0)) is None
-    kept = monitor.kept_sums()
+    kept = monitor.checkpoint_sums()
     again = NonFiniteMonitor(CPU)
     again.begin(kept)
     again.add(1, None, parts(3.0, 0.0))
