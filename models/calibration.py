@@ -146,9 +146,7 @@ def _derivatives(scores: Floats, y: Labels, weights: Floats, ridge: float, theta
     error[np.arange(len(y)), y] -= 1
     expected = (p * scores).sum(axis=1, keepdims=True)
     weighted = weights[:, None] * p
-    gradient = np.concatenate(
-        [[weights @ (error * scores).sum(axis=1)], weights @ error + ridge * theta[1:]],
-    )
+    gradient = np.concatenate([[weights @ (error * scores).sum(axis=1)], weights @ error + ridge * theta[1:]])
     across = (weighted * (scores - expected)).sum(axis=0)
     hessian = np.empty((len(theta), len(theta)))
     # For separable data the optimal slope is infinite; the added constant keeps the step finite.

@@ -108,10 +108,7 @@ def parse_number(text: str) -> float:
 
 
 def check_numbers(values: Any) -> Floats:
-    """Convert a list or array of numbers to float64.
-
-    Raises ValueError for text and booleans, which numpy would convert.
-    """
+    """Convert a list or array of numbers to float64. Raises ValueError for text and booleans, which numpy would convert."""
     array = values if isinstance(values, np.ndarray) else np.array(values, dtype=object)
     if array.dtype.kind not in "iuf":
         kinds = set(map(type, array.ravel().tolist()))

@@ -231,7 +231,7 @@ class StudentObjective(nn.Module):
         features = logits = None
         if stores and self.momentum_encoder is not None:
             features, stores = self._contrast_features(views[2]), False
-        teacher_views = [views[0]] * (self.weights.alpha > 0) + [views[2]] * stores
+        teacher_views = [views[index] for index, needed in ((0, self.weights.alpha > 0), (2, stores)) if needed]
         if teacher_views and self.teacher is not None:
             encoded, classified = self.teacher(torch.cat(teacher_views))
             features = encoded[-batch:] if stores else features

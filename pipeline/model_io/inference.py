@@ -78,11 +78,7 @@ def balanced_logits(
 
 
 def accuracy(
-    model: ImageClassifier,
-    data: AnyImages,
-    image: ImageParams,
-    device: torch.device,
-    shift: np.ndarray | None = None,
+    model: ImageClassifier, data: AnyImages, image: ImageParams, device: torch.device, shift: np.ndarray | None = None
 ) -> float:
     """Accuracy on a split with the balanced prior. Each image is evaluated once, by one rank.
 

@@ -69,7 +69,7 @@ class Training:
     @property
     def model(self) -> ImageClassifier:
         """The network that is evaluated and saved."""
-        return self.objective.model if self._step.average is None else self._step.average.average
+        return self.objective.model if self.step.average is None else self.step.average.average
 
     def run(self, train: AnyImages, validation: AnyImages) -> History:
         """Train for params.epochs; returns one record per epoch: losses, learning rate, validation accuracy, speed.
@@ -119,7 +119,7 @@ class Training:
         precision = precision_of(self.engine, self.device)
         recompute = self.engine.checkpoint_activations
         try:
-            self._step = Step(self.objective, self.params, self.image, train, self.device, precision, recompute)
+            self.step = Step(self.objective, self.params, self.image, train, self.device, precision, recompute)
         except NoBlocksError as error:
             raise ParamsError(f"engine.checkpoint_activations is true, but {self.name}.backbone: {error}") from None
         self._train = train
@@ -135,16 +135,16 @@ class Training:
         """The training step as a CUDA graph for one process on CUDA; otherwise, or if the capture fails, the plain step."""
 
         def plain(inputs: StepInputs) -> dict[str, Tensor]:
-            return self._step(inputs.to(self.device))
+            return self.step(inputs.to(self.device))
 
         if self.device.type != "cuda" or not self.engine.capture or rank_count() > 1:
             return plain
         chosen = torch.arange(self.params.batch_size)
-        example = self._step.draw(chosen, torch.Generator().manual_seed(self.seed))
+        example = self.step.draw(chosen, torch.Generator().manual_seed(self.seed))
         if self._train.images is None:
             example = replace(example, pixels=self._train.pixels(chosen, example.draws))
         try:
-            return CapturedStep(self._step, example)
+            return CapturedStep(self.step, example)
         except CaptureError as error:
             self._print(progress, f"trains without a captured step: {error}")
             return plain
@@ -156,13 +156,13 @@ class Training:
         """Run the remaining steps of the current epoch; returns its record."""
         at, batch = self._at, self.params.batch_size
         rate = learning_rate(self.params.schedule, self.params.learning_rate, at.epoch, self.params.epochs)
-        self._step.optimiser.set_rate(rate)
+        self.step.optimiser.set_rate(rate)
         if at.order is None:
             at.order = self._train.order(self._generator)[: steps * batch]
         self._monitor.begin(at.sums)
         started, first = time.perf_counter(), at.step
         batches = at.order.view(steps, batch)
-        drawn, ahead = itertools.tee(draw_ahead(self._step, batches[first:], self._generator))
+        drawn, ahead = itertools.tee(draw_ahead(self.step, batches[first:], self._generator))
         draws = (own_rows(inputs).draws for inputs, _ in ahead)
         with self._train.feed(own_indices(batches[first:]), draws=draws) as feed:
             del ahead, draws  # otherwise tee would buffer the draws of all steps if the feed does not read them
@@ -223,7 +223,7 @@ class Training:
         epoch, folder = self._at.epoch + 1, FAILURES / self.name
         if rank() == 0:
             facts = {"stage": self.name, "epoch": epoch, "steps": steps, "learning_rate": rate, "seed": self.seed}
-            dump_failure(folder, failure, self._monitor, self._step, self._train, facts)
+            dump_failure(folder, failure, self._monitor, self.step, self._train, facts)
         raise StageError(
             f"{self.name}: not finite in epoch {epoch}, step {failure.step + 1} of {steps}: {', '.join(failure.terms)}; "
             f"lower {self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs; "
@@ -241,7 +241,7 @@ class Training:
         if at.step:
             at.sums = self._monitor.checkpoint_sums()
         if rank() == 0:
-            snapshot = snapshot_of(at, self._step, self._generator, self.best)
+            snapshot = snapshot_of(at, self.step, self._generator, self.best)
             self.run_folder.save(at.epoch * 1_000_000 + at.step, snapshot)
         self._checkpoint = at.epoch, at.step
 
@@ -249,5 +249,5 @@ class Training:
         snapshot: Snapshot | None = self.run_folder.load() if self.run_folder else None
         check_same_everywhere(snapshot, self.device, self.run_folder.folder if self.run_folder else None)
         if snapshot is not None:
-            self._at, self.best = take_snapshot(snapshot, self._step, self._generator)
+            self._at, self.best = take_snapshot(snapshot, self.step, self._generator)
             self._checkpoint = self._at.epoch, self._at.step

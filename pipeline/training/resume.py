@@ -33,10 +33,7 @@ class Snapshot:
 
 
 class RunFolder:
-    """Checkpoints of one run.
-
-    A run with another `fingerprint` (recipe, seed, data set or teacher) starts from scratch.
-    """
+    """Checkpoints of one run. A run with another `fingerprint` (recipe, seed, data set or teacher) starts from scratch."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder

@@ -115,8 +115,8 @@ def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
     objective.double()
     params = training_params(accumulate=accumulate, augment=augment)
     step = Step(objective, params, IMAGE, made_images(32), CPU)
-    normalise = step._normalise
-    step._normalise = lambda views: normalise(views).double()
+    normalise = step.normalise
+    step.normalise = lambda views: normalise(views).double()
     return step
 
 

@@ -50,8 +50,8 @@ for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
                     of_tau = gml_loss(similarity.detach(), row_class, target, log_prior, log_tau.exp(), 0.7, mask)
                 (2 * gml + 3 * of_tau).backward()
                 results.append((gml.detach(), of_tau.detach(), similarity.grad, log_tau.grad))
-            for name, found, expected in zip(("gml", "tau", "d similarity", "d log tau"), *results):
-                error = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
+            for name, actual, expected in zip(("gml", "tau", "d similarity", "d log tau"), *results):
+                error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1)
                 assert error < tolerance, (name, dtype, lengths.tolist(), tau, error)
 """
 

@@ -76,7 +76,7 @@ def result(training: Training, images: tuple[AnyImages, AnyImages]) -> tuple[dic
     """Return the final state of a run and its history, without times."""
     history = training.run(*images)
     timed = ("images_per_second", "memory_mib", "data_wait")
-    return training._step.state(), [{k: v for k, v in record.items() if k not in timed} for record in history]
+    return training.step.state(), [{k: v for k, v in record.items() if k not in timed} for record in history]
 
 
 def same(found, expected) -> bool:
