@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
 from pipeline.data.profiles import choose, class_sizes

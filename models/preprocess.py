@@ -237,25 +237,19 @@ def png_text(chunk: bytes) -> bytes:
 def check_scans(data: bytes, pixels: int) -> None:
     """Raise ImageError for a JPEG with so many scans that decoding all passes over its pixels would take minutes."""
     most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(pixels, 1))
-    # The marker bytes can also occur by chance, in metadata and after the end of the image.
-    if data.count(b"\xff\xda") > most and has_more_scans(data, most):
-        raise ImageError("scans", f"has more than {most} scans, too many for its {pixels} pixels; save it again")
-
-
-def has_more_scans(data: bytes, most: int) -> bool:
-    """Whether the first image of a JPEG file has more than `most` scans or more than MAX_PARTS parts.
-
-    Metadata is skipped.
-    """
+    if data.count(b"\xff\xda") <= most:
+        return
+    # The marker bytes can also occur by chance, in metadata, which is skipped, and after the end of the image.
     scans, parts, position = 0, 0, 2
     while scans <= most and parts <= MAX_PARTS and (marker_match := MARKER.search(data, position)):
         kind = data[marker_match.start() + 1]
         if kind == END_OF_IMAGE:
-            return False
+            return
         scans += kind == START_OF_SCAN
         parts += 1
         position = marker_match.end() + int.from_bytes(data[marker_match.end() : marker_match.end() + 2], "big")
-    return scans > most or parts > MAX_PARTS
+    if scans > most or parts > MAX_PARTS:
+        raise ImageError("scans", f"has more than {most} scans, too many for its {pixels} pixels; save it again")
 
 
 def upright(image: Image.Image, tagged: Image.Image | None = None) -> Image.Image:

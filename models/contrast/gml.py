@@ -24,10 +24,11 @@ from torch.autograd.function import once_differentiable
 
 from models.contrast.fused_kernel import FLOOR, FusedOwnClassLogSumExp
 from models.contrast.fused_kernel_check import kernels_pass_check, kernels_supported
+from models.contrast.queues import ClassQueues
 
 
 class ClassSegments(NamedTuple):
-    """Key rows of each class: class c has the rows starts[c] to starts[c] + lengths[c] - 1 (see ClassQueues).
+    """Key rows of each class: class c has the rows starts[c] to starts[c] + lengths[c] - 1, as in ClassQueues.
 
     row_class: [K] int64; starts, lengths: [C] int64; longest: the largest length, a Python int, because shapes depend
     on it.
@@ -49,7 +50,7 @@ class ContrastLosses(NamedTuple):
 
 def contrast_losses(
     similarity: Tensor,
-    segments: ClassSegments,
+    segments: ClassSegments | ClassQueues,
     target: Tensor,
     log_prior: Tensor,
     temperature: Tensor | float,
@@ -86,13 +87,15 @@ def contrast_losses(
     return ContrastLosses(gml, tau, queries_without_keys)
 
 
-def queries_with_keys(segments: ClassSegments, target: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
+def queries_with_keys(
+    segments: ClassSegments | ClassQueues, target: Tensor, query_ids: Tensor, key_ids: Tensor
+) -> Tensor:
     """Number of queries that L_tau averages over: those whose class has a key of another sample. A scalar, int64."""
     own_rows, present = _own_keys(segments, target)
     return (present & (key_ids[own_rows] != query_ids[:, None])).any(1).sum()
 
 
-def _own_keys(segments: ClassSegments, target: Tensor) -> tuple[Tensor, Tensor]:
+def _own_keys(segments: ClassSegments | ClassQueues, target: Tensor) -> tuple[Tensor, Tensor]:
     """Key rows of each query's class, int64 [B,L], and a mask of the valid ones, bool [B,L]; padding repeats the last row."""
     length = segments.lengths[target][:, None]
     step = torch.arange(segments.longest, device=target.device)

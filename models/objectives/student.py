@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.contrast.gml import ClassSegments, ContrastLosses, contrast_losses, queries_with_keys
+from models.contrast.gml import ContrastLosses, contrast_losses, queries_with_keys
 from models.contrast.queues import ClassQueues
 from models.distributed import gather_batch, rank_count, sum_over_ranks
 from models.losses.distillation import distillation_loss
@@ -19,35 +18,9 @@ from models.networks.autocast import without_autocast
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.projection_head import ProjectionHead
 from models.objectives.accumulation import WholeBatch, share_of_batch
+from models.objectives.student_weights import ContrastEncoder, StudentWeights
 from models.objectives.teacher import Mixed, classification_loss
 from models.prior import adjust_logits
-
-ContrastEncoder = Literal["teacher", "momentum"]
-
-
-@dataclass(frozen=True)
-class StudentWeights:
-    """Weights of the student's loss terms, as in the official code: gamma for L_cls, beta for L_GML + L_tau, alpha for L_KD.
-
-    A term of weight 0 is not computed, nor is anything that only this term needs. prior_strength is α of Eq. 10,
-    adjustment the strength of the logit adjustment in L_cls (1 in Eq. 6). Raises ValueError when gamma and alpha are
-    both 0: no term would train the classifier.
-    """
-
-    gamma: float
-    beta: float
-    alpha: float
-    distillation_temperature: float
-    prior_strength: float
-    adjustment: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.gamma or self.alpha):
-            raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
-
-    def need_teacher(self, contrast_encoder: ContrastEncoder) -> bool:
-        """Whether a step runs the teacher: for L_KD, or for the contrast features of L_GML."""
-        return self.alpha > 0 or (self.beta > 0 and contrast_encoder == "teacher")
 
 
 class StudentObjective(nn.Module):
@@ -162,7 +135,7 @@ class StudentObjective(nn.Module):
             return None
         features = torch.cat([self._contrast_features(part[2]) for part in views])
         self._enqueue(features, target, sample_ids)
-        with_keys = queries_with_keys(self._segments(), target, sample_ids, self.queues.sample_ids)
+        with_keys = queries_with_keys(self.queues, target, sample_ids, self.queues.sample_ids)
         batch = len(target) * rank_count()
         return WholeBatch.of(self.key_head(self.queues.features), batch, sum_over_ranks(with_keys))
 
@@ -238,10 +211,6 @@ class StudentObjective(nn.Module):
             logits = classified[:batch] if self.weights.alpha else None
         return features, logits
 
-    def _segments(self) -> ClassSegments:
-        queues = self.queues
-        return ClassSegments(queues.row_class, queues.starts, queues.lengths, queues.longest)
-
     def _contrast(
         self, query_features: Tensor, target: Tensor, sample_ids: Tensor, whole: WholeBatch | None
     ) -> ContrastLosses:
@@ -251,7 +220,7 @@ class StudentObjective(nn.Module):
             similarity = query @ keys.T
         losses = contrast_losses(
             similarity,
-            self._segments(),
+            self.queues,
             target,
             self.log_prior,
             self.log_tau_g.exp(),

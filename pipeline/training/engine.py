@@ -94,9 +94,7 @@ class Training:
                 try:
                     while self._at.epoch < self.params.epochs:
                         record = self._epoch(progress, bar, steps, validation)
-                        progress.console.print(
-                            epoch_line(self.name, record, self.params.epochs), highlight=False, soft_wrap=True
-                        )
+                        self._print(progress, epoch_line(record, self.params.epochs))
                 except KeyboardInterrupt:
                     raise KeyboardInterrupt(self._how_to_resume(steps)) from None
         return self._at.history
@@ -169,8 +167,7 @@ class Training:
             for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
                 self._generator.set_state(state)
                 # The monitor stores the inputs of many steps without pixels; a dump reads the pixels again.
-                failure = self._monitor.add(step, inputs, self._take_step(replace(inputs, pixels=pixels)))
-                if failure:
+                if failure := self._monitor.add(step, inputs, self._take_step(replace(inputs, pixels=pixels))):
                     self._fail(failure, steps, rate)
                 at.step = step + 1
                 speed = (at.step - first) * batch / (time.perf_counter() - started)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from pipeline.data.class_prior import Prior
 from pipeline.model_io.checkpoint import ModelConfig, build_model, check_image, load_model
 from pipeline.model_io.pretrained import load_pretrained

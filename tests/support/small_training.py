@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
 from pipeline.params import AugmentParams, EngineParams, ImageParams, ScheduleParams, TrainingParams

@@ -9,7 +9,8 @@ import models.objectives.teacher
 from models.contrast.gml_reference import gml_loss
 from models.losses.adjusted_cross_entropy import adjusted_cross_entropy
 from models.losses.distillation import distillation_loss
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from tests.support.small_objectives import (
     BATCH,

@@ -21,7 +21,8 @@ import pipeline.split
 import pipeline.student
 import pipeline.teacher
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.prior import effective_number, log_class_prior
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import Images, load_images, normalise
