@@ -43,10 +43,9 @@ def fit_calibration(
     logits; None is uniform. Samples are weighted as if the labels followed source_prior, so that a long-tailed
     validation set does not add its own prior to the biases. ridge: penalty on half the squared biases; it keeps the
     bias finite for a class without samples or without errors. The objective is convex in 1/temperature and bias; it is
-    minimised by Newton's method with step halving.
-
-    Raises ValueError for invalid arguments, for logits that carry no information about the labels (no positive
-    temperature is optimal), and when the search has not converged after max_iterations.
+    minimised by Newton's method with step halving. Raises ValueError for invalid arguments, for logits that carry no
+    information about the labels (no positive temperature is optimal), and when the search has not converged after
+    max_iterations.
     """
     scores, y = _check(logits, labels)
     if not ridge > 0:

@@ -49,10 +49,8 @@ def estimate_prior(
     uniform, as for a student's balanced logits. concentration: of a Dirichlet prior on the estimate, a number or [C],
     >= 1. None or 1 is EM; above 1 is MAP, which adds concentration - 1 samples to every class (MAPLS, Ye et al. 2024;
     `mapls_concentration` converts its λ). Both objectives are concave, so there is a single maximum. Steps are
-    extrapolated (SQUAREM, Varadhan and Roland 2008) and accepted only if they increase the objective.
-
-    Returns the estimate even if the search has not converged: check `converged`. Raises ValueError that names the
-    invalid argument.
+    extrapolated (SQUAREM, Varadhan and Roland 2008) and accepted only if they increase the objective. Returns the
+    estimate even if the search has not converged: check `converged`. Raises ValueError that names the invalid argument.
     """
     ratio = _likelihood_ratio(probabilities, source_prior)
     pseudo = _pseudo_counts(concentration, ratio.shape[1])
@@ -90,7 +88,6 @@ def bootstrap_priors(
     The bootstrap is used and not the Fisher information, because a tail class is at the edge of the simplex, where a
     normal interval has a negative lower bound. Each search starts at `estimate`. All searches run together, as matrix
     products. The cost is at most max_iterations passes over N x C x resamples numbers; memory is bounded by CHUNK.
-
     Raises ValueError as estimate_prior does, and when a search has not converged within `tolerance` nats, because the
     interval would be too narrow.
     """

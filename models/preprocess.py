@@ -98,9 +98,8 @@ def decode(
 def opened(data: bytes) -> Iterator[Image.Image]:
     """Open JPEG, PNG or WebP bytes: headers are read and checked, no pixel is decoded. Closed at the end of the block.
 
-    The image has no metadata except the orientation, as EXIF, if the picture has to be rotated or mirrored.
-
-    Raises ImageError for a rejected image, and in place of any exception that a decoder raises within the block.
+    The image has no metadata except the orientation, as EXIF, if the picture has to be rotated or mirrored. Raises
+    ImageError for a rejected image, and in place of any exception that a decoder raises within the block.
     """
     if len(data) == 0:
         raise ImageError("empty", "is empty (0 bytes); expected a JPEG, PNG or WebP image")

@@ -69,9 +69,7 @@ def balanced_logits(
 ) -> Tensor:
     """Logits [N,C] for the balanced target prior, float32 on the CPU.
 
-    images: as in `outputs`; shift: Prior.balanced_shift.
-
-    Raises NotFiniteError as `outputs` does.
+    images: as in `outputs`; shift: Prior.balanced_shift. Raises NotFiniteError as `outputs` does.
     """
     logits = outputs(model, images, image, device)[1]
     return logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
