@@ -103,9 +103,9 @@ def bootstrap_priors(
     # A class at zero would stay at zero, because the updates are multiplicative.
     start = np.maximum(estimate.prior, 1 / (100 * samples * classes))[:, None]
     start = start / start.sum()
-    priors, at_once = [], max(1, CHUNK // max(samples, classes))
-    for first in range(0, resamples, at_once):
-        number = min(at_once, resamples - first)
+    priors, chunk = [], max(1, CHUNK // max(samples, classes))
+    for first in range(0, resamples, chunk):
+        number = min(chunk, resamples - first)
         weights = generator.multinomial(samples, np.full(samples, 1 / samples), number).T.astype(np.float64)
         prior, gap, _ = _maximise(ratio, weights, pseudo, np.repeat(start, number, 1), tolerance, max_iterations)
         if np.any(gap > tolerance):

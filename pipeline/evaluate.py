@@ -72,7 +72,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     validation, held_out = None, evaluation_images(params, "validation")
     if len(held_out):  # the temperature is fitted on validation images
         validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
-    shown = study(logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion)
+    figures = study(logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion)
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
     for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
@@ -82,7 +82,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     with whole_folder(output) as folder:
         classes = _per_class(probabilities, labels, prior)
         _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)
-        write_plots(shown, folder / "plots")
+        write_plots(figures, folder / "plots")
         pyarrow.parquet.write_table(
             _predictions(test, probabilities["student"], logits["student"]), folder / "predictions.parquet"
         )
@@ -91,7 +91,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         card = model_card(data, params.student.backbone, params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
-            shown, metrics, classes, samples, prior, test.encoded, about_data, about_model,
+            figures, metrics, classes, samples, prior, test.encoded, about_data, about_model,
             params.model_dump(mode="json"), notes=notes, origin=_origin(),
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))

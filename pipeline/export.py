@@ -99,10 +99,10 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
 
 def _is_served(data: bytes, resize_to: int, serving: ServingParams) -> bool:
     """Whether the classifier decodes an image: serving.image_pixels can be below the limit of training."""
-    most = min(serving.image_pixels, serving.request_pixels)
+    limit = min(serving.image_pixels, serving.request_pixels)
 
     def allow(pixels: int) -> None:
-        if pixels > most:
+        if pixels > limit:
             raise ImageError("pixels", "is above the limit")
 
     try:

@@ -71,14 +71,14 @@ def run(params: Params, output: Path = SEEDS) -> Result:
     The run of params.seed is the released one and already exists. After an interruption, finished seeds are kept and
     the others resume. engine.side_by_side processes share the device. Raises ParamsError for a repeated seed.
     """
-    further = params.seeds
-    if len({params.seed, *further}) != 1 + len(further):
+    further_seeds = params.seeds
+    if len({params.seed, *further_seeds}) != 1 + len(further_seeds):
         raise ParamsError(
-            f"seeds is {further}; expected each seed once, and not seed ({params.seed}), which runs anyway"
+            f"seeds is {further_seeds}; expected each seed once, and not seed ({params.seed}), which runs anyway"
         )
     metrics_by_seed = {params.seed: json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))}
     work = unfinished(output)
-    if further:
+    if further_seeds:
         metrics_by_seed.update(_train_all(params, work))
     with whole_folder(output) as folder:
         write_file(folder / "seeds.csv", as_table(metrics_by_seed))
@@ -90,13 +90,13 @@ def run(params: Params, output: Path = SEEDS) -> Result:
 
 
 def _train_all(params: Params, work: Path) -> Iterator[tuple[int, Metrics]]:
-    at_once = side_by_side(params)
-    if at_once == 1:
+    workers = side_by_side(params)
+    if workers == 1:
         for seed in params.seeds:
             yield seed, train_seed(params, seed, work)
         return
     # Spawned, because CUDA cannot be used in a forked process.
-    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(train_seed, params, seed, work): seed for seed in params.seeds}
         for completed in as_completed(running):
             yield running[completed], completed.result()

@@ -74,7 +74,7 @@ class StudentObjective(nn.Module):
         self.views = 3 if weights.beta else 1
         self.register_buffer("log_prior", log_prior)
         self.teacher: ImageClassifier | None = None
-        if weights.need_teacher(contrast_encoder):
+        if weights.needs_teacher(contrast_encoder):
             if teacher is None:
                 raise ValueError("teacher is None, but L_KD (alpha > 0) or contrast_encoder `teacher` needs one")
             self.teacher = teacher.requires_grad_(False).eval()

@@ -28,6 +28,6 @@ class StudentWeights:
         if not (self.gamma or self.alpha):
             raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
 
-    def need_teacher(self, contrast_encoder: ContrastEncoder) -> bool:
+    def needs_teacher(self, contrast_encoder: ContrastEncoder) -> bool:
         """Whether a step runs the teacher: for L_KD, or for the contrast features of L_GML."""
         return self.alpha > 0 or (self.beta > 0 and contrast_encoder == "teacher")

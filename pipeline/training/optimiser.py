@@ -44,7 +44,7 @@ class Optimiser:
         for group in self._sgd.param_groups:
             group["lr"] = rate
 
-    def forget_gradients(self) -> None:
+    def zero_gradients(self) -> None:
         """Clear the gradients at the start of a step; later backward passes accumulate until `descend`."""
         self._sgd.zero_grad(set_to_none=True)
 

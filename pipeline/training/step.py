@@ -116,7 +116,7 @@ class Step:
     def descend(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
         """Run the step on finished views: uint8 [views,b,3,H,W], with their labels and indices in the split, int64 [b]."""
         self.objective.train()
-        self.optimiser.forget_gradients()
+        self.optimiser.zero_gradients()
         if self._parts > 1:
             parts = self._accumulate(views, target, chosen, mixed)
         else:

@@ -23,7 +23,7 @@ def build_objective(
     The teacher is loaded from its folder if a loss term needs it.
     """
     weights, frozen, teacher_adjustment = weights_of(section), None, None
-    if weights.need_teacher(section.contrast_encoder):
+    if weights.needs_teacher(section.contrast_encoder):
         frozen, trained = load_model(teacher, "teacher")
         check_image(trained, image, teacher)
         teacher_adjustment = trained.adjustment

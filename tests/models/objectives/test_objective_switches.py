@@ -99,7 +99,7 @@ def test_the_teacher_is_stored_if_needed_and_a_missing_one_raises_an_error(weigh
     assert any(name.startswith("teacher.") for name in objective.state_dict()) == needed
     chosen = {"gamma": 0.7, "beta": 1.5, "alpha": 2.0, **weights}
     chosen = StudentWeights(**chosen, distillation_temperature=4.0, prior_strength=1.0)
-    assert chosen.need_teacher(encoder) == needed
+    assert chosen.needs_teacher(encoder) == needed
     if needed:
         with pytest.raises(ValueError, match="teacher is None"):
             StudentObjective(
