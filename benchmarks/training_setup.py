@@ -19,7 +19,7 @@ from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
-from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
 
 CLASSES = 10
@@ -48,7 +48,7 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
     params = recipe(arguments)
     pixels, labels = pack(arguments.data, "train") if arguments.data else made(20_000, 0)
     counts = class_sizes("exponential", np.bincount(labels).tolist(), IMBALANCE)
-    kept = np.concatenate(choose(labels, counts, 0))
+    kept = np.concatenate(choose_images(labels, counts, 0))
     batch = params.student.batch_size
     steps = arguments.steps or len(kept) // batch
     chosen = np.random.default_rng(0).permutation(kept)[: steps * batch]

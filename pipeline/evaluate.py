@@ -19,15 +19,15 @@ from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages, evaluation_images
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import answers_by_prior, network_logits, network_metrics
-from pipeline.evaluation.predictions import Answers, GateError, check_comparable, load_answers
+from pipeline.evaluation.predictions import Predictions, GateError, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
 from pipeline.model_io.checkpoint import BEST
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
-from pipeline.report import Evaluation, Origin, render_report, study
+from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
 from pipeline.report.model_card import model_card, model_facts
-from pipeline.report.study import write_plots
+from pipeline.report.analysis import write_plots
 from pipeline.shared.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError
 from pipeline.shared.lineage import code_revision
@@ -72,7 +72,9 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     validation, held_out = None, evaluation_images(params, "validation")
     if len(held_out):  # the temperature is fitted on validation images
         validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
-    figures = study(logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion)
+    figures = analyse_predictions(
+        logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion
+    )
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
     for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
@@ -92,7 +94,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
             figures, metrics, classes, samples, prior, test.encoded, about_data, about_model,
-            params.model_dump(mode="json"), notes=notes, origin=_origin(),
+            params.model_dump(mode="json"), notes=notes, provenance=_provenance(),
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)
@@ -119,29 +121,29 @@ def _write_tables(
     write_file(folder / "confusion.csv", as_csv(pairs))
 
 
-def _origin() -> Origin:
+def _provenance() -> Provenance:
     """Date, commit, and the epochs of each network that was trained here, for the report."""
     histories = {
         name: [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for name, folder in NETWORKS.items()
         if (folder / "metrics.jsonl").is_file()
     }
-    return Origin(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), code_revision(), histories)
+    return Provenance(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), code_revision(), histories)
 
 
 def _champion(
     folder: str | None, test: AnyImages, labels: np.ndarray, prior: Prior
-) -> tuple[Answers | None, list[str]]:
-    """Answers of the run in `folder` (evaluate.champion), or a note why they cannot be compared with this run.
+) -> tuple[Predictions | None, list[str]]:
+    """Predictions of the run in `folder` (evaluate.champion), or a note why they cannot be compared with this run.
 
     Raises ParamsError when the run does not exist.
     """
     if folder is None:
         return None, []
     try:
-        champion = load_answers(load_run(Path(folder)))
+        champion = load_predictions(load_run(Path(folder)))
         order = np.argsort(np.array(test.sample_ids))
-        challenger = Answers([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
+        challenger = Predictions([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
         check_comparable(challenger, champion)
     except GateError as error:  # other classes or another test set must not fail this evaluation
         return None, [f"Without the champion of evaluate.champion: {error}."]

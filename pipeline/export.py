@@ -15,10 +15,10 @@ from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import evaluation_images
 from pipeline.model_io.checkpoint import check_image, load_model
-from pipeline.onnx_export.float16 import to_half
+from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
-from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_half, check_parity
-from pipeline.onnx_export.release import build_manifest, golden_answers, golden_tolerance, open_session, top_k
+from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
+from pipeline.onnx_export.release import build_manifest, golden_requests, golden_tolerance, open_session, top_k
 from pipeline.params import Params, ServingParams
 from pipeline.report.mlflow_record import record_after_stage
 from pipeline.report.model_card import model_card, model_facts
@@ -67,11 +67,11 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     with whole_folder(output) as folder:
         path, half = folder / ONNX_NAME, None
         if export.precision == "float16":
-            graph = to_half(served, image.size, export.opset)
+            graph = to_float16(served, image.size, export.opset)
             write_file(path, graph.served)
             session = open_session(path)
             sessions = session, open_session(graph.rounding)
-            half = check_half(graph, sessions, trained, examples, export, params.seed)
+            half = check_float16(graph, sessions, trained, examples, export, params.seed)
             difference = half.logit
         else:
             write_file(path, to_onnx(served, image.size, export.opset))
@@ -84,7 +84,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
             raise StageError(
                 f"serving.image_pixels is {serving.image_pixels}, and every validation image has more; give a larger one"
             )
-        golden = golden_answers(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
+        golden = golden_requests(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
         facts = model_facts(params.teacher, params.student, image.size, serving.strength, prior)

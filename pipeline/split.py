@@ -18,7 +18,7 @@ from pipeline.data.published import PUBLISHED
 from pipeline.params import Params
 from pipeline.shared.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError, StageError
-from pipeline.sources import Row, WithIngested, open_source
+from pipeline.sources import Row, SourceWithIngested, open_source
 from serving.shared.terminal import counted, print
 
 SCHEMA = pa.schema(
@@ -56,10 +56,10 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     """
     shards = _ingested_shards()
     everything = open_source(params.data)
-    everything.check()
+    everything.shards.check()
     if problem := class_names_problem(everything.classes):
         raise DataError(f"{params.data.location}: {problem}")
-    source = everything.own
+    source = everything.base
     skip = params.data.on_bad_image == "skip"
     if not skip:
         check_missing(source)
@@ -110,7 +110,7 @@ def _ingested_shards() -> list[str]:
 
 
 def new_images(
-    source: WithIngested, assigned: dict[str, list[Row]], hashes: dict[str, str]
+    source: SourceWithIngested, assigned: dict[str, list[Row]], hashes: dict[str, str]
 ) -> tuple[list[Row], list[tuple[Row, str]]]:
     """Ingested images that are in no split of the source, and those that are in one, with the split's name.
 

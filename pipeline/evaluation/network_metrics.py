@@ -10,7 +10,7 @@ import torch
 
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import AnyImages
-from pipeline.evaluation.metrics import answers, evaluate_answers
+from pipeline.evaluation.metrics import answers, prediction_metrics
 from pipeline.model_io.checkpoint import check_image, load_model
 from pipeline.model_io.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
 from pipeline.params import EvaluateParams, ImageParams
@@ -50,7 +50,7 @@ def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params
     classes = len(prior.classes)
     targets = {"balanced": np.full(classes, 1 / classes), "train": np.array(prior.p)}
     return {
-        name: evaluate_answers(
+        name: prediction_metrics(
             found[name], labels, prior.groups, targets[name], bins=params.ece_bins, top_k=params.top_k
         )
         for name in TARGET_PRIORS

@@ -14,7 +14,7 @@ from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
-from pipeline.params import AugmentParams, EngineParams, ImageParams, ScheduleParams, TrainingParams
+from pipeline.params import AugmentParams, EngineParams, ImageParams, LearningRateParams, TrainingParams
 from pipeline.training.engine import Training
 from pipeline.training.step import Step
 
@@ -41,7 +41,7 @@ def training_params(**changes) -> TrainingParams:
         "learning_rate": 0.05,
         "momentum": 0.9,
         "weight_decay": 5e-4,
-        "schedule": ScheduleParams(kind="cosine", warmup_epochs=0),
+        "schedule": LearningRateParams(kind="cosine", warmup_epochs=0),
         "augment": AugmentParams(crop_padding=1, flip=True, cutout=2),
     }
     return TrainingParams(**{**values, **changes})

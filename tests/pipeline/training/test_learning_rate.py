@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from pipeline.params import ScheduleParams
+from pipeline.params import LearningRateParams
 from pipeline.training.optimiser import learning_rate
 
 
 def rates(base, epochs, **schedule):
-    made = ScheduleParams(**{"warmup_epochs": 0, **schedule})
+    made = LearningRateParams(**{"warmup_epochs": 0, **schedule})
     return [learning_rate(made, base, epoch, epochs) for epoch in range(epochs)]
 
 
@@ -58,7 +58,7 @@ def test_the_official_rule_overshoots_after_warm_up_and_drops_an_epoch_later(m):
 
 def test_the_rules_agree_where_there_is_neither_warm_up_nor_milestone():
     assert rates(0.05, 90, kind="cosine", rule="official") == rates(0.05, 90, kind="cosine", rule="paper")
-    assert ScheduleParams(kind="cosine", warmup_epochs=0).rule == "paper"
+    assert LearningRateParams(kind="cosine", warmup_epochs=0).rule == "paper"
 
 
 def test_the_official_cosine_is_counted_from_the_end_of_a_warm_up_that_does_not_overshoot():
