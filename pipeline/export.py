@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,26 +22,11 @@ from pipeline.onnx_export.release import build_manifest, golden_requests, golden
 from pipeline.params import Params, ServingParams
 from pipeline.report.mlflow_record import record_after_stage
 from pipeline.report.model_card import model_card, model_facts
-from pipeline.shared.artifacts import (
-    EVALUATION,
-    EXPORT,
-    REPOSITORY,
-    STUDENT,
-    whole_folder,
-    write_file,
-    write_json,
-)
+from pipeline.shared.artifacts import EVALUATION, EXPORT, REPOSITORY, STUDENT, whole_folder, write_file, write_json
 from pipeline.shared.errors import StageError
-from serving.repository.manifest import (
-    GOLDEN_NAME,
-    MANIFEST_NAME,
-    Manifest,
-)
+from serving.repository.manifest import GOLDEN_NAME, MANIFEST_NAME, Manifest
 from serving.repository.writer import write_repository
 from serving.shared.terminal import counted
-
-if TYPE_CHECKING:
-    pass
 
 ONNX_NAME = "student.onnx"
 CARD_NAME = "model_card.md"
@@ -61,10 +45,9 @@ class Result:
     half: Parity | None = None
 
     def __str__(self) -> str:
-        found = (
-            f"{counted(len(self.manifest.files), 'file')}, largest logit difference from PyTorch {self.difference:.1e}"
-        )
-        return f"{found}{f', in float16 {self.half}' if self.half else ''} → {self.output}"
+        files = counted(len(self.manifest.files), "file")
+        half = f", in float16 {self.half}" if self.half else ""
+        return f"{files}, largest logit difference from PyTorch {self.difference:.1e}{half} → {self.output}"
 
 
 def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) -> Result:
@@ -116,10 +99,10 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
 
 def _is_served(data: bytes, resize_to: int, serving: ServingParams) -> bool:
     """Whether the classifier decodes an image: serving.image_pixels can be below the limit of training."""
-    most = min(serving.image_pixels, serving.request_pixels)
+    limit = min(serving.image_pixels, serving.request_pixels)
 
     def allow(pixels: int) -> None:
-        if pixels > most:
+        if pixels > limit:
             raise ImageError("pixels", "is above the limit")
 
     try:

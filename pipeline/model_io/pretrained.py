@@ -13,7 +13,7 @@ from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
 
 
-def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str) -> None:
+def load_pretrained(backbone: Backbone, pretrained: PretrainedParams | None, key: str) -> None:
     """Load weights from a file into a newly built backbone; does nothing if `pretrained` is None.
 
     The file holds a state_dict of the same network with its library's names, or a classifier written by Tailor
@@ -24,15 +24,15 @@ def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str
         return
     path = Path(pretrained.file)
     try:
-        found = sha256_of(path)
+        sha256 = sha256_of(path)
     except OSError as error:
         raise ParamsError(
             f"{key}.file is {pretrained.file!r}: {error.strerror}; expected a safetensors file on this machine"
         ) from None
-    if found != pretrained.sha256:
-        raise ParamsError(f"{key}.sha256 is {pretrained.sha256}, but {path} has {found}; it is another file")
+    if sha256 != pretrained.sha256:
+        raise ParamsError(f"{key}.sha256 is {pretrained.sha256}, but {path} has {sha256}; it is another file")
     try:
-        backbone.take_weights(safetensors.torch.load_file(path))
+        backbone.load_weights(safetensors.torch.load_file(path))
     except safetensors.SafetensorError as error:
         raise ParamsError(f"{key}.file is {pretrained.file!r}, which is no safetensors file: {error}") from None
     except ValueError as error:
