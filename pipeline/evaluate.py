@@ -18,16 +18,16 @@ from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages, evaluation_images
 from pipeline.evaluation.metrics import per_class_accuracy
-from pipeline.evaluation.network_metrics import answers_by_prior, network_logits, network_metrics
-from pipeline.evaluation.predictions import Predictions, GateError, check_comparable, load_predictions
+from pipeline.evaluation.network_metrics import network_logits, network_metrics, probabilities_by_target_prior
+from pipeline.evaluation.predictions import GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
 from pipeline.model_io.checkpoint import BEST
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report
+from pipeline.report.analysis import write_plots
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
 from pipeline.report.model_card import model_card, model_facts
-from pipeline.report.analysis import write_plots
 from pipeline.shared.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError
 from pipeline.shared.lineage import code_revision
@@ -63,7 +63,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(settings.champion, test, labels, prior)
     logits = {name: network_logits(folder, name, test, image, prior, device) for name, folder in NETWORKS.items()}
-    probabilities = {name: answers_by_prior(values, prior) for name, values in logits.items()}
+    probabilities = {name: probabilities_by_target_prior(values, prior) for name, values in logits.items()}
     metrics = {name: network_metrics(values, labels, prior, settings) for name, values in logits.items()}
     if (STUDENT / BEST).is_dir():
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
