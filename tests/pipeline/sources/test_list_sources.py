@@ -122,7 +122,7 @@ def test_a_label_that_only_a_held_out_list_has_is_named(tmp_path):
         ("{", "not readable as iNaturalist's JSON"),
         ("[]", "not readable as iNaturalist's JSON"),
         ('{"images": []}', "not readable as iNaturalist's JSON (no key 'annotations')"),
-        ('{"images": [], "annotations": [{"image_id": 5, "category_id": 0}]}', "iNaturalist's JSON (no 5)"),
+        ('{"images": [], "annotations": [{"image_id": 5, "category_id": 0}]}', "iNaturalist's JSON (no key 5)"),
         (
             '{"images": [{"id": 5, "file_name": "a"}], "annotations": [{"image_id": 5, "category_id": 8142}]}',
             "label 8142;",
