@@ -19,7 +19,7 @@ from models.sample_size import ADVICE
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
 from serving.drift.calibration import calibration_from
 from serving.drift.estimate import CONFIDENCE, Drift, estimate_drift, write_live_prior
-from serving.drift.logged_logits import LoggedLogits, moment_of, read_logits
+from serving.drift.logged_logits import LoggedLogits, parse_time, read_logits
 from serving.repository.manifest import Manifest
 from serving.repository.release import read_champion, read_release
 from serving.shared.errors import InputError, ServingError
@@ -93,7 +93,7 @@ def drift(
     release = read_champion(root) if version is None else read_release(root, version, hashes=False)
     manifest = release.manifest
     times = {"since": since, "until": until}
-    bounds = {name: moment_of(text, f"--{name}") for name, text in times.items() if text is not None}
+    bounds = {name: parse_time(text, f"--{name}") for name, text in times.items() if text is not None}
     logged = read_logits(log, manifest, **bounds, most=samples, seed=seed)
     for name, reason in logged.skipped.items():
         print(f"tailor: {log / name}: {reason}; left out", file=sys.stderr)

@@ -14,7 +14,7 @@ import typer
 
 from serving.commands.options import Debug, RepositoryOption, choose_repository
 from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options
-from serving.server.supervisor import Patience, Supervisor
+from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
 from serving.shared.logs import new_log_file, remove_log_files
@@ -87,9 +87,9 @@ def serve(
         str,
         typer.Option(
             help="Exit after this many failed starts in a row, or `unlimited`. A start whose server ran for "
-            f"{Patience.served:g} s has not failed."
+            f"{SupervisionLimits.served:g} s has not failed."
         ),
-    ] = str(Patience.restarts),
+    ] = str(SupervisionLimits.restarts),
     debug: Debug = False,
 ) -> None:
     """Run the Triton server until SIGTERM or Ctrl-C.
@@ -99,7 +99,7 @@ def serve(
     are printed. Restarts the server when it exits, and reloads a model when its process exits. To load new versions
     while it runs, use `tailor promote`, with the key in TAILOR_ADMIN_KEY if that is set.
     """
-    patience = Patience(restarts=_restarts(restarts))
+    patience = SupervisionLimits(restarts=_restarts(restarts))
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
         option = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"

@@ -46,7 +46,7 @@ def promote(
     ] = "artifacts/export",
     repository: RepositoryOption = None,
     url: ServerUrl = None,
-    keep: Annotated[int, typer.Option(min=2, help="Number of versions kept on disk.")] = promotion.KEPT,
+    keep: Annotated[int, typer.Option(min=2, help="Number of versions kept on disk.")] = promotion.VERSIONS_KEPT,
     timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
     rehearsal: Rehearsal = True,
     force: Annotated[

@@ -51,10 +51,10 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
             )
         except subprocess.TimeoutExpired:
             raise RepositoryError(
-                f"{model}: ONNX Runtime did not answer its golden requests within {timeout:g} s; export again"
+                f"{model}: ONNX Runtime did not run its golden requests within {timeout:g} s; export again"
             ) from None
         if ended.returncode < 0:
-            raise RepositoryError(f"{model}: ONNX Runtime died of it by signal {-ended.returncode}; export again")
+            raise RepositoryError(f"{model}: it crashed ONNX Runtime with signal {-ended.returncode}; export again")
         if ended.returncode:
             raise RepositoryError((ended.stdout or ended.stderr).strip().rpartition("\n")[2])
 

@@ -20,7 +20,7 @@ class WrongResponseError(ServingError):
     """A server answered a golden request with other classes or probabilities than the export stored."""
 
 
-def check_golden(client: Client, release: Release, rest: bool = True) -> None:
+def check_golden(client: Client, release: Release, pause: bool = True) -> None:
     """Send the golden requests of a release to `classifier`. Raises ServingError if one fails or is answered wrongly.
 
     rest: pause after each request, so that user requests get most of the server's time.
@@ -32,7 +32,7 @@ def check_golden(client: Client, release: Release, rest: bool = True) -> None:
             raise WrongResponseError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
 
 
-def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -> None:
+def check_student(url: str, release: Release, timeout: float, pause: bool = True) -> None:
     """Send the golden requests of a release to `student`, which the classifier of a small network does not use.
 
     rest: as in check_golden. Raises ServingError if one fails or is answered wrongly.

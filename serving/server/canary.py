@@ -12,8 +12,8 @@ import psutil
 import urllib3
 
 from serving.client.sync_client import Client
-from serving.golden.requests import ask_student, check_golden
-from serving.server.leftovers import stubs_of
+from serving.golden.requests import check_student, check_golden
+from serving.server.leftovers import inference_processes
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
@@ -28,7 +28,7 @@ METRICS_TIMEOUT = 5.0  # seconds
 UNHEALTHY = re.compile(r"Stub process '(\w+)_\d+_\d+' is not healthy")
 
 
-class Hanging(ServingError):
+class ProcessHangs(ServingError):
     """An inference process does not work: Triton reports it, or a request timed out and the process used no CPU time.
 
     models: the models whose processes may be the cause, in the order in which they must be loaded.
@@ -39,14 +39,14 @@ class Hanging(ServingError):
         self.models = list(models or (STUDENT, CLASSIFIER))
 
 
-class Busy(ServingError):
+class ServerOverloaded(ServingError):
     """A golden request timed out because of load.
 
     Every inference process of the model used CPU time, and the model answered other requests.
     """
 
 
-class Canary:
+class GoldenRequestCheck:
     """Sends a server its golden requests. timeout: seconds for each request."""
 
     def __init__(self, server: TritonServer, timeout: float) -> None:
@@ -60,7 +60,7 @@ class Canary:
     def ask(self) -> None:
         """Send both models of every release the golden requests.
 
-        `student` gets its own, because the classifier of a small network runs the graph itself. Raises Hanging or Busy,
+        `student` gets its own, because the classifier of a small network runs the graph itself. Raises ProcessHangs or ServerOverloaded,
         and ServingError when an answer is wrong or a request failed for another reason.
         """
         busy = None
@@ -68,7 +68,7 @@ class Canary:
             for model, version, question in self._questions(client):
                 try:
                     self._judged(model, version, question)
-                except Busy as error:  # the other models are still checked
+                except ServerOverloaded as error:  # the other models are still checked
                     busy = error
         if busy:
             raise busy
@@ -77,7 +77,7 @@ class Canary:
         releases, url = self.server.releases, self.server.http_url
         return [
             *((CLASSIFIER, release.version, partial(check_golden, client, release)) for release in releases),
-            *((STUDENT, release.version, partial(ask_student, url, release, self.timeout)) for release in releases),
+            *((STUDENT, release.version, partial(check_student, url, release, self.timeout)) for release in releases),
         ]
 
     def _judged(self, model: str, version: int, question: Callable[[], None]) -> None:
@@ -98,20 +98,22 @@ class Canary:
             now, seconds = self._processor_seconds(model, version), time.monotonic() - began
             work = [now[stub] - had for stub, had in worked.items() if stub in now]
             if any(done < max(IDLE_SHARE * seconds, TICKS) for done in work):
-                raise Hanging(f"{error}, though a stub was at rest") from error
+                raise ProcessHangs(f"{error}, although an inference process was idle") from error
             others = self._answered(model, version) - answered
             if work and others > 0:
-                raise Busy(f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}") from error
+                raise ServerOverloaded(
+                    f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}"
+                ) from error
             raise
         except RequestRejected as error:
             if unhealthy := UNHEALTHY.search(str(error)):
-                raise Hanging(str(error), unhealthy[1]) from error
+                raise ProcessHangs(str(error), unhealthy[1]) from error
             raise
 
     def _processor_seconds(self, model: str, version: int) -> dict[int, float]:
         """CPU time in seconds (user and system) of a version's inference processes, by process id."""
         found = {}
-        for stub, *place in stubs_of(self.server.prefix):
+        for stub, *place in inference_processes(self.server.prefix):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if place == [model, version]:
                     found[stub.pid] = sum(stub.cpu_times()[:2])

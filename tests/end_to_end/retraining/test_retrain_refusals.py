@@ -52,7 +52,7 @@ def no_damage(_project: Retraining) -> None:
     ("damage", "seed", "accuracy", "ending", "message"),
     [
         (corrupt_graph, 21, 0.95, "failed", "ONNX Runtime cannot run it"),
-        (wrong_hash, 22, 0.95, "failed", "the manifest says"),
+        (wrong_hash, 22, 0.95, "failed", "the manifest has"),
         (other_classes, 23, 0.95, "refused", "cannot be computed: challenger and champion have different classes"),
         (no_report, 24, 0.95, "refused", "cannot be computed: artifacts/evaluation/report.html: no such file"),
         (no_damage, 25, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),

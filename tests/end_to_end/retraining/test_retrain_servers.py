@@ -38,7 +38,7 @@ def test_triton_killed_while_a_version_loads_is_restarted_and_loads_it(project, 
         with Asking(server) as asking:
             run = Begun(context, project.root)
             run.await_line("promote: starts")
-            while (model, before + 1) not in server.stubs():  # it exists from the start of the load
+            while (model, before + 1) not in server.process_counts():  # it exists from the start of the load
                 assert run.process.is_alive(), run.text()
             os.kill(server.process_id, signal.SIGKILL)
             outcome = run.outcome()

@@ -29,7 +29,7 @@ from serving.commands import main
 from serving.commands.drift import TRIGGERS
 from serving.drift.calibration import calibration_from
 from serving.drift.estimate import estimate_drift
-from serving.drift.logged_logits import moment_of, read_logits
+from serving.drift.logged_logits import parse_time, read_logits
 from serving.repository.manifest import Manifest
 from serving.repository.release import find_releases
 from serving.shared.errors import InputError, ServingError
@@ -86,7 +86,7 @@ def drift(logged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-def test_what_was_logged_is_read_back_and_of_too_much_a_fair_sample(logged: Path, release: Release) -> None:
+def test_logged_logits_are_read_back_or_sampled_uniformly_above_the_limit(logged: Path, release: Release) -> None:
     expected = drawn(LIVE, 2000)[1].astype(np.float32)
     whole = read_logits(logged, release.manifest)
     np.testing.assert_array_equal(whole.logits, expected)
@@ -106,12 +106,12 @@ def test_window_of_time_is_half_open_and_moments_are_read(logged: Path, release:
     assert read_logits(logged, release.manifest, since=first, until=last + 0.001).found == 2000
     assert read_logits(logged, release.manifest, since=last + 0.001).found == 0
     assert read_logits(logged, release.manifest, until=first).found == 0
-    assert moment_of("90m", "--since", now=10_000) == 4600
-    assert moment_of("2d", "--since", now=0) == -172_800
-    assert moment_of("2026-11-24T10:00+00:00", "--since") == 1_795_514_400
+    assert parse_time("90m", "--since", now=10_000) == 4600
+    assert parse_time("2d", "--since", now=0) == -172_800
+    assert parse_time("2026-11-24T10:00+00:00", "--since") == 1_795_514_400
     for text in ("1x", "yesterday", "", "1e3h", "9" * 40 + "h"):
         with pytest.raises(InputError, match=r"--until is .*; expected a time such as 24h, 7d or 2026-11-24T10:00"):
-            moment_of(text, "--until")
+            parse_time(text, "--until")
 
 
 def damage(path: Path, kind: str) -> None:
@@ -152,7 +152,7 @@ def damage(path: Path, kind: str) -> None:
         ("other classes", "is of other classes than version 1"),
     ],
 )
-def test_file_that_cannot_be_used_is_left_out_by_name_and_the_others_count(
+def test_unusable_file_is_skipped_by_name_and_the_others_are_read(
     logged: Path, release: Release, kind: str, said: str
 ) -> None:
     write_log(logged, release.manifest, drawn(LIVE, 150)[1])
@@ -165,7 +165,7 @@ def test_file_that_cannot_be_used_is_left_out_by_name_and_the_others_count(
     assert found.found == 2000
 
 
-def test_answers_of_another_release_are_counted_apart_whatever_its_number(logged: Path, release: Release) -> None:
+def test_images_of_another_release_are_counted_separately_by_version(logged: Path, release: Release) -> None:
     write_log(logged, release.manifest, drawn(LIVE, 150)[1], student_sha256="another", version="1")
     found = read_logits(logged, release.manifest)
     assert (found.found, found.others) == (2000, {1: 150})
@@ -187,7 +187,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(method: str, shift:
     assert np.mean(distances) > 0.95 - 4 * (0.95 * 0.05 / 60) ** 0.5
 
 
-def test_noise_alone_is_no_drift_although_it_makes_a_distance() -> None:
+def test_noise_alone_is_not_reported_as_drift() -> None:
     alarms = [estimate_drift(drawn(TRAINING, 150, seed)[1], COUNTS, resamples=100).exceeds(0.02) for seed in range(40)]
     assert sum(alarms) <= 2
     assert estimate_drift(drawn(LIVE, 150)[1], COUNTS).exceeds(0.3)
@@ -205,7 +205,7 @@ def test_few_images_of_many_classes_are_no_drift_although_they_miss_most_of_them
     assert sum(low > 0.1 for low in lows) <= 1
 
 
-def test_map_gives_no_class_nothing_and_holds_on_to_training_where_data_are_few() -> None:
+def test_map_gives_every_class_a_share_and_stays_near_training_with_few_images() -> None:
     logits = np.log(np.eye(5)[[4] * 10] + 1e-9)
     em, little, much = (
         estimate_drift(logits, COUNTS, method=method, pseudo_samples=pseudo)
@@ -256,7 +256,7 @@ def write_predictions(path: Path, manifest: Manifest, temperature: float = 1.0, 
     return manifest.model_copy(update={"metrics": metrics})
 
 
-def test_logits_too_sure_of_themselves_are_calibrated_by_the_test_answers(release: Release, tmp_path: Path) -> None:
+def test_overconfident_logits_are_calibrated_with_the_test_predictions(release: Release, tmp_path: Path) -> None:
     manifest = write_predictions(tmp_path / "predictions.parquet", release.manifest, 3.0)
     calibration = calibration_from(tmp_path / "predictions.parquet", manifest)
     assert calibration.temperature == pytest.approx(3, rel=0.15)
@@ -266,7 +266,7 @@ def test_logits_too_sure_of_themselves_are_calibrated_by_the_test_answers(releas
     assert better.low[0] <= LIVE[0] <= better.high[0]
 
 
-def test_test_answers_of_another_student_calibrate_nothing(release: Release, tmp_path: Path) -> None:
+def test_calibration_rejects_test_predictions_of_another_student(release: Release, tmp_path: Path) -> None:
     path = tmp_path / "predictions.parquet"
     with pytest.raises(ServingError, match="no such file; run `dvc repro evaluate`, or give --calibration"):
         calibration_from(path, release.manifest)
@@ -281,7 +281,7 @@ def test_test_answers_of_another_student_calibrate_nothing(release: Release, tmp
         calibration_from(path, manifest)
 
 
-def test_command_prints_groups_and_classes_and_says_what_it_rests_on(drift: Drift) -> None:
+def test_command_prints_groups_classes_and_number_of_images(drift: Drift) -> None:
     ended = drift("--top", 2)
     assert ended.returncode == 0
     assert ended.stderr == "tailor: artifacts/evaluation/predictions.parquet: no such file; not calibrated\n"
@@ -290,7 +290,7 @@ def test_command_prints_groups_and_classes_and_says_what_it_rests_on(drift: Drif
     assert "bee" not in ended.stdout
 
 
-def test_json_holds_every_class_and_what_was_left_out(drift: Drift, logged: Path, release: Release) -> None:
+def test_json_has_every_class_and_the_skipped_files(drift: Drift, logged: Path, release: Release) -> None:
     write_log(logged, release.manifest, drawn(LIVE, 150)[1])
     damaged = log_files(logged)[-1]
     damage(damaged, "truncated")
@@ -328,7 +328,9 @@ def test_misuse_ends_in_one_line(drift: Drift, arguments: list, status: int, sai
     assert_one_line(drift(*arguments), status, said)
 
 
-def test_too_few_answers_of_a_new_release_tell_of_the_old_ones(drift: Drift, logged: Path, release: Release) -> None:
+def test_too_few_images_of_a_new_release_are_reported_with_those_of_old_ones(
+    drift: Drift, logged: Path, release: Release
+) -> None:
     shutil.rmtree(logged)
     write_log(logged, release.manifest, drawn(LIVE, 300)[1], student_sha256="0", version="3")
     assert_one_line(drift(), 1, "holds 0 images of version 1 in this time", "(there are 300 of version 3)")
@@ -370,7 +372,7 @@ def test_written_prior_is_whole_and_replaces_the_one_before(drift: Drift) -> Non
 
 
 @pytest.mark.usefixtures("tested")
-def test_what_was_promoted_is_looked_at_and_written_to_where_it_is_there(drift: Drift) -> None:
+def test_promoted_releases_are_read_and_written_where_the_folder_exists(drift: Drift) -> None:
     shutil.copytree("artifacts/repository", "releases")
     assert drift("--write").returncode == 0
     assert Path("releases/live_prior.json").is_file()
@@ -379,7 +381,7 @@ def test_what_was_promoted_is_looked_at_and_written_to_where_it_is_there(drift: 
     assert Path("artifacts/repository/live_prior.json").is_file()
 
 
-def test_calibration_of_this_release_is_used_unasked_and_of_another_one_is_not(drift: Drift, release: Release) -> None:
+def test_calibration_of_this_release_is_used_by_default_and_of_another_is_not(drift: Drift, release: Release) -> None:
     path = Path("artifacts/evaluation/predictions.parquet")
     write_predictions(path, release.manifest, 2.0)
     ended = drift("--json")
@@ -420,9 +422,7 @@ def pull(reason: str) -> str:
     return "asked for"
 
 
-def test_retraining_is_whatever_the_entry_point_names_and_is_told_why(
-    drift: Drift, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retraining_calls_the_entry_point_with_the_reason(drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
     def install(*values: str) -> None:
         found = [EntryPoint("retrain", value, TRIGGERS) for value in values]
         monkeypatch.setattr(

@@ -70,7 +70,7 @@ def test_shared_arithmetic_is_copied_byte_for_byte(repository: Path) -> None:
         assert (repository / "classifier" / "1" / source.name).read_bytes() == source.read_bytes()
 
 
-def test_configs_say_the_whole_signature(repository: Path) -> None:
+def test_configs_have_the_complete_signature(repository: Path) -> None:
     student = parse(repository / "student" / "config.pbtxt")
     classifier = parse(repository / "classifier" / "config.pbtxt")
     assert student.backend == "onnxruntime"
@@ -107,7 +107,7 @@ def test_configs_batch_without_delay_or_queue_policy_and_list_what_they_serve(re
         assert list(config.version_policy.specific.versions) == [1]
 
 
-def test_stand_in_config_differs_only_in_who_runs_the_graph(repository: Path) -> None:
+def test_local_config_differs_only_in_the_backend_that_runs_the_graph(repository: Path) -> None:
     real, local = parse(repository / "student/config.pbtxt"), parse(repository / "student/configs/local.pbtxt")
     assert local.backend == "python"
     for config in (real, local):
@@ -165,7 +165,7 @@ def test_gpu_repository_puts_the_student_on_the_gpu(release: Release, tmp_path: 
     assert "network" not in parse(root / "classifier/configs/local.pbtxt").parameters
 
 
-def test_the_command_tells_a_script_what_it_wrote(
+def test_the_command_prints_the_written_path_for_scripts(
     release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "repository")
@@ -205,7 +205,7 @@ def test_interrupted_writing_leaves_the_old_tree(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["newer", "repository"]
 
 
-def test_tree_lost_between_the_renames_comes_back(release: Release, tmp_path: Path) -> None:
+def test_tree_lost_between_the_renames_is_restored(release: Release, tmp_path: Path) -> None:
     root = write_repository(release.export_dir, tmp_path / "repository")
     root.rename(tmp_path / ".repository.old")  # the state after a kill between the two renames
     (tmp_path / "export").mkdir()
@@ -302,14 +302,14 @@ def test_dry_run_that_takes_too_long_is_ended(repository: Path) -> None:
 
 
 @pytest.mark.slow
-def test_graph_that_kills_onnx_runtime_kills_nobody_else(
+def test_graph_that_crashes_onnx_runtime_crashes_no_other_process(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "onnxruntime"  # fake package that crashes, like the library on some graphs
     package.mkdir()
     (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime died of it by signal 11"):
+    with pytest.raises(RepositoryError, match=r"model\.onnx: it crashed ONNX Runtime with signal 11"):
         dry_runs.dry_run(repository, releases.find_releases(repository), timeout=60)
 
 
@@ -345,7 +345,7 @@ def test_placement_that_cannot_be_is_refused(options: dict, message: str) -> Non
         Placement(**options)
 
 
-def test_published_release_gets_the_next_number_and_is_served_by_nobody(repository: Path, tmp_path: Path) -> None:
+def test_published_release_gets_the_next_version_and_no_server_loads_it(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     write_export(tmp_path / "export", version=7)
     assert publish(tmp_path / "export", root) == 2
@@ -389,7 +389,7 @@ def test_release_with_other_classes_cannot_join_a_repository(repository: Path, t
     assert releases.published_versions(root) == [1]
 
 
-def test_policy_changes_alone_and_what_was_set_by_hand_stays(repository: Path, tmp_path: Path) -> None:
+def test_policy_change_keeps_manual_settings(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     path = root / "classifier" / "config.pbtxt"
     path.write_text(path.read_text().replace("count: 2", "count: 7"))
