@@ -25,7 +25,7 @@ from serving.repository.writer import write_repository
 from serving.transport.retries import Retries
 
 GOAL = 4.0  # seconds
-SETTLING = 8.0  # seconds before a kill; above Patience.served, so that each start counts as successful
+SETTLING = 8.0  # seconds before a kill; above SupervisionLimits.served, so that each start counts as successful
 LONGEST = 30.0  # seconds after a kill in which failures are attributed to it
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 

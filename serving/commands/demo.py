@@ -64,7 +64,9 @@ def run(repository: Path, samples: Path) -> int:
 def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> str:
     """Return the text below the table: what the comparison shows, and what it does not."""
     if not any(differing):
-        return "No answer changes here, only the probabilities: the student is confident on these images, or undertrained."
+        return (
+            "No answer changes here, only the probabilities: the student is confident on these images, or undertrained."
+        )
     changed = [index for index, differs in enumerate(differing) if differs]
     right = {
         prior: sum(predictions[index].classes[0] == images[index].label for index in changed)

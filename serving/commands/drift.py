@@ -19,7 +19,7 @@ from models.sample_size import ADVICE
 from serving.commands.options import AsJson, Debug, RepositoryOption, choose_repository, print_json
 from serving.drift.calibration import calibration_from
 from serving.drift.estimate import CONFIDENCE, Drift, estimate_drift, write_live_prior
-from serving.drift.logged_logits import LoggedLogits, moment_of, read_logits
+from serving.drift.logged_logits import LoggedLogits, parse_time, read_logits
 from serving.repository.manifest import Manifest
 from serving.repository.release import read_champion, read_release
 from serving.shared.errors import InputError, ServingError
@@ -161,7 +161,7 @@ def _manifest(repository: Path, version: int | None) -> Manifest:
 
 
 def _moment(text: str | None, option: str) -> float | None:
-    return None if text is None else moment_of(text, option)
+    return None if text is None else parse_time(text, option)
 
 
 def _check_enough(logged: LoggedLogits, log: Path, manifest: Manifest, wanted: int) -> None:

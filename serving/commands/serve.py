@@ -14,7 +14,7 @@ import typer
 
 from serving.commands.options import Debug, RepositoryOption, choose_repository
 from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options
-from serving.server.supervisor import Patience, Supervisor
+from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
 from serving.shared.logs import new_log_file, remove_log_files
@@ -67,9 +67,9 @@ def serve(
         str,
         typer.Option(
             help="Give up after this many failed starts in a row; `unlimited` never gives up. A start whose server "
-            f"ran for {Patience.served:g} s has not failed."
+            f"ran for {SupervisionLimits.served:g} s has not failed."
         ),
-    ] = str(Patience.restarts),
+    ] = str(SupervisionLimits.restarts),
     debug: Debug = False,
 ) -> None:
     """Run the Triton server until SIGTERM or Ctrl-C.
@@ -80,7 +80,7 @@ def serve(
     loads a model again whose process died. To load new versions meanwhile, use `tailor promote`; its key is
     TAILOR_ADMIN_KEY, where that is set.
     """
-    patience = Patience(restarts=_restarts(restarts))
+    patience = SupervisionLimits(restarts=_restarts(restarts))
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
         alone = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"

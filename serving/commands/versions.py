@@ -45,7 +45,7 @@ def promote(
     ] = "artifacts/export",
     repository: RepositoryOption = None,
     url: ServerUrl = None,
-    keep: Annotated[int, typer.Option(min=2, help="Versions that stay on disk.")] = promotion.KEPT,
+    keep: Annotated[int, typer.Option(min=2, help="Versions that stay on disk.")] = promotion.VERSIONS_KEPT,
     timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
     rehearsal: Rehearsal = True,
     force: Annotated[

@@ -13,7 +13,7 @@ from serving.shared.bounded_parquet import MemoryLimit, TooLargeError, read_colu
 from serving.shared.errors import ServingError
 
 LIMIT = MemoryLimit(1024)
-SAME = 1e-6  # nats; largest difference from the manifest's nll, which evaluation computed from the same predictions
+NLL_TOL = 1e-6  # nats; largest difference from the manifest's nll, which evaluation computed from the same predictions
 
 
 def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
@@ -42,10 +42,12 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
         raise ServingError(f"{predictions}: is not of the {classes} classes of version {manifest.version}")
     absent = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if absent.size:  # only the penalty would determine the bias of such a class, and it would never be predicted
-        raise ServingError(f"{predictions}: class {manifest.classes[absent[0]]!r} has no test answer to calibrate by")
-    wrong = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
+        raise ServingError(
+            f"{predictions}: class {manifest.classes[absent[0]]!r} has no test prediction to calibrate by"
+        )
+    nll = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
     recorded = manifest.balanced_metric("nll")
-    if recorded is None or not abs(wrong - recorded) <= SAME:
+    if recorded is None or not abs(nll - recorded) <= NLL_TOL:
         raise ServingError(f"{predictions}: is of another student than version {manifest.version}")
     try:
         return fit_calibration(logits, labels)

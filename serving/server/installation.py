@@ -108,7 +108,7 @@ def _check_packages() -> None:
         raise InstallationError(f"numpy {numpy_version} breaks this Triton's Python stubs; pip install 'numpy<2'")
     if not (Path(sys.executable).parent / "python3").exists():
         raise InstallationError(
-            f"{Path(sys.executable).parent / 'python3'}: is missing; Triton's stubs look for it; use a venv"
+            f"{Path(sys.executable).parent / 'python3'}: is missing; Triton's stubs need it; use a venv"
         )
     if shutil.which("bash") is None:
         raise InstallationError("bash is not on PATH; Triton starts its Python stubs with it; install bash")

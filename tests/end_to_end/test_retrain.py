@@ -279,7 +279,7 @@ def nothing_else(_project: Retraining) -> None:
     ("damage", "seed", "accuracy", "ending", "message"),
     [
         (corrupt_graph, 21, 0.95, "failed", "ONNX Runtime cannot run it"),
-        (wrong_hash, 22, 0.95, "failed", "the manifest says"),
+        (wrong_hash, 22, 0.95, "failed", "the manifest has"),
         (other_classes, 23, 0.95, "refused", "cannot be computed: challenger and champion have other classes"),
         (no_report, 24, 0.95, "refused", "cannot be computed: artifacts/evaluation/report.html: no such file"),
         (nothing_else, 25, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),
@@ -402,7 +402,7 @@ def test_triton_killed_while_a_version_loads_is_started_again_and_gets_it(
         with Asking(server) as asking:
             run = Begun(context, project.root)
             run.await_line("promote: starts")
-            while (model, before + 1) not in server.stubs():  # it exists from the start of the load
+            while (model, before + 1) not in server.process_counts():  # it exists from the start of the load
                 assert run.process.is_alive(), run.text()
             os.kill(server.process_id, signal.SIGKILL)
             outcome = run.outcome()

@@ -29,7 +29,7 @@ from serving.commands import main
 from serving.commands.drift import TRIGGERS
 from serving.drift.calibration import calibration_from
 from serving.drift.estimate import estimate_drift
-from serving.drift.logged_logits import moment_of, read_logits
+from serving.drift.logged_logits import parse_time, read_logits
 from serving.repository.manifest import Manifest
 from serving.repository.release import find_releases
 from serving.shared.errors import InputError, ServingError
@@ -106,12 +106,12 @@ def test_window_of_time_is_half_open_and_moments_are_read(logged: Path, release:
     assert read_logits(logged, release.manifest, since=first, until=last + 0.001).found == 2000
     assert read_logits(logged, release.manifest, since=last + 0.001).found == 0
     assert read_logits(logged, release.manifest, until=first).found == 0
-    assert moment_of("90m", "--since", now=10_000) == 4600
-    assert moment_of("2d", "--since", now=0) == -172_800
-    assert moment_of("2026-11-24T10:00+00:00", "--since") == 1_795_514_400
+    assert parse_time("90m", "--since", now=10_000) == 4600
+    assert parse_time("2d", "--since", now=0) == -172_800
+    assert parse_time("2026-11-24T10:00+00:00", "--since") == 1_795_514_400
     for text in ("1x", "yesterday", "", "1e3h", "9" * 40 + "h"):
         with pytest.raises(InputError, match=r"--until is .*; expected a time such as 24h, 7d or 2026-11-24T10:00"):
-            moment_of(text, "--until")
+            parse_time(text, "--until")
 
 
 def damage(path: Path, kind: str) -> None:

@@ -26,7 +26,7 @@ from serving.repository.release import list_versions, read_champion
 from serving.repository.version_policy import serve_versions, served_versions
 from serving.repository.writer import publish
 from serving.server import model_control
-from serving.server.leftovers import stubs_of
+from serving.server.leftovers import inference_processes
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
 from serving.transport.sync_transport import Transport
@@ -113,12 +113,12 @@ def test_export_that_fails_its_trial_is_withdrawn_unless_it_was_there_before(
     root: Path, exports: dict[int, Release], tmp_path: Path, rehearsal: bool
 ) -> None:
     unfit = cut_short(exports[2].export_dir, tmp_path / "unfit")
-    with pytest.raises(PromotionError, match="version 2 is not fit to serve, version 1 stays"):
+    with pytest.raises(PromotionError, match="version 2 failed its verification, version 1 stays"):
         promote(root, unfit, rehearsal=rehearsal)
     for model in MODELS:
         assert sorted(path.name for path in (root / model).iterdir() if path.name.strip(".")[0].isdecimal()) == ["1"]
     assert publish(unfit, root) == 2
-    with pytest.raises(PromotionError, match="version 2 is not fit to serve, version 1 stays"):
+    with pytest.raises(PromotionError, match="version 2 failed its verification, version 1 stays"):
         promote(root, unfit, rehearsal=rehearsal)
     assert [(state.version, state.state) for state in list_versions(root)] == [(1, "champion"), (2, "kept")]
 
@@ -145,7 +145,7 @@ def test_promotion_clears_what_a_killed_one_left(root: Path, exports: dict[int, 
     [
         (lambda root: promote(root, 7), "holds no version 7; it has 1"),
         (lambda root: promote(root, 1, keep=1), "keep is 1; expected at least 2"),
-        (lambda root: rollback(root), "holds no version before the champion 1; nothing to go back to"),
+        (lambda root: rollback(root), "holds no version before the champion 1; there is no version to roll back to"),
         (lambda root: rollback(root, 1), "version 1 is not older than the champion 1; use `tailor promote`"),
     ],
 )
@@ -304,7 +304,7 @@ def test_broken_versions_are_refused_while_the_champion_answers(
     with Load(serving) as load:
         for damage in BROKEN:
             damage(root)
-            with pytest.raises(PromotionError, match="version 2 is not fit to serve, version 1 stays") as caught:
+            with pytest.raises(PromotionError, match="version 2 failed its verification, version 1 stays") as caught:
                 promote(root, 2, timeout=4)
             assert "2" in str(caught.value), damage
             for model in ("student", "classifier"):
@@ -376,7 +376,7 @@ def test_swap_that_is_interrupted_leaves_the_champion(
     def interrupted(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(swap, "ask_student", interrupted)
+    monkeypatch.setattr(swap, "check_student", interrupted)
     with pytest.raises(KeyboardInterrupt):
         promote(root, exports[2].export_dir, rehearsal=False)
     assert [(state.version, state.state) for state in list_versions(root)] == [(1, "champion")]
@@ -392,7 +392,7 @@ def test_policies_go_back_also_where_the_server_dies_while_a_hanging_load_is_end
     never_finish_loading(root)
 
     def processes_of_a_dying_server(prefix: str) -> list[psutil.Process]:
-        stubs = [stub for stub, _, _ in stubs_of(prefix)]
+        stubs = [stub for stub, _, _ in inference_processes(prefix)]
         with contextlib.suppress(psutil.NoSuchProcess):  # called again for the other model
             server = psutil.Process(serving.process_id)
             server.kill()

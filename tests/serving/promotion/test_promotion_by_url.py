@@ -20,7 +20,7 @@ from serving.server import model_control
 from serving.server.leftovers import runtime_folders
 from serving.server.local_tree import TREE, refresh_trees
 from serving.server.model_control import ModelControl
-from serving.server.running import RunningServer, reach
+from serving.server.running import RunningServer, server_by_address
 from serving.server.supervisor import Supervisor
 from serving.server.triton_server import TritonServer
 from tests.support.steady_load import Load, assert_each_answer_is_its_versions
@@ -137,7 +137,7 @@ def test_server_of_another_repository_is_told_and_nothing_is_left_of_the_try(
 ) -> None:
     monkeypatch.setattr(model_control, "SEEN_WITHIN", 1.0)
     other = shutil.copytree(root, tmp_path / "other")
-    message = re.escape(f"sees no version 2 of student; expected a server that runs on {other}")
+    message = re.escape(f"has no version 2 of student; expected a server that runs on {other}")
     with pytest.raises(PromotionError, match=message):
         promote(other, exports[2].export_dir, servers=[by_url(other, serving)], rehearsal=False)
     assert served_versions(other, "classifier") == served_versions(other, "student") == (1,)
@@ -147,7 +147,7 @@ def test_server_of_another_repository_is_told_and_nothing_is_left_of_the_try(
 
 
 def test_address_of_a_server_of_this_machine_is_reached_as_its_note_says(serving: TritonServer, root: Path) -> None:
-    found = reach(root, serving.grpc_url, "the key that was given")
+    found = server_by_address(root, serving.grpc_url, "the key that was given")
     assert found == serving.running.model_copy(update={"admin_key": "the key that was given"})
-    assert reach(root, "grpc://127.0.0.1:9", "key").prefix is None
-    assert reach(root.parent, serving.grpc_url, "key").prefix is None
+    assert server_by_address(root, "grpc://127.0.0.1:9", "key").prefix is None
+    assert server_by_address(root.parent, serving.grpc_url, "key").prefix is None

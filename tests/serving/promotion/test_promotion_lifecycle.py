@@ -168,7 +168,7 @@ def wrong_golden_answer(export: Path) -> None:
     ("damage", "error", "message"),
     [
         (cut_graph, RepositoryError, "ONNX Runtime cannot run it"),
-        (changed_graph, ManifestError, "the manifest says"),
+        (changed_graph, ManifestError, "the manifest has"),
         (other_classes, RepositoryError, "has other classes than"),
         (wrong_golden_answer, RepositoryError, "a golden request is answered wrongly"),
     ],

@@ -309,7 +309,7 @@ def test_graph_that_kills_onnx_runtime_kills_nobody_else(
     package.mkdir()
     (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime died of it by signal 11"):
+    with pytest.raises(RepositoryError, match=r"model\.onnx: it crashed ONNX Runtime with signal 11"):
         dry_runs.dry_run(repository, releases.find_releases(repository), timeout=60)
 
 

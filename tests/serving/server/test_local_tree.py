@@ -14,7 +14,7 @@ from serving.promotion.promotion import promote
 from serving.repository.manifest import MANIFEST_NAME, load_manifest
 from serving.repository.version_policy import serve_versions
 from serving.repository.writer import publish
-from serving.server.leftovers import stubs_of
+from serving.server.leftovers import inference_processes
 from serving.server.local_tree import link_tree
 from serving.server.model_control import ModelControl
 from serving.server.triton_server import TritonServer
@@ -40,7 +40,7 @@ def seen(tree: Path) -> dict[str, list[str]]:
 
 
 def processes(server: TritonServer, version: int) -> set[int]:
-    return {process.pid for process, _, number in stubs_of(server.prefix) if number == version}
+    return {process.pid for process, _, number in inference_processes(server.prefix) if number == version}
 
 
 def mapped(process: int) -> set[str]:
@@ -109,7 +109,7 @@ def test_where_the_default_strength_is_another_the_version_before_is_loaded_anew
 ) -> None:
     manifest = load_manifest(second)
     (second / MANIFEST_NAME).write_text(manifest.model_copy(update={"strength": 0.25}).model_dump_json())
-    before = {process for process, model, _ in stubs_of(serving.prefix) if model == "classifier"}
+    before = {process for process, model, _ in inference_processes(serving.prefix) if model == "classifier"}
     with Load(serving) as load:
         assert promote(root, second).version == 2
         assert set(psutil.wait_procs(before, 20)[0]) == before

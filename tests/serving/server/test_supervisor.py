@@ -15,9 +15,9 @@ import pytest
 from conftest import picture
 
 from serving.client.sync_client import Client
-from serving.server.leftovers import SHARED_MEMORY, processes_of, stubs_of
+from serving.server.leftovers import SHARED_MEMORY, inference_processes, processes_of
 from serving.server.running import find_running
-from serving.server.supervisor import Patience
+from serving.server.supervisor import SupervisionLimits
 from serving.shared.errors import ServingError
 from tests.support.supervised import IMPATIENT, Watched, failures_under_load
 
@@ -46,24 +46,24 @@ def test_dead_stubs_are_replaced_without_a_restart(watched: Watched) -> None:
     for model in ("classifier", "student"):
         watched.kill_stub(model)
         watched.await_report(f"an inference process of {model} 1 died or is stopped; loading {model} again")
-        watched.await_report(f"{model} answers again")
+        watched.await_report(f"{model}: ready again")
         assert watched.answers() == 8
     assert watched.server.process_id == server
-    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
+    watched.await_that(lambda: watched.server.process_counts() == {("student", 1): 2, ("classifier", 1): 2})
 
 
 @pytest.mark.parametrize("model", ["student", "classifier"])
 def test_stopped_inference_process_is_replaced_within_ten_seconds_and_ended(repository: Path, model: str) -> None:
-    watched = Watched(repository, Patience())
+    watched = Watched(repository, SupervisionLimits())
     try:
         with failures_under_load(watched.server) as failed:
             stopped, moment = watched.kill_stub(model, "suspend"), time.monotonic()
             watched.await_report(f"an inference process of {model} 1 died or is stopped; loading {model} again")
-            watched.await_report(f"{model} answers again")
+            watched.await_report(f"{model}: ready again")
             time.sleep(3)
         assert max(failed, default=moment) - moment < RECOVERY
         assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
-        watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
+        watched.await_that(lambda: watched.server.process_counts() == {("student", 1): 2, ("classifier", 1): 2})
     finally:
         watched.stop()
 
@@ -80,25 +80,27 @@ def test_one_unhealthy_process_is_replaced_within_ten_seconds_though_it_is_not_s
     )
     path = root / "classifier" / "1" / "model.py"
     path.write_text(path.read_text().replace("1 / 0", f"raise RuntimeError({words!r})"))
-    watched = Watched(root, Patience())
+    watched = Watched(root, SupervisionLimits())
     try:
         with failures_under_load(watched.server) as failed:
-            unhealthy = next(stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "classifier")
+            unhealthy = next(
+                stub for stub, model, _ in inference_processes(watched.server.prefix) if model == "classifier"
+            )
             chosen.write_text(str(unhealthy.pid))
             moment = time.monotonic()
             watched.await_report("is not healthy")
-            watched.await_report("classifier answers again")
+            watched.await_report("classifier: ready again")
             time.sleep(3)
         assert failed and max(failed) - moment < RECOVERY
-        assert not any("asking once more" in line for line in watched.reports), watched.reports
+        assert not any("the golden requests are sent once more" in line for line in watched.reports), watched.reports
     finally:
         watched.stop()
 
 
 def test_stopped_server_is_killed_and_started_again_within_ten_seconds(repository: Path) -> None:
-    watched = Watched(repository, Patience())
+    watched = Watched(repository, SupervisionLimits())
     try:
-        time.sleep(Patience.served)
+        time.sleep(SupervisionLimits.served)
         psutil.Process(watched.server.process_id).suspend()
         watched.await_report("is stopped (SIGSTOP); starting it again at once", 5)
         watched.await_report("ready again at", RECOVERY)
@@ -144,10 +146,10 @@ def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repos
     insert_at_execute(root, "student", hang)
     watched = Watched(root)
     try:
-        [hanging, _] = [stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "student"]
+        [hanging, _] = [stub for stub, model, _ in inference_processes(watched.server.prefix) if model == "student"]
         waiting.write_text(str(hanging.pid))
-        watched.await_report("though a stub was at rest; loading student and classifier again")
-        watched.await_report("student and classifier answers again")
+        watched.await_report("although an inference process was idle; loading student and classifier again")
+        watched.await_report("student and classifier: ready again")
         assert watched.answers() == 8
         assert not hanging.is_running() or hanging.status() == psutil.STATUS_ZOMBIE
     finally:
@@ -161,7 +163,7 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
     insert_at_execute(root, "classifier", work)
     watched = Watched(root, replace(IMPATIENT, canary_timeout=3.0))
     try:
-        stubs = {stub.pid for stub, _, _ in stubs_of(watched.server.prefix)}
+        stubs = {stub.pid for stub, _, _ in inference_processes(watched.server.prefix)}
         over = threading.Event()
 
         def ask() -> None:
@@ -172,13 +174,13 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
         with ThreadPoolExecutor(60) as pool:
             asking = [pool.submit(ask) for _ in range(60)]
             try:
-                watched.await_that(lambda: sum("left alone" in line for line in watched.reports) == 2, 120)
+                watched.await_that(lambda: sum("nothing is restarted" in line for line in watched.reports) == 2, 120)
             finally:
                 over.set()
         assert [asked.exception() for asked in asking] == [None] * 60
         assert all("classifier 1 is overloaded: " in line for line in watched.reports[-2:]), watched.reports
         assert not any("loading" in line or "restart" in line for line in watched.reports), watched.reports
-        assert {stub.pid for stub, _, _ in stubs_of(watched.server.prefix)} == stubs
+        assert {stub.pid for stub, _, _ in inference_processes(watched.server.prefix)} == stubs
     finally:
         watched.stop()
 
@@ -190,7 +192,7 @@ def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(reposi
     insert_at_execute(root, "classifier", spin)
     watched = Watched(root)
     try:
-        spinning = [stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "classifier"]
+        spinning = [stub for stub, model, _ in inference_processes(watched.server.prefix) if model == "classifier"]
 
         def lost(seconds: float) -> None:
             time.sleep(seconds)
@@ -200,12 +202,12 @@ def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(reposi
         with ThreadPoolExecutor(3) as pool:
             waiting.write_text(" ".join(str(stub.pid) for stub in spinning))
             asked = pool.map(lost, [0.0, 0.3, 0.6])  # separate requests, not one batch
-            watched.await_report("; asking once more")
+            watched.await_report("; the golden requests are sent once more")
             watched.await_report("; loading student and classifier again")
             waiting.write_text("")
-            watched.await_report("student and classifier answers again")
+            watched.await_report("student and classifier: ready again")
             list(asked)
-        assert not any("overloaded" in line or "at rest" in line for line in watched.reports), watched.reports
+        assert not any("overloaded" in line or "idle" in line for line in watched.reports), watched.reports
         assert watched.answers() == 8
     finally:
         watched.stop()
@@ -218,7 +220,7 @@ def test_without_its_repository_the_server_answers_on_and_is_repaired_when_the_d
     assert watched.reports == []
     watched.kill_stub("classifier")  # one of two
     away.rename(watched.root)
-    watched.await_report("classifier answers again")
+    watched.await_report("classifier: ready again")
     assert watched.answers() == 8
 
 
@@ -229,10 +231,10 @@ def test_stub_is_not_replaced_from_a_graph_that_was_changed(watched: Watched) ->
     server = watched.server.process_id
     watched.kill_stub("classifier")
     watched.await_report("model.onnx: sha256 is")
-    assert "serving on with what is loaded" in watched.reports[-1]
+    assert "the loaded versions continue to serve" in watched.reports[-1]
     assert watched.answers() >= 4  # served by the other instance
     path.write_bytes(sound)
-    watched.await_report("classifier answers again")
+    watched.await_report("classifier: ready again")
     assert watched.answers() == 8
     assert watched.server.process_id == server
 

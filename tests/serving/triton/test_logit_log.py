@@ -21,7 +21,7 @@ from conftest import CLASSES, SIZE, Release, encode, picture
 
 from serving.client.sync_client import Client
 from serving.commands import main
-from serving.server.arguments import bytes_of, logit_log_environment
+from serving.server.arguments import logit_log_environment, parse_size
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
 from serving.triton import logit_log
@@ -322,7 +322,7 @@ def test_offers_from_many_threads_are_all_logged(tmp_path: Path) -> None:
     ("text", "size"), [("1048576", 1 << 20), ("500MiB", 500 << 20), ("1 GiB", 1 << 30), ("2TiB", 2 << 40)]
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert bytes_of(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
