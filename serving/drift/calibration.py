@@ -42,9 +42,8 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
         raise ServingError(f"{predictions}: is not of the {classes} classes of version {manifest.version}")
     absent = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if absent.size:  # only the penalty would determine the bias of such a class, and it would never be predicted
-        raise ServingError(
-            f"{predictions}: class {manifest.classes[absent[0]]!r} has no test prediction to calibrate by"
-        )
+        name = manifest.classes[absent[0]]
+        raise ServingError(f"{predictions}: class {name!r} has no test prediction to calibrate by")
     nll = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
     recorded = manifest.balanced_metric("nll")
     if recorded is None or not abs(nll - recorded) <= NLL_TOL:

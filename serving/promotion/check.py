@@ -16,6 +16,7 @@ from serving.shared.terminal import cell
 
 # Keys of a manifest's test accuracies for the balanced prior (means over classes) → their names in the table.
 FIGURES = {"balanced_accuracy": "all classes", "many": "many", "medium": "medium", "few": "few"}
+Figures = dict[str, tuple[float | None, float | None]]
 DECIDING = ("balanced_accuracy", "few")  # a lower value of one of these needs a confirmation
 
 
@@ -29,7 +30,7 @@ class PromotionCheck:
 
     champion: int
     release: str
-    figures: dict[str, tuple[float | None, float | None]]
+    figures: Figures
     decision: str
     doubt: str | None
 
@@ -52,14 +53,11 @@ def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | N
         return None
     figures = {name: (champion.manifest.balanced_metric(name), manifest.balanced_metric(name)) for name in FIGURES}
     name = f"version {release}" if isinstance(release, int) else str(release)
-    return PromotionCheck(
-        champion.version, name, figures, decision_text(decision), _confirmation_reason(figures, decision)
-    )
+    doubt = _reason_to_confirm(figures, decision)
+    return PromotionCheck(champion.version, name, figures, decision_text(decision), doubt)
 
 
-def _confirmation_reason(
-    figures: dict[str, tuple[float | None, float | None]], decision: dict[str, Any] | None
-) -> str | None:
+def _reason_to_confirm(figures: Figures, decision: dict[str, Any] | None) -> str | None:
     if decision is not None and decision.get("promote") is not True:
         return "the gate did not decide on it" if decision.get("undecided") is True else "the gate refused it"
     if None in figures["balanced_accuracy"]:

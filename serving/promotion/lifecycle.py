@@ -157,7 +157,7 @@ def go_live(
     if it failed the watch and was rolled back, PromotionError as `promote` does.
     """
     champion = champion_or_none(repository)
-    promotion_result = promote(repository, version, servers_at(repository, url), keep, timeout)
+    loaded = promote(repository, version, servers_at(repository, url), keep, timeout).servers
     try:
         watch(repository, version, servers_of(repository, url), watch_seconds)
     except ServingError as error:
@@ -168,7 +168,7 @@ def go_live(
         undo(before)
         message = f"version {version} was promoted and rolled back, {before} answers: {error}"
         raise RolledBack(message, before) from error
-    return promotion_result.servers
+    return loaded
 
 
 def withdraw(repository: Path, version: int) -> None:

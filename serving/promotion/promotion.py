@@ -144,26 +144,22 @@ def _champion_before(repository: Path, champion: int) -> int:
         return served
     older = [version for version in published_versions(repository) if version < champion]
     if not older:
-        raise InputError(
-            f"{repository}: holds no version before the champion {champion}; there is no version to roll back to"
-        )
+        raise InputError(f"{repository}: holds no version before the champion {champion} to roll back to")
     recorded = [version for version in champions(repository) if version in older]
     return (recorded or older)[-1]
 
 
-def _verify(
-    repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None
-) -> tuple[Release, bool]:
+def _verify(root: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> tuple[Release, bool]:
     """Read a version, check its sha256 and verify it. Raises PromotionError.
 
     Returns the release and whether it was verified on a separate server.
     """
     with _promotion_error(f"version {version} failed its verification, version {before} stays"):
-        release = read_release(repository, version)
+        release = read_release(root, version)
         if rehearsal:
-            return release, rehearse(repository, release, timeout)
+            return release, rehearse(root, release, timeout)
         if rehearsal is False:
-            dry_run(repository, [release], timeout)
+            dry_run(root, [release], timeout)
         return release, False
 
 

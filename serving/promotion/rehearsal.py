@@ -43,9 +43,8 @@ def rehearse(root: Path, release: Release, timeout: float) -> bool:
             (folder / model / version).symlink_to((root / model / version).absolute())
             serve_versions(folder, model, (release.version,))
         shutil.copyfile(root / STUDENT / LABELS_NAME, folder / STUDENT / LABELS_NAME)
-        server = TritonServer(
-            folder, http_port=0, grpc_port=0, metrics_port=0, start_timeout=timeout, niceness=NICENESS
-        )
+        ports = dict.fromkeys(("http_port", "grpc_port", "metrics_port"), 0)
+        server = TritonServer(folder, **ports, start_timeout=timeout, niceness=NICENESS)
         try:
             server.start()
             # Here and not in the champion's server, where a full batch would delay the requests of users.

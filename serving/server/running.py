@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import tempfile
 from pathlib import Path
@@ -79,3 +80,15 @@ def find_running(repository: Path) -> list[RunningServer]:
                 if server.repository == path and server.prefix == folder.name[: len(server.prefix or "?")]:
                     servers += [server] * owner_exists(server.prefix or "")
     return servers
+
+
+def is_ready(host: str, port: int) -> bool:
+    """Whether a server answers over HTTP that it is ready."""
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

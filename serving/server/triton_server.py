@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import subprocess
 import time
@@ -23,7 +22,7 @@ from serving.server.arguments import admin_key, grpc_tls_options, new_admin_key,
 from serving.server.installation import Installation, find_installation
 from serving.server.leftovers import inference_processes, is_stopped, new_prefix, runtime_folder, sweep, sweep_dead_runs
 from serving.server.local_tree import link_tree
-from serving.server.running import RunningServer, write_server_record
+from serving.server.running import RunningServer, is_ready, write_server_record
 from serving.server.watchdog import dismiss, start_watchdog
 from serving.shared import priority
 from serving.shared.errors import ServingError
@@ -259,21 +258,10 @@ class TritonServer:
         Raises ServingError with the last lines of the log if it exits or is not ready within start_timeout seconds.
         """
         deadline = time.monotonic() + self.start_timeout
-        while not _answers(self.host, self.ports["--http-port"]):
+        while not is_ready(self.host, self.ports["--http-port"]):
             status = self.wait(POLL)
             if status is not None:
                 raise ServingError(f"the Triton server ended with status {status} while it started:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 waited = f"{self.start_timeout:.0f} s"
                 raise ServingError(f"the Triton server was not ready within {waited}:\n{self.log_tail()}")
-
-
-def _answers(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(host, port, timeout=5)
-    try:
-        connection.request("GET", "/v2/health/ready")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()

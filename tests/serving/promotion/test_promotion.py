@@ -137,7 +137,7 @@ def test_promotion_clears_what_a_killed_one_left(root: Path, exports: dict[int, 
     [
         (lambda root: promote(root, 7), "holds no version 7; it has 1"),
         (lambda root: promote(root, 1, keep=1), "keep is 1; expected at least 2"),
-        (lambda root: rollback(root), "holds no version before the champion 1; there is no version to roll back to"),
+        (lambda root: rollback(root), "holds no version before the champion 1 to roll back to"),
         (lambda root: rollback(root, 1), "version 1 is not older than the champion 1; use `tailor promote`"),
     ],
 )
