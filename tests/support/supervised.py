@@ -19,7 +19,7 @@ from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.transport.retries import Retries
 
-IMPATIENT = SupervisionLimits(
+SHORT_LIMITS = SupervisionLimits(
     poll=0.2,
     canary_every=1.0,
     canary_timeout=2.0,
@@ -34,9 +34,11 @@ IMPATIENT = SupervisionLimits(
 class Watched:
     """A server under a supervisor that runs in a thread, and the supervisor's reports."""
 
-    def __init__(self, root: Path, patience: SupervisionLimits = IMPATIENT, server: TritonServer | None = None) -> None:
+    def __init__(
+        self, root: Path, limits: SupervisionLimits = SHORT_LIMITS, server: TritonServer | None = None
+    ) -> None:
         self.root = root
-        self.patience = patience
+        self.limits = limits
         self.server = (server or TritonServer(root, http_port=0, grpc_port=0, metrics_port=0)).start()
         self.reports: list[str] = []
         self.ended: BaseException | None = None
@@ -78,7 +80,7 @@ class Watched:
 
     def _run(self) -> None:
         try:
-            Supervisor(self.server, self.reports.append, self.patience).run(self._stopping)
+            Supervisor(self.server, self.reports.append, self.limits).run(self._stopping)
         except RestartLimitExceeded as error:
             self.ended = error
 

@@ -19,7 +19,7 @@ from tests.support.drift_data import LIVE, TRAINING, damage, drawn, write_predic
 from tests.support.logit_logs import write_log
 
 
-def test_what_was_logged_is_read_back_and_of_too_much_a_fair_sample(logged: Path, release: Release) -> None:
+def test_logged_logits_are_read_back_or_sampled_uniformly_above_the_limit(logged: Path, release: Release) -> None:
     expected = drawn(LIVE, 2000)[1].astype(np.float32)
     whole = read_logits(logged, release.manifest)
     np.testing.assert_array_equal(whole.logits, expected)
@@ -57,7 +57,7 @@ def test_window_of_time_is_half_open_and_moments_are_read(logged: Path, release:
         ("other classes", "is of other classes than version 1"),
     ],
 )
-def test_file_that_cannot_be_used_is_left_out_by_name_and_the_others_count(
+def test_unusable_file_is_skipped_by_name_and_the_others_are_read(
     logged: Path, release: Release, kind: str, said: str
 ) -> None:
     write_log(logged, release.manifest, drawn(LIVE, 150)[1])
@@ -70,7 +70,7 @@ def test_file_that_cannot_be_used_is_left_out_by_name_and_the_others_count(
     assert found.found == 2000
 
 
-def test_answers_of_another_release_are_counted_apart_whatever_its_number(logged: Path, release: Release) -> None:
+def test_images_of_another_release_are_counted_separately_by_version(logged: Path, release: Release) -> None:
     write_log(logged, release.manifest, drawn(LIVE, 150)[1], student_sha256="another", version="1")
     found = read_logits(logged, release.manifest)
     assert (found.found, found.others) == (2000, {1: 150})
@@ -92,7 +92,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(method: str, shift:
     assert np.mean(distances) > 0.95 - 4 * (0.95 * 0.05 / 60) ** 0.5
 
 
-def test_noise_alone_is_no_drift_although_it_makes_a_distance() -> None:
+def test_noise_alone_is_not_reported_as_drift() -> None:
     alarms = [estimate_drift(drawn(TRAINING, 150, seed)[1], COUNTS, resamples=100).exceeds(0.02) for seed in range(40)]
     assert sum(alarms) <= 2
     assert estimate_drift(drawn(LIVE, 150)[1], COUNTS).exceeds(0.3)
@@ -110,7 +110,7 @@ def test_few_images_of_many_classes_are_no_drift_although_they_miss_most_of_them
     assert sum(low > 0.1 for low in lows) <= 1
 
 
-def test_map_gives_no_class_nothing_and_holds_on_to_training_where_data_are_few() -> None:
+def test_map_gives_every_class_a_share_and_stays_near_training_with_few_images() -> None:
     logits = np.log(np.eye(5)[[4] * 10] + 1e-9)
     em, little, much = (
         estimate_drift(logits, COUNTS, method=method, pseudo_samples=pseudo)
@@ -147,7 +147,7 @@ def test_unusable_argument_of_an_estimate_is_named(arguments: dict, said: str) -
         estimate_drift(drawn(LIVE, 100)[1], COUNTS, **arguments)
 
 
-def test_logits_too_sure_of_themselves_are_calibrated_by_the_test_answers(release: Release, tmp_path: Path) -> None:
+def test_overconfident_logits_are_calibrated_with_the_test_predictions(release: Release, tmp_path: Path) -> None:
     manifest = write_predictions(tmp_path / "predictions.parquet", release.manifest, 3.0)
     calibration = calibration_from(tmp_path / "predictions.parquet", manifest)
     assert calibration.temperature == pytest.approx(3, rel=0.15)
@@ -157,7 +157,7 @@ def test_logits_too_sure_of_themselves_are_calibrated_by_the_test_answers(releas
     assert better.low[0] <= LIVE[0] <= better.high[0]
 
 
-def test_test_answers_of_another_student_calibrate_nothing(release: Release, tmp_path: Path) -> None:
+def test_calibration_rejects_test_predictions_of_another_student(release: Release, tmp_path: Path) -> None:
     path = tmp_path / "predictions.parquet"
     with pytest.raises(ServingError, match="no such file; run `dvc repro evaluate`, or give --calibration"):
         calibration_from(path, release.manifest)

@@ -58,7 +58,7 @@ def drift(logged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-def test_command_prints_groups_and_classes_and_says_what_it_rests_on(drift: Drift) -> None:
+def test_command_prints_groups_classes_and_number_of_images(drift: Drift) -> None:
     ended = drift("--top", 2)
     assert ended.returncode == 0
     assert ended.stderr == "tailor: artifacts/evaluation/predictions.parquet: no such file; not calibrated\n"
@@ -67,7 +67,7 @@ def test_command_prints_groups_and_classes_and_says_what_it_rests_on(drift: Drif
     assert "bee" not in ended.stdout
 
 
-def test_json_holds_every_class_and_what_was_left_out(drift: Drift, logged: Path, release: Release) -> None:
+def test_json_has_every_class_and_the_skipped_files(drift: Drift, logged: Path, release: Release) -> None:
     write_log(logged, release.manifest, drawn(LIVE, 150)[1])
     damaged = log_files(logged)[-1]
     damage(damaged, "truncated")
@@ -105,7 +105,9 @@ def test_misuse_ends_in_one_line(drift: Drift, arguments: list, status: int, sai
     assert_one_line(drift(*arguments), status, said)
 
 
-def test_too_few_answers_of_a_new_release_tell_of_the_old_ones(drift: Drift, logged: Path, release: Release) -> None:
+def test_too_few_images_of_a_new_release_are_reported_with_those_of_old_ones(
+    drift: Drift, logged: Path, release: Release
+) -> None:
     shutil.rmtree(logged)
     write_log(logged, release.manifest, drawn(LIVE, 300)[1], student_sha256="0", version="3")
     assert_one_line(drift(), 1, "holds 0 images of version 1 in this time", "(there are 300 of version 3)")
@@ -147,7 +149,7 @@ def test_written_prior_is_whole_and_replaces_the_one_before(drift: Drift) -> Non
 
 
 @pytest.mark.usefixtures("tested")
-def test_what_was_promoted_is_looked_at_and_written_to_where_it_is_there(drift: Drift) -> None:
+def test_promoted_releases_are_read_and_written_where_the_folder_exists(drift: Drift) -> None:
     shutil.copytree("artifacts/repository", "releases")
     assert drift("--write").returncode == 0
     assert Path("releases/live_prior.json").is_file()
@@ -156,7 +158,7 @@ def test_what_was_promoted_is_looked_at_and_written_to_where_it_is_there(drift: 
     assert Path("artifacts/repository/live_prior.json").is_file()
 
 
-def test_calibration_of_this_release_is_used_unasked_and_of_another_one_is_not(drift: Drift, release: Release) -> None:
+def test_calibration_of_this_release_is_used_by_default_and_of_another_is_not(drift: Drift, release: Release) -> None:
     path = Path("artifacts/evaluation/predictions.parquet")
     write_predictions(path, release.manifest, 2.0)
     ended = drift("--json")
@@ -197,9 +199,7 @@ def pull(reason: str) -> str:
     return "asked for"
 
 
-def test_retraining_is_whatever_the_entry_point_names_and_is_told_why(
-    drift: Drift, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retraining_calls_the_entry_point_with_the_reason(drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
     def install(*values: str) -> None:
         found = [EntryPoint("retrain", value, TRIGGERS) for value in values]
         monkeypatch.setattr(

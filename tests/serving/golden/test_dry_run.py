@@ -38,7 +38,7 @@ def test_dry_run_that_takes_too_long_is_ended(repository: Path) -> None:
 
 
 @pytest.mark.slow
-def test_graph_that_kills_onnx_runtime_kills_nobody_else(
+def test_graph_that_crashes_onnx_runtime_crashes_no_other_process(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "onnxruntime"  # fake package that crashes, like the library on some graphs

@@ -107,7 +107,7 @@ def test_broken_versions_are_refused_while_the_champion_answers(
         (fail_to_load, "Triton did not load classifier"),
     ],
 )
-def test_version_that_breaks_only_in_the_champions_server_is_taken_back(
+def test_version_that_fails_only_in_the_champions_server_is_rolled_back(
     serving: TritonServer,
     root: Path,
     exports: dict[int, Release],

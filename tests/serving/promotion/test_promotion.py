@@ -79,7 +79,7 @@ def test_rollback_passes_over_versions_that_were_rolled_back_from(root: Path, ex
     assert [rollback(root, rehearsal=False).version for _ in range(3)] == [6, 3, 2]
 
 
-def test_rollback_goes_to_the_newest_on_disk_where_no_promotion_was_recorded(
+def test_rollback_selects_the_newest_version_if_no_promotion_was_recorded(
     root: Path, exports: dict[int, Release]
 ) -> None:
     for number in (2, 3):
@@ -101,7 +101,7 @@ def cut_short(export: Path, copy: Path) -> Path:
 
 
 @pytest.mark.parametrize("rehearsal", [True, False])
-def test_export_that_fails_its_trial_is_withdrawn_unless_it_was_there_before(
+def test_export_that_fails_its_verification_is_withdrawn_unless_it_existed_before(
     root: Path, exports: dict[int, Release], tmp_path: Path, rehearsal: bool
 ) -> None:
     unfit = cut_short(exports[2].export_dir, tmp_path / "unfit")
@@ -124,7 +124,7 @@ def test_publishing_that_fails_between_the_two_models_leaves_neither_half(
     assert not (root / "student" / "2").exists()
 
 
-def test_promotion_clears_what_a_killed_one_left(root: Path, exports: dict[int, Release]) -> None:
+def test_promotion_removes_leftovers_of_a_killed_promotion(root: Path, exports: dict[int, Release]) -> None:
     for leftover in ("student/.3.removed", "classifier/.2.partial", "classifier/.9.old", "student/.mine"):
         (root / leftover / "folder").mkdir(parents=True)
     promote(root, exports[2].export_dir, rehearsal=False)
@@ -187,9 +187,7 @@ def test_five_swaps_under_load_lose_no_request_and_mix_no_answers(
 
 @pytest.mark.end_to_end
 @pytest.mark.fault_case("server-starts-during-promotion")
-def test_server_that_starts_waits_for_a_promotion_and_serves_what_it_made(
-    root: Path, exports: dict[int, Release]
-) -> None:
+def test_starting_server_waits_for_a_promotion_and_serves_its_version(root: Path, exports: dict[int, Release]) -> None:
     publish(exports[2].export_dir, root)
     server = TritonServer(root, http_port=0, grpc_port=0, metrics_port=0)
     starting = threading.Thread(target=server.start)
@@ -210,7 +208,7 @@ def test_server_that_starts_waits_for_a_promotion_and_serves_what_it_made(
 
 @pytest.mark.end_to_end
 @pytest.mark.fault_case("killed-during-swap")
-def test_champion_that_a_killed_promotion_told_no_server_of_is_loaded_when_it_is_promoted_again(
+def test_repeated_promotion_loads_a_champion_that_a_killed_promotion_did_not_load(
     serving: TritonServer, root: Path, exports: dict[int, Release]
 ) -> None:
     publish(exports[2].export_dir, root)

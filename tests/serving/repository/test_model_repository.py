@@ -68,7 +68,7 @@ def test_shared_arithmetic_is_copied_byte_for_byte(repository: Path) -> None:
         assert (repository / "classifier" / "1" / source.name).read_bytes() == source.read_bytes()
 
 
-def test_configs_say_the_whole_signature(repository: Path) -> None:
+def test_configs_have_the_complete_signature(repository: Path) -> None:
     student = parse(repository / "student" / "config.pbtxt")
     classifier = parse(repository / "classifier" / "config.pbtxt")
     assert student.backend == "onnxruntime"
@@ -105,7 +105,7 @@ def test_configs_batch_without_delay_or_queue_policy_and_list_what_they_serve(re
         assert list(config.version_policy.specific.versions) == [1]
 
 
-def test_stand_in_config_differs_only_in_who_runs_the_graph(repository: Path) -> None:
+def test_local_config_differs_only_in_the_backend_that_runs_the_graph(repository: Path) -> None:
     real, local = parse(repository / "student/config.pbtxt"), parse(repository / "student/configs/local.pbtxt")
     assert local.backend == "python"
     for config in (real, local):
@@ -163,7 +163,7 @@ def test_gpu_repository_puts_the_student_on_the_gpu(release: Release, tmp_path: 
     assert "network" not in parse(root / "classifier/configs/local.pbtxt").parameters
 
 
-def test_the_command_tells_a_script_what_it_wrote(
+def test_the_command_prints_the_written_path_for_scripts(
     release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "repository")
@@ -203,7 +203,7 @@ def test_interrupted_writing_leaves_the_old_tree(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["newer", "repository"]
 
 
-def test_tree_lost_between_the_renames_comes_back(release: Release, tmp_path: Path) -> None:
+def test_tree_lost_between_the_renames_is_restored(release: Release, tmp_path: Path) -> None:
     root = write_repository(release.export_dir, tmp_path / "repository")
     root.rename(tmp_path / ".repository.old")  # the state after a kill between the two renames
     (tmp_path / "export").mkdir()

@@ -23,7 +23,7 @@ def parse(path: Path) -> ModelConfig:
     return text_format.Parse(path.read_text(), ModelConfig())
 
 
-def test_published_release_gets_the_next_number_and_is_served_by_nobody(repository: Path, tmp_path: Path) -> None:
+def test_published_release_gets_the_next_version_and_no_server_loads_it(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     write_export(tmp_path / "export", version=7)
     assert publish(tmp_path / "export", root) == 2
@@ -67,7 +67,7 @@ def test_release_with_other_classes_cannot_join_a_repository(repository: Path, t
     assert releases.published_versions(root) == [1]
 
 
-def test_policy_changes_alone_and_what_was_set_by_hand_stays(repository: Path, tmp_path: Path) -> None:
+def test_policy_change_keeps_manual_settings(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     path = root / "classifier" / "config.pbtxt"
     path.write_text(path.read_text().replace("count: 2", "count: 7"))

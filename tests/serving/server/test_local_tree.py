@@ -76,7 +76,7 @@ def test_tree_follows_versions_that_come_and_go(root: Path, tmp_path: Path, seco
     assert all(path.exists() for path in tree.rglob("*"))
 
 
-def test_tree_of_a_repository_that_has_gone_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:
+def test_link_tree_rejects_a_removed_repository_in_one_line(root: Path, tmp_path: Path) -> None:
     link_tree(root, tmp_path)
     shutil.rmtree(root / "classifier")
     with pytest.raises(ServingError, match=r"a repository/classifier: No such file or directory; check the repository"):
@@ -92,7 +92,7 @@ def test_link_of_an_older_server_stays(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_swap_starts_the_new_version_alone_and_what_serves_already_goes_on(
+def test_swap_starts_only_the_new_version_and_loaded_versions_continue(
     serving: TritonServer, root: Path, second: Path
 ) -> None:
     before = processes(serving, 1)

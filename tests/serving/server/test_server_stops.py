@@ -99,7 +99,7 @@ def test_server_is_stopped_for_a_restart_although_no_note_of_it_can_be_written(r
         server.canary()
 
 
-def test_watchdog_is_not_ended_by_a_process_that_goes_while_it_looks(tmp_path: Path) -> None:
+def test_watchdog_survives_a_process_that_exits_during_its_search(tmp_path: Path) -> None:
     (tmp_path / "tritonserver").symlink_to(shutil.which("sleep"))
     gone, left = (subprocess.Popen([tmp_path / "tritonserver", "60"]) for _ in range(2))
     with gone, left:
@@ -110,7 +110,7 @@ def test_watchdog_is_not_ended_by_a_process_that_goes_while_it_looks(tmp_path: P
         assert left.wait(10) == -signal.SIGTERM
 
 
-def test_several_who_clear_up_after_the_same_run_do_not_trip_over_each_other() -> None:
+def test_concurrent_sweeps_of_one_run_do_not_fail() -> None:
     prefix = new_prefix()
     folder = runtime_folder(prefix)
     for number in range(2000):

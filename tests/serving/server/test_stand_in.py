@@ -132,7 +132,7 @@ def test_failing_network_is_an_error_and_no_answer(
     assert answer.error.code == TritonError.INTERNAL
 
 
-def test_instance_takes_every_core_only_after_nobody_else_was_at_work(
+def test_instance_uses_all_cores_only_when_no_other_instance_works(
     student: Any, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, used = student.network, []
@@ -229,7 +229,7 @@ def test_student_fails_a_request_whose_strength_is_not_finite_alone(student: Any
     assert "strength" in answers[1].error.message()
 
 
-def test_student_gives_what_is_asked_for(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_student_returns_the_requested_outputs(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 8, 8), dtype=np.uint8)
     asked = Response([Tensor("image", pixels), Tensor("strength", np.zeros((1, 1), dtype=np.float32))])
     [both] = student.execute([asked])
@@ -276,7 +276,7 @@ def test_changed_or_absent_graph_is_not_loaded(
     assert str(caught.value) == "student/1/model.onnx: No such file or directory; write the version again"
 
 
-def test_student_that_lacks_its_provider_says_what_to_install(release: Release, tmp_path: Path) -> None:
+def test_student_without_its_provider_names_what_to_install(release: Release, tmp_path: Path) -> None:
     if "CUDAExecutionProvider" in pytest.importorskip("onnxruntime").get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     root = write_repository(release.export_dir, tmp_path / "repository", device="gpu")

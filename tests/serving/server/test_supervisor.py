@@ -19,7 +19,7 @@ from serving.server.leftovers import SHARED_MEMORY, inference_processes, process
 from serving.server.running import find_running
 from serving.server.supervisor import SupervisionLimits
 from serving.shared.errors import ServingError
-from tests.support.supervised import IMPATIENT, Watched, failures_under_load
+from tests.support.supervised import SHORT_LIMITS, Watched, failures_under_load
 
 pytestmark = pytest.mark.end_to_end
 
@@ -110,7 +110,7 @@ def test_stopped_server_is_killed_and_started_again_within_ten_seconds(repositor
 
 
 def test_server_that_dies_again_and_again_but_serves_in_between_is_never_given_up(repository: Path) -> None:
-    watched = Watched(repository, replace(IMPATIENT, served=0.5))
+    watched = Watched(repository, replace(SHORT_LIMITS, served=0.5))
     try:
         for death in range(1, 5):  # more than the two failed starts that are allowed
             time.sleep(0.6)
@@ -126,7 +126,7 @@ def test_without_a_limit_of_restarts_a_server_is_started_again_after_any_number_
     repository: Path, tmp_path: Path
 ) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
-    watched = Watched(root, replace(IMPATIENT, restarts=None, first_delay=0.01, longest_delay=0.02))
+    watched = Watched(root, replace(SHORT_LIMITS, restarts=None, first_delay=0.01, longest_delay=0.02))
     try:
         away = root.rename(tmp_path / "away")
         psutil.Process(watched.server.process_id).kill()
@@ -138,7 +138,7 @@ def test_without_a_limit_of_restarts_a_server_is_started_again_after_any_number_
         watched.stop()
 
 
-def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repository: Path, tmp_path: Path) -> None:
+def test_hanging_inference_process_is_distinguished_from_an_overloaded_one(repository: Path, tmp_path: Path) -> None:
     # Triton receives this process's heartbeat, and the other instance serves a second request.
     root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
     waiting.touch()
@@ -161,7 +161,7 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
     root = shutil.copytree(repository, tmp_path / "repository")
     work = "from time import process_time as t; end = t() + 0.16; any(iter(lambda: t() > end, True))"
     insert_at_execute(root, "classifier", work)
-    watched = Watched(root, replace(IMPATIENT, canary_timeout=3.0))
+    watched = Watched(root, replace(SHORT_LIMITS, canary_timeout=3.0))
     try:
         stubs = {stub.pid for stub, _, _ in inference_processes(watched.server.prefix)}
         over = threading.Event()
@@ -185,7 +185,7 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
         watched.stop()
 
 
-def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(repository: Path, tmp_path: Path) -> None:
+def test_endless_computation_is_distinguished_from_load_and_replaced(repository: Path, tmp_path: Path) -> None:
     root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
     waiting.touch()
     spin = f"import os; str(os.getpid()) in open({str(waiting)!r}).read() and any(iter(int, 1))"
@@ -269,11 +269,11 @@ def test_server_that_cannot_be_started_again_is_given_up_and_leaves_nothing(watc
     assert list(SHARED_MEMORY.glob(f"{watched.server.prefix}*")) == []
 
 
-def test_server_is_started_again_once_there_is_room_for_its_runtime_folder(
+def test_server_restarts_when_the_disk_has_space_for_its_runtime_folder(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = tmp_path / "room"
-    watched = Watched(repository, replace(IMPATIENT, restarts=8))
+    watched = Watched(repository, replace(SHORT_LIMITS, restarts=8))
     try:
         monkeypatch.setattr("tempfile.tempdir", str(room))
         before = watched.server.prefix
