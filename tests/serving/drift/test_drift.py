@@ -19,6 +19,13 @@ from tests.support.drift_data import LIVE, TRAINING, damage, drawn, write_predic
 from tests.support.logit_logs import write_log
 
 
+@pytest.fixture
+def logged(release: Release, tmp_path: Path) -> Path:
+    """A log of 2,000 predictions under LIVE."""
+    write_log(tmp_path / "logits", release.manifest, drawn(LIVE, 2000)[1])
+    return tmp_path / "logits"
+
+
 def test_logged_logits_are_read_back_or_sampled_uniformly_above_the_limit(logged: Path, release: Release) -> None:
     expected = drawn(LIVE, 2000)[1].astype(np.float32)
     whole = read_logits(logged, release.manifest)

@@ -37,6 +37,19 @@ Tailor = Callable[..., CompletedProcess[str]]
 Drift = Callable[..., "Ended"]
 
 
+@pytest.fixture
+def own(repository: Path, tmp_path: Path) -> Path:
+    """A folder with a repository in its default location, and a log of 2,000 predictions under LIVE."""
+    shutil.copytree(repository, tmp_path / "artifacts/repository")
+    return tmp_path
+
+
+@pytest.fixture
+def logged(own: Path, release: Release) -> Path:
+    write_log(own / "artifacts/logits", release.manifest, drawn(LIVE, 2000)[1])
+    return own / "artifacts/logits"
+
+
 @dataclass(frozen=True)
 class Ended:
     """Output and exit status of a command in this process, like CompletedProcess."""
