@@ -20,8 +20,8 @@ from serving.repository.manifest import GOLDEN_NAME
 from serving.repository.release import Release, read_release
 from serving.shared.errors import RepositoryError, ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
-from serving.shared.priority import stand_back
-from serving.shared.process import with_tailor
+from serving.shared.priority import lower_priority
+from serving.shared.process import tailor_environment
 from serving.shared.terminal import print
 
 NICENESS = 5  # a champion may serve on the same cores
@@ -37,7 +37,7 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
         model = root / STUDENT / str(release.version) / "model.onnx"
         command = [sys.executable, "-P", "-m", "serving.golden.dry_run", str(root), str(release.version)]
         # Without the variable onnxruntime writes a telemetry file into the user's cache folder.
-        environment = with_tailor(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
+        environment = tailor_environment(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
         try:
             ended = subprocess.run(
                 command, env=environment, start_new_session=True,
@@ -85,7 +85,7 @@ def run_golden(root: Path, release: Release) -> None:
 
 def main(root: str, version: str) -> int:
     """Run one release at lower priority; prints an error as one line on standard output. Exit status 0 or 1."""
-    stand_back(os.getpid(), NICENESS)
+    lower_priority(os.getpid(), NICENESS)
     try:
         run_golden(Path(root), read_release(Path(root), int(version), hashes=False))
     except ServingError as error:

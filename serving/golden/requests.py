@@ -12,7 +12,7 @@ from serving.client.sync_client import Client
 from serving.repository.release import Release
 from serving.shared.errors import ServingError
 from serving.shared.names import STUDENT
-from serving.shared.priority import unhurried
+from serving.shared.priority import throttled
 from serving.transport.sync_transport import Transport
 
 
@@ -25,7 +25,7 @@ def check_golden(client: Client, release: Release, pause: bool = True) -> None:
 
     pause: wait after each request, so that user requests get most of the server's time.
     """
-    for golden in unhurried(release.golden) if pause else release.golden:
+    for golden in throttled(release.golden) if pause else release.golden:
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
         difference = golden.difference(answer.indexes, answer.probabilities)
         if difference:
@@ -39,7 +39,7 @@ def check_student(url: str, release: Release, timeout: float, pause: bool = True
     """
     form = release.manifest.image
     with closing(Transport(url, timeout)) as transport:
-        for golden in unhurried(release.golden) if pause else release.golden:
+        for golden in throttled(release.golden) if pause else release.golden:
             image = preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
             best = np.argsort(-logits, kind="stable")

@@ -17,7 +17,7 @@ from serving.server.leftovers import inference_processes
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
-from serving.transport.failures import DeadlineExceeded, Refused
+from serving.transport.failures import DeadlineExceeded, RequestRejected
 
 # An inference process that uses less than this share of a core is idle. Its threads wake once a second, which takes up
 # to 0.0005 of a core. A classifier that waits for a slow student uses little more than decoding takes.
@@ -105,7 +105,7 @@ class GoldenRequestCheck:
                     f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}"
                 ) from error
             raise
-        except Refused as error:
+        except RequestRejected as error:
             if unhealthy := UNHEALTHY.search(str(error)):
                 raise ProcessHangs(str(error), unhealthy[1]) from error
             raise

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.shared.errors import ServingError
-from serving.shared.priority import write_stub_starter
+from serving.shared.priority import write_stub_launcher
 
 STUB_NAME = "triton_python_backend_stub"
 STUB_TIMEOUT = 30.0  # seconds
@@ -46,7 +46,7 @@ class Installation:
         for name, path in self.backend_files.items():
             if name != STUB_NAME:
                 (backend / name).symlink_to(path)
-        return write_stub_starter(backend / STUB_NAME, self.backend_files[STUB_NAME], niceness)
+        return write_stub_launcher(backend / STUB_NAME, self.backend_files[STUB_NAME], niceness)
 
 
 def find_installation() -> Installation:

@@ -280,7 +280,7 @@ def nothing_else(_project: Retraining) -> None:
     [
         (corrupt_graph, 21, 0.95, "failed", "ONNX Runtime cannot run it"),
         (wrong_hash, 22, 0.95, "failed", "the manifest has"),
-        (other_classes, 23, 0.95, "refused", "cannot be computed: challenger and champion have other classes"),
+        (other_classes, 23, 0.95, "refused", "cannot be computed: challenger and champion have different classes"),
         (no_report, 24, 0.95, "refused", "cannot be computed: artifacts/evaluation/report.html: no such file"),
         (nothing_else, 25, [1.0, 1.0, 1.0, 1.0, 0.5], "refused", "few "),
     ],

@@ -226,10 +226,10 @@ def test_retraining_calls_the_entry_point_with_the_reason(drift: Drift, monkeypa
     assert ended.returncode == 0
     assert Path("told").read_text().startswith("distance of the live class prior 0.")
     assert Path("told").read_text().endswith("is above 0.3")
-    assert "tailor: retraining, as the distance" in ended.stderr
+    assert "tailor: starting a retraining: distance" in ended.stderr
     assert ended.stderr.endswith("tailor: asked for\n")
     for values, said in (
-        ((), "nothing here can retrain; pip install 'tailor[pipeline]'"),
+        ((), "no package that can retrain is installed; pip install 'tailor[pipeline]'"),
         (("package_of_nowhere:trigger",), "package_of_nowhere:trigger cannot be used"),
         ((f"{__name__}:push",), f"{__name__}:push cannot be used"),
     ):

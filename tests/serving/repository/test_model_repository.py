@@ -35,7 +35,6 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
     assert sorted(snapshot(repository)) == [
         "classifier/1/__pycache__",
         "classifier/1/access_log.py",
-        "classifier/1/asked.py",
         "classifier/1/golden.json",
         "classifier/1/integrity.py",
         "classifier/1/live_prior.py",
@@ -46,6 +45,7 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
         "classifier/1/network.py",
         "classifier/1/preprocess.py",
         "classifier/1/prior.py",
+        "classifier/1/request_parser.py",
         "classifier/1/start.py",
         "classifier/config.pbtxt",
         "classifier/configs/local.pbtxt",

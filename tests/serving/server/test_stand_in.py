@@ -140,8 +140,8 @@ def test_instance_uses_all_cores_only_when_no_other_instance_works(
     def session(name: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(run=lambda *_arguments: used.append(name))
 
-    monkeypatch.setattr(network, "shared", session("share"))
-    monkeypatch.setattr(network, "whole", session("all"))
+    monkeypatch.setattr(network, "share_session", session("share"))
+    monkeypatch.setattr(network, "full_session", session("all"))
     image, strength = np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 1), np.float32)
     for _ in range(4):
         network.run(image, strength)
@@ -191,16 +191,16 @@ def test_bad_row_fails_its_request_and_its_mates_are_answered(classifier: Any, r
 
 
 def test_image_that_exhausts_memory_fails_one_request(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = classifier.reader.preprocess.decode
+    whole = classifier.parser.preprocess.decode
 
     def exhausted(data: bytes, *options: Any) -> Image.Image:
         if data == b"vast":
             raise MemoryError
         return whole(data, *options)
 
-    monkeypatch.setattr(classifier.reader.preprocess, "decode", exhausted)
+    monkeypatch.setattr(classifier.parser.preprocess, "decode", exhausted)
     answers = classifier.execute([request([b"vast"]), request([picture(1)])])
-    assert answers[0].error.message() == "image needs more memory than there is; send a smaller one"
+    assert answers[0].error.message() == "image needs more memory than is available; send a smaller one"
     assert answers[1].error is None
 
 
@@ -267,7 +267,7 @@ def test_changed_or_absent_graph_is_not_loaded(
         load(seen, model, config, backend())
     expected = json.loads((path.parent / "manifest.json").read_text())["files"]["student.onnx"]
     assert str(caught.value) == (
-        f"student/1/model.onnx: sha256 is {sha256_of(path)[:12]}..., manifest.json says {expected[:12]}...; "
+        f"student/1/model.onnx: sha256 is {sha256_of(path)[:12]}..., manifest.json has {expected[:12]}...; "
         "write the version again"
     )
     path.unlink()

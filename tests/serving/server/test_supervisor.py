@@ -36,7 +36,7 @@ def watched(repository: Path, tmp_path: Path) -> Iterator[Watched]:
 def insert_at_execute(root: Path, model: str, line: str) -> None:
     """Insert a line of Python at the start of each batch of a version 1 model."""
     path = root / model / "1" / "model.py"
-    begin = {"student": "        responses = [None] * len(requests)\n", "classifier": "        asked = {}\n"}[model]
+    begin = {"student": "        responses = [None] * len(requests)\n", "classifier": "        parsed = {}\n"}[model]
     assert begin in path.read_text()
     path.write_text(path.read_text().replace(begin, f"        {line}\n{begin}"))
 

@@ -229,7 +229,7 @@ def test_processes_that_share_a_folder_lose_nothing_and_keep_the_limit(tmp_path:
     processes = [started(tmp_path, 5, 60) for _ in range(3)]
     largest = 0
     while any(process.poll() is None for process in processes):
-        with logit_log.locked(tmp_path):
+        with logit_log.folder_lock(tmp_path):
             largest = max(largest, size_of(tmp_path))
         time.sleep(0.02)
     assert largest <= 1 << 20
@@ -241,7 +241,9 @@ def test_disk_that_hangs_costs_rows_and_no_time(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(logit_log, "WRITE_EVERY", 0.01)
     monkeypatch.setattr(logit_log, "WAITING_BYTES", 100_000)
     log, counts = opened(tmp_path, classes=500)
-    with logit_log.locked(tmp_path):  # only the writer thread waits for the lock; a blocked request would not return
+    with logit_log.folder_lock(
+        tmp_path
+    ):  # only the writer thread waits for the lock; a blocked request would not return
         for seed in range(200):
             log.offer(*batch(8, 500, seed))
     log.close()
