@@ -18,8 +18,7 @@ from models.preprocess import preprocess
 from models.prior import softmax
 from serving.repository.manifest import GOLDEN_NAME
 from serving.repository.release import Release, read_release
-from serving.repository.writer import RepositoryError
-from serving.shared.errors import ServingError
+from serving.shared.errors import RepositoryError, ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
 from serving.shared.priority import lower_priority
 from serving.shared.process import tailor_environment
@@ -41,14 +40,9 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
         environment = tailor_environment(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
         try:
             ended = subprocess.run(
-                command,
-                env=environment,
-                start_new_session=True,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
+                command, env=environment, start_new_session=True,
+                capture_output=True, text=True, timeout=timeout, check=False,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise RepositoryError(
                 f"{model}: ONNX Runtime did not run its golden requests within {timeout:g} s; export again"
@@ -67,9 +61,7 @@ def run_golden(root: Path, release: Release) -> None:
     path = root / STUDENT / str(release.version) / "model.onnx"
     form = release.manifest.image
     try:
-        images = [
-            preprocess(golden.image_bytes(), form.size, form.resize_to, form.room)[None] for golden in release.golden
-        ]
+        images = [preprocess(golden.image_bytes(), form.size, form.resize_to, form.room) for golden in release.golden]
     except ValueError as error:
         raise RepositoryError(f"{root / CLASSIFIER / str(release.version) / GOLDEN_NAME}: image {error}") from None
     strengths = [np.array([[golden.strength]], dtype=np.float32) for golden in release.golden]
@@ -77,18 +69,18 @@ def run_golden(root: Path, release: Release) -> None:
     options.intra_op_num_threads = 1
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        answers = [
-            session.run(["logits"], {"image": image, "strength": strength})[0][0]
+        responses = [
+            session.run(["logits"], {"image": image[None], "strength": strength})[0][0]
             for image, strength in zip(images, strengths, strict=True)
         ]
     except Exception as error:  # onnxruntime's exceptions have no other common base class
         reason = " ".join(str(error).split())[:300]
         raise RepositoryError(f"{path}: ONNX Runtime cannot run it: {reason}; export again") from error
-    for golden, logits in zip(release.golden, answers, strict=True):
+    for golden, logits in zip(release.golden, responses, strict=True):
         best = np.argsort(-logits, kind="stable")
-        wrong = golden.difference(best.tolist(), softmax(logits)[best].tolist())
-        if wrong:
-            raise RepositoryError(f"{path}: a golden request is answered wrongly: {wrong}; export again")
+        difference = golden.difference(best.tolist(), softmax(logits)[best].tolist())
+        if difference:
+            raise RepositoryError(f"{path}: a golden request is answered wrongly: {difference}; export again")
 
 
 def main(root: str, version: str) -> int:

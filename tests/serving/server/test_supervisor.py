@@ -15,7 +15,7 @@ import pytest
 from conftest import picture
 
 from serving.client.sync_client import Client
-from serving.server.leftovers import SHARED_MEMORY, processes_of, inference_processes
+from serving.server.leftovers import SHARED_MEMORY, inference_processes, processes_of
 from serving.server.running import find_running
 from serving.server.supervisor import SupervisionLimits
 from serving.shared.errors import ServingError
