@@ -18,7 +18,7 @@ from conftest import CLASSES, SIZE, Release, encode, picture
 
 from serving.client.sync_client import Client
 from serving.commands import main
-from serving.server.arguments import parse_size, logit_log_environment
+from serving.server.arguments import logit_log_environment, parse_size
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
 from serving.triton import logit_log
