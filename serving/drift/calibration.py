@@ -9,10 +9,9 @@ import numpy as np
 from models.calibration import Calibration, fit_calibration
 from models.prior import softmax
 from serving.repository.manifest import Manifest
-from serving.shared.bounded_parquet import MemoryLimit, TooLargeError, read_column
+from serving.shared.bounded_parquet import read_predictions
 from serving.shared.errors import ServingError
 
-LIMIT = MemoryLimit(1024)
 NLL_TOL = 1e-6  # nats; largest difference from the manifest's nll, which evaluation computed from the same predictions
 
 
@@ -22,21 +21,11 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
     Raises ServingError naming the file: missing, damaged, of another student than the manifest's, a class without test
     predictions, or predictions on which no calibration can be fitted.
     """
-    import pyarrow as pa
-    import pyarrow.parquet
-
     classes = len(manifest.classes)
     try:
-        with predictions.open("rb") as stream, pyarrow.parquet.ParquetFile(predictions) as file:
-            label, logit = (read_column(file, name, LIMIT, stream=stream) for name in ("label", "logits"))
-        labels = label.to_numpy()
-        logits = np.array(logit.to_pylist(), dtype=np.float64)
+        labels, logits, _ = read_predictions(predictions)
     except FileNotFoundError:
         raise ServingError(f"{predictions}: no such file; run `dvc repro evaluate`, or give --calibration") from None
-    except TooLargeError as error:
-        raise ServingError(f"{predictions}: {error}") from None
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise ServingError(f"{predictions}: damaged ({str(error).splitlines()[0][:100]})") from None
     usable = logits.ndim == 2 and len(logits) and logits.shape[1] == classes and labels.dtype.kind in "iu"
     if not usable or not np.isfinite(logits).all() or labels.min() < 0 or labels.max() >= classes:
         raise ServingError(f"{predictions}: is not of the {classes} classes of version {manifest.version}")
