@@ -33,7 +33,7 @@ def test_dry_run_refuses_a_graph_with_other_answers_than_the_golden_ones(reposit
 
 
 def test_dry_run_that_takes_too_long_is_ended(repository: Path) -> None:
-    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime did not answer .* within 0\.01 s"):
+    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime did not run .* within 0\.01 s"):
         dry_runs.dry_run(repository, releases.find_releases(repository), timeout=0.01)
 
 
