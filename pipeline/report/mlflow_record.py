@@ -16,7 +16,7 @@ from pipeline.command_line import stage_main
 from pipeline.params import Params, TrackingParams
 from pipeline.shared.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER, sha256_of
 from pipeline.shared.errors import ParamsError, StageError
-from pipeline.sources.storage import shown
+from pipeline.sources.storage import redact_url
 from serving.shared.terminal import print
 
 EVALUATED = ("report.html", "metrics.json", "per_class.csv", "confusion.csv")
@@ -66,7 +66,7 @@ def track(params: Params, export: Path = EXPORT) -> str | None:
         return None
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    uri, address = params.tracking.mlflow, shown(params.tracking.mlflow)
+    uri, address = params.tracking.mlflow, redact_url(params.tracking.mlflow)
     try:
         from mlflow import MlflowClient  # of the extra `mlflow`
         from mlflow.exceptions import MlflowException
@@ -108,7 +108,7 @@ def collect(params: Params, export: Path = EXPORT) -> Run:
     release = sha256_of(path)
     content = params.model_dump(mode="json", exclude=NOT_LOGGED)
     files = [EVALUATION / name for name in EVALUATED] + [export / name for name in EXPORTED]
-    content["data"]["location"] = shown(params.data.location)
+    content["data"]["location"] = redact_url(params.data.location)
     return Run(
         f"{params.data.source} {release[:8]}",
         release,
@@ -177,14 +177,14 @@ def _experiment_id(client: Any, settings: TrackingParams) -> str:
         return str(client.create_experiment(settings.experiment))
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"tracking.experiment is {settings.experiment!r}, which was deleted at {shown(str(settings.mlflow))}; restore "
+            f"tracking.experiment is {settings.experiment!r}, which was deleted at {redact_url(str(settings.mlflow))}; restore "
             "it, or name another"
         )
     return str(experiment.experiment_id)
 
 
 def _address(settings: TrackingParams, experiment: str, run_id: str) -> str:
-    address = shown(str(settings.mlflow))
+    address = redact_url(str(settings.mlflow))
     if address.startswith(("http://", "https://")):
         return f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
     return f"{address} (run {run_id})"
