@@ -124,7 +124,7 @@ def test_lists_that_differ_from_the_published_ones_are_reported_by_figure(tmp_pa
 
 def test_a_cifar_archive_with_the_published_figures_passes(tmp_path, monkeypatch):
     write_archive(tmp_path / "cifar", "cifar10", monkeypatch, per_class=6)
-    known = published.Published({"train": 300, "test": 60}, 10, 30, 30, {"many": 0, "medium": 10, "few": 0})
+    known = published.PublishedDataset({"train": 300, "test": 60}, 10, 30, 30, {"many": 0, "medium": 10, "few": 0})
     monkeypatch.setitem(published.PUBLISHED, "cifar10", known)
     made = data_params(
         tmp_path / "cifar", "cifar10", profile="exponential", imbalance_factor=10, validation_per_class=0
