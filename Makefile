@@ -67,7 +67,7 @@ test-faults: install ## retraining and schedules killed and stopped over and ove
 
 .PHONY: test-docs
 test-docs: install ## every command of the docs, those that take minutes too
-	@python -m pytest tests/end_to_end/test_documented_commands.py
+	@python -m pytest tests/end_to_end/documentation
 
 .PHONY: test-fast
 test-fast: install lint ## the layer without DVC, Triton, training, browsers; under a minute

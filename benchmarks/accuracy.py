@@ -69,15 +69,15 @@ def merged(params: Params, changes: dict[str, Any]) -> Params:
     return parse_params(merge(params.model_dump(mode="json"), changes), Path("benchmarks.accuracy"))
 
 
-def switches(recipe: Path) -> dict[str, dict[str, Any]]:
+def switch_changes(recipe: Path) -> dict[str, dict[str, Any]]:
     """Return the changes of a plus recipe by method name: one per switch, and all together under `plus`."""
     plus = read_yaml(recipe)
     augment = plus["student"].pop("augment")
     alone = {key: {"student": {key: value}} for key, value in plus["student"].items()}
     mix = {key: value for key, value in augment.items() if key.startswith("mix")}
-    rest = {key: value for key, value in augment.items() if not key.startswith("mix")}
+    others = {key: value for key, value in augment.items() if not key.startswith("mix")}
     alone["mix"] = {"student": {"augment": mix}}
-    alone |= {key: {"student": {"augment": {key: value}}} for key, value in rest.items()}
+    alone |= {key: {"student": {"augment": {key: value}}} for key, value in others.items()}
     named = {f"gml + {name} {_value(change)}": change for name, change in alone.items()}
     return {**named, "plus": read_yaml(recipe)}
 
@@ -102,9 +102,9 @@ def classification_alone(params: Params, adjustment: float, output: Path, longer
 def methods(plus: Path = PLUS) -> dict[str, Trainer]:
     """Return trainers by method name: (params of one seed, teacher folder, output folder) → folder of the network."""
 
-    def contrast(change: dict[str, Any]) -> Trainer:
-        def train(params: Params, taught_by: Path, output: Path) -> Path:
-            student.run(merged(params, change), output, taught_by)
+    def student_trainer(change: dict[str, Any]) -> Trainer:
+        def train(params: Params, teacher_folder: Path, output: Path) -> Path:
+            student.run(merged(params, change), output, teacher_folder)
             return output
 
         return train
@@ -115,43 +115,38 @@ def methods(plus: Path = PLUS) -> dict[str, Trainer]:
         f"balanced softmax, {LONGER} times the epochs": lambda params, _, output: classification_alone(
             params, 1.0, output, LONGER
         ),
-        "teacher": lambda params, taught_by, output: taught_by,  # noqa: ARG005
-        "gml": contrast({}),
-        **{name: contrast({"student": change}) for name, change in ABLATIONS.items()},
-        **{name: contrast(change) for name, change in switches(plus).items()},
+        "teacher": lambda params, teacher_folder, output: teacher_folder,  # noqa: ARG005
+        "gml": student_trainer({}),
+        **{name: student_trainer({"student": change}) for name, change in ABLATIONS.items()},
+        **{name: student_trainer(change) for name, change in switch_changes(plus).items()},
     }
 
 
 def train_all(
-    params: Params, known: dict[str, Trainer], names: list[str], seeds: list[int]
+    params: Params, trainers: dict[str, Trainer], names: list[str], seeds: list[int]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the metrics of each seed by method, read from the current folder if stored there, else after training."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
-        mine = merged(params, {"seed": seed})
-        taught_by = Path(f"runs/{seed}/teacher")
+        seed_params = merged(params, {"seed": seed})
+        teacher_folder = Path(f"runs/{seed}/teacher")
         for name in names:
             output = Path(f"runs/{seed}/{name.replace(' ', '-')}")
-            kept = output.with_name(f"{output.name}.json")
-            if not kept.is_file():
+            result_file = output.with_name(f"{output.name}.json")
+            if not result_file.is_file():
                 needs_teacher = name == "teacher" or "gml" in name or name == "plus"
-                if needs_teacher and not (taught_by / "model.safetensors").is_file():
-                    teacher.run(mine, taught_by)
+                if needs_teacher and not (teacher_folder / "model.safetensors").is_file():
+                    teacher.run(seed_params, teacher_folder)
                 print(f"seed {seed}, {name}", flush=True)
                 started = time.perf_counter()
-                folder = known[name](mine, taught_by, output)
-                write_json(
-                    kept,
-                    {
-                        **evaluated(mine, folder, TARGET_PRIORS.get(name, "balanced")),
-                        "seconds": time.perf_counter() - started,
-                    },
-                )
-            found[name].append(json.loads(kept.read_text(encoding="utf-8")))
-    return found
+                folder = trainers[name](seed_params, teacher_folder, output)
+                metrics = evaluate_on_test(seed_params, folder, TARGET_PRIORS.get(name, "balanced"))
+                write_json(result_file, {**metrics, "seconds": time.perf_counter() - started})
+            results[name].append(json.loads(result_file.read_text(encoding="utf-8")))
+    return results
 
 
-def evaluated(params: Params, folder: Path, target_prior: str) -> dict[str, Any]:
+def evaluate_on_test(params: Params, folder: Path, target_prior: str) -> dict[str, Any]:
     """Return the metrics on the test split for the target prior, and the last validation accuracy."""
     device, test, classes = choose_device(params.device), load_images(params.data, params.image, "test"), load_prior()
     logits = network_logits(folder, folder.name, test, params.image, classes, device)
@@ -162,16 +157,16 @@ def evaluated(params: Params, folder: Path, target_prior: str) -> dict[str, Any]
     }
 
 
-def table(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
+def table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
     """Markdown table, a row per method: mean ± std over seeds in percent, paired differences of `all` to 2 methods."""
-    against = [name for name in ("balanced softmax", "gml") if name in found]
+    against = [name for name in ("balanced softmax", "gml") if name in results]
     heads = [*COLUMNS, *(f"all, against {name}" for name in against), "s a run"]
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
-    for name, runs in found.items():
-        cells = [spread([run[column] for run in runs]) for column in COLUMNS]
+    for name, runs in results.items():
+        cells = [format_mean_std([run[column] for run in runs]) for column in COLUMNS]
         for other in against:
-            pairs = zip(runs, found[other], strict=True)
-            cells.append("" if name == other else difference([mine["all"] - its["all"] for mine, its in pairs]))
+            pairs = zip(runs, results[other], strict=True)
+            cells.append("" if name == other else format_difference([run["all"] - its["all"] for run, its in pairs]))
         seconds = statistics.median(run["seconds"] for run in runs)
         took = "" if name == "teacher" else f"{seconds:,.0f}"
         lines.append(f"| {name} | {' | '.join(cells)} | {took} |")
@@ -182,7 +177,7 @@ def table(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
     )
 
 
-def difference(values: list[float]) -> str:
+def format_difference(values: list[float]) -> str:
     """Format the mean difference over seeds in percent, with the 95 % interval of Student's t."""
     mean = statistics.fmean(values)
     if len(values) < 2:
@@ -191,7 +186,7 @@ def difference(values: list[float]) -> str:
     return f"{100 * mean:+.2f} ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
 
 
-def spread(values: list[float | None]) -> str:
+def format_mean_std(values: list[float | None]) -> str:
     """Format mean ± sample standard deviation in percent; n/a for an empty group."""
     if any(value is None for value in values):
         return "n/a"
@@ -225,26 +220,26 @@ def main(arguments: list[str] | None = None) -> int:
     params = parse_params(yaml.safe_load(text), options.recipe[-1])
     location = Path(os.path.relpath(options.data)) if options.data else Path(params.data.location)
     params = merged(params, {"data": {"location": str(location.absolute())}})
-    known = methods(options.plus)
-    if unknown := set(options.methods or known) - set(known):
-        parser.error(f"--methods: {sorted(unknown)[0]!r} is unknown; expected {', '.join(known)}")
+    trainers = methods(options.plus)
+    if unknown := set(options.methods or trainers) - set(trainers):
+        parser.error(f"--methods: {sorted(unknown)[0]!r} is unknown; expected {', '.join(trainers)}")
     work = options.work / comparison_id(params, options.plus)
     work.mkdir(parents=True, exist_ok=True)
     output = options.output.absolute() if options.output else None
-    names = [name for name in known if name in (options.methods or known)]
+    names = [name for name in trainers if name in (options.methods or trainers)]
     with contextlib.chdir(work):
         if not Path("artifacts/prior.json").is_file():
             split.run(params)
             prior.run(params)
-        found = train_all(params, known, names, options.seeds)
+        results = train_all(params, trainers, names, options.seeds)
     device = choose_device(params.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     command = f"`python -m benchmarks.accuracy {shlex.join(arguments or sys.argv[1:])}`"
-    told = f"{command}\n\n{where}, torch {torch.__version__}, Python {platform.python_version()}.\n\n"
-    told += table(found, options.seeds)
-    print(told)
+    report = f"{command}\n\n{where}, torch {torch.__version__}, Python {platform.python_version()}.\n\n"
+    report += table(results, options.seeds)
+    print(report)
     if output:
-        write_file(output, told)
+        write_file(output, report)
     return 0
 
 

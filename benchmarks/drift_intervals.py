@@ -26,17 +26,17 @@ def live_prior(ratio: float | None) -> np.ndarray:
     return p / p.sum()
 
 
-def covered(prior: np.ndarray, samples: int, sets: int, method: Method) -> tuple[float, float, float]:
+def measure_coverage(prior: np.ndarray, samples: int, sets: int, method: Method) -> tuple[float, float, float]:
     """Return the coverage of class intervals and of distance intervals, and the mean width of distance intervals."""
-    apart = total_variation(prior, live_prior(None))
+    true_distance = total_variation(prior, live_prior(None))
     classes, distances, widths = [], [], []
     for seed in range(sets):
         random = np.random.default_rng([1, seed])
         points = MEANS[random.choice(CLASSES, samples, p=prior)] + random.normal(size=(samples, 8))
-        found = estimate_drift(points @ MEANS.T - (MEANS**2).sum(1) / 2, COUNTS, method=method, seed=seed)
-        classes.append((found.low <= prior) & (prior <= found.high))
-        distances.append(found.distance.low <= apart <= found.distance.high)
-        widths.append(found.distance.high - found.distance.low)
+        estimate = estimate_drift(points @ MEANS.T - (MEANS**2).sum(1) / 2, COUNTS, method=method, seed=seed)
+        classes.append((estimate.low <= prior) & (prior <= estimate.high))
+        distances.append(estimate.distance.low <= true_distance <= estimate.distance.high)
+        widths.append(estimate.distance.high - estimate.distance.low)
     return float(np.mean(classes)), float(np.mean(distances)), float(np.mean(widths))
 
 
@@ -50,12 +50,12 @@ def main() -> None:
     options = parser.parse_args()
     samples = " ".join(map(str, options.samples))
     print(f"`python -m benchmarks.drift_intervals --sets {options.sets} --samples {samples}`\n")
-    print("| images | live prior | method | classes held | distance held | its width |")
+    print("| images | live prior | method | coverage, classes | coverage, distance | width of the distance interval |")
     print("|--:|---|---|--:|--:|--:|")
     for number in options.samples:
         for name, ratio in RATIOS.items():
             for method in ("map", "em"):
-                held, distance, width = covered(live_prior(ratio), number, options.sets, method)
+                held, distance, width = measure_coverage(live_prior(ratio), number, options.sets, method)
                 print(f"| {number} | {name} | {method} | {held:.3f} | {distance:.3f} | {width:.3f} |", flush=True)
 
 

@@ -36,19 +36,14 @@ USERS = 8
 def gateway_of(checkout: Path, server: TritonServer) -> Iterator[dict[str, int]]:
     """Run the gateway of a checkout in front of a server; yields its ports by protocol."""
     ports = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
-    upstream = [
-        "--upstream-http",
-        server.http_url[len("http://") :],
-        "--upstream-grpc",
-        server.grpc_url[len("grpc://") :],
-    ]
-    command = [sys.executable, "-m", "serving.commands", "gateway", *upstream]
-    command += ["--http-port", str(ports["http"]), "--grpc-port", str(ports["grpc"])]
+    command = [sys.executable, "-m", "serving.commands", "gateway"]
+    for protocol, url in (("http", server.http_url), ("grpc", server.grpc_url)):
+        command += [f"--upstream-{protocol}={url.partition('://')[2]}", f"--{protocol}-port={ports[protocol]}"]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         if not process.stdout or not process.stdout.readline().startswith("ready"):
-            raise RuntimeError(f"{checkout}: its gateway did not start")
+            raise RuntimeError(f"{checkout}: the gateway did not start")
         yield ports
     finally:
         process.terminate()
@@ -60,24 +55,24 @@ def loads(server: TritonServer, release: Release) -> dict[tuple[str, str], Load]
     with Client(server.http_url) as client:
         calls = [client.request([photo], "balanced") for photo in release.photos]
     http, grpc = port_of(server.http_url), port_of(server.grpc_url)
-    found = {
+    by_model = {
         ("student", "http"): student_load(server, release),
         ("student", "grpc"): student_load(server, release, grpc=True),
         ("classifier", "http"): Load(http, [as_http(call) for call in calls]),
         ("classifier", "grpc"): Load(grpc, [grpc_request(call) for call in calls], wire=GrpcWire),
     }
-    return {key: replace(load, users=USERS) for key, load in found.items()}
+    return {key: replace(load, users=USERS) for key, load in by_model.items()}
 
 
-def row(model: str, protocol: str, found: dict[str, list[Record]]) -> str:
+def row(model: str, protocol: str, records: dict[str, list[Record]]) -> str:
     """Format a row of the table: rates, p50, and the gateway's ratio to each other side."""
-    cells = [model, protocol, f"{median(found['gateway'], 'rate'):,.0f}", f"{median(found['gateway'], 'p50'):.2f}"]
-    for side in found:
+    cells = [model, protocol, f"{median(records['gateway'], 'rate'):,.0f}", f"{median(records['gateway'], 'p50'):.2f}"]
+    for side in records:
         if side != "gateway":
-            shares = ratios(found["gateway"], found[side])
+            shares = ratios(records["gateway"], records[side])
             spread = f"{statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
-            cells += [f"{median(found[side], 'rate'):,.0f}", f"{median(found[side], 'p50'):.2f}", spread]
-    busy = max(median(records, "busy") for records in found.values())
+            cells += [f"{median(records[side], 'rate'):,.0f}", f"{median(records[side], 'p50'):.2f}", spread]
+    busy = max(median(of_side, "busy") for of_side in records.values())
     return "| " + " | ".join([*cells, f"{busy:.0%}"]) + " |"
 
 
@@ -104,10 +99,8 @@ def main() -> int:
                 side: lambda seconds, load=load: serving_load.run(load, seconds)
                 for side, load in {"gateway": sides["gateway"], "direct": load, **sides}.items()
             }
-            print(
-                row(model, protocol, in_rounds(f"{model} {protocol}", turns, options.rounds, options.seconds)),
-                flush=True,
-            )
+            records = in_rounds(f"{model} {protocol}", turns, options.rounds, options.seconds)
+            print(row(model, protocol, records), flush=True)
     return 0
 
 

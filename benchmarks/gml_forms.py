@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.contrast.gml import KeyRuns, contrast_losses
+from models.contrast.gml import ClassSegments, contrast_losses
 from models.contrast.gml_reference import gml_loss, other_sample_mask
 from models.contrast.queues import queue_lengths
 
@@ -18,11 +18,11 @@ ONE_HOT, OURS, FUSED = "one-hot", "contrast_losses", "contrast_losses, fused"
 
 
 class Case(NamedTuple):
-    """Inputs of the losses. similarity [B,K] and log_tau [] are leaf tensors with gradients; rest: contrast_losses."""
+    """Inputs of the losses. similarity [B,K] and log_tau [] are leaf tensors with gradients; the others: contrast_losses."""
 
     similarity: Tensor
     log_tau: Tensor
-    runs: KeyRuns
+    runs: ClassSegments
     target: Tensor
     log_prior: Tensor
     query_ids: Tensor
@@ -35,18 +35,18 @@ def make_case(batch: int, keys: int, classes: int, device: str) -> Case:
     counts = [int(1280 * (5 / 1280) ** (c / (classes - 1))) for c in range(classes)]
     lengths = torch.tensor(queue_lengths(counts, keys, 2))
     row_class = torch.repeat_interleave(torch.arange(classes), lengths)
-    own = torch.randperm(keys, generator=generator)[:batch]
+    own_keys = torch.randperm(keys, generator=generator)[:batch]
     key_ids = -torch.arange(1, keys + 1)
-    key_ids[own] = torch.arange(batch)
+    key_ids[own_keys] = torch.arange(batch)
     features = F.normalize(torch.randn(batch + keys, 32, generator=generator), dim=1)
     log_prior = (torch.tensor(counts) / sum(counts)).log()
     starts = lengths.cumsum(0) - lengths
-    runs = KeyRuns(row_class.to(device), starts.to(device), lengths.to(device), int(lengths.max()))
+    runs = ClassSegments(row_class.to(device), starts.to(device), lengths.to(device), int(lengths.max()))
     return Case(
         (features[:batch] @ features[batch:].T).to(device).requires_grad_(),
         torch.tensor(0.1, device=device).log().requires_grad_(),
         runs,
-        row_class[own].to(device),
+        row_class[own_keys].to(device),
         log_prior.to(device),
         torch.arange(batch, device=device),
         key_ids.to(device),
@@ -75,10 +75,10 @@ def lean_one_hot(case: Case) -> tuple[Tensor, Tensor]:
     counts = case.runs.lengths.float().expand(len(case.target), -1)
     other_counts = counts.scatter_add(1, case.target[:, None], -own.sum(1, keepdim=True).float())
 
-    def loss(exponent: Tensor, counts: Tensor, left_out: Tensor | None) -> Tensor:
+    def loss(exponent: Tensor, counts: Tensor, excluded: Tensor | None) -> Tensor:
         peak = exponent.amax(1, keepdim=True).detach()
         mass = (exponent - peak).exp()
-        mass = mass if left_out is None else mass.masked_fill(left_out, 0.0)
+        mass = mass if excluded is None else mass.masked_fill(excluded, 0.0)
         return F.cross_entropy((mass @ one_hot / counts).log() + peak + case.log_prior, case.target)
 
     tau = case.log_tau.exp()
@@ -119,8 +119,8 @@ def step(form: Form, case: Case) -> tuple[Tensor, Tensor]:
 
 def check(form: Form, case: Case, expected: list[Tensor]) -> None:
     """Raise AssertionError when a loss or gradient deviates by more than the rounding of reordered float32 sums."""
-    found = [*step(form, case), case.similarity.grad, case.log_tau.grad]
-    for name, a, b in zip(["L_GML", "L_tau", "d/dsimilarity", "d/dlog tau"], found, expected, strict=True):
+    actual = [*step(form, case), case.similarity.grad, case.log_tau.grad]
+    for name, a, b in zip(["L_GML", "L_tau", "d/dsimilarity", "d/dlog tau"], actual, expected, strict=True):
         error = ((a - b).abs().max() / b.abs().max()).item()
         if not error < 1e-4:
-            raise AssertionError(f"{name} is off by {error:.1e} of its largest value")
+            raise AssertionError(f"{name} differs by {error:.1e} of its largest value")

@@ -28,11 +28,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.gml_forms import FORMS, FUSED, ONE_HOT, OURS, Case, Form, check, make_case, step
-from benchmarks.machine import hardware, versions
-from benchmarks.other_work import OtherWork, quiet_ratio
-from models.contrast.fused_kernel import FusedSplit
-from models.contrast.fused_kernel_check import device_milliseconds, fault_of_kernels, made_inputs
-from models.contrast.gml import SplitAtOwnClass
+from benchmarks.machine import add_device_option, gpu_note, hardware, versions
+from benchmarks.other_work import OtherWork, memory_mebibytes, quiet_ratio
+from models.contrast.fused_kernel import FusedOwnClassLogSumExp
+from models.contrast.fused_kernel_check import device_milliseconds, kernel_fault, random_inputs
+from models.contrast.gml import OwnClassLogSumExp
 from serving.shared.atomic import write_file
 
 SIZES = [(128, 4096, 100), (128, 16384, 1000), (128, 65536, 8142)]
@@ -60,16 +60,11 @@ def times(case: Case, names: list[str], repeat: int) -> dict[str, list[float]]:
     for name in names:
         check(FORMS[name], case, expected)
     del expected
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    milliseconds_of: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeat):
         for name in names:
-            taken[name].append(milliseconds(FORMS[name], case))
-    return taken
-
-
-def status_mebibytes(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+            milliseconds_of[name].append(milliseconds(FORMS[name], case))
+    return milliseconds_of
 
 
 def peak_here(name: str, size: tuple[int, int, int], device: str) -> float:
@@ -83,9 +78,9 @@ def peak_here(name: str, size: tuple[int, int, int], device: str) -> float:
         step(FORMS[name], case)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
-    before = status_mebibytes("VmRSS")
+    before = memory_mebibytes("VmRSS")
     step(FORMS[name], case)
-    return status_mebibytes("VmHWM") - before
+    return memory_mebibytes("VmHWM") - before
 
 
 def peak(name: str, size: tuple[int, int, int], device: str) -> float:
@@ -94,29 +89,21 @@ def peak(name: str, size: tuple[int, int, int], device: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def head(device: str, repeat: int) -> str:
-    return (
-        f"`python -m benchmarks.gml_loss --device {device} --repeat {repeat}`\n\n"
-        f"{hardware(device)}; {versions(torch.get_num_threads())}.\n"
-        f"L_GML + L_tau, forward and backward, float32; median of {repeat}. Ratios are one-hot / this form.\n"
-    )
-
-
 def kernels_against_plain(size: tuple[int, int, int]) -> str:
     """Compare the fused kernels with the plain version at a size: deviation, and which of the two is faster."""
-    case, place = make_case(*size, "cuda"), ", ".join(map(str, size))
+    case, size_text = make_case(*size, "cuda"), ", ".join(map(str, size))
     longest = case.runs.longest
-    if fault := fault_of_kernels(case.similarity.device, *size[:2], longest, SplitAtOwnClass, timed=False):
-        return f"{place}: the kernels do not do what the plain version does: {fault}"
+    if fault := kernel_fault(case.similarity.device, *size[:2], longest, OwnClassLogSumExp, timed=False):
+        return f"{size_text}: the kernels differ from the plain version: {fault}"
     plain = [*step(FORMS[OURS], case), case.similarity.grad.clone(), case.log_tau.grad.clone()]
     fused = [*step(FORMS[FUSED], case), case.similarity.grad, case.log_tau.grad]
-    apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fused, plain, strict=True))
-    inputs = made_inputs(case.similarity.device, *size[:2], longest)
-    ours, theirs = (device_milliseconds(split, inputs) for split in (FusedSplit, SplitAtOwnClass))
-    verdict = f"faster by {theirs / ours:.2f}" if ours < theirs else f"slower by {ours / theirs:.2f}"
+    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fused, plain, strict=True))
+    inputs = random_inputs(case.similarity.device, *size[:2], longest)
+    fused_ms, plain_ms = (device_milliseconds(split, inputs) for split in (FusedOwnClassLogSumExp, OwnClassLogSumExp))
+    verdict = f"faster by {plain_ms / fused_ms:.2f}" if fused_ms < plain_ms else f"slower by {fused_ms / plain_ms:.2f}"
     return (
-        f"{place}: losses and gradients of the kernels are within {apart:.1e} of the plain version's (of the largest value); "
-        f"as a graph, {ours:.4f} ms against {theirs:.4f}: the kernels are {verdict}"
+        f"{size_text}: losses and gradients of the kernels differ by at most {error:.1e} of the plain version's largest value; "
+        f"as a graph, {fused_ms:.4f} ms against {plain_ms:.4f}: the kernels are {verdict}"
     )
 
 
@@ -126,49 +113,33 @@ def rows(
     """Yield the table's rows of one size. goals: for the time ratio and the memory ratio."""
     names = [name for name in FORMS if device == "cuda" or name != FUSED]
     case = make_case(*size, device)
-    if FUSED in names and fault_of_kernels(
-        case.similarity.device, *size[:2], case.runs.longest, SplitAtOwnClass, timed=False
+    if FUSED in names and kernel_fault(
+        case.similarity.device, *size[:2], case.runs.longest, OwnClassLogSumExp, timed=False
     ):
         names.remove(FUSED)
     others = OtherWork()
-    taken = times(case, names, repeat)
+    milliseconds_of = times(case, names, repeat)
     share = others.share()
     del case
-    medians = {name: statistics.median(values) for name, values in taken.items()}
+    medians = {name: statistics.median(values) for name, values in milliseconds_of.items()}
     peaks = {name: peak(name, size, device) for name in names}
-    for name in names:
+    for name, values in milliseconds_of.items():
         time_goal, memory_goal = (f"≥ {goal}" if goal and name in (OURS, FUSED) else "" for goal in goals)
         yield (
-            f"| {', '.join(map(str, size))} | {name} | {medians[name]:.2f} | {min(taken[name]):.2f} to {max(taken[name]):.2f} "
+            f"| {', '.join(map(str, size))} | {name} | {medians[name]:.2f} | {min(values):.2f} to {max(values):.2f} "
             f"| {quiet_ratio(f'{medians[ONE_HOT] / medians[name]:.1f}', share)} | {time_goal} "
             f"| {peaks[name]:.0f} | {peaks[ONE_HOT] / peaks[name]:.1f} | {memory_goal} |"
         )
 
 
-def empty_cuda_rows() -> str:
-    """Return empty table rows for measurements that are still missing, with the command for them."""
-    lines = [
-        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.gml_loss --device cuda --output "
-        "benchmarks/results/gml_loss-cuda.md` prints these rows and says which of the two is faster. The fused kernels "
-        "have run in Triton's interpreter only; in training each GPU is asked first (models.contrast.fused_kernel_check).\n",
-        HEADING,
-    ]
-    for size, time_goal, memory_goal in zip(SIZES, TIME_GOALS["cuda"], MEMORY_GOALS, strict=True):
-        goals = f"| ≥ {time_goal} | | | {f'≥ {memory_goal}' if memory_goal else ''} |"
-        lines += [f"| {', '.join(map(str, size))} | {name} | | | {goals}" for name in (OURS, FUSED)]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="L_GML + L_tau against the one-hot form: time and peak memory.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_device_option(parser)
     parser.add_argument("--repeat", type=int, help="timed rounds (default: 5 on the CPU, 50 on CUDA)")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     parser.add_argument("--peak", nargs=4, metavar=("FORM", "B", "K", "C"), help="print the MiB of one form and stop")
     arguments = parser.parse_args()
     device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch finds no CUDA device here; run with --device cpu")
     if arguments.peak:
         name, *size = arguments.peak
         print(peak_here(name, tuple(map(int, size)), device))
@@ -176,21 +147,25 @@ def main() -> None:
     repeat = arguments.repeat or (50 if device == "cuda" else 5)
     lines: list[str] = []
 
-    def say(text: str) -> None:
+    def add_line(text: str) -> None:
         print(text, flush=True)
         lines.append(text)
 
-    say(head(device, repeat))
-    say(HEADING)
+    add_line(
+        f"`python -m benchmarks.gml_loss --device {device} --repeat {repeat}`\n\n"
+        f"{hardware(device)}; {versions(torch.get_num_threads())}.\n"
+        f"L_GML + L_tau, forward and backward, float32; median of {repeat}. Ratios are one-hot / this form.\n"
+    )
+    add_line(HEADING)
     for size, *goals in zip(SIZES, TIME_GOALS[device], MEMORY_GOALS, strict=True):
         for row in rows(size, device, repeat, tuple(goals)):
-            say(row)
+            add_line(row)
     if device == "cuda":
-        say("")
+        add_line("")
         for size in SIZES:
-            say(f"- {kernels_against_plain(size)}")
+            add_line(f"- {kernels_against_plain(size)}")
     else:
-        say(empty_cuda_rows())
+        add_line(gpu_note("python -m benchmarks.gml_loss --device cuda --output benchmarks/results/gml_loss-cuda.md"))
     if arguments.output:
         write_file(arguments.output, "\n".join(lines) + "\n")
 

@@ -26,24 +26,22 @@ from PIL import Image
 
 from benchmarks.other_work import OtherWork
 from benchmarks.serving_releases import NETWORKS, TRIAL, release_of
+from benchmarks.swaps import send_at_rate
 from models.preprocess import preprocess
-from serving.client import Client
 from serving.client.images import blank_image
 from serving.gateway.config import read_gateway
 from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer
-from serving.shared.errors import ServingError
 from serving.shared.ports import choose_ports
 
-GOAL_ANSWERED, GOAL_P99 = 0.99, 5.0  # share of successful normal requests; p99 with hostile callers / p99 alone
+GOAL_SUCCEEDED, GOAL_P99 = 0.99, 5.0  # share of successful normal requests; p99 with hostile callers / p99 alone
 HOSTILE = 8
 RATE = 40.0  # normal requests per second
-CONNECTIONS = 4  # of the normal caller, one thread each
 PATIENCE = 10.0  # timeout of the normal caller in seconds
 SIDE, REST = 4000, 3000  # pixels per side: 16 and 9 megapixels, together the limit of 25 megapixels per request
 
 
-def saved(image: Image.Image, form: str, **options: object) -> bytes:
+def encode(image: Image.Image, form: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, form, **options)
     return stream.getvalue()
@@ -55,15 +53,15 @@ def costly_images(side: int) -> dict[str, bytes]:
     noise = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
     rough = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
     return {
-        "PNG, one colour": saved(solid, "PNG"),
-        "PNG, with alpha": saved(solid.convert("RGBA"), "PNG"),
-        "PNG, rough": saved(rough, "PNG", compress_level=1),
-        "WebP, one colour, lossless": saved(solid, "WEBP", lossless=True),
-        "WebP, one colour": saved(solid, "WEBP"),
-        "WebP, rough": saved(rough, "WEBP", method=0),
-        "JPEG, one colour": saved(solid, "JPEG"),
-        "JPEG, rough": saved(rough, "JPEG", quality=90),
-        "JPEG, rough, progressive": saved(rough, "JPEG", quality=90, progressive=True),
+        "PNG, one colour": encode(solid, "PNG"),
+        "PNG, with alpha": encode(solid.convert("RGBA"), "PNG"),
+        "PNG, rough": encode(rough, "PNG", compress_level=1),
+        "WebP, one colour, lossless": encode(solid, "WEBP", lossless=True),
+        "WebP, one colour": encode(solid, "WEBP"),
+        "WebP, rough": encode(rough, "WEBP", method=0),
+        "JPEG, one colour": encode(solid, "JPEG"),
+        "JPEG, rough": encode(rough, "JPEG", quality=90),
+        "JPEG, rough, progressive": encode(rough, "JPEG", quality=90, progressive=True),
     }
 
 
@@ -94,38 +92,6 @@ def infer_request(images: list[bytes]) -> tuple[bytes, dict[str, str]]:
     return head + raw, {"Inference-Header-Content-Length": str(len(head))}
 
 
-def ask(url: str, rate: float) -> int:
-    """Send `rate` requests/s until EOF on standard input, then print [due, latency, success] of each as JSON.
-
-    A request due before the end that could not be sent within PATIENCE seconds after it counts as failed.
-    """
-    ends, asked = [], []
-
-    def asker(number: int) -> None:
-        due, step, image = time.monotonic() + number / rate, CONNECTIONS / rate, blank_image()
-        with Client(url, timeout=PATIENCE) as client:
-            while not ends or due < ends[0]:
-                time.sleep(max(0.0, due - time.monotonic()))
-                try:
-                    late = ends and time.monotonic() > ends[0] + PATIENCE
-                    answered = not late and bool(client.predict([image], 0.0))
-                except ServingError as error:
-                    print(error, file=sys.stderr)
-                    answered = False
-                asked.append((due, time.monotonic() - due, answered))
-                due += step
-
-    threads = [threading.Thread(target=asker, args=(number,)) for number in range(CONNECTIONS)]
-    for thread in threads:
-        thread.start()
-    sys.stdin.read()
-    ends.append(time.monotonic())
-    for thread in threads:
-        thread.join()
-    json.dump(asked, sys.stdout)
-    return 0
-
-
 def attack(
     port: int, address: str, request: tuple[bytes, dict[str, str]], over: threading.Event, statuses: Counter
 ) -> None:
@@ -146,8 +112,8 @@ def attack(
 
 def measure(gateway: GatewayProcess, request: tuple[bytes, dict[str, str]], seconds: float) -> tuple[dict, Counter]:
     """Return latency (s) and success of the normal requests, quiet and loaded, and the hostile responses by status."""
-    asker = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.hostile_images", "--ask", gateway.http_url],
+    caller = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.hostile_images", "--send", gateway.http_url],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     over, statuses = threading.Event(), Counter()
@@ -165,37 +131,37 @@ def measure(gateway: GatewayProcess, request: tuple[bytes, dict[str, str]], seco
             thread.start()
         time.sleep(seconds)
         end = time.monotonic()
-        output, _ = asker.communicate()
+        output, _ = caller.communicate()
     finally:
         over.set()
-        asker.kill()
+        caller.kill()
     for thread in threads:
         thread.join()
-    found = {"quiet": [], "loaded": []}
-    for due, latency, answered in json.loads(output):
+    responses = {"quiet": [], "loaded": []}
+    for due, latency, version in json.loads(output):
         if start <= due < end:
-            found["quiet" if due < middle else "loaded"].append((latency, answered))
-    return found, statuses
+            responses["quiet" if due < middle else "loaded"].append((latency, version > 0))
+    return responses, statuses
 
 
-def report(found: dict, statuses: Counter, others: OtherWork) -> tuple[str, bool]:
+def report(responses: dict, statuses: Counter, others: OtherWork) -> tuple[str, bool]:
     """Return a Markdown table, and whether both goals were met."""
     rows, p99, share = [], {}, {}
-    for kind, requests in found.items():
+    for kind, requests in responses.items():
         cuts = statistics.quantiles([1000 * latency for latency, _ in requests], n=100, method="inclusive")
         share[kind], p99[kind] = sum(answered for _, answered in requests) / len(requests), cuts[98]
         rows.append(f"| {kind} | {len(requests)} | {share[kind]:.1%} | {cuts[49]:.1f} | {cuts[98]:.1f} |")
     ratio = p99["loaded"] / p99["quiet"]
     lines = [
-        "| good requests | due | answered | p50 ms | p99 ms |",
+        "| normal requests | due | succeeded | p50 ms | p99 ms |",
         "|---|--:|--:|--:|--:|",
         *rows,
         "",
-        f"Hostile callers' answers by status: {dict(sorted(statuses.items()))}.",
-        f"Answered beside them: {share['loaded']:.1%} (goal ≥ {GOAL_ANSWERED:.0%}). "
+        f"Responses to the hostile callers by status: {dict(sorted(statuses.items()))}.",
+        f"Normal requests that succeeded beside them: {share['loaded']:.1%} (goal ≥ {GOAL_SUCCEEDED:.0%}). "
         f"p99 beside them / alone: {others.ratio(f'{ratio:.1f}')} (goal ≤ {GOAL_P99:g}).",
     ]
-    return "\n".join(lines), share["loaded"] >= GOAL_ANSWERED and ratio <= GOAL_P99
+    return "\n".join(lines), share["loaded"] >= GOAL_SUCCEEDED and ratio <= GOAL_P99
 
 
 def main() -> int:
@@ -204,11 +170,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="alone, and beside them (default: %(default)g)")
     parser.add_argument("--network", choices=list(NETWORKS), default=TRIAL, help="default: %(default)s")
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="default: %(default)s")
-    parser.add_argument("--no-table", action="store_true", help="without the table of what decoding costs")
-    parser.add_argument("--ask", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--no-table", action="store_true", help="without the table of decoding times")
+    parser.add_argument("--send", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.ask:
-        return ask(options.ask, RATE)
+    if options.send:
+        return send_at_rate(options.send, [(blank_image(), 0.0)], RATE, PATIENCE)
     images = {name: costly_images(SIDE)[name] for name in costly_images(16)}
     if not options.no_table:
         print(cost_table(images), end="\n\n")
@@ -225,8 +191,8 @@ def main() -> int:
         )
         with GatewayProcess(gateway) as running:
             others = OtherWork()
-            found, statuses = measure(running, infer_request(costliest), options.seconds)
-            text, met = report(found, statuses, others)
+            responses, statuses = measure(running, infer_request(costliest), options.seconds)
+            text, met = report(responses, statuses, others)
             print(text, flush=True)
     return 0 if met else 1
 

@@ -26,12 +26,12 @@ import yaml
 
 import pipeline.prior
 import pipeline.split
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import add_device_option, gpu_note, hardware, versions
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import load_images, training_images
 from pipeline.params import PARAMS_FILE, Params, parse_params
 from pipeline.params.recipe import apply_recipe
-from pipeline.preparation.gpu_memory import GIB, account, new_objective
+from pipeline.preparation.gpu_memory import GIB, estimate_memory, new_objective
 from pipeline.training.engine import Training
 from serving.shared.atomic import write_file
 
@@ -44,20 +44,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "both": {"student": {"accumulate": 4}, "engine": {"checkpoint_activations": True}},
     "in float32": FLOAT32,
 }
-HEADING = "| student | images/s | ratio | most memory, GiB | a step as accounted for, GiB |\n|---|--:|--:|--:|--:|"
+HEADING = "| student | images/s | ratio | peak memory, GiB | estimate for a step, GiB |\n|---|--:|--:|--:|--:|"
 
 
-def rows_on(device: str) -> dict[str, dict[str, Any]]:
-    """Return the rows for a device: no float32 row on the CPU, where the recipe always trains in float32."""
-    return {name: row for name, row in ROWS.items() if device == "cuda" or row != FLOAT32}
-
-
-class Measured(NamedTuple):
-    """speed: images/s of an epoch including evaluation. held: peak GiB. accounted: estimated GiB of a step."""
+class TrainingCost(NamedTuple):
+    """speed: images/s of an epoch including evaluation. peak: peak GiB. estimated: estimated GiB of a step."""
 
     speed: float
-    held: float
-    accounted: float
+    peak: float
+    estimated: float
 
 
 def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) -> Params:
@@ -85,9 +80,9 @@ def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) 
     return parse_params(yaml.safe_load(text), overlay)
 
 
-def measured(params: Params, prior: Prior, images: Any, device: torch.device) -> Measured:
+def measure_training(params: Params, prior: Prior, images: Any, device: torch.device) -> TrainingCost:
     """Train the student for one epoch; the untrained teacher costs the same as a trained one."""
-    said = account(params, "student", prior).peak / GIB
+    said = estimate_memory(params, "student", prior).peak / GIB
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -99,76 +94,68 @@ def measured(params: Params, prior: Prior, images: Any, device: torch.device) ->
     begin = clock()
     record = training.run(images, validation)[-1]
     trained = len(images) // params.student.batch_size * params.student.batch_size
-    return Measured(trained / (clock() - begin), record["memory_mib"] / 1024, said)
+    return TrainingCost(trained / (clock() - begin), record["memory_mib"] / 1024, said)
 
 
-def table(found: dict[str, Measured]) -> str:
+def table(costs: dict[str, TrainingCost]) -> str:
     """Markdown table of speeds, ratios and memory."""
-    first = next(iter(found.values())).speed
+    first = next(iter(costs.values())).speed
     rows = (
-        f"| {name} | {row.speed:,.1f} | {row.speed / first:.2f} | {row.held:.2f} | {row.accounted:.2f} |"
-        for name, row in found.items()
+        f"| {name} | {row.speed:,.1f} | {row.speed / first:.2f} | {row.peak:.2f} | {row.estimated:.2f} |"
+        for name, row in costs.items()
     )
     return "\n".join([HEADING, *rows]) + "\n"
 
 
-def empty_cuda_rows() -> str:
-    """Return empty table rows for measurements that are still missing, with the commands for them."""
-    rows = "\n".join(f"| {name} | | | | |" for name in ROWS)
-    return (
-        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.made_imagenet imagenet --scale 0.1`, then "
-        "`python -m benchmarks.imagenet imagenet --device cuda --output benchmarks/results/imagenet-cuda.md` fills these "
-        f"rows.\n\n{HEADING}\n{rows}\n"
-    )
-
-
-def parse(given: list[str] | None = None) -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Throughput and memory of an ImageNet recipe: one table of ratios.",
         epilog="example: python -m benchmarks.imagenet imagenet --device cuda",
     )
     parser.add_argument("data", type=Path, help="root of imagenet_lt: python -m benchmarks.made_imagenet FOLDER")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_device_option(parser)
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="(default: %(default)s)")
-    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="what the recipe is applied to")
+    parser.add_argument("--params", type=Path, default=PARAMS_FILE, help="base params of the recipe")
     parser.add_argument("--size", type=int, help="pixels (default: the recipe's)")
     parser.add_argument("--batch", type=int, help="(default: the recipe's)")
     parser.add_argument("--queue", type=int, help="K (default: the recipe's)")
     parser.add_argument("--student", help="backbone (default: the recipe's)")
     parser.add_argument("--teacher", help="backbone (default: the recipe's)")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
-    arguments = parser.parse_args(given)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch finds no CUDA device here; run with --device cpu")
+    arguments = parser.parse_args(words)
     if not (arguments.data / "ImageNet_LT_train.txt").is_file():
         parser.error(f"argument data: {arguments.data} has no ImageNet_LT_train.txt; make it: benchmarks.made_imagenet")
     return arguments
 
 
-def main(given: list[str] | None = None) -> None:
-    arguments = parse(given)
+def main(words: list[str] | None = None) -> None:
+    arguments = parse(words)
     arguments.params, arguments.recipe = arguments.params.resolve(), arguments.recipe.resolve()
     arguments.data = arguments.data.resolve()
     device = torch.device(arguments.device)
-    found = {}
+    costs = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         folder = Path(scratch)
         params = params_of(arguments, {}, folder)
         split = pipeline.split.run(params)
         prior = pipeline.prior.run(params)
         images, _, _ = training_images(params, device, augment=params.student.augment, views=3)
-        for name, row in rows_on(arguments.device).items():
+        for name, row in ROWS.items():
+            if arguments.device == "cpu" and row == FLOAT32:
+                continue  # on the CPU every row is in float32
             print(f"{name} ...", file=sys.stderr, flush=True)
-            found[name] = measured(params_of(arguments, row, folder), prior, images, device)
-    words = " ".join("FOLDER" if word == str(arguments.data) else word for word in (given or sys.argv[1:]))
+            costs[name] = measure_training(params_of(arguments, row, folder), prior, images, device)
+    command = " ".join("FOLDER" if word == str(arguments.data) else word for word in (words or sys.argv[1:]))
     text = (
-        f"`python -m benchmarks.imagenet {words}`\n\n{hardware(arguments.device)}; {versions(torch.get_num_threads())}.\n"
+        f"`python -m benchmarks.imagenet {command}`\n\n{hardware(arguments.device)}; {versions(torch.get_num_threads())}.\n"
         f"{len(prior.classes)} classes, {split.sizes['train']:,} training images, {params.image.size} pixels; student "
         f"{params.student.backbone}, teacher {params.teacher.backbone}, batch {params.student.batch_size}, K "
-        f"{params.student.queue_total}; one epoch a row. On the CPU `most memory` is that of the process.\n\n{table(found)}"
+        f"{params.student.queue_total}; one epoch a row. On the CPU `peak memory` is that of the process.\n\n{table(costs)}"
     )
     if arguments.device == "cpu":
-        text += empty_cuda_rows()
+        text += gpu_note(
+            "python -m benchmarks.imagenet imagenet --device cuda --output benchmarks/results/imagenet-cuda.md"
+        )
     print(text)
     if arguments.output:
         write_file(arguments.output, text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import platform
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.other_work import OtherWork
+from benchmarks.other_work import OtherWork, load_average
 from models.preprocess import preprocess
 from serving.triton.logit_log import LOST, LogitLog
 
@@ -57,16 +56,16 @@ def seconds_of_logging(classes: int, share: float, images: int) -> tuple[float, 
     batches = max(1, images // BATCH)
     with tempfile.TemporaryDirectory() as folder:
         log = LogitLog(Path(folder), share, 1 << 30, classes, ABOUT, [pixels[0] ^ 1], Uncounted())
-        whole, answering = time.process_time(), 0.0
-        for place in range(batches):
+        whole, requests = time.process_time(), 0.0
+        for index in range(batches):
             began = time.thread_time()
             log.offer(pixels, logits)
-            answering += time.thread_time() - began
-            if place % max(1, (1 << 20) // (BATCH * classes)) == 0:
+            requests += time.thread_time() - began
+            if index % max(1, (1 << 20) // (BATCH * classes)) == 0:
                 log.write()  # written here, so that no rows are lost at any batch rate
         log.close()
         whole = time.process_time() - whole
-    return answering / (batches * BATCH), max(0.0, whole - answering) / (batches * BATCH)
+    return requests / (batches * BATCH), max(0.0, whole - requests) / (batches * BATCH)
 
 
 def main() -> None:
@@ -76,22 +75,18 @@ def main() -> None:
     images = parser.parse_args().images
     others = OtherWork()
     decoding = seconds_of_decoding()
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     print(f"`python -m benchmarks.logit_log --images {images}`\n")
-    print(f"numpy {np.__version__}, Python {platform.python_version()}; load average {load}.")
+    print(f"numpy {np.__version__}, Python {platform.python_version()}; load average {load_average()}.")
     print(f"Decoding and resizing one JPEG: {decoding * 1e6:.0f} µs.\n")
-    print("| classes | share | µs an image, answering | of decoding | µs an image, log's thread |")
+    print("| classes | share | µs an image, request thread | of decoding | µs an image, writer thread |")
     print("|--:|--:|--:|--:|--:|")
     for classes in (10, 1000, 8142):
         for share in (0.01, 1.0):
-            asked = images if share < 1 else max(BATCH, min(images, 4_000_000 // classes))
-            costs = [seconds_of_logging(classes, share, asked) for _ in range(3)]
-            answering, behind = (min(column) for column in zip(*costs, strict=True))
-            ratio = others.ratio(f"{answering / decoding:.4f}")
-            print(
-                f"| {classes} | {share:g} | {answering * 1e6:.2f} | {ratio} | {behind * 1e6:.2f} |",
-                flush=True,
-            )
+            number = images if share < 1 else max(BATCH, min(images, 4_000_000 // classes))
+            costs = [seconds_of_logging(classes, share, number) for _ in range(3)]
+            requests, writing = (min(column) for column in zip(*costs, strict=True))
+            ratio = others.ratio(f"{requests / decoding:.4f}")
+            print(f"| {classes} | {share:g} | {requests * 1e6:.2f} | {ratio} | {writing * 1e6:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from pathlib import Path
 
 import torch
 import torchvision
+
+from benchmarks.other_work import load_average
 
 
 def hardware(device: str) -> str:
@@ -24,8 +27,23 @@ def processor() -> str:
 
 def versions(threads: int) -> str:
     """Return versions, torch's number of threads, and the load average."""
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     return (
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, {threads} threads, Python "
-        f"{platform.python_version()}; load average at the start {load}"
+        f"{platform.python_version()}; load average at the start {load_average()}"
     )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add --device; a device `cuda` that torch does not find is an error of the command line."""
+
+    def device(name: str) -> str:
+        if name == "cuda" and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("torch finds no CUDA device; run with --device cpu")
+        return name
+
+    parser.add_argument("--device", type=device, choices=["cpu", "cuda"], default="cpu")
+
+
+def gpu_note(command: str) -> str:
+    """Return the note of a CPU report on the measurement that is still missing."""
+    return f"\nNot measured on a GPU yet: run `{command}`.\n"

@@ -11,10 +11,10 @@ tests of the path from files to a trained network; accuracies on it have no mean
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -76,24 +76,17 @@ def make(
         ]
         for split, counts in class_counts(classes, scale).items()
     }
-    for split, found in entries.items():
-        write_file(folder / LISTS[split], "".join(f"{path} {label}\n" for path, label in found))
-    everything = [entry for found in entries.values() for entry in found]
-    tasks = [everything[start : start + 64] for start in range(0, len(everything), 64)]
+    for split, images in entries.items():
+        write_file(folder / LISTS[split], "".join(f"{path} {label}\n" for path, label in images))
+    all_images = [entry for images in entries.values() for entry in images]
+    tasks = [all_images[start : start + 64] for start in range(0, len(all_images), 64)]
     work = functools.partial(write_images, folder, pack, size)
-    with progress_bar(unit="images") as progress:
-        bar = progress.add_task("images", total=len(everything), rate="")
-        for done in _results(work, tasks, workers):
+    with progress_bar(unit="images") as progress, contextlib.ExitStack() as stack:
+        run = stack.enter_context(ProcessPoolExecutor(workers)).map if workers else map
+        bar = progress.add_task("images", total=len(all_images), rate="")
+        for done in run(work, tasks):
             progress.update(bar, advance=done)
-    return {split: len(found) for split, found in entries.items()}
-
-
-def _results(work: functools.partial[int], tasks: list[list[tuple[str, int]]], workers: int) -> Iterator[int]:
-    if not workers:
-        yield from map(work, tasks)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(work, tasks)
+    return {split: len(images) for split, images in entries.items()}
 
 
 def write_images(folder: Path, pack: Path | None, size: tuple[int, int], entries: list[tuple[str, int]]) -> int:
@@ -130,28 +123,28 @@ def _pictures(pack: Path | None) -> list[np.ndarray]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make a data set of ImageNet-LT's shape.")
-    parser.add_argument("folder", type=Path, help="where to: a new or empty folder; then data.location")
+    parser = argparse.ArgumentParser(description="Generate a data set with ImageNet-LT's sizes.")
+    parser.add_argument("folder", type=Path, help="a new or empty folder, to be used as data.location")
     parser.add_argument("--scale", type=float, default=1.0, help="share of each class's images (default: all)")
     parser.add_argument("--classes", type=int, default=SHAPE.classes, help="(default: %(default)s)")
     parser.add_argument("--pack", type=Path, help="Parquet file with a column `image` (default: scikit-learn's digits)")
     parser.add_argument("--size", default="500x375", help="pixels (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: one a core)")
-    given = parser.parse_args(arguments)
-    width, _, height = given.size.partition("x")
+    options = parser.parse_args(arguments)
+    width, _, height = options.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        parser.error(f"argument --size: {given.size!r}; expected WIDTHxHEIGHT, for example 500x375")
-    if not 0 < given.scale <= 1 or given.classes < 2:
+        parser.error(f"argument --size: {options.size!r}; expected WIDTHxHEIGHT, for example 500x375")
+    if not 0 < options.scale <= 1 or options.classes < 2:
         parser.error("expected --scale above 0 and at most 1, and --classes of at least 2")
-    if given.pack and not given.pack.is_file():
-        parser.error(f"argument --pack: {given.pack} is no file; leave it out for digits")
-    if given.folder.is_dir() and any(given.folder.iterdir()):
-        parser.error(f"argument folder: {given.folder} is not empty; expected a new folder")
-    made = make(
-        given.folder, classes=given.classes, scale=given.scale, pack=given.pack, size=(int(width), int(height)),
-        workers=given.workers,
+    if options.pack and not options.pack.is_file():
+        parser.error(f"argument --pack: {options.pack} is not a file; leave it out for digits")
+    if options.folder.is_dir() and any(options.folder.iterdir()):
+        parser.error(f"argument folder: {options.folder} is not empty; expected a new folder")
+    sizes = make(
+        options.folder, classes=options.classes, scale=options.scale, pack=options.pack, size=(int(width), int(height)),
+        workers=options.workers,
     )  # fmt: skip
-    print(f"{', '.join(f'{count:,} {split}' for split, count in made.items())} → {given.folder}")
+    print(f"{', '.join(f'{count:,} {split}' for split, count in sizes.items())} → {options.folder}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure CPU use by other processes during a benchmark: on a busy machine a ratio of two speeds is meaningless."""
+"""CPU use by other processes during a benchmark, load and memory: on a busy machine a ratio of two speeds is meaningless."""
 
 from __future__ import annotations
 
@@ -51,3 +51,14 @@ def own_seconds() -> float:
         except psutil.NoSuchProcess:
             continue  # exited: now part of its parent's reaped children
     return seconds
+
+
+def load_average() -> str:
+    """Return the load averages of 1, 5 and 15 minutes."""
+    return ", ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+def memory_mebibytes(field: str) -> float:
+    """Return a field of /proc/self/status in MiB: VmRSS, or VmHWM for the peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024

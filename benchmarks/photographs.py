@@ -31,9 +31,9 @@ def photographs(root: Path, count: int, pack: Path | None) -> None:
     for number in range(count):
         width, height = SIZES[number % len(SIZES)]
         photograph, side = Image.new("RGB", (width, height)), -(-max(width, height) // 4)
-        for place in range(16):
+        for cell in range(16):
             tile = tiles[int(rng.integers(len(tiles)))].convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-            photograph.paste(tile, (place % 4 * side, place // 4 * side))
+            photograph.paste(tile, (cell % 4 * side, cell // 4 * side))
         references.append(f"{number % CLASSES:03d}/{number:05d}.jpg")
         path = root / references[-1]
         path.parent.mkdir(parents=True, exist_ok=True)

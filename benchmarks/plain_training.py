@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.gml_forms import Case, one_hot
-from models.contrast.gml import KeyRuns
+from models.contrast.gml import ClassSegments
 from models.networks.cosine_classifier import ImageClassifier
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
@@ -88,13 +88,8 @@ def training_loader(
 def test_loader(data: Images, image: ImageParams, workers: int, pinned: bool) -> DataLoader:
     """Return a DataLoader of normalised images in order."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(image.mean, image.std)])
-    return DataLoader(
-        Views(data, transform, 1),
-        batch_size=128,
-        num_workers=workers,
-        pin_memory=pinned,
-        persistent_workers=workers > 0,
-    )
+    views, keep = Views(data, transform, 1), workers > 0
+    return DataLoader(views, 128, num_workers=workers, pin_memory=pinned, persistent_workers=keep)
 
 
 class PlainBlock(nn.Module):
@@ -121,7 +116,7 @@ class PlainClassifier(nn.Module):
     def __init__(self, model: ImageClassifier) -> None:
         super().__init__()
         state = model.backbone.network.state_dict()
-        blocks = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+        blocks = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
         widths = [16, *(width for width in (16, 32, 64) for _ in range(blocks // 3))]
         self.network = nn.Module()
         self.network.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
@@ -181,7 +176,7 @@ class PlainStudent(nn.Module):
             self.queues.enqueue(teacher_features[batch:], target, indexes)
         logits, teacher_logits = logits[:batch], teacher_logits[:batch]
         similarity = self.query_head(features[batch:]) @ self.key_head(self.queues.features).T
-        runs = KeyRuns(self.queues.row_class, self.queues.starts, self.queues.lengths, 0)
+        runs = ClassSegments(self.queues.row_class, self.queues.starts, self.queues.lengths, 0)
         case = Case(similarity, self.log_tau_g, runs, target, self.log_prior, indexes, self.queues.sample_ids)
         gml, tau = one_hot(case)
         heat = weights.distillation_temperature

@@ -30,11 +30,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from benchmarks.other_work import OtherWork
+from benchmarks.other_work import OtherWork, load_average, memory_mebibytes
 from pipeline.data.class_prior import BATCH_ROWS, count_labels
 from pipeline.data.split_tables import read_batches
 
-OURS, LIMIT = "count_labels", "reading alone"
+COUNT_LABELS, LIMIT = "count_labels", "reading alone"
 GOAL = 20  # million labels per second on one core
 
 
@@ -49,15 +49,15 @@ def whole_column(path: Path, classes: int) -> np.ndarray:
 
 
 def value_counts(path: Path, classes: int) -> np.ndarray:
-    found = pyarrow.parquet.read_table(path, columns=["label"], use_threads=False).column("label").value_counts()
+    table = pyarrow.parquet.read_table(path, columns=["label"], use_threads=False).column("label").value_counts()
     counts = np.zeros(classes, dtype=np.int64)
-    counts[found.field("values").to_numpy()] = found.field("counts").to_numpy()
+    counts[table.field("values").to_numpy()] = table.field("counts").to_numpy()
     return counts
 
 
-WAYS: dict[str, Callable[[Path, int], np.ndarray | None]] = {
+METHODS: dict[str, Callable[[Path, int], np.ndarray | None]] = {
     LIMIT: reading_alone,
-    OURS: count_labels,
+    COUNT_LABELS: count_labels,
     "whole column": whole_column,
     "Arrow value_counts": value_counts,
 }
@@ -74,21 +74,16 @@ def write_labels(path: Path, rows: int, classes: int) -> None:
             writer.write_table(pa.table([labels], schema=schema))
 
 
-def peak_mebibytes() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def measure_here(name: str, path: Path, classes: int) -> dict[str, float | str]:
     """Return CPU seconds, MiB and a hash of the counts of one method, in this process, on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    before = peak_mebibytes()
-    counts = WAYS[name](path, classes)
+    before = memory_mebibytes("VmHWM")
+    counts = METHODS[name](path, classes)
     begin = time.process_time()
-    WAYS[name](path, classes)
+    METHODS[name](path, classes)
     seconds = time.process_time() - begin
     digest = "" if counts is None else hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest()
-    return {"seconds": seconds, "mebibytes": peak_mebibytes() - before, "digest": digest}
+    return {"seconds": seconds, "mebibytes": memory_mebibytes("VmHWM") - before, "digest": digest}
 
 
 def main() -> None:
@@ -96,9 +91,11 @@ def main() -> None:
     parser.add_argument("--rows", type=float, default=1e8, help="labels in the file (default: %(default)g)")
     parser.add_argument("--classes", type=float, default=1e6, help="classes (default: %(default)g)")
     parser.add_argument(
-        "--repeat", type=int, default=3, help="rounds in which the ways take turns (default: %(default)s)"
+        "--repeat", type=int, default=3, help="rounds in which the methods take turns (default: %(default)s)"
     )
-    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FILE"), help="print the figures of one way and stop")
+    parser.add_argument(
+        "--measure", nargs=2, metavar=("METHOD", "FILE"), help="print the figures of one method and exit"
+    )
     arguments = parser.parse_args()
     rows, classes, repeat = int(arguments.rows), int(arguments.classes), arguments.repeat
     if arguments.measure:
@@ -110,24 +107,23 @@ def main() -> None:
         path = Path(folder) / "labels.parquet"
         write_labels(path, rows, classes)
         options = ["--rows", str(rows), "--classes", str(classes)]
-        rounds: dict[str, list[dict]] = {name: [] for name in WAYS}
-        for name in [*WAYS] * repeat:
+        rounds: dict[str, list[dict]] = {name: [] for name in METHODS}
+        for name in [*METHODS] * repeat:
             command = [sys.executable, "-m", "benchmarks.prior", *options, "--measure", name, str(path)]
             rounds[name].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        found = {name: min(figures, key=lambda figure: figure["seconds"]) for name, figures in rounds.items()}
+        best = {name: min(figures, key=lambda figure: figure["seconds"]) for name, figures in rounds.items()}
         size = path.stat().st_size
-    if len({figures["digest"] for figures in found.values()} - {""}) != 1:
-        raise AssertionError("the ways count differently")
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    if len({figures["digest"] for figures in best.values()} - {""}) != 1:
+        raise AssertionError("the methods count differently")
     print(
         f"`python -m benchmarks.prior --rows {rows:g} --classes {classes:g} --repeat {repeat}`\n\n"
         f"One core; pyarrow {pa.__version__}, numpy {np.__version__}, Python {platform.python_version()}; load average at the "
-        f"end {load}.\n{rows:,} labels of {classes:,} classes, {size / 2**20:.0f} MiB; best of {repeat}. Goal of "
-        f"{OURS}: ≥ {GOAL} million labels/s.\n"
+        f"end {load_average()}.\n{rows:,} labels of {classes:,} classes, {size / 2**20:.0f} MiB; best of {repeat}. Goal of "
+        f"{COUNT_LABELS}: ≥ {GOAL} million labels/s.\n"
     )
-    print("| way | CPU seconds | million labels/s | of reading alone | peak MiB |\n|---|--:|--:|--:|--:|")
-    for name, figures in found.items():
-        ratio = others.ratio(f"{found[LIMIT]['seconds'] / figures['seconds']:.2f}")
+    print("| method | CPU seconds | million labels/s | of reading alone | peak MiB |\n|---|--:|--:|--:|--:|")
+    for name, figures in best.items():
+        ratio = others.ratio(f"{best[LIMIT]['seconds'] / figures['seconds']:.2f}")
         speed = rows / figures["seconds"] / 1e6
         print(f"| {name} | {figures['seconds']:.2f} | {speed:.1f} | {ratio} | {figures['mebibytes']:.0f} |")
 

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.swaps import ask
-from serving.repository.manifest import load_golden
+from benchmarks.swaps import golden_images, send_at_rate
 from serving.repository.writer import write_repository
 from serving.transport.retries import Retries
 
 GOAL = 4.0  # seconds
-SETTLING = 8.0  # seconds before a kill; above Patience.served, so that each start counts as successful
+SETTLING = 8.0  # seconds before a kill; above SupervisionLimits.served, so that each start counts as successful
 LONGEST = 30.0  # seconds after a kill in which failures are attributed to it
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 
@@ -37,7 +36,17 @@ def measure(export: Path, kills: int, rate: float, folder: Path) -> tuple[list[f
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
         assert serving.stdout is not None
         url = serving.stdout.readline().split()[1]
-        load = [sys.executable, "-m", "benchmarks.recovery", "--ask", url, "--export", str(export), "--rate", str(rate)]
+        load = [
+            sys.executable,
+            "-m",
+            "benchmarks.recovery",
+            "--send",
+            url,
+            "--export",
+            str(export),
+            "--rate",
+            str(rate),
+        ]
         caller = subprocess.Popen(
             load, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -65,9 +74,9 @@ def _restarted(owner: int, killed: int) -> bool:
     return any(name == "tritonserver" and process != killed for process, name in names)
 
 
-def report(command: str, moments: list[float], asked: list[tuple[float, float, int]]) -> tuple[str, bool]:
+def report(command: str, moments: list[float], requests: list[tuple[float, float, int]]) -> tuple[str, bool]:
     """Return a text with the figures, and whether the median recovery time meets the goal."""
-    failed = [due for due, _, version in asked if version == 0]
+    failed = [due for due, _, version in requests if version == 0]
     ends = [*moments[1:], moments[-1] + LONGEST]
     recoveries = [
         max([due - kill for due in failed if kill <= due < end], default=0.0)
@@ -78,7 +87,7 @@ def report(command: str, moments: list[float], asked: list[tuple[float, float, i
         f"`{command}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores; load average at the end {os.getloadavg()[0]:.2f}.",
-        f"{len(asked)} requests, {len(failed)} failed, {len(moments)} kills; seconds until the last failed request: "
+        f"{len(requests)} requests, {len(failed)} failed, {len(moments)} kills; seconds until the last failed request: "
         f"{', '.join(f'{seconds:.1f}' for seconds in recoveries)}; median {median:.1f} (goal ≤ {GOAL:g}).",
     ]
     return "\n".join(lines), median <= GOAL
@@ -91,13 +100,14 @@ def main() -> int:
     parser.add_argument("--export", type=Path, default=Path("artifacts/export"), help="default: %(default)s")
     parser.add_argument("--kills", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=40.0, help="requests/s, default: %(default)s")
-    parser.add_argument("--ask", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--send", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.ask:
-        return ask(options.ask, load_golden(options.export), options.rate, Retries(attempts=1))
+    if options.send:
+        retries = Retries(attempts=1)
+        return send_at_rate(options.send, golden_images(options.export), options.rate, retries=retries)
     with tempfile.TemporaryDirectory(prefix="tailor-recovery-") as folder:
-        found = measure(options.export.absolute(), options.kills, options.rate, Path(folder))
-    text, met = report(f"python -m benchmarks.recovery --kills {options.kills} --rate {options.rate:g}", *found)
+        measured = measure(options.export.absolute(), options.kills, options.rate, Path(folder))
+    text, met = report(f"python -m benchmarks.recovery --kills {options.kills} --rate {options.rate:g}", *measured)
     print(text)
     return 0 if met else 1
 

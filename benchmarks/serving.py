@@ -30,41 +30,43 @@ from benchmarks.other_work import MOST
 from benchmarks.serving_load import LoadError
 from benchmarks.serving_raw import PROVIDERS
 from benchmarks.serving_releases import TRIAL
-from benchmarks.serving_sections import Given, Section, sections
+from benchmarks.serving_sections import Section, Settings, sections
 from benchmarks.serving_tables import report
 from serving.shared.atomic import write_file
 from serving.shared.errors import ServingError
 
 
-def chosen(patterns: list[str] | None) -> list[Section]:
+def select_sections(patterns: list[str] | None) -> list[Section]:
     """Return the sections that match the patterns. Raises ValueError naming a pattern without a match."""
-    known = sections()
+    all_sections = sections()
     if not patterns:
-        return [section for section in known if section.network != TRIAL]
+        return [section for section in all_sections if section.network != TRIAL]
     for pattern in patterns:
-        if not any(fnmatch(section.name, pattern) for section in known):
-            raise ValueError(f"{pattern!r} is no section; expected {', '.join(section.name for section in known)}")
-    return [section for section in known if any(fnmatch(section.name, pattern) for pattern in patterns)]
+        if not any(fnmatch(section.name, pattern) for section in all_sections):
+            raise ValueError(
+                f"{pattern!r} matches no section; expected {', '.join(section.name for section in all_sections)}"
+            )
+    return [section for section in all_sections if any(fnmatch(section.name, pattern) for pattern in patterns)]
 
 
-def kept_at(section: Section, given: Given) -> Path:
+def result_path(section: Section, settings: Settings) -> Path:
     """Return the path of a section's stored result."""
-    return given.work / "results" / f"{given.device}-{section.name}.json"
+    return settings.work / "results" / f"{settings.device}-{section.name}.json"
 
 
-def result_of(section: Section, given: Given, fresh: bool) -> dict[str, Any]:
+def result_of(section: Section, settings: Settings, fresh: bool) -> dict[str, Any]:
     """Return a section's result: the stored one, or with `fresh` or without one, a new measurement, which is stored."""
-    path = kept_at(section, given)
+    path = result_path(section, settings)
     if not fresh and path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        print(f"{section.name}: kept from {kept['started']}; --fresh measures again", file=sys.stderr)
-        return kept
-    made_with = {"seconds": given.seconds, "rounds": given.rounds}
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        print(f"{section.name}: stored result of {stored['started']}; --fresh measures again", file=sys.stderr)
+        return stored
+    made_with = {"seconds": settings.seconds, "rounds": settings.rounds}
     started = time.strftime("%Y-%m-%d %H:%M")
-    found = {"made_with": made_with, "started": started, **section.measure(given)}
-    if section.kind != "peer" or "turns" in found:  # a peer without turns is not installed; it may be later
-        write_file(path, json.dumps(found, indent=1) + "\n")
-    return found
+    result = {"made_with": made_with, "started": started, **section.measure(settings)}
+    if section.kind != "peer" or "turns" in result:  # a peer without turns is not installed; it may be later
+        write_file(path, json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,17 +82,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"some sections, wildcards allowed: {', '.join(section.name for section in sections())}",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=float, default=3.0, help="of a turn; ResNet-50's take twice as long (default: 3)"
+        "--seconds", type=float, default=3.0, help="length of a turn, for ResNet-50 twice that (default: 3)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
     parser.add_argument("--device", choices=list(PROVIDERS), default="cpu", help="where ONNX Runtime computes")
-    parser.add_argument("--peers-python", type=Path, help="Python of the environment that has the peers")
+    parser.add_argument("--peers-python", type=Path, help="Python of the environment with the peers")
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="default: %(default)s")
-    parser.add_argument("--kept", action="store_true", help="measure nothing: the tables of what is kept in --work")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is kept in --work")
+    parser.add_argument(
+        "--kept", action="store_true", help="measure nothing; print the tables of the results stored in --work"
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure again, also what is stored in --work")
     parser.add_argument(
         "--others", type=float, default=MOST, metavar="SHARE",
-        help="of the cores that other work may take for a ratio to be printed (default: %(default)s)",
+        help="largest share of the cores for other work at which a ratio is printed (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     options = parser.parse_args(arguments)
@@ -106,7 +110,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if PROVIDERS["gpu"] not in onnxruntime.get_available_providers():
             parser.error("argument --device: this onnxruntime has no CUDA; pip install onnxruntime-gpu in its place")
     try:
-        options.sections = chosen(options.only)
+        options.sections = select_sections(options.only)
     except ValueError as error:
         parser.error(f"argument --only: {error}")
     return options
@@ -116,23 +120,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     options = parse(arguments)
     python = options.peers_python.absolute() if options.peers_python else None
-    given = Given(options.work, options.seconds, options.rounds, options.device, python, options.others)
-    given.work.mkdir(parents=True, exist_ok=True)
+    settings = Settings(options.work, options.seconds, options.rounds, options.device, python, options.others)
+    settings.work.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.serving {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
-    found, failed = {}, False
+    results, failed = {}, False
     for section in options.sections:
-        if options.kept and not kept_at(section, given).is_file():
+        if options.kept and not result_path(section, settings).is_file():
             continue
         try:
-            found[section] = result_of(section, given, options.fresh)
+            results[section] = result_of(section, settings, options.fresh)
         except (ServingError, LoadError) as error:
             print(f"{section.name}: {error}", file=sys.stderr)
             failed = True
-    if not found:
+    if not results:
         print("benchmarks.serving: no section has a result", file=sys.stderr)
         return 1
-    text = report(command, given, found)
-    if missing := [section.name for section in options.sections if section not in found]:
+    text = report(command, settings, results)
+    if missing := [section.name for section in options.sections if section not in results]:
         text += f"\n\nNot measured yet: `python -m benchmarks.serving --only {' '.join(missing)}`."
     print(text)
     if options.output:

@@ -29,53 +29,53 @@ class GrpcWire:
     def __init__(self, port: int) -> None:
         self.sock = connect(port)
         self._head = _header_block(SERVICE + Infer.rpc, f"127.0.0.1:{port}")
-        self._got, self._stream, self._answered = bytearray(), -1, 0
+        self._buffer, self._stream, self._response_bytes = bytearray(), -1, 0
         self._window, self._stream_window, self._initial = WINDOW, 0, WINDOW
-        self._left = memoryview(b"")  # rest of the request, held back by flow control
+        self._unsent = memoryview(b"")  # part of the request that flow control holds back
         settings = struct.pack(">HI", INITIAL_WINDOW, OWN_WINDOW)
         opening = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0, settings)
         send_all(self.sock, opening + _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", OWN_WINDOW)))
 
     def send(self, request: bytes) -> None:
         self._stream += 2
-        self._answered, self._left, self._stream_window = 0, memoryview(request), self._initial
+        self._response_bytes, self._unsent, self._stream_window = 0, memoryview(request), self._initial
         self._pump(_frame(HEADERS, END_HEADERS, self._stream, self._head))
 
     def receive(self) -> bool:
         data = self.sock.recv(READ)
         if not data:
             raise LoadError("the server closed a connection")
-        self._got += data
-        place, done, answer = 0, False, b""
-        while len(self._got) >= place + 9:
-            size = int.from_bytes(self._got[place : place + 3], "big")
-            if len(self._got) < place + 9 + size:
+        self._buffer += data
+        offset, done, reply = 0, False, b""
+        while len(self._buffer) >= offset + 9:
+            size = int.from_bytes(self._buffer[offset : offset + 3], "big")
+            if len(self._buffer) < offset + 9 + size:
                 break
-            kind, flags = self._got[place + 3], self._got[place + 4]
-            stream = int.from_bytes(self._got[place + 5 : place + 9], "big")
-            payload = bytes(self._got[place + 9 : place + 9 + size])
-            place += 9 + size
+            kind, flags = self._buffer[offset + 3], self._buffer[offset + 4]
+            stream = int.from_bytes(self._buffer[offset + 5 : offset + 9], "big")
+            payload = bytes(self._buffer[offset + 9 : offset + 9 + size])
+            offset += 9 + size
             if kind == DATA:
-                self._answered += size
-                answer += _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", size)) if size else b""
+                self._response_bytes += size
+                reply += _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", size)) if size else b""
             elif kind in (RESET, GO_AWAY):
                 raise LoadError("the server ended a gRPC call or connection")
             elif kind == HEADERS and flags & END_STREAM:
                 done = True
             else:
-                answer += self._control(kind, flags, stream, payload)
-        del self._got[:place]
-        if done and not self._answered:  # trailers only: a status other than OK
-            raise LoadError("a gRPC call was refused")
-        if answer or self._left:
-            self._pump(answer)
+                reply += self._control(kind, flags, stream, payload)
+        del self._buffer[:offset]
+        if done and not self._response_bytes:  # trailers only: a status other than OK
+            raise LoadError("a gRPC call failed")
+        if reply or self._unsent:
+            self._pump(reply)
         return done
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         """Handle a frame other than DATA and HEADERS; return the bytes of the reply."""
         if kind == SETTINGS and not flags & ACK:
-            for place in range(0, len(payload), 6):
-                name, value = struct.unpack_from(">HI", payload, place)
+            for start in range(0, len(payload), 6):
+                name, value = struct.unpack_from(">HI", payload, start)
                 if name == INITIAL_WINDOW:
                     self._stream_window += value - self._initial
                     self._initial = value
@@ -93,10 +93,10 @@ class GrpcWire:
     def _pump(self, first: bytes) -> None:
         """Send `first`, and as much of the request as the flow-control windows allow."""
         parts = [first]
-        while self._left and (size := min(len(self._left), self._window, self._stream_window, FRAME_BYTES)) > 0:
-            last = END_STREAM if size == len(self._left) else 0
-            parts.append(_frame(DATA, last, self._stream, self._left[:size]))
-            self._left = self._left[size:]
+        while self._unsent and (size := min(len(self._unsent), self._window, self._stream_window, FRAME_BYTES)) > 0:
+            last = END_STREAM if size == len(self._unsent) else 0
+            parts.append(_frame(DATA, last, self._stream, self._unsent[:size]))
+            self._unsent = self._unsent[size:]
             self._window -= size
             self._stream_window -= size
         send_all(self.sock, b"".join(parts))
@@ -112,16 +112,6 @@ def _header_block(path: str, authority: str) -> bytes:
     def text(value: str) -> bytes:
         return bytes([len(value)]) + value.encode()  # below 127 bytes each
 
-    method_and_scheme = bytes([0x83, 0x86])  # POST, http
+    path_and_authority = b"\x04" + text(path) + b"\x01" + text(authority)
     content_type = bytes([0x0F, 0x10]) + text("application/grpc")
-    return (
-        method_and_scheme
-        + b"\x04"
-        + text(path)
-        + b"\x01"
-        + text(authority)
-        + content_type
-        + b"\x00"
-        + text("te")
-        + text("trailers")
-    )
+    return bytes([0x83, 0x86]) + path_and_authority + content_type + b"\0" + text("te") + text("trailers")  # POST, http

@@ -26,7 +26,7 @@ class LoadError(Exception):
 
 
 @dataclass
-class Measured:
+class TurnResult:
     """Result of one turn: images per second, latencies (ms) of the requests, the generator's share of one core."""
 
     rate: float
@@ -53,7 +53,7 @@ class HttpWire:
 
     def __init__(self, port: int) -> None:
         self.sock = connect(port)
-        self._got = bytearray()
+        self._buffer = bytearray()
         self._ends: int | None = None
 
     def send(self, request: bytes) -> None:
@@ -63,12 +63,12 @@ class HttpWire:
         data = self.sock.recv(READ)
         if not data:
             raise LoadError("the server closed a connection")
-        self._got += data
-        if self._ends is None and (end := self._got.find(b"\r\n\r\n")) >= 0:
-            self._ends = end + 4 + content_length(self._got[: end + 2])
-        if self._ends is None or len(self._got) < self._ends:
+        self._buffer += data
+        if self._ends is None and (end := self._buffer.find(b"\r\n\r\n")) >= 0:
+            self._ends = end + 4 + content_length(self._buffer[: end + 2])
+        if self._ends is None or len(self._buffer) < self._ends:
             return False
-        self._got.clear()
+        self._buffer.clear()
         self._ends = None
         return True
 
@@ -77,10 +77,10 @@ def content_length(head: bytearray) -> int:
     """Return the body length of a response of status 200. Raises LoadError for another status."""
     if head[9:12] != b"200":
         raise LoadError(f"the server answered {head.partition(b'HTTP/1.1 ')[2][:60].decode('latin-1').splitlines()[0]}")
-    place = head.lower().find(b"\r\ncontent-length:")
-    if place < 0:
-        raise LoadError("answered without Content-Length")
-    return int(head[place + 17 : head.find(b"\r", place + 2)])
+    index = head.lower().find(b"\r\ncontent-length:")
+    if index < 0:
+        raise LoadError("the response has no Content-Length")
+    return int(head[index + 17 : head.find(b"\r", index + 2)])
 
 
 def connect(port: int) -> socket.socket:
@@ -120,7 +120,7 @@ class Load:
     wire: Callable[[int], Wire] = HttpWire
 
 
-def run(load: Load, seconds: float) -> Measured:
+def run(load: Load, seconds: float) -> TurnResult:
     """Send requests for `seconds` after a warm-up. Raises LoadError, and OSError where no server listens."""
     wires = [load.wire(load.port) for _ in range(load.users)]
     gc.collect()
@@ -128,21 +128,21 @@ def run(load: Load, seconds: float) -> Measured:
     began, used = time.perf_counter(), time.process_time()
     begins = began + WARM_UP * seconds
     try:
-        answers = _loop(wires, itertools.cycle(load.requests), begins + seconds, load.rate)
+        responses = _loop(wires, itertools.cycle(load.requests), begins + seconds, load.rate)
         own_share = (time.process_time() - used) / (time.perf_counter() - began)
     finally:
         gc.enable()
         for wire in wires:
             wire.sock.close()
     # All responses have arrived, some after the end; a late one counts only if there is no other.
-    counted = answers[(answers[:, 0] >= begins) & (answers[:, 0] < begins + seconds)]
-    counted = counted if len(counted) else answers[-1:]
-    before = answers[answers[:, 0] < counted[0, 0], 0]
+    counted = responses[(responses[:, 0] >= begins) & (responses[:, 0] < begins + seconds)]
+    counted = counted if len(counted) else responses[-1:]
+    before = responses[responses[:, 0] < counted[0, 0], 0]
     # The responses of a batch arrive together, so the span is from the last response before the measurement to the last
     # counted one: with fixed bounds a batch at a bound would be counted in full or not at all.
     span = counted[-1, 0] - (before[-1] if len(before) else began)
-    took = span if span > seconds / 2 else max(seconds, answers[-1, 0] - began)
-    return Measured(len(counted) * load.images / took, counted[:, 1] * 1000, own_share)
+    took = span if span > seconds / 2 else max(seconds, responses[-1, 0] - began)
+    return TurnResult(len(counted) * load.images / took, counted[:, 1] * 1000, own_share)
 
 
 def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: float | None) -> np.ndarray:
@@ -156,7 +156,7 @@ def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: f
     free, sent, clock = list(wires), {}, time.perf_counter
     due = arrivals(clock(), rate) if rate else None
     next_due = next(due) if due else 0.0
-    found: list[tuple[float, float]] = []
+    responses: list[tuple[float, float]] = []
     while True:
         now = clock()
         while free and next_due <= now < ends:
@@ -171,15 +171,15 @@ def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: f
         idle = due and free and now < ends
         ready = selector.select(max(0.0, min(next_due, ends) - now) if idle else PATIENCE)
         if not ready and not idle:
-            raise LoadError(f"no answer for {PATIENCE:g} s")
+            raise LoadError(f"no response for {PATIENCE:g} s")
         for key, _ in ready:
             wire = key.data
             if wire.receive():
                 now = clock()
-                found.append((now, now - sent[wire]))
+                responses.append((now, now - sent[wire]))
                 free.append(wire)
     selector.close()
-    return np.array(found).reshape(-1, 2)
+    return np.array(responses).reshape(-1, 2)
 
 
 def arrivals(start: float, rate: float) -> Iterator[float]:

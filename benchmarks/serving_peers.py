@@ -27,7 +27,7 @@ REQUIREMENTS = Path(__file__).with_name("peers-requirements.txt")
 START_SECONDS = 120.0
 END_SECONDS = 5.0
 BOUNDARY = "benchmark-of-tailor"
-NO_REPORTS = {"BENTOML_DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1"}
+NO_TELEMETRY = {"BENTOML_DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ PEERS = {
 
 def version_of(peer: Peer, python: Path) -> str | None:
     """Return the peer's version in an environment; None where it is not installed."""
-    told = f"from importlib.metadata import version; print(version({peer.package!r}))"
-    done = subprocess.run([python, "-c", told], capture_output=True, text=True, check=False)
+    program = f"from importlib.metadata import version; print(version({peer.package!r}))"
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -97,22 +97,22 @@ class RunningPeer:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         for process in reversed(self._all()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
     def end(self) -> None:
         """Terminate the peer; kill processes that remain after END_SECONDS."""
-        self.go_on()
+        self.resume()
         processes = self._all()
         with contextlib.suppress(psutil.NoSuchProcess):
             self.process.terminate()
-        _, left = psutil.wait_procs(processes, END_SECONDS)
-        for process in left:
+        _, remaining = psutil.wait_procs(processes, END_SECONDS)
+        for process in remaining:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, END_SECONDS)
+        psutil.wait_procs(remaining, END_SECONDS)
 
     def _all(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -125,8 +125,8 @@ def serving(peer: Peer, python: Path, release: Release, users: int, log: Path) -
     """Run a peer on all cores; yields it after its first response. Raises LoadError without one. Output: `log`."""
     cores = len(os.sched_getaffinity(0))
     port = choose_ports("127.0.0.1", {"--port": 0})["--port"]
-    given = {"BENCHMARK_GRAPH": str(release.graph), "BENCHMARK_PORT": str(port), "BENCHMARK_WORKERS": str(cores)}
-    environment = {**os.environ, **NO_REPORTS, **given, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    settings = {"BENCHMARK_GRAPH": str(release.graph), "BENCHMARK_PORT": str(port), "BENCHMARK_WORKERS": str(cores)}
+    environment = {**os.environ, **NO_TELEMETRY, **settings, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
     environment.pop("VIRTUAL_ENV", None)
     load = Load(port, [peer.request(pixels) for pixels in release.pixels], users=users)
@@ -137,14 +137,14 @@ def serving(peer: Peer, python: Path, release: Release, users: int, log: Path) -
         )  # fmt: skip
     running = RunningPeer(load, psutil.Process(process.pid))
     try:
-        _await(process, running, peer, log)
+        _wait_for_response(process, running, peer, log)
         yield running
     finally:
         running.end()
         process.wait()
 
 
-def _await(process: subprocess.Popen[bytes], running: RunningPeer, peer: Peer, log: Path) -> None:
+def _wait_for_response(process: subprocess.Popen[bytes], running: RunningPeer, peer: Peer, log: Path) -> None:
     deadline, once = time.monotonic() + START_SECONDS, Load(running.load.port, running.load.requests, users=1)
     while True:
         try:
@@ -153,10 +153,10 @@ def _await(process: subprocess.Popen[bytes], running: RunningPeer, peer: Peer, l
         except (LoadError, OSError) as error:
             if process.poll() is not None:
                 raise LoadError(
-                    f"{peer.name} ended with status {process.returncode} while it started; see {log}"
+                    f"{peer.name} exited with status {process.returncode} during its start; see {log}"
                 ) from error
             if time.monotonic() > deadline:
                 raise LoadError(
-                    f"{peer.name} has not answered within {START_SECONDS:g} s: {error}; see {log}"
+                    f"{peer.name} did not respond within {START_SECONDS:g} s: {error}; see {log}"
                 ) from error
             time.sleep(0.3)

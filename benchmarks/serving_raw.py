@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from benchmarks.serving_load import WARM_UP, LoadError, Measured
+from benchmarks.serving_load import WARM_UP, LoadError, TurnResult
 from benchmarks.serving_releases import Release
 from models.preprocess import preprocess
 
@@ -39,10 +39,10 @@ class Setting:
         return f"{self.sessions} x {self.threads} threads, batch {self.batch}"
 
 
-def settings(cores: int, batches: Sequence[int], decode: bool) -> list[Setting]:
+def candidate_settings(cores: int, batches: Sequence[int], decode: bool) -> list[Setting]:
     """Return the settings to try: one session on all cores, and one session per core."""
-    ways = sorted({(cores, 1), (1, cores)})
-    return [Setting(*way, batch, decode) for way, batch in product(ways, batches)]
+    divisions = sorted({(cores, 1), (1, cores)})
+    return [Setting(*division, batch, decode) for division, batch in product(divisions, batches)]
 
 
 class Raw:
@@ -50,21 +50,21 @@ class Raw:
 
     def __init__(self, release: Release, device: str = "cpu") -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, release, device), daemon=True)
+        self._connection, child = context.Pipe()
+        self._process = context.Process(target=_work, args=(child, release, device), daemon=True)
         self._process.start()
-        theirs.close()
+        child.close()
 
-    def run(self, setting: Setting, seconds: float) -> Measured:
+    def run(self, setting: Setting, seconds: float) -> TurnResult:
         """Measure one turn; latencies are of a batch, including decoding. Raises LoadError when the process exited."""
         try:
             self._connection.send((setting, seconds))
-            found = Measured(*self._connection.recv())
+            result = TurnResult(*self._connection.recv())
         except (EOFError, OSError) as error:
-            raise LoadError("raw ONNX Runtime ended; its process says why above") from error
+            raise LoadError("raw ONNX Runtime has exited; see the output of its process above") from error
         if setting.threads > 1:
             time.sleep(SPINNING)
-        return found
+        return result
 
     def best(self, tried: Sequence[Setting], seconds: float) -> tuple[Setting, dict[str, float]]:
         """Return the fastest setting, and the images/s of all settings."""
@@ -84,22 +84,22 @@ def _work(connection: Connection, release: Release, device: str) -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
-    made: dict[tuple[int, int], list[onnxruntime.InferenceSession]] = {}
+    sessions: dict[tuple[int, int], list[onnxruntime.InferenceSession]] = {}
     while True:
         try:
             setting, seconds = connection.recv()
         except EOFError:
             return
         key = (setting.sessions, setting.threads)
-        if key not in made:
+        if key not in sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = setting.threads
             providers = [PROVIDERS[device]]
-            made[key] = [
+            sessions[key] = [
                 onnxruntime.InferenceSession(str(release.graph), options, providers=providers)
                 for _ in range(setting.sessions)
             ]
-        connection.send(_turn(made[key], release, setting, seconds))
+        connection.send(_turn(sessions[key], release, setting, seconds))
 
 
 def _turn(sessions: list, release: Release, setting: Setting, seconds: float) -> tuple[float, np.ndarray, float]:
@@ -128,11 +128,11 @@ def _turn(sessions: list, release: Release, setting: Setting, seconds: float) ->
 
 
 def _infer(session: object, release: Release, setting: Setting, start: int) -> None:
-    chosen = [(start + place) % len(release.pixels) for place in range(setting.batch)]
+    indices = [(start + offset) % len(release.pixels) for offset in range(setting.batch)]
     if setting.decode:
         size = release.network.size
-        images = np.stack([preprocess(release.photos[place], size, size) for place in chosen])
+        images = np.stack([preprocess(release.photos[index], size, size) for index in indices])
     else:
-        images = release.pixels[chosen]
+        images = release.pixels[indices]
     strength = np.zeros((setting.batch, 1), dtype=np.float32)
     session.run(["logits"], {"image": images, "strength": strength})  # type: ignore[attr-defined]

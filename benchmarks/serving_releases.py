@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,30 +50,14 @@ class Network:
     own_network: bool | None = None
 
 
+RESNET32 = Network("ResNet-32", "resnet32", 32, (32, 32), 32, (1, 8, 16, 32))
+RESNET50 = Network("ResNet-50", "torchvision/resnet50", 224, (500, 375), 8, (1, 4, 8), 2.0)
+CALLS_STUDENT = {"instances": 1, "own_network": False}
 NETWORKS = {
-    "resnet32": Network("ResNet-32", "resnet32", 32, (32, 32), 32, (1, 8, 16, 32)),
-    "resnet32-asking": Network(
-        "ResNet-32, 1 instance, classifier asks student",
-        "resnet32",
-        32,
-        (32, 32),
-        32,
-        (1, 8, 16, 32),
-        instances=1,
-        own_network=False,
-    ),
-    "resnet50": Network("ResNet-50", "torchvision/resnet50", 224, (500, 375), 8, (1, 4, 8), 2.0),
-    "resnet50-asking": Network(
-        "ResNet-50, 1 instance, classifier asks student",
-        "torchvision/resnet50",
-        224,
-        (500, 375),
-        8,
-        (1, 4, 8),
-        2.0,
-        instances=1,
-        own_network=False,
-    ),
+    "resnet32": RESNET32,
+    "resnet32-asking": replace(RESNET32, name="ResNet-32, 1 instance, classifier calls student", **CALLS_STUDENT),
+    "resnet50": RESNET50,
+    "resnet50-asking": replace(RESNET50, name="ResNet-50, 1 instance, classifier calls student", **CALLS_STUDENT),
     # For trials of the benchmark: the same stages and servers with a very small network.
     "resnet20": Network("ResNet-20", "resnet20", 16, (16, 16), 8, (1, 8)),
 }

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.machine import processor
+from benchmarks.machine import gpu_note, processor
 from benchmarks.other_work import quiet_ratio
 from benchmarks.serving_peers import PEERS, how_to_install
 from benchmarks.serving_releases import NETWORKS
-from benchmarks.serving_sections import Given, Section, sections
+from benchmarks.serving_sections import Section, Settings
 from benchmarks.serving_turns import Record, median, ratios
 
-Found = Mapping[Section, dict[str, Any]]
+Results = Mapping[Section, dict[str, Any]]
 # Side → the side it is compared with, and the goal of the ratio by network.
 LIMITS = {
     "HTTP, batch 1": ("raw", {"resnet32": 0.88, "resnet32-asking": 0.88, "resnet50": 0.97, "resnet50-asking": 0.97}),
@@ -36,11 +36,11 @@ COSTS = {
 PEER_GOALS = {("resnet32", peer): 2.5 for peer in ("litserve", "bentoml")}
 PEER_GOALS |= {("resnet50", peer): 1.05 for peer in PEERS}
 LIMIT_HEADING = (
-    "| network | asked | images/s | p50 ms | p99 ms | limit images/s | ratio | smallest to largest | goal | generator "
+    "| network | request | images/s | p50 ms | p99 ms | limit images/s | ratio | smallest to largest | goal | generator "
     "| others |\n|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
 COST_HEADING = (
-    "| network | asked | images/s | p50 ms | p99 ms | against | cost | smallest to largest | goal | others |\n"
+    "| network | request | images/s | p50 ms | p99 ms | against | cost | smallest to largest | goal | others |\n"
     "|---|---|--:|--:|--:|---|--:|--:|--:|--:|"
 )
 PEER_HEADING = (
@@ -49,27 +49,29 @@ PEER_HEADING = (
 )
 
 
-def report(command: str, given: Given, found: Found) -> str:
+def report(command: str, settings: Settings, results: Results) -> str:
     """Return the whole report as Markdown."""
-    parts = [head(command, given, found)]
+    parts = [head(command, settings, results)]
     tables = [
-        ("Against raw ONNX Runtime", LIMIT_HEADING, limit_rows(found, given)),
-        ("Against other servers: `student` over HTTP, batch 1", PEER_HEADING, peer_rows(found, given)),
-        ("What a request's prior costs", COST_HEADING, cost_rows(found, given)),
+        ("Against raw ONNX Runtime", LIMIT_HEADING, limit_rows(results, settings)),
+        ("Against other servers: `student` over HTTP, batch 1", PEER_HEADING, peer_rows(results, settings)),
+        ("What a request's prior costs", COST_HEADING, cost_rows(results, settings)),
     ]
     for title, heading, rows in tables:
         if lines := list(rows):
-            parts += [f"## {title}", "", heading, *lines, *(limit_lines(found) if heading == LIMIT_HEADING else []), ""]
-    return "\n".join([*parts, *([empty_gpu_rows()] if given.device == "cpu" else [])])
+            notes = limit_lines(results) if heading == LIMIT_HEADING else []
+            parts += [f"## {title}", "", heading, *lines, *notes, ""]
+    command = "python -m benchmarks.serving --device gpu --only 'limit-*' --output benchmarks/results/serving-gpu.md"
+    return "\n".join([*parts, *([gpu_note(command)] if settings.device == "cpu" else [])])
 
 
-def head(command: str, given: Given, found: Found) -> str:
+def head(command: str, settings: Settings, results: Results) -> str:
     """Return the head of the report: command, hardware, versions, and load by other work."""
-    records = [record for result in found.values() for record in _records(result)]
-    days = sorted({result["started"][:10] for result in found.values()})
-    rounds = sorted({result["made_with"]["rounds"] for result in found.values()})
+    records = [record for result in results.values() for record in _records(result)]
+    days = sorted({result["started"][:10] for result in results.values()})
+    rounds = sorted({result["made_with"]["rounds"] for result in results.values()})
     seconds = sorted(
-        {result["made_with"]["seconds"] * NETWORKS[section.network].stretch for section, result in found.items()}
+        {result["made_with"]["seconds"] * NETWORKS[section.network].stretch for section, result in results.items()}
     )
     lines = [
         f"`{command}`",
@@ -81,17 +83,16 @@ def head(command: str, given: Given, found: Found) -> str:
     if records:
         busy, load = sorted(record["busy"] for record in records), [record["load"] for record in records]
         lines.append(
-            f"Other work on the cores, watched before each of the {len(records)} turns: {busy[len(busy) // 2]:.0%} of them in "
-            f"the median, {busy[-1]:.0%} at most; load average {min(load):.2f} to {max(load):.2f}, our own included. "
-            "In the tables, others is the largest share during a turn of that row, above "
-            f"{given.others:.0%} of which there is no ratio; generator what the load generator took of "
-            "all cores in its turns."
+            f"Other work on the cores, measured before each of the {len(records)} turns: {busy[len(busy) // 2]:.0%} of them in "
+            f"the median, {busy[-1]:.0%} at most; load average {min(load):.2f} to {max(load):.2f}, with that of the benchmark. "
+            "Columns: others is the largest share of other work during a turn of the row; above "
+            f"{settings.others:.0%} no ratio is printed. generator is the load generator's share of all cores."
         )
     return "\n".join([*lines, ""])
 
 
-def limit_rows(found: Found, given: Given) -> Iterator[str]:
-    for section, result in found.items():
+def limit_rows(results: Results, settings: Settings) -> Iterator[str]:
+    for section, result in results.items():
         for side, (against, goals) in LIMITS.items() if section.kind == "limit" else ():
             if side not in result["turns"]:
                 continue
@@ -100,65 +101,46 @@ def limit_rows(found: Found, given: Given) -> Iterator[str]:
             name = "`classifier`, HTTP, JPEG" if side == "classifier" else f"`student`, {side}"
             yield (
                 f"| {NETWORKS[section.network].name} | {name} | {_speed(ours)} | {_rate(limit)} "
-                f"| {_ratio(given, ours, limit)} | {goal} | {median(ours, 'own'):.1%} | {_others(ours, limit)} |"
+                f"| {_ratio(settings, ours, limit)} | {goal} | {median(ours, 'own'):.1%} | {_others(ours, limit)} |"
             )
 
 
-def limit_lines(found: Found) -> Iterator[str]:
+def limit_lines(results: Results) -> Iterator[str]:
     """Yield the settings that were tried for the limit, and the best one."""
-    for section, result in found.items():
+    for section, result in results.items():
         for limit, search in result.get("limits", {}).items():
             tried = ", ".join(f"{setting}: {rate:,.1f}" for setting, rate in search["tried"].items())
             yield f"\n{NETWORKS[section.network].name}, {limit}: best at {search['best']} (images/s when tried: {tried})."
 
 
-def cost_rows(found: Found, given: Given) -> Iterator[str]:
-    for section, result in found.items():
+def cost_rows(results: Results, settings: Settings) -> Iterator[str]:
+    for section, result in results.items():
         for side, (against, goal) in COSTS.items() if section.kind == "adjustment" else ():
             ours, plain = result["turns"][side], result["turns"][against]
             costs = [1 - ratio for ratio in ratios(ours, plain)]
-            cost = quiet_ratio(f"{statistics.median(costs):.1%}", _most_others(ours, plain), given.others)
+            cost = quiet_ratio(f"{statistics.median(costs):.1%}", _most_others(ours, plain), settings.others)
             yield (
                 f"| {NETWORKS[section.network].name} | {side} | {_speed(ours)} | {against} | {cost} "
                 f"| {min(costs):.1%} to {max(costs):.1%} | ≤ {goal:.0%} | {_others(ours, plain)} |"
             )
 
 
-def peer_rows(found: Found, given: Given) -> Iterator[str]:
-    for section, result in found.items():
+def peer_rows(results: Results, settings: Settings) -> Iterator[str]:
+    for section, result in results.items():
         if section.kind != "peer":
             continue
         network, peer = NETWORKS[section.network].name, PEERS[section.peer or ""].name
         if "turns" not in result:
-            yield f"| {network} | {peer} | not installed: {how_to_install(given.peers_python)} {'| ' * 11}"
+            yield f"| {network} | {peer} | not installed: {how_to_install(settings.peers_python)} {'| ' * 11}"
             continue
         theirs, ours, half = result["turns"]["peer"], result["turns"]["Tailor"], result["half"]
         goal = PEER_GOALS.get((section.network, section.peer or ""))
         yield (
             f"| {network} | {peer} {result['version']} | {_rate(theirs)} | {_latency(theirs)} "
-            f"| {_rate(ours)} | {_latency(ours)} | {_ratio(given, ours, theirs)} "
+            f"| {_rate(ours)} | {_latency(ours)} | {_ratio(settings, ours, theirs)} "
             f"| {f'≥ {goal:g}' if goal else ''} | {result['half_rate']:,.0f} | {median(half['peer'], 'p99'):.1f} "
             f"| {median(half['Tailor'], 'p99'):.1f} | {_others(ours, theirs, *half.values())} |"
         )
-
-
-def empty_gpu_rows() -> str:
-    """Return empty table rows for measurements that are still missing, with the command for them."""
-    rows = [
-        f"| {NETWORKS[section.network].name} | {side} | | | | | | | | | |"
-        for section in sections()
-        for side, (_, goals) in LIMITS.items()
-        if section.kind == "limit" and section.network in goals
-    ]
-    return "\n".join([
-        "## On a GPU",
-        "",
-        "Not run yet, none was at hand. `python -m benchmarks.serving --device gpu --only 'limit-*' --output "
-        "benchmarks/results/serving-gpu.md` fills these rows, where onnxruntime-gpu is installed.",
-        "",
-        LIMIT_HEADING,
-        *rows,
-    ])  # fmt: skip
 
 
 def _records(result: dict[str, Any]) -> Iterator[Record]:
@@ -184,9 +166,9 @@ def _latency(records: list[Record]) -> str:
     return f"{median(records, 'p50'):.1f} / {median(records, 'p99'):.1f}"
 
 
-def _ratio(given: Given, ours: list[Record], against: list[Record]) -> str:
+def _ratio(settings: Settings, ours: list[Record], against: list[Record]) -> str:
     values = ratios(ours, against)
-    middle = quiet_ratio(f"{statistics.median(values):.2f}", _most_others(ours, against), given.others)
+    middle = quiet_ratio(f"{statistics.median(values):.2f}", _most_others(ours, against), settings.others)
     return f"{middle} | {min(values):.2f} to {max(values):.2f}"
 
 

@@ -9,38 +9,38 @@ import time
 from collections.abc import Callable, Mapping
 
 from benchmarks.other_work import OtherWork, cores_ticks
-from benchmarks.serving_load import Measured
+from benchmarks.serving_load import TurnResult
 
 WATCHED = 0.3  # seconds of observation before a turn
-Side = Callable[[float], Measured]
+Side = Callable[[float], TurnResult]
 Record = dict[str, float]
 
 
 def in_rounds(name: str, sides: Mapping[str, Side], rounds: int, seconds: float) -> dict[str, list[Record]]:
     """Return `rounds` records by side, after a short warm-up of every side."""
-    found: dict[str, list[Record]] = {side: [] for side in sides}
+    records: dict[str, list[Record]] = {side: [] for side in sides}
     for side in sides.values():
         side(seconds / 4)
     for number in range(rounds):
         for side, measure in sides.items():
             record = turn(measure, seconds)
-            found[side].append(record)
+            records[side].append(record)
             print(
                 f"{name}, round {number + 1} of {rounds}: {side}: {record['rate']:,.1f} images/s, p50 {record['p50']:.1f}, "
                 f"p99 {record['p99']:.1f} ms; before it {record['busy']:.0%} busy, load {record['load']:.2f}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-    return found
+    return records
 
 
 def turn(measure: Side, seconds: float) -> Record:
     """Measure one turn: images/s, p50 and p99 (ms), generator's and other work's share of all cores, load average."""
     busy, load = busy_share(), os.getloadavg()[0]
     others = OtherWork()
-    found = measure(seconds)
-    own = found.own_share / len(os.sched_getaffinity(0))
+    result = measure(seconds)
+    own = result.own_share / len(os.sched_getaffinity(0))
     return {
-        "rate": found.rate, "p50": found.quantile(0.5), "p99": found.quantile(0.99), "own": own, "busy": busy, "load": load,
+        "rate": result.rate, "p50": result.quantile(0.5), "p99": result.quantile(0.99), "own": own, "busy": busy, "load": load,
         "others": others.share(),
     }  # fmt: skip
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.other_work import OtherWork, quiet_ratio
 from serving.client import Client
 from serving.promotion.promotion import promote
-from serving.repository.manifest import MANIFEST_NAME, Golden, load_golden, load_manifest
+from serving.repository.manifest import MANIFEST_NAME, load_golden, load_manifest
 from serving.repository.writer import write_repository
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
@@ -35,7 +35,7 @@ from serving.transport.retries import Retries
 
 GOAL = 2.0  # p99 during swaps / p99 without
 UNLOADING = 2.0  # seconds after a promotion that still count as the swap
-ASKERS = 4  # connections, one thread each
+CONNECTIONS = 4  # of the caller, one thread each
 
 
 @dataclass(frozen=True)
@@ -47,34 +47,46 @@ class Stretch:
     end: float
 
 
-def ask(url: str, golden: list[Golden], rate: float, retries: Retries | None = None) -> int:
-    """Send `rate` requests/s until EOF on standard input, then print [due, latency, version or 0] of each as JSON."""
-    stop = threading.Event()
-    asked: list[tuple[float, float, int]] = []
+def send_at_rate(
+    url: str, images: list[tuple[bytes, float]], rate: float, timeout: float = 30.0, retries: Retries | None = None
+) -> int:
+    """Send `rate` requests/s until EOF on standard input, then print [due, latency, version or 0] of each as JSON.
 
-    def asker(number: int) -> None:
-        due, step = time.monotonic() + number / rate, ASKERS / rate
-        image, strength = golden[number % len(golden)].image_bytes(), golden[number % len(golden)].strength
-        with Client(url, timeout=30, retries=retries) as client:
-            while not stop.is_set():
+    images: image and strength of the request of each connection. A request due before the end that could not be sent
+    within `timeout` seconds after it counts as failed.
+    """
+    ends: list[float] = []
+    sent: list[tuple[float, float, int]] = []
+
+    def send(number: int) -> None:
+        due, step = time.monotonic() + number / rate, CONNECTIONS / rate
+        image, strength = images[number % len(images)]
+        with Client(url, timeout=timeout, retries=retries) as client:
+            while not ends or due < ends[0]:
                 time.sleep(max(0.0, due - time.monotonic()))
+                version = 0
                 try:
-                    version = client.predict([image], strength)[0].version
+                    if not ends or time.monotonic() <= ends[0] + timeout:
+                        version = client.predict([image], strength)[0].version
                 except ServingError as error:
                     print(error, file=sys.stderr)
-                    version = 0
-                asked.append((due, time.monotonic() - due, version))
+                sent.append((due, time.monotonic() - due, version))
                 due += step
 
-    threads = [threading.Thread(target=asker, args=(number,)) for number in range(ASKERS)]
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(CONNECTIONS)]
     for thread in threads:
         thread.start()
     sys.stdin.read()
-    stop.set()
+    ends.append(time.monotonic())
     for thread in threads:
         thread.join()
-    json.dump(asked, sys.stdout)
+    json.dump(sent, sys.stdout)
     return 0
+
+
+def golden_images(export: Path) -> list[tuple[bytes, float]]:
+    """Return image and strength of the golden requests of an export."""
+    return [(golden.image_bytes(), golden.strength) for golden in load_golden(export)]
 
 
 def new_release(export: Path, folder: Path, number: int) -> Path:
@@ -92,9 +104,9 @@ def measure(
     root = write_repository(export, folder / "repository")
     stretches = []
     with TritonServer(root, http_port=0, grpc_port=0, metrics_port=0) as server:
-        command = [sys.executable, "-m", "benchmarks.swaps", "--ask", server.http_url, "--export", str(export)]
+        command = [sys.executable, "-m", "benchmarks.swaps", "--send", server.http_url, "--export", str(export)]
         # A separate session (scheduler autogroup): processes of the promotion do not share the caller's time slices.
-        asker = subprocess.Popen(
+        caller = subprocess.Popen(
             [*command, "--rate", str(rate)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         try:
@@ -109,44 +121,45 @@ def measure(
                 time.sleep(end - start)
                 stretches.append(Stretch("quiet", end, time.monotonic()))
                 shutil.rmtree(release)
-            output, _ = asker.communicate()
+            output, _ = caller.communicate()
         finally:
-            asker.kill()
+            caller.kill()
     return stretches, [tuple(row) for row in json.loads(output)]
 
 
 def report(
-    command: str, stretches: list[Stretch], asked: list[tuple[float, float, int]], others: float = 0.0
+    command: str, stretches: list[Stretch], requests: list[tuple[float, float, int]], others: float = 0.0
 ) -> tuple[str, bool]:
     """Return a Markdown table, and whether both goals were met: no failed request, p99 within GOAL.
 
     others: share of the cores that other work took.
     """
     during = {kind: [] for kind in ("quiet", "swap")}
-    for due, latency, version in asked:
+    for due, latency, version in requests:
         for stretch in stretches:
             if stretch.start <= due < stretch.end:
                 during[stretch.kind].append((latency * 1000, version))
     rows, p99 = [], {}
-    for kind, found in during.items():
-        latencies = [latency for latency, _ in found]
+    for kind, responses in during.items():
+        latencies = [latency for latency, _ in responses]
         cuts = statistics.quantiles(latencies, n=1000, method="inclusive")
         p99[kind] = cuts[989]
-        failed = sum(version == 0 for _, version in found)
+        failed = sum(version == 0 for _, version in responses)
         rows.append(
-            f"| {kind} | {len(found)} | {failed} | {cuts[499]:.1f} | {cuts[989]:.1f} | {cuts[998]:.1f} | {max(latencies):.1f} |"
+            f"| {kind} | {len(responses)} | {failed} | {cuts[499]:.1f} | {cuts[989]:.1f} | {cuts[998]:.1f} "
+            f"| {max(latencies):.1f} |"
         )
     swaps = [stretch.end - stretch.start for stretch in stretches if stretch.kind == "swap"]
-    failed = sum(version == 0 for _, _, version in asked)
-    versions = len({version for _, _, version in asked} - {0})
+    failed = sum(version == 0 for _, _, version in requests)
+    versions = len({version for _, _, version in requests} - {0})
     ratio = p99["swap"] / p99["quiet"]
     lines = [
         f"`{command}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores; load average at the end {os.getloadavg()[0]:.2f}.",
-        f"{len(swaps)} swaps of {statistics.median(swaps):.1f} s (median, {UNLOADING:g} s of unloading after the promotion "
-        f"among them), {versions} versions answered, "
-        f"{len(asked)} requests, {failed} failed (goal 0).",
+        f"{len(swaps)} swaps of {statistics.median(swaps):.1f} s (median, with {UNLOADING:g} s of unloading after the "
+        f"promotion), {versions} versions responded, "
+        f"{len(requests)} requests, {failed} failed (goal 0).",
         f"p99 during swaps / p99 without: {quiet_ratio(f'{ratio:.2f}', others)} (goal ≤ {GOAL:g}).",
         "",
         "| stretch | requests | failed | p50 ms | p99 ms | p99.9 ms | max ms |",
@@ -161,15 +174,15 @@ def main() -> int:
     parser.add_argument("--export", type=Path, default=Path("artifacts/export"), help="default: %(default)s")
     parser.add_argument("--swaps", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=40.0, help="requests/s, default: %(default)s")
-    parser.add_argument("--ask", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--send", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.ask:
-        return ask(options.ask, load_golden(options.export), options.rate)
+    if options.send:
+        return send_at_rate(options.send, golden_images(options.export), options.rate)
     with tempfile.TemporaryDirectory(prefix="tailor-swaps-") as folder:
         others = OtherWork()
-        found = measure(options.export.absolute(), options.swaps, options.rate, Path(folder))
+        measured = measure(options.export.absolute(), options.swaps, options.rate, Path(folder))
     command = f"python -m benchmarks.swaps --swaps {options.swaps} --rate {options.rate:g}"
-    text, met = report(command, *found, others.share())
+    text, met = report(command, *measured, others.share())
     print(text)
     return 0 if met else 1
 

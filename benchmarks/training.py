@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import add_device_option, gpu_note, hardware, versions
 from benchmarks.other_work import OtherWork, quiet_ratio
 from benchmarks.training_setup import Setup, objective_of, setup_of
 from benchmarks.training_sides import SIDES, difference
@@ -78,20 +78,20 @@ def whole_run(setup: Setup) -> tuple[float, History, History]:
     return time.perf_counter() - begin, *histories
 
 
-def head(arguments: argparse.Namespace, setup: Setup, apart: float) -> str:
+def head(arguments: argparse.Namespace, setup: Setup, deviation: float) -> str:
     """Return the head of the report: command, hardware, versions, size of a round, difference of the two sides."""
     waiting = os.environ.get("OMP_WAIT_POLICY")
     setting = f"OMP_WAIT_POLICY={waiting} " if waiting else ""
-    words = ["FOLDER" if word == str(arguments.data) else word for word in sys.argv[1:]]
-    source = "CIFAR-10 pack" if arguments.data else "made images"
+    command = ["FOLDER" if word == str(arguments.data) else word for word in sys.argv[1:]]
+    source = "CIFAR-10 pack" if arguments.data else "generated images"
     return (
-        f"`{setting}python -m benchmarks.training {' '.join(words)}`\n\n"
+        f"`{setting}python -m benchmarks.training {' '.join(command)}`\n\n"
         f"{hardware(arguments.device)}; {versions(arguments.threads)}.\n"
         f"{source} at imbalance factor 100: student {arguments.student}, teacher {arguments.teacher}, batch "
         f"{setup.params.student.batch_size}, K {setup.params.student.queue_total}, AutoAugment and Cutout; engine in "
         f"{setup.params.engine.precision} precision, baseline in float32 with {arguments.workers} loader workers. A round is "
         f"{len(setup.train)} images of training and {len(setup.test)} of evaluation; median of {arguments.rounds} rounds.\n"
-        f"Same views, same weights, float64: losses and gradients of the two differ by at most {apart:.1e} of the largest.\n"
+        f"Same views, same weights, float64: losses and gradients differ by at most {deviation:.1e} of the largest.\n"
     )
 
 
@@ -120,25 +120,13 @@ def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str
     lines.append(f"| extrapolated, minutes | {minutes[0]:.1f} | {minutes[1]:.1f} | ≤ {GOAL_MINUTES} |")
     if full:
         seconds, teacher, student = whole_run(setup)
-        lines.append(f"| made, minutes, preparation included | | {seconds / 60:.1f} | ≤ {GOAL_MINUTES} |")
+        lines.append(f"| measured, minutes, with preparation | | {seconds / 60:.1f} | ≤ {GOAL_MINUTES} |")
         accuracies = ", ".join(f"{history[-1]['validation_accuracy']:.4f}" for history in (teacher, student))
         lines += [
             "",
-            f"Accuracy on the test images after the last epoch of the run made: teacher, student {accuracies}.",
+            f"Accuracy on the test images after the last epoch of the measured run: teacher, student {accuracies}.",
         ]
     return "\n".join(lines) + "\n"
-
-
-def empty_cuda_rows() -> str:
-    """Return empty table rows for measurements that are still missing, with the command for them."""
-    rows = "\n".join(f"| {row} | | | | | | {GOALS['cuda'] if row == GOAL_ROW else ''} |" for row in ROWS)
-    return (
-        "\nOn a GPU: not run yet, none was at hand. `python -m benchmarks.training --data FOLDER --device cuda --full` "
-        "fills these rows.\n\n"
-        f"{HEADING}\n"
-        f"{rows}\n\n| {EPOCHS} epochs of teacher and student | baseline | engine | goal |\n|---|--:|--:|--:|\n"
-        f"| extrapolated, minutes | | | ≤ {GOAL_MINUTES} |\n| made, minutes, preparation included | | | ≤ {GOAL_MINUTES} |\n"
-    )
 
 
 def parse() -> argparse.Namespace:
@@ -147,9 +135,9 @@ def parse() -> argparse.Namespace:
         epilog="example: python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md",
     )
     parser.add_argument(
-        "--data", type=Path, help="folder with cifar10-train.parquet and -test.parquet (default: made images)"
+        "--data", type=Path, help="folder with cifar10-train.parquet and -test.parquet (default: generated images)"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_device_option(parser)
     parser.add_argument("--student", help="backbone (default: resnet20 on the CPU, resnet32 on CUDA)")
     parser.add_argument("--teacher", help="backbone (default: resnet32 on the CPU, resnet56 on CUDA)")
     parser.add_argument("--steps", type=int, help="steps a round (default: 4 on the CPU, a whole epoch on CUDA)")
@@ -161,11 +149,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     arguments = parser.parse_args()
     cuda = arguments.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        parser.error("argument --device: torch finds no CUDA device here; run with --device cpu")
     if arguments.data and not (arguments.data / "cifar10-train.parquet").is_file():
         parser.error(
-            f"argument --data: {arguments.data} has no cifar10-train.parquet; leave --data out for made images"
+            f"argument --data: {arguments.data} has no cifar10-train.parquet; leave --data out for generated images"
         )
     arguments.student = arguments.student or ("resnet32" if cuda else "resnet20")
     arguments.teacher = arguments.teacher or ("resnet56" if cuda else "resnet32")
@@ -187,7 +173,7 @@ def main() -> None:
     if arguments.device == "cuda" or arguments.full:
         text += whole_run_lines(timings, setup, arguments.full)
     if arguments.device == "cpu":
-        text += empty_cuda_rows()
+        text += gpu_note("python -m benchmarks.training --data FOLDER --device cuda --full")
     print(text)
     if arguments.output:
         write_file(arguments.output, text)

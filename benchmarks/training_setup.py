@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
-from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.params import PARAMS_FILE, Params, parse_params, read_yaml
 
 CLASSES = 10
@@ -45,17 +46,17 @@ class Setup:
 def setup_of(arguments: argparse.Namespace) -> Setup:
     """Return the setup for the command's arguments."""
     params = recipe(arguments)
-    pixels, labels = pack(arguments.data, "train") if arguments.data else made(20_000, 0)
+    pixels, labels = pack(arguments.data, "train") if arguments.data else generate_images(20_000, 0)
     counts = class_sizes("exponential", np.bincount(labels).tolist(), IMBALANCE)
-    kept = np.concatenate(choose(labels, counts, 0))
+    long_tailed = np.concatenate(choose_images(labels, counts, 0))
     batch = params.student.batch_size
-    steps = arguments.steps or len(kept) // batch
-    chosen = np.random.default_rng(0).permutation(kept)[: steps * batch]
-    test_pixels, test_labels = pack(arguments.data, "test") if arguments.data else made(8_000, 1)
-    share = len(chosen) / len(kept)
-    tested = np.random.default_rng(0).permutation(len(test_labels))[: max(1, round(len(test_labels) * share))]
+    steps = arguments.steps or len(long_tailed) // batch
+    chosen = np.random.default_rng(0).permutation(long_tailed)[: steps * batch]
+    test_pixels, test_labels = pack(arguments.data, "test") if arguments.data else generate_images(8_000, 1)
+    share = len(chosen) / len(long_tailed)
+    test_chosen = np.random.default_rng(0).permutation(len(test_labels))[: max(1, round(len(test_labels) * share))]
     return Setup(
-        params, counts, images_of(pixels, labels, chosen), images_of(test_pixels, test_labels, tested),
+        params, counts, images_of(pixels, labels, chosen), images_of(test_pixels, test_labels, test_chosen),
         torch.device(arguments.device), arguments.workers,
     )  # fmt: skip
 
@@ -88,7 +89,7 @@ def pack(folder: Path, split: str) -> tuple[list[bytes], np.ndarray]:
     return rows.column("image").to_pylist(), rows.column("label").to_numpy().astype(np.int64)
 
 
-def made(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def generate_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Generate smooth noise uint8 [N,3,32,32] and cyclic labels."""
     coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     smooth = F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks import plain_training as plain
 from benchmarks.training_setup import Setup, objective_of
 from benchmarks.turns import Turn, Work
-from pipeline.augment import random_views
+from pipeline.augment import apply_views, draw_views
 from pipeline.data.dataset import Normalisation
 from pipeline.shared.host_memory import keep_freed_memory
 from pipeline.training.cuda_graph import CapturedStep
@@ -128,18 +128,20 @@ def difference(setup: Setup) -> float:
     device, count = setup.device, 32
     generator = torch.Generator().manual_seed(0)
     images = setup.train.images[:count].to(device)
-    views = random_views(images, 3, setup.params.student.augment, generator)
+    augment = setup.params.student.augment
+    draws = draw_views(len(images), *images.shape[2:], 3, augment, generator)
+    views = apply_views(images, draws.to(images.device), augment)
     views = Normalisation(setup.params.image, device)(views).double()
     target, ids = setup.train.labels[:count].to(device), torch.arange(count, device=device)
     engine = objective_of(setup, "student").to(device).double()
     with torch.no_grad():
         engine.teacher.train()(views[0])  # batch statistics other than the initial ones
     baseline = plain.PlainStudent(engine).to(device)
-    found = engine.to(memory_format=torch.channels_last).train()(views, target, ids)
+    actual = engine.to(memory_format=torch.channels_last).train()(views, target, ids)
     expected, _ = baseline.train().loss_parts(list(views), target, ids)
-    found["loss"].backward()
+    actual["loss"].backward()
     expected["loss"].backward()
-    losses = [(found[name].detach(), value.detach()) for name, value in expected.items()]
+    losses = [(actual[name].detach(), value.detach()) for name, value in expected.items()]
     gradients = [
         (ours.grad, theirs.grad)
         for a, b in ((getattr(engine, part), getattr(baseline, part)) for part in ("model", "query_head", "key_head"))
@@ -151,5 +153,5 @@ def difference(setup: Setup) -> float:
         for pairs in (losses, gradients)
     )
     if not worst < CLOSE:
-        raise AssertionError(f"baseline and engine differ by {worst:.1e}; they would not do the same work")
+        raise AssertionError(f"baseline and engine differ by {worst:.1e}; they must do the same work")
     return worst

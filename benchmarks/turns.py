@@ -38,20 +38,20 @@ def processor_seconds() -> float:
 
 
 def in_turns(
-    sides: dict[str, Side], given: Any, rows: Sequence[str], rounds: int, threads: int
+    sides: dict[str, Side], setup: Any, rows: Sequence[str], rounds: int, threads: int
 ) -> dict[str, dict[str, list[Cost]]]:
     """Measure `rounds` rounds after a warm-up round; return the costs by row and side.
 
-    sides: functions, importable by name, that return a side's work by row from `given`; called in the side's process
+    sides: functions, importable by name, that return a side's work by row from `setup`; called in the side's process
     with `threads` threads. Raises EOFError when a side exits early, after its traceback.
     """
     context = multiprocessing.get_context("spawn")
     connections, processes = {}, []
     for name, side in sides.items():
-        connections[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_work, args=(theirs, side, given, threads)))
+        connections[name], child = context.Pipe()
+        processes.append(context.Process(target=_work, args=(child, side, setup, threads)))
         processes[-1].start()
-        theirs.close()
+        child.close()
     try:
         costs = {row: _row(connections, row, rounds + 1) for row in rows}
         for connection in connections.values():
@@ -79,11 +79,11 @@ def _row(connections: dict[str, Connection], row: str, rounds: int) -> dict[str,
     return {name: taken[1:] for name, taken in costs.items()}
 
 
-def _work(connection: Connection, side: Side, given: Any, threads: int) -> None:
+def _work(connection: Connection, side: Side, setup: Any, threads: int) -> None:
     # Protocol: receive a row and a number of rounds; then run one round per message and send its cost.
     torch.set_num_threads(threads)
     with contextlib.redirect_stdout(sys.stderr):
-        work = side(given)
+        work = side(setup)
         while (command := connection.recv()) is not None:
             row, rounds = command
             begin = Cost(0.0, 0.0)

@@ -43,10 +43,9 @@ def fit_calibration(
     logits; None is uniform. Samples are weighted as if the labels followed source_prior, so that a long-tailed
     validation set does not add its own prior to the biases. ridge: penalty on half the squared biases; it keeps the
     bias finite for a class without samples or without errors. The objective is convex in 1/temperature and bias; it is
-    minimised by Newton's method with step halving.
-
-    Raises ValueError for invalid arguments, for logits that carry no information about the labels (no positive
-    temperature is optimal), and when the search has not converged after max_iterations.
+    minimised by Newton's method with step halving. Raises ValueError for invalid arguments, for logits that carry no
+    information about the labels (no positive temperature is optimal), and when the search has not converged after
+    max_iterations.
     """
     scores, y = _check(logits, labels)
     if not ridge > 0:
@@ -84,12 +83,12 @@ def fit_temperature(logits: Any, labels: Any, source_prior: Any = None, *, max_i
         if gradient * step < 1e-12:
             break
         while True:
-            tried = slope - size * step
-            found = _loss(scores, y, weights, 0.0, np.concatenate([[tried], none]))
-            if found <= value - 1e-4 * size * gradient * step or size < 1e-10:
+            new_slope = slope - size * step
+            candidate = _loss(scores, y, weights, 0.0, np.concatenate([[new_slope], none]))
+            if candidate <= value - 1e-4 * size * gradient * step or size < 1e-10:
                 break
             size /= 2
-        slope, value = tried, found
+        slope, value = new_slope, candidate
     if slope <= 1e-6:
         raise ValueError("logits do not grow with the labels' probability; no temperature calibrates them")
     return unit / slope
@@ -132,11 +131,11 @@ def _newton(scores: Floats, y: Labels, weights: Floats, ridge: float, max_iterat
         if decrement < 1e-12:
             return float(theta[0]), theta[1:]
         size = 1.0
-        while (found := _loss(scores, y, weights, ridge, theta - size * step)) > value - 1e-4 * size * decrement:
+        while (candidate := _loss(scores, y, weights, ridge, theta - size * step)) > value - 1e-4 * size * decrement:
             size /= 2
             if size < 1e-10:  # only rounding errors remain
                 return float(theta[0]), theta[1:]
-        theta, value = theta - size * step, found
+        theta, value = theta - size * step, candidate
     raise ValueError(f"max_iterations is {max_iterations}, too few for this calibration; raise it or ridge ({ridge})")
 
 
@@ -146,9 +145,7 @@ def _derivatives(scores: Floats, y: Labels, weights: Floats, ridge: float, theta
     error[np.arange(len(y)), y] -= 1
     expected = (p * scores).sum(axis=1, keepdims=True)
     weighted = weights[:, None] * p
-    gradient = np.concatenate(
-        [[weights @ (error * scores).sum(axis=1)], weights @ error + ridge * theta[1:]],
-    )
+    gradient = np.concatenate([[weights @ (error * scores).sum(axis=1)], weights @ error + ridge * theta[1:]])
     across = (weighted * (scores - expected)).sum(axis=0)
     hessian = np.empty((len(theta), len(theta)))
     # For separable data the optimal slope is infinite; the added constant keeps the step finite.

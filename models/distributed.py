@@ -25,10 +25,7 @@ def rank() -> int:
 
 @torch.no_grad()
 def gather_batch(share: Tensor) -> Tensor:
-    """Gather the whole batch from the equal shares of all ranks: [b, ...] → [ranks*b, ...], in rank order.
-
-    No gradient.
-    """
+    """Gather the whole batch from the equal shares of all ranks: [b, ...] → [ranks*b, ...], in rank order. No gradient."""
     if rank_count() == 1:
         return share
     shares = [torch.empty_like(share) for _ in range(rank_count())]

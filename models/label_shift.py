@@ -49,10 +49,8 @@ def estimate_prior(
     uniform, as for a student's balanced logits. concentration: of a Dirichlet prior on the estimate, a number or [C],
     >= 1. None or 1 is EM; above 1 is MAP, which adds concentration - 1 samples to every class (MAPLS, Ye et al. 2024;
     `mapls_concentration` converts its λ). Both objectives are concave, so there is a single maximum. Steps are
-    extrapolated (SQUAREM, Varadhan and Roland 2008) and accepted only if they increase the objective.
-
-    Returns the estimate even if the search has not converged: check `converged`. Raises ValueError that names the
-    invalid argument.
+    extrapolated (SQUAREM, Varadhan and Roland 2008) and accepted only if they increase the objective. Returns the
+    estimate even if the search has not converged: check `converged`. Raises ValueError that names the invalid argument.
     """
     ratio = _likelihood_ratio(probabilities, source_prior)
     pseudo = _pseudo_counts(concentration, ratio.shape[1])
@@ -62,16 +60,16 @@ def estimate_prior(
     return PriorEstimate(prior[:, 0], float(gap[0]), bool(gap[0] <= tolerance), passes)
 
 
-def mapls_concentration(kept: float, samples: int, classes: int) -> float:
-    """Dirichlet concentration that makes a MAP step equal to a step of MAPLS: kept · EM step + (1 - kept) · uniform.
+def mapls_concentration(em_share: float, samples: int, classes: int) -> float:
+    """Dirichlet concentration that makes a MAP step equal to a step of MAPLS: em_share · EM step + (1 - em_share) · uniform.
 
-    kept: λ of MAPLS, in (0, 1]; samples: N; classes: C. Raises ValueError for another λ or count.
+    em_share: λ of MAPLS, in (0, 1]; samples: N; classes: C. Raises ValueError for another λ or count.
     """
-    if not 0 < kept <= 1:
-        raise ValueError(f"kept is {kept}; expected a share above 0, at most 1")
+    if not 0 < em_share <= 1:
+        raise ValueError(f"em_share is {em_share}; expected a share above 0, at most 1")
     if samples < 1 or classes < 1:
         raise ValueError(f"samples is {samples} and classes is {classes}; expected at least 1 of both")
-    return 1 + samples * (1 - kept) / (kept * classes)
+    return 1 + samples * (1 - em_share) / (em_share * classes)
 
 
 def bootstrap_priors(
@@ -90,7 +88,6 @@ def bootstrap_priors(
     The bootstrap is used and not the Fisher information, because a tail class is at the edge of the simplex, where a
     normal interval has a negative lower bound. Each search starts at `estimate`. All searches run together, as matrix
     products. The cost is at most max_iterations passes over N x C x resamples numbers; memory is bounded by CHUNK.
-
     Raises ValueError as estimate_prior does, and when a search has not converged within `tolerance` nats, because the
     interval would be too narrow.
     """
@@ -106,9 +103,9 @@ def bootstrap_priors(
     # A class at zero would stay at zero, because the updates are multiplicative.
     start = np.maximum(estimate.prior, 1 / (100 * samples * classes))[:, None]
     start = start / start.sum()
-    found, at_once = [], max(1, CHUNK // max(samples, classes))
-    for first in range(0, resamples, at_once):
-        number = min(at_once, resamples - first)
+    priors, chunk = [], max(1, CHUNK // max(samples, classes))
+    for first in range(0, resamples, chunk):
+        number = min(chunk, resamples - first)
         weights = generator.multinomial(samples, np.full(samples, 1 / samples), number).T.astype(np.float64)
         prior, gap, _ = _maximise(ratio, weights, pseudo, np.repeat(start, number, 1), tolerance, max_iterations)
         if np.any(gap > tolerance):
@@ -116,8 +113,8 @@ def bootstrap_priors(
                 f"max_iterations is {max_iterations}, too few for {int((gap > tolerance).sum())} of {number} resamples "
                 f"(worst gap {gap.max():.2g} nats); raise it, or set concentration above 1"
             )
-        found.append(prior.T)
-    return np.concatenate(found)
+        priors.append(prior.T)
+    return np.concatenate(priors)
 
 
 def interval(values: Floats, confidence: float = 0.95) -> tuple[Floats, Floats]:
@@ -184,22 +181,22 @@ def _maximise(
     prior = prior.copy()
     density = _density(ratio, prior)
     while passes < max_iterations and not done.all():
-        left = np.flatnonzero(~done)
-        p, w, m = prior[:, left], weights[:, left], mass[left]
-        slope = _slope(ratio, w, pseudo, p, density[:, left])
-        gap[left] = slope.max(axis=0) - m
-        done[left] = gap[left] <= tolerance
+        active = np.flatnonzero(~done)
+        p, w, m = prior[:, active], weights[:, active], mass[active]
+        slope = _slope(ratio, w, pseudo, p, density[:, active])
+        gap[active] = slope.max(axis=0) - m
+        done[active] = gap[active] <= tolerance
         if done.all():
             break
         first = p * slope / m  # the EM step
         second = first * _slope(ratio, w, pseudo, first, _density(ratio, first)) / m
         ahead = _extrapolate(p, first, second)
-        found = [(point, _density(ratio, point)) for point in (second, ahead)]
-        values = [_value(of, w, pseudo, point) for point, of in found]
+        candidates = [(point, _density(ratio, point)) for point in (second, ahead)]
+        values = [_value(of, w, pseudo, point) for point, of in candidates]
         # A converged column is not changed. The others take the better of the two points, with its densities.
-        for place, chosen in enumerate((values[1] <= values[0], values[1] > values[0])):
-            moving = chosen & ~done[left]
-            prior[:, left[moving]], density[:, left[moving]] = (part[:, moving] for part in found[place])
+        for index, chosen in enumerate((values[1] <= values[0], values[1] > values[0])):
+            moving = chosen & ~done[active]
+            prior[:, active[moving]], density[:, active[moving]] = (part[:, moving] for part in candidates[index])
         passes += 4
     if not done.all():
         gap = np.where(done, gap, _slope(ratio, weights, pseudo, prior, density).max(axis=0) - mass)

@@ -39,7 +39,7 @@ PNG_DROPPED = (*PNG_METADATA, b"tEXt", b"eXIf")
 JPEG_METADATA = ((0xE1, b"Exif\0\0"), (0xED, b"Photoshop"))
 # Frames, tables, the scan, and the JFIF and Adobe segments, which define the colour space. Decoding in Pillow and
 # libjpeg uses no other segments.
-JPEG_KEPT = frozenset((*range(0xC0, 0xC8), *range(0xC9, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE))
+JPEG_PIXEL_SEGMENTS = frozenset((*range(0xC0, 0xC8), *range(0xC9, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE))
 MAX_TAGS = 1000  # of EXIF
 TAG_WIDTHS = bytes((0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8))  # bytes of a value, by type
 # A JPEG whose shorter side is at least 2 * ROOM times the needed size is decoded at 1/2, 1/4 or 1/8 of its size, so
@@ -103,9 +103,8 @@ def decode(
 def opened(data: bytes) -> Iterator[Image.Image]:
     """Open JPEG, PNG or WebP bytes: headers are read and checked, no pixel is decoded. Closed at the end of the block.
 
-    The image has no metadata except the orientation, as EXIF, if the picture has to be rotated or mirrored.
-
-    Raises ImageError for a rejected image, and in place of any exception that a decoder raises within the block.
+    The image has no metadata except the orientation, as EXIF, if the picture has to be rotated or mirrored. Raises
+    ImageError for a rejected image, and in place of any exception that a decoder raises within the block.
     """
     if len(data) == 0:
         raise ImageError("empty", "is empty (0 bytes); expected a JPEG, PNG or WebP image")
@@ -122,8 +121,8 @@ def opened(data: bytes) -> Iterator[Image.Image]:
                 check_scans(data, image.width * image.height)
             # For WebP, the decoder returns both without parsing them.
             exif, xmp = image.info.pop("exif", exif), image.info.pop("xmp", xmp)
-            if (turn := orientation(exif, xmp)) in UPRIGHT:
-                image.info["exif"] = ORIENTATION_EXIF % turn
+            if (transposition := orientation(exif, xmp)) in UPRIGHT:
+                image.info["exif"] = ORIENTATION_EXIF % transposition
             yield image
     except (ImageError, MemoryError):
         raise
@@ -187,11 +186,11 @@ def without_metadata(data: bytes) -> tuple[bytes, bytes, bytes]:
     """
     if data[:8] != PNG and data[:3] != b"\xff\xd8\xff":
         return data, b"", b""
-    kept, metadata, exif, text, xmp = [memoryview(data)[: 8 if data[:8] == PNG else 2]], 0, b"", b"", b""
+    chunks, metadata, exif, text, xmp = [memoryview(data)[: 8 if data[:8] == PNG else 2]], 0, b"", b"", b""
     for number, (kind, start, body, end) in enumerate(parts(data)):
         name, content = data[body : body + 32], memoryview(data)[body:end]
-        if kind in JPEG_KEPT or (isinstance(kind, bytes) and kind not in PNG_DROPPED):
-            kept.append(memoryview(data)[start:end])
+        if kind in JPEG_PIXEL_SEGMENTS or (isinstance(kind, bytes) and kind not in PNG_DROPPED):
+            chunks.append(memoryview(data)[start:end])
         elif (kind, name[:6]) == (0xE1, b"Exif\0\0"):
             exif += content[6:] if exif else content
         elif kind == 0xE1 and name.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
@@ -210,7 +209,7 @@ def without_metadata(data: bytes) -> tuple[bytes, bytes, bytes]:
     if text and not exif:
         with contextlib.suppress(ValueError):  # hexadecimal, after an empty line, a name and a length, one line each
             exif = bytes.fromhex(b"".join(png_text(text).split(b"\n", 3)[3:]).decode("ascii"))
-    return b"".join(kept), exif, png_text(xmp) if data[:8] == PNG else xmp
+    return b"".join(chunks), exif, png_text(xmp) if data[:8] == PNG else xmp
 
 
 def parts(data: bytes) -> Iterator[tuple[int | bytes, int, int, int]]:
@@ -223,12 +222,12 @@ def parts(data: bytes) -> Iterator[tuple[int | bytes, int, int, int]]:
             yield kind, start, start + 8, end
         return
     marker, end = 0, 2
-    while marker != START_OF_SCAN and (found := MARKER.search(data, end)):
-        marker, body = data[found.start() + 1], found.end() + 2
+    while marker != START_OF_SCAN and (marker_match := MARKER.search(data, end)):
+        marker, body = data[marker_match.start() + 1], marker_match.end() + 2
         if marker == END_OF_IMAGE:
             return
-        end = max(body, found.end() + int.from_bytes(data[found.end() : body], "big"))
-        yield marker, found.start(), body, len(data) if marker == START_OF_SCAN else end
+        end = max(body, marker_match.end() + int.from_bytes(data[marker_match.end() : body], "big"))
+        yield marker, marker_match.start(), body, len(data) if marker == START_OF_SCAN else end
 
 
 def png_text(chunk: bytes) -> bytes:
@@ -246,25 +245,19 @@ def png_text(chunk: bytes) -> bytes:
 def check_scans(data: bytes, pixels: int) -> None:
     """Raise ImageError for a JPEG with so many scans that decoding all passes over its pixels would take minutes."""
     most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(pixels, 1))
-    # The marker bytes can also occur by chance, in metadata and after the end of the image.
-    if data.count(b"\xff\xda") > most and has_more_scans(data, most):
-        raise ImageError("scans", f"has more than {most} scans, too many for its {pixels} pixels; save it again")
-
-
-def has_more_scans(data: bytes, most: int) -> bool:
-    """Whether the first image of a JPEG file has more than `most` scans or more than MAX_PARTS parts.
-
-    Metadata is skipped.
-    """
-    scans, parts, place = 0, 0, 2
-    while scans <= most and parts <= MAX_PARTS and (found := MARKER.search(data, place)):
-        kind = data[found.start() + 1]
+    if data.count(b"\xff\xda") <= most:
+        return
+    # The marker bytes can also occur by chance, in metadata, which is skipped, and after the end of the image.
+    scans, parts, position = 0, 0, 2
+    while scans <= most and parts <= MAX_PARTS and (marker_match := MARKER.search(data, position)):
+        kind = data[marker_match.start() + 1]
         if kind == END_OF_IMAGE:
-            return False
+            return
         scans += kind == START_OF_SCAN
         parts += 1
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    return scans > most or parts > MAX_PARTS
+        position = marker_match.end() + int.from_bytes(data[marker_match.end() : marker_match.end() + 2], "big")
+    if scans > most or parts > MAX_PARTS:
+        raise ImageError("scans", f"has more than {most} scans, too many for its {pixels} pixels; save it again")
 
 
 def upright(image: Image.Image, tagged: Image.Image | None = None) -> Image.Image:
@@ -275,8 +268,8 @@ def upright(image: Image.Image, tagged: Image.Image | None = None) -> Image.Imag
     """
     tagged = tagged or image
     orientation(tagged.info.get("exif") or b"", b"")  # limits what Pillow parses of an image opened by a caller
-    turn = UPRIGHT.get(tagged.getexif().get(ORIENTATION, 1))
-    return image if turn is None else image.transpose(turn)
+    transposition = UPRIGHT.get(tagged.getexif().get(ORIENTATION, 1))
+    return image if transposition is None else image.transpose(transposition)
 
 
 def orientation(exif: bytes, xmp: bytes) -> int:
@@ -299,8 +292,8 @@ def orientation(exif: bytes, xmp: bytes) -> int:
             value = int.from_bytes(field[:width], order)
     if total > len(tiff):
         raise ImageError("parts", "has EXIF tags whose values overlap; save it again without them")
-    found = XMP_ORIENTATION.search(xmp) if value is None else None
-    return int(found[1]) if found else value or 1
+    tag_in_xmp = XMP_ORIENTATION.search(xmp) if value is None else None
+    return int(tag_in_xmp[1]) if tag_in_xmp else value or 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -108,17 +108,14 @@ def parse_number(text: str) -> float:
 
 
 def check_numbers(values: Any) -> Floats:
-    """Convert a list or array of numbers to float64.
-
-    Raises ValueError for text and booleans, which numpy would convert.
-    """
-    given = values if isinstance(values, np.ndarray) else np.array(values, dtype=object)
-    if given.dtype.kind not in "iuf":
-        kinds = set(map(type, given.ravel().tolist()))
+    """Convert a list or array of numbers to float64. Raises ValueError for text and booleans, which numpy would convert."""
+    array = values if isinstance(values, np.ndarray) else np.array(values, dtype=object)
+    if array.dtype.kind not in "iuf":
+        kinds = set(map(type, array.ravel().tolist()))
         for kind in kinds:
             if kind is bool or not issubclass(kind, int | float | np.integer | np.floating):
                 raise ValueError(f"holds a {kind.__name__}, which is not a number")
-    numbers: Floats = given.astype(np.float64)
+    numbers: Floats = array.astype(np.float64)
     return numbers
 
 

@@ -38,7 +38,7 @@ class SampleSize:
 
     def __str__(self) -> str:
         if not self.images:
-            return "no test images: nothing is known"
+            return "no test images, so no accuracy can be measured"
         counted = f"{self.images:,} test image{'s' if self.images > 1 else ''}"
         if self.effective < self.images - 0.5:
             counted += f", which count as {self.effective:,.0f} in a mean over classes of unequal size"

@@ -19,16 +19,16 @@ from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
 from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.metrics import per_class_accuracy
-from pipeline.evaluation.network_metrics import _answers, network_logits, network_metrics
-from pipeline.evaluation.predictions import Answers, GateError, check_comparable, load_answers
+from pipeline.evaluation.network_metrics import network_logits, network_metrics, probabilities_by_target_prior
+from pipeline.evaluation.predictions import GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
 from pipeline.model_io.checkpoint import BEST
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
-from pipeline.report import Evaluation, Origin, render_report, study
+from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report
+from pipeline.report.analysis import write_plots
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
 from pipeline.report.model_card import model_card, model_facts, network_name
-from pipeline.report.study import write_plots
 from pipeline.shared.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError
 from pipeline.shared.lineage import code_revision
@@ -64,7 +64,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(settings.champion, test, labels, prior)
     logits = {name: network_logits(folder, name, test, image, prior, device) for name, folder in NETWORKS.items()}
-    found = {name: _answers(values, prior) for name, values in logits.items()}
+    probabilities = {name: probabilities_by_target_prior(values, prior) for name, values in logits.items()}
     metrics = {name: network_metrics(values, labels, prior, settings) for name, values in logits.items()}
     if (STUDENT / BEST).is_dir():
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
@@ -73,8 +73,10 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     validation, held_out = None, evaluation_inputs(params, "validation")
     if len(held_out):  # the temperature is fitted on validation images
         validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
-    shown = study(logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion)
-    chosen = choose_samples(found["student"], settings.samples, data.seed)
+    figures = analyse_predictions(
+        logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion
+    )
+    chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
     for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
         print(f"evaluate: warning: {line}", file=sys.stderr)
@@ -82,19 +84,19 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     strength, encoder = params.serving.strength, stored_encoder(params)
     about_model = model_facts(params.teacher, params.student, image.size, strength, prior, encoder)
     with whole_folder(output) as folder:
-        classes = _per_class(found, labels, prior)
-        _write_tables(folder, metrics, classes, found["student"]["balanced"], labels, prior)
-        write_plots(shown, folder / "plots")
+        classes = _per_class(probabilities, labels, prior)
+        _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)
+        write_plots(figures, folder / "plots")
         pyarrow.parquet.write_table(
-            _predictions(test, found["student"], logits["student"]), folder / "predictions.parquet"
+            _predictions(test, probabilities["student"], logits["student"]), folder / "predictions.parquet"
         )
-        samples = _write_samples(folder / "samples", test, chosen, found["student"], prior.classes)
+        samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
-            shown, metrics, classes, samples, prior, test.encoded, about_data, about_model,
-            params.model_dump(mode="json"), notes=notes, origin=_origin(),
+            figures, metrics, classes, samples, prior, test.encoded, about_data, about_model,
+            params.model_dump(mode="json"), notes=notes, provenance=_provenance(),
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)
@@ -121,29 +123,29 @@ def _write_tables(
     write_file(folder / "confusion.csv", as_csv(pairs))
 
 
-def _origin() -> Origin:
+def _provenance() -> Provenance:
     """Date, commit, and the epochs of each network that was trained here, for the report."""
     histories = {
         name: [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for name, folder in NETWORKS.items()
         if (folder / "metrics.jsonl").is_file()
     }
-    return Origin(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), code_revision(), histories)
+    return Provenance(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), code_revision(), histories)
 
 
 def _champion(
     folder: str | None, test: AnyImages, labels: np.ndarray, prior: Prior
-) -> tuple[Answers | None, list[str]]:
-    """Answers of the run in `folder` (evaluate.champion), or a note why they cannot be compared with this run.
+) -> tuple[Predictions | None, list[str]]:
+    """Predictions of the run in `folder` (evaluate.champion), or a note why they cannot be compared with this run.
 
     Raises ParamsError when the run does not exist.
     """
     if folder is None:
         return None, []
     try:
-        champion = load_answers(load_run(Path(folder)))
+        champion = load_predictions(load_run(Path(folder)))
         order = np.argsort(np.array(test.sample_ids))
-        challenger = Answers([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
+        challenger = Predictions([test.sample_ids[i] for i in order], labels[order], champion.probabilities, prior)
         check_comparable(challenger, champion)
     except GateError as error:  # other classes or another test set must not fail this evaluation
         return None, [f"Without the champion of evaluate.champion: {error}."]
@@ -157,19 +159,19 @@ def flat(values: dict[str, Any]) -> dict[str, float | None]:
     return plain | {"test_images": values["test_images"]["all"]["images"]}
 
 
-def choose_samples(found: dict[str, np.ndarray], wanted: int, seed: int) -> list[int]:
+def choose_samples(by_prior: dict[str, np.ndarray], count: int, seed: int) -> list[int]:
     """Choose test images to save: up to half of them with different classes for the two target priors, the rest at random."""
-    disagree = np.flatnonzero(found["balanced"].argmax(1) != found["train"].argmax(1))
+    disagree = np.flatnonzero(by_prior["balanced"].argmax(1) != by_prior["train"].argmax(1))
     generator = np.random.default_rng(seed)
-    first = generator.permutation(disagree)[: (wanted + 1) // 2].tolist()
-    others = np.setdiff1d(np.arange(len(found["balanced"])), first)
-    return sorted(first + generator.permutation(others)[: wanted - len(first)].tolist())
+    first = generator.permutation(disagree)[: (count + 1) // 2].tolist()
+    others = np.setdiff1d(np.arange(len(by_prior["balanced"])), first)
+    return sorted(first + generator.permutation(others)[: count - len(first)].tolist())
 
 
-def _per_class(found: dict[str, dict[str, np.ndarray]], labels: np.ndarray, prior: Prior) -> list[dict[str, Any]]:
+def _per_class(networks: dict[str, dict[str, np.ndarray]], labels: np.ndarray, prior: Prior) -> list[dict[str, Any]]:
     accuracies = {
         f"{network}_{name}": per_class_accuracy(probabilities.argmax(1), labels, len(prior.classes))
-        for network, by_prior in found.items()
+        for network, by_prior in networks.items()
         for name, probabilities in by_prior.items()
     }
     tested = np.bincount(labels, minlength=len(prior.classes))
@@ -185,9 +187,9 @@ def _per_class(found: dict[str, dict[str, np.ndarray]], labels: np.ndarray, prio
     ]
 
 
-def _predictions(test: AnyImages, found: dict[str, np.ndarray], logits: np.ndarray) -> pa.Table:
+def _predictions(test: AnyImages, by_prior: dict[str, np.ndarray], logits: np.ndarray) -> pa.Table:
     columns: dict[str, Any] = {"sample_id": list(test.sample_ids), "label": test.labels.numpy()}
-    for name, probabilities in found.items():
+    for name, probabilities in by_prior.items():
         columns[f"predicted_{name}"] = probabilities.argmax(1)
         columns[f"probability_{name}"] = probabilities.max(1)
     columns["logits"] = pa.array(list(logits), type=pa.list_(pa.float32()))
@@ -195,7 +197,7 @@ def _predictions(test: AnyImages, found: dict[str, np.ndarray], logits: np.ndarr
 
 
 def _write_samples(
-    folder: Path, test: AnyImages, chosen: list[int], found: dict[str, np.ndarray], classes: list[str]
+    folder: Path, test: AnyImages, chosen: list[int], by_prior: dict[str, np.ndarray], classes: list[str]
 ) -> list[dict[str, Any]]:
     folder.mkdir()
     samples = []
@@ -204,8 +206,8 @@ def _write_samples(
         suffix = {b"\x89PNG": "png", b"RIFF": "webp"}.get(data[:4], "jpg")
         name = f"{number:03d}.{suffix}"
         write_file(folder / name, data)
-        answered = {prior: classes[int(values[index].argmax())] for prior, values in found.items()}
-        samples.append({"file": name, "label": classes[int(test.labels[index])], **answered})
+        predicted = {prior: classes[int(values[index].argmax())] for prior, values in by_prior.items()}
+        samples.append({"file": name, "label": classes[int(test.labels[index])], **predicted})
     write_file(folder / "samples.csv", as_csv([{"file": s["file"], "label": s["label"]} for s in samples]))
     return [{**sample, "bytes": test.encoded(index)} for sample, index in zip(samples, chosen, strict=True)]
 

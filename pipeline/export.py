@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,33 +16,18 @@ from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import evaluation_images
 from pipeline.model_io.checkpoint import check_image, load_model
 from pipeline.model_io.encoder import attach_encoder
-from pipeline.onnx_export.float16 import to_half
+from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
-from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_half, check_parity
-from pipeline.onnx_export.release import build_manifest, golden_answers, golden_tolerance, open_session, top_k
+from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
+from pipeline.onnx_export.release import build_manifest, golden_requests, golden_tolerance, open_session, top_k
 from pipeline.params import Params, ServingParams
 from pipeline.report.mlflow_record import record_after_stage
 from pipeline.report.model_card import model_card, model_facts, network_name
-from pipeline.shared.artifacts import (
-    EVALUATION,
-    EXPORT,
-    REPOSITORY,
-    STUDENT,
-    whole_folder,
-    write_file,
-    write_json,
-)
+from pipeline.shared.artifacts import EVALUATION, EXPORT, REPOSITORY, STUDENT, whole_folder, write_file, write_json
 from pipeline.shared.errors import StageError
-from serving.repository.manifest import (
-    GOLDEN_NAME,
-    MANIFEST_NAME,
-    Manifest,
-)
+from serving.repository.manifest import GOLDEN_NAME, MANIFEST_NAME, Manifest
 from serving.repository.writer import write_repository
 from serving.shared.terminal import counted
-
-if TYPE_CHECKING:
-    pass
 
 ONNX_NAME = "student.onnx"
 CARD_NAME = "model_card.md"
@@ -62,10 +46,9 @@ class Result:
     half: Parity | None = None
 
     def __str__(self) -> str:
-        found = (
-            f"{counted(len(self.manifest.files), 'file')}, largest logit difference from PyTorch {self.difference:.1e}"
-        )
-        return f"{found}{f', in float16 {self.half}' if self.half else ''} → {self.output}"
+        files = counted(len(self.manifest.files), "file")
+        half = f", in float16 {self.half}" if self.half else ""
+        return f"{files}, largest logit difference from PyTorch {self.difference:.1e}{half} → {self.output}"
 
 
 def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) -> Result:
@@ -86,11 +69,11 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     with whole_folder(output) as folder:
         path, half = folder / ONNX_NAME, None
         if export.precision == "float16":
-            graph = to_half(served, image.size, export.opset)
+            graph = to_float16(served, image.size, export.opset)
             write_file(path, graph.served)
             session = open_session(path)
             sessions = session, open_session(graph.rounding)
-            half = check_half(graph, sessions, trained, examples, export, params.seed)
+            half = check_float16(graph, sessions, trained, examples, export, params.seed)
             difference = half.logit
         else:
             write_file(path, to_onnx(served, image.size, export.opset))
@@ -103,7 +86,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
             raise StageError(
                 f"serving.image_pixels is {serving.image_pixels}, and every validation image has more; give a larger one"
             )
-        golden = golden_answers(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
+        golden = golden_requests(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
         facts = model_facts(params.teacher, params.student, image.size, serving.strength, prior, config.encoder)
@@ -118,10 +101,10 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
 
 def _is_served(data: bytes, resize_to: int, serving: ServingParams) -> bool:
     """Whether the classifier decodes an image: serving.image_pixels can be below the limit of training."""
-    most = min(serving.image_pixels, serving.request_pixels)
+    limit = min(serving.image_pixels, serving.request_pixels)
 
     def allow(pixels: int) -> None:
-        if pixels > most:
+        if pixels > limit:
             raise ImageError("pixels", "is above the limit")
 
     try:

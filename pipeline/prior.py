@@ -18,10 +18,7 @@ from pipeline.shared.errors import DataError
 
 
 def run(params: Params, split: Path = SPLIT, output: Path = PRIOR) -> Prior:
-    """Count the training labels and write counts, p, log_prior and groups.
-
-    Raises DataError for a class without samples.
-    """
+    """Count the training labels and write counts, p, log_prior and groups. Raises DataError for a class without samples."""
     classes = load_classes(split)
     counts = count_labels(split / "train.parquet", len(classes)).tolist()
     smoothing = params.prior.smoothing

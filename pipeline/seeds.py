@@ -72,35 +72,35 @@ def run(params: Params, output: Path = SEEDS) -> Result:
     The run of params.seed is the released one and already exists. After an interruption, finished seeds are kept and
     the others resume. engine.side_by_side processes share the device. Raises ParamsError for a repeated seed.
     """
-    further = params.seeds
-    if len({params.seed, *further}) != 1 + len(further):
+    further_seeds = params.seeds
+    if len({params.seed, *further_seeds}) != 1 + len(further_seeds):
         raise ParamsError(
-            f"seeds is {further}; expected each seed once, and not seed ({params.seed}), which runs anyway"
+            f"seeds is {further_seeds}; expected each seed once, and not seed ({params.seed}), which runs anyway"
         )
-    found = {params.seed: json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))}
+    metrics_by_seed = {params.seed: json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))}
     work = unfinished(output)
-    if further:
-        found.update(_train_all(params, work))
+    if further_seeds:
+        metrics_by_seed.update(_train_all(params, work))
     with whole_folder(output) as folder:
-        write_file(folder / "seeds.csv", as_table(found))
-        write_json(folder / "summary.json", summary(found))
+        write_file(folder / "seeds.csv", as_table(metrics_by_seed))
+        write_json(folder / "summary.json", summary(metrics_by_seed))
     shutil.rmtree(work, ignore_errors=True)
     return Result(
-        {seed: metrics["student"]["balanced"]["balanced_accuracy"] for seed, metrics in found.items()}, output
+        {seed: metrics["student"]["balanced"]["balanced_accuracy"] for seed, metrics in metrics_by_seed.items()}, output
     )
 
 
 def _train_all(params: Params, work: Path) -> Iterator[tuple[int, Metrics]]:
-    at_once = side_by_side(params)
-    if at_once == 1:
+    workers = side_by_side(params)
+    if workers == 1:
         for seed in params.seeds:
             yield seed, train_seed(params, seed, work)
         return
     # Spawned, because CUDA cannot be used in a forked process.
-    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(train_seed, params, seed, work): seed for seed in params.seeds}
-        for done in as_completed(running):
-            yield running[done], done.result()
+        for completed in as_completed(running):
+            yield running[completed], completed.result()
 
 
 def side_by_side(params: Params) -> int:
@@ -121,16 +121,16 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
             "prior": sha256_of(PRIOR),
         }
     )
-    done = folder / "metrics.json"
-    if done.is_file():
-        kept = json.loads(done.read_text(encoding="utf-8"))
-        if kept["fingerprint"] == fingerprint:
-            return kept["metrics"]
+    cache = folder / "metrics.json"
+    if cache.is_file():
+        cached = json.loads(cache.read_text(encoding="utf-8"))
+        if cached["fingerprint"] == fingerprint:
+            return cached["metrics"]
     print(f"seed {seed}", flush=True)
     teacher.run(recipe, folder / "teacher")
     student.run(recipe, folder / "student", folder / "teacher")
     metrics = _evaluate(recipe, folder)
-    write_json(done, {"fingerprint": fingerprint, "metrics": metrics})
+    write_json(cache, {"fingerprint": fingerprint, "metrics": metrics})
     return metrics
 
 
@@ -142,24 +142,24 @@ def _evaluate(params: Params, folder: Path) -> Metrics:
         networks["student_best_epoch"] = folder / "student" / BEST
     return {
         name: network_metrics(
-            network_logits(where, name, test, params.image, prior, device), labels, prior, params.evaluate
+            network_logits(path, name, test, params.image, prior, device), labels, prior, params.evaluate
         )
-        for name, where in networks.items()
+        for name, path in networks.items()
     }
 
 
-def summary(found: dict[int, Metrics]) -> dict[str, Any]:
+def summary(metrics_by_seed: dict[int, Metrics]) -> dict[str, Any]:
     """Network → target prior → metric → {mean, std, seeds}; std is the sample standard deviation.
 
     A metric that is n/a is None.
     """
-    first = next(iter(found.values()))
+    first = next(iter(metrics_by_seed.values()))
     return {
-        "seeds": list(found),
+        "seeds": list(metrics_by_seed),
         **{
             network: {
                 prior: {
-                    name: _spread([metrics[network][prior][name] for metrics in found.values()])
+                    name: _spread([metrics[network][prior][name] for metrics in metrics_by_seed.values()])
                     for name, value in values.items()
                     if not isinstance(value, dict)
                 }
@@ -178,13 +178,13 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
     return {"mean": statistics.fmean(numbers), "std": std, "seeds": values}
 
 
-def as_table(found: dict[int, Metrics]) -> str:
+def as_table(metrics_by_seed: dict[int, Metrics]) -> str:
     """All metrics as CSV, one row per seed, network and target prior."""
     return as_csv(
         [
             {"seed": seed, "network": network, "target_prior": prior}
             | {name: value for name, value in values.items() if not isinstance(value, dict)}
-            for seed, metrics in found.items()
+            for seed, metrics in metrics_by_seed.items()
             for network, by_prior in metrics.items()
             for prior, values in by_prior.items()
         ]

@@ -18,7 +18,7 @@ from pipeline.data.published import PUBLISHED
 from pipeline.params import Params
 from pipeline.shared.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError, StageError
-from pipeline.sources import Row, WithIngested, open_source
+from pipeline.sources import Row, SourceWithIngested, open_source
 from serving.shared.terminal import counted, print
 
 SCHEMA = pa.schema(
@@ -54,17 +54,17 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     labels (a published data set keeps such pairs, so that results are comparable) and for a class too small to hold
     images out; StageError when an ingest adds a shard during the stage.
     """
-    shards = _taken_in()
+    shards = _ingested_shards()
     everything = open_source(params.data)
-    everything.check()
+    everything.shards.check()
     if problem := class_names_problem(everything.classes):
         raise DataError(f"{params.data.location}: {problem}")
-    source = everything.own
+    source = everything.base
     skip = params.data.on_bad_image == "skip"
     if not skip:
         check_missing(source)
     inspected = inspect_images(source, "split")
-    hashes = {reference: found.sha256 for reference, found in inspected.items() if found.sha256}
+    hashes = {reference: image.sha256 for reference, image in inspected.items() if image.sha256}
     skipped = [row for row in source.rows if inspected[row.reference].problem] if skip else []
     rows = without(source, skipped)
     if source.origin not in PUBLISHED:
@@ -75,16 +75,16 @@ def run(params: Params, output: Path = SPLIT) -> Result:
             file=sys.stderr,
         )
     assigned = assign(rows, source.classes, params.data, source.origin)
-    taken = [inspected[row.reference].problem for kept in assigned.values() for row in kept]
-    check_usable([problem for problem in taken if problem], len(taken))
-    ingested, known = new_images(everything, assigned, hashes)
-    left_out = [(row, str(inspected[row.reference].problem)) for row in skipped] + known
+    problems = [inspected[row.reference].problem for rows in assigned.values() for row in rows]
+    check_usable([problem for problem in problems if problem], len(problems))
+    ingested, already_held = new_images(everything, assigned, hashes)
+    excluded = [(row, str(inspected[row.reference].problem)) for row in skipped] + already_held
     assigned["train"] = assigned["train"] + ingested
     hashes |= everything.ingested_hashes
     shared = find_duplicates(assigned, hashes, everything.classes)
-    if _taken_in() != shards:  # DVC hashes the folder only after the stage, and would not run the stage again
+    if _ingested_shards() != shards:  # DVC hashes the folder only after the stage, and would not run the stage again
         raise StageError(f"{INGESTED} changed while split ran; run `dvc repro` again")
-    _write(output, assigned, hashes, everything.classes, shared, left_out)
+    _write(output, assigned, hashes, everything.classes, shared, excluded)
     groups = {entry[0] for entry in shared}
     if groups:
         several = counted(len(groups), "image", "are")
@@ -95,31 +95,32 @@ def run(params: Params, output: Path = SPLIT) -> Result:
             f"{output}/skipped.csv",
             file=sys.stderr,
         )
-    if known:
+    if already_held:
         print(
-            f"split: {counted(len(known), 'ingested image', 'are')} in a split of the source already; see {output}/skipped.csv",
+            f"split: {counted(len(already_held), 'ingested image', 'are')} in a split of the source already; "
+            f"see {output}/skipped.csv",
             file=sys.stderr,
         )
-    sizes = {split: len(kept) for split, kept in assigned.items()}
+    sizes = {split: len(rows) for split, rows in assigned.items()}
     return Result(sizes, len(everything.classes), len(groups), len(skipped), len(ingested), output)
 
 
-def _taken_in() -> list[str]:
+def _ingested_shards() -> list[str]:
     return sorted(path.name for path in INGESTED.glob("*.parquet"))
 
 
 def new_images(
-    source: WithIngested, assigned: dict[str, list[Row]], hashes: dict[str, str]
+    source: SourceWithIngested, assigned: dict[str, list[Row]], hashes: dict[str, str]
 ) -> tuple[list[Row], list[tuple[Row, str]]]:
     """Ingested images that are in no split of the source, and those that are in one, with the split's name.
 
     `tailor ingest` rejects the latter, but another seed or more images in the source change which images are held out.
     """
-    place = {hashes[row.reference]: split for split in reversed(SPLITS) for row in assigned[split]}
+    split_of = {hashes[row.reference]: split for split in reversed(SPLITS) for row in assigned[split]}
     digests = source.ingested_hashes
-    new = [row for row in source.ingested if digests[row.reference] not in place]
-    known = [row for row in source.ingested if digests[row.reference] in place]
-    return new, [(row, f"is in {place[digests[row.reference]]} already") for row in known]
+    new = [row for row in source.ingested if digests[row.reference] not in split_of]
+    duplicates = [row for row in source.ingested if digests[row.reference] in split_of]
+    return new, [(row, f"is in {split_of[digests[row.reference]]} already") for row in duplicates]
 
 
 def _write(
@@ -128,16 +129,16 @@ def _write(
     hashes: dict[str, str],
     classes: list[str],
     shared: list[tuple[str, str, str, str]],
-    left_out: list[tuple[Row, str]],
+    excluded: list[tuple[Row, str]],
 ) -> None:
     with whole_folder(output) as folder:
-        for split, kept in assigned.items():
-            columns = [[row.sample_id for row in kept], [row.label for row in kept], [row.reference for row in kept]]
-            table = pa.table([*columns, [hashes[row.reference] for row in kept]], schema=SCHEMA)
+        for split, rows in assigned.items():
+            columns = [[row.sample_id for row in rows], [row.label for row in rows], [row.reference for row in rows]]
+            table = pa.table([*columns, [hashes[row.reference] for row in rows]], schema=SCHEMA)
             pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
         write_json(folder / "classes.json", classes)
         write_file(folder / "duplicates.csv", as_csv(shared, ["sha256", "split", "sample_id", "class"]))
-        reasons = [(row.split, row.sample_id, classes[row.label], problem) for row, problem in left_out]
+        reasons = [(row.split, row.sample_id, classes[row.label], problem) for row, problem in excluded]
         write_file(folder / "skipped.csv", as_csv(reasons, ["split", "sample_id", "class", "problem"]))
 
 

@@ -12,14 +12,7 @@ from pipeline.model_io.checkpoint import WEIGHTS
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
 from pipeline.shared.artifacts import EMBEDDINGS, PRIOR, SPLIT, STUDENT, TEACHER
-from pipeline.training.run import (
-    Result,
-    check_backbones,
-    check_recipe,
-    model_config,
-    stage_seed,
-    train_network,
-)
+from pipeline.training.run import Result, check_backbones, check_recipe, model_config, stage_seed, train_network
 from pipeline.training.student_setup import build_objective
 
 

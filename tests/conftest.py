@@ -24,7 +24,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _process_as_before() -> Iterator[None]:
+def restore_process_state() -> Iterator[None]:
     """Seed the random generators and use one thread (tests run in parallel); restore process state after each test.
 
     A command called in the test's process sets NO_PROXY and the exception hook.

@@ -1,6 +1,6 @@
 """Checks of docs/ and the README: the site builds, links resolve, and named commands and messages exist.
 
-The commands themselves are run by tests/end_to_end/test_documented_commands.py.
+The commands themselves are run by tests/end_to_end/documentation.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ type = "layers"
 containers = ["pipeline"]
 layers = ["commands", "evaluate | (export)", "shared"]
 """
-SPOKEN_OF = sorted({(name_of(page), command) for page in PAGES for command in spoken_of(page)})
+NAMED_COMMANDS = sorted({(name_of(page), command) for page in PAGES for command in spoken_of(page)})
 
 
-@pytest.mark.parametrize(("page", "command"), SPOKEN_OF)
-def test_a_command_in_the_text_of_a_page_is_one_that_the_program_takes(page: str, command: str) -> None:
+@pytest.mark.parametrize(("page", "command"), NAMED_COMMANDS)
+def test_a_command_in_the_text_of_a_page_is_valid(page: str, command: str) -> None:
     assert command.isprintable(), page
     check_command(command)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_block_of_commands_is_one_that_the_tests_read(page: Path) -> None:
+def test_every_block_of_commands_is_a_console_block(page: Path) -> None:
     kinds = {kind for kind, _ in FENCE.findall(page.read_text(encoding="utf-8"))} - NO_COMMANDS
     assert kinds <= {"console"}, f"{page}: write commands as ```console blocks, each after a dollar"
     assert commands(page) or "console" not in kinds
 
 
 @pytest.mark.slow
-def test_the_example_of_the_losses_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_example_of_the_losses_runs(tmp_path: Path) -> None:
     (example,) = blocks(ROOT / "docs/losses.md", "python")
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
@@ -62,7 +62,7 @@ def test_the_example_of_the_losses_runs_as_it_stands(tmp_path: Path) -> None:
     )
 
 
-def test_the_messages_of_the_troubleshooting_page_are_those_of_the_program() -> None:
+def test_the_messages_of_the_troubleshooting_page_exist() -> None:
     files = [path for room in ("pipeline", "models", "serving") for path in (ROOT / room).rglob("*.py")]
     sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
     words = re.sub(r"[\"']\s*\n\s*f?[\"']", "", sources)
@@ -76,7 +76,7 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_program() -> 
 
 
 @pytest.mark.end_to_end
-def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_the_site_builds_strictly_and_loads_no_external_resource(tmp_path: Path) -> None:
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(
         ["mkdocs", "build", "--strict", "--site-dir", tmp_path],
@@ -90,12 +90,12 @@ def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path: P
     assert done.returncode == 0, done.stderr
     pages = list(tmp_path.rglob("*.html"))
     assert {"index.html", "commands.html", "params.html", "models.html"} <= {page.name for page in pages}
-    loaded = re.compile(r'<(?:script|img|iframe)[^>]+src="https?:|<link[^>]+rel="stylesheet"[^>]+href="https?:')
+    external = re.compile(r'<(?:script|img|iframe)[^>]+src="https?:|<link[^>]+rel="stylesheet"[^>]+href="https?:')
     for page in pages:
-        assert not loaded.search(page.read_text(encoding="utf-8")), page
+        assert not external.search(page.read_text(encoding="utf-8")), page
 
 
-def test_each_fault_of_a_retraining_is_shown_by_a_test_and_each_marked_test_shows_a_fault_of_the_page():
+def test_each_fault_of_the_page_has_a_test_and_each_marked_test_a_fault():
     page = (ROOT / "docs/retraining-faults.md").read_text(encoding="utf-8")
     faults = re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
     assert len(faults) == len(set(faults)) > 20
@@ -109,7 +109,7 @@ def test_the_generated_pages_are_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_new_module_a_renamed_test_and_other_levels_make_the_generated_pages_stale(tmp_path: Path) -> None:
+def test_the_generated_pages_are_stale_after_a_new_module_a_renamed_test_or_other_levels(tmp_path: Path) -> None:
     specification = importlib.util.spec_from_file_location("pages", PAGES_SCRIPT)
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
@@ -134,7 +134,7 @@ def test_a_new_module_a_renamed_test_and_other_levels_make_the_generated_pages_s
     assert "\n    ".join(levels) in pages["docs/architecture.md"]
 
 
-def test_the_readme_and_the_pages_are_short_and_the_first_page_lists_all_of_them() -> None:
+def test_the_pages_are_short_and_listed_on_the_first_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.encode()) <= 8192 and readme.count("\n") <= 130
     assert (ROOT / "docs/images/long_tail.svg").stat().st_size < 60_000
@@ -146,15 +146,15 @@ def test_the_readme_and_the_pages_are_short_and_the_first_page_lists_all_of_them
         assert page.stem in LOGS or "After this page you " in text.partition("\n## ")[0], page.name
 
 
-def test_the_readme_has_every_package_and_no_other() -> None:
+def test_the_readme_lists_every_package() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Packages")[2].partition("\n## ")[0]
-    named = set(re.findall(r"`((?:models|pipeline|serving|tailor)/[\w/]*)`", readme))
+    listed = set(re.findall(r"`((?:models|pipeline|serving|tailor)/[\w/]*)`", readme))
     folders = {
         path.parent
         for room in ("models", "pipeline", "serving", "tailor")
         for path in (ROOT / room).rglob("__init__.py")
     }
-    assert named == {f"{folder.relative_to(ROOT).as_posix()}/" for folder in folders}
+    assert listed == {f"{folder.relative_to(ROOT).as_posix()}/" for folder in folders}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -35,7 +35,7 @@ print({"models", "serving", "pipeline", "torch"} & {name.partition(".")[0] for n
 """
 
 
-def test_the_client_brings_no_package_of_training_and_the_extra_train_brings_them_all() -> None:
+def test_only_the_extra_train_installs_the_packages_of_training() -> None:
     for extra in ("client", "serve"):
         assert {"torch", "torchvision"}.isdisjoint(installed_with([f"tailor[{extra}]"]))
     assert TRAINING.isdisjoint(installed_with(["tailor[client]"]))
@@ -77,20 +77,18 @@ def program(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_client_runs_beside_modules_of_the_same_names_and_type_checkers_resolve_it(
-    installed: Path, program: Path
-) -> None:
-    said, foreign = run_in(program, CLIENT, installed).splitlines()
-    assert said.startswith("prior")
-    assert foreign == "set()"
+def test_the_client_runs_and_type_checks_beside_modules_of_the_same_names(installed: Path, program: Path) -> None:
+    message, imported = run_in(program, CLIENT, installed).splitlines()
+    assert message.startswith("prior")
+    assert imported == "set()"
     (program / "use.py").write_text(CLIENT + "answers(1)\nreveal_type(answers('train')[0].probabilities)\n")
     mypy = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", "--cache-dir", program / "cache"]
     ended = subprocess.run(
         [*mypy, "--strict", "use.py"], cwd=program, env={**os.environ, "MYPYPATH": str(installed)}, capture_output=True,
         text=True, check=False, timeout=300,
     )  # fmt: skip
-    [wrong, revealed, _] = ended.stdout.splitlines()
-    assert 'incompatible type "int"' in wrong
+    [error, revealed, _] = ended.stdout.splitlines()
+    assert 'incompatible type "int"' in error
     assert "tuple[float, ...]" in revealed
 
 

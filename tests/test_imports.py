@@ -62,12 +62,12 @@ print(json.dumps(sorted(sys.modules)))
 """
 
 
-def test_no_command_of_ours_imports_from_the_folder_that_it_runs_in():
+def test_no_child_process_imports_from_the_working_folder():
     """`python -m` puts the working folder first on the path: a user's `models.py` there would shadow Tailor's."""
     sources = [path for room in ("models", "pipeline", "serving", "tailor") for path in (ROOT / room).rglob("*.py")]
-    started = {path: re.findall(r'sys\.executable,\s*"([^"]+)"', path.read_text(encoding="utf-8")) for path in sources}
-    assert sum(map(len, started.values())) >= 9
-    assert {path.name: first for path, first in started.items() if not {"-P", "-I"}.issuperset(first)} == {}
+    options = {path: re.findall(r'sys\.executable,\s*"([^"]+)"', path.read_text(encoding="utf-8")) for path in sources}
+    assert sum(map(len, options.values())) >= 9
+    assert {path.name: first for path, first in options.items() if not {"-P", "-I"}.issuperset(first)} == {}
 
 
 def modules_of(room):
@@ -81,7 +81,7 @@ def modules_of(room):
     return modules
 
 
-def fresh(program, *arguments):
+def run_program(program, *arguments):
     texts = [json.dumps(argument) for argument in arguments]
     done = subprocess.run(
         [sys.executable, "-c", program, *texts], cwd=ROOT, capture_output=True, text=True, check=False
@@ -90,7 +90,7 @@ def fresh(program, *arguments):
     return json.loads(done.stdout)
 
 
-def test_the_arrows_between_the_rooms_hold():
+def test_the_import_contracts_hold():
     command = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -98,13 +98,15 @@ def test_the_arrows_between_the_rooms_hold():
 
 
 @pytest.mark.slow
-def test_models_and_the_training_stages_import_on_a_machine_that_carries_little_else():
+def test_models_and_training_stages_import_with_only_the_training_packages():
     modules = [module for room in ("models", "pipeline") for module in modules_of(room)]
     modules = [module for module in modules if module not in NEEDS_MORE and not module.startswith(NEED_MORE)]
-    found = fresh(BARE_MACHINE, TRAINING, modules)
-    assert found["failed"] == {}
+    result = run_program(BARE_MACHINE, TRAINING, modules)
+    assert result["failed"] == {}
     # Packages of the other rooms are installed, but hidden.
-    assert {"sklearn", "timm", "onnx", "onnxruntime", "dvc", "prefect", "tritonclient", "typer"} <= set(found["hidden"])
+    assert {"sklearn", "timm", "onnx", "onnxruntime", "dvc", "prefect", "tritonclient", "typer"} <= set(
+        result["hidden"]
+    )
 
 
 @pytest.mark.slow
@@ -113,7 +115,7 @@ def test_models_and_the_training_stages_import_on_a_machine_that_carries_little_
     [["models.prior", "models.preprocess"], modules_of("serving"), ["serving.loadtest.locustfile"]],
     ids=["shared", "serving", "load"],
 )
-def test_serving_never_loads_torch_nor_the_pipeline(modules):
-    loaded = fresh(LOADED, modules)
+def test_serving_loads_neither_torch_nor_the_pipeline(modules):
+    loaded = run_program(LOADED, modules)
     assert {"torch", "torchvision", "timm", "pipeline", "dvc"}.isdisjoint(loaded)
     assert modules[-1] in loaded

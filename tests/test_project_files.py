@@ -26,7 +26,7 @@ IGNORED = set((ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines())
 # Modules of stage `split`; later stages read its tables, which are dependencies.
 SPLIT_ALONE = ("models.image_names", "pipeline.sources")
 # The optimiser step takes either objective; a change of the student's must not retrain the teacher.
-STUDENT_ALONE = ("models.contrast", "models.objectives.student")
+STUDENT_ALONE = ("models.contrast", "models.objectives.student", "models.objectives.student_weights")
 # The code that trains a further seed also made artifacts/student, a dependency of stage `seeds`.
 SEEDS_ALONE = ("pipeline.evaluation", "pipeline.seeds", "models.sample_size")
 
@@ -62,25 +62,25 @@ def test_a_stage_depends_on_all_code_that_can_change_its_result(stage, graph):
     assert missing == []
 
 
-def test_the_dvc_yaml_of_a_new_project_is_this_one_with_hashes_of_the_code_in_the_place_of_the_code():
-    own = yaml.safe_load((PROJECT_FILES / "stages.yaml").read_text(encoding="utf-8"))
+def test_the_dvc_yaml_of_a_new_project_differs_only_by_code_hashes():
+    new_project = yaml.safe_load((PROJECT_FILES / "stages.yaml").read_text(encoding="utf-8"))
     here = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
-    code = own["stages"].pop("code")
+    code = new_project["stages"].pop("code")
     assert code["always_changed"] and code["cmd"].endswith(f"-m {fingerprint.__name__}")
     assert code["outs"] == [{f"{fingerprint.FOLDER}/{stage}": {"cache": False}} for stage in fingerprint.STAGES]
-    assert list(here["stages"]) == list(own["stages"]) == list(fingerprint.STAGES)
+    assert list(here["stages"]) == list(new_project["stages"]) == list(fingerprint.STAGES)
     for name, stage in here["stages"].items():
         stage["deps"] = [f"{fingerprint.FOLDER}/{name}", *(dep for dep in stage["deps"] if not dep.startswith(ROOMS))]
         stage["cmd"] = stage["cmd"].replace("python", "python -P")
-    assert own == here
+    assert new_project == here
 
 
-def test_a_new_project_begins_with_the_params_of_this_one():
+def test_a_new_project_has_the_params_of_this_one():
     assert (PROJECT_FILES / "params.yaml").read_text() == (ROOT / "params.yaml").read_text()
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-def test_make_names_an_environment_that_was_moved(tmp_path):
+def test_make_reports_a_moved_environment(tmp_path):
     """A link to the environment of another folder is not accepted."""
     (tmp_path / "here/bin").mkdir(parents=True)
     (tmp_path / ".venv").symlink_to("here")
@@ -97,7 +97,7 @@ def test_make_names_an_environment_that_was_moved(tmp_path):
     assert done.stderr.startswith(f"make: .venv was made as {sys.prefix} and works only there; run `make clean`")
 
 
-def test_what_dvc_yaml_names_is_there():
+def test_the_code_in_dvc_yaml_exists():
     code = {dep for stage in STAGES.values() for dep in stage["deps"] if dep.startswith(ROOMS)}
     assert [dep for dep in sorted(code) if not (ROOT / dep).exists()] == []
 
@@ -110,7 +110,7 @@ def test_every_folder_of_code_is_installed():
     assert sorted(installed) == sorted(folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders)
 
 
-def test_whoever_installs_tailor_gets_the_types_and_every_file_that_the_code_reads(monkeypatch):
+def test_the_installation_contains_the_types_and_every_data_file(monkeypatch):
     monkeypatch.chdir(ROOT)
     distribution = Distribution()
     distribution.parse_config_files()

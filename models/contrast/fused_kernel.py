@@ -1,4 +1,4 @@
-"""Fused CUDA kernels for `rest` of models.contrast.gml and its gradient, written in OpenAI Triton.
+"""Fused CUDA kernels for `other_logsumexp` of models.contrast.gml and its gradient, written in OpenAI Triton.
 
 Not related to NVIDIA's Triton Inference Server. The forward kernel reads the similarities once and writes two vectors
 of B numbers. The backward kernel reads the similarities once and writes their gradient once. No other tensor of size
@@ -21,13 +21,13 @@ FLOOR = -1e30
 BLOCK = 4096
 
 
-def _rest_of_row(
+def _other_logsumexp_kernel(
     similarity,
     bias,
     own_first,
     own_last,
     temperature,
-    rest,
+    other_logsumexp,
     mean,
     keys,
     floor: tl.constexpr,
@@ -57,27 +57,27 @@ def _rest_of_row(
         total = total * rescale + tl.sum(mass, 0)
         weighted = weighted * rescale + tl.sum(mass * cosine, 0)
         peak = above
-    tl.store(rest + row, peak + tl.log(total))
+    tl.store(other_logsumexp + row, peak + tl.log(total))
     tl.store(mean + row, weighted / total)
 
 
-def _gradient_of_block(
+def _similarity_gradient_kernel(
     similarity,
     bias,
     own_first,
     own_last,
     temperature,
-    rest,
-    to_rest,
-    to_own,
-    to_similarity,
+    other_logsumexp,
+    grad_other_gml,
+    grad_own,
+    grad_similarity,
     keys,
     longest,
     block: tl.constexpr,
 ):
     """Backward kernel, one program per query and block of keys: gradient of the similarities.
 
-    At keys of other classes it is the gradient of `rest`, at keys of the query's class the incoming gradient `to_own`.
+    At keys of other classes it is the gradient of `other_logsumexp`, at keys of the query's class `grad_own`.
     """
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * block + tl.arange(0, block)
@@ -86,12 +86,12 @@ def _gradient_of_block(
     first = tl.load(own_first + row)
     own = (key >= first) & (key <= tl.load(own_last + row))
     cosine = tl.load(similarity + row * keys + key, mask=inside, other=0.0)
-    exponent = cosine / tau + tl.load(bias + key, mask=inside, other=0.0) - tl.load(rest + row)
-    # Exponents at keys of the query's class can be far above `rest`, and exp of them would overflow.
+    exponent = cosine / tau + tl.load(bias + key, mask=inside, other=0.0) - tl.load(other_logsumexp + row)
+    # Exponents at keys of the query's class can be far above `other_logsumexp`, and exp of them would overflow.
     posterior = tl.exp(tl.where(inside & (own == 0), exponent, 0.0))
-    from_own = tl.load(to_own + row * longest + (key - first), mask=inside & own, other=0.0)
-    gradient = tl.where(own, from_own, posterior * (tl.load(to_rest + row) / tau))
-    tl.store(to_similarity + row * keys + key, gradient, mask=inside)
+    from_own = tl.load(grad_own + row * longest + (key - first), mask=inside & own, other=0.0)
+    gradient = tl.where(own, from_own, posterior * (tl.load(grad_other_gml + row) / tau))
+    tl.store(grad_similarity + row * keys + key, gradient, mask=inside)
 
 
 @functools.cache
@@ -102,11 +102,11 @@ def _kernels() -> tuple[Any, Any]:
     import triton
     import triton.language as tl
 
-    return triton.jit(_rest_of_row), triton.jit(_gradient_of_block)
+    return triton.jit(_other_logsumexp_kernel), triton.jit(_similarity_gradient_kernel)
 
 
-class FusedSplit(torch.autograd.Function):
-    """Autograd function with the fused kernels: same arguments and results as SplitAtOwnClass of models.contrast.gml."""
+class FusedOwnClassLogSumExp(torch.autograd.Function):
+    """Autograd function with the fused kernels: same arguments and results as OwnClassLogSumExp of models.contrast.gml."""
 
     @staticmethod
     def forward(
@@ -115,27 +115,39 @@ class FusedSplit(torch.autograd.Function):
         similarity = similarity.contiguous()
         batch, keys = similarity.shape
         own_first, own_last = own_rows[:, 0].contiguous(), own_rows[:, -1].contiguous()
-        rest, mean = similarity.new_empty(batch), similarity.new_empty(batch)
+        other_logsumexp, mean = similarity.new_empty(batch), similarity.new_empty(batch)
         with torch.cuda.device_of(similarity):
             _kernels()[0][(batch,)](
-                similarity, bias, own_first, own_last, temperature, rest, mean, keys, FLOOR, BLOCK, num_warps=8
+                similarity,
+                bias,
+                own_first,
+                own_last,
+                temperature,
+                other_logsumexp,
+                mean,
+                keys,
+                FLOOR,
+                BLOCK,
+                num_warps=8,
             )
-        ctx.save_for_backward(similarity, bias, own_first, own_last, temperature, rest, mean)
-        return similarity.gather(1, own_rows), rest, rest.clone()
+        ctx.save_for_backward(similarity, bias, own_first, own_last, temperature, other_logsumexp, mean)
+        return similarity.gather(1, own_rows), other_logsumexp, other_logsumexp.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_own: Tensor, to_rest: Tensor, to_rest_of_tau: Tensor) -> tuple[Tensor | None, ...]:
-        similarity, bias, own_first, own_last, temperature, rest, mean = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_own: Tensor, grad_other_gml: Tensor, grad_other_tau: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        similarity, bias, own_first, own_last, temperature, other_logsumexp, mean = ctx.saved_tensors
         batch, keys = similarity.shape
-        to_similarity = to_temperature = None
+        grad_similarity = grad_temperature = None
         if ctx.needs_input_grad[0]:
-            to_similarity = torch.empty_like(similarity)
+            grad_similarity = torch.empty_like(similarity)
             with torch.cuda.device_of(similarity):
                 _kernels()[1][(batch, -(-keys // BLOCK))](
-                    similarity, bias, own_first, own_last, temperature, rest, to_rest.contiguous(),
-                    to_own.contiguous(), to_similarity, keys, to_own.shape[1], BLOCK, num_warps=8,
+                    similarity, bias, own_first, own_last, temperature, other_logsumexp, grad_other_gml.contiguous(),
+                    grad_own.contiguous(), grad_similarity, keys, grad_own.shape[1], BLOCK, num_warps=8,
                 )  # fmt: skip
         if ctx.needs_input_grad[3]:
-            to_temperature = -(to_rest_of_tau * mean).sum() / temperature**2
-        return to_similarity, None, None, to_temperature
+            grad_temperature = -(grad_other_tau * mean).sum() / temperature**2
+        return grad_similarity, None, None, grad_temperature

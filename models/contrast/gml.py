@@ -4,12 +4,13 @@ With bias_k = strength * log p(c) - log n_c for a key k of class c, the softmax 
 keys: sum_c p(c)^strength * s_c = sum_k exp(similarity_k / tau + bias_k). Only the score of the query's own class is
 needed:
 
-    loss = -log sigmoid(own - rest),    own  = log s_y + strength * log p(y), over the keys of the query's class,
-                                        rest = log-sum-exp of similarity / tau + bias over all other keys.
+    loss = -log sigmoid(own - other_logsumexp)
+    own = log s_y + strength * log p(y), over the keys of the query's class
+    other_logsumexp = log-sum-exp of similarity / tau + bias, over all other keys
 
-L_tau excludes the query's own sample. At equal temperature it has the same `rest` as L_GML; only `own` differs. `own`
-and `rest` are separate sums and are never obtained by subtraction, so there is no cancellation. Neither underflows to
-log 0 at any temperature.
+L_tau excludes the query's own sample. At equal temperature it has the same `other_logsumexp` as L_GML; only `own`
+differs. Both are separate sums and are never obtained by subtraction, so there is no cancellation. Neither underflows
+to log 0 at any temperature.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.contrast.fused_kernel import FLOOR, FusedSplit
-from models.contrast.fused_kernel_check import kernels_are_right, kernels_may_run
+from models.contrast.fused_kernel import FLOOR, FusedOwnClassLogSumExp
+from models.contrast.fused_kernel_check import kernels_pass_check, kernels_supported
+from models.contrast.queues import ClassQueues
 
 
-class KeyRuns(NamedTuple):
-    """Key rows of each class: class c has the rows starts[c] to starts[c] + lengths[c] - 1 (see ClassQueues).
+class ClassSegments(NamedTuple):
+    """Key rows of each class: class c has the rows starts[c] to starts[c] + lengths[c] - 1, as in ClassQueues.
 
     row_class: [K] int64; starts, lengths: [C] int64; longest: the largest length, a Python int, because shapes depend
     on it.
@@ -48,7 +50,7 @@ class ContrastLosses(NamedTuple):
 
 def contrast_losses(
     similarity: Tensor,
-    runs: KeyRuns,
+    segments: ClassSegments | ClassQueues,
     target: Tensor,
     log_prior: Tensor,
     temperature: Tensor | float,
@@ -70,58 +72,60 @@ def contrast_losses(
     """
     if not isinstance(temperature, Tensor):
         temperature = similarity.new_full((), temperature)
-    own_rows, present = _own_keys(runs, target)
-    bias = (strength * log_prior - runs.lengths.clamp(min=1).to(log_prior.dtype).log())[runs.row_class]
+    own_rows, present = _own_keys(segments, target)
+    bias = (strength * log_prior - segments.lengths.clamp(min=1).to(log_prior.dtype).log())[segments.row_class]
     bias = bias.to(similarity.dtype)
     if fused == "auto":
-        fused = kernels_may_run(similarity) and kernels_are_right(similarity, runs.longest, SplitAtOwnClass)
-    split = FusedSplit if fused else SplitAtOwnClass
-    own, rest, rest_of_tau = split.apply(similarity, own_rows, bias, temperature)
+        fused = kernels_supported(similarity) and kernels_pass_check(similarity, segments.longest, OwnClassLogSumExp)
+    split = FusedOwnClassLogSumExp if fused else OwnClassLogSumExp
+    own, other_logsumexp, other_logsumexp_tau = split.apply(similarity, own_rows, bias, temperature)
 
     others = present & (key_ids[own_rows] != query_ids[:, None])
     own_prior = strength * log_prior[target]
-    gml, _ = _mean_loss(own / temperature.detach(), present, own_prior, rest)
-    tau, left_out = _mean_loss(own.detach() / temperature, others, own_prior, rest_of_tau)
-    return ContrastLosses(gml, tau, left_out)
+    gml, _ = _mean_loss(own / temperature.detach(), present, own_prior, other_logsumexp)
+    tau, queries_without_keys = _mean_loss(own.detach() / temperature, others, own_prior, other_logsumexp_tau)
+    return ContrastLosses(gml, tau, queries_without_keys)
 
 
-def queries_with_keys(runs: KeyRuns, target: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
+def queries_with_keys(
+    segments: ClassSegments | ClassQueues, target: Tensor, query_ids: Tensor, key_ids: Tensor
+) -> Tensor:
     """Number of queries that L_tau averages over: those whose class has a key of another sample. A scalar, int64."""
-    own_rows, present = _own_keys(runs, target)
+    own_rows, present = _own_keys(segments, target)
     return (present & (key_ids[own_rows] != query_ids[:, None])).any(1).sum()
 
 
-def _own_keys(runs: KeyRuns, target: Tensor) -> tuple[Tensor, Tensor]:
+def _own_keys(segments: ClassSegments | ClassQueues, target: Tensor) -> tuple[Tensor, Tensor]:
     """Key rows of each query's class, int64 [B,L], and a mask of the valid ones, bool [B,L]; padding repeats the last row."""
-    length = runs.lengths[target][:, None]
-    step = torch.arange(runs.longest, device=target.device)
-    own_rows = runs.starts[target][:, None] + torch.minimum(step, (length - 1).clamp(min=0))
-    return own_rows.clamp(max=len(runs.row_class) - 1), step < length
+    length = segments.lengths[target][:, None]
+    step = torch.arange(segments.longest, device=target.device)
+    own_rows = segments.starts[target][:, None] + torch.minimum(step, (length - 1).clamp(min=0))
+    return own_rows.clamp(max=len(segments.row_class) - 1), step < length
 
 
-def _mean_loss(exponent: Tensor, kept: Tensor, own_prior: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch mean of -log sigmoid(own - rest) over the queries with a valid key; number of queries without one, same dtype.
+def _mean_loss(exponent: Tensor, valid: Tensor, own_prior: Tensor, other_logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch mean of -log sigmoid(own - other_logsumexp) over queries with a valid key, and the number of the others.
 
-    exponent: [B,L], similarity / tau of the keys of the query's class; kept: [B,L] bool, the valid keys; own_prior,
-    rest: [B].
+    exponent: [B,L], similarity / tau of the keys of the query's class; valid: [B,L] bool, the valid keys; own_prior and
+    other_logsumexp: [B]. Both results have the dtype of exponent.
     """
-    keys = kept.sum(1)
+    keys = valid.sum(1)
     empty = keys == 0
     # A row without a valid key would be -inf throughout and its gradient NaN. Such a row keeps all its keys and gets
     # weight 0.
-    exponent = exponent.masked_fill(~(kept | empty[:, None]), -torch.inf)
+    exponent = exponent.masked_fill(~(valid | empty[:, None]), -torch.inf)
     own = exponent.logsumexp(1) - keys.clamp(min=1).to(exponent.dtype).log() + own_prior
     weight = (~empty).to(exponent.dtype)
-    losses = -F.logsigmoid(own - rest)
+    losses = -F.logsigmoid(own - other_logsumexp)
     return (losses * weight).sum() / weight.sum().clamp(min=1.0), empty.sum().to(exponent.dtype)
 
 
-class SplitAtOwnClass(torch.autograd.Function):
-    """Autograd function: similarity [B,K] → its values at own_rows [B,L], and `rest` [B] twice, for L_GML and for L_tau.
+class OwnClassLogSumExp(torch.autograd.Function):
+    """Autograd function: similarity [B,K] → its values at own_rows [B,L], and `other_logsumexp` [B] twice.
 
-    The gradient of the first `rest` goes to the similarity only, that of the second to the temperature only. Of size
-    [B,K], only the posterior over the keys of the other classes is saved for backward: the gradient is a multiple of it
-    in each row.
+    The first is for L_GML, and its gradient goes to the similarity only; the second is for L_tau, and its gradient goes
+    to the temperature only. Of size [B,K], only the posterior over the keys of the other classes is saved for backward:
+    the gradient is a multiple of it in each row.
     """
 
     @staticmethod
@@ -133,20 +137,22 @@ class SplitAtOwnClass(torch.autograd.Function):
         # softmax is one pass over memory, logsumexp three. log-sum-exp is the largest exponent minus the log of its
         # probability.
         posterior = torch.softmax(exponent, 1)
-        rest = exponent.amax(1) - posterior.amax(1).log()
-        mean = torch.mul(posterior, similarity, out=exponent).sum(1) if ctx.needs_input_grad[3] else rest
+        other_logsumexp = exponent.amax(1) - posterior.amax(1).log()
+        mean = torch.mul(posterior, similarity, out=exponent).sum(1) if ctx.needs_input_grad[3] else other_logsumexp
         ctx.save_for_backward(posterior, own_rows, mean, temperature)
         # Two tensors of equal value, so that autograd keeps the gradients of L_GML and L_tau apart.
-        return similarity.gather(1, own_rows), rest, rest.clone()
+        return similarity.gather(1, own_rows), other_logsumexp, other_logsumexp.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_own: Tensor, to_rest: Tensor, to_rest_of_tau: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_own: Tensor, grad_other_gml: Tensor, grad_other_tau: Tensor
+    ) -> tuple[Tensor | None, ...]:
         posterior, own_rows, mean, temperature = ctx.saved_tensors
-        to_similarity = to_temperature = None
+        grad_similarity = grad_temperature = None
         if ctx.needs_input_grad[0]:
-            to_similarity = posterior * (to_rest / temperature)[:, None]
-            to_similarity.scatter_add_(1, own_rows, to_own)
+            grad_similarity = posterior * (grad_other_gml / temperature)[:, None]
+            grad_similarity.scatter_add_(1, own_rows, grad_own)
         if ctx.needs_input_grad[3]:
-            to_temperature = -(to_rest_of_tau * mean).sum() / temperature**2
-        return to_similarity, None, None, to_temperature
+            grad_temperature = -(grad_other_tau * mean).sum() / temperature**2
+        return grad_similarity, None, None, grad_temperature

@@ -24,8 +24,8 @@ def mixture_log_scores(
     rows = similarity.shape[0]
     index = row_class.expand(rows, -1)
     with torch.no_grad():
-        kept = similarity if mask is None else similarity.masked_fill(~mask, -torch.inf)
-        peak = similarity.new_full((rows, classes), -torch.inf).scatter_reduce(1, index, kept, "amax")
+        unmasked = similarity if mask is None else similarity.masked_fill(~mask, -torch.inf)
+        peak = similarity.new_full((rows, classes), -torch.inf).scatter_reduce(1, index, unmasked, "amax")
         peak = peak.masked_fill(peak == -torch.inf, 0.0)
         pairs = torch.ones_like(similarity) if mask is None else mask.to(similarity.dtype)
         keys = similarity.new_zeros(rows, classes).index_add(1, row_class, pairs)

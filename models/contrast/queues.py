@@ -84,10 +84,9 @@ class ClassQueues(nn.Module):
         slots = self.starts[labels] + (self.pointers[labels] + owner_rank) % length
         self.features[slots] = features[owner].to(self.features.dtype)
         self.sample_ids[slots] = sample_ids[owner]
-        kept = (rank < length).to(self.pointers.dtype)
-        advanced = self.pointers.index_add(0, labels, kept) % self.lengths
-        self.pointers.copy_(advanced)
+        stored = (rank < length).to(self.pointers.dtype)
+        self.pointers.copy_(self.pointers.index_add(0, labels, stored) % self.lengths)
 
     def fill(self) -> Tensor:
         """Share of the rows that hold the feature of a real sample: a scalar tensor in [0, 1]."""
-        return (self.sample_ids >= 0).float().mean()
+        return (self.sample_ids >= 0).double().mean()

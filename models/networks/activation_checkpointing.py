@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-ROWS = (nn.Sequential, nn.ModuleList)
+SEQUENCES = (nn.Sequential, nn.ModuleList)
 RANDOM = ("drop", "stochastic")  # in class names: Dropout, DropPath, StochasticDepth
 
 
@@ -28,22 +28,20 @@ class NoBlocksError(ValueError):
 def recompute_blocks(network: nn.Module) -> int:
     """Enable activation checkpointing for every block of a network; returns the number of blocks.
 
-    Weight names do not change.
-
-    Raises NoBlocksError when the network has no sequence of blocks.
+    Weight names do not change. Raises NoBlocksError when the network has no sequence of blocks.
     """
-    found = list(blocks(network))
-    if not found:
-        raise NoBlocksError("its network has no row of blocks whose activations could be recomputed one by one")
-    for block in found:
+    targets = list(blocks(network))
+    if not targets:
+        raise NoBlocksError("its network has no sequence of blocks whose activations could be recomputed one by one")
+    for block in targets:
         block.forward = Recomputed(block, block.forward)
-    return len(found)
+    return len(targets)
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The blocks of a network, not nested: children of a sequence that are not a layer, a sequence or a stage."""
     for child in module.children():
-        if isinstance(module, ROWS) and _is_block(child) and not _is_stage(child):
+        if isinstance(module, SEQUENCES) and _is_block(child) and not _is_stage(child):
             yield child
         else:
             yield from blocks(child)
@@ -51,15 +49,17 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_block(module: nn.Module) -> bool:
     return (
-        not isinstance(module, ROWS) and any(True for _ in module.children()) and any(True for _ in module.parameters())
+        not isinstance(module, SEQUENCES)
+        and any(True for _ in module.children())
+        and any(True for _ in module.parameters())
     )
 
 
 def _is_stage(module: nn.Module) -> bool:
     """Whether a module contains a sequence of blocks of the same type, such as a stage of a ConvNeXt."""
-    rows = (inner for inner in module.modules() if isinstance(inner, ROWS))
+    rows = (inner for inner in module.modules() if isinstance(inner, SEQUENCES))
     kinds = ([type(child) for child in row.children() if _is_block(child)] for row in rows)
-    return any(len(found) > len(set(found)) for found in kinds)
+    return any(len(types) > len(set(types)) for types in kinds)
 
 
 class Recomputed:
@@ -80,19 +80,19 @@ class Recomputed:
             *inputs,
             use_reentrant=False,
             preserve_rng_state=self.random,
-            context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(self.block)),
+            context_fn=lambda: (contextlib.nullcontext(), _preserve_batch_norm_statistics(self.block)),
             **options,
         )
 
 
 @contextlib.contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
+def _preserve_batch_norm_statistics(block: nn.Module) -> Iterator[None]:
     """Run batch norm on copies of its running statistics, which are discarded after the block."""
-    kept = [(layer, dict(layer._buffers)) for layer in block.modules() if isinstance(layer, _NormBase)]
-    for layer, buffers in kept:
+    saved = [(layer, dict(layer._buffers)) for layer in block.modules() if isinstance(layer, _NormBase)]
+    for layer, buffers in saved:
         layer._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
     try:
         yield
     finally:
-        for layer, buffers in kept:
+        for layer, buffers in saved:
             layer._buffers.update(buffers)

@@ -35,7 +35,7 @@ class Backbone(nn.Module):
         features: Tensor = self.network(images)
         return features
 
-    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Load pretrained weights: a state_dict of the same network from its library, or of a classifier written by Tailor.
 
         Weights of the removed classifier are ignored. Raises ValueError naming the first weight that is missing, has
@@ -45,15 +45,15 @@ class Backbone(nn.Module):
             weights = {name.removeprefix(OWN): value for name, value in weights.items() if name.startswith(OWN)}
         elif self.head:
             weights = {name: value for name, value in weights.items() if not name.startswith(f"{self.head}.")}
-        wanted = self.network.state_dict()
-        for name, value in wanted.items():
+        expected = self.network.state_dict()
+        for name, value in expected.items():
             if name not in weights:
                 raise ValueError(f"has no {name}, which this network needs")
             if weights[name].shape != value.shape:
                 raise ValueError(f"has {name} of shape {list(weights[name].shape)}; expected {list(value.shape)}")
         for name in weights:
-            if name not in wanted:
-                raise ValueError(f"has {name}, which this network does not know")
+            if name not in expected:
+                raise ValueError(f"has {name}, which this network does not have")
         self.network.load_state_dict(weights)
 
 
@@ -81,7 +81,7 @@ def check_backbone(name: str) -> None:
 
         models = torchvision.models.list_models(module=torchvision.models)
         # SqueezeNet's last layer is a convolution, so it has no feature vector for a linear classifier.
-        known = [model for model in models if not model.startswith("squeezenet")]
+        names = [model for model in models if not model.startswith("squeezenet")]
         kind = "a torchvision classification model"
     elif library == "timm":
         try:
@@ -90,10 +90,10 @@ def check_backbone(name: str) -> None:
             raise UnknownBackboneError(
                 f"backbone {name!r} needs timm, which is not installed; pip install timm"
             ) from None
-        known, kind = [*timm.list_models(), *timm.list_pretrained()], "a timm model"
+        names, kind = [*timm.list_models(), *timm.list_pretrained()], "a timm model"
     else:
-        known, kind = list(BLOCKS_PER_STAGE), "a CIFAR ResNet, torchvision/<model> or timm/<model>"
-    valid = [f"{library}/{entry}" for entry in known] if library else known
+        names, kind = list(BLOCKS_PER_STAGE), "a CIFAR ResNet, torchvision/<model> or timm/<model>"
+    valid = [f"{library}/{entry}" for entry in names] if library else names
     if _canonical(name) not in valid:
         nearest = difflib.get_close_matches(_canonical(name), valid, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""

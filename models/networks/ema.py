@@ -15,7 +15,7 @@ class WeightAverage(nn.Module):
 
     Batch-norm statistics are averaged like weights; counters are copied. The average is on the network's device with
     static shapes and no copy to the host, so that an update can be part of a captured step. (torch's AveragedModel
-    reads its counter on the host at every update.)
+    reads value counter on the host at every update.)
     """
 
     updates: Tensor
@@ -34,12 +34,12 @@ class WeightAverage(nn.Module):
         share = torch.clamp((WARM_UP - 1) / (WARM_UP + self.updates), min=1 - self.decay)
         self.updates += 1
         averaged, current = [], []
-        for mine, its in zip(self._tensors(self.average), self._tensors(model), strict=True):
-            if mine.is_floating_point():
-                averaged.append(mine)
-                current.append(its)
+        for average, value in zip(self._tensors(self.average), self._tensors(model), strict=True):
+            if average.is_floating_point():
+                averaged.append(average)
+                current.append(value)
             else:
-                mine.copy_(its)
+                average.copy_(value)
         steps = torch._foreach_sub(current, averaged)
         torch._foreach_mul_(steps, share)
         torch._foreach_add_(averaged, steps)

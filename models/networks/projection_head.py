@@ -17,17 +17,11 @@ class ProjectionHead(nn.Module):
     def __init__(self, feature_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(feature_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, out_dim),
+            nn.Linear(feature_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim)
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [N,D] → unit vectors [N,out_dim].
-
-        Under autocast only the two linear layers use the lower precision.
-        """
+        """features [N,D] → unit vectors [N,out_dim]. Under autocast only the two linear layers use the lower precision."""
         first, norm, activation, last = self.layers
         hidden = activation(norm(full_precision(first(features))))
         return F.normalize(full_precision(last(hidden)), dim=1)

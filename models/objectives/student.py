@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.contrast.gml import ContrastLosses, KeyRuns, contrast_losses, queries_with_keys
+from models.contrast.gml import ContrastLosses, contrast_losses, queries_with_keys
 from models.contrast.queues import ClassQueues
 from models.distributed import gather_batch, rank_count, sum_over_ranks
 from models.losses.distillation import distillation_loss
@@ -19,35 +18,9 @@ from models.networks.autocast import without_autocast
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.projection_head import ProjectionHead
 from models.objectives.accumulation import WholeBatch, share_of_batch
+from models.objectives.student_weights import ContrastEncoder, StudentWeights
 from models.objectives.teacher import Mixed, classification_loss
 from models.prior import adjust_logits
-
-ContrastEncoder = Literal["teacher", "momentum"]
-
-
-@dataclass(frozen=True)
-class StudentWeights:
-    """Weights of the student's loss terms, as in the official code: gamma for L_cls, beta for L_GML + L_tau, alpha for L_KD.
-
-    A term of weight 0 is not computed, nor is anything that only this term needs. prior_strength is α of Eq. 10,
-    adjustment the strength of the logit adjustment in L_cls (1 in Eq. 6). Raises ValueError when gamma and alpha are
-    both 0: no term would train the classifier.
-    """
-
-    gamma: float
-    beta: float
-    alpha: float
-    distillation_temperature: float
-    prior_strength: float
-    adjustment: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.gamma or self.alpha):
-            raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
-
-    def need_teacher(self, contrast_encoder: ContrastEncoder) -> bool:
-        """Whether a step runs the teacher: for L_KD, or for the contrast features of L_GML."""
-        return self.alpha > 0 or (self.beta > 0 and contrast_encoder == "teacher")
 
 
 class StudentObjective(nn.Module):
@@ -103,7 +76,7 @@ class StudentObjective(nn.Module):
         self.views = 3 if weights.beta else 1
         self.register_buffer("log_prior", log_prior)
         self.teacher: ImageClassifier | None = None
-        if weights.need_teacher(contrast_encoder):
+        if weights.needs_teacher(contrast_encoder):
             if teacher is None:
                 raise ValueError("teacher is None, but L_KD (alpha > 0) or contrast_encoder `teacher` needs one")
             self.teacher = teacher.requires_grad_(False).eval()
@@ -155,9 +128,7 @@ class StudentObjective(nn.Module):
 
     def observations(self) -> dict[str, float]:
         """Further values for the record of an epoch: the share of the queues that holds features of training images."""
-        if not self.weights.beta:
-            return {}
-        return {"queue_fill": (self.queues.sample_ids >= 0).double().mean().item()}
+        return {"queue_fill": self.queues.fill().item()} if self.weights.beta else {}
 
     def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> WholeBatch | None:
         """Store the contrast features of a whole batch, given as micro-batches of views [V,b,3,H,W]; embed the queue once.
@@ -168,7 +139,7 @@ class StudentObjective(nn.Module):
             return None
         features = torch.cat([self._contrast_features(part[2]) for part in views])
         self._enqueue(features, target, sample_ids)
-        with_keys = queries_with_keys(self._runs(), target, sample_ids, self.queues.sample_ids)
+        with_keys = queries_with_keys(self.queues, target, sample_ids, self.queues.sample_ids)
         batch = len(target) * rank_count()
         return WholeBatch.of(self.key_head(self.queues.features), batch, sum_over_ranks(with_keys))
 
@@ -236,19 +207,13 @@ class StudentObjective(nn.Module):
         batch, stores = views.shape[1], stores and self.weights.beta > 0
         features = logits = None
         if stores and self.momentum_encoder is not None:
-            features = self._contrast_features(views[2])
-        seen = [views[0]] if self.weights.alpha else []
-        if stores and self.momentum_encoder is None:
-            seen.append(views[2])
-        if seen and self.teacher is not None:
-            encoded, classified = self.teacher(torch.cat(seen))
-            features = features if self.momentum_encoder is not None or not stores else encoded[-batch:]
+            features, stores = self._contrast_features(views[2]), False
+        teacher_views = [views[index] for index, needed in ((0, self.weights.alpha > 0), (2, stores)) if needed]
+        if teacher_views and self.teacher is not None:
+            encoded, classified = self.teacher(torch.cat(teacher_views))
+            features = encoded[-batch:] if stores else features
             logits = classified[:batch] if self.weights.alpha else None
         return features, logits
-
-    def _runs(self) -> KeyRuns:
-        queues = self.queues
-        return KeyRuns(queues.row_class, queues.starts, queues.lengths, queues.longest)
 
     def _contrast(
         self, query_features: Tensor, target: Tensor, sample_ids: Tensor, whole: WholeBatch | None
@@ -257,9 +222,9 @@ class StudentObjective(nn.Module):
         keys = self.key_head(self.queues.features) if whole is None else whole.keys
         with without_autocast(query):
             similarity = query @ keys.T
-        found = contrast_losses(
+        losses = contrast_losses(
             similarity,
-            self._runs(),
+            self.queues,
             target,
             self.log_prior,
             self.log_tau_g.exp(),
@@ -270,8 +235,8 @@ class StudentObjective(nn.Module):
         )
         queries, ranks = len(target), rank_count()
         if whole is not None:
-            return share_of_batch(found, queries, whole.batch, whole.with_keys)
+            return share_of_batch(losses, queries, whole.batch, whole.with_keys)
         if ranks == 1:
-            return found
-        with_keys = sum_over_ranks(queries - found.queries_without_keys)
-        return share_of_batch(found, queries, queries * ranks, with_keys)
+            return losses
+        with_keys = sum_over_ranks(queries - losses.queries_without_keys)
+        return share_of_batch(losses, queries, queries * ranks, with_keys)

@@ -2,18 +2,9 @@
 
 from pipeline.augment.mix import MixDraws, apply_mix, draw_mix
 from pipeline.augment.stored import draw_stored, take_stored
-from pipeline.augment.views import Draws, apply_views, cut_boxes, cuts_originals, draw_views, random_views
+from pipeline.augment.views import Draws, apply_views, cut_boxes, cuts_originals, draw_views
 
 __all__ = [
-    "Draws",
-    "MixDraws",
-    "apply_mix",
-    "apply_views",
-    "cut_boxes",
-    "cuts_originals",
-    "draw_mix",
-    "draw_stored",
-    "draw_views",
-    "random_views",
+    "Draws", "MixDraws", "apply_mix", "apply_views", "cut_boxes", "cuts_originals", "draw_mix", "draw_stored", "draw_views",
     "take_stored",
-]
+]  # fmt: skip

@@ -40,14 +40,8 @@ def fixed_matrix(name: str, value: Tensor, height: int, width: int) -> Tensor:
     elif name == "rotate":
         cosine, sine = torch.cos(value * (math.pi / 180)), torch.sin(value * (math.pi / 180))
         across, down = width / 2, height / 2
-        entries = (
-            cosine,
-            -sine,
-            across - across * cosine + down * sine,
-            sine,
-            cosine,
-            down - across * sine - down * cosine,
-        )
+        shift_x, shift_y = across - across * cosine + down * sine, down - across * sine - down * cosine
+        entries = (cosine, -sine, shift_x, sine, cosine, shift_y)
     else:
         raise ValueError(f"{name!r} is not geometric; expected one of {', '.join(AFFINE)}")
     a, b, c, d, e, f = entries
@@ -64,27 +58,27 @@ def resample(images: Tensor, matrix: Tensor, *, fill: tuple[int, int, int], meth
     x, y = (a * column + c) + b * row, d * column + (e * row + f)
     inside = (x >= 0) & (x < width * ONE) & (y >= 0) & (y < height * ONE)
     if method == "bilinear":
-        found = _between_four(images, x, y)
+        resampled = _bilinear(images, x, y)
     elif method == "bicubic":
-        found = _between_sixteen(images, x, y)
+        resampled = _bicubic(images, x, y)
     else:
-        found = _pixels(images, (x >> FRACTION_BITS).clamp(0, width - 1), (y >> FRACTION_BITS).clamp(0, height - 1))
+        resampled = _pixels(images, (x >> FRACTION_BITS).clamp(0, width - 1), (y >> FRACTION_BITS).clamp(0, height - 1))
     outside = torch.stack([torch.full((), level, dtype=torch.uint8, device=images.device) for level in fill])
     # A sum of products, because `where` on uint8 is many times slower on the CPU.
     inside, beyond = inside[:, None].to(torch.uint8), (~inside)[:, None].to(torch.uint8)
-    return found * inside + outside[:, None, None] * beyond
+    return resampled * inside + outside[:, None, None] * beyond
 
 
-def _between_four(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _bilinear(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     height, width = images.shape[2:]
     x, y = x - ONE // 2, y - ONE // 2
-    right, down = ((place & (ONE - 1)).float().div(ONE)[:, None] for place in (x, y))
+    right, down = ((position & (ONE - 1)).float().div(ONE)[:, None] for position in (x, y))
     x, y = x >> FRACTION_BITS, y >> FRACTION_BITS
     columns = x.clamp(0, width - 1), (x + 1).clamp(0, width - 1)
     rows = y.clamp(0, height - 1), (y + 1).clamp(0, height - 1)
 
-    def line(at: Tensor) -> Tensor:
-        first, second = (_pixels(images, column, at).float() for column in columns)
+    def line(row: Tensor) -> Tensor:
+        first, second = (_pixels(images, column, row).float() for column in columns)
         return first + right * (second - first)
 
     upper, lower = line(rows[0]), line(rows[1])
@@ -92,18 +86,18 @@ def _between_four(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return in_bytes(upper + down * (lower - upper))
 
 
-def _between_sixteen(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _bicubic(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     height, width = images.shape[2:]
     x, y = x - ONE // 2, y - ONE // 2
-    across, down = (_cubic_weights((place & (ONE - 1)).float().div(ONE)[:, None]) for place in (x, y))
+    across, down = (_cubic_weights((position & (ONE - 1)).float().div(ONE)[:, None]) for position in (x, y))
     x, y = x >> FRACTION_BITS, y >> FRACTION_BITS
-    found: Tensor | float = 0.0
+    total: Tensor | float = 0.0
     for step, weight in zip(range(-1, 3), down, strict=True):
         row = (y + step).clamp(0, height - 1)
-        columns = ((x + at).clamp(0, width - 1) for at in range(-1, 3))
+        columns = ((x + offset).clamp(0, width - 1) for offset in range(-1, 3))
         line = sum(w * _pixels(images, column, row).float() for w, column in zip(across, columns, strict=True))
-        found = found + weight * line
-    return in_bytes(torch.as_tensor(found).clamp(0, 255))
+        total = total + weight * line
+    return in_bytes(torch.as_tensor(total).clamp(0, 255))
 
 
 def _cubic_weights(d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,5 +108,5 @@ def _cubic_weights(d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _pixels(images: Tensor, column: Tensor, row: Tensor) -> Tensor:
     width = images.shape[3]
-    place = (row * width + column).long().flatten(1)[:, None].expand(-1, 3, -1)
-    return images.flatten(2).gather(2, place).view_as(images)
+    index = (row * width + column).long().flatten(1)[:, None].expand(-1, 3, -1)
+    return images.flatten(2).gather(2, index).view_as(images)

@@ -28,10 +28,10 @@ def padded_crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padd
     padded = F.pad(images, (padding,) * 4) if padding else images
     rows = top[..., None] + torch.arange(height, device=images.device)
     columns = left[..., None] + _columns(width, flipped)
-    place = (rows[..., None] * padded.shape[3] + columns[..., None, :]).flatten(2)
-    views = place.shape[0]
-    found = padded.flatten(2).expand(views, -1, -1, -1).gather(3, place[:, :, None].expand(-1, -1, 3, -1))
-    return found.view(views, *images.shape)
+    index = (rows[..., None] * padded.shape[3] + columns[..., None, :]).flatten(2)
+    views = index.shape[0]
+    crops = padded.flatten(2).expand(views, -1, -1, -1).gather(3, index[:, :, None].expand(-1, -1, 3, -1))
+    return crops.view(views, *images.shape)
 
 
 def resized_crop(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ def resized_crop(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
     True.
     """
     large = images.shape[2] * images.shape[3] >= LARGE
-    return (_one_by_one if large and images.device.type == "cpu" else _all_at_once)(images, box, flipped)
+    return (resize_one_by_one if large and images.device.type == "cpu" else resize_all_at_once)(images, box, flipped)
 
 
-def _all_at_once(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
+def resize_all_at_once(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
     height, width = images.shape[2:]
     views = box.shape[0]
     top, left, tall, wide = box.unbind(-1)
@@ -72,16 +72,16 @@ def _enlarged(image: Tensor, axis: int, start: Tensor, length: Tensor, position:
 def _neighbours(start: Tensor, length: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # For output positions [...,S] that span start .. start + length [...]: the two neighbouring pixels and the second's
     # weight.
-    place = (position + 0.5).double() * (length.double() / position.shape[-1])[..., None] - 0.5
-    before = place.floor()
-    share = ((place - before) * (1 << WEIGHT_BITS) + 0.5).to(torch.int32)
+    source = (position + 0.5).double() * (length.double() / position.shape[-1])[..., None] - 0.5
+    before = source.floor()
+    share = ((source - before) * (1 << WEIGHT_BITS) + 0.5).to(torch.int32)
     before, last = before.long(), length[..., None] - 1
     first, second = (start[..., None] + (before + offset).clamp(min=0).minimum(last) for offset in (0, 1))
     return first, second, share
 
 
-def _one_by_one(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
-    # Same result as _all_at_once, for the CPU: one image at a time fits in its cache, and whole lines are copied
+def resize_one_by_one(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
+    # Same result as resize_all_at_once, for the CPU: one image at a time fits in its cache, and whole lines are copied
     # instead of single pixels by gather.
     height, width = images.shape[2:]
     top, left, tall, wide = box.unbind(-1)
@@ -89,10 +89,10 @@ def _one_by_one(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
     down = _neighbours(torch.zeros_like(top), tall, torch.arange(height).expand(*box.shape[:2], -1))
     out = images.new_empty((len(box), *images.shape))
     for view, boxes in enumerate(box.tolist()):
-        for place, (y, x, rows, columns) in enumerate(boxes):
-            part = images[place, :, y : y + rows, x : x + columns].transpose(1, 2).contiguous()
-            part = _between_lines(part, *(table[view, place] for table in across)).transpose(1, 2).contiguous()
-            out[view, place] = _between_lines(part, *(table[view, place] for table in down))
+        for index, (y, x, rows, columns) in enumerate(boxes):
+            part = images[index, :, y : y + rows, x : x + columns].transpose(1, 2).contiguous()
+            part = _between_lines(part, *(table[view, index] for table in across)).transpose(1, 2).contiguous()
+            out[view, index] = _between_lines(part, *(table[view, index] for table in down))
     return out
 
 
@@ -112,8 +112,8 @@ def _columns(width: int, flipped: Tensor) -> Tensor:
 def draw_chances(count: int, generator: torch.Generator) -> Tensor:
     """Draw the random numbers that `boxes_of` needs for an image of any size: float64 [count, CHANCES], uniform in 0..1."""
     chance = torch.rand(2, count, ATTEMPTS, dtype=torch.float64, generator=generator)
-    place = torch.rand(2, count, dtype=torch.float64, generator=generator)
-    return torch.cat([chance[0], chance[1], place.T], 1)
+    position = torch.rand(2, count, dtype=torch.float64, generator=generator)
+    return torch.cat([chance[0], chance[1], position.T], 1)
 
 
 def boxes_of(chances: Tensor, height: Tensor, width: Tensor, scale: list[float]) -> Tensor:
@@ -130,13 +130,13 @@ def boxes_of(chances: Tensor, height: Tensor, width: Tensor, scale: list[float])
     wide, tall = torch.round(torch.sqrt(area * ratio)).long(), torch.round(torch.sqrt(area / ratio)).long()
     fits = (wide > 0) & (wide <= width[..., None]) & (tall > 0) & (tall <= height[..., None])
     first = fits.long().argmax(-1, keepdim=True)  # argmax returns the first of equal values
-    found = fits.any(-1)
+    any_fits = fits.any(-1)
     largest_wide = torch.minimum(width, torch.round(height.double() * RATIO[1]).long())
     largest_tall = torch.minimum(height, torch.round(width.double() / RATIO[0]).long())
-    wide = torch.where(found, wide.gather(-1, first).squeeze(-1), largest_wide)
-    tall = torch.where(found, tall.gather(-1, first).squeeze(-1), largest_tall)
-    top = torch.where(found, (down * (height - tall + 1)).long(), (height - largest_tall) // 2)
-    left = torch.where(found, (across * (width - wide + 1)).long(), (width - largest_wide) // 2)
+    wide = torch.where(any_fits, wide.gather(-1, first).squeeze(-1), largest_wide)
+    tall = torch.where(any_fits, tall.gather(-1, first).squeeze(-1), largest_tall)
+    top = torch.where(any_fits, (down * (height - tall + 1)).long(), (height - largest_tall) // 2)
+    left = torch.where(any_fits, (across * (width - wide + 1)).long(), (width - largest_wide) // 2)
     return torch.stack([top, left, tall, wide], -1)
 
 

@@ -16,7 +16,7 @@ from pipeline.augment.pixels import blend, in_bytes, luminance
 SOLARIZE_ADD_BELOW = 128  # only values below it are increased (timm's solarize_add, AutoAugment's SolarizeAdd)
 
 
-def look_up(images: Tensor, tables: Tensor) -> Tensor:
+def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
     """Replace every value of uint8 [N,3,H,W] by its entry in tables uint8 [N,3,256]."""
     return tables.gather(2, images.flatten(2).long()).view_as(images)
 
@@ -101,12 +101,6 @@ def _per_image(table: Tensor) -> Tensor:
 
 
 LOOKUP: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "autocontrast": autocontrast,
-    "invert": invert,
-    "equalize": equalize,
-    "solarize": solarize,
-    "solarize_add": solarize_add,
-    "posterize": posterize,
-    "contrast": contrast,
-    "brightness": brightness,
+    table.__name__: table
+    for table in (autocontrast, invert, equalize, solarize, solarize_add, posterize, contrast, brightness)
 }

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.augment.pixels import copy_to_device
 from pipeline.params import AugmentParams
 
 
@@ -30,14 +31,9 @@ class MixDraws:
         return MixDraws(self.partner[start:stop], self.share[start:stop], box)
 
     def to(self, device: torch.device | str) -> MixDraws:
-        """Copy to a device; asynchronous, through pinned memory, for a GPU."""
-        device = torch.device(device)
-
-        def move(tensor: Tensor) -> Tensor:
-            pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-            return pinned.to(device, non_blocking=True)
-
-        return MixDraws(move(self.partner), move(self.share), None if self.box is None else move(self.box))
+        """The draws on a device, by `copy_to_device`."""
+        partner, share = copy_to_device(self.partner, device), copy_to_device(self.share, device)
+        return MixDraws(partner, share, None if self.box is None else copy_to_device(self.box, device))
 
 
 def draw_mix(count: int, height: int, width: int, params: AugmentParams, generator: torch.Generator) -> MixDraws | None:
@@ -61,8 +57,8 @@ def draw_mix(count: int, height: int, width: int, params: AugmentParams, generat
         reach = (half * length).long()
         edges.append(((centre - reach).clamp(0, length), (centre + reach).clamp(0, length)))
     (top, bottom), (left, right) = edges
-    kept = 1 - (bottom - top) * (right - left) / (height * width)
-    return MixDraws(partner, kept.float(), torch.stack([top, left, bottom, right], 1))
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return MixDraws(partner, share.float(), torch.stack([top, left, bottom, right], 1))
 
 
 def apply_mix(images: Tensor, draws: MixDraws, pool: Tensor | None = None) -> Tensor:

@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from pipeline.augment.affine import AFFINE, Method, resample
-from pipeline.augment.lookup import LOOKUP, look_up
+from pipeline.augment.lookup import LOOKUP, apply_tables
 from pipeline.augment.pixels import blurred, coloured, grey_only, sharpened
 
 IDENTITY = "identity"
 OPERATIONS = (IDENTITY, *AFFINE, *LOOKUP, "color", "sharpness", "grey", "blur")
 CODE = {name: code for code, name in enumerate(OPERATIONS)}
 
-PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "color": coloured,
-    "sharpness": sharpened,
-    "grey": grey_only,
-    "blur": blurred,
-}
+PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]]
+PIXELS = {"color": coloured, "sharpness": sharpened, "grey": grey_only, "blur": blurred}
 
 
 def apply_slot(
@@ -46,7 +42,7 @@ def apply_slot(
     lookups = [name for name in possible if name in LOOKUP]
     if lookups:
         chosen = _is_any(code, lookups)
-        images = replaced(images, chosen, lambda *rows: _looked_up(lookups, *rows), images, code, value)
+        images = replaced(images, chosen, lambda *rows: _apply_lookups(lookups, *rows), images, code, value)
     if matrix is not None:
         chosen = _is_any(code, [name for name in possible if name in AFFINE])
         passes = [(chosen, method)] if bicubic is None else [(chosen & ~bicubic, method), (chosen & bicubic, "bicubic")]
@@ -86,11 +82,11 @@ def _in_words(tensor: Tensor) -> Tensor:
     return rows.view(torch.int64) if rows.shape[1] * rows.element_size() % 8 == 0 else rows
 
 
-def _looked_up(names: list[str], images: Tensor, code: Tensor, value: Tensor) -> Tensor:
+def _apply_lookups(names: list[str], images: Tensor, code: Tensor, value: Tensor) -> Tensor:
     tables = torch.arange(256, dtype=torch.uint8, device=images.device).repeat(len(images), 3, 1)
     for name in names:
         tables = replaced(tables, code == CODE[name], LOOKUP[name], images, value)
-    return look_up(images, tables)
+    return apply_tables(images, tables)
 
 
 def _is_any(code: Tensor, names: list[str]) -> Tensor:

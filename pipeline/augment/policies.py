@@ -51,37 +51,20 @@ AUTOAUGMENT = (
 )
 
 RANDAUGMENT = (
-    "autocontrast",
-    "equalize",
-    "invert",
-    "rotate",
-    "posterize",
-    "solarize",
-    "solarize_add",
-    "color",
-    "contrast",
-    "brightness",
-    "sharpness",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-)
+    "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast",
+    "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
 RANDAUGMENT_STEPS = 2
 RANDAUGMENT_SHARE = 0.5
 RANDAUGMENT_MAGNITUDE = (10.0, 0.5)  # mean and standard deviation; 10 is the maximum
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The possible operations of a slot, besides none."""
+Slot = tuple[str, ...]  # the possible operations, besides none
 
-    possible: tuple[str, ...]
 
-    @property
-    def geometric(self) -> bool:
-        """Whether an operation of the slot moves pixels."""
-        return any(name in AFFINE for name in self.possible)
+def is_geometric(slot: Slot) -> bool:
+    """Whether an operation of the slot moves pixels."""
+    return any(name in AFFINE for name in slot)
 
 
 @dataclass(frozen=True)
@@ -97,11 +80,10 @@ class Plan:
 
 def plan_of(policy: str, params: AugmentParams) -> Plan:
     """Plan of a policy. simaugment always has a resized crop and no Cutout; the other policies take both from params."""
-    jitter = [Slot(JITTERED)] * 3 if params.jitter else []
-    soft = [Slot(("grey",)), Slot(("blur",))]
-    rand = [Slot(RANDAUGMENT)] * RANDAUGMENT_STEPS
-    auto = [Slot(tuple(sorted({pair[step][0] for pair in AUTOAUGMENT if pair[step][1] > 0}))) for step in (0, 1)]
-    slots = {
+    jitter = [JITTERED] * 3 if params.jitter else []
+    soft, rand = [("grey",), ("blur",)], [RANDAUGMENT] * RANDAUGMENT_STEPS
+    auto = [tuple(sorted({pair[step][0] for pair in AUTOAUGMENT if pair[step][1] > 0})) for step in (0, 1)]
+    slots: list[Slot] = {
         "none": [],
         "autoaugment": auto,
         "randaugment": [*jitter, *rand],
@@ -180,10 +162,7 @@ def draw_randaugment_step(count: int, height: int, width: int, generator: torch.
         "posterize": torch.floor(4 * level),
         "solarize": torch.floor(256 * level),
         "solarize_add": torch.floor(110 * level),
-        "color": factor,
-        "contrast": factor,
-        "brightness": factor,
-        "sharpness": factor,
+        **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), factor),
         "shear_x": 0.3 * level * sign,
         "shear_y": 0.3 * level * sign,
         "translate_x": 0.45 * width * level * sign,

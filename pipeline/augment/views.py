@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.augment.affine import AFFINE, fixed_matrix
 from pipeline.augment.crops import CHANCES, boxes_of, cutout, draw_chances, padded_crop, resized_crop
 from pipeline.augment.operations import CODE, apply_slot
-from pipeline.augment.policies import Plan, draw_bicubic, draw_slots, plan_of
+from pipeline.augment.pixels import copy_to_device
+from pipeline.augment.policies import Plan, draw_bicubic, draw_slots, is_geometric, plan_of
 from pipeline.params import AugmentParams
 
 
@@ -42,10 +43,8 @@ class Draws:
         return Draws(tuple(table[:, rows] for table in self.tables))
 
     def to(self, device: torch.device | str) -> Draws:
-        """Copy to a device; asynchronous, through pinned memory, for a GPU."""
-        device = torch.device(device)
-        pinned = (table.pin_memory() if device.type == "cuda" and not table.is_cuda else table for table in self.tables)
-        return Draws(tuple(table.to(device, non_blocking=True) for table in pinned))
+        """The draws on a device, by `copy_to_device`."""
+        return Draws(tuple(copy_to_device(table, device) for table in self.tables))
 
 
 def draw_views(
@@ -84,25 +83,15 @@ def cuts_originals(views: int, params: AugmentParams) -> bool:
 
 
 def cut_boxes(draws: Draws, height: Tensor, width: Tensor, params: AugmentParams) -> list[tuple[list[int] | None, ...]]:
-    """Boxes of the views (top, left, height, width, flipped), for each of B images of height x width, int64 [B].
-
-    None for a view with a padded crop, which `apply_views` cuts.
-    """
-    found: list[list[list[int] | None]] = []
+    """Boxes (top, left, height, width, flipped) of the views of B images, height and width int64 [B]; None: padded crop."""
+    boxes_of_views: list[list[list[int] | None]] = []
     for (policy, members), table in zip(_runs(draws.views, params), draws.tables, strict=True):
         if plan_of(policy, params).resized:
             boxes = boxes_of(table[..., :CHANCES], height, width, params.crop_scale)
-            found += torch.cat([boxes, table[..., CHANCES, None].long()], -1).tolist()
+            boxes_of_views += torch.cat([boxes, table[..., CHANCES, None].long()], -1).tolist()
         else:
-            found += [[None] * len(height)] * members
-    return list(zip(*found, strict=True))
-
-
-def random_views(images: Tensor, views: int, params: AugmentParams, generator: torch.Generator) -> Tensor:
-    """Draw random numbers from a CPU generator and apply them: uint8 [B,3,H,W] → uint8 [views,B,3,H,W]."""
-    count, _, height, width = images.shape
-    draws = draw_views(count, height, width, views, params, generator)
-    return apply_views(images, draws.to(images.device), params)
+            boxes_of_views += [[None] * len(height)] * members
+    return list(zip(*boxes_of_views, strict=True))
 
 
 @contextlib.contextmanager
@@ -142,7 +131,7 @@ def _draw_table(
         plan.slots, draw_slots(policy, count, height, width, params, generator), strict=True
     ):
         columns += [code, value]
-        if slot.geometric:
+        if is_geometric(slot):
             columns += _matrices(code, value, height, width).unbind(1)
             if params.bicubic:
                 columns.append(draw_bicubic(policy, code, generator))
@@ -167,11 +156,11 @@ def _apply_table(images: Tensor, table: Tensor, plan: Plan, params: AugmentParam
     for slot in plan.slots:
         code, value = next(columns).flatten().long(), next(columns).flatten().float()
         matrix = bicubic = None
-        if slot.geometric:
+        if is_geometric(slot):
             matrix = torch.stack([next(columns).flatten() for _ in range(6)], 1).long()
             bicubic = next(columns).flatten().bool() if params.bicubic else None
         batch = apply_slot(
-            batch, code, value, matrix, possible=slot.possible, fill=plan.fill, method=plan.method, bicubic=bicubic
+            batch, code, value, matrix, possible=slot, fill=plan.fill, method=plan.method, bicubic=bicubic
         )
     if plan.cutout:
         batch = cutout(batch, next(columns).flatten().long(), next(columns).flatten().long(), plan.cutout)

@@ -43,7 +43,7 @@ Examples:
   tailor gate --champion versions/7/predictions.parquet --champion-prior versions/7/prior.json
 
 Exit status 0: promote. 1: refuse, which includes a gate that cannot be computed. 2: misuse. 3: not decided, because a
-rule rests on too few test images."""
+rule has too few test images."""
 
 add(new, PREPARE, "Example: tailor new trees, then put a folder of images per class into trees/data/source")
 add(init, PREPARE, "Example: tailor init data/source, then: dvc repro")

@@ -17,7 +17,7 @@ from serving.commands.options import AsJson, Debug, print_json
 from serving.shared.terminal import Console, cell, counted, print
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.predictions import Answers
+    from pipeline.evaluation.predictions import Predictions
     from pipeline.evaluation.run_comparison import Comparison
     from pipeline.params import Params
 
@@ -28,7 +28,9 @@ HELP = "A run's folder, a git revision or DVC experiment, a published version's 
 def compare(
     before: Annotated[str, typer.Argument(metavar="A", help=HELP)],
     after: Annotated[str, typer.Argument(metavar="B", help="The run that is compared with A, named in the same way.")],
-    prior: Annotated[TargetPrior, typer.Option(help="Which answers are compared.")] = TargetPrior.balanced,
+    prior: Annotated[
+        TargetPrior, typer.Option(help="Target prior of the compared predictions.")
+    ] = TargetPrior.balanced,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts as well.")] = None,
     classes: Annotated[
         int, typer.Option(min=0, help="Classes that the terminal shows, most surely changed first.")
@@ -38,7 +40,7 @@ def compare(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The recipe, for the gate's confidence and resamples and for a version's images; params.yaml if it is there.",
+            help="The recipe, for the gate's confidence and resamples and for a version's images; params.yaml if it exists.",
             show_default=False,
         ),
     ] = None,
@@ -48,8 +50,8 @@ def compare(
     """Compare run B with run A on their common test set.
 
     Prints paired differences with intervals, in all, by group and by class. A and B are folders of runs (a project, its
-    artifacts, or a copy of predictions.parquet and prior.json), revisions whose results DVC has kept, or published
-    versions, which answer the current test split in ONNX Runtime.
+    artifacts, or a copy of predictions.parquet and prior.json), revisions whose results DVC has stored, or published
+    versions, which predict the current test split in ONNX Runtime.
     """
     from pipeline.evaluation.run_comparison import as_json as content
     from pipeline.evaluation.run_comparison import compare_runs
@@ -58,68 +60,73 @@ def compare(
     recipe = load_params(params or PARAMS_FILE) if params or PARAMS_FILE.is_file() else None
     gate = (recipe.gate if recipe else GateParams()).model_copy(update={"target_prior": prior.value})
     # Called only for a version, because folders and revisions need no repository; cached, because it may print a line.
-    chosen = cache(lambda: repository_of(repository, params or PARAMS_FILE))
-    runs = [_answers(name, chosen, recipe, prior.value) for name in (before, after)]
-    found = compare_runs(runs[0], runs[1], (before, after), gate, recipe.evaluate.ece_bins if recipe else ECE_BINS)
+    find_repository = cache(lambda: repository_of(repository, params or PARAMS_FILE))
+    runs = [_load_predictions(name, find_repository, recipe, prior.value) for name in (before, after)]
+    ece_bins = recipe.evaluate.ece_bins if recipe else ECE_BINS
+    comparison = compare_runs(runs[0], runs[1], (before, after), gate, ece_bins)
     if html is not None:
         from pipeline.report import render_comparison
         from pipeline.shared.artifacts import write_file
 
-        write_file(
-            html, render_comparison(found, f"tailor compare {before} {after} --prior {prior.value} --html {html}")
-        )
+        command = f"tailor compare {before} {after} --prior {prior.value} --html {html}"
+        write_file(html, render_comparison(comparison, command))
     if as_json:
-        print_json(content(found))
+        print_json(content(comparison))
         return
-
-    show(found, classes)
+    print_comparison(comparison, classes)
     if html is not None:
         print(f"page → {html}")
 
 
-def _answers(name: str, repository: Callable[[], Path], params: Params | None, target_prior: str) -> Answers:
+def _load_predictions(
+    name: str, repository: Callable[[], Path], params: Params | None, target_prior: str
+) -> Predictions:
     """Predictions of a run on the test set. Raises StageError or ServingError with the name of the run."""
-    from pipeline.evaluation.predictions import load_answers
+    from pipeline.evaluation.predictions import load_predictions
     from pipeline.evaluation.runs import load_run, load_run_at_revision
-    from pipeline.onnx_export.published_version import served_answers
+    from pipeline.onnx_export.published_version import predict_with_release
     from pipeline.shared.errors import ParamsError, StageError
 
     if Path(name).is_dir():
-        return load_answers(load_run(Path(name)), target_prior)
+        return load_predictions(load_run(Path(name)), target_prior)
     if name == "champion" or (name.isdecimal() and len(name) < 7):  # an abbreviated commit hash has 7 digits
         if params is None:
             raise ParamsError(
-                f"{PARAMS_FILE}: no such file; a version's images are the recipe's, so pass --params FILE"
+                f"{PARAMS_FILE}: no such file; pass the recipe with the version's images as --params FILE"
             )
-        return served_answers(repository(), None if name == "champion" else int(name), params, target_prior)
+        return predict_with_release(repository(), None if name == "champion" else int(name), params, target_prior)
     with tempfile.TemporaryDirectory(prefix="tailor-compare-") as folder:
         try:
-            return load_answers(load_run_at_revision(name, Path(folder)), target_prior)
+            return load_predictions(load_run_at_revision(name, Path(folder)), target_prior)
         except StageError as error:
             raise type(error)(str(error).replace(f"{folder}/", f"{name}: ")) from None
 
 
-def show(found: Comparison, classes: int) -> None:
+def print_comparison(comparison: Comparison, classes: int) -> None:
     """Print the measures, and the `classes` classes with the smallest p-values."""
     console = Console()
-    before, after = cell(found.before), cell(found.after)
-    within = f"{100 * found.confidence:g} % interval"
-    table = Table(title=f"{after} against {before}: {counted(found.samples, 'test image')}, {found.target_prior} prior")
-    _columns(table, "measure", before, after, "difference", within, "p")
-    for name, measure in found.measures.items():
+    before, after = cell(comparison.before), cell(comparison.after)
+    interval_heading = f"{100 * comparison.confidence:g} % interval"
+    table = Table(
+        title=f"{after} against {before}: {counted(comparison.samples, 'test image')}, {comparison.target_prior} prior"
+    )
+    _columns(table, "measure", before, after, "difference", interval_heading, "p")
+    for name, measure in comparison.measures.items():
         table.add_row(
             f"{name} (few images)" if measure.too_few else name,
             _share(measure.champion), _share(measure.challenger), _points(measure.difference),
             _range(measure.low, measure.high), "n/a" if measure.mcnemar is None else f"{measure.mcnemar:.2g}",
         )  # fmt: skip
     console.print(table)
-    for line in found.warnings:
+    for line in comparison.warnings:
         console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)
-    changed = found.changed(classes)
-    moved = sum(bool(row.won or row.lost) for row in found.classes)
+    changed = comparison.changed(classes)
+    differing = sum(bool(row.won or row.lost) for row in comparison.classes)
     if changed:
-        table = Table(title=f"classes: {moved:,} of {len(found.classes):,} changed, the surest {len(changed)} of them")
-        _columns(table, "class", "group", "training images", before, after, "difference", within, "q")
+        table = Table(
+            title=f"classes: {differing:,} of {len(comparison.classes):,} changed; the {len(changed)} with the smallest q"
+        )
+        _columns(table, "class", "group", "training images", before, after, "difference", interval_heading, "q")
         for row in changed:
             table.add_row(
                 cell(row.name), row.group, f"{row.train_count:,}", _share(row.champion), _share(row.challenger),
@@ -127,9 +134,9 @@ def show(found: Comparison, classes: int) -> None:
             )  # fmt: skip
         console.print(table)
     console.print(
-        "Differences are in percentage points; of ece less is better. all: mean over classes, weighted by the target prior. "
+        "Differences are in percentage points; a smaller ece is better. all: mean over classes, weighted by the target prior. "
         "p: McNemar's test; q: p corrected for the number of classes. "
-        "Intervals are over test images: another seed of training differs by more.",
+        "Intervals are over test images: another training seed differs by more.",
         highlight=False,
     )
 

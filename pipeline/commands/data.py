@@ -16,7 +16,7 @@ from serving.commands.options import AsJson, Debug
 from serving.shared.terminal import Console, print
 
 if TYPE_CHECKING:
-    from pipeline.preparation.check import Report
+    from pipeline.preparation.check import DataReport
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 CHECK = """\b
@@ -71,7 +71,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
     debug: Debug = False,
 ) -> int:
-    """Report what is wrong with the data, and draw the long tail. Git ignores the folder of the data from then on."""
+    """Report what is wrong with the data, and draw the long tail. Adds the folder of the data to .gitignore."""
     from pipeline.params import load_params
     from pipeline.preparation import check as data_check
     from pipeline.preparation import check_report as data_report
@@ -84,25 +84,23 @@ def check(
     if "://" not in recipe.data.location:
         keep_out_of_git(Path(recipe.data.location))
     report = data_check.check(recipe, journal, None if near == "off" else int(near), jobs, fresh)
-    data_report.write(report, output)
+    data_report.write_report(report, output)
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")
     else:
-        data_report.show(report, Console())
+        data_report.print_report(report, Console())
         print(f"data check: {_conclusion(report, allow_duplicates)} → {output}")
     return 1 if report.verdict or (report.problems and not allow_duplicates) else 0
 
 
-def _conclusion(report: Report, allowed: bool) -> str:
+def _conclusion(report: DataReport, allowed: bool) -> str:
     if report.verdict:
-        return "not right"
+        return "failed"
     if not report.problems:
-        return "right"
-    return (
-        "right, but for the duplicates above, which --allow-duplicates accepts"
-        if allowed
-        else "not right, see the problem above; remove the copies, or accept them with --allow-duplicates"
-    )
+        return "passed"
+    if allowed:
+        return "passed, except for the duplicates above, which --allow-duplicates accepts"
+    return "failed, see the problem above; remove the copies, or accept them with --allow-duplicates"
 
 
 @app.command(epilog=PACK)
@@ -132,4 +130,4 @@ def pack(
         print(json.dumps(packed.as_mapping(), indent=2, ensure_ascii=False))
     else:
         print(f"data pack: {packed}")
-        print(packed.table())
+        print(packed.params_yaml())

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pipeline.commands.doctor_prefect import Finding
 from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
 from pipeline.shared.artifacts import PARAMS_FILE
 from serving.commands.options import AsJson, Debug, print_json
@@ -29,22 +28,18 @@ def doctor(
 ) -> int:
     """Check everything that Tailor needs, from params to disk.
 
-    That is: versions, params, server, champion, Prefect, worker, last run, ingest, disk. Each line is ok, warning or
-    failing, with what to do. Status 1 when something is failing.
+    Checks versions, params, server, champion, Prefect, worker, last run, ingest, disk. Each line is ok, warning or
+    failing, with the remedy. Exit status 1 if a check is failing.
     """
     from pipeline.commands.doctor_checks import Limits, examine
 
-    found = examine(params, repository_of(repository, params), url, Limits(run_hours, champion_days, disk_gib))
+    findings = examine(params, repository_of(repository, params), url, Limits(run_hours, champion_days, disk_gib))
     if as_json:
-        print_json([asdict(finding) for finding in found])
+        print_json([asdict(finding) for finding in findings])
     else:
-        Console().print(_table(found))
-    return 1 if any(finding.state == "failing" for finding in found) else 0
-
-
-def _table(found: list[Finding]) -> Table:
-    table = Table(box=None, show_header=False)
-    for finding in found:
-        text = cell(finding.message) + (f"\n[dim]→ {cell(finding.remedy)}[/dim]" if finding.remedy else "")
-        table.add_row(finding.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", text)
-    return table
+        table = Table(box=None, show_header=False)
+        for finding in findings:
+            text = cell(finding.message) + (f"\n[dim]→ {cell(finding.remedy)}[/dim]" if finding.remedy else "")
+            table.add_row(finding.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", text)
+        Console().print(table)
+    return 1 if any(finding.state == "failing" for finding in findings) else 0

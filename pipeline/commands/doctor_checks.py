@@ -17,7 +17,7 @@ from pipeline.params import load_params
 from pipeline.shared.artifacts import INGEST_STATE, QUARANTINE
 from pipeline.shared.errors import TailorError
 from serving.client.sync_client import Client
-from serving.promotion.history import RepositoryHistory, read_history
+from serving.promotion.history import read_history
 from serving.server.running import find_running
 from serving.shared.errors import ServingError
 from serving.shared.names import ADMIN_KEY_VARIABLE
@@ -25,7 +25,9 @@ from serving.shared.terminal import counted
 
 LAST_RUN = Path("artifacts/retrain/last.json")
 GIB = 1024**3
-LEAST_FREE = 1.0  # GiB; with less a stage or a promotion is likely to fail
+DAY = 86400  # seconds
+CLOCK_REMEDY = "the clock was set back; correct it"
+MIN_FREE = 1.0  # GiB; with less a stage or a promotion is likely to fail
 # Optional packages, and what needs each of them.
 PACKAGES = {
     "torch": "training",
@@ -59,148 +61,134 @@ def examine(params_file: Path, repository: Path, url: str | None = None, limits:
     """
     limits = limits or Limits()
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("versions", _packages),
-        ("params", lambda: _params(params_file)),
-        ("server", lambda: _servers(repository, url)),
-        ("champion", lambda: _champion(repository, limits)),
+        ("versions", _check_packages),
+        ("params", lambda: _check_params(params_file)),
+        ("server", lambda: _check_servers(repository, url)),
+        ("champion", lambda: _check_champion(repository, limits)),
         ("prefect", prefect_findings),
-        ("last run", lambda: _last_run(limits)),
-        ("ingest", _ingest),
-        ("disk", lambda: _disk(repository, limits)),
+        ("last run", lambda: _check_last_run(limits)),
+        ("ingest", _check_ingest),
+        ("disk", lambda: _check_disk(repository, limits)),
     ]
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for name, check in checks:
         try:
-            found += check()
+            findings += check()
         except (TailorError, OSError) as error:
-            found.append(Finding(name, "failing", " ".join(str(error).split())))
-    return found
+            findings.append(Finding(name, "failing", " ".join(str(error).split())))
+    return findings
 
 
-def _packages() -> Iterator[Finding]:
-    there, missing = [f"Python {platform.python_version()}"], []
+def _check_packages() -> Iterator[Finding]:
+    installed, missing = [f"Python {platform.python_version()}"], []
     for name in PACKAGES:
         try:
-            there.append(f"{name} {version(name)}")
+            installed.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
-    yield Finding("versions", "ok", f"Tailor {version('tailor')}, {', '.join(there)}")
+    yield Finding("versions", "ok", f"Tailor {version('tailor')}, {', '.join(installed)}")
     for name in missing:
         remedy = INSTALL.get(name, "pip install 'tailor[pipeline]'")
         yield Finding("versions", "warning", f"{name} is not installed, which {PACKAGES[name]} needs", remedy)
 
 
-def _params(path: Path) -> Iterator[Finding]:
+def _check_params(path: Path) -> Iterator[Finding]:
     load_params(path)
     yield Finding("params", "ok", f"{path} is valid")
 
 
-def _servers(repository: Path, url: str | None) -> Iterator[Finding]:
+def _check_servers(repository: Path, url: str | None) -> Iterator[Finding]:
     urls = [url] if url else [server.grpc_url for server in find_running(repository)]
     if not urls:
-        yield Finding(
-            "server",
-            "warning",
-            f"no server of this user runs on {repository}",
-            f"tailor serve --repository {repository}; or name one elsewhere with --url",
-        )
+        remedy = f"tailor serve --repository {repository}; or name one elsewhere with --url"
+        yield Finding("server", "warning", f"no server of this user runs on {repository}", remedy)
     for address in urls:
         try:
             with Client(address, timeout=10.0) as client:
                 status = client.status()
         except ServingError as error:
             yield Finding(
-                "server", "failing", str(error), f"start it, and set {ADMIN_KEY_VARIABLE} where it asks for it"
+                "server", "failing", str(error), f"start it, and set {ADMIN_KEY_VARIABLE} if it needs the key"
             )
             continue
         models = ", ".join(f"{model.name} {list(model.versions)}" for model in status.models)
         if status.problem:
             yield Finding("server", "failing", f"{address}: {status.problem}", "tailor status shows more; see its log")
         else:
-            yield Finding("server", "ok", f"{address} answers ({status.server} {status.server_version}; {models})")
+            yield Finding("server", "ok", f"{address} responds ({status.server} {status.server_version}; {models})")
 
 
-def _champion(repository: Path, limits: Limits) -> Iterator[Finding]:
+def _check_champion(repository: Path, limits: Limits) -> Iterator[Finding]:
     if not repository.is_dir():
         yield Finding("champion", "warning", f"{repository}: no repository yet", "dvc repro, or tailor retrain")
         return
-    history = read_history(repository)
-    yield _champions_age(history, limits)
+    champion = next(entry for entry in read_history(repository).versions if entry.state.state == "champion")
+    age = time.time() - (champion.promoted or champion.state.published)
+    text = f"version {champion.state.version}, {'promoted' if champion.promoted else 'published'}"
+    if age < 0:
+        yield Finding("champion", "warning", f"{text} in the future", CLOCK_REMEDY)
+    elif age > limits.champion_days * DAY:
+        remedy = "tailor retrain; and see why no challenger was better: tailor history"
+        yield Finding("champion", "warning", f"{text} {age / DAY:.0f} days ago, over {limits.champion_days:g}", remedy)
+    else:
+        yield Finding("champion", "ok", f"{text} {_ago(age)}")
 
 
-def _champions_age(history: RepositoryHistory, limits: Limits) -> Finding:
-    champion = next(entry for entry in history.versions if entry.state.state == "champion")
-    since = champion.promoted or champion.state.published
-    said = f"version {champion.state.version}, {'promoted' if champion.promoted else 'published'}"
-    days = (time.time() - since) / 86400
-    if days < 0:
-        return Finding("champion", "warning", f"{said} in the future", "the clock was set back; set it right")
-    if days > limits.champion_days:
-        remedy = "tailor retrain; and look why no challenger was better: tailor history"
-        return Finding("champion", "warning", f"{said} {days:.0f} days ago, over {limits.champion_days:g}", remedy)
-    return Finding("champion", "ok", f"{said} {_ago(days * 86400)}")
-
-
-def _last_run(limits: Limits) -> Iterator[Finding]:
+def _check_last_run(limits: Limits) -> Iterator[Finding]:
     try:
         content = json.loads(LAST_RUN.read_text(encoding="utf-8"))
         begun, outcome = datetime.fromisoformat(content["begun"]), content.get("outcome") or {}
         ending, message = str(outcome.get("ending", "unknown")), str(outcome.get("message", ""))
     except FileNotFoundError:
-        yield Finding("last run", "warning", "nothing was retrained here yet", "tailor retrain, or tailor schedule")
+        yield Finding("last run", "warning", "no retraining has run here yet", "tailor retrain, or tailor schedule")
         return
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        yield Finding(
-            "last run", "failing", f"{LAST_RUN}: damaged ({error})", f"remove {LAST_RUN}; the next run writes it"
-        )
+        remedy = f"remove {LAST_RUN}; the next run writes it"
+        yield Finding("last run", "failing", f"{LAST_RUN}: damaged ({error})", remedy)
         return
     age = (datetime.now(UTC) - begun.astimezone(UTC)).total_seconds()
-    said = f"{ending}, begun {_ago(age)}{': ' if message else ''}{message}"
+    text = f"{ending}, started {_ago(age)}{': ' if message else ''}{message}"
     if ending == "failed":
-        yield Finding("last run", "failing", said, "correct what it names, then tailor retrain")
+        yield Finding("last run", "failing", text, "correct what the message names, then tailor retrain")
     elif age < 0:
-        yield Finding("last run", "warning", f"{ending}, begun in the future", "the clock was set back; set it right")
+        yield Finding("last run", "warning", f"{ending}, started in the future", CLOCK_REMEDY)
     elif age > limits.run_hours * 3600:
         yield Finding(
-            "last run", "warning", f"{said}; over {limits.run_hours:g} h", "tailor schedule, or tailor retrain"
+            "last run", "warning", f"{text}; over {limits.run_hours:g} h", "tailor schedule, or tailor retrain"
         )
     else:
-        yield Finding("last run", "ok", said)
+        yield Finding("last run", "ok", text)
 
 
-def _ingest() -> Iterator[Finding]:
+def _check_ingest() -> Iterator[Finding]:
     if (INGEST_STATE / "round").is_dir():
-        yield Finding("ingest", "warning", "a run was killed or is under way", "tailor ingest finishes it")
-    refused = sorted(QUARANTINE.glob("refused-*")) if QUARANTINE.is_dir() else []
-    rows = sorted(QUARANTINE.glob("*/rows.csv")) if QUARANTINE.is_dir() else []
+        yield Finding("ingest", "warning", "a run was killed or is in progress", "tailor ingest completes it")
+    refused = sorted(QUARANTINE.glob("refused-*"))
+    rounds = sorted(QUARANTINE.glob("*/rows.csv"))
     if refused:
-        yield Finding(
-            "ingest",
-            "warning",
-            f"{counted(len(refused), 'drop', 'were')} refused whole",
-            f"see {refused[-1]}, and remove it",
-        )
-    elif rows:
-        yield Finding("ingest", "ok", f"{counted(len(rows), 'round')} left bad rows in {QUARANTINE}")
+        message = f"{counted(len(refused), 'whole drop', 'were')} refused"
+        yield Finding("ingest", "warning", message, f"see {refused[-1]}, and remove it")
+    elif rounds:
+        yield Finding("ingest", "ok", f"{counted(len(rounds), 'round')} quarantined bad rows in {QUARANTINE}")
     else:
-        yield Finding("ingest", "ok", "no bad rows wait in quarantine")
+        yield Finding("ingest", "ok", "no bad rows in quarantine")
 
 
-def _disk(repository: Path, limits: Limits) -> Iterator[Finding]:
-    places = {path.stat().st_dev: path for path in (repository, Path.cwd()) if path.exists()}
-    for path in places.values():
+def _check_disk(repository: Path, limits: Limits) -> Iterator[Finding]:
+    paths = {path.stat().st_dev: path for path in (repository, Path.cwd()) if path.exists()}
+    for path in paths.values():
         free = shutil.disk_usage(path).free / GIB
-        said = f"{free:.1f} GiB free at {path}"
-        if free < LEAST_FREE:
-            yield Finding("disk", "failing", said, "dvc gc --workspace, or remove what is no longer needed")
+        text = f"{free:.1f} GiB free at {path}"
+        if free < MIN_FREE:
+            yield Finding("disk", "failing", text, "dvc gc --workspace, or remove what is no longer needed")
         elif free < limits.disk_gib:
-            yield Finding("disk", "warning", f"{said}, under {limits.disk_gib:g}", "dvc gc --workspace frees old outs")
+            yield Finding("disk", "warning", f"{text}, under {limits.disk_gib:g}", "dvc gc --workspace frees old outs")
         else:
-            yield Finding("disk", "ok", said)
+            yield Finding("disk", "ok", text)
 
 
 def _ago(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+    for unit, size in (("days", DAY), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} seconds ago"

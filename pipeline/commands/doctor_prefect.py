@@ -8,11 +8,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
-API_URL = "PREFECT_API_URL"
-NOTE = Path(".prefect/tailor-server.json")  # of the server that `tailor schedule` runs
+from pipeline.scheduling.prefect_server import API_URL, HOME, SERVER_RECORD, set_prefect_env
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Finding:
 def api_url() -> str | None:
     """Prefect's API address: PREFECT_API_URL, else that of this project's `tailor schedule` server, else None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return os.environ.get(API_URL) or str(json.loads(NOTE.read_text(encoding="utf-8"))["url"])
+        return os.environ.get(API_URL) or str(json.loads((HOME / SERVER_RECORD).read_text(encoding="utf-8"))["url"])
     return None
 
 
@@ -39,12 +37,12 @@ def prefect_findings() -> Iterator[Finding]:
         yield Finding("prefect", "warning", f"{API_URL} is not set and no schedule runs here", "tailor schedule --help")
         return
     if find_spec("prefect") is None:
-        yield Finding("prefect", "warning", "prefect is not installed, so its server was not asked",
+        yield Finding("prefect", "warning", "prefect is not installed, so its server was not checked",
                       "pip install 'tailor[pipeline]'")  # fmt: skip
         return
     # Prefect reads these when it is imported; without them it creates a folder in the user's home.
     os.environ[API_URL] = url
-    os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").absolute()))
+    set_prefect_env()
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
 
@@ -52,36 +50,33 @@ def prefect_findings() -> Iterator[Finding]:
         error = client.api_healthcheck()
         if error is not None:
             remedy = f"start it (tailor schedule, or prefect server start), or correct {API_URL}"
-            yield Finding("prefect", "failing", f"{url}: does not answer ({error})", remedy)
+            yield Finding("prefect", "failing", f"{url}: does not respond ({error})", remedy)
             return
-        yield Finding("prefect", "ok", f"{url} answers")
+        yield Finding("prefect", "ok", f"{url} responds")
         try:
-            yield _worker(client)
+            yield _worker_finding(client)
         except HTTPError as error:
-            yield Finding(
-                "worker", "failing", f"{url}: {' '.join(str(error).split())}", "see the log of Prefect's server"
-            )
+            message = f"{url}: {' '.join(str(error).split())}"
+            yield Finding("worker", "failing", message, "see the log of Prefect's server")
 
 
-def _worker(client: Any) -> Finding:
+def _worker_finding(client: Any) -> Finding:
     """Check that flow runs are executed: by a served deployment that polls for runs, or an online worker of a pool."""
     online = [
         f"{worker.name} of pool {pool.name}"
         for pool in client.read_work_pools()
         for worker in client.read_workers_for_work_pool(pool.name)
-        if _is(worker.status, "ONLINE")
+        if _has_status(worker, "ONLINE")
     ]
     deployments = client.read_deployments()
-    ready = [deployment.name for deployment in deployments if _is(deployment.status, "READY")]
+    ready = [deployment.name for deployment in deployments if _has_status(deployment, "READY")]
     if online or ready:
-        return Finding("worker", "ok", f"at work: {', '.join(online or ready)}")
+        return Finding("worker", "ok", f"running: {', '.join(online or ready)}")
     if deployments:
-        names = ", ".join(deployment.name for deployment in deployments)
-        return Finding(
-            "worker", "failing", f"no worker runs {names}", "tailor schedule, or prefect worker start --pool NAME"
-        )
+        message = f"no worker runs {', '.join(deployment.name for deployment in deployments)}"
+        return Finding("worker", "failing", message, "tailor schedule, or prefect worker start --pool NAME")
     return Finding("worker", "warning", "nothing is deployed", "tailor schedule --cron '0 3 * * *', or prefect deploy")
 
 
-def _is(status: Any, name: str) -> bool:
-    return str(getattr(status, "value", status)) == name
+def _has_status(entity: Any, name: str) -> bool:
+    return str(getattr(entity.status, "value", entity.status)) == name

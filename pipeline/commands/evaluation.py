@@ -14,13 +14,13 @@ from pipeline.shared.errors import ParamsError
 from serving.commands.options import Debug
 from serving.shared.terminal import Console, print
 
+PREDICTIONS = EVALUATION / "predictions.parquet"
 UNDECIDED = 3  # exit status of `tailor gate`
 Latency = Annotated[float | None, typer.Option(metavar="MS", help="Milliseconds per image.")]
 
 
 def gate(
-    challenger: Annotated[Path, typer.Option(help="The challenger's predictions.")] = EVALUATION
-    / "predictions.parquet",
+    challenger: Annotated[Path, typer.Option(help="The challenger's predictions.")] = PREDICTIONS,
     challenger_prior: Annotated[Path, typer.Option(help="The challenger's prior.")] = PRIOR,
     challenger_latency: Latency = None,
     champion: Annotated[
@@ -42,16 +42,15 @@ def gate(
     if (champion is None) != (champion_prior is None):
         raise ParamsError("--champion and --champion-prior go together; pass both, or neither for the first model")
     recipe = load_params(params)
-    theirs = Contender(champion, champion_prior, champion_latency) if champion and champion_prior else None
-    ours = Contender(challenger, challenger_prior, challenger_latency)
-    decision = decide(ours, theirs, recipe.gate, recipe.evaluate.ece_bins, output)
+    served = Contender(champion, champion_prior, champion_latency) if champion and champion_prior else None
+    trained = Contender(challenger, challenger_prior, challenger_latency)
+    decision = decide(trained, served, recipe.gate, recipe.evaluate.ece_bins, output)
     print(f"gate: {decision} → {output}")
     return UNDECIDED if decision.undecided else int(not decision.promote)
 
 
 def shifted_priors(
-    predictions: Annotated[Path, typer.Option(help="Predictions on the test split.")] = EVALUATION
-    / "predictions.parquet",
+    predictions: Annotated[Path, typer.Option(help="Predictions on the test split.")] = PREDICTIONS,
     prior: Annotated[Path, typer.Option(help="The training prior.")] = PRIOR,
     draws: Annotated[int, typer.Option(min=1, help="Test subsets per shifted set.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
@@ -63,11 +62,11 @@ def shifted_priors(
     The five sets of SADE (2022), for no adjustment, the known prior and the estimated prior.
     """
     from models.prior import log_target_prior
-    from pipeline.evaluation.predictions import Contender, load_answers
+    from pipeline.evaluation.predictions import Contender, load_predictions
     from pipeline.evaluation.shifted_priors import SETS, shift_table
     from pipeline.shared.artifacts import as_csv, write_file
 
-    answers = load_answers(Contender(predictions, prior))
+    answers = load_predictions(Contender(predictions, prior))
     # The log of the balanced probabilities equals the logits up to an offset per row, which has no effect here.
     logits = log_target_prior(answers.probabilities)
     rows = shift_table(logits, answers.labels, answers.prior.counts, draws=draws, seed=seed)

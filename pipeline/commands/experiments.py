@@ -1,6 +1,6 @@
-"""`tailor experiments`: list the runs that DVC keeps, one line each, with metrics and changed params.
+"""`tailor experiments`: list the runs that DVC stores, one line each, with metrics and changed params.
 
-`dvc exp show` prints one column per parameter, which are hundreds.
+`dvc exp show` prints one column for each of several hundred params.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.shared.errors import StageError
 from serving.commands.options import AsJson, Debug, print_json
 from serving.shared.terminal import Console, cell
 
-FIGURES = ("all", "many", "medium", "few", "ece")
+METRICS = ("all", "many", "medium", "few", "ece")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def experiments(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the runs that DVC keeps, with metrics and params.
+    """List the runs that DVC stores, with metrics and params.
 
     The workspace, its newest commit, and the experiments since that commit: each `dvc exp run`, and each retraining that
     was promoted or refused. `dvc exp show` prints all params and all metrics of the same runs.
@@ -83,34 +83,27 @@ def _experiment(name: str, since: str | None, data: Any, base: Mapping[str, Any]
         name,
         since,
         ((data or {}).get("timestamp") or "")[:16].replace("T", " "),
-        {figure: metrics.get(figure) for figure in FIGURES},
+        {name: metrics.get(name) for name in METRICS},
         {key: value for key, value in _flat_params(data).items() if base and base.get(key) != value},
     )
 
 
 def _flat_params(data: Any) -> dict[str, Any]:
     """Params of a run by dotted key; empty if DVC could not read them."""
-    content = ((data or {}).get("params", {}).get(str(PARAMS_FILE)) or {}).get("data") or {}
-    return dict(_flat(content, ""))
+    from dvc.utils.flatten import flatten
 
-
-def _flat(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return flatten(((data or {}).get("params", {}).get(str(PARAMS_FILE)) or {}).get("data") or {})
 
 
 def experiments_table(runs: list[Experiment], prior: str) -> Table:
     """Table with one row per run, experiments indented below their commit; at most 120 columns wide."""
     table = Table(title=f"student on the test split, target prior {prior}", box=None, title_justify="left")
-    for heading in ("run", "created", *FIGURES):
+    for heading in ("run", "created", *METRICS):
         table.add_column(heading, no_wrap=True)
     table.add_column("changed params")
     for run in runs:
         name = f"  {run.name}" if run.since else run.name
-        figures = ("" if value is None else f"{value:.3f}" for value in run.metrics.values())
+        values = ("" if value is None else f"{value:.3f}" for value in run.metrics.values())
         changed = "  ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in run.changed.items())
-        table.add_row(cell(name), run.created, *figures, cell(changed))
+        table.add_row(cell(name), run.created, *values, cell(changed))
     return table

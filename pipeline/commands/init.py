@@ -12,7 +12,9 @@ from pipeline.shared.artifacts import PARAMS_FILE, write_file
 from serving.commands.options import AsJson, Debug, print_json
 from serving.shared.terminal import print
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make; it may exist, without a params.yaml.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The folder to create; it may exist without a params.yaml.")
+]
 Recipes = Annotated[
     list[Path] | None,
     typer.Option(
@@ -20,8 +22,8 @@ Recipes = Annotated[
     ),
 ]
 Images = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images for each class, in one folder.")]
-Output = Annotated[Path, typer.Option(help="The file to write; what it holds now is the template.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite a file whose changes no commit holds.")]
+Output = Annotated[Path, typer.Option(help="The file to write; its current content is the template.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file with uncommitted changes.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the file, write nothing.")]
 
 
@@ -72,30 +74,32 @@ def init(
 ) -> int:
     """Write a params.yaml for your own images.
 
-    Counts the images of each class, reads their sizes, and chooses network, epochs, queues and what is held out; a
-    comment beside each value gives the reason. Nothing is trained, and every value can be changed. Outside a
-    project it makes the working folder one first, as `tailor new` does.
+    Counts the images of each class, reads their sizes, and chooses network, epochs, queues and held-out images; a comment
+    beside each value gives the reason. Nothing is trained, and every value can be changed. Outside a project it first makes
+    the working folder a project, as `tailor new` does.
     """
     from models.sample_size import ADVICE, warnings_of
     from pipeline.model_io.devices import choose_device
-    from pipeline.preparation.first_params import choices, expected_tests, look, write_text
-    from pipeline.preparation.project import create_project, enclosing_project, first_params, keep_out_of_git
+    from pipeline.preparation.first_params import expected_tests, inspect_folder, suggest_params, write_text
+    from pipeline.preparation.project import create_project, default_params, enclosing_project, keep_out_of_git
     from pipeline.shared.errors import ParamsError
 
-    template = output.read_text(encoding="utf-8") if output.is_file() else first_params()
+    template = output.read_text(encoding="utf-8") if output.is_file() else default_params()
     if not output.is_file() and output != PARAMS_FILE:
         raise ParamsError(f"{output}: no such file; expected a params.yaml to change")
     if not output.is_file() and (project := enclosing_project(Path())):
-        raise ParamsError(f"params.yaml: no such file here; this folder lies in the project {project}, run it there")
-    if not (force or dry_run) and template != first_params() and _changed(output):
-        raise ParamsError(f"{output}: has changes that no commit holds; commit it, or give --force to overwrite it")
+        raise ParamsError(
+            f"params.yaml: no such file here; this folder is in the project {project}; run the command there"
+        )
+    if not (force or dry_run) and template != default_params() and _changed(output):
+        raise ParamsError(f"{output}: has uncommitted changes; commit it, or pass --force to overwrite it")
     if Path().resolve().is_relative_to(folder.resolve()):
         raise ParamsError(
-            f"{folder}: is the project's folder or holds it; expected a folder of images inside the project or elsewhere, such "
-            "as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
+            f"{folder}: is the project's folder or contains it; expected a folder of images inside the project or "
+            "elsewhere, such as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
         )
-    found = look(folder)
-    chosen = choices(found, folder.as_posix(), choose_device("auto").type == "cuda")
+    found = inspect_folder(folder)
+    chosen = suggest_params(found, folder.as_posix(), choose_device("auto").type == "cuda")
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:

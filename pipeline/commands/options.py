@@ -23,17 +23,17 @@ ParamsOption = Annotated[Path, typer.Option(help="The params file.")]
 RepositoryOption = Annotated[
     Path | None,
     typer.Option(
-        help=f"Triton model repository; if not given, retrain.repository of {PARAMS_FILE} (what was promoted) where that "
+        help=f"Triton model repository; if not given, retrain.repository of {PARAMS_FILE} (the promoted versions) if that "
         f"folder exists, else {REPOSITORY}.",
         show_default=False,
     ),
 ]
 
 
-def repository_of(given: Path | None, params: Path) -> Path:
+def repository_of(argument: Path | None, params: Path) -> Path:
     """Choose the model repository of a command by `choose_repository`; promoted versions are in retrain.repository."""
-    if given is not None or not params.is_file():
-        return choose_repository(given, RELEASES)
+    if argument is not None or not params.is_file():
+        return choose_repository(argument, RELEASES)
     from pipeline.params import load_params
 
     return choose_repository(None, Path(load_params(params).retrain.repository))

@@ -26,8 +26,8 @@ def ingest(
 ) -> int:
     """Add labelled images of the drop folder to the training split.
 
-    It holds a folder per class, or tables (CSV, Parquet) with a label column. Good rows become one shard of data/ingested/, bad
-    ones go to data/quarantine/ with the reason; `dvc repro` then trains on all. Status 1 when the drop is refused whole.
+    It contains a folder per class, or tables (CSV, Parquet) with a label column. Good rows become one shard of data/ingested/,
+    bad rows go to data/quarantine/ with the reason; `dvc repro` then trains on all. Exit status 1 if the whole drop is refused.
     """
     from pipeline.ingestion import ingest
     from pipeline.params import load_params
@@ -53,10 +53,9 @@ def retrain(
 ) -> int:
     """Ingest new data, retrain, and promote if the gate passes.
 
-    What has not changed is not trained again. One run of the flow on this machine; it starts a Prefect server unless one runs.
-    Run the command again after it was killed: it finishes the run. The status is 0 where the run finished, whether it
-    promoted, refused, did not decide because the test images are too few, or had nothing to do, and 1 where it failed or
-    another run was in progress.
+    Unchanged stages do not run again. One run of the flow on this machine; it starts a Prefect server unless one runs. After
+    the command was killed, run it again to complete the run. Exit status 0 if the run finished: promoted, refused, undecided
+    because the test images are too few, or unchanged. 1 if it failed or another run was in progress.
     """
     from pipeline.scheduling.trigger import run_once
 
@@ -65,27 +64,27 @@ def retrain(
         print_json({"ending": outcome.ending, "message": outcome.message, "version": outcome.version,
                     "evidence": outcome.evidence})  # fmt: skip
     else:
-        _show(outcome.evidence)
+        _print_comparison(outcome.evidence)
         print(f"{outcome.ending}: {outcome.message}")
         if outcome.evidence:
-            print(f"why: {outcome.evidence}/decision.json and report.html")
+            print(f"reasons: {outcome.evidence}/decision.json and report.html")
     return 1 if outcome.ending in ("failed", "busy") else 0
 
 
-def _show(evidence: str | None) -> None:
+def _print_comparison(evidence: str | None) -> None:
     """Print the comparison of champion and challenger from the evidence folder as a table."""
     import json
 
     from rich.table import Table
 
     from pipeline.evaluation.comparison import Measure
-    from pipeline.flows.prefect_artifacts import comparison
+    from pipeline.flows.prefect_artifacts import comparison_rows
 
     path = Path(evidence or "") / "decision.json"
     if evidence is None or not path.is_file():
         return
     measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
-    rows = comparison({name: Measure(**measure) for name, measure in measures.items()})
+    rows = comparison_rows({name: Measure(**measure) for name, measure in measures.items()})
     if rows:
         table = Table(title="challenger against champion", box=None, title_justify="left")
         columns = ("measure", "champion", "challenger", "difference", "interval", "verdict")  # fit into 80 columns
@@ -105,11 +104,11 @@ def schedule(
     """Retrain on a schedule until SIGTERM or Ctrl-C.
 
     Runs a Prefect server on loopback, its database in .prefect/, or uses the one that PREFECT_API_URL names. The schedule
-    survives a restart; of the runs missed meanwhile one is caught up. For a work pool of your own, see prefect.yaml.
+    survives a restart; missed runs are replaced by one run. For a work pool of your own, see prefect.yaml.
     """
-    from pipeline.scheduling.schedule import keep_schedule
+    from pipeline.scheduling.schedule import run_schedule
 
-    keep_schedule(cron, timezone, lambda line: print(f"schedule: {line}", file=sys.stderr, flush=True), port)
+    run_schedule(cron, timezone, lambda line: print(f"schedule: {line}", file=sys.stderr, flush=True), port)
 
 
 def history(

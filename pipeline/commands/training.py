@@ -36,12 +36,12 @@ def memory(
     card: Annotated[float, typer.Option(help="Memory of the GPU in GB.")] = 80.0,
     debug: Debug = False,
 ) -> int:
-    """Print what a training step takes of a GPU's memory.
+    """Print the GPU memory of a training step, by component.
 
-    Line by line, without a GPU and without an image. Status 1 when the step does not fit.
+    Needs no GPU and no images. Exit status 1 if the step does not fit.
     """
     from pipeline.params import load_params
-    from pipeline.preparation.gpu_memory import account, advice, prior_of, table
+    from pipeline.preparation.gpu_memory import choose_prior, estimate_memory, memory_advice, memory_table
 
     if card <= 0:
         raise ParamsError(f"--card is {card:g}; expected more than 0")
@@ -50,11 +50,13 @@ def memory(
         raise ParamsError(
             f"encoder is {recipe.encoder.name}: {stage} trains on its stored features, not on images, and needs no estimate"
         )
-    needed = account(recipe, stage.value, prior_of(recipe, classes, images))
+    needed = estimate_memory(recipe, stage.value, choose_prior(recipe, classes, images))
     section = getattr(recipe, stage.value)
     console = Console(width=100)
-    console.print(table(needed, f"{stage}: {section.backbone}, batch {section.batch_size}, {recipe.image.size} pixels"))
-    for line in advice(needed, stage.value, card):
+    console.print(
+        memory_table(needed, f"{stage}: {section.backbone}, batch {section.batch_size}, {recipe.image.size} pixels")
+    )
+    for line in memory_advice(needed, stage.value, card):
         console.print(line, highlight=False)
     return 0 if needed.fits(card * 1e9) else 1
 
@@ -76,14 +78,14 @@ def ray_train(
 ) -> None:
     """Run a training stage on the workers of a Ray cluster.
 
-    Without --address it is a small cluster of its own on this machine. The stage is the same that `torchrun` starts.
+    Without --address it starts a small cluster on this machine. The stage is the same that `torchrun` starts.
     """
     from pipeline.command_line import end_with_dvc
     from pipeline.deploy.ray_train import Job, run
     from pipeline.params import load_params
 
     name = stage.value if stage else re.sub(r"^pipeline\.", "", module or "")
-    if name not in [each.value for each in Stage]:
+    if name not in list(Stage):
         raise ParamsError(f"stage is {name!r}; expected one of {', '.join(Stage)}")
     end_with_dvc(name)
     load_params(params)  # an error in the file is reported before a cluster is started

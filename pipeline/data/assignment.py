@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.data.profiles import choose, class_members, class_sizes, test_size, validation_size
+from pipeline.data.profiles import choose_images, class_members, class_sizes, test_size, validation_size
 from pipeline.data.published import check_published_choice
 from pipeline.params import DataParams
 from pipeline.shared.errors import DataError, ParamsError
@@ -16,15 +16,15 @@ SPLITS = ("train", "validation", "test")
 
 def without(source: Source, skipped: list[Row]) -> list[Row]:
     """The source's rows without the skipped ones. Raises DataError when a class has no training image left."""
-    out = {row.reference for row in skipped}
-    rows = [row for row in source.rows if row.reference not in out]
-    left = {row.label for row in rows if row.split == "train"}
-    empty = [name for label, name in enumerate(source.classes) if label not in left]
+    skipped_references = {row.reference for row in skipped}
+    rows = [row for row in source.rows if row.reference not in skipped_references]
+    train_labels = {row.label for row in rows if row.split == "train"}
+    empty = [name for label, name in enumerate(source.classes) if label not in train_labels]
     if empty:
         raise DataError(
             f"class {empty[0]!r} has no usable training image (such classes: {len(empty)}; "
-            f"{counted(len(skipped), 'image')} left "
-            "out by data.on_bad_image: skip); `tailor data check` lists the images"
+            f"{counted(len(skipped), 'image')} left out by "
+            "data.on_bad_image: skip); `tailor data check` lists the images"
         )
     return rows
 
@@ -45,24 +45,23 @@ def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str 
         pool, test = _hold_out_test(pool, classes, params, generator)
     if params.max_per_class:
         labels = np.array([row.label for row in pool])
-        chosen = choose(labels, [params.max_per_class] * len(classes), params.seed)
-        pool = [pool[i] for i in np.sort(np.concatenate(chosen))]
+        capped = choose_images(labels, [params.max_per_class] * len(classes), params.seed)
+        pool = [pool[i] for i in np.sort(np.concatenate(capped))]
     labels = np.array([row.label for row in pool])
     available = np.bincount(labels, minlength=len(classes)).tolist()
     try:
         sizes = class_sizes(params.profile, available, params.imbalance_factor)
     except ValueError as error:
         raise ParamsError(f"data.{error}") from None
-    kept = choose(labels, sizes, params.seed)
-    check_published_choice(origin, params, labels, kept)
+    chosen = choose_images(labels, sizes, params.seed)
+    check_published_choice(origin, params, labels, chosen)
     validation = hinted["validation"]
     if not validation:
         members = class_members(labels, len(classes))
-        dropped = [np.setdiff1d(found, chosen) for found, chosen in zip(members, kept, strict=True)]
-        kept, held = _hold_out_validation(kept, dropped, params, generator)
+        dropped = [np.setdiff1d(own, train) for own, train in zip(members, chosen, strict=True)]
+        chosen, held = _hold_out_validation(chosen, dropped, params, generator)
         validation = [pool[i] for i in held]
-    train = [pool[i] for chosen in kept for i in chosen]
-    return {"train": train, "validation": validation, "test": test}
+    return {"train": [pool[i] for i in np.concatenate(chosen)], "validation": validation, "test": test}
 
 
 def _hold_out_test(
@@ -74,23 +73,22 @@ def _hold_out_test(
         size = test_size(len(members), params.test_per_class, params.test_share)
         if not size or len(members) <= size:
             raise DataError(
-                f"class {name!r} has {counted(len(members), 'image')}, too few to hold out data.test_per_class "
-                f"= {size or 1} and train; "
-                f"{'lower it, ' if size > 1 else ''}add images, or give the source a test split"
+                f"class {name!r} has {counted(len(members), 'image')}, too few to hold out data.test_per_class = "
+                f"{size or 1} and train; {'lower it, ' if size > 1 else ''}add images, or give the source a test split"
             )
         held.extend(sorted(generator.permutation(members)[:size].tolist()))
-    out = set(held)
-    return [row for i, row in enumerate(pool) if i not in out], [pool[i] for i in held]
+    held_set = set(held)
+    return [row for i, row in enumerate(pool) if i not in held_set], [pool[i] for i in held]
 
 
 def _hold_out_validation(
-    kept: list[np.ndarray], dropped: list[np.ndarray], params: DataParams, generator: np.random.Generator
+    chosen: list[np.ndarray], dropped: list[np.ndarray], params: DataParams, generator: np.random.Generator
 ) -> tuple[list[np.ndarray], list[int]]:
     remaining, held = [], []
-    for chosen, spare in zip(kept, dropped, strict=True):
-        free = generator.permutation(spare)[: params.validation_per_class]
-        wanted = validation_size(len(chosen), len(spare), params.validation_per_class, params.validation_share)
-        taken = generator.permutation(chosen)[:wanted] if wanted > 0 else chosen[:0]
-        remaining.append(chosen[~np.isin(chosen, taken)])
-        held.extend(sorted([*free.tolist(), *taken.tolist()]))
+    for train, spare in zip(chosen, dropped, strict=True):
+        from_spare = generator.permutation(spare)[: params.validation_per_class]
+        size = validation_size(len(train), len(spare), params.validation_per_class, params.validation_share)
+        from_train = generator.permutation(train)[:size] if size > 0 else train[:0]
+        remaining.append(train[~np.isin(train, from_train)])
+        held.extend(sorted([*from_spare.tolist(), *from_train.tolist()]))
     return remaining, held

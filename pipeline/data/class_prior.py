@@ -43,8 +43,7 @@ class Prior:
         return shift
 
     def __str__(self) -> str:
-        sizes = {group: self.groups.count(group) for group in GROUPS}
-        groups = ", ".join(f"{number} {group}" for group, number in sizes.items())
+        groups = ", ".join(f"{self.groups.count(group)} {group}" for group in GROUPS)
         return (
             f"{counted(len(self.classes), 'class')} of {max(self.counts):,} to {min(self.counts):,} samples "
             f"({groups}) → {PRIOR}"
@@ -62,13 +61,10 @@ def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
         if labels.null_count:
             raise DataError(f"{path}: column {column!r} has {counted(labels.null_count, 'row')} without a label")
         values = labels.to_numpy()
-        try:
-            found = np.bincount(values, minlength=classes)
-        except ValueError:  # numpy raises it for negative numbers
-            raise DataError(f"{path}: has label {values.min()}; expected 0 to {classes - 1}") from None
-        if len(found) > classes:
-            raise DataError(f"{path}: has label {len(found) - 1}; expected 0 to {classes - 1}")
-        counts += found
+        wrong = values[(values < 0) | (values >= classes)]
+        if len(wrong):
+            raise DataError(f"{path}: has label {wrong[0]}; expected 0 to {classes - 1}")
+        counts += np.bincount(values, minlength=classes)
     return counts
 
 

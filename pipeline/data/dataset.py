@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from models.preprocess import ImageError, decode, preprocess, resize
 from pipeline.augment import Draws, cuts_originals
 from pipeline.data.split_tables import count_rows, read_split
 from pipeline.data.stream import ImageStream
-from pipeline.params import AugmentParams, DataParams, ImageParams, Params, StreamParams
+from pipeline.params import AugmentParams, DataParams, ImageParams, Params
 from pipeline.shared.artifacts import SPLIT
 from pipeline.shared.errors import DataError
 from pipeline.shared.host_memory import free_bytes
@@ -58,11 +58,7 @@ class Images:
         """`pixels` of the indices `chosen` in order, `size` at a time."""
         return map(self.pixels, chosen.split(size))
 
-    def feed(
-        self,
-        indices: Tensor,  # noqa: ARG002
-        draws: Iterable[Draws] | None = None,  # noqa: ARG002
-    ) -> AbstractContextManager[Iterator[None]]:
+    def feed(self, *_: Tensor, **__: Iterable[Draws] | None) -> AbstractContextManager[Iterator[None]]:
         """Context with an iterator of None for the batches of indices int64 [steps,B]; the step has the images."""
         return nullcontext(itertools.repeat(None))
 
@@ -91,28 +87,30 @@ def training_images(
     *,
     augment: AugmentParams | None = None,
     views: int = 1,
+    free_memory: Callable[[], int] = free_bytes,
 ) -> tuple[AnyImages, AnyImages, str | None]:
     """Load the training and the validation split, in memory or as streams; also returns why they are streamed, or None.
 
-    augment, views: of the params section that trains. A resized crop is cut from the original image. Training images
-    are then read by a stream that keeps as many originals in memory as stream.mode allows, unless all are squares of
-    image.size, which the device can crop. If one rank must stream, all ranks stream. Raises as `load_images` does.
+    augment, views: of the params section that trains. free_memory: free bytes of the host. A resized crop is cut from
+    the original image. Training images are then read by a stream that keeps as many originals in memory as stream.mode
+    allows, unless all are squares of image.size, which the device can crop. If one rank must stream, all ranks stream.
+    Raises as `load_images` does.
     """
     rows = sum(count_rows(split, folder) for split in ("train", "validation"))
     data, image, settings = params.data, params.image, params.stream
-    streamed, reason = should_stream(settings, image.size, rows, device)
+    streamed, reason = should_stream(params, rows, device, free_memory())
     # Free memory differs between processes, and processes with different decisions would wait for one another forever.
     if mean_over_ranks(torch.tensor(float(streamed), device=device)).item() > 0 and not streamed:
         streamed = True
-        reason = "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
+        reason = "reads images as it needs them: another process has too little memory for all (stream.mode: auto)"
     originals = augment is not None and cuts_originals(views, augment)
     if not streamed:
         validation: AnyImages = load_images(data, image, "validation", folder)
         with contextlib.suppress(OtherSizeError):
-            return load_images(data, image, "train", folder, as_they_are=originals), validation, None
+            return load_images(data, image, "train", folder, reject_other_sizes=originals), validation, None
     else:
         validation = ImageStream(data, image, settings, "validation", device, folder)
-    hold = {"on": 0.0, "off": math.inf, "auto": SHARE * free_bytes()}[settings.mode] if originals else 0.0
+    hold = {"on": 0.0, "off": math.inf, "auto": SHARE * free_memory()}[settings.mode] if originals else 0.0
     train = ImageStream(
         data, image, settings, "train", device, folder,
         replace_bad=data.on_bad_image == "skip", augment=augment if originals else None, hold=hold,
@@ -121,22 +119,19 @@ def training_images(
 
 
 def evaluation_images(params: Params, split: str, folder: Path = SPLIT) -> AnyImages:
-    """Load a split with the pixels that the server uses, on the CPU: in memory, or a stream.
-
-    Raises as `load_images` does.
-    """
+    """Load a split with the pixels that the server uses, on the CPU: in memory, or a stream. Raises as `load_images` does."""
     data, image, cpu = params.data, params.image, torch.device("cpu")
-    if should_stream(params.stream, image.size, count_rows(split, folder), cpu)[0]:
+    if should_stream(params, count_rows(split, folder), cpu, free_bytes())[0]:
         return ImageStream(data, image, params.stream, split, cpu, folder, exactly=True)
     return load_images(data, image, split, folder)
 
 
-def should_stream(stream: StreamParams, size: int, rows: int, device: torch.device) -> tuple[bool, str | None]:
-    """Whether `rows` images of size x size pixels are streamed, and the reason if stream.mode is auto."""
-    if stream.mode != "auto":
-        return stream.mode == "on", None
-    needed = rows * 3 * size**2
-    free_in = {"in memory": free_bytes()}
+def should_stream(params: Params, rows: int, device: torch.device, free_memory: int) -> tuple[bool, str | None]:
+    """Whether `rows` decoded images are streamed, and the reason if stream.mode is auto. free_memory: bytes of the host."""
+    if params.stream.mode != "auto":
+        return params.stream.mode == "on", None
+    needed = rows * 3 * params.image.size**2
+    free_in = {"in memory": free_memory}
     if device.type == "cuda":
         free_in[f"on {device}"] = torch.cuda.mem_get_info(device)[0]
     for where, free in free_in.items():
@@ -149,43 +144,39 @@ def should_stream(stream: StreamParams, size: int, rows: int, device: torch.devi
 
 
 def load_images(
-    data: DataParams, image: ImageParams, split: str, folder: Path = SPLIT, *, as_they_are: bool = False
+    data: DataParams, image: ImageParams, split: str, folder: Path = SPLIT, *, reject_other_sizes: bool = False
 ) -> Images:
     """Decode and resize every image of a split into memory.
 
-    as_they_are: do not resize; raises OtherSizeError for the first image that is not a square of image.size. Raises
+    reject_other_sizes: do not resize; raises OtherSizeError for the first image that is not a square of image.size. Raises
     ParamsError when the split does not exist, DataError that names a bad file.
     """
     table = read_split(split, ["sample_id", "label", "reference"], folder)
     source = open_source(data)
     references = table.column("reference").to_pylist()
     size, resize_to = image.size, image.resize_to
-
     stacked = np.empty((len(references), 3, size, size), dtype=np.uint8)
 
     def square(encoded: bytes) -> np.ndarray:
-        picture = decode(encoded)
-        if picture.size != (size, size):
+        decoded = decode(encoded)
+        if decoded.size != (size, size):
             raise OtherSizeError
-        return resize(picture, size, size)
+        return resize(decoded, size, size)
 
     def prepared(encoded: bytes) -> np.ndarray:
         return preprocess(encoded, size, resize_to, interpolation=image.interpolation)
 
-    def load(positions: Sequence[int]) -> None:
-        for position in positions:
-            encoded = source.read(references[position])
+    def load(indices: Sequence[int]) -> None:
+        for index in indices:
+            encoded = source.read(references[index])
             try:
-                stacked[position] = square(encoded) if as_they_are else prepared(encoded)
+                stacked[index] = square(encoded) if reject_other_sizes else prepared(encoded)
             except ImageError as error:
-                raise DataError(
-                    f"{references[position]}: {error}; replace the image and run `dvc repro` again"
-                ) from None
+                raise DataError(f"{references[index]}: {error}; replace the image and run `dvc repro` again") from None
 
     # Read in the order of the source, so that each row group of a table is read once.
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(load, in_parts(reading_order(references), 64)):
-            pass
+        list(pool.map(load, in_parts(reading_order(references), 64)))
     labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
     return Images(torch.from_numpy(stacked), labels, table.column("sample_id").to_pylist(), references, source)
 

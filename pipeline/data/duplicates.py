@@ -25,7 +25,7 @@ def check_labels(source: Source, hashes: Mapping[str, str]) -> None:
         row, other = pairs[0]
         more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
         raise DataError(
-            f"{source.place(row)} and {source.place(other)} are the same image, labelled {source.classes[row.label]!r} "
+            f"{source.location(row)} and {source.location(other)} are the same image, labelled {source.classes[row.label]!r} "
             f"and {source.classes[other.label]!r}; keep one of them{more}"
         )
 
@@ -44,12 +44,12 @@ def conflicting_labels(rows: list[Row], hashes: Mapping[str, str]) -> list[tuple
 
 def group_duplicates(assigned: dict[str, list[Row]], hashes: Mapping[str, str]) -> dict[str, list[tuple[str, Row]]]:
     """Groups of at least two byte-identical images, by sha256: the (split, row) of each image."""
-    places: dict[str, list[tuple[str, Row]]] = defaultdict(list)
+    groups: dict[str, list[tuple[str, Row]]] = defaultdict(list)
     for split, rows in assigned.items():
         for row in rows:
             if row.reference in hashes:
-                places[hashes[row.reference]].append((split, row))
-    return {digest: found for digest, found in sorted(places.items()) if len(found) > 1}
+                groups[hashes[row.reference]].append((split, row))
+    return {digest: group for digest, group in sorted(groups.items()) if len(group) > 1}
 
 
 def find_duplicates(
@@ -58,13 +58,13 @@ def find_duplicates(
     """Byte-identical images in more than one split, as (sha256, split, sample id, class)."""
     return [
         (digest, split, row.sample_id, classes[row.label])
-        for digest, found in group_duplicates(assigned, hashes).items()
-        if len({split for split, _ in found}) > 1
-        for split, row in found
+        for digest, group in group_duplicates(assigned, hashes).items()
+        if len({split for split, _ in group}) > 1
+        for split, row in group
     ]
 
 
-def looks_of(image: Image.Image) -> str:
+def perceptual_hash(image: Image.Image) -> str:
     """Perceptual hash of an image, 64 bits as hexadecimal text: similar for a resized, recompressed or brightened copy."""
     from imagehash import phash  # imported here and below, because only `data check` needs it
 
@@ -72,13 +72,13 @@ def looks_of(image: Image.Image) -> str:
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Pairs of different hashes at most `distance` bits apart, int64 [M,2] of positions, each pair once.
+    """Pairs of different hashes at most `distance` bits apart, int64 [M,2] of indices, each pair once.
 
     hashes: uint64 [N], all different. Two hashes that differ in at most d bits are equal in at least one of d+1 bit
     ranges, so only hashes that share a range are compared, not every pair (multi-index hashing, Norouzi et al. 2012).
     """
     edges = np.linspace(0, 64, distance + 2).astype(np.uint64)
-    found = [np.empty((0, 2), dtype=np.int64)]
+    pairs = [np.empty((0, 2), dtype=np.int64)]
     for low, high in itertools.pairwise(edges):
         run = (hashes >> low) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(run, kind="stable")
@@ -89,31 +89,28 @@ def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
             first = first[run[first] == run[first + step]]  # sorted: after a difference no later one is equal
             if not first.size:
                 break
-            close = first[_bits(sorted_hashes[first] ^ sorted_hashes[first + step]) <= distance]
-            found.append(np.sort(np.stack([order[close], order[close + step]], axis=1), axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            different = (sorted_hashes[first] ^ sorted_hashes[first + step]).view(np.uint8).reshape(-1, 8)
+            close = first[np.unpackbits(different, axis=1).sum(axis=1) <= distance]
+            pairs.append(np.sort(np.stack([order[close], order[close + step]], axis=1), axis=1))
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
-def _bits(values: np.ndarray) -> np.ndarray:
-    return np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
+def group_near_duplicates(hash_texts: list[str], distance: int) -> list[list[int]]:
+    """Indices of similar images, in groups of at least two, linked by hashes at most `distance` bits apart.
 
-
-def group_near_duplicates(looks: list[str], distance: int) -> list[list[int]]:
-    """Positions of similar images, in groups of at least two, linked by hashes at most `distance` bits apart.
-
-    looks: hexadecimal hashes from `looks_of`; an image with an empty hash is in no group.
+    hash_texts: hexadecimal hashes from `perceptual_hash`; an image with an empty hash is in no group.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    known = [position for position, text in enumerate(looks) if text]
-    if not known:
+    hashed = [index for index, text in enumerate(hash_texts) if text]
+    if not hashed:
         return []
-    hashes, which = np.unique(np.array([int(looks[i], 16) for i in known], dtype=np.uint64), return_inverse=True)
+    hashes, which = np.unique(np.array([int(hash_texts[i], 16) for i in hashed], dtype=np.uint64), return_inverse=True)
     pairs = near_pairs(hashes, distance)
     graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(hashes), len(hashes)))
     component = connected_components(graph, directed=False)[1][which]
     groups = defaultdict(list)
-    for position, number in zip(known, component.tolist(), strict=True):
-        groups[number].append(position)
+    for index, number in zip(hashed, component.tolist(), strict=True):
+        groups[number].append(index)
     return [members for members in groups.values() if len(members) > 1]

@@ -22,10 +22,10 @@ SHOWN = 5  # images named in a message
 
 
 @dataclass(frozen=True, slots=True)
-class Inspected:
+class InspectionResult:
     """Result for one image: sha256 and number of its bytes, width and height in pixels after rotation, and its problem.
 
-    problem: one line that names the image; None if it can be used. looks: perceptual hash as hexadecimal text, if
+    problem: one line that names the image; None if it can be used. perceptual_hash: hexadecimal text, if
     requested. An unreadable image has an empty sha256; `missing` if its file does not exist.
     """
 
@@ -33,26 +33,28 @@ class Inspected:
     size: int = 0
     width: int = 0
     height: int = 0
-    looks: str = ""
+    perceptual_hash: str = ""
     problem: str | None = None
     missing: bool = False
 
 
-def inspect_image(source: Source, row: Row, looks: Callable[[Image.Image], str] | None = None) -> Inspected:
+def inspect_image(source: Source, row: Row, hash_fn: Callable[[Image.Image], str] | None = None) -> InspectionResult:
     """Read and decode one image. Raises DataError if the fault affects more than this image, such as a damaged shard."""
     try:
         data = source.read(row.reference)
     except BadImageError as error:
-        return Inspected(problem=str(error), missing=source.stamp(row.reference) is None)
+        return InspectionResult(problem=str(error), missing=source.stamp(row.reference) is None)
     digest = hashlib.sha256(data).hexdigest()
     try:
-        image = picture(data)
+        image = decode_checked(data)
     except ImageError as error:
-        return Inspected(digest, len(data), problem=f"{source.place(row)}: {error}; replace the image or remove it")
-    return Inspected(digest, len(data), *image.size, looks(image) if looks else "")
+        return InspectionResult(
+            digest, len(data), problem=f"{source.location(row)}: {error}; replace the image or remove it"
+        )
+    return InspectionResult(digest, len(data), *image.size, hash_fn(image) if hash_fn else "")
 
 
-def picture(data: bytes) -> Image.Image:
+def decode_checked(data: bytes) -> Image.Image:
     """Decode an image. Raises ImageError if that fails, and for an image of a single pixel."""
     image = decode(data)
     if image.size == (1, 1):
@@ -69,7 +71,7 @@ class Journal:
 
     def __init__(self, path: Path, about: str) -> None:
         self._path = path
-        self._known: dict[str, tuple[str, Inspected]] = {}
+        self._results: dict[str, tuple[str, InspectionResult]] = {}
         if not self._load(about):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"about": about}) + "\n", encoding="utf-8")
@@ -81,24 +83,24 @@ class Journal:
             if stream.readline() != json.dumps({"about": about}) + "\n":
                 return False
             while True:
-                whole = stream.tell()
+                line_start = stream.tell()
                 line = stream.readline()
                 if not line.endswith("\n"):  # end of file, or a partial line of a killed run
-                    stream.seek(whole)
+                    stream.seek(line_start)
                     stream.truncate()
                     return True
                 reference, stamp, *values = json.loads(line)
-                self._known[reference] = stamp, Inspected(*values)
+                self._results[reference] = stamp, InspectionResult(*values)
 
-    def known(self, reference: str, stamp: str | None) -> Inspected | None:
+    def result(self, reference: str, stamp: str | None) -> InspectionResult | None:
         """The result of an image, if its file is unchanged."""
-        kept, found = self._known.get(reference, (None, None))
-        return found if stamp is not None and kept == stamp else None
+        journal_stamp, result = self._results.get(reference, (None, None))
+        return result if stamp is not None and journal_stamp == stamp else None
 
-    def add(self, found: Sequence[tuple[str, str | None, Inspected]]) -> None:
+    def add(self, results: Sequence[tuple[str, str | None, InspectionResult]]) -> None:
         """Append results of images."""
         lines = "".join(
-            json.dumps([reference, stamp, *astuple(value)]) + "\n" for reference, stamp, value in found if stamp
+            json.dumps([reference, stamp, *astuple(value)]) + "\n" for reference, stamp, value in results if stamp
         )
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(lines)
@@ -107,35 +109,34 @@ class Journal:
 def inspect_images(
     source: Source,
     name: str,
-    looks: Callable[[Image.Image], str] | None = None,
+    hash_fn: Callable[[Image.Image], str] | None = None,
     journal: Journal | None = None,
     jobs: int | None = None,
-) -> dict[str, Inspected]:
+) -> dict[str, InspectionResult]:
     """Inspect every image of the source, in its order, in parallel; returns the results by reference.
 
     jobs: number of threads (default: one per core and 4 more). name: of the command, for the progress bar. Raises
     DataError if a fault affects more than single images.
     """
 
-    def inspect(part: Sequence[Row]) -> list[tuple[str, str | None, Inspected, bool]]:
-        found = []
+    def inspect(part: Sequence[Row]) -> list[tuple[str, str | None, InspectionResult, bool]]:
+        inspected = []
         for row in part:
             stamp = source.stamp(row.reference) if journal else None
-            kept = journal.known(row.reference, stamp) if journal else None
-            value = kept or inspect_image(source, row, looks)
-            found.append((row.reference, stamp, value, kept is None))
-        return found
+            stored = journal.result(row.reference, stamp) if journal else None
+            inspected.append((row.reference, stamp, stored or inspect_image(source, row, hash_fn), stored is None))
+        return inspected
 
-    results: dict[str, Inspected] = {}
+    results: dict[str, InspectionResult] = {}
     pool = ThreadPoolExecutor(jobs or (os.cpu_count() or 1) + 4)
     try:
         with progress_bar(unit="images") as bar:
             task = bar.add_task(f"{name}: reading images", total=len(source.rows), rate="")
-            for found in pool.map(inspect, in_parts(source.rows, 64)):
+            for inspected in pool.map(inspect, in_parts(source.rows, 64)):
                 if journal:
-                    journal.add([(reference, stamp, value) for reference, stamp, value, new in found if new])
-                results.update((reference, value) for reference, _, value, _ in found)
-                bar.advance(task, len(found))
+                    journal.add([(reference, stamp, value) for reference, stamp, value, new in inspected if new])
+                results.update((reference, value) for reference, _, value, _ in inspected)
+                bar.advance(task, len(inspected))
     finally:
         pool.shutdown(cancel_futures=True)
     return results
@@ -146,11 +147,11 @@ def check_missing(source: Source) -> None:
     rows = source.missing()
     if not rows:
         return
-    first = ", ".join(source.place(row) for row in rows[:SHOWN])
+    first = ", ".join(source.location(row) for row in rows[:SHOWN])
     cause = source.why_missing(rows)
     raise DataError(
         f"{len(rows):,} of {counted(len(source.rows), 'image', 'are')} missing, the first {min(SHOWN, len(rows))}: {first}; "
-        + (f"{cause}, " if cause else "restore them or take them off the list, ")
+        + (f"{cause}, " if cause else "restore them or remove them from the list, ")
         + "or set data.on_bad_image: skip; `tailor data check` lists them all"
     )
 

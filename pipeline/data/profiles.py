@@ -20,16 +20,16 @@ def class_sizes(profile: str, available: list[int], imbalance_factor: float) -> 
     if profile == "natural":
         return list(available)
     if profile == "exponential":
-        wanted = [int(head * tail ** (c / (classes - 1.0))) for c in range(classes)]
+        sizes = [int(head * tail ** (c / (classes - 1.0))) for c in range(classes)]
     elif profile == "step":
-        wanted = [int(head) if c < classes // 2 else int(head * tail) for c in range(classes)]
+        sizes = [int(head) if c < classes // 2 else int(head * tail) for c in range(classes)]
     elif profile == "pareto":
         exponent = np.log(imbalance_factor) / np.log(classes)
         # Rounding to 1e-9 keeps the last class at n*f if the power is slightly below the integer.
-        wanted = [int(round(head * (c + 1) ** -exponent, 9)) for c in range(classes)]
+        sizes = [int(round(head * (c + 1) ** -exponent, 9)) for c in range(classes)]
     else:
         raise ValueError(f"profile is {profile!r}; expected natural, exponential, pareto or step")
-    sizes = [min(size, there) for size, there in zip(wanted, available, strict=True)]
+    sizes = [min(size, count) for size, count in zip(sizes, available, strict=True)]
     if min(sizes) < 1:
         raise ValueError(
             f"profile {profile} with imbalance factor {imbalance_factor:g} leaves class {sizes.index(min(sizes))} without "
@@ -50,12 +50,12 @@ def test_size(images: int, per_class: int, share: float | None) -> int:
     return max(min(per_class, max(1, int(round(share * images, 9))), images - 1), 0)
 
 
-def validation_size(kept: int, spare: int, per_class: int, share: float) -> int:
-    """Validation images held out of the `kept` images of a class, in addition to those from its `spare` (dropped) images."""
-    return max(0, min(per_class - min(spare, per_class), int(share * kept), kept - 1))
+def validation_size(images: int, spare: int, per_class: int, share: float) -> int:
+    """Validation images held out of the `images` of a class, in addition to those from its `spare` (dropped) images."""
+    return max(0, min(per_class - min(spare, per_class), int(share * images), images - 1))
 
 
-def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
+def choose_images(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
     """Indices kept of each class, in shuffled order: the sample choice of CIFAR-LT (Cao et al. 2019).
 
     labels: [N] integers. One legacy numpy generator shuffles class after class, and the first sizes[c] indices are
@@ -70,9 +70,6 @@ def choose(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
 
 
 def class_members(labels: np.ndarray, classes: int) -> list[np.ndarray]:
-    """Indices of each class in ascending order.
-
-    labels: [N] integers 0..classes-1. Sorts once, for any number of classes.
-    """
+    """Indices of each class in ascending order. labels: [N] integers 0..classes-1. Sorts once, for any number of classes."""
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.cumsum(np.bincount(labels, minlength=classes))[:-1])

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.prior import GROUPS
 from pipeline.data.profiles import class_members
 from pipeline.params import DataParams
 from pipeline.shared.errors import DataError
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedDataset:
     """Images of each split, number of classes, the largest and smallest training class, and classes by shot group."""
 
     images: dict[str, int]
@@ -23,20 +24,17 @@ class Published:
     groups: dict[str, int]
 
 
-def _groups(many: int, medium: int, few: int) -> dict[str, int]:
-    return {"many": many, "medium": medium, "few": few}
-
-
 # ImageNet-LT and Places-LT: Liu et al. 2019 and its lists. iNaturalist 2018: its competition page; its validation
 # images are used as test split in the literature. CIFAR: Krizhevsky 2009.
 PUBLISHED = {
-    "cifar10": Published({"train": 50_000, "test": 10_000}, 10, 5000, 5000, _groups(10, 0, 0)),
-    "cifar100": Published({"train": 50_000, "test": 10_000}, 100, 500, 500, _groups(100, 0, 0)),
-    "imagenet_lt": Published(
-        {"train": 115_846, "validation": 20_000, "test": 50_000}, 1000, 1280, 5, _groups(385, 479, 136)
-    ),
-    "places_lt": Published({"train": 62_500, "validation": 7_300, "test": 36_500}, 365, 4980, 5, _groups(131, 163, 71)),
-    "inaturalist2018": Published({"train": 437_513, "test": 24_426}, 8142, 1000, 2, _groups(842, 4076, 3224)),
+    name: PublishedDataset(images, classes, largest, smallest, dict(zip(GROUPS, groups, strict=True)))
+    for name, images, classes, largest, smallest, groups in (
+        ("cifar10", {"train": 50_000, "test": 10_000}, 10, 5000, 5000, (10, 0, 0)),
+        ("cifar100", {"train": 50_000, "test": 10_000}, 100, 500, 500, (100, 0, 0)),
+        ("imagenet_lt", {"train": 115_846, "validation": 20_000, "test": 50_000}, 1000, 1280, 5, (385, 479, 136)),
+        ("places_lt", {"train": 62_500, "validation": 7_300, "test": 36_500}, 365, 4980, 5, (131, 163, 71)),
+        ("inaturalist2018", {"train": 437_513, "test": 24_426}, 8142, 1000, 2, (842, 4076, 3224)),
+    )
 }
 
 # The choice of Cao et al. 2019 (numpy's legacy generator, seed 0): source, imbalance factor → images kept, and
@@ -58,24 +56,24 @@ def published_choice(origin: str, params: DataParams) -> tuple[int, str] | None:
     return CIFAR_LT.get((origin, int(params.imbalance_factor))) if params.imbalance_factor % 1 == 0 else None
 
 
-def hash_of_ranks(labels: np.ndarray, kept: list[np.ndarray]) -> str:
-    """sha256[:16] of the kept images' ranks within their class, class after class.
+def hash_of_ranks(labels: np.ndarray, chosen: list[np.ndarray]) -> str:
+    """sha256[:16] of the chosen images' ranks within their class, class after class.
 
-    labels: [N] integers in file order. kept: for each class, indices into labels.
+    labels: [N] integers in file order. chosen: for each class, indices into labels.
     """
-    members = class_members(labels, len(kept))
-    ranks = [np.searchsorted(found, indexes) for found, indexes in zip(members, kept, strict=True)]
+    members = class_members(labels, len(chosen))
+    ranks = [np.searchsorted(own, indices) for own, indices in zip(members, chosen, strict=True)]
     return hashlib.sha256(np.concatenate(ranks).astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def check_published_choice(origin: str, params: DataParams, labels: np.ndarray, kept: list[np.ndarray]) -> None:
-    """Raise DataError when params describe a published CIFAR-LT split of the whole archive and other images were kept."""
-    wanted = published_choice(origin, params)
-    if wanted is None or len(labels) != PUBLISHED[origin].images["train"]:
+def check_published_choice(origin: str, params: DataParams, labels: np.ndarray, chosen: list[np.ndarray]) -> None:
+    """Raise DataError when params describe a published CIFAR-LT split of the whole archive and other images were chosen."""
+    published = published_choice(origin, params)
+    if published is None or len(labels) != PUBLISHED[origin].images["train"]:
         return
-    found = hash_of_ranks(labels, kept)
-    if found != wanted[1]:
+    digest = hash_of_ranks(labels, chosen)
+    if digest != published[1]:
         raise DataError(
-            f"{origin}: the images kept at imbalance factor {params.imbalance_factor:g} hash to {found}, "
-            f"the published split to {wanted[1]}; results would not be comparable (another numpy, or another archive?)"
+            f"{origin}: the images kept at imbalance factor {params.imbalance_factor:g} hash to {digest}, "
+            f"the published split to {published[1]}; results would not be comparable (another numpy, or another archive?)"
         )

@@ -71,10 +71,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def load_classes(folder: Path = SPLIT) -> list[str]:
-    """Read class names in label order.
-
-    Raises ParamsError when the split does not exist, StageError when the file is damaged.
-    """
+    """Read class names in label order. Raises ParamsError when the split does not exist, StageError when it is damaged."""
     path = folder / "classes.json"
     try:
         return [class_key(name) for name in json.loads(path.read_text(encoding="utf-8"))]

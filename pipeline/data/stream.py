@@ -19,17 +19,17 @@ from models.preprocess import ImageError
 from pipeline.augment import Draws, cut_boxes
 from pipeline.data.split_tables import ArrowStrings, read_split
 from pipeline.data.stream_decoding import (
-    cut,
+    crop_and_resize,
+    decode_exact,
+    decode_fast,
+    decode_nvjpeg,
+    decode_original,
+    decode_unless_nvjpeg,
     enough_pixels,
-    exact,
-    fast,
-    left_to_gpu,
-    nvjpeg,
-    nvjpeg_originals,
-    original,
+    evaluation_view,
 )
-from pipeline.data.stream_order import order_warning, others_of_class, shuffled
-from pipeline.data.stream_prefetch import Left, PrefetchIterator, workers_of_a_rank
+from pipeline.data.stream_order import order_warning, other_images_of_class, shuffled_order
+from pipeline.data.stream_prefetch import NvjpegImage, PrefetchIterator, default_workers
 from pipeline.params import AugmentParams, DataParams, ImageParams, StreamParams
 from pipeline.shared.artifacts import SPLIT
 from pipeline.shared.errors import DataError, ParamsError
@@ -37,6 +37,7 @@ from pipeline.sources import BadImageError, open_reader
 from serving.shared.terminal import counted
 
 SHOWN = 5  # replaced images named in a message
+DECODERS = {"exact": decode_exact, "fast": decode_fast, "gpu": decode_unless_nvjpeg}
 
 
 class ImageStream:
@@ -67,48 +68,41 @@ class ImageStream:
     ) -> None:
         table = read_split(split, ["sample_id", "label", "reference"], folder)
         self.labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
-        self.sample_ids, self.references = (
-            ArrowStrings(table.column("sample_id")),
-            ArrowStrings(table.column("reference")),
-        )
-        self._image, self._device, self._replace = image, device, replace_bad
-        self._augment, self._room = augment, hold
-        self._held: dict[int, Tensor] = {}
-        self._most = enough_pixels(image, augment.crop_scale) if augment else 0.0
-        self._window = settings.shuffle_mib * 2**20
-        # Size of the reader's cache: the current window and the next.
-        self._reader = open_reader(data, 2 * self._window)
-        self._groups = self._reader.groups(table.column("reference"))
-        self._kind = "exact" if exactly else settings.decode
-        if self._kind == "gpu" and device.type != "cuda":
+        self.sample_ids = ArrowStrings(table.column("sample_id"))
+        self.references = ArrowStrings(table.column("reference"))
+        self._image, self._device, self._replace_bad, self._augment = image, device, replace_bad, augment
+        self.originals: dict[int, Tensor] = {}  # decoded, by index
+        self._free_bytes = hold
+        self._max_pixels = enough_pixels(image, augment.crop_scale) if augment else 0.0
+        self.window = settings.shuffle_mib * 2**20
+        self.reader = open_reader(data, 2 * self.window)  # caches the current window and the next
+        self.groups = self.reader.groups(table.column("reference"))
+        self._decode = "exact" if exactly else settings.decode
+        if self._decode == "gpu" and device.type != "cuda":
             raise ParamsError(f"stream.decode is 'gpu', but the device is {device}; expected fast or exact")
-        workers = settings.workers
-        self._workers = workers_of_a_rank() if workers == "auto" else workers
+        self._workers = default_workers() if settings.workers == "auto" else settings.workers
         self._prefetch = settings.prefetch
         self._lock = threading.Lock()
-        self._replaced: list[str] = []
-        self._waited = 0.0
+        self._problems: list[str] = []
+        self.wait_seconds = 0.0  # time that steps have waited for batches
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def encoded(self, index: int) -> bytes:
         """The original bytes of one image."""
-        return self._reader.read(self.references[index])
+        return self.reader.read(self.references[index])
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """The indices of an epoch, int64 [N], from a CPU generator; see `stream_order.shuffled`."""
-        return shuffled(len(self), self._groups, self._window, generator)
+        """The indices of an epoch, int64 [N], from a CPU generator; see `stream_order.shuffled_order`."""
+        return shuffled_order(len(self), self.groups, self.window, generator)
 
     def warning(self) -> str | None:
         """Warning of `stream_order.order_warning`; None for images that are not read in groups."""
-        return None if self._groups is None else order_warning(self.labels.numpy(), self._groups, self._window)
+        return None if self.groups is None else order_warning(self.labels.numpy(), self.groups, self.window)
 
     def pixels(self, chosen: Tensor, draws: Draws | None = None) -> Tensor:
-        """Pixels uint8 [B,3,H,W] of the images at indices `chosen` int64 [B], on the CPU, or on the device if it decodes.
-
-        draws: as in `feed`.
-        """
+        """Pixels uint8 [B,3,H,W] at indices `chosen` int64 [B], on the CPU or the decoding device. draws: see `feed`."""
         with self.feed(chosen[None], draws=None if draws is None else [draws]) as feed:
             return next(feed)
 
@@ -133,15 +127,18 @@ class ImageStream:
 
     def epoch_record(self, seconds: float) -> dict[str, float]:
         """Values for the record of an epoch of `seconds`: share of time waiting for data, images replaced on all ranks."""
-        replaced = torch.tensor([float(len(self._replaced)), self._waited], dtype=torch.float64, device=self._device)
-        count, waited = (mean_over_ranks(replaced) * torch.tensor([rank_count(), 1.0], device=self._device)).tolist()
-        self._waited = 0.0
-        return {"data_wait": waited / seconds, **({"images_replaced": round(count)} if self._replace else {})}
+        own = torch.tensor([len(self._problems), self.wait_seconds], dtype=torch.float64, device=self._device)
+        replaced, waited = mean_over_ranks(own).tolist()
+        self.wait_seconds = 0.0
+        return {
+            "data_wait": waited / seconds,
+            **({"images_replaced": round(replaced * rank_count())} if self._replace_bad else {}),
+        }
 
     def replaced(self) -> str | None:
         """A line about the images replaced since the last call; None if there were none."""
         with self._lock:
-            problems, self._replaced = sorted(self._replaced), []
+            problems, self._problems = sorted(self._problems), []
         if not problems:
             return None
         return (
@@ -149,104 +146,87 @@ class ImageStream:
             f"{min(SHOWN, len(problems))}: {'; '.join(problems[:SHOWN])}; run `dvc repro -f split` to leave them out"
         )
 
-    def decode(self, indices: Sequence[int], out: Tensor, draws: Draws | None = None) -> list[Left]:
-        """Read images into out uint8 [n,3,H,W], or with draws their views [n,V,3,H,W]; returns the images left to the GPU."""
-        left, slots, originals = [], [], []
+    def decode(self, indices: Sequence[int], out: Tensor, draws: Draws | None = None) -> list[NvjpegImage]:
+        """Read images into out uint8 [n,3,H,W], or with draws their views [n,V,3,H,W]; returns the images for nvJPEG."""
+        nvjpeg, slots, originals = [], [], []
         for slot, index in enumerate(indices):
-            read, data, pixels = self._usable(index, self._kind, whole=draws is not None)
+            read_index, data, pixels = self._read_or_replace(index, self._decode, whole=draws is not None)
             if pixels is None:
-                left.append((slot, read, data))
+                nvjpeg.append((slot, read_index, data))
             elif draws is None:
                 out[slot] = pixels
             else:
                 slots.append(slot)
                 originals.append(pixels)
         if draws is not None and slots:
-            self._cut(originals, draws, slots, out)
-        return left
+            self._cut_views(originals, draws, slots, out)
+        return nvjpeg
 
-    def _cut(self, originals: Sequence[Tensor], draws: Draws, slots: Sequence[int], out: Tensor) -> None:
+    def _cut_views(self, originals: Sequence[Tensor], draws: Draws, slots: Sequence[int], out: Tensor) -> None:
         height, width = torch.tensor([pixels.shape[1:] for pixels in originals]).unbind(1)
         boxes = cut_boxes(draws.of(list(slots)), height, width, self._augment)
         for slot, pixels, views in zip(slots, originals, boxes, strict=True):
             for view, box in enumerate(views):
-                out[slot, view] = cut(pixels, box, self._image, exactly=self._kind == "exact")
+                out[slot, view] = crop_and_resize(pixels, box, self._image, exactly=self._decode == "exact")
 
-    def decode_on_gpu(self, pixels: Tensor, left: list[Left], draws: Draws | None = None) -> Tensor:
-        """Copy a batch to the device and add the images that were left to nvJPEG."""
+    def decode_on_gpu(self, pixels: Tensor, nvjpeg: list[NvjpegImage], draws: Draws | None = None) -> Tensor:
+        """Copy a batch to the device and add the images that nvJPEG decodes."""
         pixels = pixels.to(self._device, non_blocking=True)
-        if not left:
-            return pixels
-        slots, indices, encoded = zip(*left, strict=True)
-        decoded: Tensor | list[Tensor]
+        slots, indices, encoded = zip(*nvjpeg, strict=True)
         try:
+            decoded = decode_nvjpeg(encoded, self._device)
             if draws is None:
-                decoded = nvjpeg(list(encoded), self._image, self._device)
-            else:
-                decoded = nvjpeg_originals(list(encoded), self._device)
+                decoded = [evaluation_view(image, self._image) for image in decoded]
         except RuntimeError:  # one unsupported image makes nvJPEG fail for the whole batch
-            decoded = [self._on_cpu(index, draws is not None).to(self._device) for index in indices]
+            on_cpu = [self._read_or_replace(index, "fast", draws is not None)[2] for index in indices]
+            decoded = [image.to(self._device) for image in on_cpu if image is not None]  # None only for "gpu"
         if draws is not None:
-            self._cut(decoded, draws, slots, pixels)
+            self._cut_views(decoded, draws, slots, pixels)
         else:
             for slot, view in zip(slots, decoded, strict=True):
                 pixels[slot] = view
         return pixels
 
-    def empty(self, count: int, views: int | None = None) -> Tensor:
+    def allocate_batch(self, count: int, views: int | None = None) -> Tensor:
         """Allocate a batch tensor, with `views` images per row if given; in pinned memory if the device is a GPU."""
         shape, pinned = (count * (views or 1), 3, self._image.size, self._image.size), self._device.type == "cuda"
-        # A tensor created in inference mode, as in evaluation, cannot be written by a thread outside of it. Decoders
-        # write channels last.
+        # A tensor created in inference mode, as in evaluation, cannot be written by a thread outside of it.
         with torch.inference_mode(False):
-            room = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
-        return room if views is None else room.unflatten(0, (count, views))
+            batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
+        return batch if views is None else batch.unflatten(0, (count, views))
 
-    def waited(self, seconds: float) -> None:
-        """Add time that a step has waited for a batch."""
-        self._waited += seconds
-
-    def _on_cpu(self, index: int, whole: bool) -> Tensor:
-        _, _, pixels = self._usable(index, "fast", whole)
-        assert pixels is not None  # only "gpu" returns None
-        return pixels
-
-    def _usable(self, index: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
-        # Index, bytes and pixels (None: left to the GPU) of an image or of its replacement.
+    def _read_or_replace(self, index: int, decode: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
+        # Index, bytes and pixels (None: for nvJPEG) of an image or of its replacement.
         try:
-            return self._decoded(index, kind, whole)
+            return self._read_and_decode(index, decode, whole)
         except BadImageError as error:
-            if not self._replace:
+            if not self._replace_bad:
                 raise
             problem = error
-        for other in others_of_class(self.labels, index):
+        for other in other_images_of_class(self.labels, index):
             try:
-                replacement = self._decoded(other, kind, whole)
+                replacement = self._read_and_decode(other, decode, whole)
             except BadImageError:
                 continue
             with self._lock:
-                self._replaced.append(str(problem))
+                self._problems.append(str(problem))
             return replacement
         raise DataError(f"{problem}; and no other image of its class can be read instead")
 
-    def _decoded(self, index: int, kind: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
-        if whole and index in self._held:
-            return index, b"", self._held[index]
+    def _read_and_decode(self, index: int, decode: str, whole: bool) -> tuple[int, bytes, Tensor | None]:
+        if whole and index in self.originals:
+            return index, b"", self.originals[index]
         reference = self.references[index]
-        data = self._reader.read(reference)
+        data = self.reader.read(reference)
         try:
             if not whole:
-                return index, data, {"exact": exact, "fast": fast, "gpu": left_to_gpu}[kind](data, self._image)
-            gpu = kind == "gpu"
-            pixels = left_to_gpu(data, self._image, self._most) if gpu else original(data, self._most)
+                return index, data, DECODERS[decode](data, self._image)
+            gpu, limit = decode == "gpu", self._max_pixels
+            pixels = decode_unless_nvjpeg(data, self._image, limit) if gpu else decode_original(data, limit)
         except ImageError as error:
             raise BadImageError(f"{reference}: {error}; replace the image and run `dvc repro` again") from None
-        if pixels is not None:
-            self._hold(index, pixels)
-        return index, data, pixels
-
-    def _hold(self, index: int, pixels: Tensor) -> None:
         with self._lock:
-            if pixels.nbytes <= self._room and index not in self._held:
-                self._held[index] = pixels
-                self._room -= pixels.nbytes
+            if pixels is not None and pixels.nbytes <= self._free_bytes and index not in self.originals:
+                self.originals[index] = pixels
+                self._free_bytes -= pixels.nbytes
+        return index, data, pixels

@@ -2,13 +2,13 @@
 
 Reference for the test view is `models.preprocess`, which the server runs; for a resized crop, torchvision's
 RandomResizedCrop of the decoded file. Results here are within one grey level of the reference, with two exceptions:
-nvJPEG rounds differently and always decodes at full size, and `original` reduces images above its limit.
+nvJPEG rounds differently and always decodes at full size, and `decode_original` reduces images above its limit.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,20 +33,20 @@ from pipeline.augment.crops import RATIO
 from pipeline.params import ImageParams
 
 
-def exact(data: bytes, image: ImageParams) -> Tensor:
+def decode_exact(data: bytes, image: ImageParams) -> Tensor:
     """Decode to uint8 [3,size,size], identical to the served classifier. Raises ImageError."""
     return torch.from_numpy(preprocess(data, image.size, image.resize_to, interpolation=image.interpolation))
 
 
-def fast(data: bytes, image: ImageParams) -> Tensor:
-    """Decode to uint8 [3,size,size], within one grey level of `exact`. Raises ImageError.
+def decode_fast(data: bytes, image: ImageParams) -> Tensor:
+    """Decode to uint8 [3,size,size], within one grey level of `decode_exact`. Raises ImageError.
 
-    A plain JPEG is decoded by libjpeg-turbo in one call. A JPEG that `exact` decodes at a fraction of its size, and
+    A plain JPEG is decoded by libjpeg-turbo in one call. A JPEG that `decode_exact` decodes at a fraction of its size, and
     every other format (PNG, WebP, CMYK), is decoded by Pillow. torch resizes with vector instructions.
     """
     with opened(data) as picture:
         large = min(picture.size) >= 2 * ROOM * image.resize_to
-        pixels = _in_one_go(data, picture) if not large else _from_pillow(decoded(picture, image.resize_to))
+        pixels = _decode_jpeg(data, picture) if not large else _to_tensor(decoded(picture, image.resize_to))
     return evaluation_view(pixels, image)
 
 
@@ -55,25 +55,25 @@ def enough_pixels(image: ImageParams, crop_scale: list[float]) -> float:
     return image.size**2 * RATIO[1] / crop_scale[0]
 
 
-def original(data: bytes, most: float) -> Tensor:
+def decode_original(data: bytes, max_pixels: float) -> Tensor:
     """Decode the whole image to uint8 [3,H,W], upright, with interleaved channels in memory. Raises ImageError.
 
-    An image of more than `most` pixels is reduced to `most`: by 2 or 4 while a JPEG is decoded, then by a Lanczos
+    An image of more than `max_pixels` is reduced to `max_pixels`: by 2 or 4 while a JPEG is decoded, then by a Lanczos
     filter. A bilinear filter would remove a tenth of the gradients' energy from the crops
     (tests/pipeline/data/test_original_crops.py).
     """
     with opened(data) as picture:
         width, height = picture.size
-        if width * height <= most:
-            return _in_one_go(data, picture)
+        if width * height <= max_pixels:
+            return _decode_jpeg(data, picture)
         shorter, longer = sorted((width, height))
-        size = scaled_size(width, height, max(1, int((most * shorter / longer) ** 0.5)))
+        size = scaled_size(width, height, max(1, int((max_pixels * shorter / longer) ** 0.5)))
         drafted = picture.draft(None, size)
         box = drafted[1] if drafted else None
-        return _from_pillow(upright(to_rgb(picture).resize(size, Image.Resampling.LANCZOS, box=box), picture))
+        return _to_tensor(upright(to_rgb(picture).resize(size, Image.Resampling.LANCZOS, box=box), picture))
 
 
-def cut(pixels: Tensor, box: list[int] | None, image: ImageParams, *, exactly: bool = False) -> Tensor:
+def crop_and_resize(pixels: Tensor, box: list[int] | None, image: ImageParams, *, exactly: bool = False) -> Tensor:
     """Cut a box from an original on its device and resize it: uint8 [3,size,size].
 
     box: (top, left, height, width, flipped); None: the test view. exactly: use Pillow, bit-identical to torchvision's
@@ -82,13 +82,15 @@ def cut(pixels: Tensor, box: list[int] | None, image: ImageParams, *, exactly: b
     if box is None:
         return evaluation_view(pixels, image)
     top, left, height, width, flipped = box
-    part = pixels[:, top : top + height, left : left + width]
+    box_pixels = pixels[:, top : top + height, left : left + width]
     if exactly:
         size = (image.size, image.size)
-        part = _from_pillow(Image.fromarray(part.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BILINEAR))
+        box_pixels = _to_tensor(
+            Image.fromarray(box_pixels.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BILINEAR)
+        )
     else:
-        part = _resized(part, image.size, image.size)
-    return part.flip(2) if flipped else part
+        box_pixels = _resized(box_pixels, image.size, image.size)
+    return box_pixels.flip(2) if flipped else box_pixels
 
 
 def is_plain_jpeg(picture: Image.Image) -> bool:
@@ -98,46 +100,37 @@ def is_plain_jpeg(picture: Image.Image) -> bool:
     return "exif" not in picture.info or picture.getexif().get(ORIENTATION) not in UPRIGHT
 
 
-def nvjpeg(encoded: list[bytes], image: ImageParams, device: torch.device) -> Tensor:
-    """Decode plain JPEGs with nvJPEG and resize them on the device: uint8 [B,3,size,size]."""
-    return torch.stack([evaluation_view(pixels, image) for pixels in nvjpeg_originals(encoded, device)])
-
-
-def nvjpeg_originals(encoded: list[bytes], device: torch.device) -> list[Tensor]:
+def decode_nvjpeg(encoded: Iterable[bytes], device: torch.device) -> list[Tensor]:
     """Decode plain JPEGs with nvJPEG: uint8 [3,H,W] each, on the device. Raises RuntimeError for other files."""
-    io = _torchvision()
+    io = _jpeg_decoder()
     if io is None:
         raise RuntimeError("this torchvision has no decoder of JPEGs")
     return io.decode_jpeg([_bytes(data) for data in encoded], mode=io.ImageReadMode.RGB, device=device)
 
 
-def left_to_gpu(data: bytes, image: ImageParams, most: float | None = None) -> Tensor | None:
-    """None if nvJPEG can decode the file, by its header; otherwise its pixels by `fast` or `original`.
-
-    Raises ImageError.
-    """
+def decode_unless_nvjpeg(data: bytes, image: ImageParams, max_pixels: float | None = None) -> Tensor | None:
+    """None if nvJPEG can decode the file; else its pixels by `decode_fast` or `decode_original`. Raises ImageError."""
     with opened(data) as picture:
         if is_plain_jpeg(picture):
             return None
-    return fast(data, image) if most is None else original(data, most)
+    return decode_fast(data, image) if max_pixels is None else decode_original(data, max_pixels)
 
 
-def _in_one_go(data: bytes, picture: Image.Image) -> Tensor:
-    # uint8 [3,H,W]: a plain JPEG decoded by libjpeg-turbo, any other file by Pillow.
-    io = _torchvision()
+def _decode_jpeg(data: bytes, picture: Image.Image) -> Tensor:
+    # uint8 [3,H,W]: by libjpeg-turbo if the file is a plain JPEG, else by Pillow.
+    io = _jpeg_decoder()
     if io is None or not is_plain_jpeg(picture):
-        return _from_pillow(decoded(picture))
+        return _to_tensor(decoded(picture))
     return io.decode_jpeg(_bytes(data), mode=io.ImageReadMode.RGB)
 
 
-def _from_pillow(picture: Image.Image) -> Tensor:
+def _to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-@functools.cache
-def _torchvision() -> Any:
-    # None if torchvision has no JPEG decoder (its removal is announced); Pillow is then used, a third slower. Imported
-    # on first use, because the import is heavy.
+def _jpeg_decoder() -> Any:
+    # torchvision.io, imported on first use because the import is heavy; None if it has no JPEG decoder (its removal is
+    # announced). Pillow is then used, a third slower.
     io = importlib.import_module("torchvision.io")
     return io if hasattr(io, "decode_jpeg") else None
 
@@ -157,8 +150,8 @@ def evaluation_view(pixels: Tensor, image: ImageParams) -> Tensor:
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    kind = torch.float32 if pixels.is_cuda else torch.uint8  # CUDA's interpolation does not support uint8
+    dtype = torch.float32 if pixels.is_cuda else torch.uint8  # CUDA's interpolation does not support uint8
     # A batch of one in channels-last strides, for which interpolation is fastest; pixels[None] would lose this layout.
-    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2).to(kind)
+    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2).to(dtype)
     pixels = F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
-    return pixels if kind == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
+    return pixels if dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)

@@ -11,7 +11,7 @@ from pipeline.sources import Groups
 WELL_MIXED = 0.5  # minimum share of the expected classes that a window should hold
 
 
-def shuffled(count: int, groups: Groups | None, window: int, generator: torch.Generator) -> Tensor:
+def shuffled_order(count: int, groups: Groups | None, window: int, generator: torch.Generator) -> Tensor:
     """A random permutation of 0..count-1, int64, from a CPU generator.
 
     Without groups all orders are equally likely. With groups (row groups of a table), the groups are put in random
@@ -19,14 +19,14 @@ def shuffled(count: int, groups: Groups | None, window: int, generator: torch.Ge
     read once per epoch, and a batch is drawn from the whole window. If the split fits in one window, the order is as
     without groups.
     """
-    places = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator)
     if groups is None or groups.sizes.sum() <= window:
-        return places
-    windows = torch.from_numpy(windows_of(groups, window, generator))
-    return places[torch.sort(windows[places], stable=True).indices]
+        return order
+    windows = torch.from_numpy(assign_windows(groups, window, generator))
+    return order[torch.sort(windows[order], stable=True).indices]
 
 
-def windows_of(groups: Groups, window: int, generator: torch.Generator) -> np.ndarray:
+def assign_windows(groups: Groups, window: int, generator: torch.Generator) -> np.ndarray:
     """The window of each image, int64 [N], numbered from 0: groups in random order, divided every `window` bytes."""
     order = torch.randperm(len(groups.sizes), generator=generator).numpy()
     used = np.bincount(groups.number, minlength=len(groups.sizes)) > 0  # the split may not use a group at all
@@ -42,25 +42,25 @@ def class_share(labels: np.ndarray, windows: np.ndarray) -> float:
     Far below 1, a batch holds few classes, because the table is sorted by class.
     """
     count, classes = windows.max() + 1, int(labels.max()) + 1
-    found = len(np.unique(windows * classes + labels)) / count
+    mean_classes = len(np.unique(windows * classes + labels)) / count
     sizes = np.bincount(labels, minlength=classes)
-    return float(found / (1 - (1 - 1 / count) ** sizes).sum())
+    return float(mean_classes / (1 - (1 - 1 / count) ** sizes).sum())
 
 
 def order_warning(labels: np.ndarray, groups: Groups, window: int) -> str | None:
     """A warning if a table is sorted by class, so that its windows hold too few classes; None otherwise."""
     if groups.sizes.sum() <= window or not len(labels):
         return None
-    share = class_share(labels, windows_of(groups, window, torch.Generator().manual_seed(0)))
+    share = class_share(labels, assign_windows(groups, window, torch.Generator().manual_seed(0)))
     if share >= WELL_MIXED:
         return None
     return (
-        f"the table lies sorted by class: the {window >> 20} MiB that are shuffled at a time hold {share:.0%} of the "
-        "classes that they should; raise stream.shuffle_mib, or write the shards in random order (data pack --shuffle)"
+        f"the table is sorted by class: the {window >> 20} MiB that are shuffled at a time hold {share:.0%} of the "
+        "expected classes; raise stream.shuffle_mib, or write the shards in random order (data pack --shuffle)"
     )
 
 
-def others_of_class(labels: Tensor, index: int) -> list[int]:
+def other_images_of_class(labels: Tensor, index: int) -> list[int]:
     """The other images of an image's class, those after it first: the same order on every rank and after every restart."""
     members = torch.nonzero(labels == labels[index]).flatten()
     start = int(torch.searchsorted(members, index))

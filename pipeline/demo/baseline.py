@@ -21,9 +21,9 @@ from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
 from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.comparison import Measure, compare
-from pipeline.evaluation.metrics import GROUPS, answers
+from pipeline.evaluation.metrics import GROUPS, adjusted_probabilities
 from pipeline.evaluation.network_metrics import TARGET_PRIORS, network_logits
-from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.predictions import Predictions
 from pipeline.model_io.devices import choose_device, joined_ranks
 from pipeline.params import ImageParams, Params, StudentParams, TrainingParams
 from pipeline.shared.artifacts import PRIOR, SPLIT, STUDENT
@@ -67,16 +67,17 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
             objective = teacher_objective(plain, config, prior, stage_seed(params.seed, "teacher"))
             train_network("teacher", objective, config, recipe, prior, device, output, inputs)
     device, image = choose_device(params.device), params.image
-    answered = {
-        PLAIN: _answers(output, "teacher", image, test, prior, device, "train"),
-        CORRECTED: _answers(output, "teacher", image, test, prior, device, "balanced"),
-        STUDENT_ROW: _answers(STUDENT, "student", image, test, prior, device, "balanced"),
+    predictions = {
+        PLAIN: _predict(output, "teacher", image, test, prior, device, "train"),
+        CORRECTED: _predict(output, "teacher", image, test, prior, device, "balanced"),
+        STUDENT_ROW: _predict(STUDENT, "student", image, test, prior, device, "balanced"),
     }
     measures = {
-        name: compare(one, answered[PLAIN], params.gate, params.evaluate.ece_bins) for name, one in answered.items()
+        name: compare(row, predictions[PLAIN], params.gate, params.evaluate.ece_bins)
+        for name, row in predictions.items()
     }
     console = Console()
-    console.print(gain_table(measures, answered[PLAIN], params.gate.confidence))
+    console.print(gain_table(measures, predictions[PLAIN], params.gate.confidence))
     console.print(limits(params.student.epochs, prior, len(test)), highlight=False)
     tested = np.bincount(test.labels.numpy(), minlength=len(prior.classes))
     for line in warnings_of(sample_sizes(tested, prior.groups)):
@@ -90,45 +91,41 @@ def classification_section(student: StudentParams, adjustment: float) -> Trainin
     return TrainingParams.model_validate({**section, "adjustment": adjustment})
 
 
-def _answers(
+def _predict(
     folder: Path, stage: str, image: ImageParams, test: AnyImages, prior: Prior, device: torch.device, target_prior: str
-) -> Answers:
+) -> Predictions:
     logits = network_logits(folder, stage, test, image, prior, device)
-    probabilities = answers(logits, np.array(prior.log_prior), TARGET_PRIORS[target_prior])
-    return Answers(list(test.sample_ids), test.labels.numpy(), probabilities, prior)
+    probabilities = adjusted_probabilities(logits, np.array(prior.log_prior), TARGET_PRIORS[target_prior])
+    return Predictions(list(test.sample_ids), test.labels.numpy(), probabilities, prior)
 
 
-def gain_table(measures: dict[str, dict[str, Measure]], plain: Answers, confidence: float) -> Table:
+def gain_table(measures: dict[str, dict[str, Measure]], plain: Predictions, confidence: float) -> Table:
     """Table of accuracies in percent, and the student's difference from plain cross-entropy with its interval.
 
     measures: row → all, many, medium, few, compared with plain cross-entropy.
     """
-    of_group = np.array(plain.prior.groups)[plain.labels]
-    tested = [int((of_group == group).sum()) for group in GROUPS]
-    table = Table(title=f"Accuracy on {counted(len(plain.labels), 'test image')}: what Tailor gains")
+    groups = np.array(plain.prior.groups)[plain.labels]
+    tested = [int((groups == group).sum()) for group in GROUPS]
+    table = Table(title=f"Accuracy on {counted(len(plain.labels), 'test image')}: gain of Tailor")
     table.add_column("", no_wrap=True)
     for column, images in zip(COLUMNS, (len(plain.labels), *tested), strict=True):
         table.add_column(f"{column}\n{counted(images, 'image')}", justify="right")
     for name, row in measures.items():
-        table.add_row(name, *(_percent(row[column].challenger) for column in COLUMNS), end_section=name == STUDENT_ROW)
+        table.add_row(
+            name, *(_points("{:.1f} %", row[column].challenger) for column in COLUMNS), end_section=name == STUDENT_ROW
+        )
     student = measures[STUDENT_ROW]
-    table.add_row("difference", *(_points(student[column].difference) for column in COLUMNS))
-    table.add_row(f" {100 * confidence:g} % interval", *(_interval(student[column]) for column in COLUMNS))
+    table.add_row("difference", *(_points("{:+.1f}", student[column].difference) for column in COLUMNS))
+    table.add_row(
+        f" {100 * confidence:g} % interval",
+        *(_points("{:.1f} to {:.1f}", student[column].low, student[column].high) for column in COLUMNS),
+    )
     return table
 
 
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.1f} %"
-
-
-def _points(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:+.1f}"
-
-
-def _interval(measure: Measure) -> str:
-    if measure.low is None or measure.high is None:
-        return "n/a"
-    return f"{100 * measure.low:.1f} to {100 * measure.high:.1f}"
+def _points(form: str, *values: float | None) -> str:
+    """Format shares in percentage points; n/a if one is None."""
+    return "n/a" if None in values else form.format(*(100 * value for value in values))
 
 
 def limits(epochs: int, prior: Prior, tested: int) -> str:
@@ -138,10 +135,10 @@ def limits(epochs: int, prior: Prior, tested: int) -> str:
         f"cross-entropy: plain, with the student's network, epochs ({epochs}), augmentation and seed, on "
         f"the same {counted(images, 'training image')} of {names} classes, {max(prior.counts):,} of the largest and "
         f"{min(prior.counts):,} of the smallest. minus log prior: the same network, its logits adjusted after training. "
-        "difference: student − cross-entropy; the student also needs its teacher, two trainings instead of one.\n"
+        "difference: student − cross-entropy; the student also needs a teacher, two trainings instead of one.\n"
         f"The table shows in which direction accuracy moves on these data. One seed and {counted(tested, 'test image')}: a "
-        "difference whose interval holds 0 may be chance, the interval leaves out the spread between seeds, and other "
-        "data gain more or less. docs/results.md has several seeds on CIFAR."
+        "difference whose interval contains 0 may be due to chance, the interval excludes the spread between seeds, and "
+        "the gain depends on the data. docs/results.md has several seeds on CIFAR."
     )
 
 

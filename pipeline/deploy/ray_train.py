@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pipeline
 from pipeline.params import load_params
@@ -34,11 +33,11 @@ class Job:
     stage: str
     folder: Path
     params: Path
-    workers: int = 1
-    address: str | None = None
-    cpus: int = 1
-    restarts: int = 0
-    debug: bool = False
+    workers: int
+    address: str | None
+    cpus: int
+    restarts: int
+    debug: bool
 
 
 def run(job: Job) -> str:
@@ -49,8 +48,7 @@ def run(job: Job) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # To import PyTorch from a shared disk can take longer than Ray's 60 s, after which Ray restarts the workers.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    if not job.address:
-        # Off, so that Ray keeps a cluster of one machine on loopback.
+    if not job.address:  # off, so that Ray keeps a cluster of one machine on loopback
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import psutil
@@ -59,46 +57,38 @@ def run(job: Job) -> str:
         from ray.train.torch import TorchConfig, TorchTrainer
     except ModuleNotFoundError as error:
         raise ParamsError(f"{error.name} is not installed; pip install 'tailor[ray]'") from None
-    # Workers import this source tree, also if it is not installed.
-    code = {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
     try:
         # "local": without an address Ray would join any cluster that runs on this machine.
         ray.init(
             address=job.address or "local",
-            runtime_env={"env_vars": code},
+            # Workers import this source tree, also if it is not installed.
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}},
             log_to_driver=job.debug,
             logging_level="warning" if job.debug else "error",
-            **_own_cluster(job),
+            **({} if job.address else {"num_cpus": job.workers * job.cpus, "include_dashboard": False}),
         )
     except ConnectionError as error:
         raise ParamsError(f"--address is {job.address!r}: {' '.join(str(error).split())}") from None
-    kept = job.folder / TEACHER.with_name(".ray")
-    kept.mkdir(parents=True, exist_ok=True)
-    output = kept / "output.txt"
+    storage = job.folder / TEACHER.with_name(".ray")
+    storage.mkdir(parents=True, exist_ok=True)
+    output = storage / "output.txt"
     output.write_text("", encoding="utf-8")
     try:
         # NCCL needs GPU tensors; with device: cpu the workers request no GPU and use gloo.
         gpus = load_params(job.params).device != "cpu" and ray.cluster_resources().get("GPU", 0) >= job.workers
+        task = {"stage": job.stage, "folder": str(job.folder), "params": str(job.params), "output": str(output)}
+        resources, failures = {"CPU": job.cpus, "GPU": int(gpus)}, FailureConfig(max_failures=job.restarts)
         trainer = TorchTrainer(
-            _work,
-            train_loop_config={
-                "stage": job.stage,
-                "folder": str(job.folder),
-                "params": str(job.params),
-                "output": str(output),
-            },
-            scaling_config=ScalingConfig(
-                num_workers=job.workers, use_gpu=gpus, resources_per_worker={"CPU": job.cpus, "GPU": int(gpus)}
-            ),
+            _run_worker,
+            train_loop_config=task,
+            scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpus, resources_per_worker=resources),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            run_config=RunConfig(
-                name=job.stage, storage_path=str(kept), failure_config=FailureConfig(max_failures=job.restarts)
-            ),
+            run_config=RunConfig(name=job.stage, storage_path=str(storage), failure_config=failures),
         )
-        with _shown(output):
+        with _print_appended(output):
             return trainer.fit().return_value
     except TrainingFailedError as error:
-        raise _cause(error) from error
+        raise worker_error(error) from error
     finally:
         # Some Ray processes exit minutes after shutdown and keep this process's stdout open until then; end them here.
         started = [] if job.address else psutil.Process().children(recursive=True)
@@ -106,17 +96,10 @@ def run(job: Job) -> str:
         for process in psutil.wait_procs(started, timeout=10)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        shutil.rmtree(kept, ignore_errors=True)
+        shutil.rmtree(storage, ignore_errors=True)
 
 
-def _own_cluster(job: Job) -> dict[str, Any]:
-    """Options of ray.init for a new cluster: CPUs for the workers, no dashboard. Empty for a running cluster."""
-    if job.address:
-        return {}
-    return {"num_cpus": job.workers * job.cpus, "include_dashboard": False}
-
-
-def _work(task: dict[str, str]) -> str:
+def _run_worker(task: dict[str, str]) -> str:
     """Run the stage as one worker, in the project's folder, and return its summary.
 
     Ray has set the rank variables and joined the process group before this call.
@@ -124,13 +107,13 @@ def _work(task: dict[str, str]) -> str:
     os.chdir(task["folder"])
     stage = importlib.import_module(f"pipeline.{task['stage']}")
     # Rank 0 prints through a file, because Ray adds text before and between lines on stdout.
-    where = Path(task["output"] if os.environ["RANK"] == "0" else os.devnull)
-    with where.open("a", buffering=1, encoding="utf-8") as output, contextlib.redirect_stdout(output):
+    log = Path(task["output"] if os.environ["RANK"] == "0" else os.devnull)
+    with log.open("a", buffering=1, encoding="utf-8") as output, contextlib.redirect_stdout(output):
         return str(stage.run(load_params(Path(task["params"]))))
 
 
 @contextlib.contextmanager
-def _shown(output: Path) -> Iterator[None]:
+def _print_appended(output: Path) -> Iterator[None]:
     """Context manager that prints the text appended to a file while the block runs."""
     ended = threading.Event()
 
@@ -152,12 +135,12 @@ def _shown(output: Path) -> Iterator[None]:
         follower.join()
 
 
-def _cause(failed: Exception) -> Exception:
+def worker_error(failed: Exception) -> Exception:
     """The stage's error of the first worker that has one; else a StageError that workers were lost."""
     failures = dict(getattr(failed, "worker_failures", {}))
-    own = [error for _, error in sorted(failures.items()) if isinstance(error, StageError | OSError)]
-    if own:
-        return own[0]
+    for _, error in sorted(failures.items()):
+        if isinstance(error, StageError | OSError):
+            return error
     first = next(iter(failures.values()), failed)
     return StageError(
         f"Ray lost the workers: {' '.join(str(first).split())[-300:]}; run it again to resume from its checkpoint"

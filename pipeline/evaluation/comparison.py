@@ -12,8 +12,8 @@ import numpy as np
 from models.prior import GROUPS
 from models.sample_size import ADVICE, SampleSize, sample_size
 from pipeline.evaluation.intervals import bootstrap
-from pipeline.evaluation.metrics import calibration_of, expected_calibration_error
-from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.metrics import expected_calibration_error, resampled_ece
+from pipeline.evaluation.predictions import Predictions
 from pipeline.params import GateParams, GateRule
 
 
@@ -72,7 +72,7 @@ class ClassDifference:
     q: float
 
 
-def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins: int) -> dict[str, Measure]:
+def compare(challenger: Predictions, champion: Predictions, params: GateParams, ece_bins: int) -> dict[str, Measure]:
     """Compare accuracy on all, many, medium and few, and the calibration error; paired intervals and McNemar's tests.
 
     The groups are those of the champion's training prior. many, medium and few are means of class accuracies, as in
@@ -80,22 +80,22 @@ def compare(challenger: Answers, champion: Answers, params: GateParams, ece_bins
     with `balanced` it is the balanced accuracy.
     """
     labels, classes = challenger.labels, len(champion.prior.classes)
-    right = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
-    group = np.array(champion.prior.groups)[labels]
+    correct = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
+    groups = np.array(champion.prior.groups)
     counts = np.bincount(labels, minlength=classes)
     target = np.array(champion.prior.p) if params.target_prior == "train" else np.ones(classes)
     weights = target[labels] / counts[labels]
-    found = {"all": _accuracy(*right, weights / weights.sum(), params, "all")}
+    measures = {"all": _compare_accuracy(*correct, weights / weights.sum(), params, "all")}
     sizes = {"all": sample_size(counts, target), "ece": SampleSize(len(labels), len(labels))}
     for name in GROUPS:
-        inside = group == name
-        share = 1 / counts[labels[inside]]
-        weights = share / share.sum() if inside.any() else share
-        found[name] = _accuracy(right[0][inside], right[1][inside], weights, params, name)
-        if name in champion.prior.groups:
-            sizes[name] = sample_size(counts[np.array(champion.prior.groups) == name])
-    found["ece"] = _calibration(champion.probabilities, challenger.probabilities, labels, params, ece_bins)
-    return {name: _sized(measure, sizes.get(name)) for name, measure in found.items()}
+        members = groups[labels] == name
+        weights = 1 / counts[labels[members]]
+        weights /= weights.sum() or 1
+        measures[name] = _compare_accuracy(correct[0][members], correct[1][members], weights, params, name)
+        if name in groups:
+            sizes[name] = sample_size(counts[groups == name])
+    measures["ece"] = _compare_ece(champion.probabilities, challenger.probabilities, labels, params, ece_bins)
+    return {name: _add_sample_size(measure, sizes.get(name)) for name, measure in measures.items()}
 
 
 def too_few_images(measures: dict[str, Measure]) -> list[str]:
@@ -107,7 +107,7 @@ def too_few_images(measures: dict[str, Measure]) -> list[str]:
     ]
 
 
-def _sized(measure: Measure, size: SampleSize | None) -> Measure:
+def _add_sample_size(measure: Measure, size: SampleSize | None) -> Measure:
     """Add the sample size to a measure; passed becomes None if the test images are too few."""
     if size is None:
         return measure
@@ -115,7 +115,7 @@ def _sized(measure: Measure, size: SampleSize | None) -> Measure:
     return replace(measure, images=size.images, effective=size.effective, passed=passed)
 
 
-def _accuracy(
+def _compare_accuracy(
     champion: np.ndarray, challenger: np.ndarray, weights: np.ndarray, params: GateParams, name: str
 ) -> Measure:
     rule = getattr(params, name)
@@ -126,20 +126,20 @@ def _accuracy(
     low, high = paired_interval(lambda index: change[index].mean(axis=-1), len(change), params)
     p = mcnemar(champion, challenger, weights, params)
     difference = float(change.mean())
-    passed = _judge(rule, difference, low, high, p, 1 - params.confidence)
+    passed = _passes(rule, difference, low, high, p, 1 - params.confidence)
     before, after = float(weights @ champion), float(weights @ challenger)
     return Measure(before, after, difference, low, high, p, rule.rule, rule.margin, passed)
 
 
-def _calibration(
+def _compare_ece(
     champion: np.ndarray, challenger: np.ndarray, labels: np.ndarray, params: GateParams, bins: int
 ) -> Measure:
     rule = params.ece
-    pair = [calibration_of(p, labels, bins) for p in (champion, challenger)]
+    pair = [resampled_ece(p, labels, bins) for p in (champion, challenger)]
     low, high = paired_interval(lambda index: pair[1](index) - pair[0](index), len(labels), params)
     before, after = (expected_calibration_error(p, labels, bins) for p in (champion, challenger))
     # The rules are written for values that must not decrease; a calibration error must not increase.
-    passed = _judge(rule, before - after, -high, -low, None, 1 - params.confidence)
+    passed = _passes(rule, before - after, -high, -low, None, 1 - params.confidence)
     return Measure(before, after, after - before, low, high, None, rule.rule, rule.margin, passed)
 
 
@@ -152,7 +152,7 @@ def paired_interval(
     return bootstrap(statistic, samples, params.resamples, params.confidence, params.seed)
 
 
-def compare_classes(challenger: Answers, champion: Answers, confidence: float) -> list[ClassDifference]:
+def compare_classes(challenger: Predictions, champion: Predictions, confidence: float) -> list[ClassDifference]:
     """Compare the accuracy of every class that has test samples; classes, groups and counts of the champion's prior.
 
     The interval is that of Agresti and Min (2005), which adds half a sample to each of the four outcomes of a pair. A
@@ -161,24 +161,23 @@ def compare_classes(challenger: Answers, champion: Answers, confidence: float) -
     from scipy.stats import false_discovery_control
 
     labels, classes = challenger.labels, len(champion.prior.classes)
-    right = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
+    before, after = (a.probabilities.argmax(1) == labels for a in (champion, challenger))
     tested = np.bincount(labels, minlength=classes)
     won, lost, before, after = (
-        np.bincount(labels[these], minlength=classes) for these in (right[1] & ~right[0], right[0] & ~right[1], *right)
+        np.bincount(labels[rows], minlength=classes) for rows in (after & ~before, before & ~after, before, after)
     )
-    there = np.flatnonzero(tested)
     centre = (won - lost) / (tested + 2)
     spread = np.sqrt(np.maximum((won + lost + 1) - (won - lost) ** 2 / (tested + 2), 0)) / (tested + 2)
     half = NormalDist().inv_cdf((1 + confidence) / 2) * spread
-    p = [_mcnemar(int(won[c]), int(lost[c])) for c in there]
-    prior = champion.prior
+    prior, tested_classes = champion.prior, np.flatnonzero(tested)
+    p = [_exact_mcnemar(int(won[c]), int(lost[c])) for c in tested_classes]
     return [
         ClassDifference(
             prior.classes[c], prior.groups[c], prior.counts[c], int(tested[c]), float(before[c] / tested[c]),
             float(after[c] / tested[c]), float((won[c] - lost[c]) / tested[c]), max(-1.0, float(centre[c] - half[c])),
-            min(1.0, float(centre[c] + half[c])), int(won[c]), int(lost[c]), p[place], float(q),
+            min(1.0, float(centre[c] + half[c])), int(won[c]), int(lost[c]), p[index], float(q),
         )
-        for place, (c, q) in enumerate(zip(there, false_discovery_control(p), strict=True))
+        for index, (c, q) in enumerate(zip(tested_classes, false_discovery_control(p), strict=True))
     ]  # fmt: skip
 
 
@@ -192,24 +191,24 @@ def mcnemar(champion: np.ndarray, challenger: np.ndarray, weights: np.ndarray, p
     differ = champion != challenger
     signs, weight = np.where(challenger[differ], 1.0, -1.0), weights[differ]
     if not len(weight) or np.ptp(weight) <= 1e-9 * weight.max():
-        return _mcnemar(int((signs > 0).sum()), int((signs < 0).sum()))
-    random, reached = np.random.default_rng(params.seed), 0
-    least = abs(signs @ weight) - 1e-9 * weight.sum()
-    at_once = max(1, 4_000_000 // len(weight))
-    for first in range(0, params.resamples, at_once):
-        drawn = random.integers(0, 2, (min(at_once, params.resamples - first), len(weight)), dtype=np.int8)
-        reached += int((np.abs((2.0 * drawn - 1) @ weight) >= least).sum())
-    return (1 + reached) / (1 + params.resamples)
+        return _exact_mcnemar(int((signs > 0).sum()), int((signs < 0).sum()))
+    random, at_least = np.random.default_rng(params.seed), 0
+    observed = abs(signs @ weight) - 1e-9 * weight.sum()
+    rows = max(1, 4_000_000 // len(weight))
+    for start in range(0, params.resamples, rows):
+        drawn = random.integers(0, 2, (min(rows, params.resamples - start), len(weight)), dtype=np.int8)
+        at_least += int((np.abs((2.0 * drawn - 1) @ weight) >= observed).sum())
+    return (1 + at_least) / (1 + params.resamples)
 
 
 @cache
-def _mcnemar(won: int, lost: int) -> float:
+def _exact_mcnemar(won: int, lost: int) -> float:
     from scipy.stats import binomtest
 
     return float(binomtest(won, lost + won).pvalue) if lost + won else 1.0
 
 
-def _judge(rule: GateRule, difference: float, low: float, high: float, p: float | None, alpha: float) -> bool | None:
+def _passes(rule: GateRule, difference: float, low: float, high: float, p: float | None, alpha: float) -> bool | None:
     if rule.rule == "none":
         return None
     if rule.rule == "estimate":

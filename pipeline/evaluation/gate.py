@@ -12,7 +12,7 @@ import numpy as np
 from models.sample_size import ADVICE, sample_size
 from pipeline.evaluation.comparison import Measure, compare, too_few_images
 from pipeline.evaluation.metrics import mean_of, per_class_accuracy
-from pipeline.evaluation.predictions import Answers, Contender, GateError, check_comparable, load_answers
+from pipeline.evaluation.predictions import Contender, GateError, Predictions, check_comparable, load_predictions
 from pipeline.params import GateParams
 from pipeline.shared.artifacts import DECISION, sha256_of, write_json
 from pipeline.shared.errors import StageError, explain
@@ -49,31 +49,30 @@ def decide(
     params: GateParams,
     ece_bins: int,
     output: Path | None = DECISION,
-    fault: GateError | None = None,
+    copy_error: GateError | None = None,
 ) -> Decision:
     """Decide whether to promote the challenger, and write the decision to `output`; None writes no file.
 
     Without a champion the challenger must reach gate.floor. A gate that cannot be computed is a refusal with the
     reason, not an exception: missing or damaged files, different classes or test sets, a latency that a rule needs and
-    that was not measured, or `fault`, an error of the caller that collected the files. Raises OSError if the decision
-    cannot be written.
+    that was not measured, or `copy_error`, an error of the caller that copied the files. Raises OSError if the
+    decision cannot be written.
     """
-    named = {"challenger": challenger, "champion": champion}
-    inputs = {name: _describe(contender) for name, contender in named.items()}
+    inputs = {"challenger": _input_record(challenger), "champion": _input_record(champion)}
     samples, measures, undecided = None, {}, False
     try:
-        if fault is not None:
-            raise fault
-        mine = load_answers(challenger, params.target_prior)
-        samples = len(mine.labels)
+        if copy_error is not None:
+            raise copy_error
+        predictions = load_predictions(challenger, params.target_prior)
+        samples = len(predictions.labels)
         if champion is None:
-            promote, undecided, reasons = _first(mine, params)
+            promote, undecided, reasons = _decide_first_model(predictions, params)
         else:
-            theirs = load_answers(champion, params.target_prior)
-            check_comparable(mine, theirs)
-            measures = compare(mine, theirs, params, ece_bins)
+            champion_predictions = load_predictions(champion, params.target_prior)
+            check_comparable(predictions, champion_predictions)
+            measures = compare(predictions, champion_predictions, params, ece_bins)
             measures["latency_ms"] = _latency(challenger.latency_ms, champion.latency_ms, params)
-            reasons = [_say(name, measure) for name, measure in measures.items() if measure.passed is False]
+            reasons = [_refusal_reason(name, measure) for name, measure in measures.items() if measure.passed is False]
             few = too_few_images(measures)
             promote, undecided = not reasons and not few, bool(few) and not reasons
             reasons = reasons or few or ["not worse than the champion by any rule of params.gate"]
@@ -93,18 +92,17 @@ def _latency(challenger: float | None, champion: float | None, params: GateParam
     if ratio is not None and (challenger is None or champion is None):
         raise GateError("gate.latency_ratio is set, but the latency of a contender was not measured; pass both")
     passed = None if ratio is None else challenger <= ratio * champion
-    known = challenger is not None and champion is not None
-    difference = challenger - champion if known else None
+    difference = None if challenger is None or champion is None else challenger - champion
     rule = "none" if ratio is None else "ratio"
     return Measure(champion, challenger, difference, None, None, None, rule, ratio or 0.0, passed)
 
 
-def _first(mine: Answers, params: GateParams) -> tuple[bool, bool, list[str]]:
+def _decide_first_model(predictions: Predictions, params: GateParams) -> tuple[bool, bool, list[str]]:
     """Decide on the first model: (whether it reaches the floor, whether the test images are too few, the reasons)."""
-    predicted = mine.probabilities.argmax(1)
-    score = mean_of(per_class_accuracy(predicted, mine.labels, len(mine.prior.classes))) or 0.0
+    labels, predicted = predictions.labels, predictions.probabilities.argmax(1)
+    score = mean_of(per_class_accuracy(predicted, labels, len(predictions.prior.classes))) or 0.0
     text = f"first model, balanced accuracy {score:.1%}"
-    size = sample_size(np.bincount(mine.labels))
+    size = sample_size(np.bincount(labels))
     if size.too_few and params.floor > 0:
         return False, True, [f"{text} of {size}; {ADVICE}, or set gate.floor: 0"]
     if score >= params.floor:
@@ -112,21 +110,18 @@ def _first(mine: Answers, params: GateParams) -> tuple[bool, bool, list[str]]:
     return False, False, [f"{text}, below gate.floor {params.floor:.1%}"]
 
 
-def _say(name: str, measure: Measure) -> str:
+def _refusal_reason(name: str, measure: Measure) -> str:
     within = "" if measure.low is None else f", interval {measure.low:+.4f} to {measure.high:+.4f}"
     rule = f"rule {measure.rule}, margin {measure.margin:g}"
     return f"{name} {measure.champion:.4f} → {measure.challenger:.4f} ({measure.difference:+.4f}{within}; {rule})"
 
 
-def _describe(contender: Contender | None) -> dict[str, Any] | None:
+def _input_record(contender: Contender | None) -> dict[str, Any] | None:
     if contender is None:
         return None
-    path, digest = contender.predictions, None
-    with contextlib.suppress(OSError):  # load_answers reports the unreadable file as a reason of the decision
-        digest = sha256_of(path)
+    path, sha256 = contender.predictions, None
+    with contextlib.suppress(OSError):  # load_predictions reports the unreadable file as a reason of the decision
+        sha256 = sha256_of(path)
     return {
-        "predictions": str(path),
-        "sha256": digest,
-        "prior": str(contender.prior),
-        "latency_ms": contender.latency_ms,
-    }
+        "predictions": str(path), "sha256": sha256, "prior": str(contender.prior), "latency_ms": contender.latency_ms,
+    }  # fmt: skip

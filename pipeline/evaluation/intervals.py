@@ -12,7 +12,7 @@ from models.label_shift import interval
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-AT_ONCE = 4_000_000  # largest number of resampled rows, or classes, in memory
+MAX_VALUES = 4_000_000  # largest number of resampled rows, or classes, in memory
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,28 @@ class Estimate:
     high: float | None
 
 
-NOTHING = Estimate(None, None, None)
+NO_ESTIMATE = Estimate(None, None, None)
 
 
-def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> Estimate:
+def wilson(correct: int, total: int, confidence: float = CONFIDENCE) -> Estimate:
     """A proportion and its score interval (Wilson 1927), whose coverage holds for few samples and near 0 and 1."""
     if not total:
-        return NOTHING
+        return NO_ESTIMATE
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, scale = right / total, 1 + z * z / total
+    share, scale = correct / total, 1 + z * z / total
     centre = (share + z * z / (2 * total)) / scale
     half = z * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / scale
     # The bounds at 0 and 1 are exact; rounding would move them.
     low, high = float(centre - half), float(centre + half)
-    return Estimate(share, 0.0 if right == 0 else low, 1.0 if right == total else high)
+    return Estimate(share, 0.0 if correct == 0 else low, 1.0 if correct == total else high)
 
 
 def weighted_accuracy(
-    right: np.ndarray, tested: np.ndarray, weights: np.ndarray, *, seed: int = 0, confidence: float = CONFIDENCE
+    correct: np.ndarray, tested: np.ndarray, weights: np.ndarray, *, seed: int = 0, confidence: float = CONFIDENCE
 ) -> Estimate:
     """Σ weight · accuracy over the classes, with its bootstrap interval; the weights are normalised to sum to 1.
 
-    right, tested: int [C], correct and all test samples of each class. weights: [C]; equal weights give the mean of
+    correct, tested: int [C], correct and all test samples of each class. weights: [C]; equal weights give the mean of
     class accuracies, a prior gives the accuracy at that target prior. Test sets have a fixed number of samples per
     class, so resampling is stratified by class, and the number of correct samples of a class is binomial. A class with
     few samples often has accuracy 0 or 1, and its resamples would have no variance. Each class is therefore drawn as if
@@ -53,10 +53,10 @@ def weighted_accuracy(
     expectation is added to the value. Classes without samples are excluded. If all samples are correct, or none, the
     interval is Wilson's, of all samples together.
     """
-    there = (tested > 0) & (weights > 0)
-    if not there.any():
-        return NOTHING
-    r, n, w = right[there], tested[there], weights[there] / weights[there].sum()
+    included = (tested > 0) & (weights > 0)
+    if not included.any():
+        return NO_ESTIMATE
+    r, n, w = correct[included], tested[included], weights[included] / weights[included].sum()
     if r.sum() in (0, n.sum()):
         return wilson(int(r.sum()), int(n.sum()), confidence)
     value = float((r / n) @ w)
@@ -90,7 +90,7 @@ def _percentiles(
 
     draw: count → float [count]; each value uses `width` numbers, which bounds the count of one call.
     """
-    at_once = max(1, AT_ONCE // width)
-    values = [draw(min(at_once, resamples - first)) for first in range(0, resamples, at_once)]
+    most = max(1, MAX_VALUES // width)
+    values = [draw(min(most, resamples - start)) for start in range(0, resamples, most)]
     low, high = interval(np.concatenate(values), confidence)
     return float(low), float(high)

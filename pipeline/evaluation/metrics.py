@@ -10,19 +10,23 @@ import numpy as np
 from models.prior import GROUPS, adjust_logits, softmax
 from models.sample_size import as_json, sample_sizes
 
-AT_ONCE = 4_000_000  # largest number of probabilities compared in one step
+MAX_VALUES = 4_000_000  # largest number of probabilities compared in one step
 
 
-def answers(logits: np.ndarray, log_prior: np.ndarray, strength: float) -> np.ndarray:
+def adjusted_probabilities(logits: np.ndarray, log_prior: np.ndarray, strength: float) -> np.ndarray:
     """Probabilities [N,C] of the adjusted logits; strength 0 is the balanced target prior, 1 the training prior."""
     return softmax(adjust_logits(logits, log_prior, strength))
 
 
+def count_correct(predicted: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number of correct predictions and of samples of each class, int [C] each."""
+    return np.bincount(labels[predicted == labels], minlength=classes), np.bincount(labels, minlength=classes)
+
+
 def per_class_accuracy(predicted: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
     """Share of correct predictions of each class; None for a class without samples."""
-    total = np.bincount(labels, minlength=classes)
-    right = np.bincount(labels[predicted == labels], minlength=classes)
-    return [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
+    correct, tested = count_correct(predicted, labels, classes)
+    return [float(c / t) if t else None for c, t in zip(correct, tested, strict=True)]
 
 
 def mean_of(values: list[float | None]) -> float | None:
@@ -38,12 +42,12 @@ def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> flo
     takes a tenth of the time at ten thousand classes.
     """
     ranks = np.empty(len(labels), dtype=np.int64)
-    at_once = max(1, AT_ONCE // probabilities.shape[1])
-    for first in range(0, len(labels), at_once):
-        p, y = probabilities[first : first + at_once], labels[first : first + at_once]
-        of_label = p[np.arange(len(y)), y][:, None]
-        before = (p == of_label) & (np.arange(p.shape[1]) < y[:, None])
-        ranks[first : first + at_once] = ((p > of_label) | before).sum(axis=1)
+    rows = max(1, MAX_VALUES // probabilities.shape[1])
+    for start in range(0, len(labels), rows):
+        p, y = probabilities[start : start + rows], labels[start : start + rows]
+        label_p = p[np.arange(len(y)), y][:, None]
+        equal_before = (p == label_p) & (np.arange(p.shape[1]) < y[:, None])
+        ranks[start : start + rows] = ((p > label_p) | equal_before).sum(axis=1)
     return float((ranks < k).mean())
 
 
@@ -56,8 +60,8 @@ def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray, weigh
 def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> tuple[np.ndarray, ...]:
     """Equal-width confidence bin (a, b], confidence, and 1.0 if correct else 0.0, of each prediction; all [N]."""
     confidence = probabilities.max(axis=1)
-    right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
-    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1), confidence, right
+    correct = (probabilities.argmax(axis=1) == labels).astype(np.float64)
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1), confidence, correct
 
 
 def expected_calibration_error(
@@ -65,12 +69,12 @@ def expected_calibration_error(
 ) -> float:
     """ECE (Naeini 2015, Guo 2017): weighted mean over the confidence bins of |accuracy - confidence|."""
     weights = np.ones(len(labels)) if weights is None else weights
-    index, confidence, right = confidence_bins(probabilities, labels, bins)
-    gap = np.bincount(index, weights * (right - confidence), minlength=bins)
+    index, confidence, correct = confidence_bins(probabilities, labels, bins)
+    gap = np.bincount(index, weights * (correct - confidence), minlength=bins)
     return float(np.abs(gap).sum() / weights.sum())
 
 
-def evaluate_answers(
+def prediction_metrics(
     probabilities: np.ndarray, labels: np.ndarray, groups: list[str], target_prior: np.ndarray, *, bins: int, top_k: int
 ) -> dict[str, Any]:
     """Compute all metrics of one set of predictions.
@@ -102,15 +106,15 @@ def evaluate_answers(
     }
 
 
-def calibration_of(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Callable[[np.ndarray], np.ndarray]:
+def resampled_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Callable[[np.ndarray], np.ndarray]:
     """Function that maps resampled row indices [..., N] to ECE [...]; equal to `expected_calibration_error`."""
-    bin_index, confidence, right = confidence_bins(probabilities, labels, bins)
-    gap = right - confidence
+    bin_index, confidence, correct = confidence_bins(probabilities, labels, bins)
+    gap = correct - confidence
 
-    def error(index: np.ndarray) -> np.ndarray:
+    def ece(index: np.ndarray) -> np.ndarray:
         rows = np.atleast_2d(index)
-        bin_of = bin_index[rows] + bins * np.arange(len(rows))[:, None]
-        sums = np.bincount(bin_of.ravel(), gap[rows].ravel(), minlength=bins * len(rows)).reshape(len(rows), bins)
+        cells = bin_index[rows] + bins * np.arange(len(rows))[:, None]
+        sums = np.bincount(cells.ravel(), gap[rows].ravel(), minlength=bins * len(rows)).reshape(len(rows), bins)
         return (np.abs(sums).sum(axis=1) / rows.shape[1]).reshape(index.shape[:-1])
 
-    return error
+    return ece

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import AnyImages
-from pipeline.evaluation.metrics import answers, evaluate_answers
+from pipeline.evaluation.metrics import adjusted_probabilities, prediction_metrics
 from pipeline.model_io.checkpoint import check_encoder, check_image, load_model
 from pipeline.model_io.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
 from pipeline.params import EvaluateParams, ImageParams
@@ -31,28 +31,25 @@ def network_logits(
     check_encoder(config, getattr(test, "encoder", None), folder)
     model = model.to(device, memory_format=torch.channels_last)
     images = test.batches(torch.arange(len(test)), EVALUATION_BATCH)
-    shift = prior.balanced_shift(config.adjustment)
     try:
-        return balanced_logits(model, images, image, device, shift).numpy()
+        return balanced_logits(model, images, image, device, prior.balanced_shift(config.adjustment)).numpy()
     except NotFiniteError as error:
         raise StageError(
             f"{folder}: {error}: training diverged; lower {stage}.learning_rate and run `dvc repro -f {stage}`"
         ) from None
 
 
-def _answers(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
+def probabilities_by_target_prior(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:
+    """Probabilities [N,C] of balanced logits [N,C] for each target prior."""
     log_prior = np.array(prior.log_prior)
-    return {name: answers(logits, log_prior, strength) for name, strength in TARGET_PRIORS.items()}
+    return {name: adjusted_probabilities(logits, log_prior, strength) for name, strength in TARGET_PRIORS.items()}
 
 
 def network_metrics(logits: np.ndarray, labels: np.ndarray, prior: Prior, params: EvaluateParams) -> dict[str, Any]:
     """Metrics of balanced logits [N,C] with labels [N]: target prior → metric → value."""
-    found = _answers(logits, prior)
     classes = len(prior.classes)
     targets = {"balanced": np.full(classes, 1 / classes), "train": np.array(prior.p)}
     return {
-        name: evaluate_answers(
-            found[name], labels, prior.groups, targets[name], bins=params.ece_bins, top_k=params.top_k
-        )
-        for name in TARGET_PRIORS
+        name: prediction_metrics(p, labels, prior.groups, targets[name], bins=params.ece_bins, top_k=params.top_k)
+        for name, p in probabilities_by_target_prior(logits, prior).items()
     }

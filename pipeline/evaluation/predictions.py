@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 
 from models.prior import class_key
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.evaluation.metrics import answers
-from pipeline.shared.errors import StageError
-from serving.shared.bounded_parquet import MemoryLimit, TooLargeError, read_column
-
-LIMIT = MemoryLimit(1024)  # 24,000 test images of 8,000 classes take 760 MiB
+from pipeline.evaluation.metrics import adjusted_probabilities
+from pipeline.shared.errors import StageError, TailorError
+from serving.shared.bounded_parquet import read_predictions
 
 
 class GateError(StageError):
@@ -34,50 +30,44 @@ class Contender:
     latency_ms: float | None = None
 
 
-def load_answers(contender: Contender, target_prior: str = "balanced") -> Answers:
+def load_predictions(contender: Contender, target_prior: str = "balanced") -> Predictions:
     """Read the predictions of a contender, adjusted for the target prior, in the order of the sample ids.
 
     Raises GateError, or StageError for the prior, with the file and the problem.
     """
     path, prior = contender.predictions, load_prior(contender.prior)
     try:
-        with path.open("rb") as stream, pyarrow.parquet.ParquetFile(path) as file:
-            columns = (read_column(file, name, LIMIT, stream=stream) for name in ("sample_id", "label", "logits"))
-            sample_ids, sample_labels, rows = columns
-        logits = np.array(rows.to_pylist(), dtype=np.float64)
+        labels, logits, (ids,) = read_predictions(path, "sample_id")
     except FileNotFoundError:
         raise GateError(f"{path}: no such file; run `dvc repro evaluate` first") from None
-    except TooLargeError as error:
-        raise GateError(f"{path}: {error}") from None
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise GateError(f"{path}: damaged ({str(error).splitlines()[0]}); run `dvc repro -f evaluate`") from None
+    except TailorError as error:
+        raise GateError(str(error)) from None
     classes = len(prior.classes)
     if logits.ndim != 2 or not len(logits) or logits.shape[1] != classes:
         raise GateError(f"{path}: logits have shape {list(logits.shape)}; {contender.prior} has {classes} classes")
     if not np.all(np.isfinite(logits)):
         raise GateError(f"{path}: has a logit that is not finite")
-    ids, labels = sample_ids.to_pylist(), sample_labels.to_numpy()
     if len(set(ids)) != len(ids):
-        raise GateError(f"{path}: a sample id stands twice; expected each once")
+        raise GateError(f"{path}: has a sample id in more than one row; expected unique sample ids")
     if labels.min() < 0 or labels.max() >= classes:
         raise GateError(f"{path}: has the label {labels.max()}; expected 0 to {classes - 1}")
     order = np.argsort(np.array(ids))
     strength = 1.0 if target_prior == "train" else 0.0
-    found = answers(logits[order], np.array(prior.log_prior), strength)
-    return Answers([ids[i] for i in order], labels[order], found, prior)
+    probabilities = adjusted_probabilities(logits[order], np.array(prior.log_prior), strength)
+    return Predictions([ids[i] for i in order], labels[order], probabilities, prior)
 
 
-def check_comparable(challenger: Answers, champion: Answers, names: str = "challenger and champion") -> None:
+def check_comparable(challenger: Predictions, champion: Predictions, names: str = "challenger and champion") -> None:
     """Raise GateError unless both have the same classes in the same order and the same samples with the same labels."""
-    mine, theirs = ([class_key(name) for name in answers.prior.classes] for answers in (challenger, champion))
-    if mine != theirs:
-        other = sorted(set(mine) ^ set(theirs))
-        which = f"{other[0]!r} is a class of one alone" if other else "their order differs"
-        raise GateError(f"{names} have other classes: {which}; compare models of the same classes")
+    classes, other_classes = ([class_key(name) for name in run.prior.classes] for run in (challenger, champion))
+    if classes != other_classes:
+        unshared = sorted(set(classes) ^ set(other_classes))
+        reason = f"only one has {unshared[0]!r}" if unshared else "their order differs"
+        raise GateError(f"{names} have different classes: {reason}; compare models of the same classes")
     if challenger.sample_ids != champion.sample_ids:
-        other = sorted(set(challenger.sample_ids) ^ set(champion.sample_ids))
+        unshared = sorted(set(challenger.sample_ids) ^ set(champion.sample_ids))
         raise GateError(
-            f"{names} were tested on other samples ({len(other)} are in one set alone, first {other[0]!r}); "
+            f"{names} were tested on different samples ({len(unshared)} are in only one test set, first {unshared[0]!r}); "
             "evaluate both on the same frozen test set"
         )
     if np.any(challenger.labels != champion.labels):
@@ -86,7 +76,7 @@ def check_comparable(challenger: Answers, champion: Answers, names: str = "chall
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """Predictions of a contender on the test set, in the order of the sample ids.
 
     labels: int [N]; probabilities: float [N,C], for one target prior.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.evaluation.comparison import ClassDifference, Measure, compare, compare_classes
-from pipeline.evaluation.predictions import Answers, check_comparable
+from pipeline.evaluation.predictions import Predictions, check_comparable
 from pipeline.params import GateParams
 
 
@@ -32,12 +32,12 @@ class Comparison:
 
     def changed(self, most: int) -> list[ClassDifference]:
         """At most `most` classes with the smallest p-values; classes without a changed sample are excluded."""
-        moved = [row for row in self.classes if row.won or row.lost]
-        return sorted(moved, key=lambda row: (row.p, -abs(row.difference)))[:most]
+        changed = [row for row in self.classes if row.won or row.lost]
+        return sorted(changed, key=lambda row: (row.p, -abs(row.difference)))[:most]
 
 
 def compare_runs(
-    before: Answers, after: Answers, names: tuple[str, str], params: GateParams, ece_bins: int
+    before: Predictions, after: Predictions, names: tuple[str, str], params: GateParams, ece_bins: int
 ) -> Comparison:
     """Compare two runs. The groups and training counts are those of `before`.
 
@@ -49,23 +49,22 @@ def compare_runs(
     return Comparison(*names, len(after.labels), params.target_prior, params.confidence, measures, classes)
 
 
-def as_json(found: Comparison) -> dict[str, Any]:
+def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON-serialisable values: every measure and every class."""
-    measures = {name: _measure(measure) for name, measure in found.measures.items()}
-    return asdict(found) | {
-        "warnings": found.warnings,
-        "measures": measures,
-        "classes": [_class(row) for row in found.classes],
+    return asdict(comparison) | {
+        "warnings": comparison.warnings,
+        "measures": {name: _measure_json(measure) for name, measure in comparison.measures.items()},
+        "classes": [_class_json(row) for row in comparison.classes],
     }
 
 
-def _measure(measure: Measure) -> dict[str, Any]:
+def _measure_json(measure: Measure) -> dict[str, Any]:
     return {
         "before": measure.champion, "after": measure.challenger, "difference": measure.difference,
         "low": measure.low, "high": measure.high, "p": measure.mcnemar, "images": measure.images, "too_few": measure.too_few,
     }  # fmt: skip
 
 
-def _class(row: ClassDifference) -> dict[str, Any]:
+def _class_json(row: ClassDifference) -> dict[str, Any]:
     values = asdict(row)
     return {"class": values.pop("name"), "before": values.pop("champion"), "after": values.pop("challenger")} | values

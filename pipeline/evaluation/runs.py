@@ -20,16 +20,18 @@ def load_run(folder: Path) -> Contender:
     """
     layouts = [(folder, folder), (folder, folder.parent), (folder / EVALUATION.name, folder)]
     layouts.append((folder / EVALUATION, folder / PRIOR.parent))
-    for evaluation, priors in layouts:
-        if (evaluation / PREDICTIONS).is_file() and (priors / PRIOR.name).is_file():
-            return Contender(evaluation / PREDICTIONS, priors / PRIOR.name)
+    for evaluation, artifacts in layouts:
+        if (evaluation / PREDICTIONS).is_file() and (artifacts / PRIOR.name).is_file():
+            return Contender(evaluation / PREDICTIONS, artifacts / PRIOR.name)
     if not folder.is_dir():
         raise ParamsError(f"{folder}: no such folder; expected a run with {PREDICTIONS} and {PRIOR.name}")
-    alone = next((evaluation / PREDICTIONS for evaluation, _ in layouts if (evaluation / PREDICTIONS).is_file()), None)
-    if alone:
-        raise ParamsError(f"{alone}: has no {PRIOR.name} beside or above it; copy the run's {PRIOR} there")
+    for evaluation, _ in layouts:
+        if (evaluation / PREDICTIONS).is_file():
+            raise ParamsError(
+                f"{evaluation / PREDICTIONS}: has no {PRIOR.name} beside or above it; copy the run's {PRIOR} there"
+            )
     raise ParamsError(
-        f"{folder}: holds no {PREDICTIONS}; expected the folder of a run that `dvc repro evaluate` finished"
+        f"{folder}: has no {PREDICTIONS}; expected the folder of a run that `dvc repro evaluate` finished"
     )
 
 

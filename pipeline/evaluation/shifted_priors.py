@@ -11,7 +11,7 @@ from models.prior import adjust_logits, log_target_prior, softmax
 from pipeline.shared.errors import DataError
 
 SETS = {"forward 50": 50.0, "forward 10": 10.0, "uniform": 1.0, "backward 10": 0.1, "backward 50": 0.02}
-KEPT = 0.9  # λ of MAPLS
+MAPLS_LAMBDA = 0.9
 
 
 def shifted_prior(counts: list[int], ratio: float) -> np.ndarray:
@@ -25,18 +25,15 @@ def shifted_prior(counts: list[int], ratio: float) -> np.ndarray:
 def shifted_rows(labels: np.ndarray, prior: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Row indices of the largest test subset that follows the prior, with at least one row per class.
 
-    Drawn without replacement.
-    Raises DataError if a class has no test sample.
+    Drawn without replacement. Raises DataError if a class has no test sample.
     """
     available = np.bincount(labels, minlength=len(prior))
     if not available.all():
         raise DataError(
             f"class {int(available.argmin())} has no test sample; a shifted test set needs one of every class"
         )
-    wanted = np.maximum((prior * (available / prior).min() + 1e-9).astype(int), 1)
-    return np.concatenate(
-        [generator.permutation(np.flatnonzero(labels == c))[:number] for c, number in enumerate(wanted)]
-    )
+    sizes = np.maximum((prior * (available / prior).min() + 1e-9).astype(int), 1)
+    return np.concatenate([generator.permutation(np.flatnonzero(labels == c))[:size] for c, size in enumerate(sizes)])
 
 
 def shift_table(
@@ -55,23 +52,25 @@ def shift_table(
     in nats. The last two rows are the total variation between estimated and true prior. Equal seeds give equal tables.
     Raises DataError if a class has no test sample.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}  # row → shifted set → value of each draw
     for name, ratio in SETS.items():
         target, generator = shifted_prior(counts, ratio), np.random.default_rng(seed)
         for _ in range(draws):
             rows = shifted_rows(labels, target, generator)
-            mine, concentration = logits[rows], mapls_concentration(KEPT, len(rows), len(counts))
-            p = softmax(mine)
+            z, concentration = logits[rows], mapls_concentration(MAPLS_LAMBDA, len(rows), len(counts))
+            p = softmax(z)
             estimates = {
-                name: estimate_prior(p, concentration=alpha, tolerance=tolerance).prior
-                for name, alpha in (("EM", None), ("MAP", concentration))
+                method: estimate_prior(p, concentration=alpha, tolerance=tolerance).prior
+                for method, alpha in (("EM", None), ("MAP", concentration))
             }
-            priors = {"known prior": target} | {f"estimated prior ({way})": e for way, e in estimates.items()}
-            logs = {way: log_target_prior(prior).astype(mine.dtype) for way, prior in priors.items()}
-            answers = {"no adjustment": mine.argmax(1)}
-            answers |= {way: adjust_logits(mine, log, 1.0).argmax(1) for way, log in logs.items()}
-            scores = {way: float((answer == labels[rows]).mean()) for way, answer in answers.items()}
-            scores |= {f"distance of {way}": float(total_variation(e, target)) for way, e in estimates.items()}
-            for way, score in scores.items():
-                found.setdefault(way, {}).setdefault(name, []).append(score)
-    return [{"prior": way, **{name: float(np.mean(s)) for name, s in sets.items()}} for way, sets in found.items()]
+            priors = {"known prior": target}
+            priors |= {f"estimated prior ({method})": estimate for method, estimate in estimates.items()}
+            predicted = {"no adjustment": z.argmax(1)}
+            for row, prior in priors.items():
+                predicted[row] = adjust_logits(z, log_target_prior(prior).astype(z.dtype), 1.0).argmax(1)
+            values = {row: float((classes == labels[rows]).mean()) for row, classes in predicted.items()}
+            for method, estimate in estimates.items():
+                values[f"distance of {method}"] = float(total_variation(estimate, target))
+            for row, value in values.items():
+                scores.setdefault(row, {}).setdefault(name, []).append(value)
+    return [{"prior": row, **{name: float(np.mean(s)) for name, s in sets.items()}} for row, sets in scores.items()]

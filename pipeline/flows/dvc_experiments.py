@@ -14,16 +14,17 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from dvc.repo.experiments.refs import ExpRefInfo
 
-from pipeline.flows.records import Decided, now
+from pipeline.flows.records import DecisionRecord, now
 from pipeline.params import Params, load_params
 from pipeline.shared.errors import StageError, TailorError, explain
-from pipeline.shared.owned_process import end_leash, start_on_leash
+from pipeline.shared.owned_process import end_owned_process, start_owned_process
 
-LIMIT = 120.0  # seconds for all git commands; if git tracks the images, it reads the changed ones
+TIMEOUT = 120.0  # seconds for all git commands; if git tracks the images, it reads the changed ones
 STATE = ("dvc.yaml", "dvc.lock", "params.yaml")  # files that DVC reads from an experiment; git may not track them yet
 AUTHOR = {"NAME": "tailor retrain", "EMAIL": "tailor@localhost"}  # a scheduled run may have no git identity
 
@@ -32,10 +33,10 @@ class ExperimentError(StageError):
     """The run cannot be saved as an experiment; the message ends with the remedy."""
 
 
-def keep_run(decided: Decided, why: str, params: Params, say: Callable[[str], None]) -> None:
+def save_experiment(decided: DecisionRecord, why: str, params: Params, log: Callable[[str], None]) -> None:
     """Save the current state of the project as the experiment of a decided run.
 
-    Passes one line to `say`: the experiment's name, or the reason if it was not saved. why: text of the decision, used
+    Passes one line to `log`: the experiment's name, or the reason if it was not saved. why: text of the decision, used
     as the message of the experiment. params: the params with which the run started.
     """
     name = f"retrain-{now():%Y%m%d-%H%M%S}-{decided.ending}"
@@ -43,65 +44,56 @@ def keep_run(decided: Decided, why: str, params: Params, say: Callable[[str], No
         name = f"{name}-{decided.version}"
     try:
         if load_params() != params:
-            raise ExperimentError("params.yaml was changed while the run went on; `tailor retrain` takes the change up")
-        save(name, f"retrain: {decided.ending}: {why}")
+            raise ExperimentError("params.yaml was changed during the run; `tailor retrain` uses the change")
+        create_experiment(name, f"retrain: {decided.ending}: {why}")
     except (TailorError, OSError) as error:
-        say(f"not kept as a DVC experiment: {explain(error)}")
+        log(f"not saved as a DVC experiment: {explain(error)}")
     else:
-        say(f"kept as the DVC experiment {name}; `tailor experiments` lists it")
+        log(f"saved as the DVC experiment {name}; `tailor experiments` lists it")
 
 
-def save(name: str, message: str, limit: float = LIMIT) -> None:
+def create_experiment(name: str, message: str, timeout: float = TIMEOUT) -> None:
     """Save the working folder's project as the experiment `name`, replacing one of that name on the same commit.
 
-    limit: timeout in seconds. Raises ExperimentError.
+    timeout: in seconds. Raises ExperimentError.
     """
     if not shutil.which("git"):
         raise ExperimentError("git is not installed; install it, and commit the project")
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="tailor-experiment-") as folder:
         scratch = Path(folder)
-        plain = _environment(scratch / "index")
-
-        def git(*arguments: str, otherwise: str | None = None) -> str:
-            return _git(arguments, plain, scratch / "said", deadline, otherwise)
-
-        home = git(
-            "rev-parse", "--git-dir", otherwise="this folder is in no git repository; `git init`, then commit it"
-        )
-        none = "git has no commit yet; `git commit` dvc.yaml, dvc.lock and params.yaml"
-        baseline = git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", otherwise=none)
-        index = Path(home) / "index"
+        author = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in AUTHOR.items()}
+        english = {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+        environment = os.environ | author | english | {"GIT_INDEX_FILE": str(scratch / "index")}
+        git = partial(_run_git, environment, scratch / "output", deadline)
+        no_repository = "this folder is in no git repository; `git init`, then commit it"
+        index = Path(git("rev-parse", "--git-dir", otherwise=no_repository)) / "index"
+        no_commit = "git has no commit yet; `git commit` dvc.yaml, dvc.lock and params.yaml"
+        baseline = git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", otherwise=no_commit)
         # The copied index holds the stat data of unchanged files and the skip-worktree flags.
         shutil.copyfile(index, scratch / "index") if index.is_file() else git("read-tree", "HEAD")
         git("add", "--update", "--", ":/")
         git("add", "--force", "--", *[path for path in STATE if Path(path).is_file()])
-        made = git("commit-tree", "--no-gpg-sign", "-p", baseline, "-m", message, git("write-tree"))
-        git("update-ref", str(ExpRefInfo(baseline, name)), made)
+        commit = git("commit-tree", "--no-gpg-sign", "-p", baseline, "-m", message, git("write-tree"))
+        git("update-ref", str(ExpRefInfo(baseline, name)), commit)
 
 
-def _environment(index: Path) -> dict[str, str]:
-    """Environment for git: the given index, the author AUTHOR, messages in English, no prompts."""
-    author = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in AUTHOR.items()}
-    return os.environ | author | {"GIT_INDEX_FILE": str(index), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-
-
-def _git(
-    arguments: tuple[str, ...], environment: Mapping[str, str], said: Path, deadline: float, otherwise: str | None
+def _run_git(
+    environment: Mapping[str, str], log: Path, deadline: float, *arguments: str, otherwise: str | None = None
 ) -> str:
     """Run git and return the last line that it prints. Raises ExperimentError.
 
     otherwise: the error text if git finds no repository, or fails without output.
     """
     # Output goes to a file, because a pipe that is not read could fill and block git.
-    with said.open("w+", encoding="utf-8", errors="replace") as output:
-        process = start_on_leash(["git", *arguments], environment, output)
+    with log.open("w+", encoding="utf-8", errors="replace") as output:
+        process = start_owned_process(["git", *arguments], environment, output)
         try:
             status = process.wait(max(deadline - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
-            raise ExperimentError(f"git {arguments[0]} did not end in time; try it by hand") from None
+            raise ExperimentError(f"git {arguments[0]} did not end in time; run it by hand") from None
         finally:
-            end_leash(process)
+            end_owned_process(process)
         output.seek(0)
         lines = output.read().splitlines() or [""]
     if status:

@@ -20,14 +20,12 @@ ROUNDS = 100
 WARM_UP = 10
 
 
-def latencies(graphs: Sequence[Path], timeout: float = 120.0) -> list[float] | None:
+def measure_latency(graphs: Sequence[Path], timeout: float = 120.0) -> list[float] | None:
     """Median milliseconds per image of each graph, measured in turns; None if the measurement fails or times out."""
     environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-P", "-m", "pipeline.flows.latency", *map(str, graphs)]
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=timeout, check=True, cwd=Path.cwd()
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=True)
         return json.loads(done.stdout)
     except (subprocess.SubprocessError, ValueError):
         return None
@@ -47,14 +45,13 @@ def main(paths: Sequence[str]) -> int:
         shape = next(entry.shape for entry in session.get_inputs() if entry.name == "image")
         image = random.integers(0, 256, (1, *shape[1:]), dtype=np.uint8)
         inputs.append({"image": image, "strength": np.zeros((1, 1), dtype=np.float32)})
-    taken: list[list[float]] = [[] for _ in sessions]
-    for number in range(WARM_UP + ROUNDS):
-        for place, session in enumerate(sessions):
+    durations: list[list[float]] = [[] for _ in sessions]
+    for _ in range(WARM_UP + ROUNDS):
+        for session, feed, milliseconds in zip(sessions, inputs, durations, strict=True):
             started = time.perf_counter()
-            session.run(["logits"], inputs[place])
-            if number >= WARM_UP:
-                taken[place].append((time.perf_counter() - started) * 1000)
-    print(json.dumps([median(times) for times in taken]))
+            session.run(["logits"], feed)
+            milliseconds.append((time.perf_counter() - started) * 1000)
+    print(json.dumps([median(milliseconds[WARM_UP:]) for milliseconds in durations]))
     return 0
 
 

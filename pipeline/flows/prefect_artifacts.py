@@ -21,46 +21,46 @@ from pipeline.evaluation.gate import Decision
 from pipeline.flows.records import Outcome
 
 
-class Teller:
+class PrefectReporter:
     """Sends reports of one run to Prefect's server until a request fails."""
 
     def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._logger = logger
-        self._deaf = False
+        self._unreachable = False
 
-    def name(self, name: str) -> None:
+    def report_name(self, name: str) -> None:
         """Set the name of the flow run."""
 
         def rename() -> None:
             with get_client(sync_client=True) as client:
                 client.update_flow_run(flow_run.get_id(), name=name)
 
-        self._tell(rename)
+        self._send(rename)
 
-    def decision(self, decision: Decision, evidence: Path) -> None:
+    def report_decision(self, decision: Decision, evidence: Path) -> None:
         """Send the comparison, the report and the decision as artifacts."""
         if decision.measures:
-            self._tell(lambda: create_table_artifact(comparison(decision.measures), "comparison", str(decision)))
+            self._send(lambda: create_table_artifact(comparison_rows(decision.measures), "comparison", str(decision)))
         report = (evidence / "report.html").absolute()
         if report.is_file():
-            self._tell(lambda: create_link_artifact(report.as_uri(), "report of the challenger", "report"))
-        self._tell(lambda: create_markdown_artifact(_as_markdown(decision), "decision"))
+            self._send(lambda: create_link_artifact(report.as_uri(), "report of the challenger", "report"))
+        self._send(lambda: create_markdown_artifact(_as_markdown(decision), "decision"))
 
-    def outcome(self, outcome: Outcome) -> None:
+    def report_outcome(self, outcome: Outcome) -> None:
         """Send the outcome of the run as an artifact."""
-        self._tell(lambda: create_markdown_artifact(f"**{outcome.ending}**: {outcome.message}", "outcome"))
+        self._send(lambda: create_markdown_artifact(f"**{outcome.ending}**: {outcome.message}", "outcome"))
 
-    def _tell(self, call: Callable[[], Any]) -> None:
-        if self._deaf:
+    def _send(self, request: Callable[[], Any]) -> None:
+        if self._unreachable:
             return
         try:
-            call()
+            request()
         except (httpx.HTTPError, PrefectException) as error:
-            self._deaf = True
-            self._logger.warning("Prefect's server is not told any more: %s", " ".join(str(error).split()))
+            self._unreachable = True
+            self._logger.warning("no more reports are sent to Prefect's server: %s", " ".join(str(error).split()))
 
 
-def comparison(measures: dict[str, Measure]) -> list[dict[str, str]]:
+def comparison_rows(measures: dict[str, Measure]) -> list[dict[str, str]]:
     """Format the measures as rows of text: champion, challenger, difference, interval, McNemar's p, rule, verdict."""
     return [
         {

@@ -20,7 +20,7 @@ from pipeline.params import GateParams
 from pipeline.shared.artifacts import sha256_of_json, write_json
 
 FOLDER = Path("artifacts/retrain")
-KEPT = 20  # number of evidence folders that are kept
+KEEP = 20  # number of evidence folders
 
 Ending = Literal["promoted", "refused", "undecided", "unchanged", "failed", "skipped", "busy"]
 
@@ -36,7 +36,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """Record of one run. begun, ended: UTC in ISO format; ended is None while it runs. process: process id."""
 
     begun: str
@@ -47,7 +47,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Decided:
+class DecisionRecord:
     """Decision on a release: its identity, the champion it was compared with, the hash of the gate's params."""
 
     release: str
@@ -56,7 +56,7 @@ class Decided:
     ending: Ending
     version: int | None
 
-    def settles(self, release: str, champion: int | None, gate: GateParams) -> bool:
+    def already_decided(self, release: str, champion: int | None, gate: GateParams) -> bool:
         """Whether this record already decides the release, so that no new decision is made.
 
         A promoted release is never re-promoted automatically, because an operator may have rolled it back. A refused
@@ -77,23 +77,23 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
-def write_run(run: Run, folder: Path = FOLDER) -> None:
+def write_run(run: RunRecord, folder: Path = FOLDER) -> None:
     """Write the record of a run: `running.json` while it runs, then `last.json`."""
     write_json(folder / ("last.json" if run.ended else "running.json"), asdict(run))
     if run.ended:
         (folder / "running.json").unlink(missing_ok=True)
 
 
-def read_run(name: str, folder: Path = FOLDER) -> Run | None:
+def read_run(name: str, folder: Path = FOLDER) -> RunRecord | None:
     """Read the run record `last` or `running`; None if the file does not exist, is damaged or cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         outcome = content.pop("outcome")
-        return Run(**content, outcome=outcome and Outcome(**outcome))
+        return RunRecord(**content, outcome=outcome and Outcome(**outcome))
     return None
 
 
-def missed(scheduled: datetime, folder: Path = FOLDER) -> Run | None:
+def missed_run(scheduled: datetime, folder: Path = FOLDER) -> RunRecord | None:
     """The last finished run, if it began after `scheduled` and thus replaces the run missed at that time; else None.
 
     A start time in the future means that the clock was set back; such a run does not count.
@@ -101,23 +101,22 @@ def missed(scheduled: datetime, folder: Path = FOLDER) -> Run | None:
     last = read_run("last", folder)
     if last is None or last.outcome is None or last.outcome.ending in ("failed", "skipped", "busy"):
         return None
-    begun = datetime.fromisoformat(last.begun)
-    return last if scheduled < begun <= now() else None
+    return last if scheduled < datetime.fromisoformat(last.begun) <= now() else None
 
 
-def write_decided(decided: Decided, folder: Path = FOLDER) -> None:
+def write_decision(decided: DecisionRecord, folder: Path = FOLDER) -> None:
     """Write the decision on a release to decided.json."""
     write_json(folder / "decided.json", asdict(decided))
 
 
-def read_decided(folder: Path = FOLDER) -> Decided | None:
+def read_decision(folder: Path = FOLDER) -> DecisionRecord | None:
     """Read the last decision on a release; None if the file does not exist, is damaged or cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Decided(**json.loads((folder / "decided.json").read_text(encoding="utf-8")))
+        return DecisionRecord(**json.loads((folder / "decided.json").read_text(encoding="utf-8")))
     return None
 
 
-def prune(current: Path, keep: int = KEPT) -> None:
+def prune(current: Path, keep: int = KEEP) -> None:
     """Delete the oldest evidence folders beside `current`, so that `keep` remain.
 
     The evidence of published versions is also in their folders. Age is the modification time, which is wrong after the

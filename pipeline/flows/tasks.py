@@ -12,12 +12,12 @@ from prefect.tasks import exponential_backoff
 
 from pipeline.evaluation.gate import Decision
 from pipeline.evaluation.predictions import GateError
-from pipeline.flows import evidence as files
 from pipeline.flows.dvc_stages import MISUSE, StageFailed, reproduce
-from pipeline.ingestion.ingest import IngestReport, ingest
+from pipeline.flows.evidence import write_evidence
+from pipeline.ingestion.ingest import ingest
+from pipeline.ingestion.transaction import IngestReport
 from pipeline.params import Params
 from pipeline.shared.artifacts import EXPORT
-from pipeline.shared.errors import TailorError
 from serving.promotion import lifecycle
 from serving.repository.manifest import ManifestError
 from serving.repository.release import Release
@@ -25,23 +25,15 @@ from serving.server.running import servers_at
 from serving.shared.errors import RepositoryError
 
 HOUR = 3600.0  # seconds
-SPARE = 60.0  # seconds added to Prefect's timeout: the stage's own timeout comes first, and its error names the cause
-HOPELESS = (
-    GateError,
-    ManifestError,
-    RepositoryError,
-    lifecycle.RolledBack,
-)  # a retry would fail with the same error
+MARGIN = 60.0  # seconds added to Prefect's timeout: the stage's own timeout comes first, and its error names the cause
+PERMANENT = (GateError, ManifestError, RepositoryError, lifecycle.RolledBack)  # a retry would fail with the same error
 
 
-def worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
+def should_retry(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Whether a retry of the failed task may succeed."""
     error = state.data
-    if isinstance(error, TailorError) and error.exit_code == MISUSE:
-        return False
-    if isinstance(error, StageFailed) and error.status == MISUSE:
-        return False
-    return not isinstance(error, HOPELESS)
+    status = error.status if isinstance(error, StageFailed) else getattr(error, "exit_code", None)
+    return status != MISUSE and not isinstance(error, PERMANENT)
 
 
 @task(name="ingest")
@@ -53,15 +45,15 @@ def ingest_images(params: Params, drop: Path | None) -> IngestReport:
 
 
 @task(name="stage", task_run_name="{name}")
-def reproduce_stage(name: str, limit: float) -> bool:
+def reproduce_stage(name: str, timeout: float) -> bool:
     """Reproduce one DVC stage. Returns False if the stage was up to date."""
-    return reproduce(name, get_run_logger().info, limit)
+    return reproduce(name, get_run_logger().info, timeout)
 
 
 @task(name="gate")
-def hold_gate(params: Params, champion: Release | None, story: dict[str, Any]) -> tuple[Decision, Path]:
+def run_gate(params: Params, champion: Release | None, run_info: dict[str, Any]) -> tuple[Decision, Path]:
     """Run the gate on the challenger. Returns the decision and the folder of evidence."""
-    return files.gather(params, champion, story)
+    return write_evidence(params, champion, run_info)
 
 
 @task(name="publish")
@@ -92,7 +84,7 @@ def promote(params: Params, version: int) -> tuple[str, ...]:
         keep=settings.keep,
         timeout=settings.load_seconds,
         watch_seconds=settings.watch_seconds,
-        undo=lambda before: roll_back.with_options(**options(params, roll_back))(params, before),
+        undo=lambda before: roll_back.with_options(**task_options(params, roll_back))(params, before),
     )
 
 
@@ -101,32 +93,32 @@ def roll_back(params: Params, version: int) -> None:
     """Restore the previous champion."""
     settings = params.retrain
     repository = Path(settings.repository)
-    elsewhere = servers_at(repository, settings.server)
-    lifecycle.roll_back(repository, version, elsewhere, settings.keep, settings.load_seconds)
+    servers = servers_at(repository, settings.server)
+    lifecycle.roll_back(repository, version, servers, settings.keep, settings.load_seconds)
 
 
-class Steps:
+class TaskRunner:
     """Runs tasks with the retries and timeouts of params.retrain, and logs the start and end of each."""
 
     def __init__(self, params: Params) -> None:
         self._params = params
         self._logger = get_run_logger()
 
-    def __call__(self, step: Any, *arguments: Any, name: str | None = None) -> Any:
-        name = name or step.name
+    def __call__(self, flow_task: Any, *arguments: Any, name: str | None = None) -> Any:
+        name = name or flow_task.name
         self._logger.info("%s: starts", name)
-        begun = time.monotonic()
-        result = step.with_options(**options(self._params, step))(*arguments)
-        self._logger.info("%s: done (%.1f s)", name, time.monotonic() - begun)
+        started = time.monotonic()
+        result = flow_task.with_options(**task_options(self._params, flow_task))(*arguments)
+        self._logger.info("%s: done (%.1f s)", name, time.monotonic() - started)
         return result
 
 
-def options(params: Params, step: Any) -> dict[str, Any]:
+def task_options(params: Params, flow_task: Any) -> dict[str, Any]:
     """Retry and timeout options of a task. The gate has no retries: if it cannot be computed, it refuses."""
     settings = params.retrain
     return {
-        "retries": 0 if step is hold_gate else settings.retries,
+        "retries": 0 if flow_task is run_gate else settings.retries,
         "retry_delay_seconds": exponential_backoff(settings.retry_seconds),
-        "retry_condition_fn": worth_retrying,
-        "timeout_seconds": settings.stage_hours * HOUR + SPARE,
+        "retry_condition_fn": should_retry,
+        "timeout_seconds": settings.stage_hours * HOUR + MARGIN,
     }

@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.params import IngestParams
 from pipeline.shared.errors import DataError
-from pipeline.sources.shards import RowGroups, Shard, image_bytes
+from pipeline.sources.shards import RowGroupCache, Shard, image_bytes
 from pipeline.sources.source import BadImageError, read_image_file, reading_order
 from pipeline.sources.storage import Storage
 from pipeline.sources.table import WHOLE_NUMBER
@@ -24,7 +24,7 @@ from serving.shared.terminal import counted, print
 
 MARKER = ".complete"
 ROW_BYTES = 1024  # memory of a table's DropRow, with its name, path and read function
-LONGEST_PATH = 200  # characters of a path that a message shows
+MAX_PATH = 200  # characters of a path that a message shows
 TABLE_SUFFIXES = {".csv", ".parquet"}
 Stamp = tuple[int, int, int]  # inode, size in bytes, mtime in nanoseconds
 
@@ -59,16 +59,30 @@ class Drop:
     waiting: int = 0
 
 
+class Clock:
+    """Times of the wall clock and of files, in seconds."""
+
+    now = staticmethod(time.time)
+    sleep = staticmethod(time.sleep)
+
+    def ctime(self, path: Path) -> float:
+        """Time of the last change of a file; the current time if it was deleted meanwhile."""
+        try:
+            return path.lstat().st_ctime
+        except OSError:
+            return self.now()
+
+
 def stamp_of(path: Path) -> Stamp | None:
     """Stamp of a file, which changes when the file is rewritten; None if the file does not exist."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
+def read_drop(root: Path, params: IngestParams, classes: list[str], clock: Clock | None = None) -> Drop:
     """List the images of a drop folder: a folder per class, or tables of paths or images with a label column.
 
     The class folder of a name in `classes` may be several levels deep. A table in the drop folder itself owns the
@@ -77,97 +91,79 @@ def read_drop(root: Path, params: IngestParams, classes: list[str]) -> Drop:
     settle_seconds (a table together with all files that it names), and with require_marker all files without a
     `.complete` in their folder or in the drop folder.
     """
-    root = Path(os.path.normpath(root))
+    root, clock = Path(os.path.normpath(root)), clock or Clock()
     drop = Drop(root)
     # Markers before files: a marker written while the files are listed belongs to the next batch and must remain.
-    markers = {path: stamp for path in _possible_markers(root) if (stamp := stamp_of(path)) is not None}
-    found = {path: stamp for path in _files(root) if (stamp := stamp_of(path)) is not None}
-    waiting = _unsettled(found, params.settle_seconds)
+    folders = [root, *(path for path in root.iterdir() if not path.name.startswith("."))]
+    markers = _stamps(folder / MARKER for folder in folders if (folder / MARKER).is_file())
+    files = _stamps(_list_files(root))
+    waiting = _unsettled(files, params.settle_seconds, clock)
     if params.require_marker:
-        waiting |= {path for path in found if not _markers_of(root, [path]) & markers.keys()}
-    tables = [path for path in found if path.parent == root and path.suffix.lower() in TABLE_SUFFIXES]
+        waiting |= {path for path in files if not {root / MARKER, _top(root, path) / MARKER} & markers.keys()}
+    tables = [path for path in files if path.parent == root and path.suffix.lower() in TABLE_SUFFIXES]
     claimed: set[Path] = set()
     for table in tables:
         if table not in waiting:
-            rows, named = _table_rows(root, table, params)
-            claimed |= named
+            rows, images = _table_rows(root, table, params)
+            claimed |= images
             # Bounds memory with many small tables: a table that does not fit any more is read in the next run.
             full = drop.rows and (len(drop.rows) + len(rows)) * ROW_BYTES > params.max_table_mib * MIB
-            if named & waiting or full:
-                waiting |= named | {table}
+            if images & waiting or full:
+                waiting |= images | {table}
             else:
                 drop.rows += rows
-                drop.files |= {path: found[path] for path in (table, *named) if path in found}
-    known = set(classes)
-    folders_of_tables = {_top(root, path) for path in claimed}
-    for path in found.keys() - claimed - set(tables):
-        if path in waiting or waiting & set(tables) or (path.parent != root and _top(root, path) in folders_of_tables):
+                drop.files |= {path: files[path] for path in (table, *images) if path in files}
+    class_names = set(classes)
+    folders_of_tables = {_top(root, path) for path in claimed} - {root}
+    for path in files.keys() - claimed - set(tables):
+        if path in waiting or waiting & set(tables) or _top(root, path) in folders_of_tables:
             waiting.add(path)
         elif path.parent != root or has_image_suffix(path):
-            drop.rows.append(_folder_row(root, path, known))
-            drop.files[path] = found[path]
-    drop.files |= {path: markers[path] for path in _markers_of(root, drop.files) & markers.keys()}  # used up
-    order = reading_order([row.name for row in drop.rows])
-    drop.rows = [drop.rows[i] for i in order]
-    drop.waiting = len(waiting & found.keys())
+            drop.rows.append(_folder_row(root, path, class_names))
+            drop.files[path] = files[path]
+    used = {folder / MARKER for path in drop.files for folder in (root, _top(root, path))}
+    drop.files |= {path: markers[path] for path in used & markers.keys()}
+    drop.rows = [drop.rows[i] for i in reading_order([row.name for row in drop.rows])]
+    drop.waiting = len(waiting & files.keys())
     return drop
 
 
-def _files(root: Path) -> Iterator[Path]:
-    unfit = 0
+def _list_files(root: Path) -> Iterator[Path]:
+    skipped = 0
     for folder, folders, names in os.walk(root):
-        fit = [name for name in names if is_utf8(name)]
-        unfit += len(names) - len(fit) + sum(not is_utf8(name) for name in folders)
+        valid = [name for name in names if is_utf8(name)]
+        skipped += len(names) - len(valid) + sum(not is_utf8(name) for name in folders)
         folders[:] = sorted(name for name in folders if not is_passed_over(Path(name)) and is_utf8(name))
-        yield from (Path(folder) / name for name in sorted(fit) if not is_passed_over(Path(name)))
-    if unfit:
-        print(
-            f"ingest: {root}: {counted(unfit, 'name', 'are')} not UTF-8 and passed over; rename them", file=sys.stderr
-        )
+        yield from (Path(folder) / name for name in sorted(valid) if not is_passed_over(Path(name)))
+    if skipped:
+        print(f"ingest: {root}: {counted(skipped, 'name', 'are')} not UTF-8, skipped; rename them", file=sys.stderr)
 
 
-def _unsettled(found: dict[Path, Stamp], seconds: float) -> set[Path]:
+def _stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:
+    return {path: stamp for path in paths if (stamp := stamp_of(path)) is not None}
+
+
+def _unsettled(files: Iterable[Path], seconds: float, clock: Clock) -> set[Path]:
     """Files whose ctime is in the last `seconds` seconds; a copy that preserves mtime cannot change the ctime.
 
     If a ctime is in the future, because the clock was set back, the file's age is unknown: the function waits `seconds`
     and checks whether the ctime has changed.
     """
-    now = time.time()
-    ages = {path: now - _changed(path) for path in found} if seconds else {}
+    now = clock.now()
+    ages = {path: now - clock.ctime(path) for path in files} if seconds else {}
     young = {path for path, age in ages.items() if 0 <= age < seconds}
-    future = {path: _changed(path) for path, age in ages.items() if age < 0}
+    future = {path: clock.ctime(path) for path, age in ages.items() if age < 0}
     if future:
-        print(
-            f"ingest: {counted(len(future), 'file', 'are')} dated in the future, as after a clock was set back; "
-            f"watching them for "
-            f"{seconds:g} s",
-            file=sys.stderr,
-        )
-        time.sleep(seconds)
-        young |= {path for path, changed in future.items() if _changed(path) != changed}
+        count = counted(len(future), "file", "are")
+        print(f"ingest: {count} dated in the future (a clock was set back); waits {seconds:g} s", file=sys.stderr)
+        clock.sleep(seconds)
+        young |= {path for path, ctime in future.items() if clock.ctime(path) != ctime}
     return young
 
 
-def _changed(path: Path) -> float:
-    try:
-        return path.lstat().st_ctime
-    except OSError:
-        return time.time()  # deleted meanwhile: age 0
-
-
-def _possible_markers(root: Path) -> Iterator[Path]:
-    places = (root / MARKER, *(path / MARKER for path in root.iterdir() if not path.name.startswith(".")))
-    yield from (path for path in places if path.is_file())
-
-
-def _markers_of(root: Path, paths: Collection[Path]) -> set[Path]:
-    """Paths of the markers that apply to some files, whether they exist or not."""
-    tops = {_top(root, path) for path in paths if path.parent != root}
-    return {root / MARKER, *(top / MARKER for top in tops)} if paths else set()
-
-
 def _top(root: Path, path: Path) -> Path:
-    return root / path.relative_to(root).parts[0]
+    """The folder in `root` that contains a file; `root` itself for a file beside the folders."""
+    return root / path.relative_to(root).parts[0] if path.parent != root else root
 
 
 def _inside(root: Path, path: Path) -> bool:
@@ -188,30 +184,34 @@ def _problem(root: Path, path: Path) -> tuple[str, str] | None:
     return None if regular else ("unreadable", f"{path}: is not a regular file")
 
 
-def _named(root: Path, path: str) -> Path | None:
+def _path_in_drop(root: Path, path: str) -> Path | None:
     """Path in the drop folder that a row of a table names; None if it is outside the folder."""
     if "\0" in path:
         return None
-    place = Path(os.path.relpath(root.absolute() / path, root.absolute()))
-    return root / place if place.parts[:1] not in ((), ("..",)) and _inside(root, root / place) else None
+    relative = Path(os.path.relpath(root.absolute() / path, root.absolute()))
+    return root / relative if relative.parts[:1] not in ((), ("..",)) and _inside(root, root / relative) else None
 
 
-def _folder_row(root: Path, path: Path, known: set[str]) -> DropRow:
+def _folder_row(root: Path, path: Path, class_names: set[str]) -> DropRow:
     name = path.relative_to(root)
     read = partial(read_image_file, path)
     if len(name.parts) == 1:
-        return DropRow(str(name), None, read, path, ("no label", "lies beside the class folders"))
+        return DropRow(str(name), None, read, path, ("no label", "is beside the class folders"))
     parents = [class_key("/".join(name.parts[:depth])) for depth in range(1, len(name.parts))]
-    label = next((parent for parent in parents if parent in known), parents[0])
+    label = next((parent for parent in parents if parent in class_names), parents[0])
     return DropRow(name.as_posix(), label, read, path, _problem(root, path))
 
 
 def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[DropRow], set[Path]]:
     """Rows of a table, and the files that it names. An unreadable table becomes one row with that problem."""
     columns = params.columns
-    if problem := _problem(root, table):
+
+    def unreadable(problem: tuple[str, str]) -> tuple[list[DropRow], set[Path]]:
         return [DropRow(table.name, None, partial(read_image_file, table), table, problem)], set()
-    limit = _limit(params)
+
+    if problem := _problem(root, table):
+        return unreadable(problem)
+    limit = MemoryLimit(params.max_table_mib, "ingest.max_table_mib", ROW_BYTES)
     try:
         shard = Shard(Storage(str(root)), table.name, [columns.label, columns.path], limit)
         column = columns.image if columns.image in shard.names else columns.path
@@ -219,24 +219,20 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
         labels = shard.column(columns.label).to_pylist()
         paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
     except DataError as error:
-        return [DropRow(table.name, None, partial(read_image_file, table), table, ("table", str(error)))], set()
-    images, as_text = RowGroups(column), table.suffix.lower() == ".csv"
-    rows, named = [], set()
+        return unreadable(("table", str(error)))
+    images, as_text = RowGroupCache(column), table.suffix.lower() == ".csv"
+    rows, files = [], set()
     for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        file = _named(root, path) if isinstance(path, str) else None
+        file = _path_in_drop(root, path) if isinstance(path, str) else None
         problem = None
         if file is not None:
             problem = _problem(root, file)
-            named.add(file)
+            files.add(file)
         elif isinstance(path, str):
-            problem = ("outside", f"names {path[:LONGEST_PATH]!r}, which is no place inside the drop folder")
+            problem = ("outside", f"names {path[:MAX_PATH]!r}, which is not inside the drop folder")
         read = partial(read_image_file, file) if file else partial(_cell, images, shard, index)
         rows.append(DropRow(f"{table.name}#{index}", _label(label, as_text), read, file, problem))
-    return rows, named
-
-
-def _limit(params: IngestParams) -> MemoryLimit:
-    return MemoryLimit(params.max_table_mib, "ingest.max_table_mib", ROW_BYTES)
+    return rows, files
 
 
 def _label(value: object, as_text: bool) -> str | int | None:
@@ -246,8 +242,8 @@ def _label(value: object, as_text: bool) -> str | int | None:
     return value if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
-def _cell(images: RowGroups, shard: Shard, index: int) -> bytes:
+def _cell(images: RowGroupCache, shard: Shard, index: int) -> bytes:
     value = image_bytes(images.value(shard, index))
     if not isinstance(value, bytes):
-        raise BadImageError(f"{shard.place}: row {index} holds {type(value).__name__}; expected encoded image bytes")
+        raise BadImageError(f"{shard.location}: row {index} holds {type(value).__name__}; expected encoded image bytes")
     return value

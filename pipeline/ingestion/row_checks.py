@@ -7,12 +7,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.preprocess import ImageError
 from models.prior import class_key
-from pipeline.data.inspection import picture
+from pipeline.data.inspection import decode_checked
 from pipeline.data.split_tables import read_split
 from pipeline.ingestion.drop_folder import DropRow
 from pipeline.params import IngestParams
@@ -21,15 +21,15 @@ from pipeline.shared.errors import DataError
 from pipeline.shared.progress import progress_bar
 from pipeline.sources import BadImageError, Ingested, in_parts
 
-LONGEST_NAME = 200  # characters of a class name
+MAX_NAME = 200  # characters of a class name
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckedRow:
     """Result of the check of one row. sha256: of its bytes, empty if unreadable. label: class name, None if unknown.
 
-    outcome: `good`, `there` (a training row has the same image and label already) or `bad`. reason: the kind of problem
-    in one or two words. detail: the problem as a text for the message.
+    outcome: `good`, `existing` (a training row has the same image and label) or `bad`. reason: the kind of problem in
+    one or two words. detail: the problem as a text for the message.
     """
 
     row: DropRow
@@ -40,73 +40,66 @@ class Verdict:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class _Read:
-    sha256: str = ""
-    reason: str = ""
-    detail: str = ""
-
-
-def judge(
+def check_rows(
     rows: list[DropRow], params: IngestParams, classes: list[str], ingested: Ingested, split: Path = SPLIT
-) -> list[Verdict]:
-    """Check all rows and return one verdict per row, in the same order.
+) -> list[CheckedRow]:
+    """Check all rows and return one result per row, in the same order.
 
     Each image is read and decoded once, in parallel, with a progress bar. classes: existing class names, in label
     order. Raises ParamsError if there is no split, because the held-out images are then not known.
     """
-    read = _read_all(rows)
-    known = set(classes)
-    labels = [_class_of(row.label, params, classes, known) for row in rows]
-    places = _places({found.sha256 for found in read if found.sha256}, classes, ingested, split)
-    claims: dict[str, set[str]] = defaultdict(set)
-    for found, (label, _) in zip(read, labels, strict=True):
-        if label is not None and not found.reason:
-            claims[found.sha256].add(label)
-    verdicts, taken = [], set()
-    for row, found, (label, unusable) in zip(rows, read, labels, strict=True):
-        verdict = _judge_one(row, found, label, unusable, places[found.sha256], claims[found.sha256])
-        if verdict.outcome == "good" and verdict.sha256 in taken:
-            verdict = Verdict(row, "there", found.sha256, label)
-        taken.add(verdict.sha256 if verdict.outcome == "good" else "")
-        verdicts.append(verdict)
-    return verdicts
+    images = _read_images(rows)
+    class_names = set(classes)
+    labels = [_class_of(row.label, params, classes, class_names) for row in rows]
+    existing = _existing_images({image.sha256 for image in images if image.sha256}, classes, ingested, split)
+    drop_labels: dict[str, set[str]] = defaultdict(set)
+    for image, (label, _) in zip(images, labels, strict=True):
+        if label is not None and image.outcome == "good":
+            drop_labels[image.sha256].add(label)
+    results, added = [], set()
+    for image, (label, label_problem) in zip(images, labels, strict=True):
+        result = replace(image, label=label)
+        if image.outcome == "good":
+            result = _check_label(result, label_problem, existing[image.sha256], drop_labels[image.sha256])
+        if result.outcome == "good" and result.sha256 in added:
+            result = replace(result, outcome="existing")
+        added.add(result.sha256 if result.outcome == "good" else "")
+        results.append(result)
+    return results
 
 
-def _judge_one(
-    row: DropRow,
-    found: _Read,
-    label: str | None,
-    unusable: tuple[str, str],
-    places: list[tuple[str, str]],
-    claims: set[str],
-) -> Verdict:
-    def bad(reason: str, detail: str) -> Verdict:
-        return Verdict(row, "bad", found.sha256, label, reason, detail)
+def _check_label(
+    image: CheckedRow, label_problem: tuple[str, str], existing: list[tuple[str, str]], drop_labels: set[str]
+) -> CheckedRow:
+    """Compare the label of a readable image with the data set and the drop.
 
-    if found.reason:
-        return bad(found.reason, found.detail)
-    if label is None:
-        return bad(*unusable)
-    for held in ("test", "validation"):
-        if held in {split for split, _ in places}:
-            return bad(f"in {held}", f"is an image of the {held} split")
-    trained = {name for _, name in places}
-    if label in trained:
-        return Verdict(row, "there", found.sha256, label)
-    if others := sorted((trained | claims) - {label}):
-        where = "a training image" if trained else "in this drop too"
-        return bad("two labels", f"is {where} labelled {others[0]!r}")
-    return Verdict(row, "good", found.sha256, label)
+    existing: (split, class) pairs of the equal images in the data set. drop_labels: labels of the image in the drop.
+    """
+
+    def bad(reason: str, detail: str) -> CheckedRow:
+        return replace(image, outcome="bad", reason=reason, detail=detail)
+
+    if image.label is None:
+        return bad(*label_problem)
+    for held_out in ("test", "validation"):
+        if held_out in {split for split, _ in existing}:
+            return bad(f"in {held_out}", f"is an image of the {held_out} split")
+    train_labels = {name for _, name in existing}
+    if image.label in train_labels:
+        return replace(image, outcome="existing")
+    if other_labels := sorted((train_labels | drop_labels) - {image.label}):
+        where = "a training image" if train_labels else "in this drop too"
+        return bad("two labels", f"is {where} labelled {other_labels[0]!r}")
+    return image
 
 
-def _read_all(rows: list[DropRow]) -> list[_Read]:
+def _read_images(rows: list[DropRow]) -> list[CheckedRow]:
     pool = ThreadPoolExecutor((os.cpu_count() or 1) + 4)
-    results: list[_Read] = []
+    results: list[CheckedRow] = []
     try:
         with progress_bar(unit="images") as bar:
             task = bar.add_task("ingest: reading images", total=len(rows), rate="")
-            for part in pool.map(lambda part: [_read(row) for row in part], in_parts(rows, 64)):
+            for part in pool.map(lambda part: [_read_image(row) for row in part], in_parts(rows, 64)):
                 results += part
                 bar.advance(task, len(part))
     finally:
@@ -114,34 +107,34 @@ def _read_all(rows: list[DropRow]) -> list[_Read]:
     return results
 
 
-def _read(row: DropRow) -> _Read:
+def _read_image(row: DropRow) -> CheckedRow:
     if row.problem:
-        return _Read("", *row.problem)
+        return CheckedRow(row, "bad", "", None, *row.problem)
     try:
         data = row.read()
     except BadImageError as error:
-        return _Read("", "unreadable", str(error))
+        return CheckedRow(row, "bad", "", None, "unreadable", str(error))
     except DataError as error:
-        return _Read("", "table", str(error))
+        return CheckedRow(row, "bad", "", None, "table", str(error))
     digest = hashlib.sha256(data).hexdigest()
     try:
-        picture(data)
+        decode_checked(data)
     except ImageError as error:
-        return _Read(digest, error.kind, str(error))
-    return _Read(digest)
+        return CheckedRow(row, "bad", digest, None, error.kind, str(error))
+    return CheckedRow(row, "good", digest)
 
 
 def _class_of(
-    label: str | int | None, params: IngestParams, classes: list[str], known: set[str]
+    label: str | int | None, params: IngestParams, classes: list[str], class_names: set[str]
 ) -> tuple[str | None, tuple[str, str]]:
     """Class name of a label, by name or, if no class has that name, by number; else None with the reason.
 
-    known: set of the classes, for fast lookup.
+    class_names: set of the classes, for fast lookup.
     """
     if label is None or label == "":
         return None, ("no label", "has no label that is text or an integer")
     name = class_key(str(label))
-    if name in known:
+    if name in class_names:
         return name, ("", "")
     if isinstance(label, int):
         if 0 <= label < len(classes):
@@ -150,28 +143,30 @@ def _class_of(
     if params.new_classes == "accept" or (
         isinstance(params.new_classes, list) and name in map(class_key, params.new_classes)
     ):
-        if name.isprintable() and name.strip() == name and len(name) <= LONGEST_NAME:
+        if name.isprintable() and name.strip() == name and len(name) <= MAX_NAME:
             return name, ("", "")
         return None, ("class name", f"has the label {name[:40]!r}; expected printable text without spaces around it")
     return None, (
         "unknown class",
-        f"has the label {name[:LONGEST_NAME]!r}, which is no class; correct it, or name it in ingest.new_classes",
+        f"has the label {name[:MAX_NAME]!r}, which is no class; correct it, or name it in ingest.new_classes",
     )
 
 
-def _places(digests: set[str], classes: list[str], ingested: Ingested, split: Path) -> dict[str, list[tuple[str, str]]]:
+def _existing_images(
+    digests: set[str], classes: list[str], ingested: Ingested, split: Path
+) -> dict[str, list[tuple[str, str]]]:
     """Map each sha256 to the (split, class) pairs of the images in the data set that have it."""
-    places: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    existing: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name in ("train", "validation", "test"):
         table = read_split(name, ["sha256", "label"], split, [("sha256", "in", sorted(digests) or [""])])
         for digest, label in zip(*(table.column(column).to_pylist() for column in ("sha256", "label")), strict=True):
-            places[digest].append((name, classes[label]))
+            existing[digest].append((name, classes[label]))
     for digest, label in ingested.content():
         if digest in digests:
-            places[digest].append(("train", label))
-    return places
+            existing[digest].append(("train", label))
+    return existing
 
 
-def reasons(verdicts: Sequence[Verdict]) -> dict[str, int]:
+def count_reasons(rows: Sequence[CheckedRow]) -> dict[str, int]:
     """Number of bad rows by reason, most frequent first."""
-    return dict(Counter(verdict.reason for verdict in verdicts if verdict.outcome == "bad").most_common())
+    return dict(Counter(row.reason for row in rows if row.outcome == "bad").most_common())

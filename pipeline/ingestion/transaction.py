@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from pipeline.ingestion.drop_folder import Drop, Stamp, stamp_of
-from pipeline.ingestion.quarantine import bytes_of, place_quarantine, write_quarantine
-from pipeline.ingestion.row_checks import Verdict, reasons
+from pipeline.ingestion.drop_folder import Drop, stamp_of
+from pipeline.ingestion.quarantine import move_to_quarantine, read_bytes, write_quarantine
+from pipeline.ingestion.row_checks import CheckedRow, count_reasons
 from pipeline.shared.artifacts import (
     INGEST_STATE,
     INGESTED,
-    place_file,
+    QUARANTINE,
+    move_file,
     sha256_of,
     sha256_of_json,
     whole_folder,
@@ -26,6 +27,7 @@ from pipeline.shared.artifacts import (
 )
 from pipeline.shared.errors import StageError
 from pipeline.sources.ingested import SCHEMA, new_classes_metadata
+from serving.shared.terminal import counted
 
 ROUND = INGEST_STATE / "round"
 PLAN, SHARD, BAD = "plan.json", "shard.parquet", "quarantine"
@@ -34,134 +36,144 @@ ROW_GROUP_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Written:
-    """Content of a round: names of its shard (None without good rows) and its quarantine folder, and counts of rows.
+class IngestReport:
+    """Result of one run of ingest, or of one round.
 
-    reasons: number of bad rows by reason. changed: rows whose image has changed since the check; they and their files
-    (for a table, all files that it names) stay in the drop folder for the next round.
+    shard: the new file of data/ingested/; None if no row was added. already_present: rows that are in the training split
+    already, with the same label. quarantined: bad rows, moved to data/quarantine/. reasons: number of bad rows by
+    reason. waiting: files that may still be being written, and rows whose image has changed since the check; they stay in
+    the drop folder for the next round, for a table with all files that it names. refused: why the whole drop was refused;
+    None if it was not. new_classes: classes that first appear in this shard.
     """
 
-    shard: str | None
-    quarantine: str | None
-    added: int
-    already_there: int
-    quarantined: int
-    reasons: dict[str, int]
-    changed: int
-    new_classes: list[str]
+    shard: Path | None = None
+    added: int = 0
+    already_present: int = 0
+    quarantined: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    waiting: int = 0
+    refused: str | None = None
+    new_classes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{counted(self.added, 'image')} added → {self.shard}" if self.shard else "no new data"]
+        if self.new_classes:
+            parts.append(f"new classes {', '.join(self.new_classes)}")
+        if self.already_present:
+            parts.append(f"{self.already_present:,} already present")
+        if self.quarantined:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
+            parts.append(f"{counted(self.quarantined, 'bad row')} ({reasons}) → {QUARANTINE}")
+        if self.waiting:
+            parts.append(f"{counted(self.waiting, 'file')} may still be being written and will be read later")
+        return f"refused: {self.refused}" if self.refused else "; ".join(parts)
 
 
-def write_round(drop: Drop, verdicts: list[Verdict], classes: list[str], taken: str) -> Written:
+def write_round(drop: Drop, rows: list[CheckedRow], classes: list[str], taken: str) -> None:
     """Write shard, quarantine and plan of a round to the folder ROUND, which is created atomically."""
-    good = [verdict for verdict in verdicts if verdict.outcome == "good"]
-    bad = [verdict for verdict in verdicts if verdict.outcome == "bad"]
+    good = [checked for checked in rows if checked.outcome == "good"]
+    bad = [checked for checked in rows if checked.outcome == "bad"]
     with whole_folder(ROUND) as folder:
-        kept, changed = write_shard(folder / SHARD, good, classes)
-        shard = f"{sha256_of(folder / SHARD)}.parquet" if kept else None
-        quarantine, alone = write_quarantine(folder / BAD, bad) if bad else (None, [])
-        new = sorted({str(verdict.label) for verdict in kept} - set(classes))
-        there = len(verdicts) - len(good) - len(bad)
-        written = Written(shard, quarantine, len(kept), there, len(bad), reasons(verdicts), len(changed), new)
-        left = _files_of(_for_the_next(verdicts, changed), drop)
+        added, changed = write_shard(folder / SHARD, good, classes)
+        shard = f"{sha256_of(folder / SHARD)}.parquet" if added else None
+        quarantine, unreadable = write_quarantine(folder / BAD, bad) if bad else (None, [])
+        new_classes = sorted({str(checked.label) for checked in added} - set(classes))
+        existing = len(rows) - len(good) - len(bad)
+        report = IngestReport(
+            None, len(added), existing, len(bad), count_reasons(rows), len(changed), new_classes=new_classes
+        )
+        changed_files = {_file_of(checked) for checked in changed}
+        # All rows of a table that has a changed row stay in the drop folder with it.
+        deferred = _files_of([checked for checked in rows if _file_of(checked) in changed_files], drop)
         files = {path.relative_to(drop.root).as_posix(): stamp for path, stamp in drop.files.items()}
         plan = {
             "drop": str(drop.root.absolute()),
-            "remove": sorted(files.keys() - left - _files_of(alone, drop)) if taken == "remove" else [],
-            "files": {name: stamp for name, stamp in files.items() if name not in left},
-            "written": vars(written),
+            "remove": sorted(files.keys() - deferred - _files_of(unreadable, drop)) if taken == "remove" else [],
+            "files": {name: stamp for name, stamp in files.items() if name not in deferred},
+            "shard": shard,
+            "quarantine": quarantine,
+            "report": vars(report),
         }
         write_json(folder / PLAN, plan)
-    return written
 
 
-def _for_the_next(verdicts: list[Verdict], changed: list[Verdict]) -> list[Verdict]:
-    """Rows whose files stay in the drop folder: changed rows, and all rows of a table that has a changed row."""
-    own = {id(verdict) for verdict in changed}
-    tables = {_place(verdict) for verdict in changed}
-    return [verdict for verdict in verdicts if id(verdict) in own or _place(verdict) in tables]
-
-
-def _place(verdict: Verdict) -> str:
+def _file_of(checked: CheckedRow) -> str:
     """Path, relative to the drop folder, of the table or image of a row."""
-    return verdict.row.name.partition("#")[0]
+    return checked.row.name.partition("#")[0]
 
 
-def _files_of(verdicts: list[Verdict], drop: Drop) -> set[str]:
+def _files_of(rows: list[CheckedRow], drop: Drop) -> set[str]:
     """Paths, relative to the drop folder, of the tables and images of some rows."""
-    images = {verdict.row.file for verdict in verdicts if verdict.row.file}
-    return {_place(verdict) for verdict in verdicts} | {image.relative_to(drop.root).as_posix() for image in images}
+    images = {checked.row.file for checked in rows if checked.row.file}
+    return {_file_of(checked) for checked in rows} | {image.relative_to(drop.root).as_posix() for image in images}
 
 
-def finish_round() -> Written | None:
+def finish_round() -> IngestReport | None:
     """Move shard, quarantine and files of the drop of ROUND into place, and delete ROUND. None if there is no round.
 
     Each step is skipped if it is done already, so that after a kill at any point the next call completes the round.
     """
     try:
         plan = json.loads((ROUND / PLAN).read_text(encoding="utf-8"))
-        written = Written(**plan["written"])
+        shard = INGESTED / plan["shard"] if plan["shard"] else None
+        report = replace(IngestReport(**plan["report"]), shard=shard)
     except FileNotFoundError:
         shutil.rmtree(ROUND, ignore_errors=True)  # left by a kill during the final deletion, when all steps were done
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{ROUND / PLAN}: damaged ({error}); remove {ROUND} and run again") from None
-    if written.shard and (ROUND / SHARD).is_file():
-        place_file(ROUND / SHARD, INGESTED / written.shard)
-    if written.quarantine and (ROUND / BAD).is_dir():
-        place_quarantine(ROUND / BAD, written.quarantine)
-    _take_away(Path(plan["drop"]), plan)
+    if shard and (ROUND / SHARD).is_file():
+        move_file(ROUND / SHARD, shard)
+    if plan["quarantine"] and (ROUND / BAD).is_dir():
+        move_to_quarantine(ROUND / BAD, plan["quarantine"])
+    _clear_drop(Path(plan["drop"]), plan)
     shutil.rmtree(ROUND)
-    return written
+    return report
 
 
-def write_shard(path: Path, good: list[Verdict], classes: list[str]) -> tuple[list[Verdict], list[Verdict]]:
+def write_shard(path: Path, good: list[CheckedRow], classes: list[str]) -> tuple[list[CheckedRow], list[CheckedRow]]:
     """Write good rows to one Parquet file, in their order. Returns the written rows and the changed rows.
 
     A row is changed if its bytes differ from those that were checked. Equal rows give a bit-identical file. Without
     written rows there is no file.
     """
-    kept: list[Verdict] = []
-    changed: list[Verdict] = []
+    added: list[CheckedRow] = []
+    changed: list[CheckedRow] = []
     group: list[tuple[bytes, str, str, str]] = []
     size = 0
     with pyarrow.parquet.ParquetWriter(path, SCHEMA) as writer:
-        for verdict in good:
-            data = bytes_of(verdict)
-            if data is None or hashlib.sha256(data).hexdigest() != verdict.sha256:
-                changed.append(verdict)
+        for checked in good:
+            data = read_bytes(checked.row)
+            if data is None or hashlib.sha256(data).hexdigest() != checked.sha256:
+                changed.append(checked)
                 continue
-            kept.append(verdict)
-            group.append((data, str(verdict.label), verdict.row.name, verdict.sha256))
+            added.append(checked)
+            group.append((data, str(checked.label), checked.row.name, checked.sha256))
             size += len(data)
             if size >= ROW_GROUP_BYTES:
                 writer.write_table(_table(group))
                 group, size = [], 0
         if group:
             writer.write_table(_table(group))
-        writer.add_key_value_metadata(new_classes_metadata(sorted({str(v.label) for v in kept} - set(classes))))
-    if not kept:
+        writer.add_key_value_metadata(new_classes_metadata(sorted({str(row.label) for row in added} - set(classes))))
+    if not added:
         path.unlink()
-    return kept, changed
+    return added, changed
 
 
 def _table(rows: list[tuple[bytes, str, str, str]]) -> pa.Table:
     return pa.table([list(column) for column in zip(*rows, strict=True)], schema=SCHEMA)
 
 
-def _take_away(root: Path, plan: dict[str, Any]) -> None:
+def _clear_drop(root: Path, plan: dict[str, Any]) -> None:
     """Move the files of a round out of the drop folder, or delete them; files rewritten since the check stay."""
-    kept, removed = root / TAKEN / sha256_of_json(plan["files"])[:16], set(plan["remove"])
+    taken, removed = root / TAKEN / sha256_of_json(plan["files"])[:16], set(plan["remove"])
     for name, stamp in plan["files"].items():
         path = root / name
-        if stamp_of(path) != _as_stamp(stamp):
+        if stamp_of(path) != tuple(stamp):
             continue
         if name in removed:
             path.unlink()
         else:
-            (kept / name).parent.mkdir(parents=True, exist_ok=True)
-            path.rename(kept / name)
-
-
-def _as_stamp(values: list[int]) -> Stamp:
-    inode, size, changed = values
-    return inode, size, changed
+            (taken / name).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(taken / name)

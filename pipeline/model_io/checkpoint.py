@@ -86,10 +86,7 @@ def check_encoder(config: ModelConfig, encoder: dict[str, Any] | None, folder: P
 
 
 def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
-    """Load a network in eval mode on the CPU.
-
-    Raises ParamsError when it does not exist, StageError when damaged or NaN.
-    """
+    """Load a network in eval mode on the CPU. Raises ParamsError when it does not exist, StageError when damaged or NaN."""
     try:
         config = ModelConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with torch.random.fork_rng(devices=[]):

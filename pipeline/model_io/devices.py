@@ -13,14 +13,14 @@ from pipeline.shared.errors import ParamsError
 
 
 @contextlib.contextmanager
-def joined_ranks(wanted: str) -> Iterator[torch.device]:
+def joined_ranks(name: str) -> Iterator[torch.device]:
     """The device of this process; joins the process group if torchrun started several, and leaves it when the block ends.
 
-    wanted is params.device: `auto` is the first GPU or the CPU, under torchrun the GPU of the local rank. Raises
+    name is params.device: `auto` is the first GPU or the CPU, under torchrun the GPU of the local rank. Raises
     ParamsError when the device does not exist.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    device = choose_device(wanted, int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0)
+    device = choose_device(name, int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0)
     if ranks == 1 or dist.is_initialized():
         yield device
         return
@@ -33,16 +33,16 @@ def joined_ranks(wanted: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of params.device for one process. Raises ParamsError when the device does not exist."""
-    if wanted == "auto":
+    if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(wanted)
+    device = torch.device(name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ParamsError(
-            f"device is {wanted!r} (process {local_rank}), but {torch.cuda.device_count()} GPUs are visible; "
+            f"device is {name!r} (process {local_rank}), but {torch.cuda.device_count()} GPUs are visible; "
             "expected auto or cpu, or fewer processes"
         )
     return device

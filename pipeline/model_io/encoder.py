@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
-from pipeline.augment import random_views
+from pipeline.augment import apply_views, draw_views
 from pipeline.data.dataset import normalise
 from pipeline.model_io.checkpoint import ModelConfig, check_encoder
 from pipeline.model_io.pretrained import read_weights
@@ -56,7 +56,9 @@ class LoadedEncoder:
         batches = pixels[None]
         if views.views:
             weak = AugmentParams(crop_padding=views.crop_padding, flip=views.flip, cutout=0)
-            batches = torch.cat([batches, random_views(pixels, views.views, weak, generator)])
+            count, _, height, width = pixels.shape
+            draws = draw_views(count, height, width, views.views, weak, generator).to(pixels.device)
+            batches = torch.cat([batches, apply_views(pixels, draws, weak)])
         with torch.inference_mode():
             found = [self.network(normalise(batch, image)).half().cpu() for batch in batches]
         return torch.stack(found, 1)
@@ -123,7 +125,7 @@ def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     network = _built(encoder, image.size)
     weights = read_weights(path, expected, "encoder.weights", "encoder.sha256")
     try:
-        take_encoder_weights(network, weights, by_order=encoder.by_order and not params.weights)
+        load_encoder_weights(network, weights, by_order=encoder.by_order and not params.weights)
     except ValueError as error:
         raise ParamsError(f"encoder.weights: {path} {error}; are these the weights of {encoder.name}?") from None
     _fit_size(network, encoder, image.size)
@@ -133,17 +135,17 @@ def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     return LoadedEncoder(network.requires_grad_(False).eval(), record)
 
 
-def take_encoder_weights(network: Backbone, weights: dict[str, Tensor], by_order: bool = False) -> None:
+def load_encoder_weights(network: Backbone, weights: dict[str, Tensor], by_order: bool = False) -> None:
     """Load a state_dict with the network's names, or with others in the same order and a classifier at the end.
 
-    Raises ValueError as Backbone.take_weights does.
+    Raises ValueError as Backbone.load_weights does.
     """
     if by_order or not set(weights) & set(network.network.state_dict()):
         names = list(network.network.state_dict())
         if len(weights) - len(names) not in (0, 2):  # 2: weight and bias of the classifier
             raise ValueError(f"holds {len(weights)} tensors; expected {len(names)}, or 2 more for a classifier")
         weights = dict(zip(names, weights.values(), strict=False))
-    network.take_weights(weights)
+    network.load_weights(weights)
 
 
 def locate(source: str, download: bool) -> Path:

@@ -69,32 +69,26 @@ def balanced_logits(
 ) -> Tensor:
     """Logits [N,C] for the balanced target prior, float32 on the CPU.
 
-    images: as in `outputs`; shift: Prior.balanced_shift.
-
-    Raises NotFiniteError as `outputs` does.
+    images: as in `outputs`; shift: Prior.balanced_shift. Raises NotFiniteError as `outputs` does.
     """
     logits = outputs(model, images, image, device)[1]
     return logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
 
 
 def accuracy(
-    model: ImageClassifier,
-    data: AnyImages,
-    image: ImageParams,
-    device: torch.device,
-    shift: np.ndarray | None = None,
+    model: ImageClassifier, data: AnyImages, image: ImageParams, device: torch.device, shift: np.ndarray | None = None
 ) -> float:
     """Accuracy on a split with the balanced prior. Each image is evaluated once, by one rank.
 
     shift: as in `balanced_logits`. Raises NotFiniteError on every rank when any rank has a logit that is not finite.
     """
-    mine = torch.arange(rank(), len(data), rank_count())
+    indices = torch.arange(rank(), len(data), rank_count())
     counts = torch.zeros(2, dtype=torch.float64)  # correct predictions, and images with logits that are not finite
-    if len(mine):
+    if len(indices):
         with torch.inference_mode():
-            _, logits = _outputs(model, data.batches(mine, EVALUATION_BATCH), image, device)
+            _, logits = _outputs(model, data.batches(indices, EVALUATION_BATCH), image, device)
         shifted = logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
-        counts[0] += (shifted.argmax(1) == data.labels[mine]).sum()
+        counts[0] += (shifted.argmax(1) == data.labels[indices]).sum()
         counts[1] += (~logits.isfinite().all(1)).sum()
     if rank_count() > 1:
         counts = counts.to(device)

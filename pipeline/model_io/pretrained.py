@@ -18,7 +18,7 @@ from pipeline.shared.errors import ParamsError
 PICKLED = (".pth", ".pt", ".bin")
 
 
-def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str) -> None:
+def load_pretrained(backbone: Backbone, pretrained: PretrainedParams | None, key: str) -> None:
     """Load weights from a file into a newly built backbone; does nothing if `pretrained` is None.
 
     The file holds a state_dict of the same network with its library's names, or a classifier written by Tailor
@@ -29,7 +29,7 @@ def start_from(backbone: Backbone, pretrained: PretrainedParams | None, key: str
         return
     weights = read_weights(Path(pretrained.file), pretrained.sha256, f"{key}.file", f"{key}.sha256")
     try:
-        backbone.take_weights(weights)
+        backbone.load_weights(weights)
     except ValueError as error:
         raise ParamsError(
             f"{key}.file is {pretrained.file!r}, which {error}; does it belong to the backbone?"

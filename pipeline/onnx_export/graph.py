@@ -56,13 +56,13 @@ class ServedStudent(nn.Module):
 
         image: uint8 [B,3,H,W]; strength: float32 [B,1].
         """
-        return self.answer(self.backbone(self.normalise(image)), strength)
+        return self.head(self.backbone(self.normalise(image)), strength)
 
     def normalise(self, image: Tensor) -> Tensor:
         """Normalise an image uint8 [B,3,H,W] to the backbone's input, float32 [B,3,H,W]."""
         return image.float() * self.scale + self.shift
 
-    def answer(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    def head(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits [B,C] and the unit feature [B,D] from backbone features [B,D] and strength [B,1]."""
         feature = F.normalize(features, dim=1)
         return adjust_logits(F.linear(feature, self.class_matrix, self.class_bias), self.log_prior, strength), feature
@@ -89,15 +89,9 @@ def trace(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], ops
         # The exporter emits deprecation warnings about its internals on every call.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            network,
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            output_names=outputs,
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
+            network, tuple(inputs.values()), input_names=list(inputs), output_names=outputs, opset_version=opset,
+            dynamic_shapes=tuple({0: batch} for _ in inputs), dynamo=True, verbose=False,
+        )  # fmt: skip
     graph = program.model_proto
     graph.ir_version = min(graph.ir_version, LARGEST_IR)
     for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):

@@ -13,7 +13,7 @@ import torch
 from models.networks.cosine_classifier import ImageClassifier
 from models.prior import adjust_logits
 from pipeline.data.dataset import AnyImages, normalise
-from pipeline.onnx_export.float16 import REMEDY, HalfGraph
+from pipeline.onnx_export.float16 import REMEDY, Float16Graph
 from pipeline.params import ExportParams, ImageParams
 from pipeline.shared.errors import StageError
 from serving.shared.terminal import counted
@@ -21,7 +21,7 @@ from serving.shared.terminal import counted
 if TYPE_CHECKING:
     import onnxruntime
 
-COMPARED = 256  # held-out images whose best class is compared between float16 and PyTorch
+COMPARED_IMAGES = 256  # held-out images whose best class is compared between float16 and PyTorch
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TrainedNetwork:
     log_prior: list[float]
     shift: list[float]
 
-    def answer(self, pixels: np.ndarray, strength: np.ndarray) -> Reference:
+    def run(self, pixels: np.ndarray, strength: np.ndarray) -> Reference:
         """Run the network on pixels uint8 [B,3,H,W] at strength [B,1]."""
         with torch.inference_mode():
             features, logits = self.model(normalise(torch.from_numpy(pixels), self.image))
@@ -95,8 +95,8 @@ def check_parity(
     return largest
 
 
-def check_half(
-    half: HalfGraph,
+def check_float16(
+    half: Float16Graph,
     sessions: tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession],
     network: TrainedNetwork,
     examples: AnyImages,
@@ -113,12 +113,12 @@ def check_half(
     served, rounding = sessions
     mixed = ((batch, False) for batch in mixed_batches(network, examples, seed, export.max_batch_size))
     real = ((batch, True) for batch in real_batches(network, examples, seed, export.max_batch_size))
-    for reference, counts in itertools.chain(mixed, real):
+    for reference, counted_images in itertools.chain(mixed, real):
         *rounded, magnitude = reference.run(rounding, "magnitude")
         half.check_magnitude(magnitude)
-        kept = np.ones(len(reference.pixels), dtype=bool)
-        for answer in (reference.run(served), rounded):
-            logit, feature = reference.gaps(*answer)
+        same_class = np.ones(len(reference.pixels), dtype=bool)
+        for logits, features in (reference.run(served), rounded):
+            logit, feature = reference.gaps(logits, features)
             if not max(logit * network.model.tau_s, feature) <= bounds.tolerance:
                 raise StageError(
                     f"at batch size {len(reference.pixels)} float16 differs from PyTorch by {logit * network.model.tau_s:.2e} "
@@ -126,9 +126,9 @@ def check_half(
                     f"{REMEDY}; nothing was exported"
                 )
             largest = max(largest, logit)
-            kept &= answer[0].argmax(1) == reference.logits.argmax(1)
-        if counts:
-            same, images = same + int(kept.sum()), images + len(kept)
+            same_class &= logits.argmax(1) == reference.logits.argmax(1)
+        if counted_images:
+            same, images = same + int(same_class.sum()), images + len(same_class)
     if same < bounds.agreement * images:
         raise StageError(
             f"float16 gives {images - same} of {counted(images, 'image')} another best class than PyTorch, "
@@ -147,12 +147,12 @@ def mixed_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most:
         real = examples.pixels(torch.from_numpy(chosen)).numpy()
         pixels[: len(real)] = real
         strength = generator.choice([0.0, 1.0, -0.5, 2.5], (batch, 1)).astype(np.float32)
-        yield network.answer(pixels, strength)
+        yield network.run(pixels, strength)
 
 
 def real_batches(network: TrainedNetwork, examples: AnyImages, seed: int, most: int) -> Iterator[Reference]:
     """PyTorch outputs for up to 256 real images, each once, in batches of at most `most`, at strength 0."""
-    chosen = np.random.default_rng(seed).permutation(len(examples))[:COMPARED]
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:COMPARED_IMAGES]
     for start in range(0, len(chosen), most):
         pixels = examples.pixels(torch.from_numpy(chosen[start : start + most])).numpy()
-        yield network.answer(pixels, np.zeros((len(pixels), 1), dtype=np.float32))
+        yield network.run(pixels, np.zeros((len(pixels), 1), dtype=np.float32))

@@ -9,12 +9,12 @@ import numpy as np
 from models.prior import class_key, class_prior, shot_group, softmax
 from pipeline.data.class_prior import Prior
 from pipeline.data.split_tables import load_classes
-from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.predictions import Predictions
 from pipeline.params import Params
 from pipeline.shared.errors import StageError
 
 
-def served_answers(repository: Path, version: int | None, params: Params, target_prior: str) -> Answers:
+def predict_with_release(repository: Path, version: int | None, params: Params, target_prior: str) -> Predictions:
     """Predictions of a version on data/split/test.parquet for the target prior. version: None is the champion.
 
     Raises InputError if the version does not exist, RepositoryError or ManifestError if the repository is damaged,
@@ -36,22 +36,20 @@ def served_answers(repository: Path, version: int | None, params: Params, target
     manifest = read_release(repository, version).manifest
     if load_classes() != [class_key(name) for name in manifest.classes]:
         raise StageError(f"version {version} of {repository} has other classes than data/split/classes.json")
-    seen = manifest.image.model_dump(include={"size", "resize_to", "interpolation"})
-    test = evaluation_images(params.model_copy(update={"image": params.image.model_copy(update=seen)}), "test")
+    image = params.image.model_copy(update=manifest.image.model_dump(include={"size", "resize_to", "interpolation"}))
+    test = evaluation_images(params.model_copy(update={"image": image}), "test")
     session = open_session(repository / STUDENT / str(version) / "model.onnx")
     strength = 1.0 if target_prior == "train" else 0.0
-    logits = [
-        session.run(["logits"], {"image": images.numpy(), "strength": np.full((len(images), 1), strength, np.float32)})[
-            0
-        ]
-        for images in test.batches(torch.arange(len(test)), manifest.max_batch_size)
-    ]
+    logits = []
+    for images in test.batches(torch.arange(len(test)), manifest.max_batch_size):
+        inputs = {"image": images.numpy(), "strength": np.full((len(images), 1), strength, np.float32)}
+        logits += session.run(["logits"], inputs)
     p = class_prior(manifest.counts, 0.0 if all(manifest.counts) else 1.0)
     groups = [shot_group(count) for count in manifest.counts]
     prior = Prior(manifest.classes, manifest.counts, p.tolist(), manifest.log_prior, groups)
     order = np.argsort(np.array(list(test.sample_ids)))
     try:
-        found = softmax(check_finite(np.concatenate(logits)))[order]
+        probabilities = softmax(check_finite(np.concatenate(logits)))[order]
     except NotFiniteError as error:
         raise StageError(f"version {version} of {repository}: {error}") from None
-    return Answers([test.sample_ids[i] for i in order], test.labels.numpy()[order], found, prior)
+    return Predictions([test.sample_ids[i] for i in order], test.labels.numpy()[order], probabilities, prior)

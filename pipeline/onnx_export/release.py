@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 VERSION = 1
-
-
 LARGEST_TOLERANCE = 0.1  # of a golden probability; a larger difference means a wrong graph, not rounding
 
 
@@ -68,7 +66,7 @@ def top_k(serving: ServingParams, prior: Prior) -> int:
     return min(serving.top_k, len(prior.classes))
 
 
-def golden_answers(
+def golden_requests(
     session: onnxruntime.InferenceSession, examples: AnyImages, chosen: list[int], best: int, tolerance: float
 ) -> list[Golden]:
     """Golden requests: the chosen images at strength 0 and 1 alternately, with ONNX Runtime's output."""
@@ -79,15 +77,13 @@ def golden_answers(
         logits = session.run(["logits"], {"image": pixels, "strength": np.array([[strength]], dtype=np.float32)})[0][0]
         probability = softmax(logits)
         index = np.argsort(-probability, kind="stable")[:best]
+        image = base64.b64encode(examples.encoded(example)).decode()
         golden.append(
             Golden(
-                image=base64.b64encode(examples.encoded(example)).decode(),
-                strength=strength,
-                index=index.tolist(),
-                probability=probability[index].tolist(),
+                image=image, strength=strength, index=index.tolist(), probability=probability[index].tolist(),
                 tolerance=tolerance,
             )
-        )
+        )  # fmt: skip
     return golden
 
 

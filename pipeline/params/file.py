@@ -61,7 +61,7 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -96,13 +96,8 @@ def _explain(path: Path, entry: Any) -> str:
     if entry["type"] == "extra_forbidden":
         siblings = _keys_at(location[:-1])
         nearest = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.5)
-        prefix = ".".join(location[:-1])
-        hint = (
-            f"; did you mean {'.'.join(filter(None, [prefix, nearest[0]]))}?"
-            if nearest
-            else f"; known here: {', '.join(siblings)}"
-        )
-        return f"{path}: {key} is not a key{hint}"
+        hint = f"did you mean {'.'.join(location[:-1] + nearest)}?" if nearest else f"allowed: {', '.join(siblings)}"
+        return f"{path}: {key} is not a key; {hint}"
     if entry["type"] == "missing":
         return f"{path}: {key} is missing; add it (see the file's default in the repository)"
     message = entry["msg"].removeprefix("Value error, ")
@@ -115,11 +110,8 @@ def _explain(path: Path, entry: Any) -> str:
 def _keys_at(location: list[str]) -> list[str]:
     model: Any = Params
     for part in location:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        field = getattr(model, "model_fields", {}).get(part)
         # The annotation of an optional section is a union with None.
-        model = (
-            next((one for one in get_args(field.annotation) if one is not type(None)), field.annotation)
-            if field
-            else None
-        )
+        kinds = (kind for kind in get_args(field.annotation) if kind is not type(None)) if field else ()
+        model = next(iter(kinds), field and field.annotation)
     return sorted(getattr(model, "model_fields", {}))

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
 
-class ScheduleParams(Section):
+class LearningRateParams(Section):
     """Learning rate schedule: `cosine` to nearly zero, or `steps`, times `factor` at each milestone; linear warm-up.
 
     rule: `official` is that of the authors' code: warm-up and steps end an epoch later, and a cosine starts after
@@ -23,7 +23,7 @@ class ScheduleParams(Section):
     factor: Annotated[Number, Field(gt=0, lt=1)] = 0.1
 
     @model_validator(mode="after")
-    def _milestones_belong_to_steps(self) -> ScheduleParams:
+    def _milestones_belong_to_steps(self) -> LearningRateParams:
         if self.kind == "steps" and self.milestones != sorted(set(self.milestones)):
             raise ValueError(f"milestones is {self.milestones}; expected epochs in rising order")
         if self.kind == "cosine" and self.milestones:
@@ -63,9 +63,7 @@ class AugmentParams(Section):
     @model_validator(mode="after")
     def _some_view_takes_cutout(self) -> AugmentParams:
         if self.cutout and self.policy == "simaugment" and self.contrast_policy in ("same", "simaugment"):
-            raise ValueError(
-                f"cutout is {self.cutout}, but every view is simaugment, which has no Cutout; set cutout: 0"
-            )
+            raise ValueError(f"cutout is {self.cutout}, but every view is simaugment with no Cutout; set it to 0")
         return self
 
 
@@ -99,7 +97,7 @@ class TrainingParams(Section):
     learning_rate: Positive
     momentum: Annotated[Number, Field(ge=0, lt=1)]
     weight_decay: NonNegative
-    schedule: ScheduleParams
+    schedule: LearningRateParams
     augment: AugmentParams
 
 

@@ -12,36 +12,36 @@ import numpy as np
 from models.prior import GROUPS, class_names_problem, shot_group
 from models.sample_size import SampleSize, sample_sizes
 from pipeline.data.assignment import SPLITS, assign, without
-from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, looks_of
-from pipeline.data.inspection import Inspected, Journal, inspect_images
-from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, perceptual_hash
+from pipeline.data.inspection import InspectionResult, Journal, inspect_images
+from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
 from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import StageError
-from pipeline.sources import FolderSource, Row, Source, open_own
+from pipeline.sources import FolderSource, Row, Source, open_base_source
 from serving.shared.terminal import counted
 
-HASHED_SIDE = 32
+MIN_HASHED_SIDE = 32
 Assigned = dict[str, list[Row]]
 
 
 @dataclass(frozen=True)
-class Difference:
+class PublishedFigure:
     """A published figure of a data set and the measured one."""
 
     figure: str
     published: str
-    found: str
+    measured: str
 
     @property
     def same(self) -> bool:
         """Whether the two figures are equal."""
-        return self.published == self.found
+        return self.published == self.measured
 
 
 @dataclass
-class Report:
+class DataReport:
     """Result of a data check; counts are of images.
 
     verdict, problems, remarks: lines of text. verdict: errors with which `split` would fail. problems: errors that
@@ -53,7 +53,7 @@ class Report:
     location: str
     classes: list[str]
     assigned: Assigned
-    inspected: dict[str, Inspected]
+    inspected: dict[str, InspectionResult]
     counts: dict[str, list[int]]
     bad: list[Row]
     conflicts: list[tuple[Row, Row]]
@@ -61,7 +61,7 @@ class Report:
     near_duplicates: list[list[tuple[str, Row]]] | None
     list_hash: str
     content_hash: str
-    published: list[Difference]
+    published: list[PublishedFigure]
     verdict: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -74,15 +74,14 @@ class Report:
 
     def groups(self) -> dict[str, int]:
         """Number of classes by shot group."""
-        found = [shot_group(count) for count in self.counts["train"]]
-        return {group: found.count(group) for group in GROUPS}
+        groups = [shot_group(count) for count in self.counts["train"]]
+        return {group: groups.count(group) for group in GROUPS}
 
     def test_sizes(self) -> dict[str, SampleSize]:
         """Sample sizes of the test split, for all classes and by shot group; empty if the test split is empty."""
-        groups = [shot_group(count) for count in self.counts["train"]]
-        return sample_sizes(self.counts["test"], groups)
+        return sample_sizes(self.counts["test"], [shot_group(count) for count in self.counts["train"]])
 
-    def missing(self) -> int:
+    def count_missing(self) -> int:
         """Number of images whose file is missing."""
         return sum(self.inspected[row.reference].missing for row in self.bad)
 
@@ -95,11 +94,13 @@ class Report:
         sizes = sorted((i.width * i.height, i.width, i.height) for i in self.inspected.values() if not i.problem)
         if not sizes:
             return {}
-        places = {"smallest": 0, "median": len(sizes) // 2, "largest": len(sizes) - 1}
-        return {name: sizes[place][1:] for name, place in places.items()}
+        ranks = {"smallest": 0, "median": len(sizes) // 2, "largest": -1}
+        return {name: sizes[rank][1:] for name, rank in ranks.items()}
 
 
-def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None = None, fresh: bool = False) -> Report:
+def check(
+    params: Params, journal: Path, near: int | None = 4, jobs: int | None = None, fresh: bool = False
+) -> DataReport:
     """Read every image of the source and run all checks.
 
     journal: file of results per image, with which an interrupted check resumes; `fresh` deletes it first. near: bits in
@@ -107,11 +108,13 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     Raises DataError or ParamsError if the source cannot be opened.
     """
     data = params.data
-    source = open_own(data)
+    source = open_base_source(data)
     if fresh:
         journal.unlink(missing_ok=True)
-    about = sha256_of_json([data.source, data.location, data.table.model_dump(), near is not None])
-    inspected = inspect_images(source, "check", looks_of if near is not None else None, Journal(journal, about), jobs)
+    settings = sha256_of_json([data.source, data.location, data.table.model_dump(), near is not None])
+    inspected = inspect_images(
+        source, "check", perceptual_hash if near is not None else None, Journal(journal, settings), jobs
+    )
     bad = [row for row in source.rows if inspected[row.reference].problem]
     names = class_names_problem(source.classes)
     verdict = [names] if names else []
@@ -120,34 +123,32 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
             f"{counted(len(bad), 'image', 'are')} missing or cannot be used; the first: {inspected[bad[0].reference].problem}"
         )
         missing = [row for row in bad if inspected[row.reference].missing]
-        cause = source.why_missing(missing) if missing else None
-        if cause:
+        if missing and (cause := source.why_missing(missing)):
             verdict.append(cause)
     try:
-        assigned = assign(
-            without(source, bad) if data.on_bad_image == "skip" else source.rows, source.classes, data, source.origin
-        )
+        rows = without(source, bad) if data.on_bad_image == "skip" else source.rows
+        assigned = assign(rows, source.classes, data, source.origin)
     except StageError as error:
         verdict.append(str(error))
         assigned = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
-    hashes = {reference: found.sha256 for reference, found in inspected.items() if found.sha256}
+    hashes = {reference: image.sha256 for reference, image in inspected.items() if image.sha256}
     conflicts = conflicting_labels(source.rows, hashes)
     if conflicts and source.origin not in PUBLISHED:
         row, other = conflicts[0]
         verdict.append(
-            f"{counted(len(conflicts), 'image', 'lie')} under two labels; the first: {source.place(row)} and "
-            f"{source.place(other)}"
+            f"{counted(len(conflicts), 'image')} with two labels; the first: {source.location(row)} and "
+            f"{source.location(other)}"
         )
-    published = compare(params, source)
+    published = compare_with_published(params, source)
     if any(not figure.same for figure in published):
         verdict.append(f"{source.origin} differs from what was published")
-    duplicates, near_duplicates = group_duplicates(assigned, hashes), _near(assigned, inspected, near)
+    duplicates, near_duplicates = group_duplicates(assigned, hashes), _near_duplicates(assigned, inspected, near)
     problems = []
     if source.origin not in PUBLISHED:
-        alike = [group for group in near_duplicates or [] if _large_enough(group, inspected)]
-        for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", alike)):
-            problems += _across(kind, groups, source)
-    return Report(
+        reliable = [group for group in near_duplicates or [] if _large_enough(group, inspected)]
+        for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", reliable)):
+            problems += _cross_split_problem(kind, groups, source)
+    return DataReport(
         source.origin, data.location, source.classes, assigned, inspected,
         {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
         bad, conflicts, duplicates, near_duplicates,
@@ -156,16 +157,16 @@ def check(params: Params, journal: Path, near: int | None = 4, jobs: int | None 
     )  # fmt: skip
 
 
-def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, Inspected]) -> bool:
+def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, InspectionResult]) -> bool:
     """Whether all images of a group have at least 32 x 32 pixels, the input size of the perceptual hash.
 
     Smaller images are enlarged, and their hashes cannot distinguish them.
     """
     sizes = [inspected[row.reference] for _, row in group]
-    return all(min(size.width, size.height) >= HASHED_SIDE for size in sizes)
+    return all(min(size.width, size.height) >= MIN_HASHED_SIDE for size in sizes)
 
 
-def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> list[str]:
+def _cross_split_problem(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> list[str]:
     """A line on groups of duplicates with images in two splits, such as a test image that is in train; else empty."""
     shared = [group for group in groups if len({split for split, _ in group}) > 1]
     if not shared:
@@ -174,7 +175,7 @@ def _across(kind: str, groups: list[list[tuple[str, Row]]], source: Source) -> l
     other, second = next(member for member in others if member[0] != split)
     return [
         f"{counted(len(shared), 'group')} of {kind} in two splits, so that figures on held-out images are too good; the first: "
-        f"{source.place(row)} ({split}) and {source.place(second)} ({other}); keep each image in one split"
+        f"{source.location(row)} ({split}) and {source.location(second)} ({other}); keep each image in one split"
     ]
 
 
@@ -193,40 +194,42 @@ def hash_split(assigned: Assigned, hashes: Mapping[str, str] | None = None) -> s
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def compare(params: Params, source: Source) -> list[Difference]:
+def compare_with_published(params: Params, source: Source) -> list[PublishedFigure]:
     """Compare the source with the published figures of a known data set; empty for other data sets."""
-    known = PUBLISHED.get(source.origin)
-    if known is None:
+    expected = PUBLISHED.get(source.origin)
+    if expected is None:
         return []
-    by_split = {split: [row for row in source.rows if row.split == split] for split in known.images}
+    by_split = {split: [row for row in source.rows if row.split == split] for split in expected.images}
     counts = count_classes(by_split["train"], len(source.classes))
     groups = [shot_group(count) for count in counts]
-    figures = [(f"{split} images", known.images[split], len(rows)) for split, rows in by_split.items()]
-    figures += [
-        ("classes", known.classes, len(source.classes)),
-        ("largest class", known.largest, max(counts)),
-        ("smallest class", known.smallest, min(counts)),
-        *((f"{group} classes", known.groups[group], groups.count(group)) for group in GROUPS),
+    numbers = [(f"{split} images", expected.images[split], len(rows)) for split, rows in by_split.items()]
+    numbers += [
+        ("classes", expected.classes, len(source.classes)),
+        ("largest class", expected.largest, max(counts)),
+        ("smallest class", expected.smallest, min(counts)),
+        *((f"{group} classes", expected.groups[group], groups.count(group)) for group in GROUPS),
     ]
-    found = [Difference(name, f"{published:,}", f"{there:,}") for name, published, there in figures]
+    figures = [PublishedFigure(name, f"{published:,}", f"{measured:,}") for name, published, measured in numbers]
     choice = published_choice(source.origin, params.data)
     if choice:
-        labels = np.array([row.label for row in by_split["train"]])
-        kept = choose(labels, class_sizes(params.data.profile, counts, params.data.imbalance_factor), params.data.seed)
-        name = f"CIFAR-LT, factor {params.data.imbalance_factor:g}"
-        chosen = f"{counted(sum(map(len, kept)), 'image')}, {hash_of_ranks(labels, kept)}"
-        found.append(Difference(name, f"{counted(choice[0], 'image')}, {choice[1]}", chosen))
-    return found
+        labels, data = np.array([row.label for row in by_split["train"]]), params.data
+        chosen = choose_images(labels, class_sizes(data.profile, counts, data.imbalance_factor), data.seed)
+        published = f"{counted(choice[0], 'image')}, {choice[1]}"
+        measured = f"{counted(sum(map(len, chosen)), 'image')}, {hash_of_ranks(labels, chosen)}"
+        figures.append(PublishedFigure(f"CIFAR-LT, factor {data.imbalance_factor:g}", published, measured))
+    return figures
 
 
-def _near(
-    assigned: Assigned, inspected: Mapping[str, Inspected], distance: int | None
+def _near_duplicates(
+    assigned: Assigned, inspected: Mapping[str, InspectionResult], distance: int | None
 ) -> list[list[tuple[str, Row]]] | None:
     if distance is None:
         return None
-    rows = [(split, row) for split, kept in assigned.items() for row in kept]
-    groups = group_near_duplicates([inspected[row.reference].looks for _, row in rows], distance)
+    members = [(split, row) for split, rows in assigned.items() for row in rows]
+    groups = group_near_duplicates([inspected[row.reference].perceptual_hash for _, row in members], distance)
     # Byte-identical images are reported as exact duplicates.
     return [
-        [rows[i] for i in group] for group in groups if len({inspected[rows[i][1].reference].sha256 for i in group}) > 1
+        [members[i] for i in group]
+        for group in groups
+        if len({inspected[members[i][1].reference].sha256 for i in group}) > 1
     ]

@@ -7,21 +7,21 @@ from typing import Any
 
 from rich.table import Table
 
-from models.prior import GROUPS, shot_group
+from models.prior import shot_group
 from models.sample_size import ADVICE, warnings_of
 from models.sample_size import as_json as sizes_as_json
 from pipeline.data.assignment import SPLITS
 from pipeline.data.inspection import SHOWN
-from pipeline.preparation.check import Report
+from pipeline.preparation.check import DataReport
 from pipeline.preparation.long_tail_chart import draw_long_tail, show_long_tail
 from pipeline.shared.artifacts import as_csv, whole_folder, write_file, write_json
 from serving.shared.terminal import Console, cell, counted
 
 
-def show(report: Report, console: Console) -> None:
+def print_report(report: DataReport, console: Console) -> None:
     """Print the report as text and tables."""
     console.print(f"[bold]{cell(report.source)}[/] at {cell(report.location)}", highlight=False)
-    console.print(_splits(report))
+    console.print(_split_table(report))
     groups = ", ".join(f"{number:,} {group}" for group, number in report.groups().items())
     train = report.counts["train"]
     console.print(
@@ -29,66 +29,60 @@ def show(report: Report, console: Console) -> None:
         f"{report.imbalance_factor:.4g}; {groups}"
     )
     console.print(show_long_tail(train, report.classes))
-    for line in _findings(report):
+    for line in _summary_lines(report):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if report.published:
-        console.print(_published(report))
+        console.print(_published_table(report))
     for name, value in (("list", report.list_hash), ("content", report.content_hash)):
         console.print(f"{name} hash {value}", soft_wrap=True, highlight=False)
-    for line in report.remarks:
-        console.print(f"note: {line}", soft_wrap=True, markup=False, highlight=False)
     few = warnings_of(report.test_sizes())
-    for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
-        console.print(f"warning: {line}", soft_wrap=True, markup=False, highlight=False)
-    for line in report.problems:
-        console.print(f"problem: {line}", soft_wrap=True, markup=False, highlight=False)
-    for line in report.verdict:
-        console.print(f"not right: {line}", soft_wrap=True, markup=False, highlight=False)
+    warnings = [*few, *([f"too few test images: {ADVICE}"] if few else [])]
+    lines = {"note": report.remarks, "warning": warnings, "problem": report.problems, "error": report.verdict}
+    for kind, texts in lines.items():
+        for text in texts:
+            console.print(f"{kind}: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _splits(report: Report) -> Table:
+def _split_table(report: DataReport) -> Table:
     table = Table()
     for column in ("split", "images", "classes", "bytes"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split in SPLITS:
         rows = report.assigned[split]
         size = sum(report.inspected[row.reference].size for row in rows)
-        there = sum(count > 0 for count in report.counts[split])
-        table.add_row(split, f"{len(rows):,}", f"{there:,}", f"{size:,}")
+        classes = sum(count > 0 for count in report.counts[split])
+        table.add_row(split, f"{len(rows):,}", f"{classes:,}", f"{size:,}")
     return table
 
 
-def _findings(report: Report) -> list[str]:
-    missing = report.missing()
+def _summary_lines(report: DataReport) -> list[str]:
+    missing = report.count_missing()
     lines = [f"missing: {missing:,}; unreadable: {len(report.bad) - missing:,}"]
     lines += [f"  {report.inspected[row.reference].problem}" for row in report.bad[:SHOWN]]
     if len(report.bad) > SHOWN:
         lines.append(f"  and {len(report.bad) - SHOWN:,} more, in problems.csv")
-    exact = list(report.duplicates.values())
-    lines.append(
-        f"exact duplicates: {counted(len(exact), 'group')}, {report.across_splits(exact):,} of them across splits"
-    )
+    for kind, groups in (("exact", list(report.duplicates.values())), ("near", report.near_duplicates)):
+        if groups is not None:
+            across = report.across_splits(groups)
+            lines.append(f"{kind} duplicates: {counted(len(groups), 'group')}, {across:,} of them across splits")
     if report.conflicts:
-        lines.append(f"the same image under two labels of one split: {len(report.conflicts):,}")
-    if report.near_duplicates is not None:
-        near = report.near_duplicates
-        lines.append(
-            f"near duplicates: {counted(len(near), 'group')}, {report.across_splits(near):,} of them across splits"
-        )
+        lines.append(f"the same image with two labels in one split: {len(report.conflicts):,}")
     sizes = ", ".join(f"{name} {width}x{height}" for name, (width, height) in report.image_sizes().items())
     return [*lines, f"image sizes: {sizes or 'none'}"]
 
 
-def _published(report: Report) -> Table:
+def _published_table(report: DataReport) -> Table:
     table = Table(title=f"{report.source} as published")
-    for column in ("figure", "published", "found", ""):
+    for column in ("figure", "published", "measured", ""):
         table.add_column(column, justify="left" if column in ("figure", "") else "right")
     for figure in report.published:
-        table.add_row(figure.figure, figure.published, figure.found, "same" if figure.same else "[bold red]differs[/]")
+        table.add_row(
+            figure.figure, figure.published, figure.measured, "same" if figure.same else "[bold red]differs[/]"
+        )
     return table
 
 
-def write(report: Report, folder: Path) -> None:
+def write_report(report: DataReport, folder: Path) -> None:
     """Write the report's files to a folder, which is replaced atomically."""
     with whole_folder(folder) as output:
         write_json(output / "report.json", as_json(report))
@@ -102,25 +96,22 @@ def write(report: Report, folder: Path) -> None:
             for row in report.bad
         ]
         write_file(output / "problems.csv", as_csv(problems, ["split", "sample_id", "class", "problem"]))
-        for name, groups in (
-            ("duplicates", list(report.duplicates.values())),
-            ("near_duplicates", report.near_duplicates),
-        ):
+        duplicates = {"duplicates": report.duplicates.values(), "near_duplicates": report.near_duplicates or []}
+        for name, groups in duplicates.items():
             members = [
                 (str(number), split, row.sample_id, report.classes[row.label])
-                for number, group in enumerate(groups or [])
+                for number, group in enumerate(groups)
                 for split, row in group
             ]
             write_file(output / f"{name}.csv", as_csv(members, ["group", "split", "sample_id", "class"]))
-        sizes = f"{counted(sum(report.counts['train']), 'training image')}, {counted(len(report.classes), 'class')}"
-        title = f"{report.source}: {sizes}"
-        draw_long_tail(report.counts["train"], title, output / "long_tail.svg")
+        images, number = counted(sum(report.counts["train"]), "training image"), counted(len(report.classes), "class")
+        draw_long_tail(report.counts["train"], f"{report.source}: {images}, {number}", output / "long_tail.svg")
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: DataReport) -> dict[str, Any]:
     """The report as JSON-serialisable values."""
     exact, near = list(report.duplicates.values()), report.near_duplicates
-    missing = report.missing()
+    missing = report.count_missing()
     return {
         "source": report.source,
         "location": report.location,
@@ -129,7 +120,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "largest_class": max(report.counts["train"]),
         "smallest_class": min(report.counts["train"]),
         "imbalance_factor": report.imbalance_factor,
-        "groups": {group: report.groups()[group] for group in GROUPS},
+        "groups": report.groups(),
         "missing": missing,
         "unreadable": len(report.bad) - missing,
         "duplicate_groups": len(exact),
@@ -141,7 +132,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "list_hash": report.list_hash,
         "content_hash": report.content_hash,
         "published": [
-            {"figure": figure.figure, "published": figure.published, "found": figure.found, "same": figure.same}
+            {"figure": figure.figure, "published": figure.published, "found": figure.measured, "same": figure.same}
             for figure in report.published
         ],
         "test_images": sizes_as_json(report.test_sizes()),

@@ -20,7 +20,7 @@ from pipeline.sources.folder import FolderSource
 from pipeline.sources.source import Row
 from serving.shared.terminal import counted
 
-LOOKED_AT = 300  # images that are decoded
+DECODED_IMAGES = 300  # at most about this number
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
 LARGEST_QUEUE = 65536  # the paper's value for iNaturalist 2018
 TEST_SHARE, MOST_TESTED = 0.2, 50  # per class; 50 at most, because all classes have equal weight in the metrics
@@ -28,7 +28,7 @@ VALIDATION_SHARE, MOST_VALIDATED = 0.1, 20
 
 
 @dataclass(frozen=True)
-class Found:
+class FolderSummary:
     """Summary of a folder of images. counts: training images of each class; shorter: median shorter side in pixels.
 
     tested: images of each class in a test folder; None if there is no test folder.
@@ -57,7 +57,7 @@ class Found:
         )
 
 
-def look(folder: Path) -> Found:
+def inspect_folder(folder: Path) -> FolderSummary:
     """Count a folder's images, and decode about 300 of them, evenly spread, to measure their sizes.
 
     Raises ParamsError if the folder does not exist, DataError if it has no classes or no readable image.
@@ -67,9 +67,8 @@ def look(folder: Path) -> Found:
     source = FolderSource(folder)
     train = [row for row in source.rows if row.split == "train"]
     counts = np.bincount([row.label for row in train], minlength=len(source.classes)).tolist()
-    step = max(1, len(source.rows) // LOOKED_AT)
     sides, unreadable = [], []
-    for row in source.rows[::step]:
+    for row in source.rows[:: max(1, len(source.rows) // DECODED_IMAGES)]:
         side = _shorter_side(source, row)
         if side is None:
             unreadable.append(row.reference)
@@ -77,13 +76,13 @@ def look(folder: Path) -> Found:
             sides.append(side)
     if not sides:
         raise DataError(
-            f"{folder}: none of {counted(len(unreadable), 'inspected image')} can be read, {unreadable[0]} the first"
+            f"{folder}: none of {counted(len(unreadable), 'inspected image')} can be read; the first: {unreadable[0]}"
         )
-    own = [row.label for row in source.rows if row.split == "test"]
-    tested = np.bincount(own, minlength=len(source.classes)).tolist() if own else None
+    test = [row.label for row in source.rows if row.split == "test"]
+    tested = np.bincount(test, minlength=len(source.classes)).tolist() if test else None
     own_validation = any(row.split == "validation" for row in source.rows)
     median = round(statistics.median(sides))
-    return Found(source.classes, counts, tested, own_validation, median, unreadable, source.remarks)
+    return FolderSummary(source.classes, counts, tested, own_validation, median, unreadable, source.remarks)
 
 
 def _shorter_side(source: FolderSource, row: Row) -> int | None:
@@ -93,113 +92,108 @@ def _shorter_side(source: FolderSource, row: Row) -> int | None:
         return None
 
 
-def choices(found: Found, location: str, gpu: bool) -> dict[str, tuple[Any, str]]:
+def suggest_params(summary: FolderSummary, location: str, gpu: bool) -> dict[str, tuple[Any, str]]:
     """Choose params: dotted key of params.yaml → (value, reason). gpu: whether training will run on a GPU.
 
     Raises DataError if a class is too small to hold out a test image.
     """
-    total, classes, smallest = sum(found.counts), len(found.counts), min(found.counts)
-    chosen: dict[str, tuple[Any, str]] = {
+    total, classes, smallest = sum(summary.counts), len(summary.counts), min(summary.counts)
+    tail = f"your own class sizes: {counted(max(summary.counts), 'image')} to {smallest:,}"
+    suggested: dict[str, tuple[Any, str]] = {
         "data.source": ("folder", "a folder per class"),
         "data.location": (location, "your images"),
-        "data.profile": (
-            "natural",
-            f"your own tail is kept: {counted(max(found.counts), 'image')} down to {smallest:,}",
-        ),
+        "data.profile": ("natural", tail),
     }
-    if found.tested is None:
+    if summary.tested is None:
         if smallest < 2:
-            name = found.classes[found.counts.index(smallest)]
+            name = summary.classes[summary.counts.index(smallest)]
             raise DataError(
-                f"class {name!r} has 1 image: nothing is left to train on once one is held out; add images, merge the "
-                "class into another, or give a test/ folder of your own"
+                f"class {name!r} has 1 image: none remains for training after one is held out; add images, merge the "
+                "class into another, or add a test/ folder of your own"
             )
-        total -= sum(test_size(count, MOST_TESTED, TEST_SHARE) for count in found.counts)
+        total -= sum(test_size(count, MOST_TESTED, TEST_SHARE) for count in summary.counts)
         reason = "of each class, at least one image; see docs/own-images.md"
-        chosen["data.test_per_class"] = (MOST_TESTED, "at most; small classes give less, see the next line")
-        chosen["data.test_share"] = (TEST_SHARE, reason)
-    if not found.own_validation:
-        chosen["data.validation_per_class"] = (MOST_VALIDATED, "at most; small classes give less, see the next line")
-        chosen["data.validation_share"] = (VALIDATION_SHARE, "of what a class keeps for training")
-    chosen |= _network(found, total, gpu)
-    chosen |= _queues(total, classes)
+        suggested["data.test_per_class"] = (MOST_TESTED, "at most; fewer for small classes, see the next line")
+        suggested["data.test_share"] = (TEST_SHARE, reason)
+    if not summary.own_validation:
+        suggested["data.validation_per_class"] = (MOST_VALIDATED, "at most; fewer for small classes, see the next line")
+        suggested["data.validation_share"] = (VALIDATION_SHARE, "of the training images of a class")
+    suggested |= _network(summary, total, gpu) | _queues(total, classes)
     top = min(5, classes)
-    chosen["evaluate.top_k"] = (top, "of your classes")
-    chosen["serving.top_k"] = (top, "answers per image")
-    return chosen
+    return suggested | {"evaluate.top_k": (top, "of your classes"), "serving.top_k": (top, "classes per response")}
 
 
-def expected_tests(found: Found) -> dict[str, SampleSize]:
-    """Sample sizes of the test split that results from `choices`, for all classes and by its shot groups."""
-    held = [test_size(count, MOST_TESTED, TEST_SHARE) for count in found.counts]
-    tested = held if found.tested is None else found.tested
-    kept = [count - (size if found.tested is None else 0) for count, size in zip(found.counts, held, strict=True)]
-    if not found.own_validation:
-        kept = [count - validation_size(count, 0, MOST_VALIDATED, VALIDATION_SHARE) for count in kept]
-    return sample_sizes(tested, [shot_group(count) for count in kept])
+def expected_tests(summary: FolderSummary) -> dict[str, SampleSize]:
+    """Sample sizes of the test split that results from `suggest_params`, for all classes and by its shot groups."""
+    counts, tested = summary.counts, summary.tested
+    if tested is None:
+        tested = [test_size(count, MOST_TESTED, TEST_SHARE) for count in counts]
+        counts = [count - size for count, size in zip(counts, tested, strict=True)]
+    if not summary.own_validation:
+        counts = [count - validation_size(count, 0, MOST_VALIDATED, VALIDATION_SHARE) for count in counts]
+    return sample_sizes(tested, [shot_group(count) for count in counts])
 
 
-def _network(found: Found, total: int, gpu: bool) -> dict[str, tuple[Any, str]]:
+def _network(summary: FolderSummary, total: int, gpu: bool) -> dict[str, tuple[Any, str]]:
     """Choose image size, backbone, batch size, epochs, learning rate, augmentation; equal for teacher and student."""
-    size, resize, backbone, why = _backbone(found.shorter, total, gpu)
+    size, resize, backbone, why = _backbone(summary.shorter, total, gpu)
     batch = max(8, min(128 if total >= 50_000 else 64, 2 ** int(math.log2(max(total / 8, 1)))))
-    most = 200 if gpu else 60
-    epochs = max(20, min(most, round(40_000 * batch / total)))
+    epochs = max(20, min(200 if gpu else 60, round(40_000 * batch / total)))
     photograph = size >= 128
-    about = f"{counted(epochs * max(1, total // batch), 'step')} of {batch} images; more seldom hurts"
+    steps = f"{counted(epochs * max(1, total // batch), 'step')} of {batch} images; more epochs rarely reduce accuracy"
     if not gpu:
-        about += "; no GPU was found here, on one take 200"
-    named = {
+        steps += "; no GPU was detected here, with one use 200"
+    network = {
         "backbone": (backbone, why),
-        "epochs": (epochs, about),
-        "batch_size": (batch, "64, or 128 from 50,000 images on; less where there are few"),
+        "epochs": (epochs, steps),
+        "batch_size": (batch, "64; 128 from 50,000 images; smaller for few images"),
         "learning_rate": (0.05 * batch / 64, "the paper's 0.05 at batch 64, in proportion to the batch"),
         "schedule.warmup_epochs": (max(1, min(5, epochs // 10)), "a tenth of the epochs, at most 5"),
         "augment.crop": ("resized" if photograph else "pad", "a box of a photograph" if photograph else "small images"),
-        "augment.crop_padding": (0 if photograph else size // 8, "an eighth of the image, where it is padded"),
-        "augment.flip": (True, "false where a mirror image means something else: text, digits, left and right"),
-        "augment.policy": ("randaugment", "colour and shape; none if colour is what tells your classes apart"),
+        "augment.crop_padding": (0 if photograph else size // 8, "an eighth of the image; 0 with crop: resized"),
+        "augment.flip": (True, "false if a mirror image has another meaning: text, digits, left and right"),
+        "augment.policy": ("randaugment", "colour and shape; none if your classes differ only by colour"),
         "augment.cutout": (0 if photograph else size // 4, "a quarter of a small image; none with crop: resized"),
     }
-    chosen: dict[str, tuple[Any, str]] = {
-        "image.size": (size, f"your images' shorter side is {found.shorter} pixels in the median"),
+    suggested: dict[str, tuple[Any, str]] = {
+        "image.size": (size, f"the median of your images' shorter sides is {summary.shorter} pixels"),
         "image.resize_to": (resize, "before the centre crop"),
-        "image.mean": ([0.485, 0.456, 0.406], "ImageNet's, right enough for photographs"),
+        "image.mean": ([0.485, 0.456, 0.406], "ImageNet's, suitable for photographs"),
         "image.std": ([0.229, 0.224, 0.225], "ImageNet's"),
     }
-    return chosen | {f"{part}.{key}": value for part in ("teacher", "student") for key, value in named.items()}
+    return suggested | {f"{part}.{key}": value for part in ("teacher", "student") for key, value in network.items()}
 
 
 def _backbone(shorter: int, total: int, gpu: bool) -> tuple[int, int, str, str]:
     """Choose the backbone: (size, resize_to, backbone, reason)."""
     if shorter <= SMALL:
         return 32, 32, "resnet32", "the paper's for 32x32 images"
-    if shorter <= TINY_PHOTOGRAPH or not gpu:
-        why = (
-            "small images"
-            if shorter <= TINY_PHOTOGRAPH
-            else "64x64 pixels is what a CPU can train; on a GPU run this again"
-        )
-        return 64, 64, "resnet32", why
+    if shorter <= TINY_PHOTOGRAPH:
+        return 64, 64, "resnet32", "small images"
+    if not gpu:
+        return 64, 64, "resnet32", "a CPU can train with 64x64 pixels; with a GPU run this command again"
     if total >= 20_000:
-        return 224, 256, "torchvision/resnet50", "photographs, and enough of them for 24 million weights"
-    return 224, 256, "torchvision/resnet18", "photographs, but too few of them for a larger network"
+        return 224, 256, "torchvision/resnet50", "photographs, enough for 24 million weights"
+    return 224, 256, "torchvision/resnet18", "photographs, too few for a larger network"
 
 
 def _queues(total: int, classes: int) -> dict[str, tuple[Any, str]]:
     """Choose K and k_m of Eq. 5 within the paper's ratios: 0.3 of the training images, at least 8 rows per class."""
-    wanted = max(0.3 * total, 8 * classes, 256)
-    rows = max(min(2 ** round(math.log2(wanted)), LARGEST_QUEUE), 2 ** math.ceil(math.log2(2 * classes)))
+    target = max(0.3 * total, 8 * classes, 256)
+    rows = max(min(2 ** round(math.log2(target)), LARGEST_QUEUE), 2 ** math.ceil(math.log2(2 * classes)))
     minimum = max(1, min(3, rows // (2 * classes)))
     return {
-        "student.queue_total": (rows, f"K: a third of the training images ({total:,}), 8 rows a class, 256 at least"),
-        "student.queue_minimum": (minimum, "k_m: rows that even the smallest class owns"),
-        "student.projection_dim": (32 if classes <= 100 else 128, "of the contrast features"),
+        "student.queue_total": (
+            rows,
+            f"K: a third of the training images ({total:,}), at least 8 rows per class and 256",
+        ),
+        "student.queue_minimum": (minimum, "k_m: least number of rows of a class"),
+        "student.projection_dim": (32 if classes <= 100 else 128, "dimension of the contrast features"),
     }
 
 
-def write_text(template: str, chosen: dict[str, tuple[Any, str]]) -> tuple[str, Params]:
-    """Write the chosen values into the template (text of a params.yaml), each with its reason as a comment.
+def write_text(template: str, suggested: dict[str, tuple[Any, str]]) -> tuple[str, Params]:
+    """Write the suggested values into the template (text of a params.yaml), each with its reason as a comment.
 
     Returns the text and its validated params. Raises ParamsError if the template lacks a key.
     """
@@ -208,25 +202,21 @@ def write_text(template: str, chosen: dict[str, tuple[Any, str]]) -> tuple[str, 
     from pipeline.params.recipe import dump_document, load_document
 
     template = dump_document(load_document(template))  # puts each key on one line, also lists
-    left, lines, above = dict(chosen), [], []
+    remaining, lines, path = dict(suggested), [], []
     for line in template.splitlines():
         body = line.split(" #")[0]
         name = body.strip().partition(":")[0]
-        if not name or name.startswith("#"):
-            lines.append(line)
-            continue
-        depth = (len(body) - len(body.lstrip())) // 2
-        above[depth:] = [name]
-        key = ".".join(above)
-        if key not in left:
-            lines.append(line)
-            continue
-        value, reason = left.pop(key)
-        shown = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
-        lines.append(f"{'  ' * depth}{name}: {shown} # {reason}")
-    if left:
+        if name and not name.startswith("#"):
+            depth = (len(body) - len(body.lstrip())) // 2
+            path[depth:] = [name]
+            if (key := ".".join(path)) in remaining:
+                value, reason = remaining.pop(key)
+                text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
+                line = f"{'  ' * depth}{name}: {text} # {reason}"
+        lines.append(line)
+    if remaining:
         raise ParamsError(
-            f"params.yaml: has no key {next(iter(left))}; take back the delivered file, then run this again"
+            f"params.yaml: has no key {next(iter(remaining))}; restore the original file, then run this command again"
         )
     text = "\n".join(lines) + "\n"
     return text, parse_params(yaml.safe_load(text), Path("params.yaml"))

@@ -38,7 +38,7 @@ ALLOWANCE = 0.1  # of the card, for what is not counted
 
 
 @dataclass(frozen=True)
-class Account:
+class MemoryEstimate:
     """Memory of a step in bytes: the peak, its parts by kind, and the largest amount of each kind.
 
     images: bytes of the training split; with originals an upper bound, in the host's memory instead of the device's.
@@ -55,7 +55,7 @@ class Account:
         return self.peak <= (1 - ALLOWANCE) * card
 
 
-def account(params: Params, stage: str, prior: Prior) -> Account:
+def estimate_memory(params: Params, stage: str, prior: Prior) -> MemoryEstimate:
     """Memory of one step of stage `teacher` or `student` on CUDA, of one process.
 
     Raises ParamsError as the stage does.
@@ -63,52 +63,41 @@ def account(params: Params, stage: str, prior: Prior) -> Account:
     check_recipe(params.teacher, params.student, prior)
     try:
         with torch.device("meta"):
-            objective, average = _made(params, stage, prior)
+            objective, average = _build_modules(params, stage, prior)
     except NotImplementedError:  # a network that computes its widths with tensors: torchvision's RegNet
-        objective, average = _made(params, stage, prior)
+        objective, average = _build_modules(params, stage, prior)
     # Fake tensors with device "cpu", because autocast does not support meta tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in filter(None, (objective, average)):
-            _without_data(module.to(memory_format=torch.channels_last))
-        return measured_step(params, stage, objective, average, sum(prior.counts))
-
-
-def _made(params: Params, stage: str, prior: Prior) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
-    objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
-    return objective, WeightAverage(objective.model, decay) if decay else None
-
-
-def measured_step(
-    params: Params,
-    stage: str,
-    objective: TeacherObjective | StudentObjective,
-    average: WeightAverage | None,
-    images: int,
-) -> Account:
-    """Run one step on the CPU with CUDA's precision, and record live tensors; on fake tensors in a FakeTensorMode.
-
-    images: number of training images.
-    """
-    # The average exists already, because fake tensors cannot be deep-copied.
-    section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
-    size, batch = params.image.size, section.batch_size
-    nothing = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], [], None)
-    precision = precision_of(params.engine, torch.device("cuda"))
-    recompute = params.engine.checkpoint_activations
-    step = Step(objective, section, params.image, nothing, torch.device("cpu"), precision, recompute)
-    step.average = average
-    live = LiveMemory()
-    _declare(live, step)
-    live.follow_gradients(objective.parameters())
-    with live:
-        views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
-        target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
-        live.declare("views", [views])
-        with _named(live, objective):
-            step.descend(views, target, chosen, None)
+            _to_fake_tensors(module.to(memory_format=torch.channels_last))
+        # The average exists already, because fake tensors cannot be deep-copied.
+        section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
+        size, batch = params.image.size, section.batch_size
+        no_images = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0).long(), [], [], None)
+        precision = precision_of(params.engine, torch.device("cuda"))
+        recompute = params.engine.checkpoint_activations
+        step = Step(objective, section, params.image, no_images, torch.device("cpu"), precision, recompute)
+        step.average = average
+        live = LiveMemory()
+        _declare_state(live, step)
+        live.follow_gradients(objective.parameters())
+        with live:
+            views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
+            target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+            live.declare("views", [views])
+            with _label_saved_tensors(live, objective):
+                step.descend(views, target, chosen, None)
     originals = cuts_originals(objective.views, section.augment)
     pixels = int(enough_pixels(params.image, section.augment.crop_scale)) if originals else size * size
-    return Account(live.peak, live.at_peak, dict(live.largest), images * 3 * pixels, originals)
+    images = sum(prior.counts) * 3 * pixels
+    return MemoryEstimate(live.peak, live.at_peak, dict(live.largest), images, originals)
+
+
+def _build_modules(
+    params: Params, stage: str, prior: Prior
+) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
+    objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
+    return objective, WeightAverage(objective.model, decay) if decay else None
 
 
 def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
@@ -122,18 +111,18 @@ def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective 
     return student_objective(params.student, weights_of(params.student), prior, model, teacher)
 
 
-def _without_data(module: nn.Module) -> None:
+def _to_fake_tensors(module: nn.Module) -> None:
     """Replace parameters and buffers of a meta module by fake ones on the CPU; `to_empty` swaps, which they refuse."""
     for part in module.modules():
-        for name, held in part._parameters.items():
-            if held is not None:
-                part._parameters[name] = nn.Parameter(torch.empty_like(held, device="cpu"), held.requires_grad)
-        for name, held in part._buffers.items():
-            if held is not None:
-                part._buffers[name] = torch.empty_like(held, device="cpu")
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_like(weight, device="cpu"), weight.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
-def _declare(live: LiveMemory, step: Step) -> None:
+def _declare_state(live: LiveMemory, step: Step) -> None:
     """Declare the tensors that exist before a step: weights, momentum, queues and so on."""
     objective = step.objective
     kinds: dict[str, nn.Module | None] = {
@@ -150,85 +139,83 @@ def _declare(live: LiveMemory, step: Step) -> None:
 
 
 @contextlib.contextmanager
-def _named(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> Iterator[None]:
+def _label_saved_tensors(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> Iterator[None]:
     """Context manager that labels tensors saved for the backward pass by the running module or by their shape."""
     running: list[str] = []
-    named = {"network": objective.model.backbone}
+    modules = {"network": objective.model.backbone}
     if getattr(objective, "query_head", None) is not None:
-        named |= {"query head": objective.query_head, "key head": objective.key_head}
+        modules |= {"query head": objective.query_head, "key head": objective.key_head}
     hooks = []
-    for name, module in named.items():
+    for name, module in modules.items():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
         hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
-    rows = len(objective.queues.row_class) if "key head" in named else 0
+    rows = len(objective.queues.row_class) if "key head" in modules else 0
 
     def kind_of(tensor: Tensor) -> str:
         if running:
             return f"activations: {running[-1]}"
-        width = tensor.shape[-1] if tensor.dim() == 2 else 0
-        return {rows: "activations: similarity", objective.model.classes: "activations: logits"}.get(
-            width or -1, "activations: losses"
-        )
+        kinds = {rows: "similarity", objective.model.classes: "logits"}
+        return f"activations: {kinds.get(tensor.shape[-1], 'losses') if tensor.dim() == 2 else 'losses'}"
 
     try:
-        with live.kept_by(kind_of):
+        with live.label_saved_tensors(kind_of):
             yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def prior_of(params: Params, classes: int | None, images: int | None) -> Prior:
+def choose_prior(params: Params, classes: int | None, images: int | None) -> Prior:
     """The prior of the existing split, else of the given numbers of classes and images, else of the published data set.
 
     If the class counts are unknown, all classes except the largest are equal; memory depends on no other count. Raises
     ParamsError if the number of classes is unknown, or if `images` is given although the split has counts.
     """
-    known = PUBLISHED.get(params.data.source)
+    published = PUBLISHED.get(params.data.source)
     if classes is None and PRIOR.is_file():
         if images is not None:
-            raise ParamsError(f"--images is {images}, but {PRIOR} counts the images already; give --classes too")
+            raise ParamsError(f"--images is {images}, but {PRIOR} has the number of images already; give --classes too")
         return load_prior()
-    if classes is None and known is None:
+    if classes is None and published is None:
         raise ParamsError(f"{PRIOR}: no such file, so --classes is needed; or run `dvc repro prior` first")
-    classes = classes or known.classes
-    images = images or (known.images["train"] if known and known.classes == classes else 100 * classes)
+    classes = classes or published.classes
+    published = published if published and published.classes == classes else None
+    images = images or (published.images["train"] if published else 100 * classes)
     if images < classes:
-        raise ParamsError(f"--images is {images}, below the {classes} classes; expected at least one image a class")
-    largest = known.largest if known and known.classes == classes else min(images - classes + 1, 10 * images // classes)
-    rest, over = divmod(images - largest, classes - 1)
-    counts = [largest, *(rest + (place < over) for place in range(classes - 1))]
-    even = [1 / classes] * classes
-    return Prior([str(number) for number in range(classes)], counts, even, even, ["many"] * classes)
+        raise ParamsError(f"--images is {images}, below the {classes} classes; expected at least one image per class")
+    largest = published.largest if published else min(images - classes + 1, 10 * images // classes)
+    size, remainder = divmod(images - largest, classes - 1)
+    counts = [largest, *(size + (index < remainder) for index in range(classes - 1))]
+    uniform = [1 / classes] * classes
+    return Prior([str(number) for number in range(classes)], counts, uniform, uniform, ["many"] * classes)
 
 
-def table(found: Account, title: str) -> Table:
+def memory_table(estimate: MemoryEstimate, title: str) -> Table:
     """Table of memory by kind, largest first."""
-    shown = Table("", "at the fullest moment", "most of its kind", title=title, title_justify="left")
-    for column in shown.columns[1:]:
+    table = Table("", "at the peak", "largest of its kind", title=title, title_justify="left")
+    for column in table.columns[1:]:
         column.justify = "right"
-    kinds = sorted(found.largest, key=lambda kind: -found.largest[kind])
-    for kind in kinds:
-        shown.add_row(kind, size_of(found.at_peak.get(kind, 0)), size_of(found.largest[kind]))
-    shown.add_section()
-    shown.add_row("together", size_of(found.peak), "")
-    return shown
+    for kind, most in sorted(estimate.largest.items(), key=lambda item: -item[1]):
+        table.add_row(kind, format_bytes(estimate.at_peak.get(kind, 0)), format_bytes(most))
+    table.add_section()
+    table.add_row("total", format_bytes(estimate.peak), "")
+    return table
 
 
-def size_of(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Format bytes as GiB or MiB."""
     return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
-def advice(needed: Account, stage: str, card: float) -> list[str]:
+def memory_advice(estimate: MemoryEstimate, stage: str, card: float) -> list[str]:
     """Lines: whether the step fits a GPU with `card` GB, the memory of the images, and how to reduce memory."""
-    besides = f"all training images as bytes are {size_of(needed.images)} besides, unless they are streamed"
-    if needed.originals:
-        besides = f"originals for resized crops take no more than {size_of(needed.images)}, in the host's memory (stream.mode)"
-    if needed.fits(card * 1e9):
-        return [f"fits a card of {card:g} GB with a tenth of it left free; {besides}"]
+    images = f"all training images as bytes take {format_bytes(estimate.images)} in addition, unless they are streamed"
+    if estimate.originals:
+        images = f"originals for resized crops take at most {format_bytes(estimate.images)} of the host's memory (stream.mode)"
+    if estimate.fits(card * 1e9):
+        return [f"fits a card of {card:g} GB with a tenth of it left free; {images}"]
     return [
-        f"does not fit a card of {card:g} GB with a tenth of it left free; {besides}",
-        f"less memory: {stage}.accumulate, engine.checkpoint_activations, engine.precision: bfloat16, or more "
-        "GPUs to share the batch",
+        f"does not fit a card of {card:g} GB with a tenth of it left free; {images}",
+        f"to reduce memory: {stage}.accumulate, engine.checkpoint_activations, engine.precision: bfloat16, or more "
+        "GPUs that share the batch",
     ]

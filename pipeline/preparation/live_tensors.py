@@ -21,13 +21,13 @@ class LiveMemory(TorchDispatchMode):
     """Dispatch mode that records each storage from its allocation to its release.
 
     peak: largest number of live bytes; at_peak: these by kind; largest: maximum of each kind, not all at the same time.
-    A storage is `temporary` until `declare` names its kind, it is saved for the backward pass within `kept_by`, or it
-    becomes a gradient. Workspaces that kernels allocate internally are not recorded.
+    A storage is `temporary` until `declare` names its kind, it is saved for the backward pass within
+    `label_saved_tensors`, or it becomes a gradient. Workspaces that kernels allocate internally are not recorded.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now: Counter[str] = Counter()
+        self.live_bytes: Counter[str] = Counter()
         self.peak = 0
         self.at_peak: dict[str, int] = {}
         self.largest: Counter[str] = Counter()
@@ -36,25 +36,25 @@ class LiveMemory(TorchDispatchMode):
     def declare(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Record tensors as `kind`; tensors that are recorded already keep their kind."""
         for tensor in tensors:
-            self._count(tensor, kind)
+            self._record(tensor, kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and record its outputs."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._count(leaf, TEMPORARY)
+                self._record(leaf, TEMPORARY)
         return out
 
     @contextlib.contextmanager
-    def kept_by(self, kind_of: Callable[[Tensor], str]) -> Iterator[None]:
+    def label_saved_tensors(self, kind_of: Callable[[Tensor], str]) -> Iterator[None]:
         """Context manager in which tensors that autograd saves for the backward pass get the kind `kind_of(tensor)`."""
 
-        def keep(tensor: Tensor) -> Tensor:
-            self._name(tensor, kind_of)
+        def label(tensor: Tensor) -> Tensor:
+            self._relabel(tensor, kind_of)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(label, lambda tensor: tensor):
             yield
 
     def follow_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -62,10 +62,10 @@ class LiveMemory(TorchDispatchMode):
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(
-                    lambda held: self._name(held.grad, lambda _: GRADIENTS)  # type: ignore[arg-type]
+                    lambda weight: self._relabel(weight.grad, lambda _: GRADIENTS)  # type: ignore[arg-type]
                 )
 
-    def _count(self, tensor: Tensor, kind: str) -> None:
+    def _record(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._kinds:
@@ -73,22 +73,21 @@ class LiveMemory(TorchDispatchMode):
         size = storage.nbytes()
         self._kinds[key] = kind
         self._add(kind, size)
-        weakref.finalize(storage, self._drop, key, size)
+        weakref.finalize(storage, self._release, key, size)
 
-    def _name(self, tensor: Tensor, kind_of: Callable[[Tensor], str]) -> None:
+    def _relabel(self, tensor: Tensor, kind_of: Callable[[Tensor], str]) -> None:
         storage = tensor.untyped_storage()
         if self._kinds.get(storage._cdata) == TEMPORARY:
-            kind = kind_of(tensor)
-            self._kinds[storage._cdata] = kind
-            self.now[TEMPORARY] -= storage.nbytes()
+            kind = self._kinds[storage._cdata] = kind_of(tensor)
+            self.live_bytes[TEMPORARY] -= storage.nbytes()
             self._add(kind, storage.nbytes())
 
     def _add(self, kind: str, size: int) -> None:
-        self.now[kind] += size
-        self.largest[kind] = max(self.largest[kind], self.now[kind])
-        total = self.now.total()
+        self.live_bytes[kind] += size
+        self.largest[kind] = max(self.largest[kind], self.live_bytes[kind])
+        total = self.live_bytes.total()
         if total >= self.peak:
-            self.peak, self.at_peak = total, dict(self.now)
+            self.peak, self.at_peak = total, dict(self.live_bytes)
 
-    def _drop(self, key: int, size: int) -> None:
-        self.now[self._kinds.pop(key)] -= size
+    def _release(self, key: int, size: int) -> None:
+        self.live_bytes[self._kinds.pop(key)] -= size

@@ -19,7 +19,7 @@ COLOURS = {"many": "#4477aa", "medium": "#ccbb44", "few": "#ee6677"}
 ROWS = 20  # of the chart on the terminal
 NAME_WIDTH, BAR_WIDTH = 24, 40  # columns of the terminal; with the numbers they fit into 80
 LEFT, TOP, WIDTH, HEIGHT = 70, 40, 710, 350  # of the chart's area in the SVG, in pixels
-LEAST = 0.5  # images at the lower end of the logarithmic axis, so that a class of one image is visible
+AXIS_MIN = 0.5  # images at the lower end of the logarithmic axis, so that a class of one image is visible
 
 CHART = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="sans-serif" font-size="13">
@@ -50,20 +50,20 @@ CHART = """\
 def draw_long_tail(counts: list[int], title: str, path: Path) -> None:
     """Write the chart as an SVG file: class sizes on a logarithmic scale, coloured by shot group."""
     sizes = sorted(counts, reverse=True)
-    top, least = math.log10(max(sizes[0], 1) * 1.5), math.log10(LEAST)
+    top, bottom = math.log10(max(sizes[0], 1) * 1.5), math.log10(AXIS_MIN)
 
     def height_of(images: float) -> float:
-        return round(TOP + HEIGHT * (top - math.log10(max(images, LEAST))) / (top - least), 1)
+        return round(TOP + HEIGHT * (top - math.log10(max(images, AXIS_MIN))) / (top - bottom), 1)
 
     groups, start = [], 0
     for group in GROUPS:  # sizes are sorted, so the classes of a group are adjacent
         members = [size for size in sizes if shot_group(size) == group]
-        outline, end = f"M{LEFT + WIDTH * start / len(sizes):.1f} {height_of(LEAST)}", start
+        outline, end = f"M{LEFT + WIDTH * start / len(sizes):.1f} {height_of(AXIS_MIN)}", start
         for size, run in itertools.groupby(members):
             end += len(list(run))
             outline += f"V{height_of(size)}H{LEFT + WIDTH * end / len(sizes):.1f}"
         label = f"{group}: {counted(len(members), 'class')}, {counted(sum(members), 'image')}"
-        groups.append({"path": f"{outline}V{height_of(LEAST)}z", "colour": COLOURS[group], "label": label})
+        groups.append({"path": f"{outline}V{height_of(AXIS_MIN)}z", "colour": COLOURS[group], "label": label})
         start = end
     ticks = [(f"{10**power:,}", height_of(10**power)) for power in range(math.floor(top) + 1)]
     limits = [height_of(limit) for limit in (MANY_ABOVE, FEW_BELOW) if math.log10(limit) < top]

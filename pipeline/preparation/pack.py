@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of, sha256_of_json, unfinished, write_json
 from pipeline.shared.errors import ParamsError
 from pipeline.shared.progress import progress_bar
-from pipeline.sources import BadImageError, Row, Source, in_parts, open_own
+from pipeline.sources import BadImageError, Row, Source, in_parts, open_base_source
 from pipeline.sources.shards import CLASSES_KEY, ORIGIN_KEY
 from serving.shared.terminal import counted
 
@@ -31,7 +32,7 @@ ROW_GROUP_BYTES = 8 * 1024 * 1024  # largest read for one image at random
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackResult:
     """Result of a pack: images and shards of each split, number of images skipped by data.on_bad_image: skip."""
 
     images: dict[str, int]
@@ -43,27 +44,42 @@ class Packed:
         parts = ", ".join(
             f"{self.images[split]:,} {split} in {counted(self.shards[split], 'shard')}" for split in self.images
         )
-        left = f"; {counted(self.skipped, 'image')} left out, listed in {SUMMARY}" if self.skipped else ""
-        return f"{parts}{left} → {self.output}"
+        skipped = f"; {counted(self.skipped, 'image')} skipped, listed in {SUMMARY}" if self.skipped else ""
+        return f"{parts}{skipped} → {self.output}"
 
     def as_mapping(self) -> dict[str, Any]:
-        """The result as JSON-serialisable values; `params` has the values of `table`."""
+        """The result as JSON-serialisable values; `params` has the values of `params_yaml`."""
         return {
             "output": str(self.output), "images": self.images, "shards": self.shards, "skipped": self.skipped,
-            "params": yaml.safe_load(self.table()),
+            "params": yaml.safe_load(self.params_yaml()),
         }  # fmt: skip
 
-    def table(self) -> str:
+    def params_yaml(self) -> str:
         """Lines of params.yaml with which training reads the pack."""
         splits = "".join(f"\n    {split}: {split}" for split in self.images)
         return f"data:\n  source: table\n  location: {self.output}\n  table:{splits}\n    id: name"
 
 
-def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None, shuffle: int | None = None) -> Packed:
+def read_image(source: Source, row: Row) -> bytes | BadImageError:
+    """The bytes of an image, or the error with which it cannot be read."""
+    try:
+        return source.read(row.reference)
+    except BadImageError as error:
+        return error
+
+
+def pack(
+    params: Params,
+    output: Path,
+    shard_bytes: int,
+    jobs: int | None = None,
+    shuffle: int | None = None,
+    read: Callable[[Source, Row], bytes | BadImageError] = read_image,
+) -> PackResult:
     """Write the source's images to output/<split>/00000.parquet and following shards of about shard_bytes each.
 
     shuffle: seed of a random order, None is the source's order. A stream shuffles a few row groups at a time; with the
-    random order these contain all classes. jobs: images read in parallel.
+    random order these contain all classes. jobs: images read in parallel. read: reads one image.
 
     Columns: image (the file's bytes), label (int32), name (the sample id); class names are in the shards' metadata. The
     output folder is created atomically. An interrupted run resumes after its last complete shard and gives a
@@ -71,24 +87,24 @@ def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None
     data.on_bad_image is skip.
     """
     if output.exists():
-        raise ParamsError(f"{output}: is there already; remove it or name another folder")
-    source = open_own(params.data)
+        raise ParamsError(f"{output}: exists already; remove it or give another folder")
+    source = open_base_source(params.data)
     if params.data.on_bad_image == "fail":
         check_missing(source)
     rows = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
     if shuffle is not None:
         generator = np.random.default_rng(shuffle)
-        rows = {split: [kept[i] for i in generator.permutation(len(kept))] for split, kept in rows.items()}
+        rows = {split: [part[i] for i in generator.permutation(len(part))] for split, part in rows.items()}
     work = _prepare(unfinished(output), source, params, [shard_bytes, shuffle])
     writers = {}
     with progress_bar(unit="images") as bar, ThreadPoolExecutor(jobs) as pool:
         task = bar.add_task("pack: reading images", total=len(source.rows), rate="")
-        for split, kept in rows.items():
-            if kept:
-                writers[split] = writer = _Writer(work / split, source, shard_bytes)
+        for split, split_rows in rows.items():
+            if split_rows:
+                writers[split] = writer = _ShardWriter(work / split, source, shard_bytes)
                 bar.advance(task, writer.next)
-                for part in in_parts(kept[writer.next :], 64):
-                    for row, data in zip(part, pool.map(lambda row: _read(source, row), part), strict=True):
+                for part in in_parts(split_rows[writer.next :], 64):
+                    for row, data in zip(part, pool.map(lambda row: read(source, row), part), strict=True):
                         if isinstance(data, BadImageError) and params.data.on_bad_image == "fail":
                             raise data
                         writer.add(row, data)
@@ -97,29 +113,18 @@ def pack(params: Params, output: Path, shard_bytes: int, jobs: int | None = None
     shards = {split: sorted((work / split).glob("*.parquet")) for split in writers}
     skipped = [problem for writer in writers.values() for problem in writer.skipped]
     images = {split: writer.images for split, writer in writers.items()}
-    summary = {
-        "classes": len(source.classes),
-        "images": images,
-        "skipped": skipped,
-        "sha256": {path.relative_to(work).as_posix(): sha256_of(path) for found in shards.values() for path in found},
-    }
+    hashes = {path.relative_to(work).as_posix(): sha256_of(path) for paths in shards.values() for path in paths}
+    summary = {"classes": len(source.classes), "images": images, "skipped": skipped, "sha256": hashes}
     write_json(work / SUMMARY, summary)
     (work / PLAN).unlink()
     work.rename(output)
-    return Packed(images, {split: len(found) for split, found in shards.items()}, len(skipped), output)
+    return PackResult(images, {split: len(paths) for split, paths in shards.items()}, len(skipped), output)
 
 
-def _read(source: Source, row: Row) -> bytes | BadImageError:
-    try:
-        return source.read(row.reference)
-    except BadImageError as error:
-        return error
-
-
-def _prepare(work: Path, source: Source, params: Params, how: list[int | None]) -> Path:
+def _prepare(work: Path, source: Source, params: Params, options: list[int | None]) -> Path:
     """The work folder: that of an interrupted run with equal source, shard size and order, else an empty one."""
-    listed = [[row.reference, row.label, row.sample_id, row.split] for row in source.rows]
-    plan = sha256_of_json([params.data.location, params.data.on_bad_image, source.classes, listed, how])
+    rows = [[row.reference, row.label, row.sample_id, row.split] for row in source.rows]
+    plan = sha256_of_json([params.data.location, params.data.on_bad_image, source.classes, rows, options])
     if not (work / PLAN).is_file() or json.loads((work / PLAN).read_text(encoding="utf-8")) != plan:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -127,7 +132,7 @@ def _prepare(work: Path, source: Source, params: Params, how: list[int | None]) 
     return work
 
 
-class _Writer:
+class _ShardWriter:
     """Writes the shards of one split; a complete shard gets its final name, and its metadata has the progress."""
 
     def __init__(self, folder: Path, source: Source, shard_bytes: int) -> None:

@@ -14,11 +14,13 @@ from pipeline.shared.errors import ParamsError, StageError
 from pipeline.shared.lineage import GitError, git
 
 FILES = Path(__file__).with_name("project_files")  # its dvc.yaml is named stages.yaml, else DVC would run it there
-HINT = "Put one folder of images per class here, named for the class. Then run: tailor init data/source\n"
+SOURCE_README = (
+    "Put one folder of images per class here, with the name of the class. Then run: tailor init data/source\n"
+)
 DVC_CONFIG = {"core.analytics": "false", "core.check_update": "false", "core.autostage": "false"}
 
 
-def first_params() -> str:
+def default_params() -> str:
     """Text of a new project's params.yaml, the default recipe."""
     return (FILES / "params.yaml").read_text(encoding="utf-8")
 
@@ -34,13 +36,13 @@ def create_project(folder: Path) -> list[str]:
     for name in ("params.yaml", "dvc.yaml"):
         if (folder / name).exists():
             raise ParamsError(f"{folder / name}: exists already; expected a folder without it for a new project")
-    write_file(folder / "data/source/README.md", HINT)  # git ignores it; DVC warns about an empty folder
+    write_file(folder / "data/source/README.md", SOURCE_README)  # git ignores it; DVC warns about an empty folder
     _add_lines(folder / ".gitignore", (FILES / "gitignore").read_text(encoding="utf-8").splitlines())
     write_file(folder / "data/ingested/.gitignore", "*.parquet\n")  # keeps the folder, which stage split reads, in git
-    _initialise(folder)
+    _init_git_and_dvc(folder)
     write_file(folder / "dvc.yaml", (FILES / "stages.yaml").read_text(encoding="utf-8"))
-    write_file(folder / "params.yaml", first_params())  # last: the folder counts as a project once this file exists
-    return _missing()
+    write_file(folder / "params.yaml", default_params())  # last: the folder counts as a project once this file exists
+    return _path_command()
 
 
 def enclosing_project(folder: Path) -> Path | None:
@@ -57,24 +59,20 @@ def keep_out_of_git(folder: Path) -> bool:
     Otherwise `git add -A` and `dvc exp run` would commit its images. If git refuses to read the repository, nothing is
     added, because neither command can commit then.
     """
+    here, path = Path().resolve(), folder.resolve()
+    if path == here or not path.is_relative_to(here):
+        return False
+    name = path.relative_to(here).as_posix()
     try:
-        return _ignore(folder)
+        if (
+            git(here, "rev-parse", "--is-inside-work-tree") != "true"
+            or git(here, "check-ignore", "--quiet", f"{name}/image") is not None
+            or git(here, "--literal-pathspecs", "ls-files", "--", name)
+        ):
+            return False
     except GitError:
         return False
-
-
-def _ignore(folder: Path) -> bool:
-    try:
-        inside = folder.resolve().relative_to(Path().resolve()).as_posix()
-    except ValueError:
-        return False
-    if inside == "." or git(Path(), "rev-parse", "--is-inside-work-tree") != "true":
-        return False
-    if git(Path(), "check-ignore", "--quiet", f"{inside}/image") is not None or git(
-        Path(), "--literal-pathspecs", "ls-files", "--", inside
-    ):
-        return False
-    _add_lines(Path(".gitignore"), ["/" + re.sub(r"([\\*?\[])", r"\\\1", inside) + "/"])
+    _add_lines(Path(".gitignore"), ["/" + re.sub(r"([\\*?\[])", r"\\\1", name) + "/"])
     return True
 
 
@@ -84,38 +82,39 @@ def _add_lines(path: Path, lines: list[str]) -> None:
     write_file(path, "\n".join([*present, *(line for line in lines if line not in present)]) + "\n")
 
 
-def _initialise(folder: Path) -> None:
+def _init_git_and_dvc(folder: Path) -> None:
     """Run `git init` and `dvc init` unless done already; `dvc init --subdir` in a subfolder of a git repository."""
     options = ["--no-scm"]
     if shutil.which("git"):
         top = git(folder, "rev-parse", "--show-toplevel")
         if top is None or git(folder, "check-ignore", "--quiet", ".") is not None:
-            _run(folder, "git", "init", "--quiet")
+            _run_command(folder, "git", "init", "--quiet")
             top = str(folder.resolve())
         options = [] if Path(top).samefile(folder) else ["--subdir"]
     if (folder / ".dvc").is_dir():
         return
     dvc = (sys.executable, "-P", "-m", "dvc")
-    _run(folder, *dvc, "init", "--quiet", *options)
+    _run_command(folder, *dvc, "init", "--quiet", *options)
     config = "".join(f"    {key.partition('.')[2]} = {value}\n" for key, value in DVC_CONFIG.items())
     path = folder / ".dvc/config"
     write_file(path, f"[core]\n{config}" + path.read_text(encoding="utf-8").removeprefix("[core]\n"))
     if options != ["--no-scm"]:
-        _run(folder, "git", "add", ".dvc/config")
+        _run_command(folder, "git", "add", ".dvc/config")
 
 
-def _run(folder: Path, *command: str) -> None:
+def _run_command(folder: Path, *command: str) -> None:
     """Run a command in the folder. Raises StageError with its first line of an error, else its first line."""
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = (done.stderr + done.stdout).split("\n")
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = (result.stderr + result.stdout).split("\n")
         reason = next((line for line in lines if line.startswith(("ERROR", "fatal"))), lines[0])
-        raise StageError(f"{folder}: {' '.join(command[-4:])} failed: {reason or f'status {done.returncode}'}")
+        raise StageError(f"{folder}: {' '.join(command[-4:])} failed: {reason or f'status {result.returncode}'}")
 
 
-def _missing() -> list[str]:
-    found = shutil.which("python")
-    if found and Path(found).parent.samefile(Path(sys.executable).parent):
+def _path_command() -> list[str]:
+    """The command that puts this interpreter's folder on PATH, unless it is there already."""
+    python, folder = shutil.which("python"), Path(sys.executable).parent
+    if python and Path(python).parent.samefile(folder):
         return []
-    return [f'export PATH="{Path(sys.executable).parent}:$PATH"']
+    return [f'export PATH="{folder}:$PATH"']

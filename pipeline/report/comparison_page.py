@@ -8,7 +8,7 @@ from pipeline.evaluation.run_comparison import Comparison, as_json
 from pipeline.report import figures
 from pipeline.report.page import render_page
 
-FORMS = {
+FORMATS = {
     "class": "text", "group": "text", "train_count": "count", "test_count": "count", "before": "percent", "after": "percent",
     "difference": "points", "low": "points", "high": "points", "p": "p", "q": "p",
 }  # fmt: skip
@@ -16,28 +16,27 @@ SHOWN = 8  # classes named at each end
 NAMES = {"all": "all classes", "ece": "calibration error"}
 
 
-def render_comparison(found: Comparison, command: str) -> str:
+def render_comparison(comparison: Comparison, command: str) -> str:
     """Render the page as HTML text. command: the command line that is shown in the footer."""
-    content = as_json(found)
+    content = as_json(comparison)
     classes: list[dict[str, Any]] = sorted(content["classes"], key=lambda row: -row["train_count"])
     measures = [{"measure": NAMES.get(name, name)} | values for name, values in content["measures"].items()]
     changed = [row for row in classes if row["won"] or row["lost"]]
     by_change = sorted(changed, key=lambda row: (row["difference"], row["p"]))
+    accuracies = [row for row in measures if row["measure"] != NAMES["ece"]]
     data = {
         "figures": {
-            "differences": figures.differences(
-                [row for row in measures if row["measure"] != NAMES["ece"]], found.after
-            ),
-            "by-class": figures.by_count(classes, "difference", "difference", change=True),
+            "differences": figures.difference_chart(accuracies, comparison.after),
+            "by-class": figures.train_count_scatter(classes, "difference", "difference", change=True),
         },
-        "forms": list(FORMS.values()),
-        "classes": [[_short(row[column]) for column in FORMS] for row in classes],
+        "formats": list(FORMATS.values()),
+        "classes": [[_short(row[column]) for column in FORMATS] for row in classes],
     }
     return render_page(
-        "compare.html.jinja", data, found=found, measures=measures, command=command, changed=len(changed),
+        "compare.html.jinja", data, comparison=comparison, measures=measures, command=command, changed=len(changed),
         worse=[row for row in by_change[:SHOWN] if row["difference"] < 0],
         better=[row for row in by_change[::-1][:SHOWN] if row["difference"] > 0],
-        certain=sum(row["q"] <= 1 - found.confidence for row in classes),
+        significant=sum(row["q"] <= 1 - comparison.confidence for row in classes),
     )  # fmt: skip
 
 

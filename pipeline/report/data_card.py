@@ -28,14 +28,14 @@ CARD = """\
 
 ## Splits
 
-| split | images | what it is for |
+| split | images | use |
 |---|---|---|
-| train | {{ sizes.train }} | learning; its class frequencies are the training prior |
-| validation | {{ sizes.validation }} | choosing an epoch, the temperature of the calibration |
-| test | {{ sizes.test }} | the reported figures, read by the evaluation alone |
+| train | {{ sizes.train }} | training; its class frequencies are the training prior |
+| validation | {{ sizes.validation }} | selection of an epoch, the temperature of the calibration |
+| test | {{ sizes.test }} | the reported metrics; only the evaluation reads it |
 
-Each image is named by a sample id and the sha256 of its bytes in `data/split/*.parquet`; images that two splits share,
-byte for byte, are listed in `data/split/duplicates.csv`.
+`data/split/*.parquet` has the sample id and the sha256 of the bytes of each image; `data/split/duplicates.csv` lists
+byte-identical images in two splits.
 
 ## Classes
 
@@ -51,8 +51,8 @@ The first {{ shown }} of {{ prior.classes | length }} classes; `per_class.csv` h
 
 ## Limits
 
-The classes are as unequal in training as the table shows: a figure of a class with few images rests on few images.
-Tailor does not know who made the images or under which licence; add both before you publish this card.
+The table shows the class imbalance of training: a metric of a class with few images is uncertain. Tailor has no
+information about the authors and the licence of the images; add both before you publish this card.
 """
 
 
@@ -79,16 +79,14 @@ def data_card(data: DataParams, facts: list[tuple[str, str]], prior: Prior, size
 
 def data_facts(data: DataParams, image: ImageParams, prior: Prior, sizes: SplitSizes) -> list[tuple[str, str]]:
     """Facts about the data as (term, text) pairs."""
-    made = (
-        "as it is" if data.profile == "natural" else f"made {data.profile}, imbalance factor {data.imbalance_factor:g}"
-    )
+    profile = "natural" if data.profile == "natural" else f"{data.profile}, imbalance factor {data.imbalance_factor:g}"
     groups = ", ".join(f"{prior.groups.count(name):,} {name}" for name in GROUPS)
     most = max(prior.counts)
     return [
         ("Source", data.source if data.source == "digits" else f"{data.source} at {data.location}"),
         ("Images", f"{sizes.train:,} for training, {sizes.validation:,} for validation, {sizes.test:,} for the test"),
         ("Classes", f"{len(prior.classes):,}: {groups}"),
-        ("Long tail", f"{made}; {counted(most, 'image')} in the largest class, {min(prior.counts):,} in the smallest"),
-        ("Seen by the network", f"RGB, {image.size}x{image.size} pixels, from a shorter side of {image.resize_to}"),
-        ("Which images", f"chosen and held out with seed {data.seed}"),
+        ("Long tail", f"{profile}; {counted(most, 'image')} in the largest class, {min(prior.counts):,} in the smallest"),
+        ("Network input", f"RGB, {image.size}x{image.size} pixels, from a shorter side of {image.resize_to}"),
+        ("Selection", f"images selected and held out with seed {data.seed}"),
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -14,22 +14,22 @@ from pipeline.data.class_prior import Prior
 from pipeline.evaluation.metrics import GROUPS
 from pipeline.evaluation.shifted_priors import SETS
 from pipeline.report import figures
+from pipeline.report.analysis import Analysis
 from pipeline.report.learning_figures import confusion_heatmap, learning_curves
 from pipeline.report.page import render_page, thumbnail
-from pipeline.report.study import Study
 
 COLUMNS = ("class", "group", "train_count", "test_count", "student_balanced", "student_train", "teacher_balanced")
-FORMS = ("text", "text", "count", "count", "percent", "percent", "percent")  # formats of page.js
+FORMATS = ("text", "text", "count", "count", "percent", "percent", "percent")  # of page.js
 COMMAND = "python -m pipeline.evaluate"
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Origin of the metrics. date: of the evaluation; commit: of the code; histories: network → records by epoch."""
+class Provenance:
+    """Where the metrics come from. date: of the evaluation; commit: of the code; histories: network → records by epoch."""
 
-    date: str = "unknown"
-    commit: str = "unknown"
-    histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    date: str
+    commit: str
+    histories: Mapping[str, Sequence[Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,10 @@ class Evaluation:
 
     metrics: network → target prior → metric; classes: rows of per_class.csv; samples: test samples with their image
     bytes; encoded: row of the test split → bytes of its image; data_facts, model_facts: (term, text) pairs; recipe:
-    params as JSON; notes: missing parts and the reasons; warnings: reasons not to rely on the metrics, shown in a red
-    box above them.
+    params as JSON; notes: missing parts and the reasons.
     """
 
-    study: Study
+    analysis: Analysis
     metrics: Mapping[str, Any]
     classes: Sequence[dict[str, Any]]
     samples: Sequence[dict[str, Any]]
@@ -51,76 +50,54 @@ class Evaluation:
     data_facts: Sequence[tuple[str, str]]
     model_facts: Sequence[tuple[str, str]]
     recipe: Mapping[str, Any]
+    provenance: Provenance
     notes: Sequence[str] = ()
-    warnings: Sequence[str] = ()
-    origin: Origin = Origin()
 
 
 def render_report(evaluation: Evaluation) -> str:
     """Render the page as HTML text. With more classes only names and numbers are added, not images."""
-    study, classes, recipe = evaluation.study, evaluation.classes, evaluation.recipe
-    sizes_tested = from_json(evaluation.metrics["student"]["balanced"]["test_images"])
-    few = {name: str(size) for name, size in sizes_tested.items() if size.too_few}
-
-    @cache
-    def picture(row: int) -> str:
-        return thumbnail(evaluation.encoded(row))
-
+    analysis, classes, recipe = evaluation.analysis, evaluation.classes, evaluation.recipe
+    test_sizes = from_json(evaluation.metrics["student"]["balanced"]["test_images"])
+    few = {name: str(size) for name, size in test_sizes.items() if size.too_few}
     rows = sorted(classes, key=lambda row: -row["train_count"])
     # The slider starts at the available strength that is nearest to the default of serving.
-    strengths = [row.strength for row in study.strength]
+    strengths = [row.strength for row in analysis.strength]
     start = min(range(len(strengths)), key=lambda index: abs(strengths[index] - recipe["serving"]["strength"]))
-    curves, histories = {}, evaluation.origin.histories
+    curves, histories = {}, evaluation.provenance.histories
     if histories:
         curves["loss"] = learning_curves(histories, "loss", "training loss")
-        validated = learning_curves(histories, "validation_accuracy", "validation accuracy")
-        if validated["data"]:
-            curves["validation"] = validated
+        accuracies = learning_curves(histories, "validation_accuracy", "validation accuracy")
+        if accuracies["data"]:
+            curves["validation"] = accuracies
     data = {
         "figures": {
-            "long-tail": figures.by_count(rows, "student_balanced", "accuracy"),
-            "groups": figures.group_bars(study.groups),
-            "strength": figures.strength_lines(study.strength, strengths[start]),
-            "reliability": figures.reliability_lines(study.reliability),
-            "confusion-matrix": confusion_heatmap(study.confusion),
+            "long-tail": figures.train_count_scatter(rows, "student_balanced", "accuracy"),
+            "groups": figures.group_bars(analysis.groups),
+            "strength": figures.strength_lines(analysis.strength, strengths[start]),
+            "reliability": figures.reliability_lines(analysis.reliability),
+            "confusion-matrix": confusion_heatmap(analysis.confusion),
         }
         | curves,
-        "strength": [asdict(row) for row in study.strength],
-        "forms": FORMS,
+        "strength": [asdict(row) for row in analysis.strength],
+        "formats": FORMATS,
         "classes": [[_short(row[column]) for column in COLUMNS] for row in rows],
     }
     return render_page(
-        "report.html.jinja",
-        data,
-        found=study,
-        metrics=evaluation.metrics,
-        prior=evaluation.prior,
-        top=f"top{recipe['evaluate']['top_k']}",
-        champion=any(row["network"] == "champion" for row in study.groups),
-        start=start,
-        sets=list(SETS),
-        shift=[row for row in study.shift.rows if "distance" not in row["prior"]],
+        "report.html.jinja", data, analysis=analysis, metrics=evaluation.metrics, prior=evaluation.prior,
+        top=f"top{recipe['evaluate']['top_k']}", champion=any(row["network"] == "champion" for row in analysis.groups),
+        start=start, sets=list(SETS), shift=[row for row in analysis.shift.rows if "distance" not in row["prior"]],
         samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in evaluation.samples],
-        data_facts=evaluation.data_facts,
-        model_facts=evaluation.model_facts,
-        picture=picture,
-        notes=evaluation.notes,
-        few=few,
-        advice=ADVICE,
-        warnings=[*evaluation.warnings, *(f"{name}: {text}" for name, text in few.items())],
-        origin=evaluation.origin,
-        curves=list(curves),
-        tested=tested_images(classes),
-        params=recipe,
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        command=COMMAND,
-    )
+        image_uri=cache(lambda row: thumbnail(evaluation.encoded(row))), data_facts=evaluation.data_facts,
+        model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
+        advice=ADVICE, curves=list(curves), test_images=count_test_images(classes), params=recipe,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,
+    )  # fmt: skip
 
 
-def tested_images(classes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+def count_test_images(classes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     """Map each group, and `all`, to its number of classes and its number of test images."""
-    rows = {name: [row for row in classes if row["group"] == name] for name in GROUPS} | {"all": classes}
-    return {name: (len(found), sum(row["test_count"] for row in found)) for name, found in rows.items()}
+    members = {name: [row for row in classes if row["group"] == name] for name in GROUPS} | {"all": classes}
+    return {name: (len(rows), sum(row["test_count"] for row in rows)) for name, rows in members.items()}
 
 
 def _short(value: Any) -> Any:

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from pipeline.evaluation.metrics import GROUPS
-from pipeline.report.reliability import Calibrated, Reliability
+from pipeline.report.reliability import Reliability, ReliabilityCurve
 from pipeline.report.strength import StrengthRow
 
 Figure = dict[str, Any]
@@ -48,12 +48,12 @@ def straight_line(axis: str, value: float, colour: str = "axis", width: float = 
     return {"type": "line", **ends, "line": {"color": f"var(--{colour})", "width": width}}
 
 
-def text(name: str, longest: int = 80) -> str:
+def escape_label(name: str, longest: int = 80) -> str:
     """Escape and shorten a name for plotly labels, which interpret some HTML tags."""
     return escape(name if len(name) <= longest else f"{name[: longest - 1]}…", quote=False)
 
 
-def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bool = False) -> Figure:
+def train_count_scatter(classes: Sequence[dict[str, Any]], key: str, title: str, change: bool = False) -> Figure:
     """Scatter chart of a value of each class against its training images. change: the value is a difference."""
     traces: list[dict[str, Any]] = []
     for group in GROUPS:
@@ -65,7 +65,7 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
                 "type": "scatter", "mode": "markers", "name": f"{group} ({len(shown):,})",
                 # A class may have no training image (prior.smoothing), and a logarithmic axis has no zero.
                 "x": [max(row["train_count"], 0.5) for row in shown], "y": [round(100 * row[key], 3) for row in shown],
-                "text": [text(row["class"]) for row in shown],
+                "text": [escape_label(row["class"]) for row in shown],
                 "marker": {
                     "color": f"var(--{group})", "symbol": SYMBOLS[group], "size": 9 if len(classes) <= 300 else 5,
                     "opacity": 0.9 if len(classes) <= 300 else 0.55, "line": {"color": "var(--card)", "width": 0.5},
@@ -75,13 +75,12 @@ def by_count(classes: Sequence[dict[str, Any]], key: str, title: str, change: bo
             }
         )  # fmt: skip
     y = axis(f"{title}, points", tickformat=POINTS) if change else axis(title, ticksuffix="%", range=[-3, 105])
-    zero = straight_line("y", 0)
     largest = max(row["train_count"] for row in classes)
     ticks = [step * 10**power for power in range(len(str(largest))) for step in (1, 2, 5)]
     if largest > 5000:  # with four or more decades, one tick per decade
         ticks = ticks[::3]
     x = axis("training images, logarithmic", type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
-    return {"data": traces, "layout": layout(x, y, 400, shapes=[zero] if change else [])}
+    return {"data": traces, "layout": layout(x, y, 400, shapes=[straight_line("y", 0)] if change else [])}
 
 
 def group_bars(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -104,11 +103,8 @@ def group_bars(rows: Sequence[dict[str, Any]]) -> Figure:
                     f"<extra>{network}</extra>",
                 }
             )  # fmt: skip
-    more = {"barmode": "group", "bargap": 0.35, "bargroupgap": 0.08}
-    return {
-        "data": traces,
-        "layout": layout(axis(""), axis("accuracy", tickformat=SHARE, range=[0, 1.03]), 340, **more),
-    }
+    y = axis("accuracy", tickformat=SHARE, range=[0, 1.03])
+    return {"data": traces, "layout": layout(axis(""), y, 340, barmode="group", bargap=0.35, bargroupgap=0.08)}
 
 
 def strength_lines(rows: Sequence[StrengthRow], chosen: float) -> Figure:
@@ -124,14 +120,13 @@ def strength_lines(rows: Sequence[StrengthRow], chosen: float) -> Figure:
         }
         for key, (name, dash) in sides.items()
     ]  # fmt: skip
-    marker = straight_line("x", chosen, "ink", 1.5)
-    x = axis("strength of the adjustment", dtick=0.5)
-    return {"data": traces, "layout": layout(x, axis("accuracy", tickformat=SHARE), 340, shapes=[marker])}
+    x, y = axis("strength of the adjustment", dtick=0.5), axis("accuracy", tickformat=SHARE)
+    return {"data": traces, "layout": layout(x, y, 340, shapes=[straight_line("x", chosen, "ink", 1.5)])}
 
 
-def reliability_lines(found: Reliability) -> Figure:
+def reliability_lines(reliability: Reliability) -> Figure:
     """Reliability diagram before and after temperature scaling; the area of a point is its share of the predictions."""
-    sides = {"before": found.before, f"after, temperature {found.temperature or 1:.2f}": found.after}
+    sides = {"before": reliability.before, f"after, temperature {reliability.temperature or 1:.2f}": reliability.after}
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, 1], "name": "perfect", "hoverinfo": "skip",
@@ -141,27 +136,24 @@ def reliability_lines(found: Reliability) -> Figure:
     for (name, side), colour, symbol in zip(sides.items(), ("before", "after"), ("square", "circle"), strict=True):
         if side is not None:
             traces.append(_reliability(name, side, f"var(--{colour})", symbol))
-    x, y = (
-        axis(title, range=[-0.03, 1.05], tickformat=SHARE) for title in ("stated probability", "share that was right")
-    )
+    x, y = (axis(title, range=[-0.03, 1.05], tickformat=SHARE) for title in ("confidence", "accuracy"))
     return {"data": traces, "layout": layout(x, y, 400)}
 
 
-def _reliability(name: str, side: Calibrated, colour: str, symbol: str) -> dict[str, Any]:
-    total = sum(found.answers for found in side.bins)
+def _reliability(name: str, side: ReliabilityCurve, colour: str, symbol: str) -> dict[str, Any]:
+    counts = [each.count for each in side.bins]
+    sizes = [round(5 + 17 * math.sqrt(count / sum(counts)), 1) for count in counts]
     return {
         "type": "scatter", "mode": "lines+markers", "name": f"{name}: ECE {side.ece.value:.1%}",
-        "x": [found.confidence for found in side.bins], "y": [found.accuracy for found in side.bins],
-        "customdata": [found.answers for found in side.bins], "line": {"color": colour, "width": 1.3},
-        "marker": {
-            "color": colour, "symbol": symbol,
-            "size": [round(5 + 17 * math.sqrt(found.answers / total), 1) for found in side.bins],
-        },
-        "hovertemplate": "stated %{x:.1%}, right <b>%{y:.1%}</b><br>%{customdata:,} answers<extra>" + name + "</extra>",
+        "x": [each.confidence for each in side.bins], "y": [each.accuracy for each in side.bins],
+        "customdata": counts, "line": {"color": colour, "width": 1.3},
+        "marker": {"color": colour, "symbol": symbol, "size": sizes},
+        "hovertemplate": "confidence %{x:.1%}, accuracy <b>%{y:.1%}</b><br>%{customdata:,} predictions"
+        f"<extra>{name}</extra>",
     }  # fmt: skip
 
 
-def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
+def difference_chart(rows: Sequence[dict[str, Any]], after: str) -> Figure:
     """Chart of differences with intervals, one row per measure; rows: measure, difference, low, high."""
     shown = [row for row in rows if row["difference"] is not None][::-1]
     difference, low, high = ([100 * row[key] for row in shown] for key in ("difference", "low", "high"))
@@ -176,6 +168,5 @@ def differences(rows: Sequence[dict[str, Any]], after: str) -> Figure:
         "customdata": [list(ends) for ends in zip(low, high, strict=True)],
         "hovertemplate": "%{y}: <b>%{x:+.1f}</b> points (%{customdata[0]:+.1f} to %{customdata[1]:+.1f})<extra></extra>",
     }  # fmt: skip
-    zero = straight_line("x", 0)
-    x = axis(f"percentage points gained by {text(after, 40)}", tickformat=POINTS)
-    return {"data": [trace], "layout": layout(x, axis("", type="category"), 90 + 42 * len(shown), shapes=[zero])}
+    x, y = axis(f"percentage points gained by {escape_label(after, 40)}", tickformat=POINTS), axis("", type="category")
+    return {"data": [trace], "layout": layout(x, y, 90 + 42 * len(shown), shapes=[straight_line("x", 0)])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.figures import SHARE, Figure, axis, layout, text
+from pipeline.report.figures import SHARE, Figure, axis, escape_label, layout
 from pipeline.report.mistakes import ConfusionMatrix
 
 NUMBERED = 15  # largest number of classes for which the cells of the confusion matrix show counts
@@ -30,22 +30,23 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], key:
     return {"data": traces, "layout": layout(x, y, 320, showlegend=True)}
 
 
-def confusion_heatmap(found: ConfusionMatrix) -> Figure:
+def confusion_heatmap(matrix: ConfusionMatrix) -> Figure:
     """Heatmap of a confusion matrix: share of each actual class (row) that was predicted as each class (column)."""
-    places, names = list(range(len(found.classes))), [text(name, 18) for name in found.classes]
-    ticks: dict[str, Any] = {"tickvals": places, "ticktext": names, "showgrid": False}
+    names, index = matrix.classes, list(range(len(matrix.classes)))
+    ticks: dict[str, Any] = {
+        "tickvals": index, "ticktext": [escape_label(name, 18) for name in names], "showgrid": False,
+    }  # fmt: skip
     shares = [
         [round(count / max(tested, 1), 4) for count in row]
-        for row, tested in zip(found.counts, found.tested, strict=True)
+        for row, tested in zip(matrix.counts, matrix.tested, strict=True)
     ]
-    few = len(places) <= NUMBERED
     trace = {
-        "type": "heatmap", "x": places, "y": places, "z": shares, "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1,
-        "colorscale": [[0, "var(--card)"], [1, "var(--accent)"]], "text": found.counts,
-        "customdata": [[[text(actual), text(predicted)] for predicted in found.classes] for actual in found.classes],
+        "type": "heatmap", "x": index, "y": index, "z": shares, "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1,
+        "colorscale": [[0, "var(--card)"], [1, "var(--accent)"]], "text": matrix.counts,
+        "customdata": [[[escape_label(actual), escape_label(predicted)] for predicted in names] for actual in names],
         "hovertemplate": "%{customdata[0]} predicted as %{customdata[1]}<br><b>%{text:,} images</b>, "
         "%{z:.1%} of the class<extra></extra>",
         "colorbar": {"tickformat": SHARE, "outlinewidth": 0, "thickness": 12},
-    } | ({"texttemplate": "%{text}"} if few else {})  # fmt: skip
+    } | ({"texttemplate": "%{text}"} if len(names) <= NUMBERED else {})  # fmt: skip
     x, y = axis("predicted class", tickangle=-45, **ticks), axis("actual class", autorange="reversed", **ticks)
-    return {"data": [trace], "layout": layout(x, y, 200 + 24 * len(places))}
+    return {"data": [trace], "layout": layout(x, y, 200 + 24 * len(names))}

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.data.class_prior import Prior
 from pipeline.evaluation.intervals import Estimate, wilson
+from pipeline.evaluation.metrics import count_correct
 
 PAIRS, CLASSES, IMAGES = 12, 6, 4  # shown: confusion pairs, least and most accurate classes, images of each
 MATRIX = 30  # largest number of classes in the confusion matrix
@@ -35,7 +36,7 @@ class ConfusionMatrix:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """A class with its accuracy and Wilson interval, and rows of some test images, wrong predictions first."""
+    """A class with its accuracy and Wilson interval; rows of some test images and their predicted classes, errors first."""
 
     name: str
     group: str
@@ -43,7 +44,7 @@ class ClassResult:
     test_count: int
     accuracy: Estimate
     rows: list[int]
-    answers: list[str]
+    predicted: list[str]
 
 
 def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> list[ConfusionPair]:
@@ -52,7 +53,7 @@ def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> 
     classes = len(prior.classes)
     tested = np.bincount(labels, minlength=classes)
     codes, counts = np.unique(labels[wrong].astype(np.int64) * classes + predicted[wrong], return_counts=True)
-    actual, answered = codes // classes, codes % classes
+    actual, confused = codes // classes, codes % classes
     # The share alone would put classes with few test images first: one mistake of two images is a share of 0.5.
     order = np.lexsort((codes, -counts / np.sqrt(tested[actual])))[:PAIRS]
     return [
@@ -60,7 +61,7 @@ def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> 
             prior.classes[a], prior.classes[b], int(n), float(n / tested[a]),
             wrong[(labels[wrong] == a) & (predicted[wrong] == b)][:IMAGES].tolist(),
         )
-        for a, b, n in zip(actual[order], answered[order], counts[order], strict=True)
+        for a, b, n in zip(actual[order], confused[order], counts[order], strict=True)
     ]  # fmt: skip
 
 
@@ -74,11 +75,11 @@ def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, prior: Prior) ->
     mistakes = np.bincount(labels[wrong], minlength=classes) + np.bincount(predicted[wrong], minlength=classes)
     order = np.argsort(-np.array(prior.counts), kind="stable")
     shown = order if classes <= MATRIX else order[np.isin(order, np.argsort(-mistakes, kind="stable")[:MATRIX])]
-    place = np.full(classes, -1)
-    place[shown] = np.arange(len(shown))
-    inside = (place[labels] >= 0) & (place[predicted] >= 0)
+    index = np.full(classes, -1)
+    index[shown] = np.arange(len(shown))
+    included = (index[labels] >= 0) & (index[predicted] >= 0)
     counts = np.zeros((len(shown), len(shown)), dtype=np.int64)
-    np.add.at(counts, (place[labels[inside]], place[predicted[inside]]), 1)
+    np.add.at(counts, (index[labels[included]], index[predicted[included]]), 1)
     tested = np.bincount(labels, minlength=classes)[shown]
     return ConfusionMatrix([prior.classes[c] for c in shown], counts.tolist(), tested.tolist())
 
@@ -87,23 +88,17 @@ def extreme_classes(
     predicted: np.ndarray, labels: np.ndarray, prior: Prior
 ) -> tuple[list[ClassResult], list[ClassResult]]:
     """The classes with the lowest and the highest accuracy, at most CLASSES each, disjoint; ties by training images."""
-    classes = len(prior.classes)
-    tested = np.bincount(labels, minlength=classes)
-    right = np.bincount(labels[predicted == labels], minlength=classes)
-    accuracy, counts = right / np.maximum(tested, 1), np.array(prior.counts)
-    there = np.flatnonzero(tested)
-    order = there[np.lexsort((counts[there], accuracy[there]))]
+    correct, tested = count_correct(predicted, labels, len(prior.classes))
+    accuracy, counts, classes = correct / np.maximum(tested, 1), np.array(prior.counts), np.flatnonzero(tested)
+    order = classes[np.lexsort((counts[classes], accuracy[classes]))]
     shown = min(CLASSES, len(order) // 2)
-    worst, best = order[:shown], order[::-1][:shown]
-    return tuple([_result(c, predicted, labels, prior, right, tested) for c in chosen] for chosen in (worst, best))
 
+    def result(c: int) -> ClassResult:
+        rows = np.flatnonzero(labels == c)
+        rows = rows[np.argsort(predicted[rows] == c, kind="stable")][:IMAGES]
+        return ClassResult(
+            prior.classes[c], prior.groups[c], prior.counts[c], int(tested[c]), wilson(int(correct[c]), int(tested[c])),
+            rows.tolist(), [prior.classes[p] for p in predicted[rows]],
+        )  # fmt: skip
 
-def _result(
-    c: int, predicted: np.ndarray, labels: np.ndarray, prior: Prior, right: np.ndarray, tested: np.ndarray
-) -> ClassResult:
-    mine = np.flatnonzero(labels == c)
-    rows = mine[np.argsort(predicted[mine] == c, kind="stable")][:IMAGES]
-    return ClassResult(
-        prior.classes[c], prior.groups[c], prior.counts[c], int(tested[c]), wilson(int(right[c]), int(tested[c])),
-        rows.tolist(), [prior.classes[answer] for answer in predicted[rows]],
-    )  # fmt: skip
+    return [result(c) for c in order[:shown]], [result(c) for c in order[::-1][:shown]]

@@ -16,18 +16,18 @@ from pipeline.command_line import stage_main
 from pipeline.params import Params, TrackingParams
 from pipeline.shared.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER, sha256_of
 from pipeline.shared.errors import ParamsError, StageError
-from pipeline.sources.storage import shown
+from pipeline.sources.storage import redact_url
 from serving.shared.terminal import print
 
-EVALUATED = ("report.html", "metrics.json", "per_class.csv", "confusion.csv")
-EXPORTED = ("manifest.json", "model_card.md")
+EVALUATION_FILES = ("report.html", "metrics.json", "per_class.csv", "confusion.csv")
+EXPORT_FILES = ("manifest.json", "model_card.md")
 HISTORIES = {"teacher": TEACHER / "history.csv", "student": STUDENT / "history.csv"}
 NOT_LOGGED = {"tracking", "device"}  # an address may hold a password; the device is not part of the recipe
 RELEASE_TAG = "tailor.release"
-AT_ONCE = {"metrics": 1000, "params": 100}  # MLflow's limits per request
+BATCH_SIZES = {"metrics": 1000, "params": 100}  # MLflow's limits per request
 # MLflow reads these when it is imported; values set by the user take precedence. No telemetry; requests to an
 # unreachable server fail after seconds, not minutes; a local folder is accepted as the store.
-SETTINGS = {
+MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -40,7 +40,7 @@ class TrackingError(StageError):
 
 
 @dataclass(frozen=True)
-class Run:
+class MlflowRun:
     """One run as it is recorded in MLflow.
 
     release: sha256 of its manifest; a release is recorded once. params, metrics: by dotted key. curves: (metric, epoch,
@@ -56,7 +56,7 @@ class Run:
     tags: dict[str, str]
 
 
-def track(params: Params, export: Path = EXPORT) -> str | None:
+def record_run(params: Params, export: Path = EXPORT) -> str | None:
     """Record the run of the working folder. Returns its address in MLflow; None if tracking.mlflow is null.
 
     Raises ParamsError if there is no export yet or mlflow is not installed, TrackingError if MLflow does not accept the
@@ -64,9 +64,9 @@ def track(params: Params, export: Path = EXPORT) -> str | None:
     """
     if params.tracking.mlflow is None:
         return None
-    for name, value in SETTINGS.items():
+    for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
-    uri, address = params.tracking.mlflow, shown(params.tracking.mlflow)
+    uri, address = params.tracking.mlflow, redact_url(params.tracking.mlflow)
     try:
         from mlflow import MlflowClient  # of the extra `mlflow`
         from mlflow.exceptions import MlflowException
@@ -74,7 +74,7 @@ def track(params: Params, export: Path = EXPORT) -> str | None:
         raise ParamsError(
             f"tracking.mlflow is {address!r}, but {error.name} is not installed; pip install 'tailor[mlflow]'"
         ) from None
-    run = collect(params, export)
+    run = collect_run(params, export)
     try:
         # A separate client does not change MLflow's global state, so runs of the user in this process are unaffected.
         return _record(MlflowClient(tracking_uri=uri), params.tracking, run)
@@ -86,15 +86,15 @@ def track(params: Params, export: Path = EXPORT) -> str | None:
 
 
 def record_after_stage(stage: str, params: Params, export: Path = EXPORT) -> None:
-    """Call `track` at the end of a stage; an error is printed to stderr, and the stage does not fail."""
+    """Call `record_run` at the end of a stage; an error is printed to stderr, and the stage does not fail."""
     try:
-        if address := track(params, export):
+        if address := record_run(params, export):
             print(f"{stage}: recorded at {address}", file=sys.stderr)
     except StageError as error:
         print(f"{stage}: {error}; `python -m pipeline.report.mlflow_record` records it later", file=sys.stderr)
 
 
-def collect(params: Params, export: Path = EXPORT) -> Run:
+def collect_run(params: Params, export: Path = EXPORT) -> MlflowRun:
     """Collect the run from the artifacts. Raises ParamsError if a file is missing, StageError if one is damaged."""
     path = export / "manifest.json"
     try:
@@ -107,28 +107,25 @@ def collect(params: Params, export: Path = EXPORT) -> Run:
         raise StageError(f"{path}: damaged ({error}); run `dvc repro -f export`") from None
     release = sha256_of(path)
     content = params.model_dump(mode="json", exclude=NOT_LOGGED)
-    files = [EVALUATION / name for name in EVALUATED] + [export / name for name in EXPORTED]
-    content["data"]["location"] = shown(params.data.location)
-    return Run(
-        f"{params.data.source} {release[:8]}",
-        release,
-        {
-            key: json.dumps(value) if isinstance(value, list | None) else str(value)
-            for key, value in flat(content).items()
-        },
-        {key: float(value) for key, value in flat(metrics).items() if isinstance(value, int | float)},
-        [point for network, history in HISTORIES.items() for point in _curve(network, history)],
-        [file for file in files if file.is_file()],
-        {RELEASE_TAG: release, **{f"tailor.{key}": value for key, value in facts.items()}},
+    files = [EVALUATION / name for name in EVALUATION_FILES] + [export / name for name in EXPORT_FILES]
+    content["data"]["location"] = redact_url(params.data.location)
+    return MlflowRun(
+        name=f"{params.data.source} {release[:8]}",
+        release=release,
+        params={k: json.dumps(v) if isinstance(v, list | None) else str(v) for k, v in flatten(content).items()},
+        metrics={key: float(value) for key, value in flatten(metrics).items() if isinstance(value, int | float)},
+        curves=[point for network, history in HISTORIES.items() for point in _curve(network, history)],
+        files=[file for file in files if file.is_file()],
+        tags={RELEASE_TAG: release, **{f"tailor.{key}": value for key, value in facts.items()}},
     )
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten a nested mapping to dotted keys."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in content.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
 
 
 def _curve(network: str, path: Path) -> list[tuple[str, int, float]]:
@@ -143,7 +140,7 @@ def _curve(network: str, path: Path) -> list[tuple[str, int, float]]:
         ]
 
 
-def _record(client: Any, settings: TrackingParams, run: Run) -> str:
+def _record(client: Any, settings: TrackingParams, run: MlflowRun) -> str:
     """Record a run unless it is recorded already; a partial record of a killed process is deleted first."""
     experiment = _experiment_id(client, settings)
     for existing in client.search_runs([experiment], f"tags.`{RELEASE_TAG}` = '{run.release}'", max_results=50):
@@ -156,17 +153,16 @@ def _record(client: Any, settings: TrackingParams, run: Run) -> str:
     return _address(settings, experiment, run_id)
 
 
-def _log(client: Any, run_id: str, run: Run) -> None:
+def _log(client: Any, run_id: str, run: MlflowRun) -> None:
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
     metrics = [Metric(name, value, now, 0) for name, value in run.metrics.items()]
     metrics += [Metric(name, value, now, epoch) for name, epoch, value in run.curves]
     params = [Param(name, value) for name, value in run.params.items()]
-    for start in range(0, len(metrics), AT_ONCE["metrics"]):
-        client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE["metrics"]])
-    for start in range(0, len(params), AT_ONCE["params"]):
-        client.log_batch(run_id, params=params[start : start + AT_ONCE["params"]])
+    for name, values in (("metrics", metrics), ("params", params)):
+        for start in range(0, len(values), BATCH_SIZES[name]):
+            client.log_batch(run_id, **{name: values[start : start + BATCH_SIZES[name]]})
     for file in run.files:
         client.log_artifact(run_id, str(file))
 
@@ -177,14 +173,14 @@ def _experiment_id(client: Any, settings: TrackingParams) -> str:
         return str(client.create_experiment(settings.experiment))
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"tracking.experiment is {settings.experiment!r}, which was deleted at {shown(str(settings.mlflow))}; restore "
+            f"tracking.experiment is {settings.experiment!r}, which was deleted at {redact_url(str(settings.mlflow))}; restore "
             "it, or name another"
         )
     return str(experiment.experiment_id)
 
 
 def _address(settings: TrackingParams, experiment: str, run_id: str) -> str:
-    address = shown(str(settings.mlflow))
+    address = redact_url(str(settings.mlflow))
     if address.startswith(("http://", "https://")):
         return f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
     return f"{address} (run {run_id})"
@@ -201,7 +197,7 @@ def _database_errors() -> tuple[type[Exception], ...]:
 
 def run(params: Params) -> str:
     """Record the run and return a summary. Raises ParamsError if tracking.mlflow is null."""
-    address = track(params)
+    address = record_run(params)
     if not address:
         raise ParamsError("tracking.mlflow is null; set it to a tracking URI such as http://127.0.0.1:5000")
     return f"recorded at {address}"

@@ -30,9 +30,9 @@ samples and whose smallest has {{ prior.counts | min }} ({{ data.source }}, prof
 
 ## Use
 
-It answers for images like those that it was trained on, with one of its classes: what belongs to none gets one of them
-all the same. Choose the target prior by the data that are to be classified: strength 0 where every class is equally
-likely, 1 where classes come as often as in training, or a prior of your own.
+The model is for images like its training images. It always predicts one of its classes, also for an image that belongs
+to none of them. Choose the target prior by the data to classify: strength 0 if all classes are equally frequent, 1 if
+their frequencies are those of training, or a prior of your own.
 
 ## Test metrics
 
@@ -111,7 +111,7 @@ def model_facts(
             f"{counted(teacher.epochs, 'epoch')}",
         ),
         ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
-        ("Output", "logits of every class; strength 0 answers for a balanced target prior, 1 for the training prior"),
+        ("Output", "logits of every class; strength 0 is for a balanced target prior, 1 for the training prior"),
         ("Default strength", f"{strength:g}"),
         *facts,
     ]
@@ -123,27 +123,18 @@ def as_cell(text: str) -> str:
 
 
 def _metadata(data: DataParams, backbone: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    name = f"tailor-{data.source}-{backbone.replace('/', '-')}"
-    dataset = {
-        "name": f"{data.source}, {data.profile} profile",
-        "type": data.source,
-        "split": "test",
-    }
-    found = [
+    dataset = {"name": f"{data.source}, {data.profile} profile", "type": data.source, "split": "test"}
+    results = [
         {"type": kind, "value": round(values[key], 6), "name": f"{kind.replace('_', ' ')}, target prior {prior}"}
         for prior, values in metrics.items()
         for key, kind in METRICS.items()
         if values[key] is not None
     ]
-    return {
-        "library_name": "onnx",
-        "pipeline_tag": "image-classification",
-        "tags": ["long-tailed", "logit-adjustment"],
-        "metrics": ["accuracy"],
-        "model-index": [
-            {
-                "name": name,
-                "results": [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": found}],
-            }
-        ],
+    index = {
+        "name": f"tailor-{data.source}-{backbone.replace('/', '-')}",
+        "results": [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": results}],
     }
+    return {
+        "library_name": "onnx", "pipeline_tag": "image-classification", "tags": ["long-tailed", "logit-adjustment"],
+        "metrics": ["accuracy"], "model-index": [index],
+    }  # fmt: skip

@@ -53,16 +53,16 @@ def plotly_js() -> str | None:
     # No release so far contains "</script", which would end the script element and break the page.
     source = get_plotlyjs()
     if "</script" in source.lower():
-        raise ValueError("plotly.js holds </script; pin another release of plotly")
+        raise ValueError("plotly.js contains </script; install another release of plotly")
     return source
 
 
 def as_script(content: Any) -> Markup:
     """JSON for a script element, escaped so that it cannot end the element or open a comment or a tag."""
-    found = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
-        found = found.replace(character, f"\\u{ord(character):04x}")
-    return Markup(found)
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
 
 
 def percent(value: float | Estimate | None, digits: int = 1) -> str:
@@ -83,14 +83,14 @@ def thumbnail(data: bytes) -> str:
     `models.preprocess.decode` does.
     """
     image = decode(data)
-    times = SIDE // max(image.size)
-    exact = times > 1
-    if exact:  # enlarge a small image by a whole factor, because a browser would blur it
-        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    factor = SIDE // max(image.size)
+    enlarged = factor > 1
+    if enlarged:  # enlarge a small image by a whole factor, because a browser would blur it
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     else:
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    image.save(stream, "WEBP", lossless=exact, quality=100 if exact else 72, method=4)
+    image.save(stream, "WEBP", lossless=enlarged, quality=100 if enlarged else 72, method=4)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

@@ -10,10 +10,10 @@ from models.calibration import fit_temperature
 from models.prior import softmax
 from pipeline.evaluation.intervals import Estimate, bootstrap
 from pipeline.evaluation.metrics import (
-    calibration_of,
     confidence_bins,
     expected_calibration_error,
     negative_log_likelihood,
+    resampled_ece,
 )
 
 ECE_RESAMPLES = 500
@@ -25,13 +25,13 @@ class ReliabilityBin:
 
     low: float
     high: float
-    answers: int
+    count: int
     confidence: float
     accuracy: float
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class ReliabilityCurve:
     """Calibration of one set of probabilities: the bins that are not empty, ECE, NLL in nats."""
 
     bins: list[ReliabilityBin]
@@ -46,8 +46,8 @@ class Reliability:
     after, temperature: None without validation data, or if no temperature can be fitted.
     """
 
-    before: Calibrated
-    after: Calibrated | None
+    before: ReliabilityCurve
+    after: ReliabilityCurve | None
     temperature: float | None
 
 
@@ -58,24 +58,24 @@ def reliability(
 
     validation: logits [M,C] and labels [M] on which the temperature is fitted (Guo 2017). bins: number of bins.
     """
-    before = _side(softmax(logits), labels, bins)
+    before = _calibration(softmax(logits), labels, bins)
     try:
         temperature = fit_temperature(*validation) if validation and len(validation[1]) else None
     except ValueError:  # no finite temperature minimises the NLL of an untrained network
         temperature = None
-    after = None if temperature is None else _side(softmax(logits / temperature), labels, bins)
+    after = None if temperature is None else _calibration(softmax(logits / temperature), labels, bins)
     return Reliability(before, after, temperature)
 
 
-def _side(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Calibrated:
-    index, confidence, right = confidence_bins(probabilities, labels, bins)
+def _calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> ReliabilityCurve:
+    index, confidence, correct = confidence_bins(probabilities, labels, bins)
     counts = np.bincount(index, minlength=bins)
-    sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidence, right)]
-    found = [
+    sums = [np.bincount(index, weights=values, minlength=bins) for values in (confidence, correct)]
+    nonempty = [
         ReliabilityBin(b / bins, (b + 1) / bins, int(n), *(float(total[b] / n) for total in sums))
         for b, n in enumerate(counts)
         if n
     ]
     value = expected_calibration_error(probabilities, labels, bins)
-    ece = Estimate(value, *bootstrap(calibration_of(probabilities, labels, bins), len(labels), ECE_RESAMPLES))
-    return Calibrated(found, ece, negative_log_likelihood(probabilities, labels))
+    ece = Estimate(value, *bootstrap(resampled_ece(probabilities, labels, bins), len(labels), ECE_RESAMPLES))
+    return ReliabilityCurve(nonempty, ece, negative_log_likelihood(probabilities, labels))

@@ -8,10 +8,10 @@ import numpy as np
 
 from models.prior import adjust_logits
 from pipeline.data.class_prior import Prior
-from pipeline.evaluation.metrics import GROUPS
+from pipeline.evaluation.metrics import GROUPS, count_correct
 
 STRENGTHS = np.round(np.arange(-0.5, 1.5001, 0.05), 2)
-ROWS = 4_000_000  # largest number of logits adjusted in one step
+MAX_LOGITS = 4_000_000  # largest number of logits adjusted in one step
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,26 @@ def strength_sweep(logits: np.ndarray, labels: np.ndarray, prior: Prior) -> list
     """One row per strength. logits: balanced, [N,C]; labels: [N]. Classes without test images are excluded."""
     classes = len(prior.classes)
     tested = np.bincount(labels, minlength=classes)
-    there = tested > 0
-    p = np.where(there, np.array(prior.p), 0)
-    groups = {name: there & (np.array(prior.groups) == name) for name in GROUPS}
+    included = tested > 0
+    p = np.where(included, np.array(prior.p), 0)
+    groups = {name: included & (np.array(prior.groups) == name) for name in GROUPS}
     rows = []
-    for strength, right in zip(STRENGTHS, right_by_strength(logits, labels, prior), strict=True):
-        accuracy = right / np.maximum(tested, 1)
+    for strength, correct in zip(STRENGTHS, _correct_by_strength(logits, labels, prior), strict=True):
+        accuracy = correct / np.maximum(tested, 1)
         by_group = {name: float(accuracy[of].mean()) if of.any() else None for name, of in groups.items()}
-        rows.append(
-            StrengthRow(float(strength), float(accuracy[there].mean()), float(accuracy @ p / p.sum()), **by_group)
-        )
+        balanced, train = accuracy[included].mean(), accuracy @ p / p.sum()
+        rows.append(StrengthRow(float(strength), float(balanced), float(train), **by_group))
     return rows
 
 
-def right_by_strength(logits: np.ndarray, labels: np.ndarray, prior: Prior) -> np.ndarray:
+def _correct_by_strength(logits: np.ndarray, labels: np.ndarray, prior: Prior) -> np.ndarray:
     """Number of correct predictions of each class at each of STRENGTHS: int [S,C]. Chunked, to bound memory."""
     classes, log_prior = len(prior.classes), np.array(prior.log_prior, dtype=np.float32)
-    right = np.zeros((len(STRENGTHS), classes), dtype=np.int64)
-    at_once = max(1, ROWS // classes)
-    for first in range(0, len(labels), at_once):
-        part, wanted = logits[first : first + at_once].astype(np.float32), labels[first : first + at_once]
-        for place, strength in enumerate(STRENGTHS.astype(np.float32)):
-            found = adjust_logits(part, log_prior, strength).argmax(axis=1)
-            right[place] += np.bincount(wanted[found == wanted], minlength=classes)
-    return right
+    correct = np.zeros((len(STRENGTHS), classes), dtype=np.int64)
+    rows = max(1, MAX_LOGITS // classes)
+    for start in range(0, len(labels), rows):
+        part, expected = logits[start : start + rows].astype(np.float32), labels[start : start + rows]
+        for index, strength in enumerate(STRENGTHS.astype(np.float32)):
+            predicted = adjust_logits(part, log_prior, strength).argmax(axis=1)
+            correct[index] += count_correct(predicted, expected, classes)[0]
+    return correct

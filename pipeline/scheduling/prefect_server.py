@@ -8,33 +8,28 @@ import json
 import os
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
-from types import TracebackType
 
 import psutil
 
 from pipeline.shared.artifacts import write_json
 from pipeline.shared.errors import ParamsError, StageError
-from pipeline.shared.owned_process import end_leash, start_on_leash
+from pipeline.shared.owned_process import end_owned_process, start_owned_process
 from serving.shared.ports import bypass_proxy_on_loopback, choose_ports
 
 HOME = Path(".prefect")
-NOTE = "tailor-server.json"
+SERVER_RECORD = "tailor-server.json"  # address and owner process of the server that `tailor schedule` runs
 LOG = "server.log"
 HOST = "127.0.0.1"
 API_URL = "PREFECT_API_URL"
 UI_URL = "PREFECT_UI_URL"  # the beginning of the links that Prefect logs; empty for no links
-UI_API_URL = (
-    "PREFECT_UI_API_URL"  # API address for the web pages; Prefect's default is port 4200, independent of --port
-)
-START_WITHIN = 300.0  # seconds; the first start creates the database
-ASK_WITHIN = 10.0  # seconds; timeout for a response of the server at PREFECT_API_URL
+UI_API_URL = "PREFECT_UI_API_URL"  # API address for the web pages; Prefect's default is port 4200, whatever --port is
+START_TIMEOUT = 300.0  # seconds; the first start creates the database
+REQUEST_TIMEOUT = 10.0  # seconds; for a response of the server at PREFECT_API_URL
 POLL = 0.1  # seconds
 
 
@@ -42,16 +37,7 @@ class PrefectServerError(StageError):
     """Prefect's server does not run, cannot start, or does not respond."""
 
 
-@dataclass(frozen=True)
-class _Note:
-    """Address and owner process of a server. The start time detects that the process id was reused."""
-
-    url: str
-    process: int
-    started: float
-
-
-def settle_environment(home: Path = HOME) -> None:
+def set_prefect_env(home: Path = HOME) -> None:
     """Set Prefect's environment variables before Prefect is imported: its folder, and no telemetry.
 
     Variables that the user has set are kept.
@@ -63,46 +49,44 @@ def settle_environment(home: Path = HOME) -> None:
 
 
 @contextlib.contextmanager
-def talking_to(api_url: str, links: bool = True) -> Iterator[None]:
+def use_api(api_url: str, links: bool = True) -> Iterator[None]:
     """Context manager: Prefect uses the API at `api_url`, in this process and in its child processes.
 
     links: whether Prefect logs links to the server's pages.
     """
-    before = {name: os.environ.get(name) for name in (API_URL, UI_URL)}
-    os.environ.update({API_URL: api_url} if links else {API_URL: api_url, UI_URL: ""})
-    _read_settings_again()
+    before = {name: os.environ.pop(name) for name in (API_URL, UI_URL) if name in os.environ}
+    os.environ.update(before | ({API_URL: api_url} if links else {API_URL: api_url, UI_URL: ""}))
+    _refresh_settings()
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        _read_settings_again()
+        for name in (API_URL, UI_URL):
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        _refresh_settings()
 
 
 @contextlib.contextmanager
-def some_server(home: Path = HOME) -> Iterator[str]:
+def ensure_server(home: Path = HOME) -> Iterator[str]:
     """Context manager that gives the API address of a Prefect server, and starts a temporary server if there is none.
 
     The server at PREFECT_API_URL is used first, then that of the project's schedule. Raises the errors of
-    `given_server` and `PrefectServer.start`.
+    `configured_server` and `PrefectServer.start`.
     """
-    settle_environment(home)
-    url = given_server() or running_server(home)
+    set_prefect_env(home)
+    url = configured_server() or running_server(home)
     with contextlib.ExitStack() as stack:
         temporary = url is None
         if temporary:
             url = stack.enter_context(PrefectServer(home, scheduling=False)).api_url
-        stack.enter_context(talking_to(url, links=not temporary))  # a temporary server has no pages
+        stack.enter_context(use_api(url, links=not temporary))  # a temporary server has no pages
         yield url
 
 
-def given_server() -> str | None:
+def configured_server() -> str | None:
     """The API address in PREFECT_API_URL, after a check that it responds; None if not set.
 
-    Call `settle_environment` first. The check uses Prefect's client, which reads the user's keys and certificates.
+    Call `set_prefect_env` first. The check uses Prefect's client, which reads the user's keys and certificates.
     Raises ParamsError if the value is not an address, PrefectServerError if no Prefect server responds there or it has
     another major version.
     """
@@ -114,12 +98,12 @@ def given_server() -> str | None:
     from prefect.client.orchestration import get_client
 
     try:
-        with talking_to(url), get_client(sync_client=True, httpx_settings={"timeout": ASK_WITHIN}) as client:
+        with use_api(url), get_client(sync_client=True, httpx_settings={"timeout": REQUEST_TIMEOUT}) as client:
             client.raise_for_api_version_mismatch()
     except (RuntimeError, httpx.HTTPError, httpx.InvalidURL) as error:  # Prefect wraps errors in RuntimeError
-        said = " ".join(str(error.__cause__ or error).split())
+        cause = " ".join(str(error.__cause__ or error).split())
         raise PrefectServerError(
-            f"{API_URL} is {without_password(url)!r}, where no Prefect server of use answers ({said}); "
+            f"{API_URL} is {without_password(url)!r}, where no usable Prefect server responds ({cause}); "
             f"start it, correct {API_URL}, or unset it to have one started"
         ) from error
     return url
@@ -128,20 +112,21 @@ def given_server() -> str | None:
 def running_server(home: Path = HOME) -> str | None:
     """The API address of the server that `tailor schedule` runs for this project; None if there is none."""
     try:
-        note = _Note(**json.loads((home / NOTE).read_text(encoding="utf-8")))
-        alive = abs(psutil.Process(note.process).create_time() - note.started) < 1
-    except (OSError, ValueError, TypeError, psutil.NoSuchProcess):
+        record = json.loads((home / SERVER_RECORD).read_text(encoding="utf-8"))
+        # The start time detects that the process id was reused.
+        alive = abs(psutil.Process(record["process"]).create_time() - record["started"]) < 1
+        return record["url"] if alive and is_healthy(record["url"]) else None
+    except (OSError, ValueError, TypeError, KeyError, psutil.NoSuchProcess):
         return None
-    return note.url if alive and answers(note.url) else None
 
 
-def answers(api_url: str) -> bool:
+def is_healthy(api_url: str) -> bool:
     """Health check: whether a Prefect API responds with status 200."""
     bypass_proxy_on_loopback()
     try:
         with urllib.request.urlopen(f"{api_url}/health", timeout=5) as response:
             return response.status == 200
-    except (OSError, urllib.error.URLError, http.client.HTTPException):  # HTTPException: the response is not HTTP
+    except (OSError, http.client.HTTPException):  # HTTPException: the response is not HTTP
         return False
 
 
@@ -161,22 +146,12 @@ class PrefectServer:
     @property
     def api_url(self) -> str:
         """API address for clients; valid after start."""
-        return f"http://{HOST}:{self.port}/api"
+        return f"{self.ui_url}/api"
 
     @property
     def ui_url(self) -> str:
         """Address of the web pages; valid after start."""
         return f"http://{HOST}:{self.port}"
-
-    @property
-    def _pages(self) -> dict[str, str]:
-        """Default settings of the web pages. Version 2 of the pages is off, because it calls amplitude.com."""
-        return {UI_API_URL: self.api_url, "PREFECT_SERVER_UI_V2_ENABLED": "false"}
-
-    @property
-    def process_id(self) -> int | None:
-        """Process id of the server's owner process (owned_process.py), its session leader; None if it does not run."""
-        return self._process.pid if self._process else None
 
     def start(self) -> PrefectServer:
         """Start the server and wait until it responds.
@@ -185,20 +160,10 @@ class PrefectServer:
         """
         self.home.mkdir(parents=True, exist_ok=True)
         self.port = choose_ports(HOST, {"--port": self.port})["--port"]
-        services = [] if self.scheduling else ["--no-services", "--no-ui"]
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "prefect",
-            "server",
-            "start",
-            "--host",
-            HOST,
-            "--port",
-            str(self.port),
-            *services,
-        ]
+        command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", HOST, "--port", str(self.port)]
+        command += [] if self.scheduling else ["--no-services", "--no-ui"]
+        # The user's variables replace these. Version 2 of the pages is off, because it calls amplitude.com.
+        defaults = {UI_API_URL: self.api_url, "PREFECT_SERVER_UI_V2_ENABLED": "false"}
         settings = {
             "PREFECT_HOME": str(self.home.absolute()),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -206,50 +171,49 @@ class PrefectServer:
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "DO_NOT_TRACK": "1",
         }
+        environment = defaults | {name: value for name, value in os.environ.items() if name != API_URL} | settings
         with (self.home / LOG).open("a", encoding="utf-8") as log:
-            environment = {**self._pages, **_without_api(os.environ), **settings}
-            self._process = start_on_leash(command, environment, log)
+            self._process = start_owned_process(command, environment, log)
         try:
-            self._await()
+            self._wait_until_healthy()
         except BaseException:
             self.stop()
             raise
         if self.scheduling:
-            me = psutil.Process()
-            write_json(self.home / NOTE, {"url": self.api_url, "process": me.pid, "started": me.create_time()})
+            owner = psutil.Process()
+            record = {"url": self.api_url, "process": owner.pid, "started": owner.create_time()}
+            write_json(self.home / SERVER_RECORD, record)
         return self
 
-    def alive(self) -> bool:
+    def is_running(self) -> bool:
         """Whether the server's process runs."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
         """Stop the server, if it runs."""
         if self.scheduling:
-            (self.home / NOTE).unlink(missing_ok=True)
+            (self.home / SERVER_RECORD).unlink(missing_ok=True)
         if self._process is not None:
-            end_leash(self._process)
+            end_owned_process(self._process)
             self._process = None
 
     def __enter__(self) -> PrefectServer:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
-    def _await(self) -> None:
-        deadline = time.monotonic() + START_WITHIN
-        while not answers(self.api_url):
-            if not self.alive() or time.monotonic() > deadline:
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not is_healthy(self.api_url):
+            if not self.is_running() or time.monotonic() > deadline:
                 lines = (self.home / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                said = lines[-1].strip() if lines else "it said nothing"
-                raise PrefectServerError(f"Prefect's server did not start: {said} (see {self.home / LOG})")
+                cause = lines[-1].strip() if lines else "it printed nothing"
+                raise PrefectServerError(f"Prefect's server did not start: {cause} (see {self.home / LOG})")
             time.sleep(POLL)
 
 
-def _read_settings_again() -> None:
+def _refresh_settings() -> None:
     if "prefect" in sys.modules:  # a later import reads the settings itself
         from prefect.context import refresh_global_settings_context
 
@@ -257,20 +221,14 @@ def _read_settings_again() -> None:
 
 
 def _check_address(url: str) -> None:
-    try:
+    with contextlib.suppress(ValueError):  # a port that is not a number, an incomplete IPv6 address
         parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.split() == [url]
-    except ValueError:  # a port that is not a number, an incomplete IPv6 address
-        usable = False
-    if not usable:
-        raise ParamsError(f"{API_URL} is {url!r}; expected an address such as http://{HOST}:4200/api, or none")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.split() == [url]:
+            return
+    raise ParamsError(f"{API_URL} is {url!r}; expected an address such as http://{HOST}:4200/api, or none")
 
 
 def without_password(url: str) -> str:
     """Remove user and password from an address, so that it may be logged."""
     parts = urllib.parse.urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def _without_api(environment: os._Environ[str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name != API_URL}

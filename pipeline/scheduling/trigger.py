@@ -14,11 +14,11 @@ from pipeline.flows.records import Outcome, read_run
 from pipeline.scheduling.prefect_server import (
     HOME,
     PrefectServerError,
-    given_server,
+    configured_server,
+    ensure_server,
     running_server,
-    settle_environment,
-    some_server,
-    talking_to,
+    set_prefect_env,
+    use_api,
     without_password,
 )
 from pipeline.shared.errors import StageError
@@ -35,13 +35,12 @@ def trigger_retrain(reason: str, home: Path = HOME) -> str:
     this process and returns at its end. Raises StageError if the run failed or the server at PREFECT_API_URL does not
     respond.
     """
-    settle_environment(home)
-    url = given_server() or running_server(home)
-    if url:
-        with talking_to(url):
-            asked = _ask_schedule(url, reason)
-        if asked:
-            return asked
+    set_prefect_env(home)
+    if url := configured_server() or running_server(home):
+        with use_api(url):
+            answer = _request_run(url, reason)
+        if answer:
+            return answer
     outcome = run_once(reason, home=home)
     if outcome.ending == "failed":
         raise StageError(outcome.message)
@@ -54,7 +53,7 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
     tracebacks: whether Prefect's log shows tracebacks; the outcome's message has the cause. Raises StageError if
     Prefect's server cannot be started, or the server at PREFECT_API_URL does not respond.
     """
-    with some_server(home):
+    with ensure_server(home):
         import httpx
         from prefect.logging.handlers import APILogHandler
 
@@ -68,58 +67,49 @@ def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebac
             # The server did not accept the final state; the run itself may have finished and written its record.
             last = read_run("last")
             if last is None or last.process != os.getpid() or last.outcome is None:
-                raise StageError(f"Prefect's server does not answer: {error}") from error
+                raise StageError(f"Prefect's server does not respond: {error}") from error
             return last.outcome
         APILogHandler().flush()  # before a temporary server stops
         if state.is_cancelled():
-            return Outcome("busy", state.message or "another retraining is under way")
+            return Outcome("busy", state.message or "another retraining is in progress")
         last = read_run("last")
         if state.name == "Skipped" or last is None or last.outcome is None or last.process != os.getpid():
             return Outcome("failed" if state.is_failed() or state.is_crashed() else "skipped", state.message or "")
         return last.outcome
 
 
-def _ask_schedule(url: str, reason: str) -> str | None:
+def _request_run(url: str, reason: str) -> str | None:
     """Request a run of the deployment; None if the server has no such deployment. Raises PrefectServerError."""
     import httpx
-
-    try:
-        return _create_run(reason)
-    except httpx.HTTPError as error:
-        said = " ".join(str(error).split())
-        raise PrefectServerError(
-            f"Prefect's server at {without_password(url)} was asked for a retraining and did not take it: {said}"
-        ) from error
-
-
-def _create_run(reason: str) -> str | None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.exceptions import ObjectNotFound
 
-    with get_client(sync_client=True) as client:
-        try:
+    try:
+        with get_client(sync_client=True) as client:
             deployment = client.read_deployment_by_name(DEPLOYMENT)
-        except ObjectNotFound:
-            return None
-        wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}}
-        waiting = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
-        if any(not run.auto_scheduled for run in waiting):
-            return "a retraining was asked for already and has not begun"
-        run = client.create_flow_run_from_deployment(deployment.id, parameters={"because": reason})
-    return f"the schedule was asked for a retraining, run {run.name!r}"
+            states = {"type": {"any_": ["SCHEDULED", "PENDING"]}}
+            pending = FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment.id]}, "state": states})
+            if any(not run.auto_scheduled for run in client.read_flow_runs(flow_run_filter=pending)):
+                return "a retraining is already requested and has not started"
+            run = client.create_flow_run_from_deployment(deployment.id, parameters={"because": reason})
+    except ObjectNotFound:
+        return None
+    except httpx.HTTPError as error:
+        cause = " ".join(str(error).split())
+        raise PrefectServerError(
+            f"Prefect's server at {without_password(url)} rejected the request for a retraining: {cause}"
+        ) from error
+    return f"requested a retraining from the schedule, run {run.name!r}"
 
 
-class _OneLine(logging.Filter):
+def _remove_traceback(record: logging.LogRecord) -> bool:
     """Logging filter that removes the traceback from a record and keeps its message."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Remove the traceback and accept the record."""
-        record.exc_info = record.exc_text = None
-        return True
+    record.exc_info = record.exc_text = None
+    return True
 
 
 def _hide_tracebacks() -> None:
     loggers: list[Any] = [logging.getLogger(name) for name in ("prefect", "prefect.flow_runs", "prefect.task_runs")]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
-        handler.addFilter(_OneLine())
+        handler.addFilter(_remove_traceback)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from serving.shared.atomic import place_file as place_file
+from serving.shared.atomic import move_file as move_file
 from serving.shared.atomic import sha256_of as sha256_of
 from serving.shared.atomic import whole_folder as whole_folder
 from serving.shared.atomic import write_file as write_file

@@ -37,65 +37,63 @@ class _Imports(ModuleFinder):
         return super().import_hook(name, caller, fromlist, level)
 
 
-def _is_package(path: Path) -> bool:
-    return (path / "__init__.py").is_file()
-
-
 @cache
-def source_files(stage: str) -> tuple[Path, ...]:
+def source_files(stage: str, root: Path = ROOT) -> tuple[Path, ...]:
     """Absolute, sorted paths of the files that a stage can run or read.
 
     These are the modules that it imports, directly or indirectly, and the files and folders beside a module, or beside
     its package, that the module names in a string, such as templates and Triton's models.
     """
-    imports = _Imports(path=[str(ROOT)])
+    imports = _Imports(path=[str(root)])
     imports.import_hook(f"pipeline.{stage}")
-    found = {Path(module.__file__) for module in imports.modules.values() if module.__file__}
-    pending = list(found)
+    sources = {Path(module.__file__) for module in imports.modules.values() if module.__file__}
+    pending = list(sources)
     while pending:
         path = pending.pop()
         text = path.read_text(encoding="utf-8")
-        beside = [entry for entry in path.parent.iterdir() if entry.suffix != ".py" and not _is_package(entry)]
-        named = [entry for entry in beside if f'"{entry.name}"' in text]
-        named += [entry for entry in path.parents[1].iterdir() if f'.parents[1] / "{entry.name}"' in text]
-        files = {file for entry in named for file in (entry.rglob("*") if entry.is_dir() else [entry])}
-        files = {file for file in files if file.is_file() and file.suffix != ".pyc"} - found
-        found |= files
+        beside = [
+            entry for entry in path.parent.iterdir() if entry.suffix != ".py" and not (entry / "__init__.py").is_file()
+        ]
+        read = [entry for entry in beside if f'"{entry.name}"' in text]
+        read += [entry for entry in path.parents[1].iterdir() if f'.parents[1] / "{entry.name}"' in text]
+        files = {file for entry in read for file in (entry.rglob("*") if entry.is_dir() else [entry])}
+        files = {file for file in files if file.is_file() and file.suffix != ".pyc"} - sources
+        sources |= files
         pending += [file for file in files if file.parent == path.parent]
-    return tuple(sorted(found))
+    return tuple(sorted(sources))
 
 
-def fingerprint(stage: str) -> str:
+def fingerprint(stage: str, root: Path = ROOT) -> str:
     """Text with one line for each source file of a stage: its hash and its path."""
-    lines = [f"{_hash(path)[:DIGITS]}  {path.relative_to(ROOT).as_posix()}\n" for path in source_files(stage)]
-    return "".join(lines)
+    files = source_files(stage, root)
+    return "".join(f"{_hash(path)[:DIGITS]}  {path.relative_to(root).as_posix()}\n" for path in files)
 
 
-def code_sha256() -> str:
+def code_sha256(root: Path = ROOT) -> str:
     """sha256 over the source files of all stages: equal for equal code, independent of the version number."""
-    return hashlib.sha256("".join(map(fingerprint, STAGES)).encode()).hexdigest()
+    return hashlib.sha256("".join(fingerprint(stage, root) for stage in STAGES).encode()).hexdigest()
 
 
 @cache
 def _hash(path: Path) -> str:
     data = path.read_bytes()
     if path.suffix == ".py":
-        data = _without_comments(data.decode()).encode()
+        data = strip_comments(data.decode()).encode()
     return hashlib.sha256(data).hexdigest()
 
 
-def _without_comments(text: str) -> str:
+def strip_comments(text: str) -> str:
     """Text of a module without comments, docstrings, blank lines and trailing spaces."""
     lines = text.split("\n")
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
     starts = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT}
     for position in range(len(tokens) - 1, -1, -1):  # backwards, so that a removal does not move earlier tokens
         token = tokens[position]
-        alone = position == 0 or tokens[position - 1].type in starts
+        is_statement = position == 0 or tokens[position - 1].type in starts
         ends = position + 1 < len(tokens) and tokens[position + 1].type == tokenize.NEWLINE
-        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and alone and ends):
-            (first, left), (last, right) = token.start, token.end
-            lines[first - 1 : last] = [lines[first - 1][:left] + lines[last - 1][right:]]
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and is_statement and ends):
+            (first, start), (last, end) = token.start, token.end
+            lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:]]
     return "\n".join(filter(None, map(str.rstrip, lines)))
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-# Parameters of glibc's mallopt(3).
+# Parameters of glibc's mallopt(3); M_TRIM_THRESHOLD -1 turns trimming off.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_FROM_HEAP = 2**30  # bytes; larger blocks, larger than any activation, are still allocated with mmap
-NEVER = -1
 
 
 def keep_freed_memory() -> bool:
@@ -27,7 +26,7 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     # Set both, because setting one turns off glibc's automatic adjustment of both.
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def free_bytes() -> int:

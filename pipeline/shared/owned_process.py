@@ -1,8 +1,8 @@
 """`python pipeline/shared/owned_process.py COMMAND...`: run a command that ends when the process that started it ends.
 
-This process (the leash) reads its standard input, a pipe that only its owner holds open, and so detects the end of the
+This wrapper process reads its standard input, a pipe that only its owner holds open, and so detects the end of the
 owner by any cause. A stage that outlives its owner would keep DVC's locks. An exited stage that no process waits for
-would keep them too, because DVC treats the owner of a lock as alive while its process id exists. The leash therefore
+would keep them too, because DVC treats the owner of a lock as alive while its process id exists. The wrapper therefore
 outlives its command, also in a container whose first process does not reap orphans, and ends the command's remaining
 processes.
 
@@ -23,14 +23,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL; torchrun ends its workers within this time
+KILL_AFTER = 5.0  # seconds between SIGTERM and SIGKILL; torchrun ends its workers within this time
 POLL = 0.05  # seconds
 
 
-def start_on_leash(
+def start_owned_process(
     command: Sequence[str], environment: Mapping[str, str] | None = None, output: IO[str] | int | None = subprocess.PIPE
 ) -> subprocess.Popen[str]:
-    """Start a command in a separate process group that ends when this process ends; `end_leash` ends it earlier.
+    """Start a command in a separate process group that ends when this process ends; `end_owned_process` ends it earlier.
 
     output: for standard output and standard error together; a pipe by default. The returned process has the exit status
     of the command.
@@ -47,7 +47,7 @@ def start_on_leash(
     )
 
 
-def end_leash(process: subprocess.Popen[str]) -> int:
+def end_owned_process(process: subprocess.Popen[str]) -> int:
     """End the command, if it still runs, and all processes of its process group.
 
     Returns the command's exit status, 128 + n if signal n ended it.
@@ -63,27 +63,26 @@ def main(command: Sequence[str]) -> int:
         # A function instead of SIG_IGN, which the command would inherit.
         signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    threading.Thread(
-        target=lambda: (os.read(0, 1), _end(child.pid)), daemon=True
-    ).start()  # read returns at the owner's end
-    # WNOWAIT does not reap the child, so that its id, which is the group's id, is not reused before _end.
+    # os.read returns when the owner exits.
+    threading.Thread(target=lambda: (os.read(0, 1), _kill_group(child.pid)), daemon=True).start()
+    # WNOWAIT does not reap the child, so that its id, which is the group's id, is not reused before _kill_group.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    _end(child.pid)  # ends child processes too, for example a stage that still runs after DVC was killed
+    _kill_group(child.pid)  # ends child processes too, for example a stage that still runs after DVC was killed
     status = child.wait()
     return status if status >= 0 else 128 - status
 
 
-def _end(group: int) -> None:
-    """Send SIGTERM to the process group, and SIGKILL to what remains after PATIENCE seconds."""
+def _kill_group(group: int) -> None:
+    """Send SIGTERM to the process group, and SIGKILL to what remains after KILL_AFTER seconds."""
     with contextlib.suppress(ProcessLookupError):  # the whole group has exited and was reaped
         os.killpg(group, signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
-        while _lives(group) and time.monotonic() < deadline:
+        deadline = time.monotonic() + KILL_AFTER
+        while _group_runs(group) and time.monotonic() < deadline:
             time.sleep(POLL)
         os.killpg(group, signal.SIGKILL)
 
 
-def _lives(group: int) -> bool:
+def _group_runs(group: int) -> bool:
     """Whether the process group has a process that has not exited."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

@@ -6,32 +6,38 @@ from pathlib import Path
 
 from pipeline.params import DataParams
 from pipeline.shared.artifacts import INGESTED
-from pipeline.shared.errors import ParamsError
 from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
-from pipeline.sources.folder import FolderSource as FolderSource
-from pipeline.sources.ingested import Ingested as Ingested
-from pipeline.sources.ingested import ReaderWithIngested as ReaderWithIngested
-from pipeline.sources.ingested import WithIngested as WithIngested
+from pipeline.sources.folder import FolderSource
+from pipeline.sources.ingested import Ingested, ReaderWithIngested, SourceWithIngested
 from pipeline.sources.lists import ListSource
-from pipeline.sources.shards import CACHE_BYTES as CACHE_BYTES
-from pipeline.sources.source import BadImageError as BadImageError
-from pipeline.sources.source import FilesUnderRoot as FilesUnderRoot
-from pipeline.sources.source import Groups as Groups
-from pipeline.sources.source import Reader as Reader
-from pipeline.sources.source import Row as Row
-from pipeline.sources.source import Source as Source
-from pipeline.sources.source import in_parts as in_parts
-from pipeline.sources.source import reading_order as reading_order
+from pipeline.sources.shards import CACHE_BYTES
+from pipeline.sources.source import (
+    BadImageError,
+    FileSource,
+    Groups,
+    ImageReader,
+    Row,
+    Source,
+    existing_root,
+    in_parts,
+    reading_order,
+)
 from pipeline.sources.table import TableReader, TableSource
 
+__all__ = [
+    "CACHE_BYTES", "BadImageError", "FileSource", "FolderSource", "Groups", "ImageReader", "Ingested",
+    "ReaderWithIngested", "Row", "Source", "SourceWithIngested", "in_parts", "open_base_source", "open_reader",
+    "open_source", "reading_order",
+]  # fmt: skip
 
-def open_source(params: DataParams, ingested: Path = INGESTED) -> WithIngested:
+
+def open_source(params: DataParams, ingested: Path = INGESTED) -> SourceWithIngested:
     """Open the source of params.yaml with the ingested images. Raises DataError or ParamsError if files are missing."""
-    return WithIngested(open_own(params), Ingested(ingested))
+    return SourceWithIngested(open_base_source(params), Ingested(ingested))
 
 
-def open_own(params: DataParams) -> Source:
+def open_base_source(params: DataParams) -> Source:
     """Open the source of params.yaml without ingested images. Raises as `open_source` does."""
     if params.source == "digits":
         return DigitsSource()
@@ -39,28 +45,19 @@ def open_own(params: DataParams) -> Source:
         return TableSource(params.location, params.table)
     if params.source in ("cifar10", "cifar100"):
         return CifarSource(params.source, Path(params.location), params.download)
-    root = _root(params)
+    root = existing_root(params.location, params.source)
     return FolderSource(root) if params.source == "folder" else ListSource(params.source, root, params.lists)
 
 
-def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES, ingested: Path = INGESTED) -> Reader:
+def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES, ingested: Path = INGESTED) -> ImageReader:
     """Open a reader of the images in a split table, without listing the source again. Raises as `open_source` does.
 
     cache_bytes: memory for cached row groups of a table.
     """
     if params.source == "table":
-        own: Reader = TableReader(params.location, params.table, cache_bytes)
+        base: ImageReader = TableReader(params.location, params.table, cache_bytes)
     elif params.source in ("digits", "cifar10", "cifar100"):
-        own = open_own(params)
+        base = open_base_source(params)
     else:
-        own = FilesUnderRoot(_root(params))
-    return ReaderWithIngested(own, Ingested(ingested))
-
-
-def _root(params: DataParams) -> Path:
-    root = Path(params.location)
-    if not root.is_dir():
-        raise ParamsError(
-            f"data.location is {params.location!r}, which is not a folder; expected the root of source {params.source}"
-        )
-    return root
+        base = FileSource(existing_root(params.location, params.source))
+    return ReaderWithIngested(base, Ingested(ingested))

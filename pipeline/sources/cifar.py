@@ -13,14 +13,24 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.sources.source import Row, WithoutFiles, as_png
+from pipeline.sources.source import Row, Source, as_png
 
 NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 MAX_MEMBER = 256 * 1024 * 1024  # bytes; the largest file of either archive has 155 million
+# What pickle raises for damaged content.
+UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+)
 LABELS = {"cifar10": b"labels", "cifar100": b"fine_labels"}
 
 
-class CifarSource(WithoutFiles):
+class CifarSource(Source):
     """CIFAR-10 or CIFAR-100, python version: folder or .tar.gz under data.location; each file's md5 is checked.
 
     50,000 training and 10,000 test images of 32x32 pixels, in the order of the batches, on which the CIFAR-LT subset
@@ -38,16 +48,7 @@ class CifarSource(WithoutFiles):
         for split, files in (("train", archive.published.train_list), ("test", archive.published.test_list)):
             pixels, labels = archive.batches(files, len(self.classes))
             self._pixels[split] = pixels
-            references = (f"{split}#{i}" for i in range(len(labels)))
-            self.rows += [Row(at, label, f"{name}/{at}", split) for at, label in zip(references, labels, strict=True)]
-
-    def place(self, row: Row) -> str:
-        """Split of the image and its index in the order of the batches."""
-        return row.sample_id
-
-    def stamp(self, reference: str) -> str:
-        """Constant, because the md5 of the files was checked when the source was opened."""
-        return f"{self.origin}/{reference}"
+            self.rows += [Row(f"{split}#{i}", label, f"{name}/{split}#{i}", split) for i, label in enumerate(labels)]
 
     def read(self, reference: str) -> bytes:
         """Encode the image as PNG, pixels unchanged."""
@@ -93,9 +94,9 @@ class _Archive:
                 planes = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
                 numbers = [int(label) for label in batch[LABELS[self._name]]]
             except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{self._place(file)}: is no batch of {self._name}: {error}") from None
+                raise DataError(f"{self._location(file)}: is not a batch of {self._name}: {error}") from None
             if len(planes) != len(numbers) or not all(0 <= label < classes for label in numbers):
-                raise DataError(f"{self._place(file)}: its labels do not fit its images; fetch the archive again")
+                raise DataError(f"{self._location(file)}: its labels do not match its images; fetch the archive again")
             pixels.append(planes.transpose(0, 2, 3, 1))
             labels += numbers
         return np.concatenate(pixels), labels
@@ -103,44 +104,44 @@ class _Archive:
     def load(self, file: str, md5: str) -> Any:
         """Check the md5 of one file and unpickle it. Raises DataError with the file."""
         data = self._bytes(file)
-        found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        if found != md5:
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if digest != md5:
             raise DataError(
-                f"{self._place(file)}: has md5 {found}, the published file has {md5}; it is damaged or another version; "
+                f"{self._location(file)}: has md5 {digest}, the published file has {md5}; it is damaged or another version; "
                 "remove it and fetch the archive again"
             )
-        return unpickle_arrays(data, self._place(file))
+        return unpickle_arrays(data, self._location(file))
 
     def _bytes(self, file: str) -> bytes:
         try:
             if self._packed is None:
                 if (size := (self._folder / file).stat().st_size) > MAX_MEMBER:
-                    raise DataError(f"{self._place(file)}: has {size} bytes, above the limit of {MAX_MEMBER}")
+                    raise DataError(f"{self._location(file)}: has {size} bytes, above the limit of {MAX_MEMBER}")
                 return (self._folder / file).read_bytes()
             if self._members is None:
-                self._members = self._unpacked(self._packed)
+                self._members = self._read_members(self._packed)
             return self._members[f"{self._folder.name}/{file}"]
         except KeyError:
-            raise DataError(f"{self._place(file)}: no such file in the archive; fetch it again") from None
+            raise DataError(f"{self._location(file)}: no such file in the archive; fetch it again") from None
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(f"{self._place(file)}: not readable ({reason}); fetch the archive again") from None
+            raise DataError(f"{self._location(file)}: not readable ({reason}); fetch the archive again") from None
 
-    def _unpacked(self, packed: Path) -> dict[str, bytes]:
+    def _read_members(self, packed: Path) -> dict[str, bytes]:
         # One pass, because a .tar.gz has no index and each look-up would decompress it from the start. Only the
-        # published files are kept, so that additional files in the archive take no memory.
+        # published files are kept, so that other files take no memory.
         published = [file for file, _ in self.published.train_list + self.published.test_list]
         names = {f"{self._folder.name}/{file}" for file in (self.published.meta["filename"], *published)}
-        found: dict[str, bytes] = {}
+        members: dict[str, bytes] = {}
         with tarfile.open(packed, "r|gz") as archive:
             for member in archive:
-                if member.name in names - found.keys() and member.isreg() and member.size <= MAX_MEMBER:
-                    found[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
-                if len(found) == len(names):
+                if member.name in names - members.keys() and member.isreg() and member.size <= MAX_MEMBER:
+                    members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+                if len(members) == len(names):
                     break
-        return found
+        return members
 
-    def _place(self, file: str) -> str:
+    def _location(self, file: str) -> str:
         return str(self._folder / file) if self._packed is None else f"{self._packed}: {self._folder.name}/{file}"
 
 
@@ -159,20 +160,12 @@ class _ArraysOnly(pickle.Unpickler):
         try:
             return self.ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array") from None
+            raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not an array") from None
 
 
-def unpickle_arrays(data: bytes, place: str) -> Any:
+def unpickle_arrays(data: bytes, location: str) -> Any:
     """Unpickle plain data and numpy arrays; Python 2 strings become bytes. Raises DataError for other content."""
     try:
         return _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-    ) as error:
-        raise DataError(f"{place}: not unpickled: {' '.join(str(error).split())}") from None
+    except UNPICKLING_ERRORS as error:
+        raise DataError(f"{location}: not unpickled: {' '.join(str(error).split())}") from None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.sources.source import Row, WithoutFiles, as_png
+from pipeline.sources.source import Row, Source, as_png
 
 
-class DigitsSource(WithoutFiles):
+class DigitsSource(Source):
     """Handwritten digits bundled with scikit-learn: 1,797 images of 8x8 pixels, 16 grey levels, ten classes."""
 
     def __init__(self) -> None:
@@ -18,14 +18,6 @@ class DigitsSource(WithoutFiles):
         self.classes = [str(digit) for digit in range(10)]
         self._pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
         self.rows = [Row(str(i), int(label), f"digits/{i}", "train") for i, label in enumerate(scans.target)]
-
-    def place(self, row: Row) -> str:
-        """Sample id with the number of the scan."""
-        return row.sample_id
-
-    def stamp(self, reference: str) -> str:
-        """Constant, because the scans are part of an installed package."""
-        return f"digits/{reference}"
 
     def read(self, reference: str) -> bytes:
         """Encode the scan as PNG."""

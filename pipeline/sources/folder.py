@@ -10,7 +10,7 @@ from pathlib import Path
 from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.shared.errors import DataError, raise_problems
-from pipeline.sources.source import FilesUnderRoot, Row
+from pipeline.sources.source import FileSource, Row
 from serving.shared.terminal import counted
 
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -24,7 +24,7 @@ NOT_UTF8 = "its name is not UTF-8; rename it, for instance with convmv"
 ClassFiles = dict[Path, list[Path]]
 
 
-class FolderSource(FilesUnderRoot):
+class FolderSource(FileSource):
     """A folder per class, named after it; or train/, validation/ (or val/) and test/, each with a folder per class.
 
     Classes are numbered in the sorted order of their names in train. Raises DataError for folders that cannot be
@@ -59,12 +59,12 @@ class FolderSource(FilesUnderRoot):
 
     def _entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """List the folders and files of a folder, sorted. Hidden entries and those of tools are skipped and counted."""
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        kept = [entry for entry in entries if not is_passed_over(Path(entry.name))]
+        with os.scandir(folder) as iterator:
+            entries = sorted(iterator, key=lambda entry: entry.name)
+        visible = [entry for entry in entries if not is_passed_over(Path(entry.name))]
         self._passed_over.update(entry.name for entry in entries if is_passed_over(Path(entry.name)))
-        folders = [entry for entry in kept if entry.is_dir()]
-        files = [entry for entry in kept if not entry.is_dir() and (entry.is_symlink() or entry.is_file())]
+        folders = [entry for entry in visible if entry.is_dir()]
+        files = [entry for entry in visible if not entry.is_dir() and (entry.is_symlink() or entry.is_file())]
         return [folder / entry.name for entry in folders], [folder / entry.name for entry in files]
 
     def _files_below(self, folder: Path) -> Iterator[Path]:
@@ -101,7 +101,7 @@ class FolderSource(FilesUnderRoot):
 
     def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
         """Constant: regular files were listed just before, so a missing one is a broken link."""
-        return "they are links whose targets are gone"
+        return "they are links to files that do not exist"
 
 
 def _split_folders(root: Path, folders: list[Path]) -> dict[str, Path]:
@@ -163,11 +163,10 @@ def _check_levels(folder: Path, listed: ClassFiles, root: Path) -> list[str]:
     nested = {path.name: names for path, names in inner.items() if len(names) > 1}
     if not nested:
         return []
-    shown = _names([f"{name} ({_names(names)})" for name, names in nested.items()])
+    named = _names([f"{name} ({_names(names)})" for name, names in nested.items()])
     return [
-        f"{folder}: {len(nested):,} of {counted(len(listed), 'class', 'hold')} folders of images and no images "
-        f"of their own, and each "
-        f"is read as one class: {shown}; if the inner folders are the classes, move them up into {folder}"
+        f"{folder}: {len(nested):,} of {counted(len(listed), 'class', 'hold')} folders of images and no images of their "
+        f"own, and each is read as one class: {named}; if the inner folders are the classes, move them up into {folder}"
     ]
 
 

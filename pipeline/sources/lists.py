@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.params import ListParams
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.sources.source import FilesUnderRoot, Row
+from pipeline.sources.source import FileSource, Row
 from serving.shared.terminal import counted
 
 
 @dataclass(frozen=True)
-class Official:
+class OfficialLists:
     """Official lists of a data set: file names by split (the first existing one is read), folder, number of classes."""
 
     files: dict[str, tuple[str, ...]]
@@ -24,34 +24,28 @@ class Official:
     classes: int
 
 
+def _lists_of_liu(name: str) -> dict[str, tuple[str, ...]]:
+    return {
+        split: (f"{name}_{part}.txt",) for split, part in (("train", "train"), ("validation", "val"), ("test", "test"))
+    }
+
+
 # The validation list of iNaturalist is the test split, as in the literature; the official test labels are not public.
+INATURALIST = {
+    "train": ("iNaturalist18_train.txt", "train2018.json"),
+    "test": ("iNaturalist18_val.txt", "val2018.json"),
+}
 OFFICIAL = {
-    "imagenet_lt": Official(
-        {
-            "train": ("ImageNet_LT_train.txt",),
-            "validation": ("ImageNet_LT_val.txt",),
-            "test": ("ImageNet_LT_test.txt",),
-        },
-        "ImageNet_LT",
-        1000,
-    ),
-    "places_lt": Official(
-        {"train": ("Places_LT_train.txt",), "validation": ("Places_LT_val.txt",), "test": ("Places_LT_test.txt",)},
-        "Places_LT_v2",
-        365,
-    ),
-    "inaturalist2018": Official(
-        {"train": ("iNaturalist18_train.txt", "train2018.json"), "test": ("iNaturalist18_val.txt", "val2018.json")},
-        "iNaturalist18",
-        8142,
-    ),
+    "imagenet_lt": OfficialLists(_lists_of_liu("ImageNet_LT"), "ImageNet_LT", 1000),
+    "places_lt": OfficialLists(_lists_of_liu("Places_LT"), "Places_LT_v2", 365),
+    "inaturalist2018": OfficialLists(INATURALIST, "iNaturalist18", 8142),
 }
 Entry = tuple[str, int]
 MAX_LIST_BYTES = 512 * 1024 * 1024  # iNaturalist's train2018.json, the largest official one, has 125 million
 MAX_LINE = 8192  # characters
 
 
-class ListSource(FilesUnderRoot):
+class ListSource(FileSource):
     """Images under data.location, listed in files of `relative/path label` lines or in iNaturalist's JSON files.
 
     Lists are those of data.lists, else the official ones in data.location or its folder of lists. Labels are 0..C-1,
@@ -71,26 +65,22 @@ class ListSource(FilesUnderRoot):
             )
         entries = {split: list(_entries(path, self._official.classes)) for split, path in self.lists.items()}
         self.classes = self._class_names(entries)
-        self.rows = [Row(path, label, path, split) for split, found in entries.items() for path, label in found]
+        self.rows = [Row(path, label, path, split) for split, listed in entries.items() for path, label in listed]
 
     def _class_names(self, entries: dict[str, list[Entry]]) -> list[str]:
-        folders: dict[int, str] = {}
+        train_list, folders = self.lists["train"], dict[int, str]()
         for path, label in entries["train"]:
             folders.setdefault(label, path.rpartition("/")[0] or ".")
         classes = max(folders, default=-1) + 1
         if classes < 2:
-            raise DataError(f"{self.lists['train']}: lists {counted(classes, 'class')}; expected at least 2")
+            raise DataError(f"{train_list}: lists {counted(classes, 'class')}; expected at least 2")
         if len(folders) < classes:
             missing = next(label for label in range(classes) if label not in folders)
-            raise DataError(
-                f"{self.lists['train']}: label {missing} has no training image; expected labels 0..C-1 without a gap"
-            )
-        for split, found in entries.items():
-            unknown = next((entry for entry in found if entry[1] >= classes), None)
-            if unknown:
-                raise DataError(
-                    f"{self.lists[split]}: {unknown[0]} has label {unknown[1]}, a class without training images"
-                )
+            raise DataError(f"{train_list}: label {missing} has no training image; labels must be 0..C-1 without a gap")
+        for split, listed in entries.items():
+            if unknown := next((entry for entry in listed if entry[1] >= classes), None):
+                image, label = unknown
+                raise DataError(f"{self.lists[split]}: {image} has label {label}, a class without training images")
         if len(set(folders.values())) < classes:
             return [str(label) for label in range(classes)]
         common = os.path.commonpath(list(folders.values()))
@@ -109,10 +99,10 @@ class ListSource(FilesUnderRoot):
             return f"{self._root / flat}/ holds its images flat; sort them into a folder per class"
         if name.startswith("ILSVRC2012") and (self._root / flat / name.replace("2012", "2010")).is_file():
             return "the images there are of ILSVRC 2010; the lists are of ILSVRC 2012"
-        gone = sum(not (self._root / folder).is_dir() for folder in folders)
-        if gone and present:
+        missing = [folder for folder in folders if not (self._root / folder).is_dir()]
+        if missing and present:
             hint = " (another year's ImageNet? the lists are of ILSVRC 2012)" if self._official.classes == 1000 else ""
-            return f"{counted(gone, 'whole folder', 'are')} missing, {_first_gone(folders, self._root)} for one{hint}"
+            return f"{counted(len(missing), 'whole folder', 'are')} missing, for example {min(missing)}{hint}"
         return None
 
     def _wrong_root(self, first: str) -> str:
@@ -123,34 +113,25 @@ class ListSource(FilesUnderRoot):
                 lead = "/".join(parts[:start])
                 if root.parts[-start:] == parts[:start]:
                     return f"the lists' paths begin with {lead}/; set data.location to {root.parents[start - 1]}"
-                return f"the lists' paths begin with {lead}/, which is not there; link the folders of {root} into it"
+                return f"the lists' paths begin with {lead}/, which does not exist; link the folders of {root} into it"
         deeper = next((entry for entry in sorted(root.iterdir()) if (entry / first).is_file()), None)
         if deeper:
             return f"the images are under {deeper}; set data.location to it and data.lists to the lists"
         return f"data.location must be the folder that holds {parts[0]}/"
 
 
-def _first_gone(folders: set[str], root: Path) -> str:
-    return min(folder for folder in folders if not (root / folder).is_dir())
-
-
 def _find_lists(name: str, root: Path, lists: ListParams) -> dict[str, Path]:
-    official, found = OFFICIAL[name], {}
-    for split, given in (("train", lists.train), ("validation", lists.validation), ("test", lists.test)):
-        if given is not None:
-            # Relative to the working folder or to the root.
-            path = next((path for path in (Path(given), root / given) if path.is_file()), None)
-            if path is None:
-                raise ParamsError(f"data.lists.{split} is {given!r}, which is no file here nor under {root}")
-            found[split] = path
-        else:
-            places = [
-                folder / file for file in official.files.get(split, ()) for folder in (root, root / official.folder)
-            ]
-            path = next((path for path in places if path.is_file() and path not in found.values()), None)
-            if path is not None:
-                found[split] = path
-    return found
+    official, paths = OFFICIAL[name], {}
+    for split, param in (("train", lists.train), ("validation", lists.validation), ("test", lists.test)):
+        folders = (Path(), root) if param is not None else (root, root / official.folder)
+        files = (param,) if param is not None else official.files.get(split, ())
+        candidates = (folder / file for file in files for folder in folders)
+        path = next((path for path in candidates if path.is_file() and (param or path not in paths.values())), None)
+        if path is not None:
+            paths[split] = path
+        elif param is not None:
+            raise ParamsError(f"data.lists.{split} is {param!r}, which is not a file here or in {root}")
+    return paths
 
 
 def _entries(path: Path, classes: int) -> Iterator[Entry]:
@@ -176,7 +157,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, str, int]]:
                     raise DataError(f"{path}: line {number} is {line.strip()[:80]!r}; expected `relative/path label`")
                 yield f"line {number}", image.strip(), int(label)
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is no text; expected lines of `relative/path label`") from None
+        raise DataError(f"{path}: is not text; expected lines of `relative/path label`") from None
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, str, int]]:
@@ -187,7 +168,6 @@ def _read_json(path: Path) -> Iterator[tuple[str, str, int]]:
         for number, annotation in enumerate(content["annotations"]):
             yield f"annotation {number}", names[annotation["image_id"]], int(annotation["category_id"])
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(
-            f"{path}: not readable as iNaturalist's JSON ({reason}); expected images and annotations"
-        ) from None
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        expected = "expected images and annotations"
+        raise DataError(f"{path}: not readable as iNaturalist's JSON ({reason}); {expected}") from None

@@ -45,7 +45,7 @@ class Shard:
     """
 
     def __init__(self, storage: Storage, name: str, columns: Sequence[str] = (), limit: MemoryLimit = LIMIT) -> None:
-        self._storage, self.name, self.place, self._limit = storage, name, storage.place(name), limit
+        self._storage, self.name, self.location, self._limit = storage, name, storage.location(name), limit
         self._table: pa.Table | None = None
         with self._readable(), storage.open(name) as stream:
             if name.lower().endswith(".csv"):
@@ -65,7 +65,7 @@ class Shard:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def carried(self, key: bytes) -> Any:
+    def metadata_value(self, key: bytes) -> Any:
         """JSON value that `data pack` or `ingest` wrote to the file's metadata under `key`; None if there is none."""
         text = self._metadata.get(key)
         return json.loads(text) if text else None
@@ -80,9 +80,9 @@ class Shard:
     def check_column(self, column: str) -> None:
         """Raise DataError unless there is exactly one column of that name."""
         if column not in self.names:
-            raise DataError(f"{self.place}: has no column {column!r}; it has {', '.join(self.names)[:1000]}")
+            raise DataError(f"{self.location}: has no column {column!r}; it has {', '.join(self.names)[:1000]}")
         if self.names.count(column) > 1:
-            raise DataError(f"{self.place}: has {self.names.count(column)} columns {column!r}; rename all but one")
+            raise DataError(f"{self.location}: has {self.names.count(column)} columns {column!r}; rename all but one")
 
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
         """Index of the row group of each row, int64."""
@@ -90,7 +90,7 @@ class Shard:
 
     def group_of(self, row: int) -> tuple[int, int]:
         """Index of the row group of a row, and the row's index in the group."""
-        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        group = int(self.groups_of(np.array(row)))
         return group, row - int(self._starts[group])
 
     def read_group(self, group: int, column: str) -> pa.ChunkedArray:
@@ -102,9 +102,9 @@ class Shard:
         """Bytes in memory of a column, by row group."""
         if self._table is not None:
             return [self._table.column(column).nbytes]
-        places = [i for i in range(len(self._footer.schema)) if is_part(self._footer.schema.column(i).path, column)]
-        groups = (self._footer.row_group(i) for i in range(self._footer.num_row_groups))
-        return [sum(group.column(place).total_uncompressed_size for place in places) for group in groups]
+        schema, groups = self._footer.schema, map(self._footer.row_group, range(self._footer.num_row_groups))
+        indices = [i for i in range(len(schema)) if is_part(schema.column(i).path, column)]
+        return [sum(group.column(index).total_uncompressed_size for index in indices) for group in groups]
 
     def _read(self, column: str, groups: list[int] | None) -> pa.ChunkedArray:
         if self._table is not None:
@@ -120,13 +120,13 @@ class Shard:
         try:
             yield
         except TooLargeError as error:
-            raise TableTooLargeError(f"{self.place}: {error}") from None
+            raise TableTooLargeError(f"{self.location}: {error}") from None
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{self.place}: not readable as a table: {reason}") from None
+            raise DataError(f"{self.location}: not readable as a table: {reason}") from None
 
 
-def _read_csv(stream: BinaryIO, wanted: Sequence[str], limit: MemoryLimit) -> tuple[list[str], pa.Table]:
+def _read_csv(stream: BinaryIO, columns: Sequence[str], limit: MemoryLimit) -> tuple[list[str], pa.Table]:
     """Read the column names of a CSV file, and some columns as text; an empty cell is a missing value, not label "".
 
     Uses Python's csv module: pyarrow's reader leaves threads that abort a program that exits at once (status 134).
@@ -138,16 +138,15 @@ def _read_csv(stream: BinaryIO, wanted: Sequence[str], limit: MemoryLimit) -> tu
         names = next(rows, [])
         if not names or len(names) > MAX_CSV_COLUMNS:
             raise ValueError(f"it has {len(names):,} columns; expected 1 to {MAX_CSV_COLUMNS:,}")
-        places = {name: names.index(name) for name in wanted if names.count(name) == 1}
-        cells: dict[str, list[str | None]] = {name: [] for name in places}
+        index_of = {name: names.index(name) for name in columns if names.count(name) == 1}
+        cells: dict[str, list[str | None]] = {name: [] for name in index_of}
         size = count = 0
         while part := list(islice(filter(None, rows), MAX_BATCH)):
             if (wrong := next((i for i, row in enumerate(part) if len(row) != len(names)), None)) is not None:
-                raise ValueError(
-                    f"row {count + wrong:,} has {counted(len(part[wrong]), 'cell')}; expected {len(names)}"
-                )
-            for name, place in places.items():
-                column = [row[place] for row in part]
+                cells_of_row = counted(len(part[wrong]), "cell")
+                raise ValueError(f"row {count + wrong:,} has {cells_of_row}; expected {len(names)}")
+            for name, index in index_of.items():
+                column = [row[index] for row in part]
                 cells[name] += [cell or None for cell in column]
                 size += sum(map(len, column)) + CELL_BYTES * len(column)
             count += len(part)
@@ -165,51 +164,48 @@ def _short_lines(text: TextIO) -> Iterator[str]:
         yield line
 
 
-class RowGroups:
+class RowGroupCache:
     """Cache of a column's row groups: each is read once and evicted when the cache is full. Thread-safe."""
 
     def __init__(self, column: str, cache_bytes: int = CACHE_BYTES) -> None:
-        self._column, self._room = column, cache_bytes
-        self._kept: OrderedDict[tuple[str, int], Future[pa.ChunkedArray]] = OrderedDict()
+        self._column, self._cache_bytes = column, cache_bytes
+        self._groups: OrderedDict[tuple[str, int], Future[pa.ChunkedArray]] = OrderedDict()
         self._lock = threading.Lock()
 
     def value(self, shard: Shard, row: int) -> Any:
         """Value of a row, as a Python type."""
-        group, place = shard.group_of(row)
+        group, index = shard.group_of(row)
         key = shard.name, group
         with self._lock:
-            found = self._kept.get(key)
-            first = found is None
-            future = self._kept.setdefault(key, Future()) if found is None else found
-            self._kept.move_to_end(key)
-        if first:
+            is_new = key not in self._groups
+            future = self._groups.setdefault(key, Future())
+            self._groups.move_to_end(key)
+        if is_new:
             try:
                 future.set_result(shard.read_group(group, self._column))
             except BaseException as error:
                 future.set_exception(error)
-                if isinstance(
-                    error, TableTooLargeError
-                ):  # cached, else each row of the group would read up to the limit again
-                    raise
-                with self._lock:
-                    self._kept.pop(key, None)
+                # A too large group stays cached, else each of its rows would be read up to the limit again.
+                if not isinstance(error, TableTooLargeError):
+                    with self._lock:
+                        self._groups.pop(key, None)
                 raise
-            self._make_room(key)
-        return future.result()[place].as_py()
+            self._evict(key)
+        return future.result()[index].as_py()
 
-    def _make_room(self, newest: tuple[str, int]) -> None:
+    def _evict(self, newest: tuple[str, int]) -> None:
         with self._lock:
             done = [
                 (key, future.result().nbytes)
-                for key, future in self._kept.items()
+                for key, future in self._groups.items()
                 if future.done() and not future.exception()
             ]
             total = sum(size for _, size in done)
             for key, size in done:
-                if total <= self._room:
+                if total <= self._cache_bytes:
                     break
                 if key != newest:
-                    del self._kept[key]
+                    del self._groups[key]
                     total -= size
 
 
@@ -222,10 +218,10 @@ def open_shards(
     for column in columns:
         for shard in shards:
             shard.check_column(column)
-            ours, theirs = shard.schema.field(column).type, first.schema.field(column).type
-            if ours != theirs:
+            kind, expected = shard.schema.field(column).type, first.schema.field(column).type
+            if kind != expected:
                 raise DataError(
-                    f"{shard.place}: column {column!r} is {ours}, but {theirs} in {first.name}; "
+                    f"{shard.location}: column {column!r} is {kind}, but {expected} in {first.name}; "
                     "write all shards with one schema"
                 )
     return shards
@@ -240,13 +236,13 @@ def row_groups(references: pa.ChunkedArray, shards: Mapping[str, Shard], column:
     """Row group of each reference `<shard>#<row>`, and the bytes of a column in each group of the referenced shards."""
     if not len(references):  # a split without images; combine_chunks fails for a chunked array without chunks
         return Groups(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-    place = pc.extract_regex(references, r"^(?P<shard>.*)#(?P<row>\d+)$")
-    names = pc.struct_field(place, "shard").combine_chunks().dictionary_encode()
-    rows = pc.struct_field(place, "row").cast(pa.int64()).to_numpy()
+    parsed = pc.extract_regex(references, r"^(?P<shard>.*)#(?P<row>\d+)$")
+    names = pc.struct_field(parsed, "shard").combine_chunks().dictionary_encode()
+    rows = pc.struct_field(parsed, "row").cast(pa.int64()).to_numpy()
     shard, number = names.indices.to_numpy(), np.zeros(len(rows), dtype=np.int64)
     sizes: list[int] = []
     by_shard = np.split(np.argsort(shard, kind="stable"), np.cumsum(np.bincount(shard))[:-1])
-    for name, mine in zip(names.dictionary.to_pylist(), by_shard, strict=True):
-        number[mine] = len(sizes) + shards[name].groups_of(rows[mine])
+    for name, indices in zip(names.dictionary.to_pylist(), by_shard, strict=True):
+        number[indices] = len(sizes) + shards[name].groups_of(rows[indices])
         sizes += shards[name].group_bytes(column)
     return Groups(number, np.array(sizes, dtype=np.int64))

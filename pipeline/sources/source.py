@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from models.preprocess import MAX_BYTES
-from pipeline.shared.errors import DataError
+from pipeline.shared.errors import DataError, ParamsError
 
 Item = TypeVar("Item")
 
@@ -42,19 +42,18 @@ class Groups:
     sizes: np.ndarray
 
 
-class Reader(Protocol):
+class ImageReader(Protocol):
     """Reads the bytes of an image by its reference: the part of a source that training needs, without listing rows."""
 
     def read(self, reference: str) -> bytes:
-        """As of a Source."""
-        ...
+        """Encoded bytes of one image. Raises BadImageError with the file, DataError if more than this image is lost."""
 
-    def groups(self, references: pa.ChunkedArray) -> Groups | None:
-        """As of a Source."""
-        ...
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002
+        """Groups of images that are read together; None if each image is read separately."""
+        return None
 
 
-class Source(Protocol):
+class Source(ImageReader, Protocol):
     """A set of labelled images. `read` and `stamp` must be thread-safe.
 
     origin: name of the data set; for packed shards that of the packed data set.
@@ -64,80 +63,63 @@ class Source(Protocol):
     classes: list[str]
     rows: list[Row]
 
-    def read(self, reference: str) -> bytes:
-        """Encoded bytes of one image. Raises BadImageError with the file, DataError if more than this image is lost."""
-        ...
-
-    def groups(self, references: pa.ChunkedArray) -> Groups | None:
-        """Groups of images that are read together; None if each image is read separately."""
-        ...
-
     def missing(self) -> list[Row]:
         """Rows whose file is missing, found without reading files; empty if that is not possible cheaply."""
-        ...
-
-    def why_missing(self, rows: list[Row]) -> str | None:
-        """Probable cause and remedy if these rows are missing; None if unknown."""
-        ...
-
-    def stamp(self, reference: str) -> str | None:
-        """Text that changes when the image's file changes, found without reading it; None if the file is missing."""
-        ...
-
-    def place(self, row: Row) -> str:
-        """Location of the image, for messages."""
-        ...
-
-
-class WithoutFiles:
-    """Base class of sources whose images are not separate files."""
-
-    def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002
-        """None, because images are in memory."""
-        return None
-
-    def missing(self) -> list[Row]:
-        """Empty, because no image can be missing."""
         return []
 
     def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
-        """None, because no image can be missing."""
+        """Probable cause and remedy if these rows are missing; None if unknown."""
         return None
 
+    def stamp(self, reference: str) -> str | None:
+        """Text that changes when the image's file changes, found without reading it; None if the file is missing."""
+        return f"{self.origin}/{reference}"
 
-class FilesUnderRoot:
+    def location(self, row: Row) -> str:
+        """Location of the image, for messages."""
+        return row.sample_id
+
+
+class FileSource(Source):
     """Base class of sources whose images are files under one root; a reference is the path relative to the root."""
-
-    rows: list[Row]
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002
-        """None, because each image is a file."""
-        return None
-
-    def place(self, row: Row) -> str:
+    def location(self, row: Row) -> str:
         """Path of the file."""
         return str(self._root / row.reference)
 
     def stamp(self, reference: str) -> str | None:
         """Size and mtime of the file; None if it does not exist."""
         try:
-            found = (self._root / reference).stat()
+            status = (self._root / reference).stat()
         except OSError:
             return None
-        return f"{found.st_size}-{found.st_mtime_ns}"
+        return f"{status.st_size}-{status.st_mtime_ns}"
 
     def missing(self) -> list[Row]:
         """Rows whose file does not exist."""
-        with ThreadPoolExecutor() as pool:
-            there = pool.map(lambda part: [self.stamp(row.reference) for row in part], in_parts(self.rows))
-            return [row for row, stamp in zip(self.rows, chain.from_iterable(there), strict=True) if stamp is None]
+        return rows_without_stamp(self)
 
     def read(self, reference: str) -> bytes:
         """Bytes of the file."""
         return read_image_file(self._root / reference)
+
+
+def rows_without_stamp(source: Source) -> list[Row]:
+    """Rows of a source whose stamp is None because their file does not exist; checked in parallel."""
+    with ThreadPoolExecutor() as pool:
+        stamps = pool.map(lambda part: [source.stamp(row.reference) for row in part], in_parts(source.rows))
+        return [row for row, stamp in zip(source.rows, chain.from_iterable(stamps), strict=True) if stamp is None]
+
+
+def existing_root(location: str, source: str) -> Path:
+    """data.location as a path. Raises ParamsError if it is not a folder."""
+    root = Path(location)
+    if not root.is_dir():
+        raise ParamsError(f"data.location is {location!r}, which is not a folder; expected the root of source {source}")
+    return root
 
 
 def read_image_file(path: Path) -> bytes:
@@ -166,8 +148,8 @@ def as_png(pixels: np.ndarray) -> bytes:
 def reading_order(references: Sequence[str]) -> list[int]:
     """Indices that sort references in the order of the source: row 10 of a shard follows row 9."""
 
-    def place(position: int) -> tuple[str, int, str]:
-        name, _, number = references[position].rpartition("#")
-        return (name, int(number), "") if number.isdecimal() else (references[position], 0, "")
+    def sort_key(index: int) -> tuple[str, int]:
+        name, _, row = references[index].rpartition("#")
+        return (name, int(row)) if row.isdecimal() else (references[index], 0)
 
-    return sorted(range(len(references)), key=place)
+    return sorted(range(len(references)), key=sort_key)

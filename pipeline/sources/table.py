@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,13 +16,13 @@ from pipeline.sources.shards import (
     CLASSES_KEY,
     LIMIT,
     ORIGIN_KEY,
-    RowGroups,
+    RowGroupCache,
     Shard,
     image_bytes,
     open_shards,
     row_groups,
 )
-from pipeline.sources.source import BadImageError, Groups, Row, in_parts
+from pipeline.sources.source import BadImageError, Groups, Row, Source, existing_root, rows_without_stamp
 from pipeline.sources.storage import Storage, is_address
 from serving.shared.bounded_parquet import MemoryLimit
 from serving.shared.terminal import counted
@@ -40,10 +38,8 @@ class TableReader:
     """
 
     def __init__(self, location: str, params: TableParams, cache_bytes: int = CACHE_BYTES) -> None:
-        if not is_address(location) and not Path(location).is_dir():
-            raise ParamsError(
-                f"data.location is {location!r}, which is not a folder; expected the root of source table"
-            )
+        if not is_address(location):
+            existing_root(location, "table")
         self._storage, self._params = Storage(location), params
         files = {"train": params.train, "validation": params.validation, "test": params.test}
         columns = [column for column in (params.image, params.path, params.label, params.id) if column]
@@ -54,7 +50,7 @@ class TableReader:
             if names is not None
         }
         self._shards = {shard.name: shard for shards in self._splits.values() for shard in shards}
-        self._images = RowGroups(params.image or params.path or "", cache_bytes)
+        self._images = RowGroupCache(params.image or params.path or "", cache_bytes)
 
     def groups(self, references: pa.ChunkedArray) -> Groups | None:
         """Row groups of the image column; None if the table has paths."""
@@ -65,22 +61,22 @@ class TableReader:
         value = self._value(reference)
         return value if isinstance(value, bytes) else self._storage.read(value)
 
-    def _value(self, reference: str) -> bytes | str:
+    def _cell(self, reference: str) -> tuple[Shard, str, Any]:
         name, _, index = reference.rpartition("#")
-        shard = self._shards[name]
-        value = image_bytes(self._images.value(shard, int(index)))
+        return self._shards[name], index, image_bytes(self._images.value(self._shards[name], int(index)))
+
+    def _value(self, reference: str) -> bytes | str:
+        shard, index, value = self._cell(reference)
         if value is None:
-            raise BadImageError(f"{shard.place}: row {index} has no image; remove the row or give it one")
+            raise BadImageError(f"{shard.location}: row {index} has no image; remove the row or give it one")
         if not isinstance(value, bytes if self._params.image else str):
             column = self._params.image or self._params.path
-            found = f"column {column!r} holds {type(value).__name__}"
-            raise DataError(
-                f"{shard.place}: {found}; expected {'encoded image bytes' if self._params.image else 'a file path'}"
-            )
+            expected = "encoded image bytes" if self._params.image else "a file path"
+            raise DataError(f"{shard.location}: column {column!r} holds {type(value).__name__}; expected {expected}")
         return value
 
 
-class TableSource(TableReader):
+class TableSource(TableReader, Source):
     """Parquet or CSV files with a label column and either encoded image bytes or a path column.
 
     Each split is a file, a glob pattern, a folder of shards or a list of these, under data.location, which may be an
@@ -90,7 +86,7 @@ class TableSource(TableReader):
 
     def __init__(self, location: str, params: TableParams) -> None:
         super().__init__(location, params)
-        self.origin = self._splits["train"][0].carried(ORIGIN_KEY) or "table"
+        self.origin = self._splits["train"][0].metadata_value(ORIGIN_KEY) or "table"
         self._stamps: dict[str, str | None] = {}
         labels = {split: self._labels(shards) for split, shards in self._splits.items()}
         self.classes = self._class_names(labels)
@@ -101,14 +97,11 @@ class TableSource(TableReader):
         labels: list = []
         for shard in shards:
             column = shard.column(self._params.label)
-            where = f"{shard.place}: column {self._params.label!r}"
+            where = f"{shard.location}: column {self._params.label!r}"
             if column.null_count:
                 raise DataError(f"{where} has {counted(column.null_count, 'row')} without a label")
-            if not (
-                pa.types.is_integer(column.type)
-                or pa.types.is_string(column.type)
-                or pa.types.is_large_string(column.type)
-            ):
+            is_label_type = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+            if not any(check(column.type) for check in is_label_type):
                 raise DataError(f"{where} is {column.type}; expected integers or text")
             labels += self._typed(column.to_pylist(), where, shard.name.lower().endswith(".csv"))
         return labels
@@ -125,27 +118,27 @@ class TableSource(TableReader):
         return [int(label) for label in labels]
 
     def _class_names(self, labels: dict[str, list]) -> list[str]:
-        known = sorted(set(labels["train"]))
-        where = f"{self._place('train')}: column {self._params.label!r}"
-        if len(known) < 2:
-            raise DataError(f"{where} has {counted(len(known), 'class')}; expected at least 2")
+        trained = sorted(set(labels["train"]))
+        where = f"{self._split_location('train')}: column {self._params.label!r}"
+        if len(trained) < 2:
+            raise DataError(f"{where} has {counted(len(trained), 'class')}; expected at least 2")
         for split, values in labels.items():
-            if unknown := sorted(set(values) - set(known)):
+            if unknown := sorted(set(values) - set(trained)):
                 raise DataError(
-                    f"{self._place(split)}: label {unknown[0]!r} has no training samples; "
+                    f"{self._split_location(split)}: label {unknown[0]!r} has no training samples; "
                     "add training images of that class or remove its rows"
                 )
-        if isinstance(known[0], int) and known != list(range(len(known))):
-            if known[0] < 0:
-                raise DataError(f"{where} has the label {known[0]}; integer labels must be 0..C-1 without a gap")
-            missing = next(i for i, value in enumerate([*known, None]) if value != i)
+        if isinstance(trained[0], int) and trained != list(range(len(trained))):
+            if trained[0] < 0:
+                raise DataError(f"{where} has the label {trained[0]}; integer labels must be 0..C-1 without a gap")
+            missing = next(i for i, value in enumerate([*trained, None]) if value != i)
             raise DataError(f"{where} skips {missing}; integer labels must be 0..C-1 without a gap")
-        carried = self._splits["train"][0].carried(CLASSES_KEY) if isinstance(known[0], int) else None
-        names = [class_key(str(name)) for name in self._params.class_names or carried or known]
-        if len(names) != len(known):
-            given = "data.table.class_names has" if self._params.class_names else f"{self._place('train')} carries"
-            sizes = f"{counted(len(names), 'name')} for {counted(len(known), 'class')}"
-            raise ParamsError(f"{given} {sizes}; expected one per class")
+        stored = self._splits["train"][0].metadata_value(CLASSES_KEY) if isinstance(trained[0], int) else None
+        names = [class_key(str(name)) for name in self._params.class_names or stored or trained]
+        if len(names) != len(trained):
+            owner = "data.table.class_names" if self._params.class_names else self._split_location("train")
+            sizes = f"{counted(len(names), 'name')} for {counted(len(trained), 'class')}"
+            raise ParamsError(f"{owner} has {sizes}; expected one per class")
         if len(set(names)) < len(names):
             repeated = next(name for name in names if names.count(name) > 1)
             raise ParamsError(f"data.table.class_names has {repeated!r} twice; expected names that differ")
@@ -162,19 +155,18 @@ class TableSource(TableReader):
                 yield Row(reference, number[label], str(ids[index]) if ids else reference, split)
             first += len(shard)
 
-    def _place(self, split: str) -> str:
+    def _split_location(self, split: str) -> str:
         shards = self._splits[split]
         return (
-            shards[0].place if len(shards) == 1 else f"{shards[0].place} and {counted(len(shards) - 1, 'more shard')}"
+            shards[0].location
+            if len(shards) == 1
+            else f"{shards[0].location} and {counted(len(shards) - 1, 'more shard')}"
         )
 
-    def place(self, row: Row) -> str:
+    def location(self, row: Row) -> str:
         """Path of the image if the table has paths, else path and row of the table, with the row's id if it has one."""
-        path = self._path(row.reference)
-        if path:
-            return self._storage.place(path)
-        place = self._storage.place(row.reference)
-        return place if row.sample_id == row.reference else f"{place} ({row.sample_id})"
+        location = self._storage.location(self._path(row.reference) or row.reference)
+        return location if self._params.path or row.sample_id == row.reference else f"{location} ({row.sample_id})"
 
     def stamp(self, reference: str) -> str | None:
         """Stamp of the image's file if the table has paths, else of the shard."""
@@ -187,21 +179,16 @@ class TableSource(TableReader):
         return f"{self._stamps[name]}#{row}"
 
     def _path(self, reference: str) -> str | None:
-        if not self._params.path:
-            return None
-        name, _, index = reference.rpartition("#")
-        path = self._images.value(self._shards[name], int(index))
+        path = self._cell(reference)[2] if self._params.path else None
         return path if isinstance(path, str) else None
 
     def missing(self) -> list[Row]:
         """Rows whose file does not exist, in a local table of paths; empty for a bucket, where only a read shows it."""
         if not self._params.path or not self._storage.is_local:
             return []
-        with ThreadPoolExecutor() as pool:
-            stamps = pool.map(lambda part: [self.stamp(row.reference) for row in part], in_parts(self.rows))
-            return [row for row, stamp in zip(self.rows, chain.from_iterable(stamps), strict=True) if stamp is None]
+        return rows_without_stamp(self)
 
     def why_missing(self, rows: list[Row]) -> str | None:
         """If all images are missing: that paths are relative to data.location; else None."""
-        all_of_them = len(rows) == len(self.rows)
-        return "paths are relative to data.location; set it to the folder that holds them" if all_of_them else None
+        hint = "paths are relative to data.location; set it to the folder that holds them"
+        return hint if len(rows) == len(self.rows) else None

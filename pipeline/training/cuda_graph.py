@@ -79,23 +79,23 @@ class CapturedStep:
 
 def rebuilt(inputs: StepInputs, tensors: list[Tensor]) -> StepInputs:
     """StepInputs like the given ones but with other tensors, in the order of `StepInputs.tensors`."""
-    rest = iter(tensors)
-    chosen = next(rest)
-    draws = type(inputs.draws)(tuple(next(rest) for _ in inputs.draws.tables))
+    remaining = iter(tensors)
+    chosen = next(remaining)
+    draws = type(inputs.draws)(tuple(next(remaining) for _ in inputs.draws.tables))
     mix = inputs.mix
     if mix is not None:
-        mix = type(mix)(next(rest), next(rest), None if mix.box is None else next(rest))
-    return StepInputs(chosen, draws, mix, next(rest, None))
+        mix = type(mix)(next(remaining), next(remaining), None if mix.box is None else next(remaining))
+    return StepInputs(chosen, draws, mix, next(remaining, None))
 
 
-def differing(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+def differing(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> list[str]:
     """Names of tensors that differ: integers exactly, floats by more than rounding; a non-finite value equals itself."""
     return [
         name
         for name, tensor in expected.items()
         if not (
-            torch.allclose(tensor, found[name], equal_nan=True, **CLOSE)
+            torch.allclose(tensor, actual[name], equal_nan=True, **CLOSE)
             if tensor.is_floating_point()
-            else torch.equal(tensor, found[name])
+            else torch.equal(tensor, actual[name])
         )
     ]

@@ -40,7 +40,7 @@ from pipeline.training.state import (
     snapshot_of,
     take_snapshot,
 )
-from pipeline.training.step import Step, StepInputs, draw_ahead, own_places, own_rows, precision_of
+from pipeline.training.step import Step, StepInputs, draw_ahead, own_indices, own_rows, precision_of
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Training:
     @property
     def model(self) -> ImageClassifier:
         """The network that is evaluated and saved."""
-        return self.objective.model if self._step.average is None else self._step.average.average
+        return self.objective.model if self.step.average is None else self.step.average.average
 
     def run(self, train: AnyImages, validation: AnyImages) -> History:
         """Train for params.epochs; returns one record per epoch: losses, learning rate, validation accuracy, speed.
@@ -94,20 +94,18 @@ class Training:
                 try:
                     while self._at.epoch < self.params.epochs:
                         record = self._epoch(progress, bar, steps, validation)
-                        progress.console.print(
-                            epoch_line(self.name, record, self.params.epochs), highlight=False, soft_wrap=True
-                        )
+                        self._print(progress, epoch_line(record, self.params.epochs))
                 except KeyboardInterrupt:
                     raise KeyboardInterrupt(self._how_to_resume(steps)) from None
         return self._at.history
 
     def _how_to_resume(self, steps: int) -> str:
         """Text for the last line of an interrupted stage: the newest checkpoint and how to resume from it."""
-        if not self._kept or self.run_folder is None:
+        if not self._checkpoint or self.run_folder is None:
             return "no checkpoint is kept yet, so the same command starts from the first step"
-        epoch, step = self._kept
-        where = f"step {step:,} of {steps:,} in epoch {epoch + 1}" if step else f"epoch {epoch}"
-        return f"the same command resumes after {where} of {self.params.epochs}, kept in {self.run_folder.folder}"
+        epoch, step = self._checkpoint
+        point = f"step {step:,} of {steps:,} in epoch {epoch + 1}" if step else f"epoch {epoch}"
+        return f"the same command resumes after {point} of {self.params.epochs}, kept in {self.run_folder.folder}"
 
     def _prepare(self, train: AnyImages) -> None:
         if self.device.type == "cpu":
@@ -119,30 +117,32 @@ class Training:
         precision = precision_of(self.engine, self.device)
         recompute = self.engine.checkpoint_activations
         try:
-            self._step = Step(self.objective, self.params, self.image, train, self.device, precision, recompute)
+            self.step = Step(self.objective, self.params, self.image, train, self.device, precision, recompute)
         except NoBlocksError as error:
             raise ParamsError(f"engine.checkpoint_activations is true, but {self.name}.backbone: {error}") from None
         self._train = train
         self._monitor = NonFiniteMonitor(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._at = Position()
-        self._kept: tuple[int, int] | None = None  # finished epochs, and steps of the next, in the newest checkpoint
+        self._checkpoint: tuple[int, int] | None = (
+            None  # finished epochs, and steps of the next, in the newest checkpoint
+        )
         self._saved = time.monotonic()
 
     def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:
         """The training step as a CUDA graph for one process on CUDA; otherwise, or if the capture fails, the plain step."""
 
         def plain(inputs: StepInputs) -> dict[str, Tensor]:
-            return self._step(inputs.to(self.device))
+            return self.step(inputs.to(self.device))
 
         if self.device.type != "cuda" or not self.engine.capture or rank_count() > 1:
             return plain
         chosen = torch.arange(self.params.batch_size)
-        example = self._step.draw(chosen, torch.Generator().manual_seed(self.seed))
+        example = self.step.draw(chosen, torch.Generator().manual_seed(self.seed))
         if self._train.images is None:
             example = replace(example, pixels=self._train.pixels(chosen, example.draws))
         try:
-            return CapturedStep(self._step, example)
+            return CapturedStep(self.step, example)
         except CaptureError as error:
             self._print(progress, f"trains without a captured step: {error}")
             return plain
@@ -154,21 +154,20 @@ class Training:
         """Run the remaining steps of the current epoch; returns its record."""
         at, batch = self._at, self.params.batch_size
         rate = learning_rate(self.params.schedule, self.params.learning_rate, at.epoch, self.params.epochs)
-        self._step.optimiser.set_rate(rate)
+        self.step.optimiser.set_rate(rate)
         if at.order is None:
             at.order = self._train.order(self._generator)[: steps * batch]
         self._monitor.begin(at.sums)
         started, first = time.perf_counter(), at.step
         batches = at.order.view(steps, batch)
-        drawn, ahead = itertools.tee(draw_ahead(self._step, batches[first:], self._generator))
+        drawn, ahead = itertools.tee(draw_ahead(self.step, batches[first:], self._generator))
         draws = (own_rows(inputs).draws for inputs, _ in ahead)
-        with self._train.feed(own_places(batches[first:]), draws=draws) as feed:
+        with self._train.feed(own_indices(batches[first:]), draws=draws) as feed:
             del ahead, draws  # otherwise tee would buffer the draws of all steps if the feed does not read them
             for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
                 self._generator.set_state(state)
                 # The monitor stores the inputs of many steps without pixels; a dump reads the pixels again.
-                failure = self._monitor.add(step, inputs, self._take_step(replace(inputs, pixels=pixels)))
-                if failure:
+                if failure := self._monitor.add(step, inputs, self._take_step(replace(inputs, pixels=pixels))):
                     self._fail(failure, steps, rate)
                 at.step = step + 1
                 speed = (at.step - first) * batch / (time.perf_counter() - started)
@@ -190,12 +189,12 @@ class Training:
             if len(validation):
                 record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device, self.shift)
             elif at.epoch + 1 == self.params.epochs:
-                some = torch.arange(min(batch, len(self._train)))
-                outputs(self.model, self._train.pixels(some), self.image, self.device)
+                indices = torch.arange(min(batch, len(self._train)))
+                outputs(self.model, self._train.pixels(indices), self.image, self.device)
         except NotFiniteError as error:
             raise self._diverged(str(error)) from None
         if len(validation):
-            self._keep_best(record)
+            self._update_best(record)
         record["images_per_second"] = (steps - first) * batch / seconds
         record["memory_mib"] = peak_memory_mib(self.device)
         record.update(data)
@@ -211,7 +210,7 @@ class Training:
             f"{self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs"
         )
 
-    def _keep_best(self, record: dict[str, float]) -> None:
+    def _update_best(self, record: dict[str, float]) -> None:
         if self.best is None or record["validation_accuracy"] > self.best.accuracy:
             weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
             self.best = Best(int(record["epoch"]), record["validation_accuracy"], weights)
@@ -221,7 +220,7 @@ class Training:
         epoch, folder = self._at.epoch + 1, FAILURES / self.name
         if rank() == 0:
             facts = {"stage": self.name, "epoch": epoch, "steps": steps, "learning_rate": rate, "seed": self.seed}
-            dump_failure(folder, failure, self._monitor, self._step, self._train, facts)
+            dump_failure(folder, failure, self._monitor, self.step, self._train, facts)
         raise StageError(
             f"{self.name}: not finite in epoch {epoch}, step {failure.step + 1} of {steps}: {', '.join(failure.terms)}; "
             f"lower {self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs; "
@@ -237,15 +236,15 @@ class Training:
             self._fail(failure, steps, rate)
         at = self._at
         if at.step:
-            at.sums = self._monitor.kept_sums()
+            at.sums = self._monitor.checkpoint_sums()
         if rank() == 0:
-            kept = snapshot_of(at, self._step, self._generator, self.best)
-            self.run_folder.save(at.epoch * 1_000_000 + at.step, kept)
-        self._kept = at.epoch, at.step
+            snapshot = snapshot_of(at, self.step, self._generator, self.best)
+            self.run_folder.save(at.epoch * 1_000_000 + at.step, snapshot)
+        self._checkpoint = at.epoch, at.step
 
     def _restore(self) -> None:
         snapshot: Snapshot | None = self.run_folder.load() if self.run_folder else None
         check_same_everywhere(snapshot, self.device, self.run_folder.folder if self.run_folder else None)
         if snapshot is not None:
-            self._at, self.best = take_snapshot(snapshot, self._step, self._generator)
-            self._kept = self._at.epoch, self._at.step
+            self._at, self.best = take_snapshot(snapshot, self.step, self._generator)
+            self._checkpoint = self._at.epoch, self._at.step

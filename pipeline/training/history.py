@@ -10,12 +10,12 @@ from pipeline.shared.errors import ParamsError
 History = list[dict[str, float]]
 
 
-def epoch_line(name: str, record: dict[str, float], epochs: int) -> str:
+def epoch_line(record: dict[str, float], epochs: int) -> str:
     """Text line for one epoch."""
     parts = "  ".join(f"{key} {value:.4f}" for key, value in record.items() if key in ("loss", "tau_g"))
     score = f"  validation {record['validation_accuracy']:.1%}" if "validation_accuracy" in record else ""
     speed = f"lr {record['learning_rate']:.4f}  {record['images_per_second']:,.0f} images/s"
-    return f"{name}  epoch {record['epoch']}/{epochs}  {parts}{score}  {speed}"
+    return f"epoch {record['epoch']}/{epochs}  {parts}{score}  {speed}"
 
 
 def as_jsonl(history: History) -> str:

@@ -81,11 +81,11 @@ class NonFiniteMonitor:
 
     def means(self, steps: int) -> dict[str, float]:
         """Means of the losses over `steps` steps and all ranks; waits for the device."""
-        return {name: value / steps for name, value in zip(self.names, self._shared_sums().tolist(), strict=True)}
+        return {name: value.item() / steps for name, value in self.checkpoint_sums().items()}
 
-    def kept_sums(self) -> dict[str, Tensor]:
+    def checkpoint_sums(self) -> dict[str, Tensor]:
         """The sums so far, averaged over the ranks, for a checkpoint."""
-        return dict(zip(self.names, self._shared_sums().unbind(), strict=True))
+        return dict(zip(self.names, mean_over_ranks(self.sums).unbind(), strict=True))
 
     def recent(self, step: int) -> list[dict[str, float]]:
         """The losses of up to WINDOW steps that end with `step`, oldest first."""
@@ -99,9 +99,6 @@ class NonFiniteMonitor:
     def last_failure(self) -> Failure | None:
         """The failure of the epoch, or None; waits for the device."""
         return self._failure(int(self._failed))
-
-    def _shared_sums(self) -> Tensor:
-        return mean_over_ranks(self.sums)
 
     def _failure(self, step: int) -> Failure | None:
         if step < 0:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
-from pipeline.params import ScheduleParams, TrainingParams
+from pipeline.params import LearningRateParams, TrainingParams
 
 
 class Optimiser:
@@ -44,7 +44,7 @@ class Optimiser:
         for group in self._sgd.param_groups:
             group["lr"] = rate
 
-    def forget_gradients(self) -> None:
+    def zero_gradients(self) -> None:
         """Clear the gradients at the start of a step; later backward passes accumulate until `descend`."""
         self._sgd.zero_grad(set_to_none=True)
 
@@ -59,7 +59,7 @@ class Optimiser:
         return [self._sgd.state[p]["momentum_buffer"] for p in self.parameters if p in self._sgd.state]
 
 
-def learning_rate(schedule: ScheduleParams, base: float, epoch: int, epochs: int) -> float:
+def learning_rate(schedule: LearningRateParams, base: float, epoch: int, epochs: int) -> float:
     """Learning rate of a 0-based epoch out of `epochs`.
 
     Warm-up: base * (epoch+1) / warmup_epochs. `cosine`: base/2 * (1 + cos(pi * (e+1) / (E+1))), as in the official

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.shared.artifacts import whole_folder, write_file, write_json
 
 FORMAT = 1
-KEPT = 2
+CHECKPOINTS_KEPT = 2
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 
@@ -33,10 +33,7 @@ class Snapshot:
 
 
 class RunFolder:
-    """Checkpoints of one run.
-
-    A run with another `fingerprint` (recipe, seed, data set or teacher) starts from scratch.
-    """
+    """Checkpoints of one run. A run with another `fingerprint` (recipe, seed, data set or teacher) starts from scratch."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
@@ -48,7 +45,7 @@ class RunFolder:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
             write_file(folder / TENSORS, safetensors.torch.save(tensors))
             write_json(folder / STATE, {"format": FORMAT, "fingerprint": self.fingerprint, **snapshot.state})
-        for old in self._checkpoints()[:-KEPT]:
+        for old in self._checkpoints()[:-CHECKPOINTS_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
     def load(self) -> Snapshot | None:

@@ -21,7 +21,7 @@ from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
 from pipeline.data.embeddings import training_inputs
 from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, save_model
-from pipeline.model_io.pretrained import start_from
+from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EngineParams, ImageParams, Params, StreamParams, StudentParams, TrainingParams
 from pipeline.shared.artifacts import (
     TENSORBOARD,
@@ -117,7 +117,7 @@ def teacher_objective(section: TrainingParams, config: ModelConfig, prior: Prior
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(config, "teacher.backbone")
-    start_from(model.backbone, section.pretrained, "teacher.pretrained")
+    load_pretrained(model.backbone, section.pretrained, "teacher.pretrained")
     return TeacherObjective(model, torch.tensor(prior.in_losses), section.adjustment)
 
 

@@ -84,8 +84,8 @@ class Step:
         self._images = None if train.images is None else train.images.to(device)
         # Stored views of each image, for features; 0 for images, whose views are drawn and cut here.
         self._stored = train.images.shape[1] if isinstance(train, FeatureImages) else 0
-        self._labels, self._size = train.labels.to(device), image.size
-        self._normalise = Normalisation(image, device)
+        self.labels, self._size = train.labels.to(device), image.size
+        self.normalise = Normalisation(image, device)
 
     def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
         """Draw the inputs of a step for the images `chosen` int64 [B], on the CPU.
@@ -109,7 +109,7 @@ class Step:
             return views, None
         # The partner may be an image of another rank.
         views[0] = apply_mix(views[0], own.mix, gather_batch(views[0]))
-        return views, Mixed(self._labels[inputs.chosen[own.mix.partner]], own.mix.share)
+        return views, Mixed(self.labels[inputs.chosen[own.mix.partner]], own.mix.share)
 
     def __call__(self, inputs: StepInputs) -> dict[str, Tensor]:
         """Run the step on inputs on the device.
@@ -118,17 +118,17 @@ class Step:
         """
         chosen = own_rows(inputs).chosen
         views, mixed = self.views(inputs)
-        return self.descend(views, self._labels[chosen], chosen, mixed)
+        return self.descend(views, self.labels[chosen], chosen, mixed)
 
     def descend(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
         """Run the step on finished views: uint8 [views,b,3,H,W], with their labels and indices in the split, int64 [b]."""
         self.objective.train()
-        self.optimiser.forget_gradients()
+        self.optimiser.zero_gradients()
         if self._parts > 1:
             parts = self._accumulate(views, target, chosen, mixed)
         else:
             with self._autocast():
-                parts = self._module(self._normalise(views), target, chosen, mixed)
+                parts = self._module(self.normalise(views), target, chosen, mixed)
             parts["loss"].backward()
         norm = self.optimiser.descend()
         self.objective.after_step()
@@ -141,21 +141,21 @@ class Step:
         size = len(target) // self._parts
         runs = [(start, start + size) for start in range(0, len(target), size)]
         with self._autocast():
-            seen = (self._normalise(views[:, start:stop]) for start, stop in runs)
+            seen = (self.normalise(views[:, start:stop]) for start, stop in runs)
             whole = self.objective.whole_batch(seen, target, chosen)
-        found = []
+        losses = []
         for start, stop in runs:
             part = None if mixed is None else mixed.rows(start, stop)
             with self._autocast():
                 parts = self.objective(
-                    self._normalise(views[:, start:stop]), target[start:stop], chosen[start:stop], part, whole
+                    self.normalise(views[:, start:stop]), target[start:stop], chosen[start:stop], part, whole
                 )
             (parts["loss"] / self._parts).backward()
-            found.append({name: part.detach() for name, part in parts.items()})
+            losses.append({name: part.detach() for name, part in parts.items()})
         if whole is not None:
             whole.backward()
         average_gradients(self.optimiser.parameters)
-        return {name: torch.stack([parts[name] for parts in found]).mean(0) for name in found[0]}
+        return {name: torch.stack([parts[name] for parts in losses]).mean(0) for name in losses[0]}
 
     def _autocast(self) -> torch.autocast:
         half = self.precision != torch.float32
@@ -185,7 +185,7 @@ class Step:
         return wrong
 
 
-def own_places(batches: Tensor) -> Tensor:
+def own_indices(batches: Tensor) -> Tensor:
     """This rank's share of each global batch of indices: [...,B] → [...,b]."""
     share = batches.shape[-1] // rank_count()
     return batches[..., rank() * share : (rank() + 1) * share]
@@ -203,10 +203,7 @@ def own_rows(inputs: StepInputs) -> StepInputs:
 
 
 def shared_gradients(objective: nn.Module) -> DistributedDataParallel:
-    """The objective in DDP, which averages gradients.
-
-    Buffers need no broadcast: every rank enqueues the gathered batch.
-    """
+    """The objective in DDP, which averages gradients. Buffers need no broadcast: every rank enqueues the gathered batch."""
     # Newer PyTorch releases renamed the argument and warn about the old name.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     switch = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}

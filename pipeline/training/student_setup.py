@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from pipeline.data.class_prior import Prior
 from pipeline.model_io.checkpoint import ModelConfig, build_model, check_encoder, check_image, load_model
-from pipeline.model_io.pretrained import start_from
+from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import ImageParams, StudentParams
 
 
@@ -22,7 +23,7 @@ def build_objective(
     The teacher is loaded from its folder if a loss term needs it.
     """
     weights, frozen, teacher_adjustment = weights_of(section), None, None
-    if weights.need_teacher(section.contrast_encoder):
+    if weights.needs_teacher(section.contrast_encoder):
         frozen, trained = load_model(teacher, "teacher")
         check_image(trained, image, teacher)
         check_encoder(trained, config.encoder, teacher)
@@ -30,7 +31,7 @@ def build_objective(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(config, "student.backbone")
-        start_from(model.backbone, section.pretrained, "student.pretrained")
+        load_pretrained(model.backbone, section.pretrained, "student.pretrained")
         return student_objective(section, weights, prior, model, frozen, teacher_adjustment)
 
 

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, TypeVar
 
-from serving.client.images import ImageLike, each_image, encode_images
-from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, groups, read_group
+from serving.client.images import ImageLike, encode_images
+from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, encode_group, groups
 from serving.client.predictions import Prediction, Status
 from serving.client.priors import Prior, parse_prior
-from serving.client.requests import Steps
+from serving.client.requests import Exchange
 from serving.shared.errors import ServingError
 from serving.transport.async_transport import AsyncTransport
 from serving.transport.messages import Call
@@ -44,7 +44,7 @@ class AsyncClient(ClientBase):
         deadline = self._deadline(timeout)
         parse_prior(prior)
         encoded = await asyncio.to_thread(encode_images, images, check)
-        return await self._carry(self._dialogue.predict(encoded, prior, version), deadline)
+        return await self._run(self._sequence.predict(encoded, prior, version), deadline)
 
     async def stream(
         self,
@@ -58,26 +58,32 @@ class AsyncClient(ClientBase):
     ) -> AsyncIterator[Prediction | ServingError]:
         """Classify a stream of images in order, with few of them in memory. Arguments: see Client.stream."""
         parse_prior(prior)
+
+        async def predict_group(group: Sequence[tuple[int, ImageLike]]) -> list[Prediction | ServingError]:
+            deadline = self._deadline()
+            encoded = await asyncio.to_thread(encode_group, group, check, keep_going)
+            return await self._run(self._sequence.predict_each(encoded, prior, version, keep_going), deadline)
+
         waiting: deque[asyncio.Task[list[Prediction | ServingError]]] = deque()
         try:
-            for group in groups(each_image(images), batch):
-                waiting.append(asyncio.create_task(self._answer_group(group, prior, version, check, keep_going)))
+            for group in groups(images, batch):
+                waiting.append(asyncio.create_task(predict_group(group)))
                 if len(waiting) > self._concurrency:
-                    for answer in await waiting.popleft():
-                        yield answer
+                    for prediction in await waiting.popleft():
+                        yield prediction
             while waiting:
-                for answer in await waiting.popleft():
-                    yield answer
+                for prediction in await waiting.popleft():
+                    yield prediction
         finally:
             await _cancel(waiting)
 
     async def class_names(self) -> list[str]:
         """Return the server's class names by index, from the labels of `student`; requested once per release."""
-        return await self._carry(self._dialogue.class_names(), self._deadline())
+        return await self._run(self._sequence.class_names(), self._deadline())
 
     async def status(self) -> Status:
         """Return the state and versions of the server and its models. Raises ServingError when no server responds."""
-        return await self._carry(self._dialogue.status(), self._deadline())
+        return await self._run(self._sequence.status(), self._deadline())
 
     async def close(self) -> None:
         """Close the connections."""
@@ -89,40 +95,32 @@ class AsyncClient(ClientBase):
     async def __aexit__(self, *_exception: object) -> None:
         await self.close()
 
-    async def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:
-        """Run a request sequence: send the calls that it yields, and pass their responses or errors back to it."""
+    async def _run(self, exchange: Exchange[Result], deadline: Deadline) -> Result:
+        """Run a request sequence: send the calls that it yields, and pass their responses or error back to it."""
+        outcome: Any = None  # starts the sequence
         try:
-            calls = next(steps)
             while True:
+                calls = exchange.throw(outcome) if isinstance(outcome, ServingError) else exchange.send(outcome)
                 try:
-                    answers = await self._ask(calls, deadline)
+                    outcome = await self._send(calls, deadline)
                 except ServingError as error:
-                    calls = steps.throw(error)
-                else:
-                    calls = steps.send(answers)
+                    outcome = error
         except StopIteration as done:
             result: Result = done.value
             return result
 
-    async def _ask(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
-        free = asyncio.Semaphore(self._concurrency)
+    async def _send(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
+        limit = asyncio.Semaphore(self._concurrency)
 
-        async def ask(call: Call) -> Any:
-            async with free:
-                return await self._transport.ask(call, deadline)
+        async def send(call: Call) -> Any:
+            async with limit:
+                return await self._transport.send(call, deadline)
 
-        tasks = [asyncio.create_task(ask(call)) for call in calls]
+        tasks = [asyncio.create_task(send(call)) for call in calls]
         try:
             return await asyncio.gather(*tasks)
         finally:
             await _cancel(tasks)
-
-    async def _answer_group(
-        self, group: Sequence[tuple[int, ImageLike]], prior: Prior, version: int | None, check: bool, keep_going: bool
-    ) -> list[Prediction | ServingError]:
-        deadline = self._deadline()
-        read = await asyncio.to_thread(read_group, group, check, keep_going)
-        return await self._carry(self._dialogue.predict_each(read, prior, version, keep_going), deadline)
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -21,7 +21,7 @@ ImageLike = bytes | bytearray | memoryview | str | Path | Image.Image | NDArray[
 
 SINGLE = (bytes, bytearray, memoryview, str, os.PathLike, Image.Image)
 # Fastest PNG compression level: the bytes are used for one request only.
-PNG_EFFORT = 1
+PNG_LEVEL = 1
 ARRAY_HINT = "expected uint8 [H,W,3] or [H,W]"
 
 
@@ -30,10 +30,10 @@ def encode_images(images: Sequence[ImageLike], check: bool = True) -> list[bytes
 
     images: a list, or an array [N,H,W,3]. check: decode files and bytes before the request, as the server will.
     """
-    return [read_image(image, place, check) for place, image in enumerate(each_image(images))]
+    return [read_image(image, index, check) for index, image in enumerate(check_list(images))]
 
 
-def each_image(images: Iterable[ImageLike]) -> Iterable[ImageLike]:
+def check_list(images: Iterable[ImageLike]) -> Iterable[ImageLike]:
     """Return `images` unchanged. Raises InputError for a single image: str and bytes would pass as sequences."""
     if isinstance(images, SINGLE) or (isinstance(images, np.ndarray) and images.ndim != 4):
         raise InputError("images is a single image; give a list of images: predict([image])")
@@ -42,7 +42,7 @@ def each_image(images: Iterable[ImageLike]) -> Iterable[ImageLike]:
     return images
 
 
-def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
+def read_image(image: ImageLike, index: int = 0, check: bool = True) -> bytes:
     """Return the encoded bytes of one image.
 
     A file (str, Path) and bytes are sent unchanged; a Pillow image or a numpy array (uint8 [H,W,3] RGB or [H,W] grey)
@@ -50,7 +50,7 @@ def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
     folder, too large, not a JPEG, PNG or WebP image, damaged, too many pixels. The file size is checked before the file
     is read. check=False skips decoding here, so that the server detects a damaged image.
     """
-    name = f"image {place}"
+    name = f"image {index}"
     try:
         if isinstance(image, Image.Image):
             return _png(to_rgb(upright(image)))
@@ -59,7 +59,7 @@ def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
         if isinstance(image, bytes | bytearray | memoryview):
             data = bytes(image)
         elif isinstance(image, str | os.PathLike):
-            name, data = str(image), _read(Path(image))
+            name, data = str(image), _read_file(Path(image))
         else:
             raise ImageError(
                 "type", f"is {type(image).__name__}; expected a file, bytes, a Pillow image or a numpy array"
@@ -75,14 +75,14 @@ def read_image(image: ImageLike, place: int = 0, check: bool = True) -> bytes:
 
 def image_files(folder: Path) -> list[Path]:
     """List the JPEG, PNG and WebP files (by suffix) in a folder, recursive and sorted. Raises InputError if none."""
-    found = [
+    files = [
         path
         for path in sorted(folder.rglob("*"))
         if has_image_suffix(path) and not is_passed_over(path.relative_to(folder)) and path.is_file()
     ]
-    if not found:
+    if not files:
         raise InputError(f"{folder}: holds no image; expected files that end in {', '.join(SUFFIXES)}")
-    return found
+    return files
 
 
 def header_pixels(data: bytes) -> int:
@@ -100,35 +100,35 @@ def blank_image() -> bytes:
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
-    given = f"is {array.dtype} {list(array.shape)}"
+    array_type = f"is {array.dtype} {list(array.shape)}"
     if array.dtype != np.uint8:
-        raise ImageError("array", f"{given}; {ARRAY_HINT}, with pixels from 0 to 255")
+        raise ImageError("array", f"{array_type}; {ARRAY_HINT}, with pixels from 0 to 255")
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-        raise ImageError("array", f"{given}; {ARRAY_HINT}: transpose(1, 2, 0) moves the channels to the end")
+        raise ImageError("array", f"{array_type}; {ARRAY_HINT}: transpose(1, 2, 0) moves the channels to the end")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
-        raise ImageError("array", f"{given}; {ARRAY_HINT}")
+        raise ImageError("array", f"{array_type}; {ARRAY_HINT}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _png(image: Image.Image) -> bytes:
     check_size(*image.size)
     stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=PNG_EFFORT)
+    image.save(stream, "PNG", compress_level=PNG_LEVEL)
     if stream.tell() > MAX_BYTES:
         raise ImageError("bytes", f"has {stream.tell()} bytes as PNG, above the limit of {MAX_BYTES}; make it smaller")
     return stream.getvalue()
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     hint = "give a JPEG, PNG or WebP file"
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}; {hint}")
-        if found.st_size > MAX_BYTES:
-            raise InputError(f"{path}: has {found.st_size} bytes, above the limit of {MAX_BYTES}")
+        if status.st_size > MAX_BYTES:
+            raise InputError(f"{path}: has {status.st_size} bytes, above the limit of {MAX_BYTES}")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else os.strerror(22)

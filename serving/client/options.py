@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from serving.client.images import ImageLike, read_image
-from serving.client.requests import Dialogue
+from serving.client.images import ImageLike, check_list, read_image
+from serving.client.requests import RequestSequence
 from serving.shared.errors import InputError
 from serving.transport.connection import Connection
 from serving.transport.retries import Deadline, Retries
@@ -43,16 +43,16 @@ class ClientBase:
     ) -> None:
         if not 1 <= concurrency <= 256:
             raise InputError(f"concurrency is {concurrency}; expected 1 to 256")
-        sent = dict(headers or {})
+        all_headers = dict(headers or {})
         if token is not None:
-            if any(name.lower() == "authorization" for name in sent):
+            if any(name.lower() == "authorization" for name in all_headers):
                 raise InputError("token and an Authorization header exclude each other; give one of them")
-            sent["authorization"] = f"Bearer {token}"
-        self._connection = Connection(url, sent, ca_file, certificate_file, key_file, insecure)
+            all_headers["authorization"] = f"Bearer {token}"
+        self._connection = Connection(url, all_headers, ca_file, certificate_file, key_file, insecure)
         self._timeout = Deadline(timeout).budget
         self._retries = retries or Retries()
         self._concurrency = concurrency
-        self._dialogue = Dialogue(url)
+        self._sequence = RequestSequence(url)
 
     @property
     def url(self) -> str:
@@ -65,22 +65,22 @@ class ClientBase:
 
 
 def groups(images: Iterable[ImageLike], size: int) -> Iterator[list[tuple[int, ImageLike]]]:
-    """Yield lists of at most `size` (index, image) pairs, reading `images` lazily. Raises InputError if size < 1."""
+    """Yield lists of at most `size` (index, image) pairs, reading `images` lazily. Raises InputError."""
     if size < 1:
         raise InputError(f"batch is {size}; expected 1 or more")
-    numbered = enumerate(images)
+    numbered = enumerate(check_list(images))
     while group := list(islice(numbered, size)):
         yield group
 
 
-def read_group(group: Sequence[tuple[int, ImageLike]], check: bool, keep_going: bool) -> list[bytes | InputError]:
+def encode_group(group: Sequence[tuple[int, ImageLike]], check: bool, keep_going: bool) -> list[bytes | InputError]:
     """Return the encoded bytes of a group's images; with keep_going an invalid image is replaced by its InputError."""
-    read: list[bytes | InputError] = []
-    for place, image in group:
+    encoded: list[bytes | InputError] = []
+    for index, image in group:
         try:
-            read.append(read_image(image, place, check))
+            encoded.append(read_image(image, index, check))
         except InputError as error:
             if not keep_going:
                 raise
-            read.append(error)
-    return read
+            encoded.append(error)
+    return encoded

@@ -29,7 +29,7 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A server's state. `answers`: whether a test image was just classified; a ready endpoint does not prove that."""
+    """A server's state. `answers`: whether it classified a test image, which a ready endpoint does not prove."""
 
     url: str
     server: str
@@ -46,7 +46,7 @@ def as_mapping(image: Path, answer: Prediction | ServingError, top: int | None) 
     """Convert one image's result to a JSON object: its best `top` classes (None: all in the response), or its error."""
     if isinstance(answer, ServingError):
         return {"image": str(image), "error": str(answer)}
-    rows = [{"class": name, "index": index, "probability": p} for name, index, p in _best(answer, top)]
+    rows = [{"class": name, "index": index, "probability": p} for name, index, p in best_classes(answer, top)]
     return {"image": str(image), "version": answer.version, "predictions": rows}
 
 
@@ -54,9 +54,9 @@ def as_rows(image: Path, answer: Prediction | ServingError, top: int | None) -> 
     """Convert one image's result to rows of CSV_COLUMNS, best class first; or to one row with its error."""
     if isinstance(answer, ServingError):
         return [[csv_cell(image), "", "", "", "", "", csv_cell(answer)]]
-    best = enumerate(_best(answer, top), start=1)
+    best = enumerate(best_classes(answer, top), start=1)
     return [[csv_cell(image), answer.version, rank, csv_cell(name), index, p, ""] for rank, (name, index, p) in best]
 
 
-def _best(answer: Prediction, top: int | None) -> list[tuple[str, int, float]]:
+def best_classes(answer: Prediction, top: int | None) -> list[tuple[str, int, float]]:
     return list(zip(answer.classes, answer.indexes, answer.probabilities, strict=True))[:top]

@@ -50,7 +50,7 @@ def parse_prior(prior: Prior) -> float | Floats | dict[str, float] | str | None:
             return _strength(parse_number(prior))
         except ValueError:
             pass
-    return _read(Path(prior))
+    return _read_file(Path(prior))
 
 
 def vector_of(parsed: Floats | Mapping[str, float], names: Sequence[str] | None, classes: int) -> Floats:
@@ -59,13 +59,13 @@ def vector_of(parsed: Floats | Mapping[str, float], names: Sequence[str] | None,
     Classes missing from a mapping get 0. Raises InputError naming the unknown class or the invalid number.
     """
     if isinstance(parsed, Mapping):
-        place = {class_key(name): index for index, name in enumerate(names or ())}
+        indexes = {class_key(name): index for index, name in enumerate(names or ())}
         vector = np.zeros(classes)
         for name, probability in parsed.items():
-            if class_key(name) not in place:
-                known = ", ".join(list(place)[:5])
-                raise InputError(f"prior names class {name!r}, which the server does not have; it has {known}, …")
-            vector[place[class_key(name)]] = probability
+            if class_key(name) not in indexes:
+                first = ", ".join(list(indexes)[:5])
+                raise InputError(f"prior names class {name!r}, which the server does not have; it has {first}, …")
+            vector[indexes[class_key(name)]] = probability
     else:
         vector = parsed
     try:
@@ -81,9 +81,9 @@ def as_text(parsed: float | str | Floats) -> bytes:
     return json.dumps(parsed.tolist() if isinstance(parsed, np.ndarray) else parsed).encode()
 
 
-def _strength(given: float | np.number[Any]) -> float:
+def _strength(number: float | np.number[Any]) -> float:
     try:
-        value = float(given)
+        value = float(number)
     except OverflowError:  # an integer of hundreds of digits
         value = math.inf
     if not math.isfinite(value) or abs(value) > LARGEST:
@@ -105,7 +105,7 @@ def _numbers(values: object, source: str) -> Floats:
     try:
         return check_numbers(values)
     except (TypeError, ValueError):
-        raise InputError(f"{source}: holds something that is not a number; expected one number per class") from None
+        raise InputError(f"{source}: holds a value that is not a number; expected one number per class") from None
     except OverflowError:
         raise InputError(f"{source}: holds a number too large for a float; expected numbers that sum to 1") from None
 
@@ -121,7 +121,7 @@ def _by_name(values: Mapping[str, object], source: str) -> dict[str, float]:
     return {str(name): float(number) for name, number in zip(values, numbers, strict=True)}
 
 
-def _read(path: Path) -> Floats | dict[str, float]:
+def _read_file(path: Path) -> Floats | dict[str, float]:
     try:
         if not path.is_file():
             raise InputError(
@@ -145,11 +145,9 @@ def _read(path: Path) -> Floats | dict[str, float]:
 
 def _lines(text: str, path: Path) -> list[float]:
     numbers = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         try:
-            numbers.append(parse_number(line.strip()))
+            numbers += [parse_number(line)] if line else []
         except ValueError:
-            raise InputError(f"{path}: line {number} is {line.strip()[:40]!r}; expected a number") from None
+            raise InputError(f"{path}: line {number} is {line[:40]!r}; expected a number") from None
     return numbers

@@ -18,11 +18,11 @@ from serving.client.priors import Prior, as_text, parse_prior, vector_of
 from serving.repository.manifest import Limits
 from serving.shared.errors import InputError, ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
-from serving.transport.failures import Refused, not_triton
+from serving.transport.failures import RequestRejected, not_triton
 from serving.transport.messages import Answer, Call, Infer, ModelConfig, ModelMetadata, ServerMetadata
 
 Result = TypeVar("Result")
-Steps = Generator[Sequence[Call], Sequence[Any], Result]
+Exchange = Generator[Sequence[Call], Sequence[Any], Result]
 
 OUTPUTS = {"class": 0, "index": 0, "probability": 0}
 # Bytes of images in one request; recent Triton servers reject HTTP bodies above 64 MB.
@@ -31,7 +31,7 @@ REQUEST_PIXELS = Limits().request_pixels  # pixels of the images in one request:
 SERVE_AGAIN = "serve a repository that `dvc repro` wrote"
 
 
-class Dialogue:
+class RequestSequence:
     """Builds the request sequences for one server and caches its limits, inputs and class names per release."""
 
     def __init__(self, url: str) -> None:
@@ -41,7 +41,7 @@ class Dialogue:
         self._inputs: dict[str, int] | None = None
         self._release: int | None = None
 
-    def predict(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[list[Prediction]]:
+    def predict(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Exchange[list[Prediction]]:
         """Return one Prediction per encoded image, in order; split into several requests by the server's limits."""
         parsed = parse_prior(prior)
         if not encoded:
@@ -52,41 +52,41 @@ class Dialogue:
             name, row = yield from self._prior_input(default if parsed is None else parsed)
             answers = yield [classifier_call(chunk, name, row, version) for chunk in chunks(encoded, rows)]
             # A new release may change the classes and the default prior: repeat requests built from the old values.
-            renewed = version is None and self._is_renewed(answers)
-            if not (renewed and (parsed is None or isinstance(parsed, dict))):
+            changed = version is None and self._release_changed(answers)
+            if not (changed and (parsed is None or isinstance(parsed, dict))):
                 break
-        with self._reading(CLASSIFIER):
+        with self._decoding(CLASSIFIER):
             return [prediction for answer in answers for prediction in _predictions(answer)]
 
     def predict_each(
-        self, read: Sequence[bytes | InputError], prior: Prior, version: int | None, keep_going: bool
-    ) -> Steps[list[Prediction | ServingError]]:
+        self, encoded: Sequence[bytes | InputError], prior: Prior, version: int | None, keep_going: bool
+    ) -> Exchange[list[Prediction | ServingError]]:
         """Run predict; with keep_going an unreadable or rejected image is replaced by its error."""
-        good = [data for data in read if isinstance(data, bytes)]
-        answers: list[Prediction | ServingError] = []
+        images = [data for data in encoded if isinstance(data, bytes)]
+        results: list[Prediction | ServingError] = []
         try:
-            answers += yield from self.predict(good, prior, version)
-        except Refused as refused:
+            results += yield from self.predict(images, prior, version)
+        except RequestRejected as error:
             if not keep_going:
                 raise
             # One bad image fails its whole request: send each image in a separate request.
-            for data in good:
+            for data in images:
                 try:
-                    answers += [refused] if len(good) == 1 else (yield from self.predict([data], prior, version))
-                except Refused as alone:
-                    answers.append(alone)
-        answered = iter(answers)
-        return [next(answered) if isinstance(data, bytes) else data for data in read]
+                    results += [error] if len(images) == 1 else (yield from self.predict([data], prior, version))
+                except RequestRejected as image_error:
+                    results.append(image_error)
+        remaining = iter(results)
+        return [next(remaining) if isinstance(data, bytes) else data for data in encoded]
 
-    def limits(self) -> Steps[tuple[int, float | None]]:
+    def limits(self) -> Exchange[tuple[int, float | None]]:
         """Return the largest batch and the default strength; (1, None) where the server restricts access to configs."""
         if self._limits is None:
             try:
                 [config] = yield [ModelConfig(CLASSIFIER)]
-            except Refused:
+            except RequestRejected:
                 self._limits = (1, None)
             else:
-                with self._reading(CLASSIFIER):
+                with self._decoding(CLASSIFIER):
                     default = config.get("parameters", {}).get("default_strength", {}).get("string_value")
                     rows = max(1, int(config.get("max_batch_size", 0)))
                     if inputs := config.get("input"):
@@ -94,33 +94,33 @@ class Dialogue:
                     self._limits = (rows, None if default is None else float(default))
         return self._limits
 
-    def class_names(self) -> Steps[list[str]]:
+    def class_names(self) -> Exchange[list[str]]:
         """Return the server's class names by index, from the labels of `student`."""
         if self._names is None:
             [metadata] = yield [ModelMetadata(STUDENT)]
-            with self._reading(STUDENT):
+            with self._decoding(STUDENT):
                 [shape] = [tensor["shape"] for tensor in metadata["inputs"] if tensor["name"] == "image"]
                 image = np.full([1, *(int(side) for side in shape[1:])], 128, dtype=np.uint8)
             inputs = {"image": image, "strength": np.zeros((1, 1), dtype=np.float32)}
             classes = yield from self._class_count()
             [answer] = yield [Infer(STUDENT, inputs, {"logits": classes})]
-            with self._reading(STUDENT):
-                labelled = [text.decode().split(":", 2) for text in answer.outputs["logits"].reshape(-1)]
-            if any(len(parts) != 3 for parts in labelled):
+            with self._decoding(STUDENT):
+                labels = [text.decode().split(":", 2) for text in answer.outputs["logits"].reshape(-1)]
+            if any(len(parts) != 3 for parts in labels):
                 raise ServingError(f"{self.url}: student has no class labels; give the prior as a list, not by name")
-            self._names = [name for _, _, name in sorted(labelled, key=lambda parts: int(parts[1]))]
+            self._names = [name for _, _, name in sorted(labels, key=lambda parts: int(parts[1]))]
         return list(self._names)
 
-    def status(self) -> Steps[Status]:
+    def status(self) -> Exchange[Status]:
         """Return the state and versions of the server and its models."""
         [server] = yield [ServerMetadata()]
         models = []
         for name in (STUDENT, CLASSIFIER):
             try:
                 [metadata] = yield [ModelMetadata(name)]
-            except Refused:
+            except RequestRejected:
                 metadata = {}
-            with self._reading(name):
+            with self._decoding(name):
                 versions = tuple(sorted(int(version) for version in metadata.get("versions", [])))
             models.append(ModelStatus(name, versions))
         problem = None
@@ -128,25 +128,25 @@ class Dialogue:
             yield from self.predict([blank_image()], None, None)
         except ServingError as error:
             problem = str(error)
-        with self._reading("server"):
+        with self._decoding("server"):
             return Status(self.url, server["name"], server["version"], tuple(models), problem is None, problem)
 
-    def request(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Steps[Infer]:
+    def request(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Exchange[Infer]:
         """Return a single request for encoded images. Raises InputError when they exceed the largest batch."""
         parsed = parse_prior(prior)
         rows, default = yield from self.limits()
         if len(encoded) > rows:
-            raise InputError(f"{len(encoded)} images are more than the {rows} that {self.url} takes in one request")
+            raise InputError(f"{len(encoded)} images are more than the {rows} that {self.url} accepts in one request")
         name, row = yield from self._prior_input(default if parsed is None else parsed)
         return classifier_call(encoded, name, row, version)
 
     def _prior_input(
         self, parsed: float | np.ndarray | dict[str, float] | str | None
-    ) -> Steps[tuple[str, np.ndarray | None]]:
+    ) -> Exchange[tuple[str, np.ndarray | None]]:
         """Return the name of the input for a prior and one row of it; row None selects the server's default.
 
-        The input `prior` takes every kind of prior as text: Triton does not batch requests that have different inputs.
-        A server of an older Tailor without this input gets `strength` or `target_prior` instead.
+        The input `prior` takes every kind as text, because Triton batches only requests with the same inputs. A server
+        of an older Tailor without this input gets `strength` or `target_prior` instead.
         """
         if parsed is None:
             return "prior", None
@@ -156,27 +156,27 @@ class Dialogue:
             vector = vector_of(parsed, names, (yield from self._class_count()))
         try:
             inputs = yield from self._classifier_inputs()
-        except Refused:
+        except RequestRejected:
             if not isinstance(parsed, float):
                 raise
             inputs = {}  # metadata is restricted: use `strength`, which every release supports
         if "prior" in inputs:
             return "prior", np.array([as_text(parsed if vector is None else vector)], dtype=np.object_)
         if isinstance(parsed, str):
-            raise ServingError(f"{self.url}: classifier knows no prior by name; {SERVE_AGAIN}")
+            raise ServingError(f"{self.url}: classifier has no input `prior`; {SERVE_AGAIN}")
         if vector is None:
             return "strength", np.array([parsed], dtype=np.float32)
         return "target_prior", vector.astype(np.float32)
 
     @contextmanager
-    def _reading(self, asked: str) -> Iterator[None]:
+    def _decoding(self, source: str) -> Iterator[None]:
         """Convert the exceptions of parsing a response that is not Triton's into ServingError."""
         try:
             yield
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise not_triton(self.url, f"what it tells of {asked} is not what Triton would") from error
+            raise not_triton(self.url, f"its response for {source} is not Triton's") from error
 
-    def _is_renewed(self, answers: Sequence[Answer]) -> bool:
+    def _release_changed(self, answers: Sequence[Answer]) -> bool:
         """Return whether the responses come from a new release; if so, clear the cached limits, names and inputs."""
         newest = max(answer.version for answer in answers)
         before, self._release = self._release, newest
@@ -185,17 +185,17 @@ class Dialogue:
         self._limits = self._names = self._inputs = None
         return True
 
-    def _class_count(self) -> Steps[int]:
-        found = (yield from self._classifier_inputs()).get("target_prior")
-        if not found:
-            raise ServingError(f"{self.url}: classifier takes no target_prior; {SERVE_AGAIN}")
-        return found
+    def _class_count(self) -> Exchange[int]:
+        count = (yield from self._classifier_inputs()).get("target_prior")
+        if not count:
+            raise ServingError(f"{self.url}: classifier has no input `target_prior`; {SERVE_AGAIN}")
+        return count
 
-    def _classifier_inputs(self) -> Steps[dict[str, int]]:
+    def _classifier_inputs(self) -> Exchange[dict[str, int]]:
         """Return the inputs of `classifier` by name, with the length of a row."""
         if self._inputs is None:
             [metadata] = yield [ModelMetadata(CLASSIFIER)]
-            with self._reading(CLASSIFIER):
+            with self._decoding(CLASSIFIER):
                 self._inputs = {tensor["name"]: int(tensor["shape"][-1]) for tensor in metadata["inputs"]}
         return self._inputs
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from serving.client.images import ImageLike, each_image, encode_images, read_image
-from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, groups, read_group
+from serving.client.images import ImageLike, encode_images, read_image
+from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, encode_group, groups
 from serving.client.predictions import ModelStatus, Prediction, Status
 from serving.client.priors import Prior, parse_prior
-from serving.client.requests import REQUEST_BYTES, Steps
+from serving.client.requests import REQUEST_BYTES, Exchange
 from serving.shared.errors import ServingError
 from serving.transport.messages import Call, Infer
 from serving.transport.retries import Deadline
@@ -53,7 +53,7 @@ class Client(ClientBase):
         deadline = self._deadline(timeout)
         parse_prior(prior)
         encoded = encode_images(images, check)
-        return self._carry(self._dialogue.predict(encoded, prior, version), deadline)
+        return self._run(self._sequence.predict(encoded, prior, version), deadline)
 
     def stream(
         self,
@@ -72,11 +72,17 @@ class Client(ClientBase):
         predict.
         """
         parse_prior(prior)
+
+        def predict_group(group: Sequence[tuple[int, ImageLike]]) -> list[Prediction | ServingError]:
+            deadline = self._deadline()
+            encoded = encode_group(group, check, keep_going)
+            return self._run(self._sequence.predict_each(encoded, prior, version, keep_going), deadline)
+
         waiting: deque[Future[list[Prediction | ServingError]]] = deque()
         pool = ThreadPoolExecutor(self._concurrency, "tailor-client")
         try:
-            for group in groups(each_image(images), batch):
-                waiting.append(pool.submit(self._answer_group, group, prior, version, check, keep_going))
+            for group in groups(images, batch):
+                waiting.append(pool.submit(predict_group, group))
                 if len(waiting) > self._concurrency:
                     yield from waiting.popleft().result()
             while waiting:
@@ -86,15 +92,15 @@ class Client(ClientBase):
 
     def request(self, encoded: Sequence[bytes], prior: Prior = None, *, version: int | None = None) -> Infer:
         """Build the request that predict would send for encoded images of one batch, for another sender (load test)."""
-        return self._carry(self._dialogue.request(encoded, prior, version), self._deadline())
+        return self._run(self._sequence.request(encoded, prior, version), self._deadline())
 
     def class_names(self) -> list[str]:
         """Return the server's class names by index, from the labels of `student`; requested once per release."""
-        return self._carry(self._dialogue.class_names(), self._deadline())
+        return self._run(self._sequence.class_names(), self._deadline())
 
     def status(self) -> Status:
         """Return the state and versions of the server and its models. Raises ServingError when no server responds."""
-        return self._carry(self._dialogue.status(), self._deadline())
+        return self._run(self._sequence.status(), self._deadline())
 
     def close(self) -> None:
         """Close the connections."""
@@ -106,33 +112,25 @@ class Client(ClientBase):
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _carry(self, steps: Steps[Result], deadline: Deadline) -> Result:
-        """Run a request sequence: send the calls that it yields, and pass their responses or errors back to it."""
+    def _run(self, exchange: Exchange[Result], deadline: Deadline) -> Result:
+        """Run a request sequence: send the calls that it yields, and pass their responses or error back to it."""
+        outcome: Any = None  # starts the sequence
         try:
-            calls = next(steps)
             while True:
+                calls = exchange.throw(outcome) if isinstance(outcome, ServingError) else exchange.send(outcome)
                 try:
-                    answers = self._ask(calls, deadline)
+                    outcome = self._send(calls, deadline)
                 except ServingError as error:
-                    calls = steps.throw(error)
-                else:
-                    calls = steps.send(answers)
+                    outcome = error
         except StopIteration as done:
             result: Result = done.value
             return result
 
-    def _ask(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
+    def _send(self, calls: Sequence[Call], deadline: Deadline) -> list[Any]:
         if len(calls) == 1:
-            return [self._transport.ask(calls[0], deadline)]
+            return [self._transport.send(calls[0], deadline)]
         pool = ThreadPoolExecutor(min(self._concurrency, len(calls)), "tailor-client")
         try:
-            return list(pool.map(lambda call: self._transport.ask(call, deadline), calls))
+            return list(pool.map(lambda call: self._transport.send(call, deadline), calls))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def _answer_group(
-        self, group: Sequence[tuple[int, ImageLike]], prior: Prior, version: int | None, check: bool, keep_going: bool
-    ) -> list[Prediction | ServingError]:
-        deadline = self._deadline()
-        read = read_group(group, check, keep_going)
-        return self._carry(self._dialogue.predict_each(read, prior, version, keep_going), deadline)

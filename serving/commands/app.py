@@ -37,7 +37,7 @@ PREPARE, TRAIN, SERVE, REQUEST, OPERATE = HEADINGS = ("Prepare", "Train", "Serve
 
 
 class Commands(TyperGroup):
-    """A command group whose --help lists the commands under headings, which Typer prints only with rich markup."""
+    """Command group whose --help lists the commands under headings; Typer itself does so only with rich markup."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Print one line per command, under the headings."""
@@ -70,14 +70,16 @@ def _print_version(requested: bool) -> None:
         # This package contains the server, whose own version is available only from a running server.
         print(f"tritonserver of nvidia-pytriton {metadata.version('nvidia-pytriton')}")
     except metadata.PackageNotFoundError:
-        print("no tritonserver here; pip install 'tailor[serve]' brings one")
+        print("no tritonserver is installed; pip install 'tailor[serve]' installs one")
     raise typer.Exit
 
 
 def version(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version, and the server's."),
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Show the versions of Tailor and of Triton."
+        ),
     ] = False,
 ) -> None:
     """Options of `tailor` before a command."""
@@ -115,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Pillow warns about unusual images; Tailor accepts such an image or rejects it with its own error.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        result = app(given, prog_name="tailor", standalone_mode=False)
+        result = app(words, prog_name="tailor", standalone_mode=False)
     except BrokenPipeError:
         # The reader of stdout has exited; the interpreter's flush at exit would print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -126,15 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("tailor: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        message, status = _explain(error, given[0])
-        if "--debug" in given:
+        message, status = _message_and_status(error, words[0])
+        if "--debug" in words:
             print(traceback.format_exc(), end="", file=sys.stderr)
         print(f"tailor: {message}", file=sys.stderr)
         return status
     return result if isinstance(result, int) else 0
 
 
-def _explain(error: Exception, command: str) -> tuple[str, int]:
+def _message_and_status(error: Exception, command: str) -> tuple[str, int]:
     """Return the message and exit status of an error that a user can act on. Raises any other error."""
     if isinstance(error, USAGE_ERROR):
         return error.format_message(), error.exit_code

@@ -42,36 +42,38 @@ def run(repository: Path, samples: Path) -> int:
     try:
         server.start()
         console.print(f"ready {server.http_url} {server.grpc_url}", highlight=False)
-        answers = {}
+        paths, predictions = [sample.path for sample in images], {}
         with Client(server.http_url) as http, Client(server.grpc_url) as grpc:
             for prior in PRIORS:
-                answers[prior] = http.predict([sample.path for sample in images], prior)
-                check_same(images, answers[prior], grpc.predict([sample.path for sample in images], prior))
+                predictions[prior] = http.predict(paths, prior)
+                check_protocols_agree(images, predictions[prior], grpc.predict(paths, prior))
     finally:
         status = server.stop()
-    differing = [a.indexes[0] != b.indexes[0] for a, b in zip(*(answers[prior] for prior in PRIORS), strict=True)]
-    console.print(comparison(images, answers, differing))
+    differing = [a.indexes[0] != b.indexes[0] for a, b in zip(*(predictions[prior] for prior in PRIORS), strict=True)]
+    console.print(comparison_table(images, predictions, differing))
     console.print(
         f"HTTP and gRPC agree on {counted(len(images), 'image')}; the prior changes the answer for {sum(differing)}."
     )
-    console.print(meaning(images, answers, differing), highlight=False)
+    console.print(explanation(images, predictions, differing), highlight=False)
     if status != 0:
         raise ServingError(f"the Triton server ended with status {status}, not 0")
     console.print("The server was stopped cleanly.")
     return sum(differing)
 
 
-def meaning(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> str:
+def explanation(images: list[Sample], predictions: dict[str, list[Prediction]], differing: list[bool]) -> str:
     """Return the text below the table: what the comparison shows, and what it does not."""
     if not any(differing):
-        return "No answer changes here, only the probabilities: the student is confident on these images, or undertrained."
+        return (
+            "No answer changes here, only the probabilities: the student is confident on these images, or undertrained."
+        )
     changed = [index for index, differs in enumerate(differing) if differs]
-    right = {
-        prior: sum(predictions[index].classes[0] == images[index].label for index in changed)
-        for prior, predictions in answers.items()
+    correct = {
+        prior: sum(of_prior[index].classes[0] == images[index].label for index in changed)
+        for prior, of_prior in predictions.items()
     }
     return (
-        f"Of these {len(changed)}, balanced is right for {right['balanced']}, train for {right['train']}. Images with "
+        f"Of these {len(changed)}, balanced is right for {correct['balanced']}, train for {correct['train']}. Images with "
         "changed answers were selected for this table,\nso it shows what the prior does, not how accurate the model is. "
         "balanced is for data whose classes are equally\nfrequent, as in the embedded data's test split; train is for data "
         "whose classes are as frequent as in training."
@@ -99,15 +101,15 @@ def read_samples(folder: Path) -> list[Sample]:
     return [Sample(folder / plain_cell(row["file"]), plain_cell(row["label"])) for row in rows]
 
 
-def check_same(images: list[Sample], over_http: list[Prediction], over_grpc: list[Prediction]) -> None:
+def check_protocols_agree(images: list[Sample], over_http: list[Prediction], over_grpc: list[Prediction]) -> None:
     """Raise ServingError naming the first image whose predictions differ between the two protocols."""
-    for sample, one, other in zip(images, over_http, over_grpc, strict=True):
-        gap = max(abs(a - b) for a, b in zip(one.probabilities, other.probabilities, strict=True))
-        if one.indexes != other.indexes or not gap <= TOLERANCE:
-            raise ServingError(f"{sample.path}: HTTP answers {one}, gRPC {other}; expected the same")
+    for sample, http, grpc in zip(images, over_http, over_grpc, strict=True):
+        gap = max(abs(a - b) for a, b in zip(http.probabilities, grpc.probabilities, strict=True))
+        if http.indexes != grpc.indexes or not gap <= TOLERANCE:
+            raise ServingError(f"{sample.path}: HTTP returns {http}, gRPC returns {grpc}; expected the same")
 
 
-def comparison(images: list[Sample], answers: dict[str, list[Prediction]], differing: list[bool]) -> Table:
+def comparison_table(images: list[Sample], predictions: dict[str, list[Prediction]], differing: list[bool]) -> Table:
     """Table with a row per image: true class, prediction and probability under each prior, a mark where they differ."""
     table = Table(title="One model, two target priors")
     table.add_column("image", overflow="fold")
@@ -118,10 +120,9 @@ def comparison(images: list[Sample], answers: dict[str, list[Prediction]], diffe
     for index, sample in enumerate(images):
         cells = []
         for prior in PRIORS:
-            answer = answers[prior][index]
-            right = answer.classes[0] == sample.label
-            text = f"{cell(answer.classes[0])} {answer.probabilities[0]:.3f}"
-            cells.append(f"[green]{text}[/]" if right else text)
+            prediction = predictions[prior][index]
+            text = f"{cell(prediction.classes[0])} {prediction.probabilities[0]:.3f}"
+            cells.append(f"[green]{text}[/]" if prediction.classes[0] == sample.label else text)
         table.add_row(cell(sample.path.name), cell(sample.label), *cells, "≠" if differing[index] else "")
     return table
 

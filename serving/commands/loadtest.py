@@ -20,9 +20,9 @@ from serving.commands.options import (
     Headers,
     ProtocolOption,
     Url,
-    address,
     parse_headers,
     print_json,
+    server_url,
 )
 from serving.loadtest.plan import LoadPlan
 from serving.loadtest.run import run
@@ -43,11 +43,11 @@ def loadtest(
     debug: Debug = False,
     **options: Any,
 ) -> None:
-    """Put load on a running server with Locust and judge it.
+    """Put load on a running server with Locust and check thresholds.
 
-    Exit status 1 when a threshold is missed. Starts no server.
+    The exit status is 1 when a threshold is not met. Starts no server.
     """
-    plan = LoadPlan(Connection(address(url, protocol), parse_headers(header), ca_file), **options)
+    plan = LoadPlan(Connection(server_url(url, protocol), parse_headers(header), ca_file), **options)
     folder = report or Path("artifacts/loadtest") / f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.connection.protocol}"
     terminal = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -65,23 +65,23 @@ def loadtest(
 
 
 # Typer reads the signature: replace `**options` with the fields of LoadPlan.
-_OWN, _PLAN = ([*inspect.signature(one, eval_str=True).parameters.values()] for one in (loadtest, LoadPlan))
+_OWN, _PLAN = ([*inspect.signature(each, eval_str=True).parameters.values()] for each in (loadtest, LoadPlan))
 loadtest.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*_OWN[:-1], *_PLAN[1:])]
 )
 
 
-def load_table(found: Mapping[str, Any], url: str) -> Table:
+def load_table(result: Mapping[str, Any], url: str) -> Table:
     """Table of a load test: a row for each kind of request (by model version), and one for all requests."""
-    table = Table(title=f"load on {cell(url)}: {'held' if found['passed'] else 'failed'}")
+    table = Table(title=f"load on {cell(url)}: {'passed' if result['passed'] else 'failed'}")
     table.add_column("requests")
     for name in ("number", "failed", "per second", "p50 ms", "p99 ms"):
         table.add_column(name, justify="right")
-    for kind in [*found["kinds"], found["total"]]:
-        if kind is found["total"]:
+    for kind in [*result["kinds"], result["total"]]:
+        if kind is result["total"]:
             table.add_section()
         counts = (f"{kind['requests']}", f"{kind['failures']}", f"{kind['rps']:.1f}")
         table.add_row(cell(kind["name"]), *counts, f"{kind['p50_ms']:.0f}", f"{kind['p99_ms']:.0f}")
-    if found["generator_saturated"]:
+    if result["generator_saturated"]:
         table.caption = "Locust used over 90% of a core and may be the limit; add --workers"
     return table

@@ -21,27 +21,21 @@ REPOSITORY = Path("artifacts/repository")  # repository written by `dvc repro`
 RELEASES = Path("releases")  # repository of promoted releases: the default of retrain.repository in params.yaml
 
 
-class Protocol(StrEnum):
-    """Protocols of a server."""
-
-    http = "http"
-    grpc = "grpc"
-
-
+Protocol = StrEnum("Protocol", ["http", "grpc"])
 Url = Annotated[
     str | None, typer.Option(help="Server address; http://127.0.0.1:8000 or grpc://127.0.0.1:8001 if not given.")
 ]
 ProtocolOption = Annotated[
     Protocol | None, typer.Option(help="HTTP (default) or gRPC; follows --url when that is given.")
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds that one request may take.")]
+Timeout = Annotated[float, typer.Option(help="Timeout of a request in seconds.")]
 Headers = Annotated[
     list[str] | None,
     typer.Option(
         "--header",
         metavar="'NAME: VALUE'|@FILE",
-        help="Header of every request, may be repeated; @FILE reads them from a file, one a line, and keeps a secret out "
-        "of the list of processes.",
+        help="Header of every request, may be repeated; @FILE: a file with one per line, which keeps a secret out of the "
+        "list of processes.",
         show_default=False,
     ),
 ]
@@ -52,7 +46,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 RepositoryOption = Annotated[
     Path | None,
     typer.Option(
-        help=f"Triton model repository; {RELEASES} (what was promoted) where there is that folder, else {REPOSITORY}.",
+        help=f"Triton model repository; by default {RELEASES} (promoted releases) if it exists, else {REPOSITORY}.",
         show_default=False,
     ),
 ]
@@ -60,17 +54,17 @@ RepositoryOption = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def choose_repository(given: Path | None, promoted: Path = RELEASES, note: bool = False) -> Path:
+def choose_repository(repository: Path | None, promoted: Path = RELEASES, note: bool = False) -> Path:
     """Return the repository of a command: the given one, else `promoted` if it is a folder, else that of `dvc repro`.
 
     All commands use this rule, so that `serve` and `rollback` select the same repository. note: print a line on stderr
     where `dvc repro` has written a model that has not been promoted, for a command whose user may expect that model.
     """
-    if given is not None:
-        return given
+    if repository is not None:
+        return repository
     if not promoted.is_dir():
         return REPOSITORY
-    if note and REPOSITORY.is_dir() and not _models(REPOSITORY) <= _models(promoted):
+    if note and REPOSITORY.is_dir() and not _graph_hashes(REPOSITORY) <= _graph_hashes(promoted):
         print(
             f"tailor: {REPOSITORY}, which `dvc repro` wrote, holds a model that has not been promoted; --repository is "
             f"{promoted}, what was promoted",
@@ -79,31 +73,33 @@ def choose_repository(given: Path | None, promoted: Path = RELEASES, note: bool 
     return promoted
 
 
-def _models(repository: Path) -> set[str]:
+def _graph_hashes(repository: Path) -> set[str]:
     """Return the sha256 of each version's graph from its manifest; an invalid manifest is ignored here."""
-    found = set()
+    hashes = set()
     for path in repository.glob(f"{STUDENT}/[0-9]*/{MANIFEST_NAME}"):
         with contextlib.suppress(ManifestError):
-            found.add(read_manifest(path.parent).files.get(STUDENT_NAME, ""))
-    return found
+            hashes.add(read_manifest(path.parent).files.get(STUDENT_NAME, ""))
+    return hashes
 
 
-def address(url: str | None, protocol: Protocol | None) -> str:
+def server_url(url: str | None, protocol: Protocol | None) -> str:
     """Return the server's URL from --url and --protocol. Raises InputError where the two contradict each other."""
     if url is None:
         return DEFAULT_URLS[protocol or "http"]
-    scheme, found, rest = url.partition("://")
-    if not found:
+    scheme, separator, authority = url.partition("://")
+    if not separator:
         return f"{protocol or 'http'}://{url}"
     if protocol and not scheme.startswith(protocol):
-        raise InputError(f"--protocol is {protocol} but --url is {rest and url!r}; give one of them, or both the same")
+        raise InputError(
+            f"--protocol is {protocol} but --url is {authority and url!r}; give one of them, or both the same"
+        )
     return url
 
 
-def parse_headers(given: list[str] | None) -> dict[str, str]:
+def parse_headers(options: list[str] | None) -> dict[str, str]:
     """Parse --header into a dict by name. Raises InputError naming the option or the file, without any value."""
     headers = {}
-    for text in given or []:
+    for text in options or []:
         lines = [text]
         if text.startswith("@"):
             try:

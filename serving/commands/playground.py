@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from serving.client.sync_client import Client
-from serving.commands.options import CaFile, Debug, Headers, Timeout, Url, address, parse_headers
+from serving.commands.options import CaFile, Debug, Headers, Timeout, Url, parse_headers, server_url
 from serving.shared.errors import InputError
 from serving.shared.ports import choose_ports
 from serving.shared.terminal import print
@@ -45,7 +45,7 @@ def playground(
         raise InputError("tailor playground needs Gradio; pip install 'tailor[playground]'") from None
     from serving.playground.page import build, find_samples, launch_options
 
-    with Client(address(url, None), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
+    with Client(server_url(url, None), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
         client.class_names()  # an unreachable server fails here with one line
         page = build(client, find_samples(samples.absolute()))
         chosen = choose_ports("127.0.0.1", {"--port": port})["--port"]

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from serving.client.images import image_files
-from serving.client.predictions import CSV_COLUMNS, Prediction, Status, _best, as_mapping, as_rows
+from serving.client.predictions import CSV_COLUMNS, Prediction, Status, as_mapping, as_rows, best_classes
 from serving.client.sync_client import Client
 from serving.commands.options import (
     AsJson,
@@ -24,9 +24,9 @@ from serving.commands.options import (
     ProtocolOption,
     Timeout,
     Url,
-    address,
     parse_headers,
     print_json,
+    server_url,
 )
 from serving.shared.errors import InputError, ServingError
 from serving.shared.terminal import Console, cell, counted, print
@@ -47,14 +47,14 @@ def predict(
         str | None,
         typer.Option(
             metavar="balanced|train|live|NUMBER|FILE",
-            help="Class prior of the answers: balanced, train, live (what `tailor drift --write` estimated), a strength "
-            "(0 is balanced, 1 is train), or a file with "
-            "the probabilities (JSON list, JSON object by class name, or a number per line). "
-            "Server's default if not given.",
+            help="Class prior of the predictions: balanced, train, live (estimated by `tailor drift --write`), a strength "
+            "(0 is balanced, 1 is train), or a file with the probabilities (JSON list, JSON object by class name, or a number "
+            "per line). The server's default if not given.",
         ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option(help="Classes to show, at least 1; as many as the server gives if not given.")
+        int | None,
+        typer.Option(help="Number of classes printed, at least 1; all that the server returns if not given."),
     ] = None,
     timeout: Timeout = 60.0,
     header: Headers = None,
@@ -65,8 +65,8 @@ def predict(
 ) -> None:
     """Classify image files and print the best classes of each.
 
-    One bad file ends the command before anything is printed. Of a folder the good ones are answered, each bad one is a
-    line on stderr, and the status is 1.
+    An invalid file is an error, and nothing is printed. In a folder, the valid files are classified, each invalid one is
+    reported on stderr, and the status is 1.
     """
     if as_json and as_csv:
         raise InputError("--json and --csv exclude each other; give one of them")
@@ -74,9 +74,9 @@ def predict(
         raise InputError(f"--top is {top}; expected at least 1")
     files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
     keep_going = any(path.is_dir() for path in images)
-    with Client(address(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
-        answers = _shown(client.stream(files, prior, keep_going=keep_going), len(files))
-        pairs: Iterable[tuple[Path, Prediction | ServingError]] = zip(files, _within(answers, top), strict=True)
+    with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
+        answers = _with_progress(client.stream(files, prior, keep_going=keep_going), len(files))
+        pairs: Iterable[tuple[Path, Prediction | ServingError]] = zip(files, _check_top(answers, top), strict=True)
         if not (as_csv and keep_going):
             pairs = list(pairs)
         failed = _print_csv(pairs, top) if as_csv else _print_all(pairs, top, prior, as_json)
@@ -93,18 +93,18 @@ def status(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show the server's state and the versions it serves. Status 1 when no server answers, or it answers no image."""
-    with Client(address(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
-        found = client.status()
+    """Show the server's state and the versions it serves. Status 1 when no server responds, or it does not classify."""
+    with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
+        server = client.status()
     if as_json:
-        print_json(asdict(found))
+        print_json(asdict(server))
     else:
-        Console().print(status_table(found))
-    if found.problem:
-        raise ServingError(found.problem)
+        Console().print(status_table(server))
+    if server.problem:
+        raise ServingError(server.problem)
 
 
-def _shown(answers: Iterable[Prediction | ServingError], number: int) -> Iterable[Prediction | ServingError]:
+def _with_progress(answers: Iterable[Prediction | ServingError], number: int) -> Iterable[Prediction | ServingError]:
     """Yield the results with a progress bar, on a terminal and for at least BAR_FROM images."""
     console = Console(file=sys.stderr)
     if number < BAR_FROM or not console.is_terminal:
@@ -112,13 +112,13 @@ def _shown(answers: Iterable[Prediction | ServingError], number: int) -> Iterabl
     return track(answers, "classifying", total=number, console=console, transient=True)
 
 
-def _within(answers: Iterable[Prediction | ServingError], top: int | None) -> Iterator[Prediction | ServingError]:
+def _check_top(answers: Iterable[Prediction | ServingError], top: int | None) -> Iterator[Prediction | ServingError]:
     """Yield the results; print errors on stderr. Raises InputError when a response has fewer than `top` classes."""
     for answer in answers:
         if isinstance(answer, ServingError):
             print(f"tailor: {answer}", file=sys.stderr)
         elif top is not None and top > len(answer.classes):
-            raise InputError(f"--top is {top}; the server answers with the best {len(answer.classes)}")
+            raise InputError(f"--top is {top}; the server returns the best {len(answer.classes)}")
         yield answer
 
 
@@ -149,9 +149,9 @@ def prediction_table(
     pairs: Sequence[tuple[Path, Prediction | ServingError]], top: int | None, prior: str | None
 ) -> Table:
     """Table of every image's best `top` classes with their probabilities."""
-    found = {answer.version for _, answer in pairs if isinstance(answer, Prediction)}
-    versions = ", ".join(str(version) for version in sorted(found)) or "none"
-    table = Table(title=f"prior {cell(prior or 'as the server defaults to')}, version {versions}")
+    numbers = sorted({answer.version for _, answer in pairs if isinstance(answer, Prediction)})
+    versions = ", ".join(map(str, numbers)) or "none"
+    table = Table(title=f"prior {cell(prior or 'the default of the server')}, version {versions}")
     table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right")
@@ -159,19 +159,19 @@ def prediction_table(
         if isinstance(answer, ServingError):
             table.add_row(cell(str(image)), "not classified", "")
         else:
-            for rank, (name, _, p) in enumerate(_best(answer, top)):
+            for rank, (name, _, p) in enumerate(best_classes(answer, top)):
                 table.add_row("" if rank else cell(str(image)), cell(name), f"{p:.4f}")
         table.add_section()
     return table
 
 
-def status_table(found: Status) -> Table:
+def status_table(status: Status) -> Table:
     """Table of the models, their versions and their states."""
-    table = Table(title=cell(f"{found.server} {found.server_version} at {found.url}"))
+    table = Table(title=cell(f"{status.server} {status.server_version} at {status.url}"))
     table.add_column("model")
     table.add_column("versions")
     table.add_column("state")
-    for model in found.models:
-        state = "not loaded" if not model.versions else "answers" if found.answers else "does not answer"
+    for model in status.models:
+        state = "not loaded" if not model.versions else "answers" if status.answers else "does not answer"
         table.add_row(cell(model.name), ", ".join(map(str, model.versions)), state)
     return table

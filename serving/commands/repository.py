@@ -21,45 +21,35 @@ from serving.shared.terminal import print
 EXPORT = Path("artifacts/export")
 
 
-class DeviceName(StrEnum):
-    """Devices for the student."""
-
-    cpu = "cpu"
-    gpu = "gpu"
-
-
-class PrecisionName(StrEnum):
-    """Floating-point precisions of TensorRT."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
+DeviceName = StrEnum("DeviceName", ["cpu", "gpu"])
+PrecisionName = StrEnum("PrecisionName", ["fp32", "fp16"])  # of TensorRT
 
 
 def repository(
-    device: Annotated[DeviceName, typer.Option(help="Where the student runs.")] = DeviceName.cpu,
+    device: Annotated[DeviceName, typer.Option(help="Device of the student.")] = DeviceName.cpu,
     export: Annotated[Path, typer.Option(help="Export folder that `dvc repro` wrote.")] = EXPORT,
-    output: Annotated[Path, typer.Option(help="Where the model repository goes.")] = REPOSITORY,
-    gpus: Annotated[str, typer.Option(help="Numbers of the GPUs, as in 0,1; every GPU if not given.")] = "",
+    output: Annotated[Path, typer.Option(help="Folder of the model repository.")] = REPOSITORY,
+    gpus: Annotated[str, typer.Option(help="Numbers of the GPUs, e.g. 0,1; all GPUs if not given.")] = "",
     instances: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Instances of the student, on each GPU or in all; two on a CPU for a graph of up to 128 MB, else one.",
+            help="Instances of the student, per GPU or in total; by default two on a CPU for graphs up to 128 MB, else one.",
         ),
     ] = None,
     own_network: Annotated[
         bool | None,
         typer.Option(
             "--own-network/--ask-student",
-            help="Whether classifier runs the network itself on the local server; as a rule, a graph of up to 128 MB on a CPU.",
+            help="Whether classifier runs the network itself on the local server; by default for graphs up to 128 MB on a CPU.",
         ),
     ] = None,
     tensorrt: Annotated[
         PrecisionName | None,
-        typer.Option(help="Have TensorRT run the student, in an NGC container with --device gpu."),
+        typer.Option(help="Run the student with TensorRT, in an NGC container with --device gpu."),
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace a repository that holds several versions, or is being served.")
+        bool, typer.Option("--replace", help="Replace a repository that has several versions or is being served.")
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -70,29 +60,33 @@ def repository(
     config.pbtxt; the local server runs the same model.onnx in Python. To add a release to a repository, use `tailor
     promote`.
     """
-    placement = Placement(device.value, _numbers(gpus), instances, tensorrt.value if tensorrt else None, own_network)
+    placement = Placement(
+        device.value, _gpu_numbers(gpus), instances, tensorrt.value if tensorrt else None, own_network
+    )
     if not replace:
-        _check_unused(output)
+        _check_replaceable(output)
     root = write_repository(export, output, placement)
     if as_json:
-        written = version_folders(root, STUDENT)
+        versions = version_folders(root, STUDENT)
         decided = count_instances(root, STUDENT)
-        print_json({"repository": str(root), "versions": written, "device": device.value, "instances": decided})
+        print_json({"repository": str(root), "versions": versions, "device": device.value, "instances": decided})
     else:
         print(f"wrote {root}")
 
 
-def _numbers(gpus: str) -> tuple[int, ...]:
+def _gpu_numbers(gpus: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in gpus.split(",")) if gpus else ()
     except ValueError:
-        raise InputError(f"--gpus is {gpus!r}; expected numbers with commas between, as in 0,1") from None
+        raise InputError(f"--gpus is {gpus!r}; expected numbers separated by commas, e.g. 0,1") from None
 
 
-def _check_unused(root: Path) -> None:
+def _check_replaceable(root: Path) -> None:
     versions = version_folders(root, STUDENT)
     if len(versions) > 1:
-        held = ", ".join(map(str, versions))
-        raise InputError(f"{root}: holds versions {held}; use `tailor promote` to add one, or --replace to lose them")
+        numbers = ", ".join(map(str, versions))
+        raise InputError(
+            f"{root}: holds versions {numbers}; use `tailor promote` to add one, or --replace to delete them"
+        )
     for server in find_running(root):
         raise InputError(f"{root}: is served at {server.grpc_url}; use `tailor promote`, or --replace")

@@ -14,7 +14,7 @@ import typer
 
 from serving.commands.options import Debug, RepositoryOption, choose_repository
 from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options
-from serving.server.supervisor import Patience, Supervisor
+from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
 from serving.shared.logs import new_log_file, remove_log_files
@@ -27,6 +27,21 @@ class Stopped(SystemExit):
     """Raised at SIGTERM or SIGINT. A SystemExit: the HTTP client's event loop prints other exceptions as errors."""
 
 
+def raise_stopped_at_signals() -> threading.Event:
+    """Raise Stopped in the main thread at the first SIGTERM or SIGINT; the returned event is then set."""
+    stopping = threading.Event()
+
+    def stop_once(_number: int, _frame: FrameType | None) -> None:
+        # Ignore further signals, so that they do not interrupt the cleanup.
+        if not stopping.is_set():
+            stopping.set()
+            raise Stopped
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_once)
+    return stopping
+
+
 def serve(
     repository: RepositoryOption = None,
     http_port: Annotated[int, typer.Option(help="HTTP port; 0 for any free one.")] = 8000,
@@ -36,8 +51,8 @@ def serve(
     log: Annotated[
         Path | None,
         typer.Option(
-            help="File for the server's log, 64 MiB and three older ones; a temporary file, removed after a clean stop, "
-            "if not given.",
+            help="File for the server's log, of 64 MiB, and three older ones; by default a temporary file, removed after a "
+            "clean stop.",
             show_default=False,
         ),
     ] = None,
@@ -49,42 +64,46 @@ def serve(
     trace_every: Annotated[int, typer.Option(min=1, help="With --trace-url: trace each n-th request.")] = 100,
     log_logits: Annotated[
         Path | None,
-        typer.Option(help="Folder to log the logits of some images in, for `tailor drift`; off if not given."),
+        typer.Option(
+            help="Folder in which the logits of some images are logged, for `tailor drift`; off if not given."
+        ),
     ] = None,
-    log_share: Annotated[float, typer.Option(help="With --log-logits: share of the images, above 0 to 1.")] = 0.01,
+    log_share: Annotated[
+        float, typer.Option(help="With --log-logits: share of the images that are logged, above 0 to 1.")
+    ] = 0.01,
     log_limit: Annotated[
-        str, typer.Option(help="With --log-logits: most bytes that the folder holds, e.g. 500MiB; the oldest files go.")
+        str,
+        typer.Option(help="With --log-logits: size limit of the folder, e.g. 500MiB; the oldest files are deleted."),
     ] = "1GiB",
     grpc_tls_cert: Annotated[
         Path | None,
-        typer.Option(help="PEM certificate for gRPC, which then speaks TLS alone; HTTP has none in Triton."),
+        typer.Option(help="PEM certificate for gRPC, which then accepts TLS only; Triton has no TLS for HTTP."),
     ] = None,
     grpc_tls_key: Annotated[Path | None, typer.Option(help="PEM key of --grpc-tls-cert.")] = None,
     grace: Annotated[
-        int, typer.Option(min=1, max=300, help="Seconds that running requests get to finish when it is stopped.")
+        int, typer.Option(min=1, max=300, help="Seconds for running requests to finish when the server is stopped.")
     ] = GRACE,
     restarts: Annotated[
         str,
         typer.Option(
-            help="Give up after this many failed starts in a row; `unlimited` never gives up. A start whose server "
-            f"ran for {Patience.served:g} s has not failed."
+            help="Exit after this many failed starts in a row, or `unlimited`. A start whose server ran for "
+            f"{SupervisionLimits.served:g} s has not failed."
         ),
-    ] = str(Patience.restarts),
+    ] = str(SupervisionLimits.restarts),
     debug: Debug = False,
 ) -> None:
     """Run the Triton server until SIGTERM or Ctrl-C.
 
-    Prints one line `ready http://... grpc://...` once the golden requests have been answered as they should be, then where
-    its metrics are, the repository that it serves, its log file, and an example of a request. Triton's log goes to that
-    file; its last lines are printed when a start fails. Starts the server again when it dies, and
-    loads a model again whose process died. To load new versions meanwhile, use `tailor promote`; its key is
-    TAILOR_ADMIN_KEY, where that is set.
+    Prints one line `ready http://... grpc://...` once the golden requests have the expected responses, then the URL of the
+    metrics, the repository, the log file and an example of a request. When a start fails, the last lines of Triton's log
+    are printed. Restarts the server when it exits, and reloads a model when its process exits. To load new versions
+    while it runs, use `tailor promote`, with the key in TAILOR_ADMIN_KEY if that is set.
     """
-    patience = Patience(restarts=_restarts(restarts))
+    patience = SupervisionLimits(restarts=_restarts(restarts))
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
-        alone = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
-        raise InputError(f"{alone} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
+        option = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
+        raise InputError(f"{option} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
     server = TritonServer(
         choose_repository(repository, note=True),
         host,
@@ -97,32 +116,23 @@ def serve(
         options=options,
         environment=logit_log_environment(log_logits, log_share, log_limit) if log_logits else None,
     )
-    stopping = threading.Event()
-
-    def stop_once(_number: int, _frame: FrameType | None) -> None:
-        # Ignore further signals, so that they do not interrupt the cleanup.
-        if not stopping.is_set():
-            stopping.set()
-            raise Stopped
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop_once)
-    own_log = None if log or quiet else new_log_file()
-    server.log = log or own_log
+    stopping = raise_stopped_at_signals()
+    temporary_log = None if log or quiet else new_log_file()
+    server.log = log or temporary_log
     try:
         with server:
-            _announce(server)
-            Supervisor(server, _report, patience).run(stopping)
+            _print_addresses(server)
+            Supervisor(server, print_warning, patience).run(stopping)
     except Stopped:
         pass
     except ServingError:
-        if own_log and own_log.stat().st_size:
-            _report(f"the whole log of the server is in {own_log}")
-            own_log = None
+        if temporary_log and temporary_log.stat().st_size:
+            print_warning(f"the whole log of the server is in {temporary_log}")
+            temporary_log = None
         raise
     finally:
-        if own_log:
-            remove_log_files(own_log)
+        if temporary_log:
+            remove_log_files(temporary_log)
     print("stopped", flush=True)
 
 
@@ -135,7 +145,7 @@ def _restarts(text: str) -> int | None:
     return int(text)
 
 
-def _announce(server: TritonServer) -> None:
+def _print_addresses(server: TritonServer) -> None:
     print(f"ready {server.http_url} {server.grpc_url}")
     print(f"metrics {server.metrics_url}")
     print(f"repository {server.repository}")
@@ -144,13 +154,13 @@ def _announce(server: TritonServer) -> None:
     print(f"\na request from a shell, in the binary form:\n\n{curl_example(server.http_url, server.example)}")
     print(f"\nthe same as plain JSON:\n\n{json_example(server.http_url, server.example)}\n", flush=True)
     if server.host not in LOOPBACK:
-        _report(
+        print_warning(
             f"--host {server.host}: this Triton release can be killed by one hostile request; "
             "allow only a gateway with size, time and connection limits to reach it"
         )
 
 
-def _report(line: str) -> None:
+def print_warning(line: str) -> None:
     print(f"tailor: {line}", file=sys.stderr, flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -30,11 +31,11 @@ ServerUrl = Annotated[
         "the servers that `tailor serve` runs on this repository if not given.",
     ),
 ]
-LoadTimeout = Annotated[float, typer.Option(help="Seconds that one load may take.")]
+LoadTimeout = Annotated[float, typer.Option(help="Timeout of one load in seconds.")]
 Rehearsal = Annotated[
     bool,
     typer.Option(
-        "--rehearsal/--no-rehearsal", help="Try the version on a second server first, or in ONNX Runtime alone."
+        "--rehearsal/--no-rehearsal", help="Check the version on a second server first, or only in ONNX Runtime."
     ),
 ]
 
@@ -45,34 +46,34 @@ def promote(
     ] = "artifacts/export",
     repository: RepositoryOption = None,
     url: ServerUrl = None,
-    keep: Annotated[int, typer.Option(min=2, help="Versions that stay on disk.")] = promotion.KEPT,
+    keep: Annotated[int, typer.Option(min=2, help="Number of versions kept on disk.")] = promotion.VERSIONS_KEPT,
     timeout: LoadTimeout = promotion.LOAD_TIMEOUT,
     rehearsal: Rehearsal = True,
     force: Annotated[
-        bool, typer.Option("--force", help="Do not ask before a release that is worse, or that cannot be compared.")
+        bool, typer.Option("--force", help="No confirmation for a release that is worse or cannot be compared.")
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Make a release the champion, without a request lost.
 
-    Its test accuracies are shown beside the champion's. If it is worse, if a manifest has no figures, or if the gate has
+    Prints its test accuracies beside the champion's. If it is worse, if a manifest has no figures, or if the gate has
     refused it, a confirmation is requested; without a terminal --force is needed.
-    It is published beside the others, tried on its golden requests, loaded, asked again, and only then answers requests
-    that name no version. If any of that fails, everything is as before and the status is 1.
+    The release is published as a new version, checked with its golden requests, loaded and checked again; only then it
+    serves requests that name no version. If a step fails, nothing changes and the status is 1.
     """
-    given = int(release) if release.isdecimal() else Path(release)
+    source = int(release) if release.isdecimal() else Path(release)
     root = choose_repository(repository)
-    _confirm(check_promotion(root, given), force)
-    done = promotion.promote(
-        root, given, servers=servers_at(root, url), keep=keep, timeout=timeout, rehearsal=rehearsal
+    _confirm_promotion(check_promotion(root, source), force)
+    promoted = promotion.promote(
+        root, source, servers=servers_at(root, url), keep=keep, timeout=timeout, rehearsal=rehearsal
     )
-    _tell(done, as_json)
+    _print_promotion(promoted, as_json)
 
 
 def rollback(
     version: Annotated[
-        int | None, typer.Argument(min=1, help="Version to go back to; the one that was champion before if not given.")
+        int | None, typer.Argument(min=1, help="Version to roll back to; the previous champion if not given.")
     ] = None,
     repository: RepositoryOption = None,
     url: ServerUrl = None,
@@ -83,8 +84,8 @@ def rollback(
 ) -> None:
     """Make an older release the champion again; no request is lost."""
     root = choose_repository(repository)
-    done = promotion.rollback(root, version, servers=servers_at(root, url), timeout=timeout, rehearsal=rehearsal)
-    _tell(done, as_json)
+    promoted = promotion.rollback(root, version, servers=servers_at(root, url), timeout=timeout, rehearsal=rehearsal)
+    _print_promotion(promoted, as_json)
 
 
 def versions(
@@ -94,9 +95,9 @@ def versions(
 ) -> None:
     """List the releases of a repository, with the state of each."""
     root = choose_repository(repository)
-    found = release.list_versions(root)
+    states = release.list_versions(root)
     if not as_json:
-        Console().print(versions_table(found, str(root)))
+        Console().print(versions_table(states, str(root)))
         return
     print_json(
         [
@@ -108,54 +109,50 @@ def versions(
                 "sha256": state.release.manifest.files,
                 "metrics": state.release.manifest.metrics,
             }
-            for state in found
+            for state in states
         ]
     )
 
 
-def _confirm(found: PromotionCheck | None, force: bool) -> None:
+def _confirm_promotion(check: PromotionCheck | None, force: bool) -> None:
     """Print a release beside the champion on stderr; ask for confirmation where there is doubt. Raises ServingError."""
-    if found is None:
+    if check is None:
         return
     terminal = Console(file=sys.stderr)
-    terminal.print(promotion_table(found))
-    if found.decision:
-        print(f"the gate: {found.decision}", file=sys.stderr)
-    if found.doubt is None or force:
+    terminal.print(promotion_table(check))
+    if check.decision:
+        print(f"the gate: {check.decision}", file=sys.stderr)
+    if check.doubt is None or force:
         return
     if not sys.stdin.isatty():
-        raise ServingError(f"{found.release} is not promoted: {found.doubt}; give --force to promote it")
-    if not typer.confirm(f"{found.release}: {found.doubt}. Promote it?", err=True):
-        raise ServingError(f"{found.release} is not promoted; version {found.champion} stays the champion")
+        raise ServingError(f"{check.release} is not promoted: {check.doubt}; give --force to promote it")
+    if not typer.confirm(f"{check.release}: {check.doubt}. Promote it?", err=True):
+        raise ServingError(f"{check.release} is not promoted; version {check.champion} stays the champion")
 
 
-def _tell(done: promotion.Promotion, as_json: bool) -> None:
+def _print_promotion(promoted: promotion.Promotion, as_json: bool) -> None:
     if as_json:
-        print_json(
-            {
-                "version": done.version,
-                "previous": done.previous,
-                "rehearsed": done.rehearsed,
-                "servers": list(done.servers),
-                "removed": list(done.removed),
-            }
-        )
+        print_json(asdict(promoted))
         return
-    if done.version == done.previous:
-        print(f"version {done.version} is the champion already")
+    if promoted.version == promoted.previous:
+        print(f"version {promoted.version} is the champion already")
         return
-    where = f"at {', '.join(done.servers)}" if done.servers else "once a server starts; none of yours runs on it now"
-    print(f"version {done.version} answers instead of {done.previous}, {where}")
-    if done.removed:
-        print(f"removed old versions {', '.join(map(str, done.removed))}")
+    where = (
+        f"at {', '.join(promoted.servers)}"
+        if promoted.servers
+        else "once a server starts; none of yours runs on it now"
+    )
+    print(f"version {promoted.version} answers instead of {promoted.previous}, {where}")
+    if promoted.removed:
+        print(f"removed old versions {', '.join(map(str, promoted.removed))}")
 
 
-def versions_table(found: Sequence[VersionState], repository: str) -> Table:
+def versions_table(states: Sequence[VersionState], repository: str) -> Table:
     """Table of a repository's releases: state, publication time, and the test accuracy in their manifests."""
     table = Table(title=cell(f"releases in {repository}"))
     for heading in ("version", "state", "published", "balanced accuracy", "few", "code"):
         table.add_column(heading)
-    for state in reversed(found):
+    for state in reversed(states):
         manifest = state.release.manifest
         shown = scores(manifest)
         published = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.published))

@@ -35,18 +35,18 @@ def grey_png(side: int = 16) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def answered(metrics_url: str) -> float | None:
+def answered_requests(metrics_url: str) -> float | None:
     """Number of requests that the classifier has answered, from Triton's metrics; None if not available."""
     try:
         with DIRECT.open(metrics_url, timeout=SHORT_TIMEOUT) as answer:
-            shown = answer.read().decode()
+            metrics = answer.read().decode()
     except (OSError, http.client.HTTPException):
         return None
-    counted = re.findall(r'^nv_inference_request_success\{.*model="classifier".*\} (\S+)$', shown, re.MULTILINE)
-    return sum(map(float, counted)) if counted else None
+    counts = re.findall(r'^nv_inference_request_success\{.*model="classifier".*\} (\S+)$', metrics, re.MULTILINE)
+    return sum(map(float, counts)) if counts else None
 
 
-def lives(url: str) -> bool:
+def is_live(url: str) -> bool:
     """Whether Triton's live endpoint returns 200."""
     try:
         with DIRECT.open(f"{url}/v2/health/live", timeout=SHORT_TIMEOUT):
@@ -55,7 +55,7 @@ def lives(url: str) -> bool:
         return False
 
 
-def ask(url: str, timeout: float) -> None:
+def classify_grey_image(url: str, timeout: float) -> None:
     """Send the classifier a request with one image. Raises OSError if it fails, TimeoutError after `timeout` s."""
     image = struct.pack("<I", len(grey_png())) + grey_png()
     strength = struct.pack("<f", 0.0)
@@ -65,9 +65,9 @@ def ask(url: str, timeout: float) -> None:
     ]
     head = json.dumps({"inputs": inputs}).encode()
     headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
-    asked = urllib.request.Request(f"{url}/v2/models/classifier/infer", head + image + strength, headers)
+    request = urllib.request.Request(f"{url}/v2/models/classifier/infer", head + image + strength, headers)
     try:
-        with DIRECT.open(asked, timeout=timeout) as answer:
+        with DIRECT.open(request, timeout=timeout) as answer:
             answer.read()
     except http.client.HTTPException as error:
         raise ConnectionError(f"cut off: {error!r}") from None
@@ -77,19 +77,19 @@ def ask(url: str, timeout: float) -> None:
 
 def main(*arguments: str) -> int:
     """Send one request; prints the reason of a failure on stderr. Returns the exit status."""
-    live, addresses = "--live" in arguments, [given for given in arguments if given != "--live"]
+    live, addresses = "--live" in arguments, [argument for argument in arguments if argument != "--live"]
     url, metrics_url = (*addresses, *("http://127.0.0.1:8000", "http://127.0.0.1:8002/metrics")[len(addresses) :])
-    before = answered(metrics_url) if live else None
+    before = answered_requests(metrics_url) if live else None
     try:
-        ask(url, LIVE_TIMEOUT if live else TIMEOUT)
+        classify_grey_image(url, LIVE_TIMEOUT if live else TIMEOUT)
         return 0
     except OSError as error:
-        print(f"classifier at {url} does not answer: {error}", file=sys.stderr)
+        print(f"classifier at {url} does not respond: {error}", file=sys.stderr)
         if not live or not isinstance(error, TimeoutError):
             return 1
-    after = answered(metrics_url)
-    busy = lives(url) if before is None or after is None else after > before
-    print("it is busy" if busy else "nor does it answer others", file=sys.stderr)
+    after = answered_requests(metrics_url)
+    busy = is_live(url) if before is None or after is None else after > before
+    print("it is busy with other requests" if busy else "it answers no other requests either", file=sys.stderr)
     return 0 if busy else 1
 
 

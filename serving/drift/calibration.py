@@ -9,11 +9,10 @@ import numpy as np
 from models.calibration import Calibration, fit_calibration
 from models.prior import softmax
 from serving.repository.manifest import Manifest
-from serving.shared.bounded_parquet import MemoryLimit, TooLargeError, read_column
+from serving.shared.bounded_parquet import read_predictions
 from serving.shared.errors import ServingError
 
-LIMIT = MemoryLimit(1024)
-SAME = 1e-6  # nats; largest difference from the manifest's nll, which evaluation computed from the same predictions
+NLL_TOL = 1e-6  # nats; largest difference from the manifest's nll, which evaluation computed from the same predictions
 
 
 def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
@@ -22,30 +21,21 @@ def calibration_from(predictions: Path, manifest: Manifest) -> Calibration:
     Raises ServingError naming the file: missing, damaged, of another student than the manifest's, a class without test
     predictions, or predictions on which no calibration can be fitted.
     """
-    import pyarrow as pa
-    import pyarrow.parquet
-
     classes = len(manifest.classes)
     try:
-        with predictions.open("rb") as stream, pyarrow.parquet.ParquetFile(predictions) as file:
-            label, logit = (read_column(file, name, LIMIT, stream=stream) for name in ("label", "logits"))
-        labels = label.to_numpy()
-        logits = np.array(logit.to_pylist(), dtype=np.float64)
+        labels, logits, _ = read_predictions(predictions)
     except FileNotFoundError:
         raise ServingError(f"{predictions}: no such file; run `dvc repro evaluate`, or give --calibration") from None
-    except TooLargeError as error:
-        raise ServingError(f"{predictions}: {error}") from None
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise ServingError(f"{predictions}: damaged ({str(error).splitlines()[0][:100]})") from None
     usable = logits.ndim == 2 and len(logits) and logits.shape[1] == classes and labels.dtype.kind in "iu"
     if not usable or not np.isfinite(logits).all() or labels.min() < 0 or labels.max() >= classes:
         raise ServingError(f"{predictions}: is not of the {classes} classes of version {manifest.version}")
     absent = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if absent.size:  # only the penalty would determine the bias of such a class, and it would never be predicted
-        raise ServingError(f"{predictions}: class {manifest.classes[absent[0]]!r} has no test answer to calibrate by")
-    wrong = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
+        name = manifest.classes[absent[0]]
+        raise ServingError(f"{predictions}: class {name!r} has no test prediction to calibrate by")
+    nll = -np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-12)).mean()
     recorded = manifest.balanced_metric("nll")
-    if recorded is None or not abs(wrong - recorded) <= SAME:
+    if recorded is None or not abs(nll - recorded) <= NLL_TOL:
         raise ServingError(f"{predictions}: is of another student than version {manifest.version}")
     try:
         return fit_calibration(logits, labels)

@@ -97,34 +97,34 @@ def estimate_drift(
         raise InputError(f"pseudo-samples are {pseudo:g}; expected a number of at least 0")
     concentrations = {"em": None, "map": 1 + pseudo * training}
     try:
-        answered = softmax(logits if calibration is None else calibrate(logits, calibration))
-        found = {name: estimate_prior(answered, concentration=c) for name, c in concentrations.items()}
-        if not all(estimate.converged for estimate in found.values()):
-            raise ServingError("the estimate has not settled; give more images, or fewer at once with --samples")
+        probabilities = softmax(logits if calibration is None else calibrate(logits, calibration))
+        estimates = {name: estimate_prior(probabilities, concentration=c) for name, c in concentrations.items()}
+        if not all(estimate.converged for estimate in estimates.values()):
+            raise ServingError("the estimate has not converged; give more images, or fewer at once with --samples")
         draws = bootstrap_priors(
-            answered,
-            found[method],
+            probabilities,
+            estimates[method],
             concentration=concentrations[method],
             resamples=resamples,
             seed=seed,
             max_iterations=BOOTSTRAP_STEPS,
         )
         low, high = interval(draws, confidence)
-        reach = float(np.quantile(total_variation(draws, found[method].prior), confidence))
+        radius = float(np.quantile(total_variation(draws, estimates[method].prior), confidence))
         # With few images per class all resamples lack the same classes, so the bootstrap alone gives too small a
         # radius.
-        pull = pseudo if method == "map" else 0.0
+        prior_weight = pseudo if method == "map" else 0.0
         drawn = np.random.default_rng(seed).multinomial(len(logits), training, resamples)
-        unshifted = (drawn + pull * training) / (len(logits) + pull)
-        reach = max(reach, float(np.quantile(total_variation(unshifted, training), confidence)))
+        unshifted = (drawn + prior_weight * training) / (len(logits) + prior_weight)
+        radius = max(radius, float(np.quantile(total_variation(unshifted, training), confidence)))
     except ValueError as error:
         raise InputError(str(error)) from None
-    prior = found[method].prior
+    prior = estimates[method].prior
     members = np.array([shot_group(count) for count in counts])
     groups = {name: _share(prior, draws, members == name, confidence) for name in GROUPS if (members == name).any()}
-    apart = float(total_variation(prior, training))
-    distance = Bounded(apart, max(0.0, apart - reach), min(1.0, apart + reach))
-    em, map_ = found["em"].prior, found["map"].prior
+    distance_value = float(total_variation(prior, training))
+    distance = Bounded(distance_value, max(0.0, distance_value - radius), min(1.0, distance_value + radius))
+    em, map_ = estimates["em"].prior, estimates["map"].prior
     return Drift(method, confidence, len(logits), training, prior, low, high, em, map_, groups, distance)
 
 

@@ -41,7 +41,7 @@ class LoggedLogits:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-class _Unusable(Exception):
+class _UnusableFile(Exception):
     """A file of the log cannot be used; the message is the reason."""
 
 
@@ -63,8 +63,8 @@ def read_logits(
     if most < 1:
         raise InputError(f"most is {most}; expected at least 1")
     files = _files(folder)
-    wanted, random = manifest.files[STUDENT_NAME], np.random.default_rng(seed)
-    kept = [(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, len(manifest.classes)), dtype=np.float32))]
+    student_sha256, random = manifest.files[STUDENT_NAME], np.random.default_rng(seed)
+    sampled = [(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, len(manifest.classes)), dtype=np.float32))]
     others: dict[int, int] = {}
     skipped: dict[str, str] = {}
     found = 0
@@ -73,23 +73,23 @@ def read_logits(
             version, student, times, logits = _read(path, manifest)
         except FileNotFoundError:  # the server has just deleted its oldest file
             continue
-        except _Unusable as reason:
+        except _UnusableFile as reason:
             skipped[path.name] = str(reason)
             continue
         inside = (times >= since * 1000) & (times < until * 1000)
-        if student != wanted:
+        if student != student_sha256:
             others[version] = others.get(version, 0) + int(inside.sum())
             continue
         found += int(inside.sum())
         # Uniform sample over files: each row draws a random number, and the rows with the smallest numbers stay.
-        kept.append((random.random(len(times))[inside], times[inside], logits[inside]))
-        if sum(len(draws) for draws, _, _ in kept) > 2 * most:
-            kept = [_smallest(kept, most)]
-    _, times, logits = _smallest(kept, most)
+        sampled.append((random.random(len(times))[inside], times[inside], logits[inside]))
+        if sum(len(draws) for draws, _, _ in sampled) > 2 * most:
+            sampled = [_smallest(sampled, most)]
+    _, times, logits = _smallest(sampled, most)
     return LoggedLogits(logits, times, found, {v: n for v, n in others.items() if n}, skipped)
 
 
-def moment_of(text: str, option: str, now: float | None = None) -> float:
+def parse_time(text: str, option: str, now: float | None = None) -> float:
     """Parse `24h` or `7d` (that long before `now`) or an ISO 8601 date and time into seconds since the epoch.
 
     A time without a zone is local time. option: for the message of the InputError for other text.
@@ -114,7 +114,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, manifest: Manifest) -> tuple[int, str, np.ndarray, np.ndarray]:
-    """Read one file: version, sha256 of the student, times and logits. Raises _Unusable and FileNotFoundError."""
+    """Read one file: version, sha256 of the student, times and logits. Raises _UnusableFile and FileNotFoundError."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -129,30 +129,30 @@ def _read(path: Path, manifest: Manifest) -> tuple[int, str, np.ndarray, np.ndar
     except FileNotFoundError:
         raise
     except TooLargeError as error:
-        raise _Unusable(str(error)) from None
+        raise _UnusableFile(str(error)) from None
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise _Unusable(f"is damaged ({str(error).splitlines()[0][:100]})") from None
-    about = {key.decode(): value.decode(errors="replace") for key, value in (table.schema.metadata or {}).items()}
-    if about.get("tailor_logits") != FORMAT:
-        raise _Unusable(f"is no log of logits of format {FORMAT}")
-    if about.get("classes_sha256") != classes_sha256(manifest.classes):
-        raise _Unusable(f"is of other classes than version {manifest.version}")
-    if not about.get("version", "").isdecimal() or not _has_columns(table, len(manifest.classes)):
-        raise _Unusable("is damaged (not the columns of a log of logits)")
+        raise _UnusableFile(f"is damaged ({str(error).splitlines()[0][:100]})") from None
+    metadata = {key.decode(): value.decode(errors="replace") for key, value in (table.schema.metadata or {}).items()}
+    if metadata.get("tailor_logits") != FORMAT:
+        raise _UnusableFile(f"is no log of logits of format {FORMAT}")
+    if metadata.get("classes_sha256") != classes_sha256(manifest.classes):
+        raise _UnusableFile(f"is of other classes than version {manifest.version}")
+    if not metadata.get("version", "").isdecimal() or not _has_columns(table, len(manifest.classes)):
+        raise _UnusableFile("is damaged (not the columns of a log of logits)")
     logits = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, len(manifest.classes))
     if not np.isfinite(logits).all():
-        raise _Unusable("is damaged (a logit is not finite)")
+        raise _UnusableFile("is damaged (a logit is not finite)")
     times = table["time"].cast(pa.int64()).to_numpy()
-    return int(about["version"]), about.get("student_sha256", ""), times, logits
+    return int(metadata["version"]), metadata.get("student_sha256", ""), times, logits
 
 
 def _has_columns(table: pa.Table, classes: int) -> bool:
     import pyarrow as pa
 
     expected = {"time": pa.timestamp("ms", tz="UTC"), "logits": pa.list_(pa.float32(), classes)}
-    found = {name: table.schema.field(name).type for name in table.schema.names}
-    whole = all(column.null_count == 0 for column in table.columns)
-    return found == expected and whole and table["logits"].combine_chunks().flatten().null_count == 0
+    actual = {name: table.schema.field(name).type for name in table.schema.names}
+    no_nulls = all(column.null_count == 0 for column in table.columns)
+    return actual == expected and no_nulls and table["logits"].combine_chunks().flatten().null_count == 0
 
 
 def _smallest(

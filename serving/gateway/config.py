@@ -27,7 +27,7 @@ CIPHERS = ":".join(
     for key in ("ECDSA", "RSA")
 )
 # Characters forbidden in a path: nginx interprets them inside quotes (Lua: the semicolon and the question mark).
-READ_BY_NGINX = re.compile(r"""["'$\\;?{}#]""")
+NGINX_SPECIAL = re.compile(r"""["'$\\;?{}#]""")
 EXPECTED = "expected an absolute path without quotes, $ \\ ; ? { } # and control characters"
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[int, Field(ge=1, le=3600)]
@@ -35,7 +35,7 @@ Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{
 
 
 @dataclass(frozen=True)
-class Refusal:
+class ErrorResponse:
     """An error response of the gateway itself: HTTP status, equivalent gRPC status, and the message for both."""
 
     status: int
@@ -79,18 +79,18 @@ class Gateway(BaseModel):
 
     @field_validator("certificate", "key", "access_log", "modules")
     @classmethod
-    def _plain_path(cls, path: Path | None) -> Path | None:
+    def _check_path(cls, path: Path | None) -> Path | None:
         if path is None:
             return None
         absolute = Path.cwd() / path
-        if _nginx_reads(absolute):
-            raise ValueError(f"{absolute} has a character that nginx would read; {EXPECTED}")
+        if _has_special_characters(absolute):
+            raise ValueError(f"{absolute} has a character that nginx would interpret; {EXPECTED}")
         return absolute
 
     @model_validator(mode="after")
-    def _holds_together(self) -> Gateway:
+    def _check_combination(self) -> Gateway:
         if (self.certificate is None) != (self.key is None):
-            raise ValueError("certificate and key come together; give both or neither")
+            raise ValueError("certificate and key belong together; give both or neither")
         if self.certificate is None and not self.host.is_loopback:
             raise ValueError(f"host is {self.host} without TLS; give certificate and key, or listen on 127.0.0.1")
         if self.http_port == self.grpc_port:
@@ -121,39 +121,35 @@ class Gateway(BaseModel):
         """File descriptors that one worker needs: its sockets, and one file per buffered request body."""
         return self.worker_connections + self.connections + 64
 
-    def refusals(self) -> list[Refusal]:
+    def error_responses(self) -> list[ErrorResponse]:
         """Return the gateway's error responses, one per HTTP status."""
-        size = f"{self.body_bytes // MIB} MiB"
-        unavailable = "Triton does not answer; try again later"
+        size, unavailable = f"{self.body_bytes // MIB} MiB", "Triton does not respond; try again later"
         return [
-            Refusal(400, 3, "bad request: not HTTP as this gateway reads it"),
-            Refusal(
-                404, 12, "no such endpoint here; ask for health, metadata, config or infer of student or classifier"
+            ErrorResponse(400, 3, "bad request: this gateway cannot parse it as HTTP"),
+            ErrorResponse(
+                404, 12, "no such endpoint here; request health, metadata, config or infer of student or classifier"
             ),
-            Refusal(405, 12, "method not allowed here; POST to infer, GET the rest"),
-            Refusal(408, 4, f"request body did not come within {self.body_seconds} s; send it faster"),
-            Refusal(411, 3, "Transfer-Encoding is not accepted; send Content-Length"),
-            Refusal(412, 9, "conditional requests are not accepted; leave out If-Match and If-Unmodified-Since"),
-            Refusal(413, 8, f"request body is too large; send at most {size}, and health or metadata without one"),
-            Refusal(414, 3, "request line is too long"),
-            Refusal(415, 12, "compressed requests are not accepted; send the body as it is"),
-            Refusal(429, 8, "too many requests at once; wait for answers before you send more"),
-            Refusal(494, 3, "request headers are too large"),
-            Refusal(497, 3, "this port speaks TLS; use https"),
-            Refusal(500, 13, "internal error of the gateway; its log has the reason"),
-            Refusal(501, 12, "this Transfer-Encoding is not accepted; send Content-Length"),
-            Refusal(502, 14, unavailable),
-            Refusal(503, 14, unavailable),
-            Refusal(
-                504, 4, f"Triton did not answer within {self.answer_seconds} s; send less at once or try again later"
+            ErrorResponse(405, 12, "method not allowed here; POST to infer, GET the rest"),
+            ErrorResponse(408, 4, f"request body did not arrive within {self.body_seconds} s; send it faster"),
+            ErrorResponse(411, 3, "Transfer-Encoding is not accepted; send Content-Length"),
+            ErrorResponse(412, 9, "conditional requests are not accepted; leave out If-Match and If-Unmodified-Since"),
+            ErrorResponse(413, 8, f"request body is too large; send at most {size}, and none with health or metadata"),
+            ErrorResponse(414, 3, "request line is too long"),
+            ErrorResponse(415, 12, "compressed requests are not accepted; send the body as it is"),
+            ErrorResponse(429, 8, "too many concurrent requests; wait for responses before you send more"),
+            ErrorResponse(494, 3, "request headers are too large"),
+            ErrorResponse(497, 3, "this port accepts TLS only; use https"),
+            ErrorResponse(500, 13, "internal error of the gateway; its log has the reason"),
+            ErrorResponse(501, 12, "this Transfer-Encoding is not accepted; send Content-Length"),
+            ErrorResponse(502, 14, unavailable),
+            ErrorResponse(503, 14, unavailable),
+            ErrorResponse(
+                504,
+                4,
+                f"Triton did not respond within {self.answer_seconds} s; send fewer images per request or try again later",
             ),
-            Refusal(505, 12, "this HTTP version is not accepted; send HTTP/1.1"),
+            ErrorResponse(505, 12, "this HTTP version is not accepted; send HTTP/1.1"),
         ]
-
-    def routes(self) -> list[tuple[str, str]]:
-        """Return (name, source of the caller's address) of each route from accepted connections to nginx's servers."""
-        direct, proxied = ("direct", "proxy_protocol"), ("proxied", "X-Forwarded-For")
-        return [direct, proxied] if self.trusted_proxies else [direct]
 
     def render(self, folder: Path, runtime: Path | None = None) -> str:
         """Render nginx.conf. Raises InputError for a path with characters that nginx would interpret.
@@ -161,8 +157,10 @@ class Gateway(BaseModel):
         folder: folder of the Lua files. runtime: folder of nginx's pid file and buffered bodies; default: folder.
         """
         for path in (folder, runtime or folder):
-            if _nginx_reads(path):
-                raise InputError(f"{path}: has a character that nginx would read; {EXPECTED}")
+            if _has_special_characters(path):
+                raise InputError(f"{path}: has a character that nginx would interpret; {EXPECTED}")
+        # Of each route from accepted connections to nginx's servers: its name, and the source of the caller's address.
+        routes = [("direct", "proxy_protocol"), ("proxied", "X-Forwarded-For")][: 2 if self.trusted_proxies else 1]
         environment = Environment(
             loader=PackageLoader("serving.gateway", "."),
             undefined=StrictUndefined,
@@ -176,8 +174,8 @@ class Gateway(BaseModel):
             folder=folder,
             runtime=runtime or folder,
             ciphers=CIPHERS,
-            routes=self.routes(),
-            errors=self.refusals(),
+            routes=routes,
+            errors=self.error_responses(),
             grpc_queries=GRPC_QUERIES,
             admin_grpc_header=f"triton-grpc-protocol-{ADMIN_HEADER}",
         )
@@ -194,7 +192,7 @@ def read_gateway(**values: object) -> Gateway:
         raise InputError(f"{where} is {first['input']!s}: {reason}" if where else reason) from None
 
 
-def _nginx_reads(path: Path) -> bool:
+def _has_special_characters(path: Path) -> bool:
     """Return whether nginx would interpret characters of the quoted path (or the path is relative or not printable)."""
     text = str(path)
-    return not text.isprintable() or not path.is_absolute() or READ_BY_NGINX.search(text) is not None
+    return not text.isprintable() or not path.is_absolute() or NGINX_SPECIAL.search(text) is not None

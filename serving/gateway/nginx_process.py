@@ -25,7 +25,7 @@ START_TIMEOUT = 20.0  # seconds
 PACKAGES = "nginx-light libnginx-mod-http-lua libnginx-mod-stream lua-cjson"
 MODULES = ("ngx_http_lua_module.so", "ngx_stream_module.so")
 # Debian installs nginx in /usr/sbin, which is not on the PATH of an unprivileged user.
-PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class GatewayProcess:
     def start(self) -> GatewayProcess:
         """Check the configuration and start nginx. Raises ServingError: nginx missing, nginx's error, port in use."""
         if self._process:
-            raise ServingError("this gateway runs already; stop it first")
+            raise ServingError("this gateway is already running; stop it first")
         self._nginx = find_nginx(self.gateway)
         check_open_files(self.gateway)
         # nginx would retry the bind for seconds, while another process on the port receives the requests.
@@ -84,7 +84,7 @@ class GatewayProcess:
             config = write_config(self.gateway, self._folder)
             check_config(self._nginx, config)
             self._output = ServerLog(self.log)
-            self._launch()
+            self._start_nginx()
         except BaseException:
             self.stop()
             raise
@@ -98,15 +98,15 @@ class GatewayProcess:
         delay = delay or RestartDelay()
         pause, started, reason = delay.first, time.monotonic(), ""
         while True:
-            reason = reason or f"nginx ended by itself with status {self.wait()}"
+            reason = reason or f"nginx exited with status {self.wait()}"
             if time.monotonic() - started >= delay.stable:
                 pause = delay.first
             report(f"{reason}; restarting it in {pause:g} s")
-            end_session(self._process, patience=0)
+            end_session(self._process, timeout=0)
             time.sleep(pause)
             pause, started, reason = min(2 * pause, delay.longest), time.monotonic(), ""
             try:
-                self._launch()
+                self._start_nginx()
             except (ServingError, OSError) as error:
                 first, *log = str(error).splitlines()
                 reason = f"{first} {log[-1].strip()}" if log else first
@@ -123,9 +123,9 @@ class GatewayProcess:
             process.send_signal(signal.SIGQUIT)
             deadline = time.monotonic() + self.gateway.shutdown_seconds + 2
             time.sleep(POLL)
-            while process.poll() is None and self._has_requests() and time.monotonic() < deadline:
+            while process.poll() is None and self._has_open_requests() and time.monotonic() < deadline:
                 time.sleep(POLL)
-            status = end_session(process, patience=5.0)  # also ends workers that outlive a killed master
+            status = end_session(process, timeout=5.0)  # also ends workers that outlive a killed master
         if self._output:
             self._output.close()
         if self._folder:
@@ -143,7 +143,7 @@ class GatewayProcess:
         """Return the last lines of nginx's output; empty when there are none."""
         return self._output.tail() if self._output else ""
 
-    def _has_requests(self) -> bool:
+    def _has_open_requests(self) -> bool:
         """Return whether nginx's http block has open connections: state 03 (connected) of its Unix sockets.
 
         nginx's graceful shutdown would also wait, up to worker_shutdown_timeout, for idle callers.
@@ -151,30 +151,30 @@ class GatewayProcess:
         entries = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
         return any(entry[-1].startswith(f"{self._folder}/") and entry[5] == "03" for entry in entries)
 
-    def _launch(self) -> None:
-        """Start nginx with the checked configuration in its folder, and wait until it listens."""
+    def _start_nginx(self) -> None:
+        """Start nginx with the configuration in its folder, and wait until it listens."""
         for socket_path in self._folder.glob("*.sock"):  # left by a killed nginx; binding them would fail
             socket_path.unlink()
         command = [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf"), "-e", "stderr"]
         self._process = start_process(command, dict(os.environ), self._folder)
         self._output.follow(self._process.stdout)
-        self._await_ports()
+        self._wait_for_ports()
 
-    def _await_ports(self) -> None:
+    def _wait_for_ports(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         for port in (self.gateway.http_port, self.gateway.grpc_port):
             while not _listens(str(self.gateway.host), port):
                 status = self.wait(POLL)
                 if status is not None:
                     self._output.drain()
-                    raise ServingError(f"nginx ended with status {status} while it started:\n{self.log_tail()}")
+                    raise ServingError(f"nginx exited with status {status} while it started:\n{self.log_tail()}")
                 if time.monotonic() > deadline:
                     raise ServingError(f"nginx does not listen on port {port} after {START_TIMEOUT:.0f} s")
 
 
-def find_nginx(gateway: Gateway) -> str:
+def find_nginx(gateway: Gateway, search_path: str = SEARCH_PATH) -> str:
     """Return the path of nginx. Raises ServingError with install instructions for nginx or a missing module."""
-    nginx = shutil.which("nginx", path=PLACES)
+    nginx = shutil.which("nginx", path=search_path)
     missing = [str(gateway.modules / name) for name in MODULES if not (gateway.modules / name).is_file()]
     if nginx is None or missing:
         raise ServingError(
@@ -195,14 +195,14 @@ def check_open_files(gateway: Gateway) -> None:
 
 def check_config(nginx: str, config: Path) -> None:
     """Test a configuration with `nginx -t`. Raises ServingError with the first line of nginx's error."""
-    ended = subprocess.run(
+    tested = subprocess.run(
         [nginx, "-t", "-q", "-p", str(config.parent), "-c", str(config), "-e", "stderr"],
         capture_output=True,
         text=True,
         check=False,
     )
-    if ended.returncode:
-        raise ServingError(f"nginx refuses the configuration: {ended.stderr.strip().splitlines()[0]}")
+    if tested.returncode:
+        raise ServingError(f"nginx rejects the configuration: {tested.stderr.strip().splitlines()[0]}")
 
 
 def write_config(gateway: Gateway, folder: Path, runtime: Path | None = None) -> Path:

@@ -17,11 +17,10 @@ import numpy as np
 from models.prior import softmax
 from serving.repository.manifest import GOLDEN_NAME
 from serving.repository.release import Release, read_release
-from serving.repository.writer import RepositoryError
-from serving.shared.errors import ServingError
+from serving.shared.errors import RepositoryError, ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
-from serving.shared.priority import stand_back
-from serving.shared.process import with_tailor
+from serving.shared.priority import lower_priority
+from serving.shared.process import tailor_environment
 from serving.shared.terminal import print
 
 NICENESS = 5  # a champion may serve on the same cores
@@ -37,23 +36,18 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
         model = root / STUDENT / str(release.version) / "model.onnx"
         command = [sys.executable, "-P", "-m", "serving.golden.dry_run", str(root), str(release.version)]
         # Without the variable onnxruntime writes a telemetry file into the user's cache folder.
-        environment = with_tailor(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
+        environment = tailor_environment(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
         try:
             ended = subprocess.run(
-                command,
-                env=environment,
-                start_new_session=True,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
+                command, env=environment, start_new_session=True,
+                capture_output=True, text=True, timeout=timeout, check=False,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise RepositoryError(
-                f"{model}: ONNX Runtime did not answer its golden requests within {timeout:g} s; export again"
+                f"{model}: ONNX Runtime did not run its golden requests within {timeout:g} s; export again"
             ) from None
         if ended.returncode < 0:
-            raise RepositoryError(f"{model}: ONNX Runtime died of it by signal {-ended.returncode}; export again")
+            raise RepositoryError(f"{model}: it crashed ONNX Runtime with signal {-ended.returncode}; export again")
         if ended.returncode:
             raise RepositoryError((ended.stdout or ended.stderr).strip().rpartition("\n")[2])
 
@@ -66,7 +60,7 @@ def run_golden(root: Path, release: Release) -> None:
     path = root / STUDENT / str(release.version) / "model.onnx"
     form = release.manifest.image
     try:
-        images = [form.pixels(golden.image_bytes())[None] for golden in release.golden]
+        images = [form.pixels(golden.image_bytes()) for golden in release.golden]
     except ValueError as error:
         raise RepositoryError(f"{root / CLASSIFIER / str(release.version) / GOLDEN_NAME}: image {error}") from None
     strengths = [np.array([[golden.strength]], dtype=np.float32) for golden in release.golden]
@@ -74,23 +68,23 @@ def run_golden(root: Path, release: Release) -> None:
     options.intra_op_num_threads = 1
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        answers = [
-            session.run(["logits"], {"image": image, "strength": strength})[0][0]
+        responses = [
+            session.run(["logits"], {"image": image[None], "strength": strength})[0][0]
             for image, strength in zip(images, strengths, strict=True)
         ]
     except Exception as error:  # onnxruntime's exceptions have no other common base class
         reason = " ".join(str(error).split())[:300]
         raise RepositoryError(f"{path}: ONNX Runtime cannot run it: {reason}; export again") from error
-    for golden, logits in zip(release.golden, answers, strict=True):
+    for golden, logits in zip(release.golden, responses, strict=True):
         best = np.argsort(-logits, kind="stable")
-        wrong = golden.difference(best.tolist(), softmax(logits)[best].tolist())
-        if wrong:
-            raise RepositoryError(f"{path}: a golden request is answered wrongly: {wrong}; export again")
+        difference = golden.difference(best.tolist(), softmax(logits)[best].tolist())
+        if difference:
+            raise RepositoryError(f"{path}: a golden request is answered wrongly: {difference}; export again")
 
 
 def main(root: str, version: str) -> int:
     """Run one release at lower priority; prints an error as one line on standard output. Exit status 0 or 1."""
-    stand_back(os.getpid(), NICENESS)
+    lower_priority(os.getpid(), NICENESS)
     try:
         run_golden(Path(root), read_release(Path(root), int(version), hashes=False))
     except ServingError as error:

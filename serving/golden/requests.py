@@ -11,7 +11,7 @@ from serving.client.sync_client import Client
 from serving.repository.release import Release
 from serving.shared.errors import ServingError
 from serving.shared.names import STUDENT
-from serving.shared.priority import unhurried
+from serving.shared.priority import throttled
 from serving.transport.sync_transport import Transport
 
 
@@ -19,32 +19,32 @@ class WrongResponseError(ServingError):
     """A server answered a golden request with other classes or probabilities than the export stored."""
 
 
-def check_golden(client: Client, release: Release, rest: bool = True) -> None:
+def check_golden(client: Client, release: Release, pause: bool = True) -> None:
     """Send the golden requests of a release to `classifier`. Raises ServingError if one fails or is answered wrongly.
 
-    rest: pause after each request, so that user requests get most of the server's time.
+    pause: wait after each request, so that user requests get most of the server's time.
     """
-    for golden in unhurried(release.golden) if rest else release.golden:
+    for golden in throttled(release.golden) if pause else release.golden:
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
-        wrong = golden.difference(answer.indexes, answer.probabilities)
-        if wrong:
-            raise WrongResponseError(f"classifier {release.version} answers a golden request wrongly: {wrong}")
+        difference = golden.difference(answer.indexes, answer.probabilities)
+        if difference:
+            raise WrongResponseError(f"classifier {release.version} answers a golden request wrongly: {difference}")
 
 
-def ask_student(url: str, release: Release, timeout: float, rest: bool = True) -> None:
+def check_student(url: str, release: Release, timeout: float, pause: bool = True) -> None:
     """Send the golden requests of a release to `student`, which the classifier of a small network does not use.
 
-    rest: as in check_golden. Raises ServingError if one fails or is answered wrongly.
+    pause: as in check_golden. Raises ServingError if one fails or is answered wrongly.
     """
     form = release.manifest.image
     with closing(Transport(url, timeout)) as transport:
-        for golden in unhurried(release.golden) if rest else release.golden:
+        for golden in throttled(release.golden) if pause else release.golden:
             image = form.pixels(golden.image_bytes())[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
             best = np.argsort(-logits, kind="stable")
-            wrong = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
-            if wrong:
-                raise WrongResponseError(f"student {release.version} answers a golden request wrongly: {wrong}")
+            difference = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
+            if difference:
+                raise WrongResponseError(f"student {release.version} answers a golden request wrongly: {difference}")
 
 
 def send_whole_batch(url: str, release: Release, timeout: float) -> None:

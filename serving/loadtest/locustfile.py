@@ -29,9 +29,9 @@ from locust.stats import calculate_response_time_percentile
 from serving.client.sync_client import Client
 from serving.loadtest.plan import HEADERS_VARIABLE, LOCUST_NAMES, RUN_OPTIONS, LoadPlan, PlanOption, plan_options
 from serving.loadtest.request_mix import Mix, make_mix
-from serving.loadtest.senders import Failed, Sender, make_sender
+from serving.loadtest.senders import RequestFailed, Sender, make_sender
 from serving.loadtest.shapes import users_at
-from serving.loadtest.verdict import VERSION, Measured, judge, request_name
+from serving.loadtest.verdict import VERSION, Measurement, check_thresholds, request_name
 from serving.shared.atomic import write_file
 from serving.shared.errors import InputError, ServingError
 from serving.transport.connection import Connection
@@ -49,7 +49,7 @@ class ClassifierUser(User):
     wait_time = constant(0)
 
     def on_start(self) -> None:
-        self._load: Load = self.environment.tailor_load
+        self._load: RequestLoad = self.environment.tailor_load
         self._open, self._due = Group(), time.perf_counter()
 
     def on_stop(self) -> None:
@@ -72,53 +72,48 @@ class ClassifierUser(User):
             self._open.spawn(self._load.send, self._due)
 
 
-class Shape(LoadTestShape):
+class UserShape(LoadTestShape):
     """Number of users over time: --shape over --run-time, up to --users."""
 
     use_common_options = True
 
     def tick(self) -> tuple[int, float] | None:
         options = self.runner.environment.parsed_options
-        constant_shape = options.shape == "constant"
-        seconds = options.run_time or (float("inf") if constant_shape else SHAPED_SECONDS)
-        elapsed = self.get_run_time()
-        if elapsed >= seconds:
-            return None
-        users = options.num_users if constant_shape else users_at(options.shape, elapsed, seconds, options.num_users)
-        return users, float(options.num_users)
+        seconds = options.run_time or (float("inf") if options.shape == "constant" else SHAPED_SECONDS)
+        users = users_at(options.shape, self.get_run_time(), seconds, options.num_users)
+        return None if users is None else (users, float(options.num_users))
 
 
-class Load:
+class RequestLoad:
     """The prepared requests and the connection of one sending process."""
 
     def __init__(self, environment: Any, mix: Mix, sender: Sender) -> None:
-        self._request, self._mix, self._sender = environment.events.request, mix, sender
+        self._request, self._mix, self.sender = environment.events.request, mix, sender
 
     def send(self, due: float) -> bool:
         """Send one request and report the milliseconds from `due` to the response; return whether it succeeded."""
         label, call = self._mix.draw()
-        version, length, problem = None, 0, None
+        version, length, error = None, 0, None
         try:
-            version, length = self._sender.send(call)
-        except Failed as error:
-            problem = error
-        self._report(label, version, (time.perf_counter() - due) * 1000, length, problem)
-        return problem is None
+            version, length = self.sender.send(call)
+        except RequestFailed as failure:
+            error = failure
+        self._report(label, version, (time.perf_counter() - due) * 1000, length, error)
+        return error is None
 
     def drop(self) -> None:
         """Report a request that is not sent because IN_FLIGHT requests are open."""
-        self._report("dropped", None, 0.0, 0, Failed(f"not sent: {IN_FLIGHT} requests of this source are unanswered"))
+        self._report(
+            "dropped", None, 0.0, 0, RequestFailed(f"not sent: {IN_FLIGHT} requests of this source are unanswered")
+        )
 
-    def close(self) -> None:
-        self._sender.close()
-
-    def _report(self, label: str, version: int | None, milliseconds: float, length: int, problem: Any) -> None:
+    def _report(self, label: str, version: int | None, milliseconds: float, length: int, error: Any) -> None:
         self._request.fire(
-            request_type=self._sender.kind,
+            request_type=self.sender.kind,
             name=request_name(version, label),
             response_time=milliseconds,
             response_length=length,
-            exception=problem,
+            exception=error,
             context={"model_version": version, "prior": label},
         )
 
@@ -128,10 +123,10 @@ def add_options(parser: Any) -> None:
     """Add the options of LoadPlan to Locust's. Paths stay strings: Locust's messages to its workers carry no Path."""
     group = parser.add_argument_group("tailor")
     for option in locust_options():
-        kind = str if option.kind is Path else option.kind
+        parsed_type = str if option.kind is Path else option.kind
         default = str(option.default) if option.kind is Path else option.default
         flag = LOCUST_NAMES.get(option.name, option.flag)
-        group.add_argument(flag, dest=option.name, type=kind, default=default, help=option.help)
+        group.add_argument(flag, dest=option.name, type=parsed_type, default=default, help=option.help)
     group.add_argument("--ca-file", default=None, help="PEM file of the CAs to trust")
     group.add_argument("--summary", default=None, help="JSON file for the result and the verdict")
 
@@ -150,8 +145,8 @@ def prepare(environment: Any, **_: Any) -> None:
             raise InputError("--host is missing; give http://127.0.0.1:8000 or grpc://127.0.0.1:8001")
         headers = json.loads(os.environ.get(HEADERS_VARIABLE, "{}"))
         connection = Connection(environment.host, headers, options.ca_file)
-        given = {option.name: getattr(options, option.name) for option in locust_options()}
-        plan = LoadPlan(connection, allow_remote=True, **{**given, "images": Path(options.images)})
+        values = {option.name: getattr(options, option.name) for option in locust_options()}
+        plan = LoadPlan(connection, allow_remote=True, **{**values, "images": Path(options.images)})
         if connection.protocol == "grpc":
             # Before any channel is opened and after Locust has forked its workers: a channel does not survive a fork.
             import grpc.experimental.gevent
@@ -160,7 +155,7 @@ def prepare(environment: Any, **_: Any) -> None:
         if not isinstance(environment.runner, MasterRunner):
             with Client(connection.url, plan.timeout, headers=headers, ca_file=options.ca_file) as client:
                 mix = make_mix(client, plan.images, plan.prior, plan.adjusted_share, plan.batch)
-            environment.tailor_load = Load(environment, mix, make_sender(connection, plan.timeout))
+            environment.tailor_load = RequestLoad(environment, mix, make_sender(connection, plan.timeout))
     except ServingError as error:
         logger.error(str(error))
         raise SystemExit(error.exit_code) from None
@@ -169,28 +164,28 @@ def prepare(environment: Any, **_: Any) -> None:
 
 
 def finish(environment: Any, plan: LoadPlan) -> None:
-    """Check the thresholds, write the summary, and set Locust's exit status to 1 when a threshold was missed."""
+    """Check the thresholds, write the summary, and set Locust's exit status to 1 when a threshold is not met."""
     stats = environment.stats
-    kinds = [_measured(entry, entry.response_times) for entry in stats.entries.values()]
-    # Failures are often faster than responses and would hide slow ones: percentiles of the total exclude them.
-    answered: Counter[int] = Counter()
+    kinds = [_measurement(entry, entry.response_times) for entry in stats.entries.values()]
+    # Failures are often faster than responses and would hide slow ones: the percentiles exclude them.
+    times_of_responses: Counter[int] = Counter()
     for entry in stats.entries.values():
         if VERSION.search(entry.name):
-            answered.update(entry.response_times)
-    result = judge(_measured(stats.total, answered), kinds, plan)
+            times_of_responses.update(entry.response_times)
+    result = check_thresholds(_measurement(stats.total, times_of_responses), kinds, plan)
     for line in result["missed"]:
-        logger.error("threshold missed: %s", line)
+        logger.error("threshold not met: %s", line)
     if environment.parsed_options.summary:
         result["generator_saturated"] = environment.runner.cpu_log_warning()
         write_file(Path(environment.parsed_options.summary), json.dumps(result, indent=2) + "\n")
     environment.process_exit_code = 1 if result["missed"] else 0
     if not isinstance(environment.runner, MasterRunner):
-        environment.tailor_load.close()
+        environment.tailor_load.sender.close()
 
 
-def _measured(entry: Any, times: Mapping[int, int]) -> Measured:
+def _measurement(entry: Any, times: Mapping[int, int]) -> Measurement:
     """Convert a row of Locust's statistics. times: the number of requests by response time in milliseconds."""
     number = sum(times.values())
     p50, p99 = (float(calculate_response_time_percentile(times, number, share)) for share in (0.5, 0.99))
     name = "all" if entry is entry.stats.total else f"{entry.method} {entry.name}"
-    return Measured(name, entry.num_requests, entry.num_failures, float(entry.total_rps), p50, p99)
+    return Measurement(name, entry.num_requests, entry.num_failures, float(entry.total_rps), p50, p99)

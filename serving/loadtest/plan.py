@@ -48,11 +48,11 @@ class PlanOption(NamedTuple):
 SHARE, UP_TO_64 = Bounds(0, 1, "a share from 0 to 1"), Bounds(1, 64, "1 to 64")
 
 
-def seconds_of(text: str | int) -> int:
+def parse_seconds(text: str | int) -> int:
     """Parse a time span such as 90, 90s, 10m or 1h30m into seconds. Raises InputError."""
     match = TIMESPAN.fullmatch(str(text).strip())
     if not match or not any(match.groups()):
-        raise InputError(f"--time is {text!r}; expected a time such as 90s, 10m or 1h30m")
+        raise InputError(f"--time is {text!r}; expected a time span such as 90s, 10m or 1h30m")
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return hours * 3600 + minutes * 60 + seconds
 
@@ -74,7 +74,7 @@ class LoadPlan:
     ] = 16
     seconds: Annotated[
         int,
-        Option("--time", parser=seconds_of, metavar="TIME", help="Duration: 90s, 10m, 1h30m."),
+        Option("--time", parser=parse_seconds, metavar="TIME", help="Duration: 90s, 10m, 1h30m."),
         Bounds(1, 86_400, "1 to 86400"),
     ] = 30
     rate: Annotated[
@@ -110,7 +110,7 @@ class LoadPlan:
     def __post_init__(self) -> None:
         if not self.allow_remote and not is_loopback(self.connection.host):
             raise InputError(
-                f"{self.connection.url} is not on this machine; put load only on a server of your own: "
+                f"{self.connection.url} is not on this machine; test only a server of your own: "
                 "add --allow-remote if it is"
             )
         for option in plan_options():
@@ -127,11 +127,11 @@ class LoadPlan:
 
     def locust_arguments(self) -> list[str]:
         """Return the arguments for `locust -f serving/loadtest/locustfile.py`, without headers (visible in `ps`)."""
-        given = {"--host": self.connection.url, "--ca-file": self.connection.ca_file}
+        values = {"--host": self.connection.url, "--ca-file": self.connection.ca_file}
         for option in plan_options():
             if option.name not in RUN_OPTIONS:
-                given[LOCUST_NAMES.get(option.name, option.flag)] = getattr(self, option.name)
-        return [f"{name}={value}" for name, value in given.items() if value is not None]
+                values[LOCUST_NAMES.get(option.name, option.flag)] = getattr(self, option.name)
+        return [f"{name}={value}" for name, value in values.items() if value is not None]
 
 
 @cache

@@ -18,7 +18,7 @@ from serving.loadtest.plan import HEADERS_VARIABLE, LoadPlan
 from serving.shared.atomic import write_file
 from serving.shared.errors import ServingError
 from serving.shared.ports import choose_ports
-from serving.shared.process import end_session, start_process, with_tailor
+from serving.shared.process import end_session, start_process, tailor_environment
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 GRACE = 60  # seconds beyond the test in which Locust starts, drains and writes its reports
@@ -79,7 +79,7 @@ def _run_locust(plan: LoadPlan, report: Path, progress: Callable[[float], None])
 def _environment(plan: LoadPlan) -> dict[str, str]:
     """Return Locust's environment: Tailor's packages and the headers, without LOCUST_ variables of the caller."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-    return with_tailor(environment) | {HEADERS_VARIABLE: json.dumps(dict(plan.connection.headers))}
+    return tailor_environment(environment) | {HEADERS_VARIABLE: json.dumps(dict(plan.connection.headers))}
 
 
 def _last_line(log: Path) -> str:

@@ -16,12 +16,12 @@ from serving.transport.messages import HEADER_LENGTH, SERVICE, Infer
 CONNECTIONS = 4096  # limit of the HTTP pool; above the requests in flight of one process
 
 
-class Failed(Exception):
+class RequestFailed(Exception):
     """A request of the load test failed: no response, an error response, or a response without a prediction."""
 
 
 class HttpSender:
-    """HTTP in Triton's binary form over keep-alive connections, one per request in flight. `send` raises Failed."""
+    """HTTP in Triton's binary form over keep-alive connections, one per request in flight. `send` raises RequestFailed."""
 
     kind = "HTTP"
 
@@ -47,21 +47,21 @@ class HttpSender:
             response = self._client.post(self._path + request.path, body=request.body, headers=headers)
             body = bytes(response.read())
         except (OSError, HTTPException) as error:
-            raise Failed(f"{type(error).__name__}: {error}") from error
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
         if response.status_code != 200:
-            raise Failed(f"HTTP {response.status_code}: {_shown(body)}")
+            raise RequestFailed(f"HTTP {response.status_code}: {_one_line(body)}")
         try:
             length = response.get(HEADER_LENGTH)
             return int(json.loads(body[: int(length)] if length else body)["model_version"]), len(body)
         except (ValueError, KeyError, TypeError):
-            raise Failed(f"the answer is not Triton's: {_shown(body)}") from None
+            raise RequestFailed(f"the response is not Triton's: {_one_line(body)}") from None
 
     def close(self) -> None:
         self._client.close()
 
 
 class GrpcSender:
-    """gRPC over one channel. `send` raises Failed. With gevent, call grpc.experimental.gevent.init_gevent() first."""
+    """gRPC over one channel. `send` raises RequestFailed. With gevent, call grpc.experimental.gevent.init_gevent() first."""
 
     kind = "gRPC"
 
@@ -78,7 +78,7 @@ class GrpcSender:
         try:
             data = self._method(call.message, timeout=self._timeout, metadata=self._metadata)
         except self._error as error:
-            raise Failed(f"{error.code().name}: {_shown((error.details() or '').encode())}") from None
+            raise RequestFailed(f"{error.code().name}: {_one_line((error.details() or '').encode())}") from None
         return int(ModelInferResponse.FromString(data).model_version), len(data)
 
     def close(self) -> None:
@@ -93,6 +93,6 @@ def make_sender(connection: Connection, timeout: float) -> Sender:
     return (HttpSender if connection.protocol == "http" else GrpcSender)(connection, timeout)
 
 
-def _shown(body: bytes) -> str:
+def _one_line(body: bytes) -> str:
     """Return the start of a response body on one line; reports group failures by this text."""
     return " ".join(body[:200].decode("utf-8", "replace").split())

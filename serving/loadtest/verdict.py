@@ -13,7 +13,7 @@ VERSION = re.compile(r"version (\d+), (\w+)")  # in the names that request_name 
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Measurements of one kind of request, or of all: counts, requests per second, response times in milliseconds."""
 
     name: str
@@ -24,24 +24,24 @@ class Measured:
     p99_ms: float
 
 
-def judge(total: Measured, kinds: Sequence[Measured], plan: LoadPlan) -> dict[str, Any]:
+def check_thresholds(total: Measurement, kinds: Sequence[Measurement], plan: LoadPlan) -> dict[str, Any]:
     """Compare the measurements with the plan's thresholds; a test without any successful request fails.
 
     Returns the content of summary.json: the total, each kind of request, requests and failures by model version, a
-    text for each missed threshold, and `passed`.
+    text for each violated threshold, and `passed`.
     """
-    missed = []
+    violations = []
     share = total.failures / total.requests if total.requests else 1.0
     answered = total.requests > total.failures
     if not answered:
-        missed.append(f"no request was answered, of {total.requests} sent")
+        violations.append(f"no request succeeded, of {total.requests} sent")
     elif share > plan.max_failures:
-        missed.append(f"failures {share:.2%}, allowed {plan.max_failures:.2%}")
+        violations.append(f"failures {share:.2%}, allowed {plan.max_failures:.2%}")
     if answered and plan.max_p99 is not None and not total.p99_ms <= plan.max_p99:
-        missed.append(f"p99 {total.p99_ms:.0f} ms, allowed {plan.max_p99:g} ms")
+        violations.append(f"p99 {total.p99_ms:.0f} ms, allowed {plan.max_p99:g} ms")
     rps = total.rps * (1 - share)
     if answered and plan.min_rps is not None and not rps >= plan.min_rps:
-        missed.append(f"{rps:.1f} answers/s, required {plan.min_rps:g}")
+        violations.append(f"{rps:.1f} responses/s, required {plan.min_rps:g}")
     versions: dict[str, dict[str, int]] = {}
     for kind in kinds:
         if match := VERSION.search(kind.name):
@@ -50,9 +50,9 @@ def judge(total: Measured, kinds: Sequence[Measured], plan: LoadPlan) -> dict[st
             version["failures"] += kind.failures
             version[match[2]] = version.get(match[2], 0) + kind.requests
     rows = {"total": asdict(total), "kinds": [asdict(kind) for kind in kinds]}
-    return {**rows, "versions": versions, "missed": missed, "passed": not missed}
+    return {**rows, "versions": versions, "missed": violations, "passed": not violations}
 
 
 def request_name(version: int | None, label: str) -> str:
     """Return the name of a kind of request in the reports: model version and label of the prior."""
-    return f"version {version}, {label}" if version is not None else f"no answer, {label}"
+    return f"version {version}, {label}" if version is not None else f"no response, {label}"

@@ -30,7 +30,7 @@ EXPECTED = "`cat: 3, dog: 1`, one number per class, or JSON; weights need not su
 
 
 @dataclass(frozen=True)
-class Answer:
+class PriorResult:
     """The result of one image under one prior. milliseconds: client latency. error: the message of a failed request."""
 
     title: str
@@ -39,17 +39,17 @@ class Answer:
     error: str = ""
 
 
-def ask(client: Client, image: bytes, title: str, prior: Prior) -> Answer:
-    """Classify one image; a failure is returned as the Answer's error."""
+def classify_under_prior(client: Client, image: bytes, title: str, prior: Prior) -> PriorResult:
+    """Classify one image; a failure is returned as the PriorResult's error."""
     started = time.perf_counter()
     try:
         (prediction,) = client.predict([image], prior)
     except ServingError as error:
-        return Answer(title, None, 0.0, str(error).removeprefix(f"{client.url} refused: "))
-    return Answer(title, prediction, 1000 * (time.perf_counter() - started))
+        return PriorResult(title, None, 0.0, str(error).removeprefix(f"{client.url} refused: "))
+    return PriorResult(title, prediction, 1000 * (time.perf_counter() - started))
 
 
-def side_by_side(client: Client, image: bytes, strength: float, own: str) -> list[Answer]:
+def side_by_side(client: Client, image: bytes, strength: float, own: str) -> list[PriorResult]:
     """Classify one image under balanced, train, live, the slider's strength, and the typed prior `own` if not empty.
 
     Raises InputError for an image that cannot be read, and ServingError when no server responds: both concern every
@@ -57,18 +57,18 @@ def side_by_side(client: Client, image: bytes, strength: float, own: str) -> lis
     """
     started = time.perf_counter()
     (prediction,) = client.predict([image], "balanced")
-    balanced = Answer("balanced", prediction, 1000 * (time.perf_counter() - started))
-    rest = [("train", "train"), ("live", LIVE), (f"strength {strength:g}", strength)]
-    answers = [balanced, *(ask(client, image, title, prior) for title, prior in rest)]
+    results = [PriorResult("balanced", prediction, 1000 * (time.perf_counter() - started))]
+    for title, prior in (("train", "train"), ("live", LIVE), (f"strength {strength:g}", strength)):
+        results.append(classify_under_prior(client, image, title, prior))
     if own.strip():
         try:
-            answers.append(ask(client, image, "your own", own_prior(own)))
+            results.append(classify_under_prior(client, image, "your own", parse_own_prior(own)))
         except InputError as error:
-            answers.append(Answer("your own", None, 0.0, str(error)))
-    return answers
+            results.append(PriorResult("your own", None, 0.0, str(error)))
+    return results
 
 
-def own_prior(text: str) -> Prior:
+def parse_own_prior(text: str) -> Prior:
     """Parse a typed prior and scale it to sum to 1: `cat: 3, dog: 1`, one number per class, or a JSON list or object.
 
     Commas, semicolons or line ends separate entries; a class name that contains one of these needs JSON. Classes
@@ -115,31 +115,31 @@ def _normalised(typed: dict[str, Any] | list[Any]) -> Prior:
     return [value / total for value in numbers]
 
 
-def as_html(answers: Sequence[Answer]) -> str:
+def as_html(results: Sequence[PriorResult]) -> str:
     """Render the columns as HTML: top classes with bars, latency, version. Class names are escaped.
 
     A column whose best class differs from that of the first column is marked.
     """
-    first = next((answer.prediction.classes[0] for answer in answers[:1] if answer.prediction), None)
-    return f'<div class="columns">{"".join(_column(answer, answers[0].title, first) for answer in answers)}</div>'
+    first = next((result.prediction.classes[0] for result in results[:1] if result.prediction), None)
+    return f'<div class="columns">{"".join(_column(result, results[0].title, first) for result in results)}</div>'
 
 
-def _column(answer: Answer, reference: str, first: str | None) -> str:
-    title = f"<h3>{escape(answer.title)}</h3>"
-    if answer.prediction is None:
-        return f'<section class="column">{title}<p class="none">{escape(answer.error)}</p></section>'
-    best = zip(answer.prediction.classes, answer.prediction.probabilities, strict=True)
+def _column(result: PriorResult, reference: str, first: str | None) -> str:
+    title = f"<h3>{escape(result.title)}</h3>"
+    if result.prediction is None:
+        return f'<section class="column">{title}<p class="none">{escape(result.error)}</p></section>'
+    best = zip(result.prediction.classes, result.prediction.probabilities, strict=True)
     rows = "".join(
         f'<li><span class="name">{escape(name)}</span><span class="share">{100 * p:.1f} %</span>'
         f'<span class="bar" style="width:{100 * p:.2f}%" aria-hidden="true"></span></li>'
         for name, p in best
     )
-    told = f"{answer.milliseconds:.1f} ms, version {answer.prediction.version}"
-    changed = first is not None and answer.prediction.classes[0] != first
+    details = f"{result.milliseconds:.1f} ms, version {result.prediction.version}"
+    changed = first is not None and result.prediction.classes[0] != first
     mark = f'<p class="mark">other class than {escape(reference)}</p>' if changed else ""
     return (
         f'<section class="column{" changed" if changed else ""}">{title}<ol>{rows}</ol>{mark}'
-        f'<p class="told">{told}</p></section>'
+        f'<p class="details">{details}</p></section>'
     )
 
 
@@ -176,7 +176,7 @@ def classify_batch(client: Client, files: Sequence[Path], prior: Prior) -> Batch
         writer = csv.writer(stream)
         writer.writerow(CSV_COLUMNS)
         answers = client.stream(files, prior, keep_going=True)
-        for name, path, answer in zip(told_apart(files), files, answers, strict=True):
+        for name, path, answer in zip(unique_names(files), files, answers, strict=True):
             failed += isinstance(answer, ServingError)
             writer.writerows(as_rows(Path(name), answer, None))
             if len(shown) < SHOWN:
@@ -193,14 +193,14 @@ def batch_table(batch: Batch) -> str:
 
 def _batch_row(name: str, path: Path, answer: Prediction | ServingError) -> str:
     if isinstance(answer, ServingError):
-        fault = str(answer).removeprefix(f"{path}: ")  # the path of the uploaded copy is of no use to the user
-        return f'<tr><td></td><td>{escape(name)}</td><td class="none" colspan="2">{escape(fault)}</td></tr>'
+        message = str(answer).removeprefix(f"{path}: ")  # the path of the uploaded copy is of no use to the user
+        return f'<tr><td></td><td>{escape(name)}</td><td class="none" colspan="2">{escape(message)}</td></tr>'
     best, probability = escape(answer.classes[0]), answer.probabilities[0]
     image = thumbnail(path.read_bytes(), name, side=64)
     return f"<tr><td>{image}</td><td>{escape(name)}</td><td>{best}</td><td>{100 * probability:.1f} %</td></tr>"
 
 
-def told_apart(files: Sequence[Path]) -> list[str]:
+def unique_names(files: Sequence[Path]) -> list[str]:
     """Return a unique display name per file: the file name, with a number in brackets where the name repeats."""
     total, names = Counter(path.name for path in files), []
     seen: Counter[str] = Counter()

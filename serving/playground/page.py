@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from models.image_names import SUFFIXES
 from serving.client.sync_client import Client
-from serving.playground.answers import SHOWN, as_html, batch_table, classify_batch, own_prior, side_by_side, thumbnail
+from serving.playground import answers
+from serving.playground.answers import SHOWN, parse_own_prior, thumbnail
 from serving.shared.errors import ServingError
 from serving.shared.terminal import counted
 
@@ -25,8 +26,8 @@ MAX_SAMPLES = 24
 
 def find_samples(folder: Path) -> list[Path]:
     """Return the first MAX_SAMPLES images of a folder, sorted by name; an empty list for a missing folder."""
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return found[:MAX_SAMPLES]
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return paths[:MAX_SAMPLES]
 
 
 def build(client: Client, samples: Sequence[Path] = ()) -> gradio.Blocks:
@@ -34,7 +35,7 @@ def build(client: Client, samples: Sequence[Path] = ()) -> gradio.Blocks:
     import gradio as gr
 
     with gr.Blocks(title="Tailor playground", analytics_enabled=False) as page:
-        gr.HTML(f"<h1>Tailor playground</h1><p>One image, several worlds. Server: {escape(client.url)}</p>")
+        gr.HTML(f"<h1>Tailor playground</h1><p>One image under several class priors. Server: {escape(client.url)}</p>")
         with gr.Tab("One image"):
             _one_image(gr, client, samples)
         with gr.Tab("Many images"):
@@ -51,27 +52,28 @@ def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
                     [str(path) for path in samples], label="Or click a sample image", columns=2, height=220,
                     allow_preview=False, elem_id="samples",
                 )  # fmt: skip
-            shown = gr.HTML(elem_id="shown")
+            preview = gr.HTML(elem_id="preview")
             strength = gr.Slider(0, 2, 0.5, step=0.05, label="Strength: 0 is balanced, 1 is train", elem_id="strength")
             own = gr.Textbox(
                 label="Your own prior: a weight for each class", placeholder=OWN, lines=1, max_lines=8, elem_id="own"
             )
         with gr.Column(scale=3, min_width=320):
-            columns = gr.HTML("<p>Drop an image to see its classes.</p>", elem_id="answers")
+            columns = gr.HTML("<p>Drop an image to classify it.</p>", elem_id="answers")
 
     def answer(path: str | None, strength: float, own: str) -> tuple[str, str]:
         if path is None:
-            return "<p>Drop an image to see its classes.</p>", ""
+            return "<p>Drop an image to classify it.</p>", ""
         name = Path(path).name
         try:
             data = Path(path).read_bytes()
-            answers = side_by_side(client, data, strength, own)
+            results = answers.side_by_side(client, data, strength, own)
         except ServingError as error:
             return f'<p class="wrong" role="alert">{escape(name)}: {escape(str(error))}</p>', ""
-        return as_html(answers), f"{thumbnail(data, name)}<p>{escape(name)}, {len(data):,} bytes</p>"
+        return answers.as_html(results), f"{thumbnail(data, name)}<p>{escape(name)}, {len(data):,} bytes</p>"
 
-    asked = {"fn": answer, "inputs": [upload, strength, own], "outputs": [columns, shown], "api_visibility": "private"}
-    upload.change(**asked, show_progress="minimal")
+    outputs = [columns, preview]
+    call = {"fn": answer, "inputs": [upload, strength, own], "outputs": outputs, "api_visibility": "private"}
+    upload.change(**call, show_progress="minimal")
     if samples:
 
         def choose(event: gradio.SelectData) -> str:
@@ -80,53 +82,51 @@ def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
         # Gradio needs the class in the annotation to pass the event; with the lazy import it would be a string.
         choose.__annotations__["event"] = gr.SelectData
         gallery.select(choose, None, upload, show_progress="hidden", api_visibility="private")
-    strength.release(**asked, show_progress="hidden")
-    strength.change(**asked, show_progress="hidden", trigger_mode="always_last")
-    own.submit(**asked, show_progress="hidden")
-    own.blur(**asked, show_progress="hidden")
+    strength.release(**call, show_progress="hidden")
+    strength.change(**call, show_progress="hidden", trigger_mode="always_last")
+    own.submit(**call, show_progress="hidden")
+    own.blur(**call, show_progress="hidden")
 
 
 def _many_images(gr: Any, client: Client) -> None:
     files = gr.File(label="Folder of images", file_count="directory", type="filepath", elem_id="folder")
     prior = gr.Textbox("balanced", label="Prior: balanced, train, live, a strength, or your own", elem_id="prior")
     start = gr.Button("Classify", variant="primary", elem_id="classify")
-    said = gr.HTML(elem_id="said")
+    summary = gr.HTML(elem_id="summary")
     table = gr.File(label="Answers as CSV", interactive=False, elem_id="csv")
     rows = gr.HTML(elem_id="rows")
 
     def classify(paths: list[str] | None, prior: str, progress: Any = gr.Progress()) -> tuple[str, str | None, str]:  # noqa: B008
         images = [Path(path) for path in paths or [] if Path(path).suffix.lower() in SUFFIXES]
         if not images or len(images) > MAX_FILES:
-            wanted = f"{counted(len(images), 'image')}; expected 1 to {MAX_FILES:,} JPEG, PNG or WebP files"
-            return f'<p class="wrong" role="alert">{wanted}</p>', None, ""
+            message = f"{counted(len(images), 'image')}; expected 1 to {MAX_FILES:,} JPEG, PNG or WebP files"
+            return f'<p class="wrong" role="alert">{message}</p>', None, ""
         progress(0.1, desc=counted(len(images), "image"))
         plain = prior.strip()
         try:
             own = plain[:1] in ("[", "{") or ":" in plain or "," in plain
-            batch = classify_batch(client, images, own_prior(plain) if own else plain or None)
+            batch = answers.classify_batch(client, images, parse_own_prior(plain) if own else plain or None)
         except ServingError as error:
             return f'<p class="wrong" role="alert">{escape(str(error))}</p>', None, ""
         more = f"; the first {SHOWN:,} are shown, the CSV has all" if len(images) > SHOWN else ""
         done = f"<p>{len(images) - batch.failed:,} classified, {batch.failed:,} failed{more}</p>"
-        return done, str(batch.csv), batch_table(batch)
+        return done, str(batch.csv), answers.batch_table(batch)
 
-    asked = {"fn": classify, "inputs": [files, prior], "outputs": [said, table, rows], "api_visibility": "private"}
-    start.click(**asked)
-    prior.submit(**asked)
+    call = {"fn": classify, "inputs": [files, prior], "outputs": [summary, table, rows], "api_visibility": "private"}
+    start.click(**call)
+    prior.submit(**call)
 
 
 def launch_options() -> dict[str, Any]:
     """Options of Gradio's launch: loopback only, limited upload size, system fonts, no external resources."""
     import gradio as gr
 
-    theme = gr.themes.Base(
-        primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return {
         "server_name": "127.0.0.1",
         "share": False,
         "max_file_size": MAX_IMAGE,
-        "theme": theme,
+        "theme": gr.themes.Base(primary_hue="indigo", **fonts),
         "css_paths": STYLE,
         "footer_links": [],
         "quiet": True,

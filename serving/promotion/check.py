@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from serving.promotion.history import DECISION_NAME, read_optional_json, said
+from serving.promotion.history import DECISION_NAME, decision_text, read_optional_json
 from serving.repository.manifest import read_manifest
 from serving.repository.release import published_versions, read_champion, read_release
 from serving.shared.names import CLASSIFIER
@@ -16,6 +16,7 @@ from serving.shared.terminal import cell
 
 # Keys of a manifest's test accuracies for the balanced prior (means over classes) → their names in the table.
 FIGURES = {"balanced_accuracy": "all classes", "many": "many", "medium": "medium", "few": "few"}
+Figures = dict[str, tuple[float | None, float | None]]
 DECIDING = ("balanced_accuracy", "few")  # a lower value of one of these needs a confirmation
 
 
@@ -29,7 +30,7 @@ class PromotionCheck:
 
     champion: int
     release: str
-    figures: dict[str, tuple[float | None, float | None]]
+    figures: Figures
     decision: str
     doubt: str | None
 
@@ -52,12 +53,13 @@ def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | N
         return None
     figures = {name: (champion.manifest.balanced_metric(name), manifest.balanced_metric(name)) for name in FIGURES}
     name = f"version {release}" if isinstance(release, int) else str(release)
-    return PromotionCheck(champion.version, name, figures, said(decision), _doubt(figures, decision))
+    doubt = _reason_to_confirm(figures, decision)
+    return PromotionCheck(champion.version, name, figures, decision_text(decision), doubt)
 
 
-def _doubt(figures: dict[str, tuple[float | None, float | None]], decision: dict[str, Any] | None) -> str | None:
+def _reason_to_confirm(figures: Figures, decision: dict[str, Any] | None) -> str | None:
     if decision is not None and decision.get("promote") is not True:
-        return "the gate did not decide on it" if decision.get("undecided") is True else "the gate has refused it"
+        return "the gate did not decide on it" if decision.get("undecided") is True else "the gate refused it"
     if None in figures["balanced_accuracy"]:
         return "it cannot be compared with the champion, as a manifest has no test accuracy"
     for name in DECIDING:
@@ -67,13 +69,13 @@ def _doubt(figures: dict[str, tuple[float | None, float | None]], decision: dict
     return None
 
 
-def promotion_table(found: PromotionCheck) -> Table:
+def promotion_table(check: PromotionCheck) -> Table:
     """A table of the comparison: a row for each class group, columns champion, release and difference."""
-    table = Table(title=cell(f"{found.release} beside the champion"), title_justify="left", box=None)
+    table = Table(title=cell(f"{check.release} beside the champion"), title_justify="left", box=None)
     table.add_column("test accuracy, balanced prior")
-    for name in (f"champion {found.champion}", "release", "difference"):
+    for name in (f"champion {check.champion}", "release", "difference"):
         table.add_column(cell(name), justify="right")
-    for name, (before, after) in found.figures.items():
+    for name, (before, after) in check.figures.items():
         shown = ["unknown" if value is None else f"{value:.1%}" for value in (before, after)]
         points = "" if before is None or after is None else f"{100 * (after - before):+.1f} points"
         table.add_row(FIGURES[name], *shown, points)

@@ -81,27 +81,24 @@ def read_history(repository: Path) -> RepositoryHistory:
     versions = []
     for state in list_versions(repository):
         folder = repository / CLASSIFIER / str(state.version)
-        mine = tuple(change for change in changes if change.version == state.version)
-        versions.append(
-            VersionHistory(
-                state, read_optional_json(folder / DECISION_NAME), read_optional_json(folder / STORY_NAME), mine
-            )
-        )
+        decision, story = read_optional_json(folder / DECISION_NAME), read_optional_json(folder / STORY_NAME)
+        own_changes = tuple(change for change in changes if change.version == state.version)
+        versions.append(VersionHistory(state, decision, story, own_changes))
     return RepositoryHistory(repository, versions, tuple(server.grpc_url for server in find_running(repository)))
 
 
-def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
+def history_table(history: RepositoryHistory, wide: bool = False) -> Table:
     """A table with a row for each version, the newest first.
 
     wide: add the hashes of data, params and code, which need more than 120 columns.
     """
-    by = f", served at {', '.join(found.servers)}" if found.servers else ", no server runs on it here"
-    table = Table(title=cell(f"{found.repository}{by}"))
+    by = f", served at {', '.join(history.servers)}" if history.servers else ", no server runs on it here"
+    table = Table(title=cell(f"{history.repository}{by}"))
     hashes = ("data", "params", "code") if wide else ()
     for heading in ("version", "state", "promoted", "images", *hashes, "balanced", "few"):
         table.add_column(heading, no_wrap=True)
     table.add_column("decision")
-    for version in reversed(found.versions):
+    for version in reversed(history.versions):
         manifest = version.state.release.manifest
         when = version.promoted
         table.add_row(
@@ -111,7 +108,7 @@ def history_table(found: RepositoryHistory, wide: bool = False) -> Table:
             f"{sum(manifest.counts):,}",
             *((manifest.data_sha256[:8], manifest.params_sha256[:8], cell(manifest.code_revision[:8])) if wide else ()),
             *scores(manifest),
-            cell(said(version.decision)),
+            cell(decision_text(version.decision)),
         )
     return table
 
@@ -122,7 +119,7 @@ def scores(manifest: Manifest) -> list[str]:
     return ["" if figure is None else f"{figure:.3f}" for figure in figures]
 
 
-def said(decision: dict[str, Any] | None) -> str:
+def decision_text(decision: dict[str, Any] | None) -> str:
     """The gate's decision and its reasons as one line; empty if there was none."""
     if decision is None:
         return ""

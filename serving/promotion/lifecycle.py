@@ -34,7 +34,7 @@ from serving.shared.errors import ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
 
 PAUSE = 0.5  # seconds between two rounds of golden requests while a version is watched
-ANSWERS_AGAIN_WITHIN = 60.0  # seconds that a server gets to restart while a version is watched
+RESTART_TIMEOUT = 60.0  # seconds that a server gets to restart while a version is watched
 
 
 class RolledBack(ServingError):
@@ -157,7 +157,7 @@ def go_live(
     if it failed the watch and was rolled back, PromotionError as `promote` does.
     """
     champion = champion_or_none(repository)
-    done = promote(repository, version, servers_at(repository, url), keep, timeout)
+    loaded = promote(repository, version, servers_at(repository, url), keep, timeout).servers
     try:
         watch(repository, version, servers_of(repository, url), watch_seconds)
     except ServingError as error:
@@ -168,7 +168,7 @@ def go_live(
         undo(before)
         message = f"version {version} was promoted and rolled back, {before} answers: {error}"
         raise RolledBack(message, before) from error
-    return done.servers
+    return loaded
 
 
 def withdraw(repository: Path, version: int) -> None:
@@ -189,7 +189,7 @@ def watch(repository: Path, version: int, servers: Sequence[RunningServer], seco
     release = read_release(repository, version, hashes=False)
     for server in servers:
         end = time.monotonic() + seconds
-        given_up = end + ANSWERS_AGAIN_WITHIN
+        deadline = end + RESTART_TIMEOUT
         while True:
             try:
                 with Client(server.grpc_url) as client:
@@ -197,7 +197,7 @@ def watch(repository: Path, version: int, servers: Sequence[RunningServer], seco
                     if answered == version:
                         check_golden(client, release)
             except ServingError as error:
-                if isinstance(error, WrongResponseError) or time.monotonic() > given_up:
+                if isinstance(error, WrongResponseError) or time.monotonic() > deadline:
                     raise
             else:
                 if answered != version:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from serving.golden.dry_run import dry_run
 from serving.promotion.rehearsal import rehearse
-from serving.promotion.swap import bring_up_to_date, swap
+from serving.promotion.swap import load_served_versions, swap
 from serving.repository.lock import locked
 from serving.repository.promotion_log import champions, record
 from serving.repository.release import Release, published_versions, read_champion, read_release
@@ -27,7 +27,7 @@ from serving.server.running import RunningServer, find_running
 from serving.shared.errors import InputError, ServingError
 from serving.shared.names import CLASSIFIER
 
-KEPT = 5  # versions on disk
+VERSIONS_KEPT = 5  # versions on disk
 LOAD_TIMEOUT = 120.0  # seconds
 
 
@@ -56,7 +56,7 @@ def promote(
     release: Path | int,
     *,
     servers: Sequence[RunningServer] | None = None,
-    keep: int = KEPT,
+    keep: int = VERSIONS_KEPT,
     timeout: float = LOAD_TIMEOUT,
     rehearsal: bool | None = True,
 ) -> Promotion:
@@ -85,17 +85,17 @@ def promote(
                 raise InputError(
                     f"version {version} is older than the champion {before}; use `tailor rollback {version}`"
                 )
-            found = find_running(repository) if servers is None else servers
+            running = find_running(repository) if servers is None else servers
             if version == before:
                 with _promotion_error(f"version {version} is the champion and does not answer"):
-                    bring_up_to_date(repository, found, timeout)
-                return Promotion(version, before, False, tuple(server.grpc_url for server in found))
-            challenger, rehearsed = _try(repository, version, before, timeout, rehearsal)
+                    load_served_versions(repository, running, timeout)
+                return Promotion(version, before, False, tuple(server.grpc_url for server in running))
+            challenger, rehearsed = _verify(repository, version, before, timeout, rehearsal)
             with _promotion_error(f"version {version} does not serve, version {before} stays"):
-                swap(repository, challenger, (before, version), found, timeout)
+                swap(repository, challenger, (before, version), running, timeout)
         record(repository, "promote", version, before)
         removed = prune(repository, keep)
-    return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found), removed)
+    return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in running), removed)
 
 
 def rollback(
@@ -116,15 +116,15 @@ def rollback(
         version = _published(repository, _champion_before(repository, before) if version is None else version)
         if version >= before:
             raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
-        found = find_running(repository) if servers is None else servers
+        running = find_running(repository) if servers is None else servers
         if version in served_versions(repository, CLASSIFIER):
             older, rehearsed = read_release(repository, version, hashes=False), False
         else:
-            older, rehearsed = _try(repository, version, before, timeout, rehearsal)
+            older, rehearsed = _verify(repository, version, before, timeout, rehearsal)
         with _promotion_error(f"version {version} does not serve, version {before} stays"):
-            swap(repository, older, (version,), found, timeout)
+            swap(repository, older, (version,), running, timeout)
         record(repository, "rollback", version, before)
-    return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in found))
+    return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in running))
 
 
 def _published(repository: Path, version: int) -> int:
@@ -144,29 +144,29 @@ def _champion_before(repository: Path, champion: int) -> int:
         return served
     older = [version for version in published_versions(repository) if version < champion]
     if not older:
-        raise InputError(f"{repository}: holds no version before the champion {champion}; nothing to go back to")
+        raise InputError(f"{repository}: holds no version before the champion {champion} to roll back to")
     recorded = [version for version in champions(repository) if version in older]
     return (recorded or older)[-1]
 
 
-def _try(repository: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> tuple[Release, bool]:
+def _verify(root: Path, version: int, before: int, timeout: float, rehearsal: bool | None) -> tuple[Release, bool]:
     """Read a version, check its sha256 and verify it. Raises PromotionError.
 
     Returns the release and whether it was verified on a separate server.
     """
-    with _promotion_error(f"version {version} is not fit to serve, version {before} stays"):
-        release = read_release(repository, version)
+    with _promotion_error(f"version {version} failed its verification, version {before} stays"):
+        release = read_release(root, version)
         if rehearsal:
-            return release, rehearse(repository, release, timeout)
+            return release, rehearse(root, release, timeout)
         if rehearsal is False:
-            dry_run(repository, [release], timeout)
+            dry_run(root, [release], timeout)
         return release, False
 
 
 @contextmanager
-def _promotion_error(what: str) -> Iterator[None]:
-    """Turn a ServingError of the block into a PromotionError whose message begins with `what`."""
+def _promotion_error(message: str) -> Iterator[None]:
+    """Turn a ServingError of the block into a PromotionError whose message begins with `message`."""
     try:
         yield
     except ServingError as error:
-        raise PromotionError(f"{what}: {error}") from error
+        raise PromotionError(f"{message}: {error}") from error

@@ -32,18 +32,19 @@ def rehearse(root: Path, release: Release, timeout: float) -> bool:
     except InstallationError:
         dry_run(root, [release], timeout)
         return False
-    stage = runtime_folder(new_prefix())
+    folder = runtime_folder(new_prefix())
     try:
         for model in (STUDENT, CLASSIFIER):
             for path in config_paths(root, model):
-                copy = stage / path.relative_to(root)
+                copy = folder / path.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
             version = str(release.version)
-            (stage / model / version).symlink_to((root / model / version).absolute())
-            serve_versions(stage, model, (release.version,))
-        shutil.copyfile(root / STUDENT / LABELS_NAME, stage / STUDENT / LABELS_NAME)
-        server = TritonServer(stage, http_port=0, grpc_port=0, metrics_port=0, start_timeout=timeout, niceness=NICENESS)
+            (folder / model / version).symlink_to((root / model / version).absolute())
+            serve_versions(folder, model, (release.version,))
+        shutil.copyfile(root / STUDENT / LABELS_NAME, folder / STUDENT / LABELS_NAME)
+        ports = dict.fromkeys(("http_port", "grpc_port", "metrics_port"), 0)
+        server = TritonServer(folder, **ports, start_timeout=timeout, niceness=NICENESS)
         try:
             server.start()
             # Here and not in the champion's server, where a full batch would delay the requests of users.
@@ -52,4 +53,4 @@ def rehearse(root: Path, release: Release, timeout: float) -> bool:
             server.stop(at_once=True)
         return True
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.client.sync_client import Client
-from serving.golden.requests import ask_student, check_golden
+from serving.golden.requests import check_golden, check_student
 from serving.repository.release import Release, read_champion
 from serving.repository.version_policy import serve_versions, served_versions
 from serving.server.model_control import LoadTimeout, ModelControl
@@ -46,17 +46,17 @@ def swap(
     with ExitStack() as stack:
         controls = [stack.enter_context(ModelControl(server, timeout)) for server in servers]
         try:
-            _forward(repository, release, before, final, controls)
+            _apply(repository, release, before, final, controls)
         except BaseException as error:
             try:
                 if isinstance(error, LoadTimeout):
                     _end_hanging_loads(release.version, before, controls)
             finally:
-                _back(repository, before, controls)
+                _restore(repository, before, controls)
             raise
 
 
-def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout: float) -> None:
+def load_served_versions(repository: Path, servers: Sequence[RunningServer], timeout: float) -> None:
     """Load the versions that the repository's policies list, to complete an interrupted swap.
 
     Triton skips versions that are loaded. Raises ServingError if the champion does not load or answers wrongly.
@@ -69,18 +69,18 @@ def bring_up_to_date(repository: Path, servers: Sequence[RunningServer], timeout
             _check_champion(control, release)
 
 
-def _forward(
+def _apply(
     repository: Path, release: Release, before: _Policies, final: tuple[int, ...], controls: Sequence[ModelControl]
 ) -> None:
     # First unload versions that are neither the champion nor in `final`, so that at most two releases are loaded.
-    staying = tuple(sorted({*before.classifier} & {*final, before.champion.version}))
-    if staying != before.classifier:
-        serve_versions(repository, CLASSIFIER, staying)
+    remaining = tuple(sorted({*before.classifier} & {*final, before.champion.version}))
+    if remaining != before.classifier:
+        serve_versions(repository, CLASSIFIER, remaining)
         _load(controls, CLASSIFIER)
-    serve_versions(repository, STUDENT, tuple(sorted({*staying, *final})))
+    serve_versions(repository, STUDENT, tuple(sorted({*remaining, *final})))
     _load(controls, STUDENT)
     for control in controls:
-        ask_student(control.server.url, release, control.timeout)
+        check_student(control.server.url, release, control.timeout)
     serve_versions(repository, CLASSIFIER, final, release.manifest.strength)
     _load(controls, CLASSIFIER)
     for control in controls:
@@ -93,9 +93,9 @@ def _check_champion(control: ModelControl, release: Release) -> None:
     """Send the golden requests and a request without a version, which the release must serve. Raises ServingError."""
     with Client(control.server.url, control.timeout) as client:
         check_golden(client, release)
-        answered = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
-    if answered != release.version:
-        raise ServingError(f"{control.server.url}: version {answered} answers, not {release.version}")
+        answering = client.predict([release.golden[0].image_bytes()], release.golden[0].strength)[0].version
+    if answering != release.version:
+        raise ServingError(f"{control.server.url}: version {answering} answers, not {release.version}")
 
 
 def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[ModelControl]) -> None:
@@ -106,7 +106,7 @@ def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[Model
                     control.end_hanging_load(model, version)
 
 
-def _back(repository: Path, before: _Policies, controls: Sequence[ModelControl]) -> None:
+def _restore(repository: Path, before: _Policies, controls: Sequence[ModelControl]) -> None:
     """Restore policies and loaded versions; a server that fails keeps its champion, which was never unloaded."""
     serve_versions(repository, STUDENT, tuple(sorted({*before.student, *before.classifier})))
     serve_versions(repository, CLASSIFIER, before.classifier, before.champion.manifest.strength)

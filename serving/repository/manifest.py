@@ -154,11 +154,11 @@ class Golden(BaseModel):
         """
         if len(index) < len(self.index) or len(probability) < len(self.probability):
             return f"{counted(len(index), 'class')} answered, {len(self.index)} expected"
-        for rank, (expected, wanted) in enumerate(zip(self.index, self.probability, strict=True)):
-            if not abs(float(probability[rank]) - wanted) <= self.tolerance:
-                return f"probability {float(probability[rank]):.4f} at rank {rank + 1}, {wanted:.4f} expected"
-            if int(index[rank]) != expected and not self._tied(rank):
-                return f"class {int(index[rank])} at rank {rank + 1}, class {expected} expected"
+        for rank, (index_expected, probability_expected) in enumerate(zip(self.index, self.probability, strict=True)):
+            if not abs(float(probability[rank]) - probability_expected) <= self.tolerance:
+                return f"probability {float(probability[rank]):.4f} at rank {rank + 1}, {probability_expected:.4f} expected"
+            if int(index[rank]) != index_expected and not self._tied(rank):
+                return f"class {int(index[rank])} at rank {rank + 1}, class {index_expected} expected"
         return None
 
     def _tied(self, rank: int) -> bool:
@@ -180,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}; run `dvc repro` to make it") from None
     except ValidationError as error:
-        raise ManifestError(f"{path}: {_first(error)}; run `dvc repro` to remake it") from None
+        raise ManifestError(f"{path}: {_first_error(error)}; run `dvc repro` to remake it") from None
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -197,11 +197,11 @@ def load_manifest(folder: Path) -> Manifest:
 def check_file(path: Path, expected: str) -> None:
     """Compare a file's sha256 with `expected`, from the manifest. Raises ManifestError naming the file."""
     try:
-        found = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}; the manifest lists it") from None
-    if found != expected:
-        raise ManifestError(f"{path}: sha256 is {found[:12]}…, the manifest says {expected[:12]}…; export again")
+    if actual != expected:
+        raise ManifestError(f"{path}: sha256 is {actual[:12]}…, the manifest has {expected[:12]}…; export again")
 
 
 def load_golden(folder: Path) -> list[Golden]:
@@ -212,13 +212,13 @@ def load_golden(folder: Path) -> list[Golden]:
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}; run `dvc repro` to make it") from None
     except ValidationError as error:
-        raise ManifestError(f"{path}: {_first(error)}; run `dvc repro` to remake it") from None
+        raise ManifestError(f"{path}: {_first_error(error)}; run `dvc repro` to remake it") from None
     if not golden:
         raise ManifestError(f"{path}: holds no golden request; expected at least one; run `dvc repro` to remake it")
     return golden
 
 
-def _first(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -48,12 +48,12 @@ class Placement:
         if self.device not in ("cpu", "gpu"):
             raise InputError(f"device is {self.device!r}; expected cpu or gpu")
         if self.device == "cpu" and (self.gpus or self.tensorrt):
-            raise InputError("device is cpu; expected gpu where GPUs are numbered or TensorRT is asked for")
+            raise InputError("device is cpu; expected gpu where GPUs are numbered or TensorRT is requested")
         if any(gpu < 0 for gpu in self.gpus) or len(set(self.gpus)) != len(self.gpus):
             raise InputError(f"gpus are {list(self.gpus)}; expected different numbers from 0")
         if self.own_network and self.device == "gpu":
             raise InputError(
-                "own_network is for device cpu; on a GPU `classifier` asks `student`, which shares batches"
+                "own_network is for device cpu; on a GPU `classifier` sends requests to `student`, which batches them"
             )
         if self.instances is not None and self.instances < 1:
             raise InputError(f"instances is {self.instances}; expected at least 1")

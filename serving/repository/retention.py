@@ -46,12 +46,12 @@ def withdraw(repository: Path, version: int) -> None:
 @contextlib.contextmanager
 def withdrawn_on_failure(repository: Path) -> Iterator[None]:
     """Withdraw the versions that the block published if it raises; versions that existed before stay."""
-    there = set(present_versions(repository))
+    existing = set(present_versions(repository))
     try:
         yield
     except BaseException:
         with contextlib.suppress(ServingError, OSError):  # report the block's error, not one of the clean-up
-            for version in sorted(set(present_versions(repository)) - there):
+            for version in sorted(set(present_versions(repository)) - existing):
                 withdraw(repository, version)
         raise
 

@@ -50,8 +50,8 @@ def served_versions(root: Path, model: str) -> tuple[int, ...]:
         if policy.WhichOneof("policy_choice") == "specific":
             lists.append(set(policy.specific.versions))
         else:  # written by hand or by an old version of Tailor: without a policy Triton serves the latest version
-            found = version_folders(root, model)
-            lists.append(set(found if policy.HasField("all") else found[-max(policy.latest.num_versions, 1) :]))
+            folders = version_folders(root, model)
+            lists.append(set(folders if policy.HasField("all") else folders[-max(policy.latest.num_versions, 1) :]))
     return tuple(sorted(set.intersection(*lists)))
 
 
@@ -90,8 +90,8 @@ def version_folders(root: Path, model: str) -> list[int]:
     folder = root / model
     if not folder.is_dir():
         return []
-    found = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
-    return [version for version in found if version > 0]
+    versions = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+    return [version for version in versions if version > 0]
 
 
 def present_versions(root: Path) -> list[int]:

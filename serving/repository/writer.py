@@ -36,7 +36,7 @@ from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
 # By model, the files that run inside Triton: name in a version folder -> source file that is copied.
 TRITON = Path(__file__).parents[1] / "triton"
 _BOTH = ("integrity.py", "network.py", "start.py")
-_CLASSIFIER = ("asked.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
+_CLASSIFIER = ("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
 RUNTIME_FILES = {
     STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
     CLASSIFIER: {
@@ -70,11 +70,8 @@ def write_repository(
         for folder in (student / "configs", student / version, classifier / "configs", classifier / version):
             folder.mkdir(parents=True)
         (student / CONFIG_NAME).write_text(to_text(student_config(manifest, placement)), encoding="utf-8")
-        student_local, classifier_local = (
-            student_local_config(manifest, local),
-            classifier_local_config(manifest, local),
-        )
-        for folder, config in ((student, student_local), (classifier, classifier_local)):
+        for folder, make_config in ((student, student_local_config), (classifier, classifier_local_config)):
+            config = make_config(manifest, local)
             (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").write_text(to_text(config), encoding="utf-8")
         (student / LABELS_NAME).write_text(_labels(manifest), encoding="utf-8")
         (classifier / CONFIG_NAME).write_text(to_text(classifier_config(manifest)), encoding="utf-8")
@@ -113,7 +110,8 @@ def load_export(export_dir: Path) -> Manifest:
         if name not in manifest.files:
             raise RepositoryError(f"{export_dir / MANIFEST_NAME}: files lacks {name}; export again")
     load_golden(export_dir)
-    _check_names(manifest, export_dir / MANIFEST_NAME)
+    if problem := class_names_problem(manifest.classes):
+        raise RepositoryError(f"{export_dir / MANIFEST_NAME}: {problem}")
     return manifest
 
 
@@ -169,13 +167,8 @@ def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> N
         existing = read_config(path)
         for tensor, other in zip((*config.input, *config.output), (*existing.input, *existing.output), strict=False):
             if (tensor.name, list(tensor.dims)) != (other.name, list(other.dims)):
-                ours, theirs = f"{tensor.name} {list(tensor.dims)}", f"{other.name} {list(other.dims)}"
-                raise RepositoryError(f"{export_dir}: {model} has {ours}, but {path} has {theirs}; {hint}")
-
-
-def _check_names(manifest: Manifest, path: Path) -> None:
-    if problem := class_names_problem(manifest.classes):
-        raise RepositoryError(f"{path}: {problem}")
+                new, old = f"{tensor.name} {list(tensor.dims)}", f"{other.name} {list(other.dims)}"
+                raise RepositoryError(f"{export_dir}: {model} has {new}, but {path} has {old}; {hint}")
 
 
 def _check_replaceable(root: Path) -> None:

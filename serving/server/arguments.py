@@ -122,10 +122,10 @@ def grpc_tls_options(certificate: Path, key: Path, client_authority: Path | None
     """
     for path in (certificate, key, *([client_authority] if client_authority else [])):
         try:
-            begins = path.read_bytes()[:11]
+            first_bytes = path.read_bytes()[:11]
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give a PEM file") from None
-        if begins != b"-----BEGIN ":
+        if first_bytes != b"-----BEGIN ":
             raise InputError(f"{path}: is not a PEM file; it does not start with -----BEGIN")
     files = [f"--grpc-server-cert={certificate.absolute()}", f"--grpc-server-key={key.absolute()}"]
     if client_authority:
@@ -142,7 +142,7 @@ def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = 
     """
     if not 0 < share <= 1:
         raise InputError(f"share of logged images is {share:g}; expected a number above 0, at most 1")
-    size = limit if isinstance(limit, int) else bytes_of(limit)
+    size = limit if isinstance(limit, int) else parse_size(limit)
     if size < logit_log.SMALLEST_LIMIT:
         raise InputError(f"limit of the logged logits is {limit}; expected at least 1MiB")
     if importlib.util.find_spec("pyarrow") is None:
@@ -160,9 +160,9 @@ def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = 
     }
 
 
-def bytes_of(text: str) -> int:
+def parse_size(text: str) -> int:
     """Parse a size such as 500MiB, 1GiB, 2TiB or a number of bytes into bytes. Raises InputError."""
-    found = re.fullmatch(r"(\d{1,15})\s*([KMGT]iB)?", text.strip())
-    if not found:
+    match = re.fullmatch(r"(\d{1,15})\s*([KMGT]iB)?", text.strip())
+    if not match:
         raise InputError(f"size is {text!r}; expected a number of bytes, or one with KiB, MiB, GiB or TiB")
-    return int(found[1]) << (10 * ("KMGT".index(found[2][0]) + 1) if found[2] else 0)
+    return int(match[1]) << (10 * ("KMGT".index(match[2][0]) + 1) if match[2] else 0)

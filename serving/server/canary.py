@@ -12,12 +12,12 @@ import psutil
 import urllib3
 
 from serving.client.sync_client import Client
-from serving.golden.requests import ask_student, check_golden
-from serving.server.leftovers import stubs_of
+from serving.golden.requests import check_golden, check_student
+from serving.server.leftovers import inference_processes
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
-from serving.transport.failures import DeadlineExceeded, Refused
+from serving.transport.failures import DeadlineExceeded, RequestRejected
 
 # An inference process that uses less than this share of a core is idle. Its threads wake once a second, which takes up
 # to 0.0005 of a core. A classifier that waits for a slow student uses little more than decoding takes.
@@ -28,7 +28,7 @@ METRICS_TIMEOUT = 5.0  # seconds
 UNHEALTHY = re.compile(r"Stub process '(\w+)_\d+_\d+' is not healthy")
 
 
-class Hanging(ServingError):
+class ProcessHangs(ServingError):
     """An inference process does not work: Triton reports it, or a request timed out and the process used no CPU time.
 
     models: the models whose processes may be the cause, in the order in which they must be loaded.
@@ -39,14 +39,14 @@ class Hanging(ServingError):
         self.models = list(models or (STUDENT, CLASSIFIER))
 
 
-class Busy(ServingError):
+class ServerOverloaded(ServingError):
     """A golden request timed out because of load.
 
     Every inference process of the model used CPU time, and the model answered other requests.
     """
 
 
-class Canary:
+class GoldenRequestCheck:
     """Sends a server its golden requests. timeout: seconds for each request."""
 
     def __init__(self, server: TritonServer, timeout: float) -> None:
@@ -57,65 +57,67 @@ class Canary:
         """Number of requests that failed because of an inference process, from Triton's metrics; no bad requests."""
         return self._counted("failure", 'reason="BACKEND"')
 
-    def ask(self) -> None:
+    def send(self) -> None:
         """Send both models of every release the golden requests.
 
-        `student` gets its own, because the classifier of a small network runs the graph itself. Raises Hanging or Busy,
-        and ServingError when an answer is wrong or a request failed for another reason.
+        `student` gets its own, because the classifier of a small network runs the graph itself. Raises ProcessHangs,
+        ServerOverloaded, and ServingError when a response is wrong or a request failed for another reason.
         """
         busy = None
         with Client(self.server.http_url, timeout=self.timeout) as client:
-            for model, version, question in self._questions(client):
+            for model, version, send in self._requests(client):
                 try:
-                    self._judged(model, version, question)
-                except Busy as error:  # the other models are still checked
+                    self._check(model, version, send)
+                except ServerOverloaded as error:  # the other models are still checked
                     busy = error
         if busy:
             raise busy
 
-    def _questions(self, client: Client) -> list[tuple[str, int, Callable[[], None]]]:
+    def _requests(self, client: Client) -> list[tuple[str, int, Callable[[], None]]]:
         releases, url = self.server.releases, self.server.http_url
         return [
             *((CLASSIFIER, release.version, partial(check_golden, client, release)) for release in releases),
-            *((STUDENT, release.version, partial(ask_student, url, release, self.timeout)) for release in releases),
+            *((STUDENT, release.version, partial(check_student, url, release, self.timeout)) for release in releases),
         ]
 
-    def _judged(self, model: str, version: int, question: Callable[[], None]) -> None:
+    def _check(self, model: str, version: int, send: Callable[[], None]) -> None:
         """Send golden requests to one version of a model; classify a failure by its inference processes' CPU time.
 
         Processes of other models and versions are ignored, because they may be idle. While requests wait, each process
         of the model has one. A process that hangs keeps its request and gets no other. A retry would not detect it: the
         other processes would answer.
         """
-        worked, answered, began = (
-            self._processor_seconds(model, version),
+        cpu_before, answered, began = (
+            self._cpu_seconds(model, version),
             self._answered(model, version),
             time.monotonic(),
         )
         try:
-            question()
+            send()
         except DeadlineExceeded as error:
-            now, seconds = self._processor_seconds(model, version), time.monotonic() - began
-            work = [now[stub] - had for stub, had in worked.items() if stub in now]
-            if any(done < max(IDLE_SHARE * seconds, TICKS) for done in work):
-                raise Hanging(f"{error}, though a stub was at rest") from error
+            now, seconds = self._cpu_seconds(model, version), time.monotonic() - began
+            used = [now[pid] - before for pid, before in cpu_before.items() if pid in now]
+            if any(cpu < max(IDLE_SHARE * seconds, TICKS) for cpu in used):
+                raise ProcessHangs(f"{error}, although an inference process was idle") from error
             others = self._answered(model, version) - answered
-            if work and others > 0:
-                raise Busy(f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}") from error
+            if used and others > 0:
+                raise ServerOverloaded(
+                    f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}"
+                ) from error
             raise
-        except Refused as error:
+        except RequestRejected as error:
             if unhealthy := UNHEALTHY.search(str(error)):
-                raise Hanging(str(error), unhealthy[1]) from error
+                raise ProcessHangs(str(error), unhealthy[1]) from error
             raise
 
-    def _processor_seconds(self, model: str, version: int) -> dict[int, float]:
+    def _cpu_seconds(self, model: str, version: int) -> dict[int, float]:
         """CPU time in seconds (user and system) of a version's inference processes, by process id."""
-        found = {}
-        for stub, *place in stubs_of(self.server.prefix):
+        seconds = {}
+        for process, *identity in inference_processes(self.server.prefix):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if place == [model, version]:
-                    found[stub.pid] = sum(stub.cpu_times()[:2])
-        return found
+                if identity == [model, version]:
+                    seconds[process.pid] = sum(process.cpu_times()[:2])
+        return seconds
 
     def _answered(self, model: str, version: int) -> float:
         """Number of requests that a version has answered, from Triton's metrics."""
@@ -124,11 +126,10 @@ class Canary:
     def _counted(self, result: str, *labels: str) -> float:
         """Number of requests with this result and these labels, from Triton's metrics; 0 if these are not available."""
         try:
-            with urllib3.PoolManager(
-                timeout=METRICS_TIMEOUT, retries=False
-            ) as pool:  # closed at once, because an open connection delays a stop of the server
-                shown = pool.request("GET", self.server.metrics_url).data.decode()
+            # Closed at once, because an open connection delays a stop of the server.
+            with urllib3.PoolManager(timeout=METRICS_TIMEOUT, retries=False) as pool:
+                metrics = pool.request("GET", self.server.metrics_url).data.decode()
         except (urllib3.exceptions.HTTPError, UnicodeDecodeError):
             return 0.0
-        counted = re.findall(rf"^nv_inference_request_{result}\{{(.+)\}} (\S+)$", shown, re.MULTILINE)
-        return sum(float(value) for present, value in counted if set(labels) <= set(present.split(",")))
+        counted = re.findall(rf"^nv_inference_request_{result}\{{(.+)\}} (\S+)$", metrics, re.MULTILINE)
+        return sum(float(value) for found_labels, value in counted if set(labels) <= set(found_labels.split(",")))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.shared.errors import ServingError
-from serving.shared.priority import write_stub_starter
+from serving.shared.priority import write_stub_launcher
 
 STUB_NAME = "triton_python_backend_stub"
 STUB_TIMEOUT = 30.0  # seconds
@@ -46,7 +46,7 @@ class Installation:
         for name, path in self.backend_files.items():
             if name != STUB_NAME:
                 (backend / name).symlink_to(path)
-        return write_stub_starter(backend / STUB_NAME, self.backend_files[STUB_NAME], niceness)
+        return write_stub_launcher(backend / STUB_NAME, self.backend_files[STUB_NAME], niceness)
 
 
 def find_installation() -> Installation:
@@ -108,7 +108,7 @@ def _check_packages() -> None:
         raise InstallationError(f"numpy {numpy_version} breaks this Triton's Python stubs; pip install 'numpy<2'")
     if not (Path(sys.executable).parent / "python3").exists():
         raise InstallationError(
-            f"{Path(sys.executable).parent / 'python3'}: is missing; Triton's stubs look for it; use a venv"
+            f"{Path(sys.executable).parent / 'python3'}: is missing; Triton's stubs need it; use a venv"
         )
     if shutil.which("bash") is None:
         raise InstallationError("bash is not on PATH; Triton starts its Python stubs with it; install bash")

@@ -25,7 +25,7 @@ from serving.server.installation import STUB_NAME
 SHARED_MEMORY = Path("/dev/shm")
 NAME = re.compile(r"tailor_(\d+)_(\d+)_(\d+)_[0-9a-f]{8}_")
 POLL = 0.05  # seconds
-GONE_WITHIN = 5.0  # seconds to wait for killed processes to exit
+EXIT_TIMEOUT = 5.0  # seconds to wait for killed processes to exit
 
 
 def new_prefix() -> str:
@@ -55,12 +55,12 @@ def sweep(prefix: str, patience: float = 0.0) -> None:
     the run counts as ended only after two checks in a row find no process.
     """
     deadline, empty = time.monotonic() + patience, 0
-    kill_until = deadline + GONE_WITHIN
+    kill_until = deadline + EXIT_TIMEOUT
     while empty < 2 and time.monotonic() < kill_until:
-        left = list(processes_of(prefix))
-        empty = 0 if left else empty + 1
+        remaining = list(processes_of(prefix))
+        empty = 0 if remaining else empty + 1
         if time.monotonic() >= deadline:
-            for process in left:
+            for process in remaining:
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                     process.kill()
         time.sleep(POLL)
@@ -72,8 +72,8 @@ def sweep(prefix: str, patience: float = 0.0) -> None:
 def sweep_dead_runs() -> list[str]:
     """`sweep` every run of this machine whose owner has exited; returns their prefixes."""
     named = {path.name for path in (*SHARED_MEMORY.glob("tailor_*"), *_temporary("tailor_"))}
-    prefixes = {found[0] for name in named if (found := NAME.match(name))}
-    dead = sorted(prefix for prefix in prefixes if not owner_lives(prefix))
+    prefixes = {match[0] for name in named if (match := NAME.match(name))}
+    dead = sorted(prefix for prefix in prefixes if not owner_exists(prefix))
     for prefix in dead:
         sweep(prefix)
     return dead
@@ -90,21 +90,21 @@ def processes_of(prefix: str) -> Iterator[psutil.Process]:
             if (
                 process.pid != os.getpid()
                 and "serving.server.watchdog" not in command
-                and any(prefix in a for a in command)
+                and any(prefix in argument for argument in command)
             ):
                 yield process
 
 
-def stubs_of(prefix: str) -> list[tuple[psutil.Process, str, int]]:
+def inference_processes(prefix: str) -> list[tuple[psutil.Process, str, int]]:
     """The running inference processes (Triton's stubs) of a run, each with its model and version."""
-    found = []
+    processes = []
     for process in processes_of(prefix):
         with contextlib.suppress(psutil.NoSuchProcess):
             command = process.cmdline()
             if len(command) > 1 and command[0].endswith(STUB_NAME):
                 model, version = Path(command[1]).parts[-3:-1]
-                found.append((process, model, int(version)))
-    return found
+                processes.append((process, model, int(version)))
+    return processes
 
 
 def is_stopped(process: psutil.Process) -> bool:
@@ -120,7 +120,7 @@ def _temporary(prefix: str) -> Iterator[Path]:
         yield from Path(parent).glob(f"{prefix}*")
 
 
-def owner_lives(prefix: str) -> bool:
+def owner_exists(prefix: str) -> bool:
     """Whether the run's owner exists; also True in another PID namespace, whose processes are not visible from here."""
     namespace, owner, started = map(int, NAME.fullmatch(prefix).groups())
     return namespace != _namespace() or _started(owner) == started

@@ -32,7 +32,7 @@ def link_tree(repository: Path, runtime: Path) -> Path:
         for model in (STUDENT, CLASSIFIER):
             (tree / model).mkdir(parents=True, exist_ok=True)
             present = _names(tree / model)
-            _link(repository.absolute() / model, tree / model, present, _seen(repository / model))
+            _link(repository.absolute() / model, tree / model, present, _visible_names(repository / model))
         # Model versions of older releases of Tailor read live_prior.json here. Link it only if it exists: with a broken
         # link in the tree Triton lists no model.
         present = _names(tree)
@@ -53,7 +53,7 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def _seen(folder: Path) -> set[str]:
+def _visible_names(folder: Path) -> set[str]:
     """The names in a model's folder that the local server may see: no hidden names (being written or removed)."""
     names = {name for name in _names(folder) if not name.startswith(".")}
     if (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").is_file():

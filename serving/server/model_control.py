@@ -26,7 +26,7 @@ from serving.shared.names import ADMIN_HEADER
 from serving.transport.sync_transport import parse_url
 
 REASON_LENGTH = 500
-SEEN_WITHIN = 10.0  # seconds for a server to see that a version was published or removed
+FOLDER_TIMEOUT = 10.0  # seconds for a server to see that a version was published or removed
 UNREADABLE = "failed to poll from model repository"  # from Triton's error message
 DEAD_STUB_TIMEOUT = 10.0  # seconds for Triton to detect that an inference process has exited
 
@@ -58,22 +58,22 @@ class ModelControl:
 
         A loaded version is not reloaded, unless its files or more of the config than versions and instances have
         changed. Triton skips a version whose folder it does not see, and loads nothing while a link points to a removed
-        version. The server's supervisor or the mount may show the folder later, so the load is retried for SEEN_WITHIN
+        version. The server's supervisor or the mount may show the folder later, so the load is retried for FOLDER_TIMEOUT
         seconds. Raises LoadTimeout when a load takes too long.
         """
         repository = Path(self.server.repository)
-        deadline = time.monotonic() + SEEN_WITHIN
+        deadline = time.monotonic() + FOLDER_TIMEOUT
         while True:
             if self.server.prefix:
                 refresh_trees(repository, self.server.prefix)
             try:
-                self._ask(model, "load", self._client.load_model)
+                self._request(model, "load", self._client.load_model)
                 missing = sorted({*served_versions(repository, model)} - {*self.ready_versions(model)})
                 if not missing:
                     return
                 if time.monotonic() > deadline:
                     raise ServingError(
-                        f"{self.server.grpc_url}: sees no version {missing[0]} of {model}; "
+                        f"{self.server.grpc_url}: has no version {missing[0]} of {model}; "
                         f"expected a server that runs on {repository}"
                     )
             except UnreadableModel:
@@ -84,7 +84,7 @@ class ModelControl:
 
     def unload(self, model: str) -> None:
         """Unload every version of a model and wait until none is ready."""
-        self._ask(model, "unload", self._client.unload_model)
+        self._request(model, "unload", self._client.unload_model)
         deadline = time.monotonic() + self.timeout
         while self.ready_versions(model):
             if time.monotonic() > deadline:
@@ -93,7 +93,7 @@ class ModelControl:
 
     def ready_versions(self, model: str) -> list[int]:
         """The versions of a model that are ready, ascending."""
-        return sorted(int(found.version) for found in self._index(model) if found.state == "READY")
+        return sorted(int(entry.version) for entry in self._index(model) if entry.state == "READY")
 
     def end_hanging_load(self, model: str, version: int) -> bool:
         """Kill the inference processes of a version whose load hangs; returns whether Triton can load models again.
@@ -101,17 +101,17 @@ class ModelControl:
         Triton waits forever for an inference process (its stub) that does not finish loading, and every later load
         waits too. Possible only for a server of this user on this machine and a model of the python backend.
         """
-        place = f"/{model}/{version}/model.py"
+        program = f"/{model}/{version}/model.py"
         ended = False
         if self.server.prefix:
             for process in processes_of(self.server.prefix):
                 with contextlib.suppress(psutil.Error):  # it has exited
-                    if any(argument.endswith(place) for argument in process.cmdline()):
+                    if any(argument.endswith(program) for argument in process.cmdline()):
                         process.kill()
                         ended = True
         deadline = time.monotonic() + DEAD_STUB_TIMEOUT
         while ended and time.monotonic() < deadline:
-            if not any(found.state == "LOADING" for found in self._index(model)):
+            if not any(entry.state == "LOADING" for entry in self._index(model)):
                 return True
             time.sleep(0.1)
         return False
@@ -126,16 +126,16 @@ class ModelControl:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _ask(self, model: str, what: str, call: Callable[..., None]) -> None:
+    def _request(self, model: str, action: str, call: Callable[..., None]) -> None:
         try:
             call(model, headers=self._headers, client_timeout=self.timeout)
         except InferenceServerException as error:
             if "DEADLINE_EXCEEDED" in str(error.status()):
                 raise LoadTimeout(
-                    f"{self.server.grpc_url}: the {what} of {model} did not end within {self.timeout:g} s"
+                    f"{self.server.grpc_url}: the {action} of {model} did not end within {self.timeout:g} s"
                 ) from error
             kind = UnreadableModel if UNREADABLE in str(error.message()) else ServingError
-            raise kind(f"{self.server.grpc_url}: Triton did not {what} {model}: {_reason(error)}") from error
+            raise kind(f"{self.server.grpc_url}: Triton did not {action} {model}: {_reason(error)}") from error
 
     def _index(self, model: str) -> list[Any]:
         """The entries of a model's versions in Triton's repository index. Raises ServingError."""
@@ -143,7 +143,7 @@ class ModelControl:
             index = self._client.get_model_repository_index(headers=self._headers, client_timeout=self.timeout)
         except InferenceServerException as error:
             raise ServingError(f"{self.server.grpc_url}: {_reason(error)}") from error
-        return [found for found in index.models if found.name == model]
+        return [entry for entry in index.models if entry.name == model]
 
 
 def _trust(certificate: str, address: str, timeout: float) -> dict[str, Any]:
@@ -160,7 +160,9 @@ def _trust(certificate: str, address: str, timeout: float) -> dict[str, Any]:
         ):
             names = (tls.getpeercert() or {}).get("subjectAltName", ())
     except (OSError, ValueError) as error:
-        raise ServingError(f"grpcs://{address}: does not show {certificate}: {error}; start the server again") from None
+        raise ServingError(
+            f"grpcs://{address}: does not present {certificate}: {error}; start the server again"
+        ) from None
     arguments: dict[str, Any] = {"root_certificates": certificate}
     if names:
         name = str(names[0][1]).replace("*", "any", 1)

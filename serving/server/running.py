@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import tempfile
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serving.server.arguments import admin_key
-from serving.server.leftovers import owner_lives
+from serving.server.leftovers import owner_exists
 from serving.shared.atomic import write_file
 from serving.shared.errors import InputError
 from serving.shared.names import ADMIN_KEY_VARIABLE
 
-NOTE_NAME = "server.json"
+RECORD_NAME = "server.json"
 
 
 class RunningServer(BaseModel):
@@ -39,12 +40,12 @@ class RunningServer(BaseModel):
         return self.http_url if self.certificate and self.http_url else self.grpc_url
 
 
-def leave_note(runtime: Path, server: RunningServer) -> None:
+def write_server_record(runtime: Path, server: RunningServer) -> None:
     """Write the server record, which contains the admin key, into the runtime folder, which only this user can read."""
-    write_file(runtime / NOTE_NAME, server.model_dump_json())
+    write_file(runtime / RECORD_NAME, server.model_dump_json())
 
 
-def reach(repository: Path, grpc_url: str, key: str) -> RunningServer:
+def server_by_address(repository: Path, grpc_url: str, key: str) -> RunningServer:
     """A server by address and admin key; with the other fields of its record if this user runs it on this machine."""
     for server in find_running(repository):
         if server.grpc_url == grpc_url.rstrip("/"):
@@ -64,18 +65,30 @@ def servers_at(repository: Path, url: str | None) -> list[RunningServer] | None:
     key = admin_key()
     if key is None:
         raise InputError(f"{ADMIN_KEY_VARIABLE} is not set; expected the key that the server at {url} was started with")
-    return [reach(repository, url, key)]
+    return [server_by_address(repository, url, key)]
 
 
 def find_running(repository: Path) -> list[RunningServer]:
     """The running servers of this user on a repository, by their records in the folder for temporary files and /tmp."""
-    wanted, found = os.path.realpath(repository), []
+    path, servers = os.path.realpath(repository), []
     for parent in sorted({tempfile.gettempdir(), "/tmp"}):
         for folder in sorted(Path(parent).glob("tailor_*")):
             with contextlib.suppress(OSError, ValidationError):  # not readable, just removed, or of another format
                 if folder.stat().st_uid != os.geteuid():  # any user may create a folder of this name
                     continue
-                server = RunningServer.model_validate_json((folder / NOTE_NAME).read_bytes())
-                if server.repository == wanted and server.prefix == folder.name[: len(server.prefix or "?")]:
-                    found += [server] * owner_lives(server.prefix or "")
-    return found
+                server = RunningServer.model_validate_json((folder / RECORD_NAME).read_bytes())
+                if server.repository == path and server.prefix == folder.name[: len(server.prefix or "?")]:
+                    servers += [server] * owner_exists(server.prefix or "")
+    return servers
+
+
+def is_ready(host: str, port: int) -> bool:
+    """Whether a server answers over HTTP that it is ready."""
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

@@ -19,8 +19,8 @@ import psutil
 from serving.repository.lock import RepositoryBusy, locked
 from serving.repository.release import Release, find_releases, instances
 from serving.repository.version_policy import mark_changed, served_versions
-from serving.server.canary import Busy, Canary, Hanging
-from serving.server.leftovers import is_stopped, stubs_of
+from serving.server.canary import GoldenRequestCheck, ProcessHangs, ServerOverloaded
+from serving.server.leftovers import inference_processes, is_stopped
 from serving.server.local_tree import refresh_trees
 from serving.server.model_control import ModelControl
 from serving.server.triton_server import TritonServer
@@ -30,14 +30,14 @@ from serving.shared.terminal import counted
 
 
 @dataclass(frozen=True)
-class Patience:
+class SupervisionLimits:
     """Intervals and limits of a supervisor, in seconds.
 
     canary_timeout: timeout of one golden request. Two failures in a row start a repair; a timeout caused by load does
     not count. ending: time that a replaced inference process gets to exit before it is killed. A server that ran for
     more than `served` seconds is restarted at once. One that failed earlier, or did not start, is a failed start: after
     n of them in a row the delay is first_delay * 2^(n-1), at most longest_delay, and after more than `restarts` (None:
-    no limit) the supervisor raises GivenUp.
+    no limit) the supervisor raises RestartLimitExceeded.
     """
 
     poll: float = 1.0
@@ -51,40 +51,41 @@ class Patience:
     restarts: int | None = 8
 
 
-class GivenUp(ServingError):
-    """The server failed more often than `Patience.restarts` allows; the message has the cause and the log's end."""
+class RestartLimitExceeded(ServingError):
+    """The server failed more often than `SupervisionLimits.restarts` allows; the message has the cause and the log's end."""
 
 
 class Supervisor:
     """Supervises a started server. report: called with one line for the operator at each fault and repair."""
 
-    def __init__(self, server: TritonServer, report: Callable[[str], None], patience: Patience | None = None) -> None:
+    def __init__(
+        self, server: TritonServer, report: Callable[[str], None], limits: SupervisionLimits | None = None
+    ) -> None:
         self.server = server
         self.report = report
-        self.patience = patience or Patience()
-        self._canary = Canary(server, self.patience.canary_timeout)
+        self.limits = limits or SupervisionLimits()
+        self._check = GoldenRequestCheck(server, self.limits.canary_timeout)
         self._failures = 0  # of golden requests in a row
         self._failed_starts = 0  # in a row
         self._backend_failures = 0.0
         self._suspicious = False  # requests failed since the last golden requests
         self._server_stopped = False
-        self._resting = 0.0  # no repair before this time, because the last one was impossible
-        self._started = self._asked = time.monotonic()
-        self._lacking: dict[tuple[str, int], int] = {}
+        self._no_repair_before = 0.0  # no repair before this time, because the last one was impossible
+        self._started = self._last_golden_requests = time.monotonic()
+        self._missing: dict[tuple[str, int], int] = {}
         self._expected: dict[tuple[str, int], int] = {}
 
     def run(self, stopping: threading.Event) -> None:
-        """Check and repair the server until `stopping` is set. Raises GivenUp after too many failed starts."""
+        """Check and repair the server until `stopping` is set. Raises RestartLimitExceeded after too many failed starts."""
         while not stopping.is_set():
-            ended = self.server.wait(self.patience.poll)
+            ended = self.server.wait(self.limits.poll)
             if ended is not None or self.server.process_id is None:
                 self._restart(f"the Triton server ended by itself with status {ended}", stopping)
                 continue
             before, self._server_stopped = self._server_stopped, self.server.is_stopped()
             if self._server_stopped:
-                if (
-                    before
-                ):  # in two checks: after a suspend of the machine the processes do not all resume at the same time
+                # In two checks: after a suspend of the machine the processes do not all resume at the same time.
+                if before:
                     self._restart("the process of the Triton server is stopped (SIGSTOP)", stopping)
                 continue
             with contextlib.suppress(ServingError):  # the repository cannot be read: keep the tree
@@ -93,30 +94,30 @@ class Supervisor:
                 refresh_trees(self.server.repository, self.server.prefix)
             try:
                 with locked(self.server.repository, shared=True, timeout=0):
-                    self._look(stopping)
-            except GivenUp:
+                    self._check_processes(stopping)
+            except RestartLimitExceeded:
                 raise
             except RepositoryBusy:  # a promotion loads and unloads models, and sends golden requests itself
-                self._lacking = {}
+                self._missing = {}
             except (ServingError, OSError):  # the repository cannot be read: check the models that are loaded
-                self._ask_canary(stopping)
+                self._send_golden_requests(stopping)
 
-    def _look(self, stopping: threading.Event) -> None:
+    def _check_processes(self, stopping: threading.Event) -> None:
         """Check the inference processes and, when it is due, send golden requests; repair what fails."""
-        self._learn_releases()
-        lacking = self._count_lacking()
+        self._update_expected()
+        missing = self._count_missing()
         # Missing in two checks: a load may be about to start or end a process.
-        dead = sorted(place for place, number in lacking.items() if self._lacking.get(place) == number)
-        self._lacking = lacking
-        if dead and time.monotonic() > self._resting:
-            self._lacking = {}
+        dead = sorted(key for key, number in missing.items() if self._missing.get(key) == number)
+        self._missing = missing
+        if dead and time.monotonic() > self._no_repair_before:
+            self._missing = {}
             names = ", ".join(f"{model} {version}" for model, version in dead)
             models = sorted({model for model, _ in dead}, reverse=True)
-            self._heal(f"an inference process of {names} died or is stopped", models, stopping)
+            self._repair(f"an inference process of {names} died or is stopped", models, stopping)
         else:
-            self._ask_canary(stopping)
+            self._send_golden_requests(stopping)
 
-    def _learn_releases(self) -> None:
+    def _update_expected(self) -> None:
         """Update the expected inference processes and the releases, which a promotion may have changed."""
         root = self.server.repository
         self._expected = {
@@ -128,73 +129,73 @@ class Supervisor:
         if versions != served_versions(root, CLASSIFIER):
             self.server.releases = find_releases(root, hashes=False)
 
-    def _count_lacking(self) -> dict[tuple[str, int], int]:
-        living = self.server.stubs()
-        return {place: wanted - living[place] for place, wanted in self._expected.items() if living[place] < wanted}
+    def _count_missing(self) -> dict[tuple[str, int], int]:
+        running = self.server.process_counts()
+        return {key: number - running[key] for key, number in self._expected.items() if running[key] < number}
 
-    def _ask_canary(self, stopping: threading.Event) -> None:
-        before, self._backend_failures = self._backend_failures, self._canary.backend_failures()
+    def _send_golden_requests(self, stopping: threading.Event) -> None:
+        before, self._backend_failures = self._backend_failures, self._check.backend_failures()
         self._suspicious |= self._failures > 0 or self._backend_failures > before
-        if time.monotonic() - self._asked < self.patience.canary_every * (0.2 if self._suspicious else 1):
+        if time.monotonic() - self._last_golden_requests < self.limits.canary_every * (0.2 if self._suspicious else 1):
             return
         self._suspicious = False
         try:
-            self._canary.ask()
+            self._check.send()
             self._failures = 0
-        except Busy as error:  # nothing is broken, and a load would slow the working processes
+        except ServerOverloaded as error:  # nothing is broken, and a load would slow the working processes
             self._failures = 0
-            self.report(f"{error}; left alone")
+            self.report(f"{error}; nothing is restarted")
         except (ServingError, OSError) as error:
             self._failures += 1
-            if self._failures < 2 and not isinstance(error, Hanging):
-                self.report(f"{error}; asking once more")
+            if self._failures < 2 and not isinstance(error, ProcessHangs):
+                self.report(f"{error}; the golden requests are sent once more")
             else:
                 self._failures = 0
-                models = error.models if isinstance(error, Hanging) else [STUDENT, CLASSIFIER]
-                self._heal(str(error), models, stopping)
-        self._asked = time.monotonic()
+                models = error.models if isinstance(error, ProcessHangs) else [STUDENT, CLASSIFIER]
+                self._repair(str(error), models, stopping)
+        self._last_golden_requests = time.monotonic()
 
-    def _heal(self, fault: str, models: list[str], stopping: threading.Event) -> None:
+    def _repair(self, fault: str, models: list[str], stopping: threading.Event) -> None:
         """Reload models while the working processes serve; if the fault remains, restart the server."""
         try:
             # With sha256: loading damaged files would replace models that still work.
             releases = find_releases(self.server.repository)
         except (ServingError, OSError) as error:
             # Keep what is loaded: a server would not start from these files.
-            self.report(f"{fault}, and the repository cannot replace it: {error}; serving on with what is loaded")
-            self._asked = time.monotonic()
-            self._resting = self._asked + self.patience.longest_delay
+            self.report(f"{fault}, and the repository cannot be read: {error}; the loaded versions continue to serve")
+            self._last_golden_requests = time.monotonic()
+            self._no_repair_before = self._last_golden_requests + self.limits.longest_delay
             return
         self.report(f"{fault}; loading {' and '.join(models)} again")
         try:
             replaced = [
-                stub
-                for stub, model, version in stubs_of(self.server.prefix)
+                process
+                for process, model, version in inference_processes(self.server.prefix)
                 if model in models and version in {release.version for release in releases}
             ]
-            with ModelControl(self.server.running, self.patience.load_timeout) as control:
+            with ModelControl(self.server.running, self.limits.load_timeout) as control:
                 for model in models:
                     _reload(control, self.server.repository, model, releases)
-            with contextlib.suppress(Busy):
-                self._canary.ask()
+            with contextlib.suppress(ServerOverloaded):
+                self._check.send()
             # Triton requests the old processes to exit; a process that hangs or is stopped does not.
-            _kill([stub for stub in replaced if is_stopped(stub)])
-            _kill(psutil.wait_procs(replaced, self.patience.ending)[1])
-            if lacking := self._count_lacking():
-                raise ServingError(f"inference processes of {sorted(lacking)} are still missing")
+            _kill([process for process in replaced if is_stopped(process)])
+            _kill(psutil.wait_procs(replaced, self.limits.ending)[1])
+            if missing := self._count_missing():
+                raise ServingError(f"inference processes of {sorted(missing)} are still missing")
         except (ServingError, OSError) as error:
-            self._restart(f"loading again did not help: {error}", stopping)
+            self._restart(f"the reload did not repair it: {error}", stopping)
             return
-        self._asked = time.monotonic()
-        self.report(f"{' and '.join(models)} answers again")
+        self._last_golden_requests = time.monotonic()
+        self.report(f"{' and '.join(models)}: ready again")
 
     def _restart(self, fault: str, stopping: threading.Event) -> None:
         """Kill the remaining processes and start the server again on the same ports.
 
-        Raises GivenUp after too many failed starts in a row, whatever their cause (also no memory or a full disk).
+        Raises RestartLimitExceeded after too many failed starts in a row, whatever their cause (also no memory or a full disk).
         """
-        limit = self.patience.restarts
-        if time.monotonic() - self._started > self.patience.served:
+        limit = self.limits.restarts
+        if time.monotonic() - self._started > self.limits.served:
             self._failed_starts = -1  # the last start was successful: the loop counts the next one as 0
         while not stopping.is_set():
             self._failed_starts += 1
@@ -202,12 +203,15 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     self.server.stop(at_once=True)
                 tail = self.server.log_tail()
-                raise GivenUp(f"{fault}; given up after {counted(limit, 'restart')}" + (f":\n{tail}" if tail else ""))
-            delay = self._delay()
-            number = f"{self._failed_starts}" + ("" if limit is None else f" of {limit}")
+                raise RestartLimitExceeded(
+                    f"{fault}; given up after {counted(limit, 'restart')}" + (f":\n{tail}" if tail else "")
+                )
+            failed = self._failed_starts
+            delay = min(self.limits.first_delay * 2 ** (failed - 1), self.limits.longest_delay) if failed else 0.0
+            number = f"{failed}" + ("" if limit is None else f" of {limit}")
             self.report(f"{fault}; starting it again " + (f"in {delay:g} s ({number})" if delay else "at once"))
             with contextlib.suppress(OSError):  # the next start removes the rest
-                self.server.stop(at_once=True, comes_back=True)
+                self.server.stop(at_once=True, restart_pending=True)
             if stopping.wait(delay):
                 return
             try:
@@ -215,16 +219,11 @@ class Supervisor:
             except (ServingError, OSError) as error:
                 fault = str(error).partition("\n")[0]
                 continue
-            self._failures, self._lacking, self._server_stopped, self._suspicious = 0, {}, False, False
+            self._failures, self._missing, self._server_stopped, self._suspicious = 0, {}, False, False
             self._backend_failures = 0.0
-            self._started = self._asked = time.monotonic()
+            self._started = self._last_golden_requests = time.monotonic()
             self.report(f"ready again at {self.server.http_url} {self.server.grpc_url}")
             return
-
-    def _delay(self) -> float:
-        """Seconds before the next start: 0 after a successful start."""
-        failed = self._failed_starts
-        return min(self.patience.first_delay * 2 ** (failed - 1), self.patience.longest_delay) if failed else 0.0
 
 
 def _kill(processes: list[psutil.Process]) -> None:

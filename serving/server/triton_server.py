@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import subprocess
 import time
@@ -16,14 +15,14 @@ import psutil
 
 from serving.client.sync_client import Client
 from serving.golden.dry_run import dry_run
-from serving.golden.requests import ask_student, check_golden
+from serving.golden.requests import check_golden, check_student
 from serving.repository.lock import locked
 from serving.repository.release import Release, find_releases
 from serving.server.arguments import admin_key, grpc_tls_options, new_admin_key, triton_arguments
 from serving.server.installation import Installation, find_installation
-from serving.server.leftovers import is_stopped, new_prefix, runtime_folder, stubs_of, sweep, sweep_dead_runs
+from serving.server.leftovers import inference_processes, is_stopped, new_prefix, runtime_folder, sweep, sweep_dead_runs
 from serving.server.local_tree import link_tree
-from serving.server.running import RunningServer, leave_note
+from serving.server.running import RunningServer, is_ready, write_server_record
 from serving.server.watchdog import dismiss, start_watchdog
 from serving.shared import priority
 from serving.shared.errors import ServingError
@@ -84,8 +83,8 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._running: RunningServer | None = None
-        self._away: Path | None = None  # the runtime folder of the next start, while a restart is pending
-        self._unswept: list[str] = []  # prefixes of runs that may have leftovers
+        self._next_runtime: Path | None = None  # the runtime folder of the next start, while a restart is pending
+        self._prefixes_to_sweep: list[str] = []  # prefixes of runs that may have leftovers
 
     @property
     def http_url(self) -> str:
@@ -125,7 +124,7 @@ class TritonServer:
         """
         if self._process:
             raise ServingError("this server runs already; stop it first")
-        self._clear()  # after a stop that failed
+        self._remove_leftovers()  # after a stop that failed
         self._tail = ""
         check_open_files()
         key = admin_key() or new_admin_key()
@@ -133,7 +132,7 @@ class TritonServer:
         self.releases = find_releases(self.repository)
         installation = find_installation()
         sweep_dead_runs()
-        comes_back = self._away is not None
+        restart_pending = self._next_runtime is not None
         with locked(self.repository, shared=True, timeout=self.start_timeout):
             self.releases = find_releases(self.repository, hashes=False)  # again: the promotion may have changed them
             try:
@@ -141,7 +140,7 @@ class TritonServer:
                 self._await_http()
                 self.canary()
             except BaseException as error:
-                self.stop(comes_back=comes_back)
+                self.stop(restart_pending=restart_pending)
                 if isinstance(error, ServingError):  # raises a shorter message than Triton's log if a graph is at fault
                     dry_run(self.repository, self.releases, min(DIAGNOSIS_TIMEOUT, self.start_timeout))
                 raise
@@ -151,12 +150,12 @@ class TritonServer:
         """Send both models the golden requests of every release. Raises ServingError if one fails or differs."""
         with Client(self.http_url, timeout=timeout) as client:
             for release in self.releases:
-                check_golden(client, release, rest=False)
-                ask_student(self.http_url, release, timeout, rest=False)
+                check_golden(client, release, pause=False)
+                check_student(self.http_url, release, timeout, pause=False)
 
-    def stubs(self) -> Counter[tuple[str, int]]:
+    def process_counts(self) -> Counter[tuple[str, int]]:
         """Number of inference processes (Triton's stubs) by model and version, without those stopped by a signal."""
-        return Counter((model, version) for stub, model, version in stubs_of(self.prefix) if not is_stopped(stub))
+        return Counter(tuple(key) for process, *key in inference_processes(self.prefix) if not is_stopped(process))
 
     def is_stopped(self) -> bool:
         """Whether the server's process is stopped by a signal (SIGSTOP)."""
@@ -166,22 +165,22 @@ class TritonServer:
         """Wait for the server to exit; its exit status, or None if it still runs after `timeout` seconds."""
         return wait_for(self._process, timeout)
 
-    def stop(self, at_once: bool = False, comes_back: bool = False) -> int | None:
+    def stop(self, at_once: bool = False, restart_pending: bool = False) -> int | None:
         """Stop the server and remove its processes, shared memory and runtime folder. Safe to call twice.
 
-        at_once: send SIGKILL; running requests fail. comes_back: a restart follows, and a server record for it is
+        at_once: send SIGKILL; running requests fail. restart_pending: a restart follows, and a server record for it is
         written, so that a concurrent promotion fails and is retried instead of assuming that no server runs. Returns
         the exit status (0 after a clean stop), None if the server was not running.
         """
-        if not comes_back:
-            self._away = None
-        elif not self._away:
+        if not restart_pending:
+            self._next_runtime = None
+        elif not self._next_runtime:
             with contextlib.suppress(OSError):  # a full disk: no record for promotions, but the server is still stopped
-                self._leave_word()
+                self._write_restart_record()
         try:
             return end_process(self._process, 0 if at_once else self.grace + KILL_AFTER) if self._process else None
         finally:
-            self._clear()
+            self._remove_leftovers()
 
     def log_tail(self) -> str:
         """The last lines of the server's output, after a stop those of the previous run; empty if there are none."""
@@ -197,16 +196,16 @@ class TritonServer:
     def __exit__(self, *_exception: object) -> None:
         self.stop()
 
-    def _clear(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Remove the leftovers of ended runs. If a signal interrupts it, the next call continues."""
         self._running = self.example = None
         if self._process:
             end_process(self._process, 0)  # set only if the wait for its exit was interrupted
             self._process = None
-        coming = self.prefix if self._away else None
-        for prefix in [found for found in self._unswept if found != coming]:
+        next_prefix = self.prefix if self._next_runtime else None
+        for prefix in [prefix for prefix in self._prefixes_to_sweep if prefix != next_prefix]:
             sweep(prefix)  # inference processes outlive a server that was killed or that lost one of them
-            self._unswept.remove(prefix)
+            self._prefixes_to_sweep.remove(prefix)
         if self._output:
             self._output.close()
             self._tail, self._output = self._output.tail(), None
@@ -215,11 +214,11 @@ class TritonServer:
             self._watchdog = None
 
     def _launch(self, installation: Installation, key: str) -> None:
-        if self.prefix not in self._unswept:
-            self._unswept.append(self.prefix)
+        if self.prefix not in self._prefixes_to_sweep:
+            self._prefixes_to_sweep.append(self.prefix)
         self._output = ServerLog(self.log, self._forward)
         self._watchdog = start_watchdog(self.prefix)
-        runtime, self._away = self._away or runtime_folder(self.prefix), None
+        runtime, self._next_runtime = self._next_runtime or runtime_folder(self.prefix), None
         niceness = self.niceness or priority.niceness()
         link_tree(self.repository, runtime)
         links = installation.link(runtime, niceness)
@@ -229,21 +228,21 @@ class TritonServer:
         )
         self._process = start_process(command, environment, runtime, self.niceness)
         self._output.follow(self._process.stdout)
-        self._running = self._note(self.prefix, key)
-        leave_note(runtime, self._running)
+        self._running = self._server_record(self.prefix, key)
+        write_server_record(runtime, self._running)
         self.example = runtime / "example-image"
         self.example.write_bytes(self.releases[-1].golden[0].image_bytes())
 
-    def _leave_word(self) -> None:
+    def _write_restart_record(self) -> None:
         """Create the runtime folder of the next start under a new prefix, with a server record (same addresses)."""
         key = self._running.admin_key if self._running else new_admin_key()
         prefix = new_prefix()
-        self._unswept.append(prefix)
+        self._prefixes_to_sweep.append(prefix)
         folder = runtime_folder(prefix)
-        leave_note(folder, self._note(prefix, key))
-        self.prefix, self._away = prefix, folder
+        write_server_record(folder, self._server_record(prefix, key))
+        self.prefix, self._next_runtime = prefix, folder
 
-    def _note(self, prefix: str, key: str) -> RunningServer:
+    def _server_record(self, prefix: str, key: str) -> RunningServer:
         return RunningServer(
             repository=os.path.realpath(self.repository),
             http_url=self.http_url,
@@ -259,21 +258,10 @@ class TritonServer:
         Raises ServingError with the last lines of the log if it exits or is not ready within start_timeout seconds.
         """
         deadline = time.monotonic() + self.start_timeout
-        while not _answers(self.host, self.ports["--http-port"]):
+        while not is_ready(self.host, self.ports["--http-port"]):
             status = self.wait(POLL)
             if status is not None:
                 raise ServingError(f"the Triton server ended with status {status} while it started:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 waited = f"{self.start_timeout:.0f} s"
                 raise ServingError(f"the Triton server was not ready within {waited}:\n{self.log_tail()}")
-
-
-def _answers(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(host, port, timeout=5)
-    try:
-        connection.request("GET", "/v2/health/ready")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import psutil
 
 from serving.server.leftovers import processes_of, sweep
-from serving.shared.process import with_tailor
+from serving.shared.process import tailor_environment
 
 PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL, for running requests
 DISMISSED = b"."
@@ -26,7 +26,7 @@ def start_watchdog(prefix: str) -> subprocess.Popen[bytes]:
     """Start the watchdog of a run; it inherits no open file of the owner except the pipe."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "serving.server.watchdog", prefix],
-        env=with_tailor(os.environ),
+        env=tailor_environment(os.environ),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -14,9 +14,8 @@ from pathlib import Path
 def whole_folder(path: Path) -> Iterator[Path]:
     """Write a folder atomically: it appears at `path` complete or not at all.
 
-    Yields an empty temporary folder beside `path` to write into. On success every file in it is synced to disk and the
-    folder replaces the old one. On any exception it is removed and the old one stays. Leftovers of a killed run are
-    removed first.
+    Yields an empty temporary folder beside `path`, which then replaces the old one, synced to disk. On any exception the
+    old one stays. Leftovers of a killed run are removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, retired = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
@@ -60,10 +59,10 @@ def write_file(path: Path, content: bytes | str) -> None:
     sync(path.parent)
 
 
-def place_file(written: Path, path: Path) -> None:
+def move_file(source: Path, path: Path) -> None:
     """Move a complete, synced file to `path` on the same file system, and sync the rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written.replace(path)
+    source.replace(path)
     sync(path.parent)
 
 

@@ -16,7 +16,7 @@ from serving.shared.terminal import print
 
 TAIL_LINES = 12
 FILE_BYTES = 64 * 1024 * 1024  # size at which the log file is rotated, to FILE.1 to FILE.3
-FILES_KEPT = 3
+ROTATED_FILES = 3
 
 
 def new_log_file() -> Path:
@@ -28,7 +28,7 @@ def new_log_file() -> Path:
 
 def remove_log_files(path: Path) -> None:
     """Remove a log file and its rotated files."""
-    for number in range(FILES_KEPT + 1):
+    for number in range(ROTATED_FILES + 1):
         path.with_name(f"{path.name}.{number}" if number else path.name).unlink(missing_ok=True)
 
 
@@ -45,7 +45,9 @@ class ServerLog:
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = logging.handlers.RotatingFileHandler(path, "w", FILE_BYTES, FILES_KEPT, encoding="utf-8")
+                self._file = logging.handlers.RotatingFileHandler(
+                    path, "w", FILE_BYTES, ROTATED_FILES, encoding="utf-8"
+                )
             except OSError as error:
                 raise InputError(f"{path}: {error.strerror}; give a log file that can be written") from None
             self._file.setFormatter(logging.Formatter("%(message)s"))
@@ -74,8 +76,8 @@ class ServerLog:
 
     def _read(self, output: IO[bytes]) -> None:
         with output:
-            for raw in output:
-                line = raw.decode(errors="replace").rstrip("\r\n")
+            for encoded in output:
+                line = encoded.decode(errors="replace").rstrip("\r\n")
                 self._tail.append(line)
                 if self._file:
                     self._file.emit(logging.makeLogRecord({"msg": line}))

@@ -43,10 +43,10 @@ def choose_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
 def _bind_problem(host: str, port: int) -> str | None:
     """The reason why a server cannot open the port, else None. Raises InputError for a host of another machine."""
     try:
-        with socket.socket() as opened:
-            # Servers set it too: a port whose last connections are in TIME_WAIT is free.
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            opened.bind(socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4])
+        with socket.socket() as server:
+            # Triton and nginx set it too: a port whose last connections are in TIME_WAIT is free.
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4])
     except OSError as error:
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             hint = "expected an IPv4 address of this machine, for example 127.0.0.1"
@@ -57,8 +57,8 @@ def _bind_problem(host: str, port: int) -> str | None:
 
 def bypass_proxy_on_loopback() -> None:
     """Make the HTTP clients of this process and its children connect to loopback without the proxy of HTTP_PROXY."""
-    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    names = [name.strip() for name in given.split(",") if name.strip()]
+    excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = [name.strip() for name in excluded.split(",") if name.strip()]
     if "*" not in names:
         names += [name for name in ("127.0.0.1", "localhost", "::1") if name not in names]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(names)

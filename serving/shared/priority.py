@@ -14,7 +14,7 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,19 +24,21 @@ from serving.triton import start
 START_NAME = Path(start.__file__).name
 # Niceness added while an inference process starts: it halved the median latency of requests during a load (15 to 7 ms).
 # At 10 on a busy machine the start took so long that Triton aborted with a lock_exception (docs/experiments.md).
-STARTING = 5
-LOWEST = 19
-# A pause lasts REST times as long as the work before it, at most LONGEST_REST seconds.
-REST, LONGEST_REST = 4.0, 0.1
+START_NICENESS = 5
+MAX_NICENESS = 19
+# A pause lasts PAUSE_RATIO times as long as the work before it, at most LONGEST_PAUSE seconds.
+PAUSE_RATIO, LONGEST_PAUSE = 4.0, 0.1
 Item = TypeVar("Item")
 
 
-def unhurried(items: Iterable[Item]) -> Iterator[Item]:
+def throttled(
+    items: Iterable[Item], clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], object] = time.sleep
+) -> Iterator[Item]:
     """Iterate with a pause after the work on each item, so that user requests get most of the server's time."""
     for item in items:
-        begun = time.monotonic()
+        started = clock()
         yield item
-        time.sleep(min(REST * (time.monotonic() - begun), LONGEST_REST))
+        sleep(min(PAUSE_RATIO * (clock() - started), LONGEST_PAUSE))
 
 
 def niceness() -> int:
@@ -44,53 +46,55 @@ def niceness() -> int:
     return os.getpriority(os.PRIO_PROCESS, 0)
 
 
-def stand_back(session: int, wanted: int) -> None:
+def lower_priority(session: int, target: int) -> None:
     """Lower the priority of a session: set the niceness of its leader, which processes started later inherit.
 
-    session: the process id of the leader. wanted: the niceness. With autogroups Linux groups processes by session, and
-    a niceness counts only within its group, so the niceness of the group is set too.
+    session: the process id of the leader. With autogroups a niceness counts only within the processes of a session, so
+    the niceness of the group is set too.
     """
     with contextlib.suppress(ProcessLookupError):
-        os.setpriority(os.PRIO_PROCESS, session, wanted)
+        os.setpriority(os.PRIO_PROCESS, session, target)
     with contextlib.suppress(OSError):  # the kernel has no autogroups, or the process has exited
-        Path(f"/proc/{session}/autogroup").write_text(str(wanted), encoding="ascii")
+        Path(f"/proc/{session}/autogroup").write_text(str(target), encoding="ascii")
 
 
-def may_rise_to(wanted: int) -> bool:
+def can_raise_priority(target: int) -> bool:
     """Whether a process of this user with a higher niceness can return to this one; tried in a temporary thread."""
-    risen = []
+    raised = []
 
-    def rise() -> None:
+    def try_raise() -> None:
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(wanted + STARTING, LOWEST))
+        os.setpriority(os.PRIO_PROCESS, thread, min(target + START_NICENESS, MAX_NICENESS))
         with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, thread, wanted)
-            risen.append(True)
+            os.setpriority(os.PRIO_PROCESS, thread, target)
+            raised.append(True)
 
-    thread = threading.Thread(target=rise)
+    thread = threading.Thread(target=try_raise)
     thread.start()
     thread.join()
-    return bool(risen)
+    return bool(raised)
 
 
-def write_stub_starter(path: Path, stub: Path, wanted: int) -> dict[str, str]:
+def write_stub_launcher(
+    path: Path, stub: Path, target: int, can_raise: Callable[[int], bool] = can_raise_priority
+) -> dict[str, str]:
     """Write the file that Triton starts as its Python stub: it starts inference processes at lower priority.
 
-    path: the file to write. stub: the stub of the installation. wanted: the server's niceness, to which the model
-    returns when it is ready. The file is only a link to `stub` if `wanted` is above 0, if the niceness cannot be
-    decreased again, or if programs in this folder cannot run (noexec). A model without start.py always starts at the
-    server's priority. Returns the environment variables that the server needs for it.
+    stub: of the installation. target: the server's niceness, to which a ready model returns; a model without start.py
+    starts at it. The file is only a link to `stub` if `target` is above 0, if the niceness cannot be decreased again, or
+    if programs in this folder cannot run (noexec). Returns the environment variables that the server needs for it.
     """
-    if wanted <= 0 and may_rise_to(wanted):
+    if target <= 0 and can_raise(target):
         program = shlex.quote(str(stub))
         # The first argument is the path of model.py. The shell adds no process: exec replaces it.
         path.write_text(
-            f'#!/bin/sh\n[ -f "${{1%/*}}/{START_NAME}" ] && exec nice -n {STARTING} {program} "$@"\nexec {program} "$@"\n',
+            f'#!/bin/sh\n[ -f "${{1%/*}}/{START_NAME}" ] && exec nice -n {START_NICENESS} {program} "$@"\n'
+            f'exec {program} "$@"\n',
             encoding="utf-8",
         )
         path.chmod(0o700)
         if os.access(path, os.X_OK):  # false where the folder for temporary files is mounted noexec
-            return {start.VARIABLE: str(wanted)}
+            return {start.VARIABLE: str(target)}
         path.unlink()
     path.symlink_to(stub)
     return {}

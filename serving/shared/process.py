@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from serving.shared.errors import ServingError
-from serving.shared.priority import stand_back
+from serving.shared.priority import lower_priority
 
 POLL = 0.05  # seconds
 # Triton has about 70 files open with two models on two cores, and one for each connection; at 64 it crashes at its
@@ -34,7 +34,7 @@ def check_open_files() -> None:
         )
 
 
-def with_tailor(environment: Mapping[str, str]) -> dict[str, str]:
+def tailor_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment with Tailor's packages on PYTHONPATH, for a child process that imports them."""
     paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -55,7 +55,7 @@ def start_process(
     niceness: int = 0,
     output: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process in its own session, so that Ctrl-C reaches only the calling process.
+    """Start a process in its own session.
 
     niceness: of the process, 0 to 19; 0 keeps the caller's. output: a file for stdout and stderr; None makes a pipe,
     which the caller must read.
@@ -70,25 +70,25 @@ def start_process(
         start_new_session=True,
     )
     if niceness:
-        stand_back(process.pid, niceness)
+        lower_priority(process.pid, niceness)
     return process
 
 
-def end_process(process: subprocess.Popen[bytes], patience: float) -> int:
-    """Send SIGTERM, and SIGKILL after `patience` seconds (at once if it is 0); returns the exit status."""
+def end_process(process: subprocess.Popen[bytes], timeout: float) -> int:
+    """Send SIGTERM, and SIGKILL after `timeout` seconds (only SIGKILL if it is 0); returns the exit status."""
     if process.poll() is None:
-        if patience:
+        if timeout:
             process.send_signal(signal.SIGTERM)
         try:
-            return process.wait(patience)
+            return process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.kill()
     return process.wait()
 
 
-def end_session(process: subprocess.Popen[bytes], patience: float) -> int:
+def end_session(process: subprocess.Popen[bytes], timeout: float) -> int:
     """`end_process`, then SIGKILL for the remaining processes of its process group; returns the exit status."""
-    status = end_process(process, patience)
+    status = end_process(process, timeout)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return status

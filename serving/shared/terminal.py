@@ -25,7 +25,7 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 def safe_text(text: object) -> str:
     """Escape each control character as in `\\u001b`. JSON has the same escapes, so JSON text keeps its meaning."""
-    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
 def cell(text: object) -> str:

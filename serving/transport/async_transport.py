@@ -9,38 +9,38 @@ from typing import Any
 import tenacity
 
 from serving.shared.errors import InputError
-from serving.transport.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection
-from serving.transport.failures import check_http, deadline_exceeded, from_grpc, readable, tls_error, unreachable
+from serving.transport.connection import CONNECT_TIMEOUT, RESPONSE_BYTES, Connection
+from serving.transport.failures import (
+    check_http_status,
+    deadline_exceeded,
+    decode_response,
+    grpc_error,
+    tls_error,
+    unreachable,
+)
 from serving.transport.messages import SERVICE, Call
 from serving.transport.retries import Deadline, Retries
 from serving.transport.sync_transport import check_open
 
 
 class AsyncTransport:
-    """Connections to one Triton server, opened at the first call and bound to the event loop of that call.
-
-    The methods raise the same errors as those of Transport.
-    """
+    """Connections to one Triton server, opened at the first call and bound to its event loop. Errors: as Transport."""
 
     def __init__(self, connection: Connection, retries: Retries) -> None:
         self.url = connection.url
         self._retries = retries
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        wire = AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire
-        self._wire: AsyncHttpWire | AsyncGrpcWire = wire(connection)
+        self._wire = (AsyncHttpWire if connection.protocol == "http" else AsyncGrpcWire)(connection)
 
-    async def ask(self, call: Call, deadline: Deadline) -> Any:
-        """Send a call and return its response; safe retries are made until the deadline.
-
-        Raises InputError after `close`, and in another event loop than that of the first call.
-        """
+    async def send(self, call: Call, deadline: Deadline) -> Any:
+        """Send a call and return its response. Raises InputError after `close` and in a second event loop."""
         check_open(self.url, self._closed)
         loop = asyncio.get_running_loop()
         if self._loop not in (None, loop):
             raise InputError(f"the client of {self.url} was used in another event loop; make a client in each loop")
         self._loop = loop
-        return await tenacity.AsyncRetrying(**self._retries.policy(deadline))(self._wire.send, call, deadline)
+        return await tenacity.AsyncRetrying(**self._retries.policy(deadline))(self._wire.send_once, call, deadline)
 
     async def close(self) -> None:
         """Close the connections; open connections would delay the server's shutdown."""
@@ -56,7 +56,7 @@ class AsyncHttpWire:
         self._context = connection.ssl_context()
         self._session: Any = None
 
-    async def send(self, call: Call, deadline: Deadline) -> Any:
+    async def send_once(self, call: Call, deadline: Deadline) -> Any:
         import aiohttp
         from yarl import URL
 
@@ -67,7 +67,7 @@ class AsyncHttpWire:
             self._session = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
             )
-        request, left = call.http, deadline.left(url)
+        request, remaining = call.http, deadline.remaining(url)
         scheme = "https" if connection.secure else "http"
         target = URL(f"{scheme}://{connection.address}{connection.path}{request.path}", encoded=True)
         try:
@@ -76,10 +76,10 @@ class AsyncHttpWire:
                 target,
                 data=request.body,
                 headers={**connection.headers, **request.headers, "accept-encoding": "identity"},
-                timeout=aiohttp.ClientTimeout(total=left, sock_connect=min(left, CONNECT_TIMEOUT)),
+                timeout=aiohttp.ClientTimeout(total=remaining, sock_connect=min(remaining, CONNECT_TIMEOUT)),
                 allow_redirects=False,
             ) as response:
-                body = await _read(response)
+                body = await _read_body(response)
                 headers = {name.lower(): value for name, value in response.headers.items()}
                 status = response.status
         except aiohttp.ClientSSLError as error:
@@ -88,13 +88,12 @@ class AsyncHttpWire:
             if deadline.passed():
                 raise deadline_exceeded(url, deadline.budget) from error
             raise unreachable(url) from error
-        check_http(url, status, headers, body, deadline.budget)
-        return readable(url, call.read_http, headers, body)
+        check_http_status(url, status, headers, body, deadline.budget)
+        return decode_response(url, call.read_http, headers, body)
 
     async def close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        if self._session is not None:
+            await self._session.close()
 
 
 class AsyncGrpcWire:
@@ -106,7 +105,7 @@ class AsyncGrpcWire:
         self._metadata = tuple(connection.headers.items())
         self._channel: Any = None
 
-    async def send(self, call: Call, deadline: Deadline) -> Any:
+    async def send_once(self, call: Call, deadline: Deadline) -> Any:
         import grpc
 
         url = self._connection.url
@@ -114,24 +113,23 @@ class AsyncGrpcWire:
             self._channel = self._connection.grpc_channel(asynchronous=True)  # belongs to the running event loop
         try:
             method = self._channel.unary_unary(SERVICE + call.rpc)
-            data = await method(call.message, timeout=deadline.left(url), metadata=self._metadata)
+            data = await method(call.message, timeout=deadline.remaining(url), metadata=self._metadata)
         except grpc.RpcError as error:
-            raise from_grpc(url, error, deadline.budget) from error
-        return readable(url, call.read_message, data)
+            raise grpc_error(url, error, deadline.budget) from error
+        return decode_response(url, call.read_message, data)
 
     async def close(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel is not None:
+        if self._channel is not None:
             with suppress(ValueError):
-                await channel.close()
+                await self._channel.close()
 
 
-async def _read(response: Any) -> bytes:
-    """Read the whole body; stop after ANSWER_BYTES and close the connection."""
+async def _read_body(response: Any) -> bytes:
+    """Read the whole body; stop after RESPONSE_BYTES and close the connection."""
     body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
-        if len(body) > ANSWER_BYTES:
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > RESPONSE_BYTES:
             response.close()
             break
     return bytes(body)

@@ -14,16 +14,16 @@ from serving.shared.errors import InputError
 
 SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
 HEADER_NAME = re.compile(r"(?!grpc-)[a-z0-9._-]+(?<!-bin)")  # text metadata keys of gRPC; HTTP allows more
-OWN_HEADERS = (
+RESERVED_HEADERS = (
     *("accept-encoding", "connection", "content-encoding", "content-length", "content-type", "host"),
     *("inference-header-content-length", "te", "transfer-encoding"),
 )
 HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")  # a name or an IPv4 address, or an IPv6 address
 PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
 CONNECT_TIMEOUT = 10.0  # seconds
-ANSWER_BYTES = 64 * 1024 * 1024  # limit on a response body; Triton's responses are far smaller
+RESPONSE_BYTES = 64 * 1024 * 1024  # limit on a response body; Triton's responses are far smaller
 GRPC_OPTIONS = [
-    ("grpc.max_receive_message_length", ANSWER_BYTES),
+    ("grpc.max_receive_message_length", RESPONSE_BYTES),
     ("grpc.max_send_message_length", -1),
     # Both protocols connect directly to the given address; gRPC would otherwise use http_proxy, even for loopback.
     ("grpc.enable_http_proxy", 0),
@@ -57,19 +57,21 @@ class Connection:
     path: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for name, value in _parse(self.url).items():
+        for name, value in _parse_url(self.url).items():
             object.__setattr__(self, name, value)
         object.__setattr__(
             self, "headers", {_header_name(name): _header_value(name, self.headers[name]) for name in self.headers}
         )
-        given = {"ca_file": self.ca_file, "certificate_file": self.certificate_file, "insecure": self.insecure or None}
-        for name, value in given.items():
+        tls_options = {
+            "ca_file": self.ca_file,
+            "certificate_file": self.certificate_file,
+            "insecure": self.insecure or None,
+        }
+        for name, value in tls_options.items():
             if value is not None and not self.secure:
                 raise InputError(f"{name} is given but {self.url} is not encrypted; use https:// or grpcs://")
         if self.insecure and self.ca_file is not None:
-            raise InputError(
-                "insecure and ca_file exclude each other; with the CA at hand nothing needs to be insecure"
-            )
+            raise InputError("insecure and ca_file exclude each other; give only ca_file, which verifies the server")
         if self.insecure and self.protocol == "grpc":
             raise InputError("insecure is not possible with grpcs://, gRPC checks every certificate; give ca_file")
         if (self.certificate_file is None) != (self.key_file is None):
@@ -121,39 +123,39 @@ class Connection:
         return api.secure_channel(self.address, credentials, options=GRPC_OPTIONS)
 
     def _pem_files(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        ca = _pem(self.ca_file, "ca_file")
+        ca = _read_pem(self.ca_file, "ca_file")
         if ca is not None:
             try:
                 ssl.create_default_context(cadata=ca.decode("ascii", "ignore"))
             except ssl.SSLError:
                 raise InputError(f"{self.ca_file}: holds no usable certificate; expected the CA's as PEM") from None
-        return ca, _pem(self.certificate_file, "certificate_file"), _pem(self.key_file, "key_file")
+        return ca, _read_pem(self.certificate_file, "certificate_file"), _read_pem(self.key_file, "key_file")
 
 
 def parse_url(url: str) -> tuple[str, bool, str]:
     """Parse a server URL into protocol (http or grpc), TLS flag and host:port. Raises InputError."""
-    found = Connection(url)
-    return found.protocol, found.secure, found.address
+    connection = Connection(url)
+    return connection.protocol, connection.secure, connection.address
 
 
-def _parse(url: str) -> dict[str, Any]:
-    refused = InputError(f"url is {url!r}; expected http://host:port or grpc://host:port")
+def _parse_url(url: str) -> dict[str, Any]:
+    invalid = InputError(f"url is {url!r}; expected http://host:port or grpc://host:port")
     try:
         parts = urlsplit(url)
         port = parts.port
         # ASCII (IDNA) is the form that every HTTP and gRPC library accepts.
         host = (parts.hostname or "").encode("idna").decode("ascii")
     except ValueError:
-        raise refused from None
+        raise invalid from None
     if parts.username or parts.password:
         raise InputError("url holds a user name or password; give them as a header, where no log shows them")
     if parts.scheme not in SCHEMES or not HOST.fullmatch(host) or port == 0 or parts.query or parts.fragment:
-        raise refused
+        raise invalid
     protocol, secure = SCHEMES[parts.scheme]
     if protocol == "grpc" and (port is None or parts.path not in ("", "/")):
-        raise refused
+        raise invalid
     if not PATH.fullmatch(parts.path):
-        raise refused
+        raise invalid
     port = port if port is not None else 443 if secure else 80
     return {"protocol": protocol, "secure": secure, "host": host, "port": port, "path": parts.path.rstrip("/")}
 
@@ -161,8 +163,8 @@ def _parse(url: str) -> dict[str, Any]:
 def _header_name(name: str) -> str:
     if not HEADER_NAME.fullmatch(name.lower()):
         raise InputError(f"header name is {name!r}; expected letters, digits, dots and dashes, not grpc-… or …-bin")
-    if name.lower() in OWN_HEADERS:
-        raise InputError(f"header {name} belongs to the connection itself; give another one")
+    if name.lower() in RESERVED_HEADERS:
+        raise InputError(f"header {name} is set by the connection; remove it")
     return name.lower()
 
 
@@ -172,7 +174,7 @@ def _header_value(name: str, value: str) -> str:
     return value
 
 
-def _pem(path: Path | str | None, name: str) -> bytes | None:
+def _read_pem(path: Path | str | None, name: str) -> bytes | None:
     if path is None:
         return None
     try:

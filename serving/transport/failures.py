@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serving.shared.errors import ServingError
-from serving.transport.messages import Garbled
+from serving.transport.messages import InvalidResponse
 
 REASON_LENGTH = 500
 # Statuses of a gateway or server that is starting, stopping or overloaded; the request itself is valid.
@@ -23,7 +23,7 @@ UNREACHABLE = ("UNAVAILABLE", "UNKNOWN", "INTERNAL")
 TLS_HINT = "give the CA that signed its certificate with --ca-file (in Python: ca_file=)"
 
 
-class Refused(ServingError):
+class RequestRejected(ServingError):
     """The server rejected the request; the message is the server's reason. Not retried."""
 
 
@@ -44,19 +44,22 @@ class DeadlineExceeded(ServingError):
 
 def unreachable(url: str) -> Unavailable:
     """Return the error for a server that accepts no connections, or a broken connection."""
-    return Unavailable(_absent(url, ""))
+    return Unavailable(str(not_triton(url)))
 
 
-def not_triton(url: str, why: str = "") -> ServingError:
+def not_triton(url: str, reason: str = "") -> ServingError:
     """Return the error for a response that is not Triton's; not retried."""
-    return ServingError(_absent(url, why))
+    detail = f" ({reason})" if reason else ""
+    return ServingError(
+        f"no Triton server answers at {url}{detail}; start one with `tailor serve` or give another --url"
+    )
 
 
-def readable(url: str, read: Callable[..., Any], *response: Any) -> Any:
-    """Parse a response of status 200 with the call's `read`. Raises ServingError where the response is not Triton's."""
+def decode_response(url: str, decode: Callable[..., Any], *response: Any) -> Any:
+    """Decode a response of status 200 with the call's `decode`. Raises ServingError where the response is not Triton's."""
     try:
-        return read(*response)
-    except Garbled as error:
+        return decode(*response)
+    except InvalidResponse as error:
         raise not_triton(url, str(error)) from error
 
 
@@ -65,12 +68,12 @@ def deadline_exceeded(url: str, budget: float) -> DeadlineExceeded:
     return DeadlineExceeded(f"{url} did not answer within {budget:g} s; try again or allow a longer timeout")
 
 
-def tls_error(url: str, why: object) -> ServingError:
+def tls_error(url: str, reason: object) -> ServingError:
     """Return the error for failed TLS: untrusted certificate, wrong host name, or a server without TLS."""
-    return ServingError(f"{url}: no encrypted connection: {_one_line(str(why))}; {TLS_HINT}")
+    return ServingError(f"{url}: no encrypted connection: {_one_line(str(reason))}; {TLS_HINT}")
 
 
-def check_http(url: str, status: int, headers: dict[str, str], body: bytes, budget: float) -> None:
+def check_http_status(url: str, status: int, headers: dict[str, str], body: bytes, budget: float) -> None:
     """Raise the error for an HTTP status other than 200. headers: by lower-case name."""
     if status == 200:
         return
@@ -80,17 +83,17 @@ def check_http(url: str, status: int, headers: dict[str, str], body: bytes, budg
     if status in (408, 499, 504):
         raise deadline_exceeded(url, budget)
     if reason is None and status in ADVICE:
-        raise Refused(f"{url} refused: HTTP {status}; {ADVICE[status]}")
+        raise RequestRejected(f"{url} refused: HTTP {status}; {ADVICE[status]}")
     if reason is None and 300 <= status < 400:
-        raise Refused(
+        raise RequestRejected(
             f"{url} refused: HTTP {status}, moved to {headers.get('location', 'elsewhere')}; give that address"
         )
     if reason is None:
         raise not_triton(url, f"HTTP {status}")
-    raise Refused(f"{url} refused: {reason}")
+    raise RequestRejected(f"{url} refused: {reason}")
 
 
-def from_grpc(url: str, error: Any, budget: float) -> ServingError:
+def grpc_error(url: str, error: Any, budget: float) -> ServingError:
     """Return the error for a grpc.RpcError, by its status code and details."""
     code, details = error.code().name, _one_line(error.details() or "")
     if code == "DEADLINE_EXCEEDED":
@@ -103,22 +106,17 @@ def from_grpc(url: str, error: Any, budget: float) -> ServingError:
     if code in ("UNKNOWN", "UNIMPLEMENTED") or (code == "INTERNAL" and "http2" in details.lower()):
         return not_triton(url)
     if code == "UNAUTHENTICATED":
-        return Refused(f"{url} refused: {details or code}; {ADVICE[401]}")
-    return Refused(f"{url} refused: {details or code}")
-
-
-def _absent(url: str, why: str) -> str:
-    reason = f" ({why})" if why else ""
-    return f"no Triton server answers at {url}{reason}; start one with `tailor serve` or give another --url"
+        return RequestRejected(f"{url} refused: {details or code}; {ADVICE[401]}")
+    return RequestRejected(f"{url} refused: {details or code}")
 
 
 def _triton_reason(body: bytes) -> str | None:
     """Return the error message in Triton's JSON body; None for a body of another form."""
     try:
-        found = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    reason = found.get("error") if isinstance(found, dict) else None
+    reason = content.get("error") if isinstance(content, dict) else None
     return _one_line(reason) if isinstance(reason, str) else None
 
 

@@ -6,19 +6,19 @@ A socket timeout restarts with each byte, so a server that sends one byte per se
 from __future__ import annotations
 
 import io
-import time
+from collections.abc import Callable
 from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 
-def timed_connection(secure: bool, current: Any) -> type[HTTPConnection]:
-    """Return urllib3's connection class with deadlines; `current.deadline` is the deadline of the current call."""
+def timed_connection(secure: bool, remaining: Callable[[], float]) -> type[HTTPConnection]:
+    """Return urllib3's connection class with deadlines; `remaining` returns the seconds of the current call, or raises."""
 
     class Timed(HTTPSConnection if secure else HTTPConnection):  # type: ignore[misc]
         def connect(self) -> None:
             super().connect()
-            self.sock = _TimedSocket(self.sock, current)
+            self.sock = _TimedSocket(self.sock, remaining)
 
     return Timed
 
@@ -26,41 +26,34 @@ def timed_connection(secure: bool, current: Any) -> type[HTTPConnection]:
 class _TimedSocket:
     """A socket whose blocking operations end at the deadline of the current call."""
 
-    def __init__(self, sock: Any, current: Any) -> None:
+    def __init__(self, sock: Any, remaining: Callable[[], float]) -> None:
         self._sock = sock
-        self._current = current
+        self._remaining = remaining
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
 
     def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(_left(self._current))
+        self._sock.settimeout(self._remaining())
         self._sock.sendall(data)  # the timeout of sendall covers the whole call
 
     def makefile(self, mode: str, *_arguments: Any, **_options: Any) -> io.BufferedReader:
-        return io.BufferedReader(_TimedReader(self._sock, self._sock.makefile(mode, buffering=0), self._current))
+        return io.BufferedReader(_TimedReader(self._sock, self._sock.makefile(mode, buffering=0), self._remaining))
 
 
 class _TimedReader(io.RawIOBase):
     """Raw reader of a socket that applies the deadline to each read."""
 
-    def __init__(self, sock: Any, raw: io.RawIOBase, current: Any) -> None:
-        self._sock, self._raw, self._current = sock, raw, current
+    def __init__(self, sock: Any, raw: io.RawIOBase, remaining: Callable[[], float]) -> None:
+        self._sock, self._raw, self._remaining = sock, raw, remaining
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_left(self._current))
+        self._sock.settimeout(self._remaining())
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
         self._raw.close()
         super().close()
-
-
-def _left(current: Any) -> float:
-    left = current.deadline.ends - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("the deadline has passed")
-    return left

@@ -21,7 +21,7 @@ HEADER_LENGTH = "inference-header-content-length"
 SERVICE = "/inference.GRPCInferenceService/"
 
 
-class Garbled(Exception):
+class InvalidResponse(Exception):
     """A response of status 200 that cannot be decoded as Triton's."""
 
 
@@ -46,25 +46,31 @@ class Answer:
 class _Metadata:
     """A request whose response is decoded to a dict: JSON over HTTP, a protobuf message over gRPC."""
 
-    path = ""
+    rpc, path = "", ""
+    fields: Mapping[str, str] = {}
 
     @property
     def http(self) -> HttpRequest:
         return HttpRequest("GET", self.path)
 
+    @property
+    def message(self) -> bytes:
+        encoded: bytes = getattr(_messages(), f"{self.rpc}Request")(**self.fields).SerializeToString()
+        return encoded
+
     def read_http(self, _headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
         try:
-            found = json.loads(body)
+            content = json.loads(body)
         except (ValueError, RecursionError):
-            raise Garbled from None
-        if not isinstance(found, dict):
-            raise Garbled
-        return found
+            raise InvalidResponse from None
+        if not isinstance(content, dict):
+            raise InvalidResponse
+        return content
 
     def read_message(self, data: bytes) -> dict[str, Any]:
         from google.protobuf.json_format import MessageToDict
 
-        return MessageToDict(_parsed(self.rpc, data), preserving_proto_field_name=True)
+        return MessageToDict(_parse_message(self.rpc, data), preserving_proto_field_name=True)
 
 
 class ServerMetadata(_Metadata):
@@ -72,42 +78,23 @@ class ServerMetadata(_Metadata):
 
     rpc, path = "ServerMetadata", "/v2"
 
-    @property
-    def message(self) -> bytes:
-        return _messages().ServerMetadataRequest().SerializeToString()
 
-
-@dataclass(frozen=True)
 class ModelMetadata(_Metadata):
     """Request for a model's versions, inputs and outputs; shapes have -1 for the batch dimension."""
 
-    model: str
-    version: str = ""
     rpc = "ModelMetadata"
 
-    @property
-    def path(self) -> str:  # type: ignore[override]
-        return _model_path(self.model, self.version)
-
-    @property
-    def message(self) -> bytes:
-        return _messages().ModelMetadataRequest(name=self.model, version=self.version).SerializeToString()
+    def __init__(self, model: str) -> None:
+        self.path, self.fields = _model_path(model), {"name": model}
 
 
-@dataclass(frozen=True)
 class ModelConfig(_Metadata):
     """Request for a model's configuration (config.pbtxt) as a dict."""
 
-    model: str
     rpc = "ModelConfig"
 
-    @property
-    def path(self) -> str:  # type: ignore[override]
-        return f"{_model_path(self.model, '')}/config"
-
-    @property
-    def message(self) -> bytes:
-        return _messages().ModelConfigRequest(name=self.model).SerializeToString()
+    def __init__(self, model: str) -> None:
+        self.path, self.fields = f"{_model_path(model)}/config", {"name": model}
 
     def read_message(self, data: bytes) -> dict[str, Any]:
         return super().read_message(data).get("config", {})
@@ -137,8 +124,8 @@ class Infer:
         for name, array in self.inputs.items():
             tensor = api.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
             tensors.append(tensor.set_data_from_numpy(array))
-        wanted = [api.InferRequestedOutput(name, class_count=count) for name, count in self.outputs.items()]
-        body, json_length = api.InferenceServerClient.generate_request_body(tensors, outputs=wanted)
+        outputs = [api.InferRequestedOutput(name, class_count=count) for name, count in self.outputs.items()]
+        body, json_length = api.InferenceServerClient.generate_request_body(tensors, outputs=outputs)
         headers = {"content-type": "application/octet-stream"}
         if json_length is not None:
             headers[HEADER_LENGTH] = str(json_length)
@@ -165,50 +152,50 @@ class Infer:
             length = headers.get(HEADER_LENGTH)
             result = api.InferenceServerClient.parse_response_body(body, header_length=length and int(length))
             return self._answer(result, result.get_response()["model_version"])
-        except Garbled:
+        except InvalidResponse:
             raise
         except Exception as error:
             # tritonclient parses without validation: invalid bytes can raise any exception.
-            raise Garbled from error
+            raise InvalidResponse from error
 
     def read_message(self, data: bytes) -> Answer:
         import tritonclient.grpc as api
 
-        message = _parsed(self.rpc, data)
+        message = _parse_message(self.rpc, data)
         try:
             return self._answer(api.InferResult(message), message.model_version)
-        except Garbled:
+        except InvalidResponse:
             raise
         except Exception as error:
-            raise Garbled from error
+            raise InvalidResponse from error
 
     def _answer(self, result: Any, version: str) -> Answer:
         outputs = {name: result.as_numpy(name) for name in self.outputs}
         rows = len(next(iter(self.inputs.values())))
         for name, array in outputs.items():
             if array is None or array.ndim < 2 or len(array) != rows:
-                raise Garbled(f"{self.model} gave no output {name} of {counted(rows, 'row')}")
+                raise InvalidResponse(f"{self.model} returned no output {name} with {counted(rows, 'row')}")
         return Answer(outputs, int(version))
 
 
 # A request to Triton. `rpc`: method of Triton's gRPC service. `http`, `message`: the encoded request.
-# read_http(headers, body) and read_message(data) decode the response, or raise Garbled.
+# read_http(headers, body) and read_message(data) decode the response, or raise InvalidResponse.
 Call = ServerMetadata | ModelMetadata | ModelConfig | Infer
 
 
-def _model_path(model: str, version: str) -> str:
+def _model_path(model: str, version: str = "") -> str:
     path = f"/v2/models/{quote(model, safe='')}"
     return f"{path}/versions/{quote(version, safe='')}" if version else path
 
 
-def _parsed(rpc: str, data: bytes) -> Any:
-    """Parse the response message of an RPC method. Raises Garbled."""
+def _parse_message(rpc: str, data: bytes) -> Any:
+    """Parse the response message of an RPC method. Raises InvalidResponse."""
     from google.protobuf.message import DecodeError
 
     try:
         return getattr(_messages(), f"{rpc}Response").FromString(data)
     except DecodeError:
-        raise Garbled from None
+        raise InvalidResponse from None
 
 
 def _messages() -> Any:

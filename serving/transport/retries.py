@@ -26,12 +26,12 @@ class Deadline:
         """Return whether no time remains."""
         return time.monotonic() >= self.ends
 
-    def left(self, url: str) -> float:
+    def remaining(self, url: str) -> float:
         """Return the remaining seconds, above 0. Raises DeadlineExceeded naming the server when none remain."""
-        left = self.ends - time.monotonic()
-        if left <= 0:
+        remaining = self.ends - time.monotonic()
+        if remaining <= 0:
             raise deadline_exceeded(url, self.budget)
-        return left
+        return remaining
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,26 @@ class Retries:
     def policy(self, deadline: Deadline) -> dict[str, Any]:
         """Return the policy as arguments of tenacity.Retrying and tenacity.AsyncRetrying."""
         # tenacity's clock starts now, later than that of the deadline.
-        left = deadline.ends - time.monotonic()
+        remaining = max(deadline.ends - time.monotonic(), 0.0)
         return {
             "retry": tenacity.retry_if_exception_type(Unavailable),
-            "stop": tenacity.stop_after_attempt(self.attempts) | tenacity.stop_before_delay(max(left, 0.0)),
+            "stop": tenacity.stop_after_attempt(self.attempts) | tenacity.stop_before_delay(remaining),
             "wait": self._wait,
-            "retry_error_callback": _give_up,
+            "retry_error_callback": _raise_last_error,
         }
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        asked = error.pause if isinstance(error, Unavailable) else None
+        retry_after = error.pause if isinstance(error, Unavailable) else None
         bound = min(self.longest_wait, self.first_wait * 2 ** (state.attempt_number - 1))
-        wait = random.uniform(0, bound)
-        return wait if asked is None else asked + wait
+        return random.uniform(0, bound) + (retry_after or 0.0)
 
 
-def _give_up(state: tenacity.RetryCallState) -> NoReturn:
+def _raise_last_error(state: tenacity.RetryCallState) -> NoReturn:
     """Raise the last error, with the number of attempts."""
     error = state.outcome.exception() if state.outcome else None
-    if not isinstance(error, Unavailable):  # pragma: no cover - tenacity calls this only after a failure
-        raise RuntimeError("nothing that is tried again failed")
+    assert isinstance(error, Unavailable)  # the only error that is retried
     if state.attempt_number == 1:
         raise error
-    tried = f"tried {state.attempt_number} times in {state.seconds_since_start or 0:.1f} s"
-    raise Unavailable(f"{error}; {tried}", error.pause) from error.__cause__
+    attempts = f"tried {state.attempt_number} times in {state.seconds_since_start or 0:.1f} s"
+    raise Unavailable(f"{error}; {attempts}", error.pause) from error.__cause__

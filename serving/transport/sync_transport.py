@@ -11,13 +11,13 @@ import numpy as np
 import tenacity
 
 from serving.shared.errors import InputError
-from serving.transport.connection import ANSWER_BYTES, CONNECT_TIMEOUT, Connection, parse_url
+from serving.transport.connection import CONNECT_TIMEOUT, RESPONSE_BYTES, Connection, parse_url
 from serving.transport.failures import (
-    Refused,
-    check_http,
+    RequestRejected,
+    check_http_status,
     deadline_exceeded,
-    from_grpc,
-    readable,
+    decode_response,
+    grpc_error,
     tls_error,
     unreachable,
 )
@@ -25,16 +25,15 @@ from serving.transport.http_deadline import timed_connection
 from serving.transport.messages import SERVICE, Call, Infer
 from serving.transport.retries import Deadline, Retries
 
-__all__ = ["Refused", "Transport", "parse_url"]
-CONNECTIONS_KEPT = 256  # idle HTTP connections in the pool; further connections are closed after use
+__all__ = ["RequestRejected", "Transport", "parse_url"]
+POOL_SIZE = 256  # idle HTTP connections in the pool; further connections are closed after use
 
 
 class Transport:
     """Connections to one Triton server, opened at the first call and kept. Thread-safe; not usable after a fork.
 
     connection: a URL, or a Connection with TLS and headers. timeout: seconds for a call with all its retries, unless
-    the call has its own deadline. The methods raise ServingError: Refused when the server rejects the request,
-    Unavailable when no server responds after the retries, DeadlineExceeded after the timeout.
+    the call has its own deadline. The methods raise RequestRejected, Unavailable or DeadlineExceeded.
     """
 
     def __init__(self, connection: Connection | str, timeout: float, retries: Retries | None = None) -> None:
@@ -42,21 +41,20 @@ class Transport:
         self.url = self.connection.url
         self.timeout = Deadline(timeout).budget
         self.retries = retries or Retries()
-        wire = HttpWire if self.connection.protocol == "http" else GrpcWire
         self._closed = False
-        self._wire: HttpWire | GrpcWire = wire(self.connection)
+        self._wire = (HttpWire if self.connection.protocol == "http" else GrpcWire)(self.connection)
 
-    def ask(self, call: Call, deadline: Deadline | None = None) -> Any:
+    def send(self, call: Call, deadline: Deadline | None = None) -> Any:
         """Send a call and return its response; safe retries until the deadline. Raises InputError after `close`."""
         check_open(self.url, self._closed)
         deadline = deadline or Deadline(self.timeout)
-        return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send, call, deadline)
+        return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send_once, call, deadline)
 
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, int], version: str = ""
     ) -> tuple[dict[str, np.ndarray], int]:
         """Run one inference (see messages.Infer); return the outputs by name and the model version."""
-        answer = self.ask(Infer(model, inputs, outputs, version))
+        answer = self.send(Infer(model, inputs, outputs, version))
         return answer.outputs, answer.version
 
     def close(self) -> None:
@@ -72,7 +70,7 @@ def check_open(url: str, closed: bool) -> None:
 
 
 class HttpWire:
-    """HTTP/1.1 with keep-alive connections (urllib3). `send` sends a call once (no retry) and is thread-safe."""
+    """HTTP/1.1 with keep-alive connections (urllib3). `send_once` does not retry; it is thread-safe."""
 
     def __init__(self, connection: Connection) -> None:
         import urllib3
@@ -80,19 +78,17 @@ class HttpWire:
         self._connection = connection
         self._errors, self._timeout = urllib3.exceptions, urllib3.Timeout
         # Deadline of the current call per thread, read by the thread's connection.
-        self._current = threading.local()
-        context = connection.ssl_context()
-        if context is None:
-            self._pool = urllib3.HTTPConnectionPool(connection.host, connection.port, maxsize=CONNECTIONS_KEPT)
-        else:
-            self._pool = urllib3.HTTPSConnectionPool(
-                connection.host, connection.port, maxsize=CONNECTIONS_KEPT, ssl_context=context
-            )
-        self._pool.ConnectionCls = timed_connection(connection.secure, self._current)
+        current = self._current = threading.local()
+        pool: Any = urllib3.HTTPSConnectionPool if connection.secure else urllib3.HTTPConnectionPool
+        tls = {"ssl_context": connection.ssl_context()} if connection.secure else {}
+        self._pool = pool(connection.host, connection.port, maxsize=POOL_SIZE, **tls)
+        self._pool.ConnectionCls = timed_connection(
+            connection.secure, lambda: current.deadline.remaining(connection.url)
+        )
 
-    def send(self, call: Call, deadline: Deadline) -> Any:
+    def send_once(self, call: Call, deadline: Deadline) -> Any:
         url, errors = self._connection.url, self._errors
-        request, left = call.http, deadline.left(self._connection.url)
+        request, remaining = call.http, deadline.remaining(self._connection.url)
         self._current.deadline = deadline
         try:
             response = self._pool.urlopen(
@@ -100,14 +96,14 @@ class HttpWire:
                 self._connection.path + request.path,
                 request.body,
                 {**self._connection.headers, **request.headers},
-                timeout=self._timeout(connect=min(left, CONNECT_TIMEOUT), read=left),
+                timeout=self._timeout(connect=min(remaining, CONNECT_TIMEOUT), read=remaining),
                 retries=False,
                 redirect=False,
                 assert_same_host=False,
                 preload_content=False,
                 decode_content=False,
             )
-            body = self._read(response)
+            body = self._read_body(response)
         except errors.SSLError as error:
             raise tls_error(url, error) from error
         except (errors.HTTPError, OSError) as error:
@@ -115,23 +111,23 @@ class HttpWire:
                 raise deadline_exceeded(url, deadline.budget) from error
             raise unreachable(url) from error
         headers = {name.lower(): value for name, value in response.headers.items()}
-        check_http(url, response.status, headers, body, deadline.budget)
-        return readable(url, call.read_http, headers, body)
+        check_http_status(url, response.status, headers, body, deadline.budget)
+        return decode_response(url, call.read_http, headers, body)
 
     def close(self) -> None:
         self._pool.close()
 
-    def _read(self, response: Any) -> bytes:
-        """Read the whole body and return the connection to the pool; a body above ANSWER_BYTES is truncated."""
-        body = response.read(ANSWER_BYTES + 1)
-        if len(body) > ANSWER_BYTES:
+    def _read_body(self, response: Any) -> bytes:
+        """Read the whole body and return the connection to the pool; a body above RESPONSE_BYTES is truncated."""
+        body = response.read(RESPONSE_BYTES + 1)
+        if len(body) > RESPONSE_BYTES:
             response.close()
         response.release_conn()
         return body
 
 
 class GrpcWire:
-    """gRPC on one channel. `send` sends a call once (no retry) and is thread-safe."""
+    """gRPC on one channel. `send_once` does not retry; it is thread-safe."""
 
     def __init__(self, connection: Connection) -> None:
         import grpc
@@ -141,15 +137,15 @@ class GrpcWire:
         self._channel = connection.grpc_channel()
         self._metadata = tuple(connection.headers.items())
 
-    def send(self, call: Call, deadline: Deadline) -> Any:
+    def send_once(self, call: Call, deadline: Deadline) -> Any:
         url = self._connection.url
         # No deserializer: gRPC returns bytes, and does not log an error for a response that is not Triton's.
         method = self._channel.unary_unary(SERVICE + call.rpc)
         try:
-            data = method(call.message, timeout=deadline.left(url), metadata=self._metadata)
+            data = method(call.message, timeout=deadline.remaining(url), metadata=self._metadata)
         except self._error as error:
-            raise from_grpc(url, error, deadline.budget) from error
-        return readable(url, call.read_message, data)
+            raise grpc_error(url, error, deadline.budget) from error
+        return decode_response(url, call.read_message, data)
 
     def close(self) -> None:
         with suppress(ValueError):  # closed already

@@ -19,22 +19,19 @@ ID_LENGTH = 64  # characters of the request id that are logged; a caller may sen
 
 
 class AccessLog:
-    """The log of one instance; it does nothing if `folder` is empty.
+    """The log of one instance.
 
-    lost: called without arguments for each line that cannot be written. Raises OSError if the file cannot be opened.
+    count_lost: called without arguments for each line that cannot be written. Raises OSError if the file cannot be
+    opened.
     """
 
-    def __init__(self, folder, name, lost):
-        self.handler = None
-        if not folder:
-            return
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True, mode=0o750)
+    def __init__(self, folder, name, count_lost, max_bytes=MAX_BYTES, backups=BACKUPS):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
         # Opened at the load, so that a folder that is not writable fails the load and not each request.
         self.handler = logging.handlers.RotatingFileHandler(
-            path / f"{name}.jsonl", maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8"
+            folder / f"{name}.jsonl", maxBytes=max_bytes, backupCount=backups, encoding="utf-8"
         )
-        self.handler.handleError = lambda _record: lost()
+        self.handler.handleError = lambda _record: count_lost()
 
     def write(self, request_id, started, images, size, prior, outcome):
         """Write one line.
@@ -42,8 +39,6 @@ class AccessLog:
         started: time.monotonic() at the start of the batch. images: number of rows. size: encoded bytes of all images.
         prior: its kind, `mixed`, or None for a rejected request. outcome: `ok`, `student` or the reason of a rejection.
         """
-        if self.handler is None:
-            return
         now = time.time()
         entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z",
@@ -59,11 +54,11 @@ class AccessLog:
 
     def close(self):
         """Close the file."""
-        if self.handler is not None:
-            self.handler.close()
+        self.handler.close()
 
 
-def open_access_log(args, lost):
-    """Open the log of a model instance in the folder TAILOR_ACCESS_LOG. args: the arguments of `initialize`."""
+def open_access_log(args, count_lost):
+    """Open the log of a model instance; None if TAILOR_ACCESS_LOG is not set. args: the arguments of `initialize`."""
+    folder = os.environ.get(FOLDER_VARIABLE)
     name = f"{args['model_instance_name']}_version_{args['model_version']}"
-    return AccessLog(os.environ.get(FOLDER_VARIABLE), name, lost)
+    return AccessLog(Path(folder), name, count_lost) if folder else None

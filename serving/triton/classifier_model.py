@@ -1,8 +1,8 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
 
 Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py and
-preprocess.py (copies of the modules of training), asked.py, integrity.py, metrics.py, live_prior.py, start.py and the
-logs. The network runs in `student` of the same version, or in this process if the config's parameter `network` is
+preprocess.py (copies of the modules of training), request_parser.py, integrity.py, metrics.py, live_prior.py, start.py
+and the logs. The network runs in `student` of the same version, or in this process if the config's parameter `network` is
 `own`: running a small network takes less time than a request to `student`.
 """
 
@@ -37,57 +37,57 @@ class TritonPythonModel:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         graph = folder.parents[1] / "student" / args["model_version"] / "model.onnx"
         sibling("integrity").check_graph(graph, manifest)
-        asked, live_prior, preprocess = sibling("asked"), sibling("live_prior"), sibling("preprocess")
-        self.prior, self.refused = sibling("prior"), asked.Refused
+        request_parser, live_prior = sibling("request_parser"), sibling("live_prior")
+        preprocess, self.prior, self.bad_request = sibling("preprocess"), sibling("prior"), request_parser.BadRequest
         self.version, self.top_k = int(args["model_version"]), manifest["top_k"]
         self.names = np.array([name.encode() for name in manifest["classes"]], dtype=np.object_)
         live = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
-        self.reader = asked.Reader(manifest, self.prior, preprocess, live, live_prior.NoLivePrior)
+        self.parser = request_parser.RequestParser(manifest, self.prior, preprocess, live, live_prior.NoLivePrior)
         config = json.loads(args["model_config"])
         self.max_batch_size = config["max_batch_size"]
         self.network = self.own_network(graph, config)
         groups = [self.prior.shot_group(count) for count in manifest["counts"]]
         ranks = np.argsort(np.argsort(-np.asarray(manifest["counts"]), kind="stable"), kind="stable")
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
-        lost = partial(self.metrics.count, "tailor_access_log_lost_total")
-        self.access_log = sibling("access_log").open_access_log(args, lost)
-        self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.reader.read_images, self.metrics)
+        count_lost = partial(self.metrics.count, "tailor_access_log_lost_total")
+        self.access_log = sibling("access_log").open_access_log(args, count_lost)
+        self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.parser.read_images, self.metrics)
         start = sibling("start")
-        start.decode_each_format(preprocess, self.reader.size, self.reader.resize_to)
-        start.take_up()
+        start.decode_each_format(preprocess, self.parser.size, self.parser.resize_to)
+        start.apply_priority()
 
     def own_network(self, graph, config):
         """The graph of `student` of this version, loaded in this process; None if requests go to `student`."""
         if config["parameters"].get("network", {}).get("string_value") != "own":
             return None
         network = sibling("network").Network(graph, config)
-        network.warm_up((3, self.reader.size, self.reader.size))
+        network.warm_up((3, self.parser.size, self.parser.size))
         return network
 
     def execute(self, requests):
         """Process a batch of requests with one call of the network; a request with an invalid row fails alone."""
         started = time.monotonic()
         responses, outcomes = [None] * len(requests), ["ok"] * len(requests)
-        asked = {}
-        for place, request in enumerate(requests):
+        parsed = {}
+        for index, request in enumerate(requests):
             try:
-                asked[place] = self.reader.read(request)
-            except self.refused as refused:
-                responses[place] = failure(str(refused), pb_utils.TritonError.INVALID_ARG)
-                outcomes[place] = refused.reason
-                self.metrics.count("tailor_refused_total", reason=refused.reason)
-        if asked:
+                parsed[index] = self.parser.parse(request)
+            except self.bad_request as error:
+                responses[index] = error_response(str(error), pb_utils.TritonError.INVALID_ARG)
+                outcomes[index] = error.reason
+                self.metrics.count("tailor_refused_total", reason=error.reason)
+        if parsed:
             try:
-                answers = self.answers(asked)
-            except StudentFailed as failed:
-                answers = {place: failure(str(failed), pb_utils.TritonError.INTERNAL) for place in asked}
-                self.metrics.count("tailor_failed_total", len(asked))
-                outcomes = ["student" if place in asked else outcome for place, outcome in enumerate(outcomes)]
-            for place, answer in answers.items():
-                responses[place] = answer
-        if self.access_log.handler:
-            for place, request in enumerate(requests):
-                self.log(request, started, asked.get(place), outcomes[place])
+                results = self.classify(list(parsed.values()))
+            except StudentFailed as error:
+                results = [error_response(str(error), pb_utils.TritonError.INTERNAL) for _ in parsed]
+                self.metrics.count("tailor_failed_total", len(parsed))
+                outcomes = ["student" if index in parsed else outcome for index, outcome in enumerate(outcomes)]
+            for index, response in zip(parsed, results, strict=True):
+                responses[index] = response
+        if self.access_log:
+            for index, request in enumerate(requests):
+                self.log(request, started, parsed.get(index), outcomes[index])
         return responses
 
     def finalize(self):
@@ -95,32 +95,30 @@ class TritonPythonModel:
         if self.logit_log:
             self.logit_log.close()
         self.metrics.close()
-        self.access_log.close()
+        if self.access_log:
+            self.access_log.close()
 
-    def answers(self, asked):
-        """The responses to the parsed requests, by their index in the batch; counts them. Raises StudentFailed."""
-        images = np.concatenate([one.images for one in asked.values()])
+    def classify(self, parsed):
+        """The responses to parsed requests, in order; counts their images. Raises StudentFailed."""
+        images = np.concatenate([request.images for request in parsed])
         logits = self.balanced_logits(images)
         if self.logit_log:
             self.logit_log.offer(images, logits)
-        best, probability = self.best(logits, list(asked.values()))
-        answers, start = {}, 0
-        index, confidence, names = best.astype(np.int32), probability.astype(np.float32), self.names[best]
-        for place, one in asked.items():
-            rows = slice(start, start + len(one.images))
-            start = rows.stop
-            answers[place] = pb_utils.InferenceResponse(
-                [
-                    pb_utils.Tensor("class", names[rows]),
-                    pb_utils.Tensor("index", index[rows]),
-                    pb_utils.Tensor("probability", confidence[rows]),
-                ]
-            )
-        priors = Counter()
-        for one in asked.values():
-            priors.update(one.priors)
-        self.metrics.answered(priors, best[:, 0], probability[:, 0])
-        return answers
+        best, probability = self.best_classes(logits, parsed)
+        outputs = {
+            "class": self.names[best],
+            "index": best.astype(np.int32),
+            "probability": probability.astype(np.float32),
+        }
+        responses, priors, start = [], Counter(), 0
+        for request in parsed:
+            end = start + len(request.images)
+            tensors = [pb_utils.Tensor(name, values[start:end]) for name, values in outputs.items()]
+            responses.append(pb_utils.InferenceResponse(tensors))
+            priors.update(request.priors)
+            start = end
+        self.metrics.count_images(priors, best[:, 0], probability[:, 0])
+        return responses
 
     def balanced_logits(self, images):
         """The network's logits at strength 0, float64 [n,C], computed in batches of at most max_batch_size.
@@ -128,11 +126,13 @@ class TritonPythonModel:
         The logit adjustment is added in this process in float64, not by the graph in float32, so that every finite
         strength gives finite logits, and strengths and target priors use the same code. Raises StudentFailed.
         """
-        ask = self.network_logits if self.network else self.student_logits
+        run = self.network_logits if self.network else self.student_logits
         starts = range(0, len(images), self.max_batch_size)
-        logits = np.concatenate([ask(images[start : start + self.max_batch_size]) for start in starts])
+        logits = np.concatenate([run(images[start : start + self.max_batch_size]) for start in starts])
         if not np.isfinite(logits).all():
-            raise StudentFailed(f"student {self.version} answered logits that are not finite; export a sound student")
+            raise StudentFailed(
+                f"student {self.version} returned logits that are not finite; export a student with finite logits"
+            )
         return logits.astype(np.float64)
 
     def network_logits(self, images):
@@ -160,27 +160,27 @@ class TritonPythonModel:
             raise StudentFailed(f"student {self.version} failed: {response.error().message()}")
         return pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()
 
-    def best(self, logits, asked):
+    def best_classes(self, logits, parsed):
         """Index and probability, [n,K] each, of the best K = top_k classes of each row under its requested prior."""
-        log_prior = self.reader.log_prior
-        if any(one.log_prior is not log_prior for one in asked):
-            log_prior = np.concatenate(
-                [np.broadcast_to(one.log_prior, (len(one.images), logits.shape[1])) for one in asked]
-            )
-        adjusted = self.prior.adjust_logits(logits, log_prior, np.concatenate([one.strength for one in asked]))
+        log_prior = self.parser.log_prior
+        if any(request.log_prior is not log_prior for request in parsed):
+            shape = logits.shape[1]
+            log_prior = np.concatenate([np.broadcast_to(r.log_prior, (len(r.images), shape)) for r in parsed])
+        strength = np.concatenate([request.strength for request in parsed])
+        adjusted = self.prior.adjust_logits(logits, log_prior, strength)
         best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
         return best, np.take_along_axis(self.prior.softmax(adjusted), best, axis=-1)
 
-    def log(self, request, started, asked, outcome):
-        """Write a line of the access log; asked is None for a rejected request, whose line has no prior."""
+    def log(self, request, started, parsed, outcome):
+        """Write a line of the access log; parsed is None for a rejected request, whose line has no prior."""
         image = pb_utils.get_input_tensor_by_name(request, "image")
         encoded = [] if image is None else image.as_numpy().reshape(-1)
-        prior = None if asked is None else asked.priors.most_common(1)[0][0] if len(asked.priors) == 1 else "mixed"
+        prior = None if parsed is None else next(iter(parsed.priors)) if len(parsed.priors) == 1 else "mixed"
         size = sum(len(data) for data in encoded)
         self.access_log.write(request.request_id(), started, len(encoded), size, prior, outcome)
 
 
-def failure(message, code):
+def error_response(message, code):
     """An error response to one request."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 

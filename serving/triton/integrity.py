@@ -19,12 +19,12 @@ def check_graph(path, manifest):
     digest = hashlib.sha256()
     try:
         with path.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
     except OSError as error:
         raise pb_utils.TritonModelException(f"{name}: {error.strerror}; write the version again") from None
-    found, expected = digest.hexdigest(), manifest["files"]["student.onnx"]
-    if found != expected:
+    actual, expected = digest.hexdigest(), manifest["files"]["student.onnx"]
+    if actual != expected:
         raise pb_utils.TritonModelException(
-            f"{name}: sha256 is {found[:12]}..., manifest.json says {expected[:12]}...; write the version again"
+            f"{name}: sha256 is {actual[:12]}..., manifest.json has {expected[:12]}...; write the version again"
         )

@@ -27,23 +27,23 @@ class LivePrior:
 
     def __init__(self, root, classes, arithmetic):
         self.path, self.classes, self.arithmetic = Path(root) / NAME, classes, arithmetic
-        self.seen, self.known = None, None
+        self.file_state, self.log_prior = None, None
 
     def log(self):
         """Log of the live prior, float64 [C]. Raises NoLivePrior."""
         try:
-            state = self.path.stat()
-            seen = (state.st_ino, state.st_mtime_ns, state.st_size)
-            if seen != self.seen:
-                if state.st_size > MAX_BYTES:
+            stat = self.path.stat()
+            state = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if state != self.file_state:
+                if stat.st_size > MAX_BYTES:
                     raise NoLivePrior(f"{NAME} is larger than {MAX_BYTES} bytes; {HINT}")
-                self.known = self.arithmetic.log_target_prior(self._read())
-                self.seen = seen
+                self.log_prior = self.arithmetic.log_target_prior(self._read())
+                self.file_state = state
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
             reason = "this repository has none" if missing else f"{NAME}: {error.strerror}"
             raise NoLivePrior(f"{reason}; {HINT}") from None
-        return self.known
+        return self.log_prior
 
     def _read(self):
         try:

@@ -28,7 +28,7 @@ SMALLEST_LIMIT = 1 << 20
 # A file is rewritten with new rows until it has FILE_BYTES (1/FILES of the limit if that is less) or this age.
 FILE_BYTES, FILE_SECONDS, FILES = 4 << 20, 3600.0, 16
 WRITE_EVERY = 10.0  # seconds; a killed server loses the rows of this time
-WAITING_BYTES = 16 << 20  # limit of the queue; further rows are dropped and counted
+QUEUE_BYTES = 16 << 20  # limit of the queue; further rows are dropped and counted
 NAME = re.compile(r"logits-(\d{8,})-[0-9a-f]{8}\.parquet")
 FORMAT = "1"
 LOGGED, LOST = "tailor_logit_log_total", "tailor_logit_log_lost_total"  # counters
@@ -43,7 +43,7 @@ def open_logit_log(args, manifest, read_images, metrics):
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return None
-    share, limit = setting(SHARE_VARIABLE, "0.01", float), setting(LIMIT_VARIABLE, str(1 << 30), int)
+    share, limit = read_setting(SHARE_VARIABLE, "0.01", float), read_setting(LIMIT_VARIABLE, str(1 << 30), int)
     if not 0 < share <= 1:
         raise ValueError(f"{SHARE_VARIABLE} is {share:g}; expected a share above 0, at most 1")
     if limit < SMALLEST_LIMIT:
@@ -70,7 +70,9 @@ class LogitLog:
     Requests of health checks are not user traffic, so golden images and images of one colour are not logged.
     """
 
-    def __init__(self, folder, share, limit, classes, metadata, probes, metrics):
+    def __init__(
+        self, folder, share, limit, classes, metadata, probes, metrics, write_every=WRITE_EVERY, queue_bytes=QUEUE_BYTES
+    ):
         import pyarrow.parquet
 
         self.arrow, self.parquet = pyarrow, pyarrow.parquet
@@ -78,9 +80,10 @@ class LogitLog:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "is not writable")
         self.folder, self.share, self.limit, self.metadata, self.metrics = folder, share, limit, metadata, metrics
+        self.write_every = write_every
         self.probes, self.random = {image.tobytes() for image in probes}, np.random.default_rng()
         row_bytes = 4 * classes + 8
-        self.queue = queue.Queue(max(1, WAITING_BYTES // row_bytes))
+        self.queue = queue.Queue(max(1, queue_bytes // row_bytes))
         rows = max(1, min(FILE_BYTES, limit // FILES) // row_bytes)
         self.times, self.logits = np.zeros(rows, "datetime64[ms]"), np.zeros((rows, classes), np.float32)
         self._begin_file()
@@ -108,44 +111,44 @@ class LogitLog:
         self.wake.set()
         self.thread.join(5)
         if self.thread.is_alive():
-            self.metrics.count(LOST, self.held - self.saved + self.queue.qsize(), reason="disk")
+            self.metrics.count(LOST, self.row_count - self.saved_rows + self.queue.qsize(), reason="disk")
 
     def write(self):
         """Write all queued rows to disk."""
         for _ in range(self.queue.qsize()):
-            self.times[self.held], self.logits[self.held] = self.queue.get_nowait()
-            self.held += 1
-            if self.held == len(self.times):
+            self.times[self.row_count], self.logits[self.row_count] = self.queue.get_nowait()
+            self.row_count += 1
+            if self.row_count == len(self.times):
                 self._save(last=True)
-        self._save(last=time.monotonic() - self.begun > FILE_SECONDS)
+        self._save(last=time.monotonic() - self.file_started > FILE_SECONDS)
 
     def _run(self):
         while not self.closed:
-            self.wake.wait(WRITE_EVERY)
+            self.wake.wait(self.write_every)
             self.wake.clear()
             self.write()
         self.write()  # rows that were queued during the last write
 
     def _begin_file(self):
-        """Begin a new file: no name, no rows in memory (held) or on disk (saved), its start time."""
-        self.name, self.held, self.saved, self.begun = None, 0, 0, time.monotonic()
+        """Begin a new file: no name, no rows in memory or on disk, its start time."""
+        self.name, self.row_count, self.saved_rows, self.file_started = None, 0, 0, time.monotonic()
 
     def _save(self, last):
         """Rewrite the file if it has new rows. last: then begin a new file; rows not written (full disk) are lost."""
-        new = self.held - self.saved
+        new_rows = self.row_count - self.saved_rows
         try:
-            if new:
+            if new_rows:
                 self._write_file()
-                self.metrics.count(LOGGED, new)
-                self.saved = self.held
+                self.metrics.count(LOGGED, new_rows)
+                self.saved_rows = self.row_count
         except OSError:
             if last:
-                self.metrics.count(LOST, new, reason="disk")
+                self.metrics.count(LOST, new_rows, reason="disk")
         if last:
             self._begin_file()
 
     def _write_file(self):
-        times, logits, arrow = self.times[: self.held], self.logits[: self.held], self.arrow
+        times, logits, arrow = self.times[: self.row_count], self.logits[: self.row_count], self.arrow
 
         def column(kind, array):  # not pyarrow.array, which imports pandas: 0.5 s of CPU time and 43 MB
             return arrow.Array.from_buffers(kind, array.size, [None, arrow.py_buffer(array)])
@@ -156,7 +159,7 @@ class LogitLog:
         }
         stream, table = arrow.BufferOutputStream(), arrow.table(columns).replace_schema_metadata(self.metadata)
         self.parquet.write_table(table, stream, compression="zstd", use_dictionary=False, write_statistics=["time"])
-        with locked(self.folder):
+        with folder_lock(self.folder):
             for leftover in self.folder.glob(".logits-*.partial"):  # of killed processes, because this one has the lock
                 leftover.unlink()
             files = log_files(self.folder)
@@ -165,8 +168,8 @@ class LogitLog:
             number = int(NAME.fullmatch(files[-1].name)[1]) + 1 if files else 1
             name = self.name or f"logits-{number:08d}-{secrets.token_hex(4)}.parquet"
             content = stream.getvalue()
-            make_room(files, name, len(content), self.limit)
-            write_whole(self.folder / name, content)
+            delete_oldest(files, name, len(content), self.limit)
+            write_atomically(self.folder / name, content)
         self.name = name
 
 
@@ -176,7 +179,7 @@ def log_files(folder):
     return sorted(files, key=lambda path: (int(NAME.fullmatch(path.name)[1]), path.name))
 
 
-def make_room(files, name, size, limit):
+def delete_oldest(files, name, size, limit):
     """Delete the oldest files, never `name`, until `size` more bytes fit under the limit. Needs the folder's lock."""
     excess = size + sum(path.stat().st_size for path in files) - limit
     for path in files:
@@ -186,7 +189,7 @@ def make_room(files, name, size, limit):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def folder_lock(folder):
     """Hold the folder's lock (flock): only one process at a time counts its bytes and writes."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -196,7 +199,7 @@ def locked(folder):
         os.close(descriptor)
 
 
-def write_whole(path, content):
+def write_atomically(path, content):
     """Write a file atomically: write a temporary file beside `path`, sync it, rename it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -215,7 +218,7 @@ def classes_sha256(names):
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-def setting(variable, default, kind):
+def read_setting(variable, default, kind):
     """Read a number of type `kind` from an environment variable. Raises ValueError naming the variable."""
     text = os.environ.get(variable) or default
     try:

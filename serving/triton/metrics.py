@@ -49,39 +49,37 @@ class Metrics:
             name: pb_utils.MetricFamily(name=name, description=text, kind=pb_utils.MetricFamily.COUNTER)
             for name, text in FAMILIES.items()
         }
-        self.metrics = {}
-        self.counts = Counter()
+        self.metrics, self.counts = {}, Counter()
+        self.lock, self.flushing = threading.RLock(), threading.Lock()
         # Create the counters with 0: Prometheus computes a rate for the first event only if the counter existed before.
         for prior in ("balanced", "train", "live", "number", "own"):
-            self._add("tailor_images_total", 0, prior=prior)
+            self.count("tailor_images_total", 0, prior=prior)
         for name in ("tailor_failed_total", "tailor_access_log_lost_total"):
-            self._add(name, 0)
+            self.count(name, 0)
         for reason in ("queue", "disk"):
-            self._add("tailor_logit_log_lost_total", 0, reason=reason)
-        self.lock = threading.Lock()
-        self.flushing = threading.Lock()
+            self.count("tailor_logit_log_lost_total", 0, reason=reason)
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._flush_often, name="metrics", daemon=True)
         self.thread.start()
 
-    def answered(self, priors, best, confidence):
-        """Count answered images. priors: number by kind of prior. best: class indexes [n]. confidence: [n] in 0..1."""
+    def count_images(self, priors, best, confidence):
+        """Count classified images. priors: number by kind of prior. best: class indexes [n]. confidence: [n] in 0..1."""
         edges = np.searchsorted(CONFIDENCE_EDGES, confidence, side="left")
         with self.lock:
             for prior, count in priors.items():
-                self._add("tailor_images_total", count, prior=prior)
+                self.count("tailor_images_total", count, prior=prior)
             for index in best:
-                self._add("tailor_top_class_total", 1, **self.class_labels[index])
-            for place, edge in enumerate(CONFIDENCE_EDGES):
-                self._add("tailor_confidence_bucket", int((edges <= place).sum()), le=f"{edge:.1f}")
-            self._add("tailor_confidence_bucket", len(confidence), le="+Inf")
-            self._add("tailor_confidence_sum", float(confidence.sum()))
-            self._add("tailor_confidence_count", len(confidence))
+                self.count("tailor_top_class_total", 1, **self.class_labels[index])
+            for index, edge in enumerate(CONFIDENCE_EDGES):
+                self.count("tailor_confidence_bucket", int((edges <= index).sum()), le=f"{edge:.1f}")
+            self.count("tailor_confidence_bucket", len(confidence), le="+Inf")
+            self.count("tailor_confidence_sum", float(confidence.sum()))
+            self.count("tailor_confidence_count", len(confidence))
 
     def count(self, family, number=1, **labels):
         """Add to a counter of FAMILIES."""
         with self.lock:
-            self._add(family, number, **labels)
+            self.counts[family, tuple(labels.items())] += number
 
     def flush(self):
         """Pass the changes since the last flush to Triton."""
@@ -100,9 +98,6 @@ class Metrics:
         self.thread.join()
         self.flush()
 
-    def _add(self, family, count, **labels):
-        self.counts[family, tuple(labels.items())] += count
-
     def _flush_often(self):
         while not self.closed.wait(FLUSH_EVERY):
             self.flush()
@@ -113,5 +108,5 @@ def class_labels(classes, ranks):
     if len(classes) <= MAX_CLASS_LABELS:
         return list(classes)
     edges = np.linspace(0, len(classes), MAX_CLASS_LABELS + 1).astype(int)
-    runs = np.searchsorted(edges, np.asarray(ranks), side="right")
-    return [f"rank {edges[run - 1] + 1}-{edges[run]}" for run in runs]
+    bins = np.searchsorted(edges, np.asarray(ranks), side="right")
+    return [f"rank {edges[i - 1] + 1}-{edges[i]}" for i in bins]

@@ -43,31 +43,31 @@ class Network:
         # strings.
         cores, instances = len(os.sched_getaffinity(0)), sum(int(group["count"]) for group in config["instance_group"])
         share = threads or max(1, cores // instances)
-        self.shared = session_of(path, provider, share)
-        self.whole = self.shared
+        self.share_session = new_session(path, provider, share)
+        self.full_session = self.share_session
         if not threads and share < cores and provider == "CPUExecutionProvider":
-            self.whole = session_of(path, provider, cores)
-        self.quiet = 0
+            self.full_session = new_session(path, provider, cores)
+        self.quiet_runs = 0
         self.file = path.open("rb")  # for the lock that marks this process as working
 
     def warm_up(self, image_shape):
         """Run a black image in each session, because the first run allocates the session's memory."""
-        for session in {self.shared, self.whole}:
+        for session in {self.share_session, self.full_session}:
             image, strength = np.zeros((1, *image_shape), np.uint8), np.zeros((1, 1), np.float32)
             session.run(OUTPUTS, {"image": image, "strength": strength})
 
     def run(self, image, strength, outputs=OUTPUTS):
         """The outputs for image uint8 [n,3,S,S] and strength float32 [n,1]."""
-        fed = {"image": image, "strength": strength}
-        if self.whole is self.shared:
-            return self.shared.run(outputs, fed)
+        inputs = {"image": image, "strength": strength}
+        if self.full_session is self.share_session:
+            return self.share_session.run(outputs, inputs)
         # A shared lock on the first byte of the graph's file marks a working process. The kernel releases it when the
         # process dies.
         self.lock(fcntl.F_SETLK, fcntl.F_RDLCK)
         try:
-            self.quiet = self.quiet + 1 if self.alone() else 0
-            session = self.whole if self.quiet >= QUIET_RUNS else self.shared
-            return session.run(outputs, fed)
+            self.quiet_runs = self.quiet_runs + 1 if self.alone() else 0
+            session = self.full_session if self.quiet_runs >= QUIET_RUNS else self.share_session
+            return session.run(outputs, inputs)
         finally:
             self.lock(fcntl.F_SETLK, fcntl.F_UNLCK)
 
@@ -77,10 +77,11 @@ class Network:
         return kind == fcntl.F_UNLCK
 
     def lock(self, command, kind):
+        """fcntl's lock command on the first byte of the graph's file; returns the resulting struct flock."""
         return fcntl.fcntl(self.file, command, struct.pack(FLOCK, kind, os.SEEK_SET, 0, 1, 0))
 
 
-def session_of(path, provider, threads):
+def new_session(path, provider, threads):
     """An InferenceSession of the graph at `path` with this number of threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

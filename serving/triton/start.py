@@ -18,7 +18,7 @@ VARIABLE = "TAILOR_NICENESS"
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
-def take_up():
+def apply_priority():
     """Raise the priority of every thread of this process to the server's. `initialize` calls it last.
 
     Raises OSError if it is not permitted: the load then fails, instead of a model serving at lower priority.
@@ -37,7 +37,7 @@ def decode_each_format(preprocess, size, resize_to):
     from PIL import Image, WebPImagePlugin  # noqa: F401 (else Pillow imports forty other plug-ins to find it)
 
     pixels = np.zeros((resize_to + 1, resize_to + 1, 3), dtype=np.uint8)
-    for form in FORMATS:
+    for image_format in FORMATS:
         encoded = io.BytesIO()
-        Image.fromarray(pixels).save(encoded, form)
+        Image.fromarray(pixels).save(encoded, image_format)
         preprocess.preprocess(encoded.getvalue(), size, resize_to)

@@ -28,52 +28,52 @@ class TritonPythonModel:
         sibling("integrity").check_graph(folder / "model.onnx", json.loads((folder / "manifest.json").read_bytes()))
         self.network = sibling("network").Network(folder / "model.onnx", config)
         self.network.warm_up(self.image_shape)
-        sibling("start").take_up()
+        sibling("start").apply_priority()
 
     def execute(self, requests):
         """Process all requests of a batch in one run of the graph; a request with an invalid input fails alone."""
         responses = [None] * len(requests)
-        places, images, strengths, wanted = [], [], [], set()
-        for place, request in enumerate(requests):
+        indexes, images, strengths, requested = [], [], [], set()
+        for index, request in enumerate(requests):
             image = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
             strength = pb_utils.get_input_tensor_by_name(request, "strength").as_numpy()
-            responses[place] = self.unusable(image, strength)
-            if responses[place] is None:
-                places.append(place)
+            responses[index] = self.input_error(image, strength)
+            if responses[index] is None:
+                indexes.append(index)
                 images.append(image)
                 strengths.append(strength)
-                wanted.update(request.requested_output_names())
-        if places:
+                requested.update(request.requested_output_names())
+        if indexes:
             # Only the requested outputs, because each is copied to the server.
-            names = [name for name in OUTPUTS if name in wanted] or list(OUTPUTS)
+            names = [name for name in OUTPUTS if name in requested] or list(OUTPUTS)
             outputs = self.network.run(concatenate(images), concatenate(strengths), names)
             # One check of the whole batch: checks of each request's rows would take longer than the rest of this
             # method.
-            sound = all(np.isfinite(output).all() for output in outputs)
+            finite = all(np.isfinite(output).all() for output in outputs)
             end = 0
-            for place, image in zip(places, images, strict=True):
+            for index, image in zip(indexes, images, strict=True):
                 start, end = end, end + len(image)
-                responses[place] = answer(names, [output[start:end] for output in outputs], sound)
+                responses[index] = build_response(names, [output[start:end] for output in outputs], finite)
         return responses
 
-    def unusable(self, image, strength):
+    def input_error(self, image, strength):
         """The error response to a request with invalid inputs, else None."""
         # Triton checks the shapes too, but its product of huge sides overflows, and wrong shapes pass.
         if image.shape[1:] != self.image_shape or strength.shape != (len(image), 1):
-            return refusal(
+            return error_response(
                 f"image has shape {list(image.shape)} and strength {list(strength.shape)}; "
                 f"expected [n, {', '.join(map(str, self.image_shape))}] and [n, 1]"
             )
         if not np.isfinite(strength).all():
-            return refusal("strength holds a number that is not finite; expected finite numbers")
+            return error_response("strength holds a number that is not finite; expected finite numbers")
         return None
 
 
-def answer(names, values, sound):
-    """The response to one request, from its rows of the outputs. sound: True if the outputs are known to be finite."""
-    if not sound and not all(np.isfinite(value).all() for value in values):
-        return refusal(
-            "the answer holds a number that is not finite; expected a smaller strength, or an image that has one"
+def build_response(names, values, finite):
+    """The response to one request, from its rows of the outputs. finite: True if the outputs are known to be finite."""
+    if not finite and not all(np.isfinite(value).all() for value in values):
+        return error_response(
+            "the outputs have a number that is not finite; send a smaller strength or a different image"
         )
     tensors = [pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in zip(names, values, strict=True)]
     return pb_utils.InferenceResponse(tensors)
@@ -84,7 +84,7 @@ def concatenate(arrays):
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def refusal(message):
+def error_response(message):
     """An error response to one request with invalid inputs (INVALID_ARG)."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
 

@@ -22,7 +22,7 @@ SMALL = {
 }
 
 
-def test_every_method_is_trained_on_every_seed_and_an_interrupted_comparison_goes_on(tmp_path, monkeypatch, capsys):
+def test_every_method_is_trained_on_every_seed_and_an_interrupted_comparison_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     recipe = tmp_path / "small.yaml"
     recipe.write_text(yaml.safe_dump(SMALL))
@@ -33,16 +33,16 @@ def test_every_method_is_trained_on_every_seed_and_an_interrupted_comparison_goe
     accuracy.main([*arguments, "--seeds", "0", "1", "--output", str(tmp_path / "table.md")])
     second = capsys.readouterr().out
     assert "seed 0, gml\n" not in second and "seed 1, gml\n" in second
-    told = (tmp_path / "table.md").read_text()
-    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+ ± [\d.]+) \|", told, re.MULTILINE)
+    report = (tmp_path / "table.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+ ± [\d.]+) \|", report, re.MULTILINE)
     assert [name for name, _ in rows] == list(accuracy.methods())
     assert {"cross-entropy", "balanced softmax", "teacher", "gml", "plus"} < set(accuracy.methods())
     # A row contains the mean of the stored results of the runs.
-    kept = [json.loads(path.read_text())["all"] for path in sorted((tmp_path / "work").glob("*/runs/*/gml.json"))]
-    assert len(kept) == 2 and dict(rows)["gml"].startswith(f"{50 * sum(kept):.2f}")
+    stored = [json.loads(path.read_text())["all"] for path in sorted((tmp_path / "work").glob("*/runs/*/gml.json"))]
+    assert len(stored) == 2 and dict(rows)["gml"].startswith(f"{50 * sum(stored):.2f}")
 
 
-def test_an_unknown_method_is_misuse(tmp_path, monkeypatch, capsys):
+def test_an_unknown_method_is_a_usage_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     recipe = tmp_path / "small.yaml"
     recipe.write_text(yaml.safe_dump(SMALL))
@@ -52,7 +52,7 @@ def test_an_unknown_method_is_misuse(tmp_path, monkeypatch, capsys):
     assert "'gmll' is unknown; expected cross-entropy, balanced softmax" in capsys.readouterr().err
 
 
-def test_a_comparison_is_found_again_by_what_its_figures_depend_on():
+def test_the_id_of_a_comparison_depends_on_all_params_that_affect_its_results():
     params = parse_params(read_yaml(ROOT / PARAMS_FILE), PARAMS_FILE)
     plus = ROOT / accuracy.PLUS
     name = accuracy.comparison_id(params, plus)

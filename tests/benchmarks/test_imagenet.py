@@ -24,7 +24,7 @@ from tests.support.project import ROOT
 PUBLISHED_SHAPE = PUBLISHED["imagenet_lt"]
 
 
-def test_the_whole_of_it_has_the_published_counts():
+def test_the_whole_data_set_has_the_published_counts():
     counts = made_imagenet.class_counts(1000, 1.0)
     train = counts["train"]
     assert train[0] == 1280 and train[-1] == 5 and train == sorted(train, reverse=True)
@@ -34,7 +34,7 @@ def test_the_whole_of_it_has_the_published_counts():
     assert sum(counts["validation"]) == 20_000 and sum(counts["test"]) == 50_000
 
 
-def test_images_are_of_photographs_size_and_the_same_every_time(tmp_path):
+def test_images_have_the_size_of_photographs_and_are_deterministic(tmp_path):
     for name in ("one", "other"):
         made_imagenet.make(tmp_path / name, classes=2, scale=0.002)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.JPEG"))
@@ -48,7 +48,7 @@ def test_images_are_of_photographs_size_and_the_same_every_time(tmp_path):
     assert len({(tmp_path / "one" / path).read_bytes() for path in files}) == len(files)
 
 
-def test_pictures_come_from_a_pack_where_one_is_given(tmp_path):
+def test_pictures_come_from_the_pack_of_the_command_line(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -61,22 +61,22 @@ def test_pictures_come_from_a_pack_where_one_is_given(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--size", "500"], "expected WIDTHxHEIGHT"),
         (["--scale", "0"], "expected --scale above 0"),
         (["--classes", "1"], "--classes of at least 2"),
-        (["--pack", "none"], "none is no file"),
+        (["--pack", "none"], "none is not a file"),
     ],
 )
-def test_what_cannot_be_made_is_misuse(tmp_path, arguments, said, capsys):
+def test_an_invalid_option_is_a_usage_error(tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         made_imagenet.main([str(tmp_path / "made"), *arguments])
-    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.end_to_end
-def test_the_imagenet_recipe_trains_evaluates_and_keeps_the_tail_for_one_epoch(tmp_path, monkeypatch):
+def test_the_imagenet_recipe_trains_one_epoch_and_evaluates(tmp_path, monkeypatch):
     sizes = made_imagenet.make(tmp_path / "imagenet", classes=10, scale=0.02)
     assert sizes["train"] == 43
     overlay = tmp_path / "small.yaml"

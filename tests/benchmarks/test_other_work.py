@@ -19,7 +19,7 @@ def run_busy(seconds: float) -> None:
     subprocess.run([sys.executable, "-c", BUSY.format(seconds=seconds)], check=True)
 
 
-def test_own_work_counts_in_this_process_in_a_running_child_and_in_one_that_has_ended() -> None:
+def test_own_work_is_that_of_this_process_and_of_running_and_exited_children() -> None:
     before = own_seconds()
     run_busy(0.4)
     ended = own_seconds() - before
@@ -36,7 +36,7 @@ def test_own_work_counts_in_this_process_in_a_running_child_and_in_one_that_has_
         running.wait()
 
 
-def test_a_process_that_is_no_descendant_is_other_work() -> None:
+def test_a_process_that_is_not_a_descendant_is_other_work() -> None:
     """A shell that exits immediately starts the process, so that init adopts it."""
     command = f'"{sys.executable}" -c "{BUSY.format(seconds=60).replace(chr(10), "; ", 1)}" >/dev/null 2>&1 & echo $!'
     others = OtherWork()
@@ -54,7 +54,7 @@ def test_a_process_that_is_no_descendant_is_other_work() -> None:
     assert used >= 0.5 and share >= 0.8 * used / (psutil.cpu_count() or 1) / passed
 
 
-def test_share_is_between_nothing_and_all_of_the_cores() -> None:
+def test_the_share_is_between_0_and_1() -> None:
     others = OtherWork()
     run_busy(0.3)
     assert 0 <= others.share() <= 1

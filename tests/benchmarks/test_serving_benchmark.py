@@ -16,32 +16,32 @@ pytestmark = pytest.mark.end_to_end
 NUMBER, SPREAD = r"[\d,.]+", r"[\d.]+ to [\d.]+"
 
 
-def test_the_limit_is_measured_against_the_served_models_and_what_was_measured_is_kept(tmp_path, monkeypatch, capfd):
+def test_the_limit_is_measured_against_the_served_models_and_results_are_stored(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     output = tmp_path / "table.md"
     arguments = ["--only", "limit-resnet20", "peer-litserve-resnet20", "--seconds", "0.2", "--rounds", "1"]
     arguments += ["--work", str(tmp_path / "work"), "--output", str(output), "--others", "1"]
     assert serving.main(arguments) == 0
-    told = output.read_text()
+    report = output.read_text()
     figures = rf"{NUMBER} \| {NUMBER} \| {NUMBER} \| {NUMBER} \| {NUMBER} \| {SPREAD} \|  \| {NUMBER}% \| {NUMBER}%"
     row = rf"^\| ResNet-20 \| (.+?) \| {figures} \|$"
-    assert re.findall(row, told, re.MULTILINE) == [
+    assert re.findall(row, report, re.MULTILINE) == [
         "`student`, HTTP, batch 1",
         "`student`, HTTP, batch 8",
         "`student`, gRPC, batch 1",
         "`classifier`, HTTP, JPEG",
     ]
-    assert "ResNet-20, raw: best at " in told and "watched before each of the 6 turns" in told
-    assert "LitServe | not installed: python3 -m venv build/peers" in told
-    assert "`python -m benchmarks.serving --device gpu" in told
+    assert "ResNet-20, raw: best at " in report and "measured before each of the 6 turns" in report
+    assert "LitServe | not installed: python3 -m venv build/peers" in report
+    assert "`python -m benchmarks.serving --device gpu" in report
     assert "round 1 of 1: gRPC, batch 1" in capfd.readouterr().err
 
     assert serving.main(arguments) == 0
-    assert output.read_text() == told
+    assert output.read_text() == report
     assert "round" not in capfd.readouterr().err
 
 
-def test_a_refused_request_ends_the_turn_instead_of_counting():
+def test_an_error_response_ends_the_turn():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def refuse() -> None:
@@ -56,8 +56,8 @@ def test_a_refused_request_ends_the_turn_instead_of_counting():
         thread.join()
 
 
-def test_an_unknown_section_is_misuse(capsys):
+def test_an_unknown_section_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as ended:
         serving.main(["--only", "limit-resnet32", "peer-*-resnet51"])
     assert ended.value.code == 2
-    assert "'peer-*-resnet51' is no section; expected limit-resnet32" in capsys.readouterr().err
+    assert "'peer-*-resnet51' matches no section; expected limit-resnet32" in capsys.readouterr().err

@@ -41,12 +41,12 @@ OUTS = [
 ]
 
 
-def test_one_repro_runs_every_stage_in_order_and_makes_every_artifact(digits):
+def test_one_repro_runs_every_stage_in_order_and_writes_every_artifact(digits):
     assert digits.stages_run(digits.first) == STAGES
     assert [name for name in OUTS if not (digits.root / name).is_file()] == []
 
 
-def test_training_prints_one_line_an_epoch(digits):
+def test_training_prints_one_line_per_epoch(digits):
     for stage in ("teacher", "student"):
         lines = [line for line in digits.first.stdout.splitlines() if line.startswith(f"{stage}  epoch")]
         assert len(lines) == 12 and "epoch 12/12" in lines[-1] and "validation" in lines[-1]
@@ -56,7 +56,7 @@ def test_a_second_repro_runs_nothing(digits):
     assert digits.stages_run(digits.run("dvc", "repro")) == []
 
 
-def test_the_manifest_of_the_export_holds_the_sha256_of_every_file(digits):
+def test_the_manifest_of_the_export_has_the_sha256_of_every_file(digits):
     export = digits.root / "artifacts/export"
     manifest = json.loads((export / "manifest.json").read_text())
     for name, digest in manifest["files"].items():
@@ -65,13 +65,13 @@ def test_the_manifest_of_the_export_holds_the_sha256_of_every_file(digits):
     assert sorted(manifest["files"]) == sorted(path.name for path in export.iterdir() if path.name != "manifest.json")
 
 
-def test_metrics_plots_and_dag_show_what_a_dvc_user_looks_for(digits):
+def test_dvc_shows_metrics_plots_and_dag(digits):
     metrics = json.loads(digits.run("dvc", "metrics", "show", "--json").stdout)
     shown = metrics[""]["data"]
     rows = {f"artifacts/evaluation/metrics/{n}_{p}.json" for n in ("teacher", "student") for p in ("balanced", "train")}
     assert set(shown) == rows
-    wanted = {"all", "many", "medium", "few", "balanced_accuracy", "top5", "nll", "ece", "nll_at_prior"}
-    assert all(wanted <= set(row["data"]) for row in shown.values())
+    expected = {"all", "many", "medium", "few", "balanced_accuracy", "top5", "nll", "ece", "nll_at_prior"}
+    assert all(expected <= set(row["data"]) for row in shown.values())
     plots = json.loads(digits.run("dvc", "plots", "show", "--json").stdout)
     assert not plots.get("errors")
     digits.run("dvc", "plots", "show")
@@ -82,7 +82,7 @@ def test_metrics_plots_and_dag_show_what_a_dvc_user_looks_for(digits):
     assert '"teacher" -> "student"' in dag and '"student" -> "export"' in dag
 
 
-def test_a_students_parameter_retrains_the_student_and_not_the_teacher(digits):
+def test_a_changed_student_param_retrains_only_the_student(digits):
     teacher = (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns
     done = digits.run("dvc", "exp", "run", "-S", "student.epochs=1")
     assert digits.stages_run(done) == ["student", "evaluate", "export", "seeds"]
@@ -107,7 +107,7 @@ def test_a_students_parameter_retrains_the_student_and_not_the_teacher(digits):
     assert {name, "workspace"} <= {revision for plot in plots["data"]["loss"] for revision in plot["revisions"]}
 
 
-def test_a_stage_killed_half_way_leaves_no_half_output_and_the_next_repro_finishes(digits):
+def test_a_killed_stage_leaves_no_partial_output_and_the_next_repro_completes(digits):
     output = digits.root / "artifacts/student"
     digits.set({"student": {"epochs": 400}})
     running = subprocess.Popen(
@@ -130,7 +130,7 @@ def test_a_stage_killed_half_way_leaves_no_half_output_and_the_next_repro_finish
     assert (output / "model.safetensors").is_file()
 
 
-def test_a_bad_parameter_stops_before_anything_is_touched(digits):
+def test_an_invalid_param_stops_before_a_file_is_written(digits):
     before = (digits.root / "artifacts/student/model.safetensors").stat().st_mtime_ns
     text = (digits.root / "params.yaml").read_text()
     (digits.root / "params.yaml").write_text(text.replace("  tau_g: 0.1", "  tau_gg: 0.1"))
@@ -141,7 +141,7 @@ def test_a_bad_parameter_stops_before_anything_is_touched(digits):
     assert (digits.root / "artifacts/student/model.safetensors").stat().st_mtime_ns == before
 
 
-def test_queues_that_cannot_hold_every_class_are_refused_before_training(digits):
+def test_queues_with_too_few_entries_are_refused_before_training(digits):
     overlay = digits.root / "params-small-queue.yaml"
     overlay.write_text((digits.root / "params.yaml").read_text().replace("queue_total: 256", "queue_total: 20"))
     done = digits.run("python", "-m", "pipeline.student", "--params", overlay.name, expect=2)
@@ -150,7 +150,7 @@ def test_queues_that_cannot_hold_every_class_are_refused_before_training(digits)
     assert "queue total K is 20" in done.stderr and "at least 30" in done.stderr
 
 
-def test_a_failed_parity_check_fails_the_export_and_leaves_the_old_one(digits):
+def test_a_failed_parity_check_keeps_the_old_export(digits):
     params = digits.root / "params-strict.yaml"
     params.write_text((digits.root / "params.yaml").read_text().replace("tolerance: 0.0002", "tolerance: 1.0e-12"))
     before = (digits.root / "artifacts/export/manifest.json").read_bytes()
@@ -160,7 +160,7 @@ def test_a_failed_parity_check_fails_the_export_and_leaves_the_old_one(digits):
     assert (digits.root / "artifacts/export/manifest.json").read_bytes() == before
 
 
-def test_the_champion_answers_the_test_split_as_the_evaluation_says(digits):
+def test_the_champion_predicts_the_test_split_as_evaluated(digits):
     done = digits.run("tailor", "compare", "champion", ".", "--json", "--prior", "train", "--html", "dvc_plots/c.html")
     content = json.loads(done.stdout)
     assert content["samples"] == 400
@@ -170,7 +170,7 @@ def test_the_champion_answers_the_test_split_as_the_evaluation_says(digits):
     assert other.stderr == "tailor: artifacts/repository: holds no version 7; it has 1\n"
 
 
-def test_a_champion_stands_in_the_report_and_one_that_cannot_be_compared_is_told_of(digits):
+def test_the_report_shows_the_champion_or_why_it_cannot_be_compared(digits):
     report, text = digits.root / "artifacts/evaluation/report.html", (digits.root / "params.yaml").read_text()
     champion = digits.root / "data/source/champion"
     champion.mkdir(parents=True)
@@ -184,7 +184,10 @@ def test_a_champion_stands_in_the_report_and_one_that_cannot_be_compared_is_told
     prior = json.loads((champion / "prior.json").read_text())
     (champion / "prior.json").write_text(json.dumps(prior | {"classes": [f"{name}?" for name in prior["classes"]]}))
     digits.run("python", "-m", "pipeline.evaluate", "--params", recipe.name)
-    assert "Without the champion of evaluate.champion: challenger and champion have other classes" in report.read_text()
+    assert (
+        "Without the champion of evaluate.champion: challenger and champion have different classes"
+        in report.read_text()
+    )
     recipe.write_text(text.replace("  champion: null", "  champion: nowhere"))
     done = digits.run("python", "-m", "pipeline.evaluate", "--params", recipe.name, expect=2)
     assert done.stderr.startswith("evaluate: nowhere: no such folder")

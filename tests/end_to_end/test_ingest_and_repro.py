@@ -17,29 +17,29 @@ pytestmark = pytest.mark.end_to_end
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project with its split made, to copy."""
-    made = Project(tmp_path_factory.mktemp("ingest") / "project")
-    made.set({"ingest": {"settle_seconds": 0}})
-    made.commit()
-    made.run("dvc", "repro", "split")
-    return made
+def first_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with a finished split, to copy."""
+    first_project = Project(tmp_path_factory.mktemp("ingest") / "project")
+    first_project.set({"ingest": {"settle_seconds": 0}})
+    first_project.commit()
+    first_project.run("dvc", "repro", "split")
+    return first_project
 
 
 @pytest.fixture
-def project(made: Project, tmp_path: Path) -> Project:
+def project(first_project: Project, tmp_path: Path) -> Project:
     """A copy of the project for one test."""
-    own = copy.copy(made)
-    own.root = shutil.copytree(made.root, tmp_path / "project")
+    own = copy.copy(first_project)
+    own.root = shutil.copytree(first_project.root, tmp_path / "project")
     return own
 
 
-def drop(project: Project, wanted: int) -> None:
+def drop(project: Project, count: int) -> None:
     """Write scans that are in no split into the class folders of the drop folder."""
     tables = (pyarrow.parquet.read_table(path) for path in (project.root / "data/split").glob("*.parquet"))
     held = {reference for table in tables for reference in table.column("reference").to_pylist()}
     source = DigitsSource()
-    for row in [row for row in source.rows if row.reference not in held][:wanted]:
+    for row in [row for row in source.rows if row.reference not in held][:count]:
         path = project.root / f"data/drop/{row.label}/{row.reference}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(source.read(row.reference))
@@ -51,7 +51,7 @@ def md5s(project: Project) -> dict[str, str]:
     return {entry["path"]: entry["md5"] for entry in json.loads(done.stdout)}
 
 
-def test_a_new_shard_runs_split_again_and_changes_training_alone(project):
+def test_a_new_shard_changes_only_the_training_split(project):
     before = md5s(project)
     assert "no new data" in project.run("tailor", "ingest").stdout
     assert project.stages_run(project.run("dvc", "repro", "split")) == []
@@ -73,13 +73,13 @@ def test_a_new_shard_runs_split_again_and_changes_training_alone(project):
     assert md5s(project) == before
 
 
-def test_a_refused_drop_ends_with_status_1_and_one_line(project):
+def test_a_refused_drop_exits_with_status_1_and_one_line(project):
     (project.root / "data/drop/3").mkdir(parents=True)
     (project.root / "data/drop/3/notes.png").write_text("no image")
     done = project.run("tailor", "ingest", expect=1)
     assert "1 of 1 row is bad" in done.stdout and (project.root / "data/drop/3/notes.png").exists()
 
 
-def test_misuse_is_one_line_and_status_2(project):
+def test_misuse_exits_with_status_2_and_one_line(project):
     done = project.run("tailor", "ingest", "--drop", "nowhere", expect=2)
     assert done.stderr == "tailor: --drop is 'nowhere', which is not a folder; expected one with a folder per class\n"

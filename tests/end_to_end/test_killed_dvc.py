@@ -22,23 +22,23 @@ FORKING_SHELL = '#!/bin/sh\n/bin/sh "$@"\nexit $?\n'
 
 def stages_of(root: Path) -> list[psutil.Process]:
     """Return the processes that run a stage of the project."""
-    found = []
+    stages = []
     for process in psutil.process_iter(["cmdline", "cwd", "status"]):
         command = process.info["cmdline"] or []
         module = "pipeline.teacher" in command and process.info["cwd"] == str(root)
         if module and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+            stages.append(process)
+    return stages
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A project whose teacher training takes minutes."""
-    made = Project(tmp_path_factory.mktemp("owned") / "project")
-    made.set({"teacher": {"epochs": 400, "backbone": "resnet20"}, "image": {"size": 8, "resize_to": 8}})
-    made.commit()
-    yield made
-    for process in stages_of(made.root):
+    running_project = Project(tmp_path_factory.mktemp("owned") / "project")
+    running_project.set({"teacher": {"epochs": 400, "backbone": "resnet20"}, "image": {"size": 8, "resize_to": 8}})
+    running_project.commit()
+    yield running_project
+    for process in stages_of(running_project.root):
         process.kill()
 
 

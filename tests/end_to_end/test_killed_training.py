@@ -43,16 +43,16 @@ def kill_stage(project: Project, stage: str, seconds: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """A project whose training was not interrupted."""
-    project = Project(tmp_path_factory.mktemp("calm") / "calm")
+    project = Project(tmp_path_factory.mktemp("uninterrupted") / "uninterrupted")
     project.set(SMALL)
     project.commit()
     project.run("dvc", "repro", "student")
     return project
 
 
-def killed_at_random(project: Project, stages: tuple[str, ...], calm: Project) -> None:
+def kill_at_random(project: Project, stages: tuple[str, ...], uninterrupted: Project) -> None:
     """Kill each stage at random times, let it finish, and check that its weights equal the uninterrupted ones."""
     project.run("dvc", "repro", "prior")
     draw = random.Random(0)
@@ -62,19 +62,19 @@ def killed_at_random(project: Project, stages: tuple[str, ...], calm: Project) -
         done = project.run("dvc", "repro", stage)
         assert f"{stage}  resumes at step" in done.stdout
         weights = f"artifacts/{stage}/model.safetensors"
-        assert (project.root / weights).read_bytes() == (calm.root / weights).read_bytes()
+        assert (project.root / weights).read_bytes() == (uninterrupted.root / weights).read_bytes()
     assert not list((project.root / "artifacts").glob(".*.unfinished"))
 
 
-def test_twelve_kills_at_random_moments_change_no_bit_of_teacher_or_student(tmp_path, calm):
+def test_training_killed_twelve_times_is_bit_identical(tmp_path, uninterrupted):
     killed = Project(tmp_path / "killed")
     killed.set(SMALL)
     killed.commit()
-    killed_at_random(killed, ("teacher", "student"), calm)
+    kill_at_random(killed, ("teacher", "student"), uninterrupted)
 
 
-def test_kills_of_training_that_reads_images_as_it_needs_them_change_no_bit_either(tmp_path, calm):
+def test_streamed_training_killed_at_random_is_bit_identical(tmp_path, uninterrupted):
     streamed = Project(tmp_path / "streamed")
     streamed.set({**SMALL, "stream": {"mode": "on", "decode": "exact", "workers": 2}})
     streamed.commit()
-    killed_at_random(streamed, ("teacher",), calm)
+    kill_at_random(streamed, ("teacher",), uninterrupted)

@@ -66,13 +66,13 @@ def by_torchrun(project) -> dict[str, torch.Tensor]:
         ) for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [node.communicate(timeout=400)[0] for node in nodes]
+        outputs = [node.communicate(timeout=400)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], said
+    assert [node.returncode for node in nodes] == [0, 0], outputs
     # Only rank 0 prints.
-    assert sum(text.count("teacher  epoch 1/1") for text in said) == 1
+    assert sum(text.count("teacher  epoch 1/1") for text in outputs) == 1
     return trained(project)
 
 
@@ -89,15 +89,15 @@ def test_a_ray_job_of_two_workers_trains_the_network_that_torchrun_does_and_leav
     # Only the stage's own output.
     first, last = done.stdout.splitlines()
     assert first.startswith("teacher  epoch 1/1  loss") and last.startswith("teacher: 1 epoch, loss")
-    found = trained(project)
-    assert found.keys() == by_torchrun.keys()
+    by_ray = trained(project)
+    assert by_ray.keys() == by_torchrun.keys()
     for name, value in by_torchrun.items():
-        assert torch.allclose(found[name].double(), value.double(), rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(by_ray[name].double(), value.double(), rtol=1e-4, atol=1e-6), name
     assert not (project.root / "artifacts/.ray").exists()
     # The last processes exit when they detect that the head has exited.
     deadline = time.monotonic() + 60
-    while left := started_by(project, before):
-        assert time.monotonic() < deadline, left
+    while remaining := started_by(project, before):
+        assert time.monotonic() < deadline, remaining
         time.sleep(0.5)
 
 
@@ -109,24 +109,24 @@ def started_by(project: Project, before: set[int]) -> list[str]:
     ]  # fmt: skip
 
 
-def test_what_is_misuse_is_told_before_ray_is_asked_for_anything(project, capsys, monkeypatch):
+def test_misuse_is_reported_before_ray_is_imported(project, capsys, monkeypatch):
     monkeypatch.chdir(project.root)
-    for arguments, said in (
+    for arguments, message in (
         (["evaluate"], "Invalid value for 'stage'"),
         (["-m", "pipeline.export"], "stage is 'export'; expected one of teacher, student"),
         (["teacher", "--workers", "0"], "Invalid value for '--workers'"),
     ):
-        assert main(["ray-train", *arguments]) == 2 and said in capsys.readouterr().err
+        assert main(["ray-train", *arguments]) == 2 and message in capsys.readouterr().err
     Path("bad.yaml").write_text(Path("params.yaml").read_text().replace("epochs: 1", "epochs: 0"))
     assert main(["ray-train", "teacher", "--params", "bad.yaml"]) == 2
     assert "teacher.epochs is 0" in capsys.readouterr().err
     assert "ray" not in sys.modules
 
 
-def test_a_workers_own_error_comes_before_rays():
+def test_the_error_of_a_worker_is_raised_instead_of_rays():
     class Failed(Exception):
         worker_failures: ClassVar = {1: ParamsError("teacher.batch_size is 63"), 0: RuntimeError("a peer is gone")}
 
-    assert ray_train._cause(Failed()) is Failed.worker_failures[1]
-    lost = ray_train._cause(RuntimeError("a node\nis gone"))
+    assert ray_train.worker_error(Failed()) is Failed.worker_failures[1]
+    lost = ray_train.worker_error(RuntimeError("a node\nis gone"))
     assert isinstance(lost, StageError) and str(lost).startswith("Ray lost the workers: a node is gone")

@@ -29,7 +29,7 @@ def trees(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Own
     (project.root / "models.py").write_text("raise SystemExit('this is not Tailor')\n")
     project.run("tailor", "init", "data/source")
     project.set(QUICK)
-    assert "data check: right" in project.run("tailor", "data", "check").stdout
+    assert "data check: passed" in project.run("tailor", "data", "check").stdout
     project.first = project.run("dvc", "repro")
     project.commit()
     return project
@@ -46,16 +46,16 @@ def test_a_new_project_trains_evaluates_and_exports_with_the_installed_package(t
     manifest = json.loads((trees.root / "artifacts/export/manifest.json").read_text())
     assert manifest["classes"] == ["class0", "class1", "class2"]
     assert len(manifest["code_sha256"]) == 64 and manifest["versions"]["tailor"]
-    ours = (str(ROOT), str(trees.root))
+    local_paths = (str(ROOT), str(trees.root))
     for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".gitignore", ".dvc/config"):
-        assert not any(path in (trees.root / name).read_text() for path in ours), name
+        assert not any(path in (trees.root / name).read_text() for path in local_paths), name
 
 
-def test_a_second_repro_hashes_the_code_and_runs_nothing_else(trees: OwnProject) -> None:
+def test_a_second_repro_only_hashes_the_code(trees: OwnProject) -> None:
     assert trees.stages_run(trees.run("dvc", "repro")) == ["code"]
 
 
-def test_an_upgrade_runs_the_stages_that_can_run_what_has_changed(installed: Installed, trees: OwnProject) -> None:
+def test_an_upgrade_runs_the_stages_that_import_changed_code(installed: Installed, trees: OwnProject) -> None:
     paths = {"prior": "pipeline/prior.py", "metrics": "pipeline/evaluation/metrics.py"}
     modules = {name: installed.packages / path for name, path in paths.items()}
     before = {path: path.read_text() for path in modules.values()}
@@ -71,9 +71,7 @@ def test_an_upgrade_runs_the_stages_that_can_run_what_has_changed(installed: Ins
     assert trees.stages_run(trees.run("dvc", "repro")) == ["code"]  # the previous results are in DVC's cache
 
 
-def test_a_second_project_shares_the_environment_and_nothing_else(
-    installed: Installed, trees: OwnProject, tmp_path: Path
-) -> None:
+def test_a_second_project_shares_only_the_environment(installed: Installed, trees: OwnProject, tmp_path: Path) -> None:
     birds = installed.new(tmp_path / "birds")
     put_images(birds.root / "data/source", (12, 8), seed=1)
     birds.run("tailor", "init", "data/source")
@@ -83,7 +81,7 @@ def test_a_second_project_shares_the_environment_and_nothing_else(
     assert "class2" not in json.dumps(classes[0]) and "class2" in json.dumps(classes[1])
 
 
-def test_no_image_of_a_new_project_gets_into_git(trees: OwnProject) -> None:
+def test_git_contains_no_image_of_a_new_project(trees: OwnProject) -> None:
     put_images(trees.root / "data/drop", (2, 1))
     trees.run("git", "add", "-A")
     trees.run("dvc", "exp", "run", "-S", "prior.smoothing=0.5", "prior")
@@ -93,7 +91,7 @@ def test_no_image_of_a_new_project_gets_into_git(trees: OwnProject) -> None:
     assert b"queue_total" in objects and PNG not in objects
 
 
-def test_no_image_in_a_clone_gets_into_git(tmp_path: Path) -> None:
+def test_git_contains_no_image_of_a_clone(tmp_path: Path) -> None:
     clone = Project(tmp_path / "clone")
     clone.commit()
     for folder in ("data/source", "data/drop"):
@@ -106,7 +104,7 @@ def test_no_image_in_a_clone_gets_into_git(tmp_path: Path) -> None:
     assert b"queue_total" in objects and PNG not in objects
 
 
-def test_the_images_of_a_project_are_shared_by_dvc(installed: Installed, tmp_path: Path) -> None:
+def test_dvc_shares_the_images_of_a_project(installed: Installed, tmp_path: Path) -> None:
     project = installed.new(tmp_path / "shared")
     put_images(project.root / "data/source", (3, 2))
     project.run("dvc", "add", "data/source")
@@ -115,9 +113,7 @@ def test_the_images_of_a_project_are_shared_by_dvc(installed: Installed, tmp_pat
     assert PNG not in git_objects(project)
 
 
-def test_init_makes_the_working_folder_a_project_and_keeps_the_images_out_of_git(
-    installed: Installed, tmp_path: Path
-) -> None:
+def test_init_makes_the_working_folder_a_project_without_images_in_git(installed: Installed, tmp_path: Path) -> None:
     """The folder is part of a git repository, as in a repository of several projects."""
     put_images(tmp_path / "work/photos [1]")
     project = OwnProject(tmp_path / "work", installed.root / "bin", code=None)
@@ -130,11 +126,11 @@ def test_init_makes_the_working_folder_a_project_and_keeps_the_images_out_of_git
     assert PNG not in git_objects(project)
     inside = OwnProject(project.root / "data", installed.root / "bin", code=None)
     refused = inside.run("tailor", "init", "../photos [1]", expect=2)
-    assert "lies in the project" in refused.stderr and not (inside.root / "params.yaml").exists()
+    assert "is in the project" in refused.stderr and not (inside.root / "params.yaml").exists()
     assert "exists already" in project.run("tailor", "new", ".", expect=2).stderr
 
 
-def test_the_recipes_come_with_the_package(installed: Installed, tmp_path: Path) -> None:
+def test_the_package_contains_the_recipes(installed: Installed, tmp_path: Path) -> None:
     project = installed.new(tmp_path / "cifar", "--recipe", "recipes/cifar100-if100-200.yaml")
     assert "source: cifar100" in (project.root / "params.yaml").read_text()
     printed = project.run("python", "-P", "-m", "pipeline.commands", "recipe", "recipes/variants/k-m-2.yaml").stdout

@@ -48,7 +48,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["retrain", "schedule", "drift"],
 )
 @pytest.mark.fault_case("prefect-unreachable")
-def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
+def test_an_unreachable_server_is_named_in_one_line_and_no_process_is_started(
     project: Path, arguments: list[str]
 ) -> None:
     with socket.socket() as closed:  # bound but not listening, so that no other process takes the port
@@ -67,11 +67,11 @@ def test_a_server_that_is_not_there_is_named_in_one_line_and_nothing_is_started(
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     if arguments[0] == "drift":  # it prints the estimate before it requests a run
-        assert any(line.startswith("tailor: retraining, as the distance") for line in lines[:-1])
+        assert any(line.startswith("tailor: starting a retraining: distance") for line in lines[:-1])
         lines = lines[-1:]
     (line,) = lines
     assert (
-        line.startswith(f"tailor: PREFECT_API_URL is '{url}', where no Prefect server of use answers (")
+        line.startswith(f"tailor: PREFECT_API_URL is '{url}', where no usable Prefect server responds (")
         and "Connection refused" in line
     )
     assert "start it, correct PREFECT_API_URL, or unset it" in line

@@ -1,4 +1,4 @@
-"""`tailor schedule` with a real Prefect server: it survives a restart, and missed runs are caught up once."""
+"""`tailor schedule` with a real Prefect server: it survives a restart, and one run replaces the missed runs."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Schedule:
                 log, "schedule", "--cron", "0 3 * * *", "--timezone", "UTC", "--port", "0"
             )
 
-    def await_line(self, wanted: str, count: int = 1) -> None:
+    def await_line(self, line: str, count: int = 1) -> None:
         deadline = time.monotonic() + WITHIN
-        while self.log.read_text().count(wanted) < count:
+        while self.log.read_text().count(line) < count:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
 
@@ -68,19 +68,19 @@ def states(project: Retraining) -> list[str]:
 
 @pytest.mark.faults
 @pytest.mark.fault_case("prefect-exits-under-schedule", "schedule-restarted", "schedule-down")
-def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_once_on_what_it_missed(tmp_path):
+def test_a_schedule_survives_restarts_and_replaces_missed_runs_by_one(tmp_path):
     project = Retraining(tmp_path / "project")
     project.prepare("first", 1, 0.6)
     project.choose("first")
     schedule = Schedule(project)
     schedule.await_line("retrains at '0 3 * * *' (UTC)")
     schedule.kill_prefect()
-    schedule.await_line("Prefect's server ended by itself and is started again")
+    schedule.await_line("Prefect's server exited unexpectedly and is restarted")
     deadline = time.monotonic() + WITHIN
     while True:  # until Prefect has scheduled the runs of the coming days
         with database(project) as base:
-            (laid_out,) = base.execute("select count(*) from flow_run where state_type = 'SCHEDULED'").fetchone()
-        if laid_out >= MISSED:
+            (scheduled,) = base.execute("select count(*) from flow_run where state_type = 'SCHEDULED'").fetchone()
+        if scheduled >= MISSED:
             break
         assert time.monotonic() < deadline, schedule.log.read_text()
         time.sleep(0.5)
@@ -103,21 +103,21 @@ def test_a_schedule_survives_restarts_of_itself_and_of_prefect_and_catches_up_on
     schedule.await_line(f"{MISSED} runs were missed")
     schedule.await_line("Finished in state Promoted")
     # A request for a run returns without waiting for its end.
-    asking = "from pipeline.scheduling.trigger import trigger_retrain; print(trigger_retrain('drift'))"
-    assert "the schedule was asked for a retraining" in project.run(sys.executable, "-c", asking).stdout
+    program = "from pipeline.scheduling.trigger import trigger_retrain; print(trigger_retrain('drift'))"
+    assert "requested a retraining from the schedule" in project.run(sys.executable, "-c", program).stdout
     schedule.await_line("Finished in state Unchanged")
     deadline = time.monotonic() + WITHIN
     while "Unchanged" not in states(project) and time.monotonic() < deadline:
         time.sleep(0.5)
-    found = states(project)
+    run_states = states(project)
     schedule.end()
-    assert found == ["Cancelled"] * (MISSED - 1) + ["Promoted", "Unchanged"], schedule.log.read_text()
+    assert run_states == ["Cancelled"] * (MISSED - 1) + ["Promoted", "Unchanged"], schedule.log.read_text()
     assert json.loads((project.root / "artifacts/retrain/last.json").read_text())["because"] == "drift"
     assert project.repository.is_dir()
 
 
 @pytest.mark.faults
-def test_the_work_pools_of_prefect_yaml_can_be_deployed_to(tmp_path):
+def test_the_deployments_of_prefect_yaml_can_be_created(tmp_path):
     from prefect.client.schemas.actions import WorkPoolCreate
 
     project = Retraining(tmp_path / "project")
@@ -134,23 +134,23 @@ def test_the_work_pools_of_prefect_yaml_can_be_deployed_to(tmp_path):
                 for kind in ("process", "kubernetes"):
                     client.create_work_pool(WorkPoolCreate(name=f"tailor-{kind}", type=kind))
                 project.run("prefect", "--no-prompt", "deploy", "--all")
-                made = {found.name: found for found in client.read_deployments()}
-    assert set(made) == {"process", "kubernetes"}
-    for name, deployment in made.items():
+                deployments = {deployment.name: deployment for deployment in client.read_deployments()}
+    assert set(deployments) == {"process", "kubernetes"}
+    for name, deployment in deployments.items():
         assert deployment.entrypoint == "pipeline/flows/retraining.py:retrain"
         assert deployment.work_pool_name == f"tailor-{name}"
         assert deployment.schedules[0].schedule.cron == "0 3 * * *"
         assert deployment.global_concurrency_limit.limit == 1
-    assert made["kubernetes"].job_variables["image"] == "tailor-train:0.1.0"
-    steps = made["process"].pull_steps[0]["prefect.deployments.steps.set_working_directory"]
+    assert deployments["kubernetes"].job_variables["image"] == "tailor-train:0.1.0"
+    steps = deployments["process"].pull_steps[0]["prefect.deployments.steps.set_working_directory"]
     assert steps["directory"] == str(project.root)
 
 
-def test_the_environment_of_a_schedule_tells_nobody_anything(tmp_path, monkeypatch):
-    from pipeline.scheduling.prefect_server import settle_environment
+def test_the_environment_of_a_schedule_disables_telemetry(tmp_path, monkeypatch):
+    from pipeline.scheduling.prefect_server import set_prefect_env
 
     for name in ("PREFECT_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK"):
         monkeypatch.delenv(name, raising=False)
-    settle_environment(tmp_path)
+    set_prefect_env(tmp_path)
     assert os.environ["PREFECT_HOME"] == str(tmp_path)
     assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false" and os.environ["DO_NOT_TRACK"] == "1"

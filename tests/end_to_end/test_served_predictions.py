@@ -61,12 +61,12 @@ def some_digits(project: Project) -> tuple[list[bytes], np.ndarray]:
 
 
 @pytest.mark.xdist_group("digits")
-def test_digits_are_served_as_they_were_evaluated(digits):
+def test_served_digits_match_the_evaluation(digits):
     assert_served_as_evaluated(digits, *some_digits(digits), 1e-4)
 
 
 @pytest.mark.xdist_group("digits")
-def test_digits_are_served_in_float16_as_they_were_evaluated(digits, tmp_path):
+def test_digits_served_in_float16_match_the_evaluation(digits, tmp_path):
     project = Project(tmp_path / "half")
     for name in ("artifacts", "data/split"):
         shutil.copytree(digits.root / name, project.root / name)
@@ -76,11 +76,11 @@ def test_digits_are_served_in_float16_as_they_were_evaluated(digits, tmp_path):
     project.set({"export": {"precision": "float16"}})
     done = project.run("python", "-m", "pipeline.export")
     (release,) = find_releases(project.root / "artifacts/repository")
-    found = release.manifest.half
-    assert 0 < found.logit <= 0.002 * 30 and found.agreement >= 0.98 and found.images == 100
-    assert f"{found.logit:.1e}, in float16 {found.agreement:.1%} of 100 images keep their class" in done.stdout
+    float16 = release.manifest.half
+    assert 0 < float16.logit <= 0.002 * 30 and float16.agreement >= 0.98 and float16.images == 100
+    assert f"{float16.logit:.1e}, in float16 {float16.agreement:.1%} of 100 images keep their class" in done.stdout
     assert graph.stat().st_size < 0.55 * full_size
-    assert release.golden[0].tolerance == pytest.approx(0.002 + found.logit)
+    assert release.golden[0].tolerance == pytest.approx(0.002 + float16.logit)
     dry_run(project.root / "artifacts/repository", [release], 60)
     assert_served_as_evaluated(project, *some_digits(project), 0.015)
 
@@ -119,7 +119,7 @@ def test_real_photographs_are_trained_exported_and_served(tmp_path):
 
 
 @pytest.mark.xdist_group("folder")
-def test_your_own_folder_of_images_becomes_a_served_classifier(tmp_path):
+def test_a_folder_of_images_becomes_a_served_classifier(tmp_path):
     project = Project(tmp_path / "my own images")
     make_folder(project.root / "data/source", per_class=(60, 40, 25))
     project.set(SHORT)

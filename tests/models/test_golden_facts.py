@@ -55,7 +55,7 @@ def test_g1_the_class_scores_are_log_mean_exps(tau, expected):
     ("tau", "mean", "slope"),
     [(0.1, 3.12088830221778, -2.96341101107), (0.5, 1.08912606851427, -0.19749802628)],
 )
-def test_g2_the_temperature_loss_leaves_out_the_querys_own_image(tau, mean, slope):
+def test_g2_the_temperature_loss_excludes_the_querys_own_image(tau, mean, slope):
     log_tau = torch.tensor(tau, dtype=torch.float64).log().requires_grad_()
     value = loss(log_tau.exp(), mask=other_sample_mask(QUERY_IDS, KEY_IDS))
     value.backward()
@@ -77,7 +77,7 @@ def test_g2_encoder_gradients_come_from_the_gml_term_alone():
     assert keys.grad[0].tolist() == pytest.approx([-0.092174154795, -0.692084901421], **EXACT)
 
 
-def test_g2_a_query_whose_class_has_no_other_key_is_left_out_and_nothing_is_nan():
+def test_g2_a_query_without_another_key_is_excluded_without_nan():
     log_tau = torch.tensor(0.5, dtype=torch.float64).log().requires_grad_()
     value = loss(log_tau.exp(), mask=other_sample_mask(torch.tensor([7, 4]), KEY_IDS))
     value.backward()
@@ -104,9 +104,9 @@ def test_g4_queue_lengths_are_the_ceiling_of_the_cumulative_equation_5(counts, t
     assert queue_lengths(counts, total, minimum) == lengths
 
 
-@pytest.mark.parametrize(("minimum", "said"), [(6, "below minimum k_m"), (0, "at least 1")])
-def test_g4_a_memory_that_is_too_small_or_leaves_a_class_without_rows_is_refused(minimum, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("minimum", "message"), [(6, "below minimum k_m"), (0, "at least 1")])
+def test_g4_a_memory_that_is_too_small_is_rejected(minimum, message):
+    with pytest.raises(ValueError, match=message):
         queue_lengths((50, 12, 3), 16, minimum)
 
 

@@ -110,7 +110,7 @@ def with_scans(more: int) -> bytes:
         "script first",
     ],
 )
-def test_file_that_would_stall_a_decoder_is_refused_at_once(data: bytes, kind: str) -> None:
+def test_file_that_would_stall_a_decoder_is_rejected_at_once(data: bytes, kind: str) -> None:
     started = time.process_time()
     with pytest.raises(ImageError) as caught:
         decode(data)
@@ -130,7 +130,7 @@ def test_file_that_would_stall_a_decoder_is_refused_at_once(data: bytes, kind: s
     ],
     ids=["png", "png behind pixels", "png text", "jpeg", "webp", "webp with prefix"],
 )
-def test_exif_whose_tags_share_their_values_is_refused_before_they_are_copied(data: bytes) -> None:
+def test_exif_whose_tags_share_their_values_is_rejected_before_they_are_copied(data: bytes) -> None:
     tracemalloc.start()
     with pytest.raises(ImageError, match="EXIF tags whose values overlap") as caught:
         decode(data)

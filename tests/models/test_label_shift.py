@@ -45,15 +45,15 @@ def test_em_finds_the_prior_of_each_shifted_set_where_quapys_em_finds_it(ratio, 
     monkeypatch.setattr(EMQ, "MAX_ITER", 100_000)  # plain EM needs more than its default of 1,000 steps for 1e-5
     _, logits = drawn(shifted(ratio), 3000)
     probabilities = softmax(logits)
-    found = estimate_prior(probabilities, tolerance=1e-8)
-    assert found.converged and found.prior.sum() == pytest.approx(1, abs=1e-12)
+    actual = estimate_prior(probabilities, tolerance=1e-8)
+    assert actual.converged and actual.prior.sum() == pytest.approx(1, abs=1e-12)
     theirs, _ = EMQ.EM(np.full(CLASSES, 1 / CLASSES), probabilities, epsilon=1e-9)
-    assert np.abs(found.prior - theirs).max() < 1e-5
-    assert total_variation(found.prior, shifted(ratio)) < 0.05
+    assert np.abs(actual.prior - theirs).max() < 1e-5
+    assert total_variation(actual.prior, shifted(ratio)) < 0.05
 
 
 @pytest.mark.parametrize("concentration", [1.0, 4.0])
-def test_no_general_optimiser_finds_a_likelier_prior_and_the_gap_bounds_what_is_left(concentration):
+def test_no_general_optimiser_finds_a_likelier_prior_and_the_gap_is_a_bound(concentration):
     _, logits = drawn(shifted(50), 400)
     p = softmax(logits)
 
@@ -62,14 +62,14 @@ def test_no_general_optimiser_finds_a_likelier_prior_and_the_gap_bounds_what_is_
         return -np.log(p @ prior).sum() - (concentration - 1) * np.log(prior).sum()
 
     best = minimize(loss, np.zeros(CLASSES), method="BFGS", options={"gtol": 1e-7})
-    found = estimate_prior(p, concentration=concentration, tolerance=1e-7)
-    assert loss(np.log(found.prior)) <= best.fun + 1e-6
+    actual = estimate_prior(p, concentration=concentration, tolerance=1e-7)
+    assert loss(np.log(actual.prior)) <= best.fun + 1e-6
     rough = estimate_prior(p, concentration=concentration, max_iterations=4)
     assert not rough.converged and loss(np.log(rough.prior)) - best.fun <= rough.gap + 1e-6
 
 
 @given(st.integers(0, 10**6), st.floats(1, 30))
-def test_the_source_prior_is_taken_out_of_the_answers(seed, ratio):
+def test_the_source_prior_is_removed_from_the_probabilities(seed, ratio):
     _, logits = drawn(shifted(5), 200, seed)
     source = shifted(ratio)
     balanced = estimate_prior(softmax(logits), tolerance=1e-7).prior
@@ -77,15 +77,15 @@ def test_the_source_prior_is_taken_out_of_the_answers(seed, ratio):
     assert np.allclose(balanced, adjusted, atol=1e-3)
 
 
-def test_a_map_step_with_mapls_concentration_stands_still_at_mapls_fixed_point():
+def test_the_fixed_point_of_mapls_is_a_fixed_point_of_map():
     _, logits = drawn(shifted(50), 500)
     p, kept = softmax(logits), 0.7
-    found = estimate_prior(p, concentration=mapls_concentration(kept, 500, CLASSES), tolerance=1e-9).prior
-    posterior = p * found / (p @ found)[:, None]
-    assert np.allclose(found, kept * posterior.mean(0) + (1 - kept) / CLASSES, atol=1e-6)
+    actual = estimate_prior(p, concentration=mapls_concentration(kept, 500, CLASSES), tolerance=1e-9).prior
+    posterior = p * actual / (p @ actual)[:, None]
+    assert np.allclose(actual, kept * posterior.mean(0) + (1 - kept) / CLASSES, atol=1e-6)
 
 
-def test_one_sample_and_sure_answers_are_counted_and_nothing_becomes_nan():
+def test_one_sample_and_certain_predictions_give_no_nan():
     sure = np.eye(3)[[0, 0, 1]]
     assert np.allclose(estimate_prior(sure).prior, [2 / 3, 1 / 3, 0], atol=1e-3)
     assert np.isfinite(estimate_prior(sure[:1]).prior).all()
@@ -143,7 +143,7 @@ def test_calibration_of_separable_data_stays_finite():
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda: estimate_prior([0.5, 0.5]), "probabilities has shape [2]; expected [N, C]"),
         (lambda: estimate_prior(np.zeros((0, 3))), "probabilities has shape [0, 3]"),
@@ -152,7 +152,7 @@ def test_calibration_of_separable_data_stays_finite():
         (lambda: estimate_prior([[0.5, 0.5]], [1, 0]), "source_prior has a class without mass"),
         (lambda: estimate_prior([[0.5, 0.5]], concentration=0.5), "concentration is 0.5; expected finite numbers >= 1"),
         (lambda: estimate_prior([[0.5, 0.5]], tolerance=0), "tolerance is 0"),
-        (lambda: mapls_concentration(0, 1, 2), "kept is 0; expected a share above 0"),
+        (lambda: mapls_concentration(0, 1, 2), "em_share is 0; expected a share above 0"),
         (lambda: interval(np.zeros((3, 2)), 1.0), "confidence is 1.0"),
         (lambda: fit_calibration([[1.0, 2.0]], [2]), "labels has 2 to 2; expected 0 to 1"),
         (lambda: fit_calibration([[1.0, np.inf]], [0]), "logits has an entry that is not finite"),
@@ -161,6 +161,6 @@ def test_calibration_of_separable_data_stays_finite():
         (lambda: fit_temperature([[1.0, 2.0]], [0, 1]), "labels [2]; expected [N, C] and [N]"),
     ],
 )
-def test_what_cannot_be_estimated_from_is_refused_by_name(call, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_invalid_arguments_of_the_estimate_are_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()

@@ -22,12 +22,12 @@ def png(**options):
 
 
 def text(kind, content):
-    found = PngImagePlugin.PngInfo()
+    actual = PngImagePlugin.PngInfo()
     if kind == "iTXt":
-        found.add_itxt("workflow", content, zip=True)
+        actual.add_itxt("workflow", content, zip=True)
     else:
-        found.add_text("workflow", content, zip=kind == "zTXt")
-    return found
+        actual.add_text("workflow", content, zip=kind == "zTXt")
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def text(kind, content):
     ],
     ids=["zTXt", "iTXt", "tEXt", "profile"],
 )
-def test_a_png_with_much_text_or_a_large_profile_gives_its_pixels(options):
+def test_a_png_with_much_text_or_a_large_profile_is_decoded(options):
     assert np.array_equal(np.asarray(decode(png(**options))), PIXELS)
 
 

@@ -40,36 +40,36 @@ def test_rgb_png_and_lossless_webp_come_out_pixel_for_pixel():
     assert np.array_equal(pixels(encode(COLOUR, "WEBP", lossless=True)), COLOUR)
 
 
-def test_a_jpeg_comes_out_as_pillow_decodes_it():
+def test_a_jpeg_is_decoded_as_by_pillow():
     data = encode(COLOUR, "JPEG", quality=95)
     assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data))))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
 def test_grayscale_has_three_equal_channels(form):
-    found = pixels(encode(GREY, form))
-    assert found.shape == (20, 28, 3)
-    assert np.array_equal(found[..., 0], found[..., 1]) and np.array_equal(found[..., 0], found[..., 2])
+    actual = pixels(encode(GREY, form))
+    assert actual.shape == (20, 28, 3)
+    assert np.array_equal(actual[..., 0], actual[..., 1]) and np.array_equal(actual[..., 0], actual[..., 2])
     if form == "PNG":
-        assert np.array_equal(found[..., 0], GREY)
+        assert np.array_equal(actual[..., 0], GREY)
 
 
 def test_cmyk_becomes_the_colours_it_prints():
     image = Image.new("CMYK", (40, 20), (0, 255, 255, 0))
     image.paste((255, 0, 0, 0), (20, 0, 40, 20))
-    found = pixels(encode(image, "JPEG", quality=100)).astype(int)
-    assert np.abs(found[:, 4:16] - [255, 0, 0]).max() <= 8, "magenta and yellow print red"
-    assert np.abs(found[:, 24:36] - [0, 255, 255]).max() <= 8, "cyan stays cyan"
+    actual = pixels(encode(image, "JPEG", quality=100)).astype(int)
+    assert np.abs(actual[:, 4:16] - [255, 0, 0]).max() <= 8, "magenta and yellow print red"
+    assert np.abs(actual[:, 24:36] - [0, 255, 255]).max() <= 8, "cyan stays cyan"
 
 
 def test_16_bit_grey_keeps_its_high_byte():
-    found = pixels(encode(WIDE))
-    assert np.array_equal(found[..., 0], WIDE // 256) and np.array_equal(found[..., 2], WIDE // 256)
+    actual = pixels(encode(WIDE))
+    assert np.array_equal(actual[..., 0], WIDE // 256) and np.array_equal(actual[..., 2], WIDE // 256)
 
 
 def test_32_bit_grey_is_read_on_the_same_scale_and_clipped():
-    found = np.asarray(to_rgb(Image.fromarray(np.array([[-5, 0, 255, 256, 65535, 70000]], dtype=np.int32))))
-    assert found[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
+    actual = np.asarray(to_rgb(Image.fromarray(np.array([[-5, 0, 255, 256, 65535, 70000]], dtype=np.int32))))
+    assert actual[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "RGBA", "P"])
@@ -158,7 +158,7 @@ def test_several_pictures_in_one_file_give_the_first():
     assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data))))
 
 
-def test_an_upright_picture_looks_the_same_however_it_was_stored():
+def test_an_upright_image_is_the_same_for_every_stored_orientation():
     stored_sideways = np.rot90(COLOUR)  # counter-clockwise; orientation 6 means: rotate clockwise to view
     assert np.array_equal(pixels(oriented(np.ascontiguousarray(stored_sideways), 6, "PNG")), COLOUR)
 
@@ -183,20 +183,20 @@ def test_a_damaged_exif_tag_costs_the_picture_nothing():
 
 def test_32_by_32_pixels_pass_through_untouched():
     image = RANDOM.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    found = preprocess(encode(image), 32, 32)
-    assert found.dtype == np.uint8 and found.shape == (3, 32, 32) and found.flags.c_contiguous
-    assert np.array_equal(found, image.transpose(2, 0, 1))
+    actual = preprocess(encode(image), 32, 32)
+    assert actual.dtype == np.uint8 and actual.shape == (3, 32, 32) and actual.flags.c_contiguous
+    assert np.array_equal(actual, image.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(("width", "height"), [(28, 20), (20, 28), (21, 21), (100, 20), (20, 31)])
 def test_a_picture_whose_shorter_side_fits_is_only_cropped_in_the_centre(width, height):
     image = RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    found = resize(Image.fromarray(image), 16, min(width, height)).transpose(1, 2, 0)
+    actual = resize(Image.fromarray(image), 16, min(width, height)).transpose(1, 2, 0)
     places = [
         (top, left)
         for top in range(height - 15)
         for left in range(width - 15)
-        if np.array_equal(image[top : top + 16, left : left + 16], found)
+        if np.array_equal(image[top : top + 16, left : left + 16], actual)
     ]
     assert len(places) == 1, "the crop is a window of the picture, pixel for pixel"
     assert abs(places[0][0] - (height - 16) / 2) <= 0.5 and abs(places[0][1] - (width - 16) / 2) <= 0.5
@@ -214,8 +214,8 @@ def test_the_shorter_side_is_resized_and_the_centre_cropped_as_torchvision_does(
 
 def test_a_large_picture_is_averaged_and_not_sampled():
     board = np.indices((256, 256)).sum(axis=0) % 2 * 255
-    found = preprocess(encode(board.astype(np.uint8)), 16, 16)
-    assert np.abs(found.astype(int) - 127).max() <= 2
+    actual = preprocess(encode(board.astype(np.uint8)), 16, 16)
+    assert np.abs(actual.astype(int) - 127).max() <= 2
 
 
 def test_a_tiny_picture_is_enlarged():
@@ -232,14 +232,14 @@ def photograph(width, height):
     return Image.fromarray((np.asarray(light) + grain).clip(0, 255).astype(np.uint8))
 
 
-def apart(found, expected):
-    return np.abs(found.astype(int) - expected.astype(int))
+def apart(actual, expected):
+    return np.abs(actual.astype(int) - expected.astype(int))
 
 
 # 573 is not divisible by 8: without Pillow's box the crop is half a pixel off, visible at an edge.
 @pytest.mark.parametrize("size", [(720, 573), (573, 720), (513, 515), (1201, 1103)])
 @pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
-def test_a_large_jpeg_decoded_at_a_fraction_looks_as_decoded_whole(size, orientation):
+def test_a_large_jpeg_decoded_at_a_fraction_is_close_to_full_decoding(size, orientation):
     data = oriented(photograph(*size), orientation, "JPEG", quality=92)
     reduced, whole = preprocess(data, 56, 64), preprocess(data, 56, 64, room=0)
     assert reduced.shape == whole.shape == (3, 56, 56)
@@ -257,11 +257,11 @@ def test_a_large_jpeg_of_any_kind_is_decoded_at_a_fraction(mode, progressive):
 @pytest.mark.parametrize(
     ("size", "reduced"), [((256, 256), True), ((600, 256), True), ((600, 255), False), ((64, 40), False)]
 )
-def test_a_jpeg_is_decoded_at_a_fraction_only_where_four_times_the_side_is_left(size, reduced):
+def test_a_jpeg_is_decoded_at_a_fraction_only_if_four_times_the_side_remains(size, reduced):
     data, seen = encode(photograph(*size), "JPEG"), []
-    found = preprocess(data, 32, 32, allow=seen.append)
+    actual = preprocess(data, 32, 32, allow=seen.append)
     assert seen == [size[0] * size[1] // (4 if reduced else 1)]
-    assert (not np.array_equal(found, preprocess(data, 32, 32, room=0))) == reduced
+    assert (not np.array_equal(actual, preprocess(data, 32, 32, room=0))) == reduced
 
 
 def test_a_large_picture_of_another_format_is_decoded_whole():

@@ -42,7 +42,7 @@ def test_smoothing_is_that_many_samples_more_in_every_class(counts, smoothing):
 
 
 @pytest.mark.parametrize(
-    ("counts", "smoothing", "said"),
+    ("counts", "smoothing", "message"),
     [
         ([3, 0, 0], 0, "class 1 has no training samples (such classes: 2)"),
         ([3, -2], 0, "counts has -2.0; expected finite numbers >= 0"),
@@ -55,8 +55,8 @@ def test_smoothing_is_that_many_samples_more_in_every_class(counts, smoothing):
         ([1, 2], math.inf, "smoothing is inf; expected a finite number >= 0"),
     ],
 )
-def test_counts_that_make_no_prior_are_refused_by_name(counts, smoothing, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_invalid_counts_are_named(counts, smoothing, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         class_prior(counts, smoothing)
 
 
@@ -96,23 +96,23 @@ def test_adjusting_balanced_answers_by_the_log_prior_is_bayes_rule(counts, likel
 
 @given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=8))
 def test_softmax_is_positive_sums_to_one_and_does_not_overflow(logits):
-    found = softmax(np.array(logits, dtype=np.float32))
+    actual = softmax(np.array(logits, dtype=np.float32))
     peak = max(np.array(logits, dtype=np.float32).tolist())
     mass = [math.exp(value - peak) for value in np.array(logits, dtype=np.float32).tolist()]
-    assert found.dtype == np.float64
-    assert found.tolist() == pytest.approx([m / math.fsum(mass) for m in mass], rel=1e-12, abs=1e-300)
+    assert actual.dtype == np.float64
+    assert actual.tolist() == pytest.approx([m / math.fsum(mass) for m in mass], rel=1e-12, abs=1e-300)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=10), st.floats(-9e-4, 9e-4))
 def test_a_target_prior_within_a_thousandth_of_one_is_made_exact(weights, off):
     exact = np.array(weights) / sum(weights)
-    found = check_target_prior(exact * (1 + off), len(weights))
-    assert found.sum() == pytest.approx(1, abs=1e-12)
-    assert np.allclose(found, exact, rtol=1e-12)
+    actual = check_target_prior(exact * (1 + off), len(weights))
+    assert actual.sum() == pytest.approx(1, abs=1e-12)
+    assert np.allclose(actual, exact, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("prior", "said"),
+    ("prior", "message"),
     [
         ([0.5, 0.5], "target_prior has shape [2]; expected 3 numbers, one per class"),
         (1.0, "target_prior has shape []; expected 3 numbers"),
@@ -126,8 +126,8 @@ def test_a_target_prior_within_a_thousandth_of_one_is_made_exact(weights, off):
         (["a", "b", "c"], "could not convert string to float"),
     ],
 )
-def test_a_target_prior_that_is_none_is_refused_by_what_is_wrong(prior, said):
-    with np.errstate(over="ignore"), pytest.raises(ValueError, match=re.escape(said)):
+def test_an_invalid_target_prior_raises_an_error_with_its_fault(prior, message):
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match=re.escape(message)):
         check_target_prior(prior, 3)
 
 
@@ -148,7 +148,7 @@ def test_a_prior_of_0_rules_a_class_out_for_every_tau_s(tau_s, dtype):
     assert softmax(adjusted)[0].tolist() == pytest.approx([0, 0.4, 0.6], rel=1e-3 if dtype == np.float32 else 1e-9)
 
 
-def test_a_prior_far_below_what_float32_holds_is_taken_as_it_is():
+def test_a_prior_below_the_range_of_float32_is_used_unchanged():
     assert log_target_prior([1e-300, 1 - 1e-300])[0] == pytest.approx(-300 * math.log(10))
 
 
@@ -163,8 +163,8 @@ def test_classes_are_many_above_100_few_below_20_and_medium_between(count, group
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=6), st.sampled_from([0.5, 0.9, 0.999, 0.9999, 1 - 2**-30]))
 def test_the_effective_number_is_the_geometric_sum_that_cui_et_al_write(counts, beta):
     exact = [sum((Fraction(beta) ** k for k in range(n)), Fraction()) if n < 40 else None for n in counts]
-    found = effective_number(counts, beta)
-    for value, sum_of_powers, n in zip(found, exact, counts, strict=True):
+    actual = effective_number(counts, beta)
+    for value, sum_of_powers, n in zip(actual, exact, counts, strict=True):
         assert value == pytest.approx(float(sum_of_powers), rel=1e-12) if sum_of_powers is not None else 1 <= value < n
         assert value <= min(n, 1 / (1 - beta)) * (1 + 1e-12)
 

@@ -33,13 +33,13 @@ def test_the_embedded_digits_are_enough_over_all_classes() -> None:
     assert not sample_sizes([40] * 10, ["many"] * 5 + ["few"] * 5)["all"].too_few
 
 
-def test_groups_without_classes_are_left_out_and_a_group_without_test_images_is_named() -> None:
+def test_groups_without_classes_are_excluded_and_a_group_without_test_images_is_named() -> None:
     sizes = sample_sizes([500, 7, 0], ["many", "medium", "few"])
     assert list(sizes) == ["all", "many", "medium", "few"] and list(sample_sizes([500], ["many"])) == ["all", "many"]
-    said = warnings_of(sizes)
-    assert [line.partition(":")[0] for line in said] == ["all", "medium", "few"]
-    assert said[1] == "medium: 7 test images, fewer than 100: figures are uncertain by up to ±37 percentage points"
-    assert said[2] == "few: no test images: nothing is known"
+    message = warnings_of(sizes)
+    assert [line.partition(":")[0] for line in message] == ["all", "medium", "few"]
+    assert message[1] == "medium: 7 test images, fewer than 100: figures are uncertain by up to ±37 percentage points"
+    assert message[2] == "few: no test images, so no accuracy can be measured"
     assert from_json(as_json(sizes)) == sizes
 
 
@@ -48,7 +48,7 @@ def test_a_calibration_of_unequal_counts_is_that_of_each_class_repeated_to_the_s
     labels = np.repeat([0, 1, 2], [60, 30, 10])
     logits = random.normal(size=(100, 3)) + 2 * np.eye(3)[labels] + [0.7, 0, -0.3]
     repeated = np.repeat(np.arange(100), np.repeat([1, 2, 6], [60, 30, 10]))
-    found, expected = fit_calibration(logits, labels), fit_calibration(logits[repeated], labels[repeated])
-    assert found.temperature == pytest.approx(expected.temperature, rel=1e-6)
-    assert found.bias == pytest.approx(expected.bias, abs=1e-6)
-    assert found.size is not None and found.size.images == 100 and found.size.effective == pytest.approx(60)
+    actual, expected = fit_calibration(logits, labels), fit_calibration(logits[repeated], labels[repeated])
+    assert actual.temperature == pytest.approx(expected.temperature, rel=1e-6)
+    assert actual.bias == pytest.approx(expected.bias, abs=1e-6)
+    assert actual.size is not None and actual.size.images == 100 and actual.size.effective == pytest.approx(60)

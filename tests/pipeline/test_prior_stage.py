@@ -38,7 +38,7 @@ def test_counts_priors_and_groups_are_written_and_read_back(split, tmp_path):
     assert "3 classes of 150 to 20 samples (1 many, 2 medium, 0 few)" in str(made)
 
 
-def test_a_class_without_training_samples_is_named_with_the_ways_out(split, tmp_path):
+def test_a_class_without_training_samples_is_named_with_the_remedies(split, tmp_path):
     folder = split([0, 0, 2], ["a", "b", "c", "d"])
     with pytest.raises(
         DataError, match=r"class 'b' has no training samples \(such classes: 2\).*prior.smoothing above 0"
@@ -72,20 +72,20 @@ def test_the_effective_number_changes_the_prior_of_the_losses_and_nothing_else(s
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
         ([0, 1, 3], "train.parquet: has label 3; expected 0 to 2"),
         ([0, -1, 1], "train.parquet: has label -1; expected 0 to 2"),
         ([0, None, 1], "train.parquet: column 'label' has 1 row without a label"),
     ],
 )
-def test_a_label_that_is_no_class_is_named(split, tmp_path, labels, said):
+def test_an_invalid_label_is_named(split, tmp_path, labels, message):
     with pytest.raises(DataError) as caught:
         prior.run(params(), split(labels, ["a", "b", "c"]), tmp_path / "prior.json")
-    assert str(caught.value).endswith(said)
+    assert str(caught.value).endswith(message)
 
 
-def test_a_damaged_or_missing_table_says_which_stage_to_run(split, tmp_path):
+def test_a_damaged_or_missing_table_raises_an_error_with_the_stage_to_run(split, tmp_path):
     folder = split([0, 1, 2], ["a", "b", "c"])
     data = (folder / "train.parquet").read_bytes()
     (folder / "train.parquet").write_bytes(data[:-9])

@@ -27,10 +27,10 @@ def with_changes(params: Params, changes: dict) -> Params:
     content = params.model_dump(mode="json")
     for key, value in changes.items():
         *sections, last = key.split(".")
-        place = content
+        position = content
         for section in sections:
-            place = place[section]
-        place[last] = value
+            position = position[section]
+        position[last] = value
     return Params.model_validate(content)
 
 
@@ -51,9 +51,9 @@ def test_one_seed_has_a_summary_without_a_spread(project, monkeypatch):
     root, made = project
     monkeypatch.chdir(root)
     result = seeds.run(made)
-    told = json.loads((root / "artifacts/seeds/summary.json").read_text())
-    assert told["seeds"] == [0]
-    assert told["student"]["balanced"]["all"]["std"] is None
+    summary = json.loads((root / "artifacts/seeds/summary.json").read_text())
+    assert summary["seeds"] == [0]
+    assert summary["student"]["balanced"]["all"]["std"] is None
     assert str(result).startswith("one seed, balanced accuracy ")
 
 
@@ -62,15 +62,15 @@ def test_further_seeds_train_side_by_side_and_their_spread_is_that_of_their_metr
     monkeypatch.chdir(root)
     several = with_changes(made, {"seeds": [1, 2], "engine.side_by_side": 2})
     result = seeds.run(several)
-    told = json.loads((root / "artifacts/seeds/summary.json").read_text())
+    summary = json.loads((root / "artifacts/seeds/summary.json").read_text())
     rows = list(csv.DictReader((root / "artifacts/seeds/seeds.csv").open()))
     assert {row["seed"] for row in rows} == {"0", "1", "2"}
     assert {row["network"] for row in rows} == {"teacher", "student", "student_best_epoch"}
     for network in ("teacher", "student", "student_best_epoch"):
         values = [float(row["nll"]) for row in rows if row["network"] == network and row["target_prior"] == "balanced"]
-        found = told[network]["balanced"]["nll"]
-        assert found["mean"] == pytest.approx(statistics.mean(values))
-        assert found["std"] == pytest.approx(statistics.stdev(values)) and found["std"] > 0
+        actual = summary[network]["balanced"]["nll"]
+        assert actual["mean"] == pytest.approx(statistics.mean(values))
+        assert actual["std"] == pytest.approx(statistics.stdev(values)) and actual["std"] > 0
     assert " ± " in str(result)
     assert not (root / "artifacts/.seeds.unfinished").exists()
 
@@ -133,7 +133,7 @@ def test_a_setting_of_the_report_alone_trains_no_seed_again():
     assert not {"evaluate", "evaluate.champion", "evaluate.samples"} & keys
 
 
-def test_a_repeated_seed_is_refused(project):
+def test_a_repeated_seed_is_rejected(project):
     _, made = project
     with pytest.raises(ParamsError, match=r"seeds is \[1, 1\]; expected each seed once"):
         seeds.run(with_changes(made, {"seeds": [1, 1]}), Path("unused"))

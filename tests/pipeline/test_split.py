@@ -43,18 +43,18 @@ def test_no_image_is_in_two_splits_and_every_class_can_still_be_trained(counts, 
         "validation_share": share, "seed": seed,
     }  # fmt: skip
     rows = rows_of(counts)
-    found = assigned(rows, len(counts), **changes)
-    ids = [row.sample_id for name in SPLITS for row in found[name]]
+    actual = assigned(rows, len(counts), **changes)
+    ids = [row.sample_id for name in SPLITS for row in actual[name]]
     assert len(set(ids)) == len(ids) and set(ids) <= {row.sample_id for row in rows}
-    assert all(by_class(found["test"])[c] == test for c in range(len(counts)))
-    assert all(by_class(found["train"])[c] >= 1 for c in range(len(counts)))
-    assert all(by_class(found["validation"])[c] <= validation for c in range(len(counts)))
-    assert assigned(rows, len(counts), **changes) == found
+    assert all(by_class(actual["test"])[c] == test for c in range(len(counts)))
+    assert all(by_class(actual["train"])[c] >= 1 for c in range(len(counts)))
+    assert all(by_class(actual["validation"])[c] <= validation for c in range(len(counts)))
+    assert assigned(rows, len(counts), **changes) == actual
     if profile == "natural":
         assert len(ids) == len(rows)
 
 
-def test_validation_is_balanced_and_taken_first_from_what_the_profile_drops():
+def test_validation_is_balanced_and_uses_images_dropped_by_the_profile_first():
     counts = [50] * 5
     kept = assigned(rows_of(counts), 5, profile="exponential", imbalance_factor=10, validation_per_class=0)
     with_validation = assigned(rows_of(counts), 5, profile="exponential", imbalance_factor=10, validation_per_class=3)
@@ -82,18 +82,18 @@ def test_max_per_class_cuts_training_and_validation_before_the_profile_and_leave
 
 
 def test_a_small_class_gives_at_most_its_share_to_validation():
-    found = assigned(rows_of([102, 12, 4, 3]), 4, validation_per_class=10, validation_share=0.2)
-    assert by_class(found["validation"]) == {0: 10, 1: 2}
-    assert by_class(found["train"]) == {0: 90, 1: 8, 2: 2, 3: 1}
+    actual = assigned(rows_of([102, 12, 4, 3]), 4, validation_per_class=10, validation_share=0.2)
+    assert by_class(actual["validation"]) == {0: 10, 1: 2}
+    assert by_class(actual["train"]) == {0: 90, 1: 8, 2: 2, 3: 1}
 
 
-def test_splits_that_the_source_brings_are_kept_as_they_are():
+def test_splits_of_the_source_are_unchanged():
     rows = rows_of([10, 5]) + rows_of([2, 1], "validation") + rows_of([1, 4], "test")
-    found = assigned(rows, 2)
-    assert {name: [row.sample_id for row in found[name]] for name in ("validation", "test")} == {
+    actual = assigned(rows, 2)
+    assert {name: [row.sample_id for row in actual[name]] for name in ("validation", "test")} == {
         name: [row.sample_id for row in rows if row.split == name] for name in ("validation", "test")
     }
-    assert by_class(found["train"]) == {0: 10, 1: 5}
+    assert by_class(actual["train"]) == {0: 10, 1: 5}
     imbalanced = assigned(rows, 2, profile="step", imbalance_factor=7)
     assert by_class(imbalanced["train"]) == {0: 7, 1: 1} and len(imbalanced["test"]) == 5
 
@@ -137,22 +137,22 @@ def test_the_stage_writes_the_same_bytes_every_time(tmp_path):
     assert (other / "test.parquet").read_bytes() != (first / "test.parquet").read_bytes()
 
 
-def test_a_duplicate_across_splits_is_reported_and_kept(tmp_path, capsys):
+def test_a_duplicate_across_splits_is_reported_and_stays(tmp_path, capsys):
     root = folder(tmp_path / "source", {"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2})
     write(root / "test/a/copy.png", (root / "train/a/000.png").read_bytes())
     write(root / "test/b/copy.png", (root / "train/a/001.png").read_bytes())
     result = split.run(data_params(root, validation_per_class=0), tmp_path / "out")
     assert result.duplicates == 2
     with (tmp_path / "out/duplicates.csv").open() as stream:
-        found = [(row["split"], row["sample_id"], row["class"]) for row in csv.DictReader(stream)]
-    assert sorted(found) == [
+        actual = [(row["split"], row["sample_id"], row["class"]) for row in csv.DictReader(stream)]
+    assert sorted(actual) == [
         ("test", "test/a/copy.png", "a"), ("test", "test/b/copy.png", "b"),
         ("train", "train/a/000.png", "a"), ("train", "train/a/001.png", "a"),
     ]  # fmt: skip
     assert f"2 images are in more than one split; see {tmp_path}/out/duplicates.csv" in capsys.readouterr().err
 
 
-def test_one_image_under_two_labels_is_refused_naming_both(tmp_path):
+def test_one_image_under_two_labels_is_rejected_naming_both(tmp_path):
     root = folder(tmp_path / "source", {"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
     write(root / "train/b/copy.png", (root / "train/a/000.png").read_bytes())
     with pytest.raises(DataError) as caught:
@@ -173,7 +173,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("name", BAD_FILES)
 @pytest.mark.parametrize("source", ["folder", "csv"])
 def test_an_unusable_image_stops_the_stage_naming_its_file_and_keeps_the_old_output(tmp_path, name, source):
-    data, said = BAD_FILES[name]
+    data, message = BAD_FILES[name]
     root = folder(tmp_path / "source", {"a": 5, "b": 5})
     output = tmp_path / "out"
     split.run(data_params(root), output)
@@ -186,7 +186,7 @@ def test_an_unusable_image_stops_the_stage_naming_its_file_and_keeps_the_old_out
         made = data_params(root, "table", table={"train": "list.csv", "image": None, "path": "file"})
     with pytest.raises(DataError) as caught:
         split.run(made, output)
-    assert f"b/{name}: {said}" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"b/{name}: {message}" in str(caught.value) and "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -211,7 +211,7 @@ def test_an_unusable_image_that_no_split_takes_does_no_harm(tmp_path):
     split.run(made, tmp_path / "out")
 
 
-def test_grayscale_cmyk_16_bit_and_turned_pictures_are_taken(tmp_path):
+def test_grayscale_cmyk_16_bit_and_rotated_images_are_accepted(tmp_path):
     root = folder(tmp_path / "source", {"a": 4, "b": 4})
     colour = Image.fromarray(picture(1))
     write(root / "a/grey.png", encode(colour.convert("L")))
@@ -232,7 +232,7 @@ def spoilt(root):
     return root
 
 
-def test_with_skip_unusable_images_are_left_out_counted_and_listed(tmp_path, capsys):
+def test_with_skip_unusable_images_are_excluded_counted_and_listed(tmp_path, capsys):
     root = spoilt(tmp_path / "source")
     result = split.run(data_params(root, on_bad_image="skip"), tmp_path / "out")
     assert sum(result.sizes.values()) == 16 and result.skipped == 3
@@ -307,15 +307,15 @@ ODD_FILES = {
 
 @pytest.mark.parametrize("name", ODD_FILES)
 def test_a_file_that_is_a_picture_but_none_to_learn_from_is_named(tmp_path, name):
-    data, said = ODD_FILES[name]
+    data, message = ODD_FILES[name]
     root = folder(tmp_path / "source", {"train/a": 3, "train/b": 3, "test/a": 1})
     write(root / "train/b" / name, data)
     with pytest.raises(DataError) as caught:
         split.run(data_params(root), tmp_path / "out")
-    assert f"train/b/{name}: {said}" in str(caught.value)
+    assert f"train/b/{name}: {message}" in str(caught.value)
 
 
-def test_a_palette_picture_with_alpha_and_a_moving_webp_are_taken(tmp_path):
+def test_a_palette_image_with_alpha_and_an_animated_webp_are_accepted(tmp_path):
     root = folder(tmp_path / "source", {"train/a": 3, "train/b": 3, "test/a": 1})
     frame = Image.fromarray(picture(1))
     write(root / "train/a/palette.png", encode(frame.convert("P"), transparency=0))

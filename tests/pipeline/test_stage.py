@@ -35,14 +35,14 @@ def stage(recipe, error=None, *more):
     return stage_main(run, "A stage.", ["--params", str(recipe), *more])
 
 
-def test_a_stage_that_succeeds_says_its_summary(recipe, capsys):
+def test_a_successful_stage_prints_its_summary(recipe, capsys):
     assert stage(recipe) == 0
     printed = capsys.readouterr()
     assert printed.out == "test_stage: seed 0\n" and printed.err == ""
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (ParamsError("data.seed is -1; expected more"), 2, "data.seed is -1; expected more"),
         (DataError("a.png: is empty"), 1, "a.png: is empty"),
@@ -56,10 +56,10 @@ def test_a_stage_that_succeeds_says_its_summary(recipe, capsys):
         (KeyboardInterrupt(), 130, "interrupted; the same command runs it again"),
     ],
 )
-def test_a_stage_that_fails_says_one_line_and_its_exit_code(recipe, capsys, error, code, said):
+def test_a_failed_stage_prints_one_line_and_returns_its_exit_code(recipe, capsys, error, code, message):
     assert stage(recipe, error) == code
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err == f"test_stage: {said}\n"
+    assert printed.out == "" and printed.err == f"test_stage: {message}\n"
 
 
 def test_debug_shows_the_traceback(recipe):

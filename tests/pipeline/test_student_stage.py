@@ -64,7 +64,7 @@ def test_a_teacher_that_some_term_needs_is_missed_by_name(made, changes):
         pipeline.student.run(made(**changes))
 
 
-def test_without_contrast_the_record_speaks_of_the_terms_that_are_left(made):
+def test_without_contrast_the_record_has_only_the_remaining_terms(made):
     pipeline.student.run(made(beta=0.0, alpha=0.0))
     record = last_record()
     assert record["classification"] == pytest.approx(record["loss"])
@@ -121,7 +121,7 @@ def test_a_student_starts_with_weights_and_an_order_of_images_that_are_not_its_t
     assert losses[0] != losses[1]
 
 
-def test_the_seed_of_a_stage_is_the_teachers_own_and_one_drawn_from_it_for_the_student():
+def test_the_student_has_a_seed_derived_from_the_teachers():
     students = [stage_seed(seed, "student") for seed in (*range(100), 2**63 - 1)]
     assert [stage_seed(seed, "teacher") for seed in (0, 7)] == [0, 7]
     assert len({*students, *range(100)}) == 201 and all(0 <= seed < 2**63 for seed in students)

@@ -37,8 +37,8 @@ def answer(opened: socket.socket) -> bytes:
     """Receive until the server closes the connection or a timeout."""
     received = b""
     with contextlib.suppress(OSError):
-        while piece := opened.recv(65536):
-            received += piece
+        while chunk := opened.recv(65536):
+            received += chunk
     return received
 
 
@@ -80,13 +80,13 @@ def huge_length(port: Port) -> int:
         return status_of(answer(opened))
 
 
-def endless_chunks(port: Port, most: int = 200_000) -> int:
-    """Send up to `most` one-byte chunks until the server closes; three million crash Triton without a gateway."""
+def endless_chunks(port: Port, limit: int = 200_000) -> int:
+    """Send up to `limit` one-byte chunks until the server closes; three million crash Triton without a gateway."""
     with connected(port) as opened:
         opened.sendall(head(None, "Transfer-Encoding: chunked", "Inference-Header-Content-Length: 10"))
         sent = 0
         with contextlib.suppress(OSError):
-            while sent < most:
+            while sent < limit:
                 opened.sendall(b"1\r\nx\r\n" * 1000)
                 sent += 1000
             opened.sendall(b"0\r\n\r\n")
@@ -94,12 +94,12 @@ def endless_chunks(port: Port, most: int = 200_000) -> int:
 
 
 @contextmanager
-def body_without_end(port: Port, most: int) -> Iterator[socket.socket]:
-    """A connection that announces 8 GiB and sends the first `most` bytes, or as many as the server accepts."""
+def body_without_end(port: Port, limit: int) -> Iterator[socket.socket]:
+    """A connection that announces 8 GiB and sends the first `limit` bytes, or as many as the server accepts."""
     with connected(port) as opened:
         opened.sendall(head(8 * 1024**3, "Inference-Header-Content-Length: 10"))
         with contextlib.suppress(OSError):
-            for _ in range(most // 2**20):
+            for _ in range(limit // 2**20):
                 opened.sendall(bytes(2**20))
         yield opened
 
@@ -115,7 +115,7 @@ def odd(first_line: str, *more: str, body: str = "") -> bytes:
     return ("\r\n".join([first_line, "Host: tailor", *more]) + "\r\n\r\n" + body).encode()
 
 
-# Requests that nginx itself rejects, most of them before it selects a location, with the response status.
+# Requests that nginx itself rejects, limit of them before it selects a location, with the response status.
 ODD_REQUESTS: dict[str, tuple[bytes, int]] = {
     "odd: gzip and chunked": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: gzip, chunked", body="0\r\n\r\n"), 501),
     "odd: unknown encoding": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: x"), 501),
@@ -208,7 +208,7 @@ HEADERS = [
 
 def http2_headers(port: Port, headers: list[tuple[str, str]]) -> dict[str, str]:
     """Send an HTTP/2 request without a body; return the headers and trailers of the response."""
-    found: dict[str, str] = {}
+    received: dict[str, str] = {}
     with http2(port) as (opened, connection):
         stream = connection.get_next_available_stream_id()
         connection.send_headers(stream, headers, end_stream=True)
@@ -216,9 +216,9 @@ def http2_headers(port: Port, headers: list[tuple[str, str]]) -> dict[str, str]:
         while data := opened.recv(65536):
             for event in connection.receive_data(data):
                 if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
-                    found |= {name.decode(): value.decode() for name, value in event.headers}
+                    received |= {name.decode(): value.decode() for name, value in event.headers}
                 if isinstance(event, h2.events.StreamEnded):
-                    return found
+                    return received
     raise AssertionError("closed before the end of the stream")
 
 
@@ -244,11 +244,11 @@ def frame_types(data: bytes) -> list[int]:
     return types
 
 
-def resets_until_goaway(port: Port, most: int) -> int:
-    """Open and reset streams on one connection until GOAWAY; return their number, at most `most`."""
+def resets_until_goaway(port: Port, limit: int) -> int:
+    """Open and reset streams on one connection until GOAWAY; return their number, at most `limit`."""
     received = b""
     with http2(port) as (opened, connection):
-        for count in range(1, most + 1):
+        for count in range(1, limit + 1):
             stream = connection.get_next_available_stream_id()
             connection.send_headers(stream, HEADERS)
             connection.reset_stream(stream)
@@ -257,7 +257,7 @@ def resets_until_goaway(port: Port, most: int) -> int:
                 received += opened.recv(65536)
                 if GOAWAY in frame_types(received):
                     return count
-    return most
+    return limit
 
 
 def ping_flood(port: Port, pings: int = 1000) -> None:
@@ -308,5 +308,5 @@ GRPC_CONNECTIONS: dict[str, Callable[[Port], None]] = {
     "http/2: settings": settings_flood,
     "http/2: endless headers": continuation_flood,
     "http/2: idle streams": idle_streams,
-    "http/2: something else": not_http2,
+    "http/2: not HTTP/2": not_http2,
 }

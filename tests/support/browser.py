@@ -23,8 +23,8 @@ class Reader:
 
     def violations(self):
         """Return axe's serious and critical accessibility violations: rule and elements."""
-        found = Axe().run(self.page).response["violations"]
-        grave = [each for each in found if each["impact"] in ("serious", "critical")]
+        violations = Axe().run(self.page).response["violations"]
+        grave = [each for each in violations if each["impact"] in ("serious", "critical")]
         return [(each["id"], [node["html"][:120] for node in each["nodes"]]) for each in grave]
 
     def evaluate(self, script):

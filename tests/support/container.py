@@ -39,8 +39,8 @@ class EndedWhileStarting(Exception):
 
 def backends() -> Path | None:
     """Return the folder with Triton's onnxruntime backend; None where TAILOR_TEST_BACKENDS is not set."""
-    given = os.environ.get(BACKENDS_VARIABLE)
-    return Path(given).absolute() if given else None
+    backends = os.environ.get(BACKENDS_VARIABLE)
+    return Path(backends).absolute() if backends else None
 
 
 @contextmanager

@@ -111,16 +111,16 @@ def check_tailor(words: list[str]) -> None:
     """Check that the command is one of `tailor`, and that its help lists every option."""
     program: Any = typer.main.get_command(app)
     context = program.make_context("tailor", [], resilient_parsing=True)
-    name, *rest = words
+    name, *arguments = words
     command: Any = program.get_command(context, name)
     assert command is not None, f"tailor has no command {name}"
     if isinstance(command, click.Group) or hasattr(command, "get_command"):
-        context, (name, *rest) = command.make_context(name, [], parent=context, resilient_parsing=True), rest
+        context, (name, *arguments) = command.make_context(name, [], parent=context, resilient_parsing=True), arguments
         command = command.get_command(context, name)
         assert command is not None, f"tailor {words[0]} has no command {name}"
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    for word in rest:
-        assert not word.startswith("--") or word.partition("=")[0] in known, f"tailor {words[0]} has no {word}"
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for word in arguments:
+        assert not word.startswith("--") or word.partition("=")[0] in options, f"tailor {words[0]} has no {word}"
 
 
 def check_command(command: str) -> None:
@@ -131,23 +131,23 @@ def check_command(command: str) -> None:
         name, _, value = words.pop(0).partition("=")
         if name == "TAILOR_LAUNCH":
             check_command(f"{value} -m pipeline.student")
-    program, *rest = words
+    program, *arguments = words
     if program == "tailor":
-        check_tailor(rest)
+        check_tailor(arguments)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert all(word in targets for word in rest if "=" not in word), command
+        assert all(word in targets for word in arguments if "=" not in word), command
     elif program == "dvc":
-        name = rest[:2] if rest[0] in ("exp", "metrics", "plots", "remote", "config") else rest[:1]
-        check_options(rest[len(name) :], "dvc", *name)
+        name = arguments[:2] if arguments[0] in ("exp", "metrics", "plots", "remote", "config") else arguments[:1]
+        check_options(arguments[len(name) :], "dvc", *name)
     elif program == "torchrun":
-        check_torchrun(rest)
+        check_torchrun(arguments)
     elif program == "pytest":
-        assert (ROOT / rest[0]).exists(), command
+        assert (ROOT / arguments[0]).exists(), command
     elif program == "python" or program.endswith("/bin/python"):
-        check_python(rest, command)
+        check_python(arguments, command)
     elif program == ".":
-        assert rest == [".venv/bin/activate"]
+        assert arguments == [".venv/bin/activate"]
     else:
         assert Path(program).name in FOREIGN, f"{program} is neither Tailor's nor known; add a check"
 

@@ -47,8 +47,8 @@ def drop_images(label: str, seeds: range, root: Path = Path("data/drop")) -> lis
 
 def shards() -> list[dict[str, Any]]:
     """Return the rows of all shards without the images, sorted by name."""
-    found = [row for path in sorted(Path("data/ingested").glob("*.parquet")) for row in _rows(path)]
-    return sorted(found, key=lambda row: row["name"])
+    rows = [row for path in sorted(Path("data/ingested").glob("*.parquet")) for row in _rows(path)]
+    return sorted(rows, key=lambda row: row["name"])
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -80,15 +80,15 @@ class FaultyHttp:
             fault = None
             if self._faults:
                 fault = self._faults[0] if self._forever and len(self._faults) == 1 else self._faults.popleft()
-            place = len(self.requests)
+            index = len(self.requests)
             self.requests.append(b"")
             if fault:
-                self.requests[place] = read_request(connection)
+                self.requests[index] = read_request(connection)
                 fault(connection)
             elif self._target:
-                self._tunnel(connection, place)
+                self._tunnel(connection, index)
 
-    def _tunnel(self, connection: socket.socket, place: int) -> None:
+    def _tunnel(self, connection: socket.socket, index: int) -> None:
         """Copy in both directions in one thread: with two threads on an SSLSocket, 1 of 1,500 connections hung."""
         with socket.create_connection(self._target, timeout=PATIENCE) as server:
             while True:
@@ -98,7 +98,7 @@ class FaultyHttp:
                     if not (data := source.recv(65536)):
                         return
                     if source is connection:
-                        self.requests[place] += data
+                        self.requests[index] += data
                         server.sendall(data)
                     else:
                         connection.sendall(data)
@@ -148,8 +148,8 @@ def trickles(data: bytes, pause: float = 0.05) -> Fault:
     """Fault: send these bytes one by one, so that no single wait is long."""
 
     def fault(connection: socket.socket) -> None:
-        for place in range(len(data)):
-            connection.sendall(data[place : place + 1])
+        for index in range(len(data)):
+            connection.sendall(data[index : index + 1])
             time.sleep(pause)
 
     return fault

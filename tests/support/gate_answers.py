@@ -11,7 +11,7 @@ import pyarrow.parquet
 
 from models.prior import shot_group
 from pipeline.data.class_prior import Prior
-from pipeline.evaluation.predictions import Answers, Contender
+from pipeline.evaluation.predictions import Contender, Predictions
 from pipeline.params import GateParams
 
 COUNTS = [300, 200, 60, 30, 12, 8]
@@ -42,7 +42,7 @@ def answering(accuracy, seed):
 
 def answers_of(logits):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    return Answers([str(i) for i in range(len(LABELS))], LABELS, p, prior_of())
+    return Predictions([str(i) for i in range(len(LABELS))], LABELS, p, prior_of())
 
 
 def contender(folder, logits, ids=None, labels=LABELS, classes=None, **more):

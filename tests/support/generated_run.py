@@ -9,9 +9,9 @@ import numpy as np
 from models.prior import shot_group
 from pipeline.data.class_prior import Prior
 from pipeline.evaluate import choose_samples
-from pipeline.evaluation.metrics import answers, per_class_accuracy
+from pipeline.evaluation.metrics import adjusted_probabilities, per_class_accuracy
 from pipeline.evaluation.network_metrics import network_metrics
-from pipeline.report import Evaluation, Origin, render_report, study
+from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report
 from pipeline.report.data_card import SplitSizes, data_facts
 from pipeline.report.model_card import model_card, model_facts
 from tests.support.making import params, png
@@ -46,16 +46,14 @@ def made_logits(labels: np.ndarray, prior: Prior, seed: int, skill: float = 4.0)
 
 
 @lru_cache
-def made_report(
-    classes: int, per_class: int, validation: bool = True, champion: bool = False, warnings: tuple[str, ...] = ()
-) -> str:
+def made_report(classes: int, per_class: int, validation: bool = True, champion: bool = False) -> str:
     """Return the report of generated predictions, built as in `evaluate`."""
     prior, recipe = made_prior(classes), params()
     labels = np.repeat(np.arange(classes), per_class)
     logits = {name: made_logits(labels, prior, seed) for seed, name in enumerate(("teacher", "student"))}
     held_out = (made_logits(labels, prior, 2), labels) if validation else None
     previous = champion_of(labels, prior, champion)
-    found = study(
+    found = analyse_predictions(
         logits,
         labels,
         prior,
@@ -67,7 +65,8 @@ def made_report(
     )
     log_prior = np.array(prior.log_prior)
     given = {
-        name: answers(logits["student"], log_prior, strength) for name, strength in (("balanced", 0), ("train", 1))
+        name: adjusted_probabilities(logits["student"], log_prior, strength)
+        for name, strength in (("balanced", 0), ("train", 1))
     }
     metrics = {name: network_metrics(values, labels, prior, recipe.evaluate) for name, values in logits.items()}
     right = {name: per_class_accuracy(p.argmax(1), labels, classes) for name, p in given.items()}
@@ -86,12 +85,12 @@ def made_report(
         for row in choose_samples(given, 12, 0)
     ]  # fmt: skip
     sizes = SplitSizes(sum(prior.counts), len(labels), len(labels))
-    origin = Origin("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
+    provenance = Provenance("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
     facts, about = data_facts(recipe.data, recipe.image, prior, sizes), facts_of_the_model(prior)
     return render_report(
         Evaluation(
             found, metrics, rows, samples, prior, png, facts, about, recipe.model_dump(mode="json"),
-            warnings=warnings, origin=origin,
+            provenance,
         )
     )  # fmt: skip
 
@@ -119,9 +118,9 @@ def made_histories(validation: bool) -> dict[str, list[dict[str, float]]]:
 
 def champion_of(labels: np.ndarray, prior: Prior, there: bool):
     """Return slightly worse predictions of a champion; None without `there`."""
-    from pipeline.evaluation.predictions import Answers
+    from pipeline.evaluation.predictions import Predictions
 
     if not there:
         return None
-    p = answers(made_logits(labels, prior, 5, skill=3.5), np.array(prior.log_prior), 0.0)
-    return Answers([f"{i:06d}" for i in range(len(labels))], labels, p, prior)
+    p = adjusted_probabilities(made_logits(labels, prior, 5, skill=3.5), np.array(prior.log_prior), 0.0)
+    return Predictions([f"{i:06d}" for i in range(len(labels))], labels, p, prior)

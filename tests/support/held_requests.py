@@ -68,8 +68,8 @@ class OverGrpc:
                     received[event.stream_id] += event.data
                     self._connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 elif isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
-                    told = {bytes(name): bytes(value) for name, value in event.headers}
-                    assert told.get(b"grpc-status", b"0") == b"0", told
+                    headers = {bytes(name): bytes(value) for name, value in event.headers}
+                    assert headers.get(b"grpc-status", b"0") == b"0", headers
                 elif isinstance(event, h2.events.StreamEnded):
                     ended.add(event.stream_id)
             self.sockets[0].sendall(self._connection.data_to_send())

@@ -1,4 +1,4 @@
-"""Process for test_logit_log that logs logits at full speed until it is killed, or logs a given number of rows."""
+"""Process for test_logit_log_files that logs logits at full speed until it is killed, or logs a given number of rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 
 from serving.triton import logit_log
 
@@ -25,11 +26,18 @@ class Counts:
             self.lost[reason] += number
 
 
-def opened(folder: Path, classes: int = 5, limit: int = 1 << 20, share: float = 1.0, about: dict | None = None):
-    """Open a log; return it with its counters."""
+def opened(
+    folder: Path,
+    classes: int = 5,
+    limit: int = 1 << 20,
+    share: float = 1.0,
+    about: dict | None = None,
+    **options: float,
+):
+    """Open a log; return it with its counters. options: of LogitLog."""
     counts = Counts()
-    about = about or {"tailor_logits": "1", "version": "1", "student_sha256": "s", "classes_sha256": "c"}
-    return logit_log.LogitLog(folder, share, limit, classes, about, [], counts), counts
+    metadata = about or {"tailor_logits": "1", "version": "1", "student_sha256": "s", "classes_sha256": "c"}
+    return logit_log.LogitLog(folder, share, limit, classes, metadata, [], counts, **options), counts
 
 
 def batch(rows: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,10 +48,15 @@ def batch(rows: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return random.integers(0, 256, (rows, 3, 2, 2), dtype=np.uint8), logits
 
 
+def logits_of(folder: Path) -> np.ndarray:
+    """Return the logged logits of a folder, oldest first."""
+    tables = [pyarrow.parquet.ParquetFile(path).read() for path in logit_log.log_files(folder)]
+    return np.concatenate([np.array(table["logits"].to_pylist(), dtype=np.float32) for table in tables])
+
+
 if __name__ == "__main__":
     folder, classes, batches = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    logit_log.WRITE_EVERY = 0.05
-    log, counts = opened(folder, classes)
+    log, counts = opened(folder, classes, write_every=0.05)
     print("open", flush=True)
     for seed in range(batches) if batches else iter(int, 1):
         log.offer(*batch(8, classes, seed))

@@ -13,13 +13,13 @@ from tests.support.logging_process import opened
 
 def write_log(folder: Path, manifest: Manifest, logits: np.ndarray, **about: str) -> None:
     """Write logits to a log as a server does."""
-    said = {
+    metadata = {
         "tailor_logits": "1",
         "version": str(manifest.version),
         "student_sha256": manifest.files["student.onnx"],
         "classes_sha256": classes_sha256(manifest.classes),
     } | about
-    log, _ = opened(folder, logits.shape[1], limit=1 << 24, about=said)
+    log, _ = opened(folder, logits.shape[1], limit=1 << 24, about=metadata)
     images = np.random.default_rng(0).integers(0, 256, (len(logits), 3, 2, 2), dtype=np.uint8)
     for start in range(0, len(logits), 100):
         log.offer(images[start : start + 100], logits[start : start + 100])

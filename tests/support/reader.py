@@ -88,7 +88,7 @@ class Reader:
         if command.startswith("tailor gateway"):
             assert self.addresses, f"{command}: no server was started before it on the page"
             free = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
-            command = re.sub(r"--(http|grpc)-port \d+", lambda found: f"--{found[1]}-port {free[found[1]]}", command)
+            command = re.sub(r"--(http|grpc)-port \d+", lambda match: f"--{match[1]}-port {free[match[1]]}", command)
             triton = [address.partition("://")[2] for address in self.addresses]
             command += f" --upstream-http {triton[0]} --upstream-grpc {triton[1]}"
         if command.startswith("curl"):
@@ -108,11 +108,11 @@ class Reader:
             )  # fmt: skip
         self.terminals.append(Terminal(process, log, ends_with))
         until = time.monotonic() + STARTS_WITHIN
-        while not (found := re.search(ready, log.read_text(encoding="utf-8"), re.MULTILINE)):
+        while not (match := re.search(ready, log.read_text(encoding="utf-8"), re.MULTILINE)):
             assert process.poll() is None and time.monotonic() < until, f"{text}\n{log.read_text(encoding='utf-8')}"
             time.sleep(0.05)
         if text.startswith("tailor serve"):
-            self.addresses = found[1], found[2]
+            self.addresses = match[1], match[2]
         return log.read_text(encoding="utf-8")
 
     def close(self) -> None:

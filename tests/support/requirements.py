@@ -11,20 +11,20 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = {canonicalize_name(found.name) for found in metadata.distributions()}
+DISTRIBUTIONS = {canonicalize_name(distribution.name) for distribution in metadata.distributions()}
 
 
 def installed_with(requirements: Sequence[str]) -> set[str]:
     """Return the names of the distributions that requirements install. Tailor's are read from pyproject.toml."""
-    found, waiting = set(), [Requirement(text) for text in requirements]
-    while waiting:
-        wanted = waiting.pop()
-        extras = {"", *wanted.extras}
-        for name, extra in {(canonicalize_name(wanted.name), extra) for extra in extras} - found:
-            found.add((name, extra))
+    visited, remaining = set(), [Requirement(text) for text in requirements]
+    while remaining:
+        requirement = remaining.pop()
+        extras = {"", *requirement.extras}
+        for name, extra in {(canonicalize_name(requirement.name), extra) for extra in extras} - visited:
+            visited.add((name, extra))
             needs = [Requirement(text) for text in _needs(name, extra)]
-            waiting += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
-    return {name for name, _ in found}
+            remaining += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+    return {name for name, _ in visited}
 
 
 def _needs(name: str, extra: str) -> Sequence[str]:

@@ -43,15 +43,15 @@ class Begun:
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def await_line(self, wanted: str) -> None:
+    def await_line(self, line: str) -> None:
         deadline = time.monotonic() + WITHIN
-        while wanted not in self.text():
-            assert self.process.is_alive() and time.monotonic() < deadline, f"never said {wanted!r}:\n{self.text()}"
+        while line not in self.text():
+            assert self.process.is_alive() and time.monotonic() < deadline, f"did not print {line!r}:\n{self.text()}"
             time.sleep(0.005)
 
-    def kill_at(self, wanted: str, after: float = 0.0) -> None:
-        """Send SIGKILL `after` seconds after the log contains `wanted`."""
-        self.await_line(wanted)
+    def kill_at(self, line: str, after: float = 0.0) -> None:
+        """Send SIGKILL `after` seconds after the log contains `line`."""
+        self.await_line(line)
         time.sleep(after)
         self.process.kill()
         self.process.join()

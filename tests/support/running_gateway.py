@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving.gateway.config import Gateway, read_gateway
+from serving.gateway.config import Gateway
 from serving.gateway.nginx_process import PACKAGES, GatewayProcess, find_nginx
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
@@ -29,20 +29,20 @@ def require_nginx() -> None:
 
 
 @contextmanager
-def running_gateway(server: TritonServer, log: Path | None = None, **values: object) -> Iterator[GatewayProcess]:
+def running_gateway(
+    server: TritonServer, log: Path | None = None, kind: type[Gateway] = Gateway, **values: object
+) -> Iterator[GatewayProcess]:
     require_nginx()
     ports = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
-    gateway = read_gateway(
-        **{
-            "http_port": ports["http"],
-            "grpc_port": ports["grpc"],
-            "upstream_http": server.http_url.removeprefix("http://"),
-            "upstream_grpc": server.grpc_url.removeprefix("grpc://"),
-            "workers": 1,
-            "shutdown_seconds": 2,
-        }
-        | values
-    )
+    defaults = {
+        "http_port": ports["http"],
+        "grpc_port": ports["grpc"],
+        "upstream_http": server.http_url.removeprefix("http://"),
+        "upstream_grpc": server.grpc_url.removeprefix("grpc://"),
+        "workers": 1,
+        "shutdown_seconds": 2,
+    }
+    gateway = kind.model_validate(defaults | values)
     with GatewayProcess(gateway, log) as running:
         yield running
 

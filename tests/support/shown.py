@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.comparison import Measure
-from pipeline.flows.prefect_artifacts import comparison
+from pipeline.flows.prefect_artifacts import comparison_rows
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def check_refusal(shown: ShownRun, evidence: Path) -> None:
         assert f"- {reason}" in shown.artifacts["decision"] and reason in shown.artifacts["outcome"]
     assert ("could not be computed" in shown.artifacts["decision"]) is not decision["computed"]
     if decision["computed"]:
-        rows = comparison({name: Measure(**measure) for name, measure in decision["measures"].items()})
+        rows = comparison_rows({name: Measure(**measure) for name, measure in decision["measures"].items()})
         assert json.loads(shown.artifacts["comparison"]) == rows
         assert {"refused", "passed"} <= {row["verdict"] for row in rows}
         expected.add("comparison")
@@ -50,9 +50,9 @@ def check_refusal(shown: ShownRun, evidence: Path) -> None:
     assert set(shown.artifacts) == expected
 
 
-def _ask(api: str, path: str, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+def _ask(api: str, path: str, query: dict[str, Any]) -> list[dict[str, Any]]:
     request = urllib.request.Request(
-        f"{api}/{path}", json.dumps(wanted).encode(), {"Content-Type": "application/json"}, method="POST"
+        f"{api}/{path}", json.dumps(query).encode(), {"Content-Type": "application/json"}, method="POST"
     )
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.load(response)

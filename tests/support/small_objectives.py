@@ -3,7 +3,8 @@
 import torch
 
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 
 CLASSES, COUNTS, BATCH = 3, [50, 12, 3], 6
 LOG_PRIOR = torch.tensor([50 / 65, 12 / 65, 3 / 65]).log()

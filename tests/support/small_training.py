@@ -10,10 +10,11 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import Images
-from pipeline.params import AugmentParams, EngineParams, ImageParams, ScheduleParams, TrainingParams
+from pipeline.params import AugmentParams, EngineParams, ImageParams, LearningRateParams, TrainingParams
 from pipeline.training.engine import Training
 from pipeline.training.step import Step
 
@@ -40,7 +41,7 @@ def training_params(**changes) -> TrainingParams:
         "learning_rate": 0.05,
         "momentum": 0.9,
         "weight_decay": 5e-4,
-        "schedule": ScheduleParams(kind="cosine", warmup_epochs=0),
+        "schedule": LearningRateParams(kind="cosine", warmup_epochs=0),
         "augment": AugmentParams(crop_padding=1, flip=True, cutout=2),
     }
     return TrainingParams(**{**values, **changes})
@@ -115,8 +116,8 @@ def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
     objective.double()
     params = training_params(accumulate=accumulate, augment=augment)
     step = Step(objective, params, IMAGE, made_images(32), CPU)
-    normalise = step._normalise
-    step._normalise = lambda views: normalise(views).double()
+    normalise = step.normalise
+    step.normalise = lambda views: normalise(views).double()
     return step
 
 

@@ -59,9 +59,9 @@ class Load:
 
 def assert_each_answer_is_its_versions(load: Load, exports: dict[int, Release]) -> None:
     assert load.failures == []
-    known: dict[tuple[int, int], np.ndarray] = {}
+    expected_by_version: dict[tuple[int, int], np.ndarray] = {}
     for seed, answer in load.answers:
-        if (seed, answer.version) not in known:
-            known[seed, answer.version] = exports[answer.version].probabilities([picture(seed)], 0.0)[0]
-        expected = np.sort(known[seed, answer.version])[::-1][:TOP_K]
+        if (seed, answer.version) not in expected_by_version:
+            expected_by_version[seed, answer.version] = exports[answer.version].probabilities([picture(seed)], 0.0)[0]
+        expected = np.sort(expected_by_version[seed, answer.version])[::-1][:TOP_K]
         np.testing.assert_allclose(answer.probabilities, expected, rtol=1e-4, atol=1e-6)

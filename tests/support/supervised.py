@@ -14,12 +14,12 @@ from conftest import picture
 
 from serving.client.sync_client import Client
 from serving.server.leftovers import processes_of
-from serving.server.supervisor import GivenUp, Patience, Supervisor
+from serving.server.supervisor import RestartLimitExceeded, SupervisionLimits, Supervisor
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.transport.retries import Retries
 
-IMPATIENT = Patience(
+SHORT_LIMITS = SupervisionLimits(
     poll=0.2,
     canary_every=1.0,
     canary_timeout=2.0,
@@ -34,9 +34,11 @@ IMPATIENT = Patience(
 class Watched:
     """A server under a supervisor that runs in a thread, and the supervisor's reports."""
 
-    def __init__(self, root: Path, patience: Patience = IMPATIENT, server: TritonServer | None = None) -> None:
+    def __init__(
+        self, root: Path, limits: SupervisionLimits = SHORT_LIMITS, server: TritonServer | None = None
+    ) -> None:
         self.root = root
-        self.patience = patience
+        self.limits = limits
         self.server = (server or TritonServer(root, http_port=0, grpc_port=0, metrics_port=0)).start()
         self.reports: list[str] = []
         self.ended: BaseException | None = None
@@ -78,8 +80,8 @@ class Watched:
 
     def _run(self) -> None:
         try:
-            Supervisor(self.server, self.reports.append, self.patience).run(self._stopping)
-        except GivenUp as error:
+            Supervisor(self.server, self.reports.append, self.limits).run(self._stopping)
+        except RestartLimitExceeded as error:
             self.ended = error
 
 

@@ -60,8 +60,8 @@ def packed(path: Path, column: str, size: int, lie: bool = False) -> Path:
         start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
         footer = data[start:]
         for true in {group.column(0).total_uncompressed_size, group.total_byte_size}:
-            said = _varint(2 * true)
-            footer = footer.replace(said, bytes([0x82, *[0x80] * (len(said) - 2), 0]))
+            size_field = _varint(2 * true)
+            footer = footer.replace(size_field, bytes([0x82, *[0x80] * (len(size_field) - 2), 0]))
         path.write_bytes(data[:start] + footer)
         assert pyarrow.parquet.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 1
     return path

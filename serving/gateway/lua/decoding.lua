@@ -17,7 +17,7 @@ local WEIGHTS = { png = { 1, 0.4 }, webp = { 1, 1.8 }, jpeg = { 0.5, 0.4 }, prog
 -- A JPEG marker with a segment, or the end-of-image marker; not a stuffed byte, restart marker or fill byte.
 local MARKER = "\255[^%z\1\208-\216\255]"
 local SEARCHED = 4096 -- bytes
--- The prefix of an image as base64 text, which the classifier accepts (serving/triton/asked.py), and its greatest
+-- The prefix of an image as base64 text, which the classifier accepts (serving/triton/request_parser.py), and its greatest
 -- length.
 local DATA_URL, LONGEST_PREFIX = "^data:image/%l+;base64,", 23
 
@@ -33,28 +33,28 @@ end
 -- Each parser returns the number of pixels and the format; nil for the pixels if the header does not end within
 -- MOST_PARTS. If a file has several sizes, the largest counts, because decoders differ in which one they use.
 local function png(part, more)
-    local pixels, place = 0, 8
+    local pixels, position = 0, 8
     while more() do
-        local head = part(place, 16)
+        local head = part(position, 16)
         local kind = head:sub(5, 8)
         if kind == "IDAT" or kind == "fdAT" or #head < 8 then
             return #head < 8 and 0 or pixels, "png"
         elseif kind == "IHDR" then
             pixels = math.max(pixels, number(head, 9, 12) * number(head, 13, 16))
         end
-        place = place + 12 + number(head, 1, 4)
+        position = position + 12 + number(head, 1, 4)
     end
 end
 
 local function jpeg(part, more)
-    local pixels, form, place = 0, "jpeg", 2
+    local pixels, form, position = 0, "jpeg", 2
     while more() do
-        local searched = part(place, SEARCHED)
-        local at = searched:find(MARKER)
-        if not at then
-            return #searched < SEARCHED and 0 or nil, form
+        local bytes = part(position, SEARCHED)
+        local index = bytes:find(MARKER)
+        if not index then
+            return #bytes < SEARCHED and 0 or nil, form
         end
-        local head = part(place + at - 1, 9)
+        local head = part(position + index - 1, 9)
         local marker = head:byte(2)
         if marker == 0xDA or marker == 0xD9 then -- start of the first scan, end of the image
             return marker == 0xDA and pixels or 0, form
@@ -62,7 +62,7 @@ local function jpeg(part, more)
             pixels = math.max(pixels, number(head, 6, 7) * number(head, 8, 9))
             form = marker > 0xC1 and "progressive" or form
         end
-        place = place + at + 1 + math.max(2, number(head, 3, 4))
+        position = position + index + 1 + math.max(2, number(head, 3, 4))
     end
 end
 
@@ -77,13 +77,13 @@ local function webp(part)
     return kind == "VP8 " and number(head, 28, 27) % 16384 * (number(head, 30, 29) % 16384) or 0, "webp"
 end
 
--- Returns a read(place, count) of the file whose base64 text `read_text` reads; it decodes only the groups of four
+-- Returns a read(position, count) of the file whose base64 text `read_text` reads; it decodes only the groups of four
 -- letters with these bytes. Text that is not base64 gives an empty string; the classifier rejects it.
 local function base64_reader(read_text)
-    return function(place, count)
-        local first = math.floor(place / 3)
-        local text = read_text(4 * first, 4 * (math.ceil((place + count) / 3) - first))
-        return (ngx.decode_base64(text) or ""):sub(place - 3 * first + 1, place - 3 * first + count)
+    return function(position, count)
+        local first = math.floor(position / 3)
+        local text = read_text(4 * first, 4 * (math.ceil((position + count) / 3) - first))
+        return (ngx.decode_base64(text) or ""):sub(position - 3 * first + 1, position - 3 * first + count)
     end
 end
 
@@ -98,8 +98,8 @@ function decoding.pixels(read, offset, size, counted)
     end
     local _, prefix = read(offset, math.min(LONGEST_PREFIX, size)):find(DATA_URL)
     local start, stop = offset + (prefix or 0), offset + size
-    local function part(place, count)
-        return start + place < stop and read(start + place, math.min(count, stop - start - place)) or ""
+    local function part(position, count)
+        return start + position < stop and read(start + position, math.min(count, stop - start - position)) or ""
     end
     if prefix then
         part, size = base64_reader(part), math.floor((stop - start) * 3 / 4)
@@ -123,7 +123,7 @@ local function id()
     return ngx.var.connection .. ":" .. ngx.var.connection_requests
 end
 
-local entered = {} -- the costly requests of this worker, so that leave() is cheap for all others
+local costly_requests = {} -- the costly requests of this worker, so that leave() is cheap for all others
 
 -- Wait for a slot to decode images of this cost, in the access phase. Returns an error message after wait_seconds, else
 -- nil. Only one request of an address competes for the slots at a time, so that many requests get no larger share.
@@ -131,13 +131,13 @@ function decoding.enter(pixels)
     if pixels <= decoding.cheap then
         return nil
     end
-    local dict, own, caller = ngx.shared.decoding, id(), "caller " .. ngx.var.binary_remote_addr
-    entered[own] = true
+    local dict, request, caller = ngx.shared.decoding, id(), "caller " .. ngx.var.binary_remote_addr
+    costly_requests[request] = true
     local arrived, milliseconds, first = ngx.now(), math.ceil(pixels * decoding.NANOSECONDS / 1e6), nil
     repeat
-        first = first or dict:add(caller, own, decoding.wait_seconds + 1) and ngx.now()
+        first = first or dict:add(caller, request, decoding.wait_seconds + 1) and ngx.now()
         for slot = 1, first and decoding.costly_at_once or 0 do
-            if dict:add("slot " .. slot, own, decoding.slot_seconds, milliseconds) then
+            if dict:add("slot " .. slot, request, decoding.slot_seconds, milliseconds) then
                 dict:delete(caller)
                 return nil
             end
@@ -148,16 +148,16 @@ function decoding.enter(pixels)
     if first then
         dict:delete(caller)
     end
-    return "other large images are decoded for more than " .. decoding.wait_seconds .. " s; send smaller ones, or try again later"
+    return "other large images have been decoded for " .. decoding.wait_seconds .. " s; send smaller images, or try again later"
 end
 
 -- Free the slot of this request, after Triton's response or in the log phase. If the client disconnected (499) or the
 -- gateway timed out (504), Triton still decodes, so the slot stays in use for the estimated decoding time.
 function decoding.leave()
-    if next(entered) == nil or not entered[id()] then
+    if next(costly_requests) == nil or not costly_requests[id()] then
         return
     end
-    entered[id()] = nil
+    costly_requests[id()] = nil
     local dict, caller = ngx.shared.decoding, "caller " .. ngx.var.binary_remote_addr
     for slot = 1, decoding.costly_at_once do
         local holder, milliseconds = dict:get("slot " .. slot)

@@ -5,7 +5,7 @@ local body = require("body")
 local decoding = require("decoding")
 local ffi = require("ffi")
 local tensors = require("tensors")
-local refuse, shown = tensors.refuse, tensors.shown
+local reject, quoted = tensors.reject, tensors.quoted
 
 local FRAME, LONGEST_TEXT, MOST_FIELDS = 5, 200, 8192
 local INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNAVAILABLE = 3, 5, 8, 14
@@ -27,7 +27,7 @@ local REQUEST = {
     { "raw", "pieces" },
 }
 
-local function answer(status, message)
+local function respond(status, message)
     ngx.var.grpc_status, ngx.var.grpc_message = status, ngx.escape_uri(message)
     ngx.header["Content-Type"] = "application/grpc"
     ngx.send_headers()
@@ -44,13 +44,13 @@ local function varint(source, offset, stop)
             return value, offset + index
         end
     end
-    refuse(NOT_PROTOBUF)
+    reject(NOT_PROTOBUF)
 end
 
 -- By kind, a function that adds the bytes of a field to the list of its values.
 local ADD = {
     texts = function(source, offset, size, values)
-        table.insert(values, size <= LONGEST_TEXT and source.read(offset, size) or refuse("message has a text of " .. size .. " bytes"))
+        table.insert(values, size <= LONGEST_TEXT and source.read(offset, size) or reject("message has a string of " .. size .. " bytes"))
     end,
     strings = function(source, offset, size, values)
         table.insert(values, source.read(offset, size))
@@ -69,12 +69,12 @@ local ADD = {
             end
         end
         if factor > 1 then
-            refuse(NOT_PROTOBUF)
+            reject(NOT_PROTOBUF)
         end
     end,
     floats = function(source, offset, size, values)
         if size % 4 > 0 then
-            refuse(NOT_PROTOBUF)
+            reject(NOT_PROTOBUF)
         end
         local floats = ffi.new("float[?]", size / 4)
         ffi.copy(floats, source.read(offset, size), size)
@@ -98,18 +98,18 @@ local function decode(source, offset, size, schema)
         local field, wire = schema[math.floor(tag / 8)], tag % 8
         source.fields = (source.fields or 0) + 1
         if not field or source.fields > MOST_FIELDS then
-            refuse("message has a field that is not accepted here, or too many")
+            reject("message has a field that is not accepted here, or too many fields")
         elseif wire == 0 and field[2] == "numbers" then
             table.insert(message[field[1]], number)
         elseif wire ~= 2 or offset + number > stop then
-            refuse(NOT_PROTOBUF)
+            reject(NOT_PROTOBUF)
         elseif type(field[2]) == "table" then
             table.insert(message[field[1]], decode(source, offset, number, field[2]))
             offset = offset + number
         else
             source.typed = (source.typed or 0) + (field[2] ~= "pieces" and number or 0)
             if source.typed > tensors.MOST_JSON then
-                refuse("contents have more than " .. tensors.MOST_JSON .. " bytes; send raw_input_contents")
+                reject("contents have more than " .. tensors.MOST_JSON .. " bytes; send raw_input_contents")
             end
             ADD[field[2]](source, offset, number, message[field[1]])
             offset = offset + number
@@ -121,19 +121,19 @@ end
 -- The value of a field that may occur at most once.
 local function single(message, name)
     if #message[name] > 1 then
-        refuse(name .. " is given twice")
+        reject(name .. " is given twice")
     end
     return message[name][1]
 end
 
 -- The integer value of the only parameter that a tensor may have.
 local function parameter(message, name, where)
-    local given = message.parameters[1]
-    if given then
-        local key, value = single(given, "key"), single(given, "value")
+    local entry = message.parameters[1]
+    if entry then
+        local key, value = single(entry, "key"), single(entry, "value")
         local others = value and #value.bool + #value.string + #value.uint64 or 1
         if key ~= name or #message.parameters > 1 or others > 0 or not value.int64[1] then
-            refuse(where .. ": parameter " .. shown(key) .. " is not accepted here")
+            reject(where .. ": parameter " .. quoted(key) .. " is not accepted here")
         end
         return single(value, "int64")
     end
@@ -143,21 +143,21 @@ local function read_input(message, raw)
     local input = { name = single(message, "name"), datatype = single(message, "datatype"), shape = message.shape }
     local contents = single(message, "contents")
     if contents and raw then
-        refuse("input " .. shown(input.name) .. " has both contents and raw_input_contents")
+        reject("input " .. quoted(input.name) .. " has both contents and raw_input_contents")
     elseif contents then
         input.values = contents[input.datatype] or {}
         for datatype, values in pairs(contents) do
             if datatype ~= input.datatype and #values > 0 then
-                refuse("input " .. shown(input.name) .. ": contents are not those of its datatype")
+                reject("input " .. quoted(input.name) .. ": contents have another datatype")
             end
         end
     elseif raw then
         input.offset, input.size = raw.offset, raw.size
     end
     -- KServe's client sends the size here too.
-    local size = parameter(message, "binary_data_size", "input " .. shown(input.name))
+    local size = parameter(message, "binary_data_size", "input " .. quoted(input.name))
     if size and not (raw and size == raw.size) then
-        refuse("input " .. shown(input.name) .. ": binary_data_size is not the size of its raw_input_contents")
+        reject("input " .. quoted(input.name) .. ": binary_data_size is not the size of its raw_input_contents")
     end
     return input
 end
@@ -165,21 +165,21 @@ end
 local function parse(source)
     local frame = { source.read(0, FRAME):byte(1, FRAME) }
     if #frame < FRAME or frame[1] ~= 0 then
-        refuse("message is missing or compressed; send one plain message")
+        reject("message is missing or compressed; send one plain message")
     end
     if FRAME + ((frame[2] * 256 + frame[3]) * 256 + frame[4]) * 256 + frame[5] ~= source.size then
-        refuse("message is not as long as its frame says, or is not the only one")
+        reject("message does not have the length in its frame, or is not the only one")
     end
     local message = decode(source, FRAME, source.size - FRAME, REQUEST)
     local version = single(message, "model_version") or ""
     local request = { model = single(message, "model_name"), version = version, id = single(message, "id") or "", binary = true }
     if not tensors.MODELS[request.model] or not version:match("^%d*$") or #version > 9 then
-        error({ refused = "model_name or model_version is unknown; expected student or classifier", status = NOT_FOUND }, 0)
+        error({ rejected = "model_name or model_version is unknown; expected student or classifier", status = NOT_FOUND }, 0)
     elseif message.parameters[1] then
-        local key = shown(single(message.parameters[1], "key"))
-        refuse("parameter " .. key .. " is not accepted here; set the deadline of the call instead")
+        local key = quoted(single(message.parameters[1], "key"))
+        reject("parameter " .. key .. " is not accepted here; set the deadline of the call instead")
     elseif #message.raw > 0 and #message.raw ~= #message.inputs then
-        refuse("raw_input_contents has " .. #message.raw .. " entries for " .. #message.inputs .. " inputs")
+        reject("raw_input_contents has " .. #message.raw .. " entries for " .. #message.inputs .. " inputs")
     end
     request.inputs, request.outputs = {}, {}
     for index, input in ipairs(message.inputs) do
@@ -187,7 +187,7 @@ local function parse(source)
     end
     for index, output in ipairs(message.outputs) do
         local name = single(output, "name")
-        local labels = parameter(output, "classification", "output " .. shown(name))
+        local labels = parameter(output, "classification", "output " .. quoted(name))
         request.outputs[index] = { name = name, binary = true, classification = labels }
     end
     tensors.check(request, source)
@@ -195,19 +195,19 @@ local function parse(source)
 end
 
 local source = body.open()
-local request, fault, status = tensors.parsed(parse, source)
-local sent = request and body.replace(source, tensors.rebuild(request))
+local request, message, status = tensors.parsed(parse, source)
+local replaced = request and body.replace(source, tensors.rebuild(request))
 body.close(source)
-if sent then
+if replaced then
     local version = request.version ~= "" and "/versions/" .. request.version or ""
     ngx.var.target = "/v2/models/" .. request.model .. version .. "/infer"
 end
-if fault then
-    return answer(status or INVALID_ARGUMENT, fault)
-elseif not sent then
-    return answer(UNAVAILABLE, "the gateway cannot write to its disk; try again later")
+if message then
+    return respond(status or INVALID_ARGUMENT, message)
+elseif not replaced then
+    return respond(UNAVAILABLE, "the gateway cannot write to its disk; try again later")
 end
-fault = decoding.enter(request.pixels)
-if fault then
-    return answer(RESOURCE_EXHAUSTED, fault)
+message = decoding.enter(request.pixels)
+if message then
+    return respond(RESOURCE_EXHAUSTED, message)
 end

@@ -20,11 +20,11 @@ local function field(number, data)
     return string.char(number * 8 + 2) .. varint(#data) .. data
 end
 
--- Encode a ModelInferResponse with gRPC's frame. answer: Triton's JSON object, whose outputs are all binary. data: the
+-- Encode a ModelInferResponse with gRPC's frame. result: Triton's JSON object, whose outputs are all binary. data: the
 -- bytes of the outputs, concatenated.
-local function message(answer, data)
+local function message(result, data)
     local parts, raw, offset = {}, {}, 1
-    for _, output in ipairs(answer.outputs) do
+    for _, output in ipairs(result.outputs) do
         local shape, size = {}, output.parameters.binary_data_size
         for index, side in ipairs(output.shape) do
             shape[index] = varint(side)
@@ -33,7 +33,7 @@ local function message(answer, data)
         table.insert(raw, field(6, data:sub(offset, offset + size - 1)))
         offset = offset + size
     end
-    local head = field(1, answer.model_name) .. field(2, answer.model_version) .. field(3, answer.id or "")
+    local head = field(1, result.model_name) .. field(2, result.model_version) .. field(3, result.id or "")
     local whole = head .. table.concat(parts) .. table.concat(raw)
     local size = #whole
     local length = string.char(math.floor(size / 16777216), math.floor(size / 65536) % 256, math.floor(size / 256) % 256, size % 256)
@@ -44,7 +44,7 @@ function response.head()
     if ngx.var.grpc_status ~= "" then -- rejected by the gateway
         return
     end
-    ngx.ctx.answered = { status = ngx.status, length = tonumber(ngx.header[LENGTH_HEADER]) }
+    ngx.ctx.received = { status = ngx.status, length = tonumber(ngx.header[LENGTH_HEADER]) }
     ngx.status = 200
     ngx.header[LENGTH_HEADER] = nil
     ngx.header.content_length = nil
@@ -52,24 +52,24 @@ function response.head()
 end
 
 function response.body()
-    local answered = ngx.ctx.answered
-    if not answered then
+    local received = ngx.ctx.received
+    if not received then
         return
     end
-    table.insert(answered, ngx.arg[1])
+    table.insert(received, ngx.arg[1])
     if not ngx.arg[2] then
         ngx.arg[1] = nil
         return
     end
-    local data = table.concat(answered)
-    local length = answered.length or #data
-    local answer = cjson.decode(data:sub(1, length))
-    if answered.status == 200 and answer then
-        ngx.var.grpc_status, ngx.arg[1] = 0, message(answer, data:sub(length + 1))
+    local data = table.concat(received)
+    local length = received.length or #data
+    local result = cjson.decode(data:sub(1, length))
+    if received.status == 200 and result then
+        ngx.var.grpc_status, ngx.arg[1] = 0, message(result, data:sub(length + 1))
         return
     end
-    ngx.var.grpc_status = STATUS[answered.status] or UNKNOWN
-    ngx.var.grpc_message = ngx.escape_uri(tostring(answer and answer.error or data):sub(1, MOST_MESSAGE))
+    ngx.var.grpc_status = STATUS[received.status] or UNKNOWN
+    ngx.var.grpc_message = ngx.escape_uri(tostring(result and result.error or data):sub(1, MOST_MESSAGE))
     ngx.arg[1] = nil
 end
 

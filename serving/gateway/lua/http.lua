@@ -10,9 +10,9 @@ cjson.decode_invalid_numbers(false)
 
 local MOST_TENSORS, MOST_STRINGS = 8, 10000
 local LENGTH_HEADER = "Inference-Header-Content-Length"
-local refuse, shown = tensors.refuse, tensors.shown
+local reject, quoted = tensors.reject, tensors.quoted
 
-local function answer(status, message)
+local function respond(status, message)
     ngx.status = status
     ngx.header["Content-Type"] = "application/json"
     ngx.print(cjson.encode({ error = message }))
@@ -31,20 +31,20 @@ end
 local function decode(text)
     local object = cjson.decode(text)
     if type(object) ~= "table" then
-        refuse("the JSON part is not JSON, or not an object")
+        reject("the JSON part of the body is not a JSON object")
     end
     local plain, keys, offset, strings = text:gsub("\\.", "__"), 0, 1, 0
     local first, last = plain:find('"[^"]*"')
     while first do
         strings, offset = strings + 1, last + 1
         if strings > MOST_STRINGS then
-            refuse("the JSON part has more than " .. MOST_STRINGS .. " strings")
+            reject("the JSON part has more than " .. MOST_STRINGS .. " strings")
         end
         keys = keys + (plain:find("^%s*:", offset) and 1 or 0)
         first, last = plain:find('"[^"]*"', offset)
     end
     if keys ~= keys_in(object) then
-        refuse("the JSON part has a key twice")
+        reject("the JSON part has a key twice")
     end
     return object
 end
@@ -53,14 +53,14 @@ end
 -- there.
 local function check_object(object, where, kinds)
     if type(object) ~= "table" or object[1] ~= nil then
-        refuse(where .. "is not an object")
+        reject(where .. "is not an object")
     end
     for key, value in pairs(object) do
         local kind = kinds[key]
         if not kind then
-            refuse(where .. "parameter " .. shown(key) .. " is not accepted here; leave it out")
+            reject(where .. "parameter " .. quoted(key) .. " is not accepted here; leave it out")
         elseif type(value) ~= kind then
-            refuse(where .. key .. " is no " .. kind)
+            reject(where .. key .. " is not a " .. kind)
         end
     end
 end
@@ -69,7 +69,7 @@ local function list(value, where)
     if value == nil then
         return {}
     elseif next(value) ~= nil and value[1] == nil or #value > MOST_TENSORS then
-        refuse(where .. " is not a list of at most " .. MOST_TENSORS .. " entries")
+        reject(where .. " is not a list of at most " .. MOST_TENSORS .. " entries")
     end
     return value
 end
@@ -77,7 +77,7 @@ end
 local function flatten(data, into)
     for key in pairs(data) do
         if type(key) ~= "number" then
-            refuse("data has an object in it")
+            reject("data contains an object")
         end
     end
     for _, value in ipairs(data) do
@@ -94,7 +94,7 @@ end
 -- data.
 local function read_input(entry, offset, source)
     local name = type(entry) == "table" and entry.name
-    local where = "input " .. shown(name) .. ": "
+    local where = "input " .. quoted(name) .. ": "
     check_object(entry, where, { name = "string", datatype = "string", shape = "table", data = "table", parameters = "table" })
     local parameters = entry.parameters or {}
     check_object(parameters, where, { binary_data_size = "number" })
@@ -104,9 +104,9 @@ local function read_input(entry, offset, source)
         input.values = entry.data and flatten(entry.data, {})
         return input, offset
     elseif entry.data then
-        refuse(where .. "has both data and binary_data_size")
+        reject(where .. "has both data and binary_data_size")
     elseif not tensors.whole(size, 0, source.size - offset) then
-        refuse(where .. "binary_data_size is no number, or is beyond the body")
+        reject(where .. "binary_data_size is not a size within the body")
     end
     input.offset, input.size = offset, size
     return input, offset + size
@@ -118,7 +118,7 @@ local function parse(source, length)
     local kinds = { id = "string", model_name = "string", inputs = "table", outputs = "table", parameters = "table" }
     check_object(object, "", kinds)
     if (object.model_name or ngx.var.model) ~= ngx.var.model then
-        refuse("model_name is not " .. ngx.var.model .. ", the one of the path") -- KServe's client sends both
+        reject("model_name is not " .. ngx.var.model .. ", as in the path") -- KServe's client sends both
     end
     local parameters = object.parameters or {}
     check_object(parameters, "", { binary_data_output = "boolean" })
@@ -128,45 +128,45 @@ local function parse(source, length)
         request.inputs[index], offset = read_input(entry, offset, source)
     end
     if offset ~= source.size then
-        refuse("binary_data_size of all inputs leaves " .. source.size - offset .. " bytes of the body over")
+        reject("the body has " .. source.size - offset .. " bytes more than binary_data_size of all inputs")
     end
     request.binary = parameters.binary_data_output or false
     for index, entry in ipairs(list(object.outputs, "outputs")) do
-        local where = "output " .. shown(type(entry) == "table" and entry.name) .. ": "
+        local where = "output " .. quoted(type(entry) == "table" and entry.name) .. ": "
         check_object(entry, where, { name = "string", parameters = "table" })
-        local wish = entry.parameters or {}
-        check_object(wish, where, { binary_data = "boolean", classification = "number" })
-        local binary = wish.binary_data == nil and request.binary or wish.binary_data or false
-        request.outputs[index] = { name = entry.name, binary = binary, classification = wish.classification }
+        local options = entry.parameters or {}
+        check_object(options, where, { binary_data = "boolean", classification = "number" })
+        local binary = options.binary_data == nil and request.binary or options.binary_data or false
+        request.outputs[index] = { name = entry.name, binary = binary, classification = options.classification }
     end
     tensors.check(request, source)
     return request
 end
 
 if ngx.var.args then
-    return answer(400, "query parameters are not accepted here; leave out what follows the question mark")
+    return respond(400, "query parameters are not accepted here; leave out the question mark and what follows it")
 end
 local source = body.open()
-local given = ngx.req.get_headers()[LENGTH_HEADER]
+local header = ngx.req.get_headers()[LENGTH_HEADER]
 local length = source.size
-if given ~= nil then
-    length = type(given) == "string" and given:match("^[1-9]%d*$") and #given < 10 and tonumber(given)
+if header ~= nil then
+    length = type(header) == "string" and header:match("^[1-9]%d*$") and #header < 10 and tonumber(header)
     if not length or length > source.size then
-        return answer(400, LENGTH_HEADER .. " is not a number from 1 to the " .. source.size .. " bytes of the body")
+        return respond(400, LENGTH_HEADER .. " is not a number from 1 to the " .. source.size .. " bytes of the body")
     end
 end
 if length > tensors.MOST_JSON then
-    return answer(400, "the JSON part has more than " .. tensors.MOST_JSON .. " bytes; send tensors in the binary form")
+    return respond(400, "the JSON part has more than " .. tensors.MOST_JSON .. " bytes; send tensors in the binary form")
 end
-local request, fault = tensors.parsed(parse, source, length)
-local sent = request and body.replace(source, tensors.rebuild(request))
+local request, message = tensors.parsed(parse, source, length)
+local replaced = request and body.replace(source, tensors.rebuild(request))
 body.close(source)
-if fault then
-    return answer(400, fault)
-elseif not sent then
-    return answer(503, "the gateway cannot write to its disk; try again later")
+if message then
+    return respond(400, message)
+elseif not replaced then
+    return respond(503, "the gateway cannot write to its disk; try again later")
 end
-fault = decoding.enter(request.pixels)
-if fault then
-    return answer(429, fault)
+message = decoding.enter(request.pixels)
+if message then
+    return respond(429, message)
 end

@@ -21,28 +21,28 @@ tensors.MODELS = {
 }
 
 -- A name from the request for a message: quoted if it is safe to print, else a replacement.
-function tensors.shown(name)
-    return type(name) == "string" and name:match("^[%w_.-]+$") and #name <= 100 and "'" .. name .. "'" or "of unusable name"
+function tensors.quoted(name)
+    return type(name) == "string" and name:match("^[%w_.-]+$") and #name <= 100 and "'" .. name .. "'" or "with an invalid name"
 end
 
 function tensors.whole(value, least, most)
     return type(value) == "number" and value % 1 == 0 and value >= least and value <= most
 end
 
-local function refuse(message)
-    error({ refused = message }, 0)
+local function reject(message)
+    error({ rejected = message }, 0)
 end
-tensors.refuse = refuse
+tensors.reject = reject
 
 -- The number of elements of a shape.
 local function elements_of(shape, where)
     if #shape > MOST_SIDES then
-        refuse(where .. "shape has more than " .. MOST_SIDES .. " sides")
+        reject(where .. "shape has more than " .. MOST_SIDES .. " dimensions")
     end
     local elements = 1
     for _, side in ipairs(shape) do
         if not tensors.whole(side, 1, LARGEST_SIDE) then
-            refuse(where .. "shape has a number that is not whole, below 1 or too large")
+            reject(where .. "shape has a number that is not an integer from 1 to " .. LARGEST_SIDE)
         end
         elements = elements * side
     end
@@ -52,21 +52,21 @@ end
 -- Call each(offset, size) for the strings of a BYTES tensor. They must fill its bytes exactly: Triton 24.10 checks this
 -- too, but then rejects every request of the batch.
 local function each_string(source, input, expected, where, each)
-    local offset, stop, found = input.offset, input.offset + input.size, 0
-    while offset < stop and found <= expected do
+    local offset, stop, count = input.offset, input.offset + input.size, 0
+    while offset < stop and count <= expected do
         local first, second, third, fourth = source.read(offset, 4):byte(1, 4)
         if stop - offset < 4 or not fourth then
-            refuse(where .. "ends within the length of a string")
+            reject(where .. "ends within the length of a string")
         end
         local size = first + 256 * (second + 256 * (third + 256 * fourth))
         if offset + 4 + size > stop then
-            refuse(where .. "has a string that is longer than its data")
+            reject(where .. "has a string that is longer than its data")
         end
         each(offset + 4, size)
-        offset, found = offset + 4 + size, found + 1
+        offset, count = offset + 4 + size, count + 1
     end
-    if found ~= expected then
-        refuse(where .. "has not the " .. expected .. " strings that its shape says")
+    if count ~= expected then
+        reject(where .. "has not exactly the " .. expected .. " strings of its shape")
     end
 end
 
@@ -80,10 +80,10 @@ local function packed(values, datatype, where)
     for index, value in ipairs(values) do
         if item then
             if type(value) ~= "number" or value < item.least or value > item.most or item.whole and value % 1 ~= 0 then
-                refuse(where .. "data has a value that is no " .. datatype)
+                reject(where .. "data has a value that is not " .. datatype)
             end
         elseif type(value) ~= "string" then
-            refuse(where .. "data has a value that is no text")
+            reject(where .. "data has a value that is not a string")
         else
             out[index] = tensors.length_prefix(#value) .. value
         end
@@ -100,27 +100,27 @@ local function check_input(input, request, source)
             table.insert(names, name)
         end
         table.sort(names)
-        refuse("input " .. tensors.shown(input.name) .. " is not accepted; expected some of " .. table.concat(names, ", "))
+        reject("input " .. tensors.quoted(input.name) .. " is not accepted; expected one or more of " .. table.concat(names, ", "))
     end
     local where = "input '" .. input.name .. "': "
     if input.datatype ~= datatype then
-        refuse(where .. "datatype is " .. tensors.shown(input.datatype) .. "; expected " .. datatype)
+        reject(where .. "datatype " .. tensors.quoted(input.datatype) .. " is not accepted; expected " .. datatype)
     end
     local elements = elements_of(input.shape, where)
     if input.values then
         if #input.values ~= elements then
-            refuse(where .. "data has " .. #input.values .. " values; its shape says " .. elements)
+            reject(where .. "data has " .. #input.values .. " values; its shape requires " .. elements)
         end
         input.data = packed(input.values, datatype, where)
         input.offset, input.size = 0, #input.data
         source = { read = function(offset, count) return input.data:sub(offset + 1, offset + count) end }
     end
     if not input.offset then
-        refuse(where .. "data is missing")
+        reject(where .. "data is missing")
     end
     if datatype == "BYTES" then
         if elements > MOST_STRINGS then
-            refuse(where .. "has more than " .. MOST_STRINGS .. " strings")
+            reject(where .. "has more than " .. MOST_STRINGS .. " strings")
         end
         each_string(source, input, elements, where, function(offset, size)
             if input.name == "image" then
@@ -128,7 +128,7 @@ local function check_input(input, request, source)
             end
         end)
     elseif elements * ITEM[datatype].bytes ~= input.size then
-        refuse(where .. "has " .. input.size .. " bytes of data; its shape says " .. elements * ITEM[datatype].bytes)
+        reject(where .. "has " .. input.size .. " bytes of data; its shape requires " .. elements * ITEM[datatype].bytes)
     end
 end
 
@@ -139,27 +139,27 @@ function tensors.check(request, source)
     local model, seen = tensors.MODELS[request.model], {}
     request.pixels = 0
     if #request.inputs == 0 then
-        refuse("inputs are missing; expected a list of tensors")
+        reject("inputs are missing; expected a list of tensors")
     end
     for _, input in ipairs(request.inputs) do
         if input.name and seen[input.name] then
-            refuse("input '" .. input.name .. "' is given twice")
+            reject("input '" .. input.name .. "' is given twice")
         end
         check_input(input, request, source)
         seen[input.name] = true
     end
     seen = {}
     for _, output in ipairs(request.outputs) do
-        local known = model.outputs[output.name]
-        if not known or seen[output.name] then
-            refuse("output " .. tensors.shown(output.name) .. " is given twice, or is none of " .. request.model)
-        elseif output.classification and not (known.labels and tensors.whole(output.classification, 1, MOST_LABELS)) then
-            refuse("output '" .. output.name .. "': parameter 'classification' is not accepted here")
+        local rules = model.outputs[output.name]
+        if not rules or seen[output.name] then
+            reject("output " .. tensors.quoted(output.name) .. " is given twice, or does not exist in " .. request.model)
+        elseif output.classification and not (rules.labels and tensors.whole(output.classification, 1, MOST_LABELS)) then
+            reject("output '" .. output.name .. "': parameter 'classification' is not accepted here")
         end
         seen[output.name] = true
     end
     if request.id:find('[%z\1-\31"\\\127-\255]') or #request.id > 128 then
-        refuse("id is not usable; expected at most 128 printable ASCII characters without quotes and backslashes")
+        reject("id is invalid; expected at most 128 printable ASCII characters without quotes and backslashes")
     end
 end
 
@@ -190,12 +190,12 @@ end
 
 -- Call parse(): returns its result; or nil, the message and the status (may be nil) of a rejected request.
 function tensors.parsed(parse, ...)
-    local fine, result = pcall(parse, ...)
-    if fine then
+    local valid, result = pcall(parse, ...)
+    if valid then
         return result
     end
-    if type(result) == "table" and result.refused then
-        return nil, result.refused, result.status
+    if type(result) == "table" and result.rejected then
+        return nil, result.rejected, result.status
     end
     error(result, 0)
 end

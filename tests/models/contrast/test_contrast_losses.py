@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.contrast.gml import KeyRuns, contrast_losses
+from models.contrast.gml import ClassSegments, contrast_losses
 from models.contrast.gml_reference import gml_loss, other_sample_mask
 
 STRENGTH = 0.7
@@ -18,7 +18,7 @@ STRENGTH = 0.7
 def key_runs(lengths):
     lengths = torch.tensor(lengths)
     row_class = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    return KeyRuns(row_class, lengths.cumsum(0) - lengths, lengths, int(lengths.max()))
+    return ClassSegments(row_class, lengths.cumsum(0) - lengths, lengths, int(lengths.max()))
 
 
 def both(case, similarity, temperature, **options):
@@ -76,10 +76,10 @@ def cases(draw):
 @given(cases())
 def test_both_losses_equal_equation_10_by_brute_force(case):
     gml, tau, left_out = brute_force(case, case["tau"])
-    found = both(case, case["similarity"], case["tau"])
-    assert found.gml.item() == pytest.approx(gml, rel=1e-12, abs=1e-10)
-    assert found.tau.item() == pytest.approx(tau, rel=1e-12, abs=1e-10)
-    assert found.queries_without_keys.item() == left_out
+    actual = both(case, case["similarity"], case["tau"])
+    assert actual.gml.item() == pytest.approx(gml, rel=1e-12, abs=1e-10)
+    assert actual.tau.item() == pytest.approx(tau, rel=1e-12, abs=1e-10)
+    assert actual.queries_without_keys.item() == left_out
 
 
 @given(cases(), st.sampled_from([1e-3, 0.01, 0.1, 1.0]))
@@ -98,8 +98,8 @@ def test_values_and_gradients_equal_the_reference_at_any_temperature(case, tau):
         # Unequal weights reveal a gradient assigned to the wrong loss.
         (2 * gml + 3 * of_tau).backward()
         results.append([gml.detach(), of_tau.detach(), similarity.grad, log_tau.grad])
-    for found, expected in zip(*results, strict=True):
-        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10)
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def example(dtype=torch.float64):
@@ -125,7 +125,7 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(lambda p: both(case, case["similarity"], p.exp()).tau, (log_tau,), atol=1e-8)
 
 
-def test_each_loss_sends_its_gradient_to_one_place_alone():
+def test_each_loss_has_a_gradient_for_one_input_only():
     case = example()
     for loss in ("gml", "tau"):
         similarity, tau = case["similarity"].clone().requires_grad_(), torch.tensor(0.3).double().requires_grad_()
@@ -135,7 +135,7 @@ def test_each_loss_sends_its_gradient_to_one_place_alone():
             assert (gradient is not None and bool(gradient.any())) == (name == loss)
 
 
-def test_a_query_that_meets_its_own_image_alone_is_left_out_of_l_tau_and_counted():
+def test_l_tau_excludes_and_counts_a_query_with_only_its_own_image():
     case = example()
     tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     losses = both(case, case["similarity"], tau)
@@ -145,7 +145,7 @@ def test_a_query_that_meets_its_own_image_alone_is_left_out_of_l_tau_and_counted
     assert torch.isfinite(losses.tau) and torch.isfinite(tau.grad) and tau.grad != 0
 
 
-def test_a_batch_in_which_every_query_is_left_out_costs_nothing_and_has_no_gradient():
+def test_a_batch_without_valid_queries_has_loss_zero_and_no_gradient():
     case = {**example(), "query_ids": torch.full((5,), 9), "key_ids": torch.full((10,), 9)}
     tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     losses = both(case, case["similarity"], tau)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 INTERPRETED = """
 import torch
 import models.contrast.fused_kernel
-from models.contrast.gml import KeyRuns, contrast_losses
+from models.contrast.gml import ClassSegments, contrast_losses
 from models.losses import gml_loss, other_sample_mask
 
 models.contrast.fused_kernel.BLOCK = 16  # several blocks a row, the last one not full
@@ -27,7 +27,7 @@ for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         lengths = torch.tensor(lengths)
         classes, keys, batch = len(lengths), int(lengths.sum()), 6
         row_class = torch.repeat_interleave(torch.arange(classes), lengths)
-        runs = KeyRuns(row_class, lengths.cumsum(0) - lengths, lengths, int(lengths.max()))
+        runs = ClassSegments(row_class, lengths.cumsum(0) - lengths, lengths, int(lengths.max()))
         target = torch.randint(classes, (batch,), generator=random)
         query_ids, key_ids = torch.arange(batch), -torch.arange(1, keys + 1)
         key_ids[runs.starts[target]] = query_ids
@@ -50,8 +50,8 @@ for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
                     of_tau = gml_loss(similarity.detach(), row_class, target, log_prior, log_tau.exp(), 0.7, mask)
                 (2 * gml + 3 * of_tau).backward()
                 results.append((gml.detach(), of_tau.detach(), similarity.grad, log_tau.grad))
-            for name, found, expected in zip(("gml", "tau", "d similarity", "d log tau"), *results):
-                error = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
+            for name, actual, expected in zip(("gml", "tau", "d similarity", "d log tau"), *results):
+                error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1)
                 assert error < tolerance, (name, dtype, lengths.tolist(), tau, error)
 """
 

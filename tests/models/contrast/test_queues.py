@@ -71,7 +71,7 @@ def test_lengths_of_the_long_tailed_cifar_sets():
 
 
 @pytest.mark.parametrize(
-    ("counts", "total", "minimum", "said"),
+    ("counts", "total", "minimum", "message"),
     [
         ([], 4, 1, "none negative and not all 0"),
         ([0, 0], 4, 1, "none negative and not all 0"),
@@ -80,8 +80,8 @@ def test_lengths_of_the_long_tailed_cifar_sets():
         ([3, 1, 1], 5, 2, "K is 5, below minimum k_m * classes = 2 * 3; raise the total to at least 6"),
     ],
 )
-def test_lengths_that_cannot_be_are_refused_with_what_would_do(counts, total, minimum, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_invalid_queue_lengths_raise_an_error_with_valid_values(counts, total, minimum, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         queue_lengths(counts, total, minimum)
 
 

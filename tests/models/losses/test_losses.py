@@ -222,13 +222,13 @@ def test_the_adjusted_cross_entropy_is_a_softmax_over_logits_times_the_prior(row
     for row, label in zip(rows, target, strict=True):
         mass = [p**strength * math.exp(value) for p, value in zip(prior, row, strict=True)]
         expected.append(-math.log(mass[label] / math.fsum(mass)))
-    found = adjusted_cross_entropy(
+    actual = adjusted_cross_entropy(
         torch.tensor(rows, dtype=torch.float64),
         torch.tensor(target),
         torch.tensor(prior, dtype=torch.float64).log(),
         strength,
     )
-    assert found.item() == pytest.approx(math.fsum(expected) / len(rows), rel=1e-12, abs=1e-10)
+    assert actual.item() == pytest.approx(math.fsum(expected) / len(rows), rel=1e-12, abs=1e-10)
 
 
 @given(
@@ -244,8 +244,8 @@ def test_distillation_is_the_kl_divergence_from_the_teacher_times_the_squared_te
         teacher, student = softmax(row[3:]), softmax(row[:3])
         divergences.append(math.fsum(t * math.log(t / s) for t, s in zip(teacher, student, strict=True)))
     logits = torch.tensor(rows, dtype=torch.float64)
-    found = distillation_loss(logits[:, :3], logits[:, 3:], temperature)
-    assert found.item() == pytest.approx(temperature**2 * math.fsum(divergences) / len(rows), rel=1e-9, abs=1e-10)
+    actual = distillation_loss(logits[:, :3], logits[:, 3:], temperature)
+    assert actual.item() == pytest.approx(temperature**2 * math.fsum(divergences) / len(rows), rel=1e-9, abs=1e-10)
 
 
 def test_distillation_sends_no_gradient_to_the_teacher():

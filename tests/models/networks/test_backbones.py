@@ -71,7 +71,7 @@ def test_a_network_without_a_feature_before_its_classifier_is_no_backbone():
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet10t"])
-def test_a_librarys_own_weights_are_taken_in_without_their_classifier(name):
+def test_library_weights_are_loaded_without_their_classifier(name):
     library, _, model = name.partition("/")
     if library == "timm":
         import timm
@@ -82,29 +82,29 @@ def test_a_librarys_own_weights_are_taken_in_without_their_classifier(name):
 
         whole = torchvision.models.get_model(model, weights=None, num_classes=7)
     backbone = build_backbone(name)
-    backbone.take_weights(whole.state_dict())
+    backbone.load_weights(whole.state_dict())
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in backbone.network.state_dict().items())
 
 
-def test_weights_of_a_trained_classifier_are_taken_in_without_its_cosine_classifier():
+def test_weights_of_a_trained_classifier_are_loaded_without_its_cosine_classifier():
     trained, backbone = ImageClassifier("resnet20", 5, 0.1), build_backbone("resnet20")
-    backbone.take_weights(trained.state_dict())
+    backbone.load_weights(trained.state_dict())
     assert torch.equal(backbone.network.conv1.weight, trained.backbone.network.conv1.weight)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda state: state.pop("bn1.bias"), "has no bn1.bias, which this network needs"),
         (lambda state: state.update({"bn1.bias": torch.zeros(3)}), r"has bn1.bias of shape [3]; expected [16]"),
-        (lambda state: state.update({"extra": torch.zeros(3)}), "has extra, which this network does not know"),
+        (lambda state: state.update({"extra": torch.zeros(3)}), "has extra, which this network does not have"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(change, said):
+def test_weights_that_do_not_fit_are_rejected_by_name_and_change_nothing(change, message):
     backbone = build_backbone("resnet20")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     state = dict(build_backbone("resnet20").network.state_dict())
     change(state)
-    with pytest.raises(ValueError, match=re.escape(said)):
-        backbone.take_weights(state)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        backbone.load_weights(state)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

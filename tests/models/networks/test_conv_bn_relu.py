@@ -29,7 +29,7 @@ def shortcuts():
     return [None, torch.randn(4, 7, 5, 4)]
 
 
-def test_while_training_values_gradients_and_statistics_have_the_bits_of_the_four_operations(layer):
+def test_training_is_bit_identical_to_the_four_operations(layer):
     conv, norm = layer
     x, direction = torch.randn(4, 5, 9, 8), torch.randn(4, 7, 5, 4)
     for shortcut in shortcuts():
@@ -39,14 +39,14 @@ def test_while_training_values_gradients_and_statistics_have_the_bits_of_the_fou
             leaves = [x.clone().requires_grad_()]
             leaves += [] if shortcut is None else [shortcut.clone().requires_grad_()]
             out = form(leaves[0], conv, norm, leaves[1] * 1 if shortcut is not None else None)
-            wanted = [*leaves, conv.weight, norm.weight, norm.bias]
+            inputs = [*leaves, conv.weight, norm.weight, norm.bias]
             results.append(
-                [out.detach(), *torch.autograd.grad((out * direction).sum(), wanted), *norm.state_dict().values()]
+                [out.detach(), *torch.autograd.grad((out * direction).sum(), inputs), *norm.state_dict().values()]
             )
             results[-1] = [value.clone() for value in results[-1]]
             norm.load_state_dict(before)
-        for found, expected in zip(*results, strict=True):
-            assert torch.equal(found, expected)
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -56,9 +56,9 @@ def test_frozen_on_the_cpu_it_gives_the_values_of_the_four_operations(layer, lay
     for shortcut in shortcuts():
         kept = None if shortcut is None else shortcut.clone()
         with torch.no_grad():
-            found = conv_bn_relu(x, conv, norm, shortcut)
+            actual = conv_bn_relu(x, conv, norm, shortcut)
             expected = four_operations(x, conv, norm, shortcut)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         assert shortcut is None or torch.equal(shortcut, kept)
 
 
@@ -74,7 +74,7 @@ def test_a_frozen_network_in_double_precision_equals_the_one_with_its_norms_to_t
         torch.testing.assert_close(network(x), with_norms, rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_folded_follows_the_norm_when_it_changes(layer):
+def test_folded_weights_follow_changes_of_the_norm(layer):
     conv, norm = (module.eval() for module in layer)
     x = torch.randn(2, 5, 6, 6)
     with torch.no_grad():

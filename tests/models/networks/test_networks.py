@@ -19,7 +19,7 @@ def parameters(module):
 
 
 @pytest.mark.parametrize(("name", "count"), [("resnet20", 275_472), ("resnet32", 469_904), ("resnet56", 858_768)])
-def test_cifar_resnets_have_the_known_number_of_parameters(name, count):
+def test_cifar_resnets_have_the_published_number_of_parameters(name, count):
     network = ImageClassifier(name, classes=100, tau_s=1 / 30)
     assert parameters(network) == count
     assert parameters(network.classifier) == 64 * 100
@@ -79,7 +79,7 @@ def test_the_cifar_feature_is_the_pooled_output_of_a_relu():
         ("timm/resnet10t", 512, 32),
     ],
 )
-def test_a_backbone_by_name_gives_features_of_its_stated_width_and_learns(name, width, size):
+def test_a_backbone_by_name_returns_features_of_its_width_and_trains(name, width, size):
     backbone = build_backbone(name)
     assert isinstance(backbone, Backbone) and backbone.feature_dim == width
     features = backbone(torch.randn(2, 3, size, size))
@@ -90,7 +90,7 @@ def test_a_backbone_by_name_gives_features_of_its_stated_width_and_learns(name, 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("resnet33", "did you mean resnet32?"),
         ("torchvision/resnet81", "did you mean torchvision/resnet18?"),
@@ -102,8 +102,8 @@ def test_a_backbone_by_name_gives_features_of_its_stated_width_and_learns(name, 
         ("torchvision/fcn_resnet50", "expected a torchvision classification model"),
     ],
 )
-def test_an_unknown_backbone_is_answered_with_the_nearest_name(name, said):
-    with pytest.raises(UnknownBackboneError, match=re.escape(said)) as caught:
+def test_an_unknown_backbone_raises_an_error_with_the_nearest_name(name, message):
+    with pytest.raises(UnknownBackboneError, match=re.escape(message)) as caught:
         build_backbone(name)
     assert repr(name) in str(caught.value)
 

@@ -9,7 +9,8 @@ import models.objectives.teacher
 from models.contrast.gml_reference import gml_loss
 from models.losses.adjusted_cross_entropy import adjusted_cross_entropy
 from models.losses.distillation import distillation_loss
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
 from tests.support.small_objectives import (
     BATCH,
@@ -65,19 +66,19 @@ def test_without_gamma_the_cross_entropy_is_not_computed_and_the_classifier_lear
 @pytest.mark.parametrize("term", ["gamma", "beta", "alpha"])
 def test_a_term_switched_off_leaves_the_others_as_they_were(term):
     whole, without = student(), student(weights={term: 0.0})
-    parts, left = whole(views(), TARGET, IDS), without(views(), TARGET, IDS)
-    gone = {
+    parts, remaining = whole(views(), TARGET, IDS), without(views(), TARGET, IDS)
+    removed = {
         "gamma": {"classification"},
         "beta": {"gml", "tau", "tau_g", "queries_without_keys"},
         "alpha": {"distillation"},
     }
-    assert set(parts) - set(left) == gone[term]
-    for name in set(left) - {"loss"}:
+    assert set(parts) - set(remaining) == removed[term]
+    for name in set(remaining) - {"loss"}:
         # Without the query view in the batch, the classifier view has other batch-norm statistics.
-        assert term == "beta" or torch.equal(left[name], parts[name]), name
+        assert term == "beta" or torch.equal(remaining[name], parts[name]), name
 
 
-def test_a_classifier_that_no_term_trains_is_refused():
+def test_a_classifier_that_no_term_trains_is_rejected():
     with pytest.raises(ValueError, match="gamma and alpha are both 0, so no term trains the classifier"):
         student(weights={"gamma": 0.0, "alpha": 0.0})
 
@@ -92,13 +93,13 @@ def test_a_classifier_that_no_term_trains_is_refused():
         ({"alpha": 0.0}, "momentum", False),
     ],
 )
-def test_a_teacher_is_kept_where_a_term_needs_it_and_missed_where_it_is_not_given(weights, encoder, needed):
+def test_the_teacher_is_stored_if_needed_and_a_missing_one_raises_an_error(weights, encoder, needed):
     objective = student(weights=weights, contrast_encoder=encoder)
     assert (objective.teacher is not None) == needed
     assert any(name.startswith("teacher.") for name in objective.state_dict()) == needed
     chosen = {"gamma": 0.7, "beta": 1.5, "alpha": 2.0, **weights}
     chosen = StudentWeights(**chosen, distillation_temperature=4.0, prior_strength=1.0)
-    assert chosen.need_teacher(encoder) == needed
+    assert chosen.needs_teacher(encoder) == needed
     if needed:
         with pytest.raises(ValueError, match="teacher is None"):
             StudentObjective(
@@ -130,7 +131,7 @@ def test_the_momentum_encoder_starts_as_the_student_and_follows_it_with_its_key_
     assert not torch.allclose(expected[0], pairs[0][1])
 
 
-def test_momentum_features_are_filed_under_their_own_label_and_image():
+def test_momentum_features_are_stored_under_their_own_label_and_image():
     # The official code shuffles the images but not their labels and ids, so its stored pairs do not match.
     objective = without_teacher()
     reference = copy.deepcopy(objective.momentum_encoder)
@@ -138,8 +139,8 @@ def test_momentum_features_are_filed_under_their_own_label_and_image():
     expected = reference(views()[2])
     rows = {int(i): row for row, i in enumerate(objective.queues.sample_ids) if i >= 0}
     assert set(rows) == set(IDS.tolist())
-    for place, (sample, label) in enumerate(zip(IDS.tolist(), TARGET.tolist(), strict=True)):
-        assert torch.allclose(objective.queues.features[rows[sample]], expected[place], rtol=1e-4, atol=1e-6)
+    for position, (sample, label) in enumerate(zip(IDS.tolist(), TARGET.tolist(), strict=True)):
+        assert torch.allclose(objective.queues.features[rows[sample]], expected[position], rtol=1e-4, atol=1e-6)
         assert objective.queues.row_class[rows[sample]] == label
 
 

@@ -145,7 +145,7 @@ def test_heads_start_equal_but_apart():
 @pytest.mark.parametrize(
     ("of_teacher", "of_student"), [("torchvision/resnet18", "resnet20"), ("resnet20", "torchvision/resnet18")]
 )
-def test_a_teacher_of_another_width_gets_a_key_head_of_its_own_and_teaches_as_any_other(of_teacher, of_student):
+def test_a_teacher_of_another_width_has_its_own_key_head(of_teacher, of_student):
     objective = student(teacher=network(of_teacher, seed=1), model=network(of_student))
     width = objective.teacher.feature_dim
     assert {width, objective.model.feature_dim} == {64, 512}
@@ -160,7 +160,7 @@ def test_a_teacher_of_another_width_gets_a_key_head_of_its_own_and_teaches_as_an
     assert all(torch.allclose(stored[int(i)], expected[k], rtol=1e-4, atol=1e-5) for k, i in enumerate(IDS))
 
 
-def test_a_short_queue_full_of_a_querys_own_image_is_counted_and_stays_finite():
+def test_a_queue_with_only_the_querys_own_image_is_counted_and_finite():
     objective = student()
     length = int(objective.queues.lengths[2])
     assert length == 2
@@ -185,6 +185,6 @@ def test_weight_decay_spares_the_temperature_alone(train_tau_g):
     assert [p is objective.log_tau_g for p in objective.undecayed()] == [True]
 
 
-def test_a_memory_too_small_for_its_classes_is_refused():
+def test_a_memory_too_small_for_its_classes_is_rejected():
     with pytest.raises(ValueError, match="raise the total to at least 18"):
         student(minimum=6)

@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.augment import apply_views, crops, draw_views, operations, random_views
+from pipeline.augment import apply_views, crops, draw_views, operations
 from pipeline.params import AugmentParams
 
 POLICIES = ["none", "autoaugment", "randaugment", "simaugment", "stacked"]
+
+
+def random_views(images, views, params, generator):
+    """Draw random numbers and apply them: uint8 [B,3,H,W] → uint8 [views,B,3,H,W]."""
+    draws = draw_views(len(images), *images.shape[2:], views, params, generator)
+    return apply_views(images, draws, params)
 
 
 def seeded(seed=0):
@@ -49,8 +55,8 @@ def crops_of(image, padding):
     }
 
 
-def place_of_crop(image, found, padding):
-    places = [place for place, crop in crops_of(image, padding).items() if torch.equal(crop, found)]
+def place_of_crop(image, actual, padding):
+    places = [place for place, crop in crops_of(image, padding).items() if torch.equal(crop, actual)]
     assert len(places) == 1
     return places[0]
 
@@ -73,26 +79,26 @@ def holes_of(side, height, width):
 @settings(max_examples=30, deadline=None)
 def test_a_padded_crop_is_one_window_of_the_padded_image(padding, height, width, seed):
     images = pictures(4, height, width)
-    found = views_of(images, crop=padding, seed=seed)[0]
-    assert found.dtype == torch.uint8 and found.shape == images.shape
-    for image, crop in zip(images, found, strict=True):
+    actual = views_of(images, crop=padding, seed=seed)[0]
+    assert actual.dtype == torch.uint8 and actual.shape == images.shape
+    for image, crop in zip(images, actual, strict=True):
         place_of_crop(image, crop, padding)
 
 
-def test_every_place_of_the_crop_is_drawn_about_equally_often():
+def test_every_crop_position_is_drawn_about_equally_often():
     image = pictures(1)
-    found = views_of(image.expand(2500, -1, -1, -1), crop=2)[0]
-    places = collections.Counter(place_of_crop(image[0], crop, 2) for crop in found)
+    actual = views_of(image.expand(2500, -1, -1, -1), crop=2)[0]
+    places = collections.Counter(place_of_crop(image[0], crop, 2) for crop in actual)
     assert len(places) == 25 and min(places.values()) > 50 and max(places.values()) < 150  # 100 expected, sd 10
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 7, 20])
 def test_cutout_blackens_one_square_around_a_uniform_centre_and_nothing_else(side):
     images = pictures(1500, 6, 5)
-    found = views_of(images, cut=side)[0]
+    actual = views_of(images, cut=side)[0]
     known = holes_of(side, 6, 5)
     centres = collections.Counter()
-    for image, cut in zip(images, found, strict=True):
+    for image, cut in zip(images, actual, strict=True):
         hole = (cut == 0).all(0)
         assert torch.equal(cut[:, ~hole], image[:, ~hole])
         matching = [centre for centre, expected in known.items() if torch.equal(expected, hole)]
@@ -106,13 +112,13 @@ def test_cutout_blackens_one_square_around_a_uniform_centre_and_nothing_else(sid
 
 def test_half_of_the_images_are_flipped_and_the_others_are_not():
     images = pictures(2000)
-    found = views_of(images, flip=True)[0]
-    flipped = (found == images.flip(3)).flatten(1).all(1)
-    assert torch.equal(found[~flipped], images[~flipped])
+    actual = views_of(images, flip=True)[0]
+    flipped = (actual == images.flip(3)).flatten(1).all(1)
+    assert torch.equal(actual[~flipped], images[~flipped])
     assert 0.45 < flipped.float().mean() < 0.55
 
 
-def test_nothing_asked_for_is_nothing_changed():
+def test_params_without_augmentation_change_no_pixel():
     images = pictures(5)
     assert torch.equal(views_of(images, views=3), images.expand(3, -1, -1, -1, -1))
 
@@ -123,14 +129,14 @@ def test_padding_is_black():
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 80), (97, 64)])
-def test_resized_crops_are_the_same_an_image_at_a_time_and_all_at_once(height, width):
+def test_resized_crops_are_the_same_one_by_one_and_all_at_once(height, width):
     images = pictures(4, height, width)
     sides = torch.tensor(height), torch.tensor(width)
     box = crops.boxes_of(crops.draw_chances(12, seeded(1)), *sides, [0.05, 1.0]).view(3, 4, 4)
     flipped = torch.randint(2, (3, 4), generator=seeded(2)).bool()
-    found = crops._one_by_one(images, box, flipped)
-    assert torch.equal(found, crops._all_at_once(images, box, flipped))
-    assert torch.equal(found, crops.resized_crop(images, box, flipped))
+    views = crops.resize_one_by_one(images, box, flipped)
+    assert torch.equal(views, crops.resize_all_at_once(images, box, flipped))
+    assert torch.equal(views, crops.resized_crop(images, box, flipped))
 
 
 def test_a_view_is_a_crop_then_a_flip_then_a_hole():
@@ -147,13 +153,13 @@ def test_a_view_is_a_crop_then_a_flip_then_a_hole():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_views_are_uint8_independent_and_leave_the_batch_as_it_was(policy):
+def test_views_are_uint8_and_independent_and_the_batch_is_unchanged(policy):
     images = pictures(96, 16, 12)
     before = images.clone()
-    found = random_views(images, 3, everything(policy), seeded())
-    assert found.shape == (3, *images.shape) and found.dtype == torch.uint8
+    actual = random_views(images, 3, everything(policy), seeded())
+    assert actual.shape == (3, *images.shape) and actual.dtype == torch.uint8
     assert torch.equal(images, before)
-    same = [(found[a] == found[b]).flatten(1).all(1).float().mean() for a, b in ((0, 1), (0, 2), (1, 2))]
+    same = [(actual[a] == actual[b]).flatten(1).all(1).float().mean() for a, b in ((0, 1), (0, 2), (1, 2))]
     assert max(same) < 0.1, "two draws of one image are as different as those of two images"
 
 
@@ -168,7 +174,7 @@ def test_the_draws_of_two_views_and_of_two_images_are_not_correlated(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_generator_alone_decides(policy):
+def test_only_the_generator_decides_the_draws(policy):
     images, params = pictures(16), everything(policy)
     torch.manual_seed(1)
     first = random_views(images, 2, params, seeded(5))
@@ -202,7 +208,7 @@ def test_computing_all_rows_as_a_gpu_does_gives_the_same_bytes(policy, bicubic, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("contrast", ["autoaugment", "simaugment", "cut"])
-def test_what_a_gpu_computes_is_one_graph_without_a_look_at_the_data(contrast, monkeypatch):
+def test_the_gpu_path_is_one_graph_that_reads_no_value_on_the_host(contrast, monkeypatch):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     monkeypatch.setattr(operations, "computes_all_rows", lambda _: True)
@@ -222,18 +228,18 @@ def test_what_a_gpu_computes_is_one_graph_without_a_look_at_the_data(contrast, m
 def test_the_classifier_view_and_the_contrast_views_follow_their_own_policies():
     images = pictures(40)
     params = augment(policy="none", contrast_policy="autoaugment")
-    found = random_views(images, 3, params, seeded())
-    assert torch.equal(found[0], images)
-    changed = (found != images).flatten(2).any(2).float().mean(1)
+    actual = random_views(images, 3, params, seeded())
+    assert torch.equal(actual[0], images)
+    changed = (actual != images).flatten(2).any(2).float().mean(1)
     assert changed[1] > 0.5 and changed[2] > 0.5
 
 
 def test_simaugment_enlarges_a_box_and_cuts_no_hole_where_the_other_views_pad_and_cut():
     images = torch.full((50, 3, 8, 8), 200, dtype=torch.uint8)
     params = augment(crop=2, cut=3, contrast_policy="simaugment", jitter=0.0)
-    found = random_views(images, 2, params, seeded())
-    assert (found[0] == 0).flatten(1).any(1).all()
-    assert (found[1] == 200).all()
+    actual = random_views(images, 2, params, seeded())
+    assert (actual[0] == 0).flatten(1).any(1).all()
+    assert (actual[1] == 200).all()
 
 
 def test_a_single_view_needs_no_contrast_draws():
@@ -259,26 +265,22 @@ def test_a_single_view_needs_no_contrast_draws():
         ({"colour": 0.1}, "Extra inputs"),
     ],
 )
-def test_params_that_mean_nothing_are_refused(keys, message):
+def test_invalid_augment_params_are_rejected(keys, message):
     with pytest.raises(ValidationError, match=message):
         AugmentParams(**{"crop_padding": 0, "flip": False, "cutout": 0, **keys})
 
 
-def test_the_number_of_threads_changes_no_byte_and_is_as_before_afterwards(monkeypatch):
-    images, before, found = pictures(8), torch.get_num_threads(), []
-
-    def fails(*_arguments):
-        raise ValueError("bad table")
-
+def test_the_number_of_threads_changes_no_byte_and_is_restored():
+    images, before, views = pictures(8), torch.get_num_threads(), []
+    params = everything("autoaugment")
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(random_views(images, 3, everything("autoaugment"), seeded()))
+            views.append(random_views(images, 3, params, seeded()))
             assert torch.get_num_threads() == threads
-        monkeypatch.setattr("pipeline.augment.views._apply_table", fails)
-        with pytest.raises(ValueError, match="bad table"):
-            random_views(images, 3, everything("autoaugment"), seeded())
+        with pytest.raises(RuntimeError):  # draws of another number of images
+            apply_views(images, draw_views(5, 8, 8, 3, params, seeded()), params)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert torch.equal(*views)

@@ -35,7 +35,7 @@ def test_partners_are_a_permutation_of_the_batch(mix):
 
 @given(st.integers(0, 500), st.floats(0.2, 4))
 @settings(max_examples=25, deadline=None)
-def test_cutmix_takes_one_box_of_the_partner_and_keeps_what_it_leaves(seed, alpha):
+def test_cutmix_copies_one_box_of_the_partner(seed, alpha):
     images, draws = flat_images(), drawn("cutmix", alpha=alpha, seed=seed)
     mixed = apply_mix(images, draws)
     assert mixed.dtype == torch.uint8
@@ -57,10 +57,10 @@ def test_cutmix_boxes_are_distributed_as_torchvisions():
     reference, size = v2.CutMix(alpha=1.0, num_classes=2), 4000
     image = torch.zeros(1, 3, 12, 10, dtype=torch.uint8)
     kept = torch.tensor([reference.make_params([image])["lam_adjusted"] for _ in range(size)])
-    found = drawn("cutmix", count=size).share
+    actual = drawn("cutmix", count=size).share
     # Five standard errors of a difference of means; the same tolerance for standard deviations.
     tolerance = 5 * (2 * kept.var() / size).sqrt()
-    assert abs(found.mean() - kept.mean()) < tolerance and abs(found.std() - kept.std()) < tolerance
+    assert abs(actual.mean() - kept.mean()) < tolerance and abs(actual.std() - kept.std()) < tolerance
 
 
 @given(st.integers(0, 500))
@@ -92,7 +92,7 @@ def test_a_rank_mixes_its_share_of_the_batch_as_one_process_would(mix):
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup"])
-def test_the_generator_alone_decides(mix):
+def test_only_the_generator_decides_the_draws(mix):
     first, again, other = drawn(mix, seed=1), drawn(mix, seed=1).to("cpu"), drawn(mix, seed=2)
     assert torch.equal(first.partner, again.partner) and torch.equal(first.share, again.share)
     assert not torch.equal(first.share, other.share)

@@ -81,7 +81,7 @@ POINTWISE = {
 @pytest.mark.parametrize("name", POINTWISE)
 @given(SIZES, SEEDS)
 @settings(max_examples=12, deadline=None)
-def test_an_operation_on_values_is_pillows_to_the_last_bit(name, size, seed):
+def test_a_lookup_operation_is_bit_identical_to_pillow(name, size, seed):
     change, arguments = POINTWISE[name]
     generator = seeded(seed)
     images, values = pictures(COUNT, *size, generator), arguments(generator)
@@ -97,7 +97,7 @@ def test_flat_black_and_white_images_are_treated_as_pillow_does(name):
     assert torch.equal(batched(name, images, values), one_by_one(change, images, values))
 
 
-def test_the_ends_of_solarize_and_posterize_are_nothing_inverted_and_nothing_kept():
+def test_the_extremes_of_solarize_and_posterize_change_nothing_or_keep_nothing():
     images = pictures(4, 5, 5, seeded())
     assert torch.equal(batched("solarize", images, torch.full((4,), 256.0)), images)
     assert torch.equal(batched("solarize", images, torch.zeros(4)), 255 - images)
@@ -133,7 +133,7 @@ def test_solarize_add_raises_the_values_below_128_and_no_other(seed):
         ("grey", lambda image, _: tv.rgb_to_grayscale(image, 3), 1),
     ],
 )
-def test_an_operation_on_values_is_torchvisions_but_for_rounding(name, change, apart):
+def test_a_lookup_operation_equals_torchvision_except_for_rounding(name, change, apart):
     generator = seeded(4)
     images, values = pictures(COUNT, 16, 16, generator), POINTWISE[name][1](generator)
     expected = torch.stack([change(image, value) for image, value in zip(images, values.tolist(), strict=True)])
@@ -142,7 +142,7 @@ def test_an_operation_on_values_is_torchvisions_but_for_rounding(name, change, a
 
 @given(SIZES, SEEDS)
 @settings(max_examples=15, deadline=None)
-def test_a_blur_is_pillows_within_one_grey_level(size, seed):
+def test_a_blur_equals_pillow_within_one_grey_level(size, seed):
     # Tolerance of one level: Pillow's fixed-point weights and float32 round a tie differently.
     generator = seeded(seed)
     images, radius = pictures(COUNT, *size, generator), uniform(0.1, 2.0)(generator)
@@ -172,35 +172,35 @@ def moved(name, size, seed, method):
     images = pictures(COUNT, *size, generator)
     values = LARGEST[name] * (2 * torch.rand(COUNT, dtype=torch.float64, generator=generator) - 1)
     resampling = Image.Resampling[method.upper()]
-    found = resample(images, fixed_matrix(name, values, *size), fill=FILL, method=method)
-    return found, one_by_one(lambda image, value: transformed(name, image, value, resampling), images, values)
+    actual = resample(images, fixed_matrix(name, values, *size), fill=FILL, method=method)
+    return actual, one_by_one(lambda image, value: transformed(name, image, value, resampling), images, values)
 
 
 @pytest.mark.parametrize("name", LARGEST)
 @given(SIZES, SEEDS)
 @settings(max_examples=12, deadline=None)
-def test_a_move_to_the_nearest_pixel_is_pillows_to_the_last_bit(name, size, seed):
-    found, expected = moved(name, size, seed, "nearest")
+def test_a_nearest_geometric_operation_is_bit_identical_to_pillow(name, size, seed):
+    actual, expected = moved(name, size, seed, "nearest")
     # Pillow translates in double precision: a position within 2^-17 of a pixel's edge may round either way.
-    assert (found != expected).float().mean() <= (0.02 if name.startswith("translate") else 0)
+    assert (actual != expected).float().mean() <= (0.02 if name.startswith("translate") else 0)
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", LARGEST)
-def test_a_move_between_pixels_is_pillows_within_one_grey_level(name, method):
+def test_an_interpolated_geometric_operation_equals_pillow_within_one_grey_level(name, method):
     for seed, size in enumerate([(32, 32), (17, 23)]):
-        found, expected = moved(name, size, seed, method)
-        apart = levels_apart(found, expected)
+        actual, expected = moved(name, size, seed, method)
+        apart = levels_apart(actual, expected)
         # Positions are rounded to 2^-16 here: a thousandth of the pixels may fall on the other side of the edge.
         assert (apart > 1).float().mean() < 1e-3 and (apart > 0).float().mean() < 0.01
 
 
-def test_a_matrix_is_made_for_geometric_operations_alone():
+def test_a_matrix_exists_for_geometric_operations_only():
     with pytest.raises(ValueError, match="'invert' is not geometric"):
         fixed_matrix("invert", torch.zeros(1), 4, 4)
 
 
-def test_the_operations_of_one_slot_each_find_their_own_images():
+def test_each_operation_of_a_slot_changes_only_its_images():
     names = ["identity", "invert", "rotate", "equalize", "sharpness", "translate_x", "brightness", "color"]
     count = len(names) * 5
     images = pictures(count, 12, 12, seeded())
@@ -221,7 +221,7 @@ def test_the_operations_of_one_slot_each_find_their_own_images():
 
 @given(SIZES, SEEDS)
 @settings(max_examples=15, deadline=None)
-def test_a_resized_crop_is_pillows_to_the_last_bit_mirrored_where_asked(size, seed):
+def test_a_resized_crop_is_bit_identical_to_pillow(size, seed):
     height, width = size
     generator = seeded(seed)
     images = pictures(COUNT, height, width, generator)

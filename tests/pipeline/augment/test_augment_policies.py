@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
-from pipeline.augment import apply_views, draw_views, random_views
+from pipeline.augment import apply_views, draw_views
 from pipeline.augment.crops import boxes_of, draw_chances
 from pipeline.augment.operations import OPERATIONS
 from pipeline.augment.policies import (
@@ -27,6 +27,12 @@ from pipeline.params import AugmentParams
 SIDE = 32
 MANY = 20_000  # draws
 SOME = 1_500  # images augmented one by one in the reference
+
+
+def random_views(images, views, params, generator):
+    """Draw random numbers and apply them: uint8 [B,3,H,W] → uint8 [views,B,3,H,W]."""
+    draws = draw_views(len(images), *images.shape[2:], views, params, generator)
+    return apply_views(images, draws, params)
 
 
 def seeded(seed=0):
@@ -62,10 +68,10 @@ def features(images):
     return torch.stack([values.mean((1, 2, 3)), values.std((1, 2, 3)), *edges, rim.std(1), saturation], 1)
 
 
-def assert_same_distribution(found, expected):
+def assert_same_distribution(actual, expected):
     """Assert that mean and variance of every feature agree within five standard errors of a two-sample difference."""
-    found, expected = features(found), features(expected)
-    for one, other in ((found, expected), (_squares(found), _squares(expected))):
+    actual, expected = features(actual), features(expected)
+    for one, other in ((actual, expected), (_squares(actual), _squares(expected))):
         error = (one.var(0) / len(one) + other.var(0) / len(other)).sqrt()
         assert ((one.mean(0) - other.mean(0)).abs() < 5 * error).all(), (one.mean(0), other.mean(0), error)
 
@@ -88,21 +94,21 @@ def assert_shares(codes, expected):
     """Assert that operation frequencies are within five standard deviations of the binomial."""
     for name in OPERATIONS:
         share = expected.get(name, 0.0)
-        found = (codes == OPERATIONS.index(name)).double().mean().item()
-        assert abs(found - share) <= 5 * (share * (1 - share) / len(codes)) ** 0.5, (name, found, share)
+        actual = (codes == OPERATIONS.index(name)).double().mean().item()
+        assert abs(actual - share) <= 5 * (share * (1 - share) / len(codes)) ** 0.5, (name, actual, share)
 
 
-def test_the_autoaugment_table_is_torchvisions():
+def test_the_autoaugment_table_equals_torchvision():
     reference = v2.AutoAugment(AutoAugmentPolicy.CIFAR10)
     expected = [
         tuple((name.lower(), probability, index or 0) for name, probability, index in pair)
         for pair in reference._get_policies(AutoAugmentPolicy.CIFAR10)
     ]
-    found = [tuple((name.replace("_", ""), share, index) for name, share, index in pair) for pair in AUTOAUGMENT]
-    assert found == expected
+    actual = [tuple((name.replace("_", ""), share, index) for name, share, index in pair) for pair in AUTOAUGMENT]
+    assert actual == expected
 
 
-def test_autoaugment_magnitudes_are_torchvisions_but_for_solarize():
+def test_autoaugment_magnitudes_equal_torchvision_except_solarize():
     space = v2.AutoAugment._AUGMENTATION_SPACE
     names = {"shear_x": "ShearX", "shear_y": "ShearY", "translate_x": "TranslateX", "translate_y": "TranslateY"}
     names |= {
@@ -113,14 +119,14 @@ def test_autoaugment_magnitudes_are_torchvisions_but_for_solarize():
         for index, magnitude in enumerate(magnitudes(10, 24, SIDE).tolist()):
             middle, spread = autoaugment_argument(name, index, 24, SIDE)
             # Here a rotation has no random sign; an enhancement is 1 ± magnitude.
-            found = middle if name in ("rotate", "posterize") else spread
-            assert found == pytest.approx(magnitude, abs=1e-5)
+            actual = middle if name in ("rotate", "posterize") else spread
+            assert actual == pytest.approx(magnitude, abs=1e-5)
             assert (spread > 0) == (signed and name != "rotate" and index > 0)
     assert [autoaugment_argument("solarize", index, 24, SIDE)[0] for index in (0, 9)] == [256, 0]
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_autoaugment_takes_each_operation_as_often_as_its_table_says(step):
+def test_autoaugment_draws_operations_with_the_probabilities_of_its_table(step):
     codes, _ = draw_autoaugment(MANY, SIDE, SIDE, seeded())[step]
     expected = {"identity": 1 - sum(pair[step][1] for pair in AUTOAUGMENT) / 25}
     for pair in AUTOAUGMENT:
@@ -176,12 +182,12 @@ def test_randaugment_magnitudes_are_those_of_level_ten_with_noise_below():
         "solarize_add": (110, False),
     }
     for name, (largest, signed) in ranges.items():
-        found = values[codes == OPERATIONS.index(name)]
-        assert found.abs().max().item() == pytest.approx(largest)
+        actual = values[codes == OPERATIONS.index(name)]
+        assert actual.abs().max().item() == pytest.approx(largest)
         # Half of the normal draws are at or above 10; the others reach four deviations below.
-        assert 0.4 < (found.abs() > largest * 0.9999).double().mean() < 0.6
-        assert found.abs().min() >= (2.9 if name == "posterize" else 0.75 * largest)
-        assert abs((found < 0).double().mean() - 0.5 * signed) < (0.12 if signed else 1e-9)
+        assert 0.4 < (actual.abs() > largest * 0.9999).double().mean() < 0.6
+        assert actual.abs().min() >= (2.9 if name == "posterize" else 0.75 * largest)
+        assert abs((actual < 0).double().mean() - 0.5 * signed) < (0.12 if signed else 1e-9)
 
 
 def timm_old_randaugment(picture):
@@ -257,14 +263,14 @@ def test_boxes_of_a_resized_crop_are_drawn_as_torchvisions(height, width):
     keys = ("top", "left", "height", "width")
     drawn = (reference.make_params([image]) for _ in range(count))
     expected = torch.tensor([[box[key] for key in keys] for box in drawn], dtype=torch.float64)
-    found = draw_boxes(count, height, width, [0.2, 1.0]).double()
-    for one, other in ((found, expected), (_squares(found), _squares(expected))):
+    actual = draw_boxes(count, height, width, [0.2, 1.0]).double()
+    for one, other in ((actual, expected), (_squares(actual), _squares(expected))):
         error = (one.var(0) / count + other.var(0) / count).sqrt()
         assert ((one.mean(0) - other.mean(0)).abs() <= 5 * error).all()
-    assert (found[:, 0] + found[:, 2]).max() <= height and (found[:, 1] + found[:, 3]).max() <= width
+    assert (actual[:, 0] + actual[:, 2]).max() <= height and (actual[:, 1] + actual[:, 3]).max() <= width
 
 
-def test_a_box_that_never_fits_is_the_largest_of_an_allowed_ratio_in_the_middle():
+def test_a_box_that_never_fits_is_the_largest_centred_one_of_an_allowed_ratio():
     boxes = draw_boxes(50, 10, 100, [1.0, 1.0])
     assert torch.equal(boxes, torch.tensor([0, 43, 10, 13]).expand(50, 4))
 
@@ -289,7 +295,7 @@ def test_simaugment_changes_pictures_as_torchvisions_parts_do():
 
 def test_stacked_is_jitter_grey_and_blur_before_randaugment():
     def names(policy, **keys):
-        return [slot.possible for slot in plan_of(policy, params(policy, **keys)).slots]
+        return list(plan_of(policy, params(policy, **keys)).slots)
 
     jitter = [("brightness", "contrast", "color")] * 3
     soft, rand = [("grey",), ("blur",)], [RANDAUGMENT] * 2
@@ -310,15 +316,17 @@ def test_bicubic_takes_every_shear_of_autoaugment_and_half_of_randaugments_moves
         assert abs(drawn[codes == code].double().mean() - 0.5) < 5 * 0.5 / 2000**0.5
 
 
-def test_bicubic_autoaugment_is_pillows_where_its_one_step_is_a_shear_and_the_plain_one_where_nothing_is_sheared():
+def test_bicubic_autoaugment_equals_pillow_for_a_shear_and_the_default_without_one():
     images, plain, cubic = scenes(SOME), params("autoaugment"), params("autoaugment", bicubic=True)
     draws = [draw_views(SOME, SIDE, SIDE, 1, policy, seeded(3)) for policy in (plain, cubic)]
     codes = draws[0].tables[0][0][:, [3, 11]].long()  # per slot: operation, argument, 6 matrix entries
     moved_by = {OPERATIONS.index("shear_y"): draws[0].tables[0][0][:, 4]}
-    found = [apply_views(images, drawn, policy)[0] for drawn, policy in zip(draws, (plain, cubic), strict=True)]
+    actual = [apply_views(images, drawn, policy)[0] for drawn, policy in zip(draws, (plain, cubic), strict=True)]
     sheared = (codes == OPERATIONS.index("shear_y")).any(1)
     assert 0.02 < sheared.double().mean() < 0.2
-    assert torch.equal(found[0][~sheared], found[1][~sheared]) and not torch.equal(found[0][sheared], found[1][sheared])
+    assert torch.equal(actual[0][~sheared], actual[1][~sheared]) and not torch.equal(
+        actual[0][sheared], actual[1][sheared]
+    )
     alone = (codes[:, 0] == OPERATIONS.index("shear_y")) & (codes[:, 1] == 0)
     for row in alone.nonzero().squeeze(1).tolist():
         factor = moved_by[OPERATIONS.index("shear_y")][row].item()
@@ -327,5 +335,5 @@ def test_bicubic_autoaugment_is_pillows_where_its_one_step_is_a_shear_and_the_pl
         answer = picture.transform(
             picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=(128,) * 3
         )
-        apart = (found[1][row].int() - torch.from_numpy(np.array(answer)).permute(2, 0, 1).int()).abs()
+        apart = (actual[1][row].int() - torch.from_numpy(np.array(answer)).permute(2, 0, 1).int()).abs()
         assert (apart > 1).double().mean() < 5e-3

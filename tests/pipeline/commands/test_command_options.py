@@ -7,16 +7,16 @@ import pytest
 from pipeline.commands.options import repository_of
 from pipeline.params.operation import RetrainParams
 from pipeline.shared.artifacts import REPOSITORY
-from serving.commands import options as served
+from serving.commands import options as serving_options
 from tests.support.making import ROOT
 
 
-def test_a_command_is_about_what_was_given_then_what_retraining_promoted_then_what_repro_wrote(
+def test_the_repository_is_the_argument_then_the_promoted_then_the_default_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     params = Path("params.yaml")
-    assert repository_of(Path("mine"), params) == Path("mine")
+    assert repository_of(Path("argument"), params) == Path("argument")
     assert repository_of(None, params) == REPOSITORY
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     params.write_text(text, encoding="utf-8")
@@ -31,6 +31,6 @@ def test_a_command_is_about_what_was_given_then_what_retraining_promoted_then_wh
     assert repository_of(None, params) == Path("releases")
 
 
-def test_what_the_recipe_calls_its_repositories_is_what_the_commands_of_serving_look_for() -> None:
-    assert Path(RetrainParams().repository) == served.RELEASES
-    assert REPOSITORY == served.REPOSITORY
+def test_the_default_repositories_of_params_and_serving_are_equal() -> None:
+    assert Path(RetrainParams().repository) == serving_options.RELEASES
+    assert REPOSITORY == serving_options.REPOSITORY

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.commands.app import main
 from pipeline.commands.experiments import experiments_table, read_experiments
-from pipeline.flows.dvc_experiments import keep_run
+from pipeline.flows.dvc_experiments import save_experiment
 from pipeline.params import load_params
 from serving.shared.terminal import Console
 from tests.pipeline.flows.test_flows_experiments import REFUSED, committed, folder, project  # noqa: F401
@@ -40,17 +40,17 @@ CONTENT = [
 ]
 
 
-def test_each_run_has_its_metrics_and_the_params_that_differ_from_its_commits() -> None:
-    workspace, commit, kept, damaged, older = read_experiments(CONTENT, FILE)
+def test_each_run_has_its_metrics_and_the_params_that_differ_from_its_commit() -> None:
+    workspace, commit, experiment, damaged, older = read_experiments(CONTENT, FILE)
     assert (workspace.name, workspace.since, workspace.changed) == ("workspace", None, {"student.epochs": 30})
     assert (commit.name, commit.created, commit.changed) == ("main", "2026-11-28 07:59", {})
-    assert (kept.name, kept.since, kept.changed) == (LONG, "main", {"student.epochs": 25})
-    assert kept.metrics == {"all": 0.75, "many": None, "medium": None, "few": 0.375, "ece": None}
+    assert (experiment.name, experiment.since, experiment.changed) == (LONG, "main", {"student.epochs": 25})
+    assert experiment.metrics == {"all": 0.75, "many": None, "medium": None, "few": 0.375, "ece": None}
     assert (damaged.since, damaged.created, damaged.changed, damaged.metrics["all"]) == ("main", "", {}, None)
     assert (older.name, older.since, older.metrics["all"]) == ("ab5272d", None, None)
 
 
-def test_the_table_holds_every_name_and_figure_within_120_columns() -> None:
+def test_the_table_shows_every_name_and_metric_within_120_columns() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(experiments_table(list(read_experiments(CONTENT, FILE)), "balanced"))
     text = console.export_text()
@@ -61,16 +61,16 @@ def test_the_table_holds_every_name_and_figure_within_120_columns() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("project")
-def test_a_kept_run_is_listed_beneath_its_commit(capsys) -> None:
-    keep_run(REFUSED, "few 0.61 is below 0.70", load_params(), print)
+def test_a_saved_run_is_listed_below_its_commit(capsys) -> None:
+    save_experiment(REFUSED, "few 0.61 is below 0.70", load_params(), print)
     capsys.readouterr()
     assert main(["experiments", "--json"]) == 0
-    workspace, commit, kept = json.loads(capsys.readouterr().out)
-    assert workspace["name"] == "workspace" and kept["since"] == commit["name"]
-    assert kept["name"].endswith("-refused") and kept["changed"]["seed"] == 5
+    workspace, commit, experiment = json.loads(capsys.readouterr().out)
+    assert workspace["name"] == "workspace" and experiment["since"] == commit["name"]
+    assert experiment["name"].endswith("-refused") and experiment["changed"]["seed"] == 5
 
 
-def test_outside_of_a_project_the_error_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+def test_outside_a_project_the_error_is_one_line(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["experiments"]) == 1
     error = capsys.readouterr().err

@@ -35,7 +35,7 @@ sys.exit(status)
 """
 
 
-def light(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
+def run_light(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
     """Run `tailor` in a process with only the packages of the base installation."""
     base = json.dumps(sorted(installed_with(["tailor"])))
     return subprocess.run(
@@ -45,25 +45,25 @@ def light(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_base_installation_lists_every_command_and_prints_the_help_of_each() -> None:
-    done = light("--help")
+    done = run_light("--help")
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("predict", "serve", "compare", "retrain", "ray-train"):
         assert f"  {name} " in done.stdout
-    assert "Example: tailor compare main ." in light("compare", "--help").stdout
+    assert "Example: tailor compare main ." in run_light("compare", "--help").stdout
 
 
 @pytest.mark.parametrize(
     ("command", "package"),
     [("memory", "yaml"), ("recipe recipes/cifar100-if100-200.yaml", "yaml"), ("doctor", "yaml")],
 )
-def test_a_command_whose_package_is_missing_names_it_in_one_line(command: str, package: str) -> None:
-    done = light(*command.split())
+def test_a_command_names_its_missing_package_in_one_line(command: str, package: str) -> None:
+    done = run_light(*command.split())
     assert (done.returncode, done.stdout) == (1, "")
     needs = f"needs the package {package}, which is not installed; install 'tailor[pipeline]'"
     assert done.stderr == f"tailor: {command.split()[0]} {needs}\n"
 
 
-def test_help_of_the_full_installation_imports_nothing_heavy() -> None:
+def test_help_imports_no_large_package() -> None:
     code = (
         "import sys\nfrom pipeline.commands.app import main\nmain(['--help'])\n"
         "assert not {'torch', 'pyarrow', 'prefect', 'dvc', 'scipy', 'yaml'} & set(sys.modules), sorted(sys.modules)"
@@ -78,7 +78,7 @@ def test_help_of_the_full_installation_imports_nothing_heavy() -> None:
         (FileNotFoundError(2, "No such file or directory", "a.yaml"), 1, "tailor: a.yaml: No such file or directory\n"),
     ],
 )
-def test_an_error_that_a_user_can_act_on_is_one_line_with_its_status(capsys, failing, error, status, line) -> None:
+def test_an_error_of_the_user_is_one_line_with_its_status(capsys, failing, error, status, line) -> None:
     failing.append(error)
     assert main(["fail"]) == status
     assert capsys.readouterr().err == line
@@ -87,9 +87,9 @@ def test_an_error_that_a_user_can_act_on_is_one_line_with_its_status(capsys, fai
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("a fault"), ModuleNotFoundError("pipeline.nowhere", name="pipeline.nowhere")]
+    "error", [ValueError("a bug"), ModuleNotFoundError("pipeline.nowhere", name="pipeline.nowhere")]
 )
-def test_a_fault_of_ours_is_not_hidden(failing, error) -> None:
+def test_an_internal_error_is_raised(failing, error) -> None:
     failing.append(error)
     with pytest.raises(type(error), match=str(error)):
         main(["fail"])

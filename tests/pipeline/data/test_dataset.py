@@ -41,7 +41,7 @@ def test_an_empty_split_is_an_empty_tensor(tmp_path):
     assert len(images) == 0 and images.images.shape == (0, 3, 16, 16)
 
 
-def test_an_image_that_was_spoilt_after_the_split_is_named(made):
+def test_an_image_damaged_after_the_split_is_named(made):
     settled, where, root = made
     spoilt = load_images(settled.data, settled.image, "train", where).references[0]
     (root / spoilt).write_bytes(b"spoilt")
@@ -57,14 +57,14 @@ def test_a_table_gives_the_pixels_of_its_image_column(tmp_path):
     table(tmp_path / "source/train.parquet", {"image": images, "label": [0, 1] * 4})
     settled = data_params(tmp_path / "source", "table", test_per_class=1)
     split.run(settled, tmp_path / "split")
-    found = load_images(settled.data, settled.image, "train", tmp_path / "split")
-    for row, reference in enumerate(found.references):
+    actual = load_images(settled.data, settled.image, "train", tmp_path / "split")
+    for row, reference in enumerate(actual.references):
         index = int(reference.rpartition("#")[2])
-        assert np.array_equal(found.images[row].numpy(), picture(index).transpose(2, 0, 1))
-        assert found.labels[row] == index % 2
+        assert np.array_equal(actual.images[row].numpy(), picture(index).transpose(2, 0, 1))
+        assert actual.labels[row] == index % 2
 
 
-def test_a_split_that_was_never_made_names_the_stage(tmp_path):
+def test_a_missing_split_names_the_stage(tmp_path):
     for load in (lambda: load_images(params().data, params().image, "train", tmp_path), lambda: load_classes(tmp_path)):
         with pytest.raises(ParamsError, match="run `dvc repro split` first"):
             load()
@@ -73,14 +73,14 @@ def test_a_split_that_was_never_made_names_the_stage(tmp_path):
 def test_pixels_are_normalised_per_channel():
     image = params({"image.mean": [0.1, 0.5, 0.9], "image.std": [0.2, 0.5, 1.5]}).image
     pixels = torch.randint(0, 256, (2, 5, 3, 4, 4), dtype=torch.uint8)
-    found = normalise(pixels, image)
-    assert found.dtype == torch.float32
+    actual = normalise(pixels, image)
+    assert actual.dtype == torch.float32
     for channel, (mean, std) in enumerate(zip(image.mean, image.std, strict=True)):
         expected = (pixels[:, :, channel].double() / 255 - mean) / std
-        assert torch.allclose(found[:, :, channel].double(), expected, atol=1e-6)
+        assert torch.allclose(actual[:, :, channel].double(), expected, atol=1e-6)
 
 
-def test_a_file_too_large_to_be_an_image_is_refused_before_it_is_read(tmp_path):
+def test_a_too_large_image_file_is_rejected_before_it_is_read(tmp_path):
     root = folder(tmp_path / "source", {"a": 4, "b": 4})
     with write(root / "a/huge.png", b"").open("r+b") as stream:
         stream.truncate(33 * 2**20)  # a sparse file, which uses no disk space

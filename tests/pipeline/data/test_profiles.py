@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.profiles import choose, class_sizes
+from pipeline.data.profiles import choose_images, class_sizes
 
 CIFAR10 = {
     10: [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500],
@@ -50,14 +50,14 @@ def test_the_six_cifar_splits_by_total_groups_and_hash_of_every_index(classes, f
     assert (many, classes - many - few, few) == groups
     # Class-contiguous labels in file order, so that a rank within the class is the index less the class's start.
     per_class = 50_000 // classes
-    kept = choose(np.repeat(np.arange(classes), per_class), sizes, seed=0)
+    kept = choose_images(np.repeat(np.arange(classes), per_class), sizes, seed=0)
     ranks = np.concatenate([indexes - c * per_class for c, indexes in enumerate(kept)]).astype("<i8")
     assert hashlib.sha256(ranks.tobytes()).hexdigest()[:16] == digest
 
 
 def test_the_choice_does_not_depend_on_how_the_classes_are_interleaved():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(100), 500))
-    kept = choose(labels, sizes_of(100, 100), seed=0)
+    kept = choose_images(labels, sizes_of(100, 100), seed=0)
     ranks = [np.searchsorted(np.flatnonzero(labels == c), indexes) for c, indexes in enumerate(kept)]
     assert ranks[0][:5].tolist() == [90, 254, 283, 445, 461]
     assert ranks[1][:3].tolist() == [277, 307, 436]
@@ -71,7 +71,9 @@ def test_a_larger_imbalance_keeps_a_subset_of_a_smaller_one(available, seed, fac
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(available)), available))
     large = [max(1, int(size / factor)) for size in available]
     small = [max(1, int(size / more)) for size in large]
-    for kept, fewer, members in zip(choose(labels, large, seed), choose(labels, small, seed), available, strict=True):
+    for kept, fewer, members in zip(
+        choose_images(labels, large, seed), choose_images(labels, small, seed), available, strict=True
+    ):
         assert fewer.tolist() == kept[: len(fewer)].tolist()
         assert len(set(kept.tolist())) == len(kept) <= members
 
@@ -98,17 +100,17 @@ def test_pareto_follows_a_power_of_the_rank():
 
 @given(st.lists(st.integers(30, 500), min_size=2, max_size=12), st.sampled_from(["exponential", "pareto", "step"]))
 def test_no_class_keeps_more_than_it_has(available, profile):
-    assert all(kept <= there for kept, there in zip(class_sizes(profile, available, 10), available, strict=True))
+    assert all(size <= count for size, count in zip(class_sizes(profile, available, 10), available, strict=True))
 
 
 @pytest.mark.parametrize("profile", ["exponential", "pareto", "step"])
-def test_a_factor_that_leaves_the_tail_empty_is_refused_with_the_largest_that_does_not(profile):
+def test_a_factor_that_empties_the_tail_is_rejected_with_the_largest_allowed_factor(profile):
     with pytest.raises(ValueError, match=r"leaves class [24] without images") as caught:
         class_sizes(profile, [50] * 5, 51)
     assert str(caught.value).endswith("lower the factor to at most 50")
     assert min(class_sizes(profile, [50] * 5, 50)) == 1
 
 
-def test_an_unknown_profile_is_refused_with_the_known_ones():
+def test_an_unknown_profile_is_rejected_with_the_allowed_ones():
     with pytest.raises(ValueError, match="profile is 'linear'; expected natural, exponential, pareto or step"):
         class_sizes("linear", [5, 5], 2)

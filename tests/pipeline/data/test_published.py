@@ -17,7 +17,7 @@ def cifar_rows(source):
     return [*train, *(Row(f"test#{i}", i % classes, f"test#{i}", "test") for i in range(10_000))], classes
 
 
-def asked(source, factor, **more):
+def cifar_params(source, factor, **more):
     made = {
         "source": source,
         "profile": "exponential",
@@ -32,15 +32,17 @@ def asked(source, factor, **more):
 def test_the_split_of_each_published_factor_passes_and_has_its_size(source):
     rows, classes = cifar_rows(source)
     for factor in (10, 50, 100):
-        found = assignment.assign(rows, [str(c) for c in range(classes)], asked(source, factor), source)
-        assert len(found["train"]) == published.CIFAR_LT[source, factor][0] and len(found["test"]) == 10_000
+        actual = assignment.assign(rows, [str(c) for c in range(classes)], cifar_params(source, factor), source)
+        assert len(actual["train"]) == published.CIFAR_LT[source, factor][0] and len(actual["test"]) == 10_000
 
 
-def test_another_choice_than_the_published_one_stops_the_split(monkeypatch):
-    rows, _ = cifar_rows("cifar10")
-    monkeypatch.setattr(assignment, "choose", lambda labels, sizes, seed: profiles.choose(labels, sizes, seed + 1))
+def test_another_choice_than_the_published_one_stops_the_split():
+    labels = np.array([row.label for row in cifar_rows("cifar10")[0] if row.split == "train"])
+    sizes = profiles.class_sizes("exponential", np.bincount(labels).tolist(), 100)
     with pytest.raises(DataError) as caught:
-        assignment.assign(rows, list("0123456789"), asked("cifar10", 100), "cifar10")
+        published.check_published_choice(
+            "cifar10", cifar_params("cifar10", 100), labels, profiles.choose_images(labels, sizes, 1)
+        )
     assert "cifar10: the images kept at imbalance factor 100 hash to " in str(caught.value)
     assert "the published split to 8a54f5b6fa972295; results would not be comparable" in str(caught.value)
 
@@ -48,21 +50,27 @@ def test_another_choice_than_the_published_one_stops_the_split(monkeypatch):
 @pytest.mark.parametrize(
     "more", [{"seed": 1}, {"profile": "step"}, {"imbalance_factor": 20.0}, {"imbalance_factor": 10.5}]
 )
-def test_params_that_ask_for_no_published_split_are_left_alone(more):
-    assert published.published_choice("cifar10", asked("cifar10", 10, **more)) is None
+def test_params_of_another_split_have_no_published_choice(more):
+    assert published.published_choice("cifar10", cifar_params("cifar10", 10, **more)) is None
 
 
-def test_published_figures_agree_with_themselves():
-    for known in published.PUBLISHED.values():
-        assert sum(known.groups.values()) == known.classes
-        assert known.smallest * known.classes <= known.images["train"] <= known.largest * known.classes
+def test_published_figures_are_consistent():
+    for data_set in published.PUBLISHED.values():
+        assert sum(data_set.groups.values()) == data_set.classes
+        assert data_set.smallest * data_set.classes <= data_set.images["train"] <= data_set.largest * data_set.classes
 
 
 def test_the_page_on_published_data_shows_the_figures_that_the_check_compares_with():
     page = (ROOT / "docs/published-data.md").read_text(encoding="utf-8")
-    for name, known in published.PUBLISHED.items():
-        images = [known.images.get(split) for split in ("train", "validation", "test")]
-        figures = [*images, known.classes, known.largest, known.smallest, *known.groups.values()]
+    for name, data_set in published.PUBLISHED.items():
+        images = [data_set.images.get(split) for split in ("train", "validation", "test")]
+        figures = [
+            *images,
+            data_set.classes,
+            data_set.largest,
+            data_set.smallest,
+            *data_set.groups.values(),
+        ]
         row = " | ".join("" if figure is None else f"{figure:,}" for figure in figures).replace("|  |", "| |")
         assert f"| `{name}` | {row} |" in page
     for images, digest in published.CIFAR_LT.values():

@@ -17,11 +17,12 @@ from pipeline import split
 from pipeline.data import dataset
 from pipeline.data.dataset import Images, evaluation_images, load_images, training_images
 from pipeline.data.stream import ImageStream
-from pipeline.data.stream_decoding import fast
+from pipeline.data.stream_decoding import decode_fast
 from pipeline.params import Params, StreamParams
 from pipeline.preparation.pack import pack
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.sources.shards import RowGroups, Shard
+from pipeline.sources import open_reader
+from pipeline.sources.shards import Shard
 from tests.support.making import data_params, encode, folder, picture, write
 from tests.support.small_training import CPU
 
@@ -72,39 +73,39 @@ def packed(made, tmp_path):
 @pytest.mark.parametrize("decode", ["fast", "exact"])
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 @pytest.mark.parametrize("kind", ["made", "packed"])
-def test_a_stream_gives_the_images_that_memory_holds(kind, name, decode, request):
+def test_a_stream_returns_the_same_images_as_memory(kind, name, decode, request):
     params, where, _ = request.getfixturevalue(kind)
     held, stream = images_of(params, name, where), stream_of(streaming(params, decode=decode), name, CPU, where)
     assert len(stream) == len(held) and torch.equal(stream.labels, held.labels)
     assert list(stream.sample_ids) == held.sample_ids and stream.encoded(1) == held.encoded(1)
-    places = torch.randperm(len(held), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(stream.pixels(places), held.pixels(places))
+    indices = torch.randperm(len(held), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(stream.pixels(indices), held.pixels(indices))
     for size in (1, 4, len(held), 99):
-        pairs = zip(stream.batches(places, size), held.batches(places, size), strict=True)
-        assert all(torch.equal(found, expected) for found, expected in pairs)
+        pairs = zip(stream.batches(indices, size), held.batches(indices, size), strict=True)
+        assert all(torch.equal(actual, expected) for actual, expected in pairs)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_batches_come_in_order_however_many_threads_read_them(made, workers):
+def test_batches_are_in_order_for_any_number_of_threads(made, workers):
     params, where, _ = made
     held = images_of(params, "train", where)
     stream = stream_of(streaming(params, workers=workers, prefetch=3), "train", CPU, where)
-    places = held.order(torch.Generator().manual_seed(0))[:35].view(7, 5)
-    with stream.feed(places) as feed:
-        assert all(torch.equal(found, held.pixels(part)) for found, part in zip(feed, places, strict=True))
+    indices = held.order(torch.Generator().manual_seed(0))[:35].view(7, 5)
+    with stream.feed(indices) as feed:
+        assert all(torch.equal(actual, held.pixels(part)) for actual, part in zip(feed, indices, strict=True))
     assert stream_threads() == []
 
 
-def test_no_more_batches_are_read_ahead_than_prefetch_says_and_leaving_early_ends_the_threads(made, monkeypatch):
+def test_at_most_prefetch_batches_are_read_ahead_and_leaving_early_ends_the_threads(made):
     params, where, _ = made
     stream = stream_of(streaming(params, prefetch=2), "train", CPU, where)
-    rooms = []
-    empty = stream.empty
-    monkeypatch.setattr(stream, "empty", lambda count: rooms.append(count) or empty(count))
+    allocated = []
+    allocate = stream.allocate_batch
+    stream.allocate_batch = lambda count: allocated.append(count) or allocate(count)
     with stream.feed(torch.zeros(50, 4, dtype=torch.int64)) as feed:
         for taken in range(1, 6):
             next(feed)
-            assert len(rooms) == taken + 3, "the batches taken, two ahead, and the one that comes next"
+            assert len(allocated) == taken + 3, "the batches taken, two ahead, and the one that comes next"
     assert stream_threads() == []
 
 
@@ -124,7 +125,7 @@ def test_an_empty_split_of_a_table_streams_nothing(packed, tmp_path):
     assert len(stream.order(torch.Generator().manual_seed(0))) == 0
 
 
-def test_a_source_that_brings_its_own_images_is_streamed_too(tmp_path):
+def test_a_source_without_files_can_be_streamed(tmp_path):
     params = streaming(data_params(tmp_path, "digits", test_per_class=2, validation_per_class=2), decode="exact")
     split.run(params, tmp_path / "split")
     held, stream = (
@@ -139,29 +140,28 @@ def test_a_row_group_is_read_once_an_epoch_although_the_order_is_random(packed, 
     params, where, _ = packed
     # One thread: several read some groups a second time where the cache is as small as the one set below.
     stream = stream_of(streaming(params, workers=1, prefetch=1), "train", CPU, where)
-    stream._window = 9_000
+    stream.window = 9_000
     reads = []
     original = Shard.read_group
     monkeypatch.setattr(Shard, "read_group", lambda self, *a: reads.append((self.name, a[0])) or original(self, *a))
-    make_room = RowGroups._make_room
-    monkeypatch.setattr(RowGroups, "_make_room", lambda self, *a: setattr(self, "_room", 18_000) or make_room(self, *a))
+    stream.reader = open_reader(params.data, cache_bytes=18_000)
     order = stream.order(torch.Generator().manual_seed(0))
     with stream.feed(order[:36].view(9, 4)) as feed:
         assert len(list(feed)) == 9
     assert len(set(reads)) > 8 and len(reads) <= len(set(reads)) + 1
 
 
-def spoilt(source: Path, where: Path, params: Params, *places: int) -> list[str]:
+def damage_images(source: Path, where: Path, params: Params, *indices: int) -> list[str]:
     """Damage the files of some training images; return their references."""
-    names = [images_of(params, "train", where).references[place] for place in places]
+    names = [images_of(params, "train", where).references[place] for place in indices]
     for name in names:
         write(source / name, b"spoilt")
     return names
 
 
-def test_an_image_that_was_spoilt_after_the_split_ends_the_run_with_its_name(made):
+def test_an_image_damaged_after_the_split_raises_an_error_with_its_name(made):
     params, where, source = made
-    (name,) = spoilt(source, where, params, 3)
+    (name,) = damage_images(source, where, params, 3)
     stream = stream_of(params, "train", CPU, where)
     with (
         pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")),
@@ -171,26 +171,26 @@ def test_an_image_that_was_spoilt_after_the_split_ends_the_run_with_its_name(mad
     assert stream_threads() == []
 
 
-def test_under_skip_a_bad_image_gives_way_to_the_next_of_its_class_and_is_counted_and_named(made):
+def test_with_skip_a_bad_image_is_replaced_by_the_next_of_its_class_and_counted_and_named(made):
     params, where, source = made
     held = images_of(params, "train", where)
-    names = spoilt(source, where, params, 3, 4)
+    names = damage_images(source, where, params, 3, 4)
     (source / held.references[20]).unlink()
     stream = stream_of(params, "train", CPU, where, replace_bad=True)
     last = int(torch.nonzero(held.labels == 0).max())
     for place, instead in ((3, 5), (4, 5), (20, 21), (last, last)):
         assert torch.equal(stream.pixels(torch.tensor([place])), held.pixels(torch.tensor([instead])))
     assert stream.epoch_record(10.0)["images_replaced"] == 3
-    told = stream.replaced()
-    assert told.startswith("3 images could not be read; replaced by others of their class, the first 3: ")
-    assert all(name in told for name in [*names, held.references[20]]) and "dvc repro -f split" in told
+    warning = stream.replaced()
+    assert warning.startswith("3 images could not be read; replaced by others of their class, the first 3: ")
+    assert all(name in warning for name in [*names, held.references[20]]) and "dvc repro -f split" in warning
     assert stream.replaced() is None and stream.epoch_record(10.0)["images_replaced"] == 0
 
 
 def test_a_class_without_any_readable_image_is_not_replaced_by_another(made):
     params, where, source = made
     labels = images_of(params, "train", where).labels
-    spoilt(source, where, params, *torch.nonzero(labels == 1).flatten().tolist())
+    damage_images(source, where, params, *torch.nonzero(labels == 1).flatten().tolist())
     stream = stream_of(params, "train", CPU, where, replace_bad=True)
     with pytest.raises(DataError, match="no other image of its class can be read instead"):
         stream.pixels(torch.nonzero(labels == 1)[0])
@@ -202,62 +202,60 @@ def test_a_shard_cut_off_after_the_split_is_named_and_never_skipped(packed, keep
     stream = stream_of(params, "train", CPU, where, replace_bad=True)
     shard = shards / "train/00001.parquet"
     shard.write_bytes(shard.read_bytes()[: int(shard.stat().st_size * keep)])
-    places = torch.arange(36)
+    indices = torch.arange(36)
     if keep < 0.99:
         with pytest.raises(DataError, match=re.escape(f"{shard}: not readable as a table")):
-            stream.pixels(places)
+            stream.pixels(indices)
     with pytest.raises(DataError, match=re.escape(f"{shard}: not readable as a table")):
         stream_of(params, "train", CPU, where)
 
 
-def test_a_folder_that_has_gone_is_one_error_and_not_one_an_image(made):
+def test_a_missing_folder_is_one_error_and_not_one_per_image(made):
     params, where, source = made
     source.rename(source.with_name("elsewhere"))
     with pytest.raises(ParamsError, match=r"data\.location is '.*source', which is not a folder"):
         stream_of(params, "train", CPU, where, replace_bad=True)
 
 
-def test_the_gpu_decoder_without_a_gpu_is_refused_naming_the_key(made):
+def test_the_gpu_decoder_without_a_gpu_is_rejected_with_the_key(made):
     params, where, _ = made
     with pytest.raises(ParamsError, match=r"stream\.decode is 'gpu', but the device is cpu; expected fast or exact"):
         stream_of(streaming(params, decode="gpu"), "train", CPU, where)
 
 
-def test_what_nvjpeg_does_not_take_is_decoded_on_the_cpu(made):
+def test_images_that_nvjpeg_rejects_are_decoded_on_the_cpu(made):
     # Without a GPU its decoder fails, as for a damaged file.
     params, where, _ = made
     held, stream = images_of(params, "train", where), stream_of(params, "train", CPU, where)
-    found = stream.decode_on_gpu(stream.empty(3).zero_(), [(0, 7, held.encoded(7)), (2, 9, held.encoded(9))])
-    assert torch.equal(found[0], fast(held.encoded(7), params.image))
-    assert torch.equal(found[2], fast(held.encoded(9), params.image))
-    assert not found[1].any()
+    actual = stream.decode_on_gpu(stream.allocate_batch(3).zero_(), [(0, 7, held.encoded(7)), (2, 9, held.encoded(9))])
+    assert torch.equal(actual[0], decode_fast(held.encoded(7), params.image))
+    assert torch.equal(actual[2], decode_fast(held.encoded(9), params.image))
+    assert not actual[1].any()
 
 
-def test_an_image_that_only_nvjpeg_finds_bad_is_named_or_replaced_as_any_other(made):
+def test_an_image_that_only_nvjpeg_rejects_is_named_or_replaced(made):
     params, where, source = made
     held = images_of(params, "train", where)
-    (name,) = spoilt(source, where, params, 3)
-    left = [(0, 3, b"spoilt"), (1, 9, held.encoded(9))]
+    (name,) = damage_images(source, where, params, 3)
+    nvjpeg = [(0, 3, b"spoilt"), (1, 9, held.encoded(9))]
     stream = stream_of(params, "train", CPU, where)
     with pytest.raises(DataError, match=re.escape(f"{name}: is not a JPEG, PNG or WebP image; replace the image")):
-        stream.decode_on_gpu(stream.empty(2), left)
+        stream.decode_on_gpu(stream.allocate_batch(2), nvjpeg)
     stream = stream_of(params, "train", CPU, where, replace_bad=True)
-    found = stream.decode_on_gpu(stream.empty(2), left)
-    assert torch.equal(found, held.pixels(torch.tensor([4, 9])))
+    actual = stream.decode_on_gpu(stream.allocate_batch(2), nvjpeg)
+    assert torch.equal(actual, held.pixels(torch.tensor([4, 9])))
     assert name in stream.replaced()
 
 
-def test_auto_streams_what_takes_more_than_half_of_the_free_memory_and_says_so(made, monkeypatch):
+def test_auto_streams_a_split_above_half_of_the_free_memory_and_returns_the_reason(made):
     params, where, _ = made
     auto = streaming(params, mode="auto")
     need = sum(len(images_of(params, name, where)) for name in ("train", "validation")) * 3 * 16 * 16
-    monkeypatch.setattr(dataset, "free_bytes", lambda: 2 * need)
-    train, validation, said = training_images(auto, CPU, where)
-    assert isinstance(train, Images) and isinstance(validation, Images) and said is None
-    monkeypatch.setattr(dataset, "free_bytes", lambda: 2 * need - 1)
-    train, validation, said = training_images(auto, CPU, where)
+    train, validation, reason = training_images(auto, CPU, where, free_memory=lambda: 2 * need)
+    assert isinstance(train, Images) and isinstance(validation, Images) and reason is None
+    train, validation, reason = training_images(auto, CPU, where, free_memory=lambda: 2 * need - 1)
     assert isinstance(train, ImageStream) and isinstance(validation, ImageStream)
-    assert said == (
+    assert reason == (
         f"reads images as it needs them: decoded they take {need / 1e9:.1f} GB, above half of the "
         f"{(2 * need - 1) / 1e9:.1f} GB free in memory (stream.mode: auto)"
     )
@@ -265,25 +263,25 @@ def test_auto_streams_what_takes_more_than_half_of_the_free_memory_and_says_so(m
     assert isinstance(evaluation_images(streaming(params, mode="off"), "test", where), Images)
 
 
-def test_a_process_with_memory_enough_streams_where_another_has_not(made, monkeypatch):
+def test_a_rank_with_enough_memory_streams_if_another_rank_must(made, monkeypatch):
     params, where, _ = made
     auto = streaming(params, mode="auto")
     monkeypatch.setattr(dataset, "mean_over_ranks", lambda value: (value + 1) / 2)
-    train, validation, said = training_images(auto, CPU, where)
+    train, validation, reason = training_images(auto, CPU, where)
     assert isinstance(train, ImageStream) and isinstance(validation, ImageStream)
-    assert said == "reads images as it needs them: another process has not the memory for all (stream.mode: auto)"
+    assert reason == "reads images as it needs them: another process has too little memory for all (stream.mode: auto)"
     monkeypatch.setattr(dataset, "mean_over_ranks", lambda value: value)
     assert isinstance(training_images(auto, CPU, where)[0], Images)
 
 
-def test_a_table_sorted_by_class_is_told_with_what_to_do(packed):
+def test_a_table_sorted_by_class_gives_a_warning_with_what_to_do(packed):
     params, where, _ = packed
     stream = stream_of(params, "train", CPU, where)
     assert stream.warning() is None
-    stream._window, stream.labels = 3_000, torch.arange(len(stream)) % 3
+    stream.window, stream.labels = 3_000, torch.arange(len(stream)) % 3
     assert stream.warning() is None
-    stream.labels = torch.from_numpy(stream._groups.number)
-    assert "lies sorted by class" in stream.warning() and "stream.shuffle_mib" in stream.warning()
+    stream.labels = torch.from_numpy(stream.groups.number)
+    assert "is sorted by class" in stream.warning() and "stream.shuffle_mib" in stream.warning()
 
 
 PEAK = """
@@ -322,8 +320,8 @@ def test_ten_times_the_images_take_no_more_memory(tmp_path):
             columns = {"sample_id": references, "label": [0] * rows, "reference": references}
             pyarrow.parquet.write_table(pa.table(columns), root / "train.parquet")
     done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
-    found = [(int(seen), float(peak)) for seen, peak in map(str.split, done.stdout.splitlines())]
-    assert [seen for seen, _ in found] == [120, 1200, 120, 1200]
+    actual = [(int(seen), float(peak)) for seen, peak in map(str.split, done.stdout.splitlines())]
+    assert [seen for seen, _ in actual] == [120, 1200, 120, 1200]
     # Decoded, the larger split is 79 MiB larger.
-    growth = [large - small for (_, small), (_, large) in (found[:2], found[2:])]
-    assert max(growth) < 20, found
+    growth = [large - small for (_, small), (_, large) in (actual[:2], actual[2:])]
+    assert max(growth) < 20, actual

@@ -10,12 +10,18 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torchvision.io
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from models.preprocess import ImageError, preprocess
-from pipeline.data import stream_decoding
-from pipeline.data.stream_decoding import exact, fast, left_to_gpu
+from pipeline.data.stream_decoding import (
+    decode_exact,
+    decode_fast,
+    decode_nvjpeg,
+    decode_unless_nvjpeg,
+    evaluation_view,
+)
 from tests.support.making import encode, params, picture
 
 SMALL = params({"image.size": 56, "image.resize_to": 64}).image
@@ -58,21 +64,21 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_picture_of_any_kind_is_the_servers_to_within_a_grey_level(kind):
-    expected, found = exact(KINDS[kind], SMALL), fast(KINDS[kind], SMALL)
-    assert found.shape == (3, 56, 56) and found.dtype == torch.uint8
-    apart = (found.int() - expected.int()).abs()
+def test_an_image_of_any_kind_equals_the_servers_within_one_grey_level(kind):
+    expected, actual = decode_exact(KINDS[kind], SMALL), decode_fast(KINDS[kind], SMALL)
+    assert actual.shape == (3, 56, 56) and actual.dtype == torch.uint8
+    apart = (actual.int() - expected.int()).abs()
     assert apart.max() <= 1 and (apart > 0).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("size", [(64, 64), (64, 91), (80, 64)])
-def test_a_picture_that_is_not_resized_is_the_servers_to_the_bit(form, size):
+def test_an_image_that_is_not_resized_is_bit_identical_to_the_servers(form, size):
     data = encode(photo(*size), form)
-    assert torch.equal(fast(data, SAME), exact(data, SAME))
+    assert torch.equal(decode_fast(data, SAME), decode_exact(data, SAME))
 
 
-def test_a_very_large_jpeg_is_decoded_at_a_fraction_and_looks_the_same(monkeypatch):
+def test_a_very_large_jpeg_is_decoded_at_a_fraction_with_nearly_equal_pixels(monkeypatch):
     data, sizes = encode(photo(1200, 900), "JPEG", quality=95), []
 
     def draft(image, mode, size):
@@ -82,20 +88,20 @@ def test_a_very_large_jpeg_is_decoded_at_a_fraction_and_looks_the_same(monkeypat
 
     whole = JpegImageFile.draft
     monkeypatch.setattr(JpegImageFile, "draft", draft)
-    found = fast(data, SMALL)
+    actual = decode_fast(data, SMALL)
     assert sizes == [(600, 450)], "half of each side, still more than four times the 64 that are needed"
-    assert torch.equal(found, exact(data, SMALL))
-    apart = (found.int() - torch.from_numpy(preprocess(data, SMALL.size, SMALL.resize_to, room=0)).int()).abs().float()
+    assert torch.equal(actual, decode_exact(data, SMALL))
+    apart = (actual.int() - torch.from_numpy(preprocess(data, SMALL.size, SMALL.resize_to, room=0)).int()).abs().float()
     assert apart.mean() < 0.5 and apart.max() <= 4
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "grey", "progressive"])
-def test_a_torchvision_without_a_decoder_leaves_jpegs_to_pillow(kind, monkeypatch):
-    expected = fast(KINDS[kind], SMALL)
-    monkeypatch.setattr(stream_decoding, "_torchvision", lambda: None)
-    assert torch.equal(fast(KINDS[kind], SMALL), expected)
+def test_jpegs_are_decoded_by_pillow_if_torchvision_has_no_decoder(kind, monkeypatch):
+    expected = decode_fast(KINDS[kind], SMALL)
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    assert torch.equal(decode_fast(KINDS[kind], SMALL), expected)
     with pytest.raises(RuntimeError, match="no decoder of JPEGs"):
-        stream_decoding.nvjpeg([KINDS[kind]], SMALL, torch.device("cuda"))
+        decode_nvjpeg([KINDS[kind]], torch.device("cuda"))
 
 
 BAD = {
@@ -108,13 +114,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_what_the_server_refuses_is_refused_in_the_same_words(kind):
+def test_an_image_that_the_server_rejects_is_rejected_with_the_same_message(kind):
     data = two_frames("GIF") if BAD[kind] is None else BAD[kind]
     with pytest.raises(ImageError) as expected:
-        exact(data, SMALL)
-    with pytest.raises(ImageError) as found:
-        fast(data, SMALL)
-    assert str(found.value) == str(expected.value)
+        decode_exact(data, SMALL)
+    with pytest.raises(ImageError) as actual:
+        decode_fast(data, SMALL)
+    assert str(actual.value) == str(expected.value)
 
 
 def jpeg_of_size(width: int, height: int) -> bytes:
@@ -133,9 +139,9 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("decode", [fast, left_to_gpu])
+@pytest.mark.parametrize("decode", [decode_fast, decode_unless_nvjpeg])
 @pytest.mark.parametrize("made", [jpeg_of_size, png_of_size])
-def test_900_million_pixels_are_refused_before_any_is_decoded(made, decode):
+def test_900_million_pixels_are_rejected_before_decoding(made, decode):
     data = made(30_000, 30_000)
     tracemalloc.start()
     with pytest.raises(ImageError, match=r"more pixels than the limit|= 900000000 pixels, above the limit"):
@@ -145,18 +151,19 @@ def test_900_million_pixels_are_refused_before_any_is_decoded(made, decode):
     assert peak < 10**6
 
 
-def test_only_plain_jpegs_are_left_to_the_gpu_and_the_rest_is_decoded_here():
+def test_nvjpeg_decodes_only_plain_jpegs_and_the_cpu_all_others():
     for kind in ("jpeg", "portrait", "progressive", "grey", "orientation 1"):
-        assert left_to_gpu(KINDS[kind], SMALL) is None
+        assert decode_unless_nvjpeg(KINDS[kind], SMALL) is None
     for kind in ("png", "cmyk", "orientation 6", "16-bit"):
-        assert torch.equal(left_to_gpu(KINDS[kind], SMALL), fast(KINDS[kind], SMALL))
+        assert torch.equal(decode_unless_nvjpeg(KINDS[kind], SMALL), decode_fast(KINDS[kind], SMALL))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_decodes_as_the_cpu_does_but_for_its_rounding():
+def test_nvjpeg_equals_the_cpu_decoder_except_for_rounding():
     device = torch.device("cuda")
     kinds = ("jpeg", "portrait", "grey")
-    found = stream_decoding.nvjpeg([KINDS[kind] for kind in kinds], SMALL, device).cpu()
-    for pixels, kind in zip(found, kinds, strict=True):
-        apart = (pixels.int() - fast(KINDS[kind], SMALL).int()).abs().float()
+    decoded = decode_nvjpeg([KINDS[kind] for kind in kinds], device)
+    for original, kind in zip(decoded, kinds, strict=True):
+        pixels = evaluation_view(original, SMALL).cpu()
+        apart = (pixels.int() - decode_fast(KINDS[kind], SMALL).int()).abs().float()
         assert apart.mean() < 2

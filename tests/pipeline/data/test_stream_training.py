@@ -55,8 +55,8 @@ def in_windows(data) -> tuple[AnyImages, AnyImages]:
     train, validation = streams(data)
     from pipeline.sources import Groups
 
-    train._groups = Groups(torch.arange(len(train)).numpy() // 4, torch.full((8,), 10).numpy())
-    train._window = 20
+    train.groups = Groups(torch.arange(len(train)).numpy() // 4, torch.full((8,), 10).numpy())
+    train.window = 20
     return train, validation
 
 
@@ -76,29 +76,29 @@ def result(training: Training, images: tuple[AnyImages, AnyImages]) -> tuple[dic
     """Return the final state of a run and its history, without times."""
     history = training.run(*images)
     timed = ("images_per_second", "memory_mib", "data_wait")
-    return training._step.state(), [{k: v for k, v in record.items() if k not in timed} for record in history]
+    return training.step.state(), [{k: v for k, v in record.items() if k not in timed} for record in history]
 
 
-def same(found, expected) -> bool:
-    return found[0].keys() == expected[0].keys() and all(
-        torch.equal(tensor, expected[0][name]) for name, tensor in found[0].items()
+def same(actual, expected) -> bool:
+    return actual[0].keys() == expected[0].keys() and all(
+        torch.equal(tensor, expected[0][name]) for name, tensor in actual[0].items()
     )
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "mixed"])
-def test_a_stream_trains_to_the_bits_of_the_same_images_in_memory(name, data):
+def test_training_on_a_stream_is_bit_identical_to_training_from_memory(name, data):
     held = tuple(load_images(data[0].data, data[0].image, part, data[1]) for part in ("train", "validation"))
-    expected, found = result(training_of(name), held), result(training_of(name), streams(data))
-    assert same(found, expected) and found[1] == expected[1]
+    expected, actual = result(training_of(name), held), result(training_of(name), streams(data))
+    assert same(actual, expected) and actual[1] == expected[1]
 
 
-def test_crops_of_the_original_train_alike_whether_originals_are_held_or_read_again(data):
+def test_training_on_crops_does_not_depend_on_cached_originals(data):
     runs = [result(training_of("cut"), originals(data, mode)) for mode in ("on", "off", "auto")]
     assert all(same(run, runs[0]) and run[1] == runs[0][1] for run in runs)
     assert not same(runs[0], result(training_of("cut"), streams(data))), "as the squares of the test view do not"
 
 
-def test_a_run_from_memory_keeps_the_draws_of_the_last_steps_alone(monkeypatch):
+def test_a_run_from_memory_keeps_only_the_draws_of_the_last_steps(monkeypatch):
     drawn, step, most = [], Step.__call__, []
 
     def counted(self, inputs):
@@ -115,7 +115,7 @@ def test_a_run_from_memory_keeps_the_draws_of_the_last_steps_alone(monkeypatch):
     ("name", "images"),
     [(name, images) for name in ("teacher", "mixed") for images in (streams, in_windows)] + [("cut", originals)],
 )
-def test_a_streamed_run_cut_off_many_times_ends_as_one_that_was_not(name, images, data, tmp_path):
+def test_a_streamed_run_resumed_many_times_ends_as_an_uninterrupted_one(name, images, data, tmp_path):
     expected = result(training_of(name), images(data))
     run_folder = RunFolder(tmp_path / "unfinished", "run")
     draw = random.Random(name)
@@ -132,11 +132,11 @@ def test_a_streamed_run_cut_off_many_times_ends_as_one_that_was_not(name, images
         training.objective.forward = counted
         with pytest.raises(PowerCut):
             training.run(*images(data))
-    found = result(training_of(name, run_folder), images(data))
-    assert same(found, expected) and found[1] == expected[1]
+    actual = result(training_of(name, run_folder), images(data))
+    assert same(actual, expected) and actual[1] == expected[1]
 
 
-def test_an_epoch_says_how_long_it_waited_and_what_was_replaced(data, capsys):
+def test_an_epoch_record_has_the_wait_and_the_replaced_images(data, capsys):
     params, where = data
     train = ImageStream(params.data, params.image, params.stream, "train", CPU, where, replace_bad=True)
     write(where.parent / "source" / train.references[0], b"spoilt")
@@ -150,7 +150,7 @@ def test_an_epoch_says_how_long_it_waited_and_what_was_replaced(data, capsys):
     assert lines[0].startswith("teacher  1 image could not be read; replaced by others of their class, the first 1: ")
 
 
-def test_what_only_other_processes_have_replaced_is_told_by_the_one_that_speaks(data, capsys, monkeypatch):
+def test_rank_0_prints_the_images_that_other_ranks_replaced(data, capsys, monkeypatch):
     train, validation = streams(data)
     record = train.epoch_record
     monkeypatch.setattr(train, "epoch_record", lambda seconds: record(seconds) | {"images_replaced": 2})
@@ -177,7 +177,7 @@ def seen_by_a_rank(source, where, name) -> list:
     train, validation = originals(data) if name == "cut" else streams(data)
     read: list[int] = []
     decode = train.decode
-    train.decode = lambda places, *rest: read.extend(places) or decode(places, *rest)
+    train.decode = lambda indices, *rest: read.extend(indices) or decode(indices, *rest)
     training = made_training("student", epochs=1, **RECIPES[name])
     history = training.run(train, validation)
     return [sorted(read), history[0]["loss"], history[0]["validation_accuracy"]]

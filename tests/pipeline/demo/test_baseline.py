@@ -15,7 +15,7 @@ import pipeline.teacher
 from pipeline.data.class_prior import Prior
 from pipeline.demo.baseline import CORRECTED, PLAIN, STUDENT_ROW, classification_section, gain_table, limits, run
 from pipeline.evaluation.comparison import compare
-from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.predictions import Predictions
 from serving.shared.terminal import Console
 from tests.support.making import data_params, folder, params
 
@@ -23,10 +23,12 @@ PRIOR = Prior(["a", "b", "c"], [200, 50, 5], [0.78, 0.2, 0.02], [-0.2, -1.6, -3.
 LABELS = np.repeat([0, 1, 2], 20)
 
 
-def answers_right_in(a: int, b: int, c: int) -> Answers:
+def answers_right_in(a: int, b: int, c: int) -> Predictions:
     """Return predictions for twenty images per class; incorrect ones predict the next class."""
     right = np.concatenate([np.arange(20) < count for count in (a, b, c)])
-    return Answers([f"{i:02d}" for i in range(60)], LABELS, np.eye(3)[np.where(right, LABELS, (LABELS + 1) % 3)], PRIOR)
+    return Predictions(
+        [f"{i:02d}" for i in range(60)], LABELS, np.eye(3)[np.where(right, LABELS, (LABELS + 1) % 3)], PRIOR
+    )
 
 
 def printed(table: object) -> str:
@@ -40,7 +42,7 @@ def row_of(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│┃ \n").split("│")][1:]
 
 
-def test_the_table_has_the_accuracy_of_each_group_and_the_difference_with_its_interval_on_one_screen() -> None:
+def test_the_table_shows_group_accuracies_and_differences_with_intervals_in_80_columns() -> None:
     plain, corrected, student = answers_right_in(20, 12, 2), answers_right_in(18, 14, 8), answers_right_in(18, 16, 11)
     rows = {PLAIN: plain, CORRECTED: corrected, STUDENT_ROW: student}
     measures = {name: compare(one, plain, params().gate, 15) for name, one in rows.items()}
@@ -54,8 +56,8 @@ def test_the_table_has_the_accuracy_of_each_group_and_the_difference_with_its_in
     assert len(text.splitlines()) <= 12 and max(map(len, text.splitlines())) <= 80
 
 
-def test_a_group_without_test_images_has_no_figure() -> None:
-    plain = Answers(["0", "1"], np.array([0, 1]), np.eye(3)[[0, 1]], PRIOR)
+def test_a_group_without_test_images_has_no_accuracy() -> None:
+    plain = Predictions(["0", "1"], np.array([0, 1]), np.eye(3)[[0, 1]], PRIOR)
     measures = dict.fromkeys((PLAIN, CORRECTED, STUDENT_ROW), compare(plain, plain, params().gate, 15))
     assert row_of(printed(gain_table(measures, plain, 0.95)), PLAIN) == ["100.0 %", "100.0 %", "100.0 %", "n/a"]
 
@@ -81,7 +83,9 @@ def test_plain_cross_entropy_has_the_students_recipe_without_adjustment() -> Non
 
 
 @pytest.mark.slow
-def test_plain_cross_entropy_is_trained_once_and_judged_on_the_same_test_images(tmp_path, monkeypatch, capsys) -> None:
+def test_plain_cross_entropy_is_trained_once_and_evaluated_on_the_same_test_images(
+    tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     base = data_params(folder(tmp_path / "images", {"a": 18, "b": 12, "c": 9})).model_dump(mode="json")["data"]
     short = {f"{stage}.{key}": value for stage in ("teacher", "student") for key, value in
@@ -90,10 +94,10 @@ def test_plain_cross_entropy_is_trained_once_and_judged_on_the_same_test_images(
     for stage in (pipeline.split, pipeline.prior, pipeline.teacher, pipeline.student):
         stage.run(chosen)
     capsys.readouterr()
-    found = run(chosen)
+    result = run(chosen)
     first = capsys.readouterr().out
     assert "teacher  epoch 1/1" in first and PLAIN in first and "One seed" in first
     assert "warning: all: " in first and "fewer than 100" in first
-    assert json.loads((found.output / "config.json").read_text())["adjustment"] == 0
-    assert run(chosen) == found
+    assert json.loads((result.output / "config.json").read_text())["adjustment"] == 0
+    assert run(chosen) == result
     assert capsys.readouterr().out == first.partition("\n")[2]

@@ -16,7 +16,7 @@ validator = pytest.importorskip("kubernetes_validate", reason="package kubernete
 
 def documents(name: str) -> dict[str, dict[str, Any]]:
     """Return the manifests of a file by kind."""
-    return {found["kind"]: found for found in yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8"))}
+    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8"))}
 
 
 def replicas() -> dict[str, dict[str, Any]]:
@@ -30,17 +30,17 @@ def pods() -> dict[str, dict[str, Any]]:
 
 
 def option(arguments: list[str], name: str) -> str:
-    (found,) = (text.partition("=")[2] for text in arguments if text.startswith(f"--{name}="))
-    return found
+    (value,) = (text.partition("=")[2] for text in arguments if text.startswith(f"--{name}="))
+    return value
 
 
-def test_the_indexed_job_and_its_service_pass_their_schemas():
+def test_the_indexed_job_and_its_service_match_their_schemas():
     for manifest in documents("indexed-job.yaml").values():
         validator.validate(manifest, "1.34", strict=True)
 
 
 @pytest.mark.parametrize("role", ["Master", "Worker"])
-def test_the_pods_of_the_pytorchjob_pass_the_schema_of_pods(role):
+def test_the_pods_of_the_pytorchjob_match_the_schema_of_pods(role):
     # The operator's schema is not available here; the keys besides the replicas are listed below.
     template = copy.deepcopy(replicas()[role]["template"])
     template["spec"]["restartPolicy"] = "Never"  # the operator sets it
@@ -48,7 +48,7 @@ def test_the_pods_of_the_pytorchjob_pass_the_schema_of_pods(role):
     validator.validate(job, "1.34", strict=True)
 
 
-def test_the_pytorchjob_has_what_the_operator_reads_and_no_more():
+def test_the_pytorchjob_has_only_keys_of_the_operator():
     manifest = documents("pytorchjob.yaml")["PyTorchJob"]
     assert manifest["apiVersion"] == "kubeflow.org/v1"
     assert set(manifest["spec"]) == {"nprocPerNode", "runPolicy", "pytorchReplicaSpecs"}
@@ -63,16 +63,16 @@ def test_the_pytorchjob_has_what_the_operator_reads_and_no_more():
         assert container["command"] + container["args"] == ["torchrun", "-m", "pipeline.student"]
 
 
-def test_a_schema_that_is_not_kept_is_noticed():
+def test_the_validator_detects_an_unknown_key():
     manifest = copy.deepcopy(documents("indexed-job.yaml")["Job"])
     manifest["spec"]["completion"] = manifest["spec"].pop("completions")
     with pytest.raises(validator.ValidationError):
         validator.validate(manifest, "1.34", strict=True)
 
 
-def test_the_indexed_jobs_pods_meet_at_the_first_of_them():
-    found = documents("indexed-job.yaml")
-    job, service = found["Job"], found["Service"]
+def test_the_pods_of_the_indexed_job_rendezvous_at_the_first_pod():
+    manifests = documents("indexed-job.yaml")
+    job, service = manifests["Job"], manifests["Service"]
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     arguments = container["args"]
@@ -91,7 +91,7 @@ def test_the_indexed_jobs_pods_meet_at_the_first_of_them():
 
 
 @pytest.mark.parametrize("name", ["job", "Master", "Worker"])
-def test_pods_train_without_rights_on_a_read_only_file_system(name):
+def test_pods_run_without_privileges_on_a_read_only_file_system(name):
     pod = pods()[name]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["automountServiceAccountToken"] is False
     (container,) = pod["containers"]

@@ -14,8 +14,8 @@ from sklearn.metrics import balanced_accuracy_score
 from pipeline.commands.app import main
 from pipeline.evaluation.comparison import compare, mcnemar, paired_interval
 from pipeline.evaluation.gate import decide
-from pipeline.evaluation.metrics import calibration_of, evaluate_answers, expected_calibration_error
-from pipeline.evaluation.predictions import Answers, Contender, GateError
+from pipeline.evaluation.metrics import expected_calibration_error, prediction_metrics, resampled_ece
+from pipeline.evaluation.predictions import Contender, GateError, Predictions
 from pipeline.params import GateParams
 from tests.support.gate_answers import FAST, LABELS, C, answering, answers_of, contender, prior_of
 
@@ -24,11 +24,11 @@ from tests.support.gate_answers import FAST, LABELS, C, answering, answers_of, c
 @given(st.integers(0, 10**6), st.floats(0.2, 0.95), st.floats(0.2, 0.95))
 def test_swapping_champion_and_challenger_mirrors_every_difference(seed, one, other):
     a, b = answers_of(answering(one, seed)), answers_of(answering(other, seed + 1))
-    there, back = compare(a, b, FAST, 15), compare(b, a, FAST, 15)
-    for name, found in there.items():
-        assert found.difference == pytest.approx(-back[name].difference, abs=1e-12)
-        assert (found.low, found.high) == pytest.approx((-back[name].high, -back[name].low), abs=1e-12)
-        assert found.mcnemar == back[name].mcnemar
+    forward, backward = compare(a, b, FAST, 15), compare(b, a, FAST, 15)
+    for name, measure in forward.items():
+        assert measure.difference == pytest.approx(-backward[name].difference, abs=1e-12)
+        assert (measure.low, measure.high) == pytest.approx((-backward[name].high, -backward[name].low), abs=1e-12)
+        assert measure.mcnemar == backward[name].mcnemar
 
 
 @settings(max_examples=5)
@@ -46,16 +46,20 @@ def test_a_challenger_worse_on_few_only_is_refused_for_few_only(tmp_path):
     worse = logits.copy()
     worse[LABELS == C - 1] = np.eye(C)[0]
     worse[LABELS == 0] = np.eye(C)[0]  # the head compensates for a part of it
-    found = decide(contender(tmp_path / "b", worse), contender(tmp_path / "a", logits), FAST, 15, tmp_path / "d.json")
-    assert not found.promote and found.computed
-    assert found.measures["few"].passed is False and found.measures["few"].high < 0
-    assert found.measures["many"].difference >= 0
-    told = json.loads((tmp_path / "d.json").read_text())
-    assert told["promote"] is False and told["measures"]["few"]["difference"] == found.measures["few"].difference
-    assert any(reason.startswith("few ") for reason in told["reasons"])
+    decision = decide(
+        contender(tmp_path / "b", worse), contender(tmp_path / "a", logits), FAST, 15, tmp_path / "d.json"
+    )
+    assert not decision.promote and decision.computed
+    assert decision.measures["few"].passed is False and decision.measures["few"].high < 0
+    assert decision.measures["many"].difference >= 0
+    content = json.loads((tmp_path / "d.json").read_text())
+    assert (
+        content["promote"] is False and content["measures"]["few"]["difference"] == decision.measures["few"].difference
+    )
+    assert any(reason.startswith("few ") for reason in content["reasons"])
 
 
-def test_a_planted_loss_is_found_and_chance_is_not_called_a_loss():
+def test_the_gate_refuses_a_real_loss_and_seldom_a_random_one():
     few_off = GateParams.model_validate({"resamples": 200, "few": {"rule": "none"}})
     refused = {0.8: 0, 0.6: 0}
     for accuracy in refused:
@@ -70,12 +74,12 @@ def test_intervals_cover_the_true_difference_within_binomial_noise():
     covered = 0
     for seed in range(100):
         pair = answers_of(answering(0.75, 2 * seed)), answers_of(answering(0.7, 2 * seed + 1))
-        found = compare(*pair, GateParams(resamples=200), 15)["all"]
-        covered += found.low <= 0.05 <= found.high
+        measure = compare(*pair, GateParams(resamples=200), 15)["all"]
+        covered += measure.low <= 0.05 <= measure.high
     assert 88 <= covered <= 100  # 95 of 100, three standard errors either way
 
 
-def test_mcnemar_counts_the_samples_that_one_alone_gets_right():
+def test_mcnemar_counts_the_samples_that_only_one_model_predicts_correctly():
     a = np.array([True] * 6 + [False] * 1 + [True] * 9)
     b = np.array([False] * 6 + [True] * 1 + [True] * 9)
     same = np.full(16, 0.25)
@@ -83,7 +87,7 @@ def test_mcnemar_counts_the_samples_that_one_alone_gets_right():
     assert mcnemar(a, a, same, FAST) == 1.0
 
 
-def test_mcnemar_of_samples_that_weigh_unequally_is_the_share_of_signs_with_a_larger_sum():
+def test_mcnemar_with_unequal_weights_is_the_share_of_sign_vectors_with_a_larger_sum():
     a = np.array([True, True, False, False, False, False, True])
     b = np.array([False, True, True, True, True, True, True])
     weights = np.array([5.0, 9, 1, 1, 1, 0.5, 9])
@@ -99,7 +103,7 @@ UNEQUAL = np.repeat(np.arange(C), [900, 400, 100, 60, 40, 30])
 
 def on_unequal(predicted):
     """Return confident predictions on a test split of unequal classes."""
-    return Answers([str(i) for i in range(len(UNEQUAL))], UNEQUAL, np.eye(C)[predicted] * 0.9 + 0.1 / C, prior_of())
+    return Predictions([str(i) for i in range(len(UNEQUAL))], UNEQUAL, np.eye(C)[predicted] * 0.9 + 0.1 / C, prior_of())
 
 
 @pytest.mark.parametrize("target", ["balanced", "train"])
@@ -107,33 +111,34 @@ def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
     random = np.random.default_rng(4)
     predicted = [np.where(random.random(len(UNEQUAL)) < share, UNEQUAL, 0) for share in (0.5, 0.8)]
     champion, challenger = map(on_unequal, predicted)
-    found = compare(challenger, champion, GateParams(resamples=100, target_prior=target), 15)["all"]
+    measure = compare(challenger, champion, GateParams(resamples=100, target_prior=target), 15)["all"]
     p = np.array(prior_of().p) if target == "train" else np.full(C, 1 / C)
     metrics = [
-        evaluate_answers(a.probabilities, UNEQUAL, a.prior.groups, p, bins=15, top_k=2) for a in (champion, challenger)
+        prediction_metrics(a.probabilities, UNEQUAL, a.prior.groups, p, bins=15, top_k=2)
+        for a in (champion, challenger)
     ]
-    assert [found.champion, found.challenger] == pytest.approx([m["at_target_prior"]["all"] for m in metrics])
+    assert [measure.champion, measure.challenger] == pytest.approx([m["at_target_prior"]["all"] for m in metrics])
     if target == "balanced":
-        assert found.challenger == pytest.approx(balanced_accuracy_score(UNEQUAL, predicted[1]))
-        assert found.effective == pytest.approx(metrics[0]["test_images"]["all"]["effective"])
+        assert measure.challenger == pytest.approx(balanced_accuracy_score(UNEQUAL, predicted[1]))
+        assert measure.effective == pytest.approx(metrics[0]["test_images"]["all"]["effective"])
 
 
-def test_a_loss_of_the_tail_is_not_made_up_for_by_the_many_test_images_of_the_head():
+def test_gains_in_head_classes_do_not_offset_a_loss_in_tail_classes():
     """70 tail images become wrong and 120 head images correct: accuracy rises, and balanced accuracy falls."""
     champion, challenger = UNEQUAL.copy(), UNEQUAL.copy()
     champion[:120] = 1
     challenger[UNEQUAL >= 4] = 0
     few_off = GateParams.model_validate({"resamples": 300, "few": {"rule": "none"}})
-    found = compare(on_unequal(challenger), on_unequal(champion), few_off, 15)["all"]
-    assert found.difference == pytest.approx((120 / 900 - 2) / C)
-    assert found.mcnemar < 0.05 and found.passed is False
+    measure = compare(on_unequal(challenger), on_unequal(champion), few_off, 15)["all"]
+    assert measure.difference == pytest.approx((120 / 900 - 2) / C)
+    assert measure.mcnemar < 0.05 and measure.passed is False
 
 
-def test_the_resampled_calibration_error_is_the_evaluations():
+def test_the_resampled_ece_equals_the_ece_of_the_resampled_rows():
     p = answers_of(answering(0.6, 3)).probabilities
     index = np.random.default_rng(0).integers(0, len(LABELS), (5, len(LABELS)))
     expected = [expected_calibration_error(p[rows], LABELS[rows], 15) for rows in index]
-    assert calibration_of(p, LABELS, 15)(index).tolist() == pytest.approx(expected, abs=1e-12)
+    assert resampled_ece(p, LABELS, 15)(index).tolist() == pytest.approx(expected, abs=1e-12)
     assert paired_interval(lambda rows: rows.mean(-1), 1, FAST) == (-1.0, 1.0)
 
 
@@ -144,7 +149,7 @@ def test_the_first_model_must_reach_the_floor(tmp_path):
     assert not refused.promote and refused.computed and "below gate.floor 30.0%" in refused.reasons[0]
 
 
-def test_a_gate_that_cannot_be_computed_is_a_refusal_with_its_reason(tmp_path):
+def test_a_gate_that_cannot_be_computed_refuses_with_the_reason(tmp_path):
     logits = answering(0.9, 0)
     champion = contender(tmp_path / "a", logits)
     nan, other_label = logits.copy(), LABELS.copy()
@@ -153,20 +158,22 @@ def test_a_gate_that_cannot_be_computed_is_a_refusal_with_its_reason(tmp_path):
     cases = {
         "no such file": Contender(tmp_path / "nowhere.parquet", champion.prior),
         "damaged": Contender(tmp_path / "damaged.parquet", champion.prior),
-        "other classes: 'b' is a class of one alone": contender(tmp_path / "c", logits, classes=["owl", *"bcdef"]),
+        "different classes: only one has 'b'": contender(tmp_path / "c", logits, classes=["owl", *"bcdef"]),
         "logits have shape [360, 5]": contender(tmp_path / "d", logits[:, :5]),
-        "tested on other samples": contender(tmp_path / "e", logits, ids=[f"t{i}" for i in range(360)]),
-        "a sample id stands twice": contender(tmp_path / "f", logits, ids=["s0"] * 360),
+        "tested on different samples": contender(tmp_path / "e", logits, ids=[f"t{i}" for i in range(360)]),
+        "a sample id in more than one row": contender(tmp_path / "f", logits, ids=["s0"] * 360),
         "has two labels": contender(tmp_path / "g", logits, labels=other_label),
         "not finite": contender(tmp_path / "h", nan),
     }
-    for said, challenger in cases.items():
-        found = decide(challenger, champion, FAST, 15, tmp_path / "decision.json")
-        assert not found.promote and not found.computed
-        assert found.reasons[0].startswith("cannot be computed: ") and said in found.reasons[0], found.reasons
+    for reason, challenger in cases.items():
+        decision = decide(challenger, champion, FAST, 15, tmp_path / "decision.json")
+        assert not decision.promote and not decision.computed
+        assert decision.reasons[0].startswith("cannot be computed: ") and reason in decision.reasons[0], (
+            decision.reasons
+        )
         assert json.loads((tmp_path / "decision.json").read_text())["computed"] is False
-    found = decide(champion, None, FAST, 15, None, GateError("report.html: no such file"))
-    assert not found.promote and found.reasons == ["cannot be computed: report.html: no such file"]
+    decision = decide(champion, None, FAST, 15, None, GateError("report.html: no such file"))
+    assert not decision.promote and decision.reasons == ["cannot be computed: report.html: no such file"]
     timed = GateParams(resamples=100, latency_ratio=1.2)
     assert "was not measured" in decide(champion, champion, timed, 15, None).reasons[0]
 
@@ -179,9 +186,9 @@ def test_latency_above_the_ratio_is_refused(tmp_path):
     assert decide(slow, fast, timed, 15, None).reasons[0].startswith("latency_ms 1.0000 → 1.5000")
 
 
-def test_the_command_says_its_decision_by_line_and_exit_code(tmp_path, capsys):
+def test_the_command_prints_its_decision_and_sets_the_exit_code(tmp_path, capsys):
     made = contender(tmp_path / "a", answering(0.9, 0))
-    ours = [
+    challenger = [
         "--challenger",
         str(made.predictions),
         "--challenger-prior",
@@ -189,10 +196,10 @@ def test_the_command_says_its_decision_by_line_and_exit_code(tmp_path, capsys):
         "--output",
         str(tmp_path / "d"),
     ]
-    assert main(["gate", *ours]) == 0
+    assert main(["gate", *challenger]) == 0
     assert capsys.readouterr().out.startswith("gate: promote: first model, balanced accuracy")
-    theirs = ["--champion", str(tmp_path / "none"), "--champion-prior", str(made.prior)]
-    assert main(["gate", *ours, *theirs]) == 1
+    champion = ["--champion", str(tmp_path / "none"), "--champion-prior", str(made.prior)]
+    assert main(["gate", *challenger, *champion]) == 1
     assert "gate: refuse: cannot be computed" in capsys.readouterr().out
-    assert main(["gate", *ours, "--champion", "x"]) == 2
+    assert main(["gate", *challenger, "--champion", "x"]) == 2
     assert "--champion and --champion-prior go together" in capsys.readouterr().err

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from pipeline.evaluation.metrics import (
-    answers,
-    evaluate_answers,
+    adjusted_probabilities,
     expected_calibration_error,
     mean_of,
     negative_log_likelihood,
     per_class_accuracy,
+    prediction_metrics,
     top_k_accuracy,
 )
 
@@ -45,7 +45,7 @@ def test_accuracies_equal_scikit_learns(case):
 
 
 @given(st.integers(1, 40), st.integers(2, 30), st.integers(1, 8), st.integers(0, 2**32 - 1))
-def test_top_k_by_counting_is_top_k_by_sorting_also_among_equals(samples, classes, k, seed):
+def test_top_k_by_counting_equals_top_k_by_sorting_also_with_ties(samples, classes, k, seed):
     random = np.random.default_rng(seed)
     probabilities, labels = random.integers(0, 4, (samples, classes)) / 4, random.integers(0, classes, samples)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
@@ -78,17 +78,17 @@ def slow_ece(probabilities, labels, bins):
             if number / bins < confidence <= (number + 1) / bins:
                 members[number].append((confidence, float(np.argmax(row) == label)))
     return math.fsum(
-        abs(math.fsum(right for _, right in found) / len(found) - math.fsum(sure for sure, _ in found) / len(found))
-        * len(found) / len(labels)
-        for found in members if found
+        abs(math.fsum(right for _, right in pairs) / len(pairs) - math.fsum(sure for sure, _ in pairs) / len(pairs))
+        * len(pairs) / len(labels)
+        for pairs in members if pairs
     )  # fmt: skip
 
 
 @given(answered(), st.sampled_from([2, 10, 15]))
-def test_the_calibration_error_equals_one_counted_bin_by_bin(case, bins):
+def test_the_ece_equals_a_reference_computed_bin_by_bin(case, bins):
     probabilities, labels, _ = case
-    found = expected_calibration_error(probabilities, labels, bins)
-    assert found == pytest.approx(slow_ece(probabilities, labels, bins), abs=1e-12)
+    ece = expected_calibration_error(probabilities, labels, bins)
+    assert ece == pytest.approx(slow_ece(probabilities, labels, bins), abs=1e-12)
 
 
 def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower_one():
@@ -99,7 +99,7 @@ def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower_one():
 
 
 @given(answered(), st.data())
-def test_a_weight_is_worth_that_many_copies_of_its_sample(case, data):
+def test_a_weight_equals_that_many_copies_of_its_sample(case, data):
     probabilities, labels, _ = case
     weights = np.array(data.draw(st.lists(st.integers(1, 4), min_size=len(labels), max_size=len(labels))))
     copies = np.repeat(np.arange(len(labels)), weights)
@@ -109,7 +109,7 @@ def test_a_weight_is_worth_that_many_copies_of_its_sample(case, data):
 
 
 @given(answered(all_classes=True), st.data())
-def test_figures_at_a_target_prior_are_those_of_a_test_set_drawn_by_it(case, data):
+def test_metrics_at_a_target_prior_equal_those_of_a_test_set_with_that_prior(case, data):
     probabilities, labels, classes = case
     # Replicate each class so that the test set follows the target prior exactly.
     share = np.array(data.draw(st.lists(st.integers(1, 3), min_size=classes, max_size=classes)))
@@ -120,30 +120,35 @@ def test_figures_at_a_target_prior_are_those_of_a_test_set_drawn_by_it(case, dat
         return
     target = share / share.sum()
     groups = ["many"] * classes
-    found = evaluate_answers(probabilities, labels, groups, target, bins=15, top_k=2)["at_target_prior"]
-    drawn = evaluate_answers(probabilities[copies], labels[copies], groups, target, bins=15, top_k=2)
+    metrics = prediction_metrics(probabilities, labels, groups, target, bins=15, top_k=2)["at_target_prior"]
+    drawn = prediction_metrics(probabilities[copies], labels[copies], groups, target, bins=15, top_k=2)
     for name in ("all", "nll", "ece"):
-        assert found[name] == pytest.approx(drawn[name], abs=1e-9), name
+        assert metrics[name] == pytest.approx(drawn[name], abs=1e-9), name
 
 
 def test_groups_are_means_of_class_accuracies_and_an_empty_one_is_none():
     labels = np.array([0, 0, 0, 0, 1, 2])
     predicted = np.array([0, 0, 0, 1, 1, 0])
     probabilities = np.eye(4)[predicted]
-    found = evaluate_answers(probabilities, labels, ["many", "many", "few", "few"], np.full(4, 0.25), bins=15, top_k=1)
-    assert found["many"] == pytest.approx((3 / 4 + 1) / 2) and found["few"] == 0.0 and found["medium"] is None
-    assert found["all"] == pytest.approx(4 / 6) and found["top1"] == pytest.approx(4 / 6)
+    metrics = prediction_metrics(
+        probabilities, labels, ["many", "many", "few", "few"], np.full(4, 0.25), bins=15, top_k=1
+    )
+    assert metrics["many"] == pytest.approx((3 / 4 + 1) / 2) and metrics["few"] == 0.0 and metrics["medium"] is None
+    assert metrics["all"] == pytest.approx(4 / 6) and metrics["top1"] == pytest.approx(4 / 6)
     # Class 3 has no test sample, so it is excluded.
-    assert found["balanced_accuracy"] == pytest.approx((3 / 4 + 1 + 0) / 3)
+    assert metrics["balanced_accuracy"] == pytest.approx((3 / 4 + 1 + 0) / 3)
     assert mean_of([]) is None and mean_of([None]) is None
 
 
-def test_one_sure_mistake_does_not_make_the_likelihood_infinite():
+def test_a_confident_error_does_not_make_the_likelihood_infinite():
     assert negative_log_likelihood(np.array([[1.0, 0.0]]), np.array([1])) == pytest.approx(-math.log(1e-12))
 
 
-def test_answers_for_the_training_prior_favour_the_head():
+def test_adjustment_for_the_training_prior_favours_head_classes():
     logits, log_prior = np.array([[0.0, 0.1]]), np.log([0.9, 0.1])
-    assert answers(logits, log_prior, 0.0).argmax() == 1 and answers(logits, log_prior, 1.0).argmax() == 0
-    odds = answers(logits, log_prior, 1.0)[0]
+    assert (
+        adjusted_probabilities(logits, log_prior, 0.0).argmax() == 1
+        and adjusted_probabilities(logits, log_prior, 1.0).argmax() == 0
+    )
+    odds = adjusted_probabilities(logits, log_prior, 1.0)[0]
     assert odds[0] / odds[1] == pytest.approx(9 * math.exp(-0.1))

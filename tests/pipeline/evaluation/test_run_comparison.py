@@ -37,13 +37,18 @@ GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.invalid")
 @given(st.integers(0, 10**6), st.floats(0.1, 0.95), st.floats(0.1, 0.95))
 def test_swapping_the_runs_mirrors_every_class(seed, one, other):
     a, b = answers_of(answering(one, seed)), answers_of(answering(other, seed + 1))
-    for there, back in zip(compare_classes(a, b, 0.95), compare_classes(b, a, 0.95), strict=True):
-        assert (there.difference, there.won, there.p, there.q) == (-back.difference, back.lost, back.p, back.q)
-        assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
-        assert -1 <= there.low <= there.difference <= there.high <= 1
+    for forward, backward in zip(compare_classes(a, b, 0.95), compare_classes(b, a, 0.95), strict=True):
+        assert (forward.difference, forward.won, forward.p, forward.q) == (
+            -backward.difference,
+            backward.lost,
+            backward.p,
+            backward.q,
+        )
+        assert (forward.low, forward.high) == pytest.approx((-backward.high, -backward.low))
+        assert -1 <= forward.low <= forward.difference <= forward.high <= 1
 
 
-def test_a_class_is_told_by_mcnemars_test_and_its_q_by_benjamini_and_hochberg():
+def test_a_class_has_mcnemars_p_and_q_of_benjamini_and_hochberg():
     a, b = answers_of(answering(0.6, 1)), answers_of(answering([0.6] * (C - 1) + [0.05], 2))
     rows = compare_classes(b, a, 0.95)
     right = [run.probabilities.argmax(1) == LABELS for run in (a, b)]
@@ -63,11 +68,11 @@ def test_the_interval_of_a_class_covers_the_true_difference_within_binomial_nois
     assert 0.92 < np.mean(covered) < 0.985  # 600 classes of 40 samples
 
 
-def test_where_no_sample_changed_a_class_is_still_not_certain():
+def test_an_unchanged_class_still_has_an_interval_of_positive_width():
     same = answers_of(answering(1.0, 0))
-    found = compare_runs(same, same, ("a", "b"), FAST, 15)
-    assert found.changed(10) == []
-    assert all(row.p == row.q == 1 and row.low < -0.02 < 0.02 < row.high for row in found.classes)
+    comparison = compare_runs(same, same, ("a", "b"), FAST, 15)
+    assert comparison.changed(10) == []
+    assert all(row.p == row.q == 1 and row.low < -0.02 < 0.02 < row.high for row in comparison.classes)
 
 
 @pytest.fixture
@@ -79,16 +84,16 @@ def runs(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("place", ["", "artifacts", "artifacts/evaluation"])
-def test_a_run_is_found_in_its_project_its_artifacts_and_its_evaluation(runs, place):
-    found = load_run(runs / "new" / place)
-    assert found.predictions == runs / "new/artifacts/evaluation/predictions.parquet" and found.prior.is_file()
+@pytest.mark.parametrize("subfolder", ["", "artifacts", "artifacts/evaluation"])
+def test_load_run_accepts_a_project_its_artifacts_and_its_evaluation(runs, subfolder):
+    run_files = load_run(runs / "new" / subfolder)
+    assert run_files.predictions == runs / "new/artifacts/evaluation/predictions.parquet" and run_files.prior.is_file()
 
 
-def test_a_copy_of_both_files_is_a_run_and_half_of_them_is_refused_by_name(runs):
+def test_load_run_accepts_a_copy_of_both_files_and_names_a_missing_one(runs):
     copy = runs / "copy"
     copy.mkdir()
-    with pytest.raises(ParamsError, match=r"copy: holds no predictions\.parquet"):
+    with pytest.raises(ParamsError, match=r"copy: has no predictions\.parquet"):
         load_run(copy)
     shutil.copy(runs / "old/artifacts/evaluation/predictions.parquet", copy)
     with pytest.raises(ParamsError, match=r"has no prior\.json beside or above it"):
@@ -105,7 +110,7 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(runs, monkeypatch
     assert main(["compare", "old", "new", "--html", "page.html", "--classes", "3"]) == 0
     printed = capsys.readouterr().out
     assert "new against old: 360 test images, balanced prior" in printed and "page → page.html" in printed
-    assert "the surest 3 of them" in printed and "\x1b[" not in printed
+    assert "the 3 with the smallest q" in printed and "\x1b[" not in printed
     assert "tailor compare old new" in Path("page.html").read_text()
     assert main(["compare", "old", "new", "--json", "--prior", "train"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -115,22 +120,22 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(runs, monkeypatch
     assert 0 < measure["low"] < measure["difference"] < measure["high"]
 
 
-def test_runs_of_other_classes_or_other_samples_are_refused_by_their_names(runs, monkeypatch, capsys):
+def test_runs_with_different_classes_or_samples_are_refused_by_name(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     contender(runs / "classes", answering(0.6, 0), classes=["owl", *"bcdef"])
     contender(runs / "samples", answering(0.6, 0), ids=[f"other{i}" for i in range(len(LABELS))])
-    for name, said in (
-        ("classes", "classes and old have other classes: 'b' is"),
-        ("samples", "samples and old were tested on other samples (720"),
+    for name, message in (
+        ("classes", "classes and old have different classes: only one has 'b'"),
+        ("samples", "samples and old were tested on different samples (720"),
     ):
         assert main(["compare", "old", name]) == 1
         printed = capsys.readouterr()
-        assert said in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+        assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
 
 
-def test_what_is_neither_folder_nor_version_nor_revision_is_misuse(runs, monkeypatch, capsys):
+def test_a_name_that_is_no_folder_version_or_revision_is_misuse(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
-    for arguments, status, said in (
+    for arguments, status, message in (
         (["old", "nosuch"], 2, "'nosuch' is no folder, and a revision needs a git repository"),
         (["old", "3"], 2, "params.yaml: no such file; a version's images are the recipe's"),
         (["old", "new", "--prior", "uniform"], 2, "--prior"),
@@ -139,7 +144,7 @@ def test_what_is_neither_folder_nor_version_nor_revision_is_misuse(runs, monkeyp
     ):
         assert main(["compare", *arguments]) == status
         printed = capsys.readouterr().err
-        assert said in printed and printed.count("\n") == 1
+        assert message in printed and printed.count("\n") == 1
 
 
 def test_two_revisions_are_compared_from_dvcs_cache(runs, monkeypatch, capsys):
@@ -189,7 +194,7 @@ def retrained(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("retrained")
-def test_the_champion_is_that_of_what_was_promoted_where_repro_wrote_one_too(capsys):
+def test_compare_uses_the_champion_of_releases_and_not_of_the_artifacts(capsys):
     assert main(["compare", "champion", "2", "--json"]) == 0
     printed = capsys.readouterr()
     content = json.loads(printed.out)
@@ -202,6 +207,6 @@ def test_the_champion_is_that_of_what_was_promoted_where_repro_wrote_one_too(cap
 
 
 @pytest.mark.usefixtures("retrained", "runs")
-def test_runs_that_are_no_versions_are_compared_without_a_word_about_a_repository(capsys):
+def test_comparing_folders_prints_nothing_about_a_repository(capsys):
     assert main(["compare", "old", "new", "--json"]) == 0
     assert capsys.readouterr().err == ""

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.flows.evidence import gather
+from pipeline.flows.evidence import write_evidence
 from tests.support.gate_answers import answering, contender
 from tests.support.making import params
 
 pytestmark = pytest.mark.slow
 
-STORY = {"because": "a test", "release": "0123456789abcdef"}
+RUN_INFO = {"because": "a test", "release": "0123456789abcdef"}
 FOLDER = Path("artifacts/retrain/0123456789ab")
 
 
 @pytest.fixture(autouse=True)
-def evaluated(tmp_path, monkeypatch):
+def evaluation_files(tmp_path, monkeypatch):
     """A folder with the evaluation of a challenger that is good enough to be the first champion."""
     monkeypatch.chdir(tmp_path)
     contender(tmp_path / "artifacts/evaluation", answering(0.9, 0))
@@ -26,8 +26,8 @@ def evaluated(tmp_path, monkeypatch):
     Path("artifacts/evaluation/report.html").write_text("<p>why</p>")
 
 
-def test_a_decision_is_kept_with_what_it_rests_on():
-    decision, folder = gather(params(), None, STORY)
+def test_a_decision_is_stored_with_its_inputs():
+    decision, folder = write_evidence(params(), None, RUN_INFO)
     assert decision.promote and folder == FOLDER
     assert {path.name for path in folder.iterdir()} == {
         "decision.json", "retrain.json", "predictions.parquet", "prior.json", "report.html"}  # fmt: skip
@@ -39,16 +39,16 @@ def test_a_decision_is_kept_with_what_it_rests_on():
 @pytest.mark.parametrize("name", ["evaluation/predictions.parquet", "prior.json", "evaluation/report.html"])
 @pytest.mark.parametrize("how", ["missing", "unreadable"])
 @pytest.mark.fault_case("missing-evaluation-file")
-def test_a_file_of_the_evaluation_that_cannot_be_had_is_a_refusal_that_names_it(name, how):
+def test_a_missing_or_unreadable_evaluation_file_is_a_refusal_that_names_it(name, how):
     path = Path("artifacts") / name
     path.unlink()
-    said = "no such file; run `dvc repro evaluate` first"
+    problem = "no such file; run `dvc repro evaluate` first"
     if how == "unreadable":
         path.symlink_to("/proc/self/mem")  # its first byte is not readable
-        said = "cannot be copied (Input/output error)"
-    decision, folder = gather(params(), None, STORY)
+        problem = "cannot be copied (Input/output error)"
+    decision, folder = write_evidence(params(), None, RUN_INFO)
     assert not decision.promote and not decision.computed
-    assert decision.reasons == [f"cannot be computed: {path}: {said}"]
+    assert decision.reasons == [f"cannot be computed: {path}: {problem}"]
     assert json.loads((folder / "decision.json").read_text())["computed"] is False
     assert json.loads((folder / "retrain.json").read_text())["promote"] is False
     assert not (folder / path.name).exists() and len(list(folder.iterdir())) == 4

@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.flows.dvc_experiments import ExperimentError, keep_run, save
-from pipeline.flows.records import Decided
+from pipeline.flows.dvc_experiments import ExperimentError, create_experiment, save_experiment
+from pipeline.flows.records import DecisionRecord
 from pipeline.params import load_params
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-NOBODY = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "DVC_NO_ANALYTICS": "1"}
+NO_IDENTITY = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "DVC_NO_ANALYTICS": "1"}
 GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.invalid")
-REFUSED = Decided("a" * 64, 1, "b" * 64, "refused", None)
-PROMOTED = Decided("c" * 64, 1, "d" * 64, "promoted", 2)
+REFUSED = DecisionRecord("a" * 64, 1, "b" * 64, "refused", None)
+PROMOTED = DecisionRecord("c" * 64, 1, "d" * 64, "promoted", 2)
 STAGES = {
     "evaluate": {"cmd": "mkdir -p out && cp answers out/metrics.json", "deps": ["answers"], "outs": ["out"]},
     "seeds": {"cmd": "cp answers spread", "deps": ["answers"], "outs": ["spread"]},
@@ -37,10 +37,10 @@ def run(*command: str) -> str:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nobody():
+def no_git_identity():
     """An environment without a git identity."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in NOBODY.items():
+        for name, value in NO_IDENTITY.items():
             patch.setenv(name, value)
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         yield
@@ -103,7 +103,7 @@ def state(folder: Path) -> tuple[object, ...]:
     return files, index, refs, (folder / ".git/HEAD").read_text(), run("dvc", "status", "--json")
 
 
-def shown(*options: str) -> dict[str, dict]:
+def list_experiments(*options: str) -> dict[str, dict]:
     """Return the experiments that `dvc exp show` lists, by name."""
     listed = json.loads(run("dvc", "exp", "show", "--json", *options))
     return {
@@ -114,17 +114,17 @@ def shown(*options: str) -> dict[str, dict]:
     }
 
 
-def test_a_decided_run_is_listed_with_its_params_and_metrics_and_the_project_stays_as_it_is(project):
-    Path("notes.txt").write_text("of somebody's own")
+def test_dvc_lists_a_decided_run_with_params_and_metrics_and_the_project_is_unchanged(project):
+    Path("notes.txt").write_text("untracked")
     run("git", "add", "answers")  # staged files stay staged
-    before, said = state(project), []
-    keep_run(REFUSED, "few 0.61 is below 0.70", load_params(), said.append)
+    before, messages = state(project), []
+    save_experiment(REFUSED, "few 0.61 is below 0.70", load_params(), messages.append)
     assert state(project) == before
-    (line,) = said
+    (line,) = messages
     name = re.fullmatch(
-        r"kept as the DVC experiment (retrain-\d{8}-\d{6}-refused); `tailor experiments` lists it", line
+        r"saved as the DVC experiment (retrain-\d{8}-\d{6}-refused); `tailor experiments` lists it", line
     )[1]
-    content = shown()[name]
+    content = list_experiments()[name]
     assert content["metrics"]["out/metrics.json"]["data"] == {"accuracy": 0.75}
     assert content["params"]["params.yaml"]["data"]["seed"] == 5
     assert run("git", "log", "-1", "--format=%s", content["rev"]) == "retrain: refused: few 0.61 is below 0.70\n"
@@ -135,25 +135,25 @@ def test_a_decided_run_is_listed_with_its_params_and_metrics_and_the_project_sta
 
 
 @pytest.mark.usefixtures("project")
-def test_each_run_is_kept_its_files_come_back_and_it_can_be_removed():
-    said = []
-    keep_run(REFUSED, "worse", load_params(), said.append)
+def test_each_run_is_saved_and_can_be_applied_and_removed():
+    messages = []
+    save_experiment(REFUSED, "worse", load_params(), messages.append)
     Path("answers").write_text('{"accuracy": 1.0}')
     run("dvc", "repro", "--quiet", "--single-item", "evaluate")
-    keep_run(PROMOTED, "version 2 instead of 1", load_params(), said.append)
-    refused, promoted = (line.split(";")[0].rpartition(" ")[2] for line in said)
-    assert promoted.endswith("-promoted-2") and set(shown()) == {refused, promoted}
+    save_experiment(PROMOTED, "version 2 instead of 1", load_params(), messages.append)
+    refused, promoted = (line.split(";")[0].rpartition(" ")[2] for line in messages)
+    assert promoted.endswith("-promoted-2") and set(list_experiments()) == {refused, promoted}
     run("dvc", "exp", "apply", refused)
     assert json.loads(Path("out/metrics.json").read_text()) == {"accuracy": 0.75}
-    run(*GIT, "commit", "--quiet", "-am", "the project moves on")
-    assert shown() == {} and set(shown("--all-commits")) == {refused, promoted}
+    run(*GIT, "commit", "--quiet", "-am", "a later commit")
+    assert list_experiments() == {} and set(list_experiments("--all-commits")) == {refused, promoted}
     run("dvc", "exp", "remove", refused)
-    assert set(shown("--all-commits")) == {promoted}
+    assert set(list_experiments("--all-commits")) == {promoted}
     run("dvc", "exp", "remove", "--all-commits")
-    assert shown("--all-commits") == {}
+    assert list_experiments("--all-commits") == {}
 
 
-def test_a_project_in_a_folder_of_a_repository_whose_lock_git_does_not_track_yet_is_kept_with_it(folder, monkeypatch):
+def test_an_experiment_of_a_project_in_a_subfolder_contains_its_untracked_lock_file(folder, monkeypatch):
     run("git", "init", "--quiet", ".")
     (folder / "part").mkdir()
     monkeypatch.chdir(folder / "part")
@@ -162,43 +162,43 @@ def test_a_project_in_a_folder_of_a_repository_whose_lock_git_does_not_track_yet
     run(*GIT, "add", "-A", ":/")
     run(*GIT, "commit", "--quiet", "-m", "a project")
     run("dvc", "repro", "--quiet")
-    save("retrain-1", "retrain: promoted")
-    assert shown()["retrain-1"]["metrics"]["out/metrics.json"]["data"] == {"accuracy": 0.5}
+    create_experiment("retrain-1", "retrain: promoted")
+    assert list_experiments()["retrain-1"]["metrics"]["out/metrics.json"]["data"] == {"accuracy": 0.5}
 
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.fault_case("no-git")
-def test_a_project_that_git_does_not_know_goes_on_and_is_told_what_to_do():
+def test_without_a_git_repository_the_run_continues_and_the_message_has_the_remedy():
     write_project()
-    said = []
-    keep_run(REFUSED, "worse", load_params(), said.append)
+    messages = []
+    save_experiment(REFUSED, "worse", load_params(), messages.append)
     run("git", "init", "--quiet", ".")
-    keep_run(REFUSED, "worse", load_params(), said.append)
-    assert said == [
-        "not kept as a DVC experiment: this folder is in no git repository; `git init`, then commit it",
-        "not kept as a DVC experiment: git has no commit yet; `git commit` dvc.yaml, dvc.lock and params.yaml",
+    save_experiment(REFUSED, "worse", load_params(), messages.append)
+    assert messages == [
+        "not saved as a DVC experiment: this folder is in no git repository; `git init`, then commit it",
+        "not saved as a DVC experiment: git has no commit yet; `git commit` dvc.yaml, dvc.lock and params.yaml",
     ]
 
 
 @pytest.mark.usefixtures("project")
-def test_params_that_changed_while_the_run_went_on_are_not_taken_for_its_own():
-    began_with, said = load_params(), []
+def test_params_changed_during_the_run_are_not_saved_as_the_runs_params():
+    first_params, messages = load_params(), []
     set_seed(6)
-    keep_run(REFUSED, "worse", began_with, said.append)
-    assert said[0].startswith("not kept as a DVC experiment: params.yaml was changed while the run went on")
-    assert shown() == {}
+    save_experiment(REFUSED, "worse", first_params, messages.append)
+    assert messages[0].startswith("not saved as a DVC experiment: params.yaml was changed during the run")
+    assert list_experiments() == {}
 
 
-def test_a_git_that_fails_is_told_in_its_own_words(project, monkeypatch):
+def test_an_error_of_git_is_reported_with_gits_message(project, monkeypatch):
     with pytest.raises(ExperimentError, match=r"^git update-ref failed: fatal: .*bad name.*; see `git status`$"):
-        save("no name", "a message")
+        create_experiment("no name", "a message")
     config = Path(".git/config")
     config.write_text(f"{config.read_text()}\n[core")
     with pytest.raises(ExperimentError, match=r"^git rev-parse failed: fatal: bad config line"):
-        save("retrain-1", "a message")
+        create_experiment("retrain-1", "a message")
     monkeypatch.setenv("PATH", str(project))
     with pytest.raises(ExperimentError, match=r"^git is not installed"):
-        save("retrain-1", "a message")
+        create_experiment("retrain-1", "a message")
 
 
 @pytest.fixture
@@ -211,18 +211,20 @@ def slow_git(project):
 
 
 @pytest.mark.fault_case("killed-during-experiment-record")
-def test_a_git_that_hangs_is_ended_in_time_with_what_it_started(project, slow_git):
-    with pytest.raises(ExperimentError, match=r"^git add did not end in time; try it by hand$"):
-        save("retrain-1", "a message", limit=2.0)
-    assert_gone(int(slow_git.read_text()))
+def test_a_hanging_git_is_ended_in_time_with_its_child_processes(project, slow_git):
+    with pytest.raises(ExperimentError, match=r"^git add did not end in time; run it by hand$"):
+        create_experiment("retrain-1", "a message", timeout=2.0)
+    assert_exits(int(slow_git.read_text()))
     assert not (project / ".git/refs/exps").exists()
 
 
 @pytest.mark.fault_case("killed-during-experiment-record")
-def test_a_run_killed_while_it_is_recorded_leaves_the_project_as_it_was(project, slow_git):
+def test_a_run_killed_while_it_is_saved_leaves_the_project_unchanged(project, slow_git):
     files = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
     index = (project / ".git/index").read_bytes()
-    program = "from pipeline.flows.dvc_experiments import save; save('retrain-1', 'a message')"
+    program = (
+        "from pipeline.flows.dvc_experiments import create_experiment; create_experiment('retrain-1', 'a message')"
+    )
     owner = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 60
     while not (slow_git.exists() and slow_git.read_text().strip()):
@@ -230,19 +232,19 @@ def test_a_run_killed_while_it_is_recorded_leaves_the_project_as_it_was(project,
         time.sleep(0.02)
     os.kill(owner.pid, signal.SIGKILL)
     owner.wait()
-    assert_gone(int(slow_git.read_text()))
+    assert_exits(int(slow_git.read_text()))
     assert {path: path.read_bytes() for path in project.iterdir() if path.is_file()} == files
     assert (project / ".git/index").read_bytes() == index and not list((project / ".git").glob("*.lock"))
     run("git", "config", "--remove-section", "filter.slow")
-    save("retrain-1", "a message")
-    assert set(shown()) == {"retrain-1"}
+    create_experiment("retrain-1", "a message")
+    assert set(list_experiments()) == {"retrain-1"}
 
 
-def assert_gone(process_id: int) -> None:
+def assert_exits(process_id: int) -> None:
     deadline = time.monotonic() + 20
     while Path(f"/proc/{process_id}/stat").exists():
         state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
         if state in "ZX":
             return
-        assert time.monotonic() < deadline, f"process {process_id} lives on"
+        assert time.monotonic() < deadline, f"process {process_id} still runs"
         time.sleep(0.02)

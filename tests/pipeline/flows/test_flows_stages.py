@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.flows.dvc_stages import StageFailed, changed_stages, reproduce, stage_names
 from pipeline.shared.errors import StageError
-from pipeline.shared.owned_process import end_leash, start_on_leash
+from pipeline.shared.owned_process import end_owned_process, start_owned_process
 
 pytestmark = pytest.mark.slow
 
@@ -56,12 +56,12 @@ def await_file(path: str | Path) -> str:
     return Path(path).read_text().strip()
 
 
-def gone(process_id: int, waited_for: bool = False) -> bool:
+def exits(process_id: int, reaped: bool = False) -> bool:
     """Return whether the process exits in time; reaps it, since a zombie keeps its id."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            if psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE and not waited_for:
+            if psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE and not reaped:
                 return True
         except psutil.NoSuchProcess:
             return True
@@ -69,19 +69,20 @@ def gone(process_id: int, waited_for: bool = False) -> bool:
     return False
 
 
-def test_the_stages_of_a_release_come_in_the_order_of_the_datas_way_and_seeds_are_none_of_them():
-    assert stage_names(ROOT) == ["split", "prior", "embed", "teacher", "student", "evaluate", "export"]
+def test_the_stages_of_a_release_are_in_topological_order_without_seeds(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert stage_names() == ["split", "prior", "embed", "teacher", "student", "evaluate", "export"]
 
 
 @pytest.mark.usefixtures("project")
-def test_a_project_without_a_stage_that_makes_a_release_is_refused():
+def test_a_project_without_an_export_stage_is_refused():
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"split": {"cmd": "true"}}}))
-    with pytest.raises(StageError, match=r"dvc\.yaml: has no stage 'export'"):
+    with pytest.raises(StageError, match=r"dvc\.yaml: no stage 'export'"):
         stage_names()
 
 
 @pytest.mark.usefixtures("project")
-def test_a_stage_runs_when_it_has_changed_and_not_again():
+def test_a_stage_runs_only_if_it_has_changed():
     assert changed_stages(["split", "export"]) == ["split", "export"]
     lines = []
     assert reproduce("split", lines.append) is True
@@ -97,7 +98,7 @@ def test_a_stage_runs_when_it_has_changed_and_not_again():
         ("exit 1", 1, "stage export failed: failed to reproduce 'export'"),
     ],
 )
-def test_a_stage_that_fails_is_told_in_its_own_words_with_its_status(project, command, status, message):
+def test_the_error_of_a_failed_stage_has_its_last_line_and_exit_status(project, command, status, message):
     reproduce("split", lambda _line: None)
     project(command)
     with pytest.raises(StageFailed) as caught:
@@ -107,15 +108,15 @@ def test_a_stage_that_fails_is_told_in_its_own_words_with_its_status(project, co
 
 
 @pytest.mark.fault_case("stage-hangs")
-def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(project):
+def test_a_stage_that_times_out_is_ended_with_its_child_processes(project):
     reproduce("split", lambda _line: None)
     project(FOREVER)
     with pytest.raises(StageFailed, match=r"stage export did not end within 8 s; set retrain\.stage_hours higher"):
-        reproduce("export", lambda _line: None, limit=8.0)
-    assert gone(int(await_file("pid")))
+        reproduce("export", lambda _line: None, timeout=8.0)
+    assert exits(int(await_file("pid")))
 
 
-def test_a_stage_ends_when_whoever_asked_for_it_is_killed(project):
+def test_a_stage_ends_when_the_process_that_started_it_is_killed(project):
     reproduce("split", lambda _line: None)
     project(FOREVER)
     program = "from pipeline.flows.dvc_stages import reproduce; reproduce('export', print)"
@@ -124,18 +125,18 @@ def test_a_stage_ends_when_whoever_asked_for_it_is_killed(project):
     children, dvc = psutil.Process(shell).children(), psutil.Process(shell).ppid()
     owner.kill()
     owner.wait()
-    assert gone(shell) and all(gone(child.pid) for child in children) and gone(dvc, waited_for=True)
+    assert exits(shell) and all(exits(child.pid) for child in children) and exits(dvc, reaped=True)
     # Its locks are released.
     project("cp one two")
     assert reproduce("export", lambda _line: None) is True
 
 
-def test_a_command_on_a_leash_leaves_no_process_id_behind_where_nobody_waits_for_orphans(tmp_path):
+def test_an_owned_process_leaves_no_zombie_where_orphans_are_not_reaped(tmp_path):
     # As in a container whose init does not reap: this process adopts the orphans and does not reap them.
     stubborn = "trap '' TERM; echo $$ > pid; while :; do sleep 0.1; done"
     owner = (
-        "import time; from pipeline.shared.owned_process import start_on_leash\n"
-        f"start_on_leash(['sh', '-c', {stubborn!r}]); time.sleep(600)"
+        "import time; from pipeline.shared.owned_process import start_owned_process\n"
+        f"start_owned_process(['sh', '-c', {stubborn!r}]); time.sleep(600)"
     )
     become_subreaper(True)
     try:
@@ -143,33 +144,33 @@ def test_a_command_on_a_leash_leaves_no_process_id_behind_where_nobody_waits_for
             [sys.executable, "-c", owner], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path
         )
         command = int(await_file(tmp_path / "pid"))
-        leash = psutil.Process(command).ppid()
+        wrapper = psutil.Process(command).ppid()
         process.kill()
         process.wait()
-        assert gone(leash) and not psutil.pid_exists(command)
-        os.waitpid(leash, 0)
+        assert exits(wrapper) and not psutil.pid_exists(command)
+        os.waitpid(wrapper, 0)
     finally:
         become_subreaper(False)
 
 
-def test_a_command_on_a_leash_keeps_its_exit_status_and_ignores_a_signal_to_the_leash():
+def test_an_owned_process_returns_the_commands_exit_status_and_ignores_signals():
     for command, status in (("exit 3", 3), ("kill -9 $$", 137)):
-        process = start_on_leash(["sh", "-c", command])
+        process = start_owned_process(["sh", "-c", command])
         assert process.wait(30) == status
-    process = start_on_leash(["sh", "-c", "echo up; sleep 600"])
+    process = start_owned_process(["sh", "-c", "echo up; sleep 600"])
     assert process.stdout.readline() == "up\n"
     process.terminate()
     time.sleep(0.2)
     assert process.poll() is None
-    assert end_leash(process) == 128 + 15
+    assert end_owned_process(process) == 128 + 15
 
 
 @pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])
 @pytest.mark.fault_case("dvc-killed")
-def test_what_a_command_started_ends_with_it_however_it_ended(end, tmp_path):
+def test_child_processes_of_a_command_end_with_it(end, tmp_path):
     # As when the OOM killer kills only DVC: a retry must not train in parallel with the running stage.
-    left = tmp_path / "pid"
-    process = start_on_leash(["sh", "-c", f"sleep 600 & echo $! > {left}; {end}"])
+    pid_file = tmp_path / "pid"
+    process = start_owned_process(["sh", "-c", f"sleep 600 & echo $! > {pid_file}; {end}"])
     assert process.wait(30) == (137 if "kill" in end else 0)
-    assert gone(int(left.read_text()))
-    assert end_leash(process) == process.returncode
+    assert exits(int(pid_file.read_text()))
+    assert end_owned_process(process) == process.returncode

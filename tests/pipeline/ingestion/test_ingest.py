@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import split
-from pipeline.ingestion.ingest import IngestReport, ingest
+from pipeline.ingestion.ingest import ingest
+from pipeline.ingestion.transaction import IngestReport
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.sources import open_source
 from tests.support.dropping import FIRST_NEW, drop_images, files, held_out, listing, project, rows_of, shards
@@ -21,11 +22,11 @@ from tests.support.making import png, write
 
 
 @pytest.fixture(autouse=True)
-def in_its_own_folder(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_good_images_join_the_training_split_and_validation_and_test_stay_byte_for_byte(tmp_path):
+def test_good_images_are_added_to_train_and_leave_validation_and_test_unchanged(tmp_path):
     params = project(tmp_path)
     before, old = files("data/split"), rows_of("train")
     drop_images("cat", range(3))
@@ -43,7 +44,7 @@ def test_good_images_join_the_training_split_and_validation_and_test_stay_byte_f
     assert [source.read(row["reference"]) for row in new[len(old) :]] == [png(FIRST_NEW + i) for i in range(5)]
 
 
-def test_the_files_leave_the_drop_for_its_own_taken_folder_or_for_good(tmp_path):
+def test_ingested_files_are_moved_to_the_taken_folder_or_removed(tmp_path):
     params = project(tmp_path)
     drop_images("cat", range(2))
     ingest(params)
@@ -56,7 +57,7 @@ def test_the_files_leave_the_drop_for_its_own_taken_folder_or_for_good(tmp_path)
 
 
 @pytest.mark.parametrize("taken", ["keep", "remove"])
-def test_class_folders_stay_in_the_drop_and_empty_ones_are_no_data(tmp_path, taken):
+def test_class_folders_stay_in_the_drop_and_empty_folders_are_ignored(tmp_path, taken):
     params = project(tmp_path, taken=taken, new_classes="refuse")
     drop_images("cat", range(1))
     drop_images("dog/monday", range(1, 2))
@@ -72,7 +73,7 @@ def test_class_folders_stay_in_the_drop_and_empty_ones_are_no_data(tmp_path, tak
     assert [row["label"] for row in rows_of("train")[-3:]].count(0) == 2
 
 
-def test_nothing_new_is_said_and_changes_nothing(tmp_path):
+def test_ingest_without_new_images_changes_nothing(tmp_path):
     params = project(tmp_path)
     assert ingest(params) == IngestReport()
     drop_images("cat", range(3))
@@ -80,30 +81,30 @@ def test_nothing_new_is_said_and_changes_nothing(tmp_path):
     before = files("data/ingested")
     drop_images("cat", range(3))
     again = ingest(params)
-    assert (again.shard, again.added, again.already_there) == (None, 0, 3)
+    assert (again.shard, again.added, again.already_present) == (None, 0, 3)
     assert str(again).startswith("no new data") and files("data/ingested") == before
 
 
-def test_the_same_rows_make_the_same_shard_wherever_they_came_from(tmp_path):
+def test_equal_rows_give_equal_shards(tmp_path):
     names = []
-    for place in ("one", "two"):
-        (tmp_path / place).mkdir()
-        params = project(tmp_path / place)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        params = project(tmp_path / folder)
         drop_images("dog", range(4))
         names.append(ingest(params).shard)
     assert names[0] == names[1]
 
 
-def test_each_kind_of_bad_row_goes_to_the_quarantine_with_its_reason_and_its_file(tmp_path):
+def test_each_kind_of_bad_row_is_quarantined_with_its_reason_and_file(tmp_path):
     params = project(tmp_path, min_good_share=0.0)
-    label, held = held_out("test")
-    other, validated = held_out("validation")
-    trained = next(row for row in rows_of("train") if row["label"] == 0)
+    test_label, test_image = held_out("test")
+    validation_label, validation_image = held_out("validation")
+    train_row = next(row for row in rows_of("train") if row["label"] == 0)
     drop_images("cat", range(2))
     bad = {
-        f"{label}/held.png": (held, "in test"),
-        f"{other}/validated.png": (validated, "in validation"),
-        "dog/relabelled.png": ((Path("source") / trained["reference"]).read_bytes(), "two labels"),
+        f"{test_label}/held.png": (test_image, "in test"),
+        f"{validation_label}/validated.png": (validation_image, "in validation"),
+        "dog/relabelled.png": ((Path("source") / train_row["reference"]).read_bytes(), "two labels"),
         "cat/twice.png": (png(5), "two labels"),
         "dog/twice.png": (png(5), "two labels"),
         "cat/empty.png": (b"", "empty"),
@@ -125,17 +126,17 @@ def test_each_kind_of_bad_row_goes_to_the_quarantine_with_its_reason_and_its_fil
     assert [path.name for path in Path("data/drop").rglob("*") if path.is_file() and ".taken" not in path.parts] == []
 
 
-def test_the_same_image_twice_under_one_label_is_taken_once(tmp_path):
+def test_an_image_that_is_twice_in_the_drop_is_added_once(tmp_path):
     params = project(tmp_path)
     write(Path("data/drop/cat/a.png"), png(FIRST_NEW))
     write(Path("data/drop/cat/b.png"), png(FIRST_NEW))
     report = ingest(params)
-    assert (report.added, report.already_there, report.quarantined) == (1, 1, 0)
+    assert (report.added, report.already_present, report.quarantined) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(("bad", "refused"), [(3, False), (4, True)])
 @pytest.mark.fault_case("few-bad-rows", "many-bad-rows")
-def test_three_bad_rows_of_ten_pass_and_four_refuse_the_drop_whole(tmp_path, bad, refused):
+def test_a_drop_is_refused_if_the_share_of_bad_rows_is_above_the_limit(tmp_path, bad, refused):
     params = project(tmp_path, min_good_share=0.7)
     drop_images("cat", range(10 - bad))
     for number in range(bad):
@@ -155,17 +156,17 @@ def test_three_bad_rows_of_ten_pass_and_four_refuse_the_drop_whole(tmp_path, bad
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A project to copy: its root, its params, and encoded images by kind."""
-    root, here = tmp_path_factory.mktemp("made"), Path.cwd()
+    root, working_folder = tmp_path_factory.mktemp("made"), Path.cwd()
     params = project(root, min_good_share=0.0, new_classes=["gnu"])
-    trained = next(row for row in rows_of("train") if row["label"] == 1)
+    train_row = next(row for row in rows_of("train") if row["label"] == 1)
     images = {
         "held": held_out("test")[1],
         "validated": held_out("validation")[1],
-        "trained": (Path("source") / trained["reference"]).read_bytes(),
+        "trained": (Path("source") / train_row["reference"]).read_bytes(),
         "broken": png(1)[:50],
         **{f"new {number}": png(FIRST_NEW + number) for number in range(4)},
     }
-    os.chdir(here)
+    os.chdir(working_folder)
     return root, params, images
 
 
@@ -174,27 +175,27 @@ IMAGES = ["held", "validated", "trained", "broken", *(f"new {number}" for number
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(["cat", "dog", "gnu", "yak"]), st.sampled_from(IMAGES)), max_size=12))
-def test_every_row_ends_in_one_place_no_image_has_two_labels_and_none_is_held_out(made, tmp_path, drop):
+def test_every_row_is_added_once_quarantined_or_present_and_no_held_out_image_is_added(made, tmp_path, drop):
     root, params, images = made
-    place = Path(tempfile.mkdtemp(dir=tmp_path))
-    shutil.copytree(root / "data/split", place / "data/split")
-    os.chdir(place)
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    shutil.copytree(root / "data/split", folder / "data/split")
+    os.chdir(folder)
     for number, (label, image) in enumerate(drop):
         write(Path(f"data/drop/{label}/{number}.png"), images[image])
     report = ingest(params)
-    assert report.added + report.already_there + report.quarantined == len(drop)
-    taken = {row["sha256"]: row["label"] for row in shards()}
-    assert len(taken) == len(shards()) == report.added
+    assert report.added + report.already_present + report.quarantined == len(drop)
+    added = {row["sha256"]: row["label"] for row in shards()}
+    assert len(added) == len(shards()) == report.added
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in images.items()}
-    assert not {digests[name] for name in ("held", "validated", "trained", "broken")} & set(taken)
-    asked = {name: {label for label, image in drop if image == name and label != "yak"} for name in images}
-    expected = {digests[name]: labels for name, labels in asked.items() if name.startswith("new") and len(labels) == 1}
-    assert {digest: {label} for digest, label in taken.items()} == expected
+    assert not {digests[name] for name in ("held", "validated", "trained", "broken")} & set(added)
+    labels = {name: {label for label, image in drop if image == name and label != "yak"} for name in images}
+    expected = {digests[name]: own for name, own in labels.items() if name.startswith("new") and len(own) == 1}
+    assert {digest: {label} for digest, label in added.items()} == expected
     again = ingest(params)
     assert again == IngestReport()
 
 
-def test_one_ingest_at_a_time(tmp_path):
+def test_a_second_ingest_at_the_same_time_fails(tmp_path):
     from filelock import FileLock
 
     params = project(tmp_path)
@@ -205,7 +206,7 @@ def test_one_ingest_at_a_time(tmp_path):
     assert ingest(params).added == 1
 
 
-def test_without_a_split_nothing_is_taken_as_what_is_held_out_is_not_known(tmp_path):
+def test_without_a_split_nothing_is_ingested(tmp_path):
     params = project(tmp_path)
     drop_images("cat", range(1))
     for path in Path("data/split").iterdir():
@@ -215,6 +216,6 @@ def test_without_a_split_nothing_is_taken_as_what_is_held_out_is_not_known(tmp_p
     assert len(files("data/drop")) == 1
 
 
-def test_a_drop_that_was_named_and_is_not_there_is_misuse(tmp_path):
+def test_a_missing_drop_argument_is_misuse(tmp_path):
     with pytest.raises(ParamsError, match="--drop is 'nowhere', which is not a folder"):
         ingest(project(tmp_path), Path("nowhere"))

@@ -12,30 +12,29 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ingestion import quarantine
 from pipeline.ingestion.ingest import ingest
 from tests.support.dropping import drop_images, files, project, shards
 from tests.support.making import table, write
 
 
 @pytest.fixture(autouse=True)
-def in_its_own_folder(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.fault_case("disk-full-during-ingest")
-def test_a_disk_that_fills_while_the_round_is_written_changes_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_while_the_round_is_written_changes_nothing(tmp_path, monkeypatch):
     params = project(tmp_path, min_good_share=0.0)
     drop_images("cat", range(2))
     write(Path("data/drop/cat/bad.png"), b"no image")
 
-    def full(*_):
+    def disk_full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = files("data/drop")
     with monkeypatch.context() as patch:
-        patch.setattr(quarantine.os, "link", full)
-        patch.setattr(quarantine.shutil, "copyfile", full)
+        patch.setattr(os, "link", disk_full)
+        patch.setattr(shutil, "copyfile", disk_full)
         with pytest.raises(OSError, match="No space left"):
             ingest(params)
     assert files("data/drop") == before and not files("data/ingested") and not files("data/quarantine")
@@ -46,17 +45,17 @@ def test_a_disk_that_fills_while_the_round_is_written_changes_nothing(tmp_path, 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree"}
 
 
-def killed_at(change: int, params) -> bool:
+def is_killed_at(change: int, params) -> bool:
     """Run ingest in a child process that is killed at the given disk change; return whether it was killed."""
     child = os.fork()
     if child == 0:
-        left = [change]
+        remaining = [change]
 
         def count(event: str, arguments: tuple) -> None:
             writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
             if event in CHANGES or writes:
-                left[0] -= 1
-                if left[0] < 0:
+                remaining[0] -= 1
+                if remaining[0] < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
@@ -70,7 +69,7 @@ def killed_at(change: int, params) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def a_drop_of_everything() -> None:
+def write_drop() -> None:
     drop_images("cat", range(3))
     images = drop_images("photos", range(10, 13))
     paths = [str(path.relative_to("data/drop")) for path in images]
@@ -88,7 +87,7 @@ def outcome() -> tuple:
 
 @pytest.mark.slow
 @pytest.mark.fault_case("killed-during-ingest")
-def test_killed_at_any_change_of_the_disk_the_next_run_ends_as_if_nothing_had_happened(tmp_path):
+def test_the_run_after_a_kill_at_any_disk_change_completes_the_round(tmp_path):
     root = tmp_path / "made"
     root.mkdir()
     params = project(root, min_good_share=0.0, require_marker=True)
@@ -96,9 +95,9 @@ def test_killed_at_any_change_of_the_disk_the_next_run_ends_as_if_nothing_had_ha
     while killed:
         shutil.copytree(root / "data/split", tmp_path / str(changes) / "data/split")
         os.chdir(tmp_path / str(changes))
-        a_drop_of_everything()
+        write_drop()
         held = files("data/split")
-        killed = killed_at(changes, params)
+        killed = is_killed_at(changes, params)
         for shard in Path("data/ingested").glob("*.parquet"):
             assert hashlib.sha256(shard.read_bytes()).hexdigest() == shard.stem
         # The next run has nothing to report only if the killed one had finished its changes.

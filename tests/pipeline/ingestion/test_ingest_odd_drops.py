@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from pipeline.ingestion import quarantine
 from pipeline.ingestion.ingest import ingest
 from tests.support.dropping import FIRST_NEW, drop_images, files, listing, project, shards
 from tests.support.making import png, table, write
 
 
 @pytest.fixture(autouse=True)
-def in_its_own_folder(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_table_of_paths_is_taken_with_the_images_that_it_names(tmp_path, suffix):
+def test_a_table_of_paths_is_ingested_with_its_images(tmp_path, suffix):
     params = project(tmp_path)
     images = drop_images("photos", range(4))
     paths = [str(path.relative_to("data/drop")) for path in images]
@@ -31,7 +31,7 @@ def test_a_table_of_paths_is_taken_with_the_images_that_it_names(tmp_path, suffi
     assert not [path for path in Path("data/drop").glob("*/*") if path.is_file()]
 
 
-def test_integer_labels_of_a_table_are_class_numbers_and_others_are_bad(tmp_path):
+def test_integer_labels_of_a_table_are_class_numbers(tmp_path):
     params = project(tmp_path, min_good_share=0.5)
     table(Path("data/drop/new.parquet"), {"image": [png(FIRST_NEW + i) for i in range(4)], "label": [0, 2, 3, None]})
     report = ingest(params)
@@ -39,7 +39,7 @@ def test_integer_labels_of_a_table_are_class_numbers_and_others_are_bad(tmp_path
     assert report.reasons == {"unknown class": 1, "no label": 1}
 
 
-def test_a_label_of_a_csv_table_is_a_name_as_it_is_written_before_it_is_a_number(tmp_path):
+def test_a_label_of_a_csv_table_is_read_as_a_name_before_a_number(tmp_path):
     params = project(tmp_path, {"001": 9, "002": 9, "7": 9}, min_good_share=0.0)
     paths = [str(path.relative_to("data/drop")) for path in drop_images("photos", range(6))]
     labels = {"path": paths, "label": ["001", "002", "7", "1", "003", "3"]}
@@ -49,7 +49,7 @@ def test_a_label_of_a_csv_table_is_a_name_as_it_is_written_before_it_is_a_number
     assert report.reasons == {"unknown class": 2}
 
 
-def test_a_path_or_a_link_that_leads_out_of_the_drop_is_never_read(tmp_path):
+def test_a_path_or_link_out_of_the_drop_is_never_read(tmp_path):
     params = project(tmp_path, min_good_share=0.0)
     secret = write(tmp_path / "secret.png", png(FIRST_NEW + 1))
     table(Path("data/drop/labels.csv"), {"path": ["../../secret.png", str(secret)], "label": ["cat", "dog"]})
@@ -61,29 +61,28 @@ def test_a_path_or_a_link_that_leads_out_of_the_drop_is_never_read(tmp_path):
     assert secret.exists()
 
 
-def test_no_odd_entry_of_a_drop_stops_the_others(tmp_path):
+def test_invalid_entries_of_a_drop_do_not_affect_the_others(tmp_path):
     params = project(tmp_path, min_good_share=0.0)
     images = drop_images("photos", range(2))
-    odd = {".": "outside", "a\0b": "outside", "x" * 5000: "unreadable", "photos/gone.png": "unreadable",
+    reasons = {".": "outside", "a\0b": "outside", "x" * 5000: "unreadable", "photos/gone.png": "unreadable",
            "photos": "unreadable", "photos/pipe.png": "unreadable", "photos/itself.png": "outside"}  # fmt: skip
     os.mkfifo("data/drop/photos/pipe.png")
     Path("data/drop/photos/itself.png").symlink_to("itself.png")
-    paths = [str(images[0].absolute()), "photos/../photos/1.png", *odd]
+    paths = [str(images[0].absolute()), "photos/../photos/1.png", *reasons]
     table(Path("data/drop/labels.parquet"), {"path": paths, "label": ["cat"] * len(paths)})
     Path("data/drop/itself.csv").symlink_to("itself.csv")
     os.mkfifo("data/drop/pipe.csv")
     report = ingest(params)
-    assert (report.added, report.quarantined) == (2, len(odd) + 2)
-    found = {row["name"]: row["reason"] for row in listing()}
-    assert found == {
+    assert (report.added, report.quarantined) == (2, len(reasons) + 2)
+    assert {row["name"]: row["reason"] for row in listing()} == {
         "itself.csv": "outside", "pipe.csv": "unreadable",
-        **{f"labels.parquet#{number}": reason for number, reason in enumerate(odd.values(), 2)},
+        **{f"labels.parquet#{number}": reason for number, reason in enumerate(reasons.values(), 2)},
     }  # fmt: skip
     assert not [path for path in Path("data/drop/photos").iterdir() if path.is_file()]
 
 
 @pytest.mark.parametrize("columns", [{"picture": [1], "label": ["cat"]}, {"image": [b"x"], "class": ["cat"]}])
-def test_a_table_without_the_columns_is_one_bad_row(tmp_path, columns):
+def test_a_table_without_its_columns_is_one_bad_row(tmp_path, columns):
     params = project(tmp_path, min_good_share=0.0)
     table(Path("data/drop/odd.parquet"), columns)
     write(Path("data/drop/cut.parquet"), b"PAR1 cut off")
@@ -101,7 +100,7 @@ def test_a_csv_table_above_the_limit_is_one_bad_row_that_names_the_key(tmp_path)
     )
 
 
-def test_tables_whose_rows_do_not_fit_beside_those_of_the_others_wait_for_the_next_run(tmp_path):
+def test_tables_above_the_memory_limit_together_wait_for_the_next_run(tmp_path):
     params = project(tmp_path, min_good_share=0.0, max_table_mib=1)
     for name in ("a", "b"):
         table(Path(f"data/drop/{name}.csv"), {"path": ["none.png"] * 600, "label": ["cat"] * 600})
@@ -109,7 +108,7 @@ def test_tables_whose_rows_do_not_fit_beside_those_of_the_others_wait_for_the_ne
     assert (first.quarantined, first.waiting) == (600, 1) and (second.quarantined, second.waiting) == (600, 0)
 
 
-def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path, capsys):
+def test_names_that_are_not_utf8_are_skipped_and_reported(tmp_path, capsys):
     params = project(tmp_path)
     drop_images("cat", range(2))
     odd = os.fsencode(tmp_path) + b"/data/drop/cat/\xff.png"
@@ -118,7 +117,7 @@ def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path, capsys):
     assert "1 name is not UTF-8" in capsys.readouterr().err and Path(os.fsdecode(odd)).exists()
 
 
-def test_what_cannot_be_put_into_the_quarantine_is_never_removed_from_the_drop(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_quarantined_is_never_removed_from_the_drop(tmp_path, monkeypatch):
     params = project(tmp_path, min_good_share=0.0, taken="remove")
     drop_images("cat", range(1))
     write(Path("data/drop/cat/foreign.png"), b"another user's")
@@ -126,30 +125,30 @@ def test_what_cannot_be_put_into_the_quarantine_is_never_removed_from_the_drop(t
     def denied(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(quarantine.os, "link", denied)
-    monkeypatch.setattr(quarantine.shutil, "copyfile", denied)
+    monkeypatch.setattr(os, "link", denied)
+    monkeypatch.setattr(shutil, "copyfile", denied)
     report = ingest(params)
     assert (report.added, report.quarantined, listing()[0]["file"]) == (1, 1, "")
     assert list(files("data/drop").values()) == [b"another user's"]
 
 
-def test_two_damaged_tables_of_one_name_are_both_kept_in_the_quarantine(tmp_path):
+def test_two_damaged_tables_of_one_name_are_both_quarantined(tmp_path):
     params = project(tmp_path, min_good_share=0.0, taken="remove")
     for content in (b"PAR1 monday", b"PAR1 tuesda"):
         write(Path("data/drop/labels.parquet"), content)
         ingest(params)
-    kept = [data for path, data in files("data/quarantine").items() if "/files/" in path]
-    assert sorted(kept) == [b"PAR1 monday", b"PAR1 tuesda"] and files("data/drop") == {}
+    quarantined = [data for path, data in files("data/quarantine").items() if "/files/" in path]
+    assert sorted(quarantined) == [b"PAR1 monday", b"PAR1 tuesda"] and files("data/drop") == {}
 
 
-def test_a_file_that_may_not_be_read_stays_aside_and_stops_no_other(tmp_path, monkeypatch):
+def test_a_file_without_read_permission_is_moved_aside(tmp_path, monkeypatch):
     params = project(tmp_path, min_good_share=0.0, taken="remove")
     drop_images("cat", range(1))
-    closed = write(Path("data/drop/cat/closed.png"), b"nobody's")
+    closed = write(Path("data/drop/cat/closed.png"), b"no permission")
     closed.chmod(0)
     # Root may read every file; this tests the case without permission.
-    monkeypatch.setattr(quarantine.os, "access", lambda path, _: Path(path).stat().st_mode & 0o777 != 0)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).stat().st_mode & 0o777 != 0)
     report = ingest(params)
     assert (report.added, report.quarantined, listing()[0]["file"]) == (1, 1, "")
-    (aside,) = Path("data/drop").rglob("closed.png")
-    assert ".taken" in aside.parts
+    (moved,) = Path("data/drop").rglob("closed.png")
+    assert ".taken" in moved.parts

@@ -24,11 +24,11 @@ from tests.support.making import png, write
 
 
 @pytest.fixture(autouse=True)
-def in_its_own_folder(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_shard_that_was_changed_is_refused_by_split_and_ingest(tmp_path):
+def test_split_and_ingest_refuse_a_changed_shard(tmp_path):
     params = project(tmp_path)
     drop_images("cat", range(2))
     shard = ingest(params).shard
@@ -36,11 +36,11 @@ def test_a_shard_that_was_changed_is_refused_by_split_and_ingest(tmp_path):
     pyarrow.parquet.write_table(content.set_column(1, "label", pa.array(["dog", "dog"])), shard)
     for run in (split.run, ingest):
         drop_images("cat", range(3, 4))
-        with pytest.raises(DataError, match="its content is not what its name says"):
+        with pytest.raises(DataError, match="its sha256 differs from its name"):
             run(params)
 
 
-def test_a_shard_of_other_data_is_refused_by_name_of_the_class(tmp_path):
+def test_split_refuses_a_shard_with_a_class_that_the_source_does_not_have(tmp_path):
     params = project(tmp_path)
     drop_images("cat", range(2))
     ingest(params)
@@ -52,7 +52,7 @@ def test_a_shard_of_other_data_is_refused_by_name_of_the_class(tmp_path):
         split.run(other)
 
 
-def test_images_that_the_source_gained_since_are_left_out_of_what_was_taken_in(tmp_path, capsys):
+def test_split_skips_ingested_images_that_were_added_to_the_source(tmp_path, capsys):
     params = project(tmp_path)
     (path,) = drop_images("cat", range(1))
     data = path.read_bytes()
@@ -64,7 +64,7 @@ def test_images_that_the_source_gained_since_are_left_out_of_what_was_taken_in(t
     assert digests.count(hashlib.sha256(data).hexdigest()) == 1
 
 
-def test_a_shard_that_is_placed_while_split_runs_fails_it_so_that_it_runs_again(tmp_path, monkeypatch):
+def test_split_fails_if_a_shard_is_added_while_it_runs(tmp_path, monkeypatch):
     params = project(tmp_path)
     before, check = files("data/split"), split.find_duplicates
 
@@ -82,7 +82,7 @@ def test_a_shard_that_is_placed_while_split_runs_fails_it_so_that_it_runs_again(
 
 
 @pytest.mark.parametrize("row_groups", [False, True], ids=["files", "a table"])
-def test_images_taken_in_are_streamed_as_they_are_held_in_memory(tmp_path, row_groups):
+def test_ingested_images_are_equal_when_streamed_and_in_memory(tmp_path, row_groups):
     params = project(tmp_path)
     drop_images("cat", range(3))
     ingest(params)

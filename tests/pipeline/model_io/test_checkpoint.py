@@ -37,7 +37,7 @@ def same(first, second):
     )
 
 
-def test_a_network_comes_back_bit_for_bit_in_eval_mode(saved):
+def test_a_loaded_network_is_bit_identical_and_in_eval_mode(saved):
     model, folder = saved
     random = torch.get_rng_state()
     loaded, config = load_model(folder, "student")
@@ -71,7 +71,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_names_the_file(saved):
     assert same(old, load_model(folder, "student")[0])
 
 
-def test_a_disk_that_fills_up_half_way_through_the_weights_keeps_the_old_folder(saved):
+def test_a_full_disk_during_the_weights_leaves_the_old_folder(saved):
     old, folder = saved
     # The operating system's limit on file sizes (RLIMIT_FSIZE); Python ignores the signal, and the write fails.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -12,7 +12,7 @@ import pipeline.prior
 import pipeline.split
 import pipeline.teacher
 from models.networks.backbones import build_backbone
-from pipeline.model_io.pretrained import start_from
+from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import PretrainedParams
 from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
@@ -31,28 +31,28 @@ def weights(tmp_path):
 def refusal(path, sha256=None, backbone="resnet20") -> str:
     given = PretrainedParams(file=str(path), sha256=sha256 or sha256_of(path))
     with pytest.raises(ParamsError) as caught:
-        start_from(build_backbone(backbone), given, "student.pretrained")
+        load_pretrained(build_backbone(backbone), given, "student.pretrained")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_backbone_starts_from_the_files_weights(weights):
     backbone = build_backbone("resnet20")
-    start_from(backbone, PretrainedParams(file=str(weights), sha256=sha256_of(weights)), "student.pretrained")
+    load_pretrained(backbone, PretrainedParams(file=str(weights), sha256=sha256_of(weights)), "student.pretrained")
     expected = safetensors.torch.load_file(weights)
     assert all(torch.equal(value, expected[name]) for name, value in backbone.network.state_dict().items())
 
 
-def test_another_file_than_the_one_that_was_meant_is_refused(weights):
+def test_a_file_with_another_sha256_is_rejected(weights):
     assert refusal(weights, "0" * 64) == (
         f"student.pretrained.sha256 is {'0' * 64}, but {weights} has {sha256_of(weights)}; it is another file"
     )
 
 
-def test_a_file_that_is_not_there_or_is_no_safetensors_or_of_another_network_is_refused(weights, tmp_path):
+def test_a_missing_invalid_or_unsuitable_weights_file_is_rejected(weights, tmp_path):
     missing = tmp_path / "none.safetensors"
-    said = refusal(missing, "0" * 64)
-    assert said.startswith(f"student.pretrained.file is {str(missing)!r}: No such file or directory")
+    message = refusal(missing, "0" * 64)
+    assert message.startswith(f"student.pretrained.file is {str(missing)!r}: No such file or directory")
     pickled = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(1)}, pickled)
     assert "which has no conv1.weight" in refusal(pickled)
@@ -63,7 +63,7 @@ def test_a_file_that_is_not_there_or_is_no_safetensors_or_of_another_network_is_
     )
 
 
-def test_a_misspelt_or_short_sum_is_refused_by_its_key():
+def test_an_invalid_sha256_is_rejected_with_its_key():
     with pytest.raises(
         ParamsError, match=r"teacher\.pretrained\.sha is not a key; did you mean teacher\.pretrained\.sha256\?"
     ):

@@ -61,8 +61,8 @@ def test_ten_steps_on_two_ranks_give_the_losses_and_queues_of_one(stage, tmp_pat
     for name, value in alone["queues"].items():
         exact = value.dtype == torch.int64
         assert torch.equal(first["queues"][name], second["queues"][name])
-        found = first["queues"][name]
-        assert torch.equal(found, value) if exact else torch.allclose(found, value, rtol=0, atol=1e-10)
+        actual = first["queues"][name]
+        assert torch.equal(actual, value) if exact else torch.allclose(actual, value, rtol=0, atol=1e-10)
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]) or "num_batches" in name
 
@@ -86,10 +86,10 @@ def one_step(parts: int) -> dict:
 def test_a_batch_shared_unevenly_by_queries_without_keys_has_the_losses_and_gradient_of_one_rank(parts, tmp_path):
     alone = one_step(1)
     assert alone["losses"]["queries_without_keys"] == 2
-    for found in in_ranks(one_step, tmp_path, parts):
+    for actual in in_ranks(one_step, tmp_path, parts):
         for name, value in alone["losses"].items():
-            assert found["losses"][name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
-        for one, other in zip(alone["gradients"], found["gradients"], strict=True):
+            assert actual["losses"][name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
+        for one, other in zip(alone["gradients"], actual["gradients"], strict=True):
             assert torch.allclose(one, other, rtol=1e-8, atol=1e-12)
 
 
@@ -114,11 +114,11 @@ def test_the_shared_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
     out = layer(batch)
     (out * weights).sum().backward()
     first, second = in_ranks(shared_norm, tmp_path)
-    for found, expected in zip(first[:2], (out, batch.grad), strict=True):
-        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    for actual, expected in zip(first[:2], (out, batch.grad), strict=True):
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
     assert torch.allclose(first[2] + second[2], layer.weight.grad, rtol=0, atol=1e-12)
-    for found, expected in zip(first[3:], (layer.running_mean, layer.running_var), strict=True):
-        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    for actual, expected in zip(first[3:], (layer.running_mean, layer.running_var), strict=True):
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
 
 
 def ragged_accuracy() -> float:
@@ -143,16 +143,16 @@ def failed_mixed_run(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_a_mixed_run_that_fails_on_two_ranks_leaves_its_dump_and_nobody_waits(tmp_path):
+def test_a_mixed_run_that_fails_on_two_ranks_writes_its_dump_without_a_deadlock(tmp_path):
     one, two = in_ranks(failed_mixed_run, tmp_path, tmp_path / "failures")
     assert one == two and "not finite in epoch 1" in one
     views = safetensors.torch.load_file(tmp_path / "failures/teacher/tensors.safetensors")["views"]
     assert views.shape == (1, 4, 3, 8, 8)
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path):
-    said = in_ranks(uneven_batch, tmp_path)
-    assert said == ["teacher.batch_size is 7, which 2 processes cannot share; expected a multiple"] * 2
+def test_a_batch_that_ranks_cannot_share_is_rejected(tmp_path):
+    message = in_ranks(uneven_batch, tmp_path)
+    assert message == ["teacher.batch_size is 7, which 2 processes cannot share; expected a multiple"] * 2
 
 
 def test_a_single_process_joins_nothing():

@@ -159,7 +159,7 @@ def test_a_recipe_alone_gives_its_row_of_the_paper(name):
 
 
 @pytest.mark.parametrize("name", TRAINING_ROWS)
-def test_what_every_row_shares(name):
+def test_all_rows_share_these_params(name):
     made = applied(name)
     student, teacher = made.student, made.teacher
     cifar = family(name) == "cifar"
@@ -198,14 +198,14 @@ def test_the_queues_of_a_row_hold_its_classes(name):
 
 @pytest.mark.parametrize("earlier", ["imagenet-lt-400", "inaturalist2018-100", "cifar100-if100-400"])
 @pytest.mark.parametrize("name", ["cifar10-if50-200", "imagenet-lt-90", "inaturalist2018-400"])
-def test_a_recipe_leaves_nothing_of_the_one_before_it(name, earlier, tmp_path):
+def test_a_recipe_replaces_every_value_of_an_earlier_recipe(name, earlier, tmp_path):
     target = tmp_path / "params.yaml"
     target.write_text((ROOT / "params.yaml").read_text())
     variants = [f"variants/{variant}" for variant in ("official-code-cifar", "without-teacher", "k-m-3", "plus")]
     text, _ = apply_recipe([RECIPES / f"{overlay}.yaml" for overlay in (earlier, *variants)], target)
     target.write_text(text)
-    expected, found = (flat(applied(name, target=path).model_dump()) for path in (ROOT / "params.yaml", target))
-    assert found == expected
+    expected, actual = (flat(applied(name, target=path).model_dump()) for path in (ROOT / "params.yaml", target))
+    assert actual == expected
 
 
 BICUBIC = {"student.augment.bicubic": True, "teacher.augment.bicubic": True}
@@ -261,7 +261,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_changes_what_it_is_named_for_and_nothing_else(variant):
+def test_a_variant_changes_only_the_keys_of_its_name(variant):
     base, changes = CHANGES[variant]
     before = flat(applied(base).model_dump())
     after = flat(applied(base, f"variants/{variant}").model_dump())
@@ -269,7 +269,7 @@ def test_a_variant_changes_what_it_is_named_for_and_nothing_else(variant):
     check_backbone(after["teacher.backbone"])
 
 
-def test_variants_come_in_pairs_that_undo_each_other():
+def test_each_pair_of_variants_reverses_each_other():
     assert set(CHANGES) == set(VARIANTS)
     pairs = [("batch-128", "batch-64"), ("schedule-official", "schedule-paper"), ("k-m-3", "k-m-2"),
              ("contrast-stacked", "contrast-simaugment")]  # fmt: skip

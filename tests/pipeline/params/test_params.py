@@ -73,7 +73,7 @@ TOO_HIGH = {
 
 
 @pytest.mark.parametrize(("key", "value"), [*TOO_LOW.items(), *TOO_HIGH.items()])
-def test_a_number_out_of_range_is_refused_with_its_key_value_and_bound(tmp_path, key, value):
+def test_a_number_out_of_range_is_rejected_with_its_key_value_and_bound(tmp_path, key, value):
     assert re.search(
         rf"{re.escape(key)} is {re.escape(repr(value))}; input should be (greater|less) than",
         refusal_of(tmp_path, {key: value}),
@@ -81,7 +81,7 @@ def test_a_number_out_of_range_is_refused_with_its_key_value_and_bound(tmp_path,
 
 
 @pytest.mark.parametrize(("written", "read"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
-def test_a_bare_on_or_off_is_the_word_although_yaml_reads_a_truth_value(tmp_path, written, read):
+def test_a_bare_on_or_off_is_read_as_text(tmp_path, written, read):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text().replace("mode: auto", f"mode: {written}"))
     assert load_params(path).stream.mode == read
@@ -95,7 +95,7 @@ def numeric_keys(model, prefix=""):
             yield prefix + name
 
 
-def test_every_number_has_its_bound_tried_above():
+def test_the_examples_above_cover_the_bound_of_every_number():
     # serving.strength is any finite number.
     assert set(numeric_keys(Params)) - set(TOO_LOW) == {"serving.strength"}
 
@@ -105,12 +105,12 @@ def test_every_number_has_its_bound_tried_above():
     "key", ["data.imbalance_factor", "data.validation_share", "prior.smoothing", "student.tau_g", "student.momentum",
             "student.schedule.factor", "serving.strength"],
 )  # fmt: skip
-def test_what_is_not_a_finite_number_is_refused(tmp_path, key, value):
+def test_a_number_that_is_not_finite_is_rejected(tmp_path, key, value):
     assert refusal_of(tmp_path, {key: value}).startswith(f"{key} is {value!r}; input should be")
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "error_text"),
     [
         ("data.source", "folders", "data.source is 'folders'; input should be 'digits', 'folder', 'table', 'cifar10'"),
         ("data.profile", "linear", "data.profile is 'linear'; input should be 'natural', 'exponential', 'pareto' or 'step'"),
@@ -143,12 +143,12 @@ def test_what_is_not_a_finite_number_is_refused(tmp_path, key, value):
         ("data.table", {"image": None}, "data.table: set exactly one of image"),
     ],
 )  # fmt: skip
-def test_a_value_of_the_wrong_kind_is_refused_with_what_is_allowed(tmp_path, key, value, said):
-    assert refusal_of(tmp_path, {key: value}).startswith(said)
+def test_a_value_of_the_wrong_kind_is_rejected_with_what_is_allowed(tmp_path, key, value, error_text):
+    assert refusal_of(tmp_path, {key: value}).startswith(error_text)
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "error_text"),
     [
         ("studnt", "studnt is not a key; did you mean student?"),
         ("student.tau_gg", "student.tau_gg is not a key; did you mean student.tau_g?"),
@@ -158,11 +158,11 @@ def test_a_value_of_the_wrong_kind_is_refused_with_what_is_allowed(tmp_path, key
             "teacher.schedule.warmup is not a key; did you mean teacher.schedule.warmup_epochs?",
         ),
         ("data.table.classnames", "data.table.classnames is not a key; did you mean data.table.class_names?"),
-        ("prior.xyz", "prior.xyz is not a key; known here: beta, smoothing, weighting"),
+        ("prior.xyz", "prior.xyz is not a key; allowed: beta, smoothing, weighting"),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest_one_of_its_section(tmp_path, key, said):
-    assert refusal_of(tmp_path, {key: 1}) == said
+def test_an_unknown_key_is_rejected_with_the_nearest_one_of_its_section(tmp_path, key, error_text):
+    assert refusal_of(tmp_path, {key: 1}) == error_text
 
 
 def test_a_missing_key_is_named():
@@ -180,7 +180,7 @@ def test_a_misspelt_key_comes_before_the_keys_that_it_leaves_missing(tmp_path):
     )
 
 
-def test_several_mistakes_come_in_one_line(tmp_path):
+def test_several_errors_are_on_one_line(tmp_path):
     message = refusal_of(tmp_path, {"seed": -1, "student.epochs": 0})
     assert "seed is -1" in message and "student.epochs is 0" in message
 
@@ -189,32 +189,32 @@ def test_several_mistakes_come_in_one_line(tmp_path):
     ("text", "number"),
     [("1e-4", 1e-4), ("5E-3", 5e-3), ("1.5e-3", 1.5e-3), ("2.e-3", 2e-3), ("1e+0", 1.0), ("+1e-2", 1e-2)],
 )
-def test_a_number_in_exponent_form_is_the_number_that_the_user_meant(tmp_path, text, number):
+def test_a_number_in_exponent_form_is_a_number(tmp_path, text, number):
     # YAML 1.1 parses most of these as text.
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text().replace("weight_decay: 0.0005", f"weight_decay: {text}"))
     assert load_params(path).student.weight_decay == number
 
 
-def test_exponent_form_may_be_negative_where_a_negative_number_may_be_and_text_stays_text():
+def test_exponent_form_may_be_negative_and_text_stays_text():
     assert params({"serving.strength": "-1e-1"}).serving.strength == -0.1
     made = params({"data.location": "1e3", "data.table": {"class_names": ["1e5", "2e5"]}})
     assert made.data.location == "1e3" and made.data.table.class_names == ["1e5", "2e5"]
 
 
 @pytest.mark.parametrize("text", ["1e", "e4", "1e-4x", "1_0e-4"])
-def test_what_only_looks_like_exponent_form_is_refused(tmp_path, text):
+def test_text_similar_to_exponent_form_is_rejected(tmp_path, text):
     assert refusal_of(tmp_path, {"student.learning_rate": text}).startswith(
         f"student.learning_rate is {text!r}; input should"
     )
 
 
-def test_a_whole_number_will_do_for_a_real_one():
+def test_an_integer_is_accepted_for_a_float():
     assert params({"student.gamma": 1, "data.imbalance_factor": 100}).data.imbalance_factor == 100.0
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "error_text"),
     [
         ("", "holds NoneType; expected sections"),
         ("- a\n- b\n", "holds list; expected sections"),
@@ -223,11 +223,11 @@ def test_a_whole_number_will_do_for_a_real_one():
         ("1: 2\n", "1 is 1; keys should be strings"),
     ],
 )
-def test_a_file_that_is_no_recipe(tmp_path, text, said):
-    assert said in refusal(tmp_path, text)
+def test_a_file_that_is_not_a_recipe_is_rejected(tmp_path, text, error_text):
+    assert error_text in refusal(tmp_path, text)
 
 
-def test_a_file_that_is_not_there_or_not_text(tmp_path):
+def test_a_missing_or_binary_file_is_rejected(tmp_path):
     with pytest.raises(ParamsError, match=r"nowhere.yaml: No such file or directory; run from the project's root"):
         load_params(tmp_path / "nowhere.yaml")
     with pytest.raises(ParamsError, match="Is a directory"):
@@ -237,8 +237,8 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
         load_params(tmp_path / "binary.yaml")
 
 
-def test_a_key_that_stands_twice_is_refused_naming_it_and_its_line(tmp_path):
+def test_a_duplicate_key_is_rejected_with_its_line(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text() + "\nseed: 1\n")
-    with pytest.raises(ParamsError, match=r"key 'seed' stands twice .*line \d+"):
+    with pytest.raises(ParamsError, match=r"duplicate key 'seed' .*line \d+"):
         load_params(path)

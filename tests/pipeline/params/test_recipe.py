@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from pipeline.commands.app import main
 from pipeline.params import load_params
 from pipeline.params.recipe import apply_recipe
-from pipeline.preparation.first_params import Found, choices, write_text
+from pipeline.preparation.first_params import FolderSummary, suggest_params, write_text
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,7 +54,7 @@ def test_a_recipe_changes_its_keys_and_keeps_every_other_value_and_comment(param
     }
 
 
-def test_a_recipe_with_the_values_already_there_changes_no_byte(params, tmp_path, capsys):
+def test_a_recipe_with_the_existing_values_changes_no_byte(params, tmp_path, capsys):
     before = params.read_bytes()
     assert main(["recipe", str(overlay(tmp_path, "student: {tau_g: 0.1}")), "--params", str(params)]) == 0
     assert params.read_bytes() == before
@@ -71,7 +71,7 @@ def test_later_overlays_win(params, tmp_path):
     assert lines == ["student.epochs: 40 → 7", "student.alpha: 1.0 → 0.0", "student.epochs: 7 → 9"]
 
 
-def test_a_dry_run_says_what_would_change_and_writes_nothing(params, tmp_path, capsys):
+def test_a_dry_run_prints_the_changes_and_writes_nothing(params, tmp_path, capsys):
     before = params.read_bytes()
     assert main(["recipe", str(overlay(tmp_path, "seed: 5")), "--params", str(params), "--dry-run"]) == 0
     assert capsys.readouterr().out == "seed: 0 → 5\n"
@@ -79,7 +79,7 @@ def test_a_dry_run_says_what_would_change_and_writes_nothing(params, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "error_text"),
     [
         ("student: {tau_gg: 0.07}", "student.tau_gg is not a key; did you mean student.tau_g?"),
         ("student: {tau_g: -1}", "student.tau_g is -1"),
@@ -87,11 +87,11 @@ def test_a_dry_run_says_what_would_change_and_writes_nothing(params, tmp_path, c
         ("student: [", "not readable as YAML"),
     ],
 )
-def test_a_bad_recipe_is_one_line_exit_2_and_leaves_params_alone(params, tmp_path, capsys, text, said):
+def test_a_bad_recipe_is_one_line_with_exit_2_and_leaves_params_unchanged(params, tmp_path, capsys, text, error_text):
     before = params.read_bytes()
     assert main(["recipe", str(overlay(tmp_path, text)), "--params", str(params)]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and "overlay.yaml" in error
+    assert error_text in error and error.count("\n") == 1 and "overlay.yaml" in error
     assert params.read_bytes() == before
 
 
@@ -105,7 +105,7 @@ def files(folder: Path, **texts: str) -> None:
         (folder / f"{name}.yaml").write_text(text)
 
 
-def test_an_overlay_stands_over_what_it_extends_and_says_only_the_outcome(params, tmp_path):
+def test_an_overlay_overrides_the_file_it_extends_and_prints_only_the_result(params, tmp_path):
     files(
         tmp_path,
         base="student: {epochs: 7, alpha: 0.0}\ndata: {table: {id: name}}",
@@ -127,7 +127,7 @@ def test_an_overlay_stands_over_what_it_extends_and_says_only_the_outcome(params
     ]
 
 
-def test_what_is_extended_twice_is_taken_once_and_undoes_nothing(params, tmp_path):
+def test_a_file_extended_twice_is_applied_once(params, tmp_path):
     files(
         tmp_path,
         base="student: {epochs: 7, alpha: 0.0}",
@@ -142,7 +142,7 @@ def test_what_is_extended_twice_is_taken_once_and_undoes_nothing(params, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "error_text"),
     [
         ("extends: 3", "overlay.yaml: extends is 3; expected a file name or a list of them"),
         ("extends: [base.yaml, 3]", "expected a file name or a list of them"),
@@ -154,12 +154,12 @@ def test_what_is_extended_twice_is_taken_once_and_undoes_nothing(params, tmp_pat
         ("extends: base.yaml\nstudnt: {}", "studnt is not a key; did you mean student?"),
     ],
 )
-def test_a_bad_extends_is_one_line_exit_2_and_leaves_params_alone(params, tmp_path, capsys, text, said):
+def test_a_bad_extends_is_one_line_with_exit_2_and_leaves_params_unchanged(params, tmp_path, capsys, text, error_text):
     files(tmp_path, base="seed: 1", round="extends: overlay.yaml", listed="- 1")
     before = params.read_bytes()
     assert main(["recipe", str(overlay(tmp_path, text)), "--params", str(params)]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert error_text in error and error.count("\n") == 1
     assert params.read_bytes() == before
 
 
@@ -183,8 +183,8 @@ def test_lists_over_several_lines_are_edited_by_recipe_and_init_alike(params, tm
     assert (after.seeds, after.image.mean, after.student.augment.crop_scale) == ([3], [0.1, 0.2, 0.3], [0.3, 1.0])
     if form != "block lists":
         assert "seeds: [3] # seeds trained besides" in params.read_text(encoding="utf-8")
-    found = Found(["a", "b"], [300, 30], False, False, 400, [])
-    chosen = choices(found, "photos", gpu=False)
+    actual = FolderSummary(["a", "b"], [300, 30], False, False, 400, [])
+    chosen = suggest_params(actual, "photos", gpu=False)
     content = yaml.safe_load(write_text(written, chosen)[0])
     assert content["data"]["location"] == "photos" and content["image"]["mean"] == [0.485, 0.456, 0.406]
     assert content["gate"] == yaml.safe_load(written)["gate"]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.data import inspection, published
+from pipeline.data import published
 from pipeline.preparation.check import check
 from pipeline.sources import open_source
 from tests.support.archives import write_archive
@@ -21,7 +21,7 @@ from tests.support.list_files import IMAGENET, tree
 from tests.support.making import ROOT, content, data_params, encode, folder, png, write
 
 
-def listed(tmp_path, name):
+def read_rows(tmp_path, name):
     with (tmp_path / "report" / name).open() as stream:
         return list(csv.DictReader(stream))
 
@@ -38,29 +38,34 @@ def spoilt(tmp_path):
     return data_params(root, validation_per_class=0)
 
 
-def test_a_spoilt_folder_is_told_with_every_file(tmp_path, spoilt, capsys):
+def test_data_check_reports_every_bad_file_of_a_folder(tmp_path, spoilt, capsys):
     assert command(tmp_path, spoilt) == 1
-    said = capsys.readouterr().out
-    assert "missing: 1; unreadable: 1" in said and "photos/train/ant/torn.png: is damaged or truncated" in said
-    assert "exact duplicates: 2 groups, 1 of them across splits" in said
-    assert "near duplicates: 1 group, 1 of them across splits" in said
-    assert "train: 2 classes of 32 to 8 images, imbalance factor 4; 0 many, 1 medium, 1 few" in " ".join(said.split())
-    assert "not right: 2 images are missing or cannot be used; the first: " in said and "data check: not right" in said
-    found = report(tmp_path)
-    assert found["images"] == {"train": 40, "validation": 0, "test": 6} and found["missing"] == found["unreadable"] == 1
-    assert [row["sample_id"] for row in listed(tmp_path, "problems.csv")] == [
+    printed = capsys.readouterr().out
+    assert "missing: 1; unreadable: 1" in printed and "photos/train/ant/torn.png: is damaged or truncated" in printed
+    assert "exact duplicates: 2 groups, 1 of them across splits" in printed
+    assert "near duplicates: 1 group, 1 of them across splits" in printed
+    assert "train: 2 classes of 32 to 8 images, imbalance factor 4; 0 many, 1 medium, 1 few" in " ".join(
+        printed.split()
+    )
+    assert "error: 2 images are missing or cannot be used; the first: " in printed and "data check: failed" in printed
+    content = report(tmp_path)
+    assert (
+        content["images"] == {"train": 40, "validation": 0, "test": 6}
+        and content["missing"] == content["unreadable"] == 1
+    )
+    assert [row["sample_id"] for row in read_rows(tmp_path, "problems.csv")] == [
         "train/ant/torn.png",
         "train/bee/lost.png",
     ]
-    exact = {(row["group"], row["sample_id"]) for row in listed(tmp_path, "duplicates.csv")}
+    exact = {(row["group"], row["sample_id"]) for row in read_rows(tmp_path, "duplicates.csv")}
     assert {name for _, name in exact} == {
         "train/ant/001.png", "test/ant/leak.png", "train/bee/000.png", "train/bee/twice.png",
     }  # fmt: skip
-    assert {row["sample_id"] for row in listed(tmp_path, "near_duplicates.csv")} == {
+    assert {row["sample_id"] for row in read_rows(tmp_path, "near_duplicates.csv")} == {
         "train/ant/scene.png",
         "test/ant/scene.jpg",
     }
-    assert [tuple(row.values()) for row in listed(tmp_path, "classes.csv")] == [
+    assert [tuple(row.values()) for row in read_rows(tmp_path, "classes.csv")] == [
         ("ant", "32", "0", "4", "medium"), ("bee", "8", "0", "2", "few"),
     ]  # fmt: skip
     chart = ElementTree.parse(tmp_path / "report/long_tail.svg").getroot()
@@ -69,7 +74,7 @@ def test_a_spoilt_folder_is_told_with_every_file(tmp_path, spoilt, capsys):
     assert "folder: 40 training images, 2 classes" in shown and "2 classes, largest first" in shown
 
 
-def test_a_terminal_sees_a_bar(tmp_path, monkeypatch, capsys):
+def test_a_terminal_gets_a_progress_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     made = data_params(folder(tmp_path / "photos", {"ant": 5, "bee": 5}))
     assert command(tmp_path, made) == 0
@@ -78,27 +83,27 @@ def test_a_terminal_sees_a_bar(tmp_path, monkeypatch, capsys):
     assert "pack: reading images" in capsys.readouterr().out
 
 
-def test_with_skip_bad_images_are_counted_but_no_fault(tmp_path, spoilt, capsys):
+def test_with_on_bad_image_skip_bad_images_are_counted_and_no_error(tmp_path, spoilt, capsys):
     made = spoilt.model_copy(update={"data": spoilt.data.model_copy(update={"on_bad_image": "skip"})})
     assert command(tmp_path, made, "--json", "--allow-duplicates") == 0
     assert json.loads(capsys.readouterr().out) == report(tmp_path)
     assert report(tmp_path)["images"]["train"] == 38 and report(tmp_path)["unreadable"] == 1
 
 
-def test_an_image_under_two_labels_is_a_fault(tmp_path):
+def test_an_image_with_two_labels_is_an_error(tmp_path):
     root = folder(tmp_path / "photos", {"ant": 5, "bee": 5})
     write(root / "bee/copy.png", (root / "ant/001.png").read_bytes())
     assert command(tmp_path, data_params(root)) == 1
     assert report(tmp_path)["verdict"] == [
-        f"1 image lies under two labels; the first: {root}/bee/copy.png and {root}/ant/001.png"
+        f"1 image with two labels; the first: {root}/bee/copy.png and {root}/ant/001.png"
     ]
 
 
-def test_the_hashes_say_whether_a_colleague_has_the_same_split_and_the_same_images(tmp_path):
+def test_the_hashes_identify_the_split_and_the_image_bytes(tmp_path):
     def hashes(name, seed=0):
         made = data_params(tmp_path / name, seed=seed)
-        found = check(made, tmp_path / f"{name}.jsonl", None)
-        return found.list_hash, found.content_hash
+        data_report = check(made, tmp_path / f"{name}.jsonl", None)
+        return data_report.list_hash, data_report.content_hash
 
     for name in ("mine", "theirs", "recoded"):
         folder(tmp_path / name, {"ant": 6, "bee": 5})
@@ -108,18 +113,18 @@ def test_the_hashes_say_whether_a_colleague_has_the_same_split_and_the_same_imag
     assert hashes("mine", seed=1)[0] != hashes("mine")[0]
 
 
-def test_lists_that_are_not_the_published_ones_are_told_figure_by_figure(tmp_path, capsys):
+def test_lists_that_differ_from_the_published_ones_are_reported_by_figure(tmp_path, capsys):
     root = tree(tmp_path / "imagenet", IMAGENET)
     assert command(tmp_path, data_params(root, "imagenet_lt")) == 1
-    said = capsys.readouterr().out
-    assert "imagenet_lt as published" in said and "not right: imagenet_lt differs from what was published" in said
+    printed = capsys.readouterr().out
+    assert "imagenet_lt as published" in printed and "error: imagenet_lt differs from what was published" in printed
     figures = {row["figure"]: (row["published"], row["found"], row["same"]) for row in report(tmp_path)["published"]}
     assert figures["train images"] == ("115,846", "6", False) and figures["few classes"] == ("136", "3", False)
 
 
-def test_the_right_cifar_archive_is_called_right(tmp_path, monkeypatch):
+def test_a_cifar_archive_with_the_published_figures_passes(tmp_path, monkeypatch):
     write_archive(tmp_path / "cifar", "cifar10", monkeypatch, per_class=6)
-    known = published.Published({"train": 300, "test": 60}, 10, 30, 30, {"many": 0, "medium": 10, "few": 0})
+    known = published.PublishedDataset({"train": 300, "test": 60}, 10, 30, 30, {"many": 0, "medium": 10, "few": 0})
     monkeypatch.setitem(published.PUBLISHED, "cifar10", known)
     made = data_params(
         tmp_path / "cifar", "cifar10", profile="exponential", imbalance_factor=10, validation_per_class=0
@@ -133,7 +138,7 @@ def test_the_right_cifar_archive_is_called_right(tmp_path, monkeypatch):
     assert command(tmp_path, other, "--near", "off") == 0
 
 
-def test_missing_files_of_a_list_come_with_their_likely_cause(tmp_path):
+def test_missing_files_of_a_list_are_reported_with_the_likely_cause(tmp_path):
     root = tree(tmp_path / "imagenet", IMAGENET)
     for path in sorted((root / "val").rglob("*.JPEG")):
         path.rename(root / "val" / path.name)
@@ -142,30 +147,33 @@ def test_missing_files_of_a_list_come_with_their_likely_cause(tmp_path):
     assert f"{root}/val/ holds its images flat; sort them into a folder per class" in report(tmp_path)["verdict"]
 
 
-def test_a_second_check_reads_only_what_changed(tmp_path, monkeypatch):
+def test_a_second_check_reads_only_changed_files(tmp_path):
     root = folder(tmp_path / "photos", {"ant": 6, "bee": 5})
-    made, journal, reads = data_params(root), tmp_path / "journal", []
-    original = inspection.inspect_image
-    monkeypatch.setattr(
-        inspection, "inspect_image", lambda s, row, looks: (reads.append(row.sample_id), original(s, row, looks))[1]
-    )
+    made, journal = data_params(root), tmp_path / "journal"
+
+    def read_images():
+        return [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
+
     first = check(made, journal)
-    assert len(reads) == 11
-    reads.clear()
-    assert check(made, journal) == first and reads == []
+    assert len(read_images()) == 11
+    assert check(made, journal) == first and len(read_images()) == 11
     write(root / "ant/002.png", png(500))
     with journal.open("a") as stream:
         stream.write('["ant/000.png", "cut o')  # the partial line of a killed run
-    assert check(made, journal).content_hash != first.content_hash and reads == ["ant/002.png"]
-    reads.clear()
-    assert check(made, journal).list_hash == first.list_hash and reads == []
+    second = check(made, journal)
+    assert second.content_hash != first.content_hash and read_images()[11:] == ["ant/002.png"]
+    assert check(made, journal).list_hash == first.list_hash and len(read_images()) == 12
     check(made, journal, fresh=True)
+    assert len(read_images()) == 11
+    header = journal.read_text().splitlines()[0]
     check(data_params(root / "../photos"), journal)
-    assert len(reads) == 22, "another location is another source"
+    assert journal.read_text().splitlines()[0] != header and len(read_images()) == 11, (
+        "another location is another source"
+    )
 
 
 @pytest.mark.end_to_end
-def test_a_killed_check_goes_on_where_it_was(tmp_path):
+def test_a_killed_check_resumes_after_the_last_recorded_image(tmp_path):
     root = folder(tmp_path / "photos", {"ant": 100, "bee": 100})
     big = encode(Image.effect_noise((600, 600), 80).convert("RGB"))
     for number, path in enumerate(sorted(root.rglob("*.png"))):
@@ -200,20 +208,20 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--near", "65"], "--near is '65'; expected 0 to 10, or off"),
         (["--jobs", "0"], "Invalid value for '--jobs'"),
         (["--nears", "1"], "No such option: --nears"),
     ],
 )
-def test_a_misused_option_is_told_with_what_is_right(tmp_path, options, said, capsys):
+def test_an_invalid_option_is_refused_with_the_allowed_values(tmp_path, options, expected, capsys):
     assert command(tmp_path, data_params(tmp_path, "digits"), *options) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.startswith("tailor: ") and printed.count("\n") == 1
+    assert expected in printed and printed.startswith("tailor: ") and printed.count("\n") == 1
 
 
-def test_a_source_that_cannot_be_opened_is_one_line(tmp_path, capsys):
+def test_a_source_that_cannot_be_opened_gives_one_line(tmp_path, capsys):
     assert command(tmp_path, data_params(tmp_path / "nowhere")) == 2
     assert capsys.readouterr().err.startswith(f"tailor: data.location is '{tmp_path}/nowhere', which is not a folder")
     assert open_source(data_params(tmp_path, "digits").data).missing() == []

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from benchmarks.made_imagenet import class_counts
 from pipeline.commands.app import main
 from pipeline.data.assignment import assign
-from pipeline.preparation.first_params import choices, look, write_text
+from pipeline.preparation.first_params import inspect_folder, suggest_params, write_text
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.source import Row
-from tests.support.chosen_params import TEMPLATE, chosen_params, found
+from tests.support.chosen_params import TEMPLATE, chosen_params, folder_summary
 from tests.support.making import encode, picture
 
 
@@ -35,28 +35,28 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @given(counts=st.lists(st.integers(2, 5000), min_size=2, max_size=40), gpu=st.booleans(), side=st.integers(8, 4000))
-def test_every_choice_is_valid_and_leaves_each_class_something_to_train_on(
+def test_suggested_params_are_valid_and_leave_training_images_in_each_class(
     counts: list[int], gpu: bool, side: int
 ) -> None:
-    params = chosen_params(found(counts, shorter=side), gpu)
+    params = chosen_params(folder_summary(counts, shorter=side), gpu)
     rows = [Row(f"{c}/{n}", c, f"{c}/{n}", "train") for c, count in enumerate(counts) for n in range(count)]
-    kept = assign(rows, [str(c) for c in range(len(counts))], params.data)
-    assert {row.label for row in kept["train"]} == {row.label for row in kept["test"]} == set(range(len(counts)))
+    splits = assign(rows, [str(c) for c in range(len(counts))], params.data)
+    assert {row.label for row in splits["train"]} == {row.label for row in splits["test"]} == set(range(len(counts)))
     assert params.student.queue_total >= params.student.queue_minimum * len(counts)
     assert math.log2(params.student.queue_total).is_integer()
-    assert params.student.batch_size <= max(8, len(kept["train"]) + len(kept["validation"]))
+    assert params.student.batch_size <= max(8, len(splits["train"]) + len(splits["validation"]))
 
 
-def test_the_choices_for_the_papers_data_sets_are_near_the_papers() -> None:
+def test_suggested_params_for_the_papers_data_sets_are_close_to_the_papers() -> None:
     """CIFAR-100-LT: ResNet-32, K 4096, 200 epochs; ImageNet-LT: the ResNet-50 family at 224 pixels."""
     cifar = chosen_params(
-        found([round(500 * 0.01 ** (c / 99)) for c in range(100)], tested=[100] * 100, own_validation=True)
+        folder_summary([round(500 * 0.01 ** (c / 99)) for c in range(100)], tested=[100] * 100, own_validation=True)
     )
     assert (cifar.student.backbone, cifar.image.size, cifar.student.epochs) == ("resnet32", 32, 200)
     assert cifar.student.queue_total == 4096
     assert cifar.student.learning_rate == pytest.approx(0.05)
     counts = class_counts(1000, 1.0)["train"]
-    imagenet = chosen_params(found(counts, tested=[50] * 1000, own_validation=True, shorter=375))
+    imagenet = chosen_params(folder_summary(counts, tested=[50] * 1000, own_validation=True, shorter=375))
     assert (imagenet.student.backbone, imagenet.image.size, imagenet.image.resize_to) == (
         "torchvision/resnet50",
         224,
@@ -65,42 +65,44 @@ def test_the_choices_for_the_papers_data_sets_are_near_the_papers() -> None:
     assert imagenet.student.queue_total == 32768  # twice the paper's 16384
 
 
-def test_without_a_gpu_photographs_are_made_small_enough_to_train_and_the_file_says_so() -> None:
-    text, params = write_text(TEMPLATE, choices(found([300, 30], shorter=400), "data/source", gpu=False))
+def test_without_a_gpu_init_suggests_small_images_and_gives_the_reason() -> None:
+    text, params = write_text(
+        TEMPLATE, suggest_params(folder_summary([300, 30], shorter=400), "data/source", gpu=False)
+    )
     assert params.image.size == 64
-    assert "on a GPU run this again" in text
+    assert "with a GPU run this command again" in text
 
 
-def test_the_folder_is_counted_and_its_images_measured(folder: Path) -> None:
-    seen = look(folder)
-    assert (seen.classes, seen.counts, seen.shorter) == (["elm", "oak", "yew"], [6, 12, 2], 40)
-    assert "imbalance factor 6.0" in str(seen)
-    assert seen.tested is None
+def test_inspect_folder_counts_images_and_measures_sizes(folder: Path) -> None:
+    summary = inspect_folder(folder)
+    assert (summary.classes, summary.counts, summary.shorter) == (["elm", "oak", "yew"], [6, 12, 2], 40)
+    assert "imbalance factor 6.0" in str(summary)
+    assert summary.tested is None
 
 
-def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_used(folder: Path) -> None:
+def test_an_unreadable_image_is_listed_and_the_others_are_used(folder: Path) -> None:
     (folder / "oak/0.png").write_bytes(b"no picture")
-    seen = look(folder)
-    assert seen.unreadable == ["oak/0.png"]
-    assert seen.shorter == 40
+    summary = inspect_folder(folder)
+    assert summary.unreadable == ["oak/0.png"]
+    assert summary.shorter == 40
 
 
-def test_splits_of_ones_own_are_kept(folder: Path, tmp_path: Path) -> None:
+def test_existing_split_folders_are_used(folder: Path, tmp_path: Path) -> None:
     for part in ("train", "test"):
         shutil.copytree(folder, tmp_path / "split" / part)
-    seen = look(tmp_path / "split")
-    assert seen.tested == [6, 12, 2] and not seen.own_validation
-    assert seen.counts == [6, 12, 2]
-    assert not {"data.test_per_class", "data.test_share"} & set(choices(seen, "x", gpu=False))
+    summary = inspect_folder(tmp_path / "split")
+    assert summary.tested == [6, 12, 2] and not summary.own_validation
+    assert summary.counts == [6, 12, 2]
+    assert not {"data.test_per_class", "data.test_share"} & set(suggest_params(summary, "x", gpu=False))
 
 
-def test_a_class_of_one_image_is_refused_by_name() -> None:
+def test_a_class_with_one_image_is_refused_by_name() -> None:
     with pytest.raises(DataError, match="class 'class 1' has 1 image"):
-        choices(found([9, 1]), "x", gpu=False)
+        suggest_params(folder_summary([9, 1]), "x", gpu=False)
 
 
-def test_the_file_differs_from_the_template_in_chosen_lines_alone_each_with_its_reason() -> None:
-    chosen = choices(found([90, 9]), "photos: mine", gpu=True)
+def test_only_the_suggested_lines_of_the_template_change_each_with_its_reason() -> None:
+    chosen = suggest_params(folder_summary([90, 9]), "photos: mine", gpu=True)
     text, _ = write_text(TEMPLATE, chosen)
     changed = [new for old, new in zip(TEMPLATE.splitlines(), text.splitlines(), strict=True) if old != new]
     assert 0 < len(changed) <= len(chosen)
@@ -109,12 +111,15 @@ def test_the_file_differs_from_the_template_in_chosen_lines_alone_each_with_its_
     assert yaml.safe_load(text)["data"]["location"] == "photos: mine"
 
 
-def test_a_template_without_a_key_is_refused_by_its_name() -> None:
+def test_a_template_without_a_key_is_refused_by_name() -> None:
     with pytest.raises(ParamsError, match=r"has no key image\.size"):
-        write_text(TEMPLATE.replace("\nimage:\n  size:", "\nimage:\n  sized:"), choices(found([90, 9]), "x", gpu=True))
+        write_text(
+            TEMPLATE.replace("\nimage:\n  size:", "\nimage:\n  sized:"),
+            suggest_params(folder_summary([90, 9]), "x", gpu=True),
+        )
 
 
-def test_changes_that_no_commit_holds_are_not_overwritten(
+def test_uncommitted_changes_are_not_overwritten(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,24 +130,28 @@ def test_changes_that_no_commit_holds_are_not_overwritten(
         subprocess.run([*git, *command], check=True)
     Path("params.yaml").write_text(mine, encoding="utf-8")
     assert main(["init", str(folder)]) == 2
-    assert "no commit holds" in capsys.readouterr().err
+    assert "has uncommitted changes" in capsys.readouterr().err
     assert Path("params.yaml").read_text(encoding="utf-8") == mine
     assert main(["init", str(folder), "--force", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["data.location"]["value"] == str(folder)
+    content = json.loads(capsys.readouterr().out)
+    assert content["data.location"]["value"] == str(folder)
     assert yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["data"]["source"] == "folder"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [(["nowhere"], "nowhere: no such folder"), ([".", "--output", "none.yaml"], "none.yaml: no such file")],
 )
-def test_a_wrong_argument_is_one_line_and_status_2(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_wrong_argument_gives_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(TEMPLATE, encoding="utf-8")
     assert main(["init", *arguments, "--force"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert said in lines[0]
+    assert message in lines[0]

@@ -26,7 +26,7 @@ def staged(folder: Path) -> set[str]:
     return set(git(folder, "ls-files").splitlines())
 
 
-def test_a_project_is_a_repository_of_its_own_unless_it_is_part_of_one(tmp_path: Path) -> None:
+def test_a_project_has_its_own_git_repository_unless_it_is_inside_one(tmp_path: Path) -> None:
     create_project(tmp_path / "alone")
     assert (tmp_path / "alone/.git").is_dir() and (tmp_path / "alone/.dvc/config").is_file()
     git(tmp_path, "init", "--quiet", "shared")
@@ -59,7 +59,7 @@ def test_no_file_of_the_folder_is_overwritten(tmp_path: Path) -> None:
             create_project(folder)
 
 
-def test_git_ignores_a_folder_of_images_once_and_leaves_alone_what_it_tracks(
+def test_git_ignores_a_folder_of_images_once_and_never_a_tracked_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -69,8 +69,8 @@ def test_git_ignores_a_folder_of_images_once_and_leaves_alone_what_it_tracks(
     assert not keep_out_of_git(Path("photos")), "no repository"
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", "tracked")
-    kept = [keep_out_of_git(Path(name)) for name in ("photos", "photos", "a*b [c]", "tracked", ".", "/")]
-    assert kept == [True, False, True, False, False, False]
+    added = [keep_out_of_git(Path(name)) for name in ("photos", "photos", "a*b [c]", "tracked", ".", "/")]
+    assert added == [True, False, True, False, False, False]
     assert staged(tmp_path) == {".gitignore", "axb c/1.jpg", "tracked/1.jpg"}
 
 
@@ -82,7 +82,7 @@ def put(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", [".", "work"])
-def test_init_refuses_a_folder_of_images_that_holds_the_project(
+def test_init_refuses_a_folder_of_images_that_contains_the_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inside: str
 ) -> None:
     """git add would commit the class folders, and the project's own folders would be read as classes."""
@@ -91,11 +91,11 @@ def test_init_refuses_a_folder_of_images_that_holds_the_project(
     monkeypatch.chdir(tmp_path / inside)
     given = "." if inside == "." else ".."
     assert main(["init", given]) == 2
-    assert f"{given}: is the project's folder or holds it" in capsys.readouterr().err
+    assert f"{given}: is the project's folder or contains it" in capsys.readouterr().err
     assert not (tmp_path / inside / "params.yaml").exists()
 
 
-def test_folders_of_images_that_params_name_by_hand_stay_out_of_git(
+def test_image_folders_set_in_params_by_hand_are_ignored_by_git(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -112,7 +112,7 @@ def test_folders_of_images_that_params_name_by_hand_stay_out_of_git(
     assert {name for name in staged(tmp_path) if name.endswith(".png")} == set()
 
 
-def test_a_pack_of_images_stays_out_of_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pack_of_images_is_ignored_by_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     create_project(Path())
     for name in ("a", "b"):

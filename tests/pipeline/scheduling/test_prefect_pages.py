@@ -9,7 +9,7 @@ import pytest
 import yaml
 from prefect.utilities.urls import url_for
 
-from pipeline.scheduling.prefect_server import PrefectServer, some_server, talking_to
+from pipeline.scheduling.prefect_server import PrefectServer, ensure_server, use_api
 from tests.support.chromium import needs_chromium, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect pages")]
@@ -28,7 +28,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @needs_chromium
-def test_pages_on_another_port_than_4200_show_content_and_send_every_request_to_their_own_server(home: Path) -> None:
+def test_pages_on_another_port_send_every_request_to_their_own_server(home: Path) -> None:
     with PrefectServer(home) as server, started() as browser:
         assert server.port != 4200
         page = browser.new_page()
@@ -38,17 +38,17 @@ def test_pages_on_another_port_than_4200_show_content_and_send_every_request_to_
         page.get_by_text("Run a task or flow to get started").wait_for(timeout=120_000)
         assert any(url.startswith(f"{server.api_url}/flow_runs/") for url in requests)
         assert [url for url in requests if not url.startswith(f"{server.ui_url}/")] == []
-        with talking_to(server.api_url):
+        with use_api(server.api_url):
             link = url_for("flow-run", RUN)
         assert link == f"{server.ui_url}/runs/flow-run/{RUN}"
 
 
-def test_a_run_under_a_temporary_server_logs_no_link_for_it_has_no_pages(home: Path) -> None:
-    with some_server(home):
+def test_a_run_with_a_temporary_server_logs_no_link(home: Path) -> None:
+    with ensure_server(home):
         assert url_for("flow-run", RUN) is None
 
 
-def test_the_pages_of_compose_send_their_requests_where_compose_publishes_them() -> None:
+def test_the_pages_of_compose_send_requests_to_the_published_address() -> None:
     service = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]["prefect"]
     [published] = service["ports"]
     assert service["environment"]["PREFECT_UI_API_URL"] == f"http://{published.rpartition(':')[0]}/api"

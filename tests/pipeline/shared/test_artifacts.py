@@ -32,7 +32,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_replaces_the_old_one_whole(tmp_path):
+def test_a_new_folder_replaces_the_old_one_atomically(tmp_path):
     for content in ("old", "new"):
         with whole_folder(tmp_path / "deep/out") as folder:
             assert names(folder) == []
@@ -44,7 +44,7 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_an_exception_leaves_the_old_folder_and_no_trace(tmp_path, error):
+def test_an_exception_leaves_only_the_old_folder(tmp_path, error):
     with whole_folder(tmp_path / "out") as folder:
         write_file(folder / "kept.txt", "kept")
 
@@ -58,7 +58,7 @@ def test_an_exception_leaves_the_old_folder_and_no_trace(tmp_path, error):
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["kept.txt"]
 
 
-def test_an_exception_before_there_was_any_output_leaves_nothing(tmp_path):
+def test_an_exception_without_an_old_folder_leaves_nothing(tmp_path):
     def fail():
         with whole_folder(tmp_path / "out") as folder:
             write_file(folder / "half.txt", "half")
@@ -69,7 +69,7 @@ def test_an_exception_before_there_was_any_output_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_file_keeps_its_old_content_on_a_full_disk_and_the_error_names_it(tmp_path):
+def test_a_full_disk_keeps_the_old_file_and_the_error_names_it(tmp_path):
     path = tmp_path / "weights.bin"
     write_file(path, b"old")
     # The partial file is on a device that is always full: the write fails with the kernel's ENOSPC.
@@ -80,7 +80,7 @@ def test_a_file_keeps_its_old_content_on_a_full_disk_and_the_error_names_it(tmp_
     assert path.read_bytes() == b"old" and names(tmp_path) == ["weights.bin"]
 
 
-def test_a_file_that_outgrows_the_limit_keeps_its_old_content(tmp_path):
+def test_a_write_above_the_size_limit_keeps_the_old_file(tmp_path):
     path = tmp_path / "weights.bin"
     write_file(path, b"old")
     done = run_python(LIMITED + "write_file(target, bytes(10**6))", path)
@@ -88,7 +88,7 @@ def test_a_file_that_outgrows_the_limit_keeps_its_old_content(tmp_path):
     assert path.read_bytes() == b"old" and names(tmp_path) == ["weights.bin"]
 
 
-def test_a_folder_with_a_write_that_fails_stays_the_old_one(tmp_path):
+def test_a_failed_write_keeps_the_old_folder(tmp_path):
     with whole_folder(tmp_path / "out") as folder:
         write_file(folder / "table.parquet", "old")
     program = LIMITED + (
@@ -135,23 +135,23 @@ with whole_folder(Path(sys.argv[1])) as folder:
 """
 
 
-@pytest.mark.parametrize("there_was_one", [True, False])
-def test_a_run_killed_while_writing_leaves_the_old_folder_or_none_and_the_next_succeeds(tmp_path, there_was_one):
+@pytest.mark.parametrize("old_exists", [True, False])
+def test_a_killed_writer_leaves_the_old_folder_and_the_next_run_succeeds(tmp_path, old_exists):
     output = tmp_path / "out"
-    if there_was_one:
+    if old_exists:
         with whole_folder(output) as folder:
             write_file(folder / "old.txt", "old")
     assert run_python(KILLED_WHILE_WRITING, output).returncode == -signal.SIGKILL
-    assert (names(output) == ["old.txt"]) if there_was_one else not output.exists()
+    assert (names(output) == ["old.txt"]) if old_exists else not output.exists()
     with whole_folder(output) as folder:
         write_file(folder / "new.txt", "new")
     assert names(tmp_path) == ["out"] and names(output) == ["new.txt"]
 
 
 @pytest.mark.parametrize(
-    ("body", "left"), [("write_file(folder / 'next.txt', 'next')", "next.txt"), ("raise ValueError", "old.txt")]
+    ("body", "name"), [("write_file(folder / 'next.txt', 'next')", "next.txt"), ("raise ValueError", "old.txt")]
 )
-def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path, body, left):
+def test_a_writer_killed_between_its_renames_loses_nothing(tmp_path, body, name):
     output = tmp_path / "out"
     with whole_folder(output) as folder:
         write_file(folder / "old.txt", "old")
@@ -159,10 +159,10 @@ def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path, body, left
     assert not output.exists() and names(tmp_path / ".out.old") == ["old.txt"]
     # The next run restores the old output, even when that run fails too.
     run_python(NEXT.format(body=body), output)
-    assert names(tmp_path) == ["out"] and names(output) == [left]
+    assert names(tmp_path) == ["out"] and names(output) == [name]
 
 
-def test_a_killed_write_of_a_file_leaves_the_old_content(tmp_path):
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "value.json"
     write_json(path, "old")
     program = (
@@ -176,7 +176,7 @@ def test_a_killed_write_of_a_file_leaves_the_old_content(tmp_path):
     assert json.loads(path.read_text()) == "newer" and names(tmp_path) == ["value.json"]
 
 
-def test_json_that_is_not_json_is_refused_and_the_old_value_stays(tmp_path):
+def test_nan_is_refused_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "value.json"
     write_json(path, 1.0)
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -184,12 +184,12 @@ def test_json_that_is_not_json_is_refused_and_the_old_value_stays(tmp_path):
     assert path.read_text() == "1.0\n"
 
 
-def test_equal_content_has_an_equal_hash_whatever_its_order():
+def test_the_hash_of_content_is_independent_of_key_order():
     assert sha256_of_json({"a": 1, "b": [1, 2]}) == sha256_of_json({"b": [1, 2], "a": 1})
     assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 2})
 
 
-def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+def test_the_error_names_a_file_in_place_of_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Not a directory|File exists") as caught:
         write_file(tmp_path / "file/inner.txt", "x")

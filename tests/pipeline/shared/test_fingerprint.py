@@ -7,8 +7,7 @@ from pathlib import Path
 import grimp
 import pytest
 
-from pipeline.shared import fingerprint
-from pipeline.shared.fingerprint import PACKAGES, STAGES, _without_comments, code_sha256, source_files
+from pipeline.shared.fingerprint import PACKAGES, STAGES, code_sha256, source_files, strip_comments
 from tests.support.making import ROOT
 
 pytestmark = pytest.mark.slow
@@ -36,7 +35,7 @@ def test_every_module_that_a_stage_imports_is_hashed(stage: str, graph: grimp.Im
     assert hashed == expected
 
 
-def test_files_that_a_module_reads_are_hashed_with_it() -> None:
+def test_files_that_a_module_reads_are_hashed() -> None:
     templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/report").glob("*.jinja")}
     assert templates < names("evaluate") and "pipeline/report/page.js" in names("evaluate")
     assert {"serving/triton/classifier_model.py", "serving/triton/network.py"} < names("export")
@@ -44,31 +43,26 @@ def test_files_that_a_module_reads_are_hashed_with_it() -> None:
         assert {name for name in names(stage) if not name.endswith(".py") or "triton" in name} == set()
 
 
-def test_the_hash_of_a_module_is_of_what_it_does() -> None:
+def test_comments_and_docstrings_are_not_hashed() -> None:
     text = '"""Doc."""\nX = "# text"  # why\n\nclass A:\n    """Doc\n    of two lines."""\n    y: int = 1\n    """Its y."""\n'
-    assert _without_comments(text) == 'X = "# text"\nclass A:\n    y: int = 1'
-    assert _without_comments('def f():\n    return """a\n\n# b"""\n') == 'def f():\n    return """a\n# b"""'
+    assert strip_comments(text) == 'X = "# text"\nclass A:\n    y: int = 1'
+    assert strip_comments('def f():\n    return """a\n\n# b"""\n') == 'def f():\n    return """a\n# b"""'
 
 
-def test_the_hash_of_the_code_changes_with_the_code_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("models", "pipeline", "serving"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("")
+def write_code(root: Path, prior: str) -> Path:
+    """Write a tree with all stages, which import models/prior.py; `prior` is its text."""
+    for name in PACKAGES:
+        (root / name).mkdir(parents=True)
+        (root / name / "__init__.py").write_text("")
     for stage in STAGES:
-        (tmp_path / f"pipeline/{stage}.py").write_text("from models import prior\n")
-    prior = tmp_path / "models/prior.py"
-    prior.write_text("X = 1\n")
-    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+        (root / f"pipeline/{stage}.py").write_text("from models import prior\n")
+    (root / "models/prior.py").write_text(prior)
+    return root
 
-    def sha256() -> str:
-        source_files.cache_clear()
-        fingerprint._hash.cache_clear()
-        return code_sha256()
 
-    before = sha256()
-    prior.write_text('"""What it is."""\nX = 1  # one\n')
-    assert sha256() == before
-    prior.write_text("X = 2\n")
-    after = sha256()
-    (tmp_path / "models/other.py").write_text("Y = 1\n")  # no stage imports it
-    assert after != before and sha256() == after
+def test_the_hash_of_the_code_changes_only_with_code_that_a_stage_imports(tmp_path: Path) -> None:
+    original = code_sha256(write_code(tmp_path / "original", "X = 1\n"))
+    documented = write_code(tmp_path / "documented", '"""What it is."""\nX = 1  # one\n')
+    (documented / "models/other.py").write_text("Y = 1\n")  # no stage imports it
+    assert code_sha256(documented) == original
+    assert code_sha256(write_code(tmp_path / "changed", "X = 2\n")) != original

@@ -25,22 +25,22 @@ def faults_of_a_step():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults_of_a_step()
-given_back = faults_of_a_step()
+released = faults_of_a_step()
 assert keep_freed_memory()
 faults_of_a_step()
-print(given_back, faults_of_a_step())
+print(released, faults_of_a_step())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc takes the advice")
-def test_after_the_first_step_the_kernel_clears_no_page_anew():
+def test_after_the_first_step_freed_memory_is_reused():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    given_back, kept = map(int, done.stdout.split())
+    released, reused = map(int, done.stdout.split())
     # With huge pages a page fault clears 2 MiB, without them 4 KiB.
-    assert given_back > 100 and kept < given_back / 20
+    assert released > 100 and reused < released / 20
 
 
-def test_free_memory_is_at_most_the_machines_and_shared_by_the_processes_of_a_host(monkeypatch):
+def test_free_memory_is_divided_between_the_processes_of_a_host(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     alone = free_bytes()
     assert 0 < alone <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

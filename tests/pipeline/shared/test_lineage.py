@@ -25,9 +25,9 @@ STAGE = """stages:
 
 
 def run(folder, *command):
-    who = {f"GIT_{role}_{part}": "a@b" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    author = {f"GIT_{role}_{part}": "a@b" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=os.environ | who | {"PATH": path})
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=os.environ | author | {"PATH": path})
 
 
 def repository(root, project, *init):
@@ -50,15 +50,15 @@ def repository(root, project, *init):
     [(".", ()), ("models/photos", ()), ("models/photos", ("--subdir",))],
     ids=["root", "top", "subdir"],
 )
-def test_the_files_of_a_revision_are_found_from_the_folder_of_the_project(tmp_path, monkeypatch, project, init):
+def test_a_run_of_a_revision_is_loaded_from_the_projects_folder(tmp_path, monkeypatch, project, init):
     (tmp_path / "repository").mkdir()
     monkeypatch.chdir(repository(tmp_path / "repository", project, *init))
-    found = load_run_at_revision("HEAD", tmp_path / "copy")
-    assert (found.predictions.read_bytes(), found.prior.read_bytes()) == (b"predictions", b"prior")
+    loaded = load_run_at_revision("HEAD", tmp_path / "copy")
+    assert (loaded.predictions.read_bytes(), loaded.prior.read_bytes()) == (b"predictions", b"prior")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes the owner of files")
-def test_a_repository_of_another_owner_is_named_by_compare_and_init_and_is_no_change(tmp_path, monkeypatch):
+def test_a_repository_of_another_owner_is_an_error_of_compare_and_init(tmp_path, monkeypatch):
     folder = repository(tmp_path, ".")
     (folder / "params.yaml").write_text("seed: 0\n")
     run(folder, "chown", "-R", "12345:12345", ".")
@@ -72,9 +72,9 @@ def test_a_repository_of_another_owner_is_named_by_compare_and_init_and_is_no_ch
         command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert ended.returncode == 1 and "dubious ownership" in ended.stderr and ended.stderr.count("\n") == 1
-    assert "has changes" not in ended.stderr
+    assert "has uncommitted changes" not in ended.stderr
 
 
-def test_outside_a_repository_there_is_no_answer_and_the_commit_of_this_one_is_known(tmp_path):
+def test_git_returns_none_outside_a_repository(tmp_path):
     assert git(tmp_path, "rev-parse", "HEAD") is None
     assert code_revision() == "unknown" or len(code_revision().partition("+")[0]) == 40

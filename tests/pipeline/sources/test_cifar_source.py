@@ -28,7 +28,7 @@ def opened(root, name="cifar10", **changes):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar.gz"])
-def test_every_image_and_label_is_what_torchvision_reads(tmp_path, monkeypatch, name, packed):
+def test_every_image_and_label_equals_torchvisions(tmp_path, monkeypatch, name, packed):
     write_archive(tmp_path, name, monkeypatch, packed=packed)
     source = opened(tmp_path, name)
     if packed:  # torchvision reads only archives that it has unpacked
@@ -40,13 +40,13 @@ def test_every_image_and_label_is_what_torchvision_reads(tmp_path, monkeypatch, 
         peer = NAMES[name](tmp_path, train=train)
         rows = [row for row in source.rows if row.split == part]
         assert [row.label for row in rows] == peer.targets
-        found = np.stack([np.asarray(Image.open(io.BytesIO(source.read(row.reference)))) for row in rows])
-        assert np.array_equal(found, peer.data)
+        actual = np.stack([np.asarray(Image.open(io.BytesIO(source.read(row.reference)))) for row in rows])
+        assert np.array_equal(actual, peer.data)
         assert source.classes == peer.classes
     assert rows[3].sample_id == f"{name}/test#3"
 
 
-def test_the_source_is_split_with_the_test_images_that_it_brings(tmp_path, monkeypatch):
+def test_the_split_uses_the_test_images_of_the_archive(tmp_path, monkeypatch):
     write_archive(tmp_path / "root", "cifar10", monkeypatch, per_class=4)
     made = data_params(tmp_path / "root", "cifar10", profile="exponential", imbalance_factor=5)
     result = split.run(made, tmp_path / "out")
@@ -60,7 +60,7 @@ def test_the_source_is_split_with_the_test_images_that_it_brings(tmp_path, monke
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_an_archive_nothing_is_fetched_unless_asked(tmp_path, name, monkeypatch):
+def test_nothing_is_downloaded_unless_data_download_is_true(tmp_path, name, monkeypatch):
     def fetch(*_, **__):
         raise AssertionError("went to the network")
 
@@ -74,7 +74,7 @@ def test_without_an_archive_nothing_is_fetched_unless_asked(tmp_path, name, monk
         opened(tmp_path, name, download=True)
 
 
-def test_a_download_that_fails_says_where_to_put_the_archive(tmp_path, monkeypatch):
+def test_a_failed_download_names_the_folder_for_the_archive(tmp_path, monkeypatch):
     monkeypatch.setattr(NAMES["cifar10"], "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(DataError) as caught:
         opened(tmp_path / "new", download=True)
@@ -125,10 +125,10 @@ class Hostile:
         {"data": np.array([Hostile(os.mkdir, "owned")], dtype=object)},
     ],
 )
-def test_a_pickle_that_would_run_code_is_refused_before_it_does(tmp_path, monkeypatch, content):
+def test_a_pickle_that_would_run_code_is_rejected_without_running_it(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     for data in (pickle.dumps(content), pickle.dumps(content, protocol=2)):
-        with pytest.raises(DataError, match=r"batch: not unpickled: it asks for .*, which is no array"):
+        with pytest.raises(DataError, match=r"batch: not unpickled: it contains .*, which is not an array"):
             unpickle_arrays(data, "batch")
     assert list(tmp_path.iterdir()) == []
 

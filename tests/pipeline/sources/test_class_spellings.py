@@ -69,8 +69,8 @@ def test_a_drop_in_the_other_form_joins_its_class(tmp_path, new_classes):
 
 
 def test_a_prior_by_name_finds_a_class_in_either_form_and_names_it_once():
-    found = vector_of(parse_prior({NFD: 0.75, "dog": 0.25}), [NFC, "dog"], 2)
-    assert np.allclose(found, [0.75, 0.25])
+    actual = vector_of(parse_prior({NFD: 0.75, "dog": 0.25}), [NFC, "dog"], 2)
+    assert np.allclose(actual, [0.75, 0.25])
     assert np.allclose(vector_of(parse_prior({NFC: 0.75, "dog": 0.25}), [NFD, "dog"], 2), [0.75, 0.25])
     with pytest.raises(InputError, match="names a class twice"):
         parse_prior({NFC: 0.5, NFD: 0.25, "dog": 0.25})
@@ -85,4 +85,4 @@ def test_a_name_that_the_label_file_of_the_server_cannot_hold_is_refused_before_
         split.run(made, tmp_path / "out")
     assert f"class name {name!r} is empty or has a line break; rename the class" in str(caught.value)
     assert command(tmp_path, made, "--near", "off") == 1
-    assert f"not right: class name {name!r} is empty" in capsys.readouterr().out
+    assert f"error: class name {name!r} is empty" in capsys.readouterr().out

@@ -32,7 +32,7 @@ def test_images_in_a_folder_of_a_tool_are_no_images_of_the_class_anywhere(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", ".DS_Store", "._000.png"])
-def test_files_that_a_desktop_leaves_are_passed_over(tmp_path, name):
+def test_desktop_files_are_skipped(tmp_path, name):
     params = project(tmp_path)
     write(Path("source/cat") / name, b"of the desktop")
     write(Path("data/drop/cat") / name, b"of the desktop")
@@ -51,16 +51,16 @@ def test_a_link_to_a_folder_inside_a_class_is_named_as_such(tmp_path):
 def test_near_duplicates_in_two_splits_are_a_problem_that_data_check_names(tmp_path, capsys):
     root = folder(tmp_path / "photos", {"train/ant": 3, "train/bee": 3, "test/ant": 2, "test/bee": 2})
     assert command(tmp_path, data_params(root, validation_per_class=0)) == 0
-    assert "data check: right" in capsys.readouterr().out
+    assert "data check: passed" in capsys.readouterr().out
     write(root / "train/ant/scene.png", encode(scene(1)))
     write(root / "test/ant/scene.jpg", encode(scene(1), "JPEG", quality=70))
     assert command(tmp_path, data_params(root, validation_per_class=0), "--fresh") == 1
     printed = capsys.readouterr().out
-    assert "data check: not right, see the problem above" in printed and "--allow-duplicates" in printed
+    assert "data check: failed, see the problem above" in printed and "--allow-duplicates" in printed
     assert "problem: 1 group of near duplicates in two splits" in printed
     assert command(tmp_path, data_params(root, validation_per_class=0), "--allow-duplicates") == 0
     printed = capsys.readouterr().out
-    assert "data check: right, but for the duplicates above" in printed
+    assert "data check: passed, except for the duplicates above" in printed
     assert "problem: 1 group of near duplicates in two splits" in printed
     (problem,) = report(tmp_path)["problems"]
     assert "train/ant/scene.png (train)" in problem and "test/ant/scene.jpg (test)" in problem

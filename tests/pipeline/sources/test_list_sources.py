@@ -28,23 +28,23 @@ def test_official_lists_are_found_in_the_root_or_in_their_own_folder(tmp_path, f
     root = tree(tmp_path / "imagenet", IMAGENET, folder)
     source = opened(root)
     assert source.classes == ["n01440764", "n01443537", "n01484850"]
-    found = [(row.reference, row.label) for row in source.rows]
-    assert found == [entry for entries in IMAGENET.values() for entry in entries]
+    actual = [(row.reference, row.label) for row in source.rows]
+    assert actual == [entry for entries in IMAGENET.values() for entry in entries]
     assert [row.split for row in source.rows] == ["train"] * 6 + ["validation"] * 3 + ["test"] * 3
     result = split.run(data_params(root, "imagenet_lt"), tmp_path / "out")
     assert result.sizes == {"train": 6, "validation": 3, "test": 3}
 
 
-def test_lists_elsewhere_are_given(tmp_path, monkeypatch):
+def test_lists_in_other_folders_are_read_from_params(tmp_path, monkeypatch):
     root = tree(tmp_path / "imagenet", IMAGENET)
     (tmp_path / "lists").mkdir()
     for path in root.glob("*.txt"):
         path.rename(tmp_path / "lists" / path.name.replace("ImageNet_LT_", "my-"))
-    given = {"train": "lists/my-train.txt", "test": str(tmp_path / "lists/my-test.txt")}
+    lists = {"train": "lists/my-train.txt", "test": str(tmp_path / "lists/my-test.txt")}
     monkeypatch.chdir(tmp_path)
-    assert {row.split for row in opened(root, lists=given).rows} == {"train", "test"}
+    assert {row.split for row in opened(root, lists=lists).rows} == {"train", "test"}
     message = refusal(ParamsError, root, lists={"train": "lists/none.txt"})
-    assert message == f"data.lists.train is 'lists/none.txt', which is no file here nor under {root}"
+    assert message == f"data.lists.train is 'lists/none.txt', which is not a file here or in {root}"
     assert "does not hold ImageNet_LT_train.txt; put the official lists there" in refusal(ParamsError, root)
 
 
@@ -91,7 +91,7 @@ def test_inaturalist_is_read_from_lists_or_its_own_json_and_tested_on_its_valida
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "error_text"),
     [
         ("train/x/1.JPEG 1000", "line 7: label 1000; expected 0 to 999"),
         ("train/x/1.JPEG -1", "line 7: label -1; expected 0 to 999"),
@@ -99,14 +99,14 @@ def test_inaturalist_is_read_from_lists_or_its_own_json_and_tested_on_its_valida
         ("train/x/1.JPEG one", "line 7 is 'train/x/1.JPEG one'; expected `relative/path label`"),
         ("/etc/passwd 1", "line 7: '/etc/passwd' leaves the image root; expected a path relative to it"),
         ("../../x.JPEG 1", "line 7: '../../x.JPEG' leaves the image root"),
-        ("train/x/1.JPEG 4", "label 3 has no training image; expected labels 0..C-1 without a gap"),
+        ("train/x/1.JPEG 4", "label 3 has no training image; labels must be 0..C-1 without a gap"),
     ],
 )
-def test_a_line_that_cannot_be_right_is_named(tmp_path, line, said):
+def test_an_invalid_line_is_named(tmp_path, line, error_text):
     root = tree(tmp_path / "imagenet", IMAGENET)
     path = root / "ImageNet_LT_train.txt"
     path.write_text(path.read_text() + line + "\n")
-    assert refusal(DataError, root).startswith(f"{path}: {said}")
+    assert refusal(DataError, root).startswith(f"{path}: {error_text}")
 
 
 def test_a_label_that_only_a_held_out_list_has_is_named(tmp_path):
@@ -117,44 +117,46 @@ def test_a_label_that_only_a_held_out_list_has_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "error_text"),
     [
         ("{", "not readable as iNaturalist's JSON"),
         ("[]", "not readable as iNaturalist's JSON"),
-        ('{"images": []}', "not readable as iNaturalist's JSON (no 'annotations')"),
-        ('{"images": [], "annotations": [{"image_id": 5, "category_id": 0}]}', "iNaturalist's JSON (no 5)"),
+        ('{"images": []}', "not readable as iNaturalist's JSON (no key 'annotations')"),
+        ('{"images": [], "annotations": [{"image_id": 5, "category_id": 0}]}', "iNaturalist's JSON (no key 5)"),
         (
             '{"images": [{"id": 5, "file_name": "a"}], "annotations": [{"image_id": 5, "category_id": 8142}]}',
             "label 8142;",
         ),
     ],
 )
-def test_a_json_file_of_another_form_is_named(tmp_path, text, said):
+def test_a_json_file_of_another_form_is_named(tmp_path, text, error_text):
     path = write(tmp_path / "train2018.json", text.encode())
     with pytest.raises(DataError) as caught:
         opened(tmp_path, "inaturalist2018")
-    assert str(caught.value).startswith(f"{path}: ") and said in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(caught.value).startswith(f"{path}: ") and error_text in str(caught.value) and "\n" not in str(caught.value)
+    )
 
 
 def test_a_list_that_is_an_image_is_named(tmp_path):
     path = write(tmp_path / "ImageNet_LT_train.txt", png(0))
     with pytest.raises(DataError) as caught:
         opened(tmp_path)
-    assert str(caught.value) == f"{path}: is no text; expected lines of `relative/path label`"
+    assert str(caught.value) == f"{path}: is not text; expected lines of `relative/path label`"
 
 
 def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
-    gone = [path for path, _ in IMAGENET["ImageNet_LT_train.txt"]][1::2] + [
+    missing_paths = [path for path, _ in IMAGENET["ImageNet_LT_train.txt"]][1::2] + [
         path for path, _ in IMAGENET["ImageNet_LT_val.txt"]
     ]
-    root = tree(tmp_path / "imagenet", IMAGENET, missing=gone)
-    first = ", ".join(f"{root}/{path}" for path in gone[:5])
+    root = tree(tmp_path / "imagenet", IMAGENET, missing=missing_paths)
+    first = ", ".join(f"{root}/{path}" for path in missing_paths[:5])
     assert refusal(DataError, root) == (
-        f"6 of 12 images are missing, the first 5: {first}; restore them or take them off the list, or set "
+        f"6 of 12 images are missing, the first 5: {first}; restore them or remove them from the list, or set "
         "data.on_bad_image: skip; `tailor data check` lists them all"
     )
-    gone = gone[:3]
-    root = tree(tmp_path / "again", IMAGENET, missing=gone)
+    missing_paths = missing_paths[:3]
+    root = tree(tmp_path / "again", IMAGENET, missing=missing_paths)
     result = split.run(data_params(root, "imagenet_lt", on_bad_image="skip"), tmp_path / "out")
     assert result.skipped == 3 and result.sizes == {"train": 3, "validation": 3, "test": 3}
 
@@ -167,7 +169,7 @@ def moved(root, inside, outside=""):
             path.rename(root / inside / outside / path.name)
 
 
-def test_a_wrong_root_is_said_with_the_right_one(tmp_path):
+def test_a_wrong_root_is_reported_with_the_right_one(tmp_path):
     deeper = tree(tmp_path / "deeper", IMAGENET)
     moved(deeper, "ILSVRC")
     assert f"12 of 12 images are missing, the first 5: {deeper}/train/n01440764/" in refusal(DataError, deeper)
@@ -184,7 +186,7 @@ def test_a_wrong_root_is_said_with_the_right_one(tmp_path):
     assert "data.location must be the folder that holds train/" in refusal(DataError, bare)
 
 
-def test_validation_images_that_were_never_sorted_into_folders(tmp_path):
+def test_unsorted_validation_images_are_reported(tmp_path):
     root = tree(tmp_path / "imagenet", IMAGENET)
     for path in sorted((root / "val").rglob("*.JPEG")):
         path.rename(root / "val" / path.name)
@@ -193,7 +195,7 @@ def test_validation_images_that_were_never_sorted_into_folders(tmp_path):
     assert f"{root}/val/ holds its images flat; sort them into a folder per class" in message
 
 
-def test_the_images_of_another_imagenet_year(tmp_path):
+def test_images_of_another_imagenet_year_are_reported(tmp_path):
     root = tree(tmp_path / "imagenet", IMAGENET)
     for path in sorted((root / "val").rglob("*.JPEG")):
         path.rename(root / "val" / path.name.replace("2012", "2010"))
@@ -202,7 +204,7 @@ def test_the_images_of_another_imagenet_year(tmp_path):
     (other / "train/n01484850").rename(other / "train/n99999999")
     message = refusal(DataError, other)
     assert (
-        "1 whole folder is missing, train/n01484850 for one (another year's ImageNet? the lists are of ILSVRC 2012)"
+        "1 whole folder is missing, for example train/n01484850 (another year's ImageNet? the lists are of ILSVRC 2012)"
         in message
     )
 
@@ -215,7 +217,7 @@ def test_an_image_that_a_published_set_lists_under_two_labels_is_kept_and_counte
     assert "split: 1 image lies under two labels; kept, as imagenet_lt is published" in capsys.readouterr().err
 
 
-def test_a_list_with_a_line_of_megabytes_is_refused_and_the_line_is_not_printed_whole(tmp_path):
+def test_a_line_of_megabytes_is_rejected_and_not_printed_whole(tmp_path):
     root = tree(tmp_path / "imagenet", IMAGENET)
     write(root / "ImageNet_LT_train.txt", b"train/a.JPEG 0\n" + b"x" * 3_000_000 + b" 1\n")
     message = refusal(DataError, root)

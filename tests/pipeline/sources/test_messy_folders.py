@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.command_line import stage_main
-from pipeline.preparation.first_params import look
+from pipeline.preparation.first_params import inspect_folder
 from pipeline.preparation.long_tail_chart import show_long_tail
 from pipeline.shared.errors import DataError, DataProblems
 from pipeline.sources import open_source
@@ -38,7 +38,7 @@ def test_every_foreign_file_is_listed_in_one_run(tmp_path: Path) -> None:
     assert sorted(line.split(": ")[0].strip() for line in lines[1:]) == sorted(str(root / name) for name in named)
 
 
-def test_of_many_files_with_one_problem_ten_are_listed_and_the_rest_is_counted(tmp_path: Path) -> None:
+def test_of_many_files_with_one_problem_ten_are_listed_and_the_others_counted(tmp_path: Path) -> None:
     root = folder(tmp_path, {"ant": 2, "bee": 2})
     for number in range(1250):
         write(root / "ant" / f"{number:04d}.gif", b"x")
@@ -68,7 +68,7 @@ def test_data_check_and_split_print_a_line_for_each_problem(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("tool", ["Thumbs.db", "desktop.ini", ".DS_Store", "Picasa.ini", "Icon\r"])
-def test_what_is_never_an_image_is_passed_over_and_counted(
+def test_files_that_are_never_images_are_skipped_and_counted(
     tmp_path: Path, tool: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = folder(tmp_path / "photos", {"ant": 5, "bee": 5})
@@ -77,15 +77,15 @@ def test_what_is_never_an_image_is_passed_over_and_counted(
     write(root / "bee/@eaDir/0.png", png(99))
     write(root / "bee/inner/0.png", png(98))
     expected = f"4 hidden files and files or folders of tools were passed over: {tool} (3), @eaDir (1)"
-    assert look(root).remarks == [expected]
-    assert look(root).counts == [5, 6]
+    assert inspect_folder(root).remarks == [expected]
+    assert inspect_folder(root).counts == [5, 6]
     assert command(tmp_path, data_params(root)) == 0
     assert report(tmp_path)["remarks"] == [expected]
     assert f"note: {expected}".replace("\r", "\\u000d") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "error_text"),
     [
         ({"photos/ant": 3, "photos/bee": 3, "test/ant": 1, "test/bee": 1},
          "test would be read as classes, but hold folders of images (ant, bee) and no train/ is beside; for splits of "
@@ -105,15 +105,15 @@ def test_what_is_never_an_image_is_passed_over_and_counted(
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_the_classes_are_named_with_what_to_do(
-    tmp_path: Path, sizes: dict[str, int], said: str
+    tmp_path: Path, sizes: dict[str, int], error_text: str
 ) -> None:
     message = error_of(folder(tmp_path, sizes))
-    assert said.format(root=tmp_path) in message and "\n" not in message
+    assert error_text.format(root=tmp_path) in message and "\n" not in message
 
 
 def test_classes_that_hold_only_folders_of_images_are_read_with_a_remark(tmp_path: Path) -> None:
     root = folder(tmp_path, {"animals/ant": 2, "animals/bee": 2, "plants/oak": 2, "plants/elm": 2, "rock": 1})
-    assert look(root).remarks == [
+    assert inspect_folder(root).remarks == [
         f"{root}: 2 of 3 classes hold folders of images and no images of their own, and each is read as one class: "
         f"animals (ant, bee), plants (elm, oak); if the inner folders are the classes, move them up into {root}"
     ]
@@ -121,11 +121,13 @@ def test_classes_that_hold_only_folders_of_images_are_read_with_a_remark(tmp_pat
 
 def test_a_folder_beside_train_that_is_not_read_is_named(tmp_path: Path) -> None:
     root = folder(tmp_path, {"train/ant": 2, "train/bee": 2, "extra": 2})
-    assert look(root).remarks == [f"{root}/extra: not read; beside train/ only val/ (or validation/) and test/ are"]
+    assert inspect_folder(root).remarks == [
+        f"{root}/extra: not read; beside train/ only val/ (or validation/) and test/ are"
+    ]
 
 
 def test_a_right_folder_has_no_remarks_and_a_class_may_have_one_inner_folder(tmp_path: Path) -> None:
-    assert look(folder(tmp_path, {"ant/inner": 2, "bee": 2, "test": 2})).remarks == []
+    assert inspect_folder(folder(tmp_path, {"ant/inner": 2, "bee": 2, "test": 2})).remarks == []
 
 
 def test_more_than_one_problem_is_still_an_error_of_data(tmp_path: Path) -> None:
@@ -144,6 +146,6 @@ def test_the_long_tail_has_class_names_and_its_scale_in_80_columns() -> None:
     assert "c0 … c4" in console.export_text()
 
 
-def test_one_epoch_is_not_one_epochs(tmp_path: Path) -> None:
+def test_one_epoch_is_printed_in_the_singular(tmp_path: Path) -> None:
     assert str(Result({"epoch": 1, "loss": 0.5}, tmp_path)).startswith("1 epoch, loss")
     assert str(Result({"epoch": 2, "loss": 0.5}, tmp_path)).startswith("2 epochs, loss")

@@ -24,7 +24,7 @@ def refused(kind, root, source="folder", **changes):
     return message
 
 
-def test_the_digits_are_there_without_any_file(tmp_path):
+def test_the_digits_source_needs_no_file(tmp_path):
     source = opened(tmp_path / "nowhere", "digits")
     assert len(source.rows) == 1797 and source.classes == list("0123456789")
     from sklearn.datasets import load_digits
@@ -49,8 +49,8 @@ def test_a_folder_per_class_is_numbered_in_the_order_of_its_names(tmp_path):
 @pytest.mark.parametrize("validation", ["val", "validation"])
 def test_folders_for_train_validation_and_test_are_taken_as_splits(tmp_path, validation):
     source = opened(folder(tmp_path, {"train/a": 3, "train/b": 2, f"{validation}/a": 1, "test/b": 2}))
-    found = [(row.split, source.classes[row.label]) for row in source.rows]
-    assert sorted(found) == sorted(
+    actual = [(row.split, source.classes[row.label]) for row in source.rows]
+    assert sorted(actual) == sorted(
         [("train", "a")] * 3 + [("train", "b")] * 2 + [("validation", "a")] + [("test", "b")] * 2
     )
 
@@ -60,7 +60,7 @@ def test_a_class_may_be_called_test_where_there_is_no_train_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "error_text"),
     [
         ({"a": 3, "b": 0}, "b: class without training images; add some or remove the folder"),
         ({"train/a": 3, "train/b": 1, "test/c": 1}, "test/c: is a class of test that train does not have"),
@@ -68,8 +68,8 @@ def test_a_class_may_be_called_test_where_there_is_no_train_folder(tmp_path):
         ({}, "holds 0 class folders; expected at least 2, one per class"),
     ],
 )
-def test_folders_that_make_no_data_set(tmp_path, sizes, said):
-    assert said in refused(DataError, folder(tmp_path, sizes))
+def test_folders_that_are_not_a_data_set_are_rejected(tmp_path, sizes, error_text):
+    assert error_text in refused(DataError, folder(tmp_path, sizes))
 
 
 @pytest.mark.parametrize("stray", ["notes.txt", "Thumbs.txt", "image", "movie.gif"])
@@ -79,7 +79,7 @@ def test_a_stray_file_among_the_images_is_named(tmp_path, stray):
     assert message == f"{tmp_path / 'b' / stray}: is not a .jpg, .jpeg, .png or .webp file; remove it or convert it"
 
 
-def test_hidden_files_are_passed_over_and_suffixes_may_be_capital(tmp_path):
+def test_hidden_files_are_skipped_and_suffixes_may_be_upper_case(tmp_path):
     root = folder(tmp_path, {"a": 1, "b": 1})
     write(root / "a" / ".DS_Store", b"x")
     write(root / "a" / "PHOTO.JPEG", encode(picture(9), "JPEG"))
@@ -87,7 +87,7 @@ def test_hidden_files_are_passed_over_and_suffixes_may_be_capital(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["folder", "table"])
-def test_a_location_that_is_no_folder(tmp_path, source):
+def test_a_location_that_is_not_a_folder_is_rejected(tmp_path, source):
     message = refused(ParamsError, tmp_path / "nowhere", source)
     assert message.startswith(f"data.location is '{tmp_path / 'nowhere'}', which is not a folder")
 
@@ -128,7 +128,7 @@ def test_a_parquet_table_of_paths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "changes", "kind", "said"),
+    ("labels", "changes", "kind", "error_text"),
     [
         (
             [0, 1, 3],
@@ -149,16 +149,16 @@ def test_a_parquet_table_of_paths(tmp_path):
             [0, 1, 1],
             {"train": "none.parquet"},
             DataError,
-            "none.parquet: no such file; set data.location and data.table",
+            "none.parquet: no such file; set data.location or data.table",
         ),
     ],
 )
-def test_tables_that_make_no_data_set(tmp_path, labels, changes, kind, said):
+def test_tables_that_are_not_a_data_set_are_rejected(tmp_path, labels, changes, kind, error_text):
     table(tmp_path / "train.parquet", columns(labels))
     with pytest.raises(kind) as caught:
         source = opened(tmp_path, "table", table=changes)
         source.read(source.rows[0].reference)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert error_text in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_held_out_label_without_training_samples_is_named(tmp_path):
@@ -198,28 +198,28 @@ def refused_any(root, name):
     return str(caught.value)
 
 
-def test_a_table_that_is_a_folder(tmp_path):
+def test_a_table_that_is_a_folder_is_rejected(tmp_path):
     (tmp_path / "train.parquet").mkdir()
     assert refused_any(tmp_path, "train.parquet").startswith(f"{tmp_path / 'train.parquet'}: ")
 
 
 @pytest.mark.parametrize(
-    ("images", "said"),
+    ("images", "error_text"),
     [
         ([None, None], "train.parquet: row 0 has no image"),
         ([{"data": b"x"}, {"data": b"y"}], "train.parquet: column 'image' holds dict; expected encoded image bytes"),
         ([1, 2], "train.parquet: column 'image' holds int; expected encoded image bytes"),
     ],
 )
-def test_an_image_column_without_images(tmp_path, images, said):
+def test_an_image_column_without_images_is_rejected(tmp_path, images, error_text):
     kind = pa.binary() if images[0] is None else None
     table(tmp_path / "train.parquet", {"image": pa.array(images, type=kind), "label": [0, 1]})
     source = opened(tmp_path, "table")
-    with pytest.raises(DataError, match=re.escape(said)):
+    with pytest.raises(DataError, match=re.escape(error_text)):
         source.read(source.rows[0].reference)
 
 
-def test_a_picture_beside_the_class_folders_is_refused_rather_than_passed_over(tmp_path):
+def test_an_image_beside_the_class_folders_is_rejected_and_not_skipped(tmp_path):
     folder(tmp_path, {"a": 2, "b": 2})
     write(tmp_path / "stray.png", png(99))
     assert "stray.png: lies beside the class folders" in refused(DataError, tmp_path)
@@ -230,11 +230,11 @@ def test_two_names_for_the_validation_folder_are_refused(tmp_path):
     assert "both val/ and validation/" in refused(DataError, tmp_path)
 
 
-def test_a_table_is_read_once_however_many_threads_ask(tmp_path, monkeypatch):
+def test_a_row_group_is_read_once_by_many_threads(tmp_path, monkeypatch):
     table(tmp_path / "train.parquet", {"image": [png(i) for i in range(8)], "label": [i % 2 for i in range(8)]})
     source = opened(tmp_path, "table")
     reads, original = [], Shard.read_group
     monkeypatch.setattr(Shard, "read_group", lambda *names: (reads.append(names), original(*names))[1])
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(source.read, [row.reference for row in source.rows]))
-    assert found == [png(i) for i in range(8)] and len(reads) == 1
+        actual = list(pool.map(source.read, [row.reference for row in source.rows]))
+    assert actual == [png(i) for i in range(8)] and len(reads) == 1

@@ -66,10 +66,10 @@ def test_a_bomb_as_the_source_is_refused_in_bounded_memory(tmp_path, monkeypatch
     BOMBS[bomb](tmp_path / "train.parquet")
     columns = {} if "image" in bomb else {"image": None, "path": "path"}
     save(data_params(tmp_path, "table", table={"max_mib": 64, **columns}))
-    said, grown = measured(SOURCE, tmp_path)
+    error_text, grown = measured(SOURCE, tmp_path)
     assert grown < 350, f"{grown} MiB"
-    assert said.startswith(f"{tmp_path / 'train.parquet'}: ") and "\n" not in said
-    assert said.endswith("above the limit of 64 MiB; raise data.table.max_mib if that is right")
+    assert error_text.startswith(f"{tmp_path / 'train.parquet'}: ") and "\n" not in error_text
+    assert error_text.endswith("above the limit of 64 MiB; raise data.table.max_mib if that is right")
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd", "lz4", "brotli"])
@@ -95,8 +95,8 @@ def test_a_column_reads_as_pyarrow_reads_it_and_its_page_headers_add_up_to_the_f
     with path.open("rb") as stream, pyarrow.parquet.ParquetFile(path) as file:
         for name in content:
             expected = file.read(columns=[name]).column(name)
-            found = read_column(file, name, MemoryLimit(64), stream=stream)
-            assert found.to_pylist() == expected.to_pylist(), name
+            actual = read_column(file, name, MemoryLimit(64), stream=stream)
+            assert actual.to_pylist() == expected.to_pylist(), name
             assert read_column(file, name, MemoryLimit(64), [1]).to_pylist() == expected.to_pylist()[70:140]
 
 

@@ -11,8 +11,8 @@ import pytest
 from pipeline import split
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import open_source, reading_order
-from pipeline.sources.shards import CLASSES_KEY, RowGroups, Shard
-from pipeline.sources.storage import Storage, shown
+from pipeline.sources.shards import CLASSES_KEY, RowGroupCache, Shard
+from pipeline.sources.storage import Storage, redact_url
 from tests.support.making import data_params, png, write
 
 IMAGES = [png(seed) for seed in range(24)]
@@ -74,18 +74,18 @@ def test_paths_of_a_table_in_a_bucket_are_read_from_the_bucket(memory):
         source.read(source.rows[1].reference)
 
 
-def test_row_groups_are_read_once_and_kept_only_while_memory_allows(tmp_path, monkeypatch):
+def test_row_groups_are_read_once_and_evicted_above_the_cache_size(tmp_path, monkeypatch):
     shard = Shard(Storage(str(shards(tmp_path, 1))), "train/00000.parquet")
     reads, original = [], Shard.read_group
     monkeypatch.setattr(
         Shard, "read_group", lambda self, group, column: (reads.append(group), original(self, group, column))[1]
     )
-    plenty = RowGroups("image")
+    plenty = RowGroupCache("image")
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda row: plenty.value(shard, row), range(24))) == IMAGES
     assert sorted(reads) == list(range(8))
     reads.clear()
-    scarce = RowGroups("image", cache_bytes=1)
+    scarce = RowGroupCache("image", cache_bytes=1)
     assert [scarce.value(shard, row) for row in range(24)] == IMAGES and reads == list(range(8))
     assert scarce.value(shard, 0) == IMAGES[0] and reads[-1] == 0 and len(reads) == 9
 
@@ -95,7 +95,7 @@ def test_reading_order_follows_rows_by_number_and_files_by_name():
     assert [references[i] for i in reading_order(references)] == ["a#0", "a/x#1.png", "b#9", "b#10", "b#100"]
 
 
-def test_class_names_that_a_shard_carries_are_taken_unless_others_are_given(tmp_path):
+def test_class_names_in_a_shards_metadata_are_used_unless_params_set_others(tmp_path):
     table = pa.table({"image": IMAGES[:3], "label": [0, 1, 2]})
     carried = table.replace_schema_metadata({CLASSES_KEY: json.dumps(["ant", "bee", "cat"])})
     pyarrow.parquet.write_table(carried, tmp_path / "train.parquet")
@@ -103,7 +103,7 @@ def test_class_names_that_a_shard_carries_are_taken_unless_others_are_given(tmp_
     assert opened(tmp_path, class_names=["a", "b", "c"]).classes == ["a", "b", "c"]
     wrong = table.replace_schema_metadata({CLASSES_KEY: json.dumps(["ant"])})
     pyarrow.parquet.write_table(wrong, tmp_path / "train.parquet")
-    with pytest.raises(ParamsError, match=r"train.parquet carries 1 name for 3 classes"):
+    with pytest.raises(ParamsError, match=r"train.parquet has 1 name for 3 classes"):
         opened(tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_a_shard_damaged_in_the_middle_is_named_when_its_rows_are_read(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "error_text"),
     [
         ({"image": IMAGES[:3], "label": ["a", "b", "c"]}, "column 'label' is string, but int16 in train/00000.parquet"),
         (
@@ -142,12 +142,12 @@ def test_a_shard_damaged_in_the_middle_is_named_when_its_rows_are_read(tmp_path)
         ({"img": IMAGES[:3], "label": pa.array([0, 1, 2], pa.int16())}, "has no column 'image'; it has img, label"),
     ],
 )
-def test_a_shard_whose_schema_changed_is_named_with_the_one_it_differs_from(tmp_path, columns, said):
+def test_a_shard_whose_schema_changed_is_named_with_the_one_it_differs_from(tmp_path, columns, error_text):
     shards(tmp_path)
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "train/00001.parquet")
     with pytest.raises(DataError) as caught:
         opened(tmp_path, train="train")
-    assert str(caught.value).startswith(f"{tmp_path}/train/00001.parquet: {said}")
+    assert str(caught.value).startswith(f"{tmp_path}/train/00001.parquet: {error_text}")
 
 
 def test_a_folder_or_pattern_without_shards_is_named(tmp_path, memory):
@@ -155,17 +155,17 @@ def test_a_folder_or_pattern_without_shards_is_named(tmp_path, memory):
     for root, name in ((tmp_path, "empty"), (tmp_path, "none-*.parquet"), (memory, "none-*.parquet")):
         with pytest.raises(DataError) as caught:
             opened(root, train=name)
-        assert str(caught.value) == f"{root}/{name}: holds no .parquet file; set data.table to where the shards are"
+        assert str(caught.value) == f"{root}/{name}: holds no .parquet file; set data.table to the shards"
     with pytest.raises(DataError, match=r"memory://bucket/photos/train.parquet: no such file; set data.location"):
         opened(memory)
 
 
-def test_an_address_of_no_known_kind_is_a_misuse():
+def test_an_address_of_an_unknown_protocol_is_rejected():
     with pytest.raises(ParamsError, match=r"^data.location is 's4://bucket': Protocol not known: s4"):
         opened("s4://bucket")
 
 
-def test_a_bucket_without_credentials_says_what_to_give(monkeypatch, tmp_path):
+def test_missing_credentials_of_a_bucket_are_reported_with_what_to_set(monkeypatch, tmp_path):
     pytest.importorskip("s3fs")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -180,11 +180,11 @@ def test_a_bucket_without_credentials_says_what_to_give(monkeypatch, tmp_path):
     assert "give this machine credentials that may read it" in message
 
 
-def test_no_secret_of_an_address_is_shown():
-    assert shown("sftp://me:hunter2@host/x.parquet") == "sftp://…@host/x.parquet"
-    assert shown("https://host/x.parquet?X-Amz-Signature=abc&b=c") == "https://host/x.parquet?…"
-    assert shown("s3://bucket/shard-?.parquet") == "s3://bucket/shard-?.parquet"
-    assert shown("/local/odd@name?a=b") == "/local/odd@name?a=b"
+def test_redact_url_removes_user_password_and_signature():
+    assert redact_url("sftp://me:hunter2@host/x.parquet") == "sftp://…@host/x.parquet"
+    assert redact_url("https://host/x.parquet?X-Amz-Signature=abc&b=c") == "https://host/x.parquet?…"
+    assert redact_url("s3://bucket/shard-?.parquet") == "s3://bucket/shard-?.parquet"
+    assert redact_url("/local/odd@name?a=b") == "/local/odd@name?a=b"
 
 
 def test_image_columns_that_are_structs_of_bytes_and_path_are_read_as_plain_ones(tmp_path):
@@ -195,8 +195,8 @@ def test_image_columns_that_are_structs_of_bytes_and_path_are_read_as_plain_ones
     split.run(data_params(tmp_path, "table", table={"train": "struct.parquet"}), tmp_path / "out")
     references = pa.chunked_array([[row.reference for row in struct.rows]])
     assert (
-        struct.own.groups(references).sizes[0]
-        >= plain.own.groups(pa.chunked_array([[row.reference for row in plain.rows]])).sizes[0]
+        struct.base.groups(references).sizes[0]
+        >= plain.base.groups(pa.chunked_array([[row.reference for row in plain.rows]])).sizes[0]
     )
     missing = pa.table({"image": [{"bytes": None, "path": "x"}, {"bytes": b"x", "path": None}], "label": [0, 1]})
     pyarrow.parquet.write_table(missing, tmp_path / "missing.parquet")

@@ -34,7 +34,7 @@ def test_paths_and_ids_of_a_csv_file_keep_their_zeros(tmp_path):
     assert source.read(source.rows[0].reference) == source.read(source.rows[2].reference) == png(3)
 
 
-def test_integer_labels_of_a_csv_file_are_those_that_the_params_ask_for(tmp_path):
+def test_csv_labels_are_integers_only_if_the_params_define_it(tmp_path):
     labels = [str(number) for number in range(11)]
     table(tmp_path / "t.csv", {"path": labels, "label": labels})
     assert opened(tmp_path).classes == sorted(labels), "as text: 10 before 2"

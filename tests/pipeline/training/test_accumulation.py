@@ -38,10 +38,10 @@ def test_parts_of_a_batch_give_the_losses_gradient_and_queues_of_the_whole(stage
         # Class 2 has only image 5, so that all its keys are of one image.
         chosen = torch.tensor([5, 0, 1, 3, 4, 6, 5, 7])[torch.randperm(8, generator=generator)]
         inputs = whole.draw(chosen, generator)
-        expected, found = whole(inputs), parts(inputs)
-        assert expected.keys() == found.keys()
+        expected, actual = whole(inputs), parts(inputs)
+        assert expected.keys() == actual.keys()
         for name, value in expected.items():
-            assert found[name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
+            assert actual[name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
         if stage != "teacher":
             assert expected["queries_without_keys"] == 2
     for (name, value), other in zip(whole.state().items(), parts.state().values(), strict=True):
@@ -78,7 +78,7 @@ def test_the_optimiser_takes_one_step_a_batch_however_many_parts():
 
 
 @pytest.mark.parametrize("parts", [3, 8, 16])
-def test_parts_that_a_batch_cannot_be_cut_into_are_refused(parts):
+def test_an_invalid_number_of_micro_batches_is_rejected(parts):
     with pytest.raises(ParamsError, match=rf"teacher\.accumulate is {parts}, into which a process's 8 images"):
         made_training(accumulate=parts).run(made_images(24), made_images(0))
 
@@ -94,12 +94,12 @@ def saved_bytes(step: Step, inputs) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         views, mixed = step.views(inputs)
         step.objective.train()
-        step.objective(step._normalise(views), step._labels[inputs.chosen], inputs.chosen, mixed)
+        step.objective(step.normalise(views), step.labels[inputs.chosen], inputs.chosen, mixed)
     return sum(kept.values())
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_recomputed_activations_give_the_same_bits_and_take_less_memory(stage):
+def test_activation_checkpointing_is_bit_identical_and_uses_less_memory(stage):
     plain, recomputed = (
         Step(made_objective(stage), training_params(ema_decay=0.9), IMAGE, made_images(32), CPU, torch.float32, flag)
         for flag in (False, True)
@@ -111,8 +111,8 @@ def test_recomputed_activations_give_the_same_bits_and_take_less_memory(stage):
     for step in (plain, recomputed):  # the counted passes changed running statistics and queues
         step.load_state(made_state)
     for drawn in inputs:
-        expected, found = plain(drawn), recomputed(drawn)
-        assert {k: v.item() for k, v in expected.items()} == {k: v.item() for k, v in found.items()}
+        expected, actual = plain(drawn), recomputed(drawn)
+        assert {k: v.item() for k, v in expected.items()} == {k: v.item() for k, v in actual.items()}
     # Gradients, momentum, and running statistics with their counters, which recomputation must not update twice.
     assert [name for name, value in plain.state().items() if not torch.equal(value, recomputed.state()[name])] == []
 
@@ -146,7 +146,7 @@ def test_dropout_is_drawn_alike_when_a_block_is_run_again():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
-def test_a_copy_of_a_recomputed_network_runs_on_its_own_weights():
+def test_a_copy_of_a_checkpointed_network_uses_its_own_weights():
     network = build_backbone("resnet20")
     recompute_blocks(network)
     other = copy.deepcopy(network)
@@ -156,7 +156,7 @@ def test_a_copy_of_a_recomputed_network_runs_on_its_own_weights():
     assert network.train()(torch.randn(2, 3, 8, 8)).abs().sum() > 0
 
 
-def test_a_block_is_the_smallest_that_stands_in_a_row_of_its_like():
+def test_a_block_is_the_smallest_element_of_a_sequence_of_its_type():
     kinds = {
         "resnet20": {"BasicBlock"}, "torchvision/resnet18": {"BasicBlock"}, "torchvision/swin_t": {"SwinTransformerBlock"},
         "torchvision/efficientnet_b0": {"MBConv"}, "torchvision/densenet121": {"_DenseBlock"},
@@ -164,11 +164,11 @@ def test_a_block_is_the_smallest_that_stands_in_a_row_of_its_like():
     }  # fmt: skip
     for name, expected in kinds.items():
         with torch.device("meta"):
-            found = {type(block).__name__ for block in blocks(build_backbone(name))}
-        assert expected <= found, (name, found)
+            actual = {type(block).__name__ for block in blocks(build_backbone(name))}
+        assert expected <= actual, (name, actual)
 
 
-def test_a_network_without_a_row_of_blocks_is_refused_by_the_key_that_asks_for_it():
+def test_a_network_without_a_sequence_of_blocks_is_rejected_with_the_params_key():
     with torch.device("meta"):
         network = build_backbone("torchvision/vgg11")
     with pytest.raises(NoBlocksError):
@@ -182,7 +182,7 @@ def test_a_network_without_a_row_of_blocks_is_refused_by_the_key_that_asks_for_i
         run.run(made_images(24), made_images(0))
 
 
-def test_a_capture_that_cannot_hold_recomputation_is_refused_with_its_reason():
+def test_a_capture_that_fails_with_activation_checkpointing_reports_the_reason():
     step = Step(made_objective("teacher"), training_params(), IMAGE, made_images(32), CPU, torch.float32, True)
 
     def refusing(work):

@@ -35,7 +35,7 @@ def result(training: Training) -> tuple[dict[str, torch.Tensor], list[dict[str, 
     """Return the final state of a run including its best network, and its history without times."""
     history = training.run(made_images(40), made_images(9, seed=1))
     best = {f"best.{name}": tensor for name, tensor in training.best.weights.items()}
-    return {**training._step.state(), **best}, [
+    return {**training.step.state(), **best}, [
         {k: v for k, v in r.items() if k not in ("images_per_second", "memory_mib")} for r in history
     ]
 
@@ -67,20 +67,20 @@ def test_a_run_cut_off_many_times_ends_as_one_that_was_not(name, checkpoint_seco
         # With one checkpoint per epoch (5 steps), a run must pass an epoch to make progress.
         longest = 4 if checkpoint_seconds == 0 else 5
         cut_off(made(folder), draw.randint(0, longest))
-    found, history = result(made(folder))
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    actual, history = result(made(folder))
+    assert actual.keys() == expected.keys()
+    assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
     assert history == expected_history
 
 
-def test_a_run_goes_on_rather_than_starting_again(tmp_path, capsys):
+def test_an_interrupted_run_resumes(tmp_path, capsys):
     folder = RunFolder(tmp_path / "unfinished", "run")
     cut_off(made_training(run_folder=folder, checkpoint_seconds=0.0), after=7)
     made_training(run_folder=folder).run(made_images(40), made_images(9))
     assert "teacher  resumes at step 8 of 10" in capsys.readouterr().out
 
 
-def test_only_the_last_two_checkpoints_are_kept(tmp_path):
+def test_only_the_last_two_checkpoints_remain(tmp_path):
     folder = RunFolder(tmp_path / "unfinished", "run")
     made_training(run_folder=folder, epochs=5).run(made_images(24), made_images(3))
     assert len(list(folder.folder.iterdir())) == 2
@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert folder.load().state == {"epoch": 1}
 
 
-def test_the_checkpoints_of_another_run_are_not_taken_for_its_own(tmp_path):
+def test_checkpoints_of_another_run_are_not_loaded(tmp_path):
     RunFolder(tmp_path, "one").save(1, Snapshot({"x": torch.tensor([1])}, {}))
     assert RunFolder(tmp_path, "other").load() is None
     assert RunFolder(tmp_path, "one").load() is None  # replaced by the other run
@@ -112,7 +112,7 @@ def test_a_finished_stage_leaves_no_state_behind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "said"),
+    ("steps", "message"),
     [
         (0, "no checkpoint is kept yet, so the same command starts from the first step"),
         (3, "the same command resumes after step 3 of 5 in epoch 1 of 2, kept in {folder}"),
@@ -120,7 +120,7 @@ def test_a_finished_stage_leaves_no_state_behind(tmp_path):
         (7, "the same command resumes after step 2 of 5 in epoch 2 of 2, kept in {folder}"),
     ],
 )
-def test_ctrl_c_says_what_is_kept_and_how_the_run_is_resumed(tmp_path, capsys, steps, said):
+def test_ctrl_c_prints_the_checkpoint_and_how_to_resume(tmp_path, capsys, steps, message):
     from pipeline.command_line import stage_main
 
     folder = tmp_path / "unfinished"
@@ -139,4 +139,4 @@ def test_ctrl_c_says_what_is_kept_and_how_the_run_is_resumed(tmp_path, capsys, s
     status = stage_main(lambda _: training.run(made_images(40), made_images(9, seed=1)), "", ["--params", str(params)])
     assert status == 130
     line = capsys.readouterr().err
-    assert line == f"test_resume: interrupted; {said.format(folder=folder)}\n"
+    assert line == f"test_resume: interrupted; {message.format(folder=folder)}\n"

@@ -54,7 +54,7 @@ def test_a_mixed_classifier_view_is_trained_on_both_labels_by_their_shares(mix):
     assert torch.equal(mixed.target, made_images(32).labels[partner])
     objective = copy.deepcopy(step.objective)
     with torch.no_grad():
-        _, logits = objective.train().model(step._normalise(views)[0])
+        _, logits = objective.train().model(step.normalise(views)[0])
     log_p = F.log_softmax(logits + objective.log_prior, 1)
     own, other = made_images(32).labels[inputs.chosen], mixed.target
     rows = torch.arange(8)
@@ -108,13 +108,13 @@ def test_a_captured_step_does_what_the_plain_one_does(stage, mix):
     captured = CapturedStep(recorded, batches[3], replaying)
     assert all(torch.equal(before[name], tensor) for name, tensor in recorded.state().items())
     for inputs in batches[:3]:
-        expected, found = plain(inputs), captured(inputs)
-        assert {name: value.item() for name, value in expected.items()} == {k: v.item() for k, v in found.items()}
+        expected, actual = plain(inputs), captured(inputs)
+        assert {name: value.item() for name, value in expected.items()} == {k: v.item() for k, v in actual.items()}
     for name, tensor in plain.state().items():
         assert torch.equal(tensor, recorded.state()[name]), name
 
 
-def test_a_replay_that_does_something_else_is_refused_and_leaves_the_run_as_it_was():
+def test_a_wrong_replay_is_rejected_and_leaves_the_run_unchanged():
     step = made_step()
     before = {name: tensor.clone() for name, tensor in step.state().items()}
 
@@ -152,5 +152,5 @@ def test_a_cuda_graph_does_what_the_plain_step_does(stage, accumulate, recompute
     batches = drawn(steps[0], 4)
     captured = CapturedStep(steps[1], batches[3])
     for inputs in batches[:3]:
-        expected, found = steps[0](inputs.to(device)), captured(inputs)
-        assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-2)
+        expected, actual = steps[0](inputs.to(device)), captured(inputs)
+        assert actual["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-2)

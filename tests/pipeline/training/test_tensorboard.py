@@ -27,9 +27,9 @@ def test_each_epoch_is_there_once_also_after_a_run_that_went_on(tmp_path):
     events = read_back(tmp_path)
     assert set(events.Tags()["scalars"]) == set(history[0]) - {"epoch"}
     for name in ("loss", "validation_accuracy"):
-        found = events.Scalars(name)
-        assert [event.step for event in found] == [1, 2, 3]
-        assert [event.value for event in found] == pytest.approx([record[name] for record in history], rel=1e-6)
+        actual = events.Scalars(name)
+        assert [event.step for event in actual] == [1, 2, 3]
+        assert [event.value for event in actual] == pytest.approx([record[name] for record in history], rel=1e-6)
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -18,11 +18,11 @@ from PIL import Image
 from serving.client.async_client import AsyncClient
 from serving.client.images import image_files, read_image
 from serving.client.predictions import Prediction
-from serving.client.requests import Dialogue
+from serving.client.requests import RequestSequence
 from serving.client.sync_client import Client
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, ServingError
-from serving.transport.failures import Refused
+from serving.transport.failures import RequestRejected
 from serving.transport.messages import Answer, Infer, ModelConfig
 
 PIXELS = np.random.default_rng(8).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -34,7 +34,7 @@ def url(server: TritonServer, request: pytest.FixtureRequest) -> str:
     return server.http_url if request.param == "http" else server.grpc_url
 
 
-def asked_async(url: str, images: Any, prior: Any = None, **options: Any) -> list[Prediction]:
+def predict_async(url: str, images: Any, prior: Any = None, **options: Any) -> list[Prediction]:
     async def run() -> list[Prediction]:
         async with AsyncClient(url, **options) as client:
             return await client.predict(images, prior)
@@ -44,14 +44,14 @@ def asked_async(url: str, images: Any, prior: Any = None, **options: Any) -> lis
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("prior", ["balanced", "train", 0.3, None, VECTOR, dict(zip(CLASSES, VECTOR, strict=True))])
-def test_async_answers_as_sync(url: str, prior: Any) -> None:
+def test_async_client_returns_the_same_predictions(url: str, prior: Any) -> None:
     images = [picture(seed) for seed in range(2 * MAX_BATCH_SIZE + 3)]
     with Client(url) as client:
-        assert asked_async(url, images, prior) == client.predict(images, prior)
+        assert predict_async(url, images, prior) == client.predict(images, prior)
 
 
 @pytest.mark.end_to_end
-def test_every_kind_of_image_is_the_same_image(url: str, tmp_path: Path) -> None:
+def test_every_image_type_gets_the_same_prediction(url: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(encode(PIXELS))
     kinds = [path, str(path), path.read_bytes(), memoryview(path.read_bytes()), Image.fromarray(PIXELS), PIXELS]
@@ -60,10 +60,10 @@ def test_every_kind_of_image_is_the_same_image(url: str, tmp_path: Path) -> None
         assert answers == [answers[0]] * len(kinds)
         assert client.predict(np.stack([PIXELS, PIXELS]), "train") == answers[:2]
         assert client.predict([PIXELS[..., 0]]) == client.predict([PIXELS[..., :1]])
-    assert asked_async(url, kinds, "train") == answers
+    assert predict_async(url, kinds, "train") == answers
 
 
-def test_pillow_image_is_turned_upright_as_its_file_would_be() -> None:
+def test_a_pillow_image_is_rotated_by_its_exif_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     stream = io.BytesIO()
@@ -91,17 +91,17 @@ def test_pillow_image_is_turned_upright_as_its_file_would_be() -> None:
         (["nowhere.png"], "nowhere.png: No such file"),
     ],
 )
-def test_an_unusable_image_is_refused_before_anything_is_sent(images: Any, message: str) -> None:
+def test_an_invalid_image_is_rejected_before_a_request(images: Any, message: str) -> None:
     with pytest.raises(InputError, match=message), Client("http://127.0.0.1:9") as client:
         client.predict(images)
     with pytest.raises(InputError, match=message):
-        asked_async("http://127.0.0.1:9", images)
+        predict_async("http://127.0.0.1:9", images)
 
 
 @pytest.mark.end_to_end
-def test_unchecked_images_are_refused_by_the_server(url: str) -> None:
+def test_the_server_rejects_images_that_the_client_did_not_check(url: str) -> None:
     with Client(url) as client:
-        with pytest.raises(Refused, match="image is not a JPEG, PNG or WebP image"):
+        with pytest.raises(RequestRejected, match="image is not a JPEG, PNG or WebP image"):
             client.predict([b"nonsense"], check=False)
         with pytest.raises(InputError, match="image 0: has 0 bytes"):
             client.predict([b""], check=False)
@@ -130,7 +130,7 @@ def test_tasks_share_one_client(url: str) -> None:
 
 
 @pytest.mark.end_to_end
-def test_a_stream_is_in_order_and_reads_no_further_than_it_must(url: str) -> None:
+def test_a_stream_keeps_the_order_and_reads_few_images_ahead(url: str) -> None:
     taken = 0
 
     def source() -> Iterator[bytes]:
@@ -153,7 +153,7 @@ def test_a_stream_is_in_order_and_reads_no_further_than_it_must(url: str) -> Non
 
 
 @pytest.mark.end_to_end
-def test_a_stream_that_goes_on_has_each_error_in_its_place(url: str, tmp_path: Path) -> None:
+def test_a_stream_with_keep_going_yields_errors_in_order(url: str, tmp_path: Path) -> None:
     # One error that the client detects, and one that only the server detects.
     images = [picture(0), tmp_path / "nowhere.png", picture(1), b"nonsense", picture(2)]
 
@@ -166,14 +166,14 @@ def test_a_stream_that_goes_on_has_each_error_in_its_place(url: str, tmp_path: P
         good = client.predict([picture(0), picture(1), picture(2)], "train")
         assert answers[::2] == good
         assert isinstance(answers[1], InputError)
-        assert isinstance(answers[3], Refused)
+        assert isinstance(answers[3], RequestRejected)
         with pytest.raises(InputError, match=r"nowhere\.png"):
             list(client.stream(images, "train", check=False))
     assert list(map(str, asyncio.run(run()))) == list(map(str, answers))
 
 
 @pytest.mark.end_to_end
-def test_async_status_and_names_are_those_of_sync(url: str) -> None:
+def test_async_client_returns_the_same_status_and_class_names(url: str) -> None:
     async def run() -> tuple[Any, list[str]]:
         async with AsyncClient(url) as client:
             return await client.status(), await client.class_names()
@@ -197,7 +197,7 @@ def test_a_cancelled_task_leaves_the_client_usable(url: str) -> None:
     gc.collect()
 
 
-def test_what_a_release_said_of_itself_is_asked_again_when_another_answers() -> None:
+def test_cached_metadata_is_requested_again_after_a_new_release() -> None:
     def answer(version: int) -> Answer:
         columns = {"class": [[b"ant"]], "index": [[0]], "probability": [[1.0]]}
         return Answer({name: np.array(rows, dtype=object) for name, rows in columns.items()}, version)
@@ -207,29 +207,29 @@ def test_what_a_release_said_of_itself_is_asked_again_when_another_answers() -> 
         default = {"default_strength": {"string_value": strength}}
         return {"max_batch_size": 8, "input": inputs, "parameters": default}
 
-    asked: list[Any] = []
+    sent_calls: list[Any] = []
 
-    def carry(dialogue: Dialogue, answers: Iterator[Any]) -> list[Prediction]:
-        steps = dialogue.predict([picture(1)], None, None)
+    def run(sequence: RequestSequence, responses: Iterator[Any]) -> list[Prediction]:
+        exchange = sequence.predict([picture(1)], None, None)
         try:
-            calls = next(steps)
+            calls = next(exchange)
             while True:
-                asked.extend(calls)
-                calls = steps.send([next(answers)])
+                sent_calls.extend(calls)
+                calls = exchange.send([next(responses)])
         except StopIteration as done:
             return done.value
 
-    dialogue = Dialogue("http://127.0.0.1:8000")
-    carry(dialogue, iter([config("0.5"), answer(1)]))
-    carry(dialogue, iter([answer(1)]))
-    last = carry(dialogue, iter([answer(2), config("1.0"), answer(2)]))
+    sequence = RequestSequence("http://127.0.0.1:8000")
+    run(sequence, iter([config("0.5"), answer(1)]))
+    run(sequence, iter([answer(1)]))
+    last = run(sequence, iter([answer(2), config("1.0"), answer(2)]))
     assert last[0].version == 2
-    sent = [call.inputs["prior"].item() for call in asked if isinstance(call, Infer)]
-    assert sent == [b"0.5", b"0.5", b"0.5", b"1.0"]
-    assert sum(isinstance(call, ModelConfig) for call in asked) == 2
+    priors = [call.inputs["prior"].item() for call in sent_calls if isinstance(call, Infer)]
+    assert priors == [b"0.5", b"0.5", b"0.5", b"1.0"]
+    assert sum(isinstance(call, ModelConfig) for call in sent_calls) == 2
 
 
-def test_a_folder_is_its_images_without_hidden_ones(tmp_path: Path) -> None:
+def test_image_files_lists_a_folder_without_hidden_files(tmp_path: Path) -> None:
     for name in ("b.JPG", "a/c.png", "a/notes.txt", ".thumbs/d.png", "a/.e.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")

@@ -78,32 +78,34 @@ def http_target(server: TritonServer) -> tuple[str, int]:
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("mutual", [False, True], ids=["server", "mutual"])
-def test_https_with_the_right_ca_answers(server: TritonServer, predict: Predict, pki: Path, mutual: bool) -> None:
-    own = {"certificate_file": pki / "client.pem", "key_file": pki / "client-key.pem"} if mutual else {}
-    with FaultyHttp(http_target(server), context=server_context(pki, mutual=mutual)) as between:
-        assert predict(between.url, ca_file=pki / "ca.pem", **own) == predict(server.http_url)
+def test_https_with_the_right_ca_is_accepted(server: TritonServer, predict: Predict, pki: Path, mutual: bool) -> None:
+    client = {"certificate_file": pki / "client.pem", "key_file": pki / "client-key.pem"} if mutual else {}
+    with FaultyHttp(http_target(server), context=server_context(pki, mutual=mutual)) as proxy:
+        assert predict(proxy.url, ca_file=pki / "ca.pem", **client) == predict(server.http_url)
 
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("mutual", [False, True], ids=["server", "mutual"])
-def test_grpcs_with_the_right_ca_answers(server: TritonServer, predict: Predict, pki: Path, mutual: bool) -> None:
-    own = {"certificate_file": pki / "client.pem", "key_file": pki / "client-key.pem"} if mutual else {}
+def test_grpcs_with_the_right_ca_is_accepted(server: TritonServer, predict: Predict, pki: Path, mutual: bool) -> None:
+    client = {"certificate_file": pki / "client.pem", "key_file": pki / "client-key.pem"} if mutual else {}
     handler = FaultyGrpc(server.grpc_url.removeprefix("grpc://"))
     with grpc_server(handler, grpc_credentials(pki, mutual)) as url:
-        assert predict(url, ca_file=pki / "ca.pem", **own) == predict(server.grpc_url)
+        assert predict(url, ca_file=pki / "ca.pem", **client) == predict(server.grpc_url)
 
 
 @pytest.mark.parametrize(("ca", "name"), [(None, "server"), ("other-ca.pem", "server"), ("ca.pem", "elsewhere")])
-def test_https_of_a_stranger_is_not_trusted(predict: Predict, pki: Path, ca: str | None, name: str) -> None:
-    with FaultyHttp(None, context=server_context(pki, name)) as stranger:
+def test_https_with_an_untrusted_certificate_is_rejected(
+    predict: Predict, pki: Path, ca: str | None, name: str
+) -> None:
+    with FaultyHttp(None, context=server_context(pki, name)) as untrusted:
         with pytest.raises(ServingError, match=r"no encrypted connection: .* --ca-file") as caught:
-            predict(stranger.url, ca_file=ca and pki / ca)
+            predict(untrusted.url, ca_file=ca and pki / ca)
         assert "\n" not in str(caught.value)
-        assert stranger.requests == []
+        assert untrusted.requests == []
 
 
 @pytest.mark.parametrize("ca", [None, "other-ca.pem"])
-def test_grpcs_of_a_stranger_is_not_trusted(predict: Predict, pki: Path, ca: str | None) -> None:
+def test_grpcs_with_an_untrusted_certificate_is_rejected(predict: Predict, pki: Path, ca: str | None) -> None:
     handler = FaultyGrpc(None)
     with grpc_server(handler, grpc_credentials(pki)) as url, pytest.raises(ServingError, match=r"--ca-file"):
         predict(url, ca_file=ca and pki / ca)
@@ -112,13 +114,13 @@ def test_grpcs_of_a_stranger_is_not_trusted(predict: Predict, pki: Path, ca: str
 
 @pytest.mark.filterwarnings("ignore:Unverified HTTPS")
 @pytest.mark.end_to_end
-def test_insecure_trusts_anyone_and_only_when_asked(server: TritonServer, predict: Predict, pki: Path) -> None:
-    with FaultyHttp(http_target(server), context=server_context(pki, "elsewhere")) as between:
-        assert predict(between.url, insecure=True) == predict(server.http_url)
+def test_insecure_accepts_any_certificate(server: TritonServer, predict: Predict, pki: Path) -> None:
+    with FaultyHttp(http_target(server), context=server_context(pki, "elsewhere")) as proxy:
+        assert predict(proxy.url, insecure=True) == predict(server.http_url)
 
 
 @pytest.mark.end_to_end
-def test_tls_towards_a_server_without_it_says_so(server: TritonServer, predict: Predict, pki: Path) -> None:
+def test_tls_to_a_server_without_tls_is_an_error_in_one_line(server: TritonServer, predict: Predict, pki: Path) -> None:
     for url in (server.http_url.replace("http", "https"), server.grpc_url.replace("grpc", "grpcs")):
         with pytest.raises(ServingError, match=r"no encrypted connection|no Triton server") as caught:
             predict(url, ca_file=pki / "ca.pem")
@@ -127,9 +129,9 @@ def test_tls_towards_a_server_without_it_says_so(server: TritonServer, predict: 
 
 @pytest.mark.end_to_end
 def test_headers_reach_the_server_over_http(server: TritonServer, predict: Predict) -> None:
-    with FaultyHttp(http_target(server)) as between:
-        predict(between.url, token=SECRET, headers={"X-Tenant": "shop 7"})
-        [request] = between.requests  # both requests on one connection
+    with FaultyHttp(http_target(server)) as proxy:
+        predict(proxy.url, token=SECRET, headers={"X-Tenant": "shop 7"})
+        [request] = proxy.requests  # both requests on one connection
     heads = [part.lower() for part in request.split(b"\r\n\r\n") if b" HTTP/1.1\r\n" in part]
     assert len(heads) == 2
     for head in heads:
@@ -149,14 +151,14 @@ def test_headers_reach_the_server_over_grpc(server: TritonServer, predict: Predi
 
 @pytest.mark.parametrize("name", ["bücher.invalid", "host_name.invalid", "127.0.0.1:1"])
 @pytest.mark.parametrize("protocol", ["http", "https", "grpc", "grpcs"])
-def test_a_host_that_is_not_there_is_one_line_everywhere(predict: Predict, protocol: str, name: str) -> None:
+def test_an_unreachable_host_is_an_error_in_one_line(predict: Predict, protocol: str, name: str) -> None:
     url = f"{protocol}://{name}" if ":" in name else f"{protocol}://{name}:1"
     with pytest.raises(ServingError, match=f"no Triton server answers at {url}") as caught:
         predict(url, retries=Retries(attempts=1))
     assert "\n" not in str(caught.value)
 
 
-def test_redirect_does_not_carry_the_token_elsewhere(predict: Predict) -> None:
+def test_a_redirect_does_not_send_the_token_to_another_server(predict: Predict) -> None:
     with FaultyHttp(None) as elsewhere:
         moved = answers("307 Moved", Location=f"{elsewhere.url}/v2")
         with FaultyHttp(None, [moved], forever=True) as first, pytest.raises(ServingError, match="moved to"):
@@ -170,12 +172,12 @@ def test_secrets_are_in_no_message_and_no_repr(predict: Predict) -> None:
     with FaultyHttp(None, [answers("401 Unauthorized")], forever=True) as faulty, pytest.raises(ServingError) as caught:
         predict(faulty.url, **options)
     assert SECRET not in str(caught.value)
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError) as rejected:
         predict("http://127.0.0.1:9", headers={"Authorization": f"{SECRET}\r\nX: y"})
-    assert SECRET not in str(refused.value)
-    with pytest.raises(InputError, match="url holds a user name or password") as refused:
+    assert SECRET not in str(rejected.value)
+    with pytest.raises(InputError, match="url holds a user name or password") as rejected:
         predict(f"http://someone:{SECRET}@127.0.0.1:9")
-    assert SECRET not in str(refused.value)
+    assert SECRET not in str(rejected.value)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_secrets_are_in_no_message_and_no_repr(predict: Predict) -> None:
         ("http://h:1", {"headers": {"bad name": "x"}}, "header name is 'bad name'"),
         ("grpc://h:1", {"headers": {"x-bin": "x"}}, "header name is 'x-bin'"),
         ("grpc://h:1", {"headers": {"Grpc-Timeout": "1S"}}, "header name is 'Grpc-Timeout'"),
-        ("http://h:1", {"headers": {"Host": "x"}}, "header Host belongs to the connection itself"),
+        ("http://h:1", {"headers": {"Host": "x"}}, "header Host is set by the connection; remove it"),
         ("http://h:1", {"headers": {"Authorization": "x"}, "token": "y"}, "exclude each other"),
         ("http://h:1", {"concurrency": 0}, "concurrency is 0; expected 1 to 256"),
         ("ftp://h:1", {}, "url is 'ftp://h:1'; expected http://host:port or grpc://host:port"),
@@ -209,9 +211,11 @@ def test_secrets_are_in_no_message_and_no_repr(predict: Predict) -> None:
         ("http://h:99999", {}, "expected http://host:port"),
     ],
 )
-def test_unusable_options_are_refused_at_once(pki: Path, url: str, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected_by_the_constructor(
+    pki: Path, url: str, options: dict[str, Any], message: str
+) -> None:
     (pki / "note.txt").write_text("a note")
-    given = {name: pki / value if name.endswith("_file") else value for name, value in options.items()}
+    arguments = {name: pki / value if name.endswith("_file") else value for name, value in options.items()}
     for kind in (Client, AsyncClient):
         with pytest.raises(InputError, match=message):
-            kind(url, **given)
+            kind(url, **arguments)

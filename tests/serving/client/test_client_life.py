@@ -17,22 +17,22 @@ URLS = ("http://127.0.0.1:9", "grpc://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_a_closed_client_says_so_and_asks_no_server(url: str) -> None:
+def test_a_closed_client_raises_an_error_without_a_request(url: str) -> None:
     client = Client(url)
     client.close()
     client.close()
-    for ask in (
+    for method in (
         lambda: client.predict([IMAGE]),
         client.status,
         client.class_names,
         lambda: list(client.stream([IMAGE])),
     ):
         with pytest.raises(InputError, match=f"the client of {url} is closed; make a new one"):
-            ask()
+            method()
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_a_closed_asynchronous_client_says_so(url: str) -> None:
+def test_a_closed_async_client_raises_an_error(url: str) -> None:
     async def use() -> None:
         client = AsyncClient(url)
         await client.close()
@@ -44,7 +44,7 @@ def test_a_closed_asynchronous_client_says_so(url: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_second_event_loop_is_named(protocol: str) -> None:
+def test_a_second_event_loop_raises_an_error(protocol: str) -> None:
     with FaultyHttp(None, [answers("400 Bad Request", b'{"error": "no"}')], forever=True) as server:
         client = AsyncClient(f"{protocol}://127.0.0.1:{server.port}", timeout=2.0)
         with pytest.raises(ServingError):

@@ -26,13 +26,13 @@ def test_names_and_numbers_are_strengths(prior: object, strength: float | None) 
 @pytest.mark.parametrize(
     "content", ["[0.5, 0.3, 0.2]", "0.5\n0.3\n\n0.2\n", '{"bee": 0.3, "ant": 0.5, "cat": 0.2}', "  [5e-1,3e-1,2e-1]"]
 )
-def test_file_holds_a_list_an_object_or_lines(tmp_path: Path, content: str) -> None:
+def test_a_prior_file_has_a_list_an_object_or_lines(tmp_path: Path, content: str) -> None:
     (tmp_path / "prior").write_text(content)
     np.testing.assert_allclose(vector_of(parse_prior(tmp_path / "prior"), NAMES, 3), [0.5, 0.3, 0.2])
     np.testing.assert_allclose(vector_of(parse_prior(str(tmp_path / "prior")), NAMES, 3), [0.5, 0.3, 0.2])
 
 
-def test_classes_that_a_mapping_leaves_out_get_nothing() -> None:
+def test_classes_missing_from_a_mapping_get_0() -> None:
     np.testing.assert_allclose(vector_of(parse_prior({"cat": 0.9, "ant": 0.1}), NAMES, 3), [0.1, 0, 0.9], rtol=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_classes_that_a_mapping_leaves_out_get_nothing() -> None:
         ({"ant": 0.4}, "sums to 0.4"),
     ],
 )
-def test_unusable_prior_is_refused_in_words(prior: object, message: str) -> None:
+def test_an_invalid_prior_is_rejected(prior: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_prior(prior)
 
@@ -87,7 +87,7 @@ def test_unusable_prior_is_refused_in_words(prior: object, message: str) -> None
         (b"\xff\xfe\x00", "is not text"),
     ],
 )
-def test_unusable_prior_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_an_invalid_prior_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "p.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -96,12 +96,12 @@ def test_unusable_prior_file_is_named(tmp_path: Path, content: bytes, message: s
     assert "\n" not in str(caught.value)
 
 
-def test_folder_is_no_prior(tmp_path: Path) -> None:
+def test_a_folder_is_rejected_as_prior(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file"):
         parse_prior(tmp_path)
 
 
-def test_vector_must_have_the_servers_length_and_names() -> None:
+def test_a_vector_must_match_the_servers_classes() -> None:
     with pytest.raises(InputError, match="expected 3 numbers, one per class"):
         vector_of(parse_prior([0.5, 0.5]), None, 3)
     with pytest.raises(InputError, match="names class 'dog', which the server does not have; it has ant, bee, cat"):

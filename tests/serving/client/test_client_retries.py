@@ -19,7 +19,7 @@ from serving.client.predictions import Prediction
 from serving.client.sync_client import Client
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, ServingError
-from serving.transport.failures import DeadlineExceeded, Refused, Unavailable
+from serving.transport.failures import DeadlineExceeded, RequestRejected, Unavailable
 from serving.transport.retries import Deadline, Retries
 from tests.support.faulty_server import (
     FaultyGrpc,
@@ -69,7 +69,7 @@ def http_target(server: TritonServer) -> tuple[str, int]:
 @pytest.mark.parametrize(
     "fault", [reset, hang_up, answers("503 Service Unavailable"), answers("502 Bad Gateway"), says(b"HTTP/1.1 2")]
 )
-def test_what_may_pass_is_tried_again_over_http(server: TritonServer, predict: Predict, fault: Any) -> None:
+def test_a_temporary_failure_is_retried_over_http(server: TritonServer, predict: Predict, fault: Any) -> None:
     with FaultyHttp(http_target(server), [fault, fault]) as faulty:
         assert predict(faulty.url) == expected(server)
         assert len(faulty.requests) >= 3
@@ -77,7 +77,9 @@ def test_what_may_pass_is_tried_again_over_http(server: TritonServer, predict: P
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE])
-def test_what_may_pass_is_tried_again_over_grpc(server: TritonServer, predict: Predict, code: grpc.StatusCode) -> None:
+def test_a_temporary_failure_is_retried_over_grpc(
+    server: TritonServer, predict: Predict, code: grpc.StatusCode
+) -> None:
     handler = FaultyGrpc(server.grpc_url.removeprefix("grpc://"), [code, code])
     with grpc_server(handler) as url:
         assert predict(url) == expected(server)
@@ -85,14 +87,14 @@ def test_what_may_pass_is_tried_again_over_grpc(server: TritonServer, predict: P
 
 
 @pytest.mark.end_to_end
-def test_a_server_that_came_back_is_found_again(server: TritonServer) -> None:
-    with FaultyHttp(http_target(server)) as between, Client(between.url, retries=QUICK) as client:
+def test_a_dropped_connection_is_opened_again(server: TritonServer) -> None:
+    with FaultyHttp(http_target(server)) as proxy, Client(proxy.url, retries=QUICK) as client:
         first = client.predict([picture(1)], "train")
-        between.drop_connections()
+        proxy.drop_connections()
         assert client.predict([picture(1)], "train") == first
 
 
-def test_giving_up_tells_how_often_it_was_tried(predict: Predict) -> None:
+def test_the_last_error_has_the_number_of_attempts(predict: Predict) -> None:
     with FaultyHttp(None, [answers("503 Service Unavailable")], forever=True) as faulty:
         with pytest.raises(Unavailable, match=r"is not available: HTTP 503; tried 4 times in 0\.\d s"):
             predict(faulty.url)
@@ -111,10 +113,10 @@ def test_giving_up_tells_how_often_it_was_tried(predict: Predict) -> None:
         (answers("500 Error", b'{"error": "stub process is not healthy"}'), "stub process is not healthy"),
     ],
 )
-def test_a_refusal_is_not_tried_again_over_http(predict: Predict, fault: Any, message: str) -> None:
+def test_a_rejected_request_is_not_retried_over_http(predict: Predict, fault: Any, message: str) -> None:
     # The first requests read the model's inputs; with restricted metadata each request has one row.
     with FaultyHttp(None, [fault], forever=True) as faulty:
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(RequestRejected, match=message):
             predict(faulty.url)
         assert [request.split()[1] for request in faulty.requests] == [
             b"/v2/models/classifier/config",
@@ -123,10 +125,10 @@ def test_a_refusal_is_not_tried_again_over_http(predict: Predict, fault: Any, me
         ]
 
 
-def test_a_refusal_is_not_tried_again_over_grpc(predict: Predict) -> None:
-    refusals = [grpc.StatusCode.INVALID_ARGUMENT] * 2  # restricted: its config and its inputs
-    handler = FaultyGrpc(None, [*refusals, grpc.StatusCode.RESOURCE_EXHAUSTED])
-    with grpc_server(handler) as url, pytest.raises(Refused, match="refused: made to fail: RESOURCE_EXHAUSTED"):
+def test_a_rejected_request_is_not_retried_over_grpc(predict: Predict) -> None:
+    rejections = [grpc.StatusCode.INVALID_ARGUMENT] * 2  # restricted: its config and its inputs
+    handler = FaultyGrpc(None, [*rejections, grpc.StatusCode.RESOURCE_EXHAUSTED])
+    with grpc_server(handler) as url, pytest.raises(RequestRejected, match="refused: made to fail: RESOURCE_EXHAUSTED"):
         predict(url)
     assert len(handler.calls) == 3
 
@@ -134,7 +136,7 @@ def test_a_refusal_is_not_tried_again_over_grpc(predict: Predict) -> None:
 @pytest.mark.parametrize(
     "fault", [silent, trickles(http_answer("200 OK", b"x" * 500)), trickles(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 99)]
 )
-def test_deadline_ends_an_answer_that_does_not_come(predict: Predict, fault: Any) -> None:
+def test_the_deadline_ends_a_slow_http_response(predict: Predict, fault: Any) -> None:
     with FaultyHttp(None, [fault], forever=True) as faulty:
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"did not answer within 0\.4 s; try again or allow a longer"):
@@ -143,7 +145,7 @@ def test_deadline_ends_an_answer_that_does_not_come(predict: Predict, fault: Any
         assert len(faulty.requests) == 1
 
 
-def test_deadline_ends_a_grpc_call(predict: Predict) -> None:
+def test_the_deadline_ends_a_grpc_call(predict: Predict) -> None:
     with grpc_server(FaultyGrpc(None, [2.0])) as url:
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"within 0\.4 s"):
@@ -152,18 +154,18 @@ def test_deadline_ends_a_grpc_call(predict: Predict) -> None:
 
 
 @pytest.mark.slow
-def test_one_budget_covers_all_tries(predict: Predict) -> None:
-    patient = Retries(attempts=1000, first_wait=0.05, longest_wait=0.05)
+def test_one_deadline_covers_all_attempts(predict: Predict) -> None:
+    many_attempts = Retries(attempts=1000, first_wait=0.05, longest_wait=0.05)
     with FaultyHttp(None, [answers("503 Service Unavailable")], forever=True) as faulty:
         began = time.monotonic()
         # The last wait may end too late for another attempt; then the error is the deadline.
         with pytest.raises((Unavailable, DeadlineExceeded), match=r"tried|within 1 s"):
-            predict(faulty.url, timeout=1.0, retries=patient)
+            predict(faulty.url, timeout=1.0, retries=many_attempts)
         assert time.monotonic() - began < 1.5
         assert 3 < len(faulty.requests) < 1000
 
 
-def test_a_pause_beyond_the_deadline_is_not_waited_for(predict: Predict) -> None:
+def test_a_retry_after_beyond_the_deadline_ends_the_retries(predict: Predict) -> None:
     with FaultyHttp(None, [answers("503 Service Unavailable", Retry_After=30)], forever=True) as faulty:
         began = time.monotonic()
         with pytest.raises(Unavailable, match="HTTP 503"):
@@ -183,7 +185,7 @@ def test_a_pause_beyond_the_deadline_is_not_waited_for(predict: Predict) -> None
         http_answer("200 OK", b"\x1f\x8b\x08junk", Content_Encoding="gzip"),
     ],
 )
-def test_garbage_is_one_line_and_no_traceback(predict: Predict, garbage: bytes) -> None:
+def test_a_response_that_is_not_tritons_is_an_error_in_one_line(predict: Predict, garbage: bytes) -> None:
     with FaultyHttp(None, [says(garbage)], forever=True) as faulty:
         with pytest.raises(ServingError, match=f"no Triton server answers at {faulty.url}") as caught:
             predict(faulty.url)
@@ -205,7 +207,7 @@ BINARY = b'{"model_version":"1","outputs":[' + CLASS + b"]}"
         BINARY.replace(b"[1,3]", b"[9]"),
     ],
 )
-def test_an_inference_answered_with_nonsense_is_no_prediction(predict: Predict, body: bytes) -> None:
+def test_an_invalid_inference_response_is_an_error(predict: Predict, body: bytes) -> None:
     config = answers("200 OK", b'{"max_batch_size": 8}')
     nonsense = answers("200 OK", body, Inference_Header_Content_Length=min(len(body), len(BINARY)))
     with FaultyHttp(None, [config, nonsense], forever=True) as faulty:
@@ -214,13 +216,13 @@ def test_an_inference_answered_with_nonsense_is_no_prediction(predict: Predict, 
         assert len(faulty.requests) == 2
 
 
-def test_a_grpc_server_of_another_kind_is_not_mistaken_for_triton(predict: Predict) -> None:
+def test_a_grpc_server_that_is_not_triton_is_an_error(predict: Predict) -> None:
     with grpc_server(FaultyGrpc(None)) as url, pytest.raises(ServingError, match=f"no Triton server answers at {url}"):
         predict(url)
 
 
 @given(attempt=st.integers(1, 60), first=st.floats(0, 5), longest=st.floats(5, 60))
-def test_waits_are_random_below_a_bound_that_doubles_and_ends(attempt: int, first: float, longest: float) -> None:
+def test_waits_are_random_below_a_bound_that_doubles(attempt: int, first: float, longest: float) -> None:
     retries = Retries(attempts=100, first_wait=first, longest_wait=longest)
     state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
     state.attempt_number = attempt
@@ -230,12 +232,12 @@ def test_waits_are_random_below_a_bound_that_doubles_and_ends(attempt: int, firs
 
 
 @pytest.mark.parametrize("options", [{"attempts": 0}, {"first_wait": -1}, {"first_wait": 3, "longest_wait": 1}])
-def test_unusable_rules_are_refused(options: dict[str, Any]) -> None:
+def test_an_invalid_retry_policy_is_rejected(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected attempts >= 1"):
         Retries(**options)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_a_budget_is_above_zero(timeout: float) -> None:
+def test_a_timeout_must_be_above_0(timeout: float) -> None:
     with pytest.raises(InputError, match="expected seconds above 0"):
         Client(timeout=timeout)

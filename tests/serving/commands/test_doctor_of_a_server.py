@@ -23,7 +23,7 @@ def own(release: Release, tmp_path: Path) -> Path:
     return write_repository(release.export_dir, tmp_path / "repository")
 
 
-def found(name: str, repository: Path, url: str | None = None, **limits: float) -> list[doctor.Finding]:
+def findings(name: str, repository: Path, url: str | None = None, **limits: float) -> list[doctor.Finding]:
     everything = examine(ROOT / "params.yaml", repository, url, Limits(**limits))
     return [finding for finding in everything if finding.name == name]
 
@@ -31,24 +31,24 @@ def found(name: str, repository: Path, url: str | None = None, **limits: float) 
 @pytest.mark.parametrize(("days", "state"), [(1, "ok"), (40, "warning"), (-1, "warning")])
 def test_the_champions_age_counts_from_its_promotion(own: Path, monkeypatch, days: int, state: str) -> None:
     now = time.time()
-    monkeypatch.setattr("serving.repository.promotion_log.time.time", lambda: now - days * 86400)
+    monkeypatch.setattr(time, "time", lambda: now - days * 86400)
     record(own, "promote", 1, 1)
-    monkeypatch.setattr("serving.repository.promotion_log.time.time", lambda: now)
-    (finding,) = found("champion", own, champion_days=30)
+    monkeypatch.setattr(time, "time", lambda: now)
+    (finding,) = findings("champion", own, champion_days=30)
     assert finding.state == state and "version 1, promoted" in finding.message
     (own / LOG_NAME).unlink()
-    (finding,) = found("champion", own)
+    (finding,) = findings("champion", own)
     assert finding.state == "ok" and "version 1, published" in finding.message
 
 
-def test_a_damaged_champion_is_failing_and_named(own: Path) -> None:
+def test_a_damaged_champion_is_reported_as_failing(own: Path) -> None:
     (own / "classifier" / "1" / "manifest.json").write_text("{")
-    (finding,) = found("champion", own)
+    (finding,) = findings("champion", own)
     assert finding.state == "failing" and "manifest.json" in finding.message
 
 
-def test_a_server_that_was_named_and_does_not_answer_is_failing(own: Path, unused_address: str) -> None:
-    (finding,) = found("server", own, unused_address)
+def test_an_unreachable_server_is_reported_as_failing(own: Path, unused_address: str) -> None:
+    (finding,) = findings("server", own, unused_address)
     assert finding.state == "failing" and unused_address in finding.message
 
 
@@ -60,6 +60,6 @@ def unused_address() -> str:
 
 
 @pytest.mark.end_to_end
-def test_a_server_that_answers_is_well(server: TritonServer, repository: Path) -> None:
-    (finding,) = found("server", repository, server.http_url)
+def test_a_running_server_is_reported_as_ok(server: TritonServer, repository: Path) -> None:
+    (finding,) = findings("server", repository, server.http_url)
     assert finding.state == "ok" and "classifier [1]" in finding.message

@@ -37,11 +37,11 @@ def project(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def champion_of(repository: Path) -> int:
-    (found,) = (state.version for state in list_versions(repository) if state.state == "champion")
-    return found
+    (champion,) = (state.version for state in list_versions(repository) if state.state == "champion")
+    return champion
 
 
-def test_what_is_named_is_taken_then_what_was_promoted_then_what_repro_wrote(
+def test_the_repository_is_the_option_then_the_promoted_releases_then_that_of_repro(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,7 +58,7 @@ def test_what_is_named_is_taken_then_what_was_promoted_then_what_repro_wrote(
     assert capsys.readouterr() == ("", "")  # it contains no model
 
 
-def test_a_line_on_a_model_that_was_not_promoted_is_printed_on_request_alone(
+def test_a_note_on_an_unpromoted_model_is_printed_only_with_note(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -76,7 +76,7 @@ def test_a_line_on_a_model_that_was_not_promoted_is_printed_on_request_alone(
 
 
 @pytest.mark.parametrize("folder", [None, RELEASES], ids=["missing", "empty"])
-def test_serve_reports_that_nothing_has_been_promoted_and_what_to_run(
+def test_the_error_of_serve_without_a_promoted_release_names_the_commands_to_run(
     folder: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -91,7 +91,7 @@ def test_serve_reports_that_nothing_has_been_promoted_and_what_to_run(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("project")
-def test_versions_are_those_of_what_was_promoted_and_their_json_stays_json(
+def test_versions_lists_the_promoted_releases_as_plain_json(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["versions", "--json"]) == 0
@@ -104,7 +104,7 @@ def test_versions_are_those_of_what_was_promoted_and_their_json_stays_json(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("project")
-def test_promote_and_rollback_change_what_was_promoted_and_nothing_that_repro_wrote(
+def test_promote_and_rollback_change_only_the_promoted_releases(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in REPOSITORY.rglob("*")}
@@ -123,7 +123,7 @@ def test_promote_and_rollback_change_what_was_promoted_and_nothing_that_repro_wr
 @pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.usefixtures("project")
-def test_serve_starts_on_what_was_promoted() -> None:
+def test_serve_starts_with_the_promoted_release() -> None:
     command = [sys.executable, "-m", "serving.commands", "serve", "--quiet"]
     command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}

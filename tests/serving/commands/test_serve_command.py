@@ -38,7 +38,7 @@ def assert_it_answers_and_ends_clean(serving: subprocess.Popen[str], http: str) 
 
 
 @pytest.mark.end_to_end
-def test_serve_is_ready_answers_and_leaves_nothing_behind_on_sigterm(
+def test_serve_responds_and_leaves_no_process_or_file_after_sigterm(
     serving: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     ready, http, grpc = serving.stdout.readline().split()
@@ -62,7 +62,9 @@ def test_serve_is_ready_answers_and_leaves_nothing_behind_on_sigterm(
 
 @pytest.mark.end_to_end
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; the printed example was NOT run")
-def test_printed_example_runs_in_a_shell_and_answers_as_the_client(serving: subprocess.Popen[str]) -> None:
+def test_the_printed_example_runs_in_a_shell_and_returns_the_client_s_prediction(
+    serving: subprocess.Popen[str],
+) -> None:
     _, http, _ = serving.stdout.readline().split()
     assert serving.stdout.readline().startswith("metrics http://127.0.0.1:")
     lines = [serving.stdout.readline()]
@@ -73,9 +75,9 @@ def test_printed_example_runs_in_a_shell_and_answers_as_the_client(serving: subp
     ran = subprocess.run(["sh", "-c", example], capture_output=True, text=True, timeout=30, check=True)
     answered = {output["name"]: output["data"] for output in json.loads(ran.stdout)["outputs"]}
     with Client(http) as client:
-        wanted = client.predict([image], "balanced")[0]
-    assert answered["class"] == list(wanted.classes)
-    assert answered["probability"] == pytest.approx(wanted.probabilities)
+        expected = client.predict([image], "balanced")[0]
+    assert answered["class"] == list(expected.classes)
+    assert answered["probability"] == pytest.approx(expected.probabilities)
 
 
 @pytest.mark.end_to_end
@@ -96,7 +98,7 @@ def test_killed_serve_leaves_no_process_and_no_shared_memory(
 
 
 @pytest.mark.end_to_end
-def test_next_start_clears_what_serve_and_watchdog_left_when_both_were_killed(
+def test_the_next_start_removes_the_leftovers_of_a_killed_serve_and_watchdog(
     serving: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     serving.stdout.readline()
@@ -128,7 +130,7 @@ def test_ctrl_c_while_starting_ends_with_status_0(serving: subprocess.Popen[str]
 
 
 @pytest.mark.end_to_end
-def test_server_that_is_killed_is_started_again_on_the_same_ports(serving: subprocess.Popen[str]) -> None:
+def test_a_killed_server_is_restarted_on_the_same_ports(serving: subprocess.Popen[str]) -> None:
     _, http, _ = serving.stdout.readline().split()
     killed = triton_of(serving)
     killed.kill()
@@ -139,7 +141,7 @@ def test_server_that_is_killed_is_started_again_on_the_same_ports(serving: subpr
 
 
 @pytest.mark.end_to_end
-def test_serve_outlives_a_shortage_of_descriptors_when_its_server_dies(serving: subprocess.Popen[str]) -> None:
+def test_serve_survives_a_shortage_of_descriptors_when_its_server_exits(serving: subprocess.Popen[str]) -> None:
     _, http, _ = serving.stdout.readline().split()
     few, before = 3, resource.prlimit(serving.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(serving.pid, resource.RLIMIT_NOFILE, (few, before[1]))
@@ -181,7 +183,7 @@ def test_serve_prints_less_than_a_screen_and_names_its_log_which_a_clean_stop_re
 
 
 @pytest.mark.end_to_end
-def test_a_start_that_fails_prints_the_end_of_the_log_and_where_the_whole_is(repository: Path, tmp_path: Path) -> None:
+def test_a_failed_start_prints_the_end_of_the_log_and_its_path(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     (root / "classifier" / "1" / "model.py").write_text("raise RuntimeError('no classifier today')\n")
     command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(root), *ANY_PORT]
@@ -196,15 +198,13 @@ def test_a_start_that_fails_prints_the_end_of_the_log_and_where_the_whole_is(rep
 
 
 @pytest.mark.parametrize("restarts", ["-1", "many", "1_0", ""])
-def test_number_of_restarts_that_is_none_is_misuse(capsys: pytest.CaptureFixture[str], restarts: str) -> None:
+def test_an_invalid_number_of_restarts_is_a_usage_error(capsys: pytest.CaptureFixture[str], restarts: str) -> None:
     assert main(["serve", f"--restarts={restarts}"]) == 2
     assert f"--restarts is {restarts!r}; expected 0, 1, 2, ... or unlimited" in capsys.readouterr().err
 
 
 @pytest.mark.end_to_end
-def test_server_that_an_operator_never_gives_up_counts_its_restarts_without_an_end(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_unlimited_restarts_are_counted_without_a_limit(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     command = [sys.executable, "-m", "serving.commands", "serve", "--repository", str(root), *ANY_PORT]
     with subprocess.Popen([*command, "--quiet", "--restarts", "unlimited"], stdout=-1, stderr=-1, text=True) as serving:
@@ -218,7 +218,7 @@ def test_server_that_an_operator_never_gives_up_counts_its_restarts_without_an_e
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("seconds", [0.2, 1.3, 1.8], ids=["before the start", "in its beginning", "later"])
-def test_serve_that_is_told_to_end_during_a_restart_leaves_nothing(
+def test_serve_stopped_during_a_restart_leaves_no_process(
     serving: subprocess.Popen[str], tmp_path: Path, seconds: float
 ) -> None:
     serving.stdout.readline()
@@ -236,11 +236,11 @@ def test_serve_that_is_told_to_end_during_a_restart_leaves_nothing(
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(("work", "grace", "answered"), [(3, 20, True), (60, 1, False)], ids=["in time", "too long"])
-def test_request_in_flight_gets_the_grace_period_and_no_more_on_sigterm(
+def test_a_request_in_flight_has_the_grace_period_after_sigterm(
     repository: Path, tmp_path: Path, work: int, grace: int, answered: bool
 ) -> None:
     root, slow = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "slow"
-    path, begin = root / "classifier" / "1" / "model.py", "        asked = {}\n"
+    path, begin = root / "classifier" / "1" / "model.py", "        parsed = {}\n"
     assert begin in path.read_text()
     wait = f"import os; os.path.exists({str(slow)!r}) and (print('asked', flush=True), time.sleep({work}))"
     path.write_text(path.read_text().replace(begin, f"        {wait}\n{begin}"))
@@ -259,10 +259,10 @@ def test_request_in_flight_gets_the_grace_period_and_no_more_on_sigterm(
         asking = pool.submit(ask)
         while serving.stderr.readline() != "asked\n":
             assert serving.poll() is None
-        told = time.monotonic()
+        signalled = time.monotonic()
         serving.send_signal(signal.SIGTERM)
         serving.communicate(timeout=60)
-        took = time.monotonic() - told
+        took = time.monotonic() - signalled
         error = asking.exception()
     assert serving.returncode == 0
     assert of_run(serving.pid) == []

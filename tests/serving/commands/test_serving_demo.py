@@ -49,7 +49,9 @@ def write_samples(folder: Path, seeds: list[int]) -> Path:
 
 
 @pytest.mark.end_to_end
-def test_demo_shows_where_the_prior_changes_the_answer(repository: Path, release: Release, tmp_path: Path) -> None:
+def test_demo_marks_images_whose_prediction_depends_on_the_prior(
+    repository: Path, release: Release, tmp_path: Path
+) -> None:
     seeds = choose(release, differing=True)[:1] + choose(release, differing=False)
     ended = run_demo(repository, write_samples(tmp_path / "samples", seeds))
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -66,14 +68,14 @@ def test_demo_shows_where_the_prior_changes_the_answer(repository: Path, release
 
 
 @pytest.mark.end_to_end
-def test_demo_says_so_when_the_prior_changes_no_answer(repository: Path, release: Release, tmp_path: Path) -> None:
+def test_demo_reports_that_the_prior_changes_no_prediction(repository: Path, release: Release, tmp_path: Path) -> None:
     ended = run_demo(repository, write_samples(tmp_path / "samples", choose(release, differing=False)))
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "the prior changes the answer for 0.\nNo answer changes here, only the probabilities" in ended.stdout
 
 
 @pytest.mark.slow
-def test_demo_names_what_is_wrong_with_the_samples(repository: Path, tmp_path: Path) -> None:
+def test_the_error_of_invalid_samples_names_the_file_and_the_problem(repository: Path, tmp_path: Path) -> None:
     for content, message in (
         (None, "samples.csv: No such file or directory; run `dvc repro evaluate`"),
         ("name,class\na.png,ant\n", "expected file and label"),

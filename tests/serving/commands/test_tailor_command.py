@@ -35,7 +35,7 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["predict"], ["status"], ["loadtest"]])
-def test_help_explains_and_gives_an_example(tailor: Tailor, command: list[str]) -> None:
+def test_help_has_a_usage_and_an_example(tailor: Tailor, command: list[str]) -> None:
     ended = tailor(*command, "--help")
     assert ended.returncode == 0
     assert "Usage: tailor" in ended.stdout
@@ -68,7 +68,7 @@ def test_predict_prints_json_that_agrees_with_onnx_runtime(
 
 
 @pytest.mark.end_to_end
-def test_predict_of_a_folder_answers_the_good_images_and_names_the_bad(
+def test_predict_classifies_the_valid_images_of_a_folder_and_names_the_invalid(
     tailor: Tailor, server: TritonServer, release: Release, tmp_path: Path
 ) -> None:
     (tmp_path / "photos" / "more").mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_predict_of_a_folder_answers_the_good_images_and_names_the_bad(
 
 
 @pytest.mark.end_to_end
-def test_predict_sends_the_headers_it_is_given(
+def test_predict_sends_the_headers_of_the_options(
     tailor: Tailor, server: TritonServer, image: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "headers").write_text("X-Secret: from a file\n\nX-More: yes\n")
@@ -118,19 +118,25 @@ def test_status_prints_versions(tailor: Tailor, server: TritonServer) -> None:
 
 
 @pytest.mark.end_to_end
-def test_more_classes_than_the_server_gives_is_misuse(tailor: Tailor, server: TritonServer, image: Path) -> None:
+def test_more_classes_than_the_server_returns_is_a_usage_error(
+    tailor: Tailor, server: TritonServer, image: Path
+) -> None:
     ended = tailor("predict", image, "--url", server.http_url, "--top", 4)
-    assert_one_line(ended, 2, "--top is 4; the server answers with the best 3")
+    assert_one_line(ended, 2, "--top is 4; the server returns the best 3")
 
 
 @pytest.mark.end_to_end
-def test_prior_of_another_length_is_misuse(tailor: Tailor, server: TritonServer, image: Path, tmp_path: Path) -> None:
+def test_a_prior_of_another_length_is_a_usage_error(
+    tailor: Tailor, server: TritonServer, image: Path, tmp_path: Path
+) -> None:
     (tmp_path / "prior.json").write_text("[0.5, 0.5]")
     ended = tailor("predict", image, "--url", server.http_url, "--prior", "prior.json")
     assert_one_line(ended, 2, "expected 5 numbers, one per class")
 
 
-def test_without_a_server_both_commands_say_how_to_start_one(tailor: Tailor, unused_url: str, image: Path) -> None:
+def test_the_error_without_a_server_names_the_command_that_starts_one(
+    tailor: Tailor, unused_url: str, image: Path
+) -> None:
     for command in (["predict", image], ["status"]):
         for url in (unused_url, unused_url.replace("http", "grpc")):
             ended = tailor(*command, "--url", url, "--timeout", 5)
@@ -150,13 +156,13 @@ def test_another_kind_of_server_is_not_mistaken_for_triton(tailor: Tailor, image
 
 
 @pytest.mark.parametrize("name", ["huge.png", "text.jpg", "empty.jpg", "truncated.png"])
-def test_bad_image_is_one_line_and_misuse(tailor: Tailor, tmp_path: Path, name: str) -> None:
+def test_an_invalid_image_is_a_usage_error_in_one_line(tailor: Tailor, tmp_path: Path, name: str) -> None:
     data, fault = BAD[name]
     (tmp_path / name).write_bytes(data)
     assert_one_line(tailor("predict", name), 2, f"{name}: ", fault)
 
 
-def test_missing_image_and_folder_are_misuse(tailor: Tailor, tmp_path: Path) -> None:
+def test_a_missing_image_and_an_empty_folder_are_usage_errors(tailor: Tailor, tmp_path: Path) -> None:
     assert_one_line(tailor("predict", "nowhere.png"), 2, "nowhere.png: No such file or directory; give a JPEG")
     (tmp_path / "photos").mkdir()
     assert_one_line(tailor("predict", "photos"), 2, "photos: holds no image; expected files that end in .jpg")
@@ -182,11 +188,11 @@ def test_missing_image_and_folder_are_misuse(tailor: Tailor, tmp_path: Path) -> 
         (["bake"], "No such command 'bake'"),
     ],
 )
-def test_misuse_is_one_line_and_status_2(tailor: Tailor, arguments: list[str], message: str) -> None:
+def test_a_usage_error_is_one_line_with_status_2(tailor: Tailor, arguments: list[str], message: str) -> None:
     assert_one_line(tailor(*arguments), 2, message)
 
 
-def test_serve_without_a_repository_says_how_to_get_one(tailor: Tailor) -> None:
+def test_the_error_of_serve_without_a_repository_names_the_commands_that_write_one(tailor: Tailor) -> None:
     ended = tailor("serve", "--http-port", 0, "--grpc-port", 0, "--metrics-port", 0)
     assert_one_line(
         ended, 1, "artifacts/repository: holds no student/config.pbtxt, nothing has been promoted yet; run `dvc repro`"
@@ -209,12 +215,12 @@ def test_debug_shows_the_traceback_above_the_line(tailor: Tailor) -> None:
     assert ended.stderr.splitlines()[-1].startswith("tailor: nowhere.png")
 
 
-def test_no_classes_at_all_is_misuse(tailor: Tailor, image: Path) -> None:
+def test_a_number_of_classes_below_1_is_a_usage_error(tailor: Tailor, image: Path) -> None:
     for top in ("0", "-3"):
         assert_one_line(tailor("predict", image, "--top", top), 2, f"--top is {top}; expected at least 1")
 
 
-def test_certificate_without_its_key_is_misuse(tailor: Tailor) -> None:
+def test_a_certificate_without_its_key_is_a_usage_error(tailor: Tailor) -> None:
     message = "is given alone; expected --grpc-tls-cert and --grpc-tls-key together"
     for option in ("--grpc-tls-cert", "--grpc-tls-key"):
         assert_one_line(tailor("serve", option, "tls.pem"), 2, f"{option} {message}")
@@ -225,7 +231,7 @@ def test_certificate_without_its_key_is_misuse(tailor: Tailor) -> None:
     )
 
 
-def test_version_is_told_with_the_servers(tailor: Tailor) -> None:
+def test_version_prints_the_versions_of_tailor_and_triton(tailor: Tailor) -> None:
     ended = tailor("--version")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines() == [

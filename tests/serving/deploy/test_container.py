@@ -24,7 +24,7 @@ from serving.server.model_control import ModelControl
 from serving.server.running import RunningServer
 from serving.shared.atomic import write_file
 from serving.shared.errors import ServingError
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.container import DEPLOY, Container, EndedWhileStarting, backends, metrics_text, running_container
 from tests.support.steady_load import Load, assert_each_answer_is_its_versions
 from tests.support.watched import OBSERVABILITY, expressions
@@ -36,7 +36,7 @@ def names_of(url: str) -> set[str]:
     return set(re.findall(r"^# TYPE (\S+)", metrics_text(url), re.MULTILINE))
 
 
-def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repository: Path, tmp_path: Path) -> None:
+def test_the_container_entry_serves_with_the_metrics_of_the_dashboard(repository: Path, tmp_path: Path) -> None:
     """Run the entry point with the local server instead of NGC's, and compare its metrics with the dashboard's."""
     with running_container(repository, tmp_path, ADMIN_KEY) as server:
         with Client(server.http_url) as client:
@@ -44,7 +44,7 @@ def test_container_entry_serves_and_its_metrics_are_those_that_are_watched(repos
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{server.http_url}/v2/logging", timeout=5)
         transport = Transport(server.http_url, timeout=10)
-        with pytest.raises(Refused, match="image is not"):
+        with pytest.raises(RequestRejected, match="image is not"):
             transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
         transport.close()
         deadline = time.monotonic() + 10
@@ -65,11 +65,9 @@ def health(server: Container, *options: str, metrics_url: str | None = None) -> 
     return ended.returncode, ended.stderr
 
 
-def test_a_server_that_is_only_busy_is_alive_and_one_that_answers_nobody_is_not(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_a_busy_server_is_alive_and_one_that_answers_no_request_is_not(repository: Path, tmp_path: Path) -> None:
     root, seconds = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "seconds"
-    path, begin = root / "classifier" / "1" / "model.py", "        asked = {}\n"
+    path, begin = root / "classifier" / "1" / "model.py", "        parsed = {}\n"
     assert begin in path.read_text()
     path.write_text(
         path.read_text().replace(begin, f"        time.sleep(float(open({str(seconds)!r}).read()))\n{begin}")
@@ -95,12 +93,12 @@ def test_a_server_that_is_only_busy_is_alive_and_one_that_answers_nobody_is_not(
         write_file(seconds, "0")
         assert [each.exception() for each in asked] == [None] * 20
     assert unready[0] == 1 and "timed out" in unready[1]
-    assert alive[0] == 0 and alive[1].endswith("it is busy\n")
-    assert hung[0] == 1 and hung[1].endswith("nor does it answer others\n")
+    assert alive[0] == 0 and alive[1].endswith("it is busy with other requests\n")
+    assert hung[0] == 1 and hung[1].endswith("it answers no other requests either\n")
     assert unknown[0] == 0  # then Triton's readiness counts
 
 
-def test_versions_change_places_in_a_container_as_in_the_local_server(
+def test_versions_are_swapped_in_a_container_as_in_the_local_server(
     repository: Path, release: Release, tmp_path: Path
 ) -> None:
     exports = {1: release, 2: Release(tmp_path / "2", write_export(tmp_path / "2", version=2))}
@@ -120,9 +118,7 @@ def test_versions_change_places_in_a_container_as_in_the_local_server(
     assert load.versions()[-1] == 1
 
 
-def test_graph_that_changed_under_a_container_is_refused_by_classifier_though_student_takes_it(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_a_changed_graph_is_rejected_by_classifier_although_student_loads_it(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     path, manifest = (root / "student" / "1" / name for name in ("model.onnx", "manifest.json"))
     refused = rf"student/1/model\.onnx: sha256 is [0-9a-f]{{12}}\.\.\., manifest\.json says {sha256_of(path)[:12]}"

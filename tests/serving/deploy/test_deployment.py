@@ -27,10 +27,10 @@ DEPLOY = ROOT / "serving" / "deploy"
 
 
 def needed(program: str) -> str:
-    found = shutil.which(program)
-    if found is None:
+    path = shutil.which(program)
+    if path is None:
         pytest.skip(f"{program} is missing")
-    return found
+    return path
 
 
 def checked(*command: object) -> str:
@@ -45,7 +45,7 @@ def manifests() -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_alerts_are_well_formed_and_fire_when_they_should() -> None:
+def test_alerts_are_valid_and_fire_as_specified() -> None:
     promtool = needed("promtool")
     checked(promtool, "check", "rules", OBSERVABILITY / "alerts.yaml")
     checked(promtool, "test", "rules", OBSERVABILITY / "alerts_test.yaml")
@@ -77,7 +77,7 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
         ({"TAILOR_ADMIN_KEY": "a key; with others of it"}, "TAILOR_ADMIN_KEY is not usable"),
     ],
 )
-def test_container_entry_refuses_in_one_line(
+def test_the_container_entry_rejects_invalid_settings_in_one_line(
     repository: Path, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
     root = repository if environment else tmp_path
@@ -88,14 +88,14 @@ def test_container_entry_refuses_in_one_line(
 
 
 @pytest.mark.parametrize("options", [[], ["--live"]])
-def test_healthcheck_says_why_nobody_answers(options: list[str]) -> None:
+def test_the_health_check_prints_why_no_server_responds(options: list[str]) -> None:
     command = [sys.executable, DEPLOY / "healthcheck.py", *options, "http://127.0.0.1:9", "http://127.0.0.1:9/metrics"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("classifier at http://127.0.0.1:9 does not answer")
+    assert ended.stderr.startswith("classifier at http://127.0.0.1:9 does not respond")
 
 
-def test_only_the_probe_that_ends_a_pod_forgives_a_busy_server_and_all_outlast_what_they_run() -> None:
+def test_only_the_liveness_probe_accepts_a_busy_server_and_timeouts_exceed_those_of_the_check() -> None:
     check = runpy.run_path(str(DEPLOY / "healthcheck.py"))
     deployment = next(manifest for manifest in manifests() if manifest["kind"] == "Deployment")
     triton = deployment["spec"]["template"]["spec"]["containers"][0]
@@ -111,7 +111,7 @@ def test_dockerfile_passes_its_linter() -> None:
     checked(needed("hadolint"), ROOT / "Dockerfile")
 
 
-def test_dockerfile_parses_as_docker_reads_it_and_copies_only_what_is_there() -> None:
+def test_the_dockerfile_parses_and_copies_only_existing_files() -> None:
     dockerfile = pytest.importorskip("dockerfile", reason="the parser of Docker's own, package dockerfile")
     commands = dockerfile.parse_file(str(ROOT / "Dockerfile"))
     stages = [command.value[2] for command in commands if command.cmd == "FROM"]
@@ -135,11 +135,11 @@ def test_every_package_that_the_command_imports_is_installed_in_its_stage(stage:
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     by_module = metadata.packages_distributions()
     # Besides the requirements: the installation of this checkout, and optional imports of packages.
-    known = installed_with(requirements) | {"setuptools", "tailor", "brotli", "ml-dtypes", "grpcio-tools"}
+    installed = installed_with(requirements) | {"setuptools", "tailor", "brotli", "ml-dtypes", "grpcio-tools"}
     missing = {
         name
         for name in ran.stdout.split()
-        if name in by_module and known.isdisjoint(map(canonicalize_name, by_module[name]))
+        if name in by_module and installed.isdisjoint(map(canonicalize_name, by_module[name]))
     }
     assert missing == set()
 
@@ -151,7 +151,7 @@ def test_manifests_pass_their_schemas() -> None:
             validator.validate(manifest, "1.34", strict=True)
 
 
-def test_pods_run_without_rights_on_a_read_only_file_system() -> None:
+def test_pods_run_without_privileges_on_a_read_only_file_system() -> None:
     deployment = next(manifest for manifest in manifests() if manifest["kind"] == "Deployment")
     pod = deployment["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -187,7 +187,7 @@ def test_compose_passes_its_schema() -> None:
 
 
 @pytest.mark.parametrize("name", ["tailor.service", "tailor-gateway.service"])
-def test_units_are_well_formed(tmp_path: Path, name: str) -> None:
+def test_systemd_units_are_valid(tmp_path: Path, name: str) -> None:
     analyze = needed("systemd-analyze")
     text = (DEPLOY / name).read_text()
     (tmp_path / name).write_text(text.replace("/opt/tailor/bin/tailor", "/bin/true"))

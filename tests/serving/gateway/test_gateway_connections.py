@@ -85,7 +85,7 @@ def test_one_address_gets_twice_as_many_connections_as_requests(server: TritonSe
             assert other.recv(4096).startswith(b"HTTP/1.1 200")
 
 
-def test_forwarded_address_is_taken_from_trusted_proxies_alone_and_their_connections_are_not_bounded(
+def test_only_trusted_proxies_set_the_forwarded_address_and_their_connections_are_not_limited(
     server: TritonServer, tmp_path: Path
 ) -> None:
     log = tmp_path / "access.jsonl"
@@ -131,12 +131,12 @@ def test_tls_1_2_needs_forward_secrecy_and_authenticated_encryption(
                     context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
-def test_streams_that_are_reset_end_their_connection(gateways: dict[bool, GatewayProcess]) -> None:
+def test_many_reset_streams_close_their_connection(gateways: dict[bool, GatewayProcess]) -> None:
     """CVE-2023-44487 (rapid reset): nginx counts streams as requests of their connection."""
-    assert bad_connections.resets_until_goaway(gateways[False].gateway.grpc_port, most=3000) < 2000
+    assert bad_connections.resets_until_goaway(gateways[False].gateway.grpc_port, limit=3000) < 2000
 
 
-def test_calls_of_a_grpc_channel_outlive_the_bound_on_requests_of_a_connection(
+def test_calls_of_a_grpc_channel_continue_beyond_the_request_limit_of_a_connection(
     gateways: dict[bool, GatewayProcess],
 ) -> None:
     options = [("grpc.use_local_subchannel_pool", 1)]

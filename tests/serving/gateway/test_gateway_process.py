@@ -26,8 +26,9 @@ from conftest import picture
 
 from serving.client.sync_client import Client
 from serving.gateway.config import Gateway
-from serving.gateway.nginx_process import PACKAGES, PLACES, GatewayProcess, RestartDelay, write_config
+from serving.gateway.nginx_process import PACKAGES, SEARCH_PATH, GatewayProcess, RestartDelay, write_config
 from serving.server.triton_server import TritonServer
+from serving.shared.errors import ServingError
 from serving.shared.ports import choose_ports
 from tests.support import bad_connections
 from tests.support.running_gateway import require_nginx, running_gateway, workers_of
@@ -100,7 +101,7 @@ def test_command_restarts_nginx_when_its_master_is_killed_and_still_ends_with_st
         [master] = psutil.Process(process.pid).children()
         orphans += kill_master(master.pid)
         line = process.stderr.readline()
-        assert re.fullmatch(r"tailor: nginx ended by itself with status -9; restarting it in 0\.\d s\n", line)
+        assert re.fullmatch(r"tailor: nginx exited with status -9; restarting it in 0\.\d s\n", line)
         deadline = time.monotonic() + 10
         answered = None
         while answered is None and time.monotonic() < deadline:
@@ -113,7 +114,7 @@ def test_command_restarts_nginx_when_its_master_is_killed_and_still_ends_with_st
     assert process.returncode == 0
 
 
-def test_pause_grows_while_nginx_ends_at_once_and_not_after_a_run_that_served(server: TritonServer) -> None:
+def test_the_delay_grows_only_while_nginx_exits_immediately(server: TritonServer) -> None:
     with running_gateway(server) as gateway:
         with kept_running(gateway, RestartDelay(first=0.1, longest=0.3, stable=1000)) as lines:
             for pause in ("0.1", "0.2", "0.3", "0.3"):
@@ -130,7 +131,7 @@ def test_pause_grows_while_nginx_ends_at_once_and_not_after_a_run_that_served(se
             await_ready(gateway, other_than=ended)
 
 
-def test_start_that_fails_is_repeated_until_its_cause_is_gone(server: TritonServer, tmp_path: Path) -> None:
+def test_a_failed_start_is_retried_until_it_succeeds(server: TritonServer, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     with (
@@ -139,10 +140,10 @@ def test_start_that_fails_is_repeated_until_its_cause_is_gone(server: TritonServ
     ):
         moved, ended = logs.rename(tmp_path / "moved"), gateway.process_id
         kill_master(ended)
-        assert lines.get(timeout=10) == "nginx ended by itself with status -9; restarting it in 0.1 s"
+        assert lines.get(timeout=10) == "nginx exited with status -9; restarting it in 0.1 s"
         for _ in range(3):
             assert re.fullmatch(
-                r"nginx ended with status 1 while it started: .*access\.jsonl.* failed \(2: .*; restarting it in 0\.2 s",
+                r"nginx exited with status 1 while it started: .*access\.jsonl.* failed \(2: .*; restarting it in 0\.2 s",
                 lines.get(timeout=10),
             )
         moved.rename(logs)
@@ -157,7 +158,7 @@ def public_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_entry_point_of_the_image_starts_again_after_it_was_killed(public_folder: Path) -> None:
+def test_the_entry_point_of_the_image_restarts_after_it_was_killed(public_folder: Path) -> None:
     """A pod's /tmp outlives its containers: the Unix sockets of a killed nginx still exist."""
     require_nginx()
     ports = choose_ports("127.0.0.1", {"http_port": 0, "grpc_port": 0})
@@ -171,7 +172,7 @@ def test_entry_point_of_the_image_starts_again_after_it_was_killed(public_folder
         for word in json.loads(entry_point)
     ]
     for _ in range(2):
-        process = subprocess.Popen(command, env={"PATH": PLACES}, stderr=subprocess.PIPE, start_new_session=True)
+        process = subprocess.Popen(command, env={"PATH": SEARCH_PATH}, stderr=subprocess.PIPE, start_new_session=True)
         deadline = time.monotonic() + 10
         status = 0
         while status != 200 and process.poll() is None and time.monotonic() < deadline:
@@ -227,7 +228,7 @@ def test_stop_waits_for_running_requests_and_not_for_idle_callers(server: Triton
         assert busy.recv(4096).endswith(b"\r\n\r\nok")
 
 
-def test_too_few_open_files_are_one_line_before_nginx_starts() -> None:
+def test_too_low_a_limit_on_open_files_is_an_error_before_nginx_starts() -> None:
     require_nginx()
     command = [sys.executable, "-m", "serving.commands", "gateway"]
     limited = ["bash", "-c", 'ulimit -n 1000 && exec "$@"', "-", *command]
@@ -250,3 +251,36 @@ def test_a_gateway_starts_with_as_many_open_files_as_it_needs(connections: int) 
     process.terminate()
     assert process.communicate(timeout=30) == ("stopped\n", "")
     assert first.startswith("ready ")
+
+
+@pytest.mark.end_to_end
+def test_a_port_in_use_fails_the_start_and_leaves_no_process(server: TritonServer) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with (
+            pytest.raises(ServingError, match=r"http_port .*: the port is in use on 127.0.0.1"),
+            running_gateway(server, http_port=other.getsockname()[1]),
+        ):
+            pass
+    assert not [process for process in psutil.Process().children(recursive=True) if process.name() == "nginx"]
+
+
+@pytest.mark.end_to_end
+def test_the_command_runs_until_sigterm_and_leaves_no_process(server: TritonServer) -> None:
+    require_nginx()
+    ports = choose_ports("127.0.0.1", {"--http-port": 0, "--grpc-port": 0})
+    upstream = ["--upstream-http", server.http_url[7:], "--upstream-grpc", server.grpc_url[7:], "--workers", "1"]
+    command = [sys.executable, "-m", "serving.commands", "gateway", *upstream]
+    command += [text for option, port in ports.items() for text in (option, str(port))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ready, url, _ = process.stdout.readline().split()
+    assert ready == "ready"
+    with Client(url) as client:
+        assert client.predict([picture(1)])[0].version == 1
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.terminate()
+    assert process.communicate(timeout=30) == ("stopped\n", "")
+    assert process.returncode == 0
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]

@@ -99,7 +99,7 @@ def until_started(triton: Upstream, count: int) -> None:
     assert triton.started == count
 
 
-def test_a_caller_that_does_not_read_its_response_holds_no_turn(gateway: GatewayProcess, triton: Upstream) -> None:
+def test_a_caller_that_does_not_read_its_response_occupies_no_slot(gateway: GatewayProcess, triton: Upstream) -> None:
     triton.size = LARGE
     with closing(socket.socket()) as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -113,7 +113,7 @@ def test_a_caller_that_does_not_read_its_response_holds_no_turn(gateway: Gateway
     assert status == 200 and seconds < SLOT_SECONDS / 2
 
 
-def test_the_turn_of_a_caller_that_left_lasts_as_long_as_its_image_is_decoded(
+def test_the_slot_of_a_disconnected_caller_stays_in_use_while_its_image_is_decoded(
     gateway: GatewayProcess, triton: Upstream
 ) -> None:
     triton.seconds = DECODING
@@ -125,7 +125,9 @@ def test_the_turn_of_a_caller_that_left_lasts_as_long_as_its_image_is_decoded(
     assert status == 200 and 0.5 * DECODING < seconds < SLOT_SECONDS / 2
 
 
-def test_callers_that_leave_while_they_wait_send_triton_nothing(gateway: GatewayProcess, triton: Upstream) -> None:
+def test_callers_that_disconnect_in_the_queue_send_no_request_to_triton(
+    gateway: GatewayProcess, triton: Upstream
+) -> None:
     triton.seconds = 1.5
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(costly, gateway, "127.0.0.2")
@@ -140,7 +142,7 @@ def test_callers_that_leave_while_they_wait_send_triton_nothing(gateway: Gateway
     assert status == 200 and triton.started == 2
 
 
-def test_the_turn_of_a_killed_worker_is_free_within_5_s(gateway: GatewayProcess, triton: Upstream) -> None:
+def test_the_slot_of_a_killed_worker_is_free_within_5_s(gateway: GatewayProcess, triton: Upstream) -> None:
     triton.seconds = 20
     with bad_connections.connected(gateway.gateway.http_port, 20, "127.0.0.2") as cut:
         cut.sendall(COSTLY)

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +30,8 @@ from serving.gateway.config import Gateway
 from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
-from serving.transport.sync_transport import Refused, Transport
-from tests.support import bad_connections, bad_requests
+from serving.transport.sync_transport import RequestRejected, Transport
+from tests.support import bad_connections, bad_protocol, bad_requests
 from tests.support.running_gateway import running_gateway, workers_of
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
@@ -91,21 +90,21 @@ class Attacker:
                 f"http {fault.fault}", fault.culprit, ("POST", path, body, headers), range(400, 500)
             )
         if kind < 0.42:
-            return self.message_answer(*bad_requests.message_bytes(self.draw))
+            return self.message_answer(*bad_protocol.message_bytes(self.draw))
         if kind < 0.65:
             fault = self.draw.choice(bad_requests.TENSOR_FAULTS)(self.draw)
             return self.grpc_answer(f"grpc {fault.fault}", fault.culprit, bad_requests.over_grpc(fault))
         if kind < 0.68:
             return self.grpc_answer(
-                "grpc tensor: typed, beyond memory", "image", bad_requests.typed_over_grpc(self.draw)
+                "grpc tensor: typed, beyond memory", "image", bad_protocol.typed_over_grpc(self.draw)
             )
         if kind < 0.69:
-            large = bad_requests.large_body(self.draw)
+            large = bad_protocol.large_body(self.draw)
             return self.http_answer(
                 large.fault, large.culprit, (large.method, large.path, large.body, large.headers), (413,)
             )
         if kind < 0.93:
-            bad = self.draw.choice(bad_requests.HTTP_FAULTS)(self.draw)
+            bad = self.draw.choice(bad_protocol.HTTP_FAULTS)(self.draw)
             return self.http_answer(bad.fault, bad.culprit, (bad.method, bad.path, bad.body, bad.headers), bad.statuses)
         if kind < 0.97:
             name = self.draw.choice(list(bad_connections.HTTP_CONNECTIONS))
@@ -129,11 +128,11 @@ class Attacker:
                 status, text = 0, repr(error)
                 if last:
                     break
-        told = "error" in text and culprit.lower() in text.lower()
+        rejected = "error" in text and culprit.lower() in text.lower()
         return (
             fault,
-            f"{status}" if status in statuses and told else f"{status} {text[:160]}",
-            status in statuses and told,
+            f"{status}" if status in statuses and rejected else f"{status} {text[:160]}",
+            status in statuses and rejected,
         )
 
     def message_answer(self, fault: str, message: bytes) -> Outcome:
@@ -193,7 +192,7 @@ def resident(process_id: int) -> int:
 
 
 def table(outcomes: list[Outcome], seconds: list[float], memory: tuple[int, int], took: float) -> str:
-    counted = collections.Counter((fault, told) for fault, told, _ in outcomes)
+    counted = collections.Counter((fault, rejected) for fault, rejected, _ in outcomes)
     milliseconds = [1000 * value for value in sorted(seconds)]
     p50, p99 = milliseconds[len(seconds) // 2], milliseconds[len(seconds) * 99 // 100]
     lines = [
@@ -208,12 +207,14 @@ def table(outcomes: list[Outcome], seconds: list[float], memory: tuple[int, int]
         "",
         "| fault | answer | times |",
         "|---|---|---|",
-        *(f"| {fault} | {told} | {count} |" for (fault, told), count in sorted(counted.items())),
+        *(f"| {fault} | {rejected} | {count} |" for (fault, rejected), count in sorted(counted.items())),
     ]
     return "\n".join(lines) + "\n"
 
 
-def test_bad_requests_harm_nobody_and_are_told_what_is_wrong(own_server: TritonServer, gateway: GatewayProcess) -> None:
+def test_bad_requests_get_an_error_message_and_affect_no_other_request(
+    own_server: TritonServer, gateway: GatewayProcess
+) -> None:
     with Client(own_server.grpc_url) as client:
         expected = [client.predict([picture(place)], 0.5)[0] for place in range(20)]
     # Warm-up: one request of each kind grows the buffers to their final size; the largest is sent to each instance,
@@ -221,7 +222,7 @@ def test_bad_requests_harm_nobody_and_are_told_what_is_wrong(own_server: TritonS
     largest = np.array([[bad_requests.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
     transport = Transport(own_server.http_url, 60)
     for _ in range(6):
-        with pytest.raises(Refused, match="image"):
+        with pytest.raises(RequestRejected, match="image"):
             transport.infer("classifier", {"image": largest}, {"class": 0})
     transport.close()
     attack(gateway, max(100, REQUESTS // 20), SEED + 1000)
@@ -234,7 +235,7 @@ def test_bad_requests_harm_nobody_and_are_told_what_is_wrong(own_server: TritonS
     report = table(outcomes, good["seconds"], (before, after), took)
     if REPORT:
         Path(REPORT).write_text(report)
-    assert [(fault, told) for fault, told, right in outcomes if not right] == []
+    assert [(fault, rejected) for fault, rejected, right in outcomes if not right] == []
     assert good["wrong"] == []
     assert len(good["seconds"]) > REQUESTS / 20
     # No process died: dead inference processes are never restarted, so the processes are the same.
@@ -243,19 +244,19 @@ def test_bad_requests_harm_nobody_and_are_told_what_is_wrong(own_server: TritonS
     assert after <= before * (1 + GROWTH), report.splitlines()[4]
 
 
-def test_exhausted_descriptors_stop_new_callers_and_nobody_else(repository: Path, tmp_path: Path) -> None:
+def test_exhausted_descriptors_affect_only_new_callers(repository: Path, tmp_path: Path) -> None:
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0, log=tmp_path / "log") as server:
         process = psutil.Process(server.process_id)
         used = process.num_fds()
         process.rlimit(psutil.RLIMIT_NOFILE, (used + 20, used + 20))
         with Client(server.grpc_url) as client:
-            wanted = client.predict([picture(1)], 0.5)
+            expected = client.predict([picture(1)], 0.5)
             with contextlib.ExitStack() as idle:
                 for _ in range(60):
                     with contextlib.suppress(OSError):
                         idle.enter_context(bad_connections.connected(server.ports["--http-port"], timeout=2))
                 assert process.num_fds() <= used + 20
-                assert client.predict([picture(1)], 0.5) == wanted
+                assert client.predict([picture(1)], 0.5) == expected
             deadline = time.monotonic() + 10
             while not answers(server) and time.monotonic() < deadline:
                 time.sleep(0.2)
@@ -270,7 +271,7 @@ def answers(server: TritonServer) -> bool:
         return False
 
 
-def test_gateway_keeps_the_servers_descriptors_for_requests(own_server: TritonServer) -> None:
+def test_idle_callers_use_no_descriptors_of_the_server(own_server: TritonServer) -> None:
     """Hundreds of idle callers use descriptors of the gateway only, not of the server."""
     with running_gateway(own_server, header_seconds=5, connections=64) as running, contextlib.ExitStack() as idle:
         before = psutil.Process(own_server.process_id).num_fds()
@@ -280,18 +281,22 @@ def test_gateway_keeps_the_servers_descriptors_for_requests(own_server: TritonSe
         assert psutil.Process(own_server.process_id).num_fds() <= before + 2
 
 
-def test_gateway_whose_descriptors_are_exhausted_answers_again_once_callers_have_gone(
-    own_server: TritonServer, monkeypatch: pytest.MonkeyPatch
+def test_a_gateway_with_exhausted_descriptors_recovers_when_callers_disconnect(
+    own_server: TritonServer,
 ) -> None:
-    limit, render = 24, Gateway.render  # nginx itself uses a dozen
+    limit = 24  # nginx itself uses a dozen
 
-    def with_few_descriptors(gateway: Gateway, *folders: Path) -> str:
-        return re.sub(r"worker_rlimit_nofile \d+;", f"worker_rlimit_nofile {limit};", render(gateway, *folders))
+    class FewDescriptors(Gateway):
+        @property
+        def open_files(self) -> int:
+            return limit
 
-    monkeypatch.setattr(Gateway, "render", with_few_descriptors)
-    with running_gateway(own_server, header_seconds=30) as running, Client(own_server.http_url) as direct:
+    with (
+        running_gateway(own_server, kind=FewDescriptors, header_seconds=30) as running,
+        Client(own_server.http_url) as direct,
+    ):
         [worker] = workers_of(running.process_id)
-        wanted = direct.predict([picture(1)], 0.5)
+        expected = direct.predict([picture(1)], 0.5)
         with contextlib.ExitStack() as idle:
             for _ in range(40):
                 idle.enter_context(bad_connections.connected(running.gateway.http_port))
@@ -301,17 +306,17 @@ def test_gateway_whose_descriptors_are_exhausted_answers_again_once_callers_have
             assert worker.num_fds() == limit
             with Client(running.http_url, timeout=1) as client, pytest.raises(ServingError):
                 client.predict([picture(1)], 0.5)
-            assert direct.predict([picture(1)], 0.5) == wanted  # the server is not affected
+            assert direct.predict([picture(1)], 0.5) == expected  # the server is not affected
         for url in (running.http_url, running.grpc_url):
             with Client(url, timeout=20) as client:
-                assert client.predict([picture(1)], 0.5) == wanted
+                assert client.predict([picture(1)], 0.5) == expected
         assert [process.pid for process in psutil.Process(running.process_id).children()] == [worker.pid]
 
 
-def test_grammar_draws_the_same_requests_from_the_same_seed() -> None:
+def test_the_grammar_generates_the_same_requests_for_the_same_seed() -> None:
     def drawn(seed: int) -> list[Any]:
         draw = random.Random(seed)
-        faults: list[Callable[[random.Random], Any]] = [*bad_requests.TENSOR_FAULTS, *bad_requests.HTTP_FAULTS]
+        faults: list[Callable[[random.Random], Any]] = [*bad_requests.TENSOR_FAULTS, *bad_protocol.HTTP_FAULTS]
         return [draw.choice(faults)(draw) for _ in range(50)]
 
     assert drawn(3) == drawn(3)

@@ -127,7 +127,7 @@ def gzip_of_two_gibibytes() -> tuple[bytes, dict[str, str]]:
         (gzip_of_two_gibibytes, signal.SIGABRT, 415),
     ],
 )
-def test_one_request_that_ends_the_raw_server_stops_at_the_gateway(
+def test_the_gateway_rejects_each_request_that_crashes_the_server(
     gateway: GatewayProcess, raw: TritonServer, killer: Any, end: signal.Signals, status: int
 ) -> None:
     body, headers = killer()
@@ -140,16 +140,16 @@ def test_one_request_that_ends_the_raw_server_stops_at_the_gateway(
     assert raw.wait(DEATH) == -end
 
 
-def test_millions_of_chunks_end_the_raw_server_and_stop_at_the_gateway(
+def test_the_gateway_rejects_millions_of_chunks_that_crash_the_server(
     gateway: GatewayProcess, raw: TritonServer
 ) -> None:
-    assert bad_connections.endless_chunks(gateway.gateway.http_port, most=3_000_000) in (0, 411)
+    assert bad_connections.endless_chunks(gateway.gateway.http_port, limit=3_000_000) in (0, 411)
     assert_answers(gateway)
-    bad_connections.endless_chunks(raw.ports["--http-port"], most=3_000_000)
+    bad_connections.endless_chunks(raw.ports["--http-port"], limit=3_000_000)
     assert raw.wait(DEATH) == -signal.SIGSEGV
 
 
-def test_cancelled_calls_end_the_raw_server_and_stop_at_the_gateway(
+def test_cancelled_calls_crash_the_server_but_not_through_the_gateway(
     gateway: GatewayProcess, guarded: TritonServer, raw: TritonServer
 ) -> None:
     assert cancel_calls(gateway.grpc_url, seconds=20) > 100
@@ -159,7 +159,7 @@ def test_cancelled_calls_end_the_raw_server_and_stop_at_the_gateway(
     assert raw.wait(DEATH) in (-signal.SIGSEGV, -signal.SIGABRT)
 
 
-def test_body_without_end_fills_the_raw_server_and_stops_at_the_gateway(
+def test_the_gateway_rejects_an_endless_body_that_fills_the_server_s_memory(
     gateway: GatewayProcess, guarded: TritonServer, raw: TritonServer
 ) -> None:
     sent = 512 * 2**20
@@ -216,7 +216,7 @@ def liars_beside_good_callers(grpc_url: str, seconds: float, until_harm: bool = 
     return told
 
 
-def test_lying_string_fails_its_batch_on_the_raw_server_and_stops_at_the_gateway(
+def test_the_gateway_rejects_a_string_with_a_wrong_length_that_fails_its_batch(
     gateway: GatewayProcess, raw: TritonServer
 ) -> None:
     unharmed = liars_beside_good_callers(gateway.grpc_url, seconds=3)

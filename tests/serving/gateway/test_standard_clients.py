@@ -68,7 +68,7 @@ def by_kserve(url: str, model: str, image: np.ndarray, binary: bool) -> dict[str
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 @pytest.mark.parametrize("binary", [False, True], ids=["typed", "binary"])
-def test_kserves_client_gets_the_students_answer(
+def test_kserves_client_gets_the_response_of_student(
     gateway: GatewayProcess, logits: np.ndarray, protocol: str, binary: bool
 ) -> None:
     url = gateway.http_url if protocol == "http" else gateway.grpc_url
@@ -76,26 +76,28 @@ def test_kserves_client_gets_the_students_answer(
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_kserves_client_gets_the_classifiers_answer(gateway: GatewayProcess, names: list[bytes], protocol: str) -> None:
+def test_kserves_client_gets_the_response_of_classifier(
+    gateway: GatewayProcess, names: list[bytes], protocol: str
+) -> None:
     url = gateway.http_url if protocol == "http" else gateway.grpc_url
     assert [name.encode() for name in by_kserve(url, "classifier", ENCODED, binary=True)["class"]] == names
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["json", "binary"])
-def test_tritons_client_gets_the_same_answer_for_json_and_for_bytes(
+def test_tritons_client_gets_the_same_response_for_json_and_bytes(
     gateway: GatewayProcess, logits: np.ndarray, binary: bool
 ) -> None:
     image = tritonclient.http.InferInput("image", list(PIXELS.shape), "UINT8").set_data_from_numpy(PIXELS, binary)
     strength = tritonclient.http.InferInput("strength", [1, 1], "FP32").set_data_from_numpy(STRENGTH, binary)
-    wanted = [tritonclient.http.InferRequestedOutput(name, binary_data=binary) for name in ("feature", "logits")]
+    outputs = [tritonclient.http.InferRequestedOutput(name, binary_data=binary) for name in ("feature", "logits")]
     with tritonclient.http.InferenceServerClient(gateway.http_url.partition("://")[2]) as client:
-        found = client.infer("student", [image, strength], outputs=wanted, request_id="a request/1")
-    np.testing.assert_allclose(found.as_numpy("logits"), logits, rtol=1e-5)
-    assert found.get_response()["id"] == "a request/1"
-    assert {output["name"] for output in found.get_response()["outputs"]} == {"feature", "logits"}
+        result = client.infer("student", [image, strength], outputs=outputs, request_id="a request/1")
+    np.testing.assert_allclose(result.as_numpy("logits"), logits, rtol=1e-5)
+    assert result.get_response()["id"] == "a request/1"
+    assert {output["name"] for output in result.get_response()["outputs"]} == {"feature", "logits"}
 
 
-def test_printed_curl_command_is_answered(gateway: GatewayProcess, names: list[bytes], tmp_path: Path) -> None:
+def test_the_printed_curl_command_succeeds(gateway: GatewayProcess, names: list[bytes], tmp_path: Path) -> None:
     image = tmp_path / "an image.png"
     image.write_bytes(picture(1))
     ended = subprocess.run(
@@ -106,7 +108,7 @@ def test_printed_curl_command_is_answered(gateway: GatewayProcess, names: list[b
 
 
 @pytest.mark.parametrize("through", ["gateway", "server"])
-def test_printed_json_request_is_answered(
+def test_the_printed_json_request_succeeds(
     server: TritonServer, gateway: GatewayProcess, release: Release, tmp_path: Path, through: str
 ) -> None:
     image = tmp_path / "an image's copy.png"
@@ -122,7 +124,7 @@ def test_printed_json_request_is_answered(
     np.testing.assert_allclose(outputs["probability"], np.sort(expected)[::-1][: len(outputs["index"])], rtol=1e-4)
 
 
-def test_documented_json_request_is_the_one_that_serve_prints() -> None:
+def test_the_documented_json_request_is_that_of_serve() -> None:
     documented = commands(ROOT / "docs/serving.md")
     printed = json_example("http://127.0.0.1:8000", Path("cat.jpg"))
     assert commands_in("$ " + printed.replace("\ncurl", "\n$ curl")) == [
@@ -141,7 +143,7 @@ FETCH = """async ({path, head, data}) => {
 
 
 @needs_chromium
-def test_a_browsers_fetch_is_answered(gateway: GatewayProcess, names: list[bytes]) -> None:
+def test_fetch_in_a_browser_succeeds(gateway: GatewayProcess, names: list[bytes]) -> None:
     data = serialize_byte_tensor(ENCODED).item()
     head = {
         "inputs": [
@@ -153,7 +155,9 @@ def test_a_browsers_fetch_is_answered(gateway: GatewayProcess, names: list[bytes
     with started() as browser:
         page = browser.new_page()
         page.goto(f"{gateway.http_url}/v2")
-        status, found = page.evaluate(FETCH, sent)
+        status, result = page.evaluate(FETCH, sent)
         page.close()
-    assert status == 200, found
-    assert [name.encode() for name in {output["name"]: output["data"] for output in found["outputs"]}["class"]] == names
+    assert status == 200, result
+    assert [
+        name.encode() for name in {output["name"]: output["data"] for output in result["outputs"]}["class"]
+    ] == names

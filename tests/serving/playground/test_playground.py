@@ -22,7 +22,7 @@ from PIL import Image
 from models.prior import log_class_prior, softmax
 from serving.client.predictions import Prediction
 from serving.drift.estimate import write_live_prior
-from serving.playground.answers import Answer, as_html, own_prior, thumbnail, told_apart
+from serving.playground.answers import PriorResult, as_html, parse_own_prior, thumbnail, unique_names
 from serving.playground.page import find_samples
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
@@ -32,13 +32,15 @@ with_browser = [pytest.mark.end_to_end, pytest.mark.xdist_group("playground"), n
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_a_class_name_is_text_whatever_it_holds() -> None:
+def test_a_class_name_is_escaped() -> None:
     hostile = Prediction(("<script>alert(1)</script>",), (0,), (1.0,), 1)
-    assert "<script>" not in as_html([Answer("balanced", hostile, 1.0), Answer("<b>", None, 0.0, "<img src=x>")])
+    assert "<script>" not in as_html(
+        [PriorResult("balanced", hostile, 1.0), PriorResult("<b>", None, 0.0, "<img src=x>")]
+    )
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "prior"),
     [
         ("0.7, 0.3", [0.7, 0.3]),
         ("0.7 0.3\n", [0.7, 0.3]),
@@ -50,8 +52,8 @@ def test_a_class_name_is_text_whatever_it_holds() -> None:
         ('{"a, b": 6, "c": 2}', {"a, b": 0.75, "c": 0.25}),
     ],
 )
-def test_a_prior_is_typed_as_numbers_or_as_json(typed: str, meant: object) -> None:
-    assert own_prior(typed) == meant
+def test_a_typed_prior_is_parsed_from_numbers_pairs_or_json(typed: str, prior: object) -> None:
+    assert parse_own_prior(typed) == prior
 
 
 @pytest.mark.parametrize(
@@ -74,22 +76,24 @@ def test_a_prior_is_typed_as_numbers_or_as_json(typed: str, meant: object) -> No
         "1e400",
     ],
 )
-def test_what_is_no_prior_is_refused_in_one_line(typed: str) -> None:
+def test_an_invalid_typed_prior_is_rejected_in_one_line(typed: str) -> None:
     with pytest.raises(InputError, match="your own prior") as refused:
-        own_prior(typed)
+        parse_own_prior(typed)
     assert len(str(refused.value)) < 250
 
 
 def test_a_column_whose_best_class_differs_from_the_first_is_marked() -> None:
     ant, bee = (Prediction((name, "cow"), (0, 1), (0.9, 0.1), 1) for name in ("<ant>", "bee"))
-    html = as_html([Answer("bal & anced", ant, 1.0), Answer("train", bee, 1.0), Answer("live", ant, 1.0)])
+    html = as_html(
+        [PriorResult("bal & anced", ant, 1.0), PriorResult("train", bee, 1.0), PriorResult("live", ant, 1.0)]
+    )
     assert re.findall(r'section class="([^"]+)"><h3>([^<]+)', html) == [
         ("column", "bal &amp; anced"), ("column changed", "train"), ("column", "live"),
     ]  # fmt: skip
     assert html.count("other class than bal &amp; anced") == 1
 
 
-def test_samples_are_the_images_of_the_folder_and_none_where_there_is_no_folder(tmp_path: Path) -> None:
+def test_samples_are_the_images_of_the_folder_or_none_without_a_folder(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "samples.csv"):
         (tmp_path / name).touch()
     assert find_samples(tmp_path) == [tmp_path / "a.JPG", tmp_path / "b.png"]
@@ -111,13 +115,13 @@ def test_a_picture_taken_sideways_is_shown_upright() -> None:
     assert above[0] > 200 > below[0] and below[2] > 200 > above[2]
 
 
-def test_files_of_one_name_from_several_folders_are_told_apart() -> None:
+def test_files_of_one_name_get_unique_names() -> None:
     files = ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/1.jpg (2)"]
-    assert told_apart([Path(file) for file in files]) == ["1.jpg (1)", "1.jpg (3)", "2.jpg", "1.jpg (2)"]
+    assert unique_names([Path(file) for file in files]) == ["1.jpg (1)", "1.jpg (3)", "2.jpg", "1.jpg (2)"]
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_answer_is_told_in_one_line() -> None:
+def test_an_unreachable_server_is_an_error_of_one_line() -> None:
     done = run("--url", "http://127.0.0.1:9", "--timeout", "1")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
@@ -131,7 +135,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The playground on the session's server, open in Chromium; `page.strangers`: requests to other hosts."""
+    """The playground on the session's server, open in Chromium; `page.external_requests`: requests to other hosts."""
     uploads, samples = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("samples")
     for seed in (7, 8):
         (samples / f"sample-{seed}.png").write_bytes(picture(seed))
@@ -145,8 +149,11 @@ def page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
         try:
             address = next(line for line in process.stdout or [] if line.startswith("playground ")).split()[1]
             page = browser.new_page()
-            page.strangers = []
-            page.on("request", lambda request: page.strangers.append(request.url) if not is_ours(request.url) else None)
+            page.external_requests = []
+            page.on(
+                "request",
+                lambda request: page.external_requests.append(request.url) if not is_local(request.url) else None,
+            )
             page.goto(address)
             page.wait_for_selector("#image input[type=file]", state="attached", timeout=60_000)
             yield page
@@ -155,7 +162,7 @@ def page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
             process.wait(timeout=30)
 
 
-def is_ours(url: str) -> bool:
+def is_local(url: str) -> bool:
     return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
 
 
@@ -201,7 +208,7 @@ class TestInABrowser:
 
     pytestmark = with_browser
 
-    def test_an_image_is_answered_under_each_prior_side_by_side(
+    def test_an_image_is_classified_under_each_prior_side_by_side(
         self, page: Any, release: Release, tmp_path: Path
     ) -> None:
         (tmp_path / "noise.png").write_bytes(picture(3))
@@ -216,7 +223,7 @@ class TestInABrowser:
         assert "ms, version 1" in shown["balanced"]
         assert "tailor drift --write" in shown["live"]
 
-    def test_a_prior_of_ones_own_and_the_slider_change_the_answer(self, page: Any, tmp_path: Path) -> None:
+    def test_a_typed_prior_and_the_slider_change_the_prediction(self, page: Any, tmp_path: Path) -> None:
         (tmp_path / "noise.png").write_bytes(picture(4))
         upload(page, tmp_path / "noise.png")
         page.wait_for_selector("#answers .column", timeout=60_000)
@@ -230,7 +237,7 @@ class TestInABrowser:
         shown = columns(page)
         assert shown["strength 0"].splitlines()[1:5] == shown["balanced"].splitlines()[1:5]
 
-    def test_a_live_prior_that_drift_has_written_has_its_own_answer(
+    def test_a_live_prior_written_by_drift_has_its_own_prediction(
         self, page: Any, release: Release, repository: Path, tmp_path: Path
     ) -> None:
         shares = np.array([0.01, 0.01, 0.01, 0.01, 0.96])
@@ -248,7 +255,7 @@ class TestInABrowser:
         assert "ms, version 1" in shown["live"]
         assert shown["live"].splitlines()[1:3] not in [shown[name].splitlines()[1:3] for name in ("balanced", "train")]
 
-    def test_by_the_keyboard_alone_an_image_is_chosen_and_a_prior_typed(self, page: Any, tmp_path: Path) -> None:
+    def test_an_image_is_chosen_and_a_prior_typed_with_the_keyboard_alone(self, page: Any, tmp_path: Path) -> None:
         (tmp_path / "noise.png").write_bytes(picture(4))
         page.reload()
         page.wait_for_selector("#image input[type=file]", state="attached")
@@ -267,12 +274,12 @@ class TestInABrowser:
         page.wait_for_selector("#classify", state="visible")
         tab_to(page, "#classify")
         page.keyboard.press("Enter")
-        page.wait_for_selector("#said :text('0 images')")
+        page.wait_for_selector("#summary :text('0 images')")
         page.get_by_role("tab", name="One image").click()
 
     def test_a_sample_image_is_classified_when_it_is_clicked(self, page: Any, release: Release) -> None:
         page.locator("#samples button img").nth(1).click()
-        page.wait_for_selector("#shown :text('sample-8.png')", timeout=60_000)
+        page.wait_for_selector("#preview :text('sample-8.png')", timeout=60_000)
         best = int(release.logits([picture(8)])[0].argmax())
         assert columns(page)["balanced"].splitlines()[1] == CLASSES[best]
 
@@ -283,7 +290,7 @@ class TestInABrowser:
             assert box["x"] <= shown["x"] and shown["x"] + shown["width"] <= box["x"] + box["width"]
             assert shown["y"] >= label["y"] + label["height"]
 
-    def test_a_broken_file_is_told_what_is_wrong(self, page: Any, tmp_path: Path) -> None:
+    def test_a_damaged_file_gets_an_error_message(self, page: Any, tmp_path: Path) -> None:
         (tmp_path / "broken.png").write_bytes(picture(5)[:60])
         upload(page, tmp_path / "broken.png")
         page.wait_for_selector("#answers [role=alert]", timeout=60_000)
@@ -302,7 +309,7 @@ class TestInABrowser:
         page.set_input_files("#folder input[type=file]", folder)
         page.locator("#folder [aria-label='4.png']").first.wait_for(timeout=60_000)
         page.click("#classify")
-        page.wait_for_selector("#said :text('6 classified, 1 failed')", timeout=60_000)
+        page.wait_for_selector("#summary :text('6 classified, 1 failed')", timeout=60_000)
         assert page.locator("#rows tbody tr").count() == 7 and page.locator("#rows tbody img").count() == 6
         shown = {
             cells[1]: cells[2]
@@ -331,11 +338,13 @@ class TestInABrowser:
         page.wait_for_selector("#image input[type=file]", state="attached")
         upload(page, tmp_path / "noise.png")
         page.wait_for_selector("#answers .column", timeout=60_000)
-        found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
-        ours = [
-            (violation["id"], node["target"], node["html"][:120]) for violation in found for node in violation["nodes"]
+        reported = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
+        violations = [
+            (violation["id"], node["target"], node["html"][:120])
+            for violation in reported
+            for node in violation["nodes"]
         ]
-        assert ours == []
+        assert violations == []
 
-    def test_nothing_is_asked_of_other_machines(self, page: Any) -> None:
-        assert page.strangers == []
+    def test_the_page_sends_no_request_to_other_hosts(self, page: Any) -> None:
+        assert page.external_requests == []

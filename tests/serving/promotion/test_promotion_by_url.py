@@ -20,7 +20,7 @@ from serving.server import model_control
 from serving.server.leftovers import runtime_folders
 from serving.server.local_tree import TREE, refresh_trees
 from serving.server.model_control import ModelControl
-from serving.server.running import RunningServer, reach
+from serving.server.running import RunningServer, server_by_address
 from serving.server.supervisor import Supervisor
 from serving.server.triton_server import TritonServer
 from tests.support.steady_load import Load, assert_each_answer_is_its_versions
@@ -123,7 +123,7 @@ def test_version_that_the_server_sees_late_is_waited_for(
     assert waited_for(lambda: promote(root, 2, servers=[by_url(root, serving)], rehearsal=False), serving).version == 2
 
 
-def test_version_that_the_server_sees_gone_late_is_no_obstacle(
+def test_promotion_succeeds_if_the_server_detects_a_removed_version_late(
     serving: TritonServer, root: Path, exports: dict[int, Release]
 ) -> None:
     promote(root, exports[2].export_dir, rehearsal=False)
@@ -132,12 +132,12 @@ def test_version_that_the_server_sees_gone_late_is_no_obstacle(
     assert waited_for(lambda: rollback(root, servers=[by_url(root, serving)]), serving).version == 2
 
 
-def test_server_of_another_repository_is_told_and_nothing_is_left_of_the_try(
+def test_server_of_another_repository_is_reported_and_no_version_remains(
     serving: TritonServer, root: Path, exports: dict[int, Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_control, "SEEN_WITHIN", 1.0)
+    monkeypatch.setattr(model_control, "FOLDER_TIMEOUT", 1.0)
     other = shutil.copytree(root, tmp_path / "other")
-    message = re.escape(f"sees no version 2 of student; expected a server that runs on {other}")
+    message = re.escape(f"has no version 2 of student; expected a server that runs on {other}")
     with pytest.raises(PromotionError, match=message):
         promote(other, exports[2].export_dir, servers=[by_url(other, serving)], rehearsal=False)
     assert served_versions(other, "classifier") == served_versions(other, "student") == (1,)
@@ -146,8 +146,8 @@ def test_server_of_another_repository_is_told_and_nothing_is_left_of_the_try(
         assert control.ready_versions("student") == control.ready_versions("classifier") == [1]
 
 
-def test_address_of_a_server_of_this_machine_is_reached_as_its_note_says(serving: TritonServer, root: Path) -> None:
-    found = reach(root, serving.grpc_url, "the key that was given")
+def test_server_by_address_uses_the_record_of_a_local_server(serving: TritonServer, root: Path) -> None:
+    found = server_by_address(root, serving.grpc_url, "the key that was given")
     assert found == serving.running.model_copy(update={"admin_key": "the key that was given"})
-    assert reach(root, "grpc://127.0.0.1:9", "key").prefix is None
-    assert reach(root.parent, serving.grpc_url, "key").prefix is None
+    assert server_by_address(root, "grpc://127.0.0.1:9", "key").prefix is None
+    assert server_by_address(root.parent, serving.grpc_url, "key").prefix is None

@@ -106,7 +106,7 @@ def test_a_published_version_that_the_gate_refused_needs_force(
     (root / CLASSIFIER / "2" / "decision.json").write_text(json.dumps(decision))
     assert promote(root, 2) == 1
     printed = capsys.readouterr().err
-    assert "the gate: refuse: few 0.9 → 0.1" in printed and "the gate has refused it; give --force" in printed
+    assert "the gate: refuse: few 0.9 → 0.1" in printed and "the gate refused it; give --force" in printed
     assert promote(root, 2, "--force") == 0 and champion(root) == 2
 
 

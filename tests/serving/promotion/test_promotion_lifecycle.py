@@ -168,7 +168,7 @@ def wrong_golden_answer(export: Path) -> None:
     ("damage", "error", "message"),
     [
         (cut_graph, RepositoryError, "ONNX Runtime cannot run it"),
-        (changed_graph, ManifestError, "the manifest says"),
+        (changed_graph, ManifestError, "the manifest has"),
         (other_classes, RepositoryError, "has other classes than"),
         (wrong_golden_answer, RepositoryError, "a golden request is answered wrongly"),
     ],
@@ -228,7 +228,7 @@ def test_a_disk_that_fills_while_a_version_is_published_leaves_the_champion_and_
 
 
 @pytest.mark.fault_case("killed-during-publish")
-def test_what_a_killed_publish_left_is_cleared_by_the_next(repository, exports, evidence):
+def test_publish_removes_leftovers_of_a_killed_publish(repository, exports, evidence):
     lifecycle.publish(exports / "2", repository, evidence)
     shutil.rmtree(repository / "classifier" / "2")  # killed between the two models
     (repository / "student" / ".3.partial").mkdir()
@@ -249,9 +249,7 @@ def test_a_folder_that_is_no_repository_is_not_written_into(tmp_path, exports, e
 
 @pytest.mark.end_to_end
 @pytest.mark.fault_case("wrong-answers")
-def test_a_champion_that_answers_wrongly_after_all_is_noticed_and_taken_back(
-    repository, exports, evidence, monkeypatch
-):
+def test_a_champion_with_wrong_responses_is_detected_and_rolled_back(repository, exports, evidence, monkeypatch):
     monkeypatch.setenv("TAILOR_ADMIN_KEY", "a-key-known-to-the-tests")
     server = TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0).start()
     try:

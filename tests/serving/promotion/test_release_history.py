@@ -45,7 +45,7 @@ def repository(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "repository"))
 
 
-def test_every_version_is_told_with_its_state_and_each_time_that_it_became_champion(repository: Path) -> None:
+def test_history_lists_every_version_with_its_state_and_promotions(repository: Path) -> None:
     found = read_history(repository)
     assert [(entry.state.version, entry.state.state) for entry in found.versions] == [
         (1, "kept"), (2, "champion"), (3, "kept"),

@@ -14,14 +14,12 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 import models.preprocess
 import models.prior
 from serving.commands import main
-from serving.golden import dry_run as dry_runs
 from serving.repository import model_config
 from serving.repository import release as releases
 from serving.repository import writer as repositories
 from serving.repository.manifest import MANIFEST_NAME, Golden, HalfPrecision, ManifestError, sha256_of
 from serving.repository.model_config import Placement
-from serving.repository.version_policy import serve_versions, served_versions
-from serving.repository.writer import publish, write_repository
+from serving.repository.writer import write_repository
 from serving.shared.errors import InputError, RepositoryError
 
 
@@ -37,7 +35,6 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
     assert sorted(snapshot(repository)) == [
         "classifier/1/__pycache__",
         "classifier/1/access_log.py",
-        "classifier/1/asked.py",
         "classifier/1/golden.json",
         "classifier/1/integrity.py",
         "classifier/1/live_prior.py",
@@ -48,6 +45,7 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
         "classifier/1/network.py",
         "classifier/1/preprocess.py",
         "classifier/1/prior.py",
+        "classifier/1/request_parser.py",
         "classifier/1/start.py",
         "classifier/config.pbtxt",
         "classifier/configs/local.pbtxt",
@@ -70,7 +68,7 @@ def test_shared_arithmetic_is_copied_byte_for_byte(repository: Path) -> None:
         assert (repository / "classifier" / "1" / source.name).read_bytes() == source.read_bytes()
 
 
-def test_configs_say_the_whole_signature(repository: Path) -> None:
+def test_configs_have_the_complete_signature(repository: Path) -> None:
     student = parse(repository / "student" / "config.pbtxt")
     classifier = parse(repository / "classifier" / "config.pbtxt")
     assert student.backend == "onnxruntime"
@@ -107,7 +105,7 @@ def test_configs_batch_without_delay_or_queue_policy_and_list_what_they_serve(re
         assert list(config.version_policy.specific.versions) == [1]
 
 
-def test_stand_in_config_differs_only_in_who_runs_the_graph(repository: Path) -> None:
+def test_local_config_differs_only_in_the_backend_that_runs_the_graph(repository: Path) -> None:
     real, local = parse(repository / "student/config.pbtxt"), parse(repository / "student/configs/local.pbtxt")
     assert local.backend == "python"
     for config in (real, local):
@@ -165,7 +163,7 @@ def test_gpu_repository_puts_the_student_on_the_gpu(release: Release, tmp_path: 
     assert "network" not in parse(root / "classifier/configs/local.pbtxt").parameters
 
 
-def test_the_command_tells_a_script_what_it_wrote(
+def test_the_command_prints_the_written_path_for_scripts(
     release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "repository")
@@ -205,7 +203,7 @@ def test_interrupted_writing_leaves_the_old_tree(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["newer", "repository"]
 
 
-def test_tree_lost_between_the_renames_comes_back(release: Release, tmp_path: Path) -> None:
+def test_tree_lost_between_the_renames_is_restored(release: Release, tmp_path: Path) -> None:
     root = write_repository(release.export_dir, tmp_path / "repository")
     root.rename(tmp_path / ".repository.old")  # the state after a kill between the two renames
     (tmp_path / "export").mkdir()
@@ -277,42 +275,6 @@ def test_damaged_repository_is_refused_before_a_server_starts(
         releases.find_releases(root)
 
 
-@pytest.mark.slow
-def test_dry_run_refuses_a_graph_that_onnx_runtime_cannot_read(repository: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
-    found = releases.find_releases(root)[0]
-    (root / "student" / "1" / "model.onnx").write_bytes(b"not a graph")
-    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime cannot run it"):
-        dry_runs.dry_run(root, [found], timeout=60)
-
-
-@pytest.mark.slow
-def test_dry_run_refuses_a_graph_with_other_answers_than_the_golden_ones(repository: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
-    found = releases.find_releases(root)[0]
-    write_export(tmp_path / "export", version=2)
-    shutil.copyfile(tmp_path / "export" / "student.onnx", root / "student" / "1" / "model.onnx")
-    with pytest.raises(RepositoryError, match=r"a golden request is answered wrongly"):
-        dry_runs.dry_run(root, [found], timeout=60)
-
-
-def test_dry_run_that_takes_too_long_is_ended(repository: Path) -> None:
-    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime did not answer .* within 0\.01 s"):
-        dry_runs.dry_run(repository, releases.find_releases(repository), timeout=0.01)
-
-
-@pytest.mark.slow
-def test_graph_that_kills_onnx_runtime_kills_nobody_else(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "onnxruntime"  # fake package that crashes, like the library on some graphs
-    package.mkdir()
-    (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime died of it by signal 11"):
-        dry_runs.dry_run(repository, releases.find_releases(repository), timeout=60)
-
-
 def test_tensorrt_builds_before_the_model_is_ready_and_once_for_all_batches(release: Release, tmp_path: Path) -> None:
     placement = Placement("gpu", gpus=(0, 2), instances=3, tensorrt="fp16")
     root = write_repository(release.export_dir, tmp_path / "repository", placement)
@@ -343,86 +305,3 @@ def test_tensorrt_builds_before_the_model_is_ready_and_once_for_all_batches(rele
 def test_placement_that_cannot_be_is_refused(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Placement(**options)
-
-
-def test_published_release_gets_the_next_number_and_is_served_by_nobody(repository: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
-    write_export(tmp_path / "export", version=7)
-    assert publish(tmp_path / "export", root) == 2
-    assert publish(tmp_path / "export", root) == 2  # already published
-    found = releases.read_release(root, 2)
-    assert found.manifest.version == 2
-    assert releases.published_versions(root) == [1, 2]
-    assert [one.version for one in releases.find_releases(root)] == [1]
-
-
-def test_publishing_that_is_interrupted_leaves_no_version(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
-    write_export(tmp_path / "export", version=2)
-
-    def interrupted(*_arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(repositories, "_write_classifier", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        publish(tmp_path / "export", root)
-    assert releases.published_versions(root) == [1]
-    monkeypatch.undo()
-    assert publish(tmp_path / "export", root) == 3  # a number is never used twice
-    assert releases.published_versions(root) == [1, 3]
-
-
-def test_release_with_other_classes_cannot_join_a_repository(repository: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
-    write_export(tmp_path / "export", version=2)
-    manifest = json.loads((tmp_path / "export" / MANIFEST_NAME).read_text())
-    manifest["classes"][0] = "asp"
-    (tmp_path / "export" / MANIFEST_NAME).write_text(json.dumps(manifest))
-    with pytest.raises(RepositoryError, match=r"has other classes than .*labels\.txt; write a repository of its own"):
-        publish(tmp_path / "export", root)
-    manifest["classes"][0], manifest["top_k"] = "ant", 2
-    (tmp_path / "export" / MANIFEST_NAME).write_text(json.dumps(manifest))
-    with pytest.raises(RepositoryError, match=r"classifier has class \[2\], but .* has class \[3\]"):
-        publish(tmp_path / "export", root)
-    assert releases.published_versions(root) == [1]
-
-
-def test_policy_changes_alone_and_what_was_set_by_hand_stays(repository: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
-    path = root / "classifier" / "config.pbtxt"
-    path.write_text(path.read_text().replace("count: 2", "count: 7"))
-    serve_versions(root, "classifier", (1, 2), default_strength=0.25)
-    serve_versions(root, "student", (1, 2, 3))
-    config = parse(path)
-    assert config.instance_group[0].count == 7
-    assert config.parameters["default_strength"].string_value == "0.25"
-    assert list(parse(root / "classifier/configs/local.pbtxt").version_policy.specific.versions) == [1, 2]
-    assert served_versions(root, "classifier") == (1, 2)
-    assert served_versions(root, "student") == (1, 2, 3)
-    assert list(parse(root / "student/configs/local.pbtxt").version_policy.specific.versions) == [1, 2, 3]
-
-
-def test_classifier_without_its_student_is_refused(repository: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(repository, tmp_path / "repository")
-    serve_versions(root, "classifier", (1, 2))
-    with pytest.raises(RepositoryError, match=r"classifier serves versions \[1, 2\], student \[1\]"):
-        releases.find_releases(root)
-
-
-def test_manifest_from_before_limits_and_reduced_decoding_is_read_and_served_as_it_was(
-    release: Release, tmp_path: Path
-) -> None:
-    """Such an export also keeps its version: an older manifest lacks the keys, but is the same release."""
-    export = shutil.copytree(release.export_dir, tmp_path / "export")
-    older = json.loads((export / MANIFEST_NAME).read_text())
-    del older["limits"], older["image"]["room"]
-    (export / MANIFEST_NAME).write_text(json.dumps(older))
-    root = write_repository(export, tmp_path / "repository")
-    for model in ("student", "classifier"):
-        (root / model / "1" / MANIFEST_NAME).write_text(json.dumps(older))
-    manifest = repositories.load_export(export)
-    assert manifest.image.room == 0, "never decoded at a fraction"
-    assert (manifest.limits.image_pixels, manifest.limits.request_pixels) == (16_000_000, 25_000_000)
-    assert publish(export, root) == 1

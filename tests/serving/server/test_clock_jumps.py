@@ -59,7 +59,7 @@ def test_dead_process_is_replaced_without_a_restart_after_the_clock_was_set_back
     try:
         server = watched.server.process_id
         watched.kill_stub("classifier")
-        watched.await_report("classifier answers again")
+        watched.await_report("classifier: ready again")
         assert watched.answers() == 8
         assert watched.server.process_id == server
     finally:

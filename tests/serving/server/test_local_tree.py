@@ -14,7 +14,7 @@ from serving.promotion.promotion import promote
 from serving.repository.manifest import MANIFEST_NAME, load_manifest
 from serving.repository.version_policy import serve_versions
 from serving.repository.writer import publish
-from serving.server.leftovers import stubs_of
+from serving.server.leftovers import inference_processes
 from serving.server.local_tree import link_tree
 from serving.server.model_control import ModelControl
 from serving.server.triton_server import TritonServer
@@ -40,7 +40,7 @@ def seen(tree: Path) -> dict[str, list[str]]:
 
 
 def processes(server: TritonServer, version: int) -> set[int]:
-    return {process.pid for process, _, number in stubs_of(server.prefix) if number == version}
+    return {process.pid for process, _, number in inference_processes(server.prefix) if number == version}
 
 
 def mapped(process: int) -> set[str]:
@@ -76,7 +76,7 @@ def test_tree_follows_versions_that_come_and_go(root: Path, tmp_path: Path, seco
     assert all(path.exists() for path in tree.rglob("*"))
 
 
-def test_tree_of_a_repository_that_has_gone_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:
+def test_link_tree_rejects_a_removed_repository_in_one_line(root: Path, tmp_path: Path) -> None:
     link_tree(root, tmp_path)
     shutil.rmtree(root / "classifier")
     with pytest.raises(ServingError, match=r"a repository/classifier: No such file or directory; check the repository"):
@@ -92,7 +92,7 @@ def test_link_of_an_older_server_stays(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_swap_starts_the_new_version_alone_and_what_serves_already_goes_on(
+def test_swap_starts_only_the_new_version_and_loaded_versions_continue(
     serving: TritonServer, root: Path, second: Path
 ) -> None:
     before = processes(serving, 1)
@@ -109,7 +109,7 @@ def test_where_the_default_strength_is_another_the_version_before_is_loaded_anew
 ) -> None:
     manifest = load_manifest(second)
     (second / MANIFEST_NAME).write_text(manifest.model_copy(update={"strength": 0.25}).model_dump_json())
-    before = {process for process, model, _ in stubs_of(serving.prefix) if model == "classifier"}
+    before = {process for process, model, _ in inference_processes(serving.prefix) if model == "classifier"}
     with Load(serving) as load:
         assert promote(root, second).version == 2
         assert set(psutil.wait_procs(before, 20)[0]) == before

@@ -55,7 +55,7 @@ def test_stub_that_has_just_ended_is_no_obstacle(
     assert control.end_hanging_load("classifier", 2) is False
 
 
-def test_server_that_has_gone_is_told_in_one_line_after_its_stub_was_killed(
+def test_exited_server_is_reported_in_one_line_after_its_inference_process_was_killed(
     control: ModelControl, stub: subprocess.Popen[bytes]
 ) -> None:
     with pytest.raises(ServingError, match=control.server.grpc_url) as caught:

@@ -118,7 +118,7 @@ def test_serving_changes_nothing_in_the_repository(server: TritonServer) -> None
 
 
 @pytest.mark.end_to_end
-def test_status_tells_server_models_and_versions(server: TritonServer) -> None:
+def test_status_has_server_models_and_versions(server: TritonServer) -> None:
     for url in (server.http_url, server.grpc_url):
         with Client(url) as client:
             status = client.status()

@@ -180,5 +180,5 @@ def test_serve_with_a_certificate_answers_over_tls_alone_and_still_loads_models(
             assert control.ready_versions("classifier") == [1]
         other = authority.issue_cert("127.0.0.1")
         other.cert_chain_pems[0].write_to_path(certificate)
-        with pytest.raises(ServingError, match=r"does not show .*tls\.crt"):
+        with pytest.raises(ServingError, match=r"does not present .*tls\.crt"):
             ModelControl(running, timeout=5)

@@ -57,7 +57,7 @@ def test_signal_while_a_hung_server_is_ended_for_a_restart_leaves_nothing(
     psutil.Process(server.process_id).suspend()
     interrupted_after(1.0)
     with pytest.raises(CutShort):
-        server.stop(comes_back=True)
+        server.stop(restart_pending=True)
     server.stop()
     assert not living(processes)
     assert not {running.prefix for running in find_running(repository)} & {prefix, server.prefix}
@@ -75,7 +75,7 @@ def test_signal_at_any_moment_of_a_stop_is_made_good_by_the_next(
     prefix = server.prefix
     with contextlib.suppress(CutShort):
         interrupted_after(seconds)
-        server.stop(at_once=True, comes_back=True)
+        server.stop(at_once=True, restart_pending=True)
     server.stop()
     assert not living(processes)
     for left in (prefix, server.prefix):
@@ -90,7 +90,7 @@ def test_server_is_stopped_for_a_restart_although_no_note_of_it_can_be_written(r
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # writes fail, as on a full disk
     try:
-        assert server.stop(comes_back=True) == 0
+        assert server.stop(restart_pending=True) == 0
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not living(processes)
@@ -99,7 +99,7 @@ def test_server_is_stopped_for_a_restart_although_no_note_of_it_can_be_written(r
         server.canary()
 
 
-def test_watchdog_is_not_ended_by_a_process_that_goes_while_it_looks(tmp_path: Path) -> None:
+def test_watchdog_survives_a_process_that_exits_during_its_search(tmp_path: Path) -> None:
     (tmp_path / "tritonserver").symlink_to(shutil.which("sleep"))
     gone, left = (subprocess.Popen([tmp_path / "tritonserver", "60"]) for _ in range(2))
     with gone, left:
@@ -110,7 +110,7 @@ def test_watchdog_is_not_ended_by_a_process_that_goes_while_it_looks(tmp_path: P
         assert left.wait(10) == -signal.SIGTERM
 
 
-def test_several_who_clear_up_after_the_same_run_do_not_trip_over_each_other() -> None:
+def test_concurrent_sweeps_of_one_run_do_not_fail() -> None:
     prefix = new_prefix()
     folder = runtime_folder(prefix)
     for number in range(2000):
@@ -123,5 +123,5 @@ def test_several_who_clear_up_after_the_same_run_do_not_trip_over_each_other() -
 @pytest.mark.end_to_end
 def test_janitor_leaves_a_living_run_alone(server: TritonServer) -> None:
     assert server.prefix not in sweep_dead_runs()
-    assert server.stubs() == {("student", 1): 2, ("classifier", 1): 2}
+    assert server.process_counts() == {("student", 1): 2, ("classifier", 1): 2}
     server.canary()

@@ -132,7 +132,7 @@ def test_failing_network_is_an_error_and_no_answer(
     assert answer.error.code == TritonError.INTERNAL
 
 
-def test_instance_takes_every_core_only_after_nobody_else_was_at_work(
+def test_instance_uses_all_cores_only_when_no_other_instance_works(
     student: Any, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, used = student.network, []
@@ -140,8 +140,8 @@ def test_instance_takes_every_core_only_after_nobody_else_was_at_work(
     def session(name: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(run=lambda *_arguments: used.append(name))
 
-    monkeypatch.setattr(network, "shared", session("share"))
-    monkeypatch.setattr(network, "whole", session("all"))
+    monkeypatch.setattr(network, "share_session", session("share"))
+    monkeypatch.setattr(network, "full_session", session("all"))
     image, strength = np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 1), np.float32)
     for _ in range(4):
         network.run(image, strength)
@@ -191,16 +191,16 @@ def test_bad_row_fails_its_request_and_its_mates_are_answered(classifier: Any, r
 
 
 def test_image_that_exhausts_memory_fails_one_request(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = classifier.reader.preprocess.decode
+    whole = classifier.parser.preprocess.decode
 
     def exhausted(data: bytes, *options: Any) -> Image.Image:
         if data == b"vast":
             raise MemoryError
         return whole(data, *options)
 
-    monkeypatch.setattr(classifier.reader.preprocess, "decode", exhausted)
+    monkeypatch.setattr(classifier.parser.preprocess, "decode", exhausted)
     answers = classifier.execute([request([b"vast"]), request([picture(1)])])
-    assert answers[0].error.message() == "image needs more memory than there is; send a smaller one"
+    assert answers[0].error.message() == "image needs more memory than is available; send a smaller one"
     assert answers[1].error is None
 
 
@@ -229,7 +229,7 @@ def test_student_fails_a_request_whose_strength_is_not_finite_alone(student: Any
     assert "strength" in answers[1].error.message()
 
 
-def test_student_gives_what_is_asked_for(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_student_returns_the_requested_outputs(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 8, 8), dtype=np.uint8)
     asked = Response([Tensor("image", pixels), Tensor("strength", np.zeros((1, 1), dtype=np.float32))])
     [both] = student.execute([asked])
@@ -267,7 +267,7 @@ def test_changed_or_absent_graph_is_not_loaded(
         load(seen, model, config, backend())
     expected = json.loads((path.parent / "manifest.json").read_text())["files"]["student.onnx"]
     assert str(caught.value) == (
-        f"student/1/model.onnx: sha256 is {sha256_of(path)[:12]}..., manifest.json says {expected[:12]}...; "
+        f"student/1/model.onnx: sha256 is {sha256_of(path)[:12]}..., manifest.json has {expected[:12]}...; "
         "write the version again"
     )
     path.unlink()
@@ -276,7 +276,7 @@ def test_changed_or_absent_graph_is_not_loaded(
     assert str(caught.value) == "student/1/model.onnx: No such file or directory; write the version again"
 
 
-def test_student_that_lacks_its_provider_says_what_to_install(release: Release, tmp_path: Path) -> None:
+def test_student_without_its_provider_names_what_to_install(release: Release, tmp_path: Path) -> None:
     if "CUDAExecutionProvider" in pytest.importorskip("onnxruntime").get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     root = write_repository(release.export_dir, tmp_path / "repository", device="gpu")

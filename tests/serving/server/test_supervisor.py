@@ -15,11 +15,11 @@ import pytest
 from conftest import picture
 
 from serving.client.sync_client import Client
-from serving.server.leftovers import SHARED_MEMORY, processes_of, stubs_of
+from serving.server.leftovers import SHARED_MEMORY, inference_processes, processes_of
 from serving.server.running import find_running
-from serving.server.supervisor import Patience
+from serving.server.supervisor import SupervisionLimits
 from serving.shared.errors import ServingError
-from tests.support.supervised import IMPATIENT, Watched, failures_under_load
+from tests.support.supervised import SHORT_LIMITS, Watched, failures_under_load
 
 pytestmark = pytest.mark.end_to_end
 
@@ -36,7 +36,7 @@ def watched(repository: Path, tmp_path: Path) -> Iterator[Watched]:
 def insert_at_execute(root: Path, model: str, line: str) -> None:
     """Insert a line of Python at the start of each batch of a version 1 model."""
     path = root / model / "1" / "model.py"
-    begin = {"student": "        responses = [None] * len(requests)\n", "classifier": "        asked = {}\n"}[model]
+    begin = {"student": "        responses = [None] * len(requests)\n", "classifier": "        parsed = {}\n"}[model]
     assert begin in path.read_text()
     path.write_text(path.read_text().replace(begin, f"        {line}\n{begin}"))
 
@@ -46,24 +46,24 @@ def test_dead_stubs_are_replaced_without_a_restart(watched: Watched) -> None:
     for model in ("classifier", "student"):
         watched.kill_stub(model)
         watched.await_report(f"an inference process of {model} 1 died or is stopped; loading {model} again")
-        watched.await_report(f"{model} answers again")
+        watched.await_report(f"{model}: ready again")
         assert watched.answers() == 8
     assert watched.server.process_id == server
-    watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
+    watched.await_that(lambda: watched.server.process_counts() == {("student", 1): 2, ("classifier", 1): 2})
 
 
 @pytest.mark.parametrize("model", ["student", "classifier"])
 def test_stopped_inference_process_is_replaced_within_ten_seconds_and_ended(repository: Path, model: str) -> None:
-    watched = Watched(repository, Patience())
+    watched = Watched(repository, SupervisionLimits())
     try:
         with failures_under_load(watched.server) as failed:
             stopped, moment = watched.kill_stub(model, "suspend"), time.monotonic()
             watched.await_report(f"an inference process of {model} 1 died or is stopped; loading {model} again")
-            watched.await_report(f"{model} answers again")
+            watched.await_report(f"{model}: ready again")
             time.sleep(3)
         assert max(failed, default=moment) - moment < RECOVERY
         assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
-        watched.await_that(lambda: watched.server.stubs() == {("student", 1): 2, ("classifier", 1): 2})
+        watched.await_that(lambda: watched.server.process_counts() == {("student", 1): 2, ("classifier", 1): 2})
     finally:
         watched.stop()
 
@@ -80,25 +80,27 @@ def test_one_unhealthy_process_is_replaced_within_ten_seconds_though_it_is_not_s
     )
     path = root / "classifier" / "1" / "model.py"
     path.write_text(path.read_text().replace("1 / 0", f"raise RuntimeError({words!r})"))
-    watched = Watched(root, Patience())
+    watched = Watched(root, SupervisionLimits())
     try:
         with failures_under_load(watched.server) as failed:
-            unhealthy = next(stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "classifier")
+            unhealthy = next(
+                stub for stub, model, _ in inference_processes(watched.server.prefix) if model == "classifier"
+            )
             chosen.write_text(str(unhealthy.pid))
             moment = time.monotonic()
             watched.await_report("is not healthy")
-            watched.await_report("classifier answers again")
+            watched.await_report("classifier: ready again")
             time.sleep(3)
         assert failed and max(failed) - moment < RECOVERY
-        assert not any("asking once more" in line for line in watched.reports), watched.reports
+        assert not any("the golden requests are sent once more" in line for line in watched.reports), watched.reports
     finally:
         watched.stop()
 
 
 def test_stopped_server_is_killed_and_started_again_within_ten_seconds(repository: Path) -> None:
-    watched = Watched(repository, Patience())
+    watched = Watched(repository, SupervisionLimits())
     try:
-        time.sleep(Patience.served)
+        time.sleep(SupervisionLimits.served)
         psutil.Process(watched.server.process_id).suspend()
         watched.await_report("is stopped (SIGSTOP); starting it again at once", 5)
         watched.await_report("ready again at", RECOVERY)
@@ -108,7 +110,7 @@ def test_stopped_server_is_killed_and_started_again_within_ten_seconds(repositor
 
 
 def test_server_that_dies_again_and_again_but_serves_in_between_is_never_given_up(repository: Path) -> None:
-    watched = Watched(repository, replace(IMPATIENT, served=0.5))
+    watched = Watched(repository, replace(SHORT_LIMITS, served=0.5))
     try:
         for death in range(1, 5):  # more than the two failed starts that are allowed
             time.sleep(0.6)
@@ -124,7 +126,7 @@ def test_without_a_limit_of_restarts_a_server_is_started_again_after_any_number_
     repository: Path, tmp_path: Path
 ) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
-    watched = Watched(root, replace(IMPATIENT, restarts=None, first_delay=0.01, longest_delay=0.02))
+    watched = Watched(root, replace(SHORT_LIMITS, restarts=None, first_delay=0.01, longest_delay=0.02))
     try:
         away = root.rename(tmp_path / "away")
         psutil.Process(watched.server.process_id).kill()
@@ -136,7 +138,7 @@ def test_without_a_limit_of_restarts_a_server_is_started_again_after_any_number_
         watched.stop()
 
 
-def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repository: Path, tmp_path: Path) -> None:
+def test_hanging_inference_process_is_distinguished_from_an_overloaded_one(repository: Path, tmp_path: Path) -> None:
     # Triton receives this process's heartbeat, and the other instance serves a second request.
     root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
     waiting.touch()
@@ -144,10 +146,10 @@ def test_stub_that_never_comes_back_from_a_request_is_told_from_a_busy_one(repos
     insert_at_execute(root, "student", hang)
     watched = Watched(root)
     try:
-        [hanging, _] = [stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "student"]
+        [hanging, _] = [stub for stub, model, _ in inference_processes(watched.server.prefix) if model == "student"]
         waiting.write_text(str(hanging.pid))
-        watched.await_report("though a stub was at rest; loading student and classifier again")
-        watched.await_report("student and classifier answers again")
+        watched.await_report("although an inference process was idle; loading student and classifier again")
+        watched.await_report("student and classifier: ready again")
         assert watched.answers() == 8
         assert not hanging.is_running() or hanging.status() == psutil.STATUS_ZOMBIE
     finally:
@@ -159,9 +161,9 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
     root = shutil.copytree(repository, tmp_path / "repository")
     work = "from time import process_time as t; end = t() + 0.16; any(iter(lambda: t() > end, True))"
     insert_at_execute(root, "classifier", work)
-    watched = Watched(root, replace(IMPATIENT, canary_timeout=3.0))
+    watched = Watched(root, replace(SHORT_LIMITS, canary_timeout=3.0))
     try:
-        stubs = {stub.pid for stub, _, _ in stubs_of(watched.server.prefix)}
+        stubs = {stub.pid for stub, _, _ in inference_processes(watched.server.prefix)}
         over = threading.Event()
 
         def ask() -> None:
@@ -172,25 +174,25 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
         with ThreadPoolExecutor(60) as pool:
             asking = [pool.submit(ask) for _ in range(60)]
             try:
-                watched.await_that(lambda: sum("left alone" in line for line in watched.reports) == 2, 120)
+                watched.await_that(lambda: sum("nothing is restarted" in line for line in watched.reports) == 2, 120)
             finally:
                 over.set()
         assert [asked.exception() for asked in asking] == [None] * 60
         assert all("classifier 1 is overloaded: " in line for line in watched.reports[-2:]), watched.reports
         assert not any("loading" in line or "restart" in line for line in watched.reports), watched.reports
-        assert {stub.pid for stub, _, _ in stubs_of(watched.server.prefix)} == stubs
+        assert {stub.pid for stub, _, _ in inference_processes(watched.server.prefix)} == stubs
     finally:
         watched.stop()
 
 
-def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(repository: Path, tmp_path: Path) -> None:
+def test_endless_computation_is_distinguished_from_load_and_replaced(repository: Path, tmp_path: Path) -> None:
     root, waiting = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "waiting"
     waiting.touch()
     spin = f"import os; str(os.getpid()) in open({str(waiting)!r}).read() and any(iter(int, 1))"
     insert_at_execute(root, "classifier", spin)
     watched = Watched(root)
     try:
-        spinning = [stub for stub, model, _ in stubs_of(watched.server.prefix) if model == "classifier"]
+        spinning = [stub for stub, model, _ in inference_processes(watched.server.prefix) if model == "classifier"]
 
         def lost(seconds: float) -> None:
             time.sleep(seconds)
@@ -200,12 +202,12 @@ def test_stubs_that_compute_for_ever_are_told_from_busy_ones_and_replaced(reposi
         with ThreadPoolExecutor(3) as pool:
             waiting.write_text(" ".join(str(stub.pid) for stub in spinning))
             asked = pool.map(lost, [0.0, 0.3, 0.6])  # separate requests, not one batch
-            watched.await_report("; asking once more")
+            watched.await_report("; the golden requests are sent once more")
             watched.await_report("; loading student and classifier again")
             waiting.write_text("")
-            watched.await_report("student and classifier answers again")
+            watched.await_report("student and classifier: ready again")
             list(asked)
-        assert not any("overloaded" in line or "at rest" in line for line in watched.reports), watched.reports
+        assert not any("overloaded" in line or "idle" in line for line in watched.reports), watched.reports
         assert watched.answers() == 8
     finally:
         watched.stop()
@@ -218,7 +220,7 @@ def test_without_its_repository_the_server_answers_on_and_is_repaired_when_the_d
     assert watched.reports == []
     watched.kill_stub("classifier")  # one of two
     away.rename(watched.root)
-    watched.await_report("classifier answers again")
+    watched.await_report("classifier: ready again")
     assert watched.answers() == 8
 
 
@@ -229,10 +231,10 @@ def test_stub_is_not_replaced_from_a_graph_that_was_changed(watched: Watched) ->
     server = watched.server.process_id
     watched.kill_stub("classifier")
     watched.await_report("model.onnx: sha256 is")
-    assert "serving on with what is loaded" in watched.reports[-1]
+    assert "the loaded versions continue to serve" in watched.reports[-1]
     assert watched.answers() >= 4  # served by the other instance
     path.write_bytes(sound)
-    watched.await_report("classifier answers again")
+    watched.await_report("classifier: ready again")
     assert watched.answers() == 8
     assert watched.server.process_id == server
 
@@ -267,11 +269,11 @@ def test_server_that_cannot_be_started_again_is_given_up_and_leaves_nothing(watc
     assert list(SHARED_MEMORY.glob(f"{watched.server.prefix}*")) == []
 
 
-def test_server_is_started_again_once_there_is_room_for_its_runtime_folder(
+def test_server_restarts_when_the_disk_has_space_for_its_runtime_folder(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = tmp_path / "room"
-    watched = Watched(repository, replace(IMPATIENT, restarts=8))
+    watched = Watched(repository, replace(SHORT_LIMITS, restarts=8))
     try:
         monkeypatch.setattr("tempfile.tempdir", str(room))
         before = watched.server.prefix

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,12 +15,19 @@ from conftest import picture
 from serving.client.sync_client import Client
 from serving.server.leftovers import processes_of
 from serving.server.triton_server import TritonServer
-from serving.shared import priority
-from serving.shared.priority import STARTING, may_rise_to, niceness, unhurried, write_stub_starter
+from serving.shared.priority import (
+    LONGEST_PAUSE,
+    START_NICENESS,
+    can_raise_priority,
+    niceness,
+    throttled,
+    write_stub_launcher,
+)
 from serving.triton import start
 
-may_rise = pytest.mark.skipif(
-    not may_rise_to(niceness()) or niceness() > 0, reason="takes a niceness of 0 and the right to come back to it"
+needs_raised_priority = pytest.mark.skipif(
+    not can_raise_priority(niceness()) or niceness() > 0,
+    reason="needs a niceness of 0 and the right to return to it",
 )
 
 
@@ -34,58 +40,55 @@ def stub(tmp_path: Path) -> Path:
     return program
 
 
-def run_started(starter: Path, model: Path) -> str:
-    return subprocess.run([starter, model, "one", "two three"], capture_output=True, text=True, check=True).stdout
+def run_launcher(launcher: Path, model: Path) -> str:
+    return subprocess.run([launcher, model, "one", "two three"], capture_output=True, text=True, check=True).stdout
 
 
-@may_rise
-def test_stub_starts_at_a_lower_priority_where_its_model_will_rise(stub: Path, tmp_path: Path) -> None:
-    starter, model = tmp_path / "starter", tmp_path / "model.py"
-    assert write_stub_starter(starter, stub, 0) == {"TAILOR_NICENESS": "0"}
-    assert run_started(starter, model) == f"0 {model} one two three\n"  # model.py of an older Tailor
+@needs_raised_priority
+def test_launcher_lowers_the_priority_of_models_that_raise_it_again(stub: Path, tmp_path: Path) -> None:
+    launcher, model = tmp_path / "launcher", tmp_path / "model.py"
+    assert write_stub_launcher(launcher, stub, 0) == {"TAILOR_NICENESS": "0"}
+    assert run_launcher(launcher, model) == f"0 {model} one two three\n"  # model.py of an older Tailor
     (tmp_path / "start.py").touch()
-    assert run_started(starter, model) == f"{STARTING} {model} one two three\n"
+    assert run_launcher(launcher, model) == f"{START_NICENESS} {model} one two three\n"
 
 
-def test_stub_starts_as_it_is_where_it_could_not_rise(
-    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(priority, "may_rise_to", lambda _wanted: False)
-    assert write_stub_starter(tmp_path / "starter", stub, 0) == {}
-    assert (tmp_path / "starter").readlink() == stub
+def test_launcher_is_a_link_if_the_priority_cannot_be_raised_again(stub: Path, tmp_path: Path) -> None:
+    assert write_stub_launcher(tmp_path / "launcher", stub, 0, can_raise=lambda _niceness: False) == {}
+    assert (tmp_path / "launcher").readlink() == stub
 
 
-def test_stub_starts_as_it_is_where_no_program_may_run(
+def test_launcher_is_a_link_in_a_folder_mounted_noexec(
     stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_arguments: False)
-    assert write_stub_starter(tmp_path / "starter", stub, 0) == {}
-    assert (tmp_path / "starter").readlink() == stub
+    assert write_stub_launcher(tmp_path / "launcher", stub, 0) == {}
+    assert (tmp_path / "launcher").readlink() == stub
 
 
-def test_server_that_stands_back_itself_starts_its_stubs_as_they_are(stub: Path, tmp_path: Path) -> None:
-    assert write_stub_starter(tmp_path / "starter", stub, 5) == {}
-    assert (tmp_path / "starter").is_symlink()
+def test_launcher_is_a_link_if_the_server_has_lower_priority(stub: Path, tmp_path: Path) -> None:
+    assert write_stub_launcher(tmp_path / "launcher", stub, 5) == {}
+    assert (tmp_path / "launcher").is_symlink()
 
 
-def test_who_may_not_rise_is_told_so_by_the_kernel() -> None:
+def test_an_unprivileged_process_cannot_raise_its_priority() -> None:
     """Runs in an unprivileged process."""
-    question = (
-        "import os, resource; from serving.shared.priority import may_rise_to; "
-        "resource.setrlimit(resource.RLIMIT_NICE, (0, 0)); os.getuid() or os.setuid(65534); print(may_rise_to(0))"
+    program = (
+        "import os, resource; from serving.shared.priority import can_raise_priority; "
+        "resource.setrlimit(resource.RLIMIT_NICE, (0, 0)); os.getuid() or os.setuid(65534); print(can_raise_priority(0))"
     )
-    asked = subprocess.run(
-        [sys.executable, "-c", question], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True
     )
-    assert asked.stdout == "False\n"
+    assert ended.stdout == "False\n"
     assert niceness() == os.getpriority(os.PRIO_PROCESS, os.getpid())
 
 
-@may_rise
-def test_every_thread_of_a_ready_stub_rises() -> None:
+@needs_raised_priority
+def test_apply_priority_raises_every_thread() -> None:
     script = (
-        "import os, threading, time; from serving.triton.start import take_up; os.nice(5)\n"
-        "threading.Thread(target=time.sleep, args=(20,), daemon=True).start(); take_up()\n"
+        "import os, threading, time; from serving.triton.start import apply_priority; os.nice(5)\n"
+        "threading.Thread(target=time.sleep, args=(20,), daemon=True).start(); apply_priority()\n"
         "print({os.getpriority(os.PRIO_PROCESS, int(task)) for task in os.listdir('/proc/self/task')})"
     )
     ended = subprocess.run(
@@ -99,17 +102,15 @@ def test_every_thread_of_a_ready_stub_rises() -> None:
     assert ended.stdout == "{0}\n"
 
 
-def test_rest_follows_each_item_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    rests: list[float] = []
-    clock = iter([0.0, 0.01, 1.0, 3.0])
-    # Only in that module: other threads read the clock too.
-    monkeypatch.setattr(priority, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=rests.append))
-    assert list(unhurried("ab")) == ["a", "b"]
-    assert rests == [pytest.approx(0.04), priority.LONGEST_REST]
+def test_throttled_pauses_after_each_item_for_a_bounded_time() -> None:
+    pauses: list[float] = []
+    times = iter([0.0, 0.01, 1.0, 3.0])
+    assert list(throttled("ab", clock=lambda: next(times), sleep=pauses.append)) == ["a", "b"]
+    assert pauses == [pytest.approx(0.04), LONGEST_PAUSE]
 
 
 @pytest.mark.end_to_end
-def test_stubs_that_serve_have_the_servers_priority_and_rest_between_requests(server: TritonServer) -> None:
+def test_serving_processes_have_the_servers_priority_and_are_idle_between_requests(server: TritonServer) -> None:
     stubs = [process for process in processes_of(server.prefix) if "stub" in process.name()]
     assert len(stubs) == 4
     for stub in stubs:

@@ -28,13 +28,13 @@ def assert_safe(text: str) -> None:
     assert not CONTROLS.search(text), ascii(text)
 
 
-def test_each_control_character_is_written_out_and_ordinary_text_is_not_changed() -> None:
+def test_safe_text_escapes_only_control_characters() -> None:
     assert safe_text(HOSTILE) == SHOWN
     assert safe_text("café ☃ مرحبا 👩‍🔬\ttab\nline") == "café ☃ مرحبا 👩‍🔬\ttab\nline"
     assert safe_text("cr\rdel\x7fsurrogate\udce9") == "cr\\u000ddel\\u007fsurrogate\\udce9"
 
 
-def test_a_count_has_the_singular_for_one_alone() -> None:
+def test_counted_uses_the_singular_for_1() -> None:
     assert [counted(number, "image") for number in (0, 1, 2, 1200)] == [
         "0 images",
         "1 image",
@@ -49,14 +49,14 @@ def test_a_count_has_the_singular_for_one_alone() -> None:
     assert [counted(2, "box", verb) for verb in verbs] == [f"2 boxes {verb}" for verb in verbs]
 
 
-def test_json_that_is_printed_keeps_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_json_keeps_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     print(json.dumps({"class": HOSTILE}, ensure_ascii=False, indent=2))
     printed = capsys.readouterr().out
     assert_safe(printed)
     assert json.loads(printed) == {"class": HOSTILE}
 
 
-def test_a_table_shows_a_hostile_name_as_text_and_a_cell_stays_on_its_line() -> None:
+def test_a_table_prints_a_hostile_name_as_text_on_one_line() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, color_system="truecolor", width=200)
     console.print(prediction_table([(Path(HOSTILE), Prediction((HOSTILE,), (0,), (1.0,), 1))], None, HOSTILE))
@@ -67,18 +67,18 @@ def test_a_table_shows_a_hostile_name_as_text_and_a_cell_stays_on_its_line() -> 
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "＝1", "-cat", "+"])
-def test_text_that_a_spreadsheet_would_compute_gets_an_apostrophe_that_is_taken_off_again(text: str) -> None:
+def test_csv_cell_adds_an_apostrophe_to_a_formula_and_plain_cell_removes_it(text: str) -> None:
     assert csv_cell(text) == safe_text(f"'{text}")
     assert plain_cell(f"'{text}") == text
 
 
 @pytest.mark.parametrize("value", [-1.5, 3, None, "-1.5", "+2", "-1e-7", "cat", "'tis", "a=b", ""])
-def test_numbers_and_other_text_stay_as_they_are(value: object) -> None:
+def test_csv_cell_does_not_change_numbers_and_other_text(value: object) -> None:
     assert csv_cell(value) == value
     assert not isinstance(value, str) or plain_cell(value) == value
 
 
-def test_rows_of_csv_are_safe_for_classes_files_and_errors() -> None:
+def test_csv_rows_are_safe_for_classes_files_and_errors() -> None:
     rows = as_rows(Path("=cmd.png"), Prediction(("@x", HOSTILE), (0, 1), (0.5, 0.25), 1), None)
     assert rows == [["'=cmd.png", 1, 1, "'@x", 0, 0.5, ""], ["'=cmd.png", 1, 2, SHOWN, 1, 0.25, ""]]
     assert as_rows(Path("a.png"), ServingError("=x\x1b"), None) == [["a.png", "", "", "", "", "", "'=x\\u001b"]]
@@ -131,7 +131,7 @@ def hostile_url() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [(), ("--json",), ("--csv",)])
-def test_what_predict_prints_of_a_hostile_server_is_safe(tailor, tmp_path, hostile_url, form) -> None:
+def test_predict_prints_the_response_of_a_hostile_server_safely(tailor, tmp_path, hostile_url, form) -> None:
     image = tmp_path / f"=1{HOSTILE.replace('/', '')}.png"
     image.write_bytes(picture(3))
     ended = tailor("predict", image.name, "--url", hostile_url, "--prior", "balanced", *form)
@@ -148,7 +148,7 @@ def test_what_predict_prints_of_a_hostile_server_is_safe(tailor, tmp_path, hosti
 
 
 @pytest.mark.slow
-def test_errors_and_status_of_a_hostile_server_are_safe(tailor, tmp_path, hostile_url) -> None:
+def test_errors_and_status_of_a_hostile_server_are_printed_safely(tailor, tmp_path, hostile_url) -> None:
     (tmp_path / "refused.png").write_bytes(picture(3) + b"refuse")
     for command in (["predict", "refused.png"], ["status"], ["predict", f"none{HOSTILE.replace('/', '')}.png"]):
         ended = tailor(*command, "--url", hostile_url)

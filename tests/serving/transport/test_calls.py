@@ -12,9 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
-from serving.client.requests import OUTPUTS, Dialogue, classifier_call
+from serving.client.requests import OUTPUTS, RequestSequence, classifier_call
 from serving.shared.errors import ServingError
-from serving.transport.messages import HEADER_LENGTH, Answer, Garbled, Infer, ModelConfig, ModelMetadata, ServerMetadata
+from serving.transport.messages import (
+    HEADER_LENGTH,
+    Answer,
+    Infer,
+    InvalidResponse,
+    ModelConfig,
+    ModelMetadata,
+    ServerMetadata,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -38,24 +46,24 @@ def call() -> Infer:
 @given(
     body=JSON | INFERENCE, tail=st.binary(max_size=60), length=st.none() | st.integers(-5, 400) | st.text(max_size=4)
 )
-def test_any_http_answer_is_read_or_refused(body: Any, tail: bytes, length: object) -> None:
+def test_any_http_response_is_decoded_or_rejected(body: Any, tail: bytes, length: object) -> None:
     head = json.dumps(body).encode()
-    for told in (str(len(head)), length):
-        headers = {} if told is None else {HEADER_LENGTH: str(told)}
+    for header in (str(len(head)), length):
+        headers = {} if header is None else {HEADER_LENGTH: str(header)}
         try:
             answer = call().read_http(headers, head + tail)
-        except Garbled:
+        except InvalidResponse:
             continue
         assert isinstance(answer, Answer)
         assert set(answer.outputs) == set(OUTPUTS)
 
 
 @given(data=st.binary(max_size=200))
-def test_any_grpc_answer_is_read_or_refused(data: bytes) -> None:
-    for question in (call(), ModelConfig("m"), ModelMetadata("m"), ServerMetadata()):
+def test_any_grpc_response_is_decoded_or_rejected(data: bytes) -> None:
+    for metadata_call in (call(), ModelConfig("m"), ModelMetadata("m"), ServerMetadata()):
         try:
-            question.read_message(data)
-        except Garbled:
+            metadata_call.read_message(data)
+        except InvalidResponse:
             continue
 
 
@@ -65,7 +73,7 @@ def test_any_grpc_answer_is_read_or_refused(data: bytes) -> None:
     raw=st.lists(st.binary(max_size=40), max_size=3),
     version=st.sampled_from(["1", "", "x"]),
 )
-def test_any_inference_message_is_read_or_refused(
+def test_any_inference_message_is_decoded_or_rejected(
     shape: list[int], datatype: str, raw: list[bytes], version: str
 ) -> None:
     message = service_pb2.ModelInferResponse(model_version=version, raw_output_contents=raw)
@@ -73,48 +81,48 @@ def test_any_inference_message_is_read_or_refused(
         message.outputs.add(name=name, datatype=datatype, shape=shape)
     try:
         answer = call().read_message(message.SerializeToString())
-    except Garbled:
+    except InvalidResponse:
         return
     assert all(len(array) == 1 for array in answer.outputs.values())
 
 
 @pytest.mark.slow
 @given(
-    told=st.lists(JSON | st.dictionaries(st.sampled_from(["inputs", "parameters", "max_batch_size"]), JSON), min_size=9)
+    responses=st.lists(
+        JSON | st.dictionaries(st.sampled_from(["inputs", "parameters", "max_batch_size"]), JSON), min_size=9
+    )
 )
-def test_whatever_a_server_tells_of_itself_a_dialogue_ends_in_words(told: list[Any]) -> None:
-    dialogues = [
-        lambda of: of.predict([picture(1)], None, None),
-        lambda of: of.predict([picture(1)], [0.5, 0.5], None),
-        lambda of: of.class_names(),
-        lambda of: of.status(),
-    ]
-    for begin in dialogues:
-        answers = iter([content if isinstance(content, dict) else {} for content in told])
-        steps = begin(Dialogue("http://127.0.0.1:8000"))
+def test_a_request_sequence_ends_for_any_metadata_of_a_server(responses: list[Any]) -> None:
+    for exchange in (
+        RequestSequence("http://127.0.0.1:8000").predict([picture(1)], None, None),
+        RequestSequence("http://127.0.0.1:8000").predict([picture(1)], [0.5, 0.5], None),
+        RequestSequence("http://127.0.0.1:8000").class_names(),
+        RequestSequence("http://127.0.0.1:8000").status(),
+    ):
+        remaining = iter([content if isinstance(content, dict) else {} for content in responses])
         with pytest.raises((ServingError, StopIteration)):
-            calls = next(steps)
+            calls = next(exchange)
             while True:
-                told_now = next(answers, {})
-                wrong = Answer({name: np.array([[told_now]], dtype=object) for name in (*OUTPUTS, "logits")}, 1)
-                calls = steps.send([wrong if isinstance(asked, Infer) else told_now for asked in calls])
+                content = next(remaining, {})
+                answer = Answer({name: np.array([[content]], dtype=object) for name in (*OUTPUTS, "logits")}, 1)
+                calls = exchange.send([answer if isinstance(sent, Infer) else content for sent in calls])
 
 
-def test_a_request_is_made_once_and_carries_the_model_and_version() -> None:
-    asked = classifier_call([picture(1), picture(2)], "strength", np.ones(1, np.float32), 7)
-    assert asked.http is asked.http
-    assert asked.http.path == "/v2/models/classifier/versions/7/infer"
-    sent = service_pb2.ModelInferRequest.FromString(asked.message)
+def test_a_request_is_encoded_once_with_model_and_version() -> None:
+    request = classifier_call([picture(1), picture(2)], "strength", np.ones(1, np.float32), 7)
+    assert request.http is request.http
+    assert request.http.path == "/v2/models/classifier/versions/7/infer"
+    sent = service_pb2.ModelInferRequest.FromString(request.message)
     assert (sent.model_name, sent.model_version) == ("classifier", "7")
     assert [(tensor.name, list(tensor.shape)) for tensor in sent.inputs] == [("image", [2, 1]), ("strength", [2, 1])]
-    assert picture(2) in asked.http.body and picture(2) in sent.raw_input_contents[0]
+    assert picture(2) in request.http.body and picture(2) in sent.raw_input_contents[0]
 
 
-def test_a_broken_tcp_connection_is_retried_and_no_fault_of_tls() -> None:
+def test_a_broken_tcp_connection_is_retried_and_no_tls_error() -> None:
     """gRPC's message on a busy machine: its "tcp handshaker" is not TLS."""
     import grpc
 
-    from serving.transport.failures import Unavailable, from_grpc
+    from serving.transport.failures import Unavailable, grpc_error
 
     class Broken:
         def code(self) -> grpc.StatusCode:
@@ -123,4 +131,4 @@ def test_a_broken_tcp_connection_is_retried_and_no_fault_of_tls() -> None:
         def details(self) -> str:
             return "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: tcp handshaker shutdown"
 
-    assert isinstance(from_grpc("grpc://127.0.0.1:9", Broken(), 1.0), Unavailable)
+    assert isinstance(grpc_error("grpc://127.0.0.1:9", Broken(), 1.0), Unavailable)

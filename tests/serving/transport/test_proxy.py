@@ -23,7 +23,7 @@ print(urllib.request.urlopen(sys.argv[1], timeout=5).status, httpx.get(sys.argv[
 PREFECT = "import sys; from pipeline.scheduling.prefect_server import answers; print(answers(sys.argv[1]))"
 
 
-class Well(http.server.BaseHTTPRequestHandler):
+class HealthyServer(http.server.BaseHTTPRequestHandler):
     """HTTP handler that responds to every request with 200."""
 
     def do_GET(self) -> None:
@@ -41,13 +41,13 @@ class Well(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Well) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HealthyServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
 
-def ran(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     proxied = {"http_proxy": NO_SERVER, "HTTP_PROXY": NO_SERVER, "PYTHONPATH": str(ROOT), **environment}
     clean = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
     return subprocess.run(
@@ -56,19 +56,19 @@ def ran(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("live", [(), ("--live",)])
-def test_the_health_check_of_a_healthy_server_is_well_under_a_proxy(url: str, live: tuple[str, ...]) -> None:
-    ended = ran(str(ROOT / "serving/deploy/healthcheck.py"), *live, url, f"{url}/metrics")
+def test_the_health_check_bypasses_a_proxy(url: str, live: tuple[str, ...]) -> None:
+    ended = run_python(str(ROOT / "serving/deploy/healthcheck.py"), *live, url, f"{url}/metrics")
     assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", ["", "intranet.example", "*"])
-def test_http_clients_reach_loopback_directly_and_what_the_user_excluded_stays_excluded(url: str, given: str) -> None:
-    ended = ran("-c", CLIENTS + "import os; print(os.environ['no_proxy'])", url, NO_PROXY=given)
+@pytest.mark.parametrize("no_proxy", ["", "intranet.example", "*"])
+def test_http_clients_bypass_a_proxy_on_loopback_and_keep_no_proxy(url: str, no_proxy: str) -> None:
+    ended = run_python("-c", CLIENTS + "import os; print(os.environ['no_proxy'])", url, NO_PROXY=no_proxy)
     assert ended.stdout.split()[:2] == ["200", "200"], ended.stderr
-    assert ended.stdout.split()[2].startswith(given)
+    assert ended.stdout.split()[2].startswith(no_proxy)
 
 
 @pytest.mark.slow
-def test_prefects_server_on_loopback_is_found_under_a_proxy(url: str) -> None:
-    assert ran("-c", PREFECT, url).stdout == "True\n"
+def test_prefects_server_on_loopback_is_reached_without_the_proxy(url: str) -> None:
+    assert run_python("-c", PREFECT, url).stdout == "True\n"

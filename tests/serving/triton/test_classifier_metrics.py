@@ -18,13 +18,13 @@ from conftest import CLASSES, picture
 import serving.triton
 from serving.client.sync_client import Client
 from serving.server.triton_server import TritonServer
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.stand_in import backend, counted, request, scrape
 
 FOLDER = Path(serving.triton.__file__).parent
 
 
-def imported(name: str) -> types.ModuleType:
+def import_from_file(name: str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"tried_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -33,7 +33,7 @@ def imported(name: str) -> types.ModuleType:
     return module
 
 
-def test_every_image_is_counted_under_the_prior_it_asked_for(classifier: Any) -> None:
+def test_every_image_is_counted_under_its_requested_prior(classifier: Any) -> None:
     one = [picture(1)]
     classifier.execute(
         [
@@ -45,13 +45,13 @@ def test_every_image_is_counted_under_the_prior_it_asked_for(classifier: Any) ->
             request([b""], strength=[[0.0]]),
         ]
     )
-    found = counted(classifier.metrics, "tailor_images_total")
-    assert found == {("balanced",): 3, ("train",): 1, ("live",): 0, ("number",): 2, ("own",): 2}
+    images = counted(classifier.metrics, "tailor_images_total")
+    assert images == {("balanced",): 3, ("train",): 1, ("live",): 0, ("number",): 2, ("own",): 2}
     assert sum(counted(classifier.metrics, "tailor_top_class_total").values()) == 8
     assert counted(classifier.metrics, "tailor_confidence_count") == {(): 8}
 
 
-def test_refusals_are_counted_by_reason(classifier: Any) -> None:
+def test_rejected_requests_are_counted_by_reason(classifier: Any) -> None:
     one = [picture(1)]
     classifier.execute(
         [
@@ -68,7 +68,7 @@ def test_refusals_are_counted_by_reason(classifier: Any) -> None:
     }
 
 
-def test_requests_that_the_student_fails_are_counted_apart(classifier: Any, student: Any) -> None:
+def test_requests_that_the_student_fails_are_counted_separately(classifier: Any, student: Any) -> None:
     error = types.SimpleNamespace(message=lambda: "out of memory")
     failed = types.SimpleNamespace(has_error=lambda: True, error=lambda: error)
     student.execute = lambda _requests: [failed]
@@ -77,9 +77,9 @@ def test_requests_that_the_student_fails_are_counted_apart(classifier: Any, stud
     assert sum(counted(classifier.metrics, "tailor_images_total").values()) == 0
 
 
-def test_confidence_is_cumulative_as_a_histogram_is() -> None:
-    metrics = imported("metrics").Metrics(1, ["a", "b"], ["many", "few"], [0, 1])
-    metrics.answered({"balanced": 3}, np.array([0, 1, 1]), np.array([0.05, 0.1, 0.95]))
+def test_confidence_buckets_are_cumulative() -> None:
+    metrics = import_from_file("metrics").Metrics(1, ["a", "b"], ["many", "few"], [0, 1])
+    metrics.count_images({"balanced": 3}, np.array([0, 1, 1]), np.array([0.05, 0.1, 0.95]))
     buckets = {labels[0]: value for labels, value in counted(metrics, "tailor_confidence_bucket").items()}
     assert [buckets[edge] for edge in ("0.1", "0.2", "0.9", "1.0", "+Inf")] == [2, 2, 2, 3, 3]
     assert counted(metrics, "tailor_confidence_sum")[()] == pytest.approx(1.1)
@@ -88,39 +88,37 @@ def test_confidence_is_cumulative_as_a_histogram_is() -> None:
 
 
 @pytest.mark.parametrize("classes", [101, 1000, 8142])
-def test_many_classes_share_a_bounded_number_of_labels_by_their_rank(classes: int) -> None:
+def test_many_classes_share_100_labels_by_their_rank(classes: int) -> None:
     ranks = np.random.default_rng(0).permutation(classes)
-    labels = imported("metrics").class_labels([str(index) for index in range(classes)], ranks)
+    labels = import_from_file("metrics").class_labels([str(index) for index in range(classes)], ranks)
     assert len(set(labels)) == 100
     for index in range(classes):
         first, last = map(int, re.fullmatch(r"rank (\d+)-(\d+)", labels[index]).groups())
         assert first <= ranks[index] + 1 <= last
 
 
-def test_counts_of_the_last_moment_are_handed_over_at_the_end() -> None:
-    metrics = imported("metrics").Metrics(1, ["a"], ["many"], [0])
+def test_close_passes_the_last_counts_to_triton() -> None:
+    metrics = import_from_file("metrics").Metrics(1, ["a"], ["many"], [0])
     metrics.count("tailor_refused_total", reason="image_empty")
     metrics.close()
     assert not metrics.thread.is_alive()
     assert next(iter(metrics.families["tailor_refused_total"].metrics.values())).value == 1
 
 
-def open_log(folder: Path | str | None, lost: list[int] | None = None, **constants: int) -> Any:
-    module = imported("access_log")
-    for name, value in constants.items():
-        setattr(module, name, value)
-    return module.AccessLog(folder, "classifier_0_0_version_1", lambda: lost.append(1))
+def open_access_log(folder: Path, lost: list[int] | None = None, **limits: int) -> Any:
+    module = import_from_file("access_log")
+    return module.AccessLog(folder, "classifier_0_0_version_1", lambda: lost.append(1), **limits)
 
 
-def test_access_log_is_off_unless_asked_for(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_access_log_is_off_by_default(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     classifier.execute([request([picture(1)])])
-    assert classifier.access_log.handler is None
+    assert classifier.access_log is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_access_log_line_tells_the_request_and_nothing_of_the_image(tmp_path: Path) -> None:
-    log = open_log(tmp_path / "log")
+def test_access_log_line_describes_the_request_without_image_data(tmp_path: Path) -> None:
+    log = open_access_log(tmp_path / "log")
     log.write('id "quoted"\n' + "x" * 1000, time.monotonic(), 2, 1234, "train", "ok")
     log.close()
     lines = (tmp_path / "log" / "classifier_0_0_version_1.jsonl").read_text().splitlines()
@@ -132,8 +130,8 @@ def test_access_log_line_tells_the_request_and_nothing_of_the_image(tmp_path: Pa
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry["time"])
 
 
-def test_every_request_of_a_batch_has_its_line(classifier: Any, tmp_path: Path) -> None:
-    classifier.access_log = open_log(tmp_path)
+def test_every_request_of_a_batch_has_an_access_log_line(classifier: Any, tmp_path: Path) -> None:
+    classifier.access_log = open_access_log(tmp_path)
     two = [picture(1)] * 2
     classifier.execute([request(two, strength=[[0.0], [1.0]]), request([b"text"]), request(two, strength=[[1.0]] * 2)])
     text = (tmp_path / "classifier_0_0_version_1.jsonl").read_text()
@@ -146,8 +144,8 @@ def test_every_request_of_a_batch_has_its_line(classifier: Any, tmp_path: Path) 
     assert lines[0]["bytes"] == 2 * len(picture(1))
 
 
-def test_access_log_is_bounded_in_bytes(tmp_path: Path) -> None:
-    log = open_log(tmp_path, MAX_BYTES=2000, BACKUPS=2)
+def test_access_log_files_have_bounded_sizes(tmp_path: Path) -> None:
+    log = open_access_log(tmp_path, max_bytes=2000, backups=2)
     for _ in range(500):
         log.write("id", time.monotonic(), 1, 10, "balanced", "ok")
     log.close()
@@ -156,10 +154,10 @@ def test_access_log_is_bounded_in_bytes(tmp_path: Path) -> None:
     assert max(sizes) <= 2000
 
 
-def test_full_disk_loses_lines_and_no_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_loses_lines_but_no_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lost: list[int] = []
     (tmp_path / "classifier_0_0_version_1.jsonl").symlink_to("/dev/full")
-    log = open_log(tmp_path, lost)
+    log = open_access_log(tmp_path, lost)
     for _ in range(3):
         log.write("id", time.monotonic(), 1, 10, "balanced", "ok")
     assert len(lost) == 3
@@ -168,21 +166,21 @@ def test_full_disk_loses_lines_and_no_request(tmp_path: Path, capfd: pytest.Capt
 
 @pytest.mark.end_to_end
 def test_real_server_shows_the_counts_of_both_instances(server: TritonServer) -> None:
-    def shown(family: str) -> float:
+    def total(family: str) -> float:
         return sum(value for name, value in scrape(server).items() if name.startswith(family))
 
     names = ('tailor_images_total{prior="own"', 'tailor_refused_total{reason="image_format"', "tailor_top_class_total")
     time.sleep(2.5)  # until requests of earlier tests are counted
-    before = [shown(name) for name in names]
+    before = [total(name) for name in names]
     with Client(server.grpc_url) as client:
         for seed in range(10):
             client.predict([picture(seed)] * 2, [0.2] * len(CLASSES))
     transport = Transport(server.http_url, timeout=10)
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRejected):
         transport.infer("classifier", {"image": np.array([[b"text"]], dtype=np.object_)}, {"index": 0})
     transport.close()
     deadline = time.monotonic() + 10
-    while (now := [shown(name) for name in names]) < [b + n for b, n in zip(before, (20, 1, 20), strict=True)]:
+    while (now := [total(name) for name in names]) < [b + n for b, n in zip(before, (20, 1, 20), strict=True)]:
         assert time.monotonic() < deadline, (before, now)
         time.sleep(0.2)
     assert now == [before[0] + 20, before[1] + 1, before[2] + 20]

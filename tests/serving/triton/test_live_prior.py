@@ -16,14 +16,14 @@ from conftest import CLASSES, COUNTS, TOP_K, Release, picture, write_export
 from serving.client.async_client import AsyncClient
 from serving.client.predictions import Prediction
 from serving.client.priors import LIVE, parse_prior
-from serving.client.requests import Dialogue
+from serving.client.requests import RequestSequence
 from serving.client.sync_client import Client
 from serving.drift.estimate import write_live_prior
 from serving.promotion.promotion import promote
 from serving.server.triton_server import TritonServer
 from serving.shared.atomic import write_file
 from serving.shared.errors import InputError, ServingError
-from serving.transport.failures import Refused
+from serving.transport.failures import RequestRejected
 from serving.triton.live_prior import NAME
 from tests.support.running_gateway import running_gateway
 from tests.support.stand_in import Response, Tensor, counted, request
@@ -32,16 +32,16 @@ PRIOR = [0.1, 0.4, 0.2, 0.05, 0.25]
 OTHER = [0.6, 0.1, 0.1, 0.1, 0.1]
 
 
-def named(images: list[bytes], *names: str) -> Response:
-    asked = request(images)
-    asked.tensors.append(Tensor("prior", np.array([[name.encode()] for name in names], dtype=np.object_)))
-    return asked
+def request_with_priors(images: list[bytes], *names: str) -> Response:
+    with_priors = request(images)
+    with_priors.tensors.append(Tensor("prior", np.array([[name.encode()] for name in names], dtype=np.object_)))
+    return with_priors
 
 
 @pytest.fixture
 def live_file(classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The classifier's live-prior file, outside the repository shared with other tests."""
-    monkeypatch.setattr(classifier.reader.live_prior, "path", tmp_path / NAME)
+    monkeypatch.setattr(classifier.parser.live_prior, "path", tmp_path / NAME)
     return tmp_path / NAME
 
 
@@ -49,21 +49,25 @@ def content(**changes: object) -> str:
     return json.dumps({"format": 1, "classes": CLASSES, "prior": PRIOR} | changes)
 
 
-def test_each_row_names_its_own_prior(classifier: Any, release: Release, live_file: Path) -> None:
+def test_each_row_has_its_own_prior(classifier: Any, release: Release, live_file: Path) -> None:
     live_file.write_text(content())
     images = [picture(seed) for seed in range(3)]
-    [answer] = classifier.execute([named(images, "balanced", "train", "live")])
+    [answer] = classifier.execute([request_with_priors(images, "balanced", "train", "live")])
     adjustments = [np.zeros(5), np.log(np.array(COUNTS) / sum(COUNTS)), np.log(PRIOR)]
     for row, (image, adjustment) in enumerate(zip(images, adjustments, strict=True)):
         expected = release.probabilities([image], adjustment)[0]
         np.testing.assert_allclose(answer["probability"][row], np.sort(expected)[::-1][:TOP_K], rtol=1e-4)
-    found = counted(classifier.metrics, "tailor_images_total")
-    assert (found["balanced",], found["train",], found["live",]) == (1, 1, 1)
+    images = counted(classifier.metrics, "tailor_images_total")
+    assert (images["balanced",], images["train",], images["live",]) == (1, 1, 1)
 
 
-def test_name_that_is_none_and_a_name_beside_numbers_are_refused(classifier: Any, live_file: Path) -> None:
+def test_unknown_names_and_two_kinds_of_prior_are_rejected(classifier: Any, live_file: Path) -> None:
     live_file.write_text(content())
-    batch = [named([picture(1)], "shop"), named([picture(1)], "live"), named([picture(1)] * 2, "live", "live")]
+    batch = [
+        request_with_priors([picture(1)], "shop"),
+        request_with_priors([picture(1)], "live"),
+        request_with_priors([picture(1)] * 2, "live", "live"),
+    ]
     batch[2].tensors[-1].array[1, 0] = b"\xff" * 1000
     batch[1].tensors.append(Tensor("strength", np.ones((1, 1), dtype=np.float32)))
     answers = classifier.execute(batch)
@@ -91,7 +95,7 @@ def test_name_that_is_none_and_a_name_beside_numbers_are_refused(classifier: Any
         (content(prior="many"), "live_prior.json: "),
     ],
 )
-def test_live_prior_that_cannot_be_used_fails_its_requests_alone_and_a_better_one_mends_it(
+def test_an_invalid_live_prior_fails_only_its_requests_until_it_is_replaced(
     classifier: Any,
     live_file: Path,
     text: str | None,
@@ -99,17 +103,21 @@ def test_live_prior_that_cannot_be_used_fails_its_requests_alone_and_a_better_on
 ) -> None:
     if text is not None:
         live_file.write_text(text)
-    refused, answered = classifier.execute([named([picture(1)], "live"), named([picture(1)], "train")])
-    assert message in refused.error.message()
-    assert "\n" not in refused.error.message()
+    rejected, answered = classifier.execute(
+        [request_with_priors([picture(1)], "live"), request_with_priors([picture(1)], "train")]
+    )
+    assert message in rejected.error.message()
+    assert "\n" not in rejected.error.message()
     assert answered.error is None
     write_file(live_file, content())
-    assert classifier.execute([named([picture(1)], "live")])[0].error is None
+    assert classifier.execute([request_with_priors([picture(1)], "live")])[0].error is None
     live_file.unlink()
-    assert "this repository has none" in classifier.execute([named([picture(1)], "live")])[0].error.message()
+    assert (
+        "this repository has none" in classifier.execute([request_with_priors([picture(1)], "live")])[0].error.message()
+    )
 
 
-def test_live_is_a_word_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_is_a_name_and_not_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("live").write_text("[1.0]")
     assert parse_prior("live") == LIVE
@@ -119,9 +127,9 @@ def test_live_is_a_word_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def assert_same(answers: Iterable[Prediction], expected: list[Prediction]) -> None:
     """Assert equality up to the rounding of a vector to float32 in transport."""
-    for answer, wanted in zip(answers, expected, strict=True):
-        assert (answer.indexes, answer.version) == (wanted.indexes, wanted.version)
-        np.testing.assert_allclose(answer.probabilities, wanted.probabilities, rtol=1e-5)
+    for answer, reference in zip(answers, expected, strict=True):
+        assert (answer.indexes, answer.version) == (reference.indexes, reference.version)
+        np.testing.assert_allclose(answer.probabilities, reference.probabilities, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +142,15 @@ def own_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_any_client_gets_the_live_prior_from_the_real_server(
+def test_both_protocols_use_the_live_prior_of_a_real_server(
     own_server: TritonServer, release: Release, protocol: str
 ) -> None:
     (own_server.repository / NAME).unlink(missing_ok=True)
     images = [picture(seed) for seed in range(20)]  # more than the largest batch
     with Client(own_server.http_url if protocol == "http" else own_server.grpc_url) as client:
-        with pytest.raises(Refused, match="prior is live, but this repository has none; run `tailor drift --write`"):
+        with pytest.raises(
+            RequestRejected, match="prior is live, but this repository has none; run `tailor drift --write`"
+        ):
             client.predict(images, "live")
         for prior in (PRIOR, OTHER):
             write_live_prior(own_server.repository, release.manifest, np.array(prior), {})
@@ -149,7 +159,7 @@ def test_any_client_gets_the_live_prior_from_the_real_server(
 
 
 @pytest.mark.end_to_end
-def test_it_passes_the_gateway_and_the_async_client(own_server: TritonServer, release: Release) -> None:
+def test_live_prior_works_through_the_gateway_and_the_async_client(own_server: TritonServer, release: Release) -> None:
     import asyncio
 
     write_live_prior(own_server.repository, release.manifest, np.array(PRIOR), {})
@@ -166,35 +176,33 @@ def test_it_passes_the_gateway_and_the_async_client(own_server: TritonServer, re
 
 
 @pytest.mark.end_to_end
-def test_replaced_under_load_every_answer_is_of_one_prior_or_the_other(
-    own_server: TritonServer, release: Release
-) -> None:
+def test_a_live_prior_replaced_under_load_is_the_old_or_the_new_one(own_server: TritonServer, release: Release) -> None:
     write_live_prior(own_server.repository, release.manifest, np.array(PRIOR), {})
     with Client(own_server.grpc_url) as client:
         allowed = [client.predict([picture(1)], prior)[0].probabilities for prior in (PRIOR, OTHER)]
-    seen, faults, stopping = set(), [], threading.Event()
+    used, faults, stopping = set(), [], threading.Event()
 
     def ask(url: str) -> None:
         with Client(url) as own:
             while not stopping.is_set():
-                found = own.predict([picture(1)], "live")[0].probabilities
-                near = [np.allclose(found, one, rtol=1e-4) for one in allowed]
-                seen.add(near.index(True)) if any(near) else faults.append(found)
+                probabilities = own.predict([picture(1)], "live")[0].probabilities
+                near = [np.allclose(probabilities, one, rtol=1e-4) for one in allowed]
+                used.add(near.index(True)) if any(near) else faults.append(probabilities)
 
     threads = [threading.Thread(target=ask, args=(url,)) for url in (own_server.http_url, own_server.grpc_url) * 2]
     for thread in threads:
         thread.start()
-    for place in range(60):
-        write_live_prior(own_server.repository, release.manifest, np.array((OTHER, PRIOR)[place % 2]), {})
+    for index in range(60):
+        write_live_prior(own_server.repository, release.manifest, np.array((OTHER, PRIOR)[index % 2]), {})
     stopping.set()
     for thread in threads:
         thread.join()
     assert faults == []
-    assert seen == {0, 1}
+    assert used == {0, 1}
 
 
 @pytest.mark.end_to_end
-def test_live_prior_outlives_a_promotion_and_a_restart(
+def test_live_prior_survives_a_promotion_and_a_restart(
     own_server: TritonServer, release: Release, tmp_path: Path
 ) -> None:
     write_live_prior(own_server.repository, release.manifest, np.array(PRIOR), {})
@@ -210,11 +218,11 @@ def test_live_prior_outlives_a_promotion_and_a_restart(
             assert_same(answers, client.predict([picture(1)], PRIOR))
 
 
-def test_server_that_knows_no_prior_by_name_is_named_before_an_image_is_sent() -> None:
-    steps = Dialogue("http://old").predict([picture(1)], "live", None)
-    next(steps)
-    [asked] = steps.send([{"max_batch_size": 8}])
-    assert asked.path == "/v2/models/classifier"
+def test_a_server_without_the_input_prior_is_an_error_before_an_image_is_sent() -> None:
+    exchange = RequestSequence("http://old").predict([picture(1)], "live", None)
+    next(exchange)
+    [call] = exchange.send([{"max_batch_size": 8}])
+    assert call.path == "/v2/models/classifier"
     inputs = [{"name": name, "shape": [-1, 1]} for name in ("image", "strength", "target_prior")]
-    with pytest.raises(ServingError, match="http://old: classifier knows no prior by name; serve a repository that"):
-        steps.send([{"inputs": inputs}])
+    with pytest.raises(ServingError, match="http://old: classifier has no input `prior`; serve a repository that"):
+        exchange.send([{"inputs": inputs}])

@@ -15,7 +15,7 @@ from models.preprocess import preprocess
 from serving.client.sync_client import Client, Prediction
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.container import backends
 from tests.support.held_requests import answers_at_once
 
@@ -46,7 +46,7 @@ def assert_answers(predictions: list[Prediction], expected: np.ndarray) -> None:
         np.testing.assert_allclose(answer.probabilities, p[best], rtol=1e-4, atol=1e-6)
 
 
-def test_stand_in_answers_what_onnx_runtime_answers(transport: Transport, release: Release) -> None:
+def test_student_returns_the_outputs_of_onnx_runtime(transport: Transport, release: Release) -> None:
     images = [preprocess(picture(seed), SIZE, SIZE) for seed in range(5)]
     for strength in (0.0, 1.0, -2.5):
         inputs = {"image": np.stack(images), "strength": np.full((5, 1), strength, dtype=np.float32)}
@@ -58,14 +58,14 @@ def test_stand_in_answers_what_onnx_runtime_answers(transport: Transport, releas
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0, 0.3, -1.0])
-def test_classifier_adjusts_as_the_student_itself_would(client: Client, release: Release, strength: float) -> None:
+def test_classifier_adjusts_logits_as_the_student_does(client: Client, release: Release, strength: float) -> None:
     images = [picture(seed) for seed in range(3)]
     logits = release.logits(images, strength).astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert_answers(client.predict(images, strength), expected)
 
 
-def test_every_form_of_a_prior_means_what_numpy_computes(client: Client, release: Release, tmp_path: Path) -> None:
+def test_every_form_of_a_prior_equals_numpy(client: Client, release: Release, tmp_path: Path) -> None:
     log_prior = np.log(np.array(release.manifest.counts) / sum(release.manifest.counts))
     (tmp_path / "list.json").write_text(json.dumps(VECTOR))
     (tmp_path / "names.json").write_text(json.dumps(dict(zip(CLASSES, VECTOR, strict=True))))
@@ -86,15 +86,17 @@ def test_every_form_of_a_prior_means_what_numpy_computes(client: Client, release
         assert_answers(client.predict(images, prior), release.probabilities(images, adjustment))
 
 
-def test_absent_strength_is_the_default_of_the_manifest(transport: Transport, release: Release, client: Client) -> None:
+def test_a_missing_strength_is_the_default_of_the_manifest(
+    transport: Transport, release: Release, client: Client
+) -> None:
     inputs = {"image": np.array([[picture(5)]], dtype=np.object_)}
     answered, _ = transport.infer("classifier", inputs, {"index": 0, "probability": 0})
-    wanted = client.predict([picture(5)], release.manifest.strength)[0]
-    assert answered["index"][0].tolist() == list(wanted.indexes)
-    np.testing.assert_allclose(answered["probability"][0], wanted.probabilities, rtol=1e-6)
+    expected = client.predict([picture(5)], release.manifest.strength)[0]
+    assert answered["index"][0].tolist() == list(expected.indexes)
+    np.testing.assert_allclose(answered["probability"][0], expected.probabilities, rtol=1e-6)
 
 
-def test_training_prior_as_a_vector_is_strength_one(client: Client, release: Release) -> None:
+def test_the_training_prior_as_a_vector_equals_strength_1(client: Client, release: Release) -> None:
     prior = np.array(release.manifest.counts) / sum(release.manifest.counts)
     images = [picture(seed) for seed in range(3)]
     for vector, strength in zip(client.predict(images, prior), client.predict(images, "train"), strict=True):
@@ -102,46 +104,46 @@ def test_training_prior_as_a_vector_is_strength_one(client: Client, release: Rel
         np.testing.assert_allclose(vector.probabilities, strength.probabilities, rtol=1e-4)
 
 
-def test_http_and_grpc_answer_alike(server: TritonServer) -> None:
+def test_http_and_grpc_return_the_same_predictions(server: TritonServer) -> None:
     images = [picture(seed) for seed in range(10)]
     with Client(server.http_url) as http, Client(server.grpc_url) as grpc:
         for prior in ("balanced", "train", VECTOR):
             assert http.predict(images, prior) == grpc.predict(images, prior)
 
 
-def test_more_images_than_a_batch_takes_come_back_in_order(client: Client, release: Release) -> None:
+def test_more_images_than_a_batch_are_returned_in_order(client: Client, release: Release) -> None:
     images = [picture(seed) for seed in range(2 * MAX_BATCH_SIZE + 3)]
     assert_answers(client.predict(images, "balanced"), release.probabilities(images, np.zeros(len(CLASSES))))
 
 
-def test_forty_concurrent_requests_get_each_their_own_answer(server: TritonServer, release: Release) -> None:
+def test_40_concurrent_requests_get_their_own_predictions(server: TritonServer, release: Release) -> None:
     log_prior = np.array(release.manifest.log_prior)
 
-    def ask(place: int) -> list[Prediction]:
+    def ask(index: int) -> list[Prediction]:
         # A client per thread: the HTTP one may not be shared.
-        with Client(server.http_url if place % 2 else server.grpc_url) as own:
-            return own.predict([picture(place)], VECTOR if place % 5 == 0 else place / 20)
+        with Client(server.http_url if index % 2 else server.grpc_url) as own:
+            return own.predict([picture(index)], VECTOR if index % 5 == 0 else index / 20)
 
     with ThreadPoolExecutor(40) as pool:
         answers = list(pool.map(ask, range(40)))
-    for place, answer in enumerate(answers):
-        adjustment = np.log(VECTOR) if place % 5 == 0 else place / 20 * log_prior
-        assert_answers(answer, release.probabilities([picture(place)], adjustment))
+    for index, answer in enumerate(answers):
+        adjustment = np.log(VECTOR) if index % 5 == 0 else index / 20 * log_prior
+        assert_answers(answer, release.probabilities([picture(index)], adjustment))
 
 
-def test_two_hundred_mixed_requests_in_flight_at_once_are_answered_as_one_by_one(server: TritonServer) -> None:
+def test_200_requests_in_flight_get_the_predictions_of_single_requests(server: TritonServer) -> None:
     random = np.random.default_rng(0)
     priors = ["balanced", "train", *random.normal(size=40).round(3), *random.dirichlet(np.ones(len(CLASSES)), 40)]
-    asked = [(picture(place % 16), priors[int(random.integers(len(priors)))]) for place in range(200)]
+    requests = [(picture(index % 16), priors[int(random.integers(len(priors)))]) for index in range(200)]
     with Client(server.grpc_url) as client:
-        alone = [client.predict([image], prior)[0] for image, prior in asked]
-        calls = [client.request([image], prior) for image, prior in asked]
+        single = [client.predict([image], prior)[0] for image, prior in requests]
+        calls = [client.request([image], prior) for image, prior in requests]
     http_port, grpc_port = (int(url.rpartition(":")[2]) for url in (server.http_url, server.grpc_url))
     together = answers_at_once(http_port, grpc_port, calls)
-    assert len({answer.probabilities for answer in alone}) > 100  # the priors have an effect
-    for mine, answer in zip(together, alone, strict=True):
-        assert tuple(name.decode() for name in mine.outputs["class"][0]) == answer.classes
-        np.testing.assert_allclose(mine.outputs["probability"][0], answer.probabilities, rtol=1e-4, atol=1e-6)
+    assert len({answer.probabilities for answer in single}) > 100  # the priors have an effect
+    for response, answer in zip(together, single, strict=True):
+        assert tuple(name.decode() for name in response.outputs["class"][0]) == answer.classes
+        np.testing.assert_allclose(response.outputs["probability"][0], answer.probabilities, rtol=1e-4, atol=1e-6)
 
 
 def test_every_finite_strength_has_finite_probabilities(client: Client) -> None:
@@ -152,13 +154,13 @@ def test_every_finite_strength_has_finite_probabilities(client: Client) -> None:
     assert client.predict([picture(1)], -3e38)[0].indexes[0] == len(CLASSES) - 1
 
 
-def test_class_given_no_mass_ranks_last_without_a_nan(client: Client) -> None:
+def test_a_class_of_probability_0_ranks_last_without_nan(client: Client) -> None:
     answer = client.predict([picture(1)], [0.0, 0.0, 0.0, 0.0, 1.0])[0]
     assert answer.indexes[0] == 4
     assert np.isfinite(answer.probabilities).all()
 
 
-def test_client_learns_the_class_names_in_order(client: Client) -> None:
+def test_client_returns_the_class_names_in_order(client: Client) -> None:
     assert client.class_names() == CLASSES
 
 
@@ -187,35 +189,35 @@ def rows(images: list[bytes], **inputs: object) -> dict[str, np.ndarray]:
         (rows([picture(1)], target_prior=[VECTOR], strength=[[0.0]]), "strength and target_prior exclude each other"),
     ],
 )
-def test_bad_request_is_refused_naming_the_input(
+def test_an_invalid_request_is_rejected_naming_the_input(
     transport: Transport, inputs: dict[str, np.ndarray], message: str
 ) -> None:
-    with pytest.raises(Refused, match=message) as caught:
+    with pytest.raises(RequestRejected, match=message) as caught:
         transport.infer("classifier", inputs, {"class": 0, "index": 0, "probability": 0})
     assert "Traceback" not in str(caught.value)
     assert ".py" not in str(caught.value)
 
 
-def test_student_refuses_a_strength_that_is_not_finite_or_computes_with_it_in_a_container(transport: Transport) -> None:
+def test_student_rejects_a_strength_that_is_not_finite_except_in_a_container(transport: Transport) -> None:
     image = preprocess(picture(1), SIZE, SIZE)[None]
     for strength, message in ((np.nan, "strength holds a number that is not finite"), (3e38, "not finite")):
         inputs = {"image": image, "strength": np.array([[strength]], dtype=np.float32)}
         if backends():
             assert not np.isfinite(transport.infer("student", inputs, {"logits": 0})[0]["logits"]).all()
             continue
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(RequestRejected, match=message):
             transport.infer("student", inputs, {"logits": 0})
 
 
-def test_bad_requests_fail_alone_while_their_neighbours_are_answered(server: TritonServer, release: Release) -> None:
-    def ask(place: int) -> Prediction | str:
+def test_invalid_requests_do_not_fail_others_of_the_batch(server: TritonServer, release: Release) -> None:
+    def ask(index: int) -> Prediction | str:
         own = Transport(server.grpc_url, timeout=30)
-        bad = place % 4 == 0
+        bad = index % 4 == 0
         try:
-            inputs = rows([b"broken" if bad else picture(place)], strength=[[0.0]])
+            inputs = rows([b"broken" if bad else picture(index)], strength=[[0.0]])
             answered, version = own.infer("classifier", inputs, {"class": 0, "index": 0, "probability": 0})
-        except Refused as refused:
-            return str(refused)
+        except RequestRejected as error:
+            return str(error)
         finally:
             own.close()
         names = tuple(name.decode() for name in answered["class"][0])
@@ -223,15 +225,15 @@ def test_bad_requests_fail_alone_while_their_neighbours_are_answered(server: Tri
 
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(ask, range(48)))
-    for place, answer in enumerate(answers):
-        if place % 4 == 0:
+    for index, answer in enumerate(answers):
+        if index % 4 == 0:
             assert isinstance(answer, str)
             assert "image is not a JPEG, PNG or WebP image" in answer
         else:
-            assert_answers([answer], release.probabilities([picture(place)], np.zeros(len(CLASSES))))
+            assert_answers([answer], release.probabilities([picture(index)], np.zeros(len(CLASSES))))
 
 
-def test_client_refuses_a_vector_of_another_length(client: Client) -> None:
+def test_client_rejects_a_vector_of_another_length(client: Client) -> None:
     with pytest.raises(InputError, match="expected 5 numbers, one per class"):
         client.predict([picture(1)], [0.5, 0.5])
 

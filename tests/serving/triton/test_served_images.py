@@ -17,9 +17,9 @@ from models.preprocess import MAX_BYTES, preprocess
 from serving.client.sync_client import Client, read_image
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
-from serving.transport.sync_transport import Refused, Transport
+from serving.transport.sync_transport import RequestRejected, Transport
 from tests.support.bad_files import BAD, PIXELS, header_of_100_megapixels, saved
-from tests.support.bad_requests import data_url, solid_webp
+from tests.support.bad_images import data_url, solid_webp
 
 
 def rotated_by_exif() -> bytes:
@@ -55,19 +55,19 @@ def test_served_image_is_preprocessed_as_in_training(
     np.testing.assert_allclose(answer.probabilities, expected[best], rtol=1e-4, atol=1e-6)
 
 
-def test_colour_grey_depth_and_rotation_are_understood() -> None:
-    plain = preprocess(GOOD["rgb.png"], SIZE, SIZE)
+def test_preprocess_handles_color_grey_depth_and_rotation() -> None:
+    color = preprocess(GOOD["rgb.png"], SIZE, SIZE)
     grey = preprocess(GOOD["grey.png"], SIZE, SIZE)
-    assert (preprocess(GOOD["rgb.webp"], SIZE, SIZE) == plain).all()
+    assert (preprocess(GOOD["rgb.webp"], SIZE, SIZE) == color).all()
     assert (grey == PIXELS[..., 0]).all()
     assert (preprocess(GOOD["grey16.png"], SIZE, SIZE) == grey).all()
-    turned = preprocess(GOOD["rotated.jpg"], SIZE, SIZE).astype(int)
-    upright = np.rot90(plain.astype(int), -1, axes=(1, 2))
-    assert np.abs(turned - upright).mean() < 5 < np.abs(turned - plain).mean()
+    rotated = preprocess(GOOD["rotated.jpg"], SIZE, SIZE).astype(int)
+    upright = np.rot90(color.astype(int), -1, axes=(1, 2))
+    assert np.abs(rotated - upright).mean() < 5 < np.abs(rotated - color).mean()
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_file_is_named_with_its_fault_in_one_line(tmp_path: Path, name: str) -> None:
+def test_an_invalid_file_is_named_with_its_fault_in_one_line(tmp_path: Path, name: str) -> None:
     data, fault = BAD[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError) as caught:
@@ -79,10 +79,10 @@ def test_bad_file_is_named_with_its_fault_in_one_line(tmp_path: Path, name: str)
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("name", BAD)
-def test_server_refuses_what_the_client_would_have(server: TritonServer, name: str) -> None:
+def test_the_server_rejects_what_the_client_rejects(server: TritonServer, name: str) -> None:
     transport = Transport(server.grpc_url, timeout=30)
     try:
-        with pytest.raises(Refused, match=r"image (is|has) "):
+        with pytest.raises(RequestRejected, match=r"image (is|has) "):
             transport.infer("classifier", {"image": np.array([[BAD[name][0]]], dtype=np.object_)}, {"index": 0})
     finally:
         transport.close()
@@ -90,7 +90,7 @@ def test_server_refuses_what_the_client_would_have(server: TritonServer, name: s
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("name", GOOD)
-def test_image_as_base64_text_is_answered_as_its_file(server: TritonServer, name: str) -> None:
+def test_an_image_as_base64_text_gets_the_prediction_of_its_file(server: TritonServer, name: str) -> None:
     transport = Transport(server.grpc_url, timeout=30)
     try:
         for media_type in (b"jpeg", b"png", b"webp"):  # the format is detected from the bytes, not from the media type
@@ -119,13 +119,13 @@ def test_image_as_base64_text_is_answered_as_its_file(server: TritonServer, name
         (data_url(bytes(MAX_BYTES + 3)), f"has more than {MAX_BYTES} bytes"),
     ],
 )  # fmt: skip
-def test_bad_base64_text_is_refused_with_its_fault(server: TritonServer, text: bytes, fault: str) -> None:
-    with pytest.raises(Refused, match=re.escape(f"image {fault}")):
+def test_invalid_base64_text_is_rejected_with_its_fault(server: TritonServer, text: bytes, fault: str) -> None:
+    with pytest.raises(RequestRejected, match=re.escape(f"image {fault}")):
         infer(server.grpc_url, text)
 
 
 def infer(url: str, *images: bytes) -> int:
-    """Send images; return the number of predictions. Raises Refused."""
+    """Send images; return the number of predictions. Raises RequestRejected."""
     transport = Transport(url, timeout=60)
     try:
         inputs = {"image": np.array([[image] for image in images], dtype=np.object_)}
@@ -135,23 +135,23 @@ def infer(url: str, *images: bytes) -> int:
 
 
 @pytest.mark.end_to_end
-def test_image_above_16_million_pixels_is_refused_before_it_is_decoded(server: TritonServer) -> None:
+def test_an_image_above_16_million_pixels_is_rejected_before_it_is_decoded(server: TritonServer) -> None:
     image = solid_webp(7000)
     assert Image.open(io.BytesIO(image)).size == (7000, 7000) and len(image) <= 36
     started = time.monotonic()
     for _ in range(8):
         with pytest.raises(
-            Refused, match="image has 49000000 pixels to decode, above the limit of 16000000; make it smaller"
+            RequestRejected, match="image has 49000000 pixels to decode, above the limit of 16000000; make it smaller"
         ):
             infer(server.grpc_url, image, image, image, image)
     assert time.monotonic() - started < 0.6  # a single one took that long before the fix
 
 
 @pytest.mark.end_to_end
-def test_request_has_at_most_25_million_pixels_however_small_its_files(server: TritonServer) -> None:
+def test_a_request_above_25_million_pixels_is_rejected(server: TritonServer) -> None:
     image = saved(Image.new("L", (3500, 3500)), "PNG", compress_level=1)
     with pytest.raises(
-        Refused,
+        RequestRejected,
         match="row 2: image brings the request to 36750000 pixels, above the limit of 25000000; send fewer images",
     ):
         infer(server.grpc_url, image, image, image)
@@ -159,18 +159,18 @@ def test_request_has_at_most_25_million_pixels_however_small_its_files(server: T
 
 
 @pytest.mark.end_to_end
-def test_large_jpeg_counts_a_quarter_as_it_is_decoded_at_a_fraction(server: TritonServer) -> None:
+def test_a_large_jpeg_counts_with_its_reduced_pixels(server: TritonServer) -> None:
     image = Image.new("L", (7000, 7000), 99)
     photo, progressive = saved(image, "JPEG"), saved(image, "JPEG", progressive=True)
     assert infer(server.grpc_url, photo, photo) == 2
-    with pytest.raises(Refused, match="row 2: image brings the request to 36750000 pixels"):
+    with pytest.raises(RequestRejected, match="row 2: image brings the request to 36750000 pixels"):
         infer(server.grpc_url, photo, photo, photo)
-    with pytest.raises(Refused, match="image has 24500000 pixels to decode, above the limit of 16000000"):
+    with pytest.raises(RequestRejected, match="image has 24500000 pixels to decode, above the limit of 16000000"):
         infer(server.grpc_url, progressive)
 
 
 @pytest.mark.end_to_end
-def test_client_sends_images_above_the_limit_of_a_request_in_several(server: TritonServer) -> None:
+def test_client_splits_images_above_the_limit_of_a_request(server: TritonServer) -> None:
     images = [saved(Image.new("L", (3500, 3500), level), "PNG", compress_level=1) for level in (0, 100, 200)]
     with Client(server.http_url) as client:
         together, alone = client.predict(images), [client.predict([image])[0] for image in images]
@@ -192,6 +192,6 @@ def test_missing_file_folder_pipe_and_oversized_file_are_named(tmp_path: Path) -
             read_image(path)
 
 
-def test_bytes_are_named_by_their_place() -> None:
+def test_bytes_are_named_by_their_index() -> None:
     with pytest.raises(InputError, match="image 7: is empty"):
         read_image(b"", 7)

@@ -53,7 +53,7 @@ def test_the_incomplete_last_batch_is_dropped_and_each_epoch_is_recorded():
     assert as_jsonl(history).count("\n") == 2
 
 
-def test_fewer_images_than_a_batch_is_refused_naming_the_key():
+def test_fewer_images_than_a_batch_is_rejected_naming_the_key():
     with pytest.raises(ParamsError, match=r"teacher\.batch_size is 8, above the 5 training images"):
         made_training().run(made_images(5), made_images(3))
 
@@ -65,25 +65,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_epoch(t
         run.run(made_images(64), made_images(3))
 
 
-def test_evaluation_leaves_the_mode_as_it_was_and_does_not_depend_on_the_batch(monkeypatch):
+def test_evaluation_leaves_the_mode_as_it_was_and_does_not_depend_on_the_batch():
     run = made_training()
     model, data = run.objective.model.train(), made_images(30)
     whole = outputs(model, data.images, IMAGE, CPU)
     assert model.training
-    monkeypatch.setattr("pipeline.model_io.inference.EVALUATION_BATCH", 7)
-    pieces = outputs(model, data.images, IMAGE, CPU)
+    pieces = outputs(model, data.images.split(7), IMAGE, CPU)
     assert torch.allclose(whole[1], pieces[1], atol=1e-5)
 
 
-def test_a_device_that_is_not_there_is_refused():
+def test_a_missing_device_is_rejected():
     assert choose_device("cpu") == CPU
     if torch.cuda.is_available():
-        wanted = f"cuda:{torch.cuda.device_count()}"
+        expected = f"cuda:{torch.cuda.device_count()}"
     else:
-        wanted = "cuda"
+        expected = "cuda"
         assert choose_device("auto") == CPU
     with pytest.raises(ParamsError, match="GPUs are visible"):
-        choose_device(wanted)
+        choose_device(expected)
 
 
 def test_epoch_lines_are_plain_text_where_there_is_no_terminal(capsys):
@@ -94,7 +93,7 @@ def test_epoch_lines_are_plain_text_where_there_is_no_terminal(capsys):
     assert all(line.endswith("images/s") for line in lines)
 
 
-def test_the_averaged_weights_are_what_is_evaluated_and_kept():
+def test_the_averaged_weights_are_evaluated_and_saved():
     run = made_training(epochs=3, ema_decay=0.9)
     history = run.run(made_images(48), made_images(30, seed=1))
     assert run.model is not run.objective.model
@@ -102,7 +101,7 @@ def test_the_averaged_weights_are_what_is_evaluated_and_kept():
     assert made_training().run(made_images(8), made_images(3))[0].keys() == history[0].keys()
 
 
-def test_the_best_epoch_on_validation_is_kept_beside_the_last():
+def test_the_best_epoch_on_validation_is_saved_beside_the_last():
     run = made_training(epochs=5, learning_rate=0.2)
     history = run.run(made_images(32), made_images(30, seed=1))
     scores = [record["validation_accuracy"] for record in history]

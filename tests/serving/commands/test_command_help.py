@@ -17,11 +17,11 @@ from pipeline.commands.app import app
 TAILOR = [sys.executable, "-c", "import sys; from pipeline.commands.app import main; sys.exit(main())"]
 
 
-def completed(line: str) -> list[str]:
+def complete_in_bash(line: str) -> list[str]:
     """Return bash's completions of a line."""
     words = line.split(" ")
-    asked = {"_TAILOR_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    done = subprocess.run(TAILOR, env=os.environ | asked, capture_output=True, text=True, check=False, timeout=60)
+    variables = {"_TAILOR_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(TAILOR, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=60)
     return done.stdout.split()
 
 
@@ -29,12 +29,12 @@ def completed(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "offered"), [("tailor pred", "predict"), ("tailor predict --pri", "--prior"), ("tailor ini", "init")]
 )
-def test_a_shell_completes_commands_and_options(line: str, offered: str) -> None:
-    assert completed(line) == [offered]
+def test_the_shell_completes_commands_and_options(line: str, offered: str) -> None:
+    assert complete_in_bash(line) == [offered]
 
 
 @pytest.mark.slow
-def test_the_help_is_a_map_of_every_command_under_a_heading() -> None:
+def test_the_help_lists_every_command_under_a_heading() -> None:
     text = subprocess.run([*TAILOR, "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
     headings = [line.strip().rstrip(":") for line in text.splitlines() if line.rstrip().endswith(":")]
     assert headings == ["Options", "Prepare", "Train", "Serve", "Send requests", "Operate"]
@@ -44,40 +44,40 @@ def test_the_help_is_a_map_of_every_command_under_a_heading() -> None:
     assert set(program.list_commands(program.make_context("tailor", [], resilient_parsing=True))) <= listed
 
 
-def commands_of(group: Any, context: Any) -> Iterator[tuple[str, str]]:
+def command_help(group: Any, context: Any) -> Iterator[tuple[str, str]]:
     """Yield every command and group below a group: the words to type, and its --help."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         inner = command.make_context(name, [], parent=context, resilient_parsing=True)
         yield inner.command_path, command.get_help(inner)
         if hasattr(command, "list_commands"):
-            yield from commands_of(command, inner)
+            yield from command_help(command, inner)
 
 
-def test_every_command_shows_an_example_those_of_a_group_too() -> None:
+def test_every_command_has_an_example_in_its_help() -> None:
     program = typer.main.get_command(app)
-    helps = dict(commands_of(program, program.make_context("tailor", [], resilient_parsing=True)))
+    helps = dict(command_help(program, program.make_context("tailor", [], resilient_parsing=True)))
     assert {"tailor serve", "tailor data", "tailor data check", "tailor data pack"} <= set(helps)
     for words, text in helps.items():
         assert re.search(rf"^\s*examples?:\s+{words}\b", text, re.MULTILINE | re.IGNORECASE), text
         assert re.search(rf"^\s*usage: {words} ", text, re.MULTILINE | re.IGNORECASE), text
 
 
-def helps_of_groups(group: Any, context: Any) -> Iterator[tuple[str, str]]:
+def group_help(group: Any, context: Any) -> Iterator[tuple[str, str]]:
     """Return the help of each group for a terminal of 80 columns."""
     yield context.command_path, group.get_help(context)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if hasattr(command, "list_commands"):
-            yield from helps_of_groups(
+            yield from group_help(
                 command, command.make_context(name, [], parent=context, resilient_parsing=True, terminal_width=80)
             )
 
 
-def test_no_summary_of_a_command_is_cut_at_80_columns() -> None:
+def test_no_command_summary_is_truncated_at_80_columns() -> None:
     program = typer.main.get_command(app)
     context = program.make_context("tailor", [], resilient_parsing=True, terminal_width=80)
-    helps = dict(helps_of_groups(program, context))
+    helps = dict(group_help(program, context))
     assert {"tailor", "tailor data"} <= set(helps)
     for words, text in helps.items():
         assert all(len(line) <= 80 for line in text.splitlines()), words

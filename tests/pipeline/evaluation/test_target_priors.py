@@ -21,7 +21,8 @@ import pipeline.split
 import pipeline.student
 import pipeline.teacher
 from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.student import StudentObjective, StudentWeights
+from models.objectives.student import StudentObjective
+from models.objectives.student_weights import StudentWeights
 from models.prior import effective_number, log_class_prior
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import Images, load_images, normalise
@@ -119,9 +120,7 @@ def test_balanced_and_train_mean_the_same_for_every_strength_and_prior_in_the_lo
 
 
 @pytest.mark.parametrize(("taught", "learnt"), [(0.0, 1.0), (1.0, 0.0), (1.0, 2.0), (0.5, 0.5)])
-def test_a_student_at_the_minimum_of_l_cls_is_at_that_of_distillation_whatever_its_teacher_was_trained_with(
-    taught, learnt
-):
+def test_the_minimum_of_l_cls_minimises_distillation_for_every_adjustment_of_the_teacher(taught, learnt):
     images, labels = points()
     inside = PRIORS["effective_number"]
     objective = StudentObjective(
@@ -133,13 +132,13 @@ def test_a_student_at_the_minimum_of_l_cls_is_at_that_of_distillation_whatever_i
     assert parts["distillation"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_shift_of_eq_6_is_exactly_nothing():
+def test_the_balanced_shift_of_eq_6_is_exactly_zero():
     prior = Prior(list("abc"), COUNTS, P.tolist(), PRIORS["frequency"], ["many"] * 3)
     assert prior.balanced_shift(1.0).tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.slow
-def test_evaluation_and_the_exported_graph_answer_balanced_after_plain_cross_entropy(tmp_path, monkeypatch):
+def test_evaluation_and_exported_graph_give_balanced_logits_after_plain_cross_entropy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = folder(tmp_path / "images", {"a": 18, "b": 12, "c": 9})
     keys = {f"data.{key}": value for key, value in data_params(source).model_dump(mode="json")["data"].items()}

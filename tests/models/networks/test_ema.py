@@ -36,10 +36,10 @@ def test_the_average_follows_its_recurrence_and_begins_fast():
                 expected[name] = decay * expected[name] + (1 - decay) * value
             else:
                 expected[name] = value.clone()
-    found = average.average.state_dict()
+    actual = average.average.state_dict()
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-7), name
-    assert found["1.num_batches_tracked"] == 12
+        assert torch.allclose(actual[name], value, rtol=1e-6, atol=1e-7), name
+    assert actual["1.num_batches_tracked"] == 12
 
 
 def test_the_average_is_apart_from_the_network_and_takes_no_gradient():
@@ -50,7 +50,7 @@ def test_the_average_is_apart_from_the_network_and_takes_no_gradient():
     assert not any(parameter.requires_grad for parameter in average.parameters())
 
 
-def test_its_state_can_be_taken_up_again():
+def test_the_state_of_the_average_can_be_restored():
     network = small_network()
     first, second = WeightAverage(network, 0.9), WeightAverage(network, 0.9)
     shaken(network)
@@ -64,6 +64,6 @@ def test_its_state_can_be_taken_up_again():
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
-def test_a_decay_that_averages_nothing_is_refused(decay):
+def test_a_decay_that_averages_nothing_is_rejected(decay):
     with pytest.raises(ValueError, match=f"decay is {decay}"):
         WeightAverage(small_network(), decay)

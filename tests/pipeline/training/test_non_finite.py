@@ -23,7 +23,7 @@ def test_means_are_those_of_the_epoch_also_when_it_was_resumed():
     monitor = NonFiniteMonitor(CPU)
     monitor.begin()
     assert monitor.add(0, None, parts(1.0, 4.0)) is None
-    kept = monitor.kept_sums()
+    kept = monitor.checkpoint_sums()
     again = NonFiniteMonitor(CPU)
     again.begin(kept)
     again.add(1, None, parts(3.0, 0.0))
@@ -56,21 +56,21 @@ def test_a_run_that_fails_stops_at_the_step_and_leaves_its_batch_and_state(tmp_p
     forward, calls = training.objective.forward, []
 
     def poisoned(*arguments):
-        found = forward(*arguments)
+        actual = forward(*arguments)
         calls.append(arguments[2].tolist())
         if len(calls) == 8:  # five steps per epoch: step 3 of epoch 2
-            found["gml"] = found["gml"] * math.nan
-            found["loss"] = found["loss"] * math.nan
-        return found
+            actual["gml"] = actual["gml"] * math.nan
+            actual["loss"] = actual["loss"] * math.nan
+        return actual
 
     training.objective.forward = poisoned
     with pytest.raises(StageError, match=r"student: not finite in epoch 2, step 3 of 5: loss, gml, gradient_norm; "):
         training.run(made_images(40), made_images(9, seed=1))
     folder = tmp_path / "artifacts/failures/student"
-    told = json.loads((folder / "failure.json").read_text())
-    assert (told["step"], told["epoch"], told["terms"]) == (3, 2, ["loss", "gml", "gradient_norm"])
-    assert told["sample_ids"] == [str(i) for i in calls[7]]
-    assert [entry["gml"] == "nan" for entry in told["recent"]] == [False, False, True]
+    content = json.loads((folder / "failure.json").read_text())
+    assert (content["step"], content["epoch"], content["terms"]) == (3, 2, ["loss", "gml", "gradient_norm"])
+    assert content["sample_ids"] == [str(i) for i in calls[7]]
+    assert [entry["gml"] == "nan" for entry in content["recent"]] == [False, False, True]
     tensors = safetensors.torch.load_file(folder / "tensors.safetensors")
     assert tensors["views"].shape == (3, 8, 3, 8, 8) and tensors["views"].dtype == torch.uint8
     assert "objective.log_tau_g" in tensors

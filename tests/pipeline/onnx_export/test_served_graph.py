@@ -60,27 +60,27 @@ def request(batch):
 
 
 @torch.inference_mode()
-def expected(student, pixels, strength):
+def reference(student, pixels, strength):
     features, logits = student(normalise(torch.from_numpy(pixels), IMAGE))
     adjusted = adjust_logits(logits, torch.tensor(LOG_PRIOR), torch.from_numpy(strength))
     return adjusted.numpy(), (features / features.norm(dim=1, keepdim=True)).numpy()
 
 
-def test_the_folded_graph_answers_as_model_normalisation_and_adjustment_do(student, served):
+def test_the_folded_graph_equals_model_normalisation_and_adjustment(student, served):
     pixels, strength = request(5)
     with torch.inference_mode():
         logits, feature = served(torch.from_numpy(pixels), torch.from_numpy(strength))
-    wanted, wanted_feature = expected(student, pixels, strength)
-    assert np.allclose(logits.numpy(), wanted, rtol=0, atol=1e-4)
-    assert np.allclose(feature.numpy(), wanted_feature, rtol=0, atol=1e-5)
+    expected, expected_feature = reference(student, pixels, strength)
+    assert np.allclose(logits.numpy(), expected, rtol=0, atol=1e-4)
+    assert np.allclose(feature.numpy(), expected_feature, rtol=0, atol=1e-5)
 
 
-def test_folding_leaves_the_student_as_it_was(student, served):
+def test_folding_does_not_change_the_student(student, served):
     assert not any(parameter.requires_grad is False for parameter in student.parameters())
     assert torch.allclose(served.class_matrix.norm(dim=1), torch.full((4,), 30.0), rtol=1e-5)
 
 
-def test_the_file_is_whole_in_itself_and_old_enough_for_every_triton(graph):
+def test_the_file_has_all_weights_and_an_opset_that_every_triton_supports(graph):
     model = onnx.load_from_string(graph)
     onnx.checker.check_model(model, full_check=True)
     assert model.ir_version <= 10
@@ -89,13 +89,13 @@ def test_the_file_is_whole_in_itself_and_old_enough_for_every_triton(graph):
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
 
 
-def test_the_file_does_not_know_the_machine_that_exported_it(graph):
+def test_the_file_contains_no_local_paths(graph):
     # A stack trace in a node would contain the paths of the checkout and of the libraries.
     texts = [str(Path(module.__file__).parent).encode() for module in (onnx, torch, sys.modules[to_onnx.__module__])]
     assert not any(text in graph for text in [*texts, str(ROOT).encode()])
 
 
-def test_names_types_and_a_batch_of_any_size(graph):
+def test_the_graph_has_the_expected_names_types_and_a_dynamic_batch(graph):
     model = onnx.load_from_string(graph)
 
     def signature(values):
@@ -113,15 +113,17 @@ def test_names_types_and_a_batch_of_any_size(graph):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
-def test_onnx_runtime_answers_as_pytorch_does_at_every_batch_size(session, student, batch):
+def test_onnx_runtime_equals_pytorch_at_every_batch_size(session, student, batch):
     pixels, strength = request(batch)
     logits, feature = session.run(["logits", "feature"], {"image": pixels, "strength": strength})
-    wanted, wanted_feature = expected(student, pixels, strength)
+    expected, expected_feature = reference(student, pixels, strength)
     assert logits.shape == (batch, 4) and feature.shape == (batch, 64)
-    assert np.allclose(logits, wanted, rtol=0, atol=2e-4) and np.allclose(feature, wanted_feature, rtol=0, atol=1e-5)
+    assert np.allclose(logits, expected, rtol=0, atol=2e-4) and np.allclose(
+        feature, expected_feature, rtol=0, atol=1e-5
+    )
 
 
-def test_each_row_is_adjusted_by_its_own_strength_and_by_no_other(session):
+def test_each_row_is_adjusted_by_its_own_strength(session):
     pixels = np.repeat(request(1)[0], 3, axis=0)
     logits = session.run(["logits"], {"image": pixels, "strength": np.array([[0], [1], [-2]], dtype=np.float32)})[0]
     assert np.allclose(logits[1] - logits[0], LOG_PRIOR, atol=1e-4)

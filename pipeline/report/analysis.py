@@ -1,4 +1,4 @@
-"""Compute the content of the evaluation page from the networks' logits, and write the same values as CSV for DVC."""
+"""Analyse the networks' test predictions for the evaluation page, and write the same values as CSV for DVC."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from models.prior import adjust_logits
 from pipeline.data.class_prior import Prior
-from pipeline.evaluation.intervals import NOTHING, Estimate, weighted_accuracy
-from pipeline.evaluation.metrics import GROUPS
-from pipeline.evaluation.predictions import Answers
+from pipeline.evaluation.intervals import NO_ESTIMATE, Estimate, weighted_accuracy
+from pipeline.evaluation.metrics import GROUPS, count_correct
+from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.shifted_priors import SETS, shift_table
 from pipeline.report.mistakes import (
     ClassResult,
@@ -30,8 +30,8 @@ from pipeline.shared.errors import DataError
 
 ALL = "all classes"
 DRAWS = 20  # test subsets of each shifted set
-SHIFT_WORK = 10_000_000  # images x classes x draws; above it fewer subsets are drawn
-PLOTTED = {
+MAX_SHIFT_WORK = 10_000_000  # images x classes x draws; above it fewer subsets are drawn
+SHIFT_COLUMNS = {  # row of the shift table → column of shift.csv
     "no adjustment": "no_adjustment",
     "known prior": "known_prior",
     "estimated prior (EM)": "estimated_by_em",
@@ -39,7 +39,7 @@ PLOTTED = {
 }
 SHIFT_TOLERANCE = 1e-2  # nats: a seventh of a standard error, and a third of the time
 # Nats per class, if the table at full precision would take minutes. Noise alone is worth half a nat per class. With
-# 1,000 classes an accuracy may change by at most 0.34 points (tests/pipeline/evaluation/test_shift_table.py).
+# 1,000 classes an accuracy may change by at most 0.34 points (tests/pipeline/evaluation/test_shifted_priors.py).
 COARSE_TOLERANCE = 1e-2
 
 
@@ -53,8 +53,8 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Study:
-    """Content of the evaluation page.
+class Analysis:
+    """Result of `analyse_predictions`.
 
     headline: the student's accuracy by group, and `train`, `ece`, `ece_after`. groups: rows of network, group,
     accuracy, low, high. The other fields are defined in their modules.
@@ -71,7 +71,7 @@ class Study:
     best: list[ClassResult]
 
 
-def study(
+def analyse_predictions(
     logits: Mapping[str, np.ndarray],
     labels: np.ndarray,
     prior: Prior,
@@ -79,34 +79,33 @@ def study(
     seed: int,
     *,
     validation: tuple[np.ndarray, np.ndarray] | None = None,
-    champion: Answers | None = None,
+    champion: Predictions | None = None,
     draws: int = DRAWS,
-) -> Study:
-    """Compute the study. logits: `teacher` and `student`, balanced, [N,C]; labels: [N]; seed: of the draws.
+) -> Analysis:
+    """Compute the content of the evaluation page. logits: `teacher` and `student`, balanced, [N,C]; labels: [N].
 
-    validation: the student's logits and labels on which the temperature is fitted. champion: its balanced predictions
-    on the same test set. draws: test subsets of each shifted set; fewer are used if they would take minutes.
+    seed: of the draws. validation: the student's logits and labels on which the temperature is fitted. champion: its
+    balanced predictions on the same test set. draws: test subsets of each shifted set; fewer if they would take minutes.
     """
     student = logits["student"]
-    predicted = {name: values.argmax(axis=1) for name, values in logits.items()}
-    calibration = reliability(student, labels, validation, ece_bins)
-    worst, best = extreme_classes(predicted["student"], labels, prior)
-    answered = {name: (found, labels) for name, found in predicted.items()}
+    predicted = {name: (values.argmax(axis=1), labels) for name, values in logits.items()}
     if champion is not None:
-        answered["champion"] = champion.probabilities.argmax(axis=1), champion.labels
-    groups = {name: _groups(found, truth, prior, seed) for name, (found, truth) in answered.items()}
-    return Study(
+        predicted["champion"] = champion.probabilities.argmax(axis=1), champion.labels
+    groups = {name: _group_accuracies(*pair, prior, seed) for name, pair in predicted.items()}
+    calibration = reliability(student, labels, validation, ece_bins)
+    worst, best = extreme_classes(*predicted["student"], prior)
+    return Analysis(
         headline=groups["student"] | _headline(student, labels, prior, calibration, seed),
         groups=[
-            {"network": network, "group": group, "accuracy": found.value, "low": found.low, "high": found.high}
+            {"network": network, "group": group, "accuracy": estimate.value, "low": estimate.low, "high": estimate.high}
             for network, by_group in groups.items()
-            for group, found in by_group.items()
+            for group, estimate in by_group.items()
         ],
         strength=strength_sweep(student, labels, prior),
         reliability=calibration,
         shift=_shift(student, labels, prior.counts, seed, draws),
-        confusion=confusion_matrix(predicted["student"], labels, prior),
-        pairs=confusion_pairs(predicted["student"], labels, prior),
+        confusion=confusion_matrix(*predicted["student"], prior),
+        pairs=confusion_pairs(*predicted["student"], prior),
         worst=worst,
         best=best,
     )
@@ -117,29 +116,23 @@ def _headline(
 ) -> dict[str, Estimate]:
     log_prior = np.array(prior.log_prior, dtype=logits.dtype)  # with ten thousand classes, float64 takes gigabytes
     adjusted = adjust_logits(logits, log_prior, 1.0).argmax(axis=1)
-    right, tested = _right_of(adjusted, labels, prior)
+    correct, tested = count_correct(adjusted, labels, len(prior.classes))
     return {
-        "train": weighted_accuracy(right, tested, np.array(prior.p), seed=seed),
+        "train": weighted_accuracy(correct, tested, np.array(prior.p), seed=seed),
         "ece": calibration.before.ece,
-        "ece_after": calibration.after.ece if calibration.after else NOTHING,
+        "ece_after": calibration.after.ece if calibration.after else NO_ESTIMATE,
     }
 
 
-def _groups(predicted: np.ndarray, labels: np.ndarray, prior: Prior, seed: int) -> dict[str, Estimate]:
-    right, tested = _right_of(predicted, labels, prior)
-    inside = {ALL: np.ones(len(tested))}
-    inside |= {name: np.array([group == name for group in prior.groups], float) for name in GROUPS}
-    return {name: weighted_accuracy(right, tested, weights, seed=seed) for name, weights in inside.items()}
-
-
-def _right_of(predicted: np.ndarray, labels: np.ndarray, prior: Prior) -> tuple[np.ndarray, np.ndarray]:
-    classes = len(prior.classes)
-    right = np.bincount(labels[predicted == labels], minlength=classes)
-    return right, np.bincount(labels, minlength=classes)
+def _group_accuracies(predicted: np.ndarray, labels: np.ndarray, prior: Prior, seed: int) -> dict[str, Estimate]:
+    correct, tested = count_correct(predicted, labels, len(prior.classes))
+    members = {ALL: np.ones(len(tested))}
+    members |= {name: np.array([group == name for group in prior.groups], float) for name in GROUPS}
+    return {name: weighted_accuracy(correct, tested, weights, seed=seed) for name, weights in members.items()}
 
 
 def _shift(logits: np.ndarray, labels: np.ndarray, counts: list[int], seed: int, most: int) -> Shift:
-    draws = max(1, min(most, SHIFT_WORK // logits.size))
+    draws = max(1, min(most, MAX_SHIFT_WORK // logits.size))
     tolerance = COARSE_TOLERANCE * len(counts) if draws < most else SHIFT_TOLERANCE
     try:
         return Shift(shift_table(logits, labels, counts, draws=draws, seed=seed, tolerance=tolerance), draws)
@@ -147,21 +140,21 @@ def _shift(logits: np.ndarray, labels: np.ndarray, counts: list[int], seed: int,
         return Shift([], 0, str(error))
 
 
-def write_plots(found: Study, folder: Path) -> None:
+def write_plots(analysis: Analysis, folder: Path) -> None:
     """Write the CSV files of the plots in dvc.yaml: strength, reliability, groups and shift."""
-    write_file(folder / "strength.csv", as_csv([asdict(row) for row in found.strength]))
-    sides = {"before": found.reliability.before, "after": found.reliability.after}
+    write_file(folder / "strength.csv", as_csv([asdict(row) for row in analysis.strength]))
+    sides = {"before": analysis.reliability.before, "after": analysis.reliability.after}
     bins = [
-        {"confidence": each.confidence, "before": None, "after": None, "answers": each.answers, name: each.accuracy}
+        {"confidence": each.confidence, "before": None, "after": None, "answers": each.count, name: each.accuracy}
         for name, side in sides.items()
         for each in (side.bins if side else [])
     ]
     write_file(folder / "reliability.csv", as_csv(sorted(bins, key=lambda row: row["confidence"])))
-    rows = [row for row in found.groups if row["accuracy"] is not None]
+    rows = [row for row in analysis.groups if row["accuracy"] is not None]
     write_file(folder / "groups.csv", as_csv([{"bar": f"{row['group']}, {row['network']}"} | row for row in rows]))
     shift = [
         {"log10_ratio": round(float(np.log10(ratio)), 3), "test_prior": name}
-        | {PLOTTED[row["prior"]]: row[name] for row in found.shift.rows if row["prior"] in PLOTTED}
+        | {SHIFT_COLUMNS[row["prior"]]: row[name] for row in analysis.shift.rows if row["prior"] in SHIFT_COLUMNS}
         for name, ratio in SETS.items()
     ]
     write_file(folder / "shift.csv", as_csv(shift))

@@ -5,14 +5,14 @@ import pytest
 
 from pipeline.commands.app import main
 from pipeline.evaluation.shifted_priors import SETS, shift_table, shifted_prior, shifted_rows
-from pipeline.report.study import COARSE_TOLERANCE
+from pipeline.report.analysis import COARSE_TOLERANCE
 from pipeline.shared.errors import DataError
 from tests.support.gate_answers import COUNTS, LABELS, answering, contender
 from tests.support.generated_run import made_logits, made_prior
 
 
 @pytest.mark.parametrize("ratio", SETS.values(), ids=SETS)
-def test_a_shifted_set_falls_along_the_training_counts_by_its_ratio_and_draws_no_sample_twice(ratio):
+def test_a_shifted_set_follows_the_training_counts_by_its_ratio_without_repeated_samples(ratio):
     prior = shifted_prior([8, 300, 60], ratio)
     assert prior[1] / prior[0] == pytest.approx(ratio) and prior.sum() == pytest.approx(1)
     assert prior[1] / prior[2] == pytest.approx(ratio**0.5)
@@ -28,7 +28,7 @@ def gaussian_logits():
     return points @ means.T - (means**2).sum(1) / 2
 
 
-def test_the_known_prior_helps_where_there_is_a_shift_and_changes_nothing_where_there_is_none():
+def test_the_known_prior_raises_accuracy_under_shift_and_changes_nothing_without():
     rows = {row["prior"]: row for row in shift_table(gaussian_logits(), LABELS, COUNTS, draws=10)}
     none, known, estimated = (rows[name] for name in ("no adjustment", "known prior", "estimated prior (EM)"))
     assert known["uniform"] == none["uniform"]
@@ -60,7 +60,7 @@ def test_the_command_prints_the_table_and_refuses_misuse(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_coarse_estimates_of_many_classes_move_no_accuracy_by_more_than_a_third_of_a_point():
+def test_coarse_estimates_change_no_accuracy_by_more_than_a_third_of_a_point():
     classes = 1000
     prior, labels = made_prior(classes), np.repeat(np.arange(classes), 3)
     logits = made_logits(labels, prior, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.contrast.fused_kernel_check import kernels_may_run
+from models.contrast.fused_kernel_check import kernels_supported
 
 pytestmark = pytest.mark.slow
 
@@ -40,14 +40,14 @@ import contextlib, io, json, sys
 import torch
 from triton.runtime.errors import OutOfResources
 import models.contrast.fused_kernel, models.contrast.fused_kernel_check
-from models.contrast.gml import KeyRuns, SplitAtOwnClass, contrast_losses
-from models.contrast.fused_kernel import FusedSplit
+from models.contrast.gml import ClassSegments, OwnClassLogSumExp, contrast_losses
+from models.contrast.fused_kernel import FusedOwnClassLogSumExp
 
 models.contrast.fused_kernel.BLOCK = 16
 lengths = torch.tensor([30, 7, 3])
-runs = KeyRuns(torch.repeat_interleave(torch.arange(3), lengths), lengths.cumsum(0) - lengths, lengths, 30)
+runs = ClassSegments(torch.repeat_interleave(torch.arange(3), lengths), lengths.cumsum(0) - lengths, lengths, 30)
 similarity = torch.rand(4, 40, generator=torch.Generator().manual_seed(0))
-forward, backward = FusedSplit.forward, FusedSplit.backward
+forward, backward = FusedOwnClassLogSumExp.forward, FusedOwnClassLogSumExp.backward
 calls = 0
 
 def counted(function):
@@ -64,33 +64,33 @@ def raising(error):
 
 def losses(fused):
     leaf = similarity.clone().requires_grad_()
-    found = contrast_losses(
+    actual = contrast_losses(
         leaf, runs, torch.tensor([0, 1, 2, 0]), torch.tensor([0.6, 0.3, 0.1]).log(), 0.1,
         query_ids=torch.arange(4), key_ids=-torch.arange(1, 41), fused=fused,
     )
-    (found.gml + found.tau).backward()
-    return torch.cat([torch.stack([part.detach() for part in found]), leaf.grad.flatten()])
+    (actual.gml + actual.tau).backward()
+    return torch.cat([torch.stack([part.detach() for part in actual]), leaf.grad.flatten()])
 
 def outcome():
     global calls
-    models.contrast.fused_kernel_check._ANSWERS.clear()
+    models.contrast.fused_kernel_check.CHECKED.clear()
     calls = 0
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        found = [losses("auto"), losses("auto")]
+        actual = [losses("auto"), losses("auto")]
     return {
-        "bits of plain": all(torch.equal(one, plain) for one in found),
-        "near plain": all(torch.allclose(one, plain, rtol=1e-5, atol=1e-5) for one in found),
+        "bits of plain": all(torch.equal(one, plain) for one in actual),
+        "near plain": all(torch.allclose(one, plain, rtol=1e-5, atol=1e-5) for one in actual),
         "calls": calls, "lines": stderr.getvalue().splitlines(),
     }
 
 plain = losses(False)
 outcomes = {}
-for name, (place, fault, _) in {"": ("forward", "forward", ""), **json.loads(sys.argv[1])}.items():
-    FusedSplit.forward, FusedSplit.backward = staticmethod(counted(forward)), staticmethod(backward)
+for name, (method, fault, _) in {"": ("forward", "forward", ""), **json.loads(sys.argv[1])}.items():
+    FusedOwnClassLogSumExp.forward, FusedOwnClassLogSumExp.backward = staticmethod(counted(forward)), staticmethod(backward)
     fault = eval(fault)
-    setattr(FusedSplit, place, staticmethod(counted(fault) if place == "forward" else fault))
+    setattr(FusedOwnClassLogSumExp, method, staticmethod(counted(fault) if method == "forward" else fault))
     outcomes[name] = outcome()
-FusedSplit.forward = staticmethod(counted(forward))
+FusedOwnClassLogSumExp.forward = staticmethod(counted(forward))
 sys.modules["triton.errors"] = None
 outcomes["no Triton"] = outcome()
 print(json.dumps(outcomes))
@@ -112,28 +112,28 @@ def outcomes(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def test_kernels_that_are_right_are_asked_once_and_then_used(outcomes):
+def test_correct_kernels_are_checked_once_and_then_used(outcomes):
     right = outcomes[""]
     assert right["lines"] == [] and right["near plain"]
     assert right["calls"] == 3  # the check and two losses
 
 
 @pytest.mark.parametrize("name", [*FAULTS, "no Triton"])
-def test_kernels_with_a_fault_leave_the_plain_version_in_use_and_one_line(outcomes, name):
-    found = outcomes[name]
-    assert found["bits of plain"]
-    assert found["calls"] == (0 if name == "no Triton" else 1)  # only the check ran them
-    (line,) = found["lines"]
+def test_faulty_kernels_are_replaced_by_the_plain_version_with_one_line(outcomes, name):
+    actual = outcomes[name]
+    assert actual["bits of plain"]
+    assert actual["calls"] == (0 if name == "no Triton" else 1)  # only the check ran them
+    (line,) = actual["lines"]
     assert line.startswith("contrast losses on cpu at [4, 40]: plain version, not the fused kernels: ")
     assert (FAULTS[name][2] if name in FAULTS else "Triton cannot be imported") in line
 
 
-def test_without_a_gpu_nothing_is_asked():
+def test_kernels_are_not_supported_without_a_gpu():
     assert os.environ.get("TRITON_INTERPRET") is None
-    assert not kernels_may_run(torch.zeros(2, 3))
+    assert not kernels_supported(torch.zeros(2, 3))
 
 
-def test_the_kernels_are_not_asked_to_compute_in_double_precision(monkeypatch):
+def test_kernels_do_not_support_double_precision(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels_may_run(torch.zeros(2, 3))
-    assert not kernels_may_run(torch.zeros(2, 3, dtype=torch.float64))
+    assert kernels_supported(torch.zeros(2, 3))
+    assert not kernels_supported(torch.zeros(2, 3, dtype=torch.float64))

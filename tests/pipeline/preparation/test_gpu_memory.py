@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import pipeline.preparation.gpu_memory
 from pipeline.commands.app import main
-from pipeline.preparation.gpu_memory import account, prior_of
+from pipeline.preparation.gpu_memory import choose_prior, estimate_memory
 from pipeline.training.step import Step
 from tests.support.making import ROOT, params
 from tests.support.small_training import CPU, made_images
@@ -24,16 +24,16 @@ SMALL = {
 
 def made(**changes):
     made = params({**SMALL, **changes})
-    return made, prior_of(made, 30, 3000)
+    return made, choose_prior(made, 30, 3000)
 
 
-def allocated(given, prior, stage: str) -> int:
+def measure_allocated(given, prior, stage: str) -> int:
     """Return the peak bytes of the real step, from the allocations and frees of PyTorch's CPU allocator."""
     section = getattr(given, stage)
     objective = pipeline.preparation.gpu_memory.new_objective(given, stage, prior).to(memory_format=torch.channels_last)
     recompute = given.engine.checkpoint_activations
     step = Step(objective, section, given.image, made_images(0), CPU, checkpoint_activations=recompute)
-    there = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in everything(step)}
+    state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state_tensors(step)}
     views = torch.zeros(objective.views, section.batch_size, 3, 32, 32, dtype=torch.uint8)
     target, chosen = torch.zeros(section.batch_size, dtype=torch.int64), torch.arange(section.batch_size)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -46,10 +46,10 @@ def allocated(given, prior, stage: str) -> int:
         # Skip scratch memory that is freed next: without AVX-512, oneDNN takes 76 MB for a convolution; a GPU does not.
         if sizes[index + 1 : index + 2] != [-size]:
             peak = max(peak, held)
-    return sum(there.values()) + peak + views.nbytes
+    return sum(state.values()) + peak + views.nbytes
 
 
-def everything(step: Step) -> list[torch.Tensor]:
+def state_tensors(step: Step) -> list[torch.Tensor]:
     average = [] if step.average is None else list(step.average.state_dict().values())
     return [*step.objective.parameters(), *step.objective.buffers(), *step.optimiser.momentum(), *average]
 
@@ -63,16 +63,16 @@ def everything(step: Step) -> list[torch.Tensor]:
     ],
     ids=["teacher", "student", "in parts and recomputed"],
 )
-def test_the_account_is_within_a_tenth_of_what_the_real_step_allocates(stage, changes):
+def test_the_estimate_is_within_a_tenth_of_the_real_step(stage, changes):
     given, prior = made(**changes)
-    found = account(given, stage, prior)
-    assert found.peak == pytest.approx(allocated(given, prior, stage), rel=0.1)
-    assert found.peak == sum(found.at_peak.values())
+    estimate = estimate_memory(given, stage, prior)
+    assert estimate.peak == pytest.approx(measure_allocated(given, prior, stage), rel=0.1)
+    assert estimate.peak == sum(estimate.at_peak.values())
 
 
 def test_every_kind_is_counted_at_its_size():
     given, prior = made()
-    largest = account(given, "student", prior).largest
+    largest = estimate_memory(given, "student", prior).largest
     network = sum(
         p.nbytes
         for p in pipeline.preparation.gpu_memory.new_objective(given, "student", prior).model.backbone.parameters()
@@ -83,26 +83,28 @@ def test_every_kind_is_counted_at_its_size():
     assert largest["activations: logits"] >= 16 * 30 * 4
 
 
-def test_parts_and_recomputation_take_less_and_bfloat16_halves_the_activations():
+def test_accumulation_checkpointing_and_bfloat16_reduce_activation_memory():
     activations = "activations: network"
-    # Large, so that the bfloat16 copies of the weights are negligible; nothing is allocated.
+    # Large, so that the bfloat16 copies of the weights are negligible; nothing is measure_allocated.
     large = {"student.batch_size": 256}
-    whole = account(*reordered(made(**large))).largest[activations]
+    whole = estimate_memory(*student_arguments(made(**large))).largest[activations]
     for changes, most in (
         ({"student.accumulate": 4}, 0.35),
         ({"engine.checkpoint_activations": True}, 0.6),
         ({"engine.precision": "bfloat16"}, 0.75),
     ):
-        assert account(*reordered(made(**large, **changes))).largest[activations] < most * whole, changes
+        assert estimate_memory(*student_arguments(made(**large, **changes))).largest[activations] < most * whole, (
+            changes
+        )
 
 
-def reordered(given_and_prior):
+def student_arguments(given_and_prior):
     given, prior = given_and_prior
     return given, "student", prior
 
 
 @pytest.mark.end_to_end
-def test_a_queue_of_65536_rows_and_8142_classes_fit_a_card_of_80_gb(tmp_path, capsys, monkeypatch):
+def test_a_queue_of_65536_rows_and_8142_classes_fits_80_gb(tmp_path, capsys, monkeypatch):
     from pipeline.params.recipe import apply_recipe
 
     overlay = tmp_path / "overlay.yaml"
@@ -114,30 +116,30 @@ def test_a_queue_of_65536_rows_and_8142_classes_fit_a_card_of_80_gb(tmp_path, ca
     recipe.write_text(apply_recipe([overlay], ROOT / "params.yaml")[0])
     monkeypatch.chdir(tmp_path)
     assert main(["memory", "--params", str(recipe)]) == 0
-    said = capsys.readouterr().out
-    assert "torchvision/resnext50_32x4d, batch 256, 224 pixels" in said and "fits a card of 80 GB" in said
+    printed = capsys.readouterr().out
+    assert "torchvision/resnext50_32x4d, batch 256, 224 pixels" in printed and "fits a card of 80 GB" in printed
 
 
-def test_a_step_that_does_not_fit_is_told_with_what_would_help(capsys):
+def test_a_step_that_does_not_fit_is_reported_with_remedies(capsys):
     assert main(["memory", "--params", str(ROOT / "params.yaml"), "--classes", "10", "--card", "0.01"]) == 1
-    said = capsys.readouterr().out
-    assert "does not fit a card of 0.01 GB" in said
-    assert "less memory: student.accumulate, engine.checkpoint_activations" in said
+    printed = capsys.readouterr().out
+    assert "does not fit a card of 0.01 GB" in printed
+    assert "to reduce memory: student.accumulate, engine.checkpoint_activations" in printed
 
 
-def test_originals_of_resized_crops_are_counted_in_the_hosts_memory_at_their_largest(tmp_path, capsys):
+def test_originals_of_resized_crops_count_as_host_memory_at_their_upper_bound(tmp_path, capsys):
     given, prior = made(**{"teacher.augment.crop": "resized"})
-    padded, resized = account(given, "student", prior), account(given, "teacher", prior)
+    padded, resized = estimate_memory(given, "student", prior), estimate_memory(given, "teacher", prior)
     assert (padded.originals, padded.images) == (False, 3000 * 3 * 32 * 32)
     # A crop of 8 % of the area and ratio 3/4 or 4/3 has 32 pixels per side.
     assert resized.originals and resized.images == pytest.approx(3000 * 3 * 32 * 32 * (4 / 3) / 0.08, rel=1e-3)
     recipe = tmp_path / "params.yaml"
     recipe.write_text((ROOT / "params.yaml").read_text().replace("crop: pad", "crop: resized"))
     main(["memory", "--params", str(recipe), "--classes", "10", "--images", "1000"])
-    assert "originals for resized crops take no more than" in " ".join(capsys.readouterr().out.split())
+    assert "originals for resized crops take at most" in " ".join(capsys.readouterr().out.split())
 
 
-def test_without_a_split_the_number_of_classes_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_without_a_split_the_number_of_classes_is_required(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["memory", "--params", str(ROOT / "params.yaml")]) == 2
     assert "artifacts/prior.json: no such file, so --classes is needed" in capsys.readouterr().err
@@ -145,16 +147,16 @@ def test_without_a_split_the_number_of_classes_is_asked_for(tmp_path, monkeypatc
     assert "--images is 9, below the 10 classes" in capsys.readouterr().err
 
 
-def test_a_number_of_images_beside_those_that_the_split_counts_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_number_of_images_is_refused_if_the_split_has_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts/prior.json").write_text("{}")
     assert main(["memory", "--params", str(ROOT / "params.yaml"), "--images", "500"]) == 2
-    said = capsys.readouterr().err
-    assert "--images is 500, but artifacts/prior.json counts the images already; give --classes too" in said
+    printed = capsys.readouterr().err
+    assert "--images is 500, but artifacts/prior.json has the number of images already; give --classes too" in printed
 
 
 def test_published_data_sets_are_counted_without_their_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prior = prior_of(params({"data.source": "inaturalist2018"}), None, None)
+    prior = choose_prior(params({"data.source": "inaturalist2018"}), None, None)
     assert len(prior.counts) == 8142 and sum(prior.counts) == 437_513 and max(prior.counts) == 1000

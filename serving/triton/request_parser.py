@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -27,7 +28,7 @@ STRENGTHS = {b"balanced": 0.0, b"train": 1.0}
 EXPECTED = "expected balanced, train, live, a number, or a list in brackets with one number per class"
 
 
-class Refused(Exception):
+class BadRequest(Exception):
     """An invalid request; the message names the input, `reason` is the kind of fault, a label of the metrics."""
 
     def __init__(self, reason, message):
@@ -35,15 +36,16 @@ class Refused(Exception):
         self.reason = reason
 
 
-class Asked:
-    """A parsed request: images uint8 [n,3,S,S], log prior [C] or [n,C] and its strength [n,1]."""
+class ParsedRequest(NamedTuple):
+    """A parsed request."""
 
-    def __init__(self, images, log_prior, strength, priors):
-        self.images, self.log_prior, self.strength = images, log_prior, strength
-        self.priors = priors  # number of rows by kind of prior
+    images: np.ndarray  # uint8 [n,3,S,S]
+    log_prior: np.ndarray  # [C] or [n,C]
+    strength: np.ndarray  # [n,1]
+    priors: Counter  # number of rows by kind of prior
 
 
-class Reader:
+class RequestParser:
     """Parses requests to one version.
 
     manifest: of the version, a mapping. prior, preprocess: the modules of these names in `models`, or their copies.
@@ -53,7 +55,7 @@ class Reader:
     def __init__(self, manifest, prior, preprocess, live_prior, no_live_prior):
         self.prior, self.preprocess = prior, preprocess
         self.live_prior, self.no_live_prior = live_prior, no_live_prior
-        self.classes = len(manifest["classes"])
+        self.class_count = len(manifest["classes"])
         self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
         self.size, self.resize_to = manifest["image"]["size"], manifest["image"]["resize_to"]
         self.interpolation = manifest["image"].get("interpolation", "bilinear")
@@ -62,94 +64,86 @@ class Reader:
         self.request_pixels = limits.get("request_pixels", REQUEST_PIXELS)
         self.strength = float(manifest["strength"])
 
-    def read(self, request):
-        """Parse a request into `Asked`. Raises Refused naming the input, and the row if the request has several."""
+    def parse(self, request):
+        """Parse a request into `ParsedRequest`. Raises BadRequest naming the input, and the row if there are several."""
         encoded = read_input(request, "image", (1,))
         if encoded is None:
-            raise Refused("image_missing", "image is missing; send one encoded image a row")
-        encoded, rows = encoded[:, 0], len(encoded)
+            raise BadRequest("image_missing", "image is missing; send one encoded image a row")
         # Small inputs first: a request that is rejected because of them needs no decoding.
-        log_prior, strength, kinds = self.read_adjustment(request, rows)
-        return Asked(self.read_images(encoded), log_prior, strength, kinds)
+        log_prior, strength, priors = self.read_adjustment(request, len(encoded))
+        return ParsedRequest(self.read_images(encoded[:, 0]), log_prior, strength, priors)
 
     def read_adjustment(self, request, rows):
-        """Log prior [C] or [n,C], its strength [n,1], and the number of rows by kind of prior. Raises Refused."""
+        """Log prior [C] or [n,C], its strength [n,1], and the number of rows by kind of prior. Raises BadRequest."""
         strength = read_input(request, "strength", (1,), rows)
         target = read_input(request, "target_prior", None, rows)
-        named = read_input(request, "prior", (1,), rows)
+        texts = read_input(request, "prior", (1,), rows)
         if target is not None and strength is not None:
-            raise Refused("both", "strength and target_prior exclude each other; send one of them")
-        if named is not None:
+            raise BadRequest("both", "strength and target_prior exclude each other; send one of them")
+        if texts is not None:
             if target is not None or strength is not None:
-                raise Refused("both", "prior excludes strength and target_prior; send one of them")
-            return self.read_named(named[:, 0])
+                raise BadRequest("both", "prior excludes strength and target_prior; send one of them")
+            return self.read_priors(texts[:, 0])
         if target is not None:
-            checked = [self.checked(p, row, rows) for row, p in enumerate(target)]
-            return self.prior.log_target_prior(np.stack(checked)), np.ones((rows, 1)), Counter(own=rows)
+            priors = parse_rows(self.check_prior, target)
+            return self.prior.log_target_prior(np.stack(priors)), np.ones((rows, 1)), Counter(own=rows)
         if strength is None:
-            return self.log_prior, np.full((rows, 1), self.strength), Counter({kind_of(self.strength): rows})
-        strength = strength.astype(np.float64)
-        for row, value in enumerate(strength[:, 0]):
-            if not np.isfinite(value):
-                raise Refused("strength", f"{at(row, rows)}strength is {value:g}; expected a finite number")
-        return self.log_prior, strength, Counter(map(kind_of, strength[:, 0]))
+            return self.log_prior, np.full((rows, 1), self.strength), Counter({strength_kind(self.strength): rows})
+        strengths = parse_rows(check_strength, strength[:, 0])
+        return self.log_prior, np.array(strengths)[:, None], Counter(map(strength_kind, strengths))
 
-    def read_named(self, texts):
+    def read_priors(self, texts):
         """As read_adjustment, from the input `prior`: any kind of prior as text, so that all requests share a batch."""
-        found = [self.read_text(text, row, len(texts)) for row, text in enumerate(texts)]
-        kinds = Counter(kind for _, _, kind in found)
-        strength = np.array([[value] for _, value, _ in found])
-        if "own" not in kinds and "live" not in kinds:
-            return self.log_prior, strength, kinds
-        return np.stack([log_prior for log_prior, _, _ in found]), strength, kinds
+        log_priors, strengths, kinds = zip(*parse_rows(self.read_prior, texts), strict=True)
+        strength, counts = np.array(strengths)[:, None], Counter(kinds)
+        if "own" not in counts and "live" not in counts:
+            return self.log_prior, strength, counts
+        return np.stack(log_priors), strength, counts
 
-    def read_text(self, text, row, rows):
-        """Log prior [C], strength and kind of one row of the input `prior`. Raises Refused."""
+    def read_prior(self, text):
+        """Log prior [C], strength and kind of one row of the input `prior`. Raises BadRequest."""
         if text in STRENGTHS:
             return self.log_prior, STRENGTHS[text], text.decode()
         if text == b"live":
             try:
                 return self.live_prior.log(), 1.0, "live"
             except self.no_live_prior as error:
-                raise Refused("live_prior", f"{at(row, rows)}prior is live, but {error}") from None
+                raise BadRequest("live_prior", f"prior is live, but {error}") from None
         if text.startswith(b"["):
-            return self.prior.log_target_prior(self.read_list(text, row, rows)), 1.0, "own"
+            return self.prior.log_target_prior(self.read_list(text)), 1.0, "own"
         try:
             strength = self.prior.parse_number(text.decode()) if len(text) <= NUMBER_BYTES else math.nan
         except ValueError:
             strength = math.nan
         if not abs(strength) <= LARGEST:  # also true for NaN
-            shown = ascii(text[:40].decode(errors="replace"))
-            raise Refused("prior", f"{at(row, rows)}prior is {shown}; {EXPECTED}")
-        return self.log_prior, strength, kind_of(strength)
+            raise BadRequest("prior", f"prior is {shortened(text)}; {EXPECTED}")
+        return self.log_prior, strength, strength_kind(strength)
 
-    def read_list(self, text, row, rows):
-        """The target prior [C] from a row of the input `prior` that is a JSON list. Raises Refused."""
-        limit = NUMBER_BYTES * (self.classes + 1)
+    def read_list(self, text):
+        """The target prior [C] from a row of the input `prior` that is a JSON list. Raises BadRequest."""
+        limit = NUMBER_BYTES * (self.class_count + 1)
         if len(text) > limit:
-            raise Refused("prior", f"{at(row, rows)}prior has {len(text)} bytes; expected at most {limit}")
+            raise BadRequest("prior", f"prior has {len(text)} bytes; expected at most {limit}")
         try:
             numbers = self.prior.check_numbers(json.loads(text))
         except (ValueError, TypeError, OverflowError, RecursionError):
-            shown = ascii(text[:40].decode(errors="replace"))
-            raise Refused("prior", f"{at(row, rows)}prior is {shown}, no list of numbers; {EXPECTED}") from None
+            raise BadRequest("prior", f"prior is {shortened(text)}, no list of numbers; {EXPECTED}") from None
         if numbers.ndim != 1:
-            raise Refused("prior", f"{at(row, rows)}prior has shape {list(numbers.shape)}; {EXPECTED}")
-        return self.checked(numbers, row, rows, "prior")
+            raise BadRequest("prior", f"prior has shape {list(numbers.shape)}; {EXPECTED}")
+        return self.check_prior(numbers, "prior")
 
-    def checked(self, prior, row, rows, name="target_prior"):
-        """Check a target prior [C] of the input `name`. Raises Refused."""
+    def check_prior(self, prior, name="target_prior"):
+        """Check a target prior [C] of the input `name`. Raises BadRequest."""
         try:
-            return self.prior.check_target_prior(prior, self.classes)
+            return self.prior.check_target_prior(prior, self.class_count)
         except ValueError as error:
-            said = str(error).replace("target_prior", name, 1)
-            raise Refused(name, f"{at(row, rows)}{said}") from None
+            raise BadRequest(name, str(error).replace("target_prior", name, 1)) from None
 
     def read_images(self, encoded):
-        """Decode a request's images to uint8 [n,3,S,S]. Raises Refused; images above the limits are not decoded."""
-        images, total = [], 0
+        """Decode a request's images to uint8 [n,3,S,S]. Raises BadRequest; images above the limits are not decoded."""
+        total = 0
 
-        def allow(pixels):
+        def check_pixels(pixels):
             nonlocal total
             total += pixels
             if pixels > self.image_pixels:
@@ -163,25 +157,36 @@ class Reader:
                     "send fewer images at once",
                 )
 
-        for row, data in enumerate(encoded):
+        def read_image(data):
             try:
                 file = image_file(data, self.preprocess)
-                images.append(
-                    self.preprocess.preprocess(file, self.size, self.resize_to, self.room, allow, self.interpolation)
+                return self.preprocess.preprocess(
+                    file, self.size, self.resize_to, self.room, check_pixels, self.interpolation
                 )
             except self.preprocess.ImageError as error:
                 reason = error.kind if error.kind == "request_pixels" else f"image_{error.kind}"
-                raise Refused(reason, f"{at(row, len(encoded))}image {error}") from None
+                raise BadRequest(reason, f"image {error}") from None
             except MemoryError:
-                raise Refused(
-                    "image_memory",
-                    f"{at(row, len(encoded))}image needs more memory than there is; send a smaller one",
+                raise BadRequest(
+                    "image_memory", "image needs more memory than is available; send a smaller one"
                 ) from None
-        return np.stack(images)
+
+        return np.stack(parse_rows(read_image, encoded))
+
+
+def parse_rows(parse, values):
+    """Apply `parse` to the value of each row. A BadRequest of a request with several rows names the row."""
+    parsed = []
+    for row, value in enumerate(values):
+        try:
+            parsed.append(parse(value))
+        except BadRequest as error:
+            raise BadRequest(error.reason, f"row {row}: {error}" if len(values) > 1 else str(error)) from None
+    return parsed
 
 
 def read_input(request, name, shape, rows=None):
-    """An input's array [rows, *shape], or None if it is absent. Raises Refused for an array of another shape.
+    """An input's array [rows, *shape], or None if it is absent. Raises BadRequest for an array of another shape.
 
     shape: None for any. rows: None for any number above 0. Triton checks shapes too, but its product of huge sides
     overflows, and wrong shapes pass. For a model with optional inputs it does not check that a required one is present.
@@ -194,7 +199,7 @@ def read_input(request, name, shape, rows=None):
     if wrong or (rows is not None and len(array) != rows):
         count = "n" if rows is None else rows
         expected = f"[{count}, {', '.join(map(str, shape or ['classes']))}]"
-        raise Refused(f"{name}_shape", f"{name} has shape {list(array.shape)}; expected {expected}")
+        raise BadRequest(f"{name}_shape", f"{name} has shape {list(array.shape)}; expected {expected}")
     return array
 
 
@@ -206,9 +211,9 @@ def image_file(data, preprocess):
     prefix = DATA_URL.match(data)
     if prefix is None:
         return data
-    text, most = memoryview(data)[prefix.end() :], preprocess.MAX_BYTES
-    if len(text) > 4 * -(-most // 3):
-        raise preprocess.ImageError("bytes", f"has more than {most} bytes")
+    text, limit = memoryview(data)[prefix.end() :], preprocess.MAX_BYTES
+    if len(text) > 4 * -(-limit // 3):
+        raise preprocess.ImageError("bytes", f"has more than {limit} bytes")
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except binascii.Error:
@@ -217,11 +222,18 @@ def image_file(data, preprocess):
         ) from None
 
 
-def at(row, rows):
-    """The prefix of a message that names its row; '' for a request with one row."""
-    return f"row {row}: " if rows > 1 else ""
+def check_strength(value):
+    """A row of the input `strength` as a float. Raises BadRequest if it is not finite."""
+    if not np.isfinite(value):
+        raise BadRequest("strength", f"strength is {value:g}; expected a finite number")
+    return float(value)
 
 
-def kind_of(strength):
+def shortened(text):
+    """The first characters of a text, for a message."""
+    return ascii(text[:40].decode(errors="replace"))
+
+
+def strength_kind(strength):
     """The kind of a strength in the metrics: balanced (0), train (1) or number."""
     return {0.0: "balanced", 1.0: "train"}.get(float(strength), "number")
