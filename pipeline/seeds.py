@@ -22,6 +22,7 @@ from pipeline.model_io.checkpoint import BEST
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.shared.artifacts import (
+    EMBEDDINGS_INDEX,
     EVALUATION,
     PRIOR,
     SEEDS,
@@ -40,7 +41,6 @@ from serving.shared.terminal import print
 Metrics = dict[str, Any]
 # Params that the metrics of a seed depend on, as in dvc.yaml. Keys of evaluate that only the report uses are excluded.
 DEPENDS: dict[str, Any] = {
-    "encoder": True,
     "engine": {"precision"},
     "evaluate": {"ece_bins", "top_k"},
     "image": True,
@@ -119,6 +119,7 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
             "params": recipe.model_dump(mode="json", include=DEPENDS),
             "data": [sha256_of(SPLIT / f"{name}.parquet") for name in ("train", "validation", "test")],
             "prior": sha256_of(PRIOR),
+            "features": sha256_of(EMBEDDINGS_INDEX) if params.encoder else None,
         }
     )
     cache = folder / "metrics.json"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
-from pipeline.data.embeddings import INDEX, stored_encoder
+from pipeline.data.embeddings import stored_encoder
 from pipeline.model_io.checkpoint import WEIGHTS
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
-from pipeline.shared.artifacts import EMBEDDINGS, PRIOR, SPLIT, STUDENT, TEACHER
+from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, TEACHER
 from pipeline.training.run import Result, check_backbones, check_recipe, model_config, stage_seed, train_network
 from pipeline.training.student_setup import build_objective
 
@@ -28,7 +28,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     config = model_config(section, image, len(prior.classes), stored_encoder(params))
     with joined_ranks(params.device) as device:
         objective = build_objective(section, image, config, prior, stage_seed(params.seed, "student"), teacher)
-        inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS / INDEX] if config.encoder else [])]
+        inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if objective.teacher is not None else []
         return train_network("student", objective, config, params, prior, device, output, inputs)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
-from pipeline.data.embeddings import INDEX, stored_encoder
+from pipeline.data.embeddings import stored_encoder
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
-from pipeline.shared.artifacts import EMBEDDINGS, PRIOR, SPLIT, TEACHER
+from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, TEACHER
 from pipeline.training.run import (
     Result,
     check_backbones,
@@ -30,7 +30,7 @@ def run(params: Params, output: Path = TEACHER) -> Result:
     config = model_config(section, params.image, len(prior.classes), stored_encoder(params))
     with joined_ranks(params.device) as device:
         objective = teacher_objective(section, config, prior, stage_seed(params.seed, "teacher"))
-        inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS / INDEX] if config.encoder else [])]
+        inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         return train_network("teacher", objective, config, params, prior, device, output, inputs)
 
 

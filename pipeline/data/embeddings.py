@@ -22,12 +22,11 @@ from torch import Tensor
 from pipeline.data.dataset import AnyImages, Images, evaluation_images, training_images
 from pipeline.data.split_tables import ArrowStrings, read_split
 from pipeline.params import AugmentParams, EncoderParams, ImageParams, Params
-from pipeline.shared.artifacts import EMBEDDINGS, SPLIT, write_file
+from pipeline.shared.artifacts import EMBEDDINGS, EMBEDDINGS_INDEX, SPLIT, write_file
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.sources import open_reader
 
 SHARD_ROWS = 1024
-INDEX = "index.json"
 FEATURES, HASHES, KEY = "features", "sha256", "key"
 READER_BYTES = 256 * 2**20  # cache of the images that a report or an export reads
 
@@ -63,19 +62,19 @@ def write_shard(path: Path, features: Tensor, hashes: np.ndarray, key: str) -> N
     write_file(path, safetensors.torch.save(tensors, {KEY: key}))
 
 
-def read_shard(path: Path, key: str) -> dict[str, Tensor] | None:
-    """Tensors of a shard; None if it does not exist, is damaged or has another key."""
+def read_shard(path: Path, key: str, names: Sequence[str] = (FEATURES, HASHES)) -> dict[str, Tensor] | None:
+    """The named tensors of a shard; None if it does not exist, is damaged or has another key."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             if (file.metadata() or {}).get(KEY) != key:
                 return None
-            return {name: file.get_tensor(name) for name in (FEATURES, HASHES)}
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, safetensors.SafetensorError):
         return None
 
 
 class StoredFeatures:
-    """Features of finished shards by the hash of the image. Memory: about 100 bytes an image; features stay on disk."""
+    """Features of finished shards by the hash of the image. Memory: about 200 bytes an image; features stay on disk."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -84,7 +83,7 @@ class StoredFeatures:
 
     def add(self, path: Path) -> bool:
         """Add the rows of a shard; returns False for one that `read_shard` does not accept."""
-        shard = read_shard(path, self._key)
+        shard = read_shard(path, self._key, [HASHES])
         if shard is None:
             return False
         for row, digest in enumerate(shard[HASHES].numpy()):
@@ -117,14 +116,14 @@ class StoredFeatures:
         return torch.stack([feature for feature in found if feature is not None])
 
 
-def write_index(folder: Path, encoder: EncoderParams, image: ImageParams, record: dict[str, Any]) -> None:
-    """Write index.json: the params that the features depend on, and the record of the encoder."""
-    index = {"params": _of(encoder), "image": image.model_dump(mode="json"), "encoder": record}
-    write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
+def write_index(folder: Path, encoder: EncoderParams, image: ImageParams, record: dict[str, Any], key: str) -> None:
+    """Write index.json: the params that the features depend on, the record of the encoder, and its key."""
+    index = {"params": _of(encoder), "image": image.model_dump(mode="json"), "encoder": record, KEY: key}
+    write_file(folder / EMBEDDINGS_INDEX.name, json.dumps(index, indent=2) + "\n")
 
 
 def _of(encoder: EncoderParams) -> dict[str, Any]:
-    return encoder.model_dump(mode="json", exclude={"download", "licence"})
+    return encoder.model_dump(mode="json", exclude={"weights", "download", "licence"})  # weights have a sha256
 
 
 def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDDINGS) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDD
 
     Raises ParamsError when there are none, or when they were computed with other params.
     """
-    path = folder / INDEX
+    path = folder / EMBEDDINGS_INDEX.name
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         stored = {**index["params"], **{f"image.{key}": value for key, value in index["image"].items()}}

@@ -20,9 +20,17 @@ from pipeline.model_io.pretrained import read_weights
 from pipeline.params import AugmentParams, EncoderParams, ImageParams, Params
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import ParamsError
+from pipeline.shared.fingerprint import sha256_of_sources
 
 HUB, PACKAGE = "hf://", "package:"
 HUB_FILE = "model.safetensors"
+# The code between an encoded image and its feature.
+FEATURE_CODE = (
+    "models/networks/backbones.py",
+    "models/preprocess.py",
+    "pipeline/data/stream_decoding.py",
+    "pipeline/model_io/encoder.py",
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,10 @@ class LoadedEncoder:
     record: EncoderRecord
 
     def key(self, image: ImageParams) -> str:
-        """sha256 of everything but the image that a feature depends on; equal keys, equal features."""
-        return sha256_of_json({"encoder": asdict(self.record), "image": image.model_dump(mode="json")})
+        """sha256 of everything but the image that a feature depends on, the code included; equal keys, equal features."""
+        record = {key: value for key, value in asdict(self.record).items() if key not in ("licence", "source")}
+        code = sha256_of_sources(*FEATURE_CODE)
+        return sha256_of_json({"encoder": record, "image": image.model_dump(mode="json"), "code": code})
 
     def features(self, pixels: Tensor, image: ImageParams, views: EncoderParams, generator: torch.Generator) -> Tensor:
         """Features float16 [B,1+V,D] on the CPU of uint8 [B,3,H,W] on the encoder's device: of the image, then of V views.

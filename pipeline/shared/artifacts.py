@@ -23,6 +23,7 @@ INGEST_STATE = Path("data/.ingest")
 SPLIT = Path("data/split")
 PRIOR = Path("artifacts/prior.json")
 EMBEDDINGS = Path("artifacts/embeddings")
+EMBEDDINGS_INDEX = EMBEDDINGS / "index.json"
 TEACHER = Path("artifacts/teacher")
 STUDENT = Path("artifacts/student")
 EVALUATION = Path("artifacts/evaluation")

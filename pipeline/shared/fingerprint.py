@@ -74,6 +74,12 @@ def code_sha256(root: Path = ROOT) -> str:
     return hashlib.sha256("".join(fingerprint(stage, root) for stage in STAGES).encode()).hexdigest()
 
 
+def sha256_of_sources(*patterns: str, root: Path = ROOT) -> str:
+    """sha256 over source files, without their comments and docstrings; patterns: relative to the packages' folder."""
+    files = [file for pattern in patterns for file in sorted(root.glob(pattern))]
+    return hashlib.sha256("".join(map(_hash, files)).encode()).hexdigest()
+
+
 @cache
 def _hash(path: Path) -> str:
     data = path.read_bytes()

@@ -8,7 +8,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import pipeline.embed
 import pipeline.split
 from models.preprocess import preprocess
 from pipeline.data.embeddings import load_features
+from pipeline.model_io.embedding import BATCH
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.shared.artifacts import EMBEDDINGS, SPLIT
 from pipeline.shared.errors import ParamsError, StageError
@@ -29,9 +33,9 @@ from tests.support.small_encoder import tiny_encoder, tiny_params
 @pytest.fixture(name="weights")
 def _weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.embed.SHARD_ROWS", 16)
+    monkeypatch.setattr("pipeline.model_io.embedding.SHARD_ROWS", 16)
     monkeypatch.setattr("pipeline.data.embeddings.SHARD_ROWS", 16)
-    monkeypatch.setitem(pipeline.embed.BATCH, "cpu", 4)
+    monkeypatch.setitem(BATCH, "cpu", 4)
     return tiny_encoder(tmp_path, monkeypatch)
 
 
@@ -135,6 +139,55 @@ def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(weights, monkeypatc
         assert contents() == expected
 
 
+def test_a_run_that_stops_before_the_split_changes_gives_each_image_its_own_feature(weights, monkeypatch):
+    params = made(weights)
+    whole, calls = LoadedEncoder.features, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) > 6:  # 4 of a shard of 16 images
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(LoadedEncoder, "features", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.embed.run(params)
+    monkeypatch.setattr(LoadedEncoder, "features", whole)
+    for number in range(3):  # sorted before the other images, so that all rows move
+        write(weights.parent / f"images/a/0-{number}.png", png(1000 + number))
+    pipeline.split.run(params)
+    assert pipeline.embed.run(params).computed == 52 - 16
+    loaded = load_encoder(params.encoder, params.image)
+    for split in ("train", "validation", "test"):
+        stored = features(params, split)
+        pixels = np.stack([preprocess(stored.encoded(index), 32, 32) for index in range(len(stored))])
+        expected = loaded.network((torch.from_numpy(pixels) / 255 - 0.5) / 0.5)
+        assert torch.allclose(stored.images[:, 0].float(), expected, atol=4e-3)
+
+
+def test_changed_code_of_a_feature_computes_it_again(weights, monkeypatch):
+    params = made(weights)
+    pipeline.embed.run(params)
+    hashed = []
+    monkeypatch.setattr("pipeline.model_io.encoder.sha256_of_sources", lambda *names: hashed.extend(names) or "other")
+    assert pipeline.embed.run(params).computed == 49
+    assert {"models/preprocess.py", "models/networks/backbones.py"} <= set(hashed)
+
+
+def test_weights_at_another_path_and_a_download_change_no_output(weights):
+    params = made(weights)
+    pipeline.embed.run(params)
+    expected = contents()
+    moved = weights.parent / "moved" / weights.name
+    moved.parent.mkdir()
+    weights.rename(moved)
+    section = params.encoder.model_copy(update={"weights": str(moved), "download": True, "licence": "MIT"})
+    changed = params.model_copy(update={"encoder": section})
+    assert len(features(changed)) > 0
+    assert pipeline.embed.run(changed).computed == 0
+    assert contents() == expected
+
+
 @pytest.mark.faults
 def test_a_process_that_is_killed_at_any_moment_resumes_to_the_same_bytes(weights):
     params = made(weights, {"encoder.views": 1})
@@ -168,7 +221,7 @@ def test_a_full_disk_leaves_the_old_features_and_no_half_written_file(weights, m
     monkeypatch.setattr("serving.shared.atomic.os.fsync", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         pipeline.embed.run(params)
-    assert caught.value.filename.endswith("train-00000.safetensors")
+    assert Path(caught.value.filename).match(".embeddings.unfinished/train-*.safetensors")
     assert contents() == expected
     assert list(EMBEDDINGS.with_name(".embeddings.unfinished").iterdir()) == []
 
@@ -218,3 +271,8 @@ def test_without_an_encoder_nothing_is_computed_and_the_output_never_changes(wei
     params = data_params(folder(weights.parent / "images", {"a": 6, "b": 6}))
     assert pipeline.embed.run(params).images == 0 and not SPLIT.exists()
     assert contents() == {"index.json": b'{\n  "encoder": null\n}\n'}
+
+
+def test_without_an_encoder_the_stage_does_not_load_pytorch():
+    code = "import pipeline.embed, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
