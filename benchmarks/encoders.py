@@ -96,7 +96,7 @@ def main() -> int:
             with contextlib.redirect_stderr(io.StringIO()):
                 embed = seconds(lambda: pipeline.embed.run(params)) - overhead
             sides.append((options.images / embed, options.images / seconds(lambda: bare(encoder, images, best))))
-    ratios = [mine / theirs for mine, theirs in sides]
+    ratios = [embedded / forwarded for embedded, forwarded in sides]
     for label, column in (("embed", 0), (f"bare forward, batch {best}", 1)):
         print(f"{label}: {statistics.median(side[column] for side in sides):,.1f} images/s")
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

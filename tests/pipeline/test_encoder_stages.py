@@ -105,8 +105,8 @@ def test_encoder_adapter_and_head_are_exported_as_one_graph_with_their_licence(w
     pixels = load_images(params.data, params.image, "test").images
     expected = model.eval()((pixels / 255 - 0.5) / 0.5)[1].detach().numpy()
     strength = np.zeros((len(pixels), 1), np.float32)
-    found = open_session(EXPORT / "student.onnx").run(["logits"], {"image": pixels.numpy(), "strength": strength})[0]
-    assert np.allclose(found, expected, atol=1e-3)
+    actual = open_session(EXPORT / "student.onnx").run(["logits"], {"image": pixels.numpy(), "strength": strength})[0]
+    assert np.allclose(actual, expected, atol=1e-3)
     manifest = json.loads((EXPORT / "manifest.json").read_text())
     assert manifest["encoder"]["licence"] == "MIT" and manifest["encoder"]["sha256"] == sha256_of(weights)
     assert (

@@ -36,6 +36,9 @@ REFER = {
     ("README.md", "tailor init"): "docs/own-images.md",
     ("README.md", "tailor data check"): "docs/own-images.md",
     ("README.md", "dvc repro"): "docs/own-images.md",
+    ("docs/encoders.md", "tailor init"): "docs/own-images.md",
+    ("docs/encoders.md", "dvc repro"): "docs/own-images.md",
+    ("docs/encoders.md", "tailor serve"): "docs/own-images.md",
     ("docs/published-data.md", "tailor data check"): "docs/data-sources.md",
 }
 LONG = {
@@ -55,6 +58,8 @@ ELSEWHERE = {
     ("CONTRIBUTING.md", "make test-faults"): "the other part of this suite",
     ("CONTRIBUTING.md", "make test-docs"): "what runs this file",
     ("CONTRIBUTING.md", "make docs"): "built by tests/test_docs.py into a folder of its own",
+    ("docs/encoders.md", "tailor recipe"): "a minute of features; the stages: tests/pipeline/test_encoder_stages.py",
+    ("docs/encoders.md", "tailor encoders"): "measures; the list: tests/pipeline/model_io/test_encoder.py",
     ("docs/paper.md", "dvc repro"): "needs the CIFAR-100 archive",
     ("docs/paper.md", "dvc exp run"): "needs the CIFAR-100 archive; seeds: tests/pipeline/test_seeds.py",
     ("recipes/README.md", "dvc repro"): "needs the CIFAR-100 archive",

@@ -20,8 +20,7 @@ from tests.support.retraining_run import WITHIN, Asking, Begun
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("retrain"), pytest.mark.timeout(1800)]
 
-STAGES = ["split", "prior", "embed", "teacher", "student", "evaluate", "export"]
-TASKS = ["ingest", *STAGES, "gate", "publish", "verify", "promote"]
+TASKS = ["ingest", "split", "prior", "teacher", "student", "evaluate", "export", "gate", "publish", "verify", "promote"]
 
 
 def test_the_first_version_is_served_with_its_evidence(project):

@@ -75,8 +75,8 @@ def test_a_wrong_hash_and_a_missing_file_are_refused(weights, tmp_path):
         f"encoder.sha256 is {'0' * 64}, but {weights} has {sha256_of(weights)}; it is another file"
     )
     missing = tmp_path / "none.safetensors"
-    said = refusal(EncoderParams(name="tiny", weights=str(missing), sha256="0" * 64))
-    assert said.startswith(f"encoder.weights is '{missing}': No such file or directory")
+    message = refusal(EncoderParams(name="tiny", weights=str(missing), sha256="0" * 64))
+    assert message.startswith(f"encoder.weights is '{missing}': No such file or directory")
 
 
 def test_weights_of_another_network_and_damaged_files_are_refused(weights, tmp_path):
@@ -97,6 +97,9 @@ def test_weights_of_another_network_and_damaged_files_are_refused(weights, tmp_p
     short = tmp_path / "short.pth"
     short.write_bytes(buffer.getvalue()[:5000])
     assert "short.pth', which is damaged" in refusal(given(short))
+    empty = tmp_path / "empty.pth"
+    empty.write_bytes(b"")
+    assert "empty.pth', which is damaged" in refusal(given(empty))
     listed = tmp_path / "list.pth"
     torch.save([torch.zeros(1)], listed)
     assert "which is no state_dict" in refusal(given(listed))
@@ -146,27 +149,30 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
         raise LocalEntryNotFoundError("no connection\nand no file in the cache")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    said = refusal(EncoderParams(name="tiny", sha256="0" * 64, download=True))
-    assert said.startswith("encoder.weights: hf://timm/tiny@main: the hub cannot be reached")
+    message = refusal(EncoderParams(name="tiny", sha256="0" * 64, download=True))
+    assert message.startswith("encoder.weights: hf://timm/tiny@main: the hub cannot be reached")
 
 
 def test_a_licence_with_conditions_has_to_be_accepted(weights, monkeypatch):
     listed = dataclasses.replace(encoders.ENCODERS["tiny"], licence="Own License", accept="own")
     monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
-    said = refusal(given(weights))
-    assert said == (
+    message = refusal(given(weights))
+    assert message == (
         "encoder.licence is None; tiny has the Own License: read it, and set encoder.licence: own to accept it"
     )
     assert load_encoder(given(weights, licence="own"), IMAGE).record.licence == "Own License"
 
 
 def test_another_normalisation_or_size_is_refused_with_the_right_value(weights):
-    said = refusal(given(weights), IMAGE.model_copy(update={"mean": [0.1, 0.2, 0.3]}))
+    message = refusal(given(weights), IMAGE.model_copy(update={"mean": [0.1, 0.2, 0.3]}))
     assert (
-        said == "image.mean is [0.1, 0.2, 0.3]; tiny was trained with [0.5, 0.5, 0.5]: set image.mean: [0.5, 0.5, 0.5]"
+        message
+        == "image.mean is [0.1, 0.2, 0.3]; tiny was trained with [0.5, 0.5, 0.5]: set image.mean: [0.5, 0.5, 0.5]"
     )
-    said = refusal(given(weights), IMAGE.model_copy(update={"size": 33}))
-    assert said.startswith("image.size is 33, which tiny cannot take (") and said.endswith("; its own size is 160")
+    message = refusal(given(weights), IMAGE.model_copy(update={"size": 33}))
+    assert message.startswith("image.size is 33, which tiny cannot take (") and message.endswith(
+        "; its own size is 160"
+    )
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
