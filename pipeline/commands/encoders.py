@@ -30,16 +30,25 @@ def encoders(
     features that teacher and student are trained on (section encoder of params.yaml). Any other network of timm can be
     used as timm/<model>.
     """
-    try:
-        chosen = [find_encoder(name) for name in names or ENCODERS]
-    except UnknownEncoderError as error:
-        raise ParamsError(f"encoder: {error}") from None
-    listed = [encoder for encoder in chosen if encoder]
+    listed = [_listed(name) for name in names or ENCODERS]
     speeds = {encoder.name: images_per_second(encoder) for encoder in listed} if measure else {}
     if as_json:
         print_json([{**asdict(each), "images_per_second": speeds.get(each.name)} for each in listed])
     else:
         Console().print(encoders_table(listed, speeds))
+
+
+def _listed(name: str) -> Encoder:
+    try:
+        encoder = find_encoder(name)
+    except UnknownEncoderError as error:
+        raise ParamsError(f"{name!r}: {error}") from None
+    if encoder is None:
+        raise ParamsError(
+            f"{name} is not in this list; encoder.name in params.yaml can be any timm/<model>, with encoder.weights and "
+            "encoder.sha256"
+        )
+    return encoder
 
 
 def images_per_second(encoder: Encoder) -> float:

@@ -26,7 +26,7 @@ from pipeline.evaluation.network_metrics import TARGET_PRIORS, network_logits
 from pipeline.evaluation.predictions import Predictions
 from pipeline.model_io.devices import choose_device, joined_ranks
 from pipeline.params import ImageParams, Params, StudentParams, TrainingParams
-from pipeline.shared.artifacts import PRIOR, SPLIT, STUDENT
+from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT
 from pipeline.shared.errors import DataError
 from pipeline.training.run import model_config, run_folder, stage_seed, teacher_objective, train_network
 from serving.shared.terminal import Console, counted
@@ -57,7 +57,7 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
     if len(test) == 0:
         raise DataError("data/split/test.parquet: holds no images; the comparison needs a test split")
     plain = classification_section(params.student, adjustment=0.0)
-    inputs = [SPLIT / "train.parquet", PRIOR]
+    inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if params.encoder else [])]
     name = run_folder(plain, params.image, params.engine, params.stream, params.seed, folder, inputs).fingerprint[:12]
     output = folder / name
     if not (output / "model.safetensors").is_file():

@@ -228,5 +228,7 @@ def test_the_command_lists_every_encoder_within_120_columns(capsys):
     assert main(["encoders", "efficientnet_lite0", "--json"]) == 0
     (listed,) = json.loads(capsys.readouterr().out)
     assert listed["sha256"] == ENCODERS["efficientnet_lite0"].sha256
+    assert main(["encoders", "timm/vit_small_patch16_224"]) == 2
+    assert "timm/vit_small_patch16_224 is not in this list" in capsys.readouterr().err
     assert main(["encoders", "efficientnet_lite1"]) == 2
-    assert "did you mean" in capsys.readouterr().err
+    assert re.search(r"'efficientnet_lite1': .*did you mean efficientnet_lite\d\?", capsys.readouterr().err)

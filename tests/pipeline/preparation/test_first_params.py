@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from benchmarks.made_imagenet import class_counts
 from pipeline.commands.app import main
 from pipeline.data.assignment import assign
+from pipeline.params.recipe import apply_recipe
 from pipeline.preparation.first_params import inspect_folder, suggest_params, write_text
 from pipeline.shared.errors import DataError, ParamsError
+from pipeline.shared.fingerprint import ROOT
 from pipeline.sources.source import Row
 from tests.support.chosen_params import TEMPLATE, chosen_params, folder_summary
 from tests.support.making import encode, picture
@@ -71,6 +73,15 @@ def test_without_a_gpu_init_suggests_small_images_and_gives_the_reason() -> None
     )
     assert params.image.size == 64
     assert "with a GPU run this command again" in text
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_recipe_of_an_encoder_applies_to_the_suggested_params(tmp_path: Path, gpu: bool) -> None:
+    """With a GPU the suggested crop of photographs is `resized`, which stored features cannot have."""
+    text, _ = write_text(TEMPLATE, suggest_params(folder_summary([300, 30], shorter=400), "data/source", gpu))
+    (tmp_path / "params.yaml").write_text(text)
+    applied, _ = apply_recipe([ROOT / "recipes/photographs-lite0.yaml"], tmp_path / "params.yaml")
+    assert yaml.safe_load(applied)["student"]["backbone"] == "encoder"
 
 
 def test_inspect_folder_counts_images_and_measures_sizes(folder: Path) -> None:
