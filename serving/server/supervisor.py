@@ -144,7 +144,7 @@ class Supervisor:
             self._failures = 0
         except ServerOverloaded as error:  # nothing is broken, and a load would slow the working processes
             self._failures = 0
-            self.report(f"{error}; nothing is restarted")
+            self.report(f"{error}; no repair is needed")
         except (ServingError, OSError) as error:
             self._failures += 1
             if self._failures < 2 and not isinstance(error, ProcessHangs):

@@ -174,7 +174,7 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
         with ThreadPoolExecutor(60) as pool:
             asking = [pool.submit(ask) for _ in range(60)]
             try:
-                watched.await_that(lambda: sum("nothing is restarted" in line for line in watched.reports) == 2, 120)
+                watched.await_that(lambda: sum("no repair is needed" in line for line in watched.reports) == 2, 120)
             finally:
                 over.set()
         assert [asked.exception() for asked in asking] == [None] * 60
