@@ -41,7 +41,7 @@ def architecture(root: Path) -> str:
         inner = [folder for folder in packages(root / room) if folder != root / room]
         rows = [(f"`{folder.relative_to(root)}/`", summary(folder / "__init__.py")) for folder in inner]
         lines += table("package", "what it does", rows) if rows else []
-    lines += ["## Imports between the rooms", ""]
+    lines += ["## Imports between models, pipeline and serving", ""]
     lines += diagram("LR", [f"{one} --> {other}" for one, other in sorted(room_imports(root))])
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
@@ -70,6 +70,9 @@ def diagram(direction: str, lines: list[str]) -> list[str]:
 LANDMARKS = {
     "where the prior is added to the logits": "adjust_logits",
     "how an image becomes the network's input": "preprocess",
+    "where training normalises pixels": "Normalisation",
+    "where the exported graph normalises pixels": "ServedStudent",
+    "where the server reads a request": "RequestParser",
     "what decides a promotion": "decide",
     "how a server is started and stopped": "TritonServer",
 }
@@ -90,7 +93,7 @@ def landmarks(root: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def modules(root: Path, room: str) -> str:
-    """Every module of a room below its package, one line each, from their docstrings."""
+    """Every module of a top-level package below its folder, one line each, from their docstrings."""
     lines = [NOTE, f"# Modules of {room}", "", "After this page you can find a module by what it does.", ""]
     for folder in packages(root / room):
         lines.append(f"- **`{folder.relative_to(root)}/`**: {summary(folder / '__init__.py')}")
@@ -130,7 +133,7 @@ def summary(path: Path) -> str:
 
 
 def room_imports(root: Path) -> set[tuple[str, str]]:
-    """Which room imports which other one."""
+    """Pairs of top-level packages of which the first imports the second."""
     imports = re.compile(rf"^ *(?:from|import) ({'|'.join(ROOMS)})\b", re.MULTILINE)
     paths = [(room, path) for room in ROOMS for path in (root / room).rglob("*.py")]
     found = {(room, other) for room, path in paths for other in imports.findall(path.read_text(encoding="utf-8"))}

@@ -204,7 +204,7 @@ class Supervisor:
                     self.server.stop(at_once=True)
                 tail = self.server.log_tail()
                 raise RestartLimitExceeded(
-                    f"{fault}; given up after {counted(limit, 'restart')}" + (f":\n{tail}" if tail else "")
+                    f"{fault}; stopped after {counted(limit, 'restart')}" + (f":\n{tail}" if tail else "")
                 )
             failed = self._failed_starts
             delay = min(self.limits.first_delay * 2 ** (failed - 1), self.limits.longest_delay) if failed else 0.0
