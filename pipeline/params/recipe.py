@@ -6,9 +6,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-
 from pipeline.params import parse_params, read_yaml
 from pipeline.shared.errors import ParamsError
 
@@ -52,6 +49,8 @@ def dump_document(document: Any) -> str:
 
 
 def _yaml() -> Any:
+    from ruamel.yaml import YAML  # training runs without ruamel
+
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 160
@@ -63,6 +62,8 @@ def _yaml() -> Any:
 
 def _lists_on_one_line(mapping: Any) -> None:
     """Convert block lists to flow style and keep the key's comment; replacing a block list would break the file."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
     for key, value in mapping.items():
         if isinstance(value, CommentedMap):
             _lists_on_one_line(value)
@@ -120,6 +121,8 @@ def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
 
 def _flow(value: Any) -> Any:
     """Convert a list, or the lists of a mapping, to ruamel's flow style on one line."""
+    from ruamel.yaml.comments import CommentedSeq
+
     if isinstance(value, dict):
         return {key: _flow(entry) for key, entry in value.items()}
     if not isinstance(value, list):
