@@ -18,6 +18,8 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
 
     Raises ParamsError, with file, key and value, for an overlay that is not a mapping or gives invalid params.
     """
+    from ruamel.yaml import YAML  # training runs without ruamel
+
     overlays = [find_recipe(overlay) for overlay in overlays]
     read_yaml(target)  # raises the usual error if the file is not YAML
     document = load_document(target.read_text(encoding="utf-8"))
@@ -49,7 +51,7 @@ def dump_document(document: Any) -> str:
 
 
 def _yaml() -> Any:
-    from ruamel.yaml import YAML  # training runs without ruamel
+    from ruamel.yaml import YAML
 
     yaml = YAML()
     yaml.preserve_quotes = True
