@@ -101,7 +101,7 @@ def estimate_drift(
         estimates = {name: estimate_prior(probabilities, concentration=c) for name, c in concentrations.items()}
         if not all(estimate.converged for estimate in estimates.values()):
             raise ServingError(
-                f"the prior estimate has not converged on {len(logits):,} images; use --method map, or change --samples"
+                f"the prior estimate has not converged on {len(logits):,} images; give more of them, or change --samples"
             )
         draws = bootstrap_priors(
             probabilities,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import CLASSES, COUNTS, Release
 
-from models.label_shift import total_variation
+from models.label_shift import estimate_prior, total_variation
+from serving.drift import estimate as estimates
 from serving.drift.calibration import calibration_from
 from serving.drift.estimate import estimate_drift
 from serving.drift.logged_logits import parse_time, read_logits
@@ -152,6 +154,16 @@ def test_groups_add_up_to_the_classes_and_the_most_shifted_come_first() -> None:
 def test_unusable_argument_of_an_estimate_is_named(arguments: dict, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
         estimate_drift(drawn(LIVE, 100)[1], COUNTS, **arguments)
+
+
+@pytest.mark.parametrize("method", ["em", "map"])
+def test_an_estimate_that_has_not_converged_is_an_error_with_advice(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both methods are computed for the output, so another method is no advice."""
+    monkeypatch.setattr(estimates, "estimate_prior", partial(estimate_prior, max_iterations=1))
+    with pytest.raises(ServingError, match="has not converged on 100 images; give more of them, or change --samples$"):
+        estimate_drift(drawn(LIVE, 100)[1], COUNTS, method=method)
 
 
 def test_overconfident_logits_are_calibrated_with_the_test_predictions(release: Release, tmp_path: Path) -> None:
