@@ -162,7 +162,7 @@ def test_an_estimate_that_has_not_converged_is_an_error_with_advice(
 ) -> None:
     """Both methods are computed for the output, so another method is no advice."""
     monkeypatch.setattr(estimates, "estimate_prior", partial(estimate_prior, max_iterations=1))
-    with pytest.raises(ServingError, match="has not converged on 100 images; give more of them, or change --samples$"):
+    with pytest.raises(ServingError, match=r"has not converged on 100 images; give more of them, or change --samples$"):
         estimate_drift(drawn(LIVE, 100)[1], COUNTS, method=method)
 
 

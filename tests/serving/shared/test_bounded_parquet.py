@@ -56,6 +56,9 @@ def test_a_page_header_with_an_endless_list_is_damaged(predictions: Path) -> Non
     header = bytes([0x19, 0xF3, *[0x80] * 8, 0x01])
     data = predictions.read_bytes()
     predictions.write_bytes(data[:start] + header + data[start + len(header) :])
-    with predictions.open("rb") as stream, pyarrow.parquet.ParquetFile(predictions) as file:
-        with pytest.raises(ValueError, match="column 'label': damaged page header"):
-            read_column(file, "label", MemoryLimit(1), stream=stream)
+    with (
+        predictions.open("rb") as stream,
+        pyarrow.parquet.ParquetFile(predictions) as file,
+        pytest.raises(ValueError, match="column 'label': damaged page header"),
+    ):
+        read_column(file, "label", MemoryLimit(1), stream=stream)
