@@ -124,9 +124,8 @@ class Training:
         self._monitor = NonFiniteMonitor(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._at = Position()
-        self._checkpoint: tuple[int, int] | None = (
-            None  # finished epochs, and steps of the next, in the newest checkpoint
-        )
+        # Finished epochs, and steps of the next, in the newest checkpoint.
+        self._checkpoint: tuple[int, int] | None = None
         self._saved = time.monotonic()
 
     def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:

@@ -183,8 +183,8 @@ def test_lists_over_several_lines_are_edited_by_recipe_and_init_alike(params, tm
     assert (after.seeds, after.image.mean, after.student.augment.crop_scale) == ([3], [0.1, 0.2, 0.3], [0.3, 1.0])
     if form != "block lists":
         assert "seeds: [3] # additional seeds" in params.read_text(encoding="utf-8")
-    actual = FolderSummary(["a", "b"], [300, 30], False, False, 400, [])
-    chosen = suggest_params(actual, "photos", gpu=False)
+    summary = FolderSummary(["a", "b"], [300, 30], False, False, 400, [])
+    chosen = suggest_params(summary, "photos", gpu=False)
     content = yaml.safe_load(write_text(written, chosen)[0])
     assert content["data"]["location"] == "photos" and content["image"]["mean"] == [0.485, 0.456, 0.406]
     assert content["gate"] == yaml.safe_load(written)["gate"]
