@@ -52,6 +52,7 @@ def test_files_that_are_still_being_written_wait_for_a_later_run(tmp_path):
     young = drop_images("dog", range(3, 5))
     drop = read(params, FixedClock(young))
     assert [row.file for row in drop.rows] == settled and drop.waiting == 2
+    assert drop.files.keys() == set(settled), "ingest moves only these"
 
 
 def test_a_table_and_the_folders_beside_it_wait_while_one_of_its_images_is_written(tmp_path):
@@ -60,7 +61,7 @@ def test_a_table_and_the_folders_beside_it_wait_while_one_of_its_images_is_writt
     beside = drop_images("cat", range(5, 7))
     labels = table(DROP / "labels.csv", {"path": ["photos/0.png", "photos/1.png"], "label": ["cat", "dog"]})
     drop = read(params, FixedClock(images[1:]))
-    assert (drop.rows, drop.waiting) == ([], 5)
+    assert (drop.rows, drop.files, drop.waiting) == ([], {}, 5)
     drop = read(params, FixedClock([]))
     assert len(drop.rows) == 4 and drop.files.keys() == {labels, *images, *beside}
 
@@ -90,6 +91,7 @@ def test_after_a_clock_was_set_back_files_are_watched_for_changes(tmp_path, caps
 
     drop = read(params, SetBack())
     assert ([row.file for row in drop.rows], drop.waiting, slept) == ([unchanged], 1, [30.0])
+    assert drop.files.keys() == {unchanged}
     assert "a clock was set back" in capsys.readouterr().err
 
 
