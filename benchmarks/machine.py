@@ -45,5 +45,5 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 
 def gpu_note(command: str) -> str:
-    """Return the note of a CPU report on the measurement that is still missing."""
-    return f"\nNot measured on a GPU yet: run `{command}`.\n"
+    """Return the note of a CPU report that names the command for a GPU."""
+    return f"\nThis report covers the CPU only. On a GPU, run `{command}`.\n"

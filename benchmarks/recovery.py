@@ -36,17 +36,8 @@ def measure(export: Path, kills: int, rate: float, folder: Path) -> tuple[list[f
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
         assert serving.stdout is not None
         url = serving.stdout.readline().split()[1]
-        load = [
-            sys.executable,
-            "-m",
-            "benchmarks.recovery",
-            "--send",
-            url,
-            "--export",
-            str(export),
-            "--rate",
-            str(rate),
-        ]
+        load = [sys.executable, "-m", "benchmarks.recovery", "--send", url]
+        load += ["--export", str(export), "--rate", str(rate)]
         caller = subprocess.Popen(
             load, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )

@@ -61,8 +61,8 @@ def report(command: str, settings: Settings, results: Results) -> str:
         if lines := list(rows):
             notes = limit_lines(results) if heading == LIMIT_HEADING else []
             parts += [f"## {title}", "", heading, *lines, *notes, ""]
-    command = "python -m benchmarks.serving --device gpu --only 'limit-*' --output benchmarks/results/serving-gpu.md"
-    return "\n".join([*parts, *([gpu_note(command)] if settings.device == "cpu" else [])])
+    on_gpu = "python -m benchmarks.serving --device gpu --only 'limit-*' --output benchmarks/results/serving-gpu.md"
+    return "\n".join([*parts, *([gpu_note(on_gpu)] if settings.device == "cpu" else [])])
 
 
 def head(command: str, settings: Settings, results: Results) -> str:

@@ -192,7 +192,7 @@ def resident(process_id: int) -> int:
 
 
 def table(outcomes: list[Outcome], seconds: list[float], memory: tuple[int, int], took: float) -> str:
-    counted = collections.Counter((fault, rejected) for fault, rejected, _ in outcomes)
+    counted = collections.Counter((fault, answer) for fault, answer, _ in outcomes)
     milliseconds = [1000 * value for value in sorted(seconds)]
     p50, p99 = milliseconds[len(seconds) // 2], milliseconds[len(seconds) * 99 // 100]
     lines = [
@@ -207,7 +207,7 @@ def table(outcomes: list[Outcome], seconds: list[float], memory: tuple[int, int]
         "",
         "| fault | answer | times |",
         "|---|---|---|",
-        *(f"| {fault} | {rejected} | {count} |" for (fault, rejected), count in sorted(counted.items())),
+        *(f"| {fault} | {answer} | {count} |" for (fault, answer), count in sorted(counted.items())),
     ]
     return "\n".join(lines) + "\n"
 
@@ -235,7 +235,7 @@ def test_bad_requests_get_an_error_message_and_affect_no_other_request(
     report = table(outcomes, good["seconds"], (before, after), took)
     if REPORT:
         Path(REPORT).write_text(report)
-    assert [(fault, rejected) for fault, rejected, right in outcomes if not right] == []
+    assert [(fault, answer) for fault, answer, right in outcomes if not right] == []
     assert good["wrong"] == []
     assert len(good["seconds"]) > REQUESTS / 20
     # No process died: dead inference processes are never restarted, so the processes are the same.
