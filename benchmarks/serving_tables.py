@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.machine import gpu_note, processor
-from benchmarks.other_work import quiet_ratio
+from benchmarks.machine import gpu_note
+from benchmarks.other_work import processor, quiet_ratio
 from benchmarks.serving_peers import PEERS, how_to_install
 from benchmarks.serving_releases import NETWORKS
 from benchmarks.serving_sections import Section, Settings

@@ -298,6 +298,11 @@ def test_a_second_sigterm_neither_interrupts_nor_extends_the_stop_of_a_hanging_n
     time.sleep(0.5)
     process.terminate()
     # Without the second signal the same: 5 s until SIGKILL, up to 12 s more if requests are open.
-    assert process.communicate(timeout=20) == ("stopped\n", "")
-    assert process.returncode == 0
-    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    try:
+        assert process.communicate(timeout=20) == ("stopped\n", "")
+        assert process.returncode == 0
+        assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        for survivor in [process, *family]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                survivor.kill()
