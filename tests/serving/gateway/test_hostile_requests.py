@@ -31,7 +31,7 @@ from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.transport.sync_transport import RequestRejected, Transport
-from tests.support import bad_connections, bad_protocol, bad_requests
+from tests.support import bad_connections, bad_images, bad_protocol, bad_requests
 from tests.support.running_gateway import running_gateway, workers_of
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
@@ -219,7 +219,7 @@ def test_bad_requests_get_an_error_message_and_affect_no_other_request(
         expected = [client.predict([picture(place)], 0.5)[0] for place in range(20)]
     # Warm-up: one request of each kind grows the buffers to their final size; the largest is sent to each instance,
     # since instances alternate.
-    largest = np.array([[bad_requests.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
+    largest = np.array([[bad_images.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
     transport = Transport(own_server.http_url, 60)
     for _ in range(6):
         with pytest.raises(RequestRejected, match="image"):
