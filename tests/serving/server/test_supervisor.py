@@ -254,12 +254,12 @@ def test_promotions_know_all_the_time_of_a_server_that_is_being_started_again(wa
     assert find_running(watched.root) == []
 
 
-def test_server_that_cannot_be_started_again_is_given_up_and_leaves_nothing(watched: Watched) -> None:
+def test_supervision_ends_after_the_limit_of_restarts_and_leaves_no_process(watched: Watched) -> None:
     shutil.rmtree(watched.root)
     psutil.Process(watched.server.process_id).kill()
     watched.await_that(lambda: watched.ended is not None)
     assert "holds no student/config.pbtxt" in str(watched.ended)
-    assert "given up after 2 restarts" in str(watched.ended)
+    assert "stopped after 2 restarts" in str(watched.ended)
     assert [line.rpartition("; ")[2] for line in watched.reports] == [
         "starting it again in 0.2 s (1 of 2)",
         "starting it again in 0.4 s (2 of 2)",
