@@ -2,7 +2,7 @@
 # Tailor's images. Build one with: docker build --target train|serve|gateway -t tailor-<target> .
 #   train    the pipeline on a CUDA runtime: DVC, Prefect, PyTorch (which brings its own CUDA libraries)
 #   serve    NVIDIA's Triton with what the two models need; mount a model repository at /models
-#   gateway  nginx with Tailor's bounds; the only one of them that a stranger should reach
+#   gateway  nginx with Tailor's bounds; the only image that untrusted clients may reach
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
 ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.06-py3
 ARG DEBIAN_IMAGE=debian:12-slim
@@ -81,7 +81,7 @@ COPY --from=gateway-config --chown=10002 /etc/tailor-gateway /etc/tailor-gateway
 USER 10002
 EXPOSE 8443 8444
 STOPSIGNAL SIGQUIT
-# nginx listens where its certificate could be read; a connection is all that can be asked without trusting it.
+# nginx listens where its certificate could be read; the check opens a connection only, because the certificate is not trusted here.
 HEALTHCHECK --interval=15s --timeout=5s --retries=3 CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8443"]
 # A container that was killed may find its Unix sockets in /tmp again, on which nginx could not listen.
 ENTRYPOINT ["sh", "-c", "rm -f /tmp/*.sock && exec nginx -p /tmp -c /etc/tailor-gateway/nginx.conf -e stderr"]

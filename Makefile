@@ -79,7 +79,7 @@ test-random: install ## as `test`, in random order; SEED=1 for one order, WORKER
 		-n $(or $(WORKERS),0) --dist loadgroup -m "not faults and not docs_commands" $(TESTS)
 
 .PHONY: lint
-lint: install ## style, types of the public parts, the arrows between the rooms
+lint: install ## style, types of the public parts, import contracts
 	@ruff check --quiet .
 	@ruff format --check --quiet .
 	@lint-imports --no-cache --no-logo

@@ -115,7 +115,7 @@ def methods(plus: Path = PLUS) -> dict[str, Trainer]:
         f"balanced softmax, {LONGER} times the epochs": lambda params, _, output: classification_alone(
             params, 1.0, output, LONGER
         ),
-        "teacher": lambda params, teacher_folder, output: teacher_folder,  # noqa: ARG005
+        "teacher": lambda _params, teacher_folder, _output: teacher_folder,
         "gml": student_trainer({}),
         **{name: student_trainer({"student": change}) for name, change in ABLATIONS.items()},
         **{name: student_trainer(change) for name, change in switch_changes(plus).items()},

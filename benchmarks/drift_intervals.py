@@ -11,6 +11,7 @@ import argparse
 
 import numpy as np
 
+from benchmarks.other_work import processor
 from models.label_shift import total_variation
 from serving.drift.estimate import Method, estimate_drift
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[300], help="images a set (default: %(default)s)")
     options = parser.parse_args()
     samples = " ".join(map(str, options.samples))
-    print(f"`python -m benchmarks.drift_intervals --sets {options.sets} --samples {samples}`\n")
+    print(f"`python -m benchmarks.drift_intervals --sets {options.sets} --samples {samples}`\n\n{processor()}\n")
     print("| images | live prior | method | coverage, classes | coverage, distance | width of the distance interval |")
     print("|--:|---|---|--:|--:|--:|")
     for number in options.samples:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import serving_load
-from benchmarks.machine import processor
+from benchmarks.other_work import processor
 from benchmarks.serving_grpc import GrpcWire, grpc_request
 from benchmarks.serving_load import Load
 from benchmarks.serving_releases import TRIAL, Release, release_of

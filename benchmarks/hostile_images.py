@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.other_work import OtherWork
+from benchmarks.other_work import OtherWork, processor
 from benchmarks.serving_releases import NETWORKS, TRIAL, release_of
 from benchmarks.swaps import send_at_rate
 from models.preprocess import preprocess
@@ -176,6 +176,7 @@ def main() -> int:
     if options.send:
         return send_at_rate(options.send, [(blank_image(), 0.0)], RATE, PATIENCE)
     images = {name: costly_images(SIDE)[name] for name in costly_images(16)}
+    print(f"{processor()}\n")
     if not options.no_table:
         print(cost_table(images), end="\n\n")
     release = release_of(options.network, options.work)

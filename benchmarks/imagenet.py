@@ -82,7 +82,7 @@ def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) 
 
 def measure_training(params: Params, prior: Prior, images: Any, device: torch.device) -> TrainingCost:
     """Train the student for one epoch; the untrained teacher costs the same as a trained one."""
-    said = estimate_memory(params, "student", prior).peak / GIB
+    estimated = estimate_memory(params, "student", prior).peak / GIB
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -94,7 +94,7 @@ def measure_training(params: Params, prior: Prior, images: Any, device: torch.de
     begin = clock()
     record = training.run(images, validation)[-1]
     trained = len(images) // params.student.batch_size * params.student.batch_size
-    return TrainingCost(trained / (clock() - begin), record["memory_mib"] / 1024, said)
+    return TrainingCost(trained / (clock() - begin), record["memory_mib"] / 1024, estimated)
 
 
 def table(costs: dict[str, TrainingCost]) -> str:

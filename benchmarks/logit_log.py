@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.other_work import OtherWork, load_average
+from benchmarks.other_work import OtherWork, load_average, processor
 from models.preprocess import preprocess
 from serving.triton.logit_log import LOST, LogitLog
 
@@ -76,7 +76,7 @@ def main() -> None:
     others = OtherWork()
     decoding = seconds_of_decoding()
     print(f"`python -m benchmarks.logit_log --images {images}`\n")
-    print(f"numpy {np.__version__}, Python {platform.python_version()}; load average {load_average()}.")
+    print(f"{processor()}; numpy {np.__version__}, Python {platform.python_version()}; load average {load_average()}.")
     print(f"Decoding and resizing one JPEG: {decoding * 1e6:.0f} µs.\n")
     print("| classes | share | µs an image, request thread | of decoding | µs an image, writer thread |")
     print("|--:|--:|--:|--:|--:|")

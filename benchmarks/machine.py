@@ -1,28 +1,19 @@
-"""One-line descriptions of the machine of a benchmark: hardware, versions, load."""
+"""One-line descriptions of the machine of a training benchmark: hardware, versions, load."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-from pathlib import Path
 
 import torch
 import torchvision
 
-from benchmarks.other_work import load_average
+from benchmarks.other_work import load_average, processor
 
 
 def hardware(device: str) -> str:
     """Return the name of the CPU, preceded by that of the GPU for device `cuda`."""
     return f"{torch.cuda.get_device_name()}, {processor()}" if device == "cuda" else processor()
-
-
-def processor() -> str:
-    """Return the CPU's name and the number of cores that this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def versions(threads: int) -> str:
@@ -45,5 +36,5 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 
 def gpu_note(command: str) -> str:
-    """Return the note of a CPU report on the measurement that is still missing."""
-    return f"\nNot measured on a GPU yet: run `{command}`.\n"
+    """Return the note of a CPU report that names the command for a GPU."""
+    return f"\nThis report covers the CPU only. On a GPU, run `{command}`.\n"

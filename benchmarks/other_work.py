@@ -1,8 +1,9 @@
-"""CPU use by other processes during a benchmark, load and memory: on a busy machine a ratio of two speeds is meaningless."""
+"""The CPU, its use by other processes during a benchmark (with much of it a ratio of two speeds is meaningless), memory."""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import psutil
@@ -51,6 +52,13 @@ def own_seconds() -> float:
         except psutil.NoSuchProcess:
             continue  # exited: now part of its parent's reaped children
     return seconds
+
+
+def processor() -> str:
+    """Return the CPU's name and the number of cores that this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def load_average() -> str:

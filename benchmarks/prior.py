@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from benchmarks.other_work import OtherWork, load_average, memory_mebibytes
+from benchmarks.other_work import OtherWork, load_average, memory_mebibytes, processor
 from pipeline.data.class_prior import BATCH_ROWS, count_labels
 from pipeline.data.split_tables import read_batches
 
@@ -38,7 +38,7 @@ COUNT_LABELS, LIMIT = "count_labels", "reading alone"
 GOAL = 20  # million labels per second on one core
 
 
-def reading_alone(path: Path, classes: int) -> np.ndarray | None:  # noqa: ARG001
+def reading_alone(path: Path, _classes: int) -> np.ndarray | None:
     for _ in read_batches(path, "label", BATCH_ROWS):
         pass
 
@@ -117,9 +117,9 @@ def main() -> None:
         raise AssertionError("the methods count differently")
     print(
         f"`python -m benchmarks.prior --rows {rows:g} --classes {classes:g} --repeat {repeat}`\n\n"
-        f"One core; pyarrow {pa.__version__}, numpy {np.__version__}, Python {platform.python_version()}; load average at the "
-        f"end {load_average()}.\n{rows:,} labels of {classes:,} classes, {size / 2**20:.0f} MiB; best of {repeat}. Goal of "
-        f"{COUNT_LABELS}: ≥ {GOAL} million labels/s.\n"
+        f"One core of {processor()}; pyarrow {pa.__version__}, numpy {np.__version__}, Python {platform.python_version()}; "
+        f"load average at the end {load_average()}.\n{rows:,} labels of {classes:,} classes, {size / 2**20:.0f} MiB; "
+        f"best of {repeat}. Goal of {COUNT_LABELS}: ≥ {GOAL} million labels/s.\n"
     )
     print("| method | CPU seconds | million labels/s | of reading alone | peak MiB |\n|---|--:|--:|--:|--:|")
     for name, figures in best.items():

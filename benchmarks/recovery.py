@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.other_work import processor
 from benchmarks.swaps import golden_images, send_at_rate
 from serving.repository.writer import write_repository
 from serving.transport.retries import Retries
@@ -36,17 +36,8 @@ def measure(export: Path, kills: int, rate: float, folder: Path) -> tuple[list[f
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
         assert serving.stdout is not None
         url = serving.stdout.readline().split()[1]
-        load = [
-            sys.executable,
-            "-m",
-            "benchmarks.recovery",
-            "--send",
-            url,
-            "--export",
-            str(export),
-            "--rate",
-            str(rate),
-        ]
+        load = [sys.executable, "-m", "benchmarks.recovery", "--send", url]
+        load += ["--export", str(export), "--rate", str(rate)]
         caller = subprocess.Popen(
             load, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -86,7 +77,7 @@ def report(command: str, moments: list[float], requests: list[tuple[float, float
     lines = [
         f"`{command}`",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores; load average at the end {os.getloadavg()[0]:.2f}.",
+        f"{processor()}; load average at the end {os.getloadavg()[0]:.2f}.",
         f"{len(requests)} requests, {len(failed)} failed, {len(moments)} kills; seconds until the last failed request: "
         f"{', '.join(f'{seconds:.1f}' for seconds in recoveries)}; median {median:.1f} (goal ≤ {GOAL:g}).",
     ]

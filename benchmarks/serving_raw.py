@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def _turn(sessions: list, release: Release, setting: Setting, seconds: float) ->
     return sum(rates), np.concatenate([np.array(each) for each in latencies]), 0.0
 
 
-def _infer(session: object, release: Release, setting: Setting, start: int) -> None:
+def _infer(session: Any, release: Release, setting: Setting, start: int) -> None:
     indices = [(start + offset) % len(release.pixels) for offset in range(setting.batch)]
     if setting.decode:
         size = release.network.size
@@ -135,4 +136,4 @@ def _infer(session: object, release: Release, setting: Setting, start: int) -> N
     else:
         images = release.pixels[indices]
     strength = np.zeros((setting.batch, 1), dtype=np.float32)
-    session.run(["logits"], {"image": images, "strength": strength})  # type: ignore[attr-defined]
+    session.run(["logits"], {"image": images, "strength": strength})

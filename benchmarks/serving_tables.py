@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.machine import gpu_note, processor
-from benchmarks.other_work import quiet_ratio
+from benchmarks.machine import gpu_note
+from benchmarks.other_work import processor, quiet_ratio
 from benchmarks.serving_peers import PEERS, how_to_install
 from benchmarks.serving_releases import NETWORKS
 from benchmarks.serving_sections import Section, Settings
@@ -61,8 +61,8 @@ def report(command: str, settings: Settings, results: Results) -> str:
         if lines := list(rows):
             notes = limit_lines(results) if heading == LIMIT_HEADING else []
             parts += [f"## {title}", "", heading, *lines, *notes, ""]
-    command = "python -m benchmarks.serving --device gpu --only 'limit-*' --output benchmarks/results/serving-gpu.md"
-    return "\n".join([*parts, *([gpu_note(command)] if settings.device == "cpu" else [])])
+    on_gpu = "python -m benchmarks.serving --device gpu --only 'limit-*' --output benchmarks/results/serving-gpu.md"
+    return "\n".join([*parts, *([gpu_note(on_gpu)] if settings.device == "cpu" else [])])
 
 
 def head(command: str, settings: Settings, results: Results) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.other_work import OtherWork, quiet_ratio
+from benchmarks.other_work import OtherWork, processor, quiet_ratio
 from serving.client import Client
 from serving.promotion.promotion import promote
 from serving.repository.manifest import MANIFEST_NAME, load_golden, load_manifest
@@ -156,7 +155,7 @@ def report(
     lines = [
         f"`{command}`",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores; load average at the end {os.getloadavg()[0]:.2f}.",
+        f"{processor()}; load average at the end {os.getloadavg()[0]:.2f}.",
         f"{len(swaps)} swaps of {statistics.median(swaps):.1f} s (median, with {UNLOADING:g} s of unloading after the "
         f"promotion), {versions} versions responded, "
         f"{len(requests)} requests, {failed} failed (goal 0).",

@@ -84,7 +84,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         chosen = list(islice(usable, export.golden))
         if not chosen:
             raise StageError(
-                f"serving.image_pixels is {serving.image_pixels}, and every validation image has more; give a larger one"
+                f"serving.image_pixels is {serving.image_pixels} and serving.request_pixels {serving.request_pixels}; every "
+                "validation image has more pixels than one of them allows, so no golden request can be made; raise them"
             )
         golden = golden_requests(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])

@@ -23,6 +23,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = sum("GPU" in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} of the skipped tests need a GPU")
+
+
 @pytest.fixture(autouse=True)
 def restore_process_state() -> Iterator[None]:
     """Seed the random generators and use one thread (tests run in parallel); restore process state after each test.

@@ -1,4 +1,4 @@
-"""MkDocs hook: the reference pages of what describes itself, `tailor --help` and params.yaml, and links into the code."""
+"""MkDocs hook: reference pages generated from `tailor --help` and params.yaml; links into the code become text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-# A page links files of the repository relative to itself; on the site they are text, for the site holds no code.
+# A page links to files of the repository by relative paths; on the site, which has no code, these links become text.
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made from the program."""
+    """Add the generated pages, and remove Python files."""
     files.append(File.generated(config, "reference/commands.md", content=commands()))
     files.append(File.generated(config, "reference/params.md", content=params()))
-    for unwanted in [file for file in files if file.src_uri.endswith(".py")]:
-        files.remove(unwanted)
+    for script in [file for file in files if file.src_uri.endswith(".py")]:
+        files.remove(script)
     return files
 
 
@@ -36,7 +36,7 @@ def commands() -> str:
     from pipeline.commands.app import app
 
     program: Any = typer.main.get_command(app)
-    lines = ["# Commands", "", "What `tailor COMMAND --help` prints. Exit status: 0 well, 1 failure, 2 misuse.", ""]
+    lines = ["# Commands", "", "What `tailor COMMAND --help` prints. Exit status: 0 success, 1 failure, 2 misuse.", ""]
     context = program.make_context("tailor", [], resilient_parsing=True, max_content_width=100, terminal_width=100)
     lines += ["```text", program.get_help(context).strip(), "```", ""]
     for words, text in helps(program, context):
@@ -45,10 +45,9 @@ def commands() -> str:
 
 
 def helps(group: Any, context: Any) -> Iterator[tuple[str, str]]:
-    """Every command beneath a group, those of the groups within it too: as it is typed, and what its --help prints."""
+    """Yield every command and group below a group: the words to type, and its --help."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
-        # info_name is what `Usage:` puts after the words of the context above.
         inner = command.make_context(name, [], parent=context, resilient_parsing=True)
         yield inner.command_path, command.get_help(inner)
         if hasattr(command, "list_commands"):
@@ -56,7 +55,7 @@ def helps(group: Any, context: Any) -> Iterator[tuple[str, str]]:
 
 
 def params() -> str:
-    """Every section of params.yaml with its keys, types and defaults, and the delivered file."""
+    """Every section of params.yaml with its keys, types and defaults, and the default file."""
     from pydantic import BaseModel
 
     from pipeline.params import Params
@@ -64,7 +63,7 @@ def params() -> str:
     lines = [
         "# params.yaml",
         "",
-        "An unknown key is refused with the nearest valid one. The file as it is delivered:",
+        "An unknown key is refused; the message names the nearest valid key. The default file:",
         "",
     ]
     lines += ["```yaml", (ROOT / "params.yaml").read_text(encoding="utf-8").strip(), "```", ""]

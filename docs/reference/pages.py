@@ -1,6 +1,6 @@
-"""Write the pages that are made from the source: docs/architecture.md, the lists of modules, the tests of the faults.
+"""Write the pages that are generated from the source: docs/architecture.md, the lists of modules and of fault tests.
 
-`python docs/reference/pages.py` writes them, `--check` only compares and ends with exit code 1 where one is out of date.
+`python docs/reference/pages.py` writes them, `--check` only compares, and exits with status 1 if a page is out of date.
 Sources are docstrings, imports, the `layers` contracts of pyproject.toml and the marker `fault_case` of tests. No module of
 Tailor is imported.
 """
@@ -31,7 +31,7 @@ def pages(root: Path = ROOT) -> dict[str, str]:
 
 
 def architecture(root: Path) -> str:
-    """Rooms, packages and levels, one line each."""
+    """Landmarks, packages, imports, levels and rules, one line each."""
     lines = [NOTE, "# Architecture", ""]
     lines += ["After this page you can find the module for a task, and name the packages that it may import.", ""]
     lines += table("you look for", "module", [(task, f"`{path}`: `{name}`") for task, path, name in landmarks(root)])
@@ -41,7 +41,7 @@ def architecture(root: Path) -> str:
         inner = [folder for folder in packages(root / room) if folder != root / room]
         rows = [(f"`{folder.relative_to(root)}/`", summary(folder / "__init__.py")) for folder in inner]
         lines += table("package", "what it does", rows) if rows else []
-    lines += ["## Imports between the rooms", ""]
+    lines += ["## Imports between models, pipeline and serving", ""]
     lines += diagram("LR", [f"{one} --> {other}" for one, other in sorted(room_imports(root))])
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
@@ -66,17 +66,20 @@ def diagram(direction: str, lines: list[str]) -> list[str]:
     return ["```mermaid", f"flowchart {direction}", *(f"    {line}" for line in lines), "```", ""]
 
 
-# What a newcomer looks for, and the function or class that does it.
+# What a new developer searches for, and the function or class that does it.
 LANDMARKS = {
     "where the prior is added to the logits": "adjust_logits",
     "how an image becomes the network's input": "preprocess",
+    "where training normalises pixels": "Normalisation",
+    "where the exported graph normalises pixels": "ServedStudent",
+    "where the server reads a request": "RequestParser",
     "what decides a promotion": "decide",
     "how a server is started and stopped": "TritonServer",
 }
 
 
 def landmarks(root: Path) -> Iterator[tuple[str, str, str]]:
-    """The tasks of LANDMARKS, each with the module that defines the name, and the name."""
+    """Each task of LANDMARKS with the module that defines the name, and the name. Raises ValueError if it is not unique."""
     for task, name in LANDMARKS.items():
         found = [
             path.relative_to(root).as_posix()
@@ -90,7 +93,7 @@ def landmarks(root: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def modules(root: Path, room: str) -> str:
-    """Every module of a room below its package, one line each, from their docstrings."""
+    """Every module of a top-level package below its folder, one line each, from their docstrings."""
     lines = [NOTE, f"# Modules of {room}", "", "After this page you can find a module by what it does.", ""]
     for folder in packages(root / room):
         lines.append(f"- **`{folder.relative_to(root)}/`**: {summary(folder / '__init__.py')}")
@@ -107,7 +110,7 @@ def packages(folder: Path) -> list[Path]:
 
 
 def other_files(package: Path) -> list[str]:
-    """What lies in a package beside its modules, folders that are no packages with a slash at the end."""
+    """Names of a package's entries that are no modules or packages; folders end with a slash."""
     names = []
     for path in sorted(package.iterdir()):
         if path.is_dir() and not path.name.startswith(("_", ".")) and not (path / "__init__.py").exists():
@@ -125,12 +128,12 @@ def summary(path: Path) -> str:
     """The first line of a module's docstring, with no HTML in it."""
     text = ast.get_docstring(tree(path))
     if not text:
-        raise ValueError(f"{path} has no docstring; its first line stands in docs/architecture.md")
+        raise ValueError(f"{path} has no docstring; docs/architecture.md shows its first line")
     return text.splitlines()[0].replace("<", "&lt;")
 
 
 def room_imports(root: Path) -> set[tuple[str, str]]:
-    """Which room imports which other one."""
+    """Pairs of top-level packages of which the first imports the second."""
     imports = re.compile(rf"^ *(?:from|import) ({'|'.join(ROOMS)})\b", re.MULTILINE)
     paths = [(room, path) for room in ROOMS for path in (root / room).rglob("*.py")]
     found = {(room, other) for room, path in paths for other in imports.findall(path.read_text(encoding="utf-8"))}
@@ -147,7 +150,7 @@ def levels_of(contract: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]
 
 
 def fault_list(root: Path) -> str:
-    """For each fault of the page the tests that show what happens, from their marker `fault_case`."""
+    """The tests of each fault of the page, from their marker `fault_case`."""
     tests: dict[str, list[str]] = {}
     for path in sorted((root / "tests").rglob("test_*.py")):
         if "fault_case" in path.read_text(encoding="utf-8"):
@@ -159,7 +162,7 @@ def fault_list(root: Path) -> str:
 
 
 def marked(decorators: Iterable[ast.expr]) -> list[str]:
-    """The faults of the markers `fault_case` among a test's decorators, those of its parameters too."""
+    """The faults of the markers `fault_case` among a test's decorators, including those of its parameters."""
     calls = [node for one in decorators for node in ast.walk(one) if isinstance(node, ast.Call)]
     calls = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "fault_case"]
     found = [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
@@ -167,7 +170,7 @@ def marked(decorators: Iterable[ast.expr]) -> list[str]:
 
 
 def stale(root: Path = ROOT) -> list[str]:
-    """The generated pages that differ from what the source gives now."""
+    """The generated pages that differ from the current source."""
     written = pages(root)
     current = {name: (root / name).read_text(encoding="utf-8") for name in written if (root / name).is_file()}
     return [name for name, text in written.items() if current.get(name) != text]

@@ -116,21 +116,10 @@ class FusedOwnClassLogSumExp(torch.autograd.Function):
         batch, keys = similarity.shape
         own_first, own_last = own_rows[:, 0].contiguous(), own_rows[:, -1].contiguous()
         other_logsumexp, mean = similarity.new_empty(batch), similarity.new_empty(batch)
+        tensors = (similarity, bias, own_first, own_last, temperature, other_logsumexp, mean)
         with torch.cuda.device_of(similarity):
-            _kernels()[0][(batch,)](
-                similarity,
-                bias,
-                own_first,
-                own_last,
-                temperature,
-                other_logsumexp,
-                mean,
-                keys,
-                FLOOR,
-                BLOCK,
-                num_warps=8,
-            )
-        ctx.save_for_backward(similarity, bias, own_first, own_last, temperature, other_logsumexp, mean)
+            _kernels()[0][(batch,)](*tensors, keys, FLOOR, BLOCK, num_warps=8)
+        ctx.save_for_backward(*tensors)
         return similarity.gather(1, own_rows), other_logsumexp, other_logsumexp.clone()
 
     @staticmethod

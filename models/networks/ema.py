@@ -15,7 +15,7 @@ class WeightAverage(nn.Module):
 
     Batch-norm statistics are averaged like weights; counters are copied. The average is on the network's device with
     static shapes and no copy to the host, so that an update can be part of a captured step. (torch's AveragedModel
-    reads value counter on the host at every update.)
+    reads its counter on the host at every update.)
     """
 
     updates: Tensor

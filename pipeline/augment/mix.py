@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment.pixels import copy_to_device
 from pipeline.params import AugmentParams
+from pipeline.shared.host_memory import copy_to_device
 
 
 @dataclass(frozen=True)

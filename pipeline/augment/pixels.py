@@ -18,12 +18,6 @@ def blend(degenerate: Tensor, original: Tensor, factor: Tensor) -> Tensor:
     return (degenerate + factor * (original - degenerate)).clamp(0, 255)
 
 
-def copy_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy to a device; asynchronous, through pinned memory, for a GPU."""
-    to_gpu = torch.device(device).type == "cuda" and not tensor.is_cuda
-    return (tensor.pin_memory() if to_gpu else tensor).to(device, non_blocking=True)
-
-
 def in_bytes(values: Tensor) -> Tensor:
     """Truncate values within 0..255, of any dtype, to uint8."""
     # Through int16: PyTorch's cast from float32 to uint8 is five times slower on the CPU than both casts.

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.augment.affine import AFFINE, fixed_matrix
 from pipeline.augment.crops import CHANCES, boxes_of, cutout, draw_chances, padded_crop, resized_crop
 from pipeline.augment.operations import CODE, apply_slot
-from pipeline.augment.pixels import copy_to_device
 from pipeline.augment.policies import Plan, draw_bicubic, draw_slots, is_geometric, plan_of
 from pipeline.params import AugmentParams
+from pipeline.shared.host_memory import copy_to_device
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def init(
             f"{folder}: is the project's folder or contains it; expected a folder of images inside the project or "
             "elsewhere, such as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
         )
-    found = inspect_folder(folder)
-    chosen = suggest_params(found, folder.as_posix(), choose_device("auto").type == "cuda")
+    summary = inspect_folder(folder)
+    chosen = suggest_params(summary, folder.as_posix(), choose_device("auto").type == "cuda")
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:
@@ -110,16 +110,16 @@ def init(
     elif dry_run:
         print(text, end="")
     else:
-        print(f"{folder}: {found}")
+        print(f"{folder}: {summary}")
         for key, (value, why) in chosen.items():
             print(f"  {key} = {value}  # {why}")
         print(f"→ {output}; next: {''.join(f'{step}, ' for step in steps)}tailor data check, then: dvc repro")
-    for line in found.remarks:
+    for line in summary.remarks:
         print(f"init: {line}", file=sys.stderr)
-    few = warnings_of(expected_tests(found))
+    few = warnings_of(expected_tests(summary))
     for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
         print(f"init: warning: {line}", file=sys.stderr)
-    for reference in found.unreadable[:5]:
+    for reference in summary.unreadable[:5]:
         print(f"init: {folder / reference}: cannot be read; `tailor data check` prints why", file=sys.stderr)
     return 0
 

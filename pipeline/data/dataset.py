@@ -58,11 +58,15 @@ class Images:
         """`pixels` of the indices `chosen` in order, `size` at a time."""
         return map(self.pixels, chosen.split(size))
 
-    def feed(self, *_: Tensor, **__: Iterable[Draws] | None) -> AbstractContextManager[Iterator[None]]:
+    def feed(
+        self,
+        indices: Tensor,  # noqa: ARG002 - same signature as ImageStream
+        draws: Iterable[Draws] | None = None,  # noqa: ARG002 - same signature as ImageStream
+    ) -> AbstractContextManager[Iterator[None]]:
         """Context with an iterator of None for the batches of indices int64 [steps,B]; the step has the images."""
         return nullcontext(itertools.repeat(None))
 
-    def epoch_record(self, seconds: float) -> dict[str, float]:  # noqa: ARG002
+    def epoch_record(self, seconds: float) -> dict[str, float]:  # noqa: ARG002 - same signature as ImageStream
         """Empty: no step waits for data and no image is replaced."""
         return {}
 

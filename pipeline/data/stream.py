@@ -190,7 +190,8 @@ class ImageStream:
     def allocate_batch(self, count: int, views: int | None = None) -> Tensor:
         """Allocate a batch tensor, with `views` images per row if given; in pinned memory if the device is a GPU."""
         shape, pinned = (count * (views or 1), 3, self._image.size, self._image.size), self._device.type == "cuda"
-        # A tensor created in inference mode, as in evaluation, cannot be written by a thread outside of it.
+        # A tensor created in inference mode, as in evaluation, cannot be written by a thread outside of it. Decoders
+        # write channels last.
         with torch.inference_mode(False):
             batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
         return batch if views is None else batch.unflatten(0, (count, views))

@@ -27,11 +27,11 @@ class Estimate:
 NO_ESTIMATE = Estimate(None, None, None)
 
 
-def wilson(correct: int, total: int, confidence: float = CONFIDENCE) -> Estimate:
+def wilson(correct: int, total: int) -> Estimate:
     """A proportion and its score interval (Wilson 1927), whose coverage holds for few samples and near 0 and 1."""
     if not total:
         return NO_ESTIMATE
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share, scale = correct / total, 1 + z * z / total
     centre = (share + z * z / (2 * total)) / scale
     half = z * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / scale
@@ -40,9 +40,7 @@ def wilson(correct: int, total: int, confidence: float = CONFIDENCE) -> Estimate
     return Estimate(share, 0.0 if correct == 0 else low, 1.0 if correct == total else high)
 
 
-def weighted_accuracy(
-    correct: np.ndarray, tested: np.ndarray, weights: np.ndarray, *, seed: int = 0, confidence: float = CONFIDENCE
-) -> Estimate:
+def weighted_accuracy(correct: np.ndarray, tested: np.ndarray, weights: np.ndarray, *, seed: int = 0) -> Estimate:
     """Σ weight · accuracy over the classes, with its bootstrap interval; the weights are normalised to sum to 1.
 
     correct, tested: int [C], correct and all test samples of each class. weights: [C]; equal weights give the mean of
@@ -58,7 +56,7 @@ def weighted_accuracy(
         return NO_ESTIMATE
     r, n, w = correct[included], tested[included], weights[included] / weights[included].sum()
     if r.sum() in (0, n.sum()):
-        return wilson(int(r.sum()), int(n.sum()), confidence)
+        return wilson(int(r.sum()), int(n.sum()))
     value = float((r / n) @ w)
     p = (r + value) / (n + 1)
     generator = np.random.default_rng(seed)
@@ -66,7 +64,7 @@ def weighted_accuracy(
     def draw(count: int) -> np.ndarray:
         return np.clip((generator.binomial(n, p, (count, len(n))) / n - p) @ w + value, 0, 1)
 
-    return Estimate(value, *_percentiles(draw, len(n), RESAMPLES, confidence))
+    return Estimate(value, *_percentiles(draw, len(n), RESAMPLES, CONFIDENCE))
 
 
 def bootstrap(

@@ -18,14 +18,15 @@ from serving.shared.terminal import print
 
 ROUNDS = 100
 WARM_UP = 10
+TIMEOUT = 120.0  # seconds
 
 
-def measure_latency(graphs: Sequence[Path], timeout: float = 120.0) -> list[float] | None:
+def measure_latency(graphs: Sequence[Path]) -> list[float] | None:
     """Median milliseconds per image of each graph, measured in turns; None if the measurement fails or times out."""
     environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-P", "-m", "pipeline.flows.latency", *map(str, graphs)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=True)
         return json.loads(done.stdout)
     except (subprocess.SubprocessError, ValueError):
         return None

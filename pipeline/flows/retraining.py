@@ -132,7 +132,7 @@ def _run_tasks(params: Params, because: str, drop: Path | None, reporter: Prefec
     if champion and lifecycle.identity(champion.manifest) == release:
         # An earlier run promoted this release and was killed, possibly before the servers loaded it.
         servers = _promote(run, params, champion.version, release, None)
-        serves = _serves(champion.version, servers, repository)
+        serves = _serves(champion.version, None, servers, repository)
         return Outcome("promoted", f"{serves}; an earlier run promoted it", champion.version)
     run_info = {"because": because, "release": release, "data_sha256": data_sha256(SPLIT), "compared_with": before,
                 "code_revision": code_revision(), "run": flow_run.get_name(), "ingest": str(report)}  # fmt: skip
@@ -164,8 +164,7 @@ def _publish(run: TaskRunner, params: Params, evidence: Path, release: str, befo
             lifecycle.withdraw(repository, version)
         raise
     where = "on a separate server" if rehearsed else "in ONNX Runtime only (dry run)"
-    instead = f" instead of {before}" if before else ""
-    serves = _serves(f"{version}{instead}", servers, repository)
+    serves = _serves(version, before, servers, repository)
     return Outcome("promoted", f"{serves}; it was tested {where}", version, str(evidence))
 
 
@@ -202,6 +201,7 @@ def _unchanged(params: Params, champion: int | None, report: IngestReport) -> Ou
     return Outcome("unchanged", f"no new data and no changed params; their release was {earlier}{refused}", champion)
 
 
-def _serves(version: int | str, servers: tuple[str, ...], repository: Path) -> str:
+def _serves(version: int, before: int | None, servers: tuple[str, ...], repository: Path) -> str:
+    instead = f" instead of {before}" if before else ""
     where = f"at {', '.join(servers)}" if servers else f"once a server starts on {repository}; no server runs on it now"
-    return f"version {version} answers, {where}"
+    return f"version {version} answers{instead}, {where}"

@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from models.preprocess import ImageError
 from models.prior import class_key
@@ -40,9 +39,7 @@ class CheckedRow:
     detail: str = ""
 
 
-def check_rows(
-    rows: list[DropRow], params: IngestParams, classes: list[str], ingested: Ingested, split: Path = SPLIT
-) -> list[CheckedRow]:
+def check_rows(rows: list[DropRow], params: IngestParams, classes: list[str], ingested: Ingested) -> list[CheckedRow]:
     """Check all rows and return one result per row, in the same order.
 
     Each image is read and decoded once, in parallel, with a progress bar. classes: existing class names, in label
@@ -51,7 +48,7 @@ def check_rows(
     images = _read_images(rows)
     class_names = set(classes)
     labels = [_class_of(row.label, params, classes, class_names) for row in rows]
-    existing = _existing_images({image.sha256 for image in images if image.sha256}, classes, ingested, split)
+    existing = _existing_images({image.sha256 for image in images if image.sha256}, classes, ingested)
     drop_labels: dict[str, set[str]] = defaultdict(set)
     for image, (label, _) in zip(images, labels, strict=True):
         if label is not None and image.outcome == "good":
@@ -152,13 +149,11 @@ def _class_of(
     )
 
 
-def _existing_images(
-    digests: set[str], classes: list[str], ingested: Ingested, split: Path
-) -> dict[str, list[tuple[str, str]]]:
+def _existing_images(digests: set[str], classes: list[str], ingested: Ingested) -> dict[str, list[tuple[str, str]]]:
     """Map each sha256 to the (split, class) pairs of the images in the data set that have it."""
     existing: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name in ("train", "validation", "test"):
-        table = read_split(name, ["sha256", "label"], split, [("sha256", "in", sorted(digests) or [""])])
+        table = read_split(name, ["sha256", "label"], SPLIT, [("sha256", "in", sorted(digests) or [""])])
         for digest, label in zip(*(table.column(column).to_pylist() for column in ("sha256", "label")), strict=True):
             existing[digest].append((name, classes[label]))
     for digest, label in ingested.content():

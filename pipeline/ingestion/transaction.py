@@ -116,6 +116,7 @@ def finish_round() -> IngestReport | None:
     try:
         plan = json.loads((ROUND / PLAN).read_text(encoding="utf-8"))
         shard = INGESTED / plan["shard"] if plan["shard"] else None
+        quarantine = plan["quarantine"]
         report = replace(IngestReport(**plan["report"]), shard=shard)
     except FileNotFoundError:
         shutil.rmtree(ROUND, ignore_errors=True)  # left by a kill during the final deletion, when all steps were done
@@ -124,8 +125,8 @@ def finish_round() -> IngestReport | None:
         raise StageError(f"{ROUND / PLAN}: damaged ({error}); remove {ROUND} and run again") from None
     if shard and (ROUND / SHARD).is_file():
         move_file(ROUND / SHARD, shard)
-    if plan["quarantine"] and (ROUND / BAD).is_dir():
-        move_to_quarantine(ROUND / BAD, plan["quarantine"])
+    if quarantine and (ROUND / BAD).is_dir():
+        move_to_quarantine(ROUND / BAD, quarantine)
     _clear_drop(Path(plan["drop"]), plan)
     shutil.rmtree(ROUND)
     return report

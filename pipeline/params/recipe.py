@@ -6,9 +6,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-
 from pipeline.params import parse_params, read_yaml
 from pipeline.shared.errors import ParamsError
 
@@ -21,6 +18,8 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
 
     Raises ParamsError, with file, key and value, for an overlay that is not a mapping or gives invalid params.
     """
+    from ruamel.yaml import YAML  # training runs without ruamel
+
     overlays = [find_recipe(overlay) for overlay in overlays]
     read_yaml(target)  # raises the usual error if the file is not YAML
     document = load_document(target.read_text(encoding="utf-8"))
@@ -52,6 +51,8 @@ def dump_document(document: Any) -> str:
 
 
 def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 160
@@ -63,6 +64,8 @@ def _yaml() -> Any:
 
 def _lists_on_one_line(mapping: Any) -> None:
     """Convert block lists to flow style and keep the key's comment; replacing a block list would break the file."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
     for key, value in mapping.items():
         if isinstance(value, CommentedMap):
             _lists_on_one_line(value)
@@ -120,6 +123,8 @@ def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
 
 def _flow(value: Any) -> Any:
     """Convert a list or a new mapping to ruamel's flow style on one line."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
     if isinstance(value, dict):
         made: Any = CommentedMap({key: _flow(entry) for key, entry in value.items()})
     elif isinstance(value, list):

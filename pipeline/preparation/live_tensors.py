@@ -61,6 +61,7 @@ class LiveMemory(TorchDispatchMode):
         """Record the gradients of parameters as `gradients` when they are accumulated."""
         for parameter in parameters:
             if parameter.requires_grad:
+                # type: ignore: a gradient is never None in this hook, which runs after its accumulation.
                 parameter.register_post_accumulate_grad_hook(
                     lambda weight: self._relabel(weight.grad, lambda _: GRADIENTS)  # type: ignore[arg-type]
                 )

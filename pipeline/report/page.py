@@ -65,15 +65,15 @@ def as_script(content: Any) -> Markup:
     return Markup(text)
 
 
-def percent(value: float | Estimate | None, digits: int = 1) -> str:
+def percent(value: float | Estimate | None) -> str:
     """Format a share as a percentage; n/a for None."""
     number = value.value if isinstance(value, Estimate) else value
-    return "n/a" if number is None else f"{number:.{digits}%}"
+    return "n/a" if number is None else f"{number:.1%}"
 
 
-def points(value: float | None, digits: int = 1) -> str:
+def points(value: float | None) -> str:
     """Format a difference of shares in percentage points, with its sign; n/a for None."""
-    return "n/a" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+    return "n/a" if value is None else f"{100 * value:+.1f}".replace("-", "−")
 
 
 def thumbnail(data: bytes) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 from pipeline.flows.records import Outcome, read_run
 from pipeline.scheduling.prefect_server import (
-    HOME,
     PrefectServerError,
     configured_server,
     ensure_server,
@@ -27,7 +26,7 @@ NAME = "schedule"  # of the deployment that `tailor schedule` serves
 DEPLOYMENT = f"retrain/{NAME}"
 
 
-def trigger_retrain(reason: str, home: Path = HOME) -> str:
+def trigger_retrain(reason: str) -> str:
     """Start a retraining of the project for `reason`. Returns a sentence that describes what was done.
 
     If `tailor schedule` runs, or PREFECT_API_URL names a server with its deployment, the function requests a run there
@@ -35,25 +34,25 @@ def trigger_retrain(reason: str, home: Path = HOME) -> str:
     this process and returns at its end. Raises StageError if the run failed or the server at PREFECT_API_URL does not
     respond.
     """
-    set_prefect_env(home)
-    if url := configured_server() or running_server(home):
+    set_prefect_env()
+    if url := configured_server() or running_server():
         with use_api(url):
             answer = _request_run(url, reason)
         if answer:
             return answer
-    outcome = run_once(reason, home=home)
+    outcome = run_once(reason)
     if outcome.ending == "failed":
         raise StageError(outcome.message)
     return f"{outcome.ending}: {outcome.message}"
 
 
-def run_once(because: str, drop: Path | None = None, home: Path = HOME, tracebacks: bool = False) -> Outcome:
+def run_once(because: str, drop: Path | None = None, tracebacks: bool = False) -> Outcome:
     """Run the flow in this process and return its outcome; starts a temporary Prefect server if none runs.
 
     tracebacks: whether Prefect's log shows tracebacks; the outcome's message has the cause. Raises StageError if
     Prefect's server cannot be started, or the server at PREFECT_API_URL does not respond.
     """
-    with ensure_server(home):
+    with ensure_server():
         import httpx
         from prefect.logging.handlers import APILogHandler
 

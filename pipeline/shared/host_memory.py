@@ -1,4 +1,4 @@
-"""Host memory: keep freed memory in the process for reuse, free memory, peak memory of a run."""
+"""Host memory: keep freed memory in the process for reuse, pinned copies, free memory, peak memory of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import resource
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # Parameters of glibc's mallopt(3); M_TRIM_THRESHOLD -1 turns trimming off.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -27,6 +28,12 @@ def keep_freed_memory() -> bool:
         return False
     # Set both, because setting one turns off glibc's automatic adjustment of both.
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def copy_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to a device; asynchronous, through pinned memory, for a GPU."""
+    to_gpu = torch.device(device).type == "cuda" and not tensor.is_cuda
+    return (tensor.pin_memory() if to_gpu else tensor).to(device, non_blocking=True)
 
 
 def free_bytes() -> int:

@@ -63,8 +63,12 @@ def main(command: Sequence[str]) -> int:
         # A function instead of SIG_IGN, which the command would inherit.
         signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    # os.read returns when the owner exits.
-    threading.Thread(target=lambda: (os.read(0, 1), _kill_group(child.pid)), daemon=True).start()
+
+    def end_with_owner() -> None:
+        os.read(0, 1)  # returns when the owner exits
+        _kill_group(child.pid)
+
+    threading.Thread(target=end_with_owner, daemon=True).start()
     # WNOWAIT does not reap the child, so that its id, which is the group's id, is not reused before _kill_group.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     _kill_group(child.pid)  # ends child processes too, for example a stage that still runs after DVC was killed

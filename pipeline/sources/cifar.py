@@ -136,7 +136,7 @@ class _Archive:
         with tarfile.open(packed, "r|gz") as archive:
             for member in archive:
                 if member.name in names - members.keys() and member.isreg() and member.size <= MAX_MEMBER:
-                    members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+                    members[member.name] = archive.extractfile(member).read()
                 if len(members) == len(names):
                     break
         return members

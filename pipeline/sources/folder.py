@@ -99,7 +99,7 @@ class FolderSource(FileSource):
                 text = "class without training images; add some or remove the folder"
                 self._problems.append((class_folder, text))
 
-    def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
+    def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002 - same signature as Source
         """Constant: regular files were listed just before, so a missing one is a broken link."""
         return "they are links to files that do not exist"
 

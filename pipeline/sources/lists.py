@@ -68,7 +68,8 @@ class ListSource(FileSource):
         self.rows = [Row(path, label, path, split) for split, listed in entries.items() for path, label in listed]
 
     def _class_names(self, entries: dict[str, list[Entry]]) -> list[str]:
-        train_list, folders = self.lists["train"], dict[int, str]()
+        train_list = self.lists["train"]
+        folders: dict[int, str] = {}
         for path, label in entries["train"]:
             folders.setdefault(label, path.rpartition("/")[0] or ".")
         classes = max(folders, default=-1) + 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -42,18 +43,19 @@ class Groups:
     sizes: np.ndarray
 
 
-class ImageReader(Protocol):
+class ImageReader(ABC):
     """Reads the bytes of an image by its reference: the part of a source that training needs, without listing rows."""
 
+    @abstractmethod
     def read(self, reference: str) -> bytes:
         """Encoded bytes of one image. Raises BadImageError with the file, DataError if more than this image is lost."""
 
-    def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002
+    def groups(self, references: pa.ChunkedArray) -> Groups | None:  # noqa: ARG002 - default of all readers
         """Groups of images that are read together; None if each image is read separately."""
         return None
 
 
-class Source(ImageReader, Protocol):
+class Source(ImageReader):
     """A set of labelled images. `read` and `stamp` must be thread-safe.
 
     origin: name of the data set; for packed shards that of the packed data set.
@@ -67,7 +69,7 @@ class Source(ImageReader, Protocol):
         """Rows whose file is missing, found without reading files; empty if that is not possible cheaply."""
         return []
 
-    def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002
+    def why_missing(self, rows: list[Row]) -> str | None:  # noqa: ARG002 - default of all sources
         """Probable cause and remedy if these rows are missing; None if unknown."""
         return None
 

@@ -22,7 +22,7 @@ from pipeline.sources.shards import (
     open_shards,
     row_groups,
 )
-from pipeline.sources.source import BadImageError, Groups, Row, Source, existing_root, rows_without_stamp
+from pipeline.sources.source import BadImageError, Groups, ImageReader, Row, Source, existing_root, rows_without_stamp
 from pipeline.sources.storage import Storage, is_address
 from serving.shared.bounded_parquet import MemoryLimit
 from serving.shared.terminal import counted
@@ -30,7 +30,7 @@ from serving.shared.terminal import counted
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python writes it: `007` is a name
 
 
-class TableReader:
+class TableReader(ImageReader):
     """Reads images of Parquet or CSV files by reference; on opening only Parquet footers are read.
 
     cache_bytes: memory for cached row groups. Raises DataError with a file that is missing, truncated, or has another
@@ -118,26 +118,26 @@ class TableSource(TableReader, Source):
         return [int(label) for label in labels]
 
     def _class_names(self, labels: dict[str, list]) -> list[str]:
-        trained = sorted(set(labels["train"]))
+        train_labels = sorted(set(labels["train"]))
         where = f"{self._split_location('train')}: column {self._params.label!r}"
-        if len(trained) < 2:
-            raise DataError(f"{where} has {counted(len(trained), 'class')}; expected at least 2")
+        if len(train_labels) < 2:
+            raise DataError(f"{where} has {counted(len(train_labels), 'class')}; expected at least 2")
         for split, values in labels.items():
-            if unknown := sorted(set(values) - set(trained)):
+            if unknown := sorted(set(values) - set(train_labels)):
                 raise DataError(
                     f"{self._split_location(split)}: label {unknown[0]!r} has no training samples; "
                     "add training images of that class or remove its rows"
                 )
-        if isinstance(trained[0], int) and trained != list(range(len(trained))):
-            if trained[0] < 0:
-                raise DataError(f"{where} has the label {trained[0]}; integer labels must be 0..C-1 without a gap")
-            missing = next(i for i, value in enumerate([*trained, None]) if value != i)
+        if isinstance(train_labels[0], int) and train_labels != list(range(len(train_labels))):
+            if train_labels[0] < 0:
+                raise DataError(f"{where} has the label {train_labels[0]}; integer labels must be 0..C-1 without a gap")
+            missing = next(i for i, value in enumerate([*train_labels, None]) if value != i)
             raise DataError(f"{where} skips {missing}; integer labels must be 0..C-1 without a gap")
-        stored = self._splits["train"][0].metadata_value(CLASSES_KEY) if isinstance(trained[0], int) else None
-        names = [class_key(str(name)) for name in self._params.class_names or stored or trained]
-        if len(names) != len(trained):
+        stored = self._splits["train"][0].metadata_value(CLASSES_KEY) if isinstance(train_labels[0], int) else None
+        names = [class_key(str(name)) for name in self._params.class_names or stored or train_labels]
+        if len(names) != len(train_labels):
             owner = "data.table.class_names" if self._params.class_names else self._split_location("train")
-            sizes = f"{counted(len(names), 'name')} for {counted(len(trained), 'class')}"
+            sizes = f"{counted(len(names), 'name')} for {counted(len(train_labels), 'class')}"
             raise ParamsError(f"{owner} has {sizes}; expected one per class")
         if len(set(names)) < len(names):
             repeated = next(name for name in names if names.count(name) > 1)
@@ -165,8 +165,9 @@ class TableSource(TableReader, Source):
 
     def location(self, row: Row) -> str:
         """Path of the image if the table has paths, else path and row of the table, with the row's id if it has one."""
-        location = self._storage.location(self._path(row.reference) or row.reference)
-        return location if self._params.path or row.sample_id == row.reference else f"{location} ({row.sample_id})"
+        path = self._path(row.reference)
+        location = self._storage.location(path or row.reference)
+        return location if path or row.sample_id == row.reference else f"{location} ({row.sample_id})"
 
     def stamp(self, reference: str) -> str | None:
         """Stamp of the image's file if the table has paths, else of the shard."""

@@ -35,10 +35,10 @@ from pipeline.training.state import (
     Position,
     check_batch,
     check_same_everywhere,
+    create_snapshot,
     non_finite_tensors,
     replaced_elsewhere,
-    snapshot_of,
-    take_snapshot,
+    restore_snapshot,
 )
 from pipeline.training.step import Step, StepInputs, draw_ahead, own_indices, own_rows, precision_of
 
@@ -124,9 +124,8 @@ class Training:
         self._monitor = NonFiniteMonitor(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._at = Position()
-        self._checkpoint: tuple[int, int] | None = (
-            None  # finished epochs, and steps of the next, in the newest checkpoint
-        )
+        # Finished epochs, and steps of the next, in the newest checkpoint.
+        self._checkpoint: tuple[int, int] | None = None
         self._saved = time.monotonic()
 
     def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:
@@ -238,7 +237,7 @@ class Training:
         if at.step:
             at.sums = self._monitor.checkpoint_sums()
         if rank() == 0:
-            snapshot = snapshot_of(at, self.step, self._generator, self.best)
+            snapshot = create_snapshot(at, self.step, self._generator, self.best)
             self.run_folder.save(at.epoch * 1_000_000 + at.step, snapshot)
         self._checkpoint = at.epoch, at.step
 
@@ -246,5 +245,5 @@ class Training:
         snapshot: Snapshot | None = self.run_folder.load() if self.run_folder else None
         check_same_everywhere(snapshot, self.device, self.run_folder.folder if self.run_folder else None)
         if snapshot is not None:
-            self._at, self.best = take_snapshot(snapshot, self.step, self._generator)
+            self._at, self.best = restore_snapshot(snapshot, self.step, self._generator)
             self._checkpoint = self._at.epoch, self._at.step

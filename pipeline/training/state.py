@@ -37,7 +37,7 @@ class Best:
     weights: dict[str, Tensor]
 
 
-def snapshot_of(at: Position, step: Step, generator: torch.Generator, best: Best | None) -> Snapshot:
+def create_snapshot(at: Position, step: Step, generator: torch.Generator, best: Best | None) -> Snapshot:
     """Take a snapshot of a run: objective, momentum, EMA, generators, order and loss sums of the epoch, the best network."""
     tensors = {
         **step.state(),
@@ -59,7 +59,7 @@ def snapshot_of(at: Position, step: Step, generator: torch.Generator, best: Best
     return Snapshot(tensors, state)
 
 
-def take_snapshot(snapshot: Snapshot, step: Step, generator: torch.Generator) -> tuple[Position, Best | None]:
+def restore_snapshot(snapshot: Snapshot, step: Step, generator: torch.Generator) -> tuple[Position, Best | None]:
     """Restore a snapshot into the step and the generators. Raises StageError when it belongs to another network."""
     tensors, state = snapshot.tensors, snapshot.state
     wrong = step.load_state(part(tensors, ("objective.", "momentum.", "average.")))

@@ -19,6 +19,7 @@ from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, 
 from pipeline.data.dataset import AnyImages, Normalisation
 from pipeline.data.embeddings import FeatureImages
 from pipeline.params import EngineParams, ImageParams, TrainingParams
+from pipeline.shared.host_memory import copy_to_device
 from pipeline.training.optimiser import Optimiser
 
 
@@ -37,10 +38,9 @@ class StepInputs:
 
     def to(self, device: torch.device) -> StepInputs:
         """Copy to a device; asynchronous, through pinned memory, for a GPU."""
-        chosen = self.chosen.pin_memory() if device.type == "cuda" and not self.chosen.is_cuda else self.chosen
         mix = None if self.mix is None else self.mix.to(device)
         pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
-        return StepInputs(chosen.to(device, non_blocking=True), self.draws.to(device), mix, pixels)
+        return StepInputs(copy_to_device(self.chosen, device), self.draws.to(device), mix, pixels)
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""

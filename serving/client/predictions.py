@@ -59,4 +59,5 @@ def as_rows(image: Path, answer: Prediction | ServingError, top: int | None) -> 
 
 
 def best_classes(answer: Prediction, top: int | None) -> list[tuple[str, int, float]]:
+    """Return name, index and probability of the best `top` classes (None: all in the response)."""
     return list(zip(answer.classes, answer.indexes, answer.probabilities, strict=True))[:top]

@@ -141,8 +141,8 @@ def _check_enough(logged: LoggedLogits, log: Path, manifest: Manifest, minimum: 
         return
     others = ", ".join(f"{number} of version {version}" for version, number in sorted(logged.others.items()))
     raise ServingError(
-        f"{log}: holds {counted(logged.found, 'image')} of version {manifest.version} in this time; expected at least {minimum}"
-        f"{f' (there are {others})' if others else ''}; log for longer, or a larger --log-share"
+        f"{log}: holds {counted(logged.in_window, 'image')} of version {manifest.version} in this time; expected at least "
+        f"{minimum}{f' (there are {others})' if others else ''}; log for longer, or a larger --log-share"
     )
 
 
@@ -189,7 +189,7 @@ def _facts(
     return {
         "version": manifest.version,
         "images": estimate.images,
-        "logged": logged.found,
+        "logged": logged.in_window,
         "first": first.isoformat(timespec="seconds"),
         "last": last.isoformat(timespec="seconds"),
         "method": estimate.method,

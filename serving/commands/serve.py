@@ -99,7 +99,7 @@ def serve(
     are printed. Restarts the server when it exits, and reloads a model when its process exits. To load new versions
     while it runs, use `tailor promote`, with the key in TAILOR_ADMIN_KEY if that is set.
     """
-    patience = SupervisionLimits(restarts=_restarts(restarts))
+    limits = SupervisionLimits(restarts=_restarts(restarts))
     options = [*LATENCY_OPTIONS, *(trace_options(trace_url, trace_every) if trace_url else [])]
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
         option = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
@@ -122,7 +122,7 @@ def serve(
     try:
         with server:
             _print_addresses(server)
-            Supervisor(server, print_warning, patience).run(stopping)
+            Supervisor(server, print_warning, limits).run(stopping)
     except Stopped:
         pass
     except ServingError:

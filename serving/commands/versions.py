@@ -122,11 +122,11 @@ def _confirm_promotion(check: PromotionCheck | None, force: bool) -> None:
     terminal.print(promotion_table(check))
     if check.decision:
         print(f"the gate: {check.decision}", file=sys.stderr)
-    if check.doubt is None or force:
+    if check.confirmation_reason is None or force:
         return
     if not sys.stdin.isatty():
-        raise ServingError(f"{check.release} is not promoted: {check.doubt}; give --force to promote it")
-    if not typer.confirm(f"{check.release}: {check.doubt}. Promote it?", err=True):
+        raise ServingError(f"{check.release} is not promoted: {check.confirmation_reason}; give --force to promote it")
+    if not typer.confirm(f"{check.release}: {check.confirmation_reason}. Promote it?", err=True):
         raise ServingError(f"{check.release} is not promoted; version {check.champion} stays the champion")
 
 
@@ -140,7 +140,7 @@ def _print_promotion(promoted: promotion.Promotion, as_json: bool) -> None:
     where = (
         f"at {', '.join(promoted.servers)}"
         if promoted.servers
-        else "once a server starts; none of yours runs on it now"
+        else "when a server starts; no server of this user runs on it now"
     )
     print(f"version {promoted.version} answers instead of {promoted.previous}, {where}")
     if promoted.removed:

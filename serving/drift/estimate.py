@@ -100,7 +100,9 @@ def estimate_drift(
         probabilities = softmax(logits if calibration is None else calibrate(logits, calibration))
         estimates = {name: estimate_prior(probabilities, concentration=c) for name, c in concentrations.items()}
         if not all(estimate.converged for estimate in estimates.values()):
-            raise ServingError("the estimate has not converged; give more images, or fewer at once with --samples")
+            raise ServingError(
+                f"the prior estimate has not converged on {len(logits):,} images; give more of them, or change --samples"
+            )
         draws = bootstrap_priors(
             probabilities,
             estimates[method],

@@ -29,14 +29,14 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 class LoggedLogits:
     """Logged images of one release in a time window, in the order of the log.
 
-    logits: balanced, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. found: number of images in the
-    window, N or more. others: number of images of other releases in the window, by version. skipped: unusable file →
+    logits: balanced, float32 [N,C]. times: milliseconds since the epoch, int64 [N]. in_window: number of images in
+    the window, N or more. others: number of images of other releases in the window, by version. skipped: unusable file →
     reason.
     """
 
     logits: np.ndarray
     times: np.ndarray
-    found: int
+    in_window: int
     others: dict[int, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -67,7 +67,7 @@ def read_logits(
     sampled = [(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, len(manifest.classes)), dtype=np.float32))]
     others: dict[int, int] = {}
     skipped: dict[str, str] = {}
-    found = 0
+    in_window = 0
     for path in files:
         try:
             version, student, times, logits = _read(path, manifest)
@@ -80,13 +80,13 @@ def read_logits(
         if student != student_sha256:
             others[version] = others.get(version, 0) + int(inside.sum())
             continue
-        found += int(inside.sum())
+        in_window += int(inside.sum())
         # Uniform sample over files: each row draws a random number, and the rows with the smallest numbers stay.
         sampled.append((random.random(len(times))[inside], times[inside], logits[inside]))
         if sum(len(draws) for draws, _, _ in sampled) > 2 * most:
             sampled = [_smallest(sampled, most)]
     _, times, logits = _smallest(sampled, most)
-    return LoggedLogits(logits, times, found, {v: n for v, n in others.items() if n}, skipped)
+    return LoggedLogits(logits, times, in_window, {v: n for v, n in others.items() if n}, skipped)
 
 
 def parse_time(text: str, option: str, now: float | None = None) -> float:

@@ -39,9 +39,14 @@ def dry_run(root: Path, releases: Sequence[Release], timeout: float) -> None:
         environment = tailor_environment(os.environ) | {"ORT_DISABLE_TELEMETRY": "1"}
         try:
             ended = subprocess.run(
-                command, env=environment, start_new_session=True,
-                capture_output=True, text=True, timeout=timeout, check=False,
-            )  # fmt: skip
+                command,
+                env=environment,
+                start_new_session=True,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             raise RepositoryError(
                 f"{model}: ONNX Runtime did not run its golden requests within {timeout:g} s; export again"

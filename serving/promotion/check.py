@@ -25,14 +25,14 @@ class PromotionCheck:
     """A comparison of a release with the champion.
 
     figures: key of FIGURES → (value of the champion, value of the release), None if a manifest has no value. decision:
-    of the gate, one line; empty if there was none. doubt: why the promotion needs a confirmation, else None.
+    of the gate, one line; empty if there was none. confirmation_reason: why the promotion needs a confirmation, else None.
     """
 
     champion: int
     release: str
     figures: Figures
     decision: str
-    doubt: str | None
+    confirmation_reason: str | None
 
 
 def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | None:
@@ -53,8 +53,8 @@ def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | N
         return None
     figures = {name: (champion.manifest.balanced_metric(name), manifest.balanced_metric(name)) for name in FIGURES}
     name = f"version {release}" if isinstance(release, int) else str(release)
-    doubt = _reason_to_confirm(figures, decision)
-    return PromotionCheck(champion.version, name, figures, decision_text(decision), doubt)
+    confirmation_reason = _reason_to_confirm(figures, decision)
+    return PromotionCheck(champion.version, name, figures, decision_text(decision), confirmation_reason)
 
 
 def _reason_to_confirm(figures: Figures, decision: dict[str, Any] | None) -> str | None:

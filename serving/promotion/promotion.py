@@ -91,7 +91,7 @@ def promote(
                     load_served_versions(repository, running, timeout)
                 return Promotion(version, before, False, tuple(server.grpc_url for server in running))
             challenger, rehearsed = _verify(repository, version, before, timeout, rehearsal)
-            with _promotion_error(f"version {version} does not serve, version {before} stays"):
+            with _promotion_error(f"version {version} could not be loaded, version {before} is still served"):
                 swap(repository, challenger, (before, version), running, timeout)
         record(repository, "promote", version, before)
         removed = prune(repository, keep)
@@ -121,7 +121,7 @@ def rollback(
             older, rehearsed = read_release(repository, version, hashes=False), False
         else:
             older, rehearsed = _verify(repository, version, before, timeout, rehearsal)
-        with _promotion_error(f"version {version} does not serve, version {before} stays"):
+        with _promotion_error(f"version {version} could not be loaded, version {before} is still served"):
             swap(repository, older, (version,), running, timeout)
         record(repository, "rollback", version, before)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in running))

@@ -36,7 +36,7 @@ def record(repository: Path, action: str, version: int, previous: int) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        print(f"tailor: {repository / LOG_NAME}: {error.strerror}; this {action} is not recorded", file=sys.stderr)
+        print(f"tailor: {repository / LOG_NAME}: {error.strerror}; this change is not recorded", file=sys.stderr)
 
 
 def read_changes(repository: Path) -> list[Change]:

@@ -25,7 +25,7 @@ NEXT_PYTHON = (3, 13)  # first unsupported version: the stubs need numpy below 2
 
 
 class InstallationError(ServingError):
-    """This machine or environment cannot run the local Triton server; the message says what to install."""
+    """This machine or environment cannot run the local Triton server; the message states what to install."""
 
 
 @dataclass(frozen=True)

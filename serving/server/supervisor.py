@@ -144,7 +144,7 @@ class Supervisor:
             self._failures = 0
         except ServerOverloaded as error:  # nothing is broken, and a load would slow the working processes
             self._failures = 0
-            self.report(f"{error}; nothing is restarted")
+            self.report(f"{error}; no repair is needed")
         except (ServingError, OSError) as error:
             self._failures += 1
             if self._failures < 2 and not isinstance(error, ProcessHangs):
@@ -204,7 +204,7 @@ class Supervisor:
                     self.server.stop(at_once=True)
                 tail = self.server.log_tail()
                 raise RestartLimitExceeded(
-                    f"{fault}; given up after {counted(limit, 'restart')}" + (f":\n{tail}" if tail else "")
+                    f"{fault}; stopped after {counted(limit, 'restart')}" + (f":\n{tail}" if tail else "")
                 )
             failed = self._failed_starts
             delay = min(self.limits.first_delay * 2 ** (failed - 1), self.limits.longest_delay) if failed else 0.0

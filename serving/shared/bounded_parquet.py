@@ -197,6 +197,8 @@ def _skip(data: bytes, offset: int, kind: int) -> int:
         size, element, offset = data[offset] >> 4, data[offset] & 15, offset + 1
         if size == 15:
             size, offset = _varint(data, offset)
+        if size > len(data):  # an element takes at least one byte
+            raise IndexError
         for _ in range(size):
             offset = _skip(data, offset, 3 if element in (1, 2) else element)  # a boolean in a list takes a byte
         return offset

@@ -35,17 +35,20 @@ class AsyncTransport:
 
     async def send(self, call: Call, deadline: Deadline) -> Any:
         """Send a call and return its response. Raises InputError after `close` and in a second event loop."""
-        check_open(self.url, self._closed)
         loop = asyncio.get_running_loop()
         if self._loop not in (None, loop):
             raise InputError(f"the client of {self.url} was used in another event loop; make a client in each loop")
         self._loop = loop
-        return await tenacity.AsyncRetrying(**self._retries.policy(deadline))(self._wire.send_once, call, deadline)
+        return await tenacity.AsyncRetrying(**self._retries.policy(deadline))(self._send_once, call, deadline)
 
     async def close(self) -> None:
         """Close the connections; open connections would delay the server's shutdown."""
         self._closed = True
         await self._wire.close()
+
+    async def _send_once(self, call: Call, deadline: Deadline) -> Any:
+        check_open(self.url, self._closed)  # at each attempt: another task may close the client between two
+        return await self._wire.send_once(call, deadline)
 
 
 class AsyncHttpWire:

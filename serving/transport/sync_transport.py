@@ -46,9 +46,8 @@ class Transport:
 
     def send(self, call: Call, deadline: Deadline | None = None) -> Any:
         """Send a call and return its response; safe retries until the deadline. Raises InputError after `close`."""
-        check_open(self.url, self._closed)
         deadline = deadline or Deadline(self.timeout)
-        return tenacity.Retrying(**self.retries.policy(deadline))(self._wire.send_once, call, deadline)
+        return tenacity.Retrying(**self.retries.policy(deadline))(self._send_once, call, deadline)
 
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, int], version: str = ""
@@ -61,6 +60,10 @@ class Transport:
         """Close the connections; open connections would delay the server's shutdown."""
         self._closed = True
         self._wire.close()
+
+    def _send_once(self, call: Call, deadline: Deadline) -> Any:
+        check_open(self.url, self._closed)  # at each attempt: another thread may close the client between two
+        return self._wire.send_once(call, deadline)
 
 
 def check_open(url: str, closed: bool) -> None:

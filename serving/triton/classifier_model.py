@@ -164,8 +164,8 @@ class TritonPythonModel:
         """Index and probability, [n,K] each, of the best K = top_k classes of each row under its requested prior."""
         log_prior = self.parser.log_prior
         if any(request.log_prior is not log_prior for request in parsed):
-            shape = logits.shape[1]
-            log_prior = np.concatenate([np.broadcast_to(r.log_prior, (len(r.images), shape)) for r in parsed])
+            classes = logits.shape[1]
+            log_prior = np.concatenate([np.broadcast_to(r.log_prior, (len(r.images), classes)) for r in parsed])
         strength = np.concatenate([request.strength for request in parsed])
         adjusted = self.prior.adjust_logits(logits, log_prior, strength)
         best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]

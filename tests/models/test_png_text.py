@@ -22,12 +22,12 @@ def png(**options):
 
 
 def text(kind, content):
-    actual = PngImagePlugin.PngInfo()
+    info = PngImagePlugin.PngInfo()
     if kind == "iTXt":
-        actual.add_itxt("workflow", content, zip=True)
+        info.add_itxt("workflow", content, zip=True)
     else:
-        actual.add_text("workflow", content, zip=kind == "zTXt")
-    return actual
+        info.add_text("workflow", content, zip=kind == "zTXt")
+    return info
 
 
 @pytest.mark.parametrize(

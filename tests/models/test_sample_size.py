@@ -36,10 +36,10 @@ def test_the_embedded_digits_are_enough_over_all_classes() -> None:
 def test_groups_without_classes_are_excluded_and_a_group_without_test_images_is_named() -> None:
     sizes = sample_sizes([500, 7, 0], ["many", "medium", "few"])
     assert list(sizes) == ["all", "many", "medium", "few"] and list(sample_sizes([500], ["many"])) == ["all", "many"]
-    message = warnings_of(sizes)
-    assert [line.partition(":")[0] for line in message] == ["all", "medium", "few"]
-    assert message[1] == "medium: 7 test images, fewer than 100: figures are uncertain by up to ±37 percentage points"
-    assert message[2] == "few: no test images, so no accuracy can be measured"
+    messages = warnings_of(sizes)
+    assert [line.partition(":")[0] for line in messages] == ["all", "medium", "few"]
+    assert messages[1] == "medium: 7 test images, fewer than 100: figures are uncertain by up to ±37 percentage points"
+    assert messages[2] == "few: no test images, so no accuracy can be measured"
     assert from_json(as_json(sizes)) == sizes
 
 

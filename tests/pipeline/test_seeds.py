@@ -27,10 +27,10 @@ def with_changes(params: Params, changes: dict) -> Params:
     content = params.model_dump(mode="json")
     for key, value in changes.items():
         *sections, last = key.split(".")
-        position = content
+        mapping = content
         for section in sections:
-            position = position[section]
-        position[last] = value
+            mapping = mapping[section]
+        mapping[last] = value
     return Params.model_validate(content)
 
 

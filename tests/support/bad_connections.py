@@ -115,7 +115,7 @@ def odd(first_line: str, *more: str, body: str = "") -> bytes:
     return ("\r\n".join([first_line, "Host: tailor", *more]) + "\r\n\r\n" + body).encode()
 
 
-# Requests that nginx itself rejects, limit of them before it selects a location, with the response status.
+# Requests that nginx itself rejects, most of them before it selects a location, with the response status.
 ODD_REQUESTS: dict[str, tuple[bytes, int]] = {
     "odd: gzip and chunked": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: gzip, chunked", body="0\r\n\r\n"), 501),
     "odd: unknown encoding": (odd(f"POST {INFER} HTTP/1.1", "Transfer-Encoding: x"), 501),

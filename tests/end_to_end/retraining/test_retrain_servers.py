@@ -49,6 +49,7 @@ def test_triton_killed_while_a_version_loads_is_restarted_and_loads_it(project, 
         supervision.join()
         project.set("retrain", retries=0)
     assert outcome.ending == "promoted" and outcome.version == before + 1
+    assert f"version {before + 1} answers instead of {before}, at " in outcome.message
     assert f"at {server.grpc_url}" in outcome.message  # and not "once a server starts"
     assert any("ended by itself" in report for report in reports)
     assert set(asking.versions) <= {before, before + 1}

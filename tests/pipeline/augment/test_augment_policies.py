@@ -29,12 +29,6 @@ MANY = 20_000  # draws
 SOME = 1_500  # images augmented one by one in the reference
 
 
-def random_views(images, views, params, generator):
-    """Draw random numbers and apply them: uint8 [B,3,H,W] → uint8 [views,B,3,H,W]."""
-    draws = draw_views(len(images), *images.shape[2:], views, params, generator)
-    return apply_views(images, draws, params)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -81,7 +75,8 @@ def _squares(values):
 
 
 def augmented(policy, **keys):
-    return random_views(scenes(SOME), 1, params(policy, **keys), seeded(1))[0]
+    augment = params(policy, **keys)
+    return apply_views(scenes(SOME), draw_views(SOME, SIDE, SIDE, 1, augment, seeded(1)), augment)[0]
 
 
 def one_by_one(change):

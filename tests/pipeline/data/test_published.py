@@ -36,13 +36,12 @@ def test_the_split_of_each_published_factor_passes_and_has_its_size(source):
         assert len(actual["train"]) == published.CIFAR_LT[source, factor][0] and len(actual["test"]) == 10_000
 
 
-def test_another_choice_than_the_published_one_stops_the_split():
-    labels = np.array([row.label for row in cifar_rows("cifar10")[0] if row.split == "train"])
-    sizes = profiles.class_sizes("exponential", np.bincount(labels).tolist(), 100)
+def test_another_choice_than_the_published_one_stops_the_split(monkeypatch):
+    rows, _ = cifar_rows("cifar10")
+    choose = profiles.choose_images
+    monkeypatch.setattr(assignment, "choose_images", lambda labels, sizes, seed: choose(labels, sizes, seed + 1))
     with pytest.raises(DataError) as caught:
-        published.check_published_choice(
-            "cifar10", cifar_params("cifar10", 100), labels, profiles.choose_images(labels, sizes, 1)
-        )
+        assignment.assign(rows, list("0123456789"), cifar_params("cifar10", 100), "cifar10")
     assert "cifar10: the images kept at imbalance factor 100 hash to " in str(caught.value)
     assert "the published split to 8a54f5b6fa972295; results would not be comparable" in str(caught.value)
 

@@ -19,7 +19,7 @@ from pipeline.data.dataset import Images, evaluation_images, load_images, traini
 from pipeline.data.stream import ImageStream
 from pipeline.data.stream_decoding import decode_fast
 from pipeline.params import Params, StreamParams
-from pipeline.preparation.pack import pack
+from pipeline.preparation import pack as packing
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import open_reader
 from pipeline.sources.shards import Shard
@@ -63,8 +63,8 @@ def packed(made, tmp_path):
     params = made[0]
     shards = tmp_path / "packed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.preparation.pack.ROW_GROUP_BYTES", 3000)
-        pack(params, shards, 10_000)
+        patch.setattr(packing, "ROW_GROUP_BYTES", 3000)
+        packing.pack(params, shards, 10_000)
     small = streaming(data_params(shards, "table", table={"train": "train", "id": "name"}))
     split.run(small, tmp_path / "packed-split")
     return small, tmp_path / "packed-split", shards

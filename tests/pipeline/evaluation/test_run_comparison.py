@@ -137,7 +137,7 @@ def test_a_name_that_is_no_folder_version_or_revision_is_misuse(runs, monkeypatc
     monkeypatch.chdir(runs)
     for arguments, status, message in (
         (["old", "nosuch"], 2, "'nosuch' is no folder, and a revision needs a git repository"),
-        (["old", "3"], 2, "params.yaml: no such file; a version's images are the recipe's"),
+        (["old", "3"], 2, "params.yaml: no such file; pass the recipe with the version's images as --params FILE"),
         (["old", "new", "--prior", "uniform"], 2, "--prior"),
         (["old", "new", "--params", "nosuch.yaml"], 2, "nosuch.yaml"),
         (["old"], 2, "Missing argument"),

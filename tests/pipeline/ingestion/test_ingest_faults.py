@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.ingestion.ingest import ingest
+from pipeline.shared.errors import StageError
 from tests.support.dropping import drop_images, files, project, shards
 from tests.support.making import table, write
 
@@ -42,6 +43,14 @@ def test_a_full_disk_while_the_round_is_written_changes_nothing(tmp_path, monkey
 
 
 # A process killed by SIGKILL at its n-th change of the disk, for every n until it finishes.
+@pytest.mark.parametrize("plan", ['{"drop', '{"written": {"shard": null}}', '{"shard": null, "report": {}}'])
+def test_a_damaged_plan_or_that_of_an_older_version_is_refused_with_the_remedy(tmp_path, plan):
+    params = project(tmp_path)
+    write(Path("data/.ingest/round/plan.json"), plan.encode())
+    with pytest.raises(StageError, match=r"plan\.json: damaged \(.*\); remove data/\.ingest/round and run again"):
+        ingest(params)
+
+
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree"}
 
 

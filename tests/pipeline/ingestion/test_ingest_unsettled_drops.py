@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.split_tables import load_classes
+from pipeline.ingestion import ingest as ingest_module
 from pipeline.ingestion.drop_folder import Clock, Drop, read_drop
 from pipeline.ingestion.ingest import ingest
 from pipeline.ingestion.row_checks import check_rows
@@ -52,6 +53,7 @@ def test_files_that_are_still_being_written_wait_for_a_later_run(tmp_path):
     young = drop_images("dog", range(3, 5))
     drop = read(params, FixedClock(young))
     assert [row.file for row in drop.rows] == settled and drop.waiting == 2
+    assert drop.files.keys() == set(settled), "ingest moves only these"
 
 
 def test_a_table_and_the_folders_beside_it_wait_while_one_of_its_images_is_written(tmp_path):
@@ -60,7 +62,7 @@ def test_a_table_and_the_folders_beside_it_wait_while_one_of_its_images_is_writt
     beside = drop_images("cat", range(5, 7))
     labels = table(DROP / "labels.csv", {"path": ["photos/0.png", "photos/1.png"], "label": ["cat", "dog"]})
     drop = read(params, FixedClock(images[1:]))
-    assert (drop.rows, drop.waiting) == ([], 5)
+    assert (drop.rows, drop.files, drop.waiting) == ([], {}, 5)
     drop = read(params, FixedClock([]))
     assert len(drop.rows) == 4 and drop.files.keys() == {labels, *images, *beside}
 
@@ -90,6 +92,7 @@ def test_after_a_clock_was_set_back_files_are_watched_for_changes(tmp_path, caps
 
     drop = read(params, SetBack())
     assert ([row.file for row in drop.rows], drop.waiting, slept) == ([unchanged], 1, [30.0])
+    assert drop.files.keys() == {unchanged}
     assert "a clock was set back" in capsys.readouterr().err
 
 
@@ -115,36 +118,35 @@ def test_a_marker_written_while_the_drop_is_read_belongs_to_the_next_batch(tmp_p
         write(DROP / "dog/.complete", b"")
         write(DROP / "cat/.complete", b"again")
 
-    drop = read(params, FixedClock([], write_markers))
+    drop, classes = read(params, FixedClock([], write_markers)), load_classes()
     assert (len(drop.rows), drop.waiting) == (2, 3)
-    assert ingest_with_change(params, drop, lambda: None).added == 2
+    write_round(drop, check_rows(drop.rows, params.ingest, classes, Ingested()), classes, params.ingest.taken)
+    assert finish_round().added == 2
     assert (DROP / "cat/.complete").read_bytes() == b"again"
     assert len(read(params, FixedClock([])).rows) == 3
 
 
-def ingest_with_change(params: Params, drop: Drop, change: Callable[[], object]) -> IngestReport:
-    """Ingest a drop; `change` is called after its rows were checked."""
-    classes = load_classes()
-    rows = check_rows(drop.rows, params.ingest, classes, Ingested())
-    change()
-    write_round(drop, rows, classes, params.ingest.taken)
-    return finish_round()
+def ingest_with_change(monkeypatch, params: Params, change: Callable[[], object]) -> IngestReport:
+    """Ingest the drop; `change` is called after its rows were checked."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_module, "write_round", lambda *arguments: (change(), write_round(*arguments)))
+        return ingest_module.ingest(params)
 
 
-def test_an_image_that_changes_after_its_check_waits_for_the_next_run(tmp_path):
+def test_an_image_that_changes_after_its_check_waits_for_the_next_run(tmp_path, monkeypatch):
     params = project(tmp_path)
     path, _ = drop_images("cat", range(2))
-    report = ingest_with_change(params, read(params, Clock()), lambda: path.write_bytes(png(FIRST_NEW + 77)))
+    report = ingest_with_change(monkeypatch, params, lambda: path.write_bytes(png(FIRST_NEW + 77)))
     assert (report.added, report.waiting) == (1, 1) and path.exists()
     assert ingest(params).added == 1
 
 
-def test_a_table_waits_for_the_next_run_if_one_of_its_images_changes_after_its_check(tmp_path):
+def test_a_table_waits_for_the_next_run_if_one_of_its_images_changes_after_its_check(tmp_path, monkeypatch):
     params = project(tmp_path)
     images = drop_images("photos", range(4))
     paths = [str(path.relative_to(DROP)) for path in images]
     labels = table(DROP / "labels.csv", {"path": paths, "label": ["cat", "dog", "eel", "cat"]})
-    report = ingest_with_change(params, read(params, Clock()), lambda: images[1].write_bytes(png(FIRST_NEW + 77)))
+    report = ingest_with_change(monkeypatch, params, lambda: images[1].write_bytes(png(FIRST_NEW + 77)))
     assert report.added == 3
     assert labels.exists() and all(path.exists() for path in images)
     again = ingest(params)

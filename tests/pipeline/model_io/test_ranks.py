@@ -16,6 +16,7 @@ from pipeline.model_io.devices import joined_ranks
 from pipeline.model_io.inference import accuracy
 from pipeline.params import AugmentParams
 from pipeline.shared.errors import ParamsError, StageError
+from pipeline.training import engine
 from pipeline.training.step import Step
 from tests.support.small_training import CPU, IMAGE, double_step, in_ranks, made_images, made_training, training_params
 
@@ -45,7 +46,7 @@ def ten_steps(stage: str) -> dict:
             losses.append({name: mean_over_ranks(value).item() for name, value in parts.items()})
             return parts
 
-    with patch("pipeline.training.engine.Step", KeptStep):
+    with patch.object(engine, "Step", KeptStep):
         training.run(made_images(40), made_images(9, seed=1))
     queues = training.objective.queues.state_dict() if stage != "teacher" else {}
     return {"losses": losses, "queues": queues, "state": dict(training.model.state_dict())}
@@ -138,7 +139,7 @@ def uneven_batch() -> str:
 
 
 def failed_mixed_run(folder: Path) -> str:
-    with patch("pipeline.training.engine.FAILURES", folder), pytest.raises(StageError) as caught:
+    with patch.object(engine, "FAILURES", folder), pytest.raises(StageError) as caught:
         made_training(learning_rate=1e30, augment=MIXED).run(made_images(40), made_images(0))
     return str(caught.value)
 

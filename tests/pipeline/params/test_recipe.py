@@ -175,16 +175,16 @@ def test_lists_over_several_lines_are_edited_by_recipe_and_init_alike(params, tm
         document["data"]["table"]["class_names"] = ["a", "b"]
         editor.dump(document, stream)
         written = stream.getvalue()
-        assert "seeds:    # seeds trained besides" in written
+        assert "seeds:    # additional seeds" in written
     params.write_text(written, encoding="utf-8")
     text = "image: {mean: [0.1, 0.2, 0.3]}\nseeds: [3]\nstudent: {augment: {crop_scale: [0.3, 1.0]}}\n"
     assert main(["recipe", str(overlay(tmp_path, text)), "--params", str(params)]) == 0
     after = load_params(params)
     assert (after.seeds, after.image.mean, after.student.augment.crop_scale) == ([3], [0.1, 0.2, 0.3], [0.3, 1.0])
     if form != "block lists":
-        assert "seeds: [3] # seeds trained besides" in params.read_text(encoding="utf-8")
-    actual = FolderSummary(["a", "b"], [300, 30], False, False, 400, [])
-    chosen = suggest_params(actual, "photos", gpu=False)
+        assert "seeds: [3] # additional seeds" in params.read_text(encoding="utf-8")
+    summary = FolderSummary(["a", "b"], [300, 30], False, False, 400, [])
+    chosen = suggest_params(summary, "photos", gpu=False)
     content = yaml.safe_load(write_text(written, chosen)[0])
     assert content["data"]["location"] == "photos" and content["image"]["mean"] == [0.485, 0.456, 0.406]
     assert content["gate"] == yaml.safe_load(written)["gate"]

@@ -85,7 +85,7 @@ def test_every_kind_is_counted_at_its_size():
 
 def test_accumulation_checkpointing_and_bfloat16_reduce_activation_memory():
     activations = "activations: network"
-    # Large, so that the bfloat16 copies of the weights are negligible; nothing is measure_allocated.
+    # Large, so that the bfloat16 copies of the weights are negligible; nothing is allocated.
     large = {"student.batch_size": 256}
     whole = estimate_memory(*student_arguments(made(**large))).largest[activations]
     for changes, most in (

@@ -118,6 +118,13 @@ def test_a_csv_table_of_paths_with_text_labels(tmp_path):
     assert source.rows[1].sample_id == "images/1.png", "an error that names the sample then names the file"
 
 
+def test_a_row_without_a_path_is_located_by_its_table_row_and_id(tmp_path):
+    table(tmp_path / "train.parquet", {"path": ["0.png", None], "label": [0, 1], "name": ["cat-1", "cat-2"]})
+    source = opened(tmp_path, "table", table={"image": None, "path": "path", "id": "name"})
+    assert source.location(source.rows[0]) == f"{tmp_path}/0.png"
+    assert source.location(source.rows[1]) == f"{tmp_path}/train.parquet#1 (cat-2)"
+
+
 def test_a_parquet_table_of_paths(tmp_path):
     write(tmp_path / "0.png", png(0))
     table(tmp_path / "train.parquet", {"path": ["0.png", "missing.png"], "label": [0, 1]})

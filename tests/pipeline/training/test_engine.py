@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.model_io import inference
 from pipeline.model_io.checkpoint import ModelConfig, load_model, save_model
 from pipeline.model_io.devices import choose_device
 from pipeline.model_io.inference import accuracy, outputs
@@ -65,24 +66,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_epoch(t
         run.run(made_images(64), made_images(3))
 
 
-def test_evaluation_leaves_the_mode_as_it_was_and_does_not_depend_on_the_batch():
+def test_evaluation_leaves_the_mode_as_it_was_and_does_not_depend_on_the_batch(monkeypatch):
     run = made_training()
     model, data = run.objective.model.train(), made_images(30)
     whole = outputs(model, data.images, IMAGE, CPU)
     assert model.training
-    pieces = outputs(model, data.images.split(7), IMAGE, CPU)
+    monkeypatch.setattr(inference, "EVALUATION_BATCH", 7)
+    pieces = outputs(model, data.images, IMAGE, CPU)
     assert torch.allclose(whole[1], pieces[1], atol=1e-5)
 
 
 def test_a_missing_device_is_rejected():
     assert choose_device("cpu") == CPU
     if torch.cuda.is_available():
-        expected = f"cuda:{torch.cuda.device_count()}"
+        missing = f"cuda:{torch.cuda.device_count()}"
     else:
-        expected = "cuda"
+        missing = "cuda"
         assert choose_device("auto") == CPU
     with pytest.raises(ParamsError, match="GPUs are visible"):
-        choose_device(expected)
+        choose_device(missing)
 
 
 def test_epoch_lines_are_plain_text_where_there_is_no_terminal(capsys):

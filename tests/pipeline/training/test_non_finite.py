@@ -56,12 +56,12 @@ def test_a_run_that_fails_stops_at_the_step_and_leaves_its_batch_and_state(tmp_p
     forward, calls = training.objective.forward, []
 
     def poisoned(*arguments):
-        actual = forward(*arguments)
+        losses = forward(*arguments)
         calls.append(arguments[2].tolist())
         if len(calls) == 8:  # five steps per epoch: step 3 of epoch 2
-            actual["gml"] = actual["gml"] * math.nan
-            actual["loss"] = actual["loss"] * math.nan
-        return actual
+            losses["gml"] = losses["gml"] * math.nan
+            losses["loss"] = losses["loss"] * math.nan
+        return losses
 
     training.objective.forward = poisoned
     with pytest.raises(StageError, match=r"student: not finite in epoch 2, step 3 of 5: loss, gml, gradient_norm; "):

@@ -121,7 +121,7 @@ def test_versions_are_swapped_in_a_container_as_in_the_local_server(
 def test_a_changed_graph_is_rejected_by_classifier_although_student_loads_it(repository: Path, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     path, manifest = (root / "student" / "1" / name for name in ("model.onnx", "manifest.json"))
-    refused = rf"student/1/model\.onnx: sha256 is [0-9a-f]{{12}}\.\.\., manifest\.json says {sha256_of(path)[:12]}"
+    refused = rf"student/1/model\.onnx: sha256 is [0-9a-f]{{12}}\.\.\., manifest\.json has {sha256_of(path)[:12]}"
     for name in ("run", "again"):
         (tmp_path / name).mkdir()
     with running_container(root, tmp_path / "run", ADMIN_KEY) as server:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import CLASSES, COUNTS, Release
 
-from models.label_shift import total_variation
+from models.label_shift import estimate_prior, total_variation
+from serving.drift import estimate as estimates
 from serving.drift.calibration import calibration_from
 from serving.drift.estimate import estimate_drift
 from serving.drift.logged_logits import parse_time, read_logits
@@ -30,10 +32,10 @@ def test_logged_logits_are_read_back_or_sampled_uniformly_above_the_limit(logged
     expected = drawn(LIVE, 2000)[1].astype(np.float32)
     whole = read_logits(logged, release.manifest)
     np.testing.assert_array_equal(whole.logits, expected)
-    assert (whole.found, whole.others, whole.skipped) == (2000, {}, {})
+    assert (whole.in_window, whole.others, whole.skipped) == (2000, {}, {})
     write_log(logged, release.manifest, expected + 100)
     part, again, other = (read_logits(logged, release.manifest, most=300, seed=seed) for seed in (0, 0, 1))
-    assert part.found == 4000
+    assert part.in_window == 4000
     assert part.logits.shape == (300, 5)
     np.testing.assert_array_equal(part.logits, again.logits)
     assert not np.array_equal(part.logits, other.logits)
@@ -43,9 +45,9 @@ def test_logged_logits_are_read_back_or_sampled_uniformly_above_the_limit(logged
 def test_window_of_time_is_half_open_and_moments_are_read(logged: Path, release: Release) -> None:
     times = read_logits(logged, release.manifest).times / 1000
     first, last = float(times.min()), float(times.max())
-    assert read_logits(logged, release.manifest, since=first, until=last + 0.001).found == 2000
-    assert read_logits(logged, release.manifest, since=last + 0.001).found == 0
-    assert read_logits(logged, release.manifest, until=first).found == 0
+    assert read_logits(logged, release.manifest, since=first, until=last + 0.001).in_window == 2000
+    assert read_logits(logged, release.manifest, since=last + 0.001).in_window == 0
+    assert read_logits(logged, release.manifest, until=first).in_window == 0
     assert parse_time("90m", "--since", now=10_000) == 4600
     assert parse_time("2d", "--since", now=0) == -172_800
     assert parse_time("2026-11-24T10:00+00:00", "--since") == 1_795_514_400
@@ -71,16 +73,16 @@ def test_unusable_file_is_skipped_by_name_and_the_others_are_read(
     path = log_files(logged)[-1]
     damage(path, kind)
     (logged / "notes.txt").write_text("not of the log, and passed over")
-    found = read_logits(logged, release.manifest)
-    assert list(found.skipped) == [path.name]
-    assert found.skipped[path.name].startswith(said) and "\n" not in found.skipped[path.name]
-    assert found.found == 2000
+    logged_logits = read_logits(logged, release.manifest)
+    assert list(logged_logits.skipped) == [path.name]
+    assert logged_logits.skipped[path.name].startswith(said) and "\n" not in logged_logits.skipped[path.name]
+    assert logged_logits.in_window == 2000
 
 
 def test_images_of_another_release_are_counted_separately_by_version(logged: Path, release: Release) -> None:
     write_log(logged, release.manifest, drawn(LIVE, 150)[1], student_sha256="another", version="1")
-    found = read_logits(logged, release.manifest)
-    assert (found.found, found.others) == (2000, {1: 150})
+    logged_logits = read_logits(logged, release.manifest)
+    assert (logged_logits.in_window, logged_logits.others) == (2000, {1: 150})
 
 
 @pytest.mark.slow
@@ -91,9 +93,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(method: str, shift:
     apart = float(total_variation(truth, TRAINING))
     classes, distances = [], []
     for seed in range(60):
-        found = estimate_drift(drawn(truth, 300, seed)[1], COUNTS, method=method, resamples=100, seed=seed)
-        classes.append((found.low <= truth) & (truth <= found.high))
-        distances.append(found.distance.low <= apart <= found.distance.high)
+        estimate = estimate_drift(drawn(truth, 300, seed)[1], COUNTS, method=method, resamples=100, seed=seed)
+        classes.append((estimate.low <= truth) & (truth <= estimate.high))
+        distances.append(estimate.distance.low <= apart <= estimate.distance.high)
     # Rare classes are near 0, where the bootstrap under-covers slightly; the interval of the distance is conservative.
     assert np.mean(classes) > 0.85
     assert np.mean(distances) > 0.95 - 4 * (0.95 * 0.05 / 60) ** 0.5
@@ -111,9 +113,9 @@ def test_few_images_of_many_classes_are_no_drift_although_they_miss_most_of_them
     lows = []
     for seed in range(8):
         labels = np.random.default_rng(1000 + seed).choice(1000, 100, p=counts / counts.sum())
-        found = estimate_drift(12 * np.eye(1000)[labels], counts.tolist(), method=method, resamples=20, seed=seed)
-        assert found.distance.value > 0.3
-        lows.append(found.distance.low)
+        estimate = estimate_drift(12 * np.eye(1000)[labels], counts.tolist(), method=method, resamples=20, seed=seed)
+        assert estimate.distance.value > 0.3
+        lows.append(estimate.distance.low)
     assert sum(low > 0.1 for low in lows) <= 1
 
 
@@ -130,13 +132,13 @@ def test_map_gives_every_class_a_share_and_stays_near_training_with_few_images()
 
 
 def test_groups_add_up_to_the_classes_and_the_most_shifted_come_first() -> None:
-    found = estimate_drift(drawn(LIVE, 500)[1], COUNTS)
-    assert list(found.groups) == ["many", "medium", "few"]
-    assert sum(share.value for share in found.groups.values()) == pytest.approx(1)
-    assert found.groups["few"].value == pytest.approx(found.prior[4])
-    changes = np.abs(found.prior - found.training)[found.most_shifted(5)]
+    estimate = estimate_drift(drawn(LIVE, 500)[1], COUNTS)
+    assert list(estimate.groups) == ["many", "medium", "few"]
+    assert sum(share.value for share in estimate.groups.values()) == pytest.approx(1)
+    assert estimate.groups["few"].value == pytest.approx(estimate.prior[4])
+    changes = np.abs(estimate.prior - estimate.training)[estimate.most_shifted(5)]
     assert (np.diff(changes) <= 0).all()
-    assert all(share.low <= share.value <= share.high for share in found.groups.values())
+    assert all(share.low <= share.value <= share.high for share in estimate.groups.values())
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,16 @@ def test_groups_add_up_to_the_classes_and_the_most_shifted_come_first() -> None:
 def test_unusable_argument_of_an_estimate_is_named(arguments: dict, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
         estimate_drift(drawn(LIVE, 100)[1], COUNTS, **arguments)
+
+
+@pytest.mark.parametrize("method", ["em", "map"])
+def test_an_estimate_that_has_not_converged_is_an_error_with_advice(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both methods are computed for the output, so another method is no advice."""
+    monkeypatch.setattr(estimates, "estimate_prior", partial(estimate_prior, max_iterations=1))
+    with pytest.raises(ServingError, match=r"has not converged on 100 images; give more of them, or change --samples$"):
+        estimate_drift(drawn(LIVE, 100)[1], COUNTS, method=method)
 
 
 def test_overconfident_logits_are_calibrated_with_the_test_predictions(release: Release, tmp_path: Path) -> None:

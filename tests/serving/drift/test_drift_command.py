@@ -286,4 +286,4 @@ def test_from_the_real_servers_log_to_the_prior_of_its_next_answer(
 
 def logged_by_now(log: Path, manifest: Manifest) -> int:
     """Return the number of rows in a log."""
-    return read_logits(log, manifest).found if log.is_dir() and log_files(log) else 0
+    return read_logits(log, manifest).in_window if log.is_dir() and log_files(log) else 0

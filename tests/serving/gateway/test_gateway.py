@@ -21,6 +21,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from conftest import ADMIN_KEY, CLASSES, Release, picture
+from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -29,6 +30,7 @@ from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer
 from serving.shared.names import ADMIN_HEADER
 from tests.support import bad_connections, bad_requests
+from tests.support.bad_images import saved
 from tests.support.bad_requests import INFER, good_body
 from tests.support.running_gateway import make_certificate, running_gateway
 from tests.support.steady_load import Load, assert_each_answer_is_its_versions
@@ -81,7 +83,7 @@ def test_both_protocols_return_through_the_gateway_what_the_server_returns(
 
 @pytest.mark.end_to_end
 def test_a_body_that_nginx_buffers_in_a_file_is_classified(gateway: GatewayProcess, release: Release) -> None:
-    large = bad_requests.saved(bad_requests.Image.effect_noise((1200, 1200), 90).convert("RGB"), "PNG")
+    large = saved(Image.effect_noise((1200, 1200), 90).convert("RGB"), "PNG")
     assert len(large) > 1024 * 1024
     with Client(gateway.http_url) as client:
         answer = client.predict([large], "balanced")[0]

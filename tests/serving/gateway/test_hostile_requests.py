@@ -31,7 +31,7 @@ from serving.gateway.nginx_process import GatewayProcess
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.transport.sync_transport import RequestRejected, Transport
-from tests.support import bad_connections, bad_protocol, bad_requests
+from tests.support import bad_connections, bad_images, bad_protocol, bad_requests
 from tests.support.running_gateway import running_gateway, workers_of
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
@@ -192,7 +192,7 @@ def resident(process_id: int) -> int:
 
 
 def table(outcomes: list[Outcome], seconds: list[float], memory: tuple[int, int], took: float) -> str:
-    counted = collections.Counter((fault, rejected) for fault, rejected, _ in outcomes)
+    counted = collections.Counter((fault, answer) for fault, answer, _ in outcomes)
     milliseconds = [1000 * value for value in sorted(seconds)]
     p50, p99 = milliseconds[len(seconds) // 2], milliseconds[len(seconds) * 99 // 100]
     lines = [
@@ -207,7 +207,7 @@ def table(outcomes: list[Outcome], seconds: list[float], memory: tuple[int, int]
         "",
         "| fault | answer | times |",
         "|---|---|---|",
-        *(f"| {fault} | {rejected} | {count} |" for (fault, rejected), count in sorted(counted.items())),
+        *(f"| {fault} | {answer} | {count} |" for (fault, answer), count in sorted(counted.items())),
     ]
     return "\n".join(lines) + "\n"
 
@@ -219,7 +219,7 @@ def test_bad_requests_get_an_error_message_and_affect_no_other_request(
         expected = [client.predict([picture(place)], 0.5)[0] for place in range(20)]
     # Warm-up: one request of each kind grows the buffers to their final size; the largest is sent to each instance,
     # since instances alternate.
-    largest = np.array([[bad_requests.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
+    largest = np.array([[bad_images.hostile_images()["above the bytes of an image"]]], dtype=np.object_)
     transport = Transport(own_server.http_url, 60)
     for _ in range(6):
         with pytest.raises(RequestRejected, match="image"):
@@ -235,7 +235,7 @@ def test_bad_requests_get_an_error_message_and_affect_no_other_request(
     report = table(outcomes, good["seconds"], (before, after), took)
     if REPORT:
         Path(REPORT).write_text(report)
-    assert [(fault, rejected) for fault, rejected, right in outcomes if not right] == []
+    assert [(fault, answer) for fault, answer, right in outcomes if not right] == []
     assert good["wrong"] == []
     assert len(good["seconds"]) > REQUESTS / 20
     # No process died: dead inference processes are never restarted, so the processes are the same.

@@ -119,7 +119,9 @@ def test_version_that_fails_only_in_the_champions_server_is_rolled_back(
     damage(root)
     monkeypatch.setattr(promotion, "rehearse", lambda *_arguments: True)  # as if it had gone well
     with Load(serving) as load:
-        with pytest.raises(PromotionError, match=f"version 2 does not serve, version 1 stays: .*{message}"):
+        with pytest.raises(
+            PromotionError, match=f"version 2 could not be loaded, version 1 is still served: .*{message}"
+        ):
             promote(root, 2, timeout=4)
         assert served_versions(root, "classifier") == served_versions(root, "student") == (1,)
         time.sleep(0.3)
@@ -180,6 +182,8 @@ def test_policies_go_back_also_where_the_server_dies_while_a_hanging_load_is_end
 
     monkeypatch.setattr(promotion, "rehearse", lambda *_arguments: True)  # as if it had gone well
     monkeypatch.setattr(model_control, "processes_of", processes_of_a_dying_server)
-    with pytest.raises(PromotionError, match=r"version 1 stays: .*the load of classifier did not end within 4 s"):
+    with pytest.raises(
+        PromotionError, match=r"version 1 is still served: .*the load of classifier did not end within 4 s"
+    ):
         promote(root, 2, timeout=4)
     assert served_versions(root, "classifier") == served_versions(root, "student") == (1,)

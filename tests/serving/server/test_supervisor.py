@@ -174,7 +174,7 @@ def test_server_with_more_requests_than_it_can_answer_in_time_is_left_alone(repo
         with ThreadPoolExecutor(60) as pool:
             asking = [pool.submit(ask) for _ in range(60)]
             try:
-                watched.await_that(lambda: sum("nothing is restarted" in line for line in watched.reports) == 2, 120)
+                watched.await_that(lambda: sum("no repair is needed" in line for line in watched.reports) == 2, 120)
             finally:
                 over.set()
         assert [asked.exception() for asked in asking] == [None] * 60
@@ -254,12 +254,12 @@ def test_promotions_know_all_the_time_of_a_server_that_is_being_started_again(wa
     assert find_running(watched.root) == []
 
 
-def test_server_that_cannot_be_started_again_is_given_up_and_leaves_nothing(watched: Watched) -> None:
+def test_supervision_ends_after_the_limit_of_restarts_and_leaves_no_process(watched: Watched) -> None:
     shutil.rmtree(watched.root)
     psutil.Process(watched.server.process_id).kill()
     watched.await_that(lambda: watched.ended is not None)
     assert "holds no student/config.pbtxt" in str(watched.ended)
-    assert "given up after 2 restarts" in str(watched.ended)
+    assert "stopped after 2 restarts" in str(watched.ended)
     assert [line.rpartition("; ")[2] for line in watched.reports] == [
         "starting it again in 0.2 s (1 of 2)",
         "starting it again in 0.4 s (2 of 2)",

@@ -25,9 +25,9 @@ from serving.shared.priority import (
 )
 from serving.triton import start
 
+BASE = niceness()
 needs_raised_priority = pytest.mark.skipif(
-    not can_raise_priority(niceness()) or niceness() > 0,
-    reason="needs a niceness of 0 and the right to return to it",
+    not can_raise_priority(BASE), reason="needs the right to raise the priority (CAP_SYS_NICE or RLIMIT_NICE)"
 )
 
 
@@ -44,13 +44,12 @@ def run_launcher(launcher: Path, model: Path) -> str:
     return subprocess.run([launcher, model, "one", "two three"], capture_output=True, text=True, check=True).stdout
 
 
-@needs_raised_priority
 def test_launcher_lowers_the_priority_of_models_that_raise_it_again(stub: Path, tmp_path: Path) -> None:
     launcher, model = tmp_path / "launcher", tmp_path / "model.py"
-    assert write_stub_launcher(launcher, stub, 0) == {"TAILOR_NICENESS": "0"}
-    assert run_launcher(launcher, model) == f"0 {model} one two three\n"  # model.py of an older Tailor
+    assert write_stub_launcher(launcher, stub, 0, can_raise=lambda _niceness: True) == {"TAILOR_NICENESS": "0"}
+    assert run_launcher(launcher, model) == f"{BASE} {model} one two three\n"  # model.py of an older Tailor
     (tmp_path / "start.py").touch()
-    assert run_launcher(launcher, model) == f"{START_NICENESS} {model} one two three\n"
+    assert run_launcher(launcher, model) == f"{BASE + START_NICENESS} {model} one two three\n"
 
 
 def test_launcher_is_a_link_if_the_priority_cannot_be_raised_again(stub: Path, tmp_path: Path) -> None:
@@ -62,12 +61,12 @@ def test_launcher_is_a_link_in_a_folder_mounted_noexec(
     stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_arguments: False)
-    assert write_stub_launcher(tmp_path / "launcher", stub, 0) == {}
+    assert write_stub_launcher(tmp_path / "launcher", stub, 0, can_raise=lambda _niceness: True) == {}
     assert (tmp_path / "launcher").readlink() == stub
 
 
 def test_launcher_is_a_link_if_the_server_has_lower_priority(stub: Path, tmp_path: Path) -> None:
-    assert write_stub_launcher(tmp_path / "launcher", stub, 5) == {}
+    assert write_stub_launcher(tmp_path / "launcher", stub, 5, can_raise=lambda _niceness: True) == {}
     assert (tmp_path / "launcher").is_symlink()
 
 
@@ -84,22 +83,22 @@ def test_an_unprivileged_process_cannot_raise_its_priority() -> None:
     assert niceness() == os.getpriority(os.PRIO_PROCESS, os.getpid())
 
 
-@needs_raised_priority
-def test_apply_priority_raises_every_thread() -> None:
+@pytest.mark.parametrize(("start_at", "target"), [pytest.param(5, 0, marks=needs_raised_priority), (0, 5)])
+def test_apply_priority_sets_the_priority_of_every_thread(start_at: int, target: int) -> None:
     script = (
-        "import os, threading, time; from serving.triton.start import apply_priority; os.nice(5)\n"
+        f"import os, threading, time; from serving.triton.start import apply_priority; os.nice({start_at})\n"
         "threading.Thread(target=time.sleep, args=(20,), daemon=True).start(); apply_priority()\n"
         "print({os.getpriority(os.PRIO_PROCESS, int(task)) for task in os.listdir('/proc/self/task')})"
     )
     ended = subprocess.run(
         [sys.executable, "-c", script],
         cwd=Path(__file__).parents[3],
-        env=os.environ | {start.VARIABLE: "0"},
+        env=os.environ | {start.VARIABLE: str(BASE + target)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert ended.stdout == "{0}\n"
+    assert ended.stdout == f"{{{BASE + target}}}\n"
 
 
 def test_throttled_pauses_after_each_item_for_a_bounded_time() -> None:

@@ -20,7 +20,7 @@ from serving.shared.ports import bypass_proxy_on_loopback
 bypass_proxy_on_loopback()
 print(urllib.request.urlopen(sys.argv[1], timeout=5).status, httpx.get(sys.argv[1], timeout=5).status_code)
 """
-PREFECT = "import sys; from pipeline.scheduling.prefect_server import answers; print(answers(sys.argv[1]))"
+PREFECT = "import sys; from pipeline.scheduling.prefect_server import is_healthy; print(is_healthy(sys.argv[1]))"
 
 
 class HealthyServer(http.server.BaseHTTPRequestHandler):

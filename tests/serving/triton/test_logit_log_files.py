@@ -95,9 +95,8 @@ def test_processes_that_share_a_folder_lose_no_rows_and_keep_the_limit(tmp_path:
 
 def test_a_hanging_disk_loses_rows_but_blocks_no_request(tmp_path: Path) -> None:
     log, counts = opened(tmp_path, classes=500, write_every=0.01, queue_bytes=100_000)
-    with logit_log.folder_lock(
-        tmp_path
-    ):  # only the writer thread waits for the lock; a blocked request would not return
+    # Only the writer thread waits for the lock; a blocked request would not return.
+    with logit_log.folder_lock(tmp_path):
         for seed in range(200):
             log.offer(*batch(8, 500, seed))
     log.close()
