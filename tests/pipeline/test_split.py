@@ -205,10 +205,11 @@ def test_a_missing_file_of_a_list_is_named(tmp_path):
 def test_an_unusable_image_that_no_split_takes_does_no_harm(tmp_path):
     root = folder(tmp_path / "source", {"a": 30, "b": 30})
     made = data_params(root, profile="step", imbalance_factor=20, validation_per_class=0)
-    taken = {row["sample_id"] for rows in read(split.run(made, tmp_path / "out").output).values() for row in rows}
+    before = read(split.run(made, tmp_path / "out").output)
+    taken = {row["sample_id"] for rows in before.values() for row in rows}
     spare = next(path for path in sorted(root.glob("b/*.png")) if path.relative_to(root).as_posix() not in taken)
     spare.write_bytes(b"")
-    split.run(made, tmp_path / "out")
+    assert read(split.run(made, tmp_path / "out").output) == before
 
 
 def test_grayscale_cmyk_16_bit_and_rotated_images_are_accepted(tmp_path):

@@ -88,7 +88,7 @@ def test_images_of_another_release_are_counted_separately_by_version(logged: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["map", "em"])
 @pytest.mark.parametrize("shift", ["none", "uniform", "backward"])
-def test_intervals_hold_the_truth_about_as_often_as_they_say(method: str, shift: str) -> None:
+def test_interval_coverage_matches_the_confidence_level(method: str, shift: str) -> None:
     truth = {"none": TRAINING, "uniform": np.full(5, 0.2), "backward": TRAINING[::-1]}[shift]
     apart = float(total_variation(truth, TRAINING))
     classes, distances = [], []

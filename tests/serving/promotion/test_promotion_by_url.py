@@ -105,7 +105,7 @@ def test_versions_are_promoted_pruned_and_rolled_back_by_address_alone(
     assert all(path.exists() for path in tree_of(supervised).rglob("*"))  # no dangling link
 
 
-def test_tree_follows_a_repository_that_somebody_holds_locked(
+def test_tree_follows_promotions_of_a_locked_repository(
     supervised: TritonServer, root: Path, exports: dict[int, Release]
 ) -> None:
     with locked(root):

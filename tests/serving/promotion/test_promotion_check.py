@@ -121,6 +121,6 @@ def test_a_published_version_that_the_gate_did_not_decide_on_needs_force(
     assert "the gate: not decided: few: 8 test images" in printed and "the gate did not decide on it; give" in printed
 
 
-def test_the_champion_again_asks_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_promotion_of_the_champion_needs_no_confirmation(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert promote(root, 1) == 0
     assert capsys.readouterr().err == ""

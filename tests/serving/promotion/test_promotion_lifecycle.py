@@ -86,7 +86,7 @@ def test_the_first_version_is_nowhere_to_be_served_before_it_is_promoted(tmp_pat
     assert json.loads((evidence_folder(repository) / "decision.json").read_text()) == {"promote": True}
 
 
-def test_a_first_version_left_by_a_killed_run_is_written_anew(tmp_path, exports, evidence):
+def test_a_first_version_left_by_a_killed_run_is_written_again(tmp_path, exports, evidence):
     repository = tmp_path / "releases"
     lifecycle.publish(exports / "2", repository, evidence)
     (lifecycle.first_version_folder(repository) / "student" / "1" / "model.onnx").write_bytes(b"half")
@@ -128,11 +128,11 @@ def test_a_release_that_is_best_again_carries_the_new_decision_and_is_left_in_ei
     repository, exports, evidence
 ):
     go_live(repository, exports / "2", evidence)
-    (evidence / "decision.json").write_text('{"promote": true, "anew": true}')
+    (evidence / "decision.json").write_text('{"promote": true, "second": true}')
     assert present_versions(repository) == [1, 2]
     go_live(repository, exports / "1", evidence)
     folder = evidence_folder(repository)
-    assert folder.name == "1" and json.loads((folder / "decision.json").read_text())["anew"] is True
+    assert folder.name == "1" and json.loads((folder / "decision.json").read_text())["second"] is True
     assert not list(folder.glob(".*"))
     assert lifecycle.roll_back(repository, 2, (), KEEP, TIMEOUT).version == 2
     assert lifecycle.roll_back(repository, 1, (), KEEP, TIMEOUT).version == 1

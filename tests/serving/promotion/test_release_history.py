@@ -125,7 +125,7 @@ def test_a_line_that_a_killed_process_left_half_written_costs_no_other(tmp_path:
     assert [change.version for change in read_changes(tmp_path)] == [2, 3]
 
 
-def test_a_promotion_that_cannot_be_logged_is_said_and_still_counts(tmp_path: Path, capsys) -> None:
+def test_a_promotion_that_cannot_be_logged_is_reported_and_still_succeeds(tmp_path: Path, capsys) -> None:
     (tmp_path / LOG_NAME).mkdir()
     record(tmp_path, "promote", 2, 1)
     assert f"{tmp_path / LOG_NAME}: Is a directory" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def test_swap_starts_only_the_new_version_and_loaded_versions_continue(
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_where_the_default_strength_is_another_the_version_before_is_loaded_anew_without_a_request_lost(
+def test_another_default_strength_reloads_the_previous_version_without_failed_requests(
     serving: TritonServer, root: Path, second: Path
 ) -> None:
     manifest = load_manifest(second)

@@ -139,7 +139,7 @@ def test_serve_traces_each_nth_request_alone(repository: Path, collector: tuple[
 
 
 @pytest.mark.end_to_end
-def test_grpc_speaks_tls_alone_once_it_has_a_certificate(repository: Path, tmp_path: Path) -> None:
+def test_grpc_with_a_certificate_accepts_only_tls(repository: Path, tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path)
     with TritonServer(
         repository, http_port=0, grpc_port=0, metrics_port=0, options=grpc_tls_options(certificate, key)

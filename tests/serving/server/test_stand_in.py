@@ -94,7 +94,9 @@ def test_every_kind_of_prior_shares_a_batch_as_text(classifier: Any, calls: list
         (b"[" * 100_000, "prior has 100000 bytes; expected at most 384"),
     ],
 )
-def test_prior_that_is_none_is_refused_alone_and_by_its_row(classifier: Any, text: bytes, message: str) -> None:
+def test_an_invalid_prior_is_rejected_with_its_row_and_no_other_request(
+    classifier: Any, text: bytes, message: str
+) -> None:
     first, second = classifier.execute([named([picture(0)] * 2, b"train", text), named([picture(1)], b"train")])
     assert first.error.message().startswith("row 1: ")
     assert message in first.error.message()
@@ -102,7 +104,7 @@ def test_prior_that_is_none_is_refused_alone_and_by_its_row(classifier: Any, tex
     assert second.error is None
 
 
-def test_classifier_with_the_network_answers_as_the_one_that_asks(
+def test_both_placements_of_the_network_give_equal_responses(
     classifier: Any, classifier_with_network: Any, calls: list
 ) -> None:
     batch = [
@@ -111,13 +113,13 @@ def test_classifier_with_the_network_answers_as_the_one_that_asks(
         named([picture(1)] * MAX_BATCH_SIZE, *[b"train"] * MAX_BATCH_SIZE),
         request([picture(2)], target_prior=[[0.2] * 5]),
     ]
-    asking = classifier.execute(batch)
-    asked = len(calls)
-    for mine, its in zip(classifier_with_network.execute(batch), asking, strict=True):
-        assert mine.has_error() == its.has_error()
-        for name in () if mine.has_error() else ("class", "index", "probability"):
-            np.testing.assert_array_equal(mine[name], its[name])
-    assert len(calls) == asked > 0
+    remote = classifier.execute(batch)
+    call_count = len(calls)
+    for own, other in zip(classifier_with_network.execute(batch), remote, strict=True):
+        assert own.has_error() == other.has_error()
+        for name in () if own.has_error() else ("class", "index", "probability"):
+            np.testing.assert_array_equal(own[name], other[name])
+    assert len(calls) == call_count > 0
 
 
 def test_failing_network_is_an_error_and_no_answer(

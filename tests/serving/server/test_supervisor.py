@@ -109,7 +109,7 @@ def test_stopped_server_is_killed_and_started_again_within_ten_seconds(repositor
         watched.stop()
 
 
-def test_server_that_dies_again_and_again_but_serves_in_between_is_never_given_up(repository: Path) -> None:
+def test_a_successful_start_resets_the_restart_limit(repository: Path) -> None:
     watched = Watched(repository, replace(SHORT_LIMITS, served=0.5))
     try:
         for death in range(1, 5):  # more than the two failed starts that are allowed
@@ -240,7 +240,7 @@ def test_stub_is_not_replaced_from_a_graph_that_was_changed(watched: Watched) ->
 
 
 @pytest.mark.fault_case("triton-killed-during-load")
-def test_promotions_know_all_the_time_of_a_server_that_is_being_started_again(watched: Watched) -> None:
+def test_the_server_record_exists_during_a_restart(watched: Watched) -> None:
     url = watched.server.grpc_url
     psutil.Process(watched.server.process_id).kill()
 
