@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,8 @@ SPLIT_ALONE = ("models.image_names", "pipeline.sources")
 STUDENT_ALONE = ("models.contrast", "models.objectives.student", "models.objectives.student_weights")
 # The code that trains a further seed also made artifacts/student, a dependency of stage `seeds`.
 SEEDS_ALONE = ("pipeline.evaluation", "pipeline.seeds", "models.sample_size")
+# Extras in `pip install -e '.[extra]'` and in calls of install_command.
+INSTALL = re.compile(r"(?:pip install (?:-\S+ )*'[.\w/]*\[|install_command\()([^\])*]+)[\])]")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,23 @@ def test_the_dvc_yaml_of_a_new_project_differs_only_by_code_hashes():
 
 def test_a_new_project_has_the_params_of_this_one():
     assert (PROJECT_FILES / "params.yaml").read_text() == (ROOT / "params.yaml").read_text()
+
+
+def test_no_text_installs_tailor_from_an_index_and_each_extra_that_a_message_names_exists():
+    """PyPI's `tailor` is another project."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    folders = [*(ROOT / room for room in ROOMS), ROOT / "docs", ROOT / "benchmarks", ROOT / "data", ROOT / "recipes"]
+    paths = [
+        path for folder in folders for path in folder.rglob("*") if path.suffix not in (".pyc", ".png", ".parquet")
+    ]
+    paths += [path for path in ROOT.iterdir() if path.name != "CHANGELOG.md"]
+    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
+    index = re.compile(r"\btailor\[[a-z]|pip install[^\n`]* tailor\b")
+    assert [path.relative_to(ROOT).as_posix() for path, text in texts.items() if index.search(text)] == []
+    named = {
+        extra for text in texts.values() for call in INSTALL.findall(text) for extra in re.findall(r"[\w-]+", call)
+    }
+    assert {"serve", "monitor", "pipeline", "ray"} <= named <= set(extras)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
