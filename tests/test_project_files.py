@@ -31,7 +31,7 @@ STUDENT_ALONE = ("models.contrast", "models.objectives.student", "models.objecti
 # The code that trains a further seed also made artifacts/student, a dependency of stage `seeds`.
 SEEDS_ALONE = ("pipeline.evaluation", "pipeline.seeds", "models.sample_size")
 # Extras in `pip install -e '.[extra]'` and in calls of install_command.
-INSTALL = re.compile(r"(?:pip install (?:-\S+ )*'[.\w/]*\[|install_command\()([^\])*]+)[\])]")
+INSTALL = re.compile(r"(?:pip install (?:-\S+ )*'[.\w/]*\[|install_command\()([\w\s,'\"-]+)[\])]")
 
 
 @pytest.fixture(scope="module")
