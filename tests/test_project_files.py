@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from setuptools import Distribution, find_packages
 
 from pipeline.shared import fingerprint
+from serving.shared.version import TAILOR_VERSION
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "pipeline", "serving", "tailor")
@@ -30,6 +32,7 @@ SPLIT_ALONE = ("models.image_names", "pipeline.sources")
 STUDENT_ALONE = ("models.contrast", "models.objectives.student", "models.objectives.student_weights")
 # The code that trains a further seed also made artifacts/student, a dependency of stage `seeds`.
 SEEDS_ALONE = ("pipeline.evaluation", "pipeline.seeds", "models.sample_size")
+LICENCE_SHA256 = "ddacef491153f45022f5619519bb2016374a8c36e75153768493f45fb38d7992"
 # Extras in `pip install -e '.[extra]'` and in calls of install_command.
 INSTALL = re.compile(r"(?:pip install (?:-\S+ )*'[.\w/]*\[|install_command\()([\w\s,'\"-]+)[\])]")
 
@@ -97,6 +100,17 @@ def test_no_text_installs_tailor_from_an_index_and_each_extra_that_a_message_nam
         extra for text in texts.values() for call in INSTALL.findall(text) for extra in re.findall(r"[\w-]+", call)
     }
     assert {"serve", "monitor", "pipeline", "ray"} <= named <= set(extras)
+
+
+def test_the_licence_and_the_citation_agree_with_the_distribution():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["license"], citation["version"]) == (project["license"], TAILOR_VERSION)
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    # sha256 of the text at apache.org/licenses/LICENSE-2.0.txt, without white space
+    assert hashlib.sha256("".join(text.split()).encode()).hexdigest() == LICENCE_SHA256
+    for name in ("NOTICE", "SECURITY.md", "CODE_OF_CONDUCT.md"):
+        assert (ROOT / name).read_text(encoding="utf-8").strip()
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
