@@ -1,10 +1,14 @@
 # syntax=docker/dockerfile:1.7
 # Tailor's images. Build one with: docker build --target train|serve|gateway -t tailor-<target> .
+# `--build-arg TAILOR_COMMIT=$(git rev-parse --short=12 HEAD)` records the commit for `tailor --version` in `train`.
 #   train    the pipeline on a CUDA runtime: DVC, Prefect, PyTorch (which brings its own CUDA libraries)
 #   serve    NVIDIA's Triton with what the two models need; mount a model repository at /models
 #   gateway  nginx with Tailor's bounds; the only image that untrusted clients may reach
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
-ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.06-py3
+# 26.11 (Triton 2.75) is the newest release: it fixes a use-after-free in the dynamic batcher, which both models use, and was
+# published after NVIDIA's bulletin of May 2026 on the bypass of restricted endpoints (docs/security.md). The tag is from the
+# release notes. The tests run the container's files with the backend of release 24.10, not this image.
+ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.11-py3
 ARG DEBIAN_IMAGE=debian:12-slim
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
@@ -16,13 +20,15 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/tailor
 WORKDIR /build
-COPY constraints.txt pyproject.toml setup.py README.md ./
+COPY constraints.txt pyproject.toml setup.py README.md LICENSE NOTICE ./
 COPY models models
 COPY pipeline pipeline
 COPY recipes recipes
 COPY serving serving
 COPY tailor tailor
-RUN /opt/tailor/bin/pip install -c constraints.txt setuptools \
+ARG TAILOR_COMMIT=unknown
+RUN echo "${TAILOR_COMMIT}" > serving/shared/commit.txt \
+    && /opt/tailor/bin/pip install -c constraints.txt setuptools \
     && /opt/tailor/bin/pip install --no-build-isolation -c constraints.txt ".[pipeline,export,cpu]"
 
 FROM ${CUDA_IMAGE} AS train

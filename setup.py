@@ -1,4 +1,4 @@
-"""Build of the wheel: add to package `tailor` a copy of each module that tailor.client and tailor.losses import.
+"""Build of the wheel: add the git commit, and a copy of each module that tailor.client and tailor.losses import.
 
 A program that installs Tailor may have top-level modules `models` and `serving`, which Python would import instead. In
 the wheel the copies import one another as `tailor._models` and `tailor._serving`. All other metadata is in
@@ -6,6 +6,7 @@ pyproject.toml.
 """
 
 import ast
+import runpy
 from pathlib import Path
 
 from setuptools import setup
@@ -13,6 +14,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 ROOMS = ("models", "serving")
+VERSION_FILE = "serving/shared/version.py"
 
 
 def imports_of(source: str) -> list[ast.Import | ast.ImportFrom]:
@@ -50,12 +52,16 @@ def renamed(source: str) -> str:
 
 
 class BuildPy(build_py):
-    """build_py that also copies the modules into `tailor`; an editable install uses the original packages."""
+    """build_py that also copies the modules into `tailor`; an editable install uses the original packages and git."""
 
     def run(self) -> None:
-        """Build the packages and copy the modules."""
+        """Build the packages, record the commit and copy the modules."""
         super().run()
-        pending = [] if self.editable_mode else [Path("tailor/client.py"), Path("tailor/losses.py")]
+        if self.editable_mode:
+            return
+        version = runpy.run_path(str(ROOT / VERSION_FILE))
+        Path(self.build_lib, VERSION_FILE).with_name("commit.txt").write_text(version["source_commit"]() + "\n")
+        pending = [Path("tailor/client.py"), Path("tailor/losses.py")]
         done: set[Path] = set()
         while pending:
             path = pending.pop()

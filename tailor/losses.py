@@ -1,4 +1,4 @@
-"""Losses and the modules that they need in a training loop: log prior, queues, heads. Needs PyTorch, `tailor[train]`."""
+"""Losses and the modules that they need in a training loop: log prior, queues, heads. Needs PyTorch (extra `train`)."""
 
 from models.contrast.gml import contrast_losses
 from models.contrast.gml_reference import gml_loss, other_sample_mask

@@ -1,4 +1,4 @@
-"""Tailor in another program's environment: `tailor[client]` without PyTorch, and programs with a module `models`."""
+"""Tailor in another program's environment: the client without PyTorch, and programs with a module `models`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from zipfile import ZipFile
 
 import pytest
 
+from serving.shared.version import TAILOR_VERSION
 from tests.support.documented import ROOT, blocks
-from tests.support.requirements import installed_with
+from tests.support.requirements import tailor_with
 
-# Packages that only training needs; each is in the closure of `tailor[train]`.
+# Packages that only training needs; each is in the closure of the extra `train`.
 TRAINING = {"torch", "torchvision", "pyarrow", "pyyaml", "safetensors", "fsspec"}
 
 # Contacts no server: tests only imports and types.
@@ -37,11 +38,11 @@ print({"models", "serving", "pipeline", "torch"} & {name.partition(".")[0] for n
 
 def test_only_the_extra_train_installs_the_packages_of_training() -> None:
     for extra in ("client", "serve"):
-        assert {"torch", "torchvision"}.isdisjoint(installed_with([f"tailor[{extra}]"]))
-    assert TRAINING.isdisjoint(installed_with(["tailor[client]"]))
-    assert {"numpy", "tritonclient", "typer"} <= installed_with(["tailor"])
+        assert {"torch", "torchvision"}.isdisjoint(tailor_with(extra))
+    assert TRAINING.isdisjoint(tailor_with("client"))
+    assert {"numpy", "tritonclient", "typer"} <= tailor_with()
     for extra in ("train", "pipeline", "export", "ray"):
-        assert installed_with([f"tailor[{extra}]"]) >= TRAINING
+        assert tailor_with(extra) >= TRAINING
 
 
 @pytest.mark.parametrize("module", ["serving.client.sync_client", "tailor.client"])
@@ -59,6 +60,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md"):
         shutil.copy(ROOT / name, folder / "source")
+    (folder / "source/serving/shared/commit.txt").write_text("0123456789ab\n")  # as the Dockerfile records it
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
     subprocess.run(
         [*pip, "--no-deps", "--no-build-isolation", "-w", folder, folder / "source"], check=True, timeout=300
@@ -107,3 +109,15 @@ def run_in(folder: Path, code: str, installed: Path) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_name_of_the_distribution_the_command_the_trigger_and_the_commit(installed: Path) -> None:
+    [information] = installed.glob("*.dist-info")
+    assert information.name == f"tailor_longtail-{TAILOR_VERSION}.dist-info"
+    entries = (information / "entry_points.txt").read_text()
+    assert "tailor = pipeline.commands.app:main" in entries and "[tailor.triggers]\nretrain = " in entries
+    assert (
+        run_in(installed, "from serving.shared.version import source_commit as s; print(s())", installed)
+        == "0123456789ab"
+    )

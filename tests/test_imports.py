@@ -39,7 +39,8 @@ while pending:
         continue
     pending += [name_of(text) for text in needed if "extra ==" not in text]
 owners = importlib.metadata.packages_distributions()
-hidden = {top for top, by in owners.items() if not {name_of(name) for name in by} & (carried | {"tailor", "setuptools"})}
+hidden = {top for top, by in owners.items() if not {name_of(name) for name in by} & (carried | {"setuptools"})}
+hidden -= {"models", "pipeline", "serving", "tailor"}
 class Bare(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in hidden:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import yaml
 from setuptools import Distribution, find_packages
 
 from pipeline.shared import fingerprint
+from serving.shared.version import TAILOR_VERSION
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "pipeline", "serving", "tailor")
@@ -29,6 +32,9 @@ SPLIT_ALONE = ("models.image_names", "pipeline.sources")
 STUDENT_ALONE = ("models.contrast", "models.objectives.student", "models.objectives.student_weights")
 # The code that trains a further seed also made artifacts/student, a dependency of stage `seeds`.
 SEEDS_ALONE = ("pipeline.evaluation", "pipeline.seeds", "models.sample_size")
+LICENCE_SHA256 = "ddacef491153f45022f5619519bb2016374a8c36e75153768493f45fb38d7992"
+# Extras in `pip install -e '.[extra]'` and in calls of install_command.
+INSTALL = re.compile(r"(?:pip install (?:-\S+ )*'[.\w/]*\[|install_command\()([\w\s,'\"-]+)[\])]")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +83,34 @@ def test_the_dvc_yaml_of_a_new_project_differs_only_by_code_hashes():
 
 def test_a_new_project_has_the_params_of_this_one():
     assert (PROJECT_FILES / "params.yaml").read_text() == (ROOT / "params.yaml").read_text()
+
+
+def test_no_text_installs_tailor_from_an_index_and_each_extra_that_a_message_names_exists():
+    """PyPI's `tailor` is another project."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    folders = [*(ROOT / room for room in ROOMS), ROOT / "docs", ROOT / "benchmarks", ROOT / "data", ROOT / "recipes"]
+    paths = [
+        path for folder in folders for path in folder.rglob("*") if path.suffix not in (".pyc", ".png", ".parquet")
+    ]
+    paths += [path for path in ROOT.iterdir() if path.name != "CHANGELOG.md"]
+    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
+    index = re.compile(r"\btailor\[[a-z]|pip install[^\n`]* tailor\b")
+    assert [path.relative_to(ROOT).as_posix() for path, text in texts.items() if index.search(text)] == []
+    named = {
+        extra for text in texts.values() for call in INSTALL.findall(text) for extra in re.findall(r"[\w-]+", call)
+    }
+    assert {"serve", "monitor", "pipeline", "ray"} <= named <= set(extras)
+
+
+def test_the_licence_and_the_citation_agree_with_the_distribution():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["license"], citation["version"]) == (project["license"], TAILOR_VERSION)
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    # sha256 of the text at apache.org/licenses/LICENSE-2.0.txt, without white space
+    assert hashlib.sha256("".join(text.split()).encode()).hexdigest() == LICENCE_SHA256
+    for name in ("NOTICE", "SECURITY.md", "CODE_OF_CONDUCT.md"):
+        assert (ROOT / name).read_text(encoding="utf-8").strip()
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")

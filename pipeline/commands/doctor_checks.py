@@ -15,13 +15,14 @@ from pathlib import Path
 from pipeline.commands.doctor_prefect import Finding, prefect_findings
 from pipeline.params import load_params
 from pipeline.shared.artifacts import INGEST_STATE, QUARANTINE
-from pipeline.shared.errors import TailorError
+from pipeline.shared.errors import TailorError, install_command
 from serving.client.sync_client import Client
 from serving.promotion.history import read_history
 from serving.server.running import find_running
 from serving.shared.errors import ServingError
 from serving.shared.names import ADMIN_KEY_VARIABLE
 from serving.shared.terminal import counted
+from serving.shared.version import TAILOR_VERSION
 
 LAST_RUN = Path("artifacts/retrain/last.json")
 GIB = 1024**3
@@ -38,9 +39,8 @@ PACKAGES = {
     "nvidia-pytriton": "the server",
 }
 INSTALL = {
-    "onnxruntime": "pip install 'tailor[export,cpu]', or [export,gpu]",
-    "tritonclient": "pip install 'tailor[serve]'",
-    "nvidia-pytriton": "pip install 'tailor[serve]', or run the server's container",
+    "onnxruntime": f"{install_command('export', 'cpu')}; `gpu` instead of `cpu` for a GPU",
+    "nvidia-pytriton": f"{install_command('serve')}, or use the server's container",
 }
 
 
@@ -86,9 +86,9 @@ def _check_packages() -> Iterator[Finding]:
             installed.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
-    yield Finding("versions", "ok", f"Tailor {version('tailor')}, {', '.join(installed)}")
+    yield Finding("versions", "ok", f"Tailor {TAILOR_VERSION}, {', '.join(installed)}")
     for name in missing:
-        remedy = INSTALL.get(name, "pip install 'tailor[pipeline]'")
+        remedy = INSTALL.get(name, install_command("pipeline"))
         yield Finding("versions", "warning", f"{name} is not installed, which {PACKAGES[name]} needs", remedy)
 
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from pipeline.scheduling.prefect_server import API_URL, HOME, SERVER_RECORD, set_prefect_env
+from pipeline.shared.errors import install_command
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def prefect_findings() -> Iterator[Finding]:
         return
     if find_spec("prefect") is None:
         yield Finding("prefect", "warning", "prefect is not installed, so its server was not checked",
-                      "pip install 'tailor[pipeline]'")  # fmt: skip
+                      install_command("pipeline"))  # fmt: skip
         return
     # Prefect reads these when it is imported; without them it creates a folder in the user's home.
     os.environ[API_URL] = url

@@ -18,7 +18,7 @@ from pathlib import Path
 import pipeline
 from pipeline.params import load_params
 from pipeline.shared.artifacts import TEACHER
-from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.errors import ParamsError, StageError, install_command
 from serving.shared.terminal import print
 
 
@@ -56,7 +56,7 @@ def run(job: Job) -> str:
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
     except ModuleNotFoundError as error:
-        raise ParamsError(f"{error.name} is not installed; pip install 'tailor[ray]'") from None
+        raise ParamsError(f"{error.name} is not installed; {install_command('ray')}") from None
     try:
         # "local": without an address Ray would join any cluster that runs on this machine.
         ray.init(

@@ -33,6 +33,7 @@ from serving.repository.manifest import (
     Manifest,
     sha256_of,
 )
+from serving.shared.version import TAILOR_VERSION
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -113,7 +114,7 @@ def build_manifest(
         data_sha256=data_sha256(SPLIT),
         code_revision=code_revision(),
         code_sha256=code_sha256(),
-        versions={name: version(name) for name in ("tailor", "torch", "onnx", "onnxruntime")},
+        versions={"tailor": TAILOR_VERSION} | {name: version(name) for name in ("torch", "onnx", "onnxruntime")},
         metrics=metrics,
         encoder=encoder,
         half=HalfPrecision(**asdict(half)) if half else None,

@@ -17,7 +17,13 @@ FILES = Path(__file__).with_name("project_files")  # its dvc.yaml is named stage
 SOURCE_README = (
     "Put one folder of images per class here, with the name of the class. Then run: tailor init data/source\n"
 )
-DVC_CONFIG = {"core.analytics": "false", "core.check_update": "false", "core.autostage": "false"}
+SITE_CACHE = ".dvc-site-cache"  # relative to the working folder of `dvc`, so it must not lie in .dvc
+DVC_CONFIG = {
+    "core.analytics": "false",
+    "core.check_update": "false",
+    "core.autostage": "false",
+    "core.site_cache_dir": SITE_CACHE,
+}
 
 
 def default_params() -> str:
@@ -93,18 +99,20 @@ def _init_git_and_dvc(folder: Path) -> None:
         options = [] if Path(top).samefile(folder) else ["--subdir"]
     if (folder / ".dvc").is_dir():
         return
+    write_file(folder / SITE_CACHE / "repo/.gitignore", "*\n!.gitignore\n")  # DVC would create a world-writable folder
     dvc = (sys.executable, "-P", "-m", "dvc")
     _run_command(folder, *dvc, "init", "--quiet", *options)
     config = "".join(f"    {key.partition('.')[2]} = {value}\n" for key, value in DVC_CONFIG.items())
     path = folder / ".dvc/config"
     write_file(path, f"[core]\n{config}" + path.read_text(encoding="utf-8").removeprefix("[core]\n"))
+    _add_lines(folder / ".dvcignore", [SITE_CACHE])
     if options != ["--no-scm"]:
-        _run_command(folder, "git", "add", ".dvc/config")
+        _run_command(folder, "git", "add", ".dvc/config", ".dvcignore")
 
 
 def _run_command(folder: Path, *command: str) -> None:
     """Run a command in the folder. Raises StageError with its first line of an error, else its first line."""
-    environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": SITE_CACHE}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = (result.stderr + result.stdout).split("\n")

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.command_line import stage_main
 from pipeline.params import Params, TrackingParams
 from pipeline.shared.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER, sha256_of
-from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.errors import ParamsError, StageError, install_command
 from pipeline.sources.storage import redact_url
 from serving.shared.terminal import print
 
@@ -72,7 +72,7 @@ def record_run(params: Params, export: Path = EXPORT) -> str | None:
         from mlflow.exceptions import MlflowException
     except ModuleNotFoundError as error:
         raise ParamsError(
-            f"tracking.mlflow is {address!r}, but {error.name} is not installed; pip install 'tailor[mlflow]'"
+            f"tracking.mlflow is {address!r}, but {error.name} is not installed; {install_command('mlflow')}"
         ) from None
     run = collect_run(params, export)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from serving.shared.errors import TailorError as TailorError
+from serving.shared.errors import install_command as install_command
 
 
 class StageError(TailorError):

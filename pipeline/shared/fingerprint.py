@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]  # the folder that holds the packages
 PACKAGES = ("models", "pipeline", "serving")
 STAGES = ("split", "prior", "embed", "teacher", "student", "evaluate", "export", "seeds")
 FOLDER = Path(".tailor/code")
+VERSION_FILE = "serving/shared/version.py"  # not hashed: a new version number alone runs no stage again
 DIGITS = 16  # leading digits of a sha256 in the files
 
 
@@ -42,11 +43,11 @@ def source_files(stage: str, root: Path = ROOT) -> tuple[Path, ...]:
     """Absolute, sorted paths of the files that a stage can run or read.
 
     These are the modules that it imports, directly or indirectly, and the files and folders beside a module, or beside
-    its package, that the module names in a string, such as templates and Triton's models.
+    its package, that the module names in a string, such as templates and Triton's models. VERSION_FILE is left out.
     """
     imports = _Imports(path=[str(root)])
     imports.import_hook(f"pipeline.{stage}")
-    sources = {Path(module.__file__) for module in imports.modules.values() if module.__file__}
+    sources = {Path(module.__file__) for module in imports.modules.values() if module.__file__} - {root / VERSION_FILE}
     pending = list(sources)
     while pending:
         path = pending.pop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.shared.errors import ParamsError
+from pipeline.shared.errors import ParamsError, install_command
 
 History = list[dict[str, float]]
 
@@ -32,7 +32,7 @@ def write_scalars(folder: Path, history: History) -> None:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         raise ParamsError(
-            "engine.tensorboard is true, but tensorboard is missing; pip install 'tailor[monitor]'"
+            f"engine.tensorboard is true, but tensorboard is missing; {install_command('monitor')}"
         ) from None
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()

@@ -26,9 +26,10 @@ from serving.commands.predict import predict, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
 from serving.commands.versions import promote, rollback, versions
-from serving.shared.errors import TailorError
+from serving.shared.errors import TailorError, install_command
 from serving.shared.ports import bypass_proxy_on_loopback
 from serving.shared.terminal import print
+from serving.shared.version import TAILOR_VERSION, source_commit
 
 # Base class of typer's usage errors (unknown option, missing argument, bad value), the same in all releases of typer.
 USAGE_ERROR = typer.BadParameter.__mro__[1]
@@ -65,12 +66,12 @@ app = typer.Typer(
 def _print_version(requested: bool) -> None:
     if not requested:
         return
-    print(f"tailor {metadata.version('tailor')}")
+    print(f"tailor {TAILOR_VERSION} (commit {source_commit()})")
     try:
         # This package contains the server, whose own version is available only from a running server.
         print(f"tritonserver of nvidia-pytriton {metadata.version('nvidia-pytriton')}")
     except metadata.PackageNotFoundError:
-        print("no tritonserver is installed; pip install 'tailor[serve]' installs one")
+        print(f"no tritonserver is installed; to install one, {install_command('serve')}")
     raise typer.Exit
 
 
@@ -148,4 +149,5 @@ def _message_and_status(error: Exception, command: str) -> tuple[str, int]:
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if package in ("", "models", "pipeline", "serving"):
         raise error
-    return f"{command} needs the package {package}, which is not installed; install 'tailor[pipeline]'", 1
+    remedy = install_command("pipeline")
+    return f"{command} needs the package {package}, which is not installed; {remedy}", 1

@@ -22,7 +22,7 @@ from serving.drift.estimate import CONFIDENCE, Drift, estimate_drift, write_live
 from serving.drift.logged_logits import LoggedLogits, parse_time, read_logits
 from serving.repository.manifest import Manifest
 from serving.repository.release import read_champion, read_release
-from serving.shared.errors import InputError, ServingError
+from serving.shared.errors import InputError, ServingError, install_command
 from serving.shared.terminal import Console, cell, counted, print
 
 PREDICTIONS = Path("artifacts/evaluation/predictions.parquet")
@@ -126,7 +126,7 @@ def load_retrain_trigger() -> Callable[[str], Any]:
 
     The package `pipeline` provides it: serving does not import pipeline. Raises ServingError where none is installed.
     """
-    hint = "pip install 'tailor[pipeline]', or leave --retrain-above out"
+    hint = f"{install_command('pipeline')}, or leave --retrain-above out"
     entry = next(iter(entry_points(group=TRIGGERS, name="retrain")), None)
     if entry is None:
         raise ServingError(f"--retrain-above: no package that can retrain is installed; {hint}")

@@ -10,7 +10,7 @@ import typer
 
 from serving.client.sync_client import Client
 from serving.commands.options import CaFile, Debug, Headers, Timeout, Url, parse_headers, server_url
-from serving.shared.errors import InputError
+from serving.shared.errors import InputError, install_command
 from serving.shared.ports import choose_ports
 from serving.shared.terminal import print
 
@@ -33,7 +33,7 @@ def playground(
 ) -> None:
     """Open a page that compares priors on images of your own.
 
-    It uses a running server. Needs Gradio (pip install 'tailor[playground]'). The page is for this machine alone and
+    It uses a running server. Needs Gradio (extra `playground`). The page is for this machine alone and
     sends images nowhere but to the server. Ends with Ctrl-C.
     """
     # Gradio reads them at import: no telemetry and no check for a newer version of Gradio.
@@ -42,7 +42,7 @@ def playground(
     try:
         import gradio  # noqa: F401
     except ImportError:
-        raise InputError("tailor playground needs Gradio; pip install 'tailor[playground]'") from None
+        raise InputError(f"tailor playground needs Gradio; {install_command('playground')}") from None
     from serving.playground.page import build, find_samples, launch_options
 
     with Client(server_url(url, None), timeout, headers=parse_headers(header), ca_file=ca_file) as client:

@@ -16,7 +16,7 @@ from serving.client.images import image_files, read_image
 from serving.client.sync_client import Client
 from serving.loadtest.plan import HEADERS_VARIABLE, LoadPlan
 from serving.shared.atomic import write_file
-from serving.shared.errors import ServingError
+from serving.shared.errors import ServingError, install_command
 from serving.shared.ports import choose_ports
 from serving.shared.process import end_session, start_process, tailor_environment
 
@@ -33,7 +33,7 @@ def run(plan: LoadPlan, report: Path, progress: Callable[[float], None]) -> dict
     when the server does not respond to a first request, or when the test exceeds its time by more than GRACE seconds.
     """
     if importlib.util.find_spec("locust") is None:
-        raise ServingError("locust is not installed; install the extra: pip install 'tailor[loadtest]'")
+        raise ServingError(f"locust is not installed; {install_command('loadtest')}")
     connection = plan.connection
     with Client(connection.url, plan.timeout, headers=connection.headers, ca_file=connection.ca_file) as client:
         # A wrong URL or prior fails here with one line, and not inside Locust.

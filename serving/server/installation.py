@@ -16,7 +16,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.shared.errors import ServingError
+from serving.shared.errors import ServingError, install_command
 from serving.shared.priority import write_stub_launcher
 
 STUB_NAME = "triton_python_backend_stub"
@@ -62,7 +62,7 @@ def find_installation() -> Installation:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise InstallationError(
-            "nvidia-pytriton, which brings the Triton server, is missing; pip install 'tailor[serve]'"
+            f"nvidia-pytriton, which brings the Triton server, is missing; {install_command('serve')}"
         )
     root = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
     backend = root / "backends" / "python"
@@ -101,7 +101,7 @@ def child_environment() -> dict[str, str]:
 def _check_packages() -> None:
     for module, package in (("onnxruntime", "onnxruntime"), ("PIL", "pillow"), ("numpy", "numpy")):
         if importlib.util.find_spec(module) is None:
-            raise InstallationError(f"{package} is missing; pip install 'tailor[serve,cpu]'")
+            raise InstallationError(f"{package} is missing; {install_command('serve', 'cpu')}")
     numpy_version = importlib.metadata.version("numpy")
     if int(numpy_version.split(".")[0]) >= 2:
         # With numpy 2 these stubs return empty FP32 outputs, with status 200, and crash on strings.

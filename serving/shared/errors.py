@@ -1,4 +1,7 @@
-"""Error classes: each message is one line that names the file, argument or address and what is allowed."""
+"""Error classes, and the text that names a missing extra.
+
+Each message is one line that names the file, argument or address and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -21,3 +24,8 @@ class InputError(ServingError):
 
 class RepositoryError(ServingError):
     """A model repository that cannot be written or is inconsistent; the message names the file."""
+
+
+def install_command(*extras: str) -> str:
+    """The remedy of a message about a missing package: how to install extras of pyproject.toml. No index has Tailor."""
+    return f"run `pip install -e '.[{','.join(extras)}]'` in Tailor's source folder"

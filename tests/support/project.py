@@ -22,6 +22,7 @@ CODE = (
     ".dvc/config",
     ".dvc/.gitignore",
     ".dvcignore",
+    ".dvc-site-cache/repo/.gitignore",
 )
 FILES = (".gitignore", "dvc.yaml", "params.yaml")
 SETTINGS = {"DVC_NO_ANALYTICS": "1", "ORT_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}

@@ -11,7 +11,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {canonicalize_name(distribution.name) for distribution in metadata.distributions()}
+
+
+def tailor_with(extra: str = "") -> set[str]:
+    """Return the names of the distributions that Tailor with an extra installs."""
+    return installed_with([f"{PROJECT['name']}[{extra}]"])
 
 
 def installed_with(requirements: Sequence[str]) -> set[str]:
@@ -28,7 +34,6 @@ def installed_with(requirements: Sequence[str]) -> set[str]:
 
 
 def _needs(name: str, extra: str) -> Sequence[str]:
-    if name == "tailor":
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        return project["optional-dependencies"][extra] if extra else project["dependencies"]
+    if name == PROJECT["name"]:
+        return PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     return metadata.requires(name) or [] if name in DISTRIBUTIONS else []

@@ -9,19 +9,19 @@ import sys
 import pytest
 
 from pipeline.commands.app import app, main
-from serving.shared.errors import ServingError
+from serving.shared.errors import ServingError, install_command
 from tests.support.making import ROOT
-from tests.support.requirements import installed_with
+from tests.support.requirements import tailor_with
 
 pytestmark = pytest.mark.slow
 
-# Hides packages that `pip install tailor` does not install, runs a command, and lists the imported modules.
+# Hides packages that Tailor without extras does not install, runs a command, and lists the imported modules.
 LIGHT = """
 import importlib.abc, importlib.metadata, json, re, sys
-allowed = set(json.loads(sys.argv[1])) | {"tailor", "setuptools"}
+allowed = set(json.loads(sys.argv[1])) | {"setuptools"}
 owners = importlib.metadata.packages_distributions()
 names = {top: {re.sub(r"[-_.]+", "-", name).lower() for name in by} for top, by in owners.items()}
-hidden = {top for top, by in names.items() if not by & allowed}
+hidden = {top for top, by in names.items() if not by & allowed} - {"models", "pipeline", "serving", "tailor"}
 class Hide(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in hidden:
@@ -37,7 +37,7 @@ sys.exit(status)
 
 def run_light(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
     """Run `tailor` in a process with only the packages of the base installation."""
-    base = json.dumps(sorted(installed_with(["tailor"])))
+    base = json.dumps(sorted(tailor_with()))
     return subprocess.run(
         [sys.executable, "-c", LIGHT, base, *arguments],
         cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120,
@@ -59,7 +59,7 @@ def test_the_base_installation_lists_every_command_and_prints_the_help_of_each()
 def test_a_command_names_its_missing_package_in_one_line(command: str, package: str) -> None:
     done = run_light(*command.split())
     assert (done.returncode, done.stdout) == (1, "")
-    needs = f"needs the package {package}, which is not installed; install 'tailor[pipeline]'"
+    needs = f"needs the package {package}, which is not installed; {install_command('pipeline')}"
     assert done.stderr == f"tailor: {command.split()[0]} {needs}\n"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from pipeline.commands.app import main
 from pipeline.preparation.project import create_project, keep_out_of_git
 from pipeline.shared.errors import ParamsError
 from tests.support.making import encode, picture
+from tests.support.project import OwnProject
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("git"), reason="needs git")]
 
@@ -36,6 +39,7 @@ def test_a_project_has_its_own_git_repository_unless_it_is_inside_one(tmp_path: 
     create_project(tmp_path / "shared/build/demo")  # the outer repository ignores it
     assert (tmp_path / "shared/build/demo/.git").is_dir()
     files = {
+        ".dvc-site-cache/repo/.gitignore",
         ".dvc/.gitignore",
         ".dvc/config",
         ".dvcignore",
@@ -46,6 +50,47 @@ def test_a_project_has_its_own_git_repository_unless_it_is_inside_one(tmp_path: 
     }
     assert staged(tmp_path / "alone") == staged(tmp_path / "shared/part") == files
     assert "analytics = false" in (tmp_path / "alone/.dvc/config").read_text()
+
+
+# Runs at the start of each Python process: any use of DVC's default site cache, which each user may write, fails.
+NO_DEFAULT_CACHE = """
+import sys
+def refuse(event, arguments):
+    if event in ("open", "os.mkdir", "os.listdir", "os.scandir", "sqlite3.connect") and arguments:
+        if str(arguments[0]).startswith("/var/tmp/dvc"):
+            raise PermissionError(13, "the default site cache is used", str(arguments[0]))
+sys.addaudithook(refuse)
+"""
+
+
+def test_dvc_writes_its_site_cache_into_the_project_and_nothing_to_the_default_folder(tmp_path: Path) -> None:
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(NO_DEFAULT_CACHE)
+    project = OwnProject(tmp_path / "trees")
+    project.environment["PYTHONPATH"] = f"{tmp_path / 'hook'}{os.pathsep}{project.environment['PYTHONPATH']}"
+    project.environment.pop("DVC_SITE_CACHE_DIR", None)
+    project.root.mkdir()
+    project.run("python", "-P", "-m", "pipeline.commands", "new", ".")
+    put(project.root / "data/source")
+    project.run("python", "-P", "-m", "pipeline.commands", "init", "data/source")
+    assert project.stages_run(project.run("dvc", "repro", "split")) == ["code", "split"]
+    repo = project.root / ".dvc-site-cache/repo"
+    assert [path.name for path in repo.iterdir() if path.is_dir()] != []
+    assert not repo.stat().st_mode & stat.S_IWOTH
+    assert staged(project.root) & {str(path.relative_to(project.root)) for path in repo.rglob("*")} == {
+        ".dvc-site-cache/repo/.gitignore"
+    }
+    project.run("dvc", "config", "--unset", "core.site_cache_dir")
+    assert "the default site cache is used" in project.run("dvc", "status", expect=255).stderr
+
+
+def test_a_clone_of_a_project_keeps_the_site_cache_in_a_folder_of_its_owner(tmp_path: Path) -> None:
+    create_project(tmp_path / "first")
+    staged(tmp_path / "first")
+    git(tmp_path / "first", "-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "--quiet", "-m", "new")
+    git(tmp_path, "clone", "--quiet", "first", "clone")
+    assert "site_cache_dir = .dvc-site-cache" in (tmp_path / "clone/.dvc/config").read_text()
+    assert not (tmp_path / "clone/.dvc-site-cache/repo").stat().st_mode & stat.S_IWOTH
 
 
 def test_no_file_of_the_folder_is_overwritten(tmp_path: Path) -> None:

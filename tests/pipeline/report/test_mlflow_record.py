@@ -131,7 +131,7 @@ def test_without_a_tracking_uri_nothing_is_recorded_and_mlflow_is_not_imported(m
 
 def test_without_mlflow_the_error_names_the_extra(monkeypatch, store):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ParamsError, match=r"pip install 'tailor\[mlflow\]'"):
+    with pytest.raises(ParamsError, match=r"pip install -e '\.\[mlflow\]'"):
         record_run(params_with(store))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import grimp
 import pytest
 
-from pipeline.shared.fingerprint import PACKAGES, STAGES, code_sha256, source_files, strip_comments
+from pipeline.shared.fingerprint import PACKAGES, STAGES, VERSION_FILE, code_sha256, source_files, strip_comments
 from tests.support.making import ROOT
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def test_every_module_that_a_stage_imports_is_hashed(stage: str, graph: grimp.Im
     paths = {module.replace(".", "/") for module in modules}
     expected = {f"{path}/__init__.py" if (ROOT / path).is_dir() else f"{path}.py" for path in paths}
     hashed = {name for name in names(stage) if name.endswith(".py") and not name.startswith("serving/triton/")}
-    assert hashed == expected
+    assert hashed == expected - {VERSION_FILE}
 
 
 def test_files_that_a_module_reads_are_hashed() -> None:
@@ -47,6 +47,12 @@ def test_comments_and_docstrings_are_not_hashed() -> None:
     text = '"""Doc."""\nX = "# text"  # why\n\nclass A:\n    """Doc\n    of two lines."""\n    y: int = 1\n    """Its y."""\n'
     assert strip_comments(text) == 'X = "# text"\nclass A:\n    y: int = 1'
     assert strip_comments('def f():\n    return """a\n\n# b"""\n') == 'def f():\n    return """a\n# b"""'
+
+
+def test_another_version_number_runs_no_stage_again() -> None:
+    assert (ROOT / VERSION_FILE).is_file()
+    for stage in STAGES:
+        assert VERSION_FILE not in names(stage)
 
 
 def write_code(root: Path, prior: str) -> Path:

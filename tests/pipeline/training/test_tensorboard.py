@@ -35,5 +35,8 @@ def test_each_epoch_is_there_once_also_after_a_run_that_went_on(tmp_path):
 
 def test_a_missing_tensorboard_is_named_with_what_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ParamsError, match=r"engine\.tensorboard is true, but tensorboard is missing; pip install"):
+    with pytest.raises(
+        ParamsError,
+        match=r"engine\.tensorboard is true, but tensorboard is missing; run `pip install -e '\.\[monitor\]'`",
+    ):
         write_scalars(tmp_path, [{"epoch": 1, "loss": 1.0}])

@@ -7,13 +7,13 @@ import http.server
 import json
 import socket
 import threading
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 from conftest import CLASSES, TOP_K, Release, picture
 
 from serving.server.triton_server import TritonServer
+from serving.shared.version import TAILOR_VERSION, source_commit
 from tests.support.bad_files import BAD
 from tests.support.faulty_server import FaultyHttp
 from tests.support.tailor_command import Tailor, assert_one_line
@@ -231,10 +231,10 @@ def test_a_certificate_without_its_key_is_a_usage_error(tailor: Tailor) -> None:
     )
 
 
-def test_version_prints_the_versions_of_tailor_and_triton(tailor: Tailor) -> None:
+def test_version_prints_the_release_and_commit_of_tailor_and_the_package_of_triton(tailor: Tailor) -> None:
     ended = tailor("--version")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines() == [
-        f"tailor {metadata.version('tailor')}",
+        f"tailor {TAILOR_VERSION} (commit {source_commit()})",
         "tritonserver of nvidia-pytriton 0.7.0",
     ]

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from packaging.utils import canonicalize_name
 
-from tests.support.requirements import installed_with
+from tests.support.requirements import PROJECT, installed_with
 from tests.support.watched import OBSERVABILITY, expressions
 
 ROOT = Path(__file__).parents[3]
@@ -130,12 +130,14 @@ def test_every_package_that_the_command_imports_is_installed_in_its_stage(stage:
     text = (ROOT / "Dockerfile").read_text()
     [lines] = re.findall(rf" AS {stage}\n(.*?)\nFROM ", text, re.DOTALL)
     [listed] = re.findall(r"pip install (?:--no-build-isolation )?-c constraints.txt (.*\".*)", lines)
-    requirements = [word.replace(".[", "tailor[") for word in shlex.split(listed)]
-    code = "import sys, serving.commands; print(*{name.partition('.')[0] for name in sys.modules})"
+    requirements = [word.replace(".[", f"{PROJECT['name']}[") for word in shlex.split(listed)]
+    code = (
+        "import sys, serving.commands; print(*{name.partition('.')[0] for name in sys.modules} - {'models', 'serving'})"
+    )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     by_module = metadata.packages_distributions()
-    # Besides the requirements: the installation of this checkout, and optional imports of packages.
-    installed = installed_with(requirements) | {"setuptools", "tailor", "brotli", "ml-dtypes", "grpcio-tools"}
+    # Besides the requirements: optional imports of packages.
+    installed = installed_with(requirements) | {"setuptools", "brotli", "ml-dtypes", "grpcio-tools"}
     missing = {
         name
         for name in ran.stdout.split()

@@ -229,7 +229,7 @@ def test_retraining_calls_the_entry_point_with_the_reason(drift: Drift, monkeypa
     assert "tailor: starting a retraining: distance" in ended.stderr
     assert ended.stderr.endswith("tailor: asked for\n")
     for values, said in (
-        ((), "no package that can retrain is installed; pip install 'tailor[pipeline]'"),
+        ((), "no package that can retrain is installed; run `pip install -e '.[pipeline]'`"),
         (("package_of_nowhere:trigger",), "package_of_nowhere:trigger cannot be used"),
         ((f"{__name__}:push",), f"{__name__}:push cannot be used"),
     ):

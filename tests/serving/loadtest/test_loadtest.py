@@ -51,7 +51,7 @@ def test_the_error_of_a_missing_locust_names_the_extra(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ServingError, match=r"locust is not installed; .* pip install 'tailor\[loadtest\]'"):
+    with pytest.raises(ServingError, match=r"locust is not installed; run `pip install -e '\.\[loadtest\]'`"):
         run(LoadPlan(Connection("http://127.0.0.1:9"), images), tmp_path / "report", lambda _: None)
 
 

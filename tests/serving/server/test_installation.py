@@ -33,7 +33,7 @@ def test_python_without_stubs_is_refused_in_words(monkeypatch: pytest.MonkeyPatc
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytriton" else find(name))
-    with pytest.raises(InstallationError, match=r"nvidia-pytriton.* is missing; pip install 'tailor\[serve\]'"):
+    with pytest.raises(InstallationError, match=r"nvidia-pytriton.* is missing; run `pip install -e '\.\[serve\]'`"):
         find_installation()
 
 
