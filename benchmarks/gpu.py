@@ -127,6 +127,7 @@ def measure(step: Step, options: argparse.Namespace) -> None:
     results = Results(options.output)
     module, _, function = step.work.partition(":")
     work = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+    device = "" if options.device == "cuda" else f"--device {options.device} "
     small = "--tiny " if options.tiny else ""
     results.update(
         step.name,
@@ -135,7 +136,7 @@ def measure(step: Step, options: argparse.Namespace) -> None:
         figures=[],
         card=hardware(options.device),
         torch=torch.__version__,
-        command=f"python -m benchmarks.gpu --device {options.device} {small}--only {step.name}",
+        command=f"python -m benchmarks.gpu {device}{small}--only {step.name}",
     )
     figures: dict[str, tuple[str, float | str, str]] = {}
     for figure in work(options):
@@ -147,7 +148,7 @@ def measure(step: Step, options: argparse.Namespace) -> None:
 def run_step(step: Step, options: argparse.Namespace, seconds: float) -> None:
     """Run a step for at most `seconds` and record how it ended."""
     results, log = Results(options.output), options.output / "log.txt"
-    limit = seconds if step.resumes else min(seconds, LIMIT * 60 * step.minutes)
+    limit = seconds if step.resumes or options.tiny else min(seconds, LIMIT * 60 * step.minutes)
     with log.open("a") as file:
         file.write(f"\n=== {step.name}\n")
     start, begin = log.stat().st_size, time.monotonic()
@@ -217,6 +218,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"argument --data: {options.data} has no {missing[0]}; benchmarks/gpu_pack.sh makes the folder"
             )
+    if not options.plan and options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("argument --device: torch finds no CUDA device; run with --device cpu --tiny")
     for name in ("data", "output", "work"):
         setattr(options, name, path.absolute() if (path := getattr(options, name)) else None)
     return options
