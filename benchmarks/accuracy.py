@@ -31,7 +31,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
 import torch
 import yaml
 
@@ -182,6 +181,8 @@ def format_difference(values: list[float]) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{100 * mean:+.2f}"
+    import scipy.stats  # missing on a machine that only trains
+
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return f"{100 * mean:+.2f} ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
 
@@ -200,6 +201,25 @@ def comparison_id(params: Params, plus: Path) -> str:
     return sha256_of_json(recipe)[:12]
 
 
+def recipe_params(recipes: list[Path], data: Path | None) -> Params:
+    """Return params.yaml with the recipes; data: data.location, None for that of the recipes."""
+    text, _ = apply_recipe(recipes, Path("params.yaml"))
+    params = parse_params(yaml.safe_load(text), recipes[-1])
+    location = Path(os.path.relpath(data)) if data else Path(params.data.location)
+    return merged(params, {"data": {"location": str(location.absolute())}})
+
+
+def comparison_folder(params: Params, plus: Path, work: Path) -> Path:
+    """Return the folder of a comparison under `work`, with the split and the prior in it; its runs share them."""
+    folder = work / comparison_id(params, plus)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(folder):
+        if not Path("artifacts/prior.json").is_file():
+            split.run(params)
+            prior.run(params)
+    return folder
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -216,21 +236,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    text, _ = apply_recipe(options.recipe, Path("params.yaml"))
-    params = parse_params(yaml.safe_load(text), options.recipe[-1])
-    location = Path(os.path.relpath(options.data)) if options.data else Path(params.data.location)
-    params = merged(params, {"data": {"location": str(location.absolute())}})
+    params = recipe_params(options.recipe, options.data)
     trainers = methods(options.plus)
     if unknown := set(options.methods or trainers) - set(trainers):
         parser.error(f"--methods: {sorted(unknown)[0]!r} is unknown; expected {', '.join(trainers)}")
-    work = options.work / comparison_id(params, options.plus)
-    work.mkdir(parents=True, exist_ok=True)
+    work = comparison_folder(params, options.plus, options.work)
     output = options.output.absolute() if options.output else None
     names = [name for name in trainers if name in (options.methods or trainers)]
     with contextlib.chdir(work):
-        if not Path("artifacts/prior.json").is_file():
-            split.run(params)
-            prior.run(params)
         results = train_all(params, trainers, names, options.seeds)
     device = choose_device(params.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -44,6 +44,15 @@ HEADING = (
 )
 
 
+def usable_forms(case: Case) -> list[str]:
+    """Return the names of the forms that run on the case's device: the fused kernels on CUDA only, if they are correct."""
+    (batch, keys), device = case.similarity.shape, case.similarity.device
+    fused = device.type == "cuda" and not kernel_fault(
+        device, batch, keys, case.runs.longest, OwnClassLogSumExp, timed=False
+    )
+    return [name for name in FORMS if fused or name != FUSED]
+
+
 def milliseconds(form: Form, case: Case) -> float:
     if case.similarity.is_cuda:
         torch.cuda.synchronize()
@@ -111,12 +120,8 @@ def rows(
     size: tuple[int, int, int], device: str, repeat: int, goals: tuple[float | None, float | None]
 ) -> Iterator[str]:
     """Yield the table's rows of one size. goals: for the time ratio and the memory ratio."""
-    names = [name for name in FORMS if device == "cuda" or name != FUSED]
     case = make_case(*size, device)
-    if FUSED in names and kernel_fault(
-        case.similarity.device, *size[:2], case.runs.longest, OwnClassLogSumExp, timed=False
-    ):
-        names.remove(FUSED)
+    names = usable_forms(case)
     others = OtherWork()
     milliseconds_of = times(case, names, repeat)
     share = others.share()

@@ -28,7 +28,7 @@ import pipeline.prior
 import pipeline.split
 from benchmarks.machine import add_device_option, gpu_note, hardware, versions
 from pipeline.data.class_prior import Prior
-from pipeline.data.dataset import load_images, training_images
+from pipeline.data.dataset import AnyImages, load_images, training_images
 from pipeline.params import PARAMS_FILE, Params, parse_params
 from pipeline.params.recipe import apply_recipe
 from pipeline.preparation.gpu_memory import GIB, estimate_memory, new_objective
@@ -48,9 +48,13 @@ HEADING = "| student | images/s | ratio | peak memory, GiB | estimate for a step
 
 
 class TrainingCost(NamedTuple):
-    """speed: images/s of an epoch including evaluation. peak: peak GiB. estimated: estimated GiB of a step."""
+    """speed: images/s of a run of one epoch including evaluation; steps: of its steps alone, by wall time.
+
+    peak: peak GiB. estimated: estimated GiB of a step.
+    """
 
     speed: float
+    steps: float
     peak: float
     estimated: float
 
@@ -80,6 +84,15 @@ def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) 
     return parse_params(yaml.safe_load(text), overlay)
 
 
+def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Params, pipeline.split.Result, Prior, AnyImages]:
+    """Split the data in the current folder; return params, split, prior and the training images with three views."""
+    params = params_of(arguments, {}, folder)
+    split = pipeline.split.run(params)
+    prior = pipeline.prior.run(params)
+    device = torch.device(arguments.device)
+    return params, split, prior, training_images(params, device, augment=params.student.augment, views=3)[0]
+
+
 def measure_training(params: Params, prior: Prior, images: Any, device: torch.device) -> TrainingCost:
     """Train the student for one epoch; the untrained teacher costs the same as a trained one."""
     estimated = estimate_memory(params, "student", prior).peak / GIB
@@ -94,7 +107,8 @@ def measure_training(params: Params, prior: Prior, images: Any, device: torch.de
     begin = clock()
     record = training.run(images, validation)[-1]
     trained = len(images) // params.student.batch_size * params.student.batch_size
-    return TrainingCost(trained / (clock() - begin), record["memory_mib"] / 1024, estimated)
+    speed = trained / (clock() - begin)
+    return TrainingCost(speed, record["images_per_second"], record["memory_mib"] / 1024, estimated)
 
 
 def table(costs: dict[str, TrainingCost]) -> str:
@@ -136,10 +150,7 @@ def main(words: list[str] | None = None) -> None:
     costs = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         folder = Path(scratch)
-        params = params_of(arguments, {}, folder)
-        split = pipeline.split.run(params)
-        prior = pipeline.prior.run(params)
-        images, _, _ = training_images(params, device, augment=params.student.augment, views=3)
+        params, split, prior, images = prepare(arguments, folder)
         for name, row in ROWS.items():
             if arguments.device == "cpu" and row == FLOAT32:
                 continue  # on the CPU every row is in float32

@@ -129,7 +129,7 @@ def whole_run_lines(timings: dict[str, Timing], setup: Setup, full: bool) -> str
     return "\n".join(lines) + "\n"
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="The training engine against a plain baseline: one table of ratios.",
         epilog="example: python -m benchmarks.training --data FOLDER --output benchmarks/results/training-cpu.md",
@@ -140,6 +140,7 @@ def parse() -> argparse.Namespace:
     add_device_option(parser)
     parser.add_argument("--student", help="backbone (default: resnet20 on the CPU, resnet32 on CUDA)")
     parser.add_argument("--teacher", help="backbone (default: resnet32 on the CPU, resnet56 on CUDA)")
+    parser.add_argument("--batch", type=int, default=128, help="images a batch (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps a round (default: 4 on the CPU, a whole epoch on CUDA)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each row (default: 5)")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the engine")
@@ -147,7 +148,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: one a core)")
     parser.add_argument("--full", action="store_true", help=f"also train teacher and student for {EPOCHS} epochs")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     cuda = arguments.device == "cuda"
     if arguments.data and not (arguments.data / "cifar10-train.parquet").is_file():
         parser.error(

@@ -62,7 +62,7 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
 
 
 def recipe(arguments: argparse.Namespace) -> Params:
-    """Return params.yaml with the official CIFAR recipe: 200 epochs, batch 128, lr 0.1, AutoAugment, Cutout, K 4096."""
+    """Return params.yaml with the official CIFAR recipe: 200 epochs, lr 0.1, AutoAugment, Cutout, K 4096."""
     content = read_yaml(PARAMS_FILE)
     content["image"] = {
         "size": 32, "resize_to": 32, "mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010],
@@ -73,7 +73,11 @@ def recipe(arguments: argparse.Namespace) -> Params:
     for name in ("teacher", "student"):
         section = content[name]
         section.update(
-            epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4, backbone=getattr(arguments, name)
+            epochs=200,
+            batch_size=arguments.batch,
+            learning_rate=0.1,
+            weight_decay=5e-4,
+            backbone=getattr(arguments, name),
         )
         section["schedule"] = {**section["schedule"], **schedule}
         section["augment"] = {**section["augment"], **augment}

@@ -88,7 +88,11 @@ def engine_side(setup: Setup) -> dict[str, Work]:
         def plainly(inputs: StepInputs) -> dict[str, Tensor]:
             return step(inputs.to(device))
 
-        take = CapturedStep(step, step.draw(batches[0], generator)) if device.type == "cuda" else plainly
+        take = (
+            CapturedStep(step, step.draw(batches[0], generator))
+            if device.type == "cuda" and engine.capture
+            else plainly
+        )
         for _ in range(rounds):
             for chosen in batches:
                 take(step.draw(chosen, generator))

@@ -158,7 +158,7 @@ def test_nvjpeg_decodes_only_plain_jpegs_and_the_cpu_all_others():
         assert torch.equal(decode_unless_nvjpeg(KINDS[kind], SMALL), decode_fast(KINDS[kind], SMALL))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_nvjpeg_equals_the_cpu_decoder_except_for_rounding():
     device = torch.device("cuda")
     kinds = ("jpeg", "portrait", "grey")

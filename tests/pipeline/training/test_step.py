@@ -139,7 +139,7 @@ def test_an_operation_that_cannot_be_captured_is_named_and_leaves_the_run_as_it_
     assert all(torch.equal(before[name], tensor) for name, tensor in step.state().items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", ["teacher", "student", "momentum"])
 @pytest.mark.parametrize(("accumulate", "recompute"), [(1, False), (4, False), (2, True)])
 def test_a_cuda_graph_does_what_the_plain_step_does(stage, accumulate, recompute):

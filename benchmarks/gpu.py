@@ -1,0 +1,259 @@
+"""All measurements that need a GPU, in one command: `python -m benchmarks.gpu --data FOLDER --output FOLDER`.
+
+Runs steps in order of value, each in a separate process with a time limit. A step writes every figure to
+OUTPUT/results.json when it is measured; a failing step is recorded with its error, and the next step runs. Finished
+steps are skipped at the next call with the same output folder, and a step that does not fit into the remaining minutes
+is left for that call. OUTPUT holds three files: results.json, table.md, log.txt (the output of the steps). Training runs
+are stored under --work and resume from there.
+
+  python -m benchmarks.gpu --plan
+  python -m benchmarks.gpu --data gpu_pack/data --output OUTPUT --minutes 9
+  python -m benchmarks.gpu --device cpu --tiny --output OUTPUT    # every step at a small size, on generated images
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from serving.shared.atomic import write_file
+
+PACKS = ("cifar10-train.parquet", "cifar10-test.parquet", "plankton-train.parquet", "plankton-test.parquet")
+FINISHED = ("done", "failed")  # a stopped step runs again
+LIMIT = 3  # times the estimate: a step that takes longer has failed
+
+
+class Step(NamedTuple):
+    """A step: function `work` (module:function) yields (figure, value, goal). minutes: estimate on one H100.
+
+    resumes: the step may start with less time than its estimate; the next call continues it.
+    """
+
+    name: str
+    minutes: float
+    work: str
+    what: str
+    resumes: bool = False
+
+
+STEPS = [
+    Step("tests", 1, "gpu_speed:gpu_tests", "every test that needs a GPU"),
+    Step("gml-loss", 1, "gpu_speed:gml_loss", "GML loss, forward and backward, against the one-hot form"),
+    Step("engine", 3, "gpu_speed:engine", "training engine against the plain baseline: steps and epochs"),
+    Step("variants", 1.5, "gpu_speed:variants", "student with and without CUDA graph, bfloat16, fused kernels"),
+    Step("kernels", 0.5, "gpu_speed:kernels", "the ten most costly kernels of a student step"),
+    Step("cifar10", 4, "gpu_runs:cifar10", "CIFAR-10, IF 100: ResNet-56 teacher, ResNet-32 student, 200 epochs"),
+    Step("batch-sizes", 1.5, "gpu_speed:batch_sizes", "batch size at which the throughput of a step saturates"),
+    Step(
+        "imagenet",
+        3,
+        "gpu_speed:imagenet_recipe",
+        "ResNeXt-50 with ResNeXt-101 teacher: images/s, memory and its estimate",
+    ),
+    Step("loader", 2, "gpu_speed:streaming_loader", "streaming loader, and the share of waiting with nvJPEG"),
+    Step("encoders", 1, "gpu_speed:encoders", "embedding images/s of timm networks"),
+    Step(
+        "cifar10-methods", 14, "gpu_runs:cifar10_methods", "CIFAR-10, IF 100: four methods, 3 seeds side by side", True
+    ),
+    Step("plankton-32", 12, "gpu_runs:plankton_32", "plankton from scratch at 32 pixels: four methods, 3 seeds", True),
+    Step("plankton-48", 18, "gpu_runs:plankton_48", "plankton from scratch at 48 pixels: four methods, 3 seeds", True),
+]
+ENOUGH = 1.0  # minutes with which a step that resumes may start
+
+
+class Results:
+    """The records of the steps in OUTPUT/results.json, and the Markdown table of all of them in OUTPUT/table.md."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._file = folder, folder / "results.json"
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Return the records by step."""
+        return json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
+
+    def status(self, step: str) -> str:
+        """Return done, failed or stopped; "" for a step that has not run."""
+        return self.read().get(step, {}).get("status", "")
+
+    def update(self, step: str, **changes: Any) -> None:
+        """Change the record of a step and write both files."""
+        records = self.read()
+        records[step] = {**records.get(step, {}), **changes}
+        write_file(self._file, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        write_file(self.folder / "table.md", table(records))
+
+
+def table(records: dict[str, dict[str, Any]]) -> str:
+    """Markdown table: a row per figure, with the card, the version of torch and the command of its step."""
+    lines = ["| step | figure | value | goal | card | torch | command |", "|---|---|--:|--:|---|---|---|"]
+    for step in (step.name for step in STEPS if step.name in records):
+        record = records[step]
+        rows = list(record.get("figures", []))
+        if record["status"] != "done":
+            rows.append([record["status"], record.get("error", ""), ""])
+        for figure, value, goal in rows:
+            cells = (step, figure, _text(value), goal, record.get("card", ""), record.get("torch", ""))
+            command = f"`{record['command']}`" if "command" in record else ""
+            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} | {command} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def measure(step: Step, options: argparse.Namespace) -> None:
+    """Process of a step: write its figures as they are measured. Its output is appended to OUTPUT/log.txt."""
+    os.setpgrp()  # so that the processes it starts end with it
+    with (options.output / "log.txt").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    import torch
+
+    from benchmarks.machine import hardware
+
+    results = Results(options.output)
+    module, _, function = step.work.partition(":")
+    work = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+    device = "" if options.device == "cuda" else f"--device {options.device} "
+    small = "--tiny " if options.tiny else ""
+    results.update(
+        step.name,
+        status="running",
+        error="",
+        figures=[],
+        card=hardware(options.device),
+        torch=torch.__version__,
+        command=f"python -m benchmarks.gpu {device}{small}--only {step.name}",
+    )
+    figures: dict[str, tuple[str, float | str, str]] = {}
+    for figure in work(options):
+        print(*figure, flush=True)
+        figures[figure[0]] = figure
+        results.update(step.name, figures=list(figures.values()))
+
+
+def run_step(step: Step, options: argparse.Namespace, seconds: float) -> None:
+    """Run a step for at most `seconds` and record how it ended."""
+    results, log = Results(options.output), options.output / "log.txt"
+    limit = seconds if step.resumes or options.tiny else min(seconds, LIMIT * 60 * step.minutes)
+    with log.open("a") as file:
+        file.write(f"\n=== {step.name}\n")
+    start, begin = log.stat().st_size, time.monotonic()
+    results.update(step.name, status="running", error="")
+    process = multiprocessing.get_context("forkserver").Process(target=measure, args=(step, options))
+    process.start()
+    try:
+        process.join(limit)
+        code = process.exitcode
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # no group: the process has ended, or has not made it yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    taken = time.monotonic() - begin
+    if code is None and limit == seconds:
+        ending = {
+            "status": "stopped",
+            "error": f"the call's minutes ended after {taken:.0f} s; the next call runs it again",
+        }
+    elif code is None:
+        ending = {"status": "failed", "error": f"took more than {limit:.0f} s, {LIMIT} times its estimate"}
+    elif code:
+        last = log.read_text(errors="replace")[start:].split("\n")
+        ending = {
+            "status": "failed",
+            "error": f"exit code {code}: {next(filter(str.strip, reversed(last)), '').strip()}",
+        }
+    else:
+        ending = {"status": "done"}
+    results.update(step.name, seconds=round(taken, 1), **ending)
+    print(f"{step.name}: {ending['status']} in {taken:.0f} s  {ending.get('error', '')}", flush=True)
+
+
+def plan(steps: list[Step], results: Results) -> str:
+    """Text of --plan: the steps in order with their estimates and what an earlier call did."""
+    width = max(len(step.name) for step in steps)
+    lines = [
+        f"{s.name:<{width}}  {s.minutes:>4.1f} min  {results.status(s.name) or 'to run':<8}  {s.what}" for s in steps
+    ]
+    remaining = sum(step.minutes for step in steps if results.status(step.name) not in FINISHED)
+    return "\n".join([*lines, f"remaining: {remaining:.1f} min on one H100 (estimates)"])
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    names = [step.name for step in STEPS]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help=f"folder with {', '.join(PACKS)} (with --tiny: generated)")
+    parser.add_argument("--output", type=Path, default=Path("build/gpu"), help="default: %(default)s")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/gpu-work"), help="training runs (default: %(default)s)"
+    )
+    parser.add_argument("--minutes", type=float, default=9, help="of the whole call (default: %(default)s)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="every step at a small size: a test of the command")
+    parser.add_argument("--only", nargs="+", metavar="STEP", choices=names, help=", ".join(names))
+    parser.add_argument(
+        "--again", nargs="+", metavar="STEP", choices=names, default=[], help="run finished steps again"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the steps with their estimates and stop")
+    options = parser.parse_args(words)
+    if not options.plan and not (options.tiny and options.data is None):
+        missing = [name for name in PACKS if options.data is None or not (options.data / name).is_file()]
+        if missing:
+            parser.error(
+                f"argument --data: {options.data} has no {missing[0]}; benchmarks/gpu_pack.sh makes the folder"
+            )
+    if not options.plan and options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("argument --device: torch finds no CUDA device; run with --device cpu --tiny")
+    for name in ("data", "output", "work"):
+        setattr(options, name, path.absolute() if (path := getattr(options, name)) else None)
+    return options
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the command line; return 1 if a step has failed."""
+    options = parse(words)
+    results = Results(options.output)
+    steps = [step for step in STEPS if not options.only or step.name in options.only]
+    if options.plan:
+        print(plan(steps, results))
+        return 0
+    deadline = time.monotonic() + 60 * options.minutes
+    options.output.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.gpu_speed", "benchmarks.gpu_runs"])
+    print(f"`python -m benchmarks.gpu {shlex.join(words or sys.argv[1:])}`", flush=True)
+    for step in steps:
+        if results.status(step.name) in FINISHED and step.name not in options.again:
+            continue
+        seconds = deadline - time.monotonic()
+        needed = 0 if options.tiny else ENOUGH if step.resumes else step.minutes
+        if seconds <= 60 * needed:
+            print(f"{step.name}: left for the next call, {seconds / 60:.1f} minutes remain", flush=True)
+        else:
+            run_step(step, options, seconds)
+    records = results.read()
+    print(table(records))
+    return int(any(record["status"] == "failed" for record in records.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

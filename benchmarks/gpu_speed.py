@@ -1,0 +1,247 @@
+"""Steps of benchmarks.gpu that measure speed and memory, by the functions of the other benchmarks.
+
+A step yields (figure, value, goal) as soon as a figure is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import unittest.mock
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import profile
+
+from benchmarks import gml_loss as gml
+from benchmarks import imagenet, loader, made_imagenet, training
+from benchmarks.accuracy import merged
+from benchmarks.gml_forms import FUSED, ONE_HOT, OURS, make_case
+from benchmarks.gpu_runs import Figures, data_of
+from benchmarks.photographs import photographs
+from benchmarks.training_setup import Setup, setup_of
+from benchmarks.training_sides import SIDES, difference, engine_side
+from benchmarks.turns import in_turns
+from models.networks.backbones import build_backbone
+from models.objectives.student import StudentObjective
+
+TIMM = ("timm/vit_small_patch16_224", "timm/vit_base_patch16_224", "timm/convnext_tiny", "timm/efficientnet_lite0")
+CORES = min(len(os.sched_getaffinity(0)), 16)
+TINY_TRAINING = "--student resnet20 --teacher resnet20 --batch 8 --steps 2 --workers 1 --threads 1"
+TINY_IMAGENET = "--size 64 --student torchvision/resnet18 --teacher torchvision/resnet18 --batch 16 --queue 512"
+SATURATED = 0.95  # of the highest throughput
+
+
+def gpu_tests(options: argparse.Namespace) -> Figures:
+    """Run the tests with the mark `gpu`; raises RuntimeError, with pytest's output in the log, if none was collected."""
+    files = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    report = options.work / "gpu-tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", *files]
+    code = subprocess.run(command, check=False).returncode
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
+    if not cases:
+        raise RuntimeError(f"pytest ran no test and ended with exit code {code}; its output is in log.txt")
+    outcomes = {"failure": 0, "error": 0, "skipped": 0}
+    for case in cases:
+        for outcome in case:
+            if outcome.tag in outcomes:
+                outcomes[outcome.tag] += 1
+                if outcome.tag != "skipped":
+                    yield f"{outcome.tag}: {case.get('name')}", (outcome.get("message") or "").split("\n")[0], ""
+    yield "tests passed", len(cases) - sum(outcomes.values()), f"{len(cases)}"
+    yield "tests skipped", outcomes["skipped"], "0"
+
+
+def gml_loss(options: argparse.Namespace) -> Figures:
+    """Time and peak memory of the losses at each size, after the values of all forms were compared."""
+    for i, size in enumerate([(8, 64, 10)] if options.tiny else gml.SIZES):
+        text = "B, K, C = " + ", ".join(map(str, size))
+        case = make_case(*size, options.device)
+        names = gml.usable_forms(case)
+        times = gml.times(case, names, 3 if options.tiny else 50)
+        del case
+        yield f"{text}: losses and gradients of {len(names)} forms", "equal within 1e-4 of the largest", ""
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        peaks = {name: gml.peak_here(name, size, options.device) for name in names}
+        for name in names:
+            ours = name in (OURS, FUSED)
+            time_goal, memory_goal = gml.TIME_GOALS["cuda"][i] if ours else "", gml.MEMORY_GOALS[i] if ours else ""
+            yield f"{text}: {name}, ms", medians[name], ""
+            if name != ONE_HOT:
+                goal = f"≥ {time_goal}" if time_goal else ""
+                yield f"{text}: time of one-hot over {name}", medians[ONE_HOT] / medians[name], goal
+            yield f"{text}: {name}, peak MiB", peaks[name], f"≤ 1/{memory_goal} of one-hot" if memory_goal else ""
+        if options.device == "cuda":
+            yield f"{text}: fused kernels", gml.kernels_against_plain(size), ""
+
+
+def training_setup(options: argparse.Namespace, words: str = "") -> tuple[argparse.Namespace, Setup]:
+    """Return the arguments of benchmarks.training and its setup on the CIFAR-10 pack."""
+    small = TINY_TRAINING if options.tiny else ""
+    arguments = training.parse(
+        ["--data", str(data_of(options)), "--device", options.device, *words.split(), *small.split()]
+    )
+    return arguments, setup_of(arguments)
+
+
+def engine(options: argparse.Namespace) -> Figures:
+    """Compare the engine with the plain baseline, the goal's row first."""
+    arguments, setup = training_setup(options)
+    yield "largest relative difference of losses and gradients in float64", difference(setup), "< 1e-9"
+    for rows in (["student step", "student epoch"], ["teacher step", "teacher epoch", "views alone"]):
+        for row, costs in in_turns(SIDES, setup, rows, 1 if options.tiny else 3, arguments.threads).items():
+            timing = training.Timing(costs["baseline"], costs["engine"], len(setup.train))
+            for side in SIDES:
+                yield f"{row}: {side}, images/s", timing.images / timing.seconds(side), ""
+            goal = training.GOALS["cuda"] if row == training.GOAL_ROW else ""
+            yield f"{row}: engine over baseline", statistics.median(timing.ratios("wall")), goal
+        if options.tiny:
+            return
+
+
+def images_per_second(setup: Setup, row: str, rounds: int) -> float:
+    """Return the engine's speed in a row of benchmarks.training: median of the rounds after a warm-up round."""
+    marks: list[float] = []
+    engine_side(setup)[row](rounds + 1, marker(setup, marks))
+    return len(setup.train) / statistics.median(b - a for a, b in itertools.pairwise(marks))
+
+
+def marker(setup: Setup, marks: list[float], then: Callable[[int], None] = lambda _: None) -> Callable[[], None]:
+    """Return a function to call after each round, which appends the time to marks and calls `then` with their number."""
+
+    def turn() -> None:
+        if setup.device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        then(len(marks))
+
+    return turn
+
+
+def with_params(setup: Setup, changes: dict[str, object]) -> Setup:
+    """Return the setup with changes of its params."""
+    return replace(setup, params=merged(setup.params, changes))
+
+
+def variants(options: argparse.Namespace) -> Figures:
+    """Speed of the student with and without CUDA graph, bfloat16 and the fused kernels."""
+    setup, rounds = training_setup(options)[1], 1 if options.tiny else 3
+    for row in ("student step", "student epoch"):
+        for precision, capture in itertools.product(("bfloat16", "float32"), (True, False)):
+            changed = with_params(setup, {"engine": {"precision": precision, "capture": capture}})
+            name = f"{row}: {precision}, {'CUDA graph' if capture else 'no graph'}, images/s"
+            yield name, images_per_second(changed, row, rounds), ""
+    speeds = []
+    for fused in ("auto", False):
+        with unittest.mock.patch.object(StudentObjective, "fused_contrast", fused):
+            speeds.append(images_per_second(setup, "student step", rounds))
+    yield "student step: fused kernels over plain contrast losses", speeds[0] / speeds[1], "≥ 1.05, else delete them"
+
+
+def kernels(options: argparse.Namespace) -> Figures:
+    """Time of the ten most costly kernels of a student step (on the CPU: operators), and the share of idle time."""
+    setup, marks, profiler = training_setup(options)[1], [], profile()
+
+    def then(count: int) -> None:
+        if count == 1:
+            profiler.start()
+        elif count == 2:
+            profiler.stop()
+
+    engine_side(setup)["student step"](2, marker(setup, marks, then))
+    steps = len(setup.train) // setup.params.student.batch_size
+    cuda = options.device == "cuda"
+    kind, field = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
+    times = [(getattr(e, field) / steps, e.key) for e in profiler.key_averages() if e.device_type == kind]
+    total = sum(time for time, _ in times)
+    for number, (microseconds, name) in enumerate(sorted(times, reverse=True)[:10], 1):
+        yield f"{number}. {name[:90]}, µs a step", microseconds, f"{microseconds / total:.0%} of all kernels"
+    yield "all kernels, µs a step", total, ""
+    yield "wall time, µs a step, with the profiler", (marks[1] - marks[0]) / steps * 1e6, ""
+
+
+def batch_sizes(options: argparse.Namespace) -> Figures:
+    """Speed of steps by batch size, and the smallest size with SATURATED of the highest speed."""
+    sizes = [4, 8] if options.tiny else [64, 128, 256, 512, 1024, 2048]
+    setup = training_setup(options, f"--batch {sizes[-1]}")[1]
+    for stage in ("student", "teacher"):
+        speeds = {}
+        for size in sizes:
+            changed = with_params(setup, {stage: {"batch_size": size}})
+            speeds[size] = images_per_second(changed, f"{stage} step", 1 if options.tiny else 3)
+            yield f"{stage} step, batch {size}, images/s", speeds[size], ""
+        enough = next(size for size in sizes if speeds[size] >= SATURATED * max(speeds.values()))
+        yield f"{stage} step saturates at batch", enough, ""
+
+
+def imagenet_recipe(options: argparse.Namespace) -> Figures:
+    """Speed and memory of the ImageNet recipe and its options on photograph-sized JPEGs, against the estimate."""
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        size = {"classes": 10, "scale": 0.02, "size": (100, 75)} if options.tiny else {"scale": 0.05, "workers": CORES}
+        made_imagenet.make(Path(folder) / "data", pack=data_of(options) / "cifar10-train.parquet", **size)
+        words = [f"{folder}/data", "--device", options.device, *(TINY_IMAGENET if options.tiny else "").split()]
+        arguments = imagenet.parse(words)
+        arguments.params, arguments.recipe = arguments.params.absolute(), arguments.recipe.absolute()
+        device = torch.device(options.device)
+        with contextlib.chdir(folder):
+            _, _, prior, images = imagenet.prepare(arguments, Path(folder))
+            rows = {**imagenet.ROWS, "as the recipe says, plain contrast losses": {}}
+            if options.tiny:
+                rows = dict(list(rows.items())[:1])
+            for name, row in rows.items():
+                fused = False if "plain" in name else "auto"
+                with unittest.mock.patch.object(StudentObjective, "fused_contrast", fused):
+                    params = imagenet.params_of(arguments, row, Path(folder))
+                    cost = imagenet.measure_training(params, prior, images, device)
+                yield f"{name}: images/s of the steps", cost.steps, ""
+                yield f"{name}: peak GiB", cost.peak, f"estimate {cost.estimated:.2f}"
+
+
+def streaming_loader(options: argparse.Namespace) -> Figures:
+    """Share of a training step's time that it waits for data with nvJPEG, then the loader against the DataLoader."""
+    count, batch, workers = (48, 8, 1) if options.tiny else (2048, 256, CORES)
+    backbone = "torchvision/mobilenet_v3_small" if options.tiny else "torchvision/resnet50"
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        root = Path(folder)
+        photographs(root, count, data_of(options) / "cifar10-test.parquet")
+        source = loader.LoaderInput(root, loader.recipe(root, workers, options.device), batch, workers)
+        waiting = 100 * loader.wait_share(source, torch.device(options.device), backbone)
+        yield f"{backbone}, batch {batch}: waiting for data, %", waiting, f"< {100 * loader.WAIT_GOAL:.0f}"
+        source = loader.LoaderInput(root, loader.recipe(root, workers, "cpu"), batch, workers)
+        sides = {name: loader.SIDES[name] for name in ("dataloader", "loader", "pixels")[: 2 if options.tiny else 3]}
+        costs = in_turns(sides, source, ["epoch"], 1 if options.tiny else 2, 1)["epoch"]
+        seconds = {name: statistics.median(cost.wall for cost in taken) for name, taken in costs.items()}
+        for name, taken in seconds.items():
+            yield f"{loader.NAMES[name]}, images/s", count // batch * batch / taken, ""
+        yield "stream over DataLoader", seconds["dataloader"] / seconds["loader"], f"≥ {loader.RATIO_GOAL}"
+
+
+@torch.inference_mode()
+def encoders(options: argparse.Namespace) -> Figures:
+    """Features of 224-pixel images by timm networks with random weights, bfloat16 on CUDA."""
+    cuda = options.device == "cuda"
+    for name in ("timm/resnet10t",) if options.tiny else TIMM:
+        batch, size, rounds = (2, 64, 2) if options.tiny else (256, 224, 20)
+        network = build_backbone(name, size).to(options.device, memory_format=torch.channels_last).eval()
+        images = torch.randn(batch, 3, size, size, device=options.device).to(memory_format=torch.channels_last)
+        marks = []
+        for _ in range(rounds + 3):
+            with torch.autocast(options.device, torch.bfloat16, enabled=cuda):
+                network(images)
+            if cuda:
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+        seconds = statistics.median(b - a for a, b in itertools.pairwise(marks[1:]))
+        yield f"{name}, batch {batch}, {size} pixels: embedding images/s", batch / seconds, ""
+    yield "LoRA step", "skipped: this version trains no pretrained encoder with LoRA", ""
