@@ -200,6 +200,10 @@ def test_the_list_agrees_with_timm(name):
     config = timm.models.get_pretrained_cfg(listed.model)
     assert (listed.size, listed.mean, listed.std) == (config.input_size[-1], tuple(config.mean), tuple(config.std))
     assert listed.interpolation == config.interpolation
+    assert config.license in (listed.licence.lower(), listed.licence.lower().replace(" ", "-"))
+    assert listed.source.startswith("package:") or listed.source == f"hf://{config.hf_hub_id}@main"
+    # timm has one model for each activation of the authors' code, both with the same weights.
+    assert "quickgelu" in listed.model or "QuickGELU" not in "".join(config.notes or ())
     assert listed.width == network.feature_dim
     assert listed.parameters == sum(parameter.numel() for parameter in network.parameters())
 
