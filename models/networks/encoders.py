@@ -49,11 +49,10 @@ class Encoder:
 
 def _on_hub(
     name: str, model: str, size: int, width: int, parameters: int, mean: Triple, std: Triple,
-    licence: str = "Apache-2.0", accept: str = "",
+    licence: str = "Apache-2.0", accept: str = "", repository: str = "",
 ) -> Encoder:  # fmt: skip
-    return Encoder(
-        name, model, size, width, parameters, mean, std, licence, f"hf://timm/{model}@main", accept=accept
-    )  # fmt: skip
+    source = f"hf://timm/{repository or model}@main"
+    return Encoder(name, model, size, width, parameters, mean, std, licence, source, accept=accept)
 
 
 ENCODERS = {
@@ -79,8 +78,15 @@ ENCODERS = {
             "dinov3_b", "vit_base_patch16_dinov3.lvd1689m", 256, 768, 85_641_216, IMAGENET_MEAN, IMAGENET_STD,
             "DINOv3 License", "dinov3",
         ),
-        _on_hub("clip_b32", "vit_base_patch32_clip_224.openai", 224, 768, 87_456_000, CLIP_MEAN, CLIP_STD),
-        _on_hub("clip_b16", "vit_base_patch16_clip_224.openai", 224, 768, 85_799_424, CLIP_MEAN, CLIP_STD),
+        # OpenAI trained CLIP with QuickGELU. timm's model without it takes the same weights, and gives other features.
+        _on_hub(
+            "clip_b32", "vit_base_patch32_clip_quickgelu_224.openai", 224, 768, 87_456_000, CLIP_MEAN, CLIP_STD,
+            repository="vit_base_patch32_clip_224.openai",
+        ),
+        _on_hub(
+            "clip_b16", "vit_base_patch16_clip_quickgelu_224.openai", 224, 768, 85_799_424, CLIP_MEAN, CLIP_STD,
+            repository="vit_base_patch16_clip_224.openai",
+        ),
         _on_hub("siglip2_b32", "vit_base_patch32_siglip_256.v2_webli", 256, 768, 94_552_320, HALF, HALF),
         _on_hub("siglip2_b16", "vit_base_patch16_siglip_224.v2_webli", 224, 768, 92_884_224, HALF, HALF),
         _on_hub("vit_s16_in21k", "vit_small_patch16_224.augreg_in21k", 224, 384, 21_665_664, HALF, HALF),

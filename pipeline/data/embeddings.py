@@ -2,11 +2,13 @@
 
 artifacts/embeddings/ holds, for each split, shards of SHARD_ROWS rows in the order of the split's table, and index.json
 with the encoder that computed them. A shard has `features` float16 [n,1+V,D] (the image itself, then V augmented views)
-and `sha256` uint8 [n,32] of the encoded images; its metadata has the key of everything else that a feature depends on.
+and `sha256` uint8 [n,32] of the encoded images; its metadata has the key of everything else that a feature depends on,
+and the sha256 of both tensors: features that were damaged or edited are computed again, not used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,18 +61,28 @@ def split_hashes(split: str, folder: Path = SPLIT) -> np.ndarray:
 def write_shard(path: Path, features: Tensor, hashes: np.ndarray, key: str) -> None:
     """Write a shard whole or not at all."""
     tensors = {FEATURES: features.contiguous(), HASHES: torch.from_numpy(hashes.copy())}
-    write_file(path, safetensors.torch.save(tensors, {KEY: key}))
+    # One entry: safetensors writes several in random order.
+    write_file(path, safetensors.torch.save(tensors, {KEY: f"{key} {_checksum(tensors)}"}))
 
 
-def read_shard(path: Path, key: str, names: Sequence[str] = (FEATURES, HASHES)) -> dict[str, Tensor] | None:
-    """The named tensors of a shard; None if it does not exist, is damaged or has another key."""
+def read_shard(path: Path, key: str | None = None) -> dict[str, Tensor] | None:
+    """The tensors of a shard; None if it does not exist, is damaged or has another key. key: None accepts any."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get(KEY) != key:
+            stored, _, checksum = (file.metadata() or {}).get(KEY, "").partition(" ")
+            if key not in (stored, None):
                 return None
-            return {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in (FEATURES, HASHES)}
     except (OSError, safetensors.SafetensorError):
         return None
+    return tensors if _checksum(tensors) == checksum else None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in (FEATURES, HASHES):
+        digest.update(tensors[name].numpy())
+    return digest.hexdigest()
 
 
 class StoredFeatures:
@@ -83,7 +95,7 @@ class StoredFeatures:
 
     def add(self, path: Path) -> bool:
         """Add the rows of a shard; returns False for one that `read_shard` does not accept."""
-        shard = read_shard(path, self._key, [HASHES])
+        shard = read_shard(path, self._key)
         if shard is None:
             return False
         for row, digest in enumerate(shard[HASHES].numpy()):
@@ -189,12 +201,10 @@ def load_features(params: Params, split: str, folder: Path = SPLIT, embeddings: 
 def _shards(split: str, hashes: np.ndarray, folder: Path) -> Iterator[Tensor]:
     for number, start in enumerate(range(0, len(hashes), SHARD_ROWS)):
         path = folder / shard_name(split, number)
-        try:
-            shard = safetensors.torch.load_file(path)
-            same = np.array_equal(shard[HASHES].numpy(), hashes[start : start + SHARD_ROWS])
-        except (OSError, safetensors.SafetensorError, KeyError) as error:
-            raise StageError(f"{path}: {error}; run `dvc repro -f embed`") from None
-        if not same:
+        shard = read_shard(path)
+        if shard is None:
+            raise StageError(f"{path}: missing or damaged; run `dvc repro -f embed`")
+        if not np.array_equal(shard[HASHES].numpy(), hashes[start : start + SHARD_ROWS]):
             raise StageError(f"{path}: holds features of other images than data/split; run `dvc repro embed`")
         yield shard[FEATURES]
 

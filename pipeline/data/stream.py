@@ -6,6 +6,7 @@ so the pixels in memory do not grow with the split.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ class ImageStream:
     replace_bad: an unreadable image is replaced by another of its class, counted and reported, so that batches keep
     their shape and classes their share; otherwise such an image raises DataError. exactly: use the pixels of the
     server's decoder for any stream.decode. augment: of a params section with resized crops; views are cut from the
-    originals if draws are passed with the indices. hold: bytes of decoded originals that are kept in memory. Raises
+    originals if draws are passed with the indices. hold: bytes of decoded originals that are kept in memory. hashes:
+    sha256 of the encoded images, uint8 [N,32]; an image with another one raises DataError when it is read. Raises
     ParamsError when the split does not exist or stream.decode is gpu and the device is not a GPU.
     """
 
@@ -65,12 +67,14 @@ class ImageStream:
         exactly: bool = False,
         augment: AugmentParams | None = None,
         hold: float = 0,
+        hashes: np.ndarray | None = None,
     ) -> None:
         table = read_split(split, ["sample_id", "label", "reference"], folder)
         self.labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
         self.sample_ids = ArrowStrings(table.column("sample_id"))
         self.references = ArrowStrings(table.column("reference"))
         self._image, self._device, self._replace_bad, self._augment = image, device, replace_bad, augment
+        self._hashes = hashes
         self.originals: dict[int, Tensor] = {}  # decoded, by index
         self._free_bytes = hold
         self._max_pixels = enough_pixels(image, augment.crop_scale) if augment else 0.0
@@ -219,6 +223,8 @@ class ImageStream:
             return index, b"", self.originals[index]
         reference = self.references[index]
         data = self.reader.read(reference)
+        if self._hashes is not None and hashlib.sha256(data).digest() != self._hashes[index].tobytes():
+            raise DataError(f"{reference}: has changed since the images were split; run `dvc repro` again")
         try:
             if not whole:
                 return index, data, DECODERS[decode](data, self._image)

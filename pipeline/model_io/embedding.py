@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -46,19 +48,22 @@ def embed_images(params: Params, section: EncoderParams, output: Path) -> tuple[
 
     Finished shards of an interrupted run are kept beside `output`; the same command resumes after them, and the result
     is bit-identical. Features of images in the old output are copied. Raises StageError for a feature that is not
-    finite, and as `load_encoder` and ImageStream do.
+    finite and while another process writes `output`, and as `load_encoder` and ImageStream do.
     """
+    with _locked(unfinished(output)) as work:
+        return _embed(params, section, output, work)
+
+
+def _embed(params: Params, section: EncoderParams, output: Path, work: Path) -> tuple[int, int]:
     device, encoder = choose_device(params.device), load_encoder(section, params.image)
     encoder.network.to(device, memory_format=torch.channels_last)
-    work = unfinished(output)
-    work.mkdir(parents=True, exist_ok=True)
     hashes = {split: split_hashes(split) for split in SPLITS}
     images, computed, shards = sum(map(len, hashes.values())), 0, dict[str, Path]()
     with progress_bar(unit="images") as progress:
         bar = progress.add_task("embed", total=images, rate="")
         for split in SPLITS:
-            stage = _SplitEmbedding(params, section, encoder, split, device, (output, work))
-            for number, (path, count) in enumerate(stage.run(hashes[split], progress, bar)):
+            stage = _SplitEmbedding(params, section, encoder, split, hashes[split], device, (output, work))
+            for number, (path, count) in enumerate(stage.run(progress, bar)):
                 shards[shard_name(split, number)] = path
                 computed += count
     with whole_folder(output) as folder:
@@ -82,10 +87,12 @@ class _SplitEmbedding:
         section: EncoderParams,
         encoder: LoadedEncoder,
         split: str,
+        hashes: np.ndarray,
         device: torch.device,
         folders: tuple[Path, Path],
     ) -> None:
         self._split, self._encoder, self._image, self._device = split, encoder, params.image, device
+        self._hashes = hashes
         self._section = section if split == "train" else section.model_copy(update={"views": 0})
         self._key = sha256_of_json({"encoder": encoder.key(params.image), **views_key(self._section)})
         self._work, self._done, self._started = folders[1], 0, time.monotonic()
@@ -93,12 +100,14 @@ class _SplitEmbedding:
         # The old output first: whether an image is in it must not depend on how often the stage was interrupted.
         for path in [*sorted(folders[0].glob("*.safetensors")), *sorted(self._work.glob("*.safetensors"))]:
             self._stored.add(path)
-        self._stream = ImageStream(params.data, params.image, params.stream, split, torch.device("cpu"), exactly=True)
+        self._stream = ImageStream(
+            params.data, params.image, params.stream, split, torch.device("cpu"), exactly=True, hashes=hashes
+        )
 
-    def run(self, hashes: np.ndarray, progress: Progress, bar: int) -> Iterator[tuple[Path, int]]:
+    def run(self, progress: Progress, bar: int) -> Iterator[tuple[Path, int]]:
         """Write the shards that do not exist yet; yields the file of each shard and the number of images computed now."""
-        for start in range(0, len(hashes), SHARD_ROWS):
-            rows = hashes[start : start + SHARD_ROWS]
+        for start in range(0, len(self._hashes), SHARD_ROWS):
+            rows = self._hashes[start : start + SHARD_ROWS]
             path = self._work / f"{self._split}-{hashlib.sha256(rows.tobytes()).hexdigest()}.safetensors"
             done = read_shard(path, self._key)
             if done is not None and np.array_equal(done[HASHES].numpy(), rows):
@@ -122,10 +131,7 @@ class _SplitEmbedding:
         batch = BATCH[self._device.type]
         parts = [missing[first : first + batch] for first in range(0, len(missing), batch)]
         for part, pixels in zip(parts, self._stream.batches(chosen, batch) if parts else (), strict=True):
-            # The draws of the views depend on the images alone, so that a resumed run repeats them.
-            digest = hashlib.sha256(rows[part].tobytes()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            features = self._encoder.features(pixels.to(self._device), self._image, self._section, generator)
+            features = self._encoder.features(pixels.to(self._device), rows[part], self._image, self._section)
             if bad := bad_rows(features):
                 raise StageError(
                     f"{self._stream.references[start + part[bad[0]]]}: its feature is not finite; are the weights of encoder "
@@ -140,6 +146,21 @@ def views_key(section: EncoderParams) -> dict[str, object]:
         return {"views": 0}
     drawn = section.model_dump(include={"views", "crop_padding", "flip"})
     return {**drawn, "code": sha256_of_sources("pipeline/augment/*.py")}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """Create a folder and hold its lock (flock, released when the process exits). Raises StageError if it is locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"{folder}: another `embed` of this project runs; wait until it has finished") from None
+        yield folder
+    finally:
+        os.close(descriptor)
 
 
 def _link(written: Path, path: Path) -> None:

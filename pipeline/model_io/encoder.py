@@ -7,13 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
-from pipeline.augment import apply_views, draw_views
+from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.data.dataset import normalise
 from pipeline.model_io.checkpoint import ModelConfig, check_encoder
 from pipeline.model_io.pretrained import read_weights
@@ -58,17 +59,20 @@ class LoadedEncoder:
         code = sha256_of_sources(*FEATURE_CODE)
         return sha256_of_json({"encoder": record, "image": image.model_dump(mode="json"), "code": code})
 
-    def features(self, pixels: Tensor, image: ImageParams, views: EncoderParams, generator: torch.Generator) -> Tensor:
+    def features(self, pixels: Tensor, hashes: np.ndarray, image: ImageParams, views: EncoderParams) -> Tensor:
         """Features float16 [B,1+V,D] on the CPU of uint8 [B,3,H,W] on the encoder's device: of the image, then of V views.
 
-        views: section `encoder`, for its weak views (crop and flip); generator: of their random numbers.
+        hashes: sha256 of the encoded images, uint8 [B,32]. views: section `encoder`, for its weak views (crop and flip).
+        The draws of an image's views depend on its hash alone, not on the images that are computed with it.
         """
         batches = pixels[None]
         if views.views:
             weak = AugmentParams(crop_padding=views.crop_padding, flip=views.flip, cutout=0)
-            count, _, height, width = pixels.shape
-            draws = draw_views(count, height, width, views.views, weak, generator).to(pixels.device)
-            batches = torch.cat([batches, apply_views(pixels, draws, weak)])
+            seeds = [int.from_bytes(digest.tobytes()[:8], "little") >> 1 for digest in hashes]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            drawn = [draw_views(1, *pixels.shape[2:], views.views, weak, generator).tables for generator in generators]
+            draws = Draws(tuple(torch.cat(tables, 1) for tables in zip(*drawn, strict=True)))
+            batches = torch.cat([batches, apply_views(pixels, draws.to(pixels.device), weak)])
         with torch.inference_mode():
             features = [self.network(normalise(batch, image)).half().cpu() for batch in batches]
         return torch.stack(features, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 
 import safetensors
@@ -16,6 +17,11 @@ from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
 
 PICKLED = (".pth", ".pt", ".bin")
+# What torch.load raises for damaged files, beside UnpicklingError: its reader does not check what it reads.
+DAMAGED = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+    struct.error,
+)  # fmt: skip
 
 
 def load_pretrained(backbone: Backbone, pretrained: PretrainedParams | None, key: str) -> None:
@@ -57,10 +63,10 @@ def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, 
         raise ParamsError(f"{key} is {str(path)!r}, which is no safetensors file: {error}") from None
     except pickle.UnpicklingError:
         raise ParamsError(
-            f"{key} is {str(path)!r}, which holds more than tensors and could run code; only tensors are loaded: convert it "
-            "to safetensors on a machine where you trust it"
+            f"{key} is {str(path)!r}, which is damaged, or holds more than tensors and could run code; only tensors are "
+            "loaded: convert it to safetensors on a machine where you trust it"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ParamsError(f"{key} is {str(path)!r}, which is damaged: {reason}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

@@ -24,10 +24,10 @@ from pipeline.data.embeddings import load_features
 from pipeline.model_io.embedding import BATCH
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.shared.artifacts import EMBEDDINGS, SPLIT
-from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.errors import DataError, ParamsError, StageError
 from pipeline.shared.fingerprint import ROOT
 from serving.repository.manifest import ImageFormat
-from tests.support.making import data_params, folder, png, write
+from tests.support.making import data_params, encode, folder, picture, png, write
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
 
@@ -190,6 +190,77 @@ def test_weights_at_another_path_and_a_download_change_no_output(weights):
     assert contents() == expected
 
 
+def test_the_features_of_new_images_do_not_depend_on_which_were_stored_before(weights):
+    params = made(weights, {"encoder.views": 2, "encoder.crop_padding": 4, "encoder.flip": True})
+    pipeline.embed.run(params)
+    for number in (0, 7, 50):
+        write(weights.parent / f"images/a/{number:03}-new.png", png(1000 + number))
+    pipeline.split.run(params)
+    assert 3 <= pipeline.embed.run(params).computed < 20  # also those that another split now makes training images
+    extended = contents()
+    shutil.rmtree(EMBEDDINGS)
+    assert pipeline.embed.run(params).computed == 52
+    assert contents() == extended
+
+
+def test_a_renamed_image_and_a_copy_in_another_class_are_not_computed_again(weights):
+    params = made(weights)
+    pipeline.embed.run(params)
+    images = weights.parent / "images"
+    (images / "a/003.png").rename(images / "a/zzz.png")
+    (images / "b/002.png").rename(images / "a/002-was-b.png")
+    pipeline.split.run(params)
+    assert pipeline.embed.run(params).computed == 0
+
+
+def test_two_encodings_of_an_image_are_two_images_with_the_same_feature(weights):
+    images = folder(weights.parent / "images", {"a": 20, "b": 9})
+    write(images / "a/000-again.png", encode(picture(1), compress_level=0))
+    params = tiny_params(weights, images)
+    pipeline.split.run(params)
+    assert pipeline.embed.run(params).computed == 30
+    features_by_id = {
+        name: stored.images[row, 0]
+        for stored in (features(params, split) for split in ("train", "validation", "test"))
+        for row, name in enumerate(stored.sample_ids)
+    }
+    assert torch.equal(features_by_id["a/000-again.png"], features_by_id["a/000.png"])
+
+
+@pytest.mark.parametrize("content", [png(1000), png(1)[:60], b""], ids=["replaced", "damaged", "empty"])
+def test_an_image_that_has_changed_since_the_split_is_refused_and_its_feature_is_not_stored(weights, content):
+    params = made(weights)
+    path = weights.parent / "images/a/007.png"
+    before = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a/007\.png: has changed since the images were split; run `dvc repro` again"):
+        pipeline.embed.run(params)
+    path.write_bytes(before)
+    pipeline.embed.run(params)
+    resumed = contents()
+    shutil.rmtree(EMBEDDINGS)
+    pipeline.embed.run(params)
+    assert contents() == resumed
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_the_first_one_finishes(weights, monkeypatch):
+    params = made(weights)
+    whole, refused = LoadedEncoder.features, []
+
+    def twice(*arguments):
+        if not refused:
+            code = f"import pipeline.embed, sys; sys.argv = ['embed', '--params', {str(weights.parent / 'p.yaml')!r}]; "
+            (weights.parent / "p.yaml").write_text(json.dumps(params.model_dump(mode="json")))
+            command = [sys.executable, "-c", code + "sys.exit(pipeline.embed.stage_main(pipeline.embed.run, ''))"]
+            refused.append(subprocess.run(command, capture_output=True, text=True, check=False))
+        return whole(*arguments)
+
+    monkeypatch.setattr(LoadedEncoder, "features", twice)
+    assert pipeline.embed.run(params).computed == 49
+    assert refused[0].returncode == 1
+    assert refused[0].stderr.endswith("another `embed` of this project runs; wait until it has finished\n")
+
+
 @pytest.mark.faults
 def test_a_process_that_is_killed_at_any_moment_resumes_to_the_same_bytes(weights):
     params = made(weights, {"encoder.views": 1})
@@ -266,6 +337,25 @@ def test_a_damaged_shard_is_computed_again(weights):
     with pytest.raises(StageError, match=r"train-00000\.safetensors: .*; run `dvc repro -f embed`"):
         features(params)
     assert pipeline.embed.run(params).computed == 16
+    assert contents() == expected
+
+
+def test_features_that_were_changed_by_hand_are_refused_and_computed_again(weights):
+    params = made(weights)
+    pipeline.embed.run(params)
+    expected = contents()
+    shard = EMBEDDINGS / "train-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(StageError, match=r"train-00001\.safetensors: missing or damaged; run `dvc repro -f embed`"):
+        features(params)
+    pipeline.embed.run(params)
+    assert contents() == expected
+    shard.unlink()
+    with pytest.raises(StageError, match=r"train-00001\.safetensors: missing or damaged; run `dvc repro -f embed`"):
+        features(params)
+    pipeline.embed.run(params)
     assert contents() == expected
 
 

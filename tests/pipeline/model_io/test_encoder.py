@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 from importlib.util import find_spec
 
@@ -20,6 +21,7 @@ from models.networks.encoders import ENCODERS, HALF
 from pipeline.commands.app import main
 from pipeline.commands.encoders import encoders_table
 from pipeline.model_io.encoder import load_encoder
+from pipeline.model_io.pretrained import read_weights
 from pipeline.params import EncoderParams, ImageParams
 from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
@@ -105,6 +107,28 @@ def test_weights_of_another_network_and_damaged_files_are_refused(weights, tmp_p
     assert "which is no state_dict" in refusal(given(listed))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pth_file_with_any_damage_is_refused_in_one_line(weights, tmp_path, zipped):
+    tensors = safetensors.torch.load_file(weights)
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer, _use_new_zipfile_serialization=zipped)
+    data, draw, path = buffer.getvalue(), random.Random(1), tmp_path / "damaged.pth"
+    for number in range(200):
+        changed = bytearray(data)
+        if number % 2:
+            del changed[draw.randrange(len(data) if zipped else 9000) :]
+        else:
+            for _ in range(4):
+                changed[draw.randrange(4000)] = draw.randrange(256)
+        path.write_bytes(changed)
+        try:
+            read_weights(path, sha256_of(path), "encoder.weights", "encoder.sha256")
+        except ParamsError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"encoder.weights is '{path}', which ")
+    path.write_bytes(b"<html>404: Not Found</html>")
+    assert "damaged.pth', which is damaged, or" in refusal(given(path))
+
+
 class Code:
     """Makes a pickle that would run a command when it is loaded without weights_only."""
 
@@ -121,7 +145,7 @@ def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path, monkeypatch, z
         torch.save({"a": Code()}, path)
     else:
         path.write_bytes(pickle.dumps({"a": Code()}))
-    assert "which holds more than tensors and could run code" in refusal(given(path))
+    assert "which is damaged, or holds more than tensors and could run code" in refusal(given(path))
     assert not (tmp_path / "made-by-a-pickle").exists()
 
 
@@ -200,6 +224,10 @@ def test_the_list_agrees_with_timm(name):
     config = timm.models.get_pretrained_cfg(listed.model)
     assert (listed.size, listed.mean, listed.std) == (config.input_size[-1], tuple(config.mean), tuple(config.std))
     assert listed.interpolation == config.interpolation
+    assert config.license in (listed.licence.lower(), listed.licence.lower().replace(" ", "-"))
+    assert listed.source.startswith("package:") or listed.source == f"hf://{config.hf_hub_id}@main"
+    # timm has one model for each activation of the authors' code, both with the same weights.
+    assert "quickgelu" in listed.model or "QuickGELU" not in "".join(config.notes or ())
     assert listed.width == network.feature_dim
     assert listed.parameters == sum(parameter.numel() for parameter in network.parameters())
 

@@ -1,0 +1,139 @@
+"""Latency of one request to a served encoder against the encoder alone: `python -m benchmarks.encoder_requests`.
+
+One request at a time, in turns on the same cores. The encoder alone is its ONNX graph in ONNX Runtime with all cores
+and normalised pixels in memory. A request to `student` has pixels; one to `classifier` has a JPEG of the same size, and
+the server decodes it. The release has an adapter and a head with random weights on the encoder. A ratio is the median
+over rounds, with the smallest and the largest. Goal: at most 1.15.
+
+  python -m benchmarks.encoder_requests --encoder efficientnet_lite0 --size 224
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from benchmarks.encoders import prepared
+from benchmarks.serving_load import WARM_UP, Load, TurnResult, run
+from benchmarks.serving_raw import SPINNING
+from benchmarks.serving_releases import photo
+from benchmarks.serving_sections import as_http, port_of
+from benchmarks.serving_turns import Side, in_rounds, median, ratios
+from models.networks.backbones import build_backbone
+from models.networks.encoders import ENCODERS
+from pipeline import embed, evaluate, export, prior
+from pipeline.data.embeddings import stored_encoder
+from pipeline.model_io.checkpoint import ModelConfig, build_model, save_model
+from pipeline.model_io.encoder import load_encoder
+from pipeline.onnx_export.graph import TRACED_BATCH, trace
+from pipeline.onnx_export.release import open_session
+from pipeline.params import Params
+from pipeline.shared.artifacts import REPOSITORY, STUDENT, TEACHER, sha256_of
+from serving.client import Client
+from serving.server.triton_server import TritonServer
+from serving.transport.messages import Infer
+
+GOAL = 1.15
+IMAGES = 24  # of the generated data set, and different images in the requests
+CLASSES, ADAPTER = 2, 320
+
+
+def with_weights(params: Params, folder: Path) -> Params:
+    """Params whose encoder can be loaded without a network: random weights, unless a Python package has its own."""
+    assert params.encoder is not None
+    encoder = ENCODERS[params.encoder.name]
+    if encoder.source.startswith("package:"):
+        return params
+    path = folder / "random.safetensors"
+    safetensors.torch.save_file(build_backbone(f"timm/{encoder.model}").network.state_dict(), path)
+    changes = {"weights": str(path), "sha256": sha256_of(path), "licence": encoder.accept or None}
+    return params.model_copy(update={"encoder": params.encoder.model_copy(update=changes)})
+
+
+def make_release(params: Params) -> None:
+    """Run the stages, but not training: teacher and student have random weights."""
+    prior.run(params)
+    embed.run(params)
+    image, tau_s = params.image, params.student.tau_s
+    config = ModelConfig(
+        "encoder", CLASSES, tau_s, image.size, image.mean, image.std, encoder=stored_encoder(params), adapter=ADAPTER
+    )
+    for output in (TEACHER, STUDENT):
+        save_model(build_model(config, "student.backbone").state_dict(), config, output)
+    evaluate.run(params)
+    export.run(params)
+
+
+def encoder_side(params: Params) -> Side:
+    """The encoder alone: one image at a time in ONNX Runtime, which uses all cores."""
+    assert params.encoder is not None
+    size = params.image.size
+    network = load_encoder(params.encoder, params.image).network
+    graph = trace(network, {"pixels": torch.zeros(TRACED_BATCH, 3, size, size)}, ["features"], params.export.opset)
+    session = open_session(graph.SerializeToString())
+    pixels = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
+
+    def side(seconds: float) -> TurnResult:
+        ends = time.perf_counter() + (1 + WARM_UP) * seconds
+        latencies = []
+        while not latencies or time.perf_counter() < ends:
+            started = time.perf_counter()
+            session.run(["features"], {"pixels": pixels})
+            latencies.append(time.perf_counter() - started)
+        time.sleep(SPINNING)
+        measured = np.array(latencies[int(len(latencies) * WARM_UP / (1 + WARM_UP)) :]) * 1000
+        return TurnResult(1000 / measured.mean(), measured, 0.0)
+
+    return side
+
+
+def served_sides(server: TritonServer, size: int) -> dict[str, Side]:
+    """One request at a time to both models over HTTP."""
+    draw = np.random.default_rng(0)
+    strength = np.zeros((1, 1), np.float32)
+    pixels = draw.integers(0, 256, (IMAGES, 1, 3, size, size), dtype=np.uint8)
+    calls = [Infer("student", {"image": image, "strength": strength}, {"logits": 0}) for image in pixels]
+    with Client(server.http_url) as client:
+        photos = [client.request([photo(draw, size, size)], "balanced") for _ in range(IMAGES)]
+    port = port_of(server.http_url)
+    return {
+        name: functools.partial(run, Load(port, [as_http(call) for call in requests], users=1))
+        for name, requests in (("student, pixels", calls), ("classifier, JPEG", photos))
+    }
+
+
+def main() -> int:
+    """Print p50 of each side and the ratios; returns 0 if both meet the goal."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--encoder", default="efficientnet_lite0", choices=list(ENCODERS))
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn (default: 3)")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        params = with_weights(prepared(options.encoder, options.size, IMAGES, Path(folder)), Path(folder))
+        make_release(params)
+        with TritonServer(REPOSITORY, http_port=0, grpc_port=0, metrics_port=0) as server:
+            sides = {"encoder alone": encoder_side(params), **served_sides(server, options.size)}
+            turns = in_rounds(options.encoder, sides, options.rounds, options.seconds)
+    alone, met = turns.pop("encoder alone"), True
+    print(f"encoder alone: p50 {median(alone, 'p50'):.1f} ms; {len(os.sched_getaffinity(0))} cores")
+    for name, records in turns.items():
+        ratio, middle = ratios(records, alone, "p50"), median(records, "p50")
+        met &= sorted(ratio)[len(ratio) // 2] <= GOAL
+        spread = f"{sorted(ratio)[len(ratio) // 2]:.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
+        print(f"{name}: p50 {middle:.1f} ms; ratio {spread}, goal {GOAL}")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
