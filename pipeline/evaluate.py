@@ -19,10 +19,15 @@ from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
 from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.metrics import per_class_accuracy
-from pipeline.evaluation.network_metrics import network_logits, network_metrics, probabilities_by_target_prior
+from pipeline.evaluation.network_metrics import (
+    network_logits,
+    network_metrics,
+    probabilities_by_target_prior,
+    student_parts,
+)
 from pipeline.evaluation.predictions import GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
-from pipeline.model_io.checkpoint import BEST
+from pipeline.model_io.checkpoint import BEST, load_config
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report
@@ -66,6 +71,8 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     logits = {name: network_logits(folder, name, test, image, prior, device) for name, folder in NETWORKS.items()}
     probabilities = {name: probabilities_by_target_prior(values, prior) for name, values in logits.items()}
     metrics = {name: network_metrics(values, labels, prior, settings) for name, values in logits.items()}
+    parts = student_parts(STUDENT, test, image, prior, device)
+    metrics |= {name: network_metrics(values, labels, prior, settings) for name, values in parts.items()}
     if (STUDENT / BEST).is_dir():
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
         best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
@@ -82,7 +89,8 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         print(f"evaluate: warning: {line}", file=sys.stderr)
     about_data = data_facts(data, image, prior, sizes)
     strength, encoder = params.serving.strength, stored_encoder(params)
-    about_model = model_facts(params.teacher, params.student, image.size, strength, prior, encoder)
+    memory = load_config(STUDENT, "student").memory
+    about_model = model_facts(params.teacher, params.student, image.size, strength, prior, encoder, memory)
     with whole_folder(output) as folder:
         classes = _per_class(probabilities, labels, prior)
         _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)

@@ -90,10 +90,12 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         golden = golden_requests(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
-        facts = model_facts(params.teacher, params.student, image.size, serving.strength, prior, config.encoder)
+        facts = model_facts(
+            params.teacher, params.student, image.size, serving.strength, prior, config.encoder, config.memory
+        )
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
-        manifest = build_manifest(folder, params, prior, model, metrics, half, config.encoder)
+        manifest = build_manifest(folder, params, prior, model, metrics, half, config)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
     write_repository(output, repository)
     record_after_stage("export", params, output)

@@ -17,7 +17,7 @@ from pipeline import student, teacher
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.data.embeddings import evaluation_inputs
-from pipeline.evaluation.network_metrics import network_logits, network_metrics
+from pipeline.evaluation.network_metrics import network_logits, network_metrics, student_parts
 from pipeline.model_io.checkpoint import BEST
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
@@ -141,12 +141,9 @@ def _evaluate(params: Params, folder: Path) -> Metrics:
     networks = {"teacher": folder / "teacher", "student": folder / "student"}
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
-    return {
-        name: network_metrics(
-            network_logits(path, name, test, params.image, prior, device), labels, prior, params.evaluate
-        )
-        for name, path in networks.items()
-    }
+    logits = {name: network_logits(path, name, test, params.image, prior, device) for name, path in networks.items()}
+    logits |= student_parts(folder / "student", test, params.image, prior, device)
+    return {name: network_metrics(values, labels, prior, params.evaluate) for name, values in logits.items()}
 
 
 def summary(metrics_by_seed: dict[int, Metrics]) -> dict[str, Any]:

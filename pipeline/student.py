@@ -12,7 +12,16 @@ from pipeline.model_io.checkpoint import WEIGHTS
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, TEACHER
-from pipeline.training.run import Result, check_backbones, check_recipe, model_config, stage_seed, train_network
+from pipeline.training.run import (
+    Result,
+    check_backbones,
+    check_recipe,
+    memory_alone,
+    model_config,
+    stage_seed,
+    train_network,
+)
+from pipeline.training.student_memory import write_memory
 from pipeline.training.student_setup import build_objective
 
 
@@ -20,13 +29,16 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     """Train the student on three views with gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD; saves the last epoch.
 
     Resumes an interrupted run. A teacher that no loss term needs is not loaded (with alpha 0 and contrast_encoder
-    momentum). Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
+    momentum). With student.memory.classifier `memory` nothing is trained: the memory is the student.
+    Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
     """
     prior, section, image = load_prior(), params.student, params.image
     check_recipe(params.teacher, section, prior)
     check_backbones(params.teacher.backbone, section.backbone, image.size, params.export.opset)
     config = model_config(section, image, len(prior.classes), stored_encoder(params))
     with joined_ranks(params.device) as device:
+        if section.memory and memory_alone(section):
+            return Result(*write_memory(section.memory, config, params, prior, output))
         objective = build_objective(section, image, config, prior, stage_seed(params.seed, "student"), teacher)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if objective.teacher is not None else []

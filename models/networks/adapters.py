@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +27,19 @@ class ResidualAdapter(nn.Module):
         return features + full_precision(change)
 
 
-def feature_backbone(width: int, adapter: int) -> Backbone:
-    """The trained part between features [B,width] and the classifier. adapter: its hidden units; 0 for no adapter."""
-    return Backbone(ResidualAdapter(width, adapter) if adapter else nn.Identity(), width)
+class BackboneWithInput(Backbone):
+    """A backbone whose output has its input before the feature: [B,D] → [B,2D]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B,D] → [B,2D], the input and then the feature."""
+        return torch.cat([full_precision(features), full_precision(super().forward(features))], 1)
+
+
+def feature_backbone(width: int, adapter: int, with_input: bool = False) -> Backbone:
+    """The trained part between features [B,width] and the classifier. adapter: its hidden units; 0 for no adapter.
+
+    with_input: for a memory, the output of an adapter is [B,2*width], its input before its feature.
+    """
+    if not adapter:
+        return Backbone(nn.Identity(), width)
+    return (BackboneWithInput if with_input else Backbone)(ResidualAdapter(width, adapter), width)

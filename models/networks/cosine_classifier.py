@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.networks.autocast import full_precision, without_autocast
 from models.networks.backbones import Backbone, build_backbone
+from models.networks.memory import FeatureMemory
 
 
 class CosineClassifier(nn.Module):
@@ -30,18 +31,49 @@ class CosineClassifier(nn.Module):
 class ImageClassifier(nn.Module):
     """Backbone and cosine classifier. `tau_s` is part of the model, so that a checkpoint defines the scale of its logits.
 
-    backbone: its name, with image_size as for build_backbone, or the backbone itself.
+    backbone: its name, with image_size as for build_backbone, or the backbone itself. memory: its logits, of the feature
+    before an adapter, are added to those of the cosine classifier; cosine False: they are the logits, and there is no
+    cosine classifier.
     """
 
-    def __init__(self, backbone: str | Backbone, classes: int, tau_s: float, image_size: int | None = None) -> None:
+    def __init__(
+        self,
+        backbone: str | Backbone,
+        classes: int,
+        tau_s: float,
+        image_size: int | None = None,
+        memory: FeatureMemory | None = None,
+        cosine: bool = True,
+    ) -> None:
         super().__init__()
         self.backbone = build_backbone(backbone, image_size) if isinstance(backbone, str) else backbone
         self.feature_dim: int = self.backbone.feature_dim
         self.classes = classes
         self.tau_s = tau_s
-        self.classifier = CosineClassifier(self.feature_dim, classes)
+        self.memory, self.cosine = memory, cosine
+        if cosine:
+            self.classifier = CosineClassifier(self.feature_dim, classes)
+
+    @property
+    def logit_scale(self) -> float:
+        """Largest change of a logit when each cosine changes by at most 1."""
+        memory = self.memory.weight / self.memory.tau if self.memory is not None else 0.0
+        return (1 / self.tau_s if self.cosine else 0.0) + memory
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images [B,3,H,W] → (features [B,D], logits [B,C] = cosine / tau_s, without any prior)."""
-        features = full_precision(self.backbone(images))
-        return features, self.classifier(features) / self.tau_s
+        outputs = full_precision(self.backbone(images))
+        if self.memory is None:
+            return outputs, self.classifier(outputs) / self.tau_s
+        features, recalled = self.feature_of(outputs), self.recalled(outputs)
+        return features, self.classifier(features) / self.tau_s + recalled if self.cosine else recalled
+
+    def feature_of(self, outputs: Tensor) -> Tensor:
+        """The feature [B,D] in the output of the backbone, which may have the feature before the adapter first."""
+        return outputs[:, -self.feature_dim :]
+
+    def recalled(self, outputs: Tensor) -> Tensor:
+        """Logits [B,C] of the memory for the output of the backbone."""
+        assert self.memory is not None
+        logits: Tensor = self.memory(outputs[:, : self.feature_dim])
+        return logits

@@ -37,8 +37,13 @@ class Prior:
         """The log prior that the losses add to the logits, [C]."""
         return self.log_prior if self.loss_log_prior is None else self.loss_log_prior
 
-    def balanced_shift(self, adjustment: float) -> np.ndarray:
-        """Shift that converts logits of a network trained with `adjustment` in L_cls to the balanced target prior: [C]."""
+    def balanced_shift(self, adjustment: float | None) -> np.ndarray:
+        """Shift that converts logits of a network trained with `adjustment` in L_cls to the balanced target prior: [C].
+
+        adjustment None: the logits are balanced as they are, as those of a memory alone.
+        """
+        if adjustment is None:
+            return np.zeros(len(self.classes))
         shift: np.ndarray = balanced_shift(np.array(self.log_prior), np.array(self.in_losses), adjustment)
         return shift
 

@@ -2,31 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from models.networks.cosine_classifier import ImageClassifier
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import AnyImages
 from pipeline.evaluation.metrics import adjusted_probabilities, prediction_metrics
-from pipeline.model_io.checkpoint import check_encoder, check_image, load_model
+from pipeline.model_io.checkpoint import ModelConfig, check_encoder, check_image, load_config, load_model
 from pipeline.model_io.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
 from pipeline.params import EvaluateParams, ImageParams
 from pipeline.shared.errors import StageError
 
 TARGET_PRIORS = {"balanced": 0.0, "train": 1.0}
+Part = Literal["cosine", "memory"]
+
+
+def student_parts(
+    folder: Path, test: AnyImages, image: ImageParams, prior: Prior, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Balanced logits [N,C] of the student's cosine classifier alone and of its memory alone; empty if it has only one."""
+    memory = load_config(folder, "student").memory
+    if not memory or memory["classifier"] != "both":
+        return {}
+    parts: tuple[Part, ...] = ("cosine", "memory")
+    return {
+        f"student_{part}_alone": network_logits(folder, "student", test, image, prior, device, part) for part in parts
+    }
+
+
+def take_part(model: ImageClassifier, config: ModelConfig, part: Part) -> ModelConfig:
+    """Reduce a network with a cosine classifier and a memory to one of them; returns the config of that."""
+    memory = model.memory
+    assert memory is not None and config.memory
+    if part == "cosine":
+        memory.weight = 0.0
+        return config
+    memory.tau, memory.weight = config.memory["alone"]["tau"], config.memory["alone"]["weight"]
+    model.cosine = False
+    return replace(config, adjustment=None)
 
 
 def network_logits(
-    folder: Path, stage: str, test: AnyImages, image: ImageParams, prior: Prior, device: torch.device
+    folder: Path,
+    stage: str,
+    test: AnyImages,
+    image: ImageParams,
+    prior: Prior,
+    device: torch.device,
+    part: Part | None = None,
 ) -> np.ndarray:
     """Balanced logits [N,C] of the network that `stage` wrote to `folder`, for all images of `test`.
 
-    Raises StageError if a logit is not finite, and the errors of load_model and check_image.
+    part: of a network with a cosine classifier and a memory, the logits of one of the two. Raises StageError if a logit
+    is not finite, and the errors of load_model and check_image.
     """
     model, config = load_model(folder, stage)
+    if part:
+        config = take_part(model, config, part)
     check_image(config, image, folder)
     check_encoder(config, getattr(test, "encoder", None), folder)
     model = model.to(device, memory_format=torch.channels_last)

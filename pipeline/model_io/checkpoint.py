@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from models.networks.adapters import feature_backbone
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import ImageClassifier
+from models.networks.memory import FeatureMemory, empty_rows
 from pipeline.params import ImageParams
 from pipeline.shared.artifacts import write_file, write_json
 from pipeline.shared.errors import ParamsError, StageError
@@ -31,7 +33,8 @@ class ModelConfig:
 
     adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift. encoder: the
     record of the frozen encoder whose features the network takes in the place of images; None for images. adapter:
-    hidden units of the residual adapter on these features; 0 for none.
+    hidden units of the residual adapter on these features; 0 for none. memory: record of the memory of training features
+    (training/student_memory.py); None for none.
     """
 
     backbone: str
@@ -40,22 +43,40 @@ class ModelConfig:
     image_size: int
     mean: list[float]
     std: list[float]
-    adjustment: float = 1.0
+    adjustment: float | None = 1.0
     encoder: dict[str, Any] | None = None
     adapter: int = 0
+    memory: dict[str, Any] | None = None
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
     """Create a newly initialised network. Raises ParamsError that names the params key for an unknown backbone."""
     if config.encoder:
-        return ImageClassifier(feature_backbone(config.encoder["width"], config.adapter), config.classes, config.tau_s)
+        width, memory, stored = config.encoder["width"], None, config.memory
+        if stored:
+            rows = empty_rows(stored["rows"], width)
+            memory = FeatureMemory(rows, config.classes, stored["tau"], stored["weight"])
+        return ImageClassifier(
+            feature_backbone(width, config.adapter, with_input=memory is not None), config.classes, config.tau_s,
+            memory=memory, cosine=not stored or stored["classifier"] == "both",
+        )  # fmt: skip
     try:
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
     except UnknownBackboneError as error:
         raise ParamsError(f"{key}: {error}") from None
 
 
-def save_model(weights: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+def describe_memory(record: dict[str, Any]) -> str:
+    """One line on a memory, from ModelConfig.memory."""
+    centres = "" if record["rows"] == record["images"] else f" for {counted(record['images'], 'image')}"
+    fitted = f"fitted on {counted(record['validation_images'], 'validation image')}"
+    return (
+        f"memory of {counted(record['rows'], 'row')}{centres}, tau {record['tau']:.3g}, weight {record['weight']:.3g} "
+        f"({fitted if record['validation_images'] else 'defaults: no validation images'})"
+    )
+
+
+def save_model(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
     """Write a network's weights and config into `folder`.
 
     Raises OSError that names the file, for example on a full disk.
@@ -85,19 +106,33 @@ def check_encoder(config: ModelConfig, encoder: dict[str, Any] | None, folder: P
         )
 
 
+def load_config(folder: Path, stage: str) -> ModelConfig:
+    """Read the config of a network. Raises ParamsError when it does not exist, StageError when it is damaged."""
+    try:
+        return ModelConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ParamsError(f"{error.filename}: no such file; run `dvc repro {stage}` first") from None
+    except (TypeError, ValueError) as error:
+        raise _damaged(folder, stage, error) from None
+
+
+def _damaged(folder: Path, stage: str, error: Exception) -> StageError:
+    return StageError(
+        f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`"
+    )
+
+
 def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
     """Load a network in eval mode on the CPU. Raises ParamsError when it does not exist, StageError when damaged or NaN."""
+    config = load_config(folder, stage)
     try:
-        config = ModelConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with torch.random.fork_rng(devices=[]):
             model = build_model(config, f"{folder / CONFIG}: backbone")
         model.load_state_dict(safetensors.torch.load((folder / WEIGHTS).read_bytes()))
     except FileNotFoundError as error:
         raise ParamsError(f"{error.filename}: no such file; run `dvc repro {stage}` first") from None
     except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise StageError(
-            f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`"
-        ) from None
+        raise _damaged(folder, stage, error) from None
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise StageError(

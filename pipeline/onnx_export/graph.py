@@ -24,12 +24,12 @@ class ServedStudent(nn.Module):
 
     The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here.
     shift: [C], Prior.balanced_shift of the network, so that strength 0 is the balanced prior for any adjustment in the
-    loss.
+    loss. The memory of a student with one is part of the graph, in float32.
     """
 
     scale: Tensor
     shift: Tensor
-    class_matrix: Tensor
+    class_matrix: Tensor | None
     class_bias: Tensor | None
     log_prior: Tensor
 
@@ -42,17 +42,18 @@ class ServedStudent(nn.Module):
         shift: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = model.backbone
+        self.backbone, self.memory, self.feature_dim = model.backbone, model.memory, model.feature_dim
         spread, centre = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
         self.register_buffer("scale", 1 / (255 * spread))
         self.register_buffer("shift", -centre / spread)
-        self.register_buffer("class_matrix", F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s)
+        matrix = F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s if model.cosine else None
+        self.register_buffer("class_matrix", matrix)
         # Most recipes need no shift; their graph has no bias.
         self.register_buffer("class_bias", torch.tensor(shift) if shift is not None and any(shift) else None)
         self.register_buffer("log_prior", torch.tensor(log_prior))
 
     def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute logits [B,C] = cos/tau_s + shift + strength·log_prior, and the unit feature [B,D].
+        """Compute logits [B,C] = cos/tau_s + shift + memory + strength·log_prior, and the unit feature [B,D].
 
         image: uint8 [B,3,H,W]; strength: float32 [B,1].
         """
@@ -62,10 +63,20 @@ class ServedStudent(nn.Module):
         """Normalise an image uint8 [B,3,H,W] to the backbone's input, float32 [B,3,H,W]."""
         return image.float() * self.scale + self.shift
 
-    def head(self, features: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute logits [B,C] and the unit feature [B,D] from backbone features [B,D] and strength [B,1]."""
-        feature = F.normalize(features, dim=1)
-        return adjust_logits(F.linear(feature, self.class_matrix, self.class_bias), self.log_prior, strength), feature
+    def head(self, outputs: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute logits [B,C] and the unit feature [B,D] from the backbone's output and strength [B,1].
+
+        outputs: features [B,D], with a memory and an adapter [B,2D]; see ImageClassifier.
+        """
+        if self.memory is None:
+            feature = F.normalize(outputs, dim=1)
+            logits = F.linear(feature, self.class_matrix, self.class_bias)
+        else:
+            feature = F.normalize(outputs[:, -self.feature_dim :], dim=1)
+            logits = self.memory(outputs[:, : self.feature_dim])
+            if self.class_matrix is not None:
+                logits = logits + F.linear(feature, self.class_matrix, self.class_bias)
+        return adjust_logits(logits, self.log_prior, strength), feature
 
 
 def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:

@@ -106,8 +106,9 @@ def check_float16(
     """Check the float16 graph against PyTorch in float32. sessions: of half.served and half.rounding.
 
     Uses the batches of `check_parity`, and up to 256 real images whose best class is compared. Raises StageError if a
-    value is outside float16's range, if a cosine (a logit times tau_s) or a feature value differs by more than
-    export.half.tolerance, or if the share of images with the same best class is below export.half.agreement.
+    value is outside float16's range, if a cosine (a logit divided by its scale; without a memory, times tau_s) or a
+    feature value differs by more than export.half.tolerance, or if the share of images with the same best class is
+    below export.half.agreement.
     """
     bounds, largest, same, images = export.half, 0.0, 0, 0
     served, rounding = sessions
@@ -119,9 +120,10 @@ def check_float16(
         same_class = np.ones(len(reference.pixels), dtype=bool)
         for logits, features in (reference.run(served), rounded):
             logit, feature = reference.gaps(logits, features)
-            if not max(logit * network.model.tau_s, feature) <= bounds.tolerance:
+            cosine = logit / network.model.logit_scale
+            if not max(cosine, feature) <= bounds.tolerance:
                 raise StageError(
-                    f"at batch size {len(reference.pixels)} float16 differs from PyTorch by {logit * network.model.tau_s:.2e} "
+                    f"at batch size {len(reference.pixels)} float16 differs from PyTorch by {cosine:.2e} "
                     f"(cosine) and {feature:.2e} (feature), above export.half.tolerance = {bounds.tolerance:g}; "
                     f"{REMEDY}; nothing was exported"
                 )

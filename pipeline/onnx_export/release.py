@@ -19,6 +19,7 @@ from models.prior import softmax
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import AnyImages
 from pipeline.data.split_tables import data_sha256
+from pipeline.model_io.checkpoint import ModelConfig
 from pipeline.onnx_export.parity import Parity
 from pipeline.params import Params, ServingParams
 from pipeline.shared.artifacts import SPLIT, sha256_of_json
@@ -95,7 +96,7 @@ def build_manifest(
     model: ImageClassifier,
     metrics: dict[str, Any],
     half: Parity | None,
-    encoder: dict[str, Any] | None = None,
+    config: ModelConfig,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -116,7 +117,8 @@ def build_manifest(
         code_sha256=code_sha256(),
         versions={"tailor": TAILOR_VERSION} | {name: version(name) for name in ("torch", "onnx", "onnxruntime")},
         metrics=metrics,
-        encoder=encoder,
+        encoder=config.encoder,
+        memory=config.memory,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
     )

@@ -9,6 +9,7 @@ from pipeline.params.training import (
     AugmentParams,
     EngineParams,
     LearningRateParams,
+    MemoryParams,
     PretrainedParams,
     StudentParams,
     TrainingParams,
@@ -16,7 +17,7 @@ from pipeline.params.training import (
 
 __all__ = [
     "PARAMS_FILE", "AugmentParams", "DataParams", "EncoderParams", "EngineParams", "EvaluateParams", "ExportParams",
-    "GateParams", "GateRule", "ImageParams", "IngestParams", "LearningRateParams", "ListParams", "Params", "PretrainedParams",
-    "PriorParams", "RetrainParams", "ServingParams", "StreamParams", "StudentParams", "TableParams",
-    "TrackingParams", "TrainingParams", "load_params", "parse_params", "read_yaml",
+    "GateParams", "GateRule", "ImageParams", "IngestParams", "LearningRateParams", "ListParams", "MemoryParams",
+    "Params", "PretrainedParams", "PriorParams", "RetrainParams", "ServingParams", "StreamParams", "StudentParams",
+    "TableParams", "TrackingParams", "TrainingParams", "load_params", "parse_params", "read_yaml",
 ]  # fmt: skip

@@ -44,6 +44,10 @@ class Params(Section):
     @model_validator(mode="after")
     def _encoder_and_backbones_agree(self) -> Params:
         check_encoder_sections(self.encoder, self.image, {"teacher": self.teacher, "student": self.student})
+        if self.student.memory and not self.encoder:
+            raise ValueError(
+                "student.memory is set, but section encoder is null; a memory holds features of an encoder"
+            )
         return self
 
 

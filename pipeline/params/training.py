@@ -101,13 +101,24 @@ class TrainingParams(Section):
     augment: AugmentParams
 
 
+class MemoryParams(Section):
+    """Memory of training features as a classifier, on the features of a frozen encoder (docs/encoders.md).
+
+    classifier: `both` adds its logits to those of the trained cosine classifier; `memory` uses it alone, and nothing is
+    trained. rows: at most this number; larger classes then keep centres of k-means. null: 64 MiB of rows.
+    """
+
+    classifier: Literal["both", "memory"] = "both"
+    rows: PositiveInt | None = None
+
+
 class StudentParams(TrainingParams):
     """Params of the student: the loss gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues.
 
     A term of weight 0 is not computed. contrast_encoder: the encoder that fills the queues, the frozen `teacher` or a
     `momentum` copy of the student, updated with encoder_momentum in each step; with `momentum` and alpha 0 no teacher
     is used. projection_hidden: hidden units of the projection heads, which embed all queue_total rows in each step; null:
-    the feature width.
+    the feature width. memory: null for no memory.
     """
 
     gamma: NonNegative
@@ -123,6 +134,7 @@ class StudentParams(TrainingParams):
     queue_minimum: PositiveInt
     projection_dim: PositiveInt
     projection_hidden: PositiveInt | None = None
+    memory: MemoryParams | None = None
 
     @model_validator(mode="after")
     def _classifier_is_trained(self) -> StudentParams:

@@ -9,6 +9,7 @@ import yaml
 
 from models.sample_size import from_json, warnings_of
 from pipeline.data.class_prior import Prior
+from pipeline.model_io.checkpoint import describe_memory
 from pipeline.params import DataParams, Params, StudentParams, TrainingParams
 from serving.shared.terminal import counted
 
@@ -90,26 +91,36 @@ def model_facts(
     strength: float,
     prior: Prior,
     encoder: dict[str, Any] | None = None,
+    memory: dict[str, Any] | None = None,
 ) -> list[tuple[str, str]]:
     """Facts about the model as (term, text) pairs. size: of an image; strength: the default of serving.
 
     encoder: the record of the frozen encoder whose features were trained on; None for a network trained on images.
+    memory: ModelConfig.memory of the student.
     """
     network, facts = student.backbone, []
+    classifier, trained = (
+        f"a cosine classifier of {counted(len(prior.classes), 'class')}",
+        (
+            f"{counted(student.epochs, 'epoch')} with the GML loss (ICML 2023, Mutual Information Maximization between Latent "
+            f"Features and Ground-Truth Labels), distilled from a {teacher.backbone} teacher of "
+            f"{counted(teacher.epochs, 'epoch')}"
+        ),
+    )
+    alone = memory is not None and memory["classifier"] == "memory"
+    if alone:
+        classifier, trained = f"a memory of {counted(len(prior.classes), 'class')}", "none: the memory answers alone"
     if encoder:
-        network = f"frozen {encoder['name']}{', a residual adapter' if student.adapter else ''}"
+        network = f"frozen {encoder['name']}{', a residual adapter' if student.adapter and not alone else ''}"
         text = (
             f"{encoder['name']}, licence {encoder['licence']}; weights {encoder['source']}, sha256 {encoder['sha256']}"
         )
         facts = [("Pretrained encoder", text)]
+    if memory:
+        facts.append(("Memory of training features", describe_memory(memory)))
     return [
-        ("Network", f"{network} with a cosine classifier of {counted(len(prior.classes), 'class')}"),
-        (
-            "Training",
-            f"{counted(student.epochs, 'epoch')} with the GML loss (ICML 2023, Mutual Information Maximization between Latent "
-            f"Features and Ground-Truth Labels), distilled from a {teacher.backbone} teacher of "
-            f"{counted(teacher.epochs, 'epoch')}",
-        ),
+        ("Network", f"{network} with {classifier}"),
+        ("Training", trained),
         ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
         ("Output", "logits of every class; strength 0 is for a balanced target prior, 1 for the training prior"),
         ("Default strength", f"{strength:g}"),

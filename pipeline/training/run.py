@@ -6,12 +6,13 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.contrast.queues import queue_lengths
 from models.distributed import rank
@@ -19,8 +20,8 @@ from models.networks.backbones import UnknownBackboneError, check_backbone
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
-from pipeline.data.embeddings import training_inputs
-from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, save_model
+from pipeline.data.embeddings import FeatureImages, training_inputs
+from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, describe_memory, save_model
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EngineParams, ImageParams, Params, StreamParams, StudentParams, TrainingParams
 from pipeline.shared.artifacts import (
@@ -37,6 +38,7 @@ from pipeline.shared.errors import ParamsError
 from pipeline.training.engine import Training
 from pipeline.training.history import History, as_jsonl, write_scalars
 from pipeline.training.resume import RunFolder
+from pipeline.training.student_memory import StudentMemory
 from serving.shared.terminal import counted, print
 
 ENCODER = "encoder"  # the backbone that takes the stored features of section encoder
@@ -44,14 +46,19 @@ ENCODER = "encoder"  # the backbone that takes the stored features of section en
 
 @dataclass(frozen=True)
 class Result:
-    """The record of the last epoch of a training stage, and its output folder."""
+    """The record of the last epoch of a training stage, its output folder, and the record of the student's memory."""
 
     last: dict[str, float]
     output: Path
+    memory: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         score = f", validation {self.last['validation_accuracy']:.1%}" if "validation_accuracy" in self.last else ""
-        return f"{counted(self.last['epoch'], 'epoch')}, loss {self.last['loss']:.4f}{score} → {self.output}"
+        stored = f"{describe_memory(self.memory)}" if self.memory else ""
+        if "loss" not in self.last:
+            return f"nothing trained, {stored}{score} → {self.output}"
+        trained = f"{counted(self.last['epoch'], 'epoch')}, loss {self.last['loss']:.4f}{score}"
+        return f"{trained}{f'; {stored}' if stored else ''} → {self.output}"
 
 
 def model_config(
@@ -108,8 +115,12 @@ def train_network(
     train, validation, notice = training_inputs(params, device, augment=section.augment, views=objective.views)
     if notice and rank() == 0:
         print(f"{name}  {notice}", flush=True)
+    memory = None
+    if name == "student" and params.student.memory:
+        assert isinstance(train, FeatureImages) and isinstance(validation, FeatureImages)  # params have an encoder
+        memory = StudentMemory(params.student.memory, train, validation, prior, params.image)
     history = training.run(train, validation)
-    return save_run(training, config, history, output)
+    return save_run(training, config, history, output, memory)
 
 
 def teacher_objective(section: TrainingParams, config: ModelConfig, prior: Prior, seed: int) -> TeacherObjective:
@@ -143,24 +154,32 @@ def run_folder(
     return RunFolder(unfinished(output), sha256_of_json(depends))
 
 
-def save_run(training: Training, config: ModelConfig, history: History, output: Path) -> Result:
+def save_run(
+    training: Training, config: ModelConfig, history: History, output: Path, memory: StudentMemory | None = None
+) -> Result:
     """Write network, config and history as one complete folder, by rank 0, then remove the run's checkpoints.
 
     The network is that of the last epoch. With a validation split, the network of the best epoch is written to best/,
     with best.json. It is separate because a score of an epoch that was selected by its score must be labelled as such.
+    memory: added to both networks.
     """
+    saved = config
     if rank() == 0:
         with whole_folder(output) as folder:
-            save_model(training.model.state_dict(), config, folder)
+            weights: Mapping[str, Tensor] = training.model.state_dict()
+            if memory:
+                weights, saved = memory.add(weights, config)
+            save_model(weights, saved, folder)
             if training.best:
-                save_model(training.best.weights, config, folder / BEST)
+                best_network = training.best.weights, config
+                save_model(*(memory.add(*best_network) if memory else best_network), folder / BEST)
                 best = {"epoch": training.best.epoch, "validation_accuracy": training.best.accuracy}
                 write_json(folder / BEST / "best.json", best)
             write_file(folder / "metrics.jsonl", as_jsonl(history))
             write_file(folder / "history.csv", as_csv(history))
         if training.run_folder:
             training.run_folder.clear()
-    return Result(history[-1], output)
+    return Result(history[-1], output, saved.memory)
 
 
 def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) -> None:
@@ -172,12 +191,17 @@ def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) 
             check_backbone(name)
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
-    if not student.beta:
+    if not student.beta or memory_alone(student):
         return
     try:
         queue_lengths(prior.counts, student.queue_total, student.queue_minimum)
     except ValueError as error:
         raise ParamsError(f"student.queue_total, student.queue_minimum: {error}") from None
+
+
+def memory_alone(student: StudentParams) -> bool:
+    """Whether the student is a memory without a trained network."""
+    return student.memory is not None and student.memory.classifier == "memory"
 
 
 def check_backbones(teacher: str, student: str, size: int, opset: int) -> None:

@@ -76,7 +76,8 @@ class Manifest(BaseModel):
     """All data of a release that serving uses.
 
     files: names of files beside the manifest with their sha256. encoder: name, licence, source and sha256 of the
-    weights of a pretrained encoder; None for a network without one. half: set for a graph with a float16 backbone; None
+    weights of a pretrained encoder; None for a network without one. memory: rows, tau and weight of the memory
+    of training features; None without one. half: set for a graph with a float16 backbone; None
     for float32. code_revision: the git commit of the project. code_sha256: of the source files that made the release;
     empty in releases from before this key existed.
     """
@@ -101,6 +102,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     metrics: dict[str, Any]
     encoder: dict[str, str | int] | None = None
+    memory: dict[str, Any] | None = None
     half: HalfPrecision | None = None
     limits: Limits = Limits()
 
