@@ -75,14 +75,15 @@ class PretrainedParams(Section):
 
 
 class TrainingParams(Section):
-    """Params shared by teacher and student training: network, SGD, schedule, augmentation.
+    """Params shared by teacher and student training: network, optimiser, schedule, augmentation.
 
     adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. Evaluation and export add
     the difference, so that `balanced` and `train` mean the same for every strength. ema_decay: decay of the moving
     average of weights, which is evaluated and saved instead of the last step's weights; 0 for none. accumulate: number
     of parts of a batch (gradient accumulation), for batches that do not fit into the device's memory. pretrained:
     initial weights. backbone `encoder`: the features of section encoder, which stay as they are; adapter: hidden units
-    of a residual adapter on them, 0 for none.
+    of a residual adapter on them, 0 for none. momentum: of sgd; of adamw the first beta (the second is 0.999).
+    gradient_clip: largest norm of the gradient of a step; 0 for no limit.
     """
 
     backbone: str
@@ -94,9 +95,11 @@ class TrainingParams(Section):
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     accumulate: PositiveInt = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive
     momentum: Annotated[Number, Field(ge=0, lt=1)]
     weight_decay: NonNegative
+    gradient_clip: NonNegative = 0.0
     schedule: LearningRateParams
     augment: AugmentParams
 

@@ -28,7 +28,7 @@ from pipeline.shared.progress import progress_bar
 from pipeline.training.cuda_graph import CapturedStep, CaptureError
 from pipeline.training.history import History, epoch_line
 from pipeline.training.non_finite import Failure, NonFiniteMonitor, dump_failure
-from pipeline.training.optimiser import learning_rate
+from pipeline.training.optimiser import ADAM_CAPTURE_RATE, learning_rate
 from pipeline.training.resume import RunFolder, Snapshot
 from pipeline.training.state import (
     Best,
@@ -140,6 +140,8 @@ class Training:
         example = self.step.draw(chosen, torch.Generator().manual_seed(self.seed))
         if self._train.images is None:
             example = replace(example, pixels=self._train.pixels(chosen, example.draws))
+        if self.params.optimizer == "adamw":
+            self.step.optimiser.set_rate(ADAM_CAPTURE_RATE)
         try:
             return CapturedStep(self.step, example)
         except CaptureError as error:

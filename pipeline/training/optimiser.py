@@ -1,4 +1,4 @@
-"""SGD optimiser with its state allocated from the start, so that all steps are alike, and the learning rate by epoch."""
+"""SGD or AdamW with its state allocated from the start, so that all steps are alike, and the learning rate by epoch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.params import LearningRateParams, TrainingParams
 
+ADAM_SECOND_BETA = 0.999
+# Adam's first step moves every weight by about the rate, also one whose gradient is nothing but rounding. The check of a
+# captured step therefore runs at a rate below its tolerance.
+ADAM_CAPTURE_RATE = 1e-4
+
 
 class Optimiser:
-    """SGD with momentum over an objective's trained parameters; weight decay for all except `objective.undecayed()`.
+    """SGD with momentum, or AdamW, over an objective's trained parameters; `objective.undecayed()` have no weight decay.
 
     On CUDA, PyTorch's fused kernel is used with the learning rate in a tensor, which a captured step reads at every
     replay.
@@ -29,34 +34,49 @@ class Optimiser:
         device = decayed[0].device
         self._rate = torch.tensor(params.learning_rate, device=device) if device.type == "cuda" else None
         rate = params.learning_rate if self._rate is None else self._rate
-        self._sgd = torch.optim.SGD(groups, lr=rate, momentum=params.momentum, fused=self._rate is not None)
+        self._clip = params.gradient_clip
         self.parameters = [*decayed, *undecayed]
-        if params.momentum:
+        self._optimiser: torch.optim.Optimizer
+        if params.optimizer == "adamw":
+            # Fused also on the CPU, where 60 tensors of 90,000 values take 23 ms, and 75 ms otherwise.
+            betas, captured = (params.momentum, ADAM_SECOND_BETA), self._rate is not None
+            self._optimiser = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True, capturable=captured)
+            buffers = ("exp_avg", "exp_avg_sq")
+        else:
+            self._optimiser = torch.optim.SGD(groups, lr=rate, momentum=params.momentum, fused=self._rate is not None)
+            buffers = ("momentum_buffer",) if params.momentum else ()
+        for parameter in self.parameters:
             # Zeros give the same first step as no buffer, and a captured step requires existing buffers.
-            for parameter in self.parameters:
-                self._sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            state = {name: torch.zeros_like(parameter) for name in buffers}
+            if params.optimizer == "adamw":
+                state["step"] = torch.zeros((), device=device)
+            if state:
+                self._optimiser.state[parameter] = state
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of all parameters for the next steps."""
         if self._rate is not None:
             self._rate.fill_(rate)
             return
-        for group in self._sgd.param_groups:
+        for group in self._optimiser.param_groups:
             group["lr"] = rate
 
     def zero_gradients(self) -> None:
         """Clear the gradients at the start of a step; later backward passes accumulate until `descend`."""
-        self._sgd.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad(set_to_none=True)
 
     def descend(self) -> Tensor:
-        """Update the parameters by their gradients; returns the norm of the gradient, a scalar tensor."""
+        """Update the parameters by their gradients; returns the norm of the gradient before clipping, a scalar tensor."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self._sgd.step()
+        if self._clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self._clip, norm)
+        self._optimiser.step()
         return norm
 
-    def momentum(self) -> list[Tensor]:
-        """The momentum buffers, in the order of `parameters`; empty without momentum."""
-        return [self._sgd.state[p]["momentum_buffer"] for p in self.parameters if p in self._sgd.state]
+    def state(self) -> list[Tensor]:
+        """Momentum of SGD, or moments and step counter of AdamW, parameter by parameter; empty for SGD without momentum."""
+        state = self._optimiser.state
+        return [tensor for p in self.parameters if p in state for tensor in state[p].values()]
 
 
 def learning_rate(schedule: LearningRateParams, base: float, epoch: int, epochs: int) -> float:

@@ -31,8 +31,11 @@ def ten_steps(stage: str) -> dict:
     In double precision: in single precision, ten steps amplify the rounding of a sum in another order, on some CPUs
     beyond any bound that could still detect a fault.
     """
-    changes = {"ema_decay": 0.9, "augment": MIXED} if stage == "mixed" else {}
-    training = made_training("student" if stage == "mixed" else stage, epochs=2, **changes)
+    changes = {
+        "mixed": {"ema_decay": 0.9, "augment": MIXED},
+        "adamw": {"optimizer": "adamw", "learning_rate": 1e-3, "gradient_clip": 1.0},
+    }.get(stage, {})
+    training = made_training("student" if changes else stage, epochs=2, **changes)
     training.objective.double()
     for name in ("model", "teacher", "momentum_encoder"):
         network = getattr(training.objective, name, None)
@@ -52,7 +55,7 @@ def ten_steps(stage: str) -> dict:
     return {"losses": losses, "queues": queues, "state": dict(training.model.state_dict())}
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student", "momentum", "mixed"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum", "mixed", "adamw"])
 def test_ten_steps_on_two_ranks_give_the_losses_and_queues_of_one(stage, tmp_path):
     alone = ten_steps(stage)
     first, second = in_ranks(ten_steps, tmp_path, stage)

@@ -47,6 +47,7 @@ TOO_LOW = {
     "retrain.stage_hours": 0.0, "retrain.watch_seconds": -1,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,
     "teacher.accumulate": 0, "student.accumulate": 0, "teacher.adapter": -1, "student.adapter": -1,
+    "teacher.gradient_clip": -0.1, "student.gradient_clip": -0.1,
     "teacher.momentum": -0.1, "teacher.weight_decay": -0.1, "teacher.schedule.warmup_epochs": -1,
     "teacher.schedule.factor": 0.0, "teacher.augment.crop_padding": -1, "teacher.augment.cutout": -1,
     "teacher.augment.jitter": -0.1, "teacher.augment.mix_alpha": 0.0,
