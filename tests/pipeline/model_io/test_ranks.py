@@ -10,8 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 
-from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks
+from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks, synchronise_batch_norm
 from pipeline.model_io.devices import joined_ranks
 from pipeline.model_io.inference import accuracy
 from pipeline.params import AugmentParams
@@ -123,6 +124,20 @@ def test_the_shared_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
     assert torch.allclose(first[2] + second[2], layer.weight.grad, rtol=0, atol=1e-12)
     for actual, expected in zip(first[3:], (layer.running_mean, layer.running_var), strict=True):
         assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
+
+
+def converted_act_norm() -> torch.Tensor:
+    """Run timm's batch norm with activation on this rank's half of a batch after its conversion."""
+    batch = torch.randn(8, 5, 4, 4, generator=torch.Generator().manual_seed(3))
+    network = synchronise_batch_norm(torch.nn.Sequential(BatchNormAct2d(5)), CPU)
+    return gather_batch(network(batch[dist.get_rank() * 4 :][:4]).detach())
+
+
+def test_a_batch_norm_of_timm_keeps_its_activation_on_two_ranks(tmp_path):
+    batch = torch.randn(8, 5, 4, 4, generator=torch.Generator().manual_seed(3))
+    expected = torch.relu(torch.nn.BatchNorm2d(5)(batch))
+    for actual in in_ranks(converted_act_norm, tmp_path):
+        assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def ragged_accuracy() -> float:
