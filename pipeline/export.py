@@ -14,8 +14,7 @@ from models.preprocess import ImageError, decode
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import evaluation_images
-from pipeline.model_io.checkpoint import check_image, load_model
-from pipeline.model_io.encoder import attach_encoder
+from pipeline.model_io.checkpoint import attach_encoder, check_image, load_model
 from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
@@ -93,7 +92,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         facts = model_facts(params.teacher, params.student, image.size, serving.strength, prior, config.encoder)
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
-        manifest = build_manifest(folder, params, prior, model, metrics, half, config.encoder)
+        record = {**config.encoder, "tune": config.tune} if config.encoder else None
+        manifest = build_manifest(folder, params, prior, model, metrics, half, record)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
     write_repository(output, repository)
     record_after_stage("export", params, output)

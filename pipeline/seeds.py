@@ -137,13 +137,17 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
 
 def _evaluate(params: Params, folder: Path) -> Metrics:
     prior, test = load_prior(), evaluation_inputs(params, "test")
+    teachers = evaluation_inputs(params, "test", "teacher") if params.encoder else test
     device, labels = choose_device(params.device), test.labels.numpy()
     networks = {"teacher": folder / "teacher", "student": folder / "student"}
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
     return {
         name: network_metrics(
-            network_logits(path, name, test, params.image, prior, device), labels, prior, params.evaluate
+            network_logits(path, name, teachers if name == "teacher" else test, params.image, prior, device),
+            labels,
+            prior,
+            params.evaluate,
         )
         for name, path in networks.items()
     }

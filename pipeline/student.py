@@ -27,7 +27,8 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     check_backbones(params.teacher.backbone, section.backbone, image.size, params.export.opset)
     config = model_config(section, image, len(prior.classes), stored_encoder(params))
     with joined_ranks(params.device) as device:
-        objective = build_objective(section, image, config, prior, stage_seed(params.seed, "student"), teacher)
+        seed = stage_seed(params.seed, "student")
+        objective = build_objective(section, image, config, prior, seed, teacher, params.encoder)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if objective.teacher is not None else []
         return train_network("student", objective, config, params, prior, device, output, inputs)

@@ -26,6 +26,11 @@ class ResidualAdapter(nn.Module):
         return features + full_precision(change)
 
 
+def with_encoder(encoder: Backbone, head: Backbone) -> Backbone:
+    """An encoder, and the trained part between its features and the classifier, as one backbone of images [B,3,H,W]."""
+    return Backbone(nn.Sequential(encoder, head), head.feature_dim)
+
+
 def feature_backbone(width: int, adapter: int) -> Backbone:
     """The trained part between features [B,width] and the classifier. adapter: its hidden units; 0 for no adapter."""
     return Backbone(ResidualAdapter(width, adapter) if adapter else nn.Identity(), width)

@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.networks.adapters import feature_backbone
+from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import ImageClassifier
-from pipeline.params import ImageParams
+from pipeline.model_io.encoder import build_encoder, load_encoder
+from pipeline.params import ImageParams, Params
 from pipeline.shared.artifacts import write_file, write_json
 from pipeline.shared.errors import ParamsError, StageError
 from serving.shared.terminal import counted
@@ -31,7 +32,8 @@ class ModelConfig:
 
     adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift. encoder: the
     record of the frozen encoder whose features the network takes in the place of images; None for images. adapter:
-    hidden units of the residual adapter on these features; 0 for none.
+    hidden units of the residual adapter on these features; 0 for none. tune: `none`, or how the encoder was tuned: it is
+    then part of the network, which takes images.
     """
 
     backbone: str
@@ -43,12 +45,16 @@ class ModelConfig:
     adjustment: float = 1.0
     encoder: dict[str, Any] | None = None
     adapter: int = 0
+    tune: str = "none"
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
     """Create a newly initialised network. Raises ParamsError that names the params key for an unknown backbone."""
     if config.encoder:
-        return ImageClassifier(feature_backbone(config.encoder["width"], config.adapter), config.classes, config.tau_s)
+        backbone = feature_backbone(config.encoder["width"], config.adapter)
+        if config.tune != "none":
+            backbone = with_encoder(build_encoder(config.encoder["name"], config.encoder["size"]), backbone)
+        return ImageClassifier(backbone, config.classes, config.tau_s)
     try:
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
     except UnknownBackboneError as error:
@@ -83,6 +89,31 @@ def check_encoder(config: ModelConfig, encoder: dict[str, Any] | None, folder: P
         raise ParamsError(
             f"encoder is {names[0]}, but {folder} was trained with {names[1]}; run `dvc repro` to train again"
         )
+
+
+def check_inputs(config: ModelConfig, features: dict[str, Any] | None, folder: Path) -> None:
+    """Raise ParamsError when a network does not take the inputs of a split: images, or features of the encoder `features`."""
+    if config.tune == "none":
+        check_encoder(config, features, folder)
+    elif features:
+        raise ParamsError(
+            f"student.tune is none, but {folder} was trained with {config.tune}; run `dvc repro` to train again"
+        )
+
+
+def attach_encoder(model: ImageClassifier, config: ModelConfig, params: Params, folder: Path) -> None:
+    """Put the encoder before a network that was trained on its features, which then takes images; else do nothing.
+
+    folder: of the network, for the message. Raises ParamsError when params name another encoder than it was trained
+    with, and as `load_encoder` does.
+    """
+    if params.encoder is None:
+        check_encoder(config, None, folder)
+        return
+    loaded = load_encoder(params.encoder, params.image)
+    check_encoder(config, asdict(loaded.record), folder)
+    if config.tune == "none":
+        model.backbone = with_encoder(loaded.network, model.backbone)
 
 
 def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:

@@ -111,6 +111,11 @@ class StudentParams(TrainingParams):
     `momentum` copy of the student, updated with encoder_momentum in each step; with `momentum` and alpha 0 no teacher
     is used. projection_hidden: hidden units of the projection heads, which embed all queue_total rows in each step; null:
     the feature width.
+
+    tune: `none` trains on the stored features of section encoder. `last_blocks` trains the last tune_blocks blocks of the
+    encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `all` the whole encoder; the
+    student then takes images, and the teacher stays on the frozen encoder. tune_rate: learning rate of the encoder's
+    last block as a multiple of learning_rate; tune_decay: multiplies it once more for each block before the last.
     """
 
     gamma: NonNegative
@@ -126,11 +131,25 @@ class StudentParams(TrainingParams):
     queue_minimum: PositiveInt
     projection_dim: PositiveInt
     projection_hidden: PositiveInt | None = None
+    tune: Literal["none", "last_blocks", "lora", "all"] = "none"
+    tune_blocks: PositiveInt = 2
+    tune_rank: PositiveInt = 8
+    tune_rate: Positive = 0.1
+    tune_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _classifier_is_trained(self) -> StudentParams:
         if not (self.gamma or self.alpha):
             raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_encoder_has_a_frozen_teacher(self) -> StudentParams:
+        if self.tune != "none" and self.contrast_encoder == "momentum":
+            raise ValueError(
+                f"contrast_encoder is momentum, but tune is {self.tune}, where the frozen encoder fills the queues; expected "
+                "contrast_encoder: teacher"
+            )
         return self
 
 

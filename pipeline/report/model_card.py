@@ -93,11 +93,11 @@ def model_facts(
 ) -> list[tuple[str, str]]:
     """Facts about the model as (term, text) pairs. size: of an image; strength: the default of serving.
 
-    encoder: the record of the frozen encoder whose features were trained on; None for a network trained on images.
+    encoder: the record of the pretrained encoder, frozen or tuned; None for a network without one.
     """
     network, facts = student.backbone, []
     if encoder:
-        network = f"frozen {encoder['name']}{', a residual adapter' if student.adapter else ''}"
+        network = f"{tuned_name(encoder['name'], student)}{', a residual adapter' if student.adapter else ''}"
         text = (
             f"{encoder['name']}, licence {encoder['licence']}; weights {encoder['source']}, sha256 {encoder['sha256']}"
         )
@@ -115,6 +115,16 @@ def model_facts(
         ("Default strength", f"{strength:g}"),
         *facts,
     ]
+
+
+def tuned_name(name: str, student: StudentParams) -> str:
+    """Name of an encoder with how it was tuned, such as `efficientnet_lite0 (last 2 blocks tuned)`."""
+    how = {
+        "last_blocks": f"last {counted(student.tune_blocks, 'block')} tuned",
+        "lora": f"tuned by LoRA of rank {student.tune_rank}, merged into the weights",
+        "all": "all weights tuned",
+    }
+    return f"frozen {name}" if student.tune == "none" else f"{name} ({how[student.tune]})"
 
 
 def as_cell(text: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.distributed import rank, rank_count, synchronise_batch_norm
 from models.networks.activation_checkpointing import NoBlocksError
 from models.networks.cosine_classifier import ImageClassifier
+from models.networks.tuning import merged_state
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import AnyImages
@@ -213,7 +214,7 @@ class Training:
 
     def _update_best(self, record: dict[str, float]) -> None:
         if self.best is None or record["validation_accuracy"] > self.best.accuracy:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in merged_state(self.model).items()}
             self.best = Best(int(record["epoch"]), record["validation_accuracy"], weights)
 
     def _fail(self, failure: Failure, steps: int, rate: float) -> None:

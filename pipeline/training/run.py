@@ -16,6 +16,7 @@ import torch
 from models.contrast.queues import queue_lengths
 from models.distributed import rank
 from models.networks.backbones import UnknownBackboneError, check_backbone
+from models.networks.tuning import merged_state
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
@@ -60,7 +61,7 @@ def model_config(
     """The config of the network that a params section trains. encoder: record of the encoder whose features it takes."""
     return ModelConfig(
         section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment,
-        encoder, section.adapter,
+        encoder, section.adapter, section.tune if isinstance(section, StudentParams) else "none",
     )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def train_network(
     training = Training(
         name, objective, section, params.image, seed, device, folder, params.engine, record, shift=shift
     )
-    train, validation, notice = training_inputs(params, device, augment=section.augment, views=objective.views)
+    train, validation, notice = training_inputs(params, name, device, augment=section.augment, views=objective.views)
     if notice and rank() == 0:
         print(f"{name}  {notice}", flush=True)
     history = training.run(train, validation)
@@ -151,7 +152,7 @@ def save_run(training: Training, config: ModelConfig, history: History, output: 
     """
     if rank() == 0:
         with whole_folder(output) as folder:
-            save_model(training.model.state_dict(), config, folder)
+            save_model(merged_state(training.model), config, folder)
             if training.best:
                 save_model(training.best.weights, config, folder / BEST)
                 best = {"epoch": training.best.epoch, "validation_accuracy": training.best.accuracy}

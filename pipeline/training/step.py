@@ -72,7 +72,7 @@ class Step:
         self.objective = objective
         self.device = device
         self.precision = precision
-        self.optimiser = Optimiser(objective, params)
+        self.optimiser = Optimiser(objective, params, objective.model.backbone.rate_factors())
         self.average = WeightAverage(objective.model, params.ema_decay) if params.ema_decay else None
         if checkpoint_activations:
             recompute_blocks(objective.model.backbone)
